@@ -52,12 +52,12 @@ def model_problems(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
         with stage("measuring", total=len(groups)) as bar:
-            for site in walk(prepared, groups, in_turn=False):
-                problem = site.problem(site.group.units, damp)
-                if query_heads and site.group.kind is UnitKind.HEADS:
+            for step in walk(prepared, groups, in_turn=False):
+                problem = step.problem(step.group.units, damp)
+                if query_heads and step.group.kind is UnitKind.HEADS:
                     consumers = tuple(_split_heads(prepared.model, c) for c in problem.consumers)
                     problem = SubsetProblem(consumers, len(consumers[0].rows), problem.name)
-                yield site.group, problem
+                yield step.group, problem
                 bar.advance()
 
 

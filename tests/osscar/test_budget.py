@@ -159,14 +159,14 @@ def prepared(request):
     """One of the models with its data, open."""
     torch.manual_seed(0)
     build, data = MODELS[request.param]
-    with prepare(build().eval(), data()) as ready:
-        yield ready
+    with prepare(build().eval(), data()) as prepared:
+        yield prepared
 
 
 @pytest.fixture(scope="module")
 def opt():
-    with prepare(tiny("opt"), tokens(8, 24)) as ready:
-        yield ready
+    with prepare(tiny("opt"), tokens(8, 24)) as prepared:
+        yield prepared
 
 
 @pytest.mark.sampled(3)
@@ -175,11 +175,11 @@ def opt():
 def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
     model, data = subject
     counts = {}
-    with prepare(model, data) as ready:
-        found = count(cost, ready.model, ready.groups, ready.sample)
-        for index, group in enumerate(g for g in ready.groups if g.prunable and g.units > 1):
+    with prepare(model, data) as prepared:
+        found = count(cost, prepared.model, prepared.groups, prepared.sample)
+        for index, group in enumerate(g for g in prepared.groups if g.prunable and g.units > 1):
             counts[group.name] = max(1, group.units // (2 + index % 2))
-        sample = ready.sample
+        sample = prepared.sample
 
     def measured(network):
         return (
@@ -236,9 +236,9 @@ def divergence(dense, other, x):
 def test_small_changes_of_weights_cost_what_the_factors_predict(shape):
     torch.manual_seed(0)
     model, data = Classifier().double().eval(), torch.randn(shape, dtype=torch.float64)
-    with prepare(model, data, heads=False) as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        found = list(curvature(ready, groups, samples=4000, seed=0))
+    with prepare(model, data, heads=False) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        found = list(curvature(prepared, groups, samples=4000, seed=0))
     assert len(found) == 2
     for one in found:
         (factors,) = one.factors
@@ -280,9 +280,9 @@ def test_samples_are_found_in_whatever_dimension_they_lie(positions):
     plain, data = Classifier().eval(), torch.randn(64, positions, 6)
     losses = []
     for model in (plain, SamplesSecond(plain)):
-        with prepare(model, data, heads=False) as ready:
-            groups = [group for group in ready.groups if group.prunable]
-            curves = measure_curves(ready, groups, damp=0.01, seed=0)
+        with prepare(model, data, heads=False) as prepared:
+            groups = [group for group in prepared.groups if group.prunable]
+            curves = measure_curves(prepared, groups, damp=0.01, seed=0)
             losses.append(sorted(float(curve.losses[0]) for curve in curves))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -324,10 +324,10 @@ def test_a_curve_is_that_of_fresh_refits():
 
 def curved(model, data, damp):
     """Return the curvature of the groups of a model, and their curves."""
-    with prepare(model, data, heads=False) as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        found = list(curvature(ready, groups, samples=curve_samples(ready), seed=0))
-        curves = list(measure_curves(ready, groups, damp=damp, seed=0))
+    with prepare(model, data, heads=False) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        found = list(curvature(prepared, groups, samples=curve_samples(prepared), seed=0))
+        curves = list(measure_curves(prepared, groups, damp=damp, seed=0))
     return found, curves
 
 
@@ -405,9 +405,9 @@ def test_where_no_gradient_arrives_a_layer_counts_by_itself_and_that_is_said():
     torch.manual_seed(0)
     result = osscar.prune(Detached(), torch.randn(64, 6), sparsity=0.5)
     assert result.budget.comparable is False
-    with prepare(Detached(), torch.randn(64, 6)) as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        curves = {c.name: c for c in measure_curves(ready, groups, damp=0.0, seed=0)}
+    with prepare(Detached(), torch.randn(64, 6)) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        curves = {c.name: c for c in measure_curves(prepared, groups, damp=0.0, seed=0)}
     assert sorted(curve.comparable for curve in curves.values()) == [False, True, True]
     own = next(curve for curve in curves.values() if not curve.comparable)
     assert own.losses[0] == pytest.approx(1.0, rel=1e-4)
@@ -521,8 +521,8 @@ def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     net = net.eval().half().float()
-    with prepare(net, torch.randn(4, 3, 8, 8)) as ready:
-        cost = count(Cost.BYTES, ready.model, ready.groups, ready.sample)
+    with prepare(net, torch.randn(4, 3, 8, 8)) as prepared:
+        cost = count(Cost.BYTES, prepared.model, prepared.groups, prepared.sample)
     entries = sum(4 * p.numel() for p in net.parameters()) + 2 * 8 * 4 + 8  # and an int64
     assert entries < cost.dense < entries + 9 * 200  # what the file says of nine tensors
 
@@ -654,9 +654,9 @@ def test_operations_outside_of_layers_are_no_groups(build, share):
     model = build().eval()
     x = torch.randn(16, 5, 16) if build is FunctionalHead else torch.randn(16, 6)
     result = osscar.prune(model, x, flops=share, backend="wanda")
-    with prepare(model, x) as ready:  # attention calls its output layer there, as it is counted
-        dense = count_flops(ready.model, ready.sample)
-        smaller = count_flops(result.model, ready.sample)
+    with prepare(model, x) as prepared:  # attention calls its output layer there, as it is counted
+        dense = count_flops(prepared.model, prepared.sample)
+        smaller = count_flops(result.model, prepared.sample)
     assert smaller <= share * dense * 1.001
     assert result.budget.reached / result.budget.dense == pytest.approx(smaller / dense, rel=1e-3)
 

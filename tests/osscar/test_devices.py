@@ -221,13 +221,13 @@ def test_batches_that_wait_on_disk_come_back_to_where_they_were(card, monkeypatc
     monkeypatch.setattr(ActivationOffload, "put", counted)
     with card.watched():
         model = on(card, tiny("qwen2"))
-        with opening.prepare(model, tokens(), batch_size=3) as ready:
-            groups = [group for group in ready.groups if group.prunable]
-            ready = dataclasses.replace(ready, waiting_on_disk=True)
-            for site in walk(ready, groups, target=Target.RESIDUAL, held=2):
-                problem = site.problem(site.group.units // 2, 1e-2)
+        with opening.prepare(model, tokens(), batch_size=3) as prepared:
+            groups = [group for group in prepared.groups if group.prunable]
+            prepared = dataclasses.replace(prepared, waiting_on_disk=True)
+            for step in walk(prepared, groups, target=Target.RESIDUAL, held=2):
+                problem = step.problem(step.group.units // 2, 1e-2)
                 assert {card.place(c.H) for c in problem.consumers} == {"card"}
-                site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
+                step.commit([gram.linear_map.read_weight() * 0.9 for gram in step.grams])
     assert max(written) > 0
 
 

@@ -97,9 +97,9 @@ def test_the_walk_ends_its_passes_where_it_says(model, data, target, demo, monke
         groups = [group for group in prepared.groups if group.prunable and group.units > 2]
         planned = walk(prepared, groups, target=target)
         pass_ends = planned.pass_ends
-        for site in planned:
-            problem = site.problem(keep=site.group.units - 1, damp=0.1)
-            site.commit([consumer.W0 for consumer in problem.consumers])
+        for step in planned:
+            problem = step.problem(keep=step.group.units - 1, damp=0.1)
+            step.commit([consumer.W0 for consumer in problem.consumers])
     assert len(pass_ends) == planned.passes
     lasts = {number: max(c for n, c in seen if n == number) for number, _ in seen}
     assert pass_ends == tuple(lasts[number] for number in sorted(lasts))

@@ -25,12 +25,12 @@ PLAIN = {"target": "weights", "damp": 1e-6, "device": "cpu"}
 KERNELS = ("grouped_mm", "batched_mm", "eager")
 
 
-def of_experts(ready):
+def of_experts(prepared):
     """Return the groups that experts read."""
     return [
         group
-        for group in ready.groups
-        if group.prunable and hasattr(linear_maps(ready.model, group)[0], "mixture")
+        for group in prepared.groups
+        if group.prunable and hasattr(linear_maps(prepared.model, group)[0], "mixture")
     ]
 
 
@@ -99,12 +99,12 @@ def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, t
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "qwen3-moe"])
 def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
     model, data = mixture(family, kernel=kernel), tokens(3, 16)
-    with prepare(model, data) as ready:
-        for group in of_experts(ready):
-            maps = linear_maps(ready.model, group)
-            experts = ready.model.get_submodule(maps[0].name)
+    with prepare(model, data) as prepared:
+        for group in of_experts(prepared):
+            maps = linear_maps(prepared.model, group)
+            experts = prepared.model.get_submodule(maps[0].name)
             before = {name: p.detach().clone() for name, p in experts.named_parameters()}
-            [(x, y)] = calls(ready.model, maps[0].name, data)
+            [(x, y)] = calls(prepared.model, maps[0].name, data)
             D, corrected, total = torch.randn_like(y), *torch.zeros(2, *y.shape).double()
             for one in maps:
                 X, token = by_hand(experts, x, one.expert)
@@ -126,9 +126,9 @@ def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
 
 def test_experts_know_the_residual_stream_that_their_output_is_added_to():
     model = mixture("mixtral")
-    with prepare(model, tokens(3, 16)) as ready:
-        names = [linear_maps(ready.model, group)[0].name for group in of_experts(ready)]
-        found = streams(ready.model, ready.example, names)
+    with prepare(model, tokens(3, 16)) as prepared:
+        names = [linear_maps(prepared.model, group)[0].name for group in of_experts(prepared)]
+        found = streams(prepared.model, prepared.example, names)
     assert sorted(found) == sorted(names)
 
 
@@ -169,9 +169,12 @@ class Around(nn.Module):
 def test_only_the_last_matrices_of_experts_are_refitted(kind):
     torch.manual_seed(0)
     model, data = Around(**kind).eval(), torch.randn(200, 8)
-    with prepare(model, data) as ready:
+    with prepare(model, data) as prepared:
         read = {
-            slot.tensor: group for group in ready.groups for slot in group.consumers if slot.tensor
+            slot.tensor: group
+            for group in prepared.groups
+            for slot in group.consumers
+            if slot.tensor
         }
     assert not read["experts.down"].frozen
     assert "does not put out" in read["experts.mid"].frozen[0].reason
@@ -242,33 +245,33 @@ def test_an_expert_that_no_token_reaches_keeps_its_rows_and_says_so():
 
 
 def test_too_few_tokens_for_an_expert_are_told_once_a_layer():
-    with prepare(mixture("mixtral"), tokens(2, 24)) as ready:
-        (site, _) = walk(ready, of_experts(ready), in_turn=False)
+    with prepare(mixture("mixtral"), tokens(2, 24)) as prepared:
+        (step, _) = walk(prepared, of_experts(prepared), in_turn=False)
         with pytest.warns(UserWarning, match="rank-deficient") as caught:
-            site.problem(20, 0.1)
+            step.problem(20, 0.1)
     (told,) = [str(one.message) for one in caught if "rank-deficient" in str(one.message)]
     assert "calibration positions for 40 inputs, and too few at 3 more of the 4" in told
 
 
 def test_numbers_that_overflow_in_one_expert_name_it():
-    with prepare(mixture("mixtral"), tokens()) as ready:
+    with prepare(mixture("mixtral"), tokens()) as prepared:
         with torch.no_grad():
-            ready.model.model.layers[1].mlp.experts.gate_up_proj[3] *= 1e36
+            prepared.model.model.layers[1].mlp.experts.gate_up_proj[3] *= 1e36
         words = r"layers\.1\.mlp\.experts\[3\]' have NaN or infinite"
         with pytest.raises(NonFiniteError, match=words):
-            list(walk(ready, of_experts(ready), in_turn=False))
+            list(walk(prepared, of_experts(prepared), in_turn=False))
 
 
 def test_widths_are_those_that_kernels_take():
     for dtype, step in ((torch.float32, 4), (torch.bfloat16, 8)):
-        with prepare(mixture("mixtral").to(dtype), tokens()) as ready:
-            assert {group.step for group in of_experts(ready)} == {step}
-            keep = provisional(ready, PruningRequest(neurons=21))
+        with prepare(mixture("mixtral").to(dtype), tokens()) as prepared:
+            assert {group.step for group in of_experts(prepared)} == {step}
+            keep = provisional(prepared, PruningRequest(neurons=21))
         assert set(keep.values()) == {{4: 20, 8: 24}[step]}
     kind, values = MIXTURES["mixtral"]
     narrow = type(mixture("mixtral"))(kind(**{**values, "intermediate_size": 4})).eval()
-    with prepare(narrow, tokens()) as ready:
-        reasons = [group.frozen[0].reason for group in ready.groups if group.units == 4]
+    with prepare(narrow, tokens()) as prepared:
+        reasons = [group.frozen[0].reason for group in prepared.groups if group.units == 4]
     assert any("widths that are multiples of 4" in reason for reason in reasons)
 
 
@@ -279,11 +282,11 @@ def test_factors_are_those_of_the_gradients_of_each_token():
     """A token's gradient at the weight of an expert is x g', whose norm and products they sum."""
     torch.manual_seed(0)
     model, data = mixture("mixtral"), tokens(2, 10)
-    with prepare(model, data) as ready:
-        group = of_experts(ready)[0]
-        maps = linear_maps(ready.model, group)
-        experts = ready.model.get_submodule(maps[0].name)
-        [(x, y)] = calls(ready.model, maps[0].name, data)
+    with prepare(model, data) as prepared:
+        group = of_experts(prepared)[0]
+        maps = linear_maps(prepared.model, group)
+        experts = prepared.model.get_submodule(maps[0].name)
+        [(x, y)] = calls(prepared.model, maps[0].name, data)
     g, factors = torch.randn_like(y), [Factors.of(one) for one in maps]
     for one in factors:
         one.add(x, g, None)
@@ -302,8 +305,8 @@ def test_factors_are_those_of_the_gradients_of_each_token():
 
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 def test_experts_share_budgets(allocation):
-    with prepare(never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)) as ready:
-        found = allocate(ready, PruningRequest(flops=0.85, allocation=allocation))
+    with prepare(never_sent_to(mixture("gpt-oss"), 2), tokens(16, 24)) as prepared:
+        found = allocate(prepared, PruningRequest(flops=0.85, allocation=allocation))
     experts = {name: kept for name, kept in found.keep.items() if name.endswith("experts.neurons")}
     assert experts
     assert all(kept % 4 == 0 for kept in experts.values())
@@ -312,8 +315,8 @@ def test_experts_share_budgets(allocation):
 
 def test_gradients_reach_experts_although_one_is_sent_nothing():
     model = never_sent_to(mixture("gpt-oss"), 2)
-    with prepare(model, tokens(16, 24)) as ready:
-        found = list(curvature(ready, of_experts(ready), samples=8, seed=0))
+    with prepare(model, tokens(16, 24)) as prepared:
+        found = list(curvature(prepared, of_experts(prepared), samples=8, seed=0))
     assert all(one.reached for one in found)
     assert [len(one.factors) for one in found] == [3, 3]
 
@@ -339,16 +342,18 @@ def test_code_for_training_of_a_mixture_is_tried():
 
 def test_an_expert_that_only_held_out_tokens_reach_loses_the_rows_of_what_leaves():
     model, data = mixture("mixtral"), tokens(8, 24)
-    with prepare(model, data) as ready:
-        for site in walk(ready, [g for g in ready.groups if g.name.endswith("experts.neurons")]):
-            gram = site.grams[1]
+    with prepare(model, data) as prepared:
+        for step in walk(
+            prepared, [g for g in prepared.groups if g.name.endswith("experts.neurons")]
+        ):
+            gram = step.grams[1]
             gram.fitted.rows = 0
-            assert gram not in site.known
+            assert gram not in step.known
             before = gram.linear_map.read_weight()
-            problem = site.problem(8, 0.1)
+            problem = step.problem(8, 0.1)
             solution = solvers.solve(problem, "greedy")
-            site.commit(solution.weights, solution.support.tolist())
-            gone = sorted(set(range(site.group.units)) - set(solution.support.tolist()))
+            step.commit(solution.weights, solution.support.tolist())
+            gone = sorted(set(range(step.group.units)) - set(solution.support.tolist()))
             after = gram.linear_map.read_weight()
             assert not after[gone].any()
             assert torch.equal(after[solution.support], before[solution.support])

@@ -414,18 +414,18 @@ def test_a_trial_leaves_the_model_as_it_was():
             return super().forward(x) * self.tables[len(x)]
 
     request = PruningRequest(sparsity=0.5, device="cpu")
-    with prepare_for(built(Counting), rows(9, 8), request) as ready:
-        held = [(module, type(module), dict(vars(module))) for module in ready.model.modules()]
-        values = {key: value.clone() for key, value in ready.model.state_dict().items()}
-        seen = (list(ready.model.tables), ready.model.calls)
-        kept = {id(parameter) for parameter in ready.model.parameters()}
-        assert feasible_groups(ready, request)[1]
+    with prepare_for(built(Counting), rows(9, 8), request) as prepared:
+        held = [(module, type(module), dict(vars(module))) for module in prepared.model.modules()]
+        values = {key: value.clone() for key, value in prepared.model.state_dict().items()}
+        seen = (list(prepared.model.tables), prepared.model.calls)
+        kept = {id(parameter) for parameter in prepared.model.parameters()}
+        assert feasible_groups(prepared, request)[1]
         for module, kind, attributes in held:
             assert type(module) is kind
             assert vars(module).keys() == attributes.keys()
-        assert {id(parameter) for parameter in ready.model.parameters()} == kept
-        assert all(torch.equal(v, values[k]) for k, v in ready.model.state_dict().items())
-        assert (list(ready.model.tables), ready.model.calls) == seen
+        assert {id(parameter) for parameter in prepared.model.parameters()} == kept
+        assert all(torch.equal(v, values[k]) for k, v in prepared.model.state_dict().items())
+        assert (list(prepared.model.tables), prepared.model.calls) == seen
 
 
 @pytest.mark.parametrize(
@@ -440,8 +440,8 @@ def test_a_trial_leaves_the_model_as_it_was():
 )
 def test_the_widths_that_are_tried(asked, kept):
     request = PruningRequest(device="cpu", **asked)
-    with prepare_for(built(Transformer), words(), request) as ready:
-        found = provisional(ready, request)
+    with prepare_for(built(Transformer), words(), request) as prepared:
+        found = provisional(prepared, request)
     assert found == {
         f"blocks.{i}.{'attn' if kind == 'heads' else 'mlp'}.{kind}": count[i]
         for i in (0, 1)
@@ -498,9 +498,9 @@ def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
 def test_a_sweep_tries_once(tries, monkeypatch):
     measured = []
 
-    def curves(ready, groups, **options):
+    def curves(prepared, groups, **options):
         measured.extend(group.name for group in groups)
-        return measure_curves(ready, groups, **options)
+        return measure_curves(prepared, groups, **options)
 
     monkeypatch.setattr(allocation, "measure_curves", curves)
     base = PruningRequest(sparsity=0.3, device="cpu")

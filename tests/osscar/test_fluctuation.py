@@ -46,11 +46,11 @@ def standardized(scores):
 
 @pytest.mark.parametrize(("family", "size"), [("opt", 8), ("llama-gqa", 3)])
 def test_scores_are_those_of_the_paper(family, size):
-    with prepare(tiny(family), tokens(8, 24), batch_size=size) as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        found = measure_fluctuations(ready, groups)
-        maps = {group.name: linear_maps(ready.model, group) for group in groups}
-        inputs = read(ready.model, [m.name for [m] in maps.values()], ready.batches())
+    with prepare(tiny(family), tokens(8, 24), batch_size=size) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        found = measure_fluctuations(prepared, groups)
+        maps = {group.name: linear_maps(prepared.model, group) for group in groups}
+        inputs = read(prepared.model, [m.name for [m] in maps.values()], prepared.batches())
         assert len(found) == 4
         for name, [consumer] in maps.items():
             W = consumer.module.weight.detach().double().numpy()
@@ -76,9 +76,9 @@ class Branches(nn.Module):
 def test_several_consumers_count_alike_and_all_taps_of_a_kernel():
     torch.manual_seed(0)
     model, x = Branches().eval(), torch.randn(6, 3, 9, 9)
-    with prepare(model, (x,), batch_size=4) as ready:
-        groups = [group for group in ready.groups if group.units == 8]
-        (found,) = measure_fluctuations(ready, groups).values()
+    with prepare(model, (x,), batch_size=4) as prepared:
+        groups = [group for group in prepared.groups if group.units == 8]
+        (found,) = measure_fluctuations(prepared, groups).values()
     hidden = torch.sigmoid(model.first(x)).double()
     padded = nn.functional.unfold(hidden, 3, padding=1).movedim(1, 2).flatten(0, 1)
     wide = padded.var(0, correction=0) * model.wide.weight.double().square().sum(0).flatten()
@@ -95,9 +95,9 @@ def test_variances_survive_means_that_are_large():
     with torch.no_grad():
         model[0].bias += 1e8
     x = torch.randn(300, 6, dtype=torch.float64)
-    with prepare(model, (x,), batch_size=64) as ready:
-        [group] = [group for group in ready.groups if group.units == 10]
-        found = measure_fluctuations(ready, [group])[group.name]
+    with prepare(model, (x,), batch_size=64) as prepared:
+        [group] = [group for group in prepared.groups if group.units == 10]
+        found = measure_fluctuations(prepared, [group])[group.name]
     with torch.no_grad():
         hidden = (x @ model[0].weight.T).numpy()
         rows = hidden.var(0) * model[2].weight.square().sum(0).numpy()
@@ -106,9 +106,9 @@ def test_variances_survive_means_that_are_large():
 
 def test_inputs_that_say_nothing_are_refused(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 10), nn.Softplus(), nn.Linear(10, 4))
-    with prepare(model, (torch.randn(20, 6),)) as ready:
-        groups = [group for group in ready.groups if group.units == 10]
-        batch = ready.batches()[0]
+    with prepare(model, (torch.randn(20, 6),)) as prepared:
+        groups = [group for group in prepared.groups if group.units == 10]
+        batch = prepared.batches()[0]
         for batches, error, message in [
             ([], ModelError, "'2' was never called on the calibration data"),
             ([{k: x * torch.nan for k, x in batch.items()}], NonFiniteError, "inputs of '2' have"),
@@ -116,17 +116,17 @@ def test_inputs_that_say_nothing_are_refused(monkeypatch):
         ]:
             monkeypatch.setattr(Prepared, "batches", lambda self, batches=batches: batches)
             with pytest.raises(error, match=message):
-                measure_fluctuations(ready, groups)
-            assert not any(module._forward_pre_hooks for module in ready.model.modules())
+                measure_fluctuations(prepared, groups)
+            assert not any(module._forward_pre_hooks for module in prepared.model.modules())
 
 
 def test_equal_scores_say_nothing():
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
     with torch.no_grad():
         model[2].weight.zero_()
-    with prepare(model, (torch.randn(20, 6),)) as ready:
-        groups = [group for group in ready.groups if group.units == 10]
-        assert not measure_fluctuations(ready, groups)[groups[0].name].any()
+    with prepare(model, (torch.randn(20, 6),)) as prepared:
+        groups = [group for group in prepared.groups if group.units == 10]
+        assert not measure_fluctuations(prepared, groups)[groups[0].name].any()
 
 
 # ---- one threshold -----------------------------------------------------------------------
@@ -186,8 +186,8 @@ def test_the_scale_of_a_layer_is_no_matter():
 
 
 def test_at_least_the_least_width_stays():
-    with prepare(tiny("opt"), tokens(4, 12)) as ready:
-        groups = [group for group in ready.groups if group.prunable]
+    with prepare(tiny("opt"), tokens(4, 12)) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
         low = {g.name: np.full(g.units, -9.0) for g in groups}
         low[groups[0].name] = np.full(groups[0].units, 9.0)
         rule = Sharing(groups, Widths(), {}, scores=low)
@@ -205,9 +205,9 @@ def test_at_least_the_least_width_stays():
 
 def test_variances_follow_the_weight_of_each_layer():
     torch.manual_seed(0)
-    with prepare(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as ready:
-        [group] = [group for group in ready.groups if group.units == 8]
-        grams = [GramAccumulator(one) for one in linear_maps(ready.model, group)]
+    with prepare(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as prepared:
+        [group] = [group for group in prepared.groups if group.units == 8]
+        grams = [GramAccumulator(one) for one in linear_maps(prepared.model, group)]
         for gram in grams:
             gram.add(torch.rand(400, gram.linear_map.rows) + 3)
         alone = [copy.deepcopy(gram).consumer(0.1) for gram in grams]

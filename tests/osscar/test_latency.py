@@ -68,10 +68,10 @@ def clock(monkeypatch):
 def asked(model, data, **more):
     """Open a model, and return it with the groups that a speed-up reaches, and what others keep."""
     request = PruningRequest(speedup=1.5, device="cpu", **more)
-    ready = prepare_for(model, data, request)
-    opened = ready.__enter__()
+    prepared = prepare_for(model, data, request)
+    opened = prepared.__enter__()
     _, keep, shared = asked_groups(opened, request)
-    return ready, opened, shared, keep
+    return prepared, opened, shared, keep
 
 
 # ---- aiming ------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def test_a_sweep_over_speed_ups_has_one_table(clock):
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
 def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more):
     model, random = tiny(family), np.random.default_rng(0)
-    context, ready, shared, keep = asked(model, tokens(8, 24), **more)
-    table = latency.latency_table(ready, shared, keep, Widths(more.get("round_to", 1)))
+    context, prepared, shared, keep = asked(model, tokens(8, 24), **more)
+    table = latency.latency_table(prepared, shared, keep, Widths(more.get("round_to", 1)))
     if not more:
         assert table.of({}) == pytest.approx(1.0)
     assert table.separable([group.name for group in shared])
@@ -180,8 +180,8 @@ def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more
 
 
 def test_the_time_of_a_filter_depends_on_both_of_its_widths(clock):
-    context, ready, shared, keep = asked(small_net(), images())
-    table = latency.latency_table(ready, shared, keep, Widths())
+    context, prepared, shared, keep = asked(small_net(), images())
+    table = latency.latency_table(prepared, shared, keep, Widths())
     assert not table.separable([group.name for group in shared])
     half = {group.name: group.units // 2 for group in shared}
     result = osscar.prune(

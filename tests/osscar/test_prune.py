@@ -300,8 +300,10 @@ def test_samples_apart_come_to_what_samples_together_do():
     assert one.held_out == other.held_out
     torch.testing.assert_close(one.model(x), other.model(x))
     with prepare(model, x) as together, prepare(model, apart) as alone:
-        for ready in (together, alone):
-            [found] = curvature(ready, [g for g in ready.groups if g.prunable], samples=64, seed=0)
+        for prepared in (together, alone):
+            [found] = curvature(
+                prepared, [g for g in prepared.groups if g.prunable], samples=64, seed=0
+            )
             assert found.reached
         assert held_batches(alone, small_batches(alone, 64)) == 16
     estimated = osscar.estimate(model, apart, sparsity=0.3, device="cpu")
@@ -595,8 +597,8 @@ class ReadTwice(nn.Module):
 def test_a_weight_that_other_code_reads_is_not_refitted(form):
     torch.manual_seed(0)
     model, x = ReadTwice(form).eval(), torch.randn(64, 6)
-    with prepare(model, x) as ready:
-        frozen = {g.units: g.frozen for g in ready.groups if g.units in {12, 8}}
+    with prepare(model, x) as prepared:
+        frozen = {g.units: g.frozen for g in prepared.groups if g.units in {12, 8}}
     assert not frozen[8]
     assert bool(frozen[12]) == (form != "once")
     if frozen[12]:

@@ -83,12 +83,12 @@ def test_a_detector_behind_silu_stays_what_it_is_on_fresh_and_on_larger_images()
 
 
 def measured(bias, positions, noisy, seed):
-    """A site with one consumer, and what was held out: inputs and targets."""
+    """A step with one consumer, and what was held out: inputs and targets."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4, bias=bias)).double()
-    with prepare(model, torch.randn(8, 5).double()) as ready:
-        (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
-        (consumer,) = linear_maps(ready.model, group)
+    with prepare(model, torch.randn(8, 5).double()) as prepared:
+        (group,) = [g for g in prepared.groups if g.prunable and g.units == 12]
+        (consumer,) = linear_maps(prepared.model, group)
     gram = GramAccumulator(consumer, held=True, corrections=True)
     mixed = torch.randn(12, 12).double()
     M = 0.3 * torch.randn(12, 4).double()
@@ -111,13 +111,13 @@ def error(W, bias, X, D, W0):
 def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
     fates = set()
     for seed in range(12):
-        site, [_, (X, D)] = measured(bias, (4, 8, 60)[seed % 3], (0.1, 20.0)[seed % 2], seed)
-        (gram,) = site.grams
+        step, [_, (X, D)] = measured(bias, (4, 8, 60)[seed % 3], (0.1, 20.0)[seed % 2], seed)
+        (gram,) = step.grams
         W0 = gram.linear_map.read_weight()
-        site.share = seed % 5 / 4
-        solution = solvers.solve(site.problem(7, 0.01), "greedy")
+        step.correction_weight = seed % 5 / 4
+        solution = solvers.solve(step.problem(7, 0.01), "greedy")
         kept = solution.support.tolist()
-        refits = site.refits(solution.weights, kept)
+        refits = step.refits(solution.weights, kept)
         plain = torch.zeros_like(W0)
         plain[kept] = W0[kept]
         found, refit, none = (
@@ -184,8 +184,8 @@ def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkey
     model, x = nn.Sequential(*layers).eval(), 100 * torch.randn(64, 6)
     sound = LayerStep.refits
 
-    def huge(site, weights, kept):
-        found = sound(site, weights, kept)
+    def huge(step, weights, kept):
+        found = sound(step, weights, kept)
         grown = tuple(1e38 * W for W in found.weights)
         return dataclasses.replace(found, weights=grown, growth=1e38)
 

@@ -41,10 +41,10 @@ def allocate(groups, asked):
     model = nn.ModuleDict(
         {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
     )
-    ready = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
+    prepared = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
-    return allocation.allocate(ready, asked).keep
+    return allocation.allocate(prepared, asked).keep
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp
     assert log.committed == count
     solved, prune_group = [], osscar.pruning.groups._prune_group
 
-    def spy(site, *rest):
-        solved.append(site.group.name)
-        return prune_group(site, *rest)
+    def spy(step, *rest):
+        solved.append(step.group.name)
+        return prune_group(step, *rest)
 
     monkeypatch.setattr(osscar.pruning.groups, "_prune_group", spy)
     again = prune_as_asked(build_model(), data(), REQUEST, log)

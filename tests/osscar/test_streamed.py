@@ -344,10 +344,10 @@ def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):
         with prepare(tiny(family), windows(), batch_size=3) as prepared:
             groups = [group for group in prepared.groups if group.prunable]
             prepared = dataclasses.replace(prepared, waiting_on_disk=waiting_on_disk)
-            for site in walk(prepared, groups, target=target, held=2):
-                problem = site.problem(site.group.units // 2, 1e-2)
+            for step in walk(prepared, groups, target=target, held=2):
+                problem = step.problem(step.group.units // 2, 1e-2)
                 yield [(c.H, c.G) for c in problem.consumers]
-                site.commit([gram.linear_map.read_weight() * 0.9 for gram in site.grams])
+                step.commit([gram.linear_map.read_weight() * 0.9 for gram in step.grams])
 
     found, expected = list(walked(True)), list(walked(False))
     assert len(found) == len(expected) > 2

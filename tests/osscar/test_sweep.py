@@ -53,9 +53,9 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measured = []
 
-    def counted(ready, request, left):
+    def counted(prepared, request, left):
         measured.append(request)
-        return shared_curves(ready, request, left)
+        return shared_curves(prepared, request, left)
 
     shared_curves = sweep_room.shared_curves
     monkeypatch.setattr(sweep_room, "shared_curves", counted)
@@ -140,10 +140,10 @@ def test_budgets_that_make_no_sense_are_refused(budget, values, message):
 @pytest.mark.parametrize("kind", ["opt", "images"])
 def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
-    with prepare_for(model, data, BASE) as ready:
-        curves = sweep_room.shared_curves(ready, BASE)
+    with prepare_for(model, data, BASE) as prepared:
+        curves = sweep_room.shared_curves(prepared, BASE)
         budgets = [
-            allocate(ready, Job(CURVATURE, SPARSITY, s).request(BASE), curves).budget
+            allocate(prepared, Job(CURVATURE, SPARSITY, s).request(BASE), curves).budget
             for s in (0.2, 0.5, 0.8)
         ]
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
@@ -372,11 +372,11 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
     model, data = (make() for make in NETS[net])
-    with prepare_for(model, data, BASE) as ready:
-        curves = sweep_room.shared_curves(ready, BASE)
+    with prepare_for(model, data, BASE) as prepared:
+        curves = sweep_room.shared_curves(prepared, BASE)
         for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
             asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]
-            budgets = [allocate(ready, request, curves).budget for request in asked]
+            budgets = [allocate(prepared, request, curves).budget for request in asked]
             assert len({budget.limit for budget in budgets}) == 1
             assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)
 

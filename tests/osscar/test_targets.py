@@ -76,9 +76,11 @@ def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code():
         told = {name: len(places) for name, places in found.items()}
         assert told == (dict.fromkeys(names, count) if count else {})
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with prepare(tiny("llama-gqa"), tokens(4, 12)) as ready:
-        names = [c.name for g in ready.groups if g.prunable for c in linear_maps(ready.model, g)]
-        assert set(streams(ready.model, ready.example, names)) == set(names)
+    with prepare(tiny("llama-gqa"), tokens(4, 12)) as prepared:
+        names = [
+            c.name for g in prepared.groups if g.prunable for c in linear_maps(prepared.model, g)
+        ]
+        assert set(streams(prepared.model, prepared.example, names)) == set(names)
 
 
 @torch.no_grad()
@@ -86,14 +88,14 @@ def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code():
 def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(form):
     torch.manual_seed(0)
     model, x = Stack(form).eval(), torch.randn(64, 8)
-    with prepare(model, (x,), batch_size=16) as ready:
-        dense = copy.deepcopy(ready.model)
-        groups = [g for g in ready.groups if g.prunable and "up" in g.slots[0].module]
+    with prepare(model, (x,), batch_size=16) as prepared:
+        dense = copy.deepcopy(prepared.model)
+        groups = [g for g in prepared.groups if g.prunable and "up" in g.slots[0].module]
         assert len(groups) == 3
-        for index, site in enumerate(walk(ready, groups, target=Target.RESIDUAL)):
-            (gram,), W0 = site.grams, site.consumers[0].read_weight()
+        for index, step in enumerate(walk(prepared, groups, target=Target.RESIDUAL)):
+            (gram,), W0 = step.grams, step.consumers[0].read_weight()
             sums, X = [], torch.empty(0)
-            for network in (ready.model, dense):
+            for network in (prepared.model, dense):
                 seen = {}
                 hooks = [
                     network.blocks[index].norm.register_forward_pre_hook(
@@ -105,7 +107,7 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(for
                 ]
                 network(x)
                 sums.append(seen["stream"] + seen["y"])
-                X = seen["x"] if network is ready.model else X
+                X = seen["x"] if network is prepared.model else X
                 for hook in hooks:
                     hook.remove()
             D, X = (sums[1] - sums[0]).double(), X.double()
@@ -116,7 +118,7 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(for
             assert e == pytest.approx(float(Y.square().sum()) / 64, rel=1e-3)
             W = W0.clone()
             W[::2] = 0
-            site.commit([W])
+            step.commit([W])
 
 
 def test_a_stream_that_nobody_knows_is_left_out_of_the_target():
@@ -154,9 +156,9 @@ def accumulated(positions, noise, *, outputs=4, seed=0):
     """Sums of one layer whose corrections are explained in part by its inputs."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, outputs))
-    with prepare(model, torch.randn(8, 5)) as ready:
-        (group,) = [g for g in ready.groups if g.prunable and g.units == 12]
-        (consumer,) = linear_maps(ready.model, group)
+    with prepare(model, torch.randn(8, 5)) as prepared:
+        (group,) = [g for g in prepared.groups if g.prunable and g.units == 12]
+        (consumer,) = linear_maps(prepared.model, group)
     gram = GramAccumulator(consumer, held=True, corrections=True)
     M, mixed = torch.randn(12, outputs), torch.randn(12, 12)
     for held, count in ((False, positions), (True, 4000)):
@@ -243,8 +245,8 @@ def test_the_report_says_how_refits_were_held_back():
 
 def half_of_ten(model, x):
     """Ask for five units of the group that has ten."""
-    with prepare(model, x) as ready:
-        return {group.name: 5 for group in ready.groups if group.units == 10}
+    with prepare(model, x) as prepared:
+        return {group.name: 5 for group in prepared.groups if group.units == 10}
 
 
 @torch.no_grad()
@@ -304,14 +306,14 @@ def test_an_input_that_never_changes_is_dead_to_a_layer_with_a_bias():
 def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
     torch.manual_seed(0)
     model, x = Concat().eval(), torch.randn(256, 6)
-    with prepare(model, (x,), batch_size=64) as ready:
-        dense = copy.deepcopy(ready.model)
-        groups = [g for g in ready.groups if g.prunable and g.consumers[0].module == "join"]
+    with prepare(model, (x,), batch_size=64) as prepared:
+        dense = copy.deepcopy(prepared.model)
+        groups = [g for g in prepared.groups if g.prunable and g.consumers[0].module == "join"]
         assert len(groups) == 4
-        for site in walk(ready, groups, target=Target.OUTPUTS):
-            (gram,) = site.grams
+        for step in walk(prepared, groups, target=Target.OUTPUTS):
+            (gram,) = step.grams
             outputs = []
-            for network in (dense, ready.model):
+            for network in (dense, prepared.model):
                 hook = network.join.register_forward_hook(
                     lambda _, args, y, outputs=outputs: outputs.append(y)
                 )
@@ -319,8 +321,8 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
                 hook.remove()
             D = (outputs[0] - outputs[1]).double()
             expected = float((D - D.mean(0)).square().sum()) / len(x)
-            W = site.consumers[0].read_weight()
+            W = step.consumers[0].read_weight()
             _, (_, energy), _ = copy.deepcopy(gram.fitted).given_up(torch.zeros_like(W), 1.0)
             assert energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W[::2] = 0
-            site.commit([W])
+            step.commit([W])

@@ -212,10 +212,10 @@ def case(request):
 # ---- measured as if each group were alone ------------------------------------------------
 
 
-def half_gone(site):
+def half_gone(step):
     """Return weights as a refit leaves them: half the units zero, the others changed."""
     weights = []
-    for consumer in site.consumers:
+    for consumer in step.consumers:
         W = consumer.read_weight() * 1.1
         for rows in consumer.unit_rows[::2]:
             W[rows] = 0
@@ -224,16 +224,16 @@ def half_gone(site):
 
 
 def commit_all(way):
-    for site in way:
-        site.commit(half_gone(site))
+    for step in way:
+        step.commit(half_gone(step))
 
 
-def read_by(consumer, ready, dense):
+def read_by(consumer, prepared, dense):
     """Return all that a consumer reads, and what its output lacks to that in the dense model."""
     inputs, corrections = [], []
-    for batch in ready.batches():
+    for batch in prepared.batches():
         (x, pruned), (_, wanted) = (
-            _calls(network, consumer.name, batch) for network in (ready.model, dense)
+            _calls(network, consumer.name, batch) for network in (prepared.model, dense)
         )
         for read, a, b in zip(x, pruned, wanted, strict=True):
             inputs += [piece.double() for piece in consumer.read_inputs(read)]
@@ -265,20 +265,20 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(case):
     """And with targets that are what the dense model puts out."""
     name, model, data = case
     near, seen = TOLERANCE.get(name, 1e-4), []
-    with prepare(model, data, batch_size=BATCH) as ready, torch.no_grad():
-        groups = [group for group in ready.groups if group.prunable]
-        way, dense = walk(ready, groups, in_turn=False), copy.deepcopy(ready.model)
-        for site in way:
-            for gram in site.grams:
-                X, _ = read_by(gram.linear_map, ready, dense)
+    with prepare(model, data, batch_size=BATCH) as prepared, torch.no_grad():
+        groups = [group for group in prepared.groups if group.prunable]
+        way, dense = walk(prepared, groups, in_turn=False), copy.deepcopy(prepared.model)
+        for step in way:
+            for gram in step.grams:
+                X, _ = read_by(gram.linear_map, prepared, dense)
                 close(gram.fitted.gram.dense(), X.T @ X, near / 10)
             with pytest.raises(ModelError, match="walk in turn"):
-                site.commit(half_gone(site))
+                step.commit(half_gone(step))
         assert way.passes == 1
-        for site in walk(ready, groups, target=Target.OUTPUTS):
-            for gram in site.grams:
+        for step in walk(prepared, groups, target=Target.OUTPUTS):
+            for gram in step.grams:
                 W0 = gram.linear_map.read_weight()
-                X, D = read_by(gram.linear_map, ready, dense)
+                X, D = read_by(gram.linear_map, prepared, dense)
                 close(gram.fitted.gram.dense(), X.T @ X, near / 10)
                 if gram.linear_map.has_bias:
                     X, D = X - X.mean(0), D - D.mean(0)
@@ -288,10 +288,10 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(case):
                     close(G, X.T @ Y / len(X), near)
                     expected = float(Y.square().sum() / len(X))
                     assert e == pytest.approx(expected, rel=10 * near, abs=1e-12)
-            site.correction_weight = 0.5
-            site.problem(max(1, site.group.units // 2), damp=0.01)  # well posed
-            site.commit(half_gone(site))
-            seen.append(site.group.name)
+            step.correction_weight = 0.5
+            step.problem(max(1, step.group.units // 2), damp=0.01)  # well posed
+            step.commit(half_gone(step))
+            seen.append(step.group.name)
     assert sorted(seen) == sorted(group.name for group in groups)
 
 
@@ -347,17 +347,19 @@ class Spy:
 )
 def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, passes):
     build, data = CASES[name]
-    with prepare(build(), data(), batch_size=BATCH) as ready:
+    with prepare(build(), data(), batch_size=BATCH) as prepared:
         groups = [
             group
-            for group in ready.groups
+            for group in prepared.groups
             if group.prunable
-            and (name != "shortcut" or group.name not in ready.residual)
-            and (group.kind in kinds or (kinds == ("inner",) and group.name not in ready.residual))
+            and (name != "shortcut" or group.name not in prepared.residual)
+            and (
+                group.kind in kinds or (kinds == ("inner",) and group.name not in prepared.residual)
+            )
         ]
-        way = walk(ready, groups)
-        for site in way:
-            site.commit(half_gone(site))
+        way = walk(prepared, groups)
+        for step in way:
+            step.commit(half_gone(step))
         assert way.passes == passes
 
 
@@ -404,8 +406,8 @@ DATA = torch.arange(54.0).view(9, 6) / 27
 def moody(mood, batch):
     torch.manual_seed(0)
     model = Moody().eval()
-    ready = prepare(model, DATA, batch_size=BATCH)
-    return model, ready, {float(DATA[batch * BATCH, 0]): mood}
+    prepared = prepare(model, DATA, batch_size=BATCH)
+    return model, prepared, {float(DATA[batch * BATCH, 0]): mood}
 
 
 @pytest.mark.parametrize(
@@ -420,13 +422,13 @@ def moody(mood, batch):
 def test_a_batch_that_goes_astray_is_named_and_nothing_stays_behind(mood, message):
     model, manager, moods = moody(mood, 1)
     before = copy.deepcopy(model.state_dict())
-    with manager as ready:
-        groups = [group for group in ready.groups if group.prunable]
-        ready.model.mood = moods
+    with manager as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        prepared.model.mood = moods
         with pytest.raises(DataError, match=message):
-            commit_all(walk(ready, groups))
-        assert ready.model.inside == []  # every pass has left its context managers
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in ready.model.modules())
+            commit_all(walk(prepared, groups))
+        assert prepared.model.inside == []  # every pass has left its context managers
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in prepared.model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, Coroutine) and o.arrived is not None]
@@ -436,19 +438,19 @@ def test_a_batch_that_goes_astray_is_named_and_nothing_stays_behind(mood, messag
 def test_a_walk_that_ends_early_ends_its_passes(mood):
     _, manager, moods = moody(mood, 2)
     grad = torch.is_grad_enabled()
-    with manager as ready:
-        groups = [group for group in ready.groups if group.prunable]
+    with manager as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
         if mood == "interrupted":
-            ready.model.mood = moods
+            prepared.model.mood = moods
             with pytest.raises(KeyboardInterrupt):
-                list(walk(ready, groups))
+                list(walk(prepared, groups))
         else:
-            for site in walk(ready, groups):
-                site.commit(half_gone(site))
+            for step in walk(prepared, groups):
+                step.commit(half_gone(step))
                 break
         gc.collect()
-        assert ready.model.inside == []
-        assert not any(m._forward_pre_hooks for m in ready.model.modules())
+        assert prepared.model.inside == []
+        assert not any(m._forward_pre_hooks for m in prepared.model.modules())
     assert torch.is_grad_enabled() == grad
 
 
@@ -469,21 +471,21 @@ def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
             return self.last(y)
 
     torch.manual_seed(0)
-    with prepare(Stubborn().eval(), DATA, batch_size=BATCH) as ready:
-        for site in walk(ready, [group for group in ready.groups if group.prunable][:1]):
-            site.commit(half_gone(site))
-        assert ready.model.ends == 3
-        assert not any(m._forward_pre_hooks for m in ready.model.modules())
+    with prepare(Stubborn().eval(), DATA, batch_size=BATCH) as prepared:
+        for step in walk(prepared, [group for group in prepared.groups if group.prunable][:1]):
+            step.commit(half_gone(step))
+        assert prepared.model.ends == 3
+        assert not any(m._forward_pre_hooks for m in prepared.model.modules())
 
 
 def test_activations_that_are_not_finite_are_refused_with_their_consumer():
     model = seeded(Twice)()
     data = torch.randn(7, 6)
     data[5] = 3e38
-    with prepare(model, data, batch_size=BATCH) as ready:
-        ready.model.up.weight.data.mul_(1e3)
+    with prepare(model, data, batch_size=BATCH) as prepared:
+        prepared.model.up.weight.data.mul_(1e3)
         with pytest.raises(NonFiniteError, match="'down'"):
-            list(walk(ready, [group for group in ready.groups if group.prunable]))
+            list(walk(prepared, [group for group in prepared.groups if group.prunable]))
 
 
 def test_a_consumer_that_is_never_called_is_refused():
@@ -496,25 +498,25 @@ def test_a_consumer_that_is_never_called_is_refused():
             return self.down(torch.relu(self.up(x)))
 
     model = seeded(Unread)()
-    with prepare(model, torch.randn(7, 6)) as ready:
-        (group,) = [group for group in ready.groups if group.prunable]
-        ready.model.forward = lambda x: x
+    with prepare(model, torch.randn(7, 6)) as prepared:
+        (group,) = [group for group in prepared.groups if group.prunable]
+        prepared.model.forward = lambda x: x
         with pytest.raises(ModelError, match="'down' was never called"):
-            walk(ready, [group])
+            walk(prepared, [group])
 
 
 def test_modes_of_a_suspended_pass_are_not_seen_outside():
     """A walk that stops under autocast, inference mode and gradients leaves none of them."""
-    with prepare(seeded(Surrounded)(), torch.randn(7, 8), batch_size=BATCH) as ready:
-        groups = [group for group in ready.groups if group.prunable]
+    with prepare(seeded(Surrounded)(), torch.randn(7, 8), batch_size=BATCH) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
         stack = torch._C._len_torch_function_stack()
-        for site in walk(ready, groups):
+        for step in walk(prepared, groups):
             assert not torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")
             assert torch.backends.cuda.flash_sdp_enabled()
             assert torch._C._len_torch_function_stack() == stack
-            site.commit(half_gone(site))
+            step.commit(half_gone(step))
     assert torch.is_grad_enabled()
 
 
@@ -528,9 +530,9 @@ def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
             return self.down(input=torch.relu(self.up(x)))
 
     data = torch.randn(7, 6)
-    with prepare(seeded(Keyword)(), data, batch_size=BATCH) as ready:
-        (site,) = walk(ready, [group for group in ready.groups if group.prunable], held=2)
-        (gram,), X = site.grams, torch.relu(ready.model.up(data)).double()
+    with prepare(seeded(Keyword)(), data, batch_size=BATCH) as prepared:
+        (step,) = walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
+        (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
     assert (gram.positions, gram.held_rows) == (5, 2)
     torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
     torch.testing.assert_close(gram.held.gram.dense(), (X[5:].T @ X[5:]).detach())
