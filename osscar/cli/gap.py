@@ -89,7 +89,7 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
 
 
 def _described(model: str, options: GapOptions) -> dict[str, Any]:
-    """Return how the problems of a model are options, as its study keeps it."""
+    """Return how the problems of a model are posed, as its study keeps it."""
     stated = stated_preprocessing(options)
     names = ("samples", "seqlen", "seed", "damp", "groups", "query_heads")
     return {

@@ -51,8 +51,7 @@ def run(
     if keep is None and problem.keep == problem.units:
         raise OptionError(
             f"{file} keeps all of its {pluralize(problem.units, 'unit')}, as problems of "
-            "studies do, "
-            "so that nothing is to be chosen; say with --keep how many stay"
+            "studies do, so that nothing is to be chosen; say with --keep how many stay"
         )
     with quiet():
         solution = solvers.solve(

@@ -403,8 +403,7 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
     if named is None:
         raise DataError(
             f"{safe_repr(example)} ({type(example).__name__}) are no example inputs; give a "
-            "tensor, a "
-            "tuple of tensors, or a mapping of their names to tensors"
+            "tensor, a tuple of tensors, or a mapping of their names to tensors"
         )
     return named
 

@@ -85,8 +85,7 @@ class ImageSet(SampleSet):
             raise DataError(
                 f"{self.source} has {pluralize(len(names), 'class folder')} and the model "
                 f"{pluralize(outputs, 'class', 'classes')}; name the folders by class or by "
-                "number, "
-                "or give as many as there are classes"
+                "number, or give as many as there are classes"
             )
         return labels
 

@@ -180,9 +180,9 @@ class Preprocessing:
         if self.channels not in (None, channels):
             numbers = "" if len(self.mean or ()) < 3 else " (mean has 3 numbers)"
             raise DataError(
-                "images are stated to have "
-                f"{pluralize(self.channels or 0, 'channel')}{numbers}, and "
-                f"the example of {source} has {channels}: {tuple(example.shape)}; state what it has"
+                f"images are stated to have {pluralize(self.channels or 0, 'channel')}{numbers}, "
+                f"and the example of {source} has {channels}: {tuple(example.shape)}; state what "
+                "it has"
             )
         if self.dtype not in (None, number_format):
             raise DataError(
@@ -395,9 +395,8 @@ def as_preprocessing(given: Any, source: str) -> AnyPreprocessing:
         return OwnTransform.of(given, source)
     raise OptionError(
         f"{source} gives {safe_repr(given)} ({type(given).__name__}) as what is done to an "
-        "image; give "
-        "an osscar.Preprocessing, a preset of torchvision, or a function from a PIL image to a "
-        "tensor"
+        "image; give an osscar.Preprocessing, a preset of torchvision, or a function from a PIL "
+        "image to a tensor"
     )
 
 

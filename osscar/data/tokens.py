@@ -207,8 +207,7 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
     if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
         raise OptionError(
             f"samples is {safe_repr(samples)}, seqlen {safe_repr(seqlen)} and seed "
-            f"{safe_repr(seed)}; give "
-            "whole numbers"
+            f"{safe_repr(seed)}; give whole numbers"
         )
     if samples < 1 or seqlen < 1:
         raise DataError(

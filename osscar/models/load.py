@@ -73,8 +73,8 @@ def load_model(
     Raises
     ------
     ModelError
-        If nothing answers to the name; or if the checkpoint is unsafe, or not a causal language
-        model; if weights are missing or do not fit, or code fails.
+        If nothing answers to the name, or a packaged model cannot be fetched; if the checkpoint is
+        unsafe, or not a causal language model; if weights are missing or do not fit, or code fails.
     CheckpointError
         If the directory holds no model, or its config, plan or weights cannot be read or do not fit
         one another, or the model cannot run.
@@ -89,8 +89,8 @@ def load_model(
         or brings its own function; or the limit is no size.
     FileError
         If a file of a model that stays on disk is cut off.
-    ModelError, MissingDependency
-        If a packaged model cannot be fetched, or torchvision is needed and not installed.
+    MissingDependency
+        If torchvision, or what reads a packaged model, is needed and not installed.
 
     Warns
     -----

@@ -91,15 +91,15 @@ class LoadedModel:
         Raises
         ------
         DataError
-            If text is missing, unreadable, or shorter than one window; or if there are no images,
-            or one of them cannot be decoded.
+            If text is missing, unreadable, or shorter than one window; if there are no images, or
+            one of them cannot be decoded; or if this Python lacks the built-in text.
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
             If a length is given for what is no text, nothing states what is done to an image, or
             something does and the data are tensors.
-        DataError, MissingDependency
-            If this Python lacks the built-in text, or ``datasets`` is needed and not installed.
+        MissingDependency
+            If ``datasets`` is needed and not installed.
         """
         if self.tokenizer is not None:
             return load_calibration(

@@ -32,7 +32,6 @@ from solvers.exact.branch_and_bound import BranchAndBound
 _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
 
-
 _FEWEST = 4
 """With fewer samples, all are needed for the fit."""
 

@@ -91,7 +91,7 @@ class PruningResult:
     ----------
     model
         The shrunk model, in evaluation mode, on the device it was pruned on: the user's own, or an
-        `osscar.shrinking.program.program.ProgramModule`, as `form` says.
+        `osscar.ProgramModule`, as `form` says.
     plan
         What stays of each group.
     layers

@@ -1,1 +1,1 @@
-"""What people read: tables for the terminal."""
+"""What people read: pages, plots, and tables for the terminal."""

@@ -239,9 +239,8 @@ class Summary:
         proofs = f"; {proofs_in_words(case.proof for case in closed)}" if closed else ""
         return (
             f"{len(closed)} of {pluralize(len(self.windows), 'window')} {are(len(closed))} "
-            "solved to "
-            f"proven optimality{proofs}; the layer's swap optimum could be improved within "
-            f"{len(improved)} of them{tail}"
+            f"solved to proven optimality{proofs}; the layer's swap optimum could be improved "
+            f"within {len(improved)} of them{tail}"
         )
 
 

@@ -113,11 +113,10 @@ def shrink_program(
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
         if fixed:
             warnings.warn(
-                f"{fixed}: its code makes numbers "
-                "of them, as int, math.sqrt and loops do, or they are the resolution of images "
-                "for attention, which is not left open; "
-                "calibrate on the sizes that it will meet, or keep to the modules (form='eager' "
-                "in Python, --form eager on the command line)",
+                f"{fixed}: its code makes numbers of them, as int, math.sqrt and loops do, or they "
+                "are the resolution of images for attention, which is not left open; calibrate on "
+                "the sizes that it will meet, or keep to the modules (form='eager' in Python, "
+                "--form eager on the command line)",
                 stacklevel=2,
             )
         return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
@@ -173,8 +172,7 @@ def check_example(example: object) -> None:
     if not tensors or not example:
         raise OptionError(
             f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
-            "each with "
-            "two samples or more"
+            "each with two samples or more"
         )
 
 
