@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from osscar.base.errors import NoMemoryError, OptionError, first_line
-from osscar.base.inputs import parse_size as parse_size
 
 try:
     import resource

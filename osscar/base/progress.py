@@ -61,10 +61,9 @@ def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
             display.remove_task(task)
 
 
-def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str) -> Iterator[T]:
     """Iterate with a bar, of as many steps as there are items, where that is known."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
+    total = len(iterable) if isinstance(iterable, Sized) else None
     with stage(description, total) as bar:
         for item in iterable:
             yield item

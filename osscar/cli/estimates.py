@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-import osscar
 from osscar.base.devices import resolve_device
 from osscar.base.memory import in_words
 from osscar.base.timing import Stage
-from osscar.cli.common import out, say, write_json
+from osscar.cli.common import document, out, say, write_json
 from osscar.data.batches import CalibrationData
 from osscar.estimation.estimate import estimate_as_asked, of_command
 from osscar.estimation.values import Span
@@ -42,9 +41,7 @@ def dry_run(
         )
     if request.has_budget:
         say("budget: what groups keep is a guess until their curves are measured")
-    document = {
-        "schema": "osscar.estimate/3",
-        "osscar_version": osscar.__version__,
+    content = {
         "model": loaded.source,
         "device": str(resolve_device(request.device)),
         "threads": torch.get_num_threads(),
@@ -54,7 +51,7 @@ def dry_run(
         "stages": [{"stage": str(stage), **_told(span)} for stage, span in found.stages.items()],
         "calibration": {**found.calibration, **data.describe()},
     }
-    write_json(json, document)
+    write_json(json, document("estimate", 3, content))
 
 
 def _told(span: Span) -> dict[str, float | None]:

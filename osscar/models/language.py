@@ -1,4 +1,4 @@
-"""Where models come from: the embedded one, a packaged one, a directory, or the Hugging Face hub.
+"""Language models: the embedded one, a packaged one, of a directory, or of the Hugging Face hub.
 
 Weights are read from safetensors only, never from pickles, and remote code runs only when asked.
 """
@@ -30,12 +30,11 @@ from osscar.base.errors import (
     OsscarError,
     first_line,
 )
-from osscar.base.inputs import check_regular, panics_are_errors
+from osscar.base.inputs import check_regular, panics_are_errors, parse_size
 from osscar.base.memory import (
     FOR_BATCHES,
     let_shortage_pass,
     memory_for,
-    parse_size,
 )
 from osscar.base.printable import pluralize
 from osscar.checkpoint.admission import check_config, check_unchanged, stored_in

@@ -26,7 +26,7 @@ _FAULT = {
 """What may have happened to numbers of a format."""
 
 
-def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
+def check_finite_weights(model: nn.Module) -> None:
     """Refuse a model whose weights are not all numbers.
 
     In buffers, infinity is a value like others: masks hold it, and observers of quantization that
@@ -38,8 +38,7 @@ def check_finite_weights(model: nn.Module, *, buffers: bool = True) -> None:
         Naming the first parameter with NaN or infinity in it, or buffer with NaN.
     """
     weights = {id(tensor) for tensor in (*model.parameters(), *_statistics(model))}
-    others = model.named_buffers() if buffers else ()
-    for name, tensor in [*model.named_parameters(), *others]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         real = tensor.is_floating_point() and tensor.layout is torch.strided
         if isinstance(tensor, OnDisk) or tensor.is_meta or not real or not tensor.numel():
             continue  # what lies on disk is checked when it is first read

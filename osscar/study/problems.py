@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from graph import CouplingGroup, UnitKind
@@ -25,7 +24,6 @@ def model_problems(
     damp: float = 0.01,
     wanted: Callable[[str], bool] = lambda name: True,
     query_heads: bool = False,
-    device: torch.device | None = None,
 ) -> Iterator[tuple[CouplingGroup, SubsetProblem]]:
     """Pose the problem of every prunable group on the dense model's own activations.
 
@@ -36,7 +34,7 @@ def model_problems(
 
     Parameters
     ----------
-    model, calibration, damp, device
+    model, calibration, damp
         As `osscar.prune` takes them; the model is not changed.
     wanted
         Which groups, by name.
@@ -45,7 +43,7 @@ def model_problems(
         them can be removed physically: a harder problem over more units.
     """
     check_damp(damp)
-    with prepare(model, calibration, device=device) as prepared:
+    with prepare(model, calibration) as prepared:
         groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:
             raise RequestError(

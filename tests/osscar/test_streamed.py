@@ -26,7 +26,8 @@ from osscar.base.errors import (
     OptionError,
     RequestError,
 )
-from osscar.base.memory import available_memory, parse_size, resident_memory
+from osscar.base.inputs import parse_size
+from osscar.base.memory import available_memory, resident_memory
 from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score
