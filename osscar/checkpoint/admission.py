@@ -28,6 +28,7 @@ from osscar.base.printable import listed
 from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
+from osscar.network.modules import number_kind
 from osscar.shrinking.lineage import Origin, Scalar
 
 # ---- the numbers in a config -------------------------------------------------------------
@@ -320,19 +321,13 @@ def check_tensors(model: nn.Module, stored: Mapping[str, Stored], path: Path) ->
             # Old checkpoints hold masks of whole numbers, which are computed anew.
             if tensor.kind == "complex" or (tensor.kind == "whole" and name.endswith("weight")):
                 raise _unlike(path, name, tensor, "a tensor of real numbers")
-        elif tuple(mine.shape) != tensor.shape or _kind(mine) != tensor.kind:
+        elif tuple(mine.shape) != tensor.shape or number_kind(mine) != tensor.kind:
             raise _unlike(path, name, tensor, f"{mine.dtype} {tuple(mine.shape)}")
 
 
 def names_of(name: str, prefix: str) -> tuple[str, ...]:
     """Return what a tensor may be called in the model: with the name of its base, or without."""
     return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-
-
-def _kind(tensor: Tensor) -> str:
-    if tensor.is_complex():
-        return "complex"
-    return "real" if tensor.is_floating_point() else "whole"
 
 
 def _unlike(path: Path, name: str, tensor: Stored, due: str) -> CheckpointError:

@@ -17,6 +17,7 @@ from osscar.base.inputs import safe_repr, whole_number
 from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
 from osscar.data.batches import check_arguments, check_tensors, named_example, needed_arguments
 from osscar.data.samples import IMAGES, LABELS, SampleSet
+from osscar.network.modules import number_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +235,4 @@ def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:
 
 
 def _kind(tensor: Tensor) -> str:
-    if tensor.is_complex():
-        return "complex"
-    if tensor.is_floating_point():
-        return "real"
-    return "bool" if tensor.dtype == torch.bool else "whole"
+    return "bool" if tensor.dtype == torch.bool else number_kind(tensor)

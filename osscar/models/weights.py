@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from osscar.base.errors import ModelError
 from osscar.base.inputs import check_regular, file_name
 from osscar.base.printable import pluralize
+from osscar.network.modules import number_kind
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
@@ -84,7 +85,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     missing = [key for key in own if key not in state and key not in counters]
     unknown = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    kinds = [key for key in own if key in state and _kind(own[key]) != _kind(state[key])]
+    kinds = [
+        key for key in own if key in state and number_kind(own[key]) != number_kind(state[key])
+    ]
     for what, keys in (
         ("lacks", missing),
         ("has", unknown),
@@ -98,13 +101,6 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
                 f"{_unlike(own, state, keys[0])}; give weights of this very model"
             )
     model.load_state_dict(dict(state), strict=False)
-
-
-def _kind(tensor: Tensor) -> str:
-    """Return what kind of number a tensor holds: formats of one kind differ in precision only."""
-    if tensor.is_complex():
-        return "complex"
-    return "real" if tensor.is_floating_point() else "whole"
 
 
 def _unlike(own: Mapping[str, Tensor], state: Mapping[str, Tensor], key: str) -> str:
