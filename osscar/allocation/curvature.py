@@ -42,7 +42,7 @@ from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.model_state import frozen_weights
-from osscar.network.modules import device_of, fresh
+from osscar.network.modules import device_of, forward
 from osscar.network.predictions import known_prediction, named_logits
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.linear_maps import linear_maps
@@ -296,7 +296,7 @@ def _find_axes(prepared: Prepared, factors: Sequence[Factors]) -> None:
             seen[name].append(torch.Size() if isinstance(x, Routed) else x.shape)
 
         with torch.no_grad(), reads(prepared.model, seen, see):
-            prepared.model(**fresh(inputs.some(prepared.model, count)))
+            forward(prepared.model, inputs.some(prepared.model, count))
         shapes.append(seen)
     for one in factors:
         one.axis = _sample_axis(*(seen[one.linear_map.name] for seen in shapes))
@@ -349,7 +349,7 @@ def one_pass(
         _observed(model, factors) as seen,
     ):
         try:
-            result = model(**fresh(batch))
+            result = forward(model, batch)
             outputs, gradients, predictions = _sampled(result, batch, prepared.inputs, generator)
             if outputs:
                 seen["samples"] = samples if predictions == samples else None
@@ -507,7 +507,7 @@ def _own_currency(
 
     with torch.no_grad(), reads(prepared.model, by_module, see):
         for batch in batches:
-            prepared.model(**fresh(batch))
+            forward(prepared.model, batch)
     for own in by_module.values():
         size = 0.0
         for one in own:

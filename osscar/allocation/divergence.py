@@ -14,7 +14,7 @@ from osscar.allocation.curvature import logits_of
 from osscar.base.errors import NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
 from osscar.preparation.prepare import Prepared
 
@@ -79,5 +79,5 @@ class Reference:
 
 def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
     with torch.no_grad(), without_cache(model), batch_named(model, index):
-        logits = logits_of(model(**fresh(batch)), batch, inputs)
+        logits = logits_of(forward(model, batch), batch, inputs)
     return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from graph import CouplingGroup
 from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.progress import stage
-from osscar.network.modules import device_of, fresh
+from osscar.network.modules import device_of, forward
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.failures import batch_named
 from osscar.preparation.linear_maps import linear_maps
@@ -131,5 +131,5 @@ def _run(prepared: Prepared, every: Sequence[_Inputs]) -> None:
     with reads(prepared.model, by_module, see), stage("fluctuation", total=total) as bar:
         for index, batch in enumerate(batches):
             with batch_named(prepared.model, index):
-                prepared.model(**fresh(batch))
+                forward(prepared.model, batch)
             bar.advance()

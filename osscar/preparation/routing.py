@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
 from osscar.network.hooks import hooks
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 from osscar.preparation.recurrent import RECURRENT, input_gates
 
 _TOLERANCE = 0.5
@@ -220,7 +220,7 @@ def sound_mixtures(
                 found[name] = found.get(name, True) and _sound(mixture, x, y)
 
     with hooks(model, {mixture.name for mixture in mixtures.values()}, after=look):
-        model(**fresh(example))
+        forward(model, example)
     return frozenset(name for name, sound in found.items() if sound)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.base.errors import DataError, NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
 from osscar.preparation.routing import reads
 from osscar.shrinking.plan import PruningPlan
@@ -70,7 +70,7 @@ def dense_statistics(
             seen[name].append(_measured(x))
 
         with batch_named(model, index), reads(model, seen, see):
-            model(**fresh(batches[index]))
+            forward(model, batches[index])
         found.append(seen)
     return found
 
@@ -130,7 +130,7 @@ def renew_statistics(
     try:
         with reads(model, layers, renew):
             for index in _shared_out(batches, ranks):
-                model(**fresh(batches[index]))
+                forward(model, batches[index])
         found = {name: _average(some) for name, some in _of_all(seen, ranks).items() if some}
         for name, average in found.items():
             _check_finite(name, average)

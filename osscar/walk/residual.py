@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from osscar.network.hooks import hooks
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 
 _ADDITIONS = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -71,7 +71,7 @@ def streams(
     watch = _Watch(set(names))
     inner = [name for name, _ in model.named_modules() if name]
     with torch.no_grad(), hooks(model, inner, watch.before, watch.after), watch:
-        model(**fresh(example))
+        forward(model, example)
     return {
         name: tuple(added)
         for name, added in watch.added.items()

@@ -16,7 +16,7 @@ from osscar.base.errors import ModelError
 from osscar.data.batches import Batch
 from osscar.network.fake import on_shapes
 from osscar.network.model_state import ModelState, PassState
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
 from osscar.preparation.routing import Routed, reads
 
@@ -145,5 +145,5 @@ def _called(
         calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
     with torch.no_grad(), reads(model, names, see):
-        model(**fresh(batch))
+        forward(model, batch)
     return calls

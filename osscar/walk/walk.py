@@ -28,7 +28,7 @@ from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
-from osscar.network.modules import fresh
+from osscar.network.modules import forward
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import batch_named
@@ -167,7 +167,7 @@ class Walk:
 
         def run() -> object:
             with offload or nullcontext():
-                return model(**fresh(batch))
+                return forward(model, batch)
 
         return Coroutine(index, dense, run, self._scratch, Keeper(self._passages), offload)
 
