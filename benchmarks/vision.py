@@ -27,10 +27,10 @@ import osscar
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
 from osscar.evaluation.quality import score
-from osscar.evaluation.size import count_flops
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
+from osscar.network.operations import count_flops
 from osscar.shrinking.plan import PruningPlan
 from osscar.walk.batch_norm import BatchNormMode, renew_statistics
 

@@ -16,12 +16,12 @@ from osscar.evaluation.quality import evaluating_all, task_of
 from osscar.evaluation.size import (
     Footprint,
     count_disk_bytes,
-    count_flops,
     count_parameter_bytes,
     read_peak_memory,
     reset_peak_memory,
 )
 from osscar.network.modules import count_parameters, device_of
+from osscar.network.operations import count_flops
 
 COMPARED = (
     *("parameters", "perplexity", "top1", "top5"),

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from graph.tracing.preserve import without_cache
 from osscar.base.devices import clock_of
 from osscar.base.timing import interleaved, seconds_of
-from osscar.evaluation.size import count_flops, count_parameter_bytes
-from osscar.network.modules import count_parameters, device_of, evaluating, forward, fresh
+from osscar.evaluation.size import count_parameter_bytes
+from osscar.network.modules import count_parameters, device_of, evaluating, forward
+from osscar.network.operations import count_flops
 from osscar.offload.on_disk import room_for_pass
 
 _REPETITIONS = 5
@@ -30,7 +31,7 @@ def measure_forward(
     given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
-        flops = [count_flops(model, fresh(batch)) for model in models]
+        flops = [count_flops(model, batch) for model in models]
         seconds = forward_seconds(models, [batch] * len(models), _REPETITIONS, _SECONDS)
     return [
         {

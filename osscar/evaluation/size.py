@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graph.groups import CouplingGroup
 from osscar.base.inputs import file_name
 from osscar.base.memory import peak_memory
-from osscar.network.operations import count_operations
 
 
 @dataclass(frozen=True)
 class Footprint:
     """The size of a model: parameters, tied ones counted once, and bytes.
 
-    Operations are those of one token or sample, as `count_flops` counts them.  The peak is the most
+    Operations are those of one token or sample, as
+    `osscar.network.operations.count_flops` counts them.  The peak is the most
     memory in use while the model was scored, its weights included: allocated by PyTorch on a GPU;
     resident in this process, with all else that it holds, on a CPU; None where the system does not
     tell.  `disk_bytes` are of its safetensors files, None if it has none.
@@ -52,17 +52,6 @@ def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
         outside = [n - len(owned.get((name, dim), ())) for dim, n in enumerate(parameter.shape)]
         count += parameter.numel() - math.prod(outside)
     return count
-
-
-def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> int:
-    """Count the floating-point operations of one forward pass, by running it.
-
-    Counted are matrix products and convolutions, as `osscar.network.operations` has them, the
-    output layer at every position. Look-ups, normalization and other element-wise work are not
-    counted. A tensor is token ids, (batch, tokens), of a language model.
-    """
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    return count_operations(model, given)
 
 
 def reset_peak_memory(device: torch.device) -> None:

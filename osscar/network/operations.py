@@ -22,13 +22,13 @@ from osscar.offload.on_disk import OnDisk
 aten = torch.ops.aten
 
 
-def count_operations(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Count the operations of one forward pass.
+def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Count the floating-point operations of one forward pass, by running it.
 
     Counted are the matrix products and convolutions with the shapes that they really have: linear
     layers, experts for the rows that are sent to them, and attention (scores and weighted sums, as
     full squares: a causal mask is not discounted).  A multiplication with its addition counts as
-    two.
+    two.  Look-ups, normalization and other element-wise work are not counted.
     """
     counter = _counter()
     _run(model, fresh(inputs), counter)
@@ -115,7 +115,7 @@ class _Product:
 def products(
     model: nn.Module, names: Mapping[int, str], inputs: Mapping[str, Tensor]
 ) -> list[_Product]:
-    """Return all products of one forward pass, which `count_operations` adds up.
+    """Return all products of one forward pass, which `count_flops` adds up.
 
     They tell of the tensors of the model that are named, by their `id`.
     """

@@ -20,8 +20,8 @@ from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.batches import named_inputs
-from osscar.evaluation.size import count_flops
 from osscar.network.operations import _by_expert as by_expert
+from osscar.network.operations import count_flops
 from osscar.shrinking.follow import prepare
 
 from .measure import shrink_by_half

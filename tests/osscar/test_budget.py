@@ -23,8 +23,8 @@ from osscar.allocation.divergence import Reference
 from osscar.allocation.knapsack import choose
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
-from osscar.evaluation.size import count_flops
 from osscar.network.modules import count_parameters
+from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.walk.regularization import DEFAULT_DAMP

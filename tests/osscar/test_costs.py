@@ -22,9 +22,9 @@ from osscar.allocation.curves import Curve
 from osscar.allocation.rules import ByCurves
 from osscar.allocation.widths import asked_groups, possible_widths
 from osscar.base.errors import ModelError, RequestError
-from osscar.evaluation.size import count_flops
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
+from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.shrinking.plan import GroupPlan, PruningPlan

@@ -35,11 +35,12 @@ from osscar.evaluation import speed
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score
-from osscar.evaluation.size import count_disk_bytes, count_flops, count_parameter_bytes
+from osscar.evaluation.size import count_disk_bytes, count_parameter_bytes
 from osscar.evaluation.speed import measure_speed
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
 from osscar.network.modules import count_parameters
+from osscar.network.operations import count_flops
 from tests.osscar.families import framing_tokenizer
 
 TEXT = "The import statement binds names. " * 12
@@ -252,7 +253,7 @@ def test_perplexity_beyond_numbers(model, tokenizer):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_flops_by_hand(attention):
     tokens, ffn = 20, 64
-    window = torch.zeros(1, tokens, dtype=torch.long)
+    window = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
     pairs = 2 * tokens * WIDTH  # each query with each key, and each weight with each value
     for model, layer in (
@@ -375,7 +376,8 @@ def test_an_evaluation_is_json(tokenizer):
     assert plain["footprint"]["peak_memory_bytes"] > plain["footprint"]["parameter_bytes"]
     assert plain["quality"]["tokens"] == 511
     assert (plain["device"], plain["dtype"]) == ("cpu", "float32")
-    flops = count_flops(loaded.model, torch.zeros(1, 512, dtype=torch.long)) / 512
+    window = {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
+    flops = count_flops(loaded.model, window) / 512
     assert plain["footprint"]["flops"] == flops
 
 
