@@ -32,10 +32,10 @@ from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.shrinking.plan import PruningPlan
-from osscar.walk.batch_norm import BatchNormMode, renew_statistics
+from osscar.walk.batch_norm import BatchNormMode, dense_statistics, renew_statistics
 
 BACKENDS = ("magnitude", "multistage", "local_search")
-MODES = (BatchNormMode.KEEP, BatchNormMode.ESTIMATE, BatchNormMode.CORRECT)
+MODES: tuple[BatchNormMode, ...] = ("keep", "estimate", "correct")
 
 
 def main() -> None:
@@ -122,7 +122,8 @@ class Bench:
         batches = as_inputs(model, self.calibration).batches(model, self.arguments.batch_size)
         models = {mode: copy.deepcopy(model) for mode in MODES}
         for mode, one in models.items():
-            renew_statistics(one, dense, plan, batches, mode)
+            before = dense_statistics(dense, batches, mode)
+            renew_statistics(one, plan, batches, mode, before)
         images = self.images
         if self.arguments.without_labels:
             images = dataclasses.replace(images, labels=None)
@@ -130,7 +131,7 @@ class Bench:
         example = {name: tensor[:1] for name, tensor in self.loaded.example.items()}
         size = {"parameters": count_parameters(model), "flops": count_flops(model, example)}
         rows = [
-            {**run, "batch_norm": mode.value, **size, **dataclasses.asdict(quality)}
+            {**run, "batch_norm": mode, **size, **dataclasses.asdict(quality)}
             for mode, quality in zip(models, qualities, strict=True)
         ]
         for row in rows:

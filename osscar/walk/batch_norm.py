@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +19,15 @@ from osscar.shrinking.plan import PruningPlan
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
 
+BatchNormMode: TypeAlias = Literal["correct", "estimate", "keep"]
+"""Where statistics come from afterwards: the dense model's, moved by as much as those on the
+calibration data have moved; these data alone; or the dense model's as they are."""
+
 DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
 _Seen: TypeAlias = tuple[int, int, Statistics]
 """The statistics of one call of a layer: in which batch, and over how many values."""
-
-
-class BatchNormMode(enum.StrEnum):
-    """Where a pruned model's batch-norm statistics come from."""
-
-    CORRECT = "correct"
-    """The dense model's, moved by as much as those on the calibration data have moved."""
-    ESTIMATE = "estimate"
-    """The calibration data alone."""
-    KEEP = "keep"
-    """The dense model's."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -51,7 +43,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def dense_statistics(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    mode: BatchNormMode | str,
+    mode: BatchNormMode,
     ranks: Ranks = ALONE,
 ) -> DenseStatistics:
     """Measure what the batch-norm layers of a model that is still dense are called with.
@@ -60,7 +52,7 @@ def dense_statistics(
     only those of this rank are run.
     """
     layers = batch_norms(model)
-    if mode != BatchNormMode.CORRECT or not layers:
+    if mode != "correct" or not layers:
         return ()
     found = []
     for index in _shared_out(batches, ranks):
@@ -85,15 +77,15 @@ def renew_statistics(
     model: nn.Module,
     plan: PruningPlan,
     batches: Sequence[Mapping[str, Any]],
-    mode: BatchNormMode | str,
+    mode: BatchNormMode,
     dense: DenseStatistics = (),
     ranks: Ranks = ALONE,
 ) -> int:
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
-    that batch; the averages over all batches stay, the same on all ranks.  `ESTIMATE` takes them as
-    they are: what training would store after one pass.  `CORRECT` compares them with the dense
+    that batch; the averages over all batches stay, the same on all ranks.  ``estimate`` takes them
+    as they are: what training would store after one pass.  ``correct`` compares them with the dense
     model's on the same batch, ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``,
     so that neither the choice of the data nor their kind matters, only what pruning did to them.  A
     layer that is never called keeps its own.
@@ -107,7 +99,7 @@ def renew_statistics(
         In either case the model keeps its old statistics.
     """
     layers = batch_norms(model)
-    if mode == BatchNormMode.KEEP or not layers:
+    if mode == "keep" or not layers:
         return 0
     before = {name: _stored(layer) for name, layer in layers.items()}
     seen: dict[str, list[_Seen]] = {name: [] for name in layers}
@@ -116,7 +108,7 @@ def renew_statistics(
     def renew(name: str, x: Tensor) -> None:
         layer, count = layers[name], x.numel() // x.shape[1]
         mean, var = _measured(x)
-        if mode == BatchNormMode.ESTIMATE:
+        if mode == "estimate":
             _set(layer, (mean, var))
             var = var * (count / _several(name, count))
         else:

@@ -16,7 +16,6 @@ from osscar.base.errors import (
 from osscar.data.batches import as_inputs
 from osscar.shrinking.plan import PruningPlan
 from osscar.walk.batch_norm import (
-    BatchNormMode,
     batch_norms,
     dense_statistics,
     renew_statistics,
@@ -145,7 +144,7 @@ def test_correction_undoes_a_change_of_scale_before_batch_norm():
         model.down.weight.mul_(1.7)
     x = images(32, seed=11)
     before = (model(x) - dense(x)).square().mean()
-    renewed(model, dense, batches(), BatchNormMode.CORRECT)
+    renewed(model, dense, batches(), "correct")
     assert (model(x) - dense(x)).square().mean() < before / 50
 
 
@@ -153,7 +152,7 @@ def test_where_nothing_was_pruned_nothing_is_corrected_whatever_the_data():
     model = small_net()
     before = copy.deepcopy(model.state_dict())
     strange = [{"x": 5 * torch.rand(4, 3, 12, 12) + 2}]
-    assert renewed(model, small_net(), strange, BatchNormMode.CORRECT) == 8
+    assert renewed(model, small_net(), strange, "correct") == 8
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
 
@@ -164,7 +163,7 @@ def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
     with torch.no_grad():
         model.down.weight.mul_(1.7)
     x, seen = images(32), []
-    renewed(model, dense, [{"x": x}], BatchNormMode.CORRECT)
+    renewed(model, dense, [{"x": x}], "correct")
     for network in (dense, model):
         hook = network.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.no_grad():
@@ -179,7 +178,7 @@ def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
 def test_the_estimate_is_what_training_would_store():
     model, trained = small_net(), small_net()
     data = batches(96, 32)
-    assert renewed(model, small_net(), data, BatchNormMode.ESTIMATE) == 8
+    assert renewed(model, small_net(), data, "estimate") == 8
     for norm in batch_norms(trained).values():
         norm.reset_running_stats()
         norm.momentum = None  # the average over batches
@@ -197,7 +196,7 @@ def test_the_estimate_is_what_training_would_store():
 
 def test_batches_count_by_their_size():
     model, data = small_net(), batches(40, 32)
-    renewed(model, small_net(), data, BatchNormMode.ESTIMATE)
+    renewed(model, small_net(), data, "estimate")
     first = model.stem[0](images(40)).mean((0, 2, 3)).detach()
     torch.testing.assert_close(model.stem[1].running_mean, first)
 
@@ -205,7 +204,7 @@ def test_batches_count_by_their_size():
 def test_failure_leaves_the_old_statistics():
     model = small_net()
     before = copy.deepcopy(model.state_dict())
-    for mode in (BatchNormMode.ESTIMATE, BatchNormMode.CORRECT):
+    for mode in ("estimate", "correct"):
         infinite = [{"x": torch.full((2, 3, 8, 8), torch.inf)}]
         with pytest.raises(NonFiniteError, match=r"stem\.1.*--batch-norm keep"):
             renewed(model, small_net(), infinite, mode)
@@ -214,7 +213,7 @@ def test_failure_leaves_the_old_statistics():
     single = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     one = [{"input": torch.randn(1, 3)}]
     with pytest.raises(DataError, match="one value a channel"):
-        renewed(single, single, one, BatchNormMode.ESTIMATE)
+        renewed(single, single, one, "estimate")
 
 
 def test_a_layer_that_is_never_called_keeps_its_statistics():
@@ -227,7 +226,7 @@ def test_a_layer_that_is_never_called_keeps_its_statistics():
             return self.used(x)
 
     model = Unused().eval()
-    assert renewed(model, model, batches(), BatchNormMode.ESTIMATE) == 1
+    assert renewed(model, model, batches(), "estimate") == 1
     assert torch.equal(model.unused.running_mean, torch.zeros(3))
 
 
