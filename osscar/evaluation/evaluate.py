@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from osscar.base.inputs import whole_number
-from osscar.evaluation.quality import evaluating_all, task_of
+from osscar.evaluation.quality import task_of
 from osscar.evaluation.size import (
     Footprint,
     count_disk_bytes,
@@ -20,7 +20,7 @@ from osscar.evaluation.size import (
     read_peak_memory,
     reset_peak_memory,
 )
-from osscar.network.modules import count_parameters, device_of
+from osscar.network.modules import count_parameters, device_of, evaluating
 from osscar.network.operations import count_flops
 
 COMPARED = (
@@ -193,7 +193,7 @@ def _evaluate_all(
     models = [model for model, _ in candidates]
     task = task_of(models, data, classes, batch_size)
     measured: list[tuple[Any, int | None]] = []
-    with evaluating_all(models), torch.no_grad():
+    with evaluating(*models), torch.no_grad():
         for some in [models] if task.together else [[model] for model in models]:
             device = device_of(some[0])
             reset_peak_memory(device)

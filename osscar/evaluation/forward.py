@@ -70,8 +70,8 @@ def measuring_seconds(passes: Sequence[float]) -> float:
 def _ready(models: Sequence[nn.Module], positions: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(*models))
         for model in models:
-            stack.enter_context(evaluating(model))
             stack.enter_context(without_cache(model))
             stack.enter_context(room_for_pass(model, positions))
         yield

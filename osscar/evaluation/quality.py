@@ -281,7 +281,7 @@ class _Samples:
         tallies = [_Tally() for _ in models]
         labels: Tensor | None = None
         done = 0
-        with evaluating_all(self.models), torch.inference_mode():
+        with evaluating(*self.models), torch.inference_mode():
             for batch in self.data.batches(self.rows):
                 if not done:
                     self._check_repeatable(batch)
@@ -339,16 +339,6 @@ Task: TypeAlias = _Text | _Samples
 
 _TASKS: dict[type, type[Task]] = {TextSet: _Text, CalibrationSet: _Text, SampleSet: _Samples}
 """By the type of data."""
-
-
-@contextmanager
-def evaluating_all(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode, and back."""
-    if not models:
-        yield
-        return
-    with evaluating(models[0]), evaluating_all(models[1:]):
-        yield
 
 
 def _arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:

@@ -215,12 +215,14 @@ def in_evaluation(model: M) -> M:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and each module back to its own mode afterwards."""
-    check_module(model)
-    flags = [(module, module.training) for module in model.modules()]
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Set models to evaluation mode, and each module back to its own mode afterwards."""
+    for model in models:
+        check_module(model)
+    flags = [(module, module.training) for model in models for module in model.modules()]
     try:
-        in_evaluation(model)
+        for model in models:
+            in_evaluation(model)
         yield
     finally:
         for module, training in flags:
