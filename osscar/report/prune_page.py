@@ -15,7 +15,7 @@ from osscar.report.summary import proofs_in_words
 from osscar.report.tables import engineering, in_bytes, new_table, share
 from osscar.request import BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
-from osscar.study.records import Proof
+from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
 
 _KEEPS = ("heads", "neurons", "channels", "residual")
@@ -123,7 +123,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if _bounded(document):
         proofs = [
-            Proof.WORD if layer["recomputed_bound"] is None else Proof.RECOMPUTED
+            ProofBasis.WORD if layer["recomputed_bound"] is None else ProofBasis.RECOMPUTED
             for layer in layers
             if layer["proved_optimal"]
         ]

@@ -11,7 +11,7 @@ from functools import cached_property
 import solvers
 from osscar.base.printable import are, pluralize
 from osscar.report.tables import share
-from osscar.study.records import WINDOW, Instance, Proof, Record, window_layer
+from osscar.study.records import WINDOW, Instance, ProofBasis, Record, window_layer
 from solvers import Status
 
 HIT = 1e-6
@@ -88,12 +88,12 @@ class Case:
         return bool(self.proved)
 
     @property
-    def proof(self) -> Proof:
+    def proof(self) -> ProofBasis:
         """What its proof of optimality rests on at best; if it is open, its highest bound."""
         bounded = (r for r in self.answers if r.lower_bound == self.bound)
         proofs = {record.proof for record in self.proved or bounded}
-        best = (Proof.RECOMPUTED, Proof.WORD, Proof.RECORDED)
-        return next((proof for proof in best if proof in proofs), Proof.NONE)
+        best = (ProofBasis.RECOMPUTED, ProofBasis.WORD, ProofBasis.RECORDED)
+        return next((proof for proof in best if proof in proofs), ProofBasis.NONE)
 
     @property
     def seconds(self) -> float:
@@ -278,14 +278,16 @@ _UNCHECKED = {
 }
 
 
-def proofs_in_words(proofs: Iterable[Proof]) -> str:
+def proofs_in_words(proofs: Iterable[ProofBasis]) -> str:
     """Say how many proofs do not rest on the solver's word."""
     counts = Counter(proofs)
-    if counts[Proof.RECOMPUTED] == counts.total():
+    if counts[ProofBasis.RECOMPUTED] == counts.total():
         return "every proof was recomputed from its problem alone"
-    said = [f"{counts[Proof.RECOMPUTED]} of the proofs were recomputed"]
+    said = [f"{counts[ProofBasis.RECOMPUTED]} of the proofs were recomputed"]
     said += [
-        f"{counts[proof]} are {proof}" for proof in (Proof.WORD, Proof.RECORDED) if counts[proof]
+        f"{counts[proof]} are {proof}"
+        for proof in (ProofBasis.WORD, ProofBasis.RECORDED)
+        if counts[proof]
     ]
     return ", ".join(said)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import solvers
 from osscar.base.errors import JournalError
 from osscar.base.files import file_digest, fsynced
-from osscar.study.records import Proof, Record
+from osscar.study.records import ProofBasis, Record
 from solvers import ProblemError, Solution
 from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
@@ -66,18 +66,18 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
     )
 
 
-def answered(asked: Record, solution: Solution, certificate: str, unproved: Proof) -> Record:
+def answered(asked: Record, solution: Solution, certificate: str, unproved: ProofBasis) -> Record:
     """Return a record of a solution, which is verified.
 
     Nothing is answered yet in `asked`; the file of its certificate has a digest; and `unproved` is
     what its bound rests on if there is no certificate.
     """
     said = solution.record(solution.verify())
-    rests_on = unproved if said.recomputed_bound is None else Proof.RECOMPUTED
+    rests_on = unproved if said.recomputed_bound is None else ProofBasis.RECOMPUTED
     return dataclasses.replace(
         asked,
         **{name: getattr(said, name) for name in _SAID},
-        proof=Proof.NONE if said.lower_bound is None else rests_on,
+        proof=ProofBasis.NONE if said.lower_bound is None else rests_on,
         gap_tolerance=solution.gap_tolerance,
         certificate=certificate,
     )

@@ -35,7 +35,7 @@ from osscar.base.errors import FileError, JournalError
 from osscar.base.files import digest, file_digest, write_json
 from osscar.base.signals import handling
 from osscar.study.answers import answered, claimed, save_certificate
-from osscar.study.records import Instance, Options, Proof, Record, read_record
+from osscar.study.records import Instance, Options, ProofBasis, Record, read_record
 
 RECORDS = "records"
 """The part of a study's directory that holds one file a record, and the certificates."""
@@ -255,7 +255,7 @@ def solve_task(task: Task) -> Record:
         try:
             solution = solvers.solve(problem, task.backend, options=dict(task.options))
             certificate = save_certificate(task.certificate_file, solution)
-            record = answered(task.asked, solution, certificate, Proof.WORD)
+            record = answered(task.asked, solution, certificate, ProofBasis.WORD)
         except solvers.ProblemError as error:
             record = dataclasses.replace(task.asked, error=str(error))
         except solvers.SolverError as error:
@@ -272,7 +272,7 @@ def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> R
     """
     try:
         solution = claimed(record, problem, task.certificate_file)
-        return answered(task.asked, solution, record.certificate, Proof.RECORDED)
+        return answered(task.asked, solution, record.certificate, ProofBasis.RECORDED)
     except (solvers.SolverError, JournalError, FileError) as error:
         raise JournalError(
             f"{task.file} is the record of an answer that is not true: {error}; delete it"

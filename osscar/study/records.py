@@ -25,7 +25,7 @@ WINDOW = "window"
 Options: TypeAlias = Mapping[str, int | float | str | bool | None]
 
 
-class Proof(enum.StrEnum):
+class ProofBasis(enum.StrEnum):
     """What a lower bound rests on."""
 
     NONE = ""
@@ -118,7 +118,7 @@ class Record:
     error: str = ""
     sparsities: tuple[float, ...] = ()
     recomputed_bound: float | None = None
-    proof: Proof = Proof.NONE
+    proof: ProofBasis = ProofBasis.NONE
     gap_tolerance: float = 0.0
     certificate: str = ""
 

@@ -26,7 +26,7 @@ from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
-from osscar.study.records import WINDOW, Proof, Record, window_layer
+from osscar.study.records import WINDOW, ProofBasis, Record, window_layer
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 from tests.osscar.forked import PATIENCE, forked
@@ -217,13 +217,13 @@ def test_it_resumes_without_solving_again(solved, done, monkeypatch):
     monkeypatch.setattr(solvers, "solve", None)  # any solve would fail
     after = done.run(DESIGN)
     assert len({(r.instance, r.keep, r.backend) for r in after}) == len(after) == len(before)
-    assert [dataclasses.replace(record, proof=Proof.NONE) for record in after] == [
-        dataclasses.replace(record, proof=Proof.NONE) for record in before
+    assert [dataclasses.replace(record, proof=ProofBasis.NONE) for record in after] == [
+        dataclasses.replace(record, proof=ProofBasis.NONE) for record in before
     ]
     for record in after:
         certified = record.certificate != ""
-        assert (record.proof is Proof.RECOMPUTED) == certified == (record.backend in CERTIFIED)
-        assert (record.proof is Proof.RECORDED) == (record.backend == "highs")
+        assert (record.proof is ProofBasis.RECOMPUTED) == certified == (record.backend in CERTIFIED)
+        assert (record.proof is ProofBasis.RECORDED) == (record.backend == "highs")
     with (done.directory / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["backend"] for line in lines] == [record.backend for record in before]
@@ -666,7 +666,7 @@ def test_without_its_certificate_a_proof_is_only_as_recorded(study):
     assert "every proof was recomputed" in summarize(study.run(design)).headline[0]
     edit(study, "branch_and_bound", certificate="")
     summary = summarize(study.run(design))
-    assert summary.cases[0].proof is Proof.RECORDED
+    assert summary.cases[0].proof is ProofBasis.RECORDED
     assert "0 of the proofs were recomputed, 1 are as recorded" in summary.headline[0]
     page = write_report(study, design, study.run(design), summary).read_text()
     assert '<td class="wrap">as recorded</td>' in page
@@ -687,12 +687,12 @@ def test_what_the_bound_of_an_open_case_rests_on_is_said(study):
     design = dataclasses.replace(QUICK, backends=("greedy", "perspective"))
     summary = summarize(study.run(design))
     assert [case.proof for case in summary.cases if not case.closed]
-    assert {case.proof for case in summary.cases} == {Proof.RECOMPUTED}
+    assert {case.proof for case in summary.cases} == {ProofBasis.RECOMPUTED}
     edit(study, "perspective", certificate="")
     summary = summarize(study.run(design))
     assert {case.best.instance: case.proof for case in summary.cases} == {
-        "a": Proof.RECORDED,
-        "b": Proof.RECOMPUTED,
+        "a": ProofBasis.RECORDED,
+        "b": ProofBasis.RECOMPUTED,
     }
 
 
