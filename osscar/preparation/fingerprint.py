@@ -129,7 +129,7 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class JournalManifest:
     """What a command makes of what; it goes on only where all of it is the same."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -140,7 +140,7 @@ class Manifest:
     dense: Fingerprint | None
     """None where there is no model, or it has not been read yet."""
 
-    def difference(self, before: Manifest) -> str | None:
+    def difference(self, before: JournalManifest) -> str | None:
         """Say in what it differs from an earlier one, or None."""
         if self.schema != before.schema:
             return f"it is {before.schema!r:.80}, and this version writes {self.schema!r}"

@@ -32,7 +32,7 @@ from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.network.modules import count_parameters
-from osscar.preparation.fingerprint import Manifest
+from osscar.preparation.fingerprint import JournalManifest
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.groups import held_out, prune_groups
@@ -312,7 +312,7 @@ def _begun(
         )
 
 
-def check_alike(ranks: Ranks, manifest: Manifest) -> None:
+def check_alike(ranks: Ranks, manifest: JournalManifest) -> None:
     """Refuse ranks that make something else, or of something else."""
     first, *others = ranks.all_gather("what each is asked", manifest)
     for rank, other in enumerate(others, 1):

@@ -32,7 +32,7 @@ from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.offload.on_disk import values_of
-from osscar.preparation.fingerprint import Fingerprint, Manifest, sha256_of
+from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
 from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan
@@ -48,13 +48,13 @@ _RECORD = "record"
 
 def run_manifest(
     request: PruningRequest, model: nn.Module, inputs: ModelInputs, batch_size: int
-) -> Manifest:
+) -> JournalManifest:
     """Describe a run; the model is still dense, and left as it was."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     asked = {**request.to_json(), **versions, "osscar": __version__}
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps(asked))
-    return Manifest("osscar.run-log/3", asked, Fingerprint.of(model, inputs, batch_size))
+    return JournalManifest("osscar.run-log/3", asked, Fingerprint.of(model, inputs, batch_size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +109,12 @@ class _Noted:
     report: dict[str, Any]
 
 
-class RunLog(Journal[Manifest]):
+class RunLog(Journal[JournalManifest]):
     """The records of a run, in the order in which groups were committed."""
 
     what = "run"
     manifest_file = "log.json"
-    schema = Manifest
+    schema = JournalManifest
     done_files = ("[0-9][0-9][0-9][0-9][0-9].safetensors",)
     other_files = (REPORT, ALLOCATION)
     otherwise = "begin anew with --restart"
@@ -125,7 +125,7 @@ class RunLog(Journal[Manifest]):
         """Digest of the manifest, which each record bears."""
 
     @contextmanager
-    def begun(self, manifest: Manifest) -> Iterator[tuple[LayerRecord, ...]]:
+    def begun(self, manifest: JournalManifest) -> Iterator[tuple[LayerRecord, ...]]:
         """Begin a run, or go on with one, and hold its lock; yield what was committed before.
 
         Raises

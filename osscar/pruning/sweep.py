@@ -24,7 +24,7 @@ from osscar.base.files import resolved
 from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.network.modules import copied
-from osscar.preparation.fingerprint import Manifest
+from osscar.preparation.fingerprint import JournalManifest
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import (
     dense_facts,
@@ -139,11 +139,15 @@ def dense_job(budget: BudgetKind) -> Job:
     return Job(DENSE, budget, budget.dense)
 
 
-def sweep_manifest(run: Manifest, budget: BudgetKind, scored: Mapping[str, Any]) -> Manifest:
+def sweep_manifest(
+    run: JournalManifest, budget: BudgetKind, scored: Mapping[str, Any]
+) -> JournalManifest:
     """Describe what all points of a sweep share."""
     varied = {str(kind) for kind in BudgetKind}
     shared = {name: value for name, value in run.asked.items() if name not in varied}
-    return Manifest("osscar.sweep-asked/3", {**shared, "budget": str(budget), **scored}, run.dense)
+    return JournalManifest(
+        "osscar.sweep-asked/3", {**shared, "budget": str(budget), **scored}, run.dense
+    )
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Point:
     skipped: tuple[SkippedGroup, ...]
 
 
-class SweepDirectory(Journal[Manifest]):
+class SweepDirectory(Journal[JournalManifest]):
     """The points of a sweep, in a directory that is its own.
 
     Raises
@@ -191,7 +195,7 @@ class SweepDirectory(Journal[Manifest]):
 
     what = "sweep"
     manifest_file = "asked.json"
-    schema = Manifest
+    schema = JournalManifest
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
     otherwise = "give another --out"
@@ -201,7 +205,7 @@ class SweepDirectory(Journal[Manifest]):
         self.refuse_foreign()
 
     @contextmanager
-    def begun(self, manifest: Manifest) -> Iterator[None]:
+    def begun(self, manifest: JournalManifest) -> Iterator[None]:
         """Begin a sweep, or go on with one, and hold its lock while the block runs."""
         with self.held():
             self.begin(manifest)

@@ -27,7 +27,7 @@ from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
-from osscar.preparation.fingerprint import Fingerprint, Manifest
+from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.request import count_from
 from osscar.study.design import StudyDesign
 from osscar.study.jobs import (
@@ -52,10 +52,10 @@ _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
 
-class _StudyJournal(Journal[Manifest]):
+class _StudyJournal(Journal[JournalManifest]):
     what = "study"
     manifest_file = "study.json"
-    schema = Manifest
+    schema = JournalManifest
     done_files = (_INDEX, f"{RECORDS}/*.json")
     other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS)
     otherwise = "give another --out"
@@ -104,9 +104,9 @@ class Study:
         self._journal.check(self._manifest(None))
         resolved(self.directory)
 
-    def _manifest(self, dense: Fingerprint | None) -> Manifest:
+    def _manifest(self, dense: Fingerprint | None) -> JournalManifest:
         # Through JSON, as it will be read back.
-        return Manifest("osscar.study/4", json.loads(json.dumps(self.source)), dense)
+        return JournalManifest("osscar.study/4", json.loads(json.dumps(self.source)), dense)
 
     @property
     def instances(self) -> tuple[Instance, ...]:

@@ -12,19 +12,19 @@ import pytest
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
 from osscar.base.journal import Journal
-from osscar.preparation.fingerprint import Manifest
+from osscar.preparation.fingerprint import JournalManifest
 
 
-class Things(Journal[Manifest]):
+class Things(Journal[JournalManifest]):
     what = "thing"
     manifest_file = "thing.json"
-    schema = Manifest
+    schema = JournalManifest
     done_files = ("done/*.txt",)
     other_files = ("note", "done")
     otherwise = "give another --out"
 
 
-ASKED = Manifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
+ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
 
 
 class Killed(BaseException):
@@ -54,15 +54,21 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         assert again.begin(ASKED) == ASKED
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
     for manifest, message in (
-        (Manifest("osscar.thing/2", ASKED.asked, None), "it is 'osscar.thing/1', and this version"),
-        (Manifest("osscar.thing/1", {"files": ["a"]}, None), "batch-size was 4 and is None"),
-        (Manifest("osscar.thing/1", {**ASKED.asked, "more": 1}, None), "more was None and is 1"),
+        (
+            JournalManifest("osscar.thing/2", ASKED.asked, None),
+            "it is 'osscar.thing/1', and this version",
+        ),
+        (JournalManifest("osscar.thing/1", {"files": ["a"]}, None), "batch-size was 4 and is None"),
+        (
+            JournalManifest("osscar.thing/1", {**ASKED.asked, "more": 1}, None),
+            "more was None and is 1",
+        ),
     ):
         with pytest.raises(
             JournalError, match=f"holds another thing: {message}.* or give another --"
         ):
             again.begin(manifest)
-    assert again.begin(Manifest("osscar.thing/1", {}, None), anew=True).asked == {}
+    assert again.begin(JournalManifest("osscar.thing/1", {}, None), anew=True).asked == {}
 
 
 def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
@@ -175,4 +181,4 @@ def test_a_manifest_that_is_none_is_one_error(text, journal):
         journal.begin(ASKED)
     (journal.directory / "note").write_text(text)
     with pytest.raises(JournalError, match=r"note: .*; remove it"):
-        journal.read("note", Manifest, otherwise="remove it")
+        journal.read("note", JournalManifest, otherwise="remove it")

@@ -27,7 +27,7 @@ from osscar.base.errors import RanksError
 from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.samples import named_generator
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.pruning.prune import check_alike
 from tests import collected
 from tests.osscar import ranks_worker
@@ -221,7 +221,7 @@ OUTPUTS = DenseOutputs({"device": "x", "threads": "1", "torch": "2.9"}, "s", ("0
 
 def test_a_rank_that_differs_is_named_with_what_differs():
     asked, dense = {"torch": "2.9", "damp": None}, Fingerprint("v", "d", OUTPUTS)
-    own = Manifest("osscar.run-log/3", asked, dense)
+    own = JournalManifest("osscar.run-log/3", asked, dense)
 
     class Three(Ranks):
         def all_gather(self, place, mine):

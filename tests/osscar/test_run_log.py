@@ -15,7 +15,7 @@ from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
-from osscar.preparation.fingerprint import Manifest, sha256_of
+from osscar.preparation.fingerprint import JournalManifest, sha256_of
 from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog, run_manifest
@@ -103,7 +103,7 @@ def log(finished, tmp_path):
 
 @pytest.fixture
 def manifest(finished):
-    return read_json(finished / "log.json", Manifest)
+    return read_json(finished / "log.json", JournalManifest)
 
 
 def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):

@@ -13,7 +13,7 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import described
 from osscar.base.errors import JournalError, OptionError, OsscarError
 from osscar.models.language import DEMO_DIRECTORY
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, Manifest
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.sweep import (
@@ -182,7 +182,7 @@ def test_uniform_shares_report_their_widths_without_a_prediction():
 def manifest(**more):
     outputs = DenseOutputs({"device": "x", "threads": "1"}, "s", ("0x0.0p+0",), 1e-4)
     asked = {"backend": "greedy", "text": "builtin", **more}
-    return Manifest("osscar.sweep-asked/3", asked, Fingerprint("w", "d", outputs))
+    return JournalManifest("osscar.sweep-asked/3", asked, Fingerprint("w", "d", outputs))
 
 
 def point(method=CURVATURE, value=0.5):
