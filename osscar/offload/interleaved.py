@@ -20,7 +20,7 @@ from osscar.offload.on_disk import is_on_disk
 T = TypeVar("T")
 
 
-def interleaved(model: nn.Module, passes: Sequence[Callable[[], T]]) -> list[T]:
+def run_interleaved(model: nn.Module, passes: Sequence[Callable[[], T]]) -> list[T]:
     """Run passes through a model without gradients, and return what each returns, in their order.
 
     They run one after the other unless its weights lie on disk.  None leaves anything on it that

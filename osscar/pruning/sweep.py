@@ -96,7 +96,7 @@ def jobs(
     return tuple(Job(method, budget, value) for method in methods for value in ordered)
 
 
-def sweep(
+def prune_points(
     model: nn.Module, calibration: Any, base: PruningRequest, points: Sequence[Job]
 ) -> Iterator[tuple[Job, PruningResult]]:
     """Prune a model once for each point; the model that comes in is not changed.

@@ -24,8 +24,15 @@ from osscar.preparation.repeatable import check_repeatable
 from osscar.pruning.memory import check_can_stream
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import run_manifest
-from osscar.pruning.sweep import Job, Point, SweepDirectory, dense_job, jobs, sweep_manifest
-from osscar.pruning.sweep import sweep as pruned
+from osscar.pruning.sweep import (
+    Job,
+    Point,
+    SweepDirectory,
+    dense_job,
+    jobs,
+    prune_points,
+    sweep_manifest,
+)
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.lineage import Calibration, lineage_of
@@ -167,7 +174,9 @@ class Sweep:
         if self.place.point(unpruned) is None:
             self.place.keep(self._point(unpruned, None, dense, sample))
         todo = [job for job in self.points if self.place.point(job) is None]
-        for number, (job, result) in enumerate(pruned(dense, calibration, self.base, todo), 1):
+        for number, (job, result) in enumerate(
+            prune_points(dense, calibration, self.base, todo), 1
+        ):
             self.place.keep(self._point(job, result, dense, sample))
             self.told(f"{job}: done, {number} of {len(todo)}", result)
         found = (self.place.point(job) for job in (unpruned, *self.points))

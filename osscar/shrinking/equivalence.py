@@ -27,7 +27,7 @@ from osscar.base.errors import AdapterError, EquivalenceError, FileError
 from osscar.base.memory import let_shortage_pass
 from osscar.network.modules import fresh, graphics_cards, number_format
 from osscar.network.predictions import known_prediction
-from osscar.offload.interleaved import interleaved
+from osscar.offload.interleaved import run_interleaved
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -308,7 +308,7 @@ def proof_outputs(
     passes = [partial(call, model, one) for one in (*inputs, *once_more)]
 
     def run() -> list[Tensor]:
-        found = interleaved(model, passes)
+        found = run_interleaved(model, passes)
         outputs = [output for one in found[: len(inputs)] for output in comparable(one)]
         return [*outputs, *map(_first, found[len(inputs) :])]
 

@@ -23,7 +23,7 @@ from osscar.pruning import prune as pruning_room
 from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import BudgetKind, Job, jobs, sweep
+from osscar.pruning.sweep import BudgetKind, Job, jobs, prune_points
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
@@ -508,7 +508,7 @@ def test_a_sweep_tries_once(tries, monkeypatch):
         *jobs(BudgetKind.SPARSITY, (0.3, 0.6)),
         Job("wanda", BudgetKind.SPARSITY, 0.5),
     )
-    found = dict(sweep(built(Transformer), words(), base, points))
+    found = dict(prune_points(built(Transformer), words(), base, points))
     swept = list(tries)
     tries.clear()
     assert measured == NEURONS

@@ -15,7 +15,7 @@ from osscar.allocation.widths import asked_groups
 from osscar.base import timing
 from osscar.base.errors import RequestError
 from osscar.pruning.prune import prepare_for
-from osscar.pruning.sweep import BudgetKind, jobs, sweep
+from osscar.pruning.sweep import BudgetKind, jobs, prune_points
 from osscar.request import PruningRequest, Widths
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -143,7 +143,7 @@ def test_a_sweep_over_speed_ups_has_one_table(clock):
     model, points = tiny("opt"), jobs(BudgetKind.SPEEDUP, (1.2, 1.5))
     base = PruningRequest(speedup=2.0, backend="wanda", device="cpu")
     timed = []
-    for job, result in sweep(model, tokens(8, 24), base, points):
+    for job, result in prune_points(model, tokens(8, 24), base, points):
         timed.append(len(by_parts))
         reached = seconds(model) / seconds(result.model)
         assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)

@@ -18,7 +18,7 @@ from osscar.data.tensors import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.repeatable import check_repeatable
-from osscar.pruning.sweep import BudgetKind, Job, sweep
+from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
@@ -70,7 +70,7 @@ DIFFER = "two passes of Net over the same inputs differ"
 
 def _sweep(model):
     points = [Job("curvature", BudgetKind.FLOPS, 0.7)]
-    return next(sweep(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
+    return next(prune_points(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
 
 
 USES = {

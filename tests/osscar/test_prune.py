@@ -24,7 +24,7 @@ from osscar.base.errors import (
 )
 from osscar.preparation.prepare import prepare
 from osscar.pruning.groups import certified
-from osscar.pruning.sweep import BudgetKind, jobs, sweep
+from osscar.pruning.sweep import BudgetKind, jobs, prune_points
 from osscar.request import PruningRequest
 from osscar.shrinking.attention import _MultiheadAttention
 from osscar.shrinking.lineage import lineage_of
@@ -692,7 +692,7 @@ def test_what_is_written_once_or_follows_the_units_is_as_it_should_be():
 def test_points_of_a_sweep_do_not_tell_that_they_were_run():
     model, data = Noting().eval(), torch.randn(64, 6)
     base = PruningRequest(sparsity=0.5)
-    for _, result in sweep(model, data, base, jobs(BudgetKind.SPARSITY, (0.3, 0.5))):
+    for _, result in prune_points(model, data, base, jobs(BudgetKind.SPARSITY, (0.3, 0.5))):
         assert [int(result.model.calls), result.model.seen, result.model.last] == [0, [], None]
 
 

@@ -36,7 +36,7 @@ from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory
 from osscar.offload import sources
 from osscar.offload.activation_offload import ActivationOffload
-from osscar.offload.interleaved import interleaved
+from osscar.offload.interleaved import run_interleaved
 from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place, Slice
 from osscar.offload.sources import Source
@@ -45,7 +45,7 @@ from osscar.preparation.prepare import prepare
 from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import BudgetKind, Job, sweep
+from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import proof_outputs
 from osscar.walk.sums import Sums
@@ -163,11 +163,11 @@ def test_a_pass_that_fails_ends_the_others(tmp_path):
             raise
 
     with pytest.raises(ZeroDivisionError):
-        interleaved(model, [whole, lambda: 1 // 0])
+        run_interleaved(model, [whole, lambda: 1 // 0])
     assert ended == ["before its end"]
     assert torch.is_grad_enabled()
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert [out.logits.shape[0] for out in interleaved(model, [whole, whole])] == [1, 1]
+    assert [out.logits.shape[0] for out in run_interleaved(model, [whole, whole])] == [1, 1]
 
 
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
@@ -505,7 +505,9 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
     found = []
     for memory in (None, PLENTY):
         model = osscar.load_model(dense, device="cpu", max_memory=memory).model
-        found.append([result for _, result in sweep(model, windows(), base, swept("uniform"))])
+        found.append(
+            [result for _, result in prune_points(model, windows(), base, swept("uniform"))]
+        )
     for plain, streamed in zip(*found, strict=True):
         assert is_on_disk(streamed.model)
         assert streamed.plan == plain.plan
@@ -524,7 +526,7 @@ def test_a_sweep_is_refused_before_anything_is_measured(
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory=memory)
     with pytest.raises(RequestError, match=named):
-        next(sweep(loaded.model, windows(), base, swept(allocation)))
+        next(prune_points(loaded.model, windows(), base, swept(allocation)))
 
 
 def test_a_limit_of_a_few_bytes_is_told_as_it_was_given(tmp_path):

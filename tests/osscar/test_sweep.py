@@ -24,7 +24,7 @@ from osscar.pruning.sweep import (
     Point,
     SweepDirectory,
     jobs,
-    sweep,
+    prune_points,
 )
 from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import sweep_page, sweep_table
@@ -64,7 +64,7 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
         Job(CURVATURE, FLOPS, 0.7),
         Job("wanda", SPARSITY, 0.5),
     )
-    found = dict(sweep(model, data, BASE, points))
+    found = dict(prune_points(model, data, BASE, points))
     assert tuple(found) == points
     assert len(measured) == 1
     for job, result in found.items():
