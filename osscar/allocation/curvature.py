@@ -242,7 +242,7 @@ def curvature(
             fitted = rest = 0
             for index, batch in enumerate(batches):
                 fits = index < len(batches) - held
-                made = one_pass(prepared, batch, every if fits else apart, generator)
+                made = _one_pass(prepared, batch, every if fits else apart, generator)
                 bar.advance()
                 if made is None:
                     fitted = 0
@@ -333,7 +333,7 @@ def parts(
 # ---- one forward and backward pass -------------------------------------------------------
 
 
-def one_pass(
+def _one_pass(
     prepared: Prepared, batch: Batch, factors: Sequence[Factors], generator: torch.Generator
 ) -> int | None:
     """Add what one batch shows, and return how many predictions it made; None if that fails.

@@ -25,7 +25,7 @@ _MOST_EXPANDED = 1_000_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class _Choice:
     """What the knapsack holds: the index of the option of each class, and sums over the classes.
 
     No choice within the budget has a smaller loss than the lower bound.
@@ -39,7 +39,7 @@ class Choice:
 
 def choose(
     losses: Sequence[NDArray[np.float64]], costs: Sequence[NDArray[np.float64]], budget: float
-) -> Choice:
+) -> _Choice:
     """Choose one option of each class, of which each has finite losses and costs.
 
     Raises
@@ -65,7 +65,7 @@ def choose(
         options, proved = _searched(losses, costs, budget, multiplier, options)
         bound = max(bound, proved)
     loss = _sum(losses, options)
-    return Choice(tuple(map(int, options)), loss, _sum(costs, options), min(float(bound), loss))
+    return _Choice(tuple(map(int, options)), loss, _sum(costs, options), min(float(bound), loss))
 
 
 def _sum(values: Sequence[NDArray[np.float64]], options: Sequence[int]) -> float:

@@ -77,10 +77,10 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
         slow, fast = interleaved(timings, _REPETITIONS, "timing")
-    return ratio_of_medians(slow, fast)
+    return _ratio_of_medians(slow, fast)
 
 
-def ratio_of_medians(slow: Sequence[float], fast: Sequence[float]) -> float:
+def _ratio_of_medians(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Return the ratio of two median times that were interleaved.
 
     About how far it may be off is half of the interquartile range of the single ratios, over the
@@ -136,7 +136,7 @@ def latency_table(
             events, of_dense, of_smaller = parts_in_turn(
                 dense, smaller, list(owners), batch, _TURNS
             )
-            ratio_of_medians(of_dense.sum(1).tolist(), of_smaller.sum(1).tolist())
+            _ratio_of_medians(of_dense.sum(1).tolist(), of_smaller.sum(1).tolist())
             slow.append(of_dense)
             fast.append(of_smaller)
             forms.append(forms_of(smaller, list(owners), batch))

@@ -49,8 +49,10 @@ class Sharing:
         if self.curves is not None:
             return self._by_curves(self.curves, cost, limit).choose()
         if self.scores is not None:
-            return widths_by_scores(self.groups, self.scores, self.widths, self.others, cost, limit)
-        return uniform_widths(self.groups, self.widths, self.others, cost, limit)
+            return _widths_by_scores(
+                self.groups, self.scores, self.widths, self.others, cost, limit
+            )
+        return _uniform_widths(self.groups, self.widths, self.others, cost, limit)
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: Mapping[str, int]) -> Budget:
         """Report on a choice, with a prediction where there are curves."""
@@ -71,7 +73,7 @@ class Sharing:
         return ByCurves(own, options, self.others, cost, limit)
 
 
-def uniform_widths(
+def _uniform_widths(
     shared: Sequence[CouplingGroup],
     widths: Widths,
     keep: Mapping[str, int],
@@ -144,7 +146,7 @@ class _Alike:
         return self.keeping(self.options[place])
 
 
-def widths_by_scores(
+def _widths_by_scores(
     shared: Sequence[CouplingGroup],
     scores: Mapping[str, NDArray[np.float64]],
     widths: Widths,

@@ -27,12 +27,12 @@ def asked_groups(
 ) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
     """Return the groups within reach, what some keep by name or kind, and those with a budget."""
     residual = prepared.residual
-    groups = reachable(prepared.groups, request, residual, left)
+    groups = _reachable(prepared.groups, request, residual, left)
     shared = [group for group in groups if shares(group, request, residual)]
-    return groups, kept_by_name(groups, request, residual), shared
+    return groups, _kept_by_name(groups, request, residual), shared
 
 
-def reachable(
+def _reachable(
     groups: Sequence[CouplingGroup],
     request: PruningRequest,
     residual: Collection[str] = (),
@@ -44,7 +44,7 @@ def reachable(
         if name not in by_name:
             raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
         if by_name[name].frozen:
-            raise RequestError(frozen_message(by_name[name]))
+            raise RequestError(_frozen_message(by_name[name]))
     _check_kinds(groups, request, residual)
     skipped = _skipped(by_name, request.skip) | set(left)
     return [group for group in groups if group.name not in skipped]
@@ -62,7 +62,7 @@ def shares(group: CouplingGroup, request: PruningRequest, residual: Collection[s
     )
 
 
-def kept_by_name(
+def _kept_by_name(
     groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str] = ()
 ) -> dict[str, int]:
     """Return what those groups keep of which the request says so, by name or by kind."""
@@ -74,7 +74,7 @@ def kept_by_name(
             else request.fraction_or_count(group.kind, group.name in residual)
         )
         if asked is not None and group.prunable and group.units > 1:
-            kept[group.name] = count_kept(group, asked, request.round_to)
+            kept[group.name] = _count_kept(group, asked, request.round_to)
     return kept
 
 
@@ -107,10 +107,10 @@ def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
     if not groups:
         raise RequestError(f"this model has no group of {what}; `osscar inspect` lists the groups")
     if not any(group.prunable for group in groups):
-        raise RequestError(frozen_message(groups[0]))
+        raise RequestError(_frozen_message(groups[0]))
 
 
-def frozen_message(group: CouplingGroup) -> str:
+def _frozen_message(group: CouplingGroup) -> str:
     """Say why a group cannot be pruned."""
     freeze = group.frozen[0]
     return (
@@ -122,7 +122,7 @@ def frozen_message(group: CouplingGroup) -> str:
 # ---- a count or a fraction of each group -------------------------------------------------
 
 
-def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
+def _count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
     """Return the units that a group keeps of a count or a share, at a width that is rounded."""
     if isinstance(asked, int):
         if asked > group.units:
@@ -189,7 +189,7 @@ def why_out_of_reach(
 ) -> str:
     """Say why a budget reaches none of the groups."""
     others = [group for group in groups if group.prunable and group.units > 1]
-    named = kept_by_name(groups, request, residual)
+    named = _kept_by_name(groups, request, residual)
     if any(group.name in named for group in others):
         return (
             f"{request.budget_in_words} is shared by what nothing else names, and nothing is left "
@@ -214,7 +214,7 @@ def why_frozen(groups: Sequence[CouplingGroup]) -> str:
     """Say why groups cannot be pruned, if none can; those of repeated blocks once."""
     if any(group.prunable and group.units > 1 for group in groups):
         return ""
-    frozen = {re.sub(r"\d+", "", g.name): frozen_message(g) for g in reversed(groups) if g.frozen}
+    frozen = {re.sub(r"\d+", "", g.name): _frozen_message(g) for g in reversed(groups) if g.frozen}
     if not frozen:
         return ""
     told = "; ".join([*frozen.values()][::-1][:_MOST_TOLD])

@@ -12,7 +12,7 @@ from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.timing import Clock
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -54,14 +54,14 @@ def resolve_dtype(
     resolved = next(
         (
             kind
-            for name, kind in DTYPES.items()
+            for name, kind in _DTYPES.items()
             if dtype is kind or dtype in (name, f"torch.{name}")
         ),
         None,
     )
     if resolved is None:
         raise OptionError(
-            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(DTYPES)}"
+            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(_DTYPES)}"
         )
     return resolved
 

@@ -56,11 +56,11 @@ def cast(model: M, dtype: torch.dtype) -> M:
     return model
 
 
-SavedFormat: TypeAlias = Callable[[str, Tensor], torch.dtype]
+_SavedFormat: TypeAlias = Callable[[str, Tensor], torch.dtype]
 """Returns the number format that a tensor of a model, or of its program, is written in."""
 
 
-def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> SavedFormat:
+def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> _SavedFormat:
     """Return what tells the formats of a model that is saved in one, by default its stored one.
 
     Its class may keep some of its tensors in another; what that does not know is converted.
@@ -136,7 +136,7 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {names[0]: tensor for names, tensor in _tensors_of(model)}
 
 
-def header_bytes(model: nn.Module, form: Form, format_of: SavedFormat) -> int:
+def header_bytes(model: nn.Module, form: Form, format_of: _SavedFormat) -> int:
     """Return how many bytes a file of a model's weights takes at most besides these.
 
     It is what the file says of the tensors of this model. A smaller one has as many, and no more

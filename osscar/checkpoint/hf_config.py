@@ -30,10 +30,10 @@ from osscar.shrinking.attention import AnyHeads
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
-HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
+_HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""
 
-WIDTH_FIELDS = (
+_WIDTH_FIELDS = (
     "intermediate_size",
     "ffn_dim",
     "n_inner",
@@ -52,7 +52,7 @@ shapes are cut in another way by other numbers."""
 
 SHAPES = "osscar_shapes"
 WIDTHS = "per_layer_config"
-LENIENT = "allow_global_per_layer_attribute_access"
+_LENIENT = "allow_global_per_layer_attribute_access"
 CODE = "auto_map"
 """What `any_shape_config` adds to the config of a dense model."""
 
@@ -74,7 +74,7 @@ def built(kind: Any, config: Any, **options: Any) -> nn.Module | None:
     return model
 
 
-def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shape of each tensor of a model's state, by name."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -90,7 +90,7 @@ def dense_config(config: Any) -> Any:
         return config
     config = copy.deepcopy(config)
     setattr(config, WIDTHS, None)  # a property since transformers 5.14, and an attribute before
-    for name in (SHAPES, WIDTHS, LENIENT, CODE):
+    for name in (SHAPES, WIDTHS, _LENIENT, CODE):
         vars(config).pop(name, None)
     return config
 
@@ -109,7 +109,7 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
     except DESCRIPTION_ERRORS:
         return None  # the family says itself that it cannot express these sizes
     candidate = built(type(model), config)
-    expressed = candidate is not None and shapes_of(candidate) == shapes_of(model)
+    expressed = candidate is not None and _shapes_of(candidate) == _shapes_of(model)
     return config if expressed else None
 
 
@@ -161,7 +161,7 @@ def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> bool
     heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return False
-    for name in HEAD_FIELDS:
+    for name in _HEAD_FIELDS:
         old = changes.get(name, getattr(config, name, None))
         # One key-value head that all query heads share is never cut.
         if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
@@ -178,7 +178,7 @@ def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str,
     for group in neurons:
         if widths.setdefault(group.units, len(group.kept)) != len(group.kept):
             return False
-    for name in WIDTH_FIELDS:
+    for name in _WIDTH_FIELDS:
         old = changes.get(name, getattr(config, name, None))
         if old in widths:
             changes[name] = widths[old]
@@ -362,7 +362,7 @@ def _widths(
         own.update(_narrower(config, group, own))
     for index, old in enumerate(layers):
         new = _layer(type(old), config, widths.get(index, {}), index)
-        if new is None or shapes_of(new) != shapes_of(old):
+        if new is None or _shapes_of(new) != _shapes_of(old):
             return {}
     return {str(index): own for index, own in sorted(widths.items()) if own}
 
@@ -378,7 +378,7 @@ def _tell_layers(config: Any, widths: Mapping[str, Mapping[str, int]]) -> None:
     try:
         validate()
     except RuntimeError:
-        setattr(config, LENIENT, True)
+        setattr(config, _LENIENT, True)
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
@@ -403,7 +403,7 @@ def _layer_of(group: GroupPlan, stack: str) -> int | None:
 def _narrower(config: Any, group: GroupPlan, own: Mapping[str, int]) -> dict[str, int]:
     """Return the fields of a layer's config that count the units of a group."""
     changes: dict[str, int] = {}
-    fields = HEAD_FIELDS if group.kind is UnitKind.HEADS else WIDTH_FIELDS
+    fields = _HEAD_FIELDS if group.kind is UnitKind.HEADS else _WIDTH_FIELDS
     for field in fields:
         name = config.attribute_map.get(field, field)
         old = own.get(name, getattr(config, name, None))

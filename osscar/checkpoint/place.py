@@ -156,7 +156,7 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
             place = path if cannot_move(path) else path.parent
             place.mkdir(parents=True, exist_ok=True)
             with uninterrupted():
-                run = stack.enter_context(run_for(path, place))
+                run = stack.enter_context(_run_for(path, place))
             recover(path)
             yield run.new
             _check_replaceable(path, overwrite)
@@ -266,7 +266,7 @@ class Run:
 
 
 @contextmanager
-def run_for(path: Path, place: Path) -> Iterator[Run]:
+def _run_for(path: Path, place: Path) -> Iterator[Run]:
     """Make the directory of a save, and remove it in the end."""
     run = Run(path, place)
     run.work.mkdir(exist_ok=True)

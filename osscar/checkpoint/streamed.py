@@ -89,7 +89,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
             f"{path} is not a checkpoint that can be read: {first_line(error):.500}"
         ) from error
     check_tensors(model, stored, path)
-    fill_from_disk(model, stored, path, cache)
+    _fill_from_disk(model, stored, path, cache)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model.to(cache.device).eval()
@@ -124,11 +124,11 @@ def read_any_shape_streamed(path: Path, name: str, cache: WeightCache) -> nn.Mod
     build = partial(TransformersOrigin(kind, config).build, torch.float32)
     model = structure(build, stored, path, pruned=True, computed=True)
     check_tensors(model, stored, path)
-    fill_from_disk(model, stored, path, cache)
+    _fill_from_disk(model, stored, path, cache)
     return model.to(cache.device).eval()
 
 
-def fill_from_disk(
+def _fill_from_disk(
     model: nn.Module, stored: Mapping[str, Stored], path: Path, cache: WeightCache
 ) -> None:
     """Let the parameters of a model without values be read from files.

@@ -33,7 +33,7 @@ Against = Annotated[
 ]
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")]
+_Dtype = Annotated[str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")]
 Backend = Annotated[str, Parameter(help="`osscar backends` lists them.")]
 BackendOptions = Annotated[
     list[str],
@@ -46,7 +46,7 @@ ImageSize = Annotated[
         "or the size of its example]"
     ),
 ]
-Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+_Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class DataOptions(OpenOptions):
 class RunOptions(DataOptions):
     """What runs that prune have in common."""
 
-    dtype: Dtype = "auto"
+    dtype: _Dtype = "auto"
     json: Json = None
     max_memory: str | None = None
     """Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
@@ -146,7 +146,7 @@ class SweepOptions(RunOptions):
 class EvalOptions(OpenOptions):
     """What `osscar eval` takes."""
 
-    dtype: Dtype = "auto"
+    dtype: _Dtype = "auto"
     json: Json = None
     text: str | None = None
     """Plain text to score; by default the built-in held-out text."""
@@ -156,7 +156,7 @@ class EvalOptions(OpenOptions):
     inputs: str | None = None
     """Samples to score of any other kind, fed as they are: FILE.npz or FILE.safetensors, with an
     entry for each argument of the model's `forward`, and perhaps `labels`."""
-    samples: Count = None
+    samples: _Count = None
     """Score only so many of these, drawn at random."""
     against: str | None = None
     """The dense model, to be measured side by side; code of your own also rebuilds the pruned
@@ -200,7 +200,7 @@ class GapOptions(DataOptions):
     """Relative gap at which an exact solve may stop."""
     seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0
     """Seed of everything that is drawn."""
-    jobs: Count = None
+    jobs: _Count = None
     """Processes that solve at once; by default one for each core, fewer where problems are so
     large that half of the memory would not hold them."""
     ray: str | None = None

@@ -18,7 +18,7 @@ from osscar.base.errors import FileError, OsscarError, first_line
 from osscar.base.files import reason_of
 from osscar.base.inputs import check_regular, file_name
 
-ARCHIVE_LIMIT = 2**33
+_ARCHIVE_LIMIT = 2**33
 """Bytes of arrays that are held in memory at once."""
 
 _NUMBERS = "biufc"
@@ -115,9 +115,9 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _check_size(path: Path, what: str, size: int) -> None:
-    if size > ARCHIVE_LIMIT:
+    if size > _ARCHIVE_LIMIT:
         raise FileError(
-            path, f"{what} would take {size:,} bytes of memory; give at most {ARCHIVE_LIMIT:,}"
+            path, f"{what} would take {size:,} bytes of memory; give at most {_ARCHIVE_LIMIT:,}"
         )
 
 

@@ -24,10 +24,10 @@ from osscar.data.preprocessing import (
 )
 from osscar.data.samples import IMAGES, LABELS, SampleSet
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
 
-IMAGE_SUFFIXES = frozenset(
+_IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 )
 
@@ -150,7 +150,7 @@ class ImageSet(SampleSet):
         if isinstance(item, np.ndarray):
             return Image.fromarray(item).convert(mode)
         try:
-            with Image.open(item, formats=IMAGE_FORMATS) as image:
+            with Image.open(item, formats=_IMAGE_FORMATS) as image:
                 _check_form(item, image)
                 return image.convert(mode)
         except DataError:
@@ -160,7 +160,7 @@ class ImageSet(SampleSet):
         except Exception as error:  # of a damaged file a decoder raises whatever it meets
             raise DataError(
                 f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
-                f"the file ({', '.join(IMAGE_FORMATS)} can be read)"
+                f"the file ({', '.join(_IMAGE_FORMATS)} can be read)"
             ) from error
 
 
@@ -239,13 +239,13 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        if file.suffix.lower() in _IMAGE_SUFFIXES
         and not file.relative_to(path).parts[0].startswith(".")
         and file.is_file()
     )
     if not files:
         raise DataError(
-            f"{str(path)!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); give another"
+            f"{str(path)!r} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}); give another"
         )
     folders = [file.relative_to(path).parts[0] for file in files if file.parent != path]
     if len(folders) < len(files):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from osscar.base.errors import DataError
 from osscar.base.files import digest
 
-SHINGLE_WORDS = 8
+_SHINGLE_WORDS = 8
 """Two paragraphs are taken to share prose when they share this many words in a row."""
 
 TRAINED_PARAGRAPHS = Path(__file__).parent / "demo" / "trained_paragraphs.npy"
@@ -58,13 +58,13 @@ def split_paragraphs(text: str) -> list[str]:
 
 
 def shingles(paragraph: str) -> set[str]:
-    """List the runs of ``SHINGLE_WORDS`` words, ignoring case and markup.
+    """List the runs of ``_SHINGLE_WORDS`` words, ignoring case and markup.
 
     A shorter paragraph ("For example:") has none: it is boilerplate, shared by all parts.
     """
     words = re.findall(r"[^\W_]+", paragraph.lower())
-    starts = range(len(words) - SHINGLE_WORDS + 1)
-    return {" ".join(words[start : start + SHINGLE_WORDS]) for start in starts}
+    starts = range(len(words) - _SHINGLE_WORDS + 1)
+    return {" ".join(words[start : start + _SHINGLE_WORDS]) for start in starts}
 
 
 def without_shared_prose(paragraphs: Iterable[str], claimed: set[str]) -> list[str]:

@@ -25,14 +25,14 @@ from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
 
-BUILTIN = "builtin"
+_BUILTIN = "builtin"
 
-CHARACTERS_PER_TOKEN = 16
+_CHARACTERS_PER_TOKEN = 16
 """Characters read from a dataset for every token wanted: about four times what windows need."""
 
-TOKENS_LIMIT = 2**31
+_TOKENS_LIMIT = 2**31
 
-TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +133,12 @@ def load_calibration(
     is_path = isinstance(spec, Path)
     if spec is not None:
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
-    if spec is None or spec == BUILTIN:
+    if spec is None or spec == _BUILTIN:
         text, source = builtin_text(Split.CALIBRATION), "built-in text (pydoc topics)"
     elif is_path or _is_file_name(spec):
         text, source = _file_text(spec), spec
     else:
-        characters = samples * seqlen * CHARACTERS_PER_TOKEN
+        characters = samples * seqlen * _CHARACTERS_PER_TOKEN
         text, source = _dataset_text(spec, characters), f"dataset {spec}"
     return text_windows(tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source)
 
@@ -213,10 +213,10 @@ def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
         raise DataError(
             f"calibration needs at least 1 window of at least 1 token, not {samples} of {seqlen}"
         )
-    if samples * seqlen > TOKENS_LIMIT:
+    if samples * seqlen > _TOKENS_LIMIT:
         raise DataError(
             f"{pluralize(samples, 'window')} of {pluralize(seqlen, 'token')} come to more than "
-            f"the {TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
+            f"the {_TOKENS_LIMIT:,} tokens that can be held; give fewer (--samples), or shorter "
             "ones (--seqlen)"
         )
 
@@ -244,7 +244,7 @@ def _is_file_name(spec: str) -> bool:
         raise DataError(f"cannot look for {spec!r}: {error.strerror}") from error
     if "\0" in spec:
         raise DataError(f"{spec!r} is no name of a file or dataset; take the NUL out")
-    return spec.startswith((".", "/", "~")) or Path(spec).suffix in TEXT_SUFFIXES
+    return spec.startswith((".", "/", "~")) or Path(spec).suffix in _TEXT_SUFFIXES
 
 
 def _file_text(path: str) -> str:

@@ -23,7 +23,7 @@ from osscar.evaluation.size import (
 from osscar.network.modules import count_parameters, device_of, evaluating
 from osscar.network.operations import count_flops
 
-COMPARED = (
+_COMPARED = (
     *("parameters", "perplexity", "top1", "top5"),
     *("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second"),
     *("flops", "parameter_bytes", "disk_bytes"),
@@ -88,7 +88,7 @@ class Comparison:
     def of(cls, model: Evaluation, dense: Evaluation) -> Comparison:
         """Divide one evaluation by another."""
         mine, theirs = model.numbers(), dense.numbers()
-        ratios = {name: _ratio(mine[name], theirs[name]) for name in COMPARED if name in mine}
+        ratios = {name: _ratio(mine[name], theirs[name]) for name in _COMPARED if name in mine}
         return cls(model, dense, ratios)
 
 

@@ -54,7 +54,7 @@ from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_language_model(
@@ -160,7 +160,7 @@ def _find(name: str) -> _Found:
         return _Found(str(path), f"directory {path}", path)
     if exists:
         raise ModelError(f"{name!r} is a file; give the directory that holds the checkpoint")
-    if not HUB_ID.fullmatch(name) or name.startswith("."):
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"there is no directory {name!r}. {_names_that_exist(name)}")
     return _Found(name, f"Hugging Face {name}")
 

@@ -17,7 +17,7 @@ from osscar.base.files import reason_of
 from osscar.base.inputs import check_regular
 from osscar.base.json_files import MEGABYTE, read_object
 
-TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_FILE = "tokenizer.json"
 
 _LARGEST = 512 * MEGABYTE
 _SECONDS = 60
@@ -51,7 +51,7 @@ _OTHER_FILES = (
 
 def check_tokenizer(directory: Path) -> None:
     """Refuse a tokenizer that the library cannot read, or not without ending the process."""
-    file = directory / TOKENIZER_FILE
+    file = directory / _TOKENIZER_FILE
     try:
         check_regular(file)
         if not file.exists():

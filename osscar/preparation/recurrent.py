@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RecurrentLayer: TypeAlias = nn.RNNBase | nn.RNNCellBase
+_RecurrentLayer: TypeAlias = nn.RNNBase | nn.RNNCellBase
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 WEIGHT, BIAS = "weight_ih", "bias_ih"
@@ -28,7 +28,7 @@ def directions(module: nn.Module) -> list[str]:
     return [""] if isinstance(module, nn.RNNCellBase) else []
 
 
-def input_gates(module: RecurrentLayer, x: Tensor) -> Tensor:
+def input_gates(module: _RecurrentLayer, x: Tensor) -> Tensor:
     """Return what the gates of all directions take from the inputs, (..., directions x gates)."""
     parts = (
         F.linear(x, getattr(module, WEIGHT + end), getattr(module, BIAS + end, None))
@@ -39,7 +39,7 @@ def input_gates(module: RecurrentLayer, x: Tensor) -> Tensor:
 
 @contextmanager
 def gates_shown(
-    module: RecurrentLayer, watch: Callable[[Tensor, Tensor], Tensor]
+    module: _RecurrentLayer, watch: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Let a layer run on the gates' inputs that `watch` returns, given its inputs and these.
 
@@ -60,7 +60,7 @@ def gates_shown(
 
 
 @contextmanager
-def _taking_gates(module: RecurrentLayer, gates: Tensor) -> Iterator[None]:
+def _taking_gates(module: _RecurrentLayer, gates: Tensor) -> Iterator[None]:
     """Put identities in the place of the weights that read inputs, and zeros for their biases."""
     width, ends = gates.shape[-1], directions(module)
     parts = torch.eye(width, dtype=gates.dtype, device=gates.device).chunk(len(ends))

@@ -74,7 +74,7 @@ def feasible_groups(
     """
     keep = provisional(prepared, request)
     groups = [group for group in prepared.groups if keep.get(group.name, group.units) < group.units]
-    forms = forms_to_try(prepared.model, request)
+    forms = _forms_to_try(prepared.model, request)
     if not groups:
         return forms[0], ()
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
@@ -140,7 +140,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 """What is tried, in this order."""
 
 
-def forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
+def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
     """Return the forms to try; a program cannot generate text, and nobody would time it."""
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
@@ -156,7 +156,7 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
     """
     asked = request.form == "exported"
     plain = not isinstance(model, PreTrainedModel)
-    return Form.EXPORTED in forms_to_try(model, request) and (asked or plain)
+    return Form.EXPORTED in _forms_to_try(model, request) and (asked or plain)
 
 
 @contextmanager

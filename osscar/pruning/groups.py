@@ -35,10 +35,10 @@ _HELD_OUT = 8
 _FEWEST = 4
 """With fewer samples, all are needed for the fit."""
 
-EXACT_UNITS = 32
+_EXACT_UNITS = 32
 """Up to so many units a bound comes from branch and bound, which mostly closes the gap."""
 
-EXACT_SECONDS = 10.0
+_EXACT_SECONDS = 10.0
 """How long branch and bound may take for one bound; what it has by then is valid."""
 
 
@@ -238,7 +238,7 @@ def certified(
     problem: solvers.SubsetProblem, backend: solvers.Backend
 ) -> tuple[solvers.Solution, solvers.Verification]:
     """Solve, add a lower bound that no choice of units can beat, and verify both."""
-    exact = backend.kind is solvers.BackendKind.EXACT or problem.units > EXACT_UNITS
+    exact = backend.kind is solvers.BackendKind.EXACT or problem.units > _EXACT_UNITS
     solution = solvers.solve(problem, backend, bound=exact)
     if not exact:
         solution = _closely_bounded(solution)
@@ -248,7 +248,7 @@ def certified(
 def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
     """Take the bound of branch and bound, and leave the choice as the backend made it."""
     start = tuple(solution.support.tolist())
-    search = BranchAndBound(start=start, time_limit=EXACT_SECONDS)
+    search = BranchAndBound(start=start, time_limit=_EXACT_SECONDS)
     proof = solvers.solve(solution.problem, search)
     if not proof.lower_bound > solution.lower_bound:
         return solution

@@ -147,7 +147,7 @@ def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseFacts:
+class _DenseFacts:
     """What is known of the dense model, whatever becomes of it.
 
     Parameters
@@ -177,7 +177,7 @@ class DenseFacts:
         return frozenset(group.name for group in self.skipped)
 
 
-def dense_facts(prepared: Prepared, request: PruningRequest) -> DenseFacts:
+def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
     """Try what can follow, and run the dense model."""
     ranks = prepared.ranks
     with timed(Stage.TRIAL):
@@ -185,13 +185,13 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> DenseFacts:
     with timed(Stage.DENSE):
         reference = Reference.of(prepared, max(1, held_out(prepared, request)))
         statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
-    return DenseFacts(*feasible, reference, statistics)
+    return _DenseFacts(*feasible, reference, statistics)
 
 
 def prune_prepared(
     prepared: Prepared,
     request: PruningRequest,
-    facts: DenseFacts,
+    facts: _DenseFacts,
     log: RunLog | None = None,
     records: Sequence[LayerRecord] = (),
 ) -> PruningResult:
@@ -234,7 +234,7 @@ prune = by_keywords(PruningRequest, prune_as_asked)
 
 @timed(Stage.ALLOCATION)
 def _widths(
-    prepared: Prepared, request: PruningRequest, facts: DenseFacts, log: RunLog | None
+    prepared: Prepared, request: PruningRequest, facts: _DenseFacts, log: RunLog | None
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
     known = prepared.ranks.broadcast(
@@ -277,7 +277,7 @@ def _widths(
 
 
 def _curves(
-    prepared: Prepared, request: PruningRequest, facts: DenseFacts
+    prepared: Prepared, request: PruningRequest, facts: _DenseFacts
 ) -> Mapping[str, Curve] | None:
     """Return the curves that a budget needs, which all ranks measure together."""
     needed = request.has_budget and request.allocation == "curvature"

@@ -27,7 +27,7 @@ from osscar.request import PruningRequest
 from osscar.shrinking.lineage import Computed, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 
-SCHEMA = "osscar.prune/4"
+_SCHEMA = "osscar.prune/4"
 """Of the document of a run, as ``docs/json.md`` describes it."""
 
 
@@ -180,7 +180,7 @@ class PruningResult:
         known = lineage_of(dense).source or type(dense).__name__
         described_data = calibration.describe() if hasattr(calibration, "describe") else {}
         return {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "osscar_version": __version__,
             "model": known if source is None else source,
             "classes": list(classes),
@@ -224,7 +224,7 @@ class PruningResult:
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=prune_page(document) if document.get("schema") == SCHEMA else None,
+            page=prune_page(document) if document.get("schema") == _SCHEMA else None,
             dtype=dtype,
             overwrite=overwrite,
         )

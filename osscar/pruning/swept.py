@@ -38,7 +38,7 @@ from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.lineage import Calibration, lineage_of
 from osscar.shrinking.plan import Form
 
-PAGE_FILE, DOCUMENT_FILE = "report.html", "sweep.json"
+PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
 
 def sweep(
@@ -164,7 +164,7 @@ class Sweep:
                 "points": [_entry(point) for point in found],
                 "skipped": [dataclasses.asdict(group) for group in found[-1].skipped],
             }
-            write_json(self.place.directory / DOCUMENT_FILE, document)
+            write_json(self.place.directory / _DOCUMENT_FILE, document)
             write_text(self.place.directory / PAGE_FILE, sweep_page(document))
         return document
 

@@ -71,7 +71,7 @@ def draw_plots(summary: Summary, directory: Path) -> list[dict[str, object]]:
     return drawn
 
 
-def short_name(name: str) -> str:
+def _short_name(name: str) -> str:
     """Return a group's name without what all models share: ``layers.3.mlp.neurons``."""
     short = re.sub(r"^(model|transformer|decoder|gpt_neox)\.(decoder\.|model\.)?", "", name)
     return short if len(short) <= _LONGEST_NAME else f"{short[: _LONGEST_NAME - 1]}…"
@@ -89,7 +89,7 @@ def _curves(layers: Sequence[Case]) -> Figure | None:
         mine = (case for case in layers if case.best.instance == name)
         points = [(sparsity, case) for case in mine for sparsity in case.sparsities]
         _curve(axes, sorted(points, key=lambda point: point[0]))
-        axes.set_title(short_name(name), fontsize=7, loc="left", parse_math=False)
+        axes.set_title(_short_name(name), fontsize=7, loc="left", parse_math=False)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     shown: dict[str, Any] = {}  # the first layer need not have a bound
@@ -148,7 +148,11 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
         axes.bar(x, root, step * 0.9, facecolor="none", edgecolor=color, linewidth=0.7)
         axes.bar(x, left, step * 0.9, color=color, label=f"{share(sparsity)} removed")
     axes.set_xticks(
-        range(len(names)), [short_name(n) for n in names], rotation=90, fontsize=7, parse_math=False
+        range(len(names)),
+        [_short_name(n) for n in names],
+        rotation=90,
+        fontsize=7,
+        parse_math=False,
     )
     axes.yaxis.set_major_formatter(SHARES)
     axes.set_ylabel("gap to the lower bound")

@@ -18,7 +18,7 @@ HIT = 1e-6
 """Relative excess over the optimum up to which a loss counts as the optimum; optima themselves are
 known up to the gap tolerance of the study."""
 
-SAME = 1e-12
+_SAME = 1e-12
 """Relative difference up to which two losses differ by rounding alone."""
 
 _ROOT = "perspective"
@@ -103,7 +103,7 @@ class Case:
     @property
     def why_open(self) -> str:
         """How each exact backend ended, and why the others gave nothing, in words."""
-        exact = [record for record in self.records if is_exact(record)]
+        exact = [record for record in self.records if _is_exact(record)]
         ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
         for record in self.records:
             if record.error:
@@ -213,7 +213,7 @@ class Summary:
             yield self._of_windows()
         largest, several = self.largest_disagreement
         if several:
-            agree = "are the same" if largest <= SAME else f"differ by at most {largest:.1e}"
+            agree = "are the same" if largest <= _SAME else f"differ by at most {largest:.1e}"
             found = pluralize(several, "problem")
             yield f"where two or more exact backends finished ({found}), their optima {agree}"
         if self.trivial:
@@ -257,7 +257,7 @@ def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Su
     )
 
 
-def is_exact(record: Record) -> bool:
+def _is_exact(record: Record) -> bool:
     """Tell whether a record is of an exact backend."""
     return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
 

@@ -58,7 +58,7 @@ class _MultiheadAttention(AnyHeads):
 
     def adopt(self) -> None:
         """Keep torch from taking a fused path that assumes full width."""
-        if is_extended(self):
+        if _is_extended(self):
             raise ModelError(
                 "a MultiheadAttention with add_bias_kv or add_zero_attn cannot lose heads; "
                 "leave its heads out of what is pruned"
@@ -287,7 +287,7 @@ class _RelativePositionAttention(AnyHeads):
 
 
 _SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
-REWRITTEN: Mapping[str, type[AnyHeads]] = {
+_REWRITTEN: Mapping[str, type[AnyHeads]] = {
     "torch.nn.modules.activation.MultiheadAttention": _MultiheadAttention,
     "torch.nn.modules.transformer.TransformerEncoder": _PaddingEncoder,
     _SWIN: _WindowAttention,
@@ -328,7 +328,7 @@ def _mixed(mixin: type[AnyHeads], original: type[nn.Module]) -> type[nn.Module]:
     return type(name, (mixin, original), {"__doc__": mixin.__doc__})
 
 
-def is_extended(module: object) -> bool:
+def _is_extended(module: object) -> bool:
     """Whether attention of torch adds keys of its own, for which there is no other forward pass."""
     return isinstance(module, nn.MultiheadAttention) and (
         module.bias_k is not None or module.add_zero_attn
@@ -338,13 +338,13 @@ def is_extended(module: object) -> bool:
 def expose_attention(model: nn.Module) -> None:
     """Let fused attention call its output layer as a module, which can be observed then."""
     for name in exposed(model):
-        rewritten(model.get_submodule(name), REWRITTEN)
+        rewritten(model.get_submodule(name), _REWRITTEN)
 
 
 def exposed(model: nn.Module) -> list[str]:
     """Return the names of the modules that `expose_attention` changes."""
-    names = changed(model, REWRITTEN)
-    return [name for name in names if not is_extended(model.get_submodule(name))]  # keep all heads
+    names = changed(model, _REWRITTEN)
+    return [name for name in names if not _is_extended(model.get_submodule(name))]  # keep all heads
 
 
 def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
@@ -353,8 +353,8 @@ def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
     Whatever it has lost: the originals take the widths of heads from that of the stream, and some
     insist on the one that they were built with.
     """
-    if group.kind is UnitKind.HEADS or not is_extended(module):
-        rewritten(module, REWRITTEN)
+    if group.kind is UnitKind.HEADS or not _is_extended(module):
+        rewritten(module, _REWRITTEN)
 
 
 def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
@@ -369,4 +369,4 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
             name = name.rpartition(".")[0]
             around = model.get_submodule(name)
             if isinstance(around, nn.TransformerEncoder) and within:
-                rewritten(around, REWRITTEN)
+                rewritten(around, _REWRITTEN)

@@ -23,11 +23,11 @@ from osscar.shrinking.equivalence import Inputs
 from osscar.shrinking.lineage import lineage_of
 
 _STRUCTURE = "osscar_structure"
-"""The attribute of a model that holds its `DenseStructure`."""
+"""The attribute of a model that holds its `_DenseStructure`."""
 
 
 @dataclass(frozen=True, eq=False)
-class DenseStructure:
+class _DenseStructure:
     """A dense model without the values of its parameters.
 
     `model` is as its user would build it, with parameters on 'meta', and `device` is where these
@@ -53,7 +53,7 @@ class DenseStructure:
 
         return pytree.tree_map_only(Tensor, draw, self.inputs)  # type: ignore[no-any-return]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenseStructure:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DenseStructure:
         return self  # nobody changes it
 
 
@@ -68,7 +68,7 @@ def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
     if known is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
-            known = DenseStructure(_with_zeros(model, torch.device("meta")), device_of(model))
+            known = _DenseStructure(_with_zeros(model, torch.device("meta")), device_of(model))
     if known is not None:
         if known.inputs is None and inputs is not None:
             forms = pytree.tree_map_only(Tensor, _on_meta, inputs)
@@ -76,10 +76,10 @@ def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
         setattr(model, _STRUCTURE, known)
 
 
-def structure_of(model: nn.Module) -> DenseStructure | None:
+def structure_of(model: nn.Module) -> _DenseStructure | None:
     """Return what is known of the dense model that a model was made of."""
     found = getattr(model, _STRUCTURE, None)
-    return found if isinstance(found, DenseStructure) else None
+    return found if isinstance(found, _DenseStructure) else None
 
 
 def without_values(model: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ from osscar.study.jobs import (
 from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
-RESULTS_FILE = "results.csv"
+_RESULTS_FILE = "results.csv"
 _PROBLEMS = "problems"
 _INDEX = "problems.json"
 _SUFFIX = ".safetensors"
@@ -239,7 +239,7 @@ class Study:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
                 records += solved(tasks)
-            write_csv(self.directory / RESULTS_FILE, records)
+            write_csv(self.directory / _RESULTS_FILE, records)
         return tuple(records)
 
     def _tasks(

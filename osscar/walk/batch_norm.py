@@ -16,17 +16,17 @@ from osscar.preparation.failures import batch_named
 from osscar.preparation.routing import reads
 from osscar.shrinking.plan import PruningPlan
 
-Statistics: TypeAlias = tuple[Tensor, Tensor]
+_Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
 
 BatchNormMode: TypeAlias = Literal["correct", "estimate", "keep"]
 """Where statistics come from afterwards: the dense model's, moved by as much as those on the
 calibration data have moved; these data alone; or the dense model's as they are."""
 
-DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[Statistics]]]
+DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[_Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
-_Seen: TypeAlias = tuple[int, int, Statistics]
+_Seen: TypeAlias = tuple[int, int, _Statistics]
 """The statistics of one call of a layer: in which batch, and over how many values."""
 
 
@@ -56,9 +56,9 @@ def dense_statistics(
         return ()
     found = []
     for index in _shared_out(batches, ranks):
-        seen: dict[str, list[Statistics]] = {name: [] for name in layers}
+        seen: dict[str, list[_Statistics]] = {name: [] for name in layers}
 
-        def see(name: str, x: Tensor, seen: dict[str, list[Statistics]] = seen) -> None:
+        def see(name: str, x: Tensor, seen: dict[str, list[_Statistics]] = seen) -> None:
             seen[name].append(_measured(x))
 
         with batch_named(model, index), reads(model, seen, see):
@@ -118,7 +118,7 @@ def renew_statistics(
             _set(layer, (mean, var))
         seen[name].append((index, count, (mean, var)))
 
-    averages: dict[str, Statistics] = {}
+    averages: dict[str, _Statistics] = {}
     try:
         with reads(model, layers, renew):
             for index in _shared_out(batches, ranks):
@@ -133,7 +133,7 @@ def renew_statistics(
     return len(averages)
 
 
-def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> Iterator[Statistics]:
+def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> Iterator[_Statistics]:
     """Yield the dense statistics of a layer, call by call, of those channels that are left."""
     gone = {
         index
@@ -148,7 +148,7 @@ def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> It
             yield mean[stay], var[stay]
 
 
-def _measured(x: Tensor) -> Statistics:
+def _measured(x: Tensor) -> _Statistics:
     """Return mean and variance over all dimensions but the second."""
     around = [dim for dim in range(x.ndim) if dim != 1]
     var, mean = torch.var_mean(x.double(), around, correction=0)
@@ -179,7 +179,7 @@ def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[
     }
 
 
-def _average(seen: Sequence[_Seen]) -> Statistics:
+def _average(seen: Sequence[_Seen]) -> _Statistics:
     """Weight batches by their number of values."""
     counts = torch.tensor([count for _, count, _ in seen], dtype=torch.float64)
     means = torch.stack([mean for *_, (mean, _) in seen])
@@ -188,20 +188,20 @@ def _average(seen: Sequence[_Seen]) -> Statistics:
     return shares @ means, shares @ variances
 
 
-def _stored(layer: _BatchNorm) -> Statistics:
+def _stored(layer: _BatchNorm) -> _Statistics:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return layer.running_mean.double(), layer.running_var.double()
 
 
-def _set(layer: _BatchNorm, statistics: Statistics) -> None:
+def _set(layer: _BatchNorm, statistics: _Statistics) -> None:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     layer.running_mean.copy_(statistics[0])
     layer.running_var.copy_(statistics[1])
 
 
-def _check_finite(name: str, statistics: Statistics) -> None:
+def _check_finite(name: str, statistics: _Statistics) -> None:
     for tensor in statistics:
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(

@@ -40,7 +40,7 @@ def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
 
 
 @dataclass(frozen=True)
-class Refits:
+class _Refits:
     """The weights that a group's consumers get, each found no worse than to leave it unrefitted."""
 
     weights: tuple[Tensor, ...] = field(repr=False)
@@ -123,7 +123,7 @@ class LayerStep:
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, correction_weight)
 
-    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
+    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> _Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
         What reads an input that never varied keeps its dense weights, if its unit stays: the data
@@ -147,7 +147,7 @@ class LayerStep:
             growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
             chosen.append(W)
             gram.let_go()
-        return Refits(tuple(chosen), tuple(unrefitted), growth, held)
+        return _Refits(tuple(chosen), tuple(unrefitted), growth, held)
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.

@@ -28,7 +28,7 @@ _RESHAPES = frozenset(
 )
 """What mixtures of experts, which work on a matrix of tokens, do with their outputs."""
 
-Passage: TypeAlias = tuple[str, int, str, int | str]
+_Passage: TypeAlias = tuple[str, int, str, int | str]
 """A tensor that passes a module: its name, which of its calls, counted from 0, whether it is read
 (``"in"``) or put out (``"out"``), and its position or name there."""
 
@@ -55,13 +55,13 @@ class _Passing:
                 self.see((name, self.calls[name], side, key), value)
 
     @abc.abstractmethod
-    def see(self, passage: Passage, tensor: Tensor) -> None:
+    def see(self, passage: _Passage, tensor: Tensor) -> None:
         """Take one of them."""
 
 
 def streams(
     model: nn.Module, example: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, tuple[Passage, ...]]:
+) -> dict[str, tuple[_Passage, ...]]:
     """Run a model once; return where the tensors pass that are added to what consumers put out.
 
     That is by the name of the consumer, only of those that are called once, and to whose output
@@ -86,13 +86,13 @@ class _Watch(_Passing, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         _Passing.__init__(self)
         self.names = names
-        self.added: dict[str, list[Passage]] = {}
+        self.added: dict[str, list[_Passage]] = {}
         """What has been added to the output of each consumer so far."""
         self._begun: dict[str, int] = {}
         """How many tensors had been seen when it was called."""
         self._alive: list[Tensor] = []
         """Tensors are told apart by their addresses, which must not be used again."""
-        self._seen: dict[int, tuple[Passage, int, int]] = {}
+        self._seen: dict[int, tuple[_Passage, int, int]] = {}
         """By address: where it was first seen, after how many tensors, and in which version."""
         self._parts: dict[int, set[str]] = defaultdict(set)
         """The consumers whose outputs a tensor holds, by address."""
@@ -107,7 +107,7 @@ class _Watch(_Passing, TorchFunctionMode):
         if name in self.names and isinstance(result, Tensor):
             self._parts[id(result)].add(name)
 
-    def see(self, passage: Passage, tensor: Tensor) -> None:
+    def see(self, passage: _Passage, tensor: Tensor) -> None:
         known = self._seen.get(id(tensor))
         if not tensor.is_inference() and (known is None or known[2] != tensor._version):
             self._seen[id(tensor)] = passage, len(self._alive), tensor._version
@@ -152,13 +152,13 @@ def _plain(value: object) -> bool:
 class Keeper(_Passing):
     """Keeps what is wanted of one forward pass until the consumers are called."""
 
-    def __init__(self, passages: Mapping[str, tuple[Passage, ...]]) -> None:
+    def __init__(self, passages: Mapping[str, tuple[_Passage, ...]]) -> None:
         super().__init__()
         self._passages = passages
         self._last = {passage: name for name, some in passages.items() for passage in some}
-        self._kept: dict[Passage, Tensor] = {}
+        self._kept: dict[_Passage, Tensor] = {}
 
-    def see(self, passage: Passage, tensor: Tensor) -> None:
+    def see(self, passage: _Passage, tensor: Tensor) -> None:
         """Keep what is wanted."""
         if passage in self._last:
             self._kept[passage] = tensor

@@ -97,7 +97,7 @@ def shrink_program(
         follow.
     """
     check_request(plan, inputs, tolerance)
-    check_example(example)
+    _check_example(example)
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
@@ -163,7 +163,7 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
     return program
 
 
-def check_example(example: object) -> None:
+def _check_example(example: object) -> None:
     """Refuse what a program cannot be traced with."""
     tensors = isinstance(example, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) > 1
