@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict
@@ -81,6 +81,23 @@ class Budget:
         above = max(self.predicted - self.lower_bound, 0.0)
         return above / self.predicted if self.predicted else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-able data, with its gap, and each curve at some of its points."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        curves: dict[str, dict[str, list[float]]] = {}
+        for name, losses in self.curves.items():
+            kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
+            curves[name] = {"kept": kept, "nats": [float(f"{losses[k]:.6g}") for k in kept]}
+        cost, nats = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
+        return {
+            **data,
+            "cost": str(self.cost),
+            "curves": curves,
+            "widths": {name: dataclasses.asdict(width) for name, width in self.widths.items()},
+            "frontier": {"cost": cost, "nats": nats},
+            "gap": self.gap,
+        }
+
 
 @dataclass(frozen=True)
 class Allocated:
@@ -88,21 +105,3 @@ class Allocated:
 
     keep: Mapping[str, int]
     budget: Budget | None = None
-
-
-def described(budget: Budget) -> dict[str, object]:
-    """Return a budget as JSON-able data, with its gap, and each curve at some of its points."""
-    data = {f.name: getattr(budget, f.name) for f in dataclasses.fields(budget)}
-    curves: dict[str, dict[str, list[float]]] = {}
-    for name, losses in budget.curves.items():
-        kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
-        curves[name] = {"kept": kept, "nats": [float(f"{losses[k]:.6g}") for k in kept]}
-    cost, nats = ([float(f"{point[i]:.6g}") for point in budget.frontier] for i in (0, 1))
-    return {
-        **data,
-        "cost": str(budget.cost),
-        "curves": curves,
-        "widths": {name: dataclasses.asdict(width) for name, width in budget.widths.items()},
-        "frontier": {"cost": cost, "nats": nats},
-        "gap": budget.gap,
-    }

@@ -13,7 +13,7 @@ from torch import nn
 
 import solvers
 from osscar import __version__
-from osscar.allocation.budget import Budget, described
+from osscar.allocation.budget import Budget
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
@@ -24,7 +24,7 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.report.prune_page import prune_page
 from osscar.request import PruningRequest
-from osscar.shrinking.lineage import Computed, lineage_of
+from osscar.shrinking.lineage import Computed, data_record, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 
 _SCHEMA = "osscar.prune/4"
@@ -178,19 +178,18 @@ class PruningResult:
             What it is worth on the calibration data.
         """
         known = lineage_of(dense).source or type(dense).__name__
-        described_data = calibration.describe() if hasattr(calibration, "describe") else {}
         return {
             "schema": _SCHEMA,
             "osscar_version": __version__,
             "model": known if source is None else source,
             "classes": list(classes),
-            "calibration": {**self.calibration, **described_data},
+            "calibration": {**self.calibration, **data_record(calibration)},
             "dense": None if score is None else dataclasses.asdict(score),
             "computed": dataclasses.asdict(Computed.of(dense)),
             "settings": self.settings,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
-            "budget": None if self.budget is None else described(self.budget),
+            "budget": None if self.budget is None else self.budget.to_json(),
             "divergence": self.divergence,
             "held_out": self.held_out,
             "forward": _forward(dense, self.model, calibration),

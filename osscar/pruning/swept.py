@@ -35,7 +35,7 @@ from osscar.pruning.sweep import (
 )
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
-from osscar.shrinking.lineage import Calibration, lineage_of
+from osscar.shrinking.lineage import Calibration, data_record, lineage_of
 from osscar.shrinking.plan import Form
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
@@ -138,7 +138,7 @@ class Sweep:
         """
         self.check(model)
         data = as_inputs(model, calibration)
-        told = calibration.describe() if hasattr(calibration, "describe") else {}
+        told = data_record(calibration)
         lineage = lineage_of(model)
         if self.score is not None:
             known = [Calibration.of(told)] if told else []

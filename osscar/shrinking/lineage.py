@@ -125,6 +125,11 @@ def note(model: nn.Module, **known: Any) -> None:
     setattr(model, LINEAGE, dataclasses.replace(lineage_of(model), **known))
 
 
+def data_record(calibration: Any) -> dict[str, Any]:
+    """Return what reports say of a set of calibration data; nothing of plain tensors."""
+    return calibration.describe() if hasattr(calibration, "describe") else {}
+
+
 def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
     """Note what a model was calibrated on, where that can be recognized, and its inputs.
 
@@ -133,15 +138,14 @@ def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, 
     shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
     inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
     note(model, inputs=inputs)
-    describe = getattr(calibration, "describe", None)
-    described = describe() if callable(describe) else None
-    if not isinstance(described, Mapping) or "source" not in described:
+    told = data_record(calibration)
+    if not told:
         return
     before = lineage_of(model)
     note(
         model,
-        calibration=(*before.calibration, Calibration.of(described)),
-        preprocessing=described.get("preprocessing") or before.preprocessing,
+        calibration=(*before.calibration, Calibration.of(told)),
+        preprocessing=told.get("preprocessing") or before.preprocessing,
     )
 
 

@@ -10,7 +10,6 @@ from torch import nn
 import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.allocation.allocate import allocate
-from osscar.allocation.budget import described
 from osscar.base.errors import JournalError, OptionError, OsscarError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
@@ -161,7 +160,7 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
             within, beyond = nats[costs <= budget.reached], nats[costs >= budget.reached]
             assert beyond.max() <= budget.predicted * (1 + 1e-9)
             assert budget.predicted <= within.min() * (1 + 1e-9)
-    data = json.loads(json.dumps(described(budgets[0]), allow_nan=False))
+    data = json.loads(json.dumps(budgets[0].to_json(), allow_nan=False))
     assert len(data["frontier"]["cost"]) == len(data["frontier"]["nats"]) == len(costs)
     assert data["widths"].keys() == curves.keys()
 
