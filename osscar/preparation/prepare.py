@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
 from graph.tracing.preserve import without_cache
+from osscar.base.errors import EquivalenceError
+from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs, as_inputs
@@ -28,13 +30,21 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import shapes_only
 from osscar.preparation.failures import failures_named
-from osscar.preparation.followable import make_followable
 from osscar.preparation.linear_maps import freeze_unreadable, mixtures_of
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
-from osscar.shrinking.equivalence import call, comparable, outputs_or_none
-from osscar.shrinking.fold import unfold
+from osscar.shrinking.alibi import PREPARED
+from osscar.shrinking.attention import changed, expose_attention, exposed
+from osscar.shrinking.equivalence import (
+    call,
+    comparable,
+    computes,
+    outputs_or_none,
+    proved_unchanged,
+)
+from osscar.shrinking.fold import Folded, fold, unfold
+from osscar.shrinking.follow import prepare as replace_modules
 from osscar.shrinking.structure import remember_structure
 
 
@@ -150,7 +160,7 @@ def _prepared(
     remember_structure(model, example)
     with untouched.watching():
         expected = outputs_or_none(model, example)
-    folded = make_followable(model, example, expected, heads=heads)
+    folded = _followable(model, example, expected, heads=heads)
     # What passes keep for the next would be traced as numbers of the code.
     untouched.put_back()
     with shapes_only(model, example) as small, followed_mixtures(model):
@@ -175,6 +185,37 @@ def _prepared(
         in_programs=in_programs,
         ranks=ranks,
     )
+
+
+def _followable(
+    model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool
+) -> list[Folded]:
+    """Replace code that cannot be followed, and prove that the model computes what it did.
+
+    `expected` is what it puts out; nothing if it fails, which is reported once it is traced.  With
+    `heads`, fused attention is to call its output layer as a module.  Return the modules whose
+    normalized weight is a plain one now.
+    """
+    folded = fold(model)
+    if folded and not computes(model, example, expected):
+        unfold(folded)  # code of the model's own reads what a weight is computed from
+        folded = []
+    new = [*changed(model, PREPARED), *(exposed(model) if heads else ())]
+    if not new:
+        return folded
+    names = ("the model", "the model with forward passes of OSSCAR")
+    try:
+        with proved_unchanged(model, example, names):
+            replace_modules(model)
+            if heads:
+                expose_attention(model)
+    except EquivalenceError as error:
+        raise EquivalenceError(
+            f"{error}: {listed([*map(repr, new)])} cannot be followed; leave "
+            "heads out of what is asked (neurons= or channels= alone), or give these modules a "
+            "class with a forward of its own, which stays as it is"
+        ) from error
+    return folded
 
 
 def _traced(
