@@ -23,6 +23,11 @@ def are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
+def capitalized(text: str) -> str:
+    """Return a text as a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Return a text in which nothing can move a cursor, change a colour or fail to be encoded.
 

@@ -20,7 +20,7 @@ from osscar.base import files
 from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError, RanksError
 from osscar.base.files import resolved
 from osscar.base.inputs import check_regular
-from osscar.base.printable import printable
+from osscar.base.printable import capitalized, printable
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
@@ -176,9 +176,5 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
         raise
     except (OutputError, RanksError) as error:
         raise type(error)(
-            f"{error}. {_begun(kept())}; give the same command again to go on"
+            f"{error}. {capitalized(kept())}; give the same command again to go on"
         ) from error
-
-
-def _begun(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from osscar.base.errors import ModelError
+from osscar.base.errors import ModelError, first_line
 from osscar.base.inputs import check_regular, file_name
 from osscar.base.printable import pluralize
 from osscar.network.modules import number_kind
@@ -64,7 +64,7 @@ def _unreadable(error: Exception) -> str:
         return "it is empty or cut off"
     if not isinstance(error, OSError | RuntimeError | SafetensorError):
         return "it is no file that torch.save wrote"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

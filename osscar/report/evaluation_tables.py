@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from osscar.base.printable import pluralize
+from osscar.base.printable import capitalized, pluralize
 from osscar.report.tables import engineering, in_bytes, new_table
 
 if TYPE_CHECKING:
@@ -105,4 +105,4 @@ def dense_remarks(document: Mapping[str, Any]) -> Iterator[str]:
     if score is not None:
         for said in (dense_sentence(score), dense_warning(score)):
             if said:
-                yield f"{said[:1].upper()}{said[1:]}."
+                yield f"{capitalized(said)}."

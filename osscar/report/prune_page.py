@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from osscar.base.printable import are, pluralize
+from osscar.base.printable import are, capitalized, pluralize
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
@@ -199,7 +199,7 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what has to be known of the numbers, in sentences."""
     yield from dense_remarks(document)
     for line in run_lines(document):
-        yield f"{line[0].upper()}{line[1:]}."
+        yield f"{capitalized(line)}."
     layers = document["layers"]
     dense = [label for layer in layers for label in layer.get("unrefitted", ())]
     if dense:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
+from osscar.base.printable import capitalized
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.figures import COLORS, SHARES, legend, picture, small_figure
 from osscar.report.page import asked_table, render
@@ -42,7 +43,7 @@ class _Measure(NamedTuple):
     @property
     def title(self) -> str:
         """The label at the beginning of a sentence."""
-        return self.label[0].upper() + self.label[1:]
+        return capitalized(self.label)
 
     def of(self, point: Point) -> float | None:
         """Return it for a point; None where it is not known."""

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import AdapterError, EquivalenceError, FileError
+from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.modules import fresh, graphics_cards, number_format
 from osscar.network.predictions import known_prediction
@@ -244,7 +244,7 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     integers = {key: value for key, value in vars(module).items() if type(value) is int}
     named = {key: value for key, value in integers.items() if key in line} or integers
     kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     start = f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: {reason}"
     if ROWS_OF_16_BYTES in reason:
         return AdapterError(
