@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -31,13 +30,6 @@ class Case:
 
 
 # ---- torchvision -------------------------------------------------------------------------
-
-
-def torchvision_names() -> list[str]:
-    """Return the names of all classification models of torchvision."""
-    models = importlib.import_module("torchvision.models")
-    names: list[str] = models.list_models(module=models)
-    return names
 
 
 def torchvision_case(name: str) -> Case:
