@@ -469,7 +469,7 @@ class PruningRequest:
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
         data["skip"] = list(self.skip)
         if isinstance(self.backend, str):
-            data["backend_options"] = dict(self.backend_options)
+            data["backend_options"] = {k: _plain(v) for k, v in self.backend_options.items()}
         else:
             data["backend"] = type(self.backend).__name__
             known = dataclasses.is_dataclass(self.backend)
@@ -477,6 +477,15 @@ class PruningRequest:
                 {k: repr(v) for k, v in vars(self.backend).items()} if known else {}
             )
         return data
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of another library as Python's own, which JSON knows."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return (
+        float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
+    )
 
 
 # ---- as keywords -------------------------------------------------------------------------

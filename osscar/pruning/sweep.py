@@ -34,7 +34,16 @@ from osscar.pruning.prune import (
     within_memory,
 )
 from osscar.pruning.result import PruningResult
-from osscar.request import BASELINES, METHODS, Allocation, BudgetKind, PruningRequest
+from osscar.request import (
+    BASELINES,
+    METHODS,
+    Allocation,
+    BudgetKind,
+    Keep,
+    PruningRequest,
+    parse_keep,
+    parse_size_kept,
+)
 from osscar.shrinking.plan import Form
 
 
@@ -69,7 +78,7 @@ class Job:
 
 def jobs(
     budget: BudgetKind,
-    values: Sequence[float | int],
+    values: Sequence[Keep],
     *,
     baselines: bool = False,
     allocation: Allocation = "curvature",
@@ -79,21 +88,32 @@ def jobs(
         raise OptionError(
             f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
         )
-    if len({isinstance(value, int) for value in values}) > 1:
+    read = [_number(budget, value, allocation) for value in values]
+    if len({isinstance(value, int) for value in read}) > 1:
         raise OptionError(
-            f"{', '.join(map(str, values))} are counts and shares; give either to --{budget}"
+            f"{', '.join(map(str, read))} are counts and shares; give either to --{budget}"
         )
-    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in values):
+    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in read):
         raise OptionError(
-            f"a sweep takes sizes as shares of the dense model's, not {values[0]}; give a list "
+            f"a sweep takes sizes as shares of the dense model's, not {read[0]}; give a list "
             f"such as --size {budget.examples}"
         )
-    for value in values:
-        asked: dict[str, Any] = {str(budget): value}
-        PruningRequest(**asked, allocation=allocation)
     methods = (allocation, *(BASELINES if baselines else ()))
-    ordered = sorted(set(values), reverse=not budget.rises)
+    ordered = sorted(set(read), reverse=not budget.rises)
     return tuple(Job(method, budget, value) for method in methods for value in ordered)
+
+
+def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
+    """Return a value as the command line reads it: a plain number, which names its point."""
+    asked: dict[str, Any] = {str(budget): value}
+    request = PruningRequest(**asked, allocation=allocation)
+    if budget is BudgetKind.PARAMS:
+        kept = parse_keep(value)
+    elif budget is BudgetKind.SIZE:
+        kept = parse_size_kept(value)
+    else:
+        kept = getattr(request, budget)
+    return kept if isinstance(kept, int) else float(kept)
 
 
 def prune_points(

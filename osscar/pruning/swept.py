@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from osscar import __version__
-from osscar.base.errors import OptionError
+from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
+from osscar.base.inputs import file_name
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
@@ -91,11 +92,17 @@ def sweep(
     if len(lists) != 1:
         raise OptionError("a sweep has one list of budgets; give one, such as sparsity=[0.1, 0.2]")
     ((budget, values),) = lists
+    place = Path(file_name(out, "the sweep", "its directory"))
+    if score is not None and not isinstance(score, TextSet | SampleSet):
+        raise DataError(
+            f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
+            "osscar.load_images or osscar.load_tensors returns"
+        )
     points = jobs(
         budget, values, baselines=baselines, allocation=asked.get("allocation", "curvature")
     )
     base = PruningRequest(**{**asked, str(budget): points[0].value})
-    measured = Sweep(SweepDirectory(Path(out)), base, points, score, classes)
+    measured = Sweep(SweepDirectory(place), base, points, score, classes)
     return measured.run(model, calibration)
 
 

@@ -166,10 +166,11 @@ def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
 
 
 def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
-    asked = Asked(sparsity=Fraction(1, 2), damp=np.float32(0.5), seed=np.int64(3), batch_size=None)
+    swaps = {"backend_options": {"max_swaps": np.int64(3)}}
+    asked = Asked(sparsity=Fraction(1, 2), damp=np.float32(0.5), seed=np.int64(3), **swaps)
     data = json.loads(json.dumps(asked.to_json()))
     assert (data["sparsity"], data["damp"], data["seed"]) == (0.5, 0.5, 3)
-    assert Asked(**data) == Asked(sparsity=0.5, damp=0.5, seed=3)
+    assert Asked(**data) == Asked(sparsity=0.5, damp=0.5, seed=3, **swaps)
 
 
 def test_fields_are_keywords_and_models_may_be():

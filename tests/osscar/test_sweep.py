@@ -1,6 +1,7 @@
 """Sweeps: points as single runs make them, measured once, kept, gone on with, and shown."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -104,12 +105,14 @@ def test_baselines_are_the_methods_as_published():
         ("params", (500, 1000, 500), [1000, 500]),
         ("size", (0.5, 0.75), [0.75, 0.5]),
         ("flops", (0.5, 0.75), [0.75, 0.5]),
-        ("speedup", (2.0, 1.5), [1.5, 2.0]),
+        ("speedup", (2, 1.5), [1.5, 2.0]),
+        ("params", ("1/2", Fraction(3, 4)), [0.75, 0.5]),
+        ("sparsity", (np.float64(0.5), np.float32(0.25)), [0.25, 0.5]),
     ],
 )
 def test_the_largest_model_comes_first(budget, values, ordered):
     points = jobs(BudgetKind(budget), values)
-    assert [job.value for job in points] == ordered
+    assert repr([job.value for job in points]) == repr(ordered)  # which name the files of points
     for job in points:
         request = job.request(BASE)
         asked = {kind: getattr(request, kind) for kind in BudgetKind}
@@ -125,7 +128,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         (BudgetKind.SPEEDUP, (1.0,), "speedup is 1.0"),
         (BudgetKind.PARAMS, (0.5, 1000), "counts and shares"),
         (BudgetKind.PARAMS, (0,), "cannot keep 0 units"),
-        (BudgetKind.SIZE, (300_000,), "not 300000; give a list such as --size 0.3"),
+        (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as --size 0.3"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(budget, values, message):
@@ -402,6 +405,9 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     for other, words in (({"seed": 3}, "seed was 0 and is 3"), ({"damp": 0.1}, "damp was None")):
         with pytest.raises(JournalError, match=words):
             osscar.sweep(model, data, out, sparsity=[0.4], **asked, **other)
+    for wrong in ({"out": None}, {"out": out, "score": data}):
+        with pytest.raises(OsscarError, match=r"the sweep is None|to score are a Tensor"):
+            osscar.sweep(model, data, sparsity=[0.4], **wrong)
     for none in ({"sparsity": 0.4}, {"sparsity": [0.4], "params": [0.5]}, {}):
         with pytest.raises(OptionError, match="a sweep has one list of budgets"):
             osscar.sweep(model, data, out, **none)
