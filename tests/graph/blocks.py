@@ -515,25 +515,6 @@ class SpatialGate(nn.Module):
         return self.leave(left * self.gate(right))
 
 
-class UnevenHeads(nn.Module):
-    """CoaT: three projections in one, of heads that are read in two parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(6, 3 * 5 * 4)
-        self.near = nn.Conv1d(8, 8, 3, padding=1, groups=8)
-        self.far = nn.Conv1d(12, 12, 5, padding=2, groups=12)
-        self.out = nn.Linear(20, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, 5, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = query @ (key.softmax(2).transpose(-1, -2) @ value)
-        near, far = value.transpose(-1, -2).flatten(1, 2).split((8, 12), 1)
-        beside = torch.cat((self.near(near), self.far(far)), 1).unflatten(1, (5, 4))
-        mixed = mixed + query * beside.transpose(-1, -2)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
 class UnevenParts(nn.Module):
     """Two rows of parts inside parts, so that units of one part lie in several places."""
 
@@ -615,6 +596,11 @@ BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
     "bilinear": (Pairs, _ROWS, {"one.neurons": 5, "two.neurons": 6, "product.neurons": 7}),
     "bags": (Bags, torch.randint(0, 11, (3, 4)), {"hidden": 6, "neurons": 5}),
     "spatial-gate": (SpatialGate, _TOKENS, {"neurons": 8}),
+    "uneven-parts": (
+        UnevenParts,
+        _ROWS,
+        {"enter.neurons": 3, "enter.neurons.2": 2, "enter.neurons.3": 3},
+    ),
     "experts": (Experts, _ROWS, {"neurons": 7, "router.neurons": 3}),
 }
 """Networks, an example input, and the prunable groups with their units."""
