@@ -35,11 +35,11 @@ def allocate(
     form: Form = Form.EAGER,
     table: LatencyTable | None = None,
 ) -> Allocated:
-    """Decide how many units each group keeps.
+    """Decide how many units each group keeps, on the first rank for all.
 
     Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
-    and is saved.  `curves` of the groups that share a budget, or their `table` of times, are
-    measured where they are not given.
+    and is saved.  `curves` of the groups that share a budget, which all ranks measure together, or
+    their `table` of times, are measured where they are not given.
 
     Raises
     ------
@@ -49,6 +49,21 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
+    if curves is None and request.has_budget and request.allocation == "curvature":
+        curves = shared_curves(prepared, request, left)
+    return prepared.ranks.broadcast(
+        "widths", lambda: _allocated(prepared, request, curves, left, form, table)
+    )
+
+
+def _allocated(
+    prepared: Prepared,
+    request: PruningRequest,
+    curves: Mapping[str, Curve] | None,
+    left: Collection[str],
+    form: Form,
+    table: LatencyTable | None,
+) -> Allocated:
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
     if request.has_budget and not shared and (keep or not (request.skip or left)):
@@ -56,8 +71,7 @@ def allocate(
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
         if request.allocation == "curvature":
-            known = shared_curves(prepared, request, left) if curves is None else curves
-            sharing = dataclasses.replace(sharing, curves=known)
+            sharing = dataclasses.replace(sharing, curves=curves)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
             sharing = dataclasses.replace(sharing, scores=scores)

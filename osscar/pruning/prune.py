@@ -20,7 +20,7 @@ from torch import nn
 
 from graph import UnitKind
 from graph.tracing.preserve import cache_as
-from osscar.allocation.allocate import allocate, shared_curves
+from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
@@ -242,17 +242,8 @@ def _widths(
     )
     if known is None:
         try:
-            measured = _curves(prepared, request, facts)
-            known = prepared.ranks.broadcast(
-                "widths",
-                lambda: allocate(
-                    prepared,
-                    request,
-                    measured,
-                    facts.skipped_names,
-                    facts.form,
-                    facts.table,
-                ),
+            known = allocate(
+                prepared, request, facts.curves, facts.skipped_names, facts.form, facts.table
             )
         except RequestError as error:
             also = f"; {named(facts.skipped)}" if facts.skipped else ""
@@ -274,16 +265,6 @@ def _widths(
             "units than they have; begin anew with --restart"
         )
     return known
-
-
-def _curves(
-    prepared: Prepared, request: PruningRequest, facts: _DenseFacts
-) -> Mapping[str, Curve] | None:
-    """Return the curves that a budget needs, which all ranks measure together."""
-    needed = request.has_budget and request.allocation == "curvature"
-    if not needed or facts.curves is not None:
-        return facts.curves
-    return shared_curves(prepared, request, facts.skipped_names)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
 from osscar.base.errors import OptionError, RequestError
+from osscar.base.ranks import ALONE
 from osscar.cli.commands import app
 from osscar.request import PruningRequest as Asked
 from osscar.request import parse_keep
@@ -41,7 +42,9 @@ def allocate(groups, asked):
     model = nn.ModuleDict(
         {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
     )
-    prepared = SimpleNamespace(model=model, groups=groups, residual=frozenset(), sample={})
+    prepared = SimpleNamespace(
+        model=model, groups=groups, residual=frozenset(), sample={}, ranks=ALONE
+    )
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(prepared, asked).keep
