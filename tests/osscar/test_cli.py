@@ -518,7 +518,7 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         "[choices: curvature, uniform, fluctuation]",
         "[choices: weights, outputs, residual]",
         "[choices: correct, estimate, keep]",
-        "[choices: auto, module, graph]",
+        "[choices: auto, eager, exported]",
     ):
         assert choices in said
 
