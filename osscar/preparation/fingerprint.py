@@ -147,7 +147,8 @@ class JournalManifest:
         for name in sorted(self.asked | before.asked):
             mine, theirs = self.asked.get(name), before.asked.get(name)
             if mine != theirs:
-                return f"{name.replace('_', '-')} was {theirs!r:.80} and is {mine!r:.80}"
+                label, was, now = name.replace("_", "-"), f"{theirs!r:.80}", f"{mine!r:.80}"
+                return f"{label} was {was} and is {now}" if was != now else f"other {label}"
         if self.dense is None or before.dense is None:
             return None
         return self.dense.difference(before.dense)

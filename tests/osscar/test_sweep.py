@@ -210,6 +210,11 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
         again.begun(manifest(text="other.txt")).__enter__()
     with pytest.raises(JournalError, match="seed was None and is 3"):
         again.begun(manifest(seed=3)).__enter__()
+    long = SweepDirectory(tmp_path / "long")
+    with long.begun(manifest(text=100 * "a")):
+        long.keep(point())
+    with pytest.raises(JournalError, match="another sweep: other text; ask"):  # alike as shown
+        long.begun(manifest(text=101 * "a")).__enter__()
 
 
 @pytest.mark.parametrize(
