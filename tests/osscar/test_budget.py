@@ -198,7 +198,7 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
 
 
 def test_operations_of_experts_are_the_same_whichever_kernel_multiplies():
-    inputs = torch.arange(24)[None]
+    inputs = {"input_ids": torch.arange(24)[None]}
     counted = {count_flops(experts(kernel), inputs) for kernel in ("grouped_mm", "batched_mm")}
     counted.add(count_flops(experts("eager"), inputs))
     (found,) = counted
