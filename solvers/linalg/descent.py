@@ -74,6 +74,7 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     np.cumsum(np.diff(bends) * slopes[:, :-1], axis=1, out=fell[:, 1:])
     last = ((fell < due).sum(1, keepdims=True) - 1).clip(0, 2 * n - 2)
     before, slope, reached = (np.take_along_axis(a, last, 1) for a in (fell, slopes, bends))
-    with np.errstate(divide="ignore", invalid="ignore"):  # where the sum does not fall
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # where the sum is flat
         tau = reached + np.where(slope > 0, (due - before) / slope, 0.0)
+    tau = np.minimum(tau, np.take_along_axis(bends, last + 1, 1))  # a flat slope is rounding
     return torch.from_numpy((t - tau * w).clip(0.0, 1.0)).to(target.device)

@@ -73,7 +73,7 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
     W0 = gram.linear_map.read_weight()
     Y, W = X @ W0 + 0.5 * D, W0 / 2
     change = gram.bias(W)
-    consumer = gram.consumer(damp=0.01, share=0.5)
+    consumer = gram.consumer(damp=0.01, correction_weight=0.5)
     if bias:
         expected = ((W0 - W).T @ X.T + D.T).mean(1)
         torch.testing.assert_close(change, expected)

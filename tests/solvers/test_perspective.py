@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from solvers import (
@@ -120,6 +120,7 @@ def test_units_that_stay_leave_the_terms():
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 30), share=st.floats(0.01, 0.99))
+@example(seed=1785817, n=17, share=0.5)  # at a vertex, where the sum is flat but for rounding
 @settings(max_examples=40, deadline=None)
 def test_projection_is_optimal(seed, n, share):
     generator = torch.Generator().manual_seed(seed)
