@@ -488,7 +488,7 @@ class Pairs(nn.Module):
         self.leave = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.product(self.one(x).relu(), self.two(x).tanh()).relu())
+        return self.leave(self.product(self.one(x).relu(), self.two(x).tanh()).tanh())
 
 
 class Bags(nn.Module):
