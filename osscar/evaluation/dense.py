@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
+from scipy.special import bdtrc
 from torch import nn
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError
@@ -114,7 +114,7 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
     if top1 is None:
         return None
     most = int(known.bincount().max()) / predictions
-    by_chance = float(stats.binom.sf(round(top1 * predictions) - 1, predictions, most))
+    by_chance = float(bdtrc(round(top1 * predictions) - 1, predictions, most))
     # Of so few that even getting all of them right would be no proof, nothing is said.
     near = by_chance > _SIGNIFICANCE >= most**predictions
     return DenseScore("top1", top1, data.sample_name, n, chance=most, near_chance=near)

@@ -6,8 +6,9 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import lazy_loader
 import torch
 from torch import nn
 
@@ -22,10 +23,14 @@ from osscar.evaluation.forward import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.feasibility import SkippedGroup
-from osscar.report.prune_page import prune_page
 from osscar.request import PruningRequest
 from osscar.shrinking.lineage import Computed, data_record, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
+
+if TYPE_CHECKING:
+    from osscar.report import prune_page as page
+else:  # a run has better use for the memory of matplotlib than to hold it from its beginning
+    page = lazy_loader.load("osscar.report.prune_page", suppress_warning=True)
 
 _SCHEMA = "osscar.prune/4"
 """Of the document of a run, as ``docs/json.md`` describes it."""
@@ -223,7 +228,7 @@ class PruningResult:
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=prune_page(document) if document.get("schema") == _SCHEMA else None,
+            page=page.prune_page(document) if document.get("schema") == _SCHEMA else None,
             dtype=dtype,
             overwrite=overwrite,
         )
