@@ -1,6 +1,7 @@
 """What all tests share: which cases always run, and that nothing is timed for long."""
 
 import gc
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.sampling import sample, values_of
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pytest-xdist
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
