@@ -20,16 +20,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 import osscar
+from osscar.base.timing import Stage, profiled
 from osscar.preparation.prepare import Prepared, prepare
-from osscar.walk.gram import GramAccumulator
 from osscar.walk.walk import walk
 
 
@@ -70,30 +69,14 @@ def measure(prepared: Prepared, groups: list[Any]) -> tuple[float, float, float,
         for batch in prepared.batches():
             prepared.model(**batch)
     dense = time.perf_counter() - start
-    with timed_gram_matrices() as spent:
+    with profiled() as profile:
         start = time.perf_counter()
         way = walk(prepared, groups)
         for step in way:
             step.commit([consumer.read_weight() for consumer in step.consumers])
         walked = time.perf_counter() - start
-    return dense, walked - spent[0], spent[0], way.passes
-
-
-@contextmanager
-def timed_gram_matrices() -> Iterator[list[float]]:
-    """Add up the seconds that Gram matrices take, windows of convolutions included."""
-    spent, original = [0.0], GramAccumulator.add_call
-
-    def add(*arguments: Any, **options: Any) -> None:
-        start = time.perf_counter()
-        original(*arguments, **options)
-        spent[0] += time.perf_counter() - start
-
-    GramAccumulator.add_call = add  # type: ignore[method-assign]
-    try:
-        yield spent
-    finally:
-        GramAccumulator.add_call = original  # type: ignore[method-assign]
+    gram = profile.seconds[Stage.GRAM]
+    return dense, walked - gram, gram, way.passes
 
 
 def smollm2(arguments: argparse.Namespace) -> tuple[nn.Module, Any, str]:

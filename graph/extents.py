@@ -198,14 +198,8 @@ def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
 def trace_program(
     model: torch.nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
 ) -> TracedProgram:
-    """Trace a model as a program of its own, and find the axes of all of its values.
+    """Trace a model as `export_standalone` does, and find the axes of all of its values.
 
-    model: In evaluation mode; left as it was.
-    example: Keyword arguments of its forward pass, tensors with two samples or more.
-    left_open: Dimensions of the inputs whose sizes are left open where the model does so, 0 among
-        them.
-    Raises ExampleInputError if an argument is no tensor, or none of that name is taken.
-    Raises TraceError if it cannot be exported, or only for the number of samples in the example.
     Raises RuleError if a propagation rule is wrong.
     """
     standalone = export_standalone(model, example, left_open)
