@@ -240,7 +240,7 @@ class Summary:
         return (
             f"{len(closed)} of {pluralize(len(self.windows), 'window')} {are(len(closed))} "
             f"solved to proven optimality{proofs}; the layer's swap optimum could be improved "
-            f"within {len(improved)} of them{tail}"
+            f"within {len(improved) or 'none'} of them{tail}"
         )
 
 
