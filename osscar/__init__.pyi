@@ -26,6 +26,8 @@ from .models.loaded import LoadedModel as LoadedModel
 from .estimation.estimate import estimate as estimate
 from .estimation.values import Estimate as Estimate
 from .pruning.prune import prune as prune
+from .recovery.recover import Recovery as Recovery, recover as recover
+from .recovery.request import RecoveryRequest as RecoveryRequest
 from .request import PruningRequest as PruningRequest
 from .pruning.swept import sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult

@@ -24,9 +24,9 @@ from typing import (
     Protocol,
     TypeAlias,
     TypeVar,
-    cast,
     get_args,
     get_origin,
+    overload,
 )
 
 import lazy_loader
@@ -44,6 +44,7 @@ else:  # the command line reads this module before it loads torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Q = TypeVar("Q")
 R_co = TypeVar("R_co", covariant=True)
 
 PRUNED_KINDS = ("heads", "neurons", "channels")
@@ -217,7 +218,8 @@ def _mapping(name: str, value: Any) -> Any:
     return value
 
 
-def _text(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
+    """Return what a field of text is given as text."""
     return str(value)  # such as a torch.device
 
 
@@ -367,7 +369,7 @@ class PruningRequest:
         float | None, Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     ] = None
     batch_norm: Literal["correct", "estimate", "keep"] = "correct"
-    device: Annotated[str, _text] = "auto"
+    device: Annotated[str, as_text] = "auto"
     batch_size: Annotated[int | None, count_from(1)] = None
     seed: Annotated[int, count_from(0)] = 0
     form: Literal["auto", "eager", "exported"] = "auto"
@@ -500,25 +502,45 @@ class _TakesRequest(Protocol[P, R_co]):
         """Make a request of the keywords, and run."""
 
 
+class _TakesModels(Protocol[P, R_co]):
+    """The same of a smaller model, its dense one, and data."""
+
+    def __call__(
+        self, smaller: Any, dense: "nn.Module", data: Any, *args: P.args, **asked: P.kwargs
+    ) -> R_co:
+        """Make a request of the keywords, and run."""
+
+
+@overload
 def by_keywords(
-    request: Callable[P, PruningRequest],
-    run: Callable[["nn.Module", Any, PruningRequest], R],
-) -> _TakesRequest[P, R]:
+    request: Callable[P, Q], run: Callable[["nn.Module", Any, Q], R]
+) -> _TakesRequest[P, R]: ...
+@overload
+def by_keywords(
+    request: Callable[P, Q], run: Callable[[Any, "nn.Module", Any, Q], R]
+) -> _TakesModels[P, R]: ...
+def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
     """Return a function that takes the fields of a request in the place of the request.
 
     Type checkers see its keywords, as `help` does, which describes them in the request's words.
-    The name of `run` ends in ``_as_asked``, and its docstring describes the request.
+    The name of `run` ends in ``_as_asked``, and its docstring describes the request, which comes
+    after all that has to be given.
     """
-
-    def keywords(model: "nn.Module", calibration: Any, **asked: Any) -> R:
-        return run(model, calibration, PruningRequest(**asked))
-
-    parameters = list(inspect.signature(run).parameters.values())[:2]
+    of_run = list(inspect.signature(run).parameters.values())
+    first = of_run[: [one.name for one in of_run].index("request")]
+    fields = []
     for one in inspect.signature(request).parameters.values():
         ranged = get_origin(one.annotation) is Annotated
         bare = get_args(one.annotation)[0] if ranged else one.annotation
-        parameters.append(one.replace(annotation=bare))
-    keywords.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        fields.append(one.replace(annotation=bare))
+    signature = inspect.Signature([*first, *fields])
+
+    def keywords(*args: Any, **asked: Any) -> Any:
+        given = signature.bind(*args, **asked).arguments
+        leading = [given.pop(one.name) for one in first]
+        return run(*leading, request(**given))
+
+    keywords.__signature__ = signature  # type: ignore[attr-defined]
     keywords.__name__ = keywords.__qualname__ = run.__name__.removesuffix("_as_asked")
     keywords.__module__ = run.__module__
     keywords.__doc__ = re.sub(
@@ -527,7 +549,7 @@ def by_keywords(
         run.__doc__ or "",
         flags=re.DOTALL,
     )
-    return cast("_TakesRequest[P, R]", keywords)
+    return keywords
 
 
 def _described(doc: str) -> str:

@@ -47,9 +47,7 @@ class Reference:
             found = _logarithms(prepared.model, batch, prepared.inputs, index)
             if found is None:
                 break
-            most = max(1, MOST_BYTES // (len(batches) * found.shape[-1] * 4))
-            step = -(-len(found) // most)
-            rows.append(torch.arange(step // 2, len(found), step, device=found.device))
+            rows.append(thinned(found, len(batches)))
             logarithms.append(found[rows[-1]].clone())
         if prepared.ranks.any("the dense predictions", len(logarithms) < len(mine)):
             return None
@@ -62,9 +60,7 @@ class Reference:
         for index, (batch, dense, rows) in enumerate(kept):
             found = _logarithms(model, batch, self.inputs, index)
             assert found is not None
-            impossible = dense == -torch.inf  # which counts nothing, whatever the other says
-            terms = torch.where(impossible, 0.0, dense.exp() * (dense - found[rows]))
-            total += float(terms.sum(-1).double().sum())
+            total += float(summed_divergence(dense, found[rows]))
             count += len(rows)
         sums = torch.tensor([total, count], dtype=torch.float64)
         self.ranks.all_reduce("the divergence", [sums])
@@ -80,4 +76,24 @@ class Reference:
 def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
     with torch.no_grad(), without_cache(model), batch_named(model, index):
         logits = logits_of(forward(model, batch), batch, inputs)
-    return None if logits is None else logits.flatten(0, -2).float().log_softmax(-1)
+    return None if logits is None else log_probabilities(logits)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return the logarithms of what logits predict, float32 (predictions, classes)."""
+    return logits.flatten(0, -2).float().log_softmax(-1)
+
+
+def thinned(logarithms: Tensor, samples: int) -> Tensor:
+    """Return which predictions of one of so many samples are kept: evenly spread ones."""
+    most = max(1, MOST_BYTES // (samples * logarithms.shape[-1] * 4))
+    step = -(-len(logarithms) // most)
+    return torch.arange(step // 2, len(logarithms), step, device=logarithms.device)
+
+
+def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergences of log-probabilities, summed up in float64."""
+    terms = dense.exp() * (dense - found)
+    if dense.amin() == -torch.inf:  # what is impossible counts nothing, whatever the other says
+        terms = torch.where(dense == -torch.inf, 0.0, terms)
+    return terms.sum(-1).double().sum()

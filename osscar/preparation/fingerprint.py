@@ -17,7 +17,9 @@ from pydantic import ConfigDict, JsonValue
 from torch import Tensor, nn
 
 from osscar.base.devices import this_device
+from osscar.base.errors import RanksError
 from osscar.base.json_files import STRICT
+from osscar.base.ranks import Ranks
 from osscar.data.batches import ModelInputs
 from osscar.network.model_state import model_state
 from osscar.network.modules import device_of
@@ -152,6 +154,17 @@ class JournalManifest:
         if self.dense is None or before.dense is None:
             return None
         return self.dense.difference(before.dense)
+
+    def check_alike(self, ranks: Ranks) -> None:
+        """Refuse ranks that make something else, or of something else."""
+        first, *others = ranks.all_gather("what each is asked", self)
+        for rank, other in enumerate(others, 1):
+            difference = other.difference(first)
+            if difference is not None:
+                raise RanksError(
+                    f"rank {rank} is not asked for the same as rank 0, where {difference} there; "
+                    "give all the same options, files and versions"
+                )
 
 
 def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -26,13 +26,12 @@ from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
 from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
-from osscar.base.errors import JournalError, RanksError, RequestError
+from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.network.modules import count_parameters
-from osscar.preparation.fingerprint import JournalManifest
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.groups import held_out, prune_groups
@@ -277,7 +276,7 @@ def _begun(
         yield ()
         return
     manifest = run_manifest(request, prepared.model, prepared.inputs, prepared.batch_size)
-    check_alike(ranks, manifest)
+    manifest.check_alike(ranks)
     batches = len(prepared.batches())
     if batches < ranks.size:
         warnings.warn(
@@ -291,15 +290,3 @@ def _begun(
             ranks.broadcast("a group that is done", partial(records.__getitem__, index))
             for index in range(done)
         )
-
-
-def check_alike(ranks: Ranks, manifest: JournalManifest) -> None:
-    """Refuse ranks that make something else, or of something else."""
-    first, *others = ranks.all_gather("what each is asked", manifest)
-    for rank, other in enumerate(others, 1):
-        difference = other.difference(first)
-        if difference is not None:
-            raise RanksError(
-                f"rank {rank} is not asked for the same as rank 0, where {difference} there; give "
-                "all the same options, files and versions"
-            )

@@ -28,7 +28,6 @@ from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.samples import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
-from osscar.pruning.prune import check_alike
 from tests import collected
 from tests.osscar import ranks_worker
 from tests.osscar.forked import PATIENCE, Forked, forked
@@ -235,7 +234,7 @@ def test_a_rank_that_differs_is_named_with_what_differs():
     ):
         other = dataclasses.replace(own, **changed)
         with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
-            check_alike(Three(), own)
+            own.check_alike(Three())
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):

@@ -1,0 +1,131 @@
+"""Where a recovery stands, kept in a directory: one that was killed goes on to the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import safetensors
+import safetensors.torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from osscar.base.errors import FileError, JournalError
+from osscar.base.files import atomic_write, digest
+from osscar.base.journal import Journal
+from osscar.base.json_files import STRICT, parse_json
+from osscar.preparation.fingerprint import JournalManifest, sha256_of
+
+_WORDS = "standing"
+"""The key under which a file keeps everything but its tensors."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A look at the held-out samples.
+
+    Parameters
+    ----------
+    step
+        Of the optimizer; 0 is the model as it came.
+    loss
+        The mean of the training steps since the last look; None before the first.
+    held_out
+        The distance from the dense model on the samples that train nothing.  Of both, None stands
+        for what is not finite.
+    seconds
+        Since the training began.
+    """
+
+    step: int
+    loss: float | None
+    held_out: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The part of a file that is no tensor."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run: str
+    rate: float
+    points: tuple[Point, ...]
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Where a training stands, with all that it goes on from.
+
+    `rate` is the learning rate at its height; `tensors` are by name the weights, their best values,
+    and what the optimizer keeps of them.
+    """
+
+    rate: float
+    points: tuple[Point, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+
+class RecoveryLog(Journal[JournalManifest]):
+    """Where a recovery stands; of what it was before nothing is kept."""
+
+    what = "recovery"
+    manifest_file = "log.json"
+    schema = JournalManifest
+    done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
+    other_files = ()
+    otherwise = "begin anew with --restart"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._run = ""
+        """Digest of the manifest, which each file bears."""
+
+    @property
+    def kept(self) -> str:
+        """What a recovery that ends now leaves, in words."""
+        if not self.done:
+            return "no step was kept yet"
+        return f"the first {int(self.done[-1].stem)} steps are kept in {self.directory}"
+
+    @contextmanager
+    def begun(self, manifest: JournalManifest) -> Iterator[None]:
+        """Begin a recovery, or go on with one, and hold its lock while the block runs."""
+        with self.held():
+            first = self.begin(manifest)
+            self._run = digest(json.dumps(dataclasses.asdict(first), sort_keys=True))
+            yield
+
+    def last(self) -> Standing | None:
+        """Return where the recovery stands; None if it has not come so far."""
+        if not self.done:
+            return None
+        place = self.done[-1]
+        try:
+            with safetensors.safe_open(place, "pt") as file:
+                words = parse_json((file.metadata() or {}).get(_WORDS, ""), _Words, place)
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if (words.run, words.digest) != (self._run, sha256_of(tensors.items())):
+                raise FileError(place, "it is of another recovery, or was changed")
+        except (OSError, safetensors.SafetensorError, FileError) as error:
+            raise JournalError(f"{place} cannot be read: {error}; {self.otherwise}") from error
+        return Standing(words.rate, words.points, tensors)
+
+    def keep(self, standing: Standing) -> None:
+        """Keep where the recovery stands; what was kept before goes."""
+        before = self.done
+        tensors = {n: t.contiguous().cpu() for n, t in sorted(standing.tensors.items())}
+        words = _Words(self._run, standing.rate, standing.points, sha256_of(tensors.items()))
+        place = self.directory / f"{standing.points[-1].step:08}.safetensors"
+        with atomic_write(place) as partial:
+            text = json.dumps(dataclasses.asdict(words))
+            safetensors.torch.save_file(tensors, partial, {_WORDS: text})
+        for old in before:
+            old.unlink(missing_ok=True)

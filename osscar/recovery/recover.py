@@ -1,0 +1,384 @@
+"""Recovery in one run: split the samples, find a rate, train, keep the best, and say how it went.
+
+What is minimized is the divergence of the smaller model's predictions from the dense one's
+(distillation: Hinton, Vinyals and Dean, 2015, at temperature 1), over the weights that pruning has
+left; widths, plan and form of the model stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from osscar import __version__
+from osscar.base.devices import resolve_device
+from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
+from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.printable import pluralize
+from osscar.base.ranks import ALONE, Ranks
+from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.images import ImageSet
+from osscar.data.samples import named_generator
+from osscar.network.modules import check_finite_weights, check_usable, copied, device_of, evaluating
+from osscar.offload.on_disk import is_on_disk
+from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
+from osscar.recovery.log import Point, RecoveryLog
+from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.target import HeldOut, Measure, Target
+from osscar.recovery.training import Training, kept_point
+from osscar.request import by_keywords
+from osscar.shrinking.lineage import data_record, may_come_from, note_calibration
+from osscar.shrinking.program.program import ProgramModule
+
+_STEP = {True: 4, False: 64}
+_DECIDING = {True: 8, False: 128}
+"""Windows, or samples of anything else, in a step, and those that decide at most, by default."""
+
+_SHIFT = 8
+"""Images are shifted by a share of their width of at most one over this."""
+
+_OVERLAP = 16
+"""So many tokens of a held-out window in one that trains are taken for an overlap of the two."""
+
+_SPECIAL = 4
+"""The most tokens that a tokenizer puts around a text on either side."""
+
+
+class _Pruned(Protocol):
+    """What `osscar.prune` returns."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The smaller model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """A smaller model that was trained towards the dense one, and how that went.
+
+    Parameters
+    ----------
+    model
+        Of the same widths as before; with the weights that it came with where nothing was better.
+    points
+        The model as it came, and each look at the held-out samples.
+    learning_rate
+        At its height.
+    measure
+        What `Point.held_out` is: ``nats`` a prediction, a ``relative`` squared error, or a ``loss``
+        of the caller's.
+    samples, held_out
+        How many samples trained, and how many decided.
+    trained
+        How many parameters were trained.
+    seconds
+        Wall time.
+    request
+        What was asked for.
+    data
+        What reports say of the samples.
+    """
+
+    model: nn.Module = field(repr=False)
+    points: tuple[Point, ...]
+    learning_rate: float
+    measure: Measure
+    samples: int
+    held_out: int
+    trained: int
+    seconds: float
+    request: RecoveryRequest
+    data: Mapping[str, Any]
+
+    @property
+    def kept(self) -> int:
+        """The step whose weights the model has; 0 are those that it came with."""
+        return kept_point(self.points).step
+
+    @property
+    def before(self) -> float:
+        """The distance from the dense model on held-out samples, of the model as it came."""
+        return self.points[0].held_out or 0.0
+
+    @property
+    def after(self) -> float:
+        """The same of the model that was kept."""
+        return kept_point(self.points).held_out or 0.0
+
+    def document(self) -> dict[str, Any]:
+        """Return what is known of it, as ``docs/json.md`` describes it."""
+        return {
+            "settings": self.request.to_json(),
+            "data": dict(self.data),
+            "measure": self.measure,
+            "points": [dataclasses.asdict(point) for point in self.points],
+            "kept": self.kept,
+            "before": self.before,
+            "after": self.after,
+            "learning_rate": self.learning_rate,
+            "samples": self.samples,
+            "held_out": self.held_out,
+            "trained": self.trained,
+            "seconds": self.seconds,
+        }
+
+
+def recover_as_asked(
+    smaller: nn.Module | _Pruned,
+    dense: nn.Module,
+    data: Any,
+    request: RecoveryRequest,
+    log: RecoveryLog | None = None,
+    ranks: Ranks = ALONE,
+) -> Recovery:
+    """Train a smaller model towards its dense one; neither is changed.
+
+    Parameters
+    ----------
+    smaller
+        What `osscar.prune` returned, or its model, or what `osscar.load` read.
+    dense
+        The model that it was pruned from.
+    data
+        In any of the forms that `osscar.prune` takes, without labels.  A part of it trains nothing,
+        and decides.
+    request
+        What is asked for.  `osscar.recover` takes its fields as keywords: `RecoveryRequest`
+        describes them.
+    log
+        Keeps where it stands, so that a run which was killed goes on where it stopped; of several
+        ranks, the first has it.
+    ranks
+        The processes that are asked for the same, and share out the samples of each step.
+
+    Returns
+    -------
+    Recovery
+        With a model of the same shapes, never worse on the held-out samples.
+
+    Raises
+    ------
+    ModelError
+        If the model was pruned from another dense one, or weights stay on disk.
+    DataError
+        If the models cannot read the data, or there are too few of them.
+    NonFiniteError
+        If weights are not finite, or what a model puts out on the held-out samples.
+    OptionError
+        If the model has no such weights as are to be trained.
+    JournalError
+        If the log is of another recovery.
+
+    Examples
+    --------
+    >>> import osscar
+    >>> loaded = osscar.load_model("demo")
+    >>> text = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32)
+    >>> pruned = osscar.prune(loaded.model, text, sparsity=0.9)
+    >>> recovery = osscar.recover(pruned, loaded.model, text, steps=4, learning_rate=5e-4)
+    >>> recovery.after <= recovery.before
+    True
+    """
+    start = time.perf_counter()
+    model = smaller if isinstance(smaller, nn.Module) else smaller.model
+    _check(model, dense)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        memory_for(f"{type(model).__name__} and its training", FOR_BATCHES),
+        evaluating(dense),
+    ):
+        inputs = as_inputs(dense, data)
+        training = _training(model, dense, data, inputs, request, ranks)
+        with _begun(log, model, dense, inputs, request, ranks) as known:
+            rate = request.learning_rate if known is None else known
+            rate = training.found_rate() if rate is None else rate
+            points = training.run(request.steps, rate, log)
+    trained = sum(weight.numel() for weight in training.weights().values())
+    work = _as_it_came(training.model, model)
+    note_calibration(work, data, inputs.settings)
+    return Recovery(
+        model=work,
+        points=points,
+        learning_rate=rate,
+        measure=training.held.target.measure,
+        samples=len(training.samples),
+        held_out=inputs.samples - len(training.samples),
+        trained=trained,
+        seconds=time.perf_counter() - start,
+        request=request,
+        data={**inputs.settings, **data_record(data)},
+    )
+
+
+recover = by_keywords(RecoveryRequest, recover_as_asked)
+
+
+def _training(
+    model: nn.Module,
+    dense: nn.Module,
+    data: Any,
+    inputs: ModelInputs,
+    request: RecoveryRequest,
+    ranks: Ranks,
+) -> Training:
+    """Set up the training of a copy of a model."""
+    device = resolve_device(request.device)
+    teacher = dense if device_of(dense) == device else copied(dense).to(device)
+    work = _trainable(copied(model).to(device).eval(), dense, request)
+    size = request.batch_size or min(_STEP[inputs.tokens], max(1, inputs.samples // 2))
+    # On a CPU several windows at once are no faster than one after the other, and take more memory.
+    alone = inputs.apart or (inputs.tokens and device.type == "cpu")
+    at_once = request.micro_batch_size or (1 if alone else size)
+    samples, deciding = _split(inputs, teacher, size, request)
+    target = Target.of(teacher, inputs, deciding[0], request.loss)
+    held = HeldOut.of(target, teacher, deciding, ranks)
+    for one, which in ((teacher, "dense"), (work, "smaller")):
+        if held.distance(one) is None:
+            raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
+    shifts = request.augment != "none" and isinstance(data, ImageSet)
+    return Training(
+        model=work,
+        dense=teacher,
+        samples=samples,
+        held=held,
+        ranks=ranks,
+        size=size,
+        at_once=at_once,
+        precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
+        seed=request.seed,
+        augmented=_shifted if shifts else lambda sample, _: sample,
+    )
+
+
+def _check(model: nn.Module, dense: nn.Module) -> None:
+    """Refuse models that cannot be trained, or that do not belong together."""
+    for one in (model, dense):
+        check_usable(one)
+        if is_on_disk(one):
+            raise ModelError(
+                f"{type(one).__name__} has weights that stay on disk, and training needs all of "
+                "them at every step; load it into memory, without --max-memory"
+            )
+        check_finite_weights(one)
+    if not may_come_from(model, dense):
+        raise ModelError(
+            f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "
+            "others; give the dense model that it came from"
+        )
+
+
+def _trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> nn.Module:
+    """Let gradients flow to what is to be trained, in a format in which small steps count."""
+    shapes = {name: weight.shape for name, weight in dense.named_parameters()}
+    chosen: Callable[[str, Tensor], bool] = {
+        "all": lambda name, weight: True,
+        "pruned": lambda name, weight: shapes.get(name) != weight.shape,
+        "norms": lambda name, weight: weight.ndim <= 1,
+    }[request.train]
+    if not isinstance(model, ProgramModule):  # the number formats of a program are in its code
+        model.float()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(weight.is_floating_point() and chosen(name, weight))
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise OptionError(f"train is {request.train!r}, and the model has no such weights")
+    return model
+
+
+def _as_it_came(model: nn.Module, before: nn.Module) -> nn.Module:
+    """Give a model the number formats, the flags and the place of the one that it was made of."""
+    model.to(device_of(before))
+    for mine, other in zip(_tensors(model), _tensors(before), strict=True):
+        mine.data = mine.data.to(other.dtype)
+        mine.requires_grad_(other.requires_grad)
+        mine.grad = None
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _split(
+    inputs: ModelInputs, model: nn.Module, size: int, request: RecoveryRequest
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the samples that train, and those that decide.
+
+    Those that decide are of windows the last ones, none of whose text is in a window that trains,
+    and of anything else drawn at random.
+    """
+    samples = inputs.batches(model, 1)
+    deciding = request.held_out or min(_DECIDING[inputs.tokens], max(1, len(samples) // 8))
+    order = list(range(len(samples)))
+    if not inputs.tokens:
+        drawn = named_generator("held out", request.seed)
+        order = torch.randperm(len(samples), generator=drawn).tolist()
+    trained = max(0, len(samples) - deciding)
+    held = [samples[index] for index in sorted(order[trained:])]
+    training = [samples[index] for index in sorted(order[:trained])]
+    if inputs.tokens:
+        training = [one for one in training if not _overlaps(one["input_ids"], held)]
+    if len(training) < size:
+        raise DataError(
+            f"{pluralize(len(samples), 'sample')} are too few: {deciding} of them decide what is "
+            f"kept, {len(training)} share nothing with those, and a step has {size}; give more, or "
+            "a smaller --batch-size"
+        )
+    return training, held
+
+
+def _overlaps(window: Tensor, held: Sequence[Batch]) -> bool:
+    """Whether a window, (1, tokens), has what others begin or end with, special tokens apart."""
+    length = min(_OVERLAP, window.shape[1])
+    parts = window[0].unfold(0, length, 1)
+    apart = min(_SPECIAL, (window.shape[1] - length) // 2)
+    inner = [one["input_ids"][0, apart : window.shape[1] - apart] for one in held]
+    ends = [end for one in inner for end in (one[:length], one[-length:])]
+    return any(bool((parts == end).all(1).any()) for end in ends)
+
+
+@contextmanager
+def _begun(
+    log: RecoveryLog | None,
+    model: nn.Module,
+    dense: nn.Module,
+    inputs: ModelInputs,
+    request: RecoveryRequest,
+    ranks: Ranks,
+) -> Iterator[float | None]:
+    """Begin a recovery, or go on with one, on all ranks; yield the learning rate if it is known."""
+    if log is None and ranks.alone:
+        yield None
+        return
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    tensors = (*dense.named_parameters(), *dense.named_buffers())
+    asked: dict[str, Any] = {**request.to_json(), **versions, "osscar": __version__}
+    asked["dense"] = sha256_of(tensors)
+    made = Fingerprint.of(model, inputs, 1)
+    manifest = JournalManifest("osscar.recovery-log/1", asked, made)
+    manifest.check_alike(ranks)
+    with nullcontext() if log is None else log.begun(manifest):
+        last = None if log is None else log.last()
+        yield ranks.broadcast("the learning rate", lambda: None if last is None else last.rate)
+
+
+def _shifted(sample: Batch, turn: int) -> Batch:
+    """Mirror and shift an image as chance has it in this turn."""
+    generator = torch.Generator().manual_seed(turn)
+    ((name, image),) = sample.items()
+    height, width = image.shape[-2:]
+    most = max(1, width // _SHIFT)
+    down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
+    if torch.rand((), generator=generator) < 0.5:
+        image = image.flip(-1)
+    padded = nn.functional.pad(image, (most,) * 4)
+    return {name: padded[..., down : down + height, right : right + width]}

@@ -1,0 +1,90 @@
+"""What a recovery is asked: one declaration, as `osscar.request` is for pruning."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from osscar.base.errors import OptionError
+from osscar.base.inputs import safe_repr
+from osscar.request import Range, as_text, checked, count_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Loss: TypeAlias = "Callable[[Any, Any], Tensor]"
+"""Of what the smaller and the dense model put out for the same batch: a mean over its samples."""
+
+
+def _loss(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise OptionError(
+            f"{name} is {safe_repr(value)}; give a function of what the smaller and the dense "
+            "model put out for the same batch"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryRequest:
+    """What a user asks of a recovery.
+
+    Parameters
+    ----------
+    steps
+        Of the optimizer, at most: fewer if the held-out samples get worse.
+    batch_size
+        Samples in a step; by default 4 windows, or 64 of anything else.
+    micro_batch_size
+        Samples that run through both models at once; the gradients of a step's add up.  By default
+        1 window on a CPU, and all of a step elsewhere.
+    learning_rate
+        At its height; by default the best of a few, each tried for some steps.
+    train
+        Which weights are trained: ``all``; ``pruned``, those which lost rows or columns; or
+        ``norms``, scales and biases, vectors all of them.
+    held_out
+        Samples that train nothing: they decide when to stop, and which step is kept.  By default an
+        eighth of all, at most 8 windows, or 128 of anything else.
+    augment
+        What is done to images of the training, by chance: ``flip-shift``, mirrored, and shifted by
+        at most an eighth of their width; or ``none``.
+    loss
+        A function of what the smaller and the dense model put out for the same batch, which returns
+        a mean over its samples; by default the divergence of their predictions where there are
+        logits, and the relative squared error of all outputs elsewhere.
+    mixed_precision
+        Number format of matrix products in training, ``bf16``, or ``no``: the model's own.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    seed
+        Of the order of the samples, and of what is done to images.
+
+    Raises
+    ------
+    OptionError
+        If a value is out of range, or of a wrong type.
+    """
+
+    steps: Annotated[int, count_from(1)] = 64
+    batch_size: Annotated[int | None, count_from(1)] = None
+    micro_batch_size: Annotated[int | None, count_from(1)] = None
+    learning_rate: Annotated[
+        float | None, Range(float, lambda rate: 0 < rate <= 1, "a number above 0, at most 1")
+    ] = None
+    train: Literal["all", "pruned", "norms"] = "all"
+    held_out: Annotated[int | None, count_from(1)] = None
+    augment: Literal["flip-shift", "none"] = "flip-shift"
+    loss: Annotated["Loss | None", _loss] = None
+    mixed_precision: Literal["no", "bf16"] = "no"
+    device: Annotated[str, as_text] = "auto"
+    seed: Annotated[int, count_from(0)] = 0
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON-able data; a loss of the caller's is named."""
+        data = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.loss is not None:
+            data["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__name__)
+        return data
