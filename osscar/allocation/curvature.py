@@ -453,7 +453,13 @@ def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
-    """Return a table of logits, a row a prediction, (..., classes); None if there is none.
+    """Return a table of logits, a row a prediction, (..., classes); None if there is none."""
+    table = table_of(result, batch, inputs)
+    return None if table is None else as_logits(table)
+
+
+def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
+    """Return a table of logits or of probabilities, a row a prediction; None if there is none.
 
     A matrix that a model makes of images is a classifier's; tokens are of a language model.
     """
@@ -469,17 +475,22 @@ def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
         return None  # such as those of a segmentation, a map for each class
     if not inputs.classes and named is None and not images:
         return None  # it may be anything, such as a regression
-    return as_logits(found)
+    return found
 
 
-def as_logits(table: Tensor) -> Tensor:
+def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:
     """Return scores of classes, (..., classes), of which the softmax is what a model predicts.
 
     They are the table itself, or its logarithms where it holds probabilities.
     """
-    sums = table.detach().float().sum(-1)
-    chances = bool((table >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    chances = holds_probabilities(table) if probabilities is None else probabilities
     return table.clamp(min=1e-30).log() if chances else table
+
+
+def holds_probabilities(table: Tensor) -> bool:
+    """Tell whether a table holds probabilities, whose sums are 1."""
+    sums = table.detach().float().sum(-1)
+    return bool((table >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
 
 
 def _projection(output: Tensor, generator: torch.Generator) -> Tensor:

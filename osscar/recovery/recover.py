@@ -236,8 +236,8 @@ def _training(
     work = _trainable(copied(model).to(device).eval(), dense, request)
     size = request.batch_size or min(_STEP[inputs.tokens], max(1, inputs.samples // 2))
     # On a CPU several windows at once are no faster than one after the other, and take more memory.
-    alone = inputs.apart or (inputs.tokens and device.type == "cpu")
-    at_once = request.micro_batch_size or (1 if alone else size)
+    usual = 1 if inputs.tokens and device.type == "cpu" else size
+    at_once = 1 if inputs.apart else request.micro_batch_size or usual
     samples, deciding = _split(inputs, teacher, size, request)
     target = Target.of(teacher, inputs, deciding[0], request.loss)
     held = HeldOut.of(target, teacher, deciding, ranks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.curvature import logits_of
+from osscar.allocation.curvature import as_logits, holds_probabilities, table_of
 from osscar.allocation.divergence import log_probabilities, summed_divergence, thinned
 from osscar.base.ranks import Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
@@ -34,6 +34,8 @@ class Target:
     inputs: ModelInputs
     measure: Measure
     loss: Loss | None = None
+    probabilities: bool = False
+    """Whether it is these that the models put out."""
 
     @classmethod
     def of(
@@ -43,8 +45,10 @@ class Target:
         if loss is not None:
             return cls(inputs, "loss", loss)
         with torch.no_grad(), without_cache(dense):
-            logits = logits_of(forward(dense, batch), batch, inputs)
-        return cls(inputs, "relative" if logits is None else "nats")
+            table = table_of(forward(dense, batch), batch, inputs)
+        if table is None:
+            return cls(inputs, "relative")
+        return cls(inputs, "nats", probabilities=holds_probabilities(table))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Return what is compared of a model's outputs: log-probabilities, tensors, or all."""
@@ -54,9 +58,9 @@ class Target:
             return result
         if self.measure == "relative":
             return comparable(result)
-        logits = logits_of(result, batch, self.inputs)
-        assert logits is not None  # as of the dense model, or of one of the same outputs
-        return log_probabilities(logits)
+        table = table_of(result, batch, self.inputs)
+        assert table is not None  # as of the dense model, or of one of the same outputs
+        return log_probabilities(as_logits(table, self.probabilities))
 
     def distance(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is."""

@@ -182,7 +182,9 @@ class _Optimizer:
     def __init__(self, training: Training, rate: float, steps: int | None) -> None:
         self._training, self._weights = training, training.weights()
         # No weight decay: zero is not where the weights belong.
-        self._adam = torch.optim.AdamW(self._weights.values(), lr=rate, weight_decay=0.0)
+        self._adam = torch.optim.AdamW(
+            self._weights.values(), lr=rate, weight_decay=0.0, fused=True
+        )
         self._schedule = (
             get_constant_schedule(self._adam)
             if steps is None
