@@ -54,10 +54,10 @@ class _Words:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    run: str
     rate: float
     points: tuple[Point, ...]
     digest: str
+    """Of all that is kept, and of the manifest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,7 @@ class RecoveryLog(Journal[JournalManifest]):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._run = ""
-        """Digest of the manifest, which each file bears."""
+        self._manifest = ""
 
     @property
     def kept(self) -> str:
@@ -100,7 +99,7 @@ class RecoveryLog(Journal[JournalManifest]):
         """Begin a recovery, or go on with one, and hold its lock while the block runs."""
         with self.held():
             first = self.begin(manifest)
-            self._run = digest(json.dumps(dataclasses.asdict(first), sort_keys=True))
+            self._manifest = json.dumps(dataclasses.asdict(first), sort_keys=True)
             yield
 
     def last(self) -> Standing | None:
@@ -112,20 +111,27 @@ class RecoveryLog(Journal[JournalManifest]):
             with safetensors.safe_open(place, "pt") as file:
                 words = parse_json((file.metadata() or {}).get(_WORDS, ""), _Words, place)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if (words.run, words.digest) != (self._run, sha256_of(tensors.items())):
+            found = Standing(words.rate, words.points, tensors)
+            if words.digest != self._digest(found):
                 raise FileError(place, "it is of another recovery, or was changed")
         except (OSError, safetensors.SafetensorError, FileError) as error:
             raise JournalError(f"{place} cannot be read: {error}; {self.otherwise}") from error
-        return Standing(words.rate, words.points, tensors)
+        return found
 
     def keep(self, standing: Standing) -> None:
         """Keep where the recovery stands; what was kept before goes."""
         before = self.done
         tensors = {n: t.contiguous().cpu() for n, t in sorted(standing.tensors.items())}
-        words = _Words(self._run, standing.rate, standing.points, sha256_of(tensors.items()))
+        standing = dataclasses.replace(standing, tensors=tensors)
+        words = _Words(standing.rate, standing.points, self._digest(standing))
         place = self.directory / f"{standing.points[-1].step:08}.safetensors"
         with atomic_write(place) as partial:
             text = json.dumps(dataclasses.asdict(words))
             safetensors.torch.save_file(tensors, partial, {_WORDS: text})
         for old in before:
             old.unlink(missing_ok=True)
+
+    def _digest(self, standing: Standing) -> str:
+        points = [dataclasses.asdict(point) for point in standing.points]
+        words = json.dumps([self._manifest, standing.rate, points])
+        return digest(words + sha256_of(standing.tensors.items()))

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from graph.tracing.preserve import forget_derived
 from osscar import __version__
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
@@ -27,12 +29,19 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.samples import named_generator
-from osscar.network.modules import check_finite_weights, check_usable, copied, device_of, evaluating
+from osscar.network.model_state import ModelState, model_state
+from osscar.network.modules import (
+    check_finite_weights,
+    check_usable,
+    copied,
+    device_of,
+    in_evaluation,
+)
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
-from osscar.recovery.log import Point, RecoveryLog
+from osscar.recovery.log import Point, RecoveryLog, Standing
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.target import HeldOut, Measure, Target
+from osscar.recovery.target import HeldOut, Measure, Target, joined
 from osscar.recovery.training import Training, kept_point
 from osscar.request import by_keywords
 from osscar.shrinking.lineage import data_record, may_come_from, note_calibration
@@ -188,22 +197,24 @@ def recover_as_asked(
     True
     """
     start = time.perf_counter()
-    model = smaller if isinstance(smaller, nn.Module) else smaller.model
+    model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     _check(model, dense)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         memory_for(f"{type(model).__name__} and its training", FOR_BATCHES),
-        evaluating(dense),
+        model_state(dense),
     ):
         inputs = as_inputs(dense, data)
-        training = _training(model, dense, data, inputs, request, ranks)
+        if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
+            as_inputs(model, data)
+        training, deciding = _training(model, dense, data, inputs, request, ranks)
         with _begun(log, model, dense, inputs, request, ranks) as known:
-            rate = request.learning_rate if known is None else known
+            rate = request.learning_rate if known is None else known.rate
             rate = training.found_rate() if rate is None else rate
-            points = training.run(request.steps, rate, log)
-    trained = sum(weight.numel() for weight in training.weights().values())
-    work = _as_it_came(training.model, model)
+            points = training.run(request.steps, rate, log, known)
+        trained = sum(weight.numel() for weight in training.weights().values())
+        work = _as_it_came(training.model, model)
     note_calibration(work, data, inputs.settings)
     return Recovery(
         model=work,
@@ -211,7 +222,7 @@ def recover_as_asked(
         learning_rate=rate,
         measure=training.held.target.measure,
         samples=len(training.samples),
-        held_out=inputs.samples - len(training.samples),
+        held_out=deciding,
         trained=trained,
         seconds=time.perf_counter() - start,
         request=request,
@@ -229,34 +240,43 @@ def _training(
     inputs: ModelInputs,
     request: RecoveryRequest,
     ranks: Ranks,
-) -> Training:
-    """Set up the training of a copy of a model."""
-    device = resolve_device(request.device)
+) -> tuple[Training, int]:
+    """Set up the training of a copy of a model; return how many samples decide, too."""
+    device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
     teacher = dense if device_of(dense) == device else copied(dense).to(device)
-    work = _trainable(copied(model).to(device).eval(), dense, request)
-    size = request.batch_size or min(_STEP[inputs.tokens], max(1, inputs.samples // 2))
+    samples, deciding = _split(inputs, teacher, request)
+    size = request.batch_size or min(_STEP[inputs.tokens], len(samples))
     # On a CPU several windows at once are no faster than one after the other, and take more memory.
     usual = 1 if inputs.tokens and device.type == "cpu" else size
     at_once = 1 if inputs.apart else request.micro_batch_size or usual
-    samples, deciding = _split(inputs, teacher, size, request)
-    target = Target.of(teacher, inputs, deciding[0], request.loss)
-    held = HeldOut.of(target, teacher, deciding, ranks)
-    for one, which in ((teacher, "dense"), (work, "smaller")):
-        if held.distance(one) is None:
-            raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
+    batches = joined(deciding, at_once)
+    target = Target.of(teacher, inputs, batches, request.loss)
+    work = _trainable(in_evaluation(copied(model)).to(device), dense, request)
+    state = ModelState(work)
+    with state.watching():
+        target.check_alike(work, teacher, batches[0])
     shifts = request.augment != "none" and isinstance(data, ImageSet)
-    return Training(
+    training = Training(
         model=work,
+        state=state,
+        formats={name: tensor.dtype for name, tensor in _tensors(model)},
         dense=teacher,
         samples=samples,
-        held=held,
+        held=HeldOut.of(target, teacher, batches, ranks),
         ranks=ranks,
         size=size,
         at_once=at_once,
         precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
         seed=request.seed,
-        augmented=_shifted if shifts else lambda sample, _: sample,
+        augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
     )
+    for far, which in (
+        (training.held.distance(teacher), "dense"),
+        (training.distance(), "smaller"),
+    ):
+        if far is None:
+            raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
+    return training, len(deciding)
 
 
 def _check(model: nn.Module, dense: nn.Module) -> None:
@@ -284,32 +304,38 @@ def _trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> 
         "pruned": lambda name, weight: shapes.get(name) != weight.shape,
         "norms": lambda name, weight: weight.ndim <= 1,
     }[request.train]
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
     if not isinstance(model, ProgramModule):  # the number formats of a program are in its code
-        model.float()
+        for _, tensor in _tensors(model):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
     for name, weight in model.named_parameters():
-        weight.requires_grad_(weight.is_floating_point() and chosen(name, weight))
+        frozen = bool(learning) and name not in learning
+        weight.requires_grad_(weight.is_floating_point() and not frozen and chosen(name, weight))
     if not any(weight.requires_grad for weight in model.parameters()):
         raise OptionError(f"train is {request.train!r}, and the model has no such weights")
     return model
 
 
 def _as_it_came(model: nn.Module, before: nn.Module) -> nn.Module:
-    """Give a model the number formats, the flags and the place of the one that it was made of."""
+    """Give a model the number formats, flags, modes and place of the one that it was made of."""
     model.to(device_of(before))
-    for mine, other in zip(_tensors(model), _tensors(before), strict=True):
+    for (_, mine), (_, other) in zip(_tensors(model), _tensors(before), strict=True):
         mine.data = mine.data.to(other.dtype)
         mine.requires_grad_(other.requires_grad)
         mine.grad = None
+    for module, first in zip(model.modules(), before.modules(), strict=True):
+        module.training = first.training
+    forget_derived(model)
     return model
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _split(
-    inputs: ModelInputs, model: nn.Module, size: int, request: RecoveryRequest
+    inputs: ModelInputs, model: nn.Module, request: RecoveryRequest
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the samples that train, and those that decide.
 
@@ -327,18 +353,19 @@ def _split(
     training = [samples[index] for index in sorted(order[:trained])]
     if inputs.tokens:
         training = [one for one in training if not _overlaps(one["input_ids"], held)]
+    size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
             f"{pluralize(len(samples), 'sample')} are too few: {deciding} of them decide what is "
             f"kept, {len(training)} share nothing with those, and a step has {size}; give more, or "
-            "a smaller --batch-size"
+            "a smaller --batch-size or --held-out"
         )
     return training, held
 
 
 def _overlaps(window: Tensor, held: Sequence[Batch]) -> bool:
     """Whether a window, (1, tokens), has what others begin or end with, special tokens apart."""
-    length = min(_OVERLAP, window.shape[1])
+    length = min(_OVERLAP, -(-window.shape[1] // 2))
     parts = window[0].unfold(0, length, 1)
     apart = min(_SPECIAL, (window.shape[1] - length) // 2)
     inner = [one["input_ids"][0, apart : window.shape[1] - apart] for one in held]
@@ -354,8 +381,8 @@ def _begun(
     inputs: ModelInputs,
     request: RecoveryRequest,
     ranks: Ranks,
-) -> Iterator[float | None]:
-    """Begin a recovery, or go on with one, on all ranks; yield the learning rate if it is known."""
+) -> Iterator[Standing | None]:
+    """Begin a recovery, or go on with one, on all ranks; yield where it stands."""
     if log is None and ranks.alone:
         yield None
         return
@@ -368,12 +395,12 @@ def _begun(
     manifest.check_alike(ranks)
     with nullcontext() if log is None else log.begun(manifest):
         last = None if log is None else log.last()
-        yield ranks.broadcast("the learning rate", lambda: None if last is None else last.rate)
+        yield ranks.broadcast("where the recovery stands", lambda: last)
 
 
-def _shifted(sample: Batch, turn: int) -> Batch:
+def _shifted(sample: Batch, turn: int, seed: int) -> Batch:
     """Mirror and shift an image as chance has it in this turn."""
-    generator = torch.Generator().manual_seed(turn)
+    generator = named_generator(f"image {turn}", seed)
     ((name, image),) = sample.items()
     height, width = image.shape[-2:]
     most = max(1, width // _SHIFT)

@@ -41,7 +41,8 @@ class RecoveryRequest:
         At its height; by default the best of a few, each tried for some steps.
     train
         Which weights are trained: ``all``; ``pruned``, those which lost rows or columns; or
-        ``norms``, scales and biases, vectors all of them.
+        ``norms``, scales and biases, vectors all of them.  What a model freezes stays, unless it
+        freezes everything.
     held_out
         Samples that train nothing: they decide when to stop, and which step is kept.  By default an
         eighth of all, at most 8 windows, or 128 of anything else.

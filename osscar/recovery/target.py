@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from graph.tracing.preserve import without_cache
 from osscar.allocation.curvature import as_logits, holds_probabilities, table_of
 from osscar.allocation.divergence import log_probabilities, summed_divergence, thinned
+from osscar.base.errors import ModelError, OptionError
+from osscar.base.inputs import safe_repr
 from osscar.base.ranks import Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
 from osscar.network.modules import device_of, forward
+from osscar.preparation.failures import failures_named
 from osscar.recovery.request import Loss
 from osscar.shrinking.equivalence import comparable
 
@@ -27,8 +31,8 @@ class Target:
     """How far a model is from the dense one.
 
     By `measure`: ``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the
-    squared error of each output over the square of the dense one, a mean over outputs; ``loss``,
-    that of the caller.
+    squared error of each output of a sample over the mean square of the dense one's (`powers`), a
+    mean over outputs; ``loss``, that of the caller.
     """
 
     inputs: ModelInputs
@@ -36,53 +40,101 @@ class Target:
     loss: Loss | None = None
     probabilities: bool = False
     """Whether it is these that the models put out."""
+    powers: tuple[float, ...] = ()
 
     @classmethod
+    @torch.no_grad()
     def of(
-        cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, loss: Loss | None = None
+        cls, dense: nn.Module, inputs: ModelInputs, batches: Sequence[Batch], loss: Loss | None
     ) -> Target:
         """Look at what the dense model puts out."""
         if loss is not None:
             return cls(inputs, "loss", loss)
-        with torch.no_grad(), without_cache(dense):
-            table = table_of(forward(dense, batch), batch, inputs)
-        if table is None:
-            return cls(inputs, "relative")
-        return cls(inputs, "nats", probabilities=holds_probabilities(table))
+        with failures_named(dense, batches[0]), without_cache(dense):
+            table = table_of(forward(dense, batches[0]), batches[0], inputs)
+        if table is not None:
+            return cls(inputs, "nats", probabilities=holds_probabilities(table))
+        target = cls(inputs, "relative")
+        found = target.outputs(dense, batches[0])
+        if not any(one.is_floating_point() or one.is_complex() for one in found):
+            raise ModelError(
+                f"{type(dense).__name__} puts out whole numbers alone, through which no gradients "
+                "flow; let its forward return what they are made of, or scores"
+            )
+        squares = [[_square(one) for one in target.outputs(dense, batch)] for batch in batches]
+        samples = sum(map(inputs.count, batches))
+        means = (float(sum(of_one)) / samples for of_one in zip(*squares, strict=True))
+        # What is always zero has no size that an error could be relative to.
+        return dataclasses.replace(target, powers=tuple(mean or 1.0 for mean in means))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Return what is compared of a model's outputs: log-probabilities, tensors, or all."""
-        with without_cache(model):
-            result = forward(model, to_model(batch, model))
+        batch = to_model(batch, model)
+        with failures_named(model, batch), without_cache(model):
+            result = forward(model, batch)
         if self.measure == "loss":
             return result
         if self.measure == "relative":
             return comparable(result)
         table = table_of(result, batch, self.inputs)
-        assert table is not None  # as of the dense model, or of one of the same outputs
-        return log_probabilities(as_logits(table, self.probabilities))
+        return table if table is None else log_probabilities(as_logits(table, self.probabilities))
+
+    def check_alike(self, smaller: nn.Module, dense: nn.Module, batch: Batch) -> None:
+        """Refuse models whose outputs cannot be compared, of which a loss of the caller's knows."""
+        if self.measure == "loss":
+            return
+        mine, due = (_shapes(self.outputs(model, batch)) for model in (smaller, dense))
+        if mine != due:
+            raise ModelError(
+                f"the smaller model puts out {mine} where the dense one puts out {due}, so that "
+                f"it does not come from this {type(dense).__name__}; give the dense model that it "
+                "was pruned from"
+            )
 
     def distance(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is."""
         if self.loss is not None:
-            return self.loss(found, dense) * samples, samples
+            return _scalar(self.loss(found, dense)) * samples, samples
         if self.measure == "nats":
             return summed_divergence(dense, found), len(dense)
-        errors = [
-            (b - a).abs().square().sum() / _power(a) for a, b in zip(dense, found, strict=True)
-        ]
-        return torch.stack(errors).mean() * samples, samples
+        pairs = zip(found, dense, self.powers, strict=True)
+        errors = [_square(b - a) / power for b, a, power in pairs]
+        return torch.stack(errors).mean(), samples
 
 
-def _power(tensor: Tensor) -> Tensor:
-    return tensor.abs().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+def _square(tensor: Tensor) -> Tensor:
+    """Return the sum of squares; those of half precision would overflow."""
+    finer = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return finer.abs().square().sum().double()
+
+
+def _shapes(outputs: Any) -> list[list[int]] | str:
+    """Return the shapes of what is compared of a model's outputs."""
+    if outputs is None:
+        return "no scores of classes"
+    return [list(one.shape) for one in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+
+
+def _scalar(found: Any) -> Tensor:
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
+        raise OptionError(
+            f"the loss returned {safe_repr(found):.80}; let it return a tensor with one number"
+        )
+    return found.reshape(())
+
+
+def joined(samples: Sequence[Batch], at_once: int) -> list[Batch]:
+    """Return batches of so many samples, of batches of one."""
+    starts = range(0, len(samples), at_once)
+    some = [samples[start : start + at_once] for start in starts]
+    return [{name: torch.cat([one[name] for one in each]) for name in each[0]} for each in some]
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
     """Samples that train nothing, what the dense model says of them, and so how far others are.
 
-    Ranks share the samples out; of the predictions of each sample, `rows` are kept.
+    Ranks share the batches out; of the predictions of each, `rows` are kept.
     """
 
     target: Target
@@ -96,7 +148,7 @@ class HeldOut:
     def of(
         cls, target: Target, dense: nn.Module, batches: Sequence[Batch], ranks: Ranks
     ) -> HeldOut:
-        """Run the dense model on the samples, one a batch."""
+        """Run the dense model on the samples."""
         mine = batches[ranks.rank :: ranks.size]
         expected, rows = [], []
         for batch in mine:

@@ -6,18 +6,28 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import get_constant_schedule, get_cosine_with_min_lr_schedule_with_warmup
+from torch.fx import GraphModule
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from osscar.base.errors import JournalError, ModelError, first_line
+from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.data.batches import Batch
+from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
 from osscar.recovery.log import Point, RecoveryLog, Standing
-from osscar.recovery.target import HeldOut
+from osscar.recovery.target import HeldOut, joined
+
+Schedule: TypeAlias = Callable[[torch.optim.Optimizer], LambdaLR]
 
 _WARMUP, _FLOOR = 0.1, 0.1
 """The share of the steps in which the rate rises; the share of its height at which it ends."""
@@ -35,6 +45,9 @@ _RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 _PROBE = 2
 """Learning rates that are tried one after the other, and steps with each of them."""
 
+_RECURRENT = {f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+"""Operators of programs with recurrent layers."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
@@ -48,6 +61,10 @@ class Training:
     model
         Trained in place, in evaluation mode: a step neither draws nor averages anything.  What
         takes no gradient stays as it is.
+    state
+        What passes write on it, which is put back after each: a cache would be of older weights.
+    formats
+        The number formats in which its tensors come back, and are judged.
     dense
         What it is trained towards, on the same device.
     samples
@@ -67,6 +84,8 @@ class Training:
     """
 
     model: nn.Module
+    state: ModelState
+    formats: Mapping[str, torch.dtype]
     dense: nn.Module
     samples: Sequence[Batch] = field(repr=False)
     held: HeldOut = field(repr=False)
@@ -81,7 +100,20 @@ class Training:
         """Return what is trained, by name."""
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
-    def run(self, steps: int, rate: float, log: RecoveryLog | None = None) -> tuple[Point, ...]:
+    def distance(self) -> float | None:
+        """Return how far the model is, in the number formats in which it comes back."""
+        with in_formats(self.model, self.formats):
+            found = self.held.distance(self.model)
+        self.state.put_back()
+        return found
+
+    def run(
+        self,
+        steps: int,
+        rate: float,
+        log: RecoveryLog | None = None,
+        known: Standing | None = None,
+    ) -> tuple[Point, ...]:
         """Train, and leave the model as it was where it was best.
 
         Parameters
@@ -92,6 +124,8 @@ class Training:
             The learning rate at its height.
         log
             Keeps where it stands, so that a run which was killed goes on.
+        known
+            Where the run stood that it goes on with.
 
         Returns
         -------
@@ -99,15 +133,9 @@ class Training:
             The first is the model as it came, and each look at the held-out samples adds one; see
             `kept_point`.
         """
-        optimizer = _Optimizer(self, rate, steps)
-        known = self.ranks.broadcast(
-            "where the recovery stands", lambda: None if log is None else log.last()
-        )
-        if known is None:
-            points, best = [Point(0, None, self.held.distance(self.model), 0.0)], self._values()
-        else:
-            points = list(known.points)
-            best = optimizer.restore(known.tensors, points[-1].step)
+        points = [Point(0, None, self.distance(), 0.0)] if known is None else list(known.points)
+        optimizer = _Optimizer(self, rate, partial(_cosine, steps=steps, done=points[-1].step))
+        best = self._values() if known is None else optimizer.restore(known)
         began, losses = time.perf_counter() - points[-1].seconds, list[float]()
         every = math.ceil(steps / _CHECKS)
         with stage("recover", total=steps) as bar:
@@ -120,9 +148,9 @@ class Training:
                 losses.append(optimizer.step(samples))
                 if step % every and step < steps:
                     continue
-                loss, held = _finite(sum(losses) / len(losses)), self.held.distance(self.model)
+                loss = _finite(sum(losses) / len(losses))
                 losses = []
-                points.append(Point(step, loss, held, time.perf_counter() - began))
+                points.append(Point(step, loss, self.distance(), time.perf_counter() - began))
                 if kept_point(points) is points[-1]:
                     best = self._values()
                 if log is not None:
@@ -138,14 +166,13 @@ class Training:
         has led, until two in a row lead away.  The model is left as it was.
         """
         before, found = self._values(), list[float]()
-        optimizer = _Optimizer(self, _RATES[0], steps=None)
+        optimizer = _Optimizer(self, 1.0, partial(LambdaLR, lr_lambda=_tried))
         steps = self._steps(_PROBE * len(_RATES))
         with stage("recover: learning rate", total=len(_RATES)) as bar:
-            for rate in _RATES:
-                optimizer.set_rate(rate)
+            for _ in _RATES:
                 for samples in itertools.islice(steps, _PROBE):
                     optimizer.step(samples)
-                distance = self.held.distance(self.model)
+                distance = self.distance()
                 found.append(math.inf if distance is None else distance)
                 bar.advance()
                 if len(found) - 1 - found.index(min(found)) == 2:
@@ -168,7 +195,10 @@ class Training:
             yield [self.augmented(self.samples[one], first + turn) for turn, one in enumerate(now)]
 
     def _values(self) -> dict[str, Tensor]:
-        return {name: weight.detach().clone() for name, weight in self.weights().items()}
+        return {
+            name: weight.detach().to(self.formats[name], copy=True)
+            for name, weight in self.weights().items()
+        }
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
@@ -176,85 +206,146 @@ class Training:
             weight.copy_(values[name])
 
 
+@contextmanager
+def in_formats(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Give the tensors of a model other number formats while the block runs."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    before = [(tensor, tensor.data) for _, tensor in named]
+    try:
+        for name, tensor in named:
+            tensor.data = tensor.data.to(formats[name])
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
 class _Optimizer:
-    """AdamW, one step at a time; on a cosine, if it is known how many there will be."""
+    """AdamW, one step at a time, on a schedule of learning rates.
 
-    def __init__(self, training: Training, rate: float, steps: int | None) -> None:
+    It holds weights of half precision, such as those of a program, in float32, in which small steps
+    count.
+    """
+
+    def __init__(self, training: Training, rate: float, schedule: Schedule) -> None:
         self._training, self._weights = training, training.weights()
+        self._finer = {name: _finer(weight) for name, weight in self._weights.items()}
+        groups = [{"params": [*self._finer.values()], "initial_lr": rate}]
         # No weight decay: zero is not where the weights belong.
-        self._adam = torch.optim.AdamW(
-            self._weights.values(), lr=rate, weight_decay=0.0, fused=True
+        self._adam = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
+        self._schedule = schedule(self._adam)
+        # cuDNN's recurrent layers go back in training mode alone.
+        self._recurrent = any(
+            isinstance(module, nn.RNNBase) or bool(_RECURRENT & _operators(module))
+            for module in training.model.modules()
         )
-        self._schedule = (
-            get_constant_schedule(self._adam)
-            if steps is None
-            else get_cosine_with_min_lr_schedule_with_warmup(
-                self._adam, math.ceil(_WARMUP * steps), steps, min_lr_rate=_FLOOR
-            )
-        )
-
-    def set_rate(self, rate: float) -> None:
-        """Go on with another learning rate, from the next step on."""
-        self._schedule.base_lrs = [rate]
-        for group in self._adam.param_groups:
-            group["lr"] = rate
 
     def step(self, samples: Sequence[Batch]) -> float:
         """Make a step on samples, which the processes share out; return its loss."""
-        training, target = self._training, self._training.held.target
-        ranks, device = training.ranks, device_of(training.model)
-        mine = samples[ranks.rank :: ranks.size]
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for first in range(0, len(mine), training.at_once):
-            some = mine[first : first + training.at_once]
-            batch = {name: torch.cat([one[name] for one in some]) for name in some[0]}
-            with torch.autocast(device.type, training.precision, training.precision is not None):
-                with torch.no_grad():
-                    dense = target.outputs(training.dense, batch)
-                found = target.outputs(training.model, batch)
-            distance, count = target.distance(found, dense, len(some))
-            loss = distance / count * (len(some) / len(samples))
-            torch.autograd.backward(loss)
-            total += loss.detach().double()
-        if not ranks.alone:
-            for weight in self._weights.values():
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            gradients = [
-                weight.grad for weight in self._weights.values() if weight.grad is not None
-            ]
-            ranks.all_reduce("the gradients of a step", [*gradients, total])
-        nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
+        training, ranks = self._training, self._training.ranks
+        total = torch.zeros((), dtype=torch.float64, device=device_of(training.model))
+        for batch in joined(samples[ranks.rank :: ranks.size], training.at_once):
+            total += self._add_gradients(batch, len(samples))
+        gradients = [self._gradient(name) for name in self._weights]
+        ranks.all_reduce("the gradients of a step", [*gradients, total])
+        nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
         self._adam.step()
         self._adam.zero_grad()
         self._schedule.step()
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                if weight is not self._finer[name]:
+                    weight.copy_(self._finer[name])
         return float(total)
+
+    def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
+        """Go forward and backward on a part of so many samples; return its part of the loss."""
+        training, target = self._training, self._training.held.target
+        mine = target.inputs.count(batch)
+        kind = device_of(training.model).type
+        with (
+            torch.autocast(kind, training.precision, training.precision is not None),
+            torch.backends.cudnn.flags(enabled=not self._recurrent),
+        ):
+            with torch.no_grad():
+                dense = target.outputs(training.dense, batch)
+            found = target.outputs(training.model, batch)
+        distance, count = target.distance(found, dense, mine)
+        loss = distance / count * (mine / samples)
+        try:
+            torch.autograd.backward(loss)
+        except RuntimeError as error:
+            let_shortage_pass(error)
+            raise ModelError(
+                f"no gradients flow through {type(training.model).__name__}: {first_line(error)}; "
+                "leave no_grad and detach out of its forward, and of the loss"
+            ) from error
+        training.state.put_back()
+        return loss.detach().double()
+
+    def _gradient(self, name: str) -> Tensor:
+        """Return a gradient where the optimizer takes it: of experts without tokens it is zero."""
+        weight, finer = self._weights[name], self._finer[name]
+        found = torch.zeros_like(finer) if weight.grad is None else weight.grad.to(finer.dtype)
+        weight.grad = None
+        finer.grad = found.to_dense() if found.is_sparse else found
+        return finer.grad
 
     def tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all that a training goes on from, by name, beside the best values so far."""
-        states = self._adam.state
+        values = {f"value.{name}": weight.detach() for name, weight in self._finer.items()}
         moments = {
-            f"{moment}.{name}": states[weight][moment]
-            for name, weight in self._weights.items()
+            f"{moment}.{name}": self._adam.state[weight][moment]
+            for name, weight in self._finer.items()
             for moment in _MOMENTS
-            if weight in states
         }
-        values = {f"value.{name}": weight.detach() for name, weight in self._weights.items()}
         return {**values, **moments, **{f"best.{name}": one for name, one in best.items()}}
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Go on from tensors; return the best values so far."""
-        for name, weight in self._weights.items():
+    def restore(self, known: Standing) -> dict[str, Tensor]:
+        """Go on from where a training stood; return the best values so far."""
+        tensors, step = known.tensors, float(known.points[-1].step)
+        due = {
+            f"{kind}.{name}": weight.shape
+            for name, weight in self._finer.items()
+            for kind in ("value", *_MOMENTS, "best")
+        }
+        if {name: tensor.shape for name, tensor in tensors.items()} != due:
+            raise JournalError(f"the log holds weights of another form; {RecoveryLog.otherwise}")
+        for name, weight in self._finer.items():
             weight.copy_(tensors[f"value.{name}"])
-            if f"{_MOMENTS[0]}.{name}" in tensors:  # it has had gradients
-                self._adam.state[weight] = {
-                    "step": torch.tensor(float(steps)),
-                    **{moment: tensors[f"{moment}.{name}"].to(weight) for moment in _MOMENTS},
-                }
-        self._schedule.last_epoch = steps - 1
-        self._adam._opt_called = True  # type: ignore[attr-defined]
-        self._schedule.step()
-        return {name: tensors[f"best.{name}"].to(one) for name, one in self._weights.items()}
+            self._weights[name].copy_(weight)
+            moments = {moment: tensors[f"{moment}.{name}"].to(weight) for moment in _MOMENTS}
+            self._adam.state[weight] = {"step": torch.tensor(step).to(weight.device), **moments}
+        return {name: tensors[f"best.{name}"].to(one.device) for name, one in self._weights.items()}
+
+
+def _operators(module: nn.Module) -> set[str]:
+    """Return the names of the operators of a program; none of another module."""
+    nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
+    return {str(node.target) for node in nodes}
+
+
+def _finer(weight: nn.Parameter) -> nn.Parameter:
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    return weight if weight.dtype == kind else nn.Parameter(weight.detach().to(kind))
+
+
+def _cosine(optimizer: torch.optim.Optimizer, *, steps: int, done: int) -> LambdaLR:
+    """Let the rate rise to its height and fall again, from where a training stands."""
+    schedule: LambdaLR = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer,
+        math.ceil(_WARMUP * steps),
+        steps,
+        min_lr_rate=_FLOOR,
+        last_epoch=done - 1,
+    )
+    return schedule
+
+
+def _tried(step: int) -> float:
+    """Return the rate that is tried in a step."""
+    return _RATES[min(step // _PROBE, len(_RATES) - 1)]
 
 
 def kept_point(points: Sequence[Point]) -> Point:
