@@ -112,7 +112,7 @@ class RecoveryLog(Journal[JournalManifest]):
                 words = parse_json((file.metadata() or {}).get(_WORDS, ""), _Words, place)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             found = Standing(words.rate, words.points, tensors)
-            if words.digest != self._digest(found):
+            if not found.points or words.digest != self._digest(found):
                 raise FileError(place, "it is of another recovery, or was changed")
         except (OSError, safetensors.SafetensorError, FileError) as error:
             raise JournalError(f"{place} cannot be read: {error}; {self.otherwise}") from error

@@ -54,8 +54,8 @@ _DECIDING = {True: 8, False: 128}
 _SHIFT = 8
 """Images are shifted by a share of their width of at most one over this."""
 
-_OVERLAP = 16
-"""So many tokens of a held-out window in one that trains are taken for an overlap of the two."""
+_OVERLAP = 4
+"""So many tokens with which one window ends and another begins are taken for an overlap."""
 
 _SPECIAL = 4
 """The most tokens that a tokenizer puts around a text on either side."""
@@ -352,7 +352,10 @@ def _split(
     held = [samples[index] for index in sorted(order[trained:])]
     training = [samples[index] for index in sorted(order[:trained])]
     if inputs.tokens:
-        training = [one for one in training if not _overlaps(one["input_ids"], held)]
+        text = _text_of(samples)
+        apart = [text[index] for index in order[trained:]]
+        known = [any(_share(text[index], one) for one in apart) for index in order[:trained]]
+        training = [one for one, shared in zip(training, known, strict=True) if not shared]
     size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
@@ -363,14 +366,24 @@ def _split(
     return training, held
 
 
-def _overlaps(window: Tensor, held: Sequence[Batch]) -> bool:
-    """Whether a window, (1, tokens), has what others begin or end with, special tokens apart."""
-    length = min(_OVERLAP, -(-window.shape[1] // 2))
-    parts = window[0].unfold(0, length, 1)
-    apart = min(_SPECIAL, (window.shape[1] - length) // 2)
-    inner = [one["input_ids"][0, apart : window.shape[1] - apart] for one in held]
-    ends = [end for one in inner for end in (one[:length], one[-length:])]
-    return any(bool((parts == end).all(1).any()) for end in ends)
+def _text_of(samples: Sequence[Batch]) -> Tensor:
+    """Return the tokens of windows without the special ones, with which all begin and end."""
+    windows = torch.cat([one["input_ids"] for one in samples])
+    same, length = (windows == windows[0]).all(0).int(), windows.shape[1]
+    most = min(_SPECIAL, (length - 1) // 2)
+    before, after = (int(side[:most].cumprod(0).sum()) for side in (same, same.flip(0)))
+    return windows[:, before : length - after]
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two windows share text: of one length, one of them ends as the other begins."""
+    return _begins_in(one, other) or _begins_in(other, one)
+
+
+def _begins_in(second: Tensor, first: Tensor) -> bool:
+    least = min(_OVERLAP, len(first))
+    starts = (first.unfold(0, least, 1) == second[:least]).all(1).nonzero().flatten()
+    return any(torch.equal(first[at:], second[: len(first) - at]) for at in starts.tolist())
 
 
 @contextmanager

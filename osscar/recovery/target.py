@@ -79,6 +79,7 @@ class Target:
         table = table_of(result, batch, self.inputs)
         return table if table is None else log_probabilities(as_logits(table, self.probabilities))
 
+    @torch.no_grad()
     def check_alike(self, smaller: nn.Module, dense: nn.Module, batch: Batch) -> None:
         """Refuse models whose outputs cannot be compared, of which a loss of the caller's knows."""
         if self.measure == "loss":

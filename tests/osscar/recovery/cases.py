@@ -1,0 +1,190 @@
+"""Models of every form that a recovery takes, with their data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+import graph
+import osscar
+from graph.tracing.preserve import without_cache
+from osscar.data.batches import as_inputs
+from tests.osscar.families import gated, tiny, tokens
+from tests.osscar.mixtures import mixture
+from tests.osscar.networks import images, small_net
+from tests.osscar.programs import CASES, Gated, kept_at_random, made
+from tests.osscar.recovery.perturbed import perturbed
+
+
+class Mixed(nn.Module):
+    """Parameters that are whole or complex, buffers of every kind, dropout, a frozen layer.
+
+    What it derives from a parameter it keeps, as attention of LeViT does; it counts its passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.wave = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+        self.order = nn.Parameter(torch.randperm(8), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(8))
+        self.register_buffer("scale", torch.rand(8, dtype=torch.float64) / 3)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.drop, self.kept = nn.Dropout(0.5), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if not self.kept:
+            self.kept["bias"] = self.bias[self.order]
+        y = self.drop(torch.tanh(self.frozen(self.enter(x)))) + self.kept["bias"]
+        y = torch.fft.ifft(torch.fft.fft(y) * self.wave).real * self.scale.to(y.dtype)
+        return self.leave(y)
+
+
+class Graphs(nn.Module):
+    """Reads the nodes and edges of one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+        y = torch.relu(self.enter(nodes))
+        return self.leave(torch.zeros_like(y).index_add(0, edges[1], y[edges[0]]))
+
+
+class Sparse(nn.Module):
+    """Embeddings whose gradients are sparse, and a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.leave = nn.Embedding(20, 6, sparse=True), nn.Linear(8, 2)
+        self.recurrent = nn.LSTM(6, 8, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.leave(self.recurrent(self.table(ids))[0])
+
+
+def graphs() -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    sizes = (4, 7, 3, 5, 6, 4, 8, 5)
+    return [
+        {
+            "nodes": torch.randn(size, 5, generator=draw),
+            "edges": torch.randint(size, (2, 9), generator=draw),
+        }
+        for size in sizes
+    ]
+
+
+def _t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    return T5(T5Config(vocab_size=97, decoder_start_token_id=0, **sizes)).eval()
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
+    config = BertConfig(vocab_size=97, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    return BertModel(config).eval()
+
+
+def _gated() -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(gated(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def _pruned(**asked: Any) -> Callable[[nn.Module, Any], nn.Module]:
+    return lambda dense, data: osscar.prune(dense, data, device="cpu", **asked).model
+
+
+def _program(dense: nn.Module, data: Any) -> nn.Module:
+    inputs = as_inputs(dense, data)
+    example = inputs.example(dense)
+    with without_cache(dense):
+        plan = kept_at_random(graph.trace(dense, example).prunable)
+    return osscar.shrink_program(dense, plan, inputs.proofs(dense, 0), example).model
+
+
+def _noisy(dense: nn.Module, data: Any) -> nn.Module:
+    return perturbed(dense)
+
+
+def _training(model: nn.Module) -> nn.Module:
+    """Give every second module the mode of training."""
+    for index, module in enumerate(model.modules()):
+        module.training = index % 2 == 0
+    return model
+
+
+@dataclass(frozen=True)
+class Form:
+    """A dense model, its data, and what makes a smaller one of both."""
+
+    dense: Callable[[], nn.Module]
+    data: Callable[[], Any]
+    smaller: Callable[[nn.Module, Any], nn.Module] = _noisy
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    def made(self) -> tuple[nn.Module, nn.Module, Any]:
+        """Return the smaller model, the dense one and the data."""
+        dense, data = self.dense(), self.data()
+        return self.smaller(copy.deepcopy(dense), data), dense, data
+
+
+LONG = ("a program of a language model", "a program with bf16 products")
+"""Of which the trace takes seconds."""
+
+
+def _windows() -> Tensor:
+    return tokens(8)
+
+
+FORMS = {
+    "tied embeddings": Form(lambda: tiny("qwen2"), _windows),
+    "per-layer shapes": Form(
+        lambda: tiny("llama-gqa"), _windows, _pruned(sparsity=0.4, at_least=4)
+    ),
+    "a program": Form(
+        lambda: made(CASES["generator"][0]).float(), lambda: torch.randn(24, 8), _program
+    ),
+    "a program of a language model": Form(lambda: tiny("opt"), _windows, _program),
+    "a program in bfloat16": Form(
+        lambda: made(CASES["gated"][0]).bfloat16(), lambda: torch.randn(24, 8), _program
+    ),
+    "a program with bf16 products": Form(
+        lambda: tiny("opt"), _windows, _program, {"mixed_precision": "bf16"}
+    ),
+    "experts": Form(lambda: mixture("mixtral"), _windows),
+    "experts one by one": Form(lambda: mixture("qwen2-moe", kernel="eager"), _windows),
+    "batch norm": Form(small_net, images, _pruned(channels=0.5)),
+    "bfloat16": Form(lambda: tiny("llama-gqa").bfloat16(), _windows),
+    "bfloat16 with gates in float32": Form(_gated, _windows),
+    "float16": Form(lambda: tiny("opt").half(), _windows),
+    "float64": Form(lambda: made(Gated), lambda: torch.randn(24, 8).double()),
+    "bf16 products": Form(small_net, images, asked={"mixed_precision": "bf16"}),
+    "mixed": Form(lambda: _training(Mixed()), lambda: torch.randn(24, 4)),
+    "graphs": Form(Graphs, graphs),
+    "sparse gradients": Form(Sparse, lambda: {"ids": torch.randint(20, (12, 5))}),
+    "an encoder and decoder": Form(
+        _t5, lambda: {"input_ids": tokens(8, 10), "decoder_input_ids": tokens(8, 6, seed=2)}
+    ),
+    "hidden states": Form(_bert, lambda: {"input_ids": tokens(8, 10)}),
+}

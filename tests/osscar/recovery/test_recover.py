@@ -1,0 +1,484 @@
+"""Recovered models: never worse, and in every other respect what they were."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import osscar
+import osscar.recovery.recover as recovering
+from osscar.base.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+)
+from osscar.base.ranks import ALONE
+from osscar.data.batches import ModelInputs, as_inputs
+from osscar.data.samples import named_generator
+from osscar.recovery.target import HeldOut, Target, joined
+from osscar.recovery.training import Training
+from osscar.shrinking.lineage import lineage_of, note_dense
+from osscar.shrinking.program.program import ProgramModule
+from tests.osscar.families import framing_tokenizer, tiny, tokens
+from tests.osscar.networks import plain, small_net
+from tests.osscar.recovery.cases import FORMS, LONG
+from tests.osscar.recovery.perturbed import bytes_of, perturbed, raw
+
+HELD = 2
+OFTEN = {"steps": 3, "learning_rate": 1e-3, "held_out": HELD, "batch_size": 4, "device": "cpu"}
+
+
+FEW = {"steps": 8, "learning_rate": 1e-4}
+"""What makes a model better that has hardly lost anything."""
+
+
+def recomputed(model, dense, data, seed=0):
+    """The distance on the samples that decide, drawn anew."""
+    dense, model = copy.deepcopy(dense).eval(), copy.deepcopy(model).eval()
+    inputs = as_inputs(dense, data)
+    samples = inputs.batches(dense, 1)
+    if not inputs.tokens:
+        order = torch.randperm(len(samples), generator=named_generator("held out", seed))
+        samples = [samples[index] for index in order.tolist()]
+    deciding = joined(samples[-HELD:], 1)
+    return HeldOut.of(Target.of(dense, inputs, deciding, None), dense, deciding, ALONE).distance(
+        model
+    )
+
+
+def _kind(module):
+    """The class of a module; torch makes one for each program."""
+    return ProgramModule if isinstance(module, ProgramModule) else type(module)
+
+
+def held(model):
+    """All that is to stay: types, names, shapes, formats, flags, modes, and what is one tensor."""
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    same = defaultdict(list)
+    for name, tensor in tensors:
+        same[id(tensor)].append(name)
+    return (
+        [(name, _kind(module), module.training) for name, module in model.named_modules()],
+        [(name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors],
+        sorted(same.values()),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in FORMS]
+)
+def test_only_weights_change_and_never_for_the_worse(name):
+    form = FORMS[name]
+    smaller, dense, data = form.made()
+    was = [(held(one), bytes_of(one)) for one in (smaller, dense)]
+    recovery = osscar.recover(smaller, dense, data, **{**OFTEN, **form.asked})
+    assert [(held(one), bytes_of(one)) for one in (smaller, dense)] == was
+    assert held(recovery.model) == was[0][0]
+    assert all(p.grad is None for m in (smaller, dense, recovery.model) for p in m.parameters())
+    (found, before) = (bytes_of(one) for one in (recovery.model, smaller))
+    buffers = {buffer for buffer, _ in smaller.named_buffers()}
+    assert {b: found[b] for b in buffers} == {b: before[b] for b in buffers}
+    assert lineage_of(recovery.model).plans == lineage_of(smaller).plans
+    assert recovery.after <= recovery.before
+    assert recovery.before == pytest.approx(recomputed(smaller, dense, data), rel=1e-4)
+    assert recovery.after == pytest.approx(recomputed(recovery.model, dense, data), rel=1e-4)
+    if recovery.kept == 0:
+        assert found == before
+    else:
+        assert found != before
+    copy.deepcopy(recovery.model)  # nothing hangs on a graph
+
+
+# ---- never worse -------------------------------------------------------------------------
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def numbers(count=24, seed=0):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1e-5, 1e-3, 0.03, 0.3, 1.0]),
+    st.sampled_from([0.0, 1e-3, 0.5, 30.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(1, 12),
+)
+def test_no_rate_makes_a_model_worse(seed, rate, noise, kind, steps):
+    dense, data = net(seed).to(kind), numbers(seed=seed)
+    smaller = perturbed(dense, noise, seed)
+    asked = {**OFTEN, "learning_rate": rate, "steps": steps, "seed": seed}
+    recovery = osscar.recover(smaller, dense, data, **asked)
+    found = recomputed(recovery.model, dense, data, seed)
+    assert found == pytest.approx(recovery.after, rel=1e-2 if kind is torch.bfloat16 else 1e-4)
+    assert recovery.after <= recovery.before
+    assert recovery.points[-1].step <= steps
+    assert (recovery.kept == 0) == (bytes_of(recovery.model) == bytes_of(smaller))
+    if noise == 0.0:
+        assert (recovery.kept, recovery.after) == (0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "program", "float64"])
+def test_most_of_what_was_lost_comes_back(kind):
+    """Also where a step is smaller than what the number format can tell."""
+    if kind == "program":
+        smaller, dense, data = FORMS["a program in bfloat16"].made()
+    else:
+        dense, data = net().to(getattr(torch, kind)), numbers(200)
+        smaller = perturbed(dense)
+    asked = {"steps": 100, "learning_rate": 3e-3, "device": "cpu"}
+    recovery = osscar.recover(smaller, dense, data, **asked)
+    assert recovery.after < (0.8 if kind == "program" else 0.3) * recovery.before
+    assert recovery.kept > 10
+
+
+def test_a_loss_that_is_not_finite_from_some_step_on_ends_the_training():
+    """The weights are then no numbers, and what was best before is kept."""
+    dense, data = net(), numbers(64)
+    steps = []
+
+    def loss(found, due):
+        if found.requires_grad:
+            steps.append(1)
+        broken = len(steps) > 20 and found.requires_grad
+        return (found - due).square().mean() * (torch.nan if broken else 1.0)
+
+    smaller = perturbed(dense)
+    asked = {**OFTEN, "steps": 64, "loss": loss, "learning_rate": 0.01}
+    recovery = osscar.recover(smaller, dense, data, **asked)
+    assert [point.step for point in recovery.points] == [0, 8, 16, 24]
+    assert (recovery.points[-1].held_out, recovery.points[-1].loss) == (None, None)
+    assert recovery.kept in (8, 16)
+    assert recovery.after < recovery.before
+    assert all(bool(weight.isfinite().all()) for weight in recovery.model.parameters())
+
+
+def test_where_the_range_test_finds_only_worse_the_model_comes_back_as_it_was():
+    dense, data = net(), numbers()
+    asked = {**OFTEN, "learning_rate": None}
+    smaller = copy.deepcopy(dense)
+    recovery = osscar.recover(smaller, dense, data, **asked)
+    assert bytes_of(recovery.model) == bytes_of(smaller)
+    assert recovery.learning_rate == 1e-5
+
+
+# ---- which weights -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["all", "pruned", "norms"])
+def test_only_what_is_asked_for_is_trained(train):
+    smaller, dense, data = FORMS["batch norm"].made()
+    recovery = osscar.recover(smaller, dense, data, **{**OFTEN, **FEW, "train": train})
+    before, found = bytes_of(smaller), bytes_of(recovery.model)
+    shapes = {name: weight.shape for name, weight in dense.named_parameters()}
+    due = {
+        name
+        for name, weight in smaller.named_parameters()
+        if train == "all"
+        or (train == "pruned" and weight.shape != shapes[name])
+        or (train == "norms" and weight.ndim == 1)
+    }
+    assert recovery.kept > 0
+    changed = {name for name in found if found[name] != before[name]}
+    assert changed <= due
+    assert len(changed) > len(due) / 2
+    assert recovery.trained == sum(smaller.get_parameter(name).numel() for name in due)
+    assert recovery.document()["settings"]["train"] == train
+
+
+def test_what_a_model_freezes_stays_unless_it_freezes_everything():
+    dense, data = net(), numbers()
+    smaller = perturbed(dense)
+    smaller[0].requires_grad_(False)
+    recovery = osscar.recover(smaller, dense, data, **OFTEN)
+    assert recovery.trained == sum(weight.numel() for weight in smaller[2].parameters())
+    assert torch.equal(recovery.model[0].weight, smaller[0].weight)
+    smaller.requires_grad_(False)
+    recovery = osscar.recover(smaller, dense, data, **OFTEN)
+    assert recovery.trained == sum(weight.numel() for weight in smaller.parameters())
+    assert not any(weight.requires_grad for weight in recovery.model.parameters())
+    with pytest.raises(OptionError, match="train is 'pruned', and the model has no such weights"):
+        osscar.recover(smaller, dense, data, **OFTEN, train="pruned")
+
+
+# ---- the samples -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """The demo's tokenizer, and one that puts a token before each window and one after it."""
+    return osscar.load_model("demo").tokenizer, framing_tokenizer()
+
+
+def split(inputs, **asked):
+    request = osscar.RecoveryRequest(**asked)
+    training, deciding = recovering._split(inputs, tiny("opt"), request)
+    return ([one["input_ids"][0].tolist() for one in some] for some in (training, deciding))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    words=st.integers(40, 900),
+    samples=st.integers(2, 24),
+    seqlen=st.sampled_from([12, 24, 40]),
+    seed=st.integers(0, 9),
+    frame=st.booleans(),
+)
+def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, frame, tokenizers):
+    """Each word is another one, so that places in the text are known."""
+    tokenizer = tokenizers[frame]
+    text = torch.arange(words) + 1000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("osscar.data.tokens.encode", lambda *_: text)
+        windows = osscar.text_windows(tokenizer, "", samples=samples, seqlen=seqlen, seed=seed)
+    inputs = ModelInputs({"input_ids": windows.tokens}, tokens=True)
+    try:
+        training, deciding = split(inputs)
+    except DataError:
+        training, deciding = [], windows.tokens[-max(1, samples // 8) :].tolist()
+    assert len(deciding) == min(8, max(1, samples // 8))
+    assert all(window in windows.tokens.tolist() for window in training + deciding)
+    held = {token for window in deciding for token in window if token >= 1000}
+    for window in training:
+        assert len(held & set(window)) < 4
+    apart = [w for w in windows.tokens.tolist() if not held & set(w)]
+    assert all(window in training for window in apart)
+
+
+def test_too_few_samples_are_refused_in_numbers():
+    dense = net()
+    for count, asked, message in (
+        (1, {}, "1 sample are too few: 1 of them decide what is kept, 0 share nothing with those"),
+        (4, {"held_out": 9}, "4 samples are too few: 9 of them decide"),
+        (8, {"held_out": 2, "batch_size": 7}, "6 share nothing with those, and a step has 7"),
+    ):
+        with pytest.raises(DataError, match=message):
+            osscar.recover(perturbed(dense), dense, numbers(count), device="cpu", **asked)
+    recovery = osscar.recover(perturbed(dense), dense, numbers(2), steps=1, device="cpu")
+    assert (recovery.samples, recovery.held_out) == (1, 1)
+
+
+def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 12, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    dense = small_net()
+    loaded = osscar.load_images(tmp_path / "images.npz", plain(12))
+    inputs = as_inputs(dense, loaded)
+    seen = []
+
+    class Spy(Training):
+        def run(self, *rest):
+            samples = [one for step in self._steps(4) for one in step]
+            seen.append(torch.cat([next(iter(one.values())) for one in samples]))
+            return super().run(*rest)
+
+    monkeypatch.setattr(recovering, "Training", Spy)
+    for data, asked in (
+        (loaded, {}),
+        (loaded, {}),
+        (loaded, {"seed": 1}),
+        (loaded, {"augment": "none"}),
+        (dict(inputs.tensors), {}),
+    ):
+        osscar.recover(perturbed(dense), dense, data, **{**OFTEN, "steps": 1, **asked})
+    first, again, other, none, tensors = seen
+    assert torch.equal(first, again)
+    assert torch.equal(none, tensors)
+    assert not torch.equal(first, other)
+    images = set(map(raw, next(iter(inputs.tensors.values()))))
+    assert set(map(raw, none)) <= images
+    assert not set(map(raw, first)) <= images
+
+
+def test_an_image_is_mirrored_and_shifted():
+    image = torch.arange(1.0, 2 * 16 * 16 + 1).view(1, 2, 16, 16)
+    padded = [nn.functional.pad(one, (2,) * 4) for one in (image, image.flip(-1))]
+    places = [(m, down, right) for m in range(2) for down in range(5) for right in range(5)]
+    due = {
+        raw(padded[m][..., down : down + 16, right : right + 16]): (m, down, right)
+        for m, down, right in places
+    }
+    found = [due[raw(recovering._shifted({"x": image}, turn, 0)["x"])] for turn in range(400)]
+    assert set(found) == set(places)
+
+
+# ---- what is refused, and how it is called -----------------------------------------------
+
+
+def broken(model):
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = torch.nan
+    return model
+
+
+class Cut(nn.Sequential):
+    def forward(self, input):
+        with torch.no_grad():
+            return super().forward(input)
+
+
+class Infinite(nn.Sequential):
+    def forward(self, input):
+        return super().forward(input) / 0.0
+
+
+def _same_names(kind):
+    return kind(*perturbed(net()))
+
+
+REFUSED = {
+    "another dense model": (
+        lambda: noted(perturbed(net())),
+        lambda: net(seed=1),
+        ModelError,
+        "was not pruned from this Sequential: its weights are others",
+    ),
+    "other outputs": (
+        lambda: nn.Sequential(nn.Linear(6, 4)),
+        net,
+        ModelError,
+        r"puts out \[\[2, 4\]\] where the dense one puts out \[\[2, 3\]\]",
+    ),
+    "other inputs": (
+        lambda: nn.Sequential(nn.Linear(5, 3)),
+        net,
+        DataError,
+        "Sequential fails on the calibration data",
+    ),
+    "NaN in the smaller": (lambda: broken(net()), net, NonFiniteError, "'0.weight' are NaN"),
+    "NaN in the dense": (net, lambda: broken(net()), NonFiniteError, "'0.weight' are NaN"),
+    "infinite outputs": (
+        lambda: _same_names(Infinite),
+        net,
+        NonFiniteError,
+        "the smaller model's outputs on held",
+    ),
+    "infinite dense outputs": (
+        net,
+        lambda: _same_names(Infinite),
+        NonFiniteError,
+        "the dense model's outputs on held",
+    ),
+    "no gradients": (
+        lambda: _same_names(Cut),
+        net,
+        ModelError,
+        "no gradients flow through Cut: .*no_grad",
+    ),
+    "a name": (lambda: "demo", net, ModelError, "the model is a str; give a torch.nn.Module"),
+    "a wrapped model": (
+        lambda: torch.compile(net(), backend="eager"),
+        net,
+        ModelError,
+        "wraps a model",
+    ),
+    "a loaded model": (net, lambda: osscar.load_model("demo"), ModelError, "is a LoadedModel"),
+}
+
+
+def noted(model):
+    note_dense(model, net())
+    return model
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_and_stays_as_it_was(name):
+    smaller, dense, error, message = REFUSED[name]
+    smaller, dense = smaller(), dense()
+    models = [one for one in (smaller, dense) if isinstance(one, nn.Module)]
+    before = [(held(one), bytes_of(one)) for one in models]
+    with pytest.raises(error, match=message):
+        osscar.recover(smaller, dense, numbers(), **OFTEN)
+    assert [(held(one), bytes_of(one)) for one in models] == before
+
+
+def test_weights_on_disk_are_refused(monkeypatch):
+    monkeypatch.setattr(recovering, "is_on_disk", lambda model: True)
+    with pytest.raises(ModelError, match=r"stay on disk.*without --max-memory"):
+        osscar.recover(perturbed(net()), net(), numbers(), **OFTEN)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.randn(24, 7), "fails on the calibration data"),
+        (torch.full((24, 6), torch.nan), "NaN or infinite entries"),
+        ("a text", "cannot calibrate on a str"),
+    ],
+)
+def test_data_that_the_models_cannot_read_are_refused(data, message):
+    with pytest.raises(DataError, match=message):
+        osscar.recover(perturbed(net()), net(), data, **OFTEN)
+
+
+def test_a_dense_model_of_another_vocabulary_is_refused():
+    smaller = tiny("opt")
+    smaller.resize_token_embeddings(90)
+    with pytest.raises(DataError, match="the model knows 0 to 89"):
+        osscar.recover(smaller, tiny("opt"), tokens(8), **OFTEN)
+    with pytest.raises(ModelError, match=r"puts out \[\[24, 90\]\] where"):
+        osscar.recover(smaller, tiny("opt"), tokens(8) % 90, **OFTEN)
+
+
+def test_a_module_with_a_model_in_it_is_the_model_itself():
+    class Around(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.scale = model, nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input):
+            return self.scale * self.model(input)
+
+    dense = Around(net())
+    recovery = osscar.recover(perturbed(dense), dense, numbers(), **OFTEN)
+    assert isinstance(recovery.model, Around)
+    result = dataclasses.make_dataclass("Result", ["model"])(perturbed(dense))
+    again = osscar.recover(result, dense, numbers(), **OFTEN)
+    assert bytes_of(again.model) == bytes_of(recovery.model)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", ["mixed", "tied embeddings", "graphs"])
+def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
+    form = FORMS[name]
+    expected = osscar.recover(*form.made(), **OFTEN).model
+    other = osscar.recover(*form.made(), **{**OFTEN, "mixed_precision": "bf16"}).model
+    with around():
+        smaller, dense, data = form.made()
+        found = osscar.recover(smaller, dense, data, **OFTEN).model
+        assert not any(tensor.is_inference() for tensor in found.state_dict().values())
+    assert bytes_of(found) == bytes_of(expected)
+    assert name == "mixed" or bytes_of(found) != bytes_of(other)
+
+
+def test_a_recovered_model_is_written_and_read_like_any(tmp_path):
+    loaded = osscar.load_model("demo")
+    text = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32)
+    pruned = osscar.prune(loaded.model, text, neurons=0.5)
+    other = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32, seed=3)
+    recovery = osscar.recover(pruned, loaded.model, other, **{**OFTEN, **FEW})
+    assert recovery.kept > 0
+    osscar.save(recovery.model, tmp_path / "out", tokenizer=loaded.tokenizer)
+    again = osscar.load(tmp_path / "out")
+    assert bytes_of(again) == bytes_of(recovery.model)
+    assert lineage_of(again).plans == lineage_of(pruned.model).plans
+    seen = lineage_of(again).calibration
+    assert [one.seed for one in seen] == [0, 3]
+    assert [one.sha256 for one in seen] == [text.describe()["sha256"]] * 2

@@ -1,0 +1,220 @@
+"""What is minimized, against sums written out; where a model is not the dense one's, it is told."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.ranks import ALONE
+from osscar.data.batches import ModelInputs, as_inputs
+from osscar.recovery.target import HeldOut, Target, joined
+from tests.osscar.families import tiny, tokens
+from tests.osscar.recovery.perturbed import perturbed
+
+
+class Table(nn.Module):
+    """Puts out the row of a table that each sample names; it may be one of probabilities."""
+
+    def __init__(self, rows, probabilities=False):
+        super().__init__()
+        self.rows, self.probabilities = nn.Parameter(torch.tensor(rows)), probabilities
+
+    def forward(self, which):
+        found = self.rows[which]
+        return {"logits": found.softmax(-1) if self.probabilities else found}
+
+
+def held_out(dense, data, loss=None, at_once=1):
+    inputs = as_inputs(dense, data)
+    batches = joined(inputs.batches(dense, 1), at_once)
+    return HeldOut.of(Target.of(dense, inputs, batches, loss), dense, batches, ALONE)
+
+
+def divergence(dense, found):
+    """Of two rows of logits, from the definition; what is impossible counts nothing."""
+    p, q = ([math.exp(x) for x in row] for row in (dense, found))
+    pairs = [(a / sum(p), b / sum(q)) for a, b in zip(p, q, strict=True)]
+    return sum(a * (math.log(a) - math.log(b)) for a, b in pairs if a > 0)
+
+
+rows = st.lists(
+    st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3), min_size=2, max_size=5
+)
+
+
+@given(dense=rows, found=rows, probabilities=st.booleans())
+def test_the_divergence_is_that_of_its_definition(dense, found, probabilities):
+    count = min(len(dense), len(found))
+    dense, found = dense[:count], found[:count]
+    held = held_out(Table(dense, probabilities), {"which": torch.arange(count)}, at_once=2)
+    assert held.target.measure == "nats"
+    assert held.target.probabilities == probabilities
+    expected = sum(map(divergence, dense, found)) / count
+    distance = held.distance(Table(found, probabilities))
+    assert distance == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+def test_what_is_impossible_counts_nothing_and_has_no_gradient():
+    held = held_out(Table([[0.0, 1.0, -math.inf]]), {"which": torch.zeros(1, dtype=torch.int64)})
+    smaller = Table([[1.0, 0.5, 3.0]])
+    q = torch.tensor([1.0, 0.5, 3.0]).log_softmax(0)
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    expected = float((p * (p.log() - q[:2])).sum())
+    assert held.distance(smaller) == pytest.approx(expected, rel=1e-5)
+    found = held.target.outputs(smaller, held.batches[0])
+    held.target.distance(found, held.expected[0], 1)[0].backward()
+    torch.testing.assert_close(smaller.rows.grad[0], q.exp() - torch.cat([p, torch.zeros(1)]))
+    assert held.distance(Table([[1.0, -math.inf, 3.0]])) is None  # where the dense one says 73 %
+
+
+@pytest.mark.parametrize("family", ["opt", "llama-gqa"])
+def test_the_dense_model_itself_is_no_distance_away(family):
+    dense = tiny(family)
+    held = held_out(dense, tokens(4), at_once=2)
+    assert held.distance(dense) == pytest.approx(0.0, abs=1e-9)
+    assert held.distance(perturbed(dense)) > 0.01
+
+
+class Several(nn.Module):
+    """Puts out tensors of several shapes and kinds, in a tuple and a dict."""
+
+    def __init__(self, kind=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 2)
+        self.to(kind)
+
+    def forward(self, x):
+        one, two = self.one(x), self.two(x)
+        wave = torch.view_as_complex(two.float())
+        return one, {"two": 300 * two, "wave": wave, "which": one.argmax(-1), "nothing": 0 * two}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_relative_error_is_that_of_its_definition(kind):
+    dense, smaller = Several(kind), perturbed(Several(kind))
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)).to(kind)
+
+    def outputs(model):
+        one, rest = model(x)
+        return [y.detach().to(torch.complex128) for y in (one, *rest.values()) if not is_whole(y)]
+
+    def is_whole(y):
+        return not (y.is_floating_point() or y.is_complex())
+
+    errors = [
+        float((b - a).abs().square().sum()) / (float(a.abs().square().sum()) or len(x))
+        for a, b in zip(outputs(dense), outputs(smaller), strict=True)
+    ]
+    assert len(errors) == 4
+    expected = sum(errors) / len(errors)
+    rel = 1e-5 if kind in (torch.float32, torch.float64) else 1e-2
+    found = [held_out(dense, x, at_once=size).distance(smaller) for size in (1, 5, 12)]
+    assert found == [pytest.approx(expected, rel=rel)] * 3  # however they run together
+    assert held_out(dense, x).distance(dense) == 0.0
+
+
+def test_a_loss_of_the_callers_own_takes_what_the_models_put_out():
+    dense, smaller = Several(), perturbed(Several())
+    x = torch.randn(6, 4)
+
+    def loss(found, due):
+        return (found[0] - due[0]).abs().mean()
+
+    held = held_out(dense, x, loss, at_once=4)
+    expected = float((smaller(x)[0] - dense(x)[0]).abs().mean())
+    assert held.distance(smaller) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda a, b: 0.5, lambda a, b: (a[0] - b[0]).abs(), lambda a, b: torch.tensor(1)]
+)
+def test_a_loss_that_is_no_number_is_refused(loss):
+    held = held_out(Several(), torch.randn(3, 4), loss)
+    with pytest.raises(OptionError, match=r"the loss returned .*a tensor with one number"):
+        held.distance(Several())
+
+
+@pytest.mark.parametrize("data", ["logits", "numbers"])
+def test_the_gradient_is_that_of_finite_differences(data):
+    if data == "logits":
+        dense, given = tiny("opt").double(), tokens(2, 8)
+    else:
+        dense, given = Several(torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    model = perturbed(dense)
+    inputs = as_inputs(dense, given)
+    (batch,) = joined(inputs.batches(dense, 1), 3)
+    target = Target.of(dense, inputs, [batch], None)
+    due = target.outputs(dense, batch)
+
+    def loss():
+        total, count = target.distance(target.outputs(model, batch), due, inputs.count(batch))
+        return total / count
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    steps = [
+        torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        for weight in model.parameters()
+    ]
+    slope = sum(
+        float((weight.grad * step).sum())
+        for weight, step in zip(model.parameters(), steps, strict=True)
+        if weight.grad is not None
+    )
+    values = []
+    h = 1e-2 if data == "logits" else 1e-5  # log-probabilities are float32
+    with torch.no_grad():
+        for shift in (h, -2 * h):
+            for weight, step in zip(model.parameters(), steps, strict=True):
+                weight.add_(shift * step / 10)
+            values.append(float(loss()))
+    assert (values[0] - values[1]) / (2 * h / 10) == pytest.approx(slope, rel=1e-2)
+
+
+def test_models_whose_outputs_differ_are_refused():
+    dense, x = Several(), torch.randn(3, 4)
+    inputs = as_inputs(dense, x)
+    target = Target.of(dense, inputs, inputs.batches(dense, 1), None)
+    fewer, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    fewer.forward = lambda x: dense(x)[0]
+    other.one = nn.Linear(4, 7)
+    for smaller in (fewer, other):
+        with pytest.raises(ModelError, match=r"puts out .* does not come from this Several"):
+            target.check_alike(smaller, dense, inputs.batches(dense, 1)[0])
+    target.check_alike(perturbed(dense), dense, inputs.batches(dense, 1)[0])
+    language = tiny("opt")
+    inputs = as_inputs(language, tokens(2))
+    target = Target.of(language, inputs, inputs.batches(language, 1), None)
+    without = tiny("opt")
+    without.forward = lambda input_ids, use_cache=None: SimpleNamespace(hidden=input_ids)
+    with pytest.raises(ModelError, match="puts out no scores of classes where"):
+        target.check_alike(without, language, inputs.batches(language, 1)[0])
+
+
+def test_whole_numbers_are_refused():
+    class Which(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    model = Which(4, 3)
+    inputs = as_inputs(model, torch.randn(3, 4))
+    with pytest.raises(ModelError, match="Which puts out whole numbers alone"):
+        Target.of(model, inputs, inputs.batches(model, 1), None)
+
+
+def test_data_on_which_a_model_fails_are_named():
+    model = nn.Linear(4, 3)
+    inputs = ModelInputs({"input": torch.randn(3, 5)})
+    with pytest.raises(
+        DataError, match=r"Linear fails on the calibration data \(input torch.float"
+    ):
+        Target.of(model, inputs, inputs.batches(model, 1), None)
