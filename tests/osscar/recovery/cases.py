@@ -160,7 +160,7 @@ def _windows() -> Tensor:
 FORMS = {
     "tied embeddings": Form(lambda: tiny("qwen2"), _windows),
     "per-layer shapes": Form(
-        lambda: tiny("llama-gqa"), _windows, _pruned(sparsity=0.4, at_least=4)
+        lambda: tiny("llama-gqa"), _windows, _pruned(sparsity=0.4, at_least=4, backend="magnitude")
     ),
     "a program": Form(
         lambda: made(CASES["generator"][0]).float(), lambda: torch.randn(24, 8), _program
@@ -174,7 +174,7 @@ FORMS = {
     ),
     "experts": Form(lambda: mixture("mixtral"), _windows),
     "experts one by one": Form(lambda: mixture("qwen2-moe", kernel="eager"), _windows),
-    "batch norm": Form(small_net, images, _pruned(channels=0.5)),
+    "batch norm": Form(small_net, images, _pruned(channels=0.5, backend="magnitude")),
     "bfloat16": Form(lambda: tiny("llama-gqa").bfloat16(), _windows),
     "bfloat16 with gates in float32": Form(_gated, _windows),
     "float16": Form(lambda: tiny("opt").half(), _windows),

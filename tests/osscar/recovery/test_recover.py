@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import osscar
-import osscar.recovery.recover as recovering
 from osscar.base.errors import (
     DataError,
     ModelError,
@@ -24,6 +23,7 @@ from osscar.base.errors import (
 from osscar.base.ranks import ALONE
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
+from osscar.recovery import recover as recovering
 from osscar.recovery.target import HeldOut, Target, joined
 from osscar.recovery.training import Training
 from osscar.shrinking.lineage import lineage_of, note_dense
@@ -49,7 +49,8 @@ def recomputed(model, dense, data, seed=0):
     if not inputs.tokens:
         order = torch.randperm(len(samples), generator=named_generator("held out", seed))
         samples = [samples[index] for index in order.tolist()]
-    deciding = joined(samples[-HELD:], 1)
+    at_once = 1 if inputs.tokens or inputs.apart else OFTEN["batch_size"]
+    deciding = joined(samples[-HELD:], at_once)
     return HeldOut.of(Target.of(dense, inputs, deciding, None), dense, deciding, ALONE).distance(
         model
     )
@@ -92,8 +93,8 @@ def test_only_weights_change_and_never_for_the_worse(name):
     assert {b: found[b] for b in buffers} == {b: before[b] for b in buffers}
     assert lineage_of(recovery.model).plans == lineage_of(smaller).plans
     assert recovery.after <= recovery.before
-    assert recovery.before == pytest.approx(recomputed(smaller, dense, data), rel=1e-4)
-    assert recovery.after == pytest.approx(recomputed(recovery.model, dense, data), rel=1e-4)
+    assert recovery.before == pytest.approx(recomputed(smaller, dense, data), rel=1e-6)
+    assert recovery.after == pytest.approx(recomputed(recovery.model, dense, data), rel=1e-6)
     if recovery.kept == 0:
         assert found == before
     else:
@@ -127,7 +128,7 @@ def test_no_rate_makes_a_model_worse(seed, rate, noise, kind, steps):
     asked = {**OFTEN, "learning_rate": rate, "steps": steps, "seed": seed}
     recovery = osscar.recover(smaller, dense, data, **asked)
     found = recomputed(recovery.model, dense, data, seed)
-    assert found == pytest.approx(recovery.after, rel=1e-2 if kind is torch.bfloat16 else 1e-4)
+    assert found == pytest.approx(recovery.after, rel=1e-6)
     assert recovery.after <= recovery.before
     assert recovery.points[-1].step <= steps
     assert (recovery.kept == 0) == (bytes_of(recovery.model) == bytes_of(smaller))
@@ -455,7 +456,7 @@ def test_a_module_with_a_model_in_it_is_the_model_itself():
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("name", ["mixed", "tied embeddings", "graphs"])
+@pytest.mark.parametrize("name", ["tied embeddings", "graphs"])
 def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
     form = FORMS[name]
     expected = osscar.recover(*form.made(), **OFTEN).model
@@ -465,19 +466,24 @@ def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around)
         found = osscar.recover(smaller, dense, data, **OFTEN).model
         assert not any(tensor.is_inference() for tensor in found.state_dict().values())
     assert bytes_of(found) == bytes_of(expected)
-    assert name == "mixed" or bytes_of(found) != bytes_of(other)
+    assert bytes_of(found) != bytes_of(other)
 
 
 def test_a_recovered_model_is_written_and_read_like_any(tmp_path):
     loaded = osscar.load_model("demo")
     text = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32)
-    pruned = osscar.prune(loaded.model, text, neurons=0.5)
+    pruned = osscar.prune(
+        loaded.model, text, neurons=0.5, backend="magnitude", allocation="uniform"
+    )
     other = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32, seed=3)
     recovery = osscar.recover(pruned, loaded.model, other, **{**OFTEN, **FEW})
     assert recovery.kept > 0
     osscar.save(recovery.model, tmp_path / "out", tokenizer=loaded.tokenizer)
     again = osscar.load(tmp_path / "out")
-    assert bytes_of(again) == bytes_of(recovery.model)
+    due = {name: tensor.to(again.dtype) for name, tensor in recovery.model.state_dict().items()}
+    assert {name: raw(x) for name, x in again.state_dict().items()} == {
+        n: raw(x) for n, x in due.items()
+    }
     assert lineage_of(again).plans == lineage_of(pruned.model).plans
     seen = lineage_of(again).calibration
     assert [one.seed for one in seen] == [0, 3]
