@@ -76,6 +76,21 @@ class Sparse(nn.Module):
         return self.leave(self.recurrent(self.table(ids))[0])
 
 
+class Normed(nn.Module):
+    """Weights that are made of others before each pass, in the old way and in the new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            nn.utils.weight_norm(self.enter)
+        nn.utils.parametrizations.weight_norm(self.leave)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.tanh(self.enter(x)))
+
+
 def graphs() -> list[dict[str, Tensor]]:
     draw = torch.Generator().manual_seed(0)
     sizes = (4, 7, 3, 5, 6, 4, 8, 5)
@@ -182,6 +197,7 @@ FORMS = {
     "bf16 products": Form(small_net, images, asked={"mixed_precision": "bf16"}),
     "mixed": Form(lambda: _training(Mixed()), lambda: torch.randn(24, 4)),
     "graphs": Form(Graphs, graphs),
+    "normed weights": Form(Normed, lambda: torch.randn(24, 4)),
     "sparse gradients": Form(Sparse, lambda: {"ids": torch.randint(20, (12, 5))}),
     "an encoder and decoder": Form(
         _t5, lambda: {"input_ids": tokens(8, 10), "decoder_input_ids": tokens(8, 6, seed=2)}
