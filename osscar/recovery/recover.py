@@ -255,6 +255,7 @@ def _training(
     state = ModelState(work)
     with state.watching():
         target.check_alike(work, teacher, batches[0])
+    state.put_back()
     shifts = request.augment != "none" and isinstance(data, ImageSet)
     training = Training(
         model=work,
@@ -270,12 +271,9 @@ def _training(
         seed=request.seed,
         augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
     )
-    for far, which in (
-        (training.held.distance(teacher), "dense"),
-        (training.distance(), "smaller"),
-    ):
-        if far is None:
-            raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
+    if training.distance() is None:
+        which = "smaller" if training.held.distance(teacher) is not None else "dense"
+        raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
     return training, len(deciding)
 
 

@@ -81,10 +81,11 @@ class Target:
 
     @torch.no_grad()
     def check_alike(self, smaller: nn.Module, dense: nn.Module, batch: Batch) -> None:
-        """Refuse models whose outputs cannot be compared, of which a loss of the caller's knows."""
+        """Run models, and refuse those whose outputs differ in form; a loss may compare any."""
+        found, expected = (self.outputs(model, batch) for model in (smaller, dense))
         if self.measure == "loss":
             return
-        mine, due = (_shapes(self.outputs(model, batch)) for model in (smaller, dense))
+        mine, due = _shapes(found), _shapes(expected)
         if mine != due:
             raise ModelError(
                 f"the smaller model puts out {mine} where the dense one puts out {due}, so that "

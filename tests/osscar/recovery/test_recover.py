@@ -173,6 +173,29 @@ def test_a_loss_that_is_not_finite_from_some_step_on_ends_the_training():
     assert all(bool(weight.isfinite().all()) for weight in recovery.model.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass(kind):
+    """Whatever measures the distance: what it keeps would hang on a graph that is gone."""
+
+    class Keeping(nn.Linear):
+        kept = None
+
+        def forward(self, input):
+            if self.kept is None:
+                self.kept = 2 * self.weight
+            return nn.functional.linear(input, self.kept, self.bias)
+
+    def loss(found, due):
+        return (found - due).square().mean()
+
+    dense = Keeping(6, 3).to(kind)
+    smaller = perturbed(dense)
+    for asked in ({}, {"loss": loss}):
+        recovery = osscar.recover(smaller, dense, numbers(), **{**OFTEN, "steps": 30, **asked})
+        assert recovery.after < 0.99 * recovery.before
+        assert (dense.kept, smaller.kept, recovery.model.kept) == (None,) * 3
+
+
 def test_where_the_range_test_finds_only_worse_the_model_comes_back_as_it_was():
     dense, data = net(), numbers()
     asked = {**OFTEN, "learning_rate": None}
