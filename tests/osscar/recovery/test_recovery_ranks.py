@@ -15,17 +15,12 @@ from osscar.base.ranks import ALONE, Ranks, together
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.cases import FORMS, Form
 from tests.osscar.test_ranks import ended
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses gloo")
 
-CASES: Mapping[str, Form] = {
-    "language": Form(lambda: tiny("opt", layers=1), lambda: tokens(11)),
-    "graphs": FORMS["graphs"],
-    "experts one by one": FORMS["experts one by one"],
-}
+CASES: Mapping[str, Form] = {name: FORMS[name] for name in ("graphs", "experts one by one")}
 """Of some experts no rank, or only one, has gradients in a step."""
 
 
