@@ -146,9 +146,10 @@ def test_most_of_what_was_lost_comes_back(kind):
     else:
         dense, data = net().to(getattr(torch, kind)), numbers(200)
         smaller = perturbed(dense)
-    asked = {"steps": 100, "learning_rate": 3e-3, "device": "cpu"}
+    rate, share = (3e-4, 0.75) if kind == "program" else (3e-3, 0.3)
+    asked = {"steps": 100, "learning_rate": rate, "device": "cpu"}
     recovery = osscar.recover(smaller, dense, data, **asked)
-    assert recovery.after < (0.8 if kind == "program" else 0.3) * recovery.before
+    assert recovery.after < share * recovery.before
     assert recovery.kept > 10
 
 
