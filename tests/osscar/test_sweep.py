@@ -35,6 +35,7 @@ from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import recovered_line, sweep_page, sweep_table
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
+from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -495,6 +496,7 @@ def test_images_are_scored_by_agreement_in_one_shot_and_recovered(run, tmp_path)
     )
     assert status == 0, err
     document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert undescribed(document) == missing(document) == set()
     dense, pruned = document["points"]
     assert dense["quality"]["agreement"] in (None, 1.0)
     assert 0 <= pruned["quality"]["agreement"] <= 1
