@@ -116,7 +116,8 @@ def sweep(
 
     Give a list of one sort of budget: --sparsity, --params, --size, --flops or --speedup.  What is
     measured of the dense model serves all of them.  Each point is kept once it is done: the same
-    command goes on where it was stopped, and more budgets, or --baselines, extend it.
+    command goes on where it was stopped, and more budgets, or --baselines, extend it.  With
+    --recover each point is measured in one shot, and again after training on the calibration data.
     """
     rooms.sweep.run(model, options, shared)
 

@@ -140,6 +140,11 @@ class SweepOptions(RunOptions):
     baselines: bool = False
     """Also prune with equal shares of every group, each layer by itself, by `multistage` (the
     choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`."""
+    recover: bool = False
+    """Also train each pruned model towards the dense one, on the calibration data, and measure it
+    before and after."""
+    recover_steps: _Count = None
+    """Steps of that at most.  [default: 64]"""
 
 
 @dataclass(frozen=True, kw_only=True)

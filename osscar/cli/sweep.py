@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from osscar.base.errors import OptionError
@@ -10,12 +11,13 @@ from osscar.cli.common import check_json_path, out, say, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with
 from osscar.pruning.result import PruningResult
-from osscar.pruning.sweep import SweepDirectory, jobs
+from osscar.pruning.sweep import Point, SweepDirectory, jobs
 from osscar.pruning.swept import PAGE_FILE, Sweep
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import budget_line
 from osscar.report.run_tables import skipped_table
-from osscar.report.sweep_page import sweep_table
-from osscar.request import BudgetKind
+from osscar.report.sweep_page import recovered_line, sweep_table
+from osscar.request import BudgetKind, PruningRequest
 
 
 def run(model: str, options: SweepOptions, shared: Any) -> None:
@@ -25,13 +27,14 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
     budget, values = _asked(options)
     points = jobs(budget, values, baselines=options.baselines, allocation=shared.allocation)
     base = asked_with(shared, **{str(budget): points[0].value})
+    recover = _recovery(options, base)
     place = SweepDirectory(options.out)
     with quiet():
         loaded, data = opened(
             model,
             options,
             base.seed,
-            lambda loaded: Sweep(place, base, points, None).check(loaded.model),
+            lambda loaded: Sweep(place, base, points, None, recover=recover).check(loaded.model),
             device=base.device,
             dtype=options.dtype,
             max_memory=limit_of(model, options, base),
@@ -43,7 +46,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             windows=options.windows,
             seqlen=options.seqlen,
         )
-        swept = Sweep(place, base, points, score, loaded.classes, _tell)
+        swept = Sweep(place, base, points, score, loaded.classes, recover, _tell)
         with way_back(lambda: f"{pluralize(len(place.done), 'point')} kept in {options.out}"):
             document = swept.run(
                 loaded.model,
@@ -58,10 +61,25 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
     write_json(options.json, document)
 
 
-def _tell(progress: str, result: PruningResult) -> None:
+def _tell(progress: str, result: PruningResult, point: Point) -> None:
     say(progress)
     if result.budget is not None:
         say(": ".join(budget_line(vars(result.budget))))
+    if point.recovered is not None:
+        say(recovered_line(vars(point.recovered)))
+
+
+def _recovery(options: SweepOptions, base: PruningRequest) -> RecoveryRequest | None:
+    """Return what is asked of recoveries; None if there are to be none."""
+    steps = options.recover_steps
+    if not options.recover:
+        if steps is not None:
+            raise OptionError(
+                f"--recover-steps is {steps} without --recover; give both, or neither"
+            )
+        return None
+    asked = RecoveryRequest(device=base.device, seed=base.seed)
+    return asked if steps is None else dataclasses.replace(asked, steps=steps)
 
 
 def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:

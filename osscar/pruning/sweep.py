@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict
 from torch import nn
@@ -34,6 +34,9 @@ from osscar.pruning.prune import (
     within_memory,
 )
 from osscar.pruning.result import PruningResult
+from osscar.recovery.recover import Recovery
+from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.target import Measure
 from osscar.request import (
     BASELINES,
     METHODS,
@@ -160,14 +163,53 @@ def dense_job(budget: BudgetKind) -> Job:
 
 
 def sweep_manifest(
-    run: JournalManifest, budget: BudgetKind, scored: Mapping[str, Any]
+    run: JournalManifest,
+    budget: BudgetKind,
+    scored: Mapping[str, Any],
+    recover: RecoveryRequest | None = None,
 ) -> JournalManifest:
-    """Describe what all points of a sweep share."""
+    """Describe what all points of a sweep share.
+
+    That is also whether they are recovered: pruned models are not kept, so none could be later.
+    """
     varied = {str(kind) for kind in BudgetKind}
     shared = {name: value for name, value in run.asked.items() if name not in varied}
-    return JournalManifest(
-        "osscar.sweep-asked/3", {**shared, "budget": str(budget), **scored}, run.dense
-    )
+    asked = {**shared, "budget": str(budget), **scored}
+    if recover is not None:
+        asked["recover"] = True
+        asked |= {f"recover_{name}": value for name, value in recover.to_json().items()}
+    return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
+
+
+Quality: TypeAlias = dict[str, int | float | str | dict[str, float | None] | None]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery made of a pruned model; its fields are those of `Recovery`.
+
+    Steps are those that were made, and quality is as that of the point.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    quality: Quality
+    measure: Measure
+    before: float
+    after: float
+    kept: int
+    steps: int
+    learning_rate: float
+    samples: int
+    held_out: int
+    seconds: float
+
+    @classmethod
+    def of(cls, recovery: Recovery, quality: Quality) -> Recovered:
+        """Keep what is told of a recovery."""
+        names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
+        told = {name: getattr(recovery, name) for name in names}
+        return cls(quality=quality, steps=recovery.points[-1].step, **told)
 
 
 @dataclass(frozen=True)
@@ -179,11 +221,12 @@ class Point:
     over the dense model in turns.  Quality has what was scored, by the names that evaluations have
     for it.  Divergences are in nats, None where unknown, the loss is a sum of relative ones, and
     seconds of pruning leave out what the points share.  Widths are those of groups that lost units.
+    All of that is of the model in one shot; a recovery changes no width, and so no speed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/6"]
+    schema: Literal["osscar.sweep-point/7"]
     method: str
     budget: str
     value: float | int
@@ -195,13 +238,14 @@ class Point:
     form: Form
     seconds: float
     speedup: float
-    quality: dict[str, int | float | str | dict[str, float | None] | None]
+    quality: Quality
     divergence: float | None
     predicted: float | None
     loss: float
     prune_seconds: float
     widths: dict[str, int]
     skipped: tuple[SkippedGroup, ...]
+    recovered: Recovered | None
 
 
 class SweepDirectory(Journal[JournalManifest]):

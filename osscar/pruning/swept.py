@@ -13,7 +13,7 @@ from torch import nn
 from osscar import __version__
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
-from osscar.base.inputs import file_name
+from osscar.base.inputs import file_name, safe_repr
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
@@ -28,12 +28,16 @@ from osscar.pruning.run_log import run_manifest
 from osscar.pruning.sweep import (
     Job,
     Point,
+    Quality,
+    Recovered,
     SweepDirectory,
     dense_job,
     jobs,
     prune_points,
     sweep_manifest,
 )
+from osscar.recovery.recover import check_enough, check_trainable, recover_as_asked
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.lineage import Calibration, data_record, lineage_of
@@ -50,12 +54,14 @@ def sweep(
     score: TextSet | SampleSet | None = None,
     classes: Sequence[str] = (),
     baselines: bool = False,
+    recover: RecoveryRequest | bool = False,
     **asked: Any,
 ) -> dict[str, Any]:
     """Prune to several budgets, and show quality against speed on a page.
 
     Each point is kept once it is done: the same call goes on where it was stopped, and more
-    values, or `baselines`, extend the sweep.
+    values, or `baselines`, extend the sweep.  With `recover` it is another sweep than without:
+    pruned models are not kept.
 
     Parameters
     ----------
@@ -71,6 +77,10 @@ def sweep(
     baselines
         Whether also to prune with equal shares of every group, each layer by itself, by
         ``multistage``, ``greedy``, ``wanda`` and ``magnitude``.
+    recover
+        Whether each pruned model is also recovered on the calibration data, as by `osscar.recover`,
+        and measured before and after: what that is asked for, or True for its defaults on the
+        device and with the seed of the pruning.
     asked
         Fields of `osscar.PruningRequest`, of which one budget is a list: ``sparsity=[0.1, 0.2]``.
 
@@ -98,11 +108,19 @@ def sweep(
             f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
             "osscar.load_images or osscar.load_tensors returns"
         )
+    if not isinstance(recover, RecoveryRequest | bool):
+        raise OptionError(
+            f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
+        )
     points = jobs(
         budget, values, baselines=baselines, allocation=asked.get("allocation", "curvature")
     )
     base = PruningRequest(**{**asked, str(budget): points[0].value})
-    measured = Sweep(SweepDirectory(place), base, points, score, classes)
+    if isinstance(recover, bool):
+        recovery = RecoveryRequest(device=base.device, seed=base.seed) if recover else None
+    else:
+        recovery = recover
+    measured = Sweep(SweepDirectory(place), base, points, score, classes, recovery)
     return measured.run(model, calibration)
 
 
@@ -116,11 +134,15 @@ class Sweep:
     score: TextSet | SampleSet | None
     """What quality is measured on."""
     classes: Sequence[str] = ()
-    told: Callable[[str, PruningResult], None] = lambda progress, result: None
+    recover: RecoveryRequest | None = None
+    """What is asked of the recovery of each point; None if there is to be none."""
+    told: Callable[[str, PruningResult, Point], None] = lambda progress, result, point: None
     """Hears of each point that is done."""
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model on disk of which a point cannot be made."""
+        """Refuse a model of which a point cannot be made, or recovered."""
+        if self.recover is not None:
+            check_trainable(model)
         for job in self.points:
             check_can_stream(model, job.request(self.base))
 
@@ -150,22 +172,26 @@ class Sweep:
         if self.score is not None:
             known = [Calibration.of(told)] if told else []
             self.score.refuse_overlap([*lineage.calibration, *known])
+        if self.recover is not None:
+            check_enough(model, calibration, self.recover)
         rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
         budget, scored = self.points[0].budget, _scored(self.score)
-        manifest = run_manifest(self.base, model, data, rows)
+        run = run_manifest(self.base, model, data, rows)
+        manifest = sweep_manifest(run, budget, scored, self.recover)
         check_repeatable(model, data.example(model))
         sample = data.batches(model, 1)[0]
-        with self.place.begun(sweep_manifest(manifest, budget, scored)):
+        with self.place.begun(manifest):
             dense = scored_dense()
             found = self._measured(model, calibration, sample)
             document = {
-                "schema": "osscar.sweep/5",
+                "schema": "osscar.sweep/6",
                 "osscar_version": __version__,
                 "model": source or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},
                 "dense": None if dense is None else dataclasses.asdict(dense),
                 "scored": scored,
                 "settings": {**self.base.to_json(), str(budget): None},
+                "recover": None if self.recover is None else self.recover.to_json(),
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
                 "budget": str(budget),
                 "points": [_entry(point) for point in found],
@@ -179,30 +205,48 @@ class Sweep:
         """Return all points, the dense model first; those that were not finished are measured."""
         unpruned = dense_job(self.points[0].budget)
         if self.place.point(unpruned) is None:
-            self.place.keep(self._point(unpruned, None, dense, sample))
+            self.place.keep(self._point(unpruned, None, dense, sample, None))
         todo = [job for job in self.points if self.place.point(job) is None]
         for number, (job, result) in enumerate(
             prune_points(dense, calibration, self.base, todo), 1
         ):
-            self.place.keep(self._point(job, result, dense, sample))
-            self.told(f"{job}: done, {number} of {len(todo)}", result)
+            recovered = self._recovered(result, dense, calibration)
+            point = self._point(job, result, dense, sample, recovered)
+            self.place.keep(point)
+            self.told(f"{job}: done, {number} of {len(todo)}", result, point)
         found = (self.place.point(job) for job in (unpruned, *self.points))
         return [point for point in found if point is not None]
 
+    def _recovered(
+        self, result: PruningResult, dense: nn.Module, calibration: Any
+    ) -> Recovered | None:
+        """Recover a pruned model, and measure what comes of it; None if that is not asked for."""
+        if self.recover is None:
+            return None
+        recovery = recover_as_asked(result, dense, calibration, self.recover)
+        return Recovered.of(recovery, self._quality(recovery.model, dense))
+
+    def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:
+        if self.score is None:
+            return {}
+        (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+        return dataclasses.asdict(one)
+
     def _point(
-        self, job: Job, result: PruningResult | None, dense: nn.Module, sample: Batch
+        self,
+        job: Job,
+        result: PruningResult | None,
+        dense: nn.Module,
+        sample: Batch,
+        recovered: Recovered | None,
     ) -> Point:
         """Measure the model of a job; without a result, the dense one."""
         model = dense if result is None else result.model
         forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
-        quality: dict[str, Any] = {}
-        if self.score is not None:
-            (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
-            quality = dataclasses.asdict(one)
         return Point(
-            "osscar.sweep-point/6",
+            "osscar.sweep-point/7",
             job.method,
             str(job.budget),
             job.value,
@@ -211,13 +255,14 @@ class Sweep:
             **after,
             form=Form.EAGER if result is None else result.form,
             speedup=before["seconds"] / after["seconds"],
-            quality=quality,
+            quality=self._quality(model, dense),
             divergence=0.0 if result is None else result.divergence,
             predicted=None if budget is None else budget.predicted,
             loss=0.0 if result is None else result.loss,
             prune_seconds=0.0 if result is None else result.seconds,
             widths={} if result is None else {one.name: one.kept for one in result.layers},
             skipped=() if result is None else result.skipped,
+            recovered=recovered,
         )
 
 

@@ -277,16 +277,26 @@ def _training(
     return training, len(deciding)
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained, or trained towards."""
+    check_usable(model)
+    if is_on_disk(model):
+        raise ModelError(
+            f"{type(model).__name__} has weights that stay on disk, and training needs all of "
+            "them at every step; load it into memory, without --max-memory"
+        )
+    check_finite_weights(model)
+
+
+def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
+    """Refuse data of which too few would train, before there is a smaller model."""
+    _split(as_inputs(dense, data), dense, request)
+
+
 def _check(model: nn.Module, dense: nn.Module) -> None:
     """Refuse models that cannot be trained, or that do not belong together."""
     for one in (model, dense):
-        check_usable(one)
-        if is_on_disk(one):
-            raise ModelError(
-                f"{type(one).__name__} has weights that stay on disk, and training needs all of "
-                "them at every step; load it into memory, without --max-memory"
-            )
-        check_finite_weights(one)
+        check_trainable(one)
     if not may_come_from(model, dense):
         raise ModelError(
             f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
-from osscar.base.printable import capitalized
+from osscar.base.printable import capitalized, pluralize
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.figures import COLORS, SHARES, legend, picture, small_figure
 from osscar.report.page import asked_table, render
@@ -18,7 +18,7 @@ from osscar.report.tables import engineering, new_table, share
 from osscar.request import BASELINES, METHODS, BudgetKind
 
 Point: TypeAlias = Mapping[str, Any]
-"""One of the ``points[]`` of an ``osscar.sweep/5``."""
+"""One of the ``points[]`` of an ``osscar.sweep/6``."""
 
 _DENSE = "dense"
 _UNIFORM = "uniform shares, each layer refitted by itself"
@@ -46,16 +46,42 @@ class _Measure(NamedTuple):
         return capitalized(self.label)
 
     def of(self, point: Point) -> float | None:
-        """Return it for a point; None where it is not known."""
-        errors = {f"errors.{k}": v for k, v in (point["quality"].get("errors") or {}).items()}
-        value = {**point, **point["quality"], **errors}.get(self.name)
+        """Return it for a point in one shot; None where it is not known."""
+        recovered = point["recovered"]
+        held_out = {} if recovered is None else {_HELD_OUT: recovered["before"]}
+        return self._among({**point, **held_out}, point["quality"])
+
+    def recovered(self, point: Point) -> float | None:
+        """Return it for a point after its recovery; None where it is not known."""
+        recovered = point["recovered"]
+        if recovered is None:
+            return None
+        return self._among({_HELD_OUT: recovered["after"]}, recovered["quality"])
+
+    def _among(self, numbers: Mapping[str, Any], quality: Mapping[str, Any]) -> float | None:
+        errors = {f"errors.{k}": v for k, v in (quality.get("errors") or {}).items()}
+        value = {**numbers, **quality, **errors}.get(self.name)
         return None if value is None else float(value)
 
-    def text(self, point: Point) -> str:
-        """Write it for a point."""
-        value = self.of(point)
+    def text(self, value: float | None) -> str:
+        """Write it; nothing where it is not known."""
         return "" if value is None else format(value, self.written)
 
+    def best(self, values: Iterable[tuple[float | None, str]]) -> tuple[float, str] | None:
+        """Return the best value, and of whom it is; None if there is none."""
+        known = [(value, whose) for value, whose in values if value is not None]
+        return (max if self.more_is_better else min)(known, default=None)
+
+
+_HELD_OUT = "held_out"
+"""The distance by which a recovery is decided, which it also knows of the model in one shot."""
+
+_DISTANCES = {
+    "nats": _Measure(_HELD_OUT, "held-out divergence, nats", ".4f", more_is_better=False),
+    "relative": _Measure(_HELD_OUT, "held-out squared error", ".2g", more_is_better=False),
+    "loss": _Measure(_HELD_OUT, "held-out loss", ".4g", more_is_better=False),
+}
+"""By the measure of a recovery."""
 
 _MEASURES = (
     _Measure("perplexity", "perplexity", ".2f", more_is_better=False),
@@ -74,7 +100,11 @@ def _known(points: Sequence[Point]) -> list[_Measure]:
         for name in outputs
     ]
     pruned = [point for point in points if point["method"] != _DENSE] or points
-    return [m for m in (*_MEASURES, *errors) if any(m.of(point) is not None for point in pruned)]
+    decided = {p["recovered"]["measure"] for p in pruned if p["recovered"] is not None}
+    measures = (*_MEASURES, *errors, *(_DISTANCES[one] for one in sorted(decided)))
+    known = [m for m in measures if any(m.of(point) is not None for point in pruned)]
+    # That of a recovery is known before and after, and one column of them is enough.
+    return [m for m in known if m.name != "divergence" or "nats" not in decided]
 
 
 class _Varied(NamedTuple):
@@ -107,22 +137,51 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     Parameters
     ----------
     document
-        An ``osscar.sweep/5``, as ``docs/json.md`` describes it.
+        An ``osscar.sweep/6``, as ``docs/json.md`` describes it.
     """
     points, varied = document["points"], _varied(document)
-    measures = _known(points)
-    return new_table(
-        "",
-        *("method", f"{varied.kind} >", "speed >", *(f"{measure.label} >" for measure in measures)),
-        *("parameters >", "FLOPs a sample >", "of the budget >"),
-        rows=(
-            (
-                *(point["method"], varied.text(point), f"{point['speedup']:.2f}x"),
-                *(measure.text(point) for measure in measures),
-                *(f"{point['parameters']:,}", engineering(point["flops"]), _spent(point)),
-            )
-            for point in points
-        ),
+    columns = {
+        "method": [point["method"] for point in points],
+        f"{varied.kind} >": [varied.text(point) for point in points],
+        "speed >": [f"{point['speedup']:.2f}x" for point in points],
+    }
+    for measure in _known(points):
+        columns[f"{measure.label} >"] = [measure.text(measure.of(point)) for point in points]
+        if _is_recovered(measure, points):
+            texts = [measure.text(measure.recovered(point)) for point in points]
+            columns[f"{measure.label}, recovered >"] = texts
+    if document["recover"] is not None:
+        columns["recovery >"] = [_recovery(point) for point in points]
+    columns["parameters >"] = [f"{point['parameters']:,}" for point in points]
+    columns["FLOPs a sample >"] = [engineering(point["flops"]) for point in points]
+    columns["of the budget >"] = [_spent(point) for point in points]
+    return new_table("", *columns, rows=zip(*columns.values(), strict=True))
+
+
+def _is_recovered(measure: _Measure, points: Sequence[Point]) -> bool:
+    """Whether it is known of points after their recovery."""
+    return any(measure.recovered(point) is not None for point in points)
+
+
+def _recovery(point: Point) -> str:
+    recovered = point["recovered"]
+    return "" if recovered is None else f"{_step(recovered)}, {recovered['seconds']:,.0f} s"
+
+
+def _step(recovered: Mapping[str, Any]) -> str:
+    """Say which step of a recovery was kept."""
+    if not recovered["kept"]:
+        return f"none of {pluralize(recovered['steps'], 'step')}"
+    return f"step {recovered['kept']} of {recovered['steps']}"
+
+
+def recovered_line(recovered: Mapping[str, Any]) -> str:
+    """Say what a recovery has come to: the ``recovered`` of a point."""
+    measure = _DISTANCES[recovered["measure"]]
+    before, after = (measure.text(recovered[name]) for name in ("before", "after"))
+    return (
+        f"recovered: {measure.label}, {before} to {after}, with {_step(recovered)} kept, in "
+        f"{recovered['seconds']:,.0f} s"
     )
 
 
@@ -139,10 +198,12 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     points, varied = document["points"], _varied(document)
     methods = dict.fromkeys(point["method"] for point in points)
     asked = {"model": document["model"], **document["scored"], **document["settings"]}
+    asked |= {f"recover {name}": value for name, value in (document["recover"] or {}).items()}
     return render(
         "sweep.html.j2",
         model=document["model"],
         answer=_answer(points, varied),
+        recovered=next((p["recovered"] for p in points if p["recovered"] is not None), None),
         remarks=list(dense_remarks(document)),
         points=sweep_table(document),
         methods=new_table("", "", "", rows=((name, _METHODS.get(name, "")) for name in methods)),
@@ -162,25 +223,43 @@ def _answer(points: Sequence[Point], varied: _Varied) -> str:
         return "Nothing was measured of quality: the model puts out no logits."
     measure, last = known[0], mine[-1]
     told = [mine[0], mine[len(mine) // 2], last] if len(mine) > _TOLD else mine
-    said = [
-        f"{measure.text(point)} with {varied.kind} {varied.text(point)}, at "
+    listed = _listed(
+        f"{measure.text(measure.of(point))} with {varied.kind} {varied.text(point)}, at "
         f"{point['speedup']:.2f} times the speed"
         for point in told
-    ]
-    listed = f"{'; '.join(said[:-1])}; and {said[-1]}" if said[1:] else said[0]
-    others = [
-        (value, point["method"])
-        for point in points
-        if point["method"] in BASELINES and point["value"] == last["value"]
-        if (value := measure.of(point)) is not None
-    ]
-    against = ""
-    if others:
-        value, method = (max if measure.more_is_better else min)(others)
-        against = f" The best baseline comes to {value:{measure.written}} there ({method})."
-    begins = measure.text(dense)  # nothing where a number is that of a comparison with it
+    )
+    others = [p for p in points if p["method"] in BASELINES and p["value"] == last["value"]]
+    best = measure.best((measure.of(point), point["method"]) for point in others)
+    against = (
+        ""
+        if best is None
+        else f" The best baseline comes to {measure.text(best[0])} there ({best[1]})."
+    )
+    begins = measure.text(measure.of(dense))  # nothing where it is that of a comparison with it
     goes = f"goes from {begins} to" if begins else "comes to"
-    return f"{measure.title} {goes} {listed}.{against}"
+    return f"{measure.title} {goes} {listed}.{against}{_after_recovery(known, told, others)}"
+
+
+def _after_recovery(
+    known: Sequence[_Measure], told: Sequence[Point], others: Sequence[Point]
+) -> str:
+    """Say what recovery brings the told points to, and whether the choice of units still pays."""
+    measure = next((one for one in known if _is_recovered(one, told)), None)
+    if measure is None:
+        return ""
+    listed = _listed((measure.text(measure.recovered(point)) for point in told), ",")
+    best = measure.best((measure.recovered(point), point["method"]) for point in others)
+    against = (
+        ""
+        if best is None
+        else f"; the best baseline then comes to {measure.text(best[0])} ({best[1]})"
+    )
+    return f" Recovery brings {measure.label} to {listed}{against}."
+
+
+def _listed(said: Iterable[str], mark: str = ";") -> str:
+    *most, last = said
+    return f"{f'{mark} '.join(most)}{mark} and {last}" if most else last
 
 
 # ---- in pictures -------------------------------------------------------------------------
@@ -188,29 +267,35 @@ def _answer(points: Sequence[Point], varied: _Varied) -> str:
 
 def _pictures(points: Sequence[Point], varied: _Varied) -> Iterator[dict[str, object]]:
     known = _known(points)
-    divergence = [measure for measure in known if measure.name == "divergence"]
+    divergence = [m for m in known if m.name in ("divergence", _HELD_OUT)]
     for measure in [m for m in known if m not in divergence] or known:
         better = "higher" if measure.more_is_better else "lower"
         yield picture(
             f"{measure.label} against speed",
             f"{measure.title} against speed, relative to the dense model (star); {better} and "
-            "further to the right is better.",
+            f"further to the right is better{_dashed(measure, points)}.",
             _figure(points, measure, lambda p: float(p["speedup"]), "speed, times that of dense"),
         )
     for measure in dict.fromkeys((*known[:1], *divergence)):
-        dashed = "; dashed what was predicted" if measure in divergence else ""
+        dashed = _dashed(measure, points)
+        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
         figure = _figure(points, measure, varied.at, str(varied.kind))
         (axes,) = figure.axes
         if not varied.counts and varied.kind is not BudgetKind.SPEEDUP:
             axes.xaxis.set_major_formatter(SHARES)
-        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
-        if dashed and predicted:
-            axes.plot(*zip(*predicted, strict=True), "--", color=COLORS[0], linewidth=1)
+        if predicted and measure in divergence[:1]:
+            dashed += "; dotted what was predicted"
+            axes.plot(*zip(*predicted, strict=True), ":", color=COLORS[0], linewidth=1.2)
         yield picture(
             f"{measure.label} against {varied.kind}",
             f"{measure.title} against {varied.kind}{dashed}.",
             figure,
         )
+
+
+def _dashed(measure: _Measure, points: Sequence[Point]) -> str:
+    """Say what lines mean, at the end of a caption."""
+    return "; dashed in one shot, solid recovered" if _is_recovered(measure, points) else ""
 
 
 def _figure(
@@ -221,11 +306,16 @@ def _figure(
     for color, method in zip(
         COLORS, (m for m in dict.fromkeys(p["method"] for p in points) if m != _DENSE), strict=False
     ):
-        mine = [(across(p), measure.of(p)) for p in points if p["method"] == method]
-        known = [(x, y) for x, y in mine if y is not None]
-        if known:
+        mine = [point for point in points if point["method"] == method]
+        one_shot, recovered = (
+            [(across(p), y) for p in mine if (y := of(p)) is not None]
+            for of in (measure.of, measure.recovered)
+        )
+        if recovered:
+            axes.plot(*zip(*one_shot, strict=True), ".--", color=color, linewidth=0.8, alpha=0.6)
+        if shown := recovered or one_shot:
             axes.plot(
-                *zip(*known, strict=True), "o-", color=color, markersize=3.5, linewidth=1,
+                *zip(*shown, strict=True), "o-", color=color, markersize=3.5, linewidth=1,
                 label=method,
             )  # fmt: skip
     dense = next(point for point in points if point["method"] == _DENSE)
@@ -233,7 +323,7 @@ def _figure(
     if level:
         axes.plot([across(dense)], [level], "k*", markersize=8)
         axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
-    values = [value for point in points if (value := measure.of(point))]
+    values = [v for p in points for v in (measure.of(p), measure.recovered(p)) if v]
     if not measure.more_is_better and values and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.06, y=0.08)

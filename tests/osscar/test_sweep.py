@@ -1,5 +1,6 @@
 """Sweeps: points as single runs make them, measured once, kept, gone on with, and shown."""
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -10,8 +11,9 @@ from torch import nn
 
 import osscar
 import osscar.pruning.sweep as sweep_room
+import osscar.report.sweep_page as page_room
 from osscar.allocation.allocate import allocate
-from osscar.base.errors import JournalError, OptionError, OsscarError
+from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.pruning.feasibility import SkippedGroup
@@ -22,14 +24,18 @@ from osscar.pruning.sweep import (
     BudgetKind,
     Job,
     Point,
+    Recovered,
     SweepDirectory,
     jobs,
     prune_points,
 )
+from osscar.recovery.recover import recover_as_asked
+from osscar.report.figures import picture
 from osscar.report.prune_page import budget_line
-from osscar.report.sweep_page import sweep_page, sweep_table
+from osscar.report.sweep_page import recovered_line, sweep_page, sweep_table
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import Form
+from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
@@ -189,11 +195,15 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/6", method=method, budget="sparsity", value=value, limit=12.0,
+        schema="osscar.sweep-point/7", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
         speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
+        recovered=Recovered(
+            quality={"perplexity": 3.1}, measure="nats", before=0.5, after=0.25, kept=8, steps=64,
+            learning_rate=1e-4, samples=28, held_out=4, seconds=2.0,
+        ),
     )  # fmt: skip
 
 
@@ -280,7 +290,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
-    assert document["schema"] == "osscar.sweep/5"
+    assert document["schema"] == "osscar.sweep/6"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
@@ -326,7 +336,11 @@ def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "named"),
-    [(("--sparsity", "0.5"), "--allocation uniform"), (("--speedup", "1.2"), "--speedup times")],
+    [
+        (("--sparsity", "0.5"), "--allocation uniform"),
+        (("--speedup", "1.2"), "--speedup times"),
+        (("--sparsity", "0.5", "--allocation", "uniform", "--recover"), "training needs all"),
+    ],
 )
 def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, named):
     dense = DEMO_DIRECTORY
@@ -341,6 +355,11 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
     ("more", "message"),
     [
         (("--sparsity", "a,b"), "is not a list such as"),
+        (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
+        (
+            ("--sparsity", "0.5", "--recover", "--samples", 1),
+            "1 sample are too few: 1 of them decide what is kept",
+        ),
         (("--sparsity", ","), "needs budgets"),
         (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
         (("--flops", "0.5"), "--sparsity and --flops are budgets, of which a sweep has one sort"),
@@ -418,7 +437,49 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
             osscar.sweep(model, data, out, **none)
 
 
-def test_images_are_scored_by_agreement(run, tmp_path):
+def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
+    model, data, out = small_net(), images(32), tmp_path / "sweep"
+    asked = {"sparsity": [0.4], "backend": "magnitude", "device": "cpu", "seed": 3}
+    few = osscar.RecoveryRequest(steps=4, learning_rate=1e-4, device="cpu")
+    document = osscar.sweep(model, data, out, recover=few, **asked)
+    assert json.loads((out / "sweep.json").read_text()) == document
+    assert document["recover"] == few.to_json()
+    dense, point = document["points"]
+    assert dense["recovered"] is None
+    alone = recover_as_asked(
+        osscar.prune(model, data, **{**asked, "sparsity": 0.4}), model, data, few
+    )
+    timed = {**point["recovered"], "seconds": alone.seconds}
+    assert Recovered(**timed) == Recovered.of(alone, {})
+    assert alone.after < alone.before
+
+    assert osscar.sweep(model, data, out, recover=few, **asked) == document
+    for other, words in (
+        ({}, "recover was True and is None"),
+        ({"recover": True}, "recover-learning-rate was 0.0001 and is None"),
+        ({"recover": dataclasses.replace(few, steps=3)}, "recover-steps was 4 and is 3"),
+    ):
+        with pytest.raises(JournalError, match=f"another sweep: {words}"):
+            osscar.sweep(model, data, out, **other, **asked)
+
+
+@pytest.mark.parametrize(
+    ("recover", "error", "message"),
+    [
+        (3, OptionError, r"recover is 3; give True, False, or an osscar\.RecoveryRequest"),
+        ({"steps": 4}, OptionError, "recover is {'steps': 4}; give True"),
+        (osscar.RecoveryRequest(held_out=8), DataError, "8 samples are too few: 8 of them decide"),
+    ],
+)
+def test_a_recovery_that_cannot_be_is_refused_before_anything_is_pruned(
+    tmp_path, recover, error, message
+):
+    with pytest.raises(error, match=message):
+        osscar.sweep(small_net(), images(8), tmp_path / "a", sparsity=[0.4], recover=recover)
+    assert not (tmp_path / "a").exists()
+
+
+def test_images_are_scored_by_agreement_in_one_shot_and_recovered(run, tmp_path):
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels[:20])
@@ -428,19 +489,29 @@ def test_images_are_scored_by_agreement(run, tmp_path):
         "from osscar import Preprocessing\nfrom tests.osscar.networks import images, small_net\n\n"
         "def net():\n    return small_net(), images(2, 16), Preprocessing(mean=0, std=1)\n"
     )
-    status, _, err = run(
+    status, printed, err = run(
         *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),
         *("--calibration", tmp_path / "a.npz", "--images", tmp_path / "b.npz"),
-        *("--backend", "magnitude", "--device", "cpu"),
+        *("--backend", "magnitude", "--device", "cpu", "--recover", "--recover-steps", 2),
     )
     assert status == 0, err
-    dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert undescribed(document) == missing(document) == set()
+    dense, pruned = document["points"]
     assert dense["quality"]["agreement"] in (None, 1.0)
     assert 0 <= pruned["quality"]["agreement"] <= 1
     assert 0 <= pruned["quality"]["top1"] <= 1
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "agreement with dense" in page
     assert f"{pruned['quality']['top1']:.2%}" in page
+    assert (document["recover"]["steps"], document["recover"]["device"]) == (2, "cpu")
+    found = pruned["recovered"]
+    assert found["quality"].keys() == pruned["quality"].keys()
+    assert (found["quality"] == pruned["quality"]) == (found["kept"] == 0)
+    assert recovered_line(found) in " ".join(printed.split())
+    assert f"{found['before']:.4f}" in page
+    assert f"{found['after']:.4f}" in page
+    assert "agreement with dense, recovered" in page
 
 
 # ---- other budgets -----------------------------------------------------------------------
@@ -454,6 +525,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
+            "recovered": None,
         }
         for number, (method, value) in enumerate(
             [("dense", BudgetKind(budget).dense), *((CURVATURE, value) for value in values)]
@@ -461,7 +533,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
     ]
     return {
         **{"model": "demo", "calibration": {}, "scored": {}, "settings": {}, "budget": budget},
-        **{"shapes": {}, "points": points},
+        **{"shapes": {}, "points": points, "recover": None},
         "skipped": [{"name": "a.b", "kind": "heads", "units": 4, "reason": "a size <in> it"}],
     }
 
@@ -484,9 +556,71 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert columns[-1] == ["", "100.0%", "87.5%"]
     page = sweep_page(document)
     assert told in page
+    assert "Nothing was retrained" in page
     assert "Skipped groups" in page
     assert "a size &lt;in&gt; it" in page
     assert page.count("<figure>") == 3
+
+
+def recovered_sweep():
+    """Two methods at two sparsities, all recovered."""
+    document = shown_sweep("sparsity", (0.25, 0.5))
+    dense, *points = document["points"]
+    others = [
+        {**point, "method": "wanda", "quality": {"perplexity": point["quality"]["perplexity"] + 2}}
+        for point in points
+    ]
+    recover = {"quality": {}, "measure": "nats", "kept": 8, "steps": 16, "seconds": 2.0}
+    recover |= {"samples": 28, "held_out": 4, "learning_rate": 1e-4}
+    for number, point in enumerate((*points, *others)):
+        point["recovered"] = {
+            **{**recover, "quality": {"perplexity": 3.5 + 0.1 * number}},
+            **{"before": 0.5 + number, "after": 0.25 + number},
+        }
+    others[-1]["recovered"]["kept"] = 0
+    return {**document, "points": [dense, *points, *others], "recover": {"steps": 16}}
+
+
+def test_a_page_shows_each_method_in_one_shot_and_recovered(monkeypatch):
+    document = recovered_sweep()
+    columns = {
+        str(column.header): [str(cell) for cell in column.cells]
+        for column in sweep_table(document).columns
+    }
+    assert columns["perplexity"] == ["3.50", "4.50", "5.50", "6.50", "7.50"]
+    assert columns["perplexity, recovered"] == ["", "3.50", "3.60", "3.70", "3.80"]
+    assert columns["held-out divergence, nats"] == ["", "0.5000", "1.5000", "2.5000", "3.5000"]
+    assert columns["held-out divergence, nats, recovered"][1:] == [
+        "0.2500", "1.2500", "2.2500", "3.2500",
+    ]  # fmt: skip
+    assert "divergence, nats" not in columns
+    assert columns["recovery"][3:] == ["step 8 of 16, 2 s", "none of 16 steps, 2 s"]
+    figures = {}
+
+    def kept(name, caption, figure):
+        figures[name] = (caption, figure.axes[0].lines)
+        return picture(name, caption, figure)
+
+    monkeypatch.setattr(page_room, "picture", kept)
+    page = sweep_page(document)
+    assert (
+        "The best baseline comes to 7.50 there (wanda). Recovery brings perplexity to 3.50, and "
+        "3.60; the best baseline then comes to 3.80 (wanda)."
+    ) in page
+    assert "trained towards the dense one on 28 of the calibration samples. 4 others" in page
+    assert "Nothing was retrained" not in page
+    for name, levels in (
+        ("perplexity against speed", ([4.5, 5.5], [3.5, 3.6], [6.5, 7.5], [3.7, 3.8])),
+        ("held-out divergence, nats against sparsity",
+         ([0.5, 1.5], [0.25, 1.25], [2.5, 3.5], [2.25, 3.25])),
+    ):  # fmt: skip
+        caption, lines = figures[name]
+        assert "dashed in one shot, solid recovered" in caption
+        for line, level, style in zip(lines, levels, ("--", "-", "--", "-"), strict=False):
+            assert list(line.get_ydata()) == pytest.approx(level)
+            assert line.get_linestyle() == style
+        colors = [line.get_color() for line in lines[:4]]
+        assert colors[0] == colors[1] != colors[2] == colors[3]
 
 
 def test_a_point_that_exceeds_its_budget_is_marked():
