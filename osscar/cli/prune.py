@@ -15,7 +15,7 @@ from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, describe, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE
-from osscar.checkpoint.place import cannot_move, check_output, prefix, recover
+from osscar.checkpoint.place import cannot_move, check_output, finish_killed, prefix
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
@@ -176,7 +176,7 @@ class _Job:
             content = log.saved(words, path / REPORT_FILE)
             if content is None:
                 return False
-            recover(path)
+            finish_killed(path)
             saved = describe(path)
             self._write_copies(content, saved)
             log.remove()
