@@ -233,6 +233,12 @@ def recover_as_asked(
 recover = by_keywords(RecoveryRequest, recover_as_asked)
 
 
+def windows_for(request: RecoveryRequest) -> int:
+    """Return how many windows of text a request takes if each of them trains once, or decides."""
+    size, deciding = request.batch_size or _STEP[True], request.held_out or _DECIDING[True]
+    return request.steps * size + deciding
+
+
 def _training(
     model: nn.Module,
     dense: nn.Module,
