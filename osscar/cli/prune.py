@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved, write_text
@@ -27,9 +29,10 @@ from osscar.data.tokens import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog
 from osscar.recovery.log import RecoveryLog
-from osscar.recovery.recover import recover_as_asked, windows_for
+from osscar.recovery.recover import Recovery, check_enough, recover_as_asked, windows_for
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table, skipped_table
@@ -69,8 +72,8 @@ def _recovery(options: PruneOptions, request: PruningRequest) -> RecoveryRequest
     """Return what is asked of a recovery; None where none is."""
     steps, text = options.recover_steps, options.recover_text
     if options.recover:
-        more = {} if steps is None else {"steps": steps}
-        return RecoveryRequest(device=request.device, seed=request.seed, **more)
+        asked = RecoveryRequest(device=request.device, seed=request.seed)
+        return asked if steps is None else dataclasses.replace(asked, steps=steps)
     if (steps, text) != (None, None):
         raise OptionError("--recover-text and --recover-steps go with --recover; give that, too")
     return None
@@ -100,10 +103,17 @@ class _Logs:
         also = f", and {self.recovery.kept}" if training else ""
         return f"{self.pruning.kept}{also}"
 
-    def remove_recovery(self) -> None:
-        """Forget the steps that are done, if there were to be any."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep all other processes away while the block runs."""
+        with self.pruning.held(), self.recovery.held() if self.recovers else nullcontext():
+            yield
+
+    def remove(self) -> None:
+        """Forget all that was done, and last of it that the result is saved."""
         if self.recovers:
             self.recovery.remove()
+        self.pruning.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,19 +156,21 @@ class _Job:
 
     def _trains_on(self, loaded: LoadedModel, data: CalibrationData) -> CalibrationData:
         """Return what the smaller model is recovered on: the calibration data, or other text."""
-        text = self.options.recover_text
-        if self.recovery is None or text is None:
+        if self.recovery is None:
             return data
-        if not isinstance(data, CalibrationSet):
-            raise OptionError(
-                f"{loaded.source} reads no text, which --recover-text is for; leave it away, or "
-                "recover what was pruned with osscar recover, on --images or --inputs"
-            )
-        windows, seed = windows_for(self.recovery), self.recovery.seed
-        drawn = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
-        if self.ranks.first:
-            tell_data(loaded, drawn)
-        return drawn
+        text = self.options.recover_text
+        if text is not None:
+            if not isinstance(data, CalibrationSet):
+                raise OptionError(
+                    f"{loaded.source} reads no text, which --recover-text is for; leave it away, "
+                    "or recover what was pruned with osscar recover, on --images or --inputs"
+                )
+            windows, seed = windows_for(self.recovery), self.recovery.seed
+            data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
+            if self.ranks.first:
+                tell_data(loaded, data)
+        check_enough(loaded.model, data, self.recovery)
+        return data
 
     def run(self, path: Path, words: dict[str, str], given: Mapping[str, Any]) -> None:
         """Prune into a directory.
@@ -166,43 +178,29 @@ class _Job:
         The log keeps `words`, by which the run was asked for; `given` are the options that are not
         as by default.
         """
-        options, request, ranks = self.options, self.request, self.ranks
+        options, ranks = self.options, self.ranks
         assert options.out is not None
         where, logs = options.out, _Logs(path, recovers=options.recover)
-        log = logs.pruning
-
-        def copies(content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
-            self._write_copies(content, saved)
-            logs.remove_recovery()
-
         anew = options.overwrite or options.restart
         if ranks.broadcast(
             "whether it is saved already",
-            lambda: not anew and finished(path, where, log, words, copies),
+            lambda: (
+                not anew
+                and finished(path, where, logs.pruning, words, self._write_copies, logs.remove)
+            ),
         ):
             return
         if ranks.first:
             read = (self.model, options.calibration, options.weights, options.recover_text)
             used = (*read, options.json, options.report)
             check_output(path, overwrite=options.overwrite, inputs=used)
-        with way_back(lambda: logs.kept), log.held() if ranks.first else nullcontext(), quiet():
+        with way_back(lambda: logs.kept), logs.held() if ranks.first else nullcontext(), quiet():
             if options.restart and ranks.first:
-                logs.remove_recovery()
-                log.remove()
+                logs.remove()
             loaded, data = self.load(path)
             trains_on = self._trains_on(loaded, data)
             score = tell_dense(loaded, data) if ranks.first else None
-            own_logs = logs if ranks.first else None
-            result = prune_as_asked(
-                loaded.model, data, request, own_logs and own_logs.pruning, ranks
-            )
-            recovery = None
-            if self.recovery is not None:
-                recovery = recover_as_asked(
-                    result, loaded.model, trains_on, self.recovery,
-                    own_logs and own_logs.recovery, ranks,
-                )  # fmt: skip
-                result = dataclasses.replace(result, model=recovery.model)
+            result, recovery = self._made(loaded.model, data, trains_on, logs)
             if not ranks.first:
                 return  # the first alone writes and prints
             with timed(Stage.REPORT):
@@ -210,7 +208,7 @@ class _Job:
                     loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
                     recovery=recovery,
                 )  # fmt: skip
-            log.note(words, content)
+            logs.pruning.note(words, content)
             tokenizer = loaded.tokenizer
             fits = not is_on_disk(loaded.model)
             del loaded  # saving holds the smaller model twice, and needs no dense one beside
@@ -218,17 +216,9 @@ class _Job:
                 saved = result.save(
                     path, tokenizer=tokenizer, report=content, overwrite=options.overwrite
                 )
-            copies(content, saved)
-            log.remove()
-        out.print(layers_table(content["layers"]))
-        if result.skipped:
-            out.print(skipped_table(content["skipped"]))
-        for line in run_lines(content):
-            out.print(line)
-        if recovery is not None:
-            tell_recovery(content["recovery"])
-        out.print(saved_line(saved, options.out))
-        say(f"report: {options.out / PAGE_FILE}")
+            self._write_copies(content, saved)
+            logs.remove()
+        _tell(content, saved, where)
         if result.form == "exported" and tokenizer is not None:
             return  # a program cannot generate, which is part of what text is scored with
         if score is not None and score.reason:
@@ -236,7 +226,20 @@ class _Job:
         if options.against is not None:
             given = {"weights": "FILE", **given}  # of the dense model, of which this run reads none
         against = options.against or self.model
-        say_next(to_evaluate(options.out, data, given, against if fits else None))
+        say_next(to_evaluate(where, data, given, against if fits else None))
+
+    def _made(
+        self, model: nn.Module, data: CalibrationData, trains_on: CalibrationData, logs: _Logs
+    ) -> tuple[PruningResult, Recovery | None]:
+        """Prune a model, and recover the smaller one if that is asked for."""
+        ranks = self.ranks
+        log = logs.pruning if ranks.first else None
+        result = prune_as_asked(model, data, self.request, log, ranks)
+        if self.recovery is None:
+            return result, None
+        training = logs.recovery if ranks.first else None
+        recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks)
+        return dataclasses.replace(result, model=recovery.model), recovery
 
     def _write_copies(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
         """Write what a run is asked to write beside its output."""
@@ -244,3 +247,16 @@ class _Job:
         write_json(self.options.json, {**content, "saved": where})
         if self.options.report is not None:
             write_text(self.options.report, prune_page(content))
+
+
+def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
+    """Print what a run came to."""
+    out.print(layers_table(content["layers"]))
+    if content["skipped"]:
+        out.print(skipped_table(content["skipped"]))
+    for line in run_lines(content):
+        out.print(line)
+    if content["recovery"] is not None:
+        tell_recovery(content["recovery"])
+    out.print(saved_line(saved, where))
+    say(f"report: {where / PAGE_FILE}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from osscar.base.errors import CheckpointError, ModelError
+from osscar.base.errors import CheckpointError, ModelError, OutputError
 from osscar.base.files import resolved, write_text
 from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.printable import pluralize
@@ -92,7 +92,8 @@ class _Job:
         if ranks.broadcast(
             "whether it is saved already",
             lambda: (
-                not options.restart and finished(path, self.where, log, words, self._write_copies)
+                not options.restart
+                and finished(path, self.where, log, words, self._write_copies, log.remove)
             ),
         ):
             return
@@ -131,8 +132,12 @@ class _Job:
         say_next(to_evaluate(self.where, data, given, self.dense))
 
     def _check_output(self, path: Path) -> None:
-        """Refuse what must not be replaced: the pruned model may, where it is the output itself."""
+        """Refuse what must not be written to; the pruned model may be, where it is asked for."""
         options = self.options
+        if self.place in path.parents:
+            raise OutputError(
+                f"{self.where} lies in {self.name}, which stays as it is; give another directory"
+            )
         used = [self.dense, options.text, options.images, options.inputs, options.weights]
         used += [options.json, options.report]
         if path != self.place:

@@ -33,6 +33,7 @@ def finished(
     log: SavingJournal[Any],
     words: Mapping[str, str],
     copies: Callable[[Mapping[str, Any], SavedCheckpoint], None],
+    remove: Callable[[], None],
 ) -> bool:
     """Finish a command that was ended after its save, while it removed its log; whether it was.
 
@@ -44,6 +45,8 @@ def finished(
         The log, which keeps by what words the command was asked for.
     copies
         Writes what it was to write beside its output.
+    remove
+        Removes the log, and whatever else goes with it.
     """
     if log.saved(words, path / REPORT_FILE) is None:
         return False
@@ -53,7 +56,7 @@ def finished(
             return False
         finish_killed(path)
         copies(content, describe(path))
-        log.remove()
+        remove()
     say(f"saved: {where}, before this run began, by one that was ended just then")
     return True
 

@@ -239,6 +239,11 @@ def windows_for(request: RecoveryRequest) -> int:
     return request.steps * size + deciding
 
 
+def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
+    """Refuse data that are too few (DataError), for whoever does other work before a recovery."""
+    _split(as_inputs(dense, data), dense, request)
+
+
 def _training(
     model: nn.Module,
     dense: nn.Module,

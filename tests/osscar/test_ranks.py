@@ -345,6 +345,26 @@ def test_torchrun_prunes(tmp_path):
     assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
 
 
+@pytest.mark.slow
+def test_torchrun_prunes_and_recovers_and_recovers_again(tmp_path):
+    asked = ("--recover", "--recover-steps", "4", "--sparsity", "0.7")
+    prune = ("prune", "demo", *PRUNE[len(SMALL) + 2 :], *asked, "--samples", "8", "--seqlen", "32")
+    train = ("--dense", "demo", "--steps", "4", "--learning-rate", "1e-3", "--device", "cpu")
+    recover = ("recover", "two", *train, "--samples", "12")
+    for words, out in ((prune, "two"), (recover, "more")):
+        process = torchrun("osscar", *words, "--out", out, place=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("saved: ") == 1
+        assert process.stdout.count("held out: ") == 1
+    alone = forked(command(*recover, "--out", "alone"), tmp_path)
+    assert alone.wait() == 0, alone.stderr
+    found = [osscar.load(tmp_path / name).state_dict() for name in ("more", "alone", "two")]
+    for name, x in found[1].items():
+        torch.testing.assert_close(found[0][name], x, rtol=2e-3, atol=1e-4)  # float16 on disk
+    assert not all(torch.equal(x, found[2][name]) for name, x in found[0].items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "more", "two"]
+
+
 def torchrun(module: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
