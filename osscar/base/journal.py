@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from pydantic import ConfigDict
+
 from osscar.base.errors import FileError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, reason_of, remedy, write_json
-from osscar.base.json_files import MEGABYTE, read_json
+from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.base.signals import uninterrupted
 
 T = TypeVar("T")
@@ -220,3 +223,40 @@ class Journal(Generic[M]):
         for path in self.directory.rglob(f"*{PARTIAL}"):
             if _PARTIAL_FILE.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+
+
+# ---- of commands that save something else in the end ---------------------------------------
+
+REPORT = "report.json"
+"""What a command is about to save, and how it was asked for."""
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What a command has noted before its save."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    asked: dict[str, str]
+    report: dict[str, Any]
+
+
+class SavingJournal(Journal[M]):
+    """A journal beside what its command saves, which goes when that is saved."""
+
+    def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
+        """Write down what is about to be saved, so that `saved` knows it again."""
+        self.write(REPORT, _Noted(dict(asked), dict(report)))
+
+    def saved(self, asked: Mapping[str, str], report: Path) -> Mapping[str, Any] | None:
+        """Return the report of a command that was ended between its save and the end of its log.
+
+        None where that is not how things are.  The file that it has saved tells seconds, so that no
+        two are alike.
+        """
+        try:
+            noted = read_json(self.directory / REPORT, _Noted)
+            found = read_json(report, dict[str, Any])
+        except (FileError, OSError):  # whatever is wrong with the path is said when it is written
+            return None
+        return found if (noted.asked, noted.report) == (dict(asked), found) else None

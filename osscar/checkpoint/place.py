@@ -64,7 +64,7 @@ def check_output(
         for need in _existing((os.curdir, *inputs)):
             if path == need or path in need.parents:
                 raise OutputError(f"{path} would replace {need}, which is in use; give another")
-        recover(path)
+        finish_killed(path)
         _check_replaceable(path, overwrite)
         _check_writable(path, needed_bytes)
     except OSError as error:
@@ -157,7 +157,7 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
             place.mkdir(parents=True, exist_ok=True)
             with uninterrupted():
                 run = stack.enter_context(_run_for(path, place))
-            recover(path)
+            finish_killed(path)
             yield run.new
             _check_replaceable(path, overwrite)
             with uninterrupted():
@@ -282,7 +282,7 @@ def _run_for(path: Path, place: Path) -> Iterator[Run]:
                 _remove(run)
 
 
-def recover(path: Path) -> None:
+def finish_killed(path: Path) -> None:
     """Finish or remove what killed saves have left; what is someone else's is left alone."""
     for place in dict.fromkeys((path.parent, path)):
         run = Run(path, place)

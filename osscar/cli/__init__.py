@@ -17,11 +17,11 @@ from osscar.base.signals import handling
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
 
-_TOGETHER = ("prune",)
+_TOGETHER = ("prune", "recover")
 """The commands that several processes can share."""
 
 __getattr__, _, _ = lazy_loader.attach(
-    __name__, ("demo", "eval", "export", "gap", "inspect", "prune", "solve", "sweep")
+    __name__, ("demo", "eval", "export", "gap", "inspect", "prune", "recover", "solve", "sweep")
 )
 
 
@@ -55,7 +55,7 @@ def _check_launch(arguments: Sequence[str]) -> None:
     if size > 1 and command not in _TOGETHER:
         raise RanksError(
             f"osscar {command} runs in one process, and {size} were launched; run it without "
-            "torchrun, which `osscar prune` can be launched with"
+            "torchrun, which `osscar prune` and `osscar recover` can be launched with"
         )
 
 

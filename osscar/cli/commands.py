@@ -26,18 +26,23 @@ from osscar.cli.options import (
     Json,
     Model,
     PruneOptions,
+    RecoverOptions,
     SweepOptions,
     Trust,
     request_options,
 )
+from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest
 
 if TYPE_CHECKING:
     Asked: TypeAlias = Any
     Shared: TypeAlias = Any
+    Trained: TypeAlias = Any
 else:
-    Asked = request_options(*{*PruningRequest.__dataclass_fields__} - {"groups"})
+    Asked = request_options(PruningRequest, *{*PruningRequest.__dataclass_fields__} - {"groups"})
+    Trained = request_options(RecoveryRequest, *{*RecoveryRequest.__dataclass_fields__} - {"loss"})
     Shared = request_options(
+        PruningRequest,
         *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
         *("strict", "device"),
     )
@@ -102,6 +107,31 @@ def prune(
         with timed(Stage.START):
             run = rooms.prune.run  # loads torch
         run(model, options, asked, spent)
+
+
+@app.command
+def recover(
+    directory: Annotated[Path, Parameter(help="What `osscar prune` wrote.")],
+    /,
+    *,
+    dense: Annotated[
+        str,
+        Parameter(
+            help="The dense model that it was pruned from, as `osscar prune` takes it; code of "
+            "your own also builds the smaller one."
+        ),
+    ],
+    asked: Annotated[Trained, _ALL] = Trained(),
+    options: Annotated[RecoverOptions, _ALL] = RecoverOptions(),
+) -> None:
+    """Train a pruned model for some minutes towards the outputs of its dense one, and save it.
+
+    Shapes stay as they are.  A part of the data trains nothing: it decides when to stop, and which
+    step is kept, so that the model is never worse on it; labels are not used.  Where the training
+    stands is kept in OUT.recover until the model is saved: one that was killed goes on when the
+    same command is given again.
+    """
+    rooms.recover.run(directory, dense, options, asked)
 
 
 @app.command
@@ -243,6 +273,6 @@ def backends(*, json: Json = None) -> None:
 
 
 for _place, _name in enumerate(
-    ("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
+    ("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
 ):
     app[_name].sort_key = _place

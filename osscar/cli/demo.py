@@ -15,7 +15,7 @@ from osscar.checkpoint.manifest import PAGE_FILE, read_manifest
 from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, document, out, say, say_next, write_json
 from osscar.cli.opening import quiet
-from osscar.cli.prune import saved_line
+from osscar.cli.saving import saved_line
 from osscar.data.text import load_text
 from osscar.data.tokens import load_calibration
 from osscar.evaluation.evaluate import compare

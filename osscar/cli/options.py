@@ -14,7 +14,7 @@ from cyclopts import Parameter, validators
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.request import KeepOption, PruningRequest
+from osscar.request import KeepOption
 
 Model = Annotated[
     str,
@@ -24,6 +24,10 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[Path | None, Parameter(help="Also write what is printed, as JSON, to this file.")]
+Report = Annotated[
+    Path | None,
+    Parameter(help="Also write the page that lies in the output as `report.html` here."),
+]
 Against = Annotated[
     str | None,
     Parameter(
@@ -104,11 +108,45 @@ class PruneOptions(RunOptions):
     """Replace the checkpoint that is there."""
     restart: bool = False
     """Begin anew where a run that was killed would go on."""
-    report: Path | None = None
-    """Also write the page that lies in the output directory as `report.html` here."""
+    report: Report = None
     dry_run: bool = False
     """Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
     memory and disk, from few samples and one layer of each class."""
+    recover: bool = False
+    """Train the smaller model towards the dense one before it is saved, as `osscar recover` does:
+    on the calibration data, without labels."""
+    recover_text: str | None = None
+    """With --recover: train on this text or dataset.  [default: the calibration data]"""
+    recover_steps: _Count = None
+    """With --recover: steps of the optimizer, at most.  [default: as many as `osscar recover`]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(OpenOptions):
+    """What `osscar recover` takes beside the request."""
+
+    dtype: _Dtype = "auto"
+    json: Json = None
+    text: str | None = None
+    """Plain text file or Hugging Face dataset to train on; by default built-in text."""
+    images: str | None = None
+    """Images to train on, whose labels are not used: a directory, or FILE.npz with `images`
+    (FILE.npz:train for `train_images`)."""
+    inputs: str | None = None
+    """Samples of any other kind to train on: FILE.npz or FILE.safetensors, with an entry for each
+    argument of the model's `forward`."""
+    samples: _Count = None
+    """Windows (default as many as the steps take, none of them twice), images or samples (default
+    all), drawn at random."""
+    seqlen: int | None = None
+    """Tokens in a window.  [default: as many as when it was pruned]"""
+    out: Path | None = None
+    """Where the recovered model goes.  [default: beside DIRECTORY, as DIRECTORY-recovered]"""
+    overwrite: bool = False
+    """Replace the checkpoint that is there."""
+    restart: bool = False
+    """Begin anew where a run that was killed would go on."""
+    report: Report = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,24 +263,25 @@ def given(options: Any) -> dict[str, Any]:
 # ---- of a request ------------------------------------------------------------------------
 
 
-def request_options(*names: str) -> type[Any]:
+def request_options(request: type[Any], *names: str) -> type[Any]:
     """Return a class of options for fields of a request, with their types, defaults and words.
 
     Nothing in it is checked: `asked_with` does that.
     """
-    said = _help(PruningRequest)
+    said = _help(request)
     changed: dict[str, tuple[Any, Any]] = {
         "backend": (Backend, "local_search"),
         "backend_options": (BackendOptions, ()),
-        "skip": (Annotated[list[str], Parameter(help=f"{said['skip']}  Repeatable.")], ()),
+        "skip": (Annotated[list[str], Parameter(help=f"{said.get('skip')}  Repeatable.")], ()),
     }
     options = dataclasses.make_dataclass(
         "RequestOptions",
         [
             (one.name, *changed.get(one.name, (_option(one, said[one.name]), one.default)))
-            for one in dataclasses.fields(PruningRequest)
+            for one in dataclasses.fields(request)
             if one.name in names
         ],
+        namespace={"_request": request},
         frozen=True,
         kw_only=True,
     )
@@ -250,14 +289,14 @@ def request_options(*names: str) -> type[Any]:
     return options
 
 
-def asked_with(options: Any, **more: Any) -> PruningRequest:
+def asked_with(options: Any, **more: Any) -> Any:
     """Return the request that options of `request_options` ask for."""
     asked = {**vars(options), **more}
     if "skip" in asked:
         asked["skip"] = [part.strip() for text in asked["skip"] for part in text.split(",")]
     if "backend_options" in asked:
         asked["backend_options"] = parse_options(asked["backend_options"])
-    return PruningRequest(**asked)
+    return options._request(**asked)
 
 
 def _option(one: dataclasses.Field[Any], words: str) -> Any:

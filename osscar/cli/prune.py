@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import nullcontext
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved, write_text
-from osscar.base.printable import command_line
 from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
-from osscar.checkpoint.directory import SavedCheckpoint, describe, weight_bytes
-from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE
-from osscar.checkpoint.place import cannot_move, check_output, prefix, recover
+from osscar.checkpoint.directory import SavedCheckpoint, weight_bytes
+from osscar.checkpoint.manifest import PAGE_FILE
+from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given
+from osscar.cli.recover import LOG, tell_data, tell_recovery
+from osscar.cli.saving import beside, finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
-from osscar.data.images import ImageSet
-from osscar.data.tensors import TensorSet
+from osscar.data.tokens import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog
+from osscar.recovery.log import RecoveryLog
+from osscar.recovery.recover import Recovery, check_enough, recover_as_asked, windows_for
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest
@@ -36,9 +43,6 @@ _OF_THIS_TIME = {
 }
 """Options that change nothing of what is saved."""
 
-_AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
-"""Options of `osscar prune` without which `osscar eval` would open or score another model."""
-
 
 def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
     """Prune, or tell what that will take."""
@@ -47,18 +51,69 @@ def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
             raise OptionError("--dry-run tells what one process will take; leave torchrun away")
         if options.out is None and not options.dry_run:
             raise OptionError("give --out, the directory that the smaller model goes to")
-        read = (model, options.calibration, options.weights)
+        read = (model, options.calibration, options.weights, options.recover_text)
         check_json_path(options.json, inputs=read, written=(options.out,))
         written = (options.out, options.json)
         check_json_path(options.report, inputs=read, written=written, option="--report")
-        job = _Job(model, options, asked_with(asked), ranks, spent)
+        request = asked_with(asked)
+        job = _Job(model, options, request, _recovery(options, request), ranks, spent)
         if options.out is None or options.dry_run:
             with quiet():
-                dry_run(*job.load(None), job.request, spent.seconds, options.json)
+                dry_run(*job.load(None), request, spent.seconds, options.json)
+            if options.recover:
+                say("recovery: comes on top, and is not estimated")
             return
         words = {"model": model, **vars(options), **vars(asked)}
         kept = {name: str(value) for name, value in words.items() if name not in _OF_THIS_TIME}
         job.run(resolved(options.out), kept, {**given(options), **given(asked)})
+
+
+def _recovery(options: PruneOptions, request: PruningRequest) -> RecoveryRequest | None:
+    """Return what is asked of a recovery; None where none is."""
+    steps, text = options.recover_steps, options.recover_text
+    if options.recover:
+        asked = RecoveryRequest(device=request.device, seed=request.seed)
+        return asked if steps is None else dataclasses.replace(asked, steps=steps)
+    if (steps, text) != (None, None):
+        raise OptionError("--recover-text and --recover-steps go with --recover; give that, too")
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logs:
+    """Where a run stands, beside its output: its pruning, and the recovery after that if any."""
+
+    path: Path
+    recovers: bool
+
+    @functools.cached_property
+    def pruning(self) -> RunLog:
+        """Of the groups that are done."""
+        return RunLog(beside(self.path, "run"))
+
+    @functools.cached_property
+    def recovery(self) -> RecoveryLog:
+        """Of the steps that are done."""
+        return RecoveryLog(beside(self.path, LOG))
+
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves, in words."""
+        training = self.recovers and self.recovery.done
+        also = f", and {self.recovery.kept}" if training else ""
+        return f"{self.pruning.kept}{also}"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep all other processes away while the block runs."""
+        with self.pruning.held(), self.recovery.held() if self.recovers else nullcontext():
+            yield
+
+    def remove(self) -> None:
+        """Forget all that was done, and last of it that the result is saved."""
+        if self.recovers:
+            self.recovery.remove()
+        self.pruning.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +123,7 @@ class _Job:
     model: str
     options: PruneOptions
     request: PruningRequest
+    recovery: RecoveryRequest | None
     ranks: Ranks
     spent: Profile
 
@@ -76,6 +132,11 @@ class _Job:
         options, request = self.options, self.request
 
         def room(loaded: LoadedModel) -> None:
+            if options.recover and is_on_disk(loaded.model):
+                raise OptionError(
+                    "--recover trains the model, and its weights stay on disk (--max-memory); "
+                    "leave one of them away"
+                )
             if path is not None and self.ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(path, overwrite=options.overwrite, needed_bytes=needed)
@@ -93,39 +154,61 @@ class _Job:
                 max_memory=limit_of(self.model, options, request),
             )
 
+    def _trains_on(self, loaded: LoadedModel, data: CalibrationData) -> CalibrationData:
+        """Return what the smaller model is recovered on: the calibration data, or other text."""
+        if self.recovery is None:
+            return data
+        text = self.options.recover_text
+        if text is not None:
+            if not isinstance(data, CalibrationSet):
+                raise OptionError(
+                    f"{loaded.source} reads no text, which --recover-text is for; leave it away, "
+                    "or recover what was pruned with osscar recover, on --images or --inputs"
+                )
+            windows, seed = windows_for(self.recovery), self.recovery.seed
+            data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
+            if self.ranks.first:
+                tell_data(loaded, data)
+        check_enough(loaded.model, data, self.recovery)
+        return data
+
     def run(self, path: Path, words: dict[str, str], given: Mapping[str, Any]) -> None:
         """Prune into a directory.
 
         The log keeps `words`, by which the run was asked for; `given` are the options that are not
         as by default.
         """
-        options, request, ranks = self.options, self.request, self.ranks
+        options, ranks = self.options, self.ranks
         assert options.out is not None
-        log = RunLog(_beside(path))
+        where, logs = options.out, _Logs(path, recovers=options.recover)
         anew = options.overwrite or options.restart
         if ranks.broadcast(
             "whether it is saved already",
-            lambda: not anew and self._is_saved(path, log, words),
+            lambda: (
+                not anew
+                and finished(path, where, logs.pruning, words, self._write_copies, logs.remove)
+            ),
         ):
             return
         if ranks.first:
-            read = (self.model, options.calibration, options.weights)
+            read = (self.model, options.calibration, options.weights, options.recover_text)
             used = (*read, options.json, options.report)
             check_output(path, overwrite=options.overwrite, inputs=used)
-        with way_back(lambda: log.kept), log.held() if ranks.first else nullcontext(), quiet():
+        with way_back(lambda: logs.kept), logs.held() if ranks.first else nullcontext(), quiet():
             if options.restart and ranks.first:
-                log.remove()
+                logs.remove()
             loaded, data = self.load(path)
+            trains_on = self._trains_on(loaded, data)
             score = tell_dense(loaded, data) if ranks.first else None
-            own_log = log if ranks.first else None
-            result = prune_as_asked(loaded.model, data, request, own_log, ranks)
+            result, recovery = self._made(loaded.model, data, trains_on, logs)
             if not ranks.first:
                 return  # the first alone writes and prints
             with timed(Stage.REPORT):
                 content = result.document(
-                    loaded.model, data, source=loaded.source, classes=loaded.classes, score=score
-                )
-            log.note(words, content)
+                    loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
+                    recovery=recovery,
+                )  # fmt: skip
+            logs.pruning.note(words, content)
             tokenizer = loaded.tokenizer
             fits = not is_on_disk(loaded.model)
             del loaded  # saving holds the smaller model twice, and needs no dense one beside
@@ -134,32 +217,29 @@ class _Job:
                     path, tokenizer=tokenizer, report=content, overwrite=options.overwrite
                 )
             self._write_copies(content, saved)
-            log.remove()
-        out.print(layers_table(content["layers"]))
-        if result.skipped:
-            out.print(skipped_table(content["skipped"]))
-        for line in (*run_lines(content), saved_line(saved, options.out)):
-            out.print(line)
-        say(f"report: {options.out / PAGE_FILE}")
+            logs.remove()
+        _tell(content, saved, where)
         if result.form == "exported" and tokenizer is not None:
             return  # a program cannot generate, which is part of what text is scored with
         if score is not None and score.reason:
             return  # what keeps the dense model from being scored would keep the smaller one
-        say_next(self._to_evaluate(data, given, fits))
+        if options.against is not None:
+            given = {"weights": "FILE", **given}  # of the dense model, of which this run reads none
+        against = options.against or self.model
+        say_next(to_evaluate(where, data, given, against if fits else None))
 
-    def _to_evaluate(self, data: CalibrationData, given: Mapping[str, Any], fits: bool) -> str:
-        """Return the command that compares what was written with the dense model, if that fits."""
-        options: dict[str, Any] = {"text": "FILE"}
-        if isinstance(data, TensorSet):
-            options = {"inputs": "FILE"}
-        elif isinstance(data, ImageSet):
-            options = {"images": "PATH"}
-        if fits:
-            options["against"] = self.options.against or self.model
-        if self.options.against is not None:
-            options["weights"] = "FILE"  # of the dense model, of which this run has read none
-        options |= {name: given[name] for name in _AS_OPENED if name in given}
-        return command_line("osscar", "eval", self.options.out, options=options)
+    def _made(
+        self, model: nn.Module, data: CalibrationData, trains_on: CalibrationData, logs: _Logs
+    ) -> tuple[PruningResult, Recovery | None]:
+        """Prune a model, and recover the smaller one if that is asked for."""
+        ranks = self.ranks
+        log = logs.pruning if ranks.first else None
+        result = prune_as_asked(model, data, self.request, log, ranks)
+        if self.recovery is None:
+            return result, None
+        training = logs.recovery if ranks.first else None
+        recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks)
+        return dataclasses.replace(result, model=recovery.model), recovery
 
     def _write_copies(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
         """Write what a run is asked to write beside its output."""
@@ -168,32 +248,15 @@ class _Job:
         if self.options.report is not None:
             write_text(self.options.report, prune_page(content))
 
-    def _is_saved(self, path: Path, log: RunLog, words: dict[str, str]) -> bool:
-        """Finish a run that was ended after its save, while it removed its log; whether it was."""
-        if log.saved(words, path / REPORT_FILE) is None:
-            return False
-        with log.held():
-            content = log.saved(words, path / REPORT_FILE)
-            if content is None:
-                return False
-            recover(path)
-            saved = describe(path)
-            self._write_copies(content, saved)
-            log.remove()
-        say(f"saved: {self.options.out}, before this run began, by one that was ended just then")
-        return True
 
-
-def saved_line(saved: SavedCheckpoint, where: Path) -> str:
-    """Say where a model was saved, as it was asked for, and who reads it."""
-    reader = "osscar.load reads it"
-    if saved.stock:
-        reader = "from_pretrained of transformers reads it"
-    elif saved.with_code:
-        reader += ", and so does from_pretrained(..., trust_remote_code=True)"
-    return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader})"
-
-
-def _beside(path: Path) -> Path:
-    """Return where the log of a run lies: beside its output, or in it if nothing can be there."""
-    return path / f"{prefix(path)}log" if cannot_move(path) else path.with_name(f"{path.name}.run")
+def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
+    """Print what a run came to."""
+    out.print(layers_table(content["layers"]))
+    if content["skipped"]:
+        out.print(skipped_table(content["skipped"]))
+    for line in run_lines(content):
+        out.print(line)
+    if content["recovery"] is not None:
+        tell_recovery(content["recovery"])
+    out.print(saved_line(saved, where))
+    say(f"report: {where / PAGE_FILE}")

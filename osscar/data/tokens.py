@@ -100,6 +100,7 @@ def load_calibration(
     samples: int = 32,
     seqlen: int = 512,
     seed: int = 0,
+    overlapping: bool = True,
 ) -> CalibrationSet:
     """Find calibration text by name and cut windows from it.
 
@@ -118,6 +119,8 @@ def load_calibration(
         Tokens per window, those included that the tokenizer puts before and after a text.
     seed
         The same seed gives the same windows.
+    overlapping
+        As for `text_windows`.
 
     Raises
     ------
@@ -140,7 +143,10 @@ def load_calibration(
     else:
         characters = samples * seqlen * _CHARACTERS_PER_TOKEN
         text, source = _dataset_text(spec, characters), f"dataset {spec}"
-    return text_windows(tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source)
+    return text_windows(
+        tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source,
+        overlapping=overlapping,
+    )  # fmt: skip
 
 
 def text_windows(
@@ -151,6 +157,7 @@ def text_windows(
     seqlen: int,
     seed: int,
     source: str = "text",
+    overlapping: bool = True,
 ) -> CalibrationSet:
     """Cut random windows from a text.
 
@@ -173,6 +180,9 @@ def text_windows(
         The same seed gives the same windows.
     source
         Where the text comes from, in words.
+    overlapping
+        Whether they may overlap where they must.  Otherwise there are as many as the text has room
+        for, and the source says so.
 
     Raises
     ------
@@ -192,7 +202,10 @@ def text_windows(
             f"calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than one "
             f"window of {length}; give a longer text or a smaller window length (--seqlen)"
         )
-    if len(tokens) < samples * length:
+    if len(tokens) < samples * length and not overlapping:
+        samples = len(tokens) // length
+        source += f", as many as its {pluralize(len(tokens), 'token')} have room for"
+    elif len(tokens) < samples * length:
         windows_of = "overlapping window" if samples > 1 else "window"
         source += f", {pluralize(samples, windows_of)} from {pluralize(len(tokens), 'token')}"
     starts = _window_starts(len(tokens), samples, length, seed)

@@ -19,6 +19,7 @@ from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length
+from osscar.shrinking.lineage import lineage_of
 
 _WINDOWS, _SAMPLES = 32, 256
 """That calibrate a model unless the caller says otherwise."""
@@ -106,9 +107,7 @@ class LoadedModel:
                 spec,
                 self.tokenizer,
                 samples=_WINDOWS if samples is None else samples,
-                seqlen=min(DEFAULT_SEQLEN, context_length(self.model) or DEFAULT_SEQLEN)
-                if seqlen is None
-                else seqlen,
+                seqlen=self._window_length() if seqlen is None else seqlen,
                 seed=seed,
             )
         if seqlen is not None:
@@ -116,12 +115,69 @@ class LoadedModel:
         if spec is None:
             raise DataError(
                 f"{self.source} reads no text: give --calibration a directory of images, an .npz "
-                "file of them, or an .npz or .safetensors file of tensors for "
-                f"{', '.join(needed_arguments(self.model, self.stated))}"
+                f"file of them, or {self._tensors_in_words()}"
             )
         images = holds_images(spec, self.model, self.stated)
         data: SampleSet = self.images(spec) if images else self.tensors(spec)
         return data.sample(_SAMPLES if samples is None else samples, seed)
+
+    def training(
+        self,
+        *,
+        text: str | Path | None = None,
+        images: str | Path | None = None,
+        inputs: str | Path | None = None,
+        windows: int,
+        samples: int | None = None,
+        seqlen: int | None = None,
+        seed: int,
+    ) -> CalibrationSet | SampleSet:
+        """Draw what trains the model: windows of text that do not overlap, images, or tensors.
+
+        Parameters
+        ----------
+        text
+            As `osscar.load_calibration` takes it, for a language model.
+        images, inputs
+            For any other: as `osscar.load_images` and `osscar.load_tensors` take them.
+        windows
+            How many windows there are unless the caller says otherwise; fewer where the text has no
+            room for them.
+        samples
+            How many there are; by default all images or samples.
+        seqlen
+            Tokens in each window; by default as many as when the model was calibrated, and where
+            that is not known, as for `calibration`.
+        seed
+            Of the draw.
+
+        Raises
+        ------
+        DataError, FileError, OptionError, MissingDependency
+            As of `calibration`.
+        """
+        if self.tokenizer is not None:
+            self._check_text_alone(images, inputs)
+            if seqlen is None:
+                known = (one.seqlen for one in reversed(lineage_of(self.model).calibration))
+                seqlen = next(filter(None, known), self._window_length())
+            return load_calibration(
+                text,
+                self.tokenizer,
+                samples=windows if samples is None else samples,
+                seqlen=seqlen,
+                seed=seed,
+                overlapping=False,
+            )
+        if text is not None or seqlen is not None:
+            raise OptionError(f"{self.source} reads no text: leave text and --seqlen away")
+        data = self._samples(images, inputs)
+        if data is None:
+            raise DataError(
+                f"{self.source} reads no text: give --images a directory of images or an .npz file "
+                f"of them, or --inputs {self._tensors_in_words()}"
+            )
+        return data if samples is None else data.sample(samples, seed)
 
     def held_out(
         self,
@@ -155,20 +211,34 @@ class LoadedModel:
             what is done to an image, or something does and the data are tensors.
         """
         if self.tokenizer is not None:
-            if images is not None or inputs is not None:
-                raise OptionError(
-                    f"{self.source} reads text, not images: leave --images and --inputs away"
-                )
+            self._check_text_alone(images, inputs)
             return load_text(text, self.tokenizer, windows=windows, seqlen=seqlen)
         if text is not None or windows is not None or seqlen is not None:
             raise OptionError(
                 f"{self.source} reads no text: leave --text, --windows and --seqlen away"
             )
+        return self._samples(images, inputs)
+
+    def _window_length(self) -> int:
+        return min(DEFAULT_SEQLEN, context_length(self.model) or DEFAULT_SEQLEN)
+
+    def _check_text_alone(self, images: object, inputs: object) -> None:
+        if images is not None or inputs is not None:
+            raise OptionError(
+                f"{self.source} reads text, not images: leave --images and --inputs away"
+            )
+
+    def _samples(self, images: str | Path | None, inputs: str | Path | None) -> SampleSet | None:
+        """Read samples of one sort or the other; None if none are given."""
         if images is not None and inputs is not None:
             raise OptionError("--images and --inputs are both given; give one of them")
         if images is not None:
             return self.images(images)
         return None if inputs is None else self.tensors(inputs)
+
+    def _tensors_in_words(self) -> str:
+        needed = ", ".join(needed_arguments(self.model, self.stated))
+        return f"an .npz or .safetensors file of tensors for {needed}"
 
     def tensors(self, spec: str | Path) -> TensorSet:
         """Read samples that are fed as they are.

@@ -28,11 +28,12 @@ from osscar.shrinking.lineage import Computed, data_record, lineage_of
 from osscar.shrinking.plan import Form, PruningPlan
 
 if TYPE_CHECKING:
+    from osscar.recovery.recover import Recovery
     from osscar.report import prune_page as page
 else:  # a run has better use for the memory of matplotlib than to hold it from its beginning
     page = lazy_loader.load("osscar.report.prune_page", suppress_warning=True)
 
-_SCHEMA = "osscar.prune/4"
+_SCHEMA = "osscar.prune/5"
 """Of the document of a run, as ``docs/json.md`` describes it."""
 
 
@@ -168,6 +169,7 @@ class PruningResult:
         source: str | None = None,
         classes: Sequence[str] = (),
         score: DenseScore | None = None,
+        recovery: Recovery | None = None,
     ) -> dict[str, Any]:
         """Return what is known of the run, as ``docs/json.md`` describes it; runs both models.
 
@@ -181,6 +183,8 @@ class PruningResult:
             What the classes are called that it tells apart.
         score
             What it is worth on the calibration data.
+        recovery
+            What `osscar.recover` made of the smaller model, where it was trained afterwards.
         """
         known = lineage_of(dense).source or type(dense).__name__
         return {
@@ -207,6 +211,7 @@ class PruningResult:
             "form": str(self.form),
             "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
             "skipped": [dataclasses.asdict(group) for group in self.skipped],
+            "recovery": None if recovery is None else recovery.document(),
         }
 
     def save(

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import safetensors
 import safetensors.torch
@@ -27,8 +27,8 @@ from osscar import __version__
 from osscar.allocation.budget import Allocated
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
-from osscar.base.journal import Journal
-from osscar.base.json_files import MEGABYTE, STRICT, parse_json, read_json
+from osscar.base.journal import REPORT, SavingJournal
+from osscar.base.json_files import MEGABYTE, STRICT, parse_json
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.offload.on_disk import values_of
@@ -40,8 +40,6 @@ from osscar.shrinking.plan import GroupPlan
 ALLOCATION = "allocation.json"
 _MOST_OF_ALLOCATION = 512 * MEGABYTE
 """Bytes: a curve has a number for each unit of the model."""
-REPORT = "report.json"
-"""What a run is about to save, and how it was asked for."""
 _RECORD = "record"
 """The key under which a record file keeps everything but its tensors."""
 
@@ -99,17 +97,7 @@ class _Allocation:
         return cls(run, allocated, digest(text))
 
 
-@dataclass(frozen=True)
-class _Noted:
-    """What a run has noted before its save."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    asked: dict[str, str]
-    report: dict[str, Any]
-
-
-class RunLog(Journal[JournalManifest]):
+class RunLog(SavingJournal[JournalManifest]):
     """The records of a run, in the order in which groups were committed."""
 
     what = "run"
@@ -168,23 +156,6 @@ class RunLog(Journal[JournalManifest]):
             if self.committed
             else "no group was done yet"
         )
-
-    def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
-        """Write down what is about to be saved, so that `saved` knows it again."""
-        self.write(REPORT, _Noted(dict(asked), dict(report)))
-
-    def saved(self, asked: Mapping[str, str], report: Path) -> Mapping[str, Any] | None:
-        """Return the report of a run that was ended between its save and the end of its log.
-
-        None where that is not how things are.  The file that the run has saved tells seconds, so
-        that no two are alike.
-        """
-        try:
-            noted = read_json(self.directory / REPORT, _Noted)
-            found = read_json(report, dict[str, Any])
-        except (FileError, OSError):  # whatever is wrong with the path is said when it is written
-            return None
-        return found if (noted.asked, noted.report) == (dict(asked), found) else None
 
     def _place(self, index: int) -> Path:
         return self.directory / f"{index:05}.safetensors"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
-from osscar.base.journal import Journal
+from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT, parse_json
 from osscar.preparation.fingerprint import JournalManifest, sha256_of
 
@@ -73,14 +73,14 @@ class Standing:
     tensors: Mapping[str, Tensor] = field(repr=False)
 
 
-class RecoveryLog(Journal[JournalManifest]):
+class RecoveryLog(SavingJournal[JournalManifest]):
     """Where a recovery stands; of what it was before nothing is kept."""
 
     what = "recovery"
     manifest_file = "log.json"
     schema = JournalManifest
     done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
-    other_files = ()
+    other_files = (REPORT,)
     otherwise = "begin anew with --restart"
 
     def __init__(self, directory: Path) -> None:

@@ -233,6 +233,17 @@ def recover_as_asked(
 recover = by_keywords(RecoveryRequest, recover_as_asked)
 
 
+def windows_for(request: RecoveryRequest) -> int:
+    """Return how many windows of text a request takes if each of them trains once, or decides."""
+    size, deciding = request.batch_size or _STEP[True], request.held_out or _DECIDING[True]
+    return request.steps * size + deciding
+
+
+def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
+    """Refuse data that are too few (DataError), for whoever does other work before a recovery."""
+    _split(as_inputs(dense, data), dense, request)
+
+
 def _training(
     model: nn.Module,
     dense: nn.Module,
@@ -286,11 +297,6 @@ def check_trainable(model: nn.Module) -> None:
             "them at every step; load it into memory, without --max-memory"
         )
     check_finite_weights(model)
-
-
-def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
-    """Refuse data of which too few would train, before there is a smaller model."""
-    _split(as_inputs(dense, data), dense, request)
 
 
 def _check(model: nn.Module, dense: nn.Module) -> None:

@@ -22,20 +22,21 @@ def render(template: str, **content: Any) -> str:
 
 
 def asked_table(asked: Mapping[str, Any], calibration: Mapping[str, Any] | None = None) -> Table:
-    """Return one row for each thing that was asked, and for each that is known of the data.
-
-    Of the samples of the data only the number is told.
-    """
-    data = {
-        f"calibration {key}": len(value) if key in ("images", "fingerprints") else value
-        for key, value in (calibration or {}).items()
-    }
+    """Return one row for each thing that was asked, and for each that is known of the data."""
     rows = (
         (key.replace("_", " "), _as_text(value))
-        for key, value in {**asked, **data}.items()
+        for key, value in {**asked, **told(calibration or {}, "calibration")}.items()
         if value is not None and value is not False and value not in ("", [], {})
     )
     return new_table("", "", "", rows=rows)
+
+
+def told(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what is told of data, by name; of the samples themselves only the number is."""
+    return {
+        f"{name} {key}": len(value) if key in ("images", "fingerprints") else value
+        for key, value in data.items()
+    }
 
 
 def _as_text(value: object) -> str:

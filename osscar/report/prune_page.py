@@ -10,6 +10,7 @@ from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
 from osscar.report.prune_plots import frontier_figure, kept_figure, loss_figure
+from osscar.report.recovery import recovery_asked, recovery_section
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.report.summary import proofs_in_words
 from osscar.report.tables import engineering, in_bytes, new_table, share
@@ -35,11 +36,13 @@ def prune_page(document: Mapping[str, Any]) -> str:
     Parameters
     ----------
     document
-        An ``osscar.prune/4``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
+        An ``osscar.prune/5``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
         What it does not hold is left out.
     """
     computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
+    recovery = document.get("recovery")
     asked = {"model": document["model"], **document["settings"], **computed}
+    asked |= recovery_asked(recovery) if recovery else {}
     widths = (document.get("budget") or {}).get("widths") or {}
     predicted = {name: width["predicted"] for name, width in widths.items()}
     return render(
@@ -49,6 +52,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
         asked_shortly=_in_words(document["settings"]),
         compared=new_table("", "", "dense >", "pruned >", "ratio >", rows=_rows(document)),
         remarks=list(_remarks(document)),
+        recovery=recovery and recovery_section(recovery),
         pictures=list(_pictures(document)),
         layers=layers_table(document["layers"], predicted),
         bounded=_bounded(document),
@@ -85,6 +89,7 @@ def _answer(document: Mapping[str, Any]) -> str:
         on = f"on {pluralize(held, 'held-out sample')}" if held else "on calibration samples"
         sentence += (
             f"; the predictions diverge from the dense model's by {_nats(divergence)} nats {on}"
+            f"{_when(document)}"
         )
     return sentence + "."
 
@@ -192,7 +197,13 @@ def _divergence(document: Mapping[str, Any]) -> str:
     within = "" if gap is None else f" (within {gap:.1e} of the least)"
     said = "" if predicted is None else f"predicted {predicted:.4f} nats{within}, "
     data = "held-out" if document["held_out"] else "the last"
-    return f"{said}measured {measured:.4f} nats on {data} calibration samples"
+    on = f"on {data} calibration samples{_when(document)}"
+    return f"{said}measured {measured:.4f} nats {on}"
+
+
+def _when(document: Mapping[str, Any]) -> str:
+    """Say of which model a divergence is, where there are two."""
+    return " before the recovery" if document.get("recovery") else ""
 
 
 def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
@@ -245,7 +256,8 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         ):
             yield _ratio_row(label, forward["dense"][name], forward["pruned"][name], written)
     if document.get("divergence") is not None:
-        yield "divergence from dense, nats", "0", _nats(document["divergence"]), ""
+        label = f"divergence from dense{_when(document)}, nats"
+        yield label, "0", _nats(document["divergence"]), ""
 
 
 def _milliseconds(seconds: float) -> str:

@@ -26,7 +26,7 @@ def layers_table(
     Parameters
     ----------
     layers
-        As in ``osscar.prune/4``; a column of which all layers say nothing is left out.
+        As in ``osscar.prune/5``; a column of which all layers say nothing is left out.
     predicted
         Divergence in nats, by name.
     """

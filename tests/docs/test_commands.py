@@ -19,6 +19,7 @@ import torch
 
 import osscar.cli
 from osscar.cli.commands import app
+from osscar.data.prose import Split, builtin_text
 from tests.docs.json_schema import missing, undescribed
 from tests.docs.pages import PAGES, ROOT, Command, blocks, commands, mentions
 from tests.osscar.interrupted_cases import tiny_model
@@ -59,6 +60,7 @@ FEWER = {
     ),
     "sweep": ("--samples", "4", "--seqlen", "64", "--windows", "2"),
     "eval": ("--windows", "2", "--seqlen", "64"),
+    "recover": ("--samples", "8", "--steps", "2", "--batch-size", "2"),
     "inspect": (),
 }
 SMALL_GROUPS = "*.0.self_attn.heads,model.decoder.layers.0.neurons"
@@ -96,6 +98,7 @@ def place(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     prose = "the quick brown fox jumps over the lazy dog and runs back before night falls. "
     (tmp_path / "calibration.txt").write_text(prose * 100)
     (tmp_path / "test.txt").write_text(prose.replace("fox", "cat") * 100)
+    (tmp_path / "training.txt").write_text(builtin_text(Split.TRAINING)[:20_000])
     (tmp_path / "smollm").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -136,7 +139,7 @@ def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
             yield SMALL_GROUPS
         elif words[1] == "sweep" and before in ("--sparsity", "--flops"):
             yield word.split(",")[0]
-        elif before == "--against" and word in SMALL:
+        elif before in ("--against", "--dense") and word in SMALL:
             yield from SMALL[word]
         else:
             yield from SMALL.get(word, (word,))

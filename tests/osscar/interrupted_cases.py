@@ -23,7 +23,7 @@ class Case:
     events: int
     writes: int
     before: Path | None = None
-    shown: tuple[str, ...] = ("out", "out.run", "said.json")
+    shown: tuple[str, ...] = ("out", "out.run", "out.recover", "said.json")
 
     def begin(self, root: Path) -> None:
         root.mkdir()
@@ -43,7 +43,7 @@ class Case:
     @property
     def keeps_old(self) -> bool:
         """Whether the output appears at once; a study grows where it lies."""
-        return self.arguments[0] == "prune"
+        return self.arguments[0] in ("prune", "recover")
 
     def wrong(self, root: Path) -> list[str]:
         """Return what is not as an uninterrupted command makes it, and what should be gone."""
@@ -96,6 +96,28 @@ def stock_case(model: Path, place: Path) -> Case:
     ended = run(before, [*pruning(model, "--neurons", "0.75"), *outputs(before)])
     assert ended.status == 0, ended.err
     return _case(place, pruning(model, "--neurons", "0.5", "--overwrite"), before / "out")
+
+
+def both_case(model: Path, place: Path) -> Case:
+    """Prune and recover in one run."""
+    more = ("--sparsity", "0.5", "--recover", "--recover-steps", "4")
+    return _case(place, pruning(model, *more))
+
+
+def recovering(model: Path, smaller: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *("recover", str(smaller), "--dense", str(model), "--samples", "6", "--seqlen", "32"),
+        *("--steps", "4", "--batch-size", "2", "--device", "cpu", *more),
+    )
+
+
+def recovery_case(model: Path, place: Path) -> Case:
+    """Recover a pruned model, so that the output replaces another."""
+    before = place / "before"
+    before.mkdir()
+    ended = run(before, [*pruning(model, "--neurons", "0.25"), *outputs(before)])
+    assert ended.status == 0, ended.err
+    return _case(place, recovering(model, before / "out", "--overwrite"), before / "out")
 
 
 def study_case(place: Path, jobs: int) -> Case:

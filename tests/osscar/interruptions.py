@@ -1,7 +1,8 @@
 """Runs of a command in a child of this process, to which something happens at a chosen moment.
 
 A moment is an event: a file is opened for writing, a directory made, something renamed or put on
-the disk; a batch goes on, a group is solved or committed, outputs are compared.  An audit hook of
+the disk; a batch goes on, a group is solved or committed, a step trained, outputs
+are compared.  An audit hook of
 the interpreter sees the first kind in whatever library it is; what is written in Rust or by a
 system call is counted by the name of its caller.
 """
@@ -251,6 +252,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     from osscar.checkpoint import directory
     from osscar.checkpoint import place as runs
     from osscar.pruning import shrunk
+    from osscar.recovery.training import _Optimizer
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
@@ -259,6 +261,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False
     yield Coroutine, "advance", True
     yield LayerStep, "commit", True
+    yield _Optimizer, "step", True
     yield shrunk, "shrink", True
     yield directory, "prove_equal", True
     yield jobs, "answered", True

@@ -54,7 +54,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
         assert expected in out
     document = json.loads((tmp_path / "demo.json").read_text())
-    assert document["schema"] == "osscar.prune/4"
+    assert document["schema"] == "osscar.prune/5"
     # Of a model that does well nobody hears what refits could have done.
     assert not any(word in out + err for word in ("unrefitted", "growth", "held out,", "grew"))
     assert {tuple(layer["unrefitted"]) for layer in document["layers"]} == {()}

@@ -576,7 +576,7 @@ def test_the_command_says_what_is_skipped_and_why(run, tmp_path):
     table = out.partition("skipped, since they cannot follow")[2]
     document = json.loads((tmp_path / "run.json").read_text())
     page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Skipped groups</h2>")[2]
-    assert document["schema"] == "osscar.prune/4"
+    assert document["schema"] == "osscar.prune/5"
     assert [group["name"] for group in document["skipped"]] == [f"rest.{n}" for n in HEADS]
     for group in document["skipped"]:
         assert (group["kind"], group["units"]) == ("heads", 4)

@@ -17,9 +17,11 @@ from osscar.pruning.run_log import RunLog
 from osscar.study.directory import Study
 from tests.osscar.interrupted_cases import (
     Case,
+    both_case,
     outputs,
     plan_case,
     pruning,
+    recovery_case,
     stock_case,
     study_case,
     tiny_model,
@@ -58,6 +60,16 @@ def stock(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory):
+    return both_case(tiny, tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture(scope="module")
+def recovery(tiny, tmp_path_factory):
+    return recovery_case(tiny, tmp_path_factory.mktemp("recovery"))
+
+
+@pytest.fixture(scope="module")
 def study(tmp_path_factory):
     return study_case(tmp_path_factory.mktemp("study"), jobs=2)
 
@@ -76,14 +88,14 @@ def case(request):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("case", ["plan", "stock"], indirect=True)
+@pytest.mark.parametrize("case", ["plan", "stock", "both", "recovery"], indirect=True)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(case, seed, tmp_path):
     _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["plan", "stock"], indirect=True)
+@pytest.mark.parametrize("case", ["plan", "stock", "both", "recovery"], indirect=True)
 @pytest.mark.parametrize("seed", range(100, 105))
 def test_ten_runs_that_are_killed_go_on_to_the_same_bytes(case, seed, tmp_path):
     _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
@@ -155,6 +167,21 @@ def test_a_run_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(pla
     assert plan.wrong(root) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["both", "recovery"], indirect=True)
+def test_a_recovery_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(case, tmp_path):
+    root = tmp_path / "root"
+    case.begin(root)
+    case.run(root, Kill(case.events))
+    assert (root / "out.recover" / "report.json").exists() or (root / "out.run").exists()
+    assert (root / "out.recover").exists()
+    (root / "said.json").unlink(missing_ok=True)
+    again = case.run(root)
+    assert again.status == 0, again.err
+    assert (root / "said.json").exists()
+    assert case.wrong(root) == []
+
+
 # ---- two at once -------------------------------------------------------------------------
 
 
@@ -188,6 +215,7 @@ def test_a_second_study_in_one_directory_is_refused_before_it_reads_its_model(tm
     [
         *(("plan", refusal) for refusal in Refusal),
         ("stock", Refusal.FROM_NOW_ON),
+        ("recovery", Refusal.ONCE),
         ("study_alone", Refusal.SHORT),
     ],
     indirect=["case"],
@@ -198,7 +226,9 @@ def test_a_full_disk_is_said_and_nothing_is_lost(case, refusal, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["plan", "stock", "study_alone"], indirect=True)
+@pytest.mark.parametrize(
+    "case", ["plan", "stock", "both", "recovery", "study_alone"], indirect=True
+)
 @pytest.mark.parametrize("refusal", Refusal)
 def test_each_write_may_find_the_disk_full(case, refusal, tmp_path):
     for at in range(1, case.writes + 1):

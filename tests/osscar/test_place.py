@@ -363,7 +363,7 @@ def test_all_files_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["proved", "place.recover", "place._check_replaceable"])
+@pytest.mark.parametrize("place", ["proved", "place.finish_killed", "place._check_replaceable"])
 def test_a_signal_in_the_middle_of_a_save_leaves_nothing(
     number: signal.Signals, place: str, tmp_path: Path
 ) -> None:

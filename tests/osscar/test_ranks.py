@@ -26,6 +26,7 @@ import osscar.cli
 from osscar.base.errors import RanksError
 from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
+from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from tests import collected
@@ -343,6 +344,31 @@ def test_torchrun_prunes(tmp_path):
     expected = summary(CASES_AS_PRUNED.run())
     assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
     assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
+
+
+@pytest.mark.slow
+def test_torchrun_recovers_what_one_process_does(tmp_path):
+    data = ("--samples", "8", "--seqlen", "32", "--device", "cpu")
+    prune = ("prune", "demo", "--neurons", "1/8", "--backend", "wanda", *data)
+    train = ("--dense", "demo", "--steps", "4", "--learning-rate", "5e-4", "--device", "cpu")
+    recover = ("recover", "small", *train, "--text", "text.txt")
+    (tmp_path / "text.txt").write_text(builtin_text(Split.TRAINING)[:5000])
+    for words in ((*prune, "--out", "small"), (*recover, "--out", "alone")):
+        alone = forked(command(*words), tmp_path)
+        assert alone.wait() == 0, alone.stderr
+    for words in (
+        (*prune, "--recover", "--recover-steps", "2", "--out", "both"),
+        (*recover, "--out", "two"),
+    ):
+        process = torchrun("osscar", *words, place=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("saved: ") == process.stdout.count("held out: ") == 1
+    names = ("small", "alone", "two", "both")
+    small, one, two, _ = (osscar.load(tmp_path / name).state_dict() for name in names)
+    assert not all(torch.equal(x, small[name]) for name, x in one.items())
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=2e-3, atol=1e-4)  # float16 on disk
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*names, "text.txt"))
 
 
 def torchrun(module: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[str]:

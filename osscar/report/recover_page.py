@@ -1,0 +1,27 @@
+"""The page of ``osscar recover``, made of its JSON document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from osscar.report.page import asked_table, render
+from osscar.report.recovery import recovery_asked, recovery_section
+
+
+def recover_page(document: Mapping[str, Any]) -> str:
+    """Return the page of a recovery.
+
+    Parameters
+    ----------
+    document
+        An ``osscar.recover/1``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
+    """
+    computed = {f"computed: {key}": value for key, value in document["computed"].items()}
+    asked = {"model": document["model"], "dense": document["dense"]}
+    return render(
+        "recover.html.j2",
+        document=document,
+        recovery=recovery_section(document["recovery"]),
+        asked=asked_table({**asked, **recovery_asked(document["recovery"]), **computed}),
+    )

@@ -1,0 +1,125 @@
+"""What a recovery came to, in words, in a table and in a picture, made of its document alone.
+
+That is what `Recovery.document` returns: the ``recovery`` of ``osscar.recover`` and
+``osscar.prune``, as ``docs/json.md`` describes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lazy_loader
+from rich.table import Table
+
+from osscar.base.printable import capitalized, pluralize
+from osscar.report.page import told
+from osscar.report.tables import decimals, new_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from osscar.report import figures
+else:  # a terminal needs no picture
+    figures = lazy_loader.load("osscar.report.figures", suppress_warning=True)
+
+_DISTANCES = {
+    "nats": "divergence from the dense predictions, nats",
+    "relative": "squared error of the outputs, relative to the dense ones",
+    "loss": "the given loss",
+}
+"""What a distance on held-out samples is, by its measure."""
+
+_UNITS = {"nats": "nats a prediction", "relative": "of the squared outputs", "loss": "of the loss"}
+
+
+def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a terminal is told of a recovery."""
+    settings, points = recovery["settings"], recovery["points"]
+    yield f"held out: {_outcome(recovery)}"
+    weights = "weights" if settings["train"] == "all" else f"weights ({settings['train']})"
+    trained = pluralize(recovery["samples"], "sample")
+    found = "" if settings["learning_rate"] else ", the best of a few that were tried"
+    yield (
+        f"training: {recovery['trained']:,} {weights} on {trained}, at a learning rate of "
+        f"{recovery['learning_rate']:g}{found}"
+    )
+    last = points[-1]
+    if last["held_out"] is None:
+        yield f"stopped: at step {last['step']}, since the model's outputs were not finite there"
+    elif last["step"] < settings["steps"]:
+        yield (
+            f"stopped: after {last['step']} of {settings['steps']} steps, since the held-out "
+            "samples got no better"
+        )
+
+
+def _outcome(recovery: Mapping[str, Any]) -> str:
+    """Say what became of the distance from the dense model."""
+    unit, after = _UNITS[recovery["measure"]], decimals(recovery["after"])
+    before = f"{decimals(recovery['before'])} {unit} from the dense model"
+    took = f"on {pluralize(recovery['held_out'], 'sample')}, in {recovery['seconds']:.1f} s"
+    if not recovery["kept"]:
+        return f"{before} was the nearest, {took}; the weights are those that it came with"
+    return f"{before} became {after} by step {recovery['kept']}, {took}"
+
+
+def recovery_table(recovery: Mapping[str, Any]) -> Table:
+    """Return one row for each look at the held-out samples."""
+    return new_table(
+        _DISTANCES[recovery["measure"]],
+        *("step >", "training >", "held out >", "seconds >", "kept"),
+        rows=(
+            (
+                str(point["step"]),
+                decimals(point["loss"]) if point["loss"] is not None or not index else "not finite",
+                "not finite" if point["held_out"] is None else decimals(point["held_out"]),
+                f"{point['seconds']:.1f}",
+                "yes" if point["step"] == recovery["kept"] else "",
+            )
+            for index, point in enumerate(recovery["points"])
+        ),
+    )
+
+
+def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what pages show of a recovery."""
+    caption = (
+        "How far the smaller model is from the dense one, before and in the course of the "
+        "training. Held-out samples train nothing; the step at which they are nearest is kept."
+    )
+    return {
+        "sentences": [f"{capitalized(line)}." for line in recovery_lines(recovery)],
+        "picture": figures.picture("recovery", caption, recovery_figure(recovery)),
+        "table": recovery_table(recovery),
+    }
+
+
+def recovery_asked(recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was asked of a recovery, and what is known of its data, by name."""
+    settings = {f"recovery: {name}": value for name, value in recovery["settings"].items()}
+    return settings | told(recovery["data"], "recovery data:")
+
+
+def recovery_figure(recovery: Mapping[str, Any]) -> Figure:
+    """Draw the distance from the dense model over the steps."""
+    figure, axes = figures.small_figure()
+    points = [point for point in recovery["points"] if point["held_out"] is not None]
+    losses = [point for point in recovery["points"] if point["loss"] is not None]
+    at, held = zip(*((point["step"], point["held_out"]) for point in points), strict=True)
+    axes.plot(at, held, "o-", color=figures.COLORS[0], markersize=4, label="held out")
+    if losses:
+        axes.plot(
+            [point["step"] for point in losses], [point["loss"] for point in losses],
+            "--", color=figures.COLORS[1], linewidth=1, label="training",
+        )  # fmt: skip
+    axes.plot(
+        [recovery["kept"]], [recovery["after"]], "o", color=figures.COLORS[2], markersize=9,
+        markerfacecolor="none", markeredgewidth=1.5, label="kept",
+    )  # fmt: skip
+    top = max([*held, *(point["loss"] for point in losses)])
+    axes.set_ylim(0, figures.ROOM_ABOVE * top if top > 0 else 1)
+    axes.set_xlabel("steps")
+    axes.set_ylabel(_UNITS[recovery["measure"]])
+    figures.legend(figure, 3)
+    return figure
