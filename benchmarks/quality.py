@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda, default otherwise": {"backend": "wanda"},
     "flap, uniform": {**UNIFORM, "backend": "flap"},
     "fluctuation": {"allocation": "fluctuation"},
+    "batch norm estimated": {"batch_norm": "estimate"},
 }
 BASELINES = tuple(METHODS)[:7]
 
@@ -262,20 +263,26 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
+    parser.add_argument("--sources", nargs="*", choices=("same form", "shifted"))
+    parser.add_argument("--seeds", nargs="*", type=int)
+    parser.add_argument("--samples", nargs="*", type=int, default=[None])
+    return parser.parse_args()
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of rows is told."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--settings", nargs="*", help="only those that hold one of these texts")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=BASELINES)
-    parser.add_argument("--sources", nargs="*", choices=("same form", "shifted"))
-    parser.add_argument("--seeds", nargs="*", type=int)
-    parser.add_argument("--samples", nargs="*", type=int, default=[None])
     parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
     parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
     parser.add_argument("--windows", type=int, default=40, help="score only the first N windows")
     parser.add_argument("--images", type=int, default=2000, help="score only N images")
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    return parser
 
 
 def asked(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -296,8 +303,8 @@ def done(row: Row, arguments: argparse.Namespace) -> bool:
     return (arguments.directory / row.key).exists()
 
 
-def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -> None:
-    """Prune and score one model, and write what was found."""
+def pruned(row: Row, task: Task, subject: Any, device: str) -> osscar.PruningResult:
+    """Prune one model as its row says."""
     (setting,) = [s for s in task.settings if s.name == row.setting]
     data = subject.calibration(row.source, row.samples, row.seed)
     request = {**setting.asked, **METHODS[row.method], "seed": row.seed}
@@ -306,8 +313,13 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
     elif setting.units:
         request = {**setting.units, **METHODS[row.method], "seed": row.seed}
         del request["allocation"]
+    return osscar.prune(subject.model, data, device=device, **request)
+
+
+def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -> None:
+    """Prune and score one model, and write what was found."""
     began = time.process_time()
-    result = osscar.prune(subject.model, data, device=arguments.device, **request)
+    result = pruned(row, task, subject, arguments.device)
     seconds = time.process_time() - began
     budget = result.budget
     content = {

@@ -11,9 +11,15 @@ import torch
 import graph
 import osscar
 import osscar.shrinking.follow
+from osscar.data.prose import Split, builtin_text
 from tests.docs.pages import PAGES, blocks
 
-SMALL = {'"smollm2-135m"': '"demo"', "samples=32, seqlen=512": "samples=4, seqlen=64"}
+SMALL = {
+    '"smollm2-135m"': '"demo"',
+    "samples=32, seqlen=512": "samples=4, seqlen=64",
+    "samples=264, seqlen=512": "samples=12, seqlen=32",
+    "steps=64": "steps=4",
+}
 
 PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
@@ -32,6 +38,7 @@ def run(page: str) -> dict[str, Any]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with the files that pages name, and tables that are put back afterwards."""
     (tmp_path / "calibration.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    (tmp_path / "more.txt").write_text(builtin_text(Split.CALIBRATION))
     monkeypatch.chdir(tmp_path)
     rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
     monkeypatch.setattr(rules, "_rules", dict(rules._rules))
@@ -77,6 +84,13 @@ def check_vision(names: dict[str, Any]) -> None:
     model, example, stated = names["stating"]()
     assert model(example).shape == (2, 10)
     assert stated == osscar.Preprocessing(mean=(0.49, 0.48, 0.45), std=(0.25,), channels=3)
+
+
+def check_recover(names: dict[str, Any]) -> None:
+    first, again = names["recovery"], names["again"]
+    assert first.after <= first.before
+    assert (first.measure, again.measure) == ("nats", "loss")
+    assert Path("recovered").is_dir()
 
 
 def check_mathematics(names: dict[str, Any]) -> None:
@@ -136,6 +150,7 @@ CHECKS = {
     "docs/howto/estimate.md": check_estimate,
     "docs/vision.md": check_vision,
     "docs/walk.md": check_walk,
+    "docs/recover.md": check_recover,
     "docs/mathematics.md": check_mathematics,
     "docs/howto/backend.md": check_backend,
     "docs/howto/architecture.md": check_architecture,
