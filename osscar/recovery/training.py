@@ -38,8 +38,9 @@ _CLIP = 1.0
 _CHECKS = 8
 """Times that the held-out samples are looked at, evenly spread over the steps."""
 
-_PATIENCE = 4
-"""Looks without a better one after which the training ends."""
+_RISES = 3
+"""So many looks in a row, each farther from the dense model than the one before, end a training: a
+single one may be farther as long as the learning rate is high."""
 
 _RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 _PROBE = 2
@@ -163,7 +164,7 @@ class Training:
         """Return the rate of a few rising ones at which the model is nearest to the dense one.
 
         A range test (Smith, Cyclical Learning Rates, 2017): each rate begins where the one before
-        has led, until two in a row lead away.  The model is left as it was.
+        has led, until two in a row are farther off than the first.  The model is left as it was.
         """
         before, found = self._values(), list[float]()
         optimizer = _Optimizer(self, 1.0, partial(LambdaLR, lr_lambda=_tried))
@@ -175,7 +176,7 @@ class Training:
                 distance = self.distance()
                 found.append(math.inf if distance is None else distance)
                 bar.advance()
-                if len(found) - 1 - found.index(min(found)) == 2:
+                if min(found[-2:]) > found[0]:
                     break
         self._set(before)
         return _RATES[found.index(min(found))]
@@ -355,8 +356,9 @@ def kept_point(points: Sequence[Point]) -> Point:
 
 def _is_over(points: Sequence[Point]) -> bool:
     """Whether it is of no use to go on."""
-    without = len(points) - 1 - points.index(kept_point(points))
-    return points[-1].held_out is None or without >= _PATIENCE
+    last = [math.inf if one.held_out is None else one.held_out for one in points[-_RISES - 1 :]]
+    rising = len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
+    return rising or last[-1] == math.inf
 
 
 def _finite(number: float) -> float | None:

@@ -46,7 +46,7 @@ def test_each_step_moves_and_eight_looks_are_taken(steps, monkeypatch):
         return original(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(loop, "_PATIENCE", 100)
+    monkeypatch.setattr(loop, "_RISES", 100)
     recovery = osscar.recover(
         perturbed(net()), net(), numbers(), steps=steps, learning_rate=1e-3, **CPU
     )
@@ -129,7 +129,8 @@ def test_what_is_kept_and_when_it_ends():
         (points(1.0, 1.0), 0, False),
         (points(1.0, 0.5, None), 1, True),
         (points(1.0, 0.5, 0.6, 0.5, 0.7), 1, False),
-        (points(1.0, 0.5, 0.6, 0.5, 0.7, 0.5), 1, True),
+        (points(1.0, 0.5, 0.6, 0.7, 0.65, 0.8), 1, False),
+        (points(1.0, 0.5, 0.6, 0.7, 0.8), 1, True),
         (points(1.0, 2.0, 3.0, 4.0, 5.0), 0, True),
         (points(1.0, 2.0, 3.0, 4.0, 0.9), 4, False),
     ):
