@@ -80,14 +80,16 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Fields of the request."""
-        return {key: value for key, value in vars(self).items() if key != "pruned"}
+        """Fields of the request; ``lora-16`` trains adapters of rank 16."""
+        fields = {key: value for key, value in vars(self).items() if key != "pruned"}
+        kind, _, rank = self.train.partition("-")
+        return {**fields, "train": "all", "lora": int(rank)} if kind == "lora" else fields
 
     @property
     def words(self) -> dict[str, Any]:
         """What tells it from others, for its file."""
         model = {key: getattr(self.pruned, key) for key in ("task", "setting", "method")}
-        return {**model, **self.asked}
+        return {**model, **self.asked, "train": self.train}
 
 
 def main() -> None:
