@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import warnings
 from collections import Counter
 
 import torch
@@ -74,7 +75,8 @@ def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))
     )
-    with torch.random.fork_rng(graphics_cards(model)):
+    with torch.random.fork_rng(graphics_cards(model)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
 
