@@ -43,7 +43,7 @@ def adaptable(model: nn.Module) -> list[str]:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is the product that it seems; peft has no other convolutions."""
     if type(module) in _CONVOLUTIONS:
-        ones = {module.groups, *module.dilation}  # type: ignore[arg-type, misc]
+        ones = {module.groups, *module.dilation}  # type: ignore[misc]
         return ones == {1} and module.padding_mode == "zeros"
     return type(module) in (nn.Linear, Conv1D)
 

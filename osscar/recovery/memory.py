@@ -196,7 +196,8 @@ def needed(training: Training) -> Memory:
 
 def _most_in_passes(training: Training) -> int:
     """Return the most bytes of tensors that passes make, gradients included."""
-    with _Live() as live:  # type: ignore[no-untyped-call]
+    live = _Live()
+    with live:
         training.try_passes()
     return live.most
 
@@ -216,7 +217,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that operators make while it is on, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._now = 0
         self._known: set[int] = set()

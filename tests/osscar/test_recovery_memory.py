@@ -186,6 +186,7 @@ def test_a_limit_that_nothing_fits_is_an_error_that_tells_the_least():
         ways(11)
 
 
+@pytest.mark.slow
 def test_a_limit_is_kept_and_said(dense, smaller, windows, told):
     usual, least = told().total, told(checkpointing=True, lora=16).total
     request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", max_memory=usual - 1)
