@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
 from osscar.allocation.curvature import logits_of
 from osscar.base.errors import NonFiniteError
@@ -94,6 +95,7 @@ def thinned(logarithms: Tensor, samples: int) -> Tensor:
 def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:
     """Return the Kullback-Leibler divergences of log-probabilities, summed up in float64."""
     terms = dense.exp() * (dense - found)
-    if dense.amin() == -torch.inf:  # what is impossible counts nothing, whatever the other says
+    # What is impossible counts nothing, whatever the other says.
+    if not computes_shapes_alone() and dense.amin() == -torch.inf:
         terms = torch.where(dense == -torch.inf, 0.0, terms)
     return terms.sum(-1).double().sum()

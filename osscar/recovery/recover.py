@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -39,7 +39,9 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
+from osscar.recovery.adapters import add_adapters, merge_adapters
 from osscar.recovery.log import Point, RecoveryLog, Standing
+from osscar.recovery.memory import Memory, fitting, room
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.target import HeldOut, Measure, Target, joined
 from osscar.recovery.training import Training, kept_point
@@ -90,8 +92,10 @@ class Recovery:
         How many parameters were trained.
     seconds
         Wall time.
+    memory
+        What it was told to need.
     request
-        What was asked for.
+        What was asked for, with the way to train that fitted.
     data
         What reports say of the samples.
     """
@@ -104,6 +108,7 @@ class Recovery:
     held_out: int
     trained: int
     seconds: float
+    memory: Memory
     request: RecoveryRequest
     data: Mapping[str, Any]
 
@@ -137,6 +142,7 @@ class Recovery:
             "held_out": self.held_out,
             "trained": self.trained,
             "seconds": self.seconds,
+            "memory_bytes": self.memory.total,
         }
 
 
@@ -147,6 +153,7 @@ def recover_as_asked(
     request: RecoveryRequest,
     log: RecoveryLog | None = None,
     ranks: Ranks = ALONE,
+    told: Callable[[Memory], None] = lambda _: None,
 ) -> Recovery:
     """Train a smaller model towards its dense one; neither is changed.
 
@@ -167,6 +174,8 @@ def recover_as_asked(
         ranks, the first has it.
     ranks
         The processes that are asked for the same, and share out the samples of each step.
+    told
+        Told what memory is needed, before the training begins.
 
     Returns
     -------
@@ -181,8 +190,12 @@ def recover_as_asked(
         If the models cannot read the data, or there are too few of them.
     NonFiniteError
         If weights are not finite, or what a model puts out on the held-out samples.
+    MissingDependency
+        If peft is needed, and not installed.
+    NoMemoryError
+        If it needs more memory than it may take, in whatever way it is trained.
     OptionError
-        If the model has no such weights as are to be trained.
+        If the model has no blocks to checkpoint, or no such weights as are to be trained.
     JournalError
         If the log is of another recovery.
 
@@ -208,12 +221,17 @@ def recover_as_asked(
         inputs = as_inputs(dense, data)
         if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
             as_inputs(model, data)
-        training, deciding = _training(model, dense, data, inputs, request, ranks)
+        prepared = _prepared(model, dense, data, inputs, request, ranks)
+        training, deciding, request, memory = prepared
+        told(memory)
         with _begun(log, model, dense, inputs, request, ranks) as known:
             rate = request.learning_rate if known is None else known.rate
             rate = training.found_rate() if rate is None else rate
             points = training.run(request.steps, rate, log, known)
         trained = sum(weight.numel() for weight in training.weights().values())
+        _give_own_weights(training.model, training.dense)
+        if request.lora is not None:
+            merge_adapters(training.model)
         work = _as_it_came(training.model, model)
     note_calibration(work, data, inputs.settings)
     return Recovery(
@@ -225,6 +243,7 @@ def recover_as_asked(
         held_out=deciding,
         trained=trained,
         seconds=time.perf_counter() - start,
+        memory=memory,
         request=request,
         data={**inputs.settings, **data_record(data)},
     )
@@ -244,15 +263,18 @@ def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
     _split(as_inputs(dense, data), dense, request)
 
 
-def _training(
+def _prepared(
     model: nn.Module,
     dense: nn.Module,
     data: Any,
     inputs: ModelInputs,
     request: RecoveryRequest,
     ranks: Ranks,
-) -> tuple[Training, int]:
-    """Set up the training of a copy of a model; return how many samples decide, too."""
+) -> tuple[Training, int, RecoveryRequest, Memory]:
+    """Set up the training of a copy of a model, in a way that fits into the memory there is.
+
+    With it come how many samples decide, the way to train, and what that needs.
+    """
     device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
     teacher = dense if device_of(dense) == device else copied(dense).to(device)
     samples, deciding = _split(inputs, teacher, request)
@@ -262,30 +284,44 @@ def _training(
     at_once = 1 if inputs.apart else request.micro_batch_size or usual
     batches = joined(deciding, at_once)
     target = Target.of(teacher, inputs, batches, request.loss)
-    work = _trainable(in_evaluation(copied(model)).to(device), dense, request)
-    state = ModelState(work)
-    with state.watching():
-        target.check_alike(work, teacher, batches[0])
-    state.put_back()
+    held = HeldOut.of(target, teacher, batches, ranks)
+    alike = _alike(model, teacher)
     shifts = request.augment != "none" and isinstance(data, ImageSet)
-    training = Training(
-        model=work,
-        state=state,
-        formats={name: tensor.dtype for name, tensor in _tensors(model)},
-        dense=teacher,
-        samples=samples,
-        held=HeldOut.of(target, teacher, batches, ranks),
-        ranks=ranks,
-        size=size,
-        at_once=at_once,
-        precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
-        seed=request.seed,
-        augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
-    )
+
+    def setup(way: RecoveryRequest) -> Training:
+        work = _trainable(model, teacher, alike, device, way)
+        state = ModelState(work)
+        with state.watching():
+            target.check_alike(work, teacher, batches[0])
+        state.put_back()
+        return Training(
+            model=work,
+            state=state,
+            formats=_formats(work, model),
+            dense=teacher,
+            samples=samples,
+            held=held,
+            ranks=ranks,
+            size=size,
+            at_once=way.micro_batch_size or at_once,
+            precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
+            seed=request.seed,
+            augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
+            checkpointing=way.checkpointing,
+        )
+
+    def chosen() -> tuple[RecoveryRequest, Memory]:
+        space = room(device, request.max_memory)
+        way, memory = fitting(request, model, at_once, space, setup)
+        return replace(way, loss=None), memory  # the others have it, and it may be of any sort
+
+    way, memory = ranks.broadcast("the way to train", chosen)
+    way = replace(way, loss=request.loss)
+    training = setup(way)
     if training.distance() is None:
-        which = "smaller" if training.held.distance(teacher) is not None else "dense"
+        which = "smaller" if held.distance(teacher) is not None else "dense"
         raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
-    return training, len(deciding)
+    return training, len(deciding), way, memory
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -310,25 +346,80 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         )
 
 
-def _trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> nn.Module:
-    """Let gradients flow to what is to be trained, in a format in which small steps count."""
-    shapes = {name: weight.shape for name, weight in dense.named_parameters()}
+def _alike(model: nn.Module, dense: nn.Module) -> frozenset[str]:
+    """Return the names of the weights that pruning has left as they are in the dense model."""
+    others = dict(dense.named_parameters())
+    return frozenset(
+        name
+        for name, weight in model.named_parameters()
+        if name in others
+        and others[name].dtype == weight.dtype
+        and torch.equal(others[name], weight.to(others[name].device))
+    )
+
+
+def _trainable(
+    model: nn.Module,
+    dense: nn.Module,
+    alike: frozenset[str],
+    device: torch.device,
+    request: RecoveryRequest,
+) -> nn.Module:
+    """Return a copy in which gradients flow to what is trained, in a format for small steps.
+
+    What is not trained, and `alike`, are the dense model's tensors.
+    """
+    others = dict(dense.named_parameters())
+    trained = _trained(model, others, request)
+    program = isinstance(model, ProgramModule)  # whose number formats are in its code
+
+    def moved(tensor: Tensor) -> Tensor:
+        half = tensor.dtype in (torch.float16, torch.bfloat16) and not program
+        return tensor.detach().to(device, torch.float32 if half else tensor.dtype, copy=True)
+
+    instead: dict[int, Tensor] = {id(one): moved(one) for one in model.buffers()}
+    for name, weight in model.named_parameters():
+        same = name in alike - trained and (program or weight.dtype == torch.float32)
+        values = others[name].detach() if same else moved(weight)
+        instead[id(weight)] = nn.Parameter(values, requires_grad=name in trained)
+    work = in_evaluation(copied(model, instead))
+    if request.lora is not None:
+        add_adapters(work, request.lora, request.seed)
+    elif not trained:
+        raise OptionError(f"train is {request.train!r}, and the model has no such weights")
+    return work
+
+
+def _trained(
+    model: nn.Module, others: Mapping[str, Tensor], request: RecoveryRequest
+) -> frozenset[str]:
+    """Return the names of the weights that are trained themselves."""
     chosen: Callable[[str, Tensor], bool] = {
-        "all": lambda name, weight: True,
-        "pruned": lambda name, weight: shapes.get(name) != weight.shape,
+        "all": lambda name, weight: request.lora is None,
+        "pruned": lambda name, weight: name not in others or others[name].shape != weight.shape,
         "norms": lambda name, weight: weight.ndim <= 1,
     }[request.train]
-    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    if not isinstance(model, ProgramModule):  # the number formats of a program are in its code
-        for _, tensor in _tensors(model):
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = tensor.data.float()
-    for name, weight in model.named_parameters():
-        frozen = bool(learning) and name not in learning
-        weight.requires_grad_(weight.is_floating_point() and not frozen and chosen(name, weight))
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise OptionError(f"train is {request.train!r}, and the model has no such weights")
-    return model
+    weights = dict(model.named_parameters())
+    learning = {name for name, weight in weights.items() if weight.requires_grad} or set(weights)
+    return frozenset(
+        name
+        for name in learning
+        if weights[name].is_floating_point() and chosen(name, weights[name])
+    )
+
+
+def _formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the number formats in which a copy comes back; adapters have their own."""
+    due = {name: tensor.dtype for name, tensor in _tensors(model)}
+    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in _tensors(work)}
+
+
+def _give_own_weights(model: nn.Module, dense: nn.Module) -> None:
+    """Copy the weights that a model shares with the dense one."""
+    others = {weight.data_ptr() for weight in dense.parameters()}
+    for weight in model.parameters():
+        if weight.data_ptr() in others:
+            weight.data = weight.data.clone()
 
 
 def _as_it_came(model: nn.Module, before: nn.Module) -> nn.Module:
@@ -416,6 +507,7 @@ def _begun(
     versions = {name: version(name) for name in ("torch", "transformers")}
     tensors = (*dense.named_parameters(), *dense.named_buffers())
     asked: dict[str, Any] = {**request.to_json(), **versions, "osscar": __version__}
+    del asked["max_memory"]  # what it leads to is among the others
     asked["dense"] = sha256_of(tensors)
     made = Fingerprint.of(model, inputs, 1)
     manifest = JournalManifest("osscar.recovery-log/1", asked, made)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from osscar.base.errors import OptionError
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import parse_size, safe_repr
 from osscar.request import Range, as_text, checked, count_from
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ def _loss(name: str, value: Any) -> Any:
             f"{name} is {safe_repr(value)}; give a function of what the smaller and the dense "
             "model put out for the same batch"
         )
+    return value
+
+
+def _memory(name: str, value: Any) -> Any:
+    parse_size(value)
     return value
 
 
@@ -43,6 +48,17 @@ class RecoveryRequest:
         Which weights are trained: ``all``; ``pruned``, those which lost rows or columns; or
         ``norms``, scales and biases, vectors all of them.  What a model freezes stays, unless it
         freezes everything.
+    lora
+        The rank of adapters that are trained in the place of matrices, all else as it is, and
+        merged into these at the end; needs peft (``pip install 'osscar[recover]'``).
+    checkpointing
+        Whether blocks of the model are computed again in the backward pass, which takes a third
+        more time and keeps less in memory.
+    max_memory
+        The most that the recovery may take besides what the process has, such as ``8GB``, or a
+        number of bytes; by default all that is free.  If it needs more, the first of these that
+        helps is done: smaller micro-batches, where their size is not given; `checkpointing`, too;
+        adapters of rank 16, too, where all weights would be trained.
     held_out
         Samples that train nothing: they decide when to stop, and which step is kept.  By default an
         eighth of all, at most 8 windows, or 128 of anything else.
@@ -73,6 +89,9 @@ class RecoveryRequest:
         float | None, Range(float, lambda rate: 0 < rate <= 1, "a number above 0, at most 1")
     ] = None
     train: Literal["all", "pruned", "norms"] = "all"
+    lora: Annotated[int | None, count_from(1)] = None
+    checkpointing: bool = False
+    max_memory: Annotated[str | int | None, _memory] = None
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] = "flip-shift"
     loss: Annotated["Loss | None", _loss] = None
@@ -82,6 +101,11 @@ class RecoveryRequest:
 
     def __post_init__(self) -> None:
         checked(self)
+        if self.lora is not None and self.train != "all":
+            raise OptionError(
+                f"train is {self.train!r} and lora {self.lora}, whose adapters are trained in the "
+                "place of weights; give one of the two"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data; a loss of the caller's is named."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -20,10 +21,11 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 from osscar.base.errors import JournalError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
-from osscar.base.ranks import Ranks
+from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
+from osscar.recovery.checkpointing import checkpointing
 from osscar.recovery.log import Point, RecoveryLog, Standing
 from osscar.recovery.target import HeldOut, joined
 
@@ -42,7 +44,7 @@ _RISES = 3
 """So many looks in a row, each farther from the dense model than the one before, end a training: a
 single one may be farther as long as the learning rate is high."""
 
-_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 _PROBE = 2
 """Learning rates that are tried one after the other, and steps with each of them."""
 
@@ -82,6 +84,8 @@ class Training:
         Of the order of the samples.
     augmented
         Changes a sample, given the number of its turn.
+    checkpointing
+        Whether blocks are computed again in the backward pass.
     """
 
     model: nn.Module
@@ -96,6 +100,7 @@ class Training:
     precision: torch.dtype | None
     seed: int
     augmented: Callable[[Batch, int], Batch] = lambda sample, _: sample
+    checkpointing: bool = False
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by name."""
@@ -107,6 +112,15 @@ class Training:
             found = self.held.distance(self.model)
         self.state.put_back()
         return found
+
+    def try_passes(self) -> None:
+        """Run two micro-batches of the largest sample as a step of this process does."""
+        share = -(-self.size // self.ranks.size)
+        largest = max(self.samples, key=lambda one: sum(x.numel() for x in one.values()))
+        alone = dataclasses.replace(self, ranks=ALONE)
+        optimizer = _Optimizer(alone, 1.0, partial(LambdaLR, lr_lambda=_tried))
+        for batch in joined([largest] * min(share, 2 * self.at_once), self.at_once):
+            optimizer.add_gradients(batch, self.size)
 
     def run(
         self,
@@ -246,7 +260,7 @@ class _Optimizer:
         training, ranks = self._training, self._training.ranks
         total = torch.zeros((), dtype=torch.float64, device=device_of(training.model))
         for batch in joined(samples[ranks.rank :: ranks.size], training.at_once):
-            total += self._add_gradients(batch, len(samples))
+            total += self.add_gradients(batch, len(samples))
         gradients = [self._gradient(name) for name in self._weights]
         ranks.all_reduce("the gradients of a step", [*gradients, total])
         nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
@@ -259,12 +273,14 @@ class _Optimizer:
                     weight.copy_(self._finer[name])
         return float(total)
 
-    def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
+    def add_gradients(self, batch: Batch, samples: int) -> Tensor:
         """Go forward and backward on a part of so many samples; return its part of the loss."""
         training, target = self._training, self._training.held.target
         mine = target.inputs.count(batch)
         kind = device_of(training.model).type
+        again = checkpointing(training.model) if training.checkpointing else nullcontext()
         with (
+            again,
             torch.autocast(kind, training.precision, training.precision is not None),
             torch.backends.cudnn.flags(enabled=not self._recurrent),
         ):

@@ -1,0 +1,91 @@
+"""Adapters of low rank, which are trained in the place of matrices (LoRA: Hu et al., 2021).
+
+They are peft's; once merged, nothing of them is left in a model but other values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import warnings
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from osscar.base.errors import MissingDependency, OptionError
+from osscar.network.modules import graphics_cards
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of those inside them, and do not always call these."""
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Return the names of the modules whose matrices adapters can stand beside.
+
+    A matrix that several modules share is none, as a head is that is tied to an embedding.
+    """
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    read = {
+        inner for one in model.modules() if isinstance(one, _READERS) for inner in one.modules()
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and module not in read and _is_plain(module) and uses[id(module.weight)] == 1
+    ]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is the product that it seems; peft has no other convolutions."""
+    if type(module) in _CONVOLUTIONS:
+        ones = {module.groups, *module.dilation}  # type: ignore[misc]
+        return ones == {1} and module.padding_mode == "zeros"
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def has_peft() -> bool:
+    """Whether the package is installed that makes adapters."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
+    """Put adapters beside all matrices of a model, in place; nothing else takes gradients then.
+
+    Raises
+    ------
+    MissingDependency
+        If peft is not installed.
+    OptionError
+        If there is no such matrix.
+    """
+    names = adaptable(model)
+    if not names:
+        raise OptionError(
+            f"lora is {rank}, and {type(model).__name__} has no modules with matrices that "
+            "adapters could stand beside; leave it away"
+        )
+    if not has_peft():
+        raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))
+    )
+    with torch.random.fork_rng(graphics_cards(model)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add what adapters have learned to the matrices, in place, and take the adapters away."""
+    layers = importlib.import_module("peft.tuners.tuners_utils")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, layers.BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config

@@ -1,0 +1,84 @@
+"""Gradient checkpointing: what a block keeps for the backward pass is computed again there.
+
+As Chen et al. have it (2016); transformers' own is for training mode, with dropout, while a
+recovery trains in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from osscar.base.errors import OptionError
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model repeats, none of which is inside another.
+
+    They are what transformers says, or of a list or sequence the members of one class.
+    """
+    found = {one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)}
+    if not found:
+        for holder in model.modules():
+            if isinstance(holder, nn.ModuleList | nn.Sequential):
+                classes = Counter(map(type, holder))
+                found |= {one for one in holder if classes[type(one)] > 1 and any(one.children())}
+    return list(_outermost(model, found))
+
+
+def _outermost(module: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if child in found:
+            yield child
+        else:
+            yield from _outermost(child, found)
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let each block of a model keep only what it is given, in the passes of a `with` block.
+
+    Raises
+    ------
+    OptionError
+        If the model repeats no blocks, or if one writes to what it is given.
+    """
+    before = [(one, vars(one).get("forward")) for one in blocks(model)]
+    if not before:
+        raise OptionError(
+            f"checkpointing is asked for, and {type(model).__name__} repeats no blocks that could "
+            "be computed again; leave it away"
+        )
+    try:
+        for block, _ in before:
+            block.forward = _checkpointed(block)
+        yield
+    finally:
+        for block, own in before:
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+def _checkpointed(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        versions = [tensor._version for tensor in given]
+        result = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if [tensor._version for tensor in given] != versions:
+            raise OptionError(
+                f"{type(block).__name__} writes to what it is given, so that it cannot be computed "
+                "again: leave checkpointing away"
+            )
+        return result
+
+    return call

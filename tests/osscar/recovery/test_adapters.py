@@ -1,0 +1,190 @@
+"""Adapters: beside which matrices they stand, and that nothing of them is left but values."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import osscar
+from osscar.base.errors import MissingDependency, OptionError
+from osscar.network.modules import copied
+from osscar.recovery import adapters, training
+from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
+from osscar.recovery.log import RecoveryLog
+from osscar.recovery.recover import Recovery, recover_as_asked
+from osscar.recovery.request import RecoveryRequest
+from tests.osscar.networks import images, small_net
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return torch.randint(64, (16, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def smaller(dense: nn.Module, windows: torch.Tensor) -> nn.Module:
+    """Return a pruned model with something to learn again."""
+    model = osscar.prune(dense, windows, sparsity=0.3).model
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_proj.weight.mul_(0.3)
+    return model
+
+
+def recovered(
+    smaller: nn.Module,
+    dense: nn.Module,
+    data: torch.Tensor,
+    log: RecoveryLog | None = None,
+    **asked,
+) -> Recovery:
+    request = RecoveryRequest(**{"steps": 8, "learning_rate": 1e-2, "device": "cpu", **asked})
+    return recover_as_asked(smaller, dense, data, request, log)
+
+
+def test_adapters_leave_nothing_but_other_values(dense, smaller, windows):
+    before = copy.deepcopy(smaller.state_dict())
+    result = recovered(smaller, dense, windows, lora=2)
+    assert result.after < result.before
+    assert result.trained == sum(
+        2 * sum(one.weight.shape) for one in map(smaller.get_submodule, adaptable(smaller))
+    )
+    assert [(n, type(m), set(vars(m))) for n, m in result.model.named_modules()] == [
+        (n, type(m), set(vars(m))) for n, m in smaller.named_modules()
+    ]
+    after = result.model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[name].shape == one.shape for name, one in before.items())
+    changed = {name for name, one in before.items() if not torch.equal(one, after[name])}
+    assert changed == {f"{name}.weight" for name in adaptable(smaller)}
+    assert all(torch.equal(one, before[name]) for name, one in smaller.state_dict().items())
+
+
+def test_weights_that_were_shared_are_the_results_own(dense, smaller, windows):
+    before = copy.deepcopy(dense.state_dict())
+    model = recovered(smaller, dense, windows, lora=2, steps=1).model
+    assert not {x.data_ptr() for x in model.parameters()} & {
+        x.data_ptr() for one in (dense, smaller) for x in one.parameters()
+    }
+    assert all(torch.equal(one, before[name]) for name, one in dense.state_dict().items())
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(6, 6, 3, padding=1, groups=3)
+        self.dilated = nn.Conv2d(6, 6, 3, padding=2, dilation=2)
+        self.around = nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular")
+        self.head = nn.Linear(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.again = self.tied = nn.Linear(4, 4)
+        self.alike = nn.Linear(4, 4)
+        self.alike.weight = self.head_of_two = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.around(self.dilated(self.grouped(self.plain(x)))).mean((2, 3))
+        x = self.head(x)[:, None]
+        return self.tied(self.alike(self.attention(x, x, x)[0]))
+
+
+def test_only_matrices_that_a_module_has_alone_and_multiplies_by_are_adapted():
+    assert adaptable(Convolutions()) == ["plain", "head"]
+
+
+def test_merged_matrices_do_what_the_adapters_did():
+    torch.manual_seed(0)
+    model, x = Convolutions().eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    work = copied(model)
+    add_adapters(work, 2, seed=0)
+    assert torch.equal(work(x), before)
+    names = {name for name, one in work.named_parameters() if one.requires_grad}
+    assert {name.split(".lora_")[0] for name in names} == {"plain", "head"}
+    with torch.no_grad():
+        for one in work.parameters():
+            if one.requires_grad:
+                one.normal_()
+    adapted = work(x)
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    merge_adapters(work)
+    torch.testing.assert_close(work(x), adapted, rtol=1e-4, atol=1e-4)
+    assert list(work.state_dict()) == list(model.state_dict())
+
+
+def test_adapters_begin_as_the_seed_has_it():
+    drawn = torch.get_rng_state()
+    first, second, third = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+    torch.set_rng_state(drawn)
+    for model, seed in ((first, 1), (second, 1), (third, 2)):
+        add_adapters(model, 2, seed)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    one, two, three = (model[0].lora_A.default.weight for model in (first, second, third))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+
+
+def test_a_convolutional_network_recovers_with_adapters():
+    dense, data = small_net(), images(48)
+    smaller = osscar.prune(dense, data, sparsity=0.4).model
+    with torch.no_grad():
+        smaller.head.weight.mul_(0.5)
+    result = recovered(smaller, dense, data, lora=2, batch_size=16, learning_rate=1e-3)
+    assert result.after < result.before
+    assert list(result.model.state_dict()) == list(smaller.state_dict())
+
+
+def test_adapters_go_on_to_the_same_bytes(dense, smaller, windows, tmp_path, monkeypatch):
+    whole = recovered(smaller, dense, windows, lora=2)
+    log = RecoveryLog(tmp_path / "log")
+    steps, step = [], training._Optimizer.step
+
+    def killed(self, samples):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(samples)
+        return step(self, samples)
+
+    monkeypatch.setattr(training._Optimizer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(smaller, dense, windows, log, lora=2)
+    monkeypatch.setattr(training._Optimizer, "step", step)
+    again = recovered(smaller, dense, windows, log, lora=2)
+    assert [(p.step, p.held_out) for p in again.points] == [
+        (p.step, p.held_out) for p in whole.points
+    ]
+    found = again.model.state_dict()
+    assert all(torch.equal(one, found[name]) for name, one in whole.model.state_dict().items())
+
+
+def test_what_has_nothing_to_adapt_is_refused():
+    with pytest.raises(OptionError, match="lora is 4, and BatchNorm2d has no modules"):
+        add_adapters(nn.BatchNorm2d(3), 4, seed=0)
+
+
+def test_adapters_are_trained_in_the_place_of_weights():
+    with pytest.raises(OptionError, match="train is 'norms' and lora 4"):
+        RecoveryRequest(lora=4, train="norms")
+
+
+def test_peft_may_be_missing(monkeypatch):
+    monkeypatch.setattr(adapters, "has_peft", lambda: False)
+    monkeypatch.setattr(importlib, "import_module", None)
+    with pytest.raises(MissingDependency, match=r"osscar\[recover\]"):
+        add_adapters(nn.Sequential(nn.Linear(2, 2)), 4, seed=0)
