@@ -22,7 +22,7 @@ from osscar.cli.common import check_json_path, out, say, say_next, way_back, wri
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given
-from osscar.cli.recover import LOG, tell_data, tell_recovery
+from osscar.cli.recover import LOG, tell_data, tell_memory, tell_recovery
 from osscar.cli.saving import beside, finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
 from osscar.data.tokens import CalibrationSet
@@ -238,7 +238,9 @@ class _Job:
         if self.recovery is None:
             return result, None
         training = logs.recovery if ranks.first else None
-        recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks)
+        recovery = recover_as_asked(
+            result, model, trains_on, self.recovery, training, ranks, tell_memory
+        )
         return dataclasses.replace(result, model=recovery.model), recovery
 
     def _write_copies(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:

@@ -13,6 +13,7 @@ import torch
 from osscar.base.errors import CheckpointError, ModelError, OutputError
 from osscar.base.files import resolved, write_text
 from osscar.base.json_files import MEGABYTE, read_json
+from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks, together
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
@@ -29,6 +30,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.recovery.log import RecoveryLog
+from osscar.recovery.memory import Memory
 from osscar.recovery.recover import Recovery, recover_as_asked, windows_for
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.recover_page import recover_page
@@ -110,7 +112,7 @@ class _Job:
                 tell_data(smaller, data)
             own_log = log if ranks.first else None
             recovery = recover_as_asked(
-                smaller.model, dense.model, data, self.request, own_log, ranks
+                smaller.model, dense.model, data, self.request, own_log, ranks, tell_memory
             )
             if not ranks.first:
                 return  # the first alone writes and prints
@@ -224,6 +226,11 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
     else:
         what = f"{pluralize(len(data), data.sample_name)} of {data.source}"
     say(f"recovery: {what}; {Computed.of(loaded.model).sentence()}")
+
+
+def tell_memory(needed: Memory) -> None:
+    """Print what a recovery needs, before it starts."""
+    say(f"memory: up to {in_words(needed.total)} besides what the models have")
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:
