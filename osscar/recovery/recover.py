@@ -24,7 +24,7 @@ from osscar import __version__
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.printable import pluralize
+from osscar.base.printable import are, pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
@@ -464,9 +464,9 @@ def _split(
     size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
-            f"{pluralize(len(samples), 'sample')} are too few: {deciding} of them decide what is "
-            f"kept, {len(training)} share nothing with those, and a step has {size}; give more, or "
-            "a smaller --batch-size or --held-out"
+            f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: to decide what is "
+            f"kept takes {deciding}, {len(training)} share nothing with those, and a step has "
+            f"{size}; give more, or a smaller --batch-size or --held-out"
         )
     return training, held
 

@@ -37,7 +37,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model was calibrated on, so that it is recognized and never scored.
+    """What a model was calibrated or recovered on, so that it is recognized and never scored.
 
     `sha256` is that of a text, where it is known; `fingerprints` are those of samples of tensors.
     """
@@ -93,7 +93,7 @@ class Lineage:
     stored_dtype
         Number format of the dense model's weights on disk, such as ``bfloat16``.
     calibration
-        All that it was calibrated on, the oldest first.
+        All that it was calibrated or recovered on, the oldest first, each set once.
     dense
         What tells the weights of each model that it was pruned from, the oldest first; see
         `weights_digest`.
@@ -131,7 +131,7 @@ def data_record(calibration: Any) -> dict[str, Any]:
 
 
 def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
-    """Note what a model was calibrated on, where that can be recognized, and its inputs.
+    """Note what a model has seen, where that can be recognized, and its inputs.
 
     `settings` are what reports say of it: `shapes` and `dtypes` by name, if it is tensors.
     """
@@ -144,7 +144,7 @@ def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, 
     before = lineage_of(model)
     note(
         model,
-        calibration=(*before.calibration, Calibration.of(told)),
+        calibration=tuple(dict.fromkeys((*before.calibration, Calibration.of(told)))),
         preprocessing=told.get("preprocessing") or before.preprocessing,
     )
 

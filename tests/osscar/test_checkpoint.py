@@ -318,8 +318,11 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     assert lineage_of(again.model) == lineage
     assert lineage_of(copied(again.model)) == lineage
     assert again.stored_dtype == loaded.stored_dtype
-    twice = osscar.prune(again.model, windows, neurons="0.7", backend="magnitude", device="cpu")
-    assert len(lineage_of(twice.model).calibration) == 2  # neither is ever scored
+    others = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=32, seed=1)
+    seen = [Calibration.of(one.describe()) for one in (windows, others)]
+    for data, due in ((windows, seen[:1]), (others, seen)):  # none is ever scored
+        twice = osscar.prune(again.model, data, neurons="0.7", backend="magnitude", device="cpu")
+        assert [*lineage_of(twice.model).calibration] == due
     with pytest.raises(DataError, match="calibrated on this very text"):
         osscar.TextSet.of(loaded.tokenizer, builtin_text(Split.CALIBRATION)).refuse_overlap(
             lineage.calibration

@@ -358,7 +358,7 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
         (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
         (
             ("--sparsity", "0.5", "--recover", "--samples", 1),
-            "1 sample are too few: 1 of them decide what is kept",
+            "1 sample is too few: to decide what is kept takes 1",
         ),
         (("--sparsity", ","), "needs budgets"),
         (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
@@ -468,7 +468,11 @@ def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
     [
         (3, OptionError, r"recover is 3; give True, False, or an osscar\.RecoveryRequest"),
         ({"steps": 4}, OptionError, "recover is {'steps': 4}; give True"),
-        (osscar.RecoveryRequest(held_out=8), DataError, "8 samples are too few: 8 of them decide"),
+        (
+            osscar.RecoveryRequest(held_out=8),
+            DataError,
+            "8 samples are too few: to decide what",
+        ),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_anything_is_pruned(
