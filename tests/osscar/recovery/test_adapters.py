@@ -19,6 +19,7 @@ from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from tests.osscar.networks import images, small_net
+from tests.osscar.recovery.packages import needs_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 
@@ -58,6 +59,7 @@ def recovered(
     return recover_as_asked(smaller, dense, data, request, log)
 
 
+@needs_peft
 def test_adapters_leave_nothing_but_other_values(dense, smaller, windows):
     before = copy.deepcopy(smaller.state_dict())
     result = recovered(smaller, dense, windows, lora=2)
@@ -76,6 +78,7 @@ def test_adapters_leave_nothing_but_other_values(dense, smaller, windows):
     assert all(torch.equal(one, before[name]) for name, one in smaller.state_dict().items())
 
 
+@needs_peft
 def test_weights_that_were_shared_are_the_results_own(dense, smaller, windows):
     before = copy.deepcopy(dense.state_dict())
     model = recovered(smaller, dense, windows, lora=2, steps=1).model
@@ -108,6 +111,7 @@ def test_only_matrices_that_a_module_has_alone_and_multiplies_by_are_adapted():
     assert adaptable(Convolutions()) == ["plain", "head"]
 
 
+@needs_peft
 def test_merged_matrices_do_what_the_adapters_did():
     torch.manual_seed(0)
     model, x = Convolutions().eval(), torch.randn(2, 3, 8, 8)
@@ -128,6 +132,7 @@ def test_merged_matrices_do_what_the_adapters_did():
     assert list(work.state_dict()) == list(model.state_dict())
 
 
+@needs_peft
 def test_adapters_begin_as_the_seed_has_it():
     drawn = torch.get_rng_state()
     first, second, third = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
@@ -140,6 +145,7 @@ def test_adapters_begin_as_the_seed_has_it():
     assert not torch.equal(one, three)
 
 
+@needs_peft
 def test_a_convolutional_network_recovers_with_adapters():
     dense, data = small_net(), images(48)
     smaller = osscar.prune(dense, data, sparsity=0.4).model
@@ -150,6 +156,7 @@ def test_a_convolutional_network_recovers_with_adapters():
     assert list(result.model.state_dict()) == list(smaller.state_dict())
 
 
+@needs_peft
 def test_adapters_go_on_to_the_same_bytes(dense, smaller, windows, tmp_path, monkeypatch):
     whole = recovered(smaller, dense, windows, lora=2)
     log = RecoveryLog(tmp_path / "log")

@@ -24,6 +24,7 @@ from osscar.recovery.memory import Memory, fitting
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from tests.osscar.networks import images, small_net
+from tests.osscar.recovery.packages import needs_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 
@@ -52,7 +53,9 @@ def told(dense: nn.Module, smaller: nn.Module, windows: Tensor) -> Callable[...,
     def call(**asked: Any) -> Memory:
         heard = list[Memory]()
         request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", **asked)
-        result = recover_as_asked(smaller, dense, windows, request, told=heard.append)
+        result = recover_as_asked(
+            smaller, dense, windows, request, told=lambda memory, way: heard.append(memory)
+        )
         assert heard == [result.memory]
         return result.memory
 
@@ -93,6 +96,7 @@ def test_what_is_not_trained_is_shared_where_pruning_has_left_it(told, smaller, 
     assert found.weights + found.shared == told().weights
 
 
+@needs_peft
 def test_passes_are_counted_alike_on_shapes_and_on_values(told, monkeypatch):
     on_shapes = told(lora=2).passes
 
@@ -166,7 +170,7 @@ def ways(space: int | None, **asked: Any) -> RecoveryRequest:
         (131, 4, False, None),
         (104, 1, False, None),
         (103, 1, True, None),
-        (101, 1, True, 16),
+        pytest.param(101, 1, True, 16, marks=needs_peft),
     ],
 )
 def test_the_first_way_that_fits_is_taken(space, micro, checkpointed, lora):
@@ -174,6 +178,7 @@ def test_the_first_way_that_fits_is_taken(space, micro, checkpointed, lora):
     assert (way.micro_batch_size, way.checkpointing, way.lora) == (micro, checkpointed, lora)
 
 
+@needs_peft
 def test_what_is_asked_for_stays():
     way = ways(103, micro_batch_size=8)
     assert (way.micro_batch_size, way.checkpointing, way.lora) == (8, True, 16)
@@ -181,12 +186,14 @@ def test_what_is_asked_for_stays():
         ways(101, train="norms")
 
 
+@needs_peft
 def test_a_limit_that_nothing_fits_is_an_error_that_tells_the_least():
     with pytest.raises(NoMemoryError, match=r"needs 132B .* least 12B \(--micro-batch-size 1, "):
         ways(11)
 
 
 @pytest.mark.slow
+@needs_peft
 def test_a_limit_is_kept_and_said(dense, smaller, windows, told):
     usual, least = told().total, told(checkpointing=True, lora=16).total
     request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", max_memory=usual - 1)
@@ -257,7 +264,14 @@ def test_a_model_without_blocks_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", ["{}", '{"checkpointing": true}', '{"lora": 16}'])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "{}",
+        '{"checkpointing": true}',
+        pytest.param('{"lora": 16}', marks=needs_peft),
+    ],
+)
 def test_what_was_told_is_within_a_fifth_of_what_is_taken(asked):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recovery_memory", "--one", asked]
     row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
