@@ -14,7 +14,8 @@ from cyclopts import Parameter, validators
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.request import KeepOption
+from osscar.recovery.request import RecoveryRequest
+from osscar.request import KeepOption, PruningRequest
 
 Model = Annotated[
     str,
@@ -182,7 +183,7 @@ class SweepOptions(RunOptions):
     """Also train each pruned model towards the dense one, on the calibration data, and measure it
     before and after."""
     recover_steps: _Count = None
-    """Steps of that at most.  [default: 64]"""
+    """With --recover: steps of the optimizer, at most.  [default: as many as `osscar recover`]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +298,29 @@ def asked_with(options: Any, **more: Any) -> Any:
     if "backend_options" in asked:
         asked["backend_options"] = parse_options(asked["backend_options"])
     return options._request(**asked)
+
+
+def recovery_asked_with(
+    options: PruneOptions | SweepOptions, request: PruningRequest
+) -> RecoveryRequest | None:
+    """Return what is asked of the recovery that follows a pruning; None if none does.
+
+    Raises
+    ------
+    OptionError
+        If something is asked of it, and not the recovery itself.
+    """
+    steps = options.recover_steps
+    if options.recover:
+        asked = RecoveryRequest(device=request.device, seed=request.seed)
+        return asked if steps is None else dataclasses.replace(asked, steps=steps)
+    told = {name: value for name, value in given(options).items() if name.startswith("recover_")}
+    for name, value in told.items():
+        raise OptionError(
+            f"--{name.replace('_', '-')} is {safe_repr(value)} without --recover; give both, or "
+            "neither"
+        )
+    return None
 
 
 def _option(one: dataclasses.Field[Any], words: str) -> Any:

@@ -21,7 +21,7 @@ from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
-from osscar.cli.options import PruneOptions, asked_with, given
+from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_with
 from osscar.cli.recover import LOG, tell_data, tell_memory, tell_recovery
 from osscar.cli.saving import beside, finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
@@ -56,7 +56,8 @@ def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
         written = (options.out, options.json)
         check_json_path(options.report, inputs=read, written=written, option="--report")
         request = asked_with(asked)
-        job = _Job(model, options, request, _recovery(options, request), ranks, spent)
+        recovery = recovery_asked_with(options, request)
+        job = _Job(model, options, request, recovery, ranks, spent)
         if options.out is None or options.dry_run:
             with quiet():
                 dry_run(*job.load(None), request, spent.seconds, options.json)
@@ -66,17 +67,6 @@ def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
         words = {"model": model, **vars(options), **vars(asked)}
         kept = {name: str(value) for name, value in words.items() if name not in _OF_THIS_TIME}
         job.run(resolved(options.out), kept, {**given(options), **given(asked)})
-
-
-def _recovery(options: PruneOptions, request: PruningRequest) -> RecoveryRequest | None:
-    """Return what is asked of a recovery; None where none is."""
-    steps, text = options.recover_steps, options.recover_text
-    if options.recover:
-        asked = RecoveryRequest(device=request.device, seed=request.seed)
-        return asked if steps is None else dataclasses.replace(asked, steps=steps)
-    if (steps, text) != (None, None):
-        raise OptionError("--recover-text and --recover-steps go with --recover; give that, too")
-    return None
 
 
 @dataclasses.dataclass(frozen=True)

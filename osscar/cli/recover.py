@@ -30,7 +30,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.recovery.log import RecoveryLog
-from osscar.recovery.memory import Memory
+from osscar.recovery.memory import Memory, in_options
 from osscar.recovery.recover import Recovery, recover_as_asked, windows_for
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.recover_page import recover_page
@@ -228,9 +228,10 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
     say(f"recovery: {what}; {Computed.of(loaded.model).sentence()}")
 
 
-def tell_memory(needed: Memory) -> None:
-    """Print what a recovery needs, before it starts."""
-    say(f"memory: up to {in_words(needed.total)} besides what the models have")
+def tell_memory(needed: Memory, way: RecoveryRequest) -> None:
+    """Print what a recovery needs, before it starts, and what was chosen so that it fits."""
+    said = f"memory: up to {in_words(needed.total)} besides what the process has"
+    say(f"{said} ({in_options(way)})")
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, out, say, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
-from osscar.cli.options import SweepOptions, asked_with
+from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
 from osscar.pruning.result import PruningResult
 from osscar.pruning.sweep import Point, SweepDirectory, jobs
 from osscar.pruning.swept import PAGE_FILE, Sweep
-from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import budget_line
 from osscar.report.run_tables import skipped_table
 from osscar.report.sweep_page import recovered_line, sweep_table
-from osscar.request import BudgetKind, PruningRequest
+from osscar.request import BudgetKind
 
 
 def run(model: str, options: SweepOptions, shared: Any) -> None:
@@ -27,7 +25,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
     budget, values = _asked(options)
     points = jobs(budget, values, baselines=options.baselines, allocation=shared.allocation)
     base = asked_with(shared, **{str(budget): points[0].value})
-    recover = _recovery(options, base)
+    recover = recovery_asked_with(options, base)
     place = SweepDirectory(options.out)
     with quiet():
         loaded, data = opened(
@@ -67,19 +65,6 @@ def _tell(progress: str, result: PruningResult, point: Point) -> None:
         say(": ".join(budget_line(vars(result.budget))))
     if point.recovered is not None:
         say(recovered_line(vars(point.recovered)))
-
-
-def _recovery(options: SweepOptions, base: PruningRequest) -> RecoveryRequest | None:
-    """Return what is asked of recoveries; None if there are to be none."""
-    steps = options.recover_steps
-    if not options.recover:
-        if steps is not None:
-            raise OptionError(
-                f"--recover-steps is {steps} without --recover; give both, or neither"
-            )
-        return None
-    asked = RecoveryRequest(device=base.device, seed=base.seed)
-    return asked if steps is None else dataclasses.replace(asked, steps=steps)
 
 
 def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:

@@ -136,7 +136,7 @@ def fitting(
     way, least = min(found, key=lambda one: one[1].total)
     raise NoMemoryError(
         f"the recovery of {type(model).__name__} needs {in_words(found[0][1].total)} besides what "
-        f"the process has, at the least {in_words(least.total)} ({_described(way)}), and there are "
+        f"the process has, at the least {in_words(least.total)} ({in_options(way)}), and there are "
         f"{in_words(space)}; give more (--max-memory), shorter or smaller samples, or a machine "
         "with more memory"
     )
@@ -157,7 +157,8 @@ def _ways(request: RecoveryRequest, model: nn.Module, at_once: int) -> Iterator[
         yield replace(way, lora=_RANK)
 
 
-def _described(way: RecoveryRequest) -> str:
+def in_options(way: RecoveryRequest) -> str:
+    """Say in which way a recovery trains, in the options that ask for it."""
     adapters = "" if way.lora is None else f", --lora {way.lora}"
     checkpointing = ", --checkpointing" if way.checkpointing else ""
     return f"--micro-batch-size {way.micro_batch_size}{checkpointing}{adapters}"

@@ -153,7 +153,7 @@ def recover_as_asked(
     request: RecoveryRequest,
     log: RecoveryLog | None = None,
     ranks: Ranks = ALONE,
-    told: Callable[[Memory], None] = lambda _: None,
+    told: Callable[[Memory, RecoveryRequest], None] = lambda memory, way: None,
 ) -> Recovery:
     """Train a smaller model towards its dense one; neither is changed.
 
@@ -175,7 +175,7 @@ def recover_as_asked(
     ranks
         The processes that are asked for the same, and share out the samples of each step.
     told
-        Told what memory is needed, before the training begins.
+        Told what memory is needed, and in which way it is trained, before that begins.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def recover_as_asked(
             as_inputs(model, data)
         prepared = _prepared(model, dense, data, inputs, request, ranks)
         training, deciding, request, memory = prepared
-        told(memory)
+        told(memory, request)
         with _begun(log, model, dense, inputs, request, ranks) as known:
             rate = request.learning_rate if known is None else known.rate
             rate = training.found_rate() if rate is None else rate

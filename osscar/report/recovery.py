@@ -37,7 +37,8 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a terminal is told of a recovery."""
     settings, points = recovery["settings"], recovery["points"]
     yield f"held out: {_outcome(recovery)}"
-    weights = "weights" if settings["train"] == "all" else f"weights ({settings['train']})"
+    which = f"adapters, rank {settings['lora']}" if settings["lora"] else settings["train"]
+    weights = "weights" if which == "all" else f"weights ({which})"
     trained = pluralize(recovery["samples"], "sample")
     found = "" if settings["learning_rate"] else ", the best of a few that were tried"
     yield (

@@ -96,7 +96,8 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert recovery["data"]["seqlen"] == 32  # as when it was pruned
     assert "as many as its " in recovery["data"]["source"]
     assert f"of text.txt, {recovery['data']['source'].partition(', ')[2]}, seed 0" in out
-    for line in (*recovery_lines(recovery), "saved: small-recovered (", "next:"):
+    way = "besides what the process has (--micro-batch-size 1)"
+    for line in (way, *recovery_lines(recovery), "saved: small-recovered (", "next:"):
         assert line in out
     assert Path("page.html").read_text() == Path("small-recovered/report.html").read_text()
 
@@ -365,8 +366,8 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--recover-steps", "3"), "go with --recover; give that, too"),
-        (("--recover-text", "text.txt"), "go with --recover; give that, too"),
+        (("--recover-steps", "3"), "--recover-steps is 3 without --recover; give"),
+        (("--recover-text", "text.txt"), "--recover-text is 'text.txt' without --recover"),
         (("--recover", "--max-memory", "1GB"), "--recover trains the model"),
         (("--recover", "--recover-text", "missing.txt"), "missing.txt"),
         (
@@ -421,7 +422,7 @@ POINTS = [
 
 def document(**changed):
     recovery = {
-        "settings": {"steps": 16, "train": "pruned", "learning_rate": None},
+        "settings": {"steps": 16, "train": "pruned", "lora": None, "learning_rate": None},
         "data": {"source": "<b>text</b>.txt", "fingerprints": ["a", "b"]},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
         **{"learning_rate": 5e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
@@ -462,9 +463,12 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
         "the weights are those that it came with"
     )
     assert third == "stopped: after 2 of 16 steps, since the held-out samples got no better"
-    given = document(settings={"steps": 2, "train": "all", "learning_rate": 0.1})["recovery"]
+    asked = {"steps": 2, "train": "all", "lora": 4, "learning_rate": 0.1}
+    given = document(settings=asked)["recovery"]
     lines = list(recovery_lines({**given, "points": POINTS[:2], "learning_rate": 0.1}))
-    assert lines[1] == "training: 1,234 weights on 9 samples, at a learning rate of 0.1"
+    assert lines[1] == (
+        "training: 1,234 weights (adapters, rank 4) on 9 samples, at a learning rate of 0.1"
+    )
     assert len(lines) == 2
     kept = recovery_table(given).columns[-1]
     assert [str(cell) for cell in kept.cells] == ["", "yes", ""]
