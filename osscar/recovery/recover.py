@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -282,17 +282,20 @@ def _prepared(
     # On a CPU several windows at once are no faster than one after the other, and take more memory.
     usual = 1 if inputs.tokens and device.type == "cpu" else size
     at_once = 1 if inputs.apart else request.micro_batch_size or usual
-    batches = joined(deciding, at_once)
-    target = Target.of(teacher, inputs, batches, request.loss)
-    held = HeldOut.of(target, teacher, batches, ranks)
+    target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
     alike = _alike(model, teacher)
     shifts = request.augment != "none" and isinstance(data, ImageSet)
 
+    @lru_cache(maxsize=1)
+    def held_out(together: int) -> HeldOut:
+        return HeldOut.of(target, teacher, joined(deciding, together), ranks)
+
     def setup(way: RecoveryRequest) -> Training:
+        together = way.micro_batch_size or at_once
         work = _trainable(model, teacher, alike, device, way)
         state = ModelState(work)
         with state.watching():
-            target.check_alike(work, teacher, batches[0])
+            target.check_alike(work, teacher, joined(deciding[:together], together)[0])
         state.put_back()
         return Training(
             model=work,
@@ -300,10 +303,10 @@ def _prepared(
             formats=_formats(work, model),
             dense=teacher,
             samples=samples,
-            held=held,
+            held=held_out(together),
             ranks=ranks,
             size=size,
-            at_once=way.micro_batch_size or at_once,
+            at_once=together,
             precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
             seed=request.seed,
             augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
@@ -319,7 +322,7 @@ def _prepared(
     way = replace(way, loss=request.loss)
     training = setup(way)
     if training.distance() is None:
-        which = "smaller" if held.distance(teacher) is not None else "dense"
+        which = "smaller" if training.held.distance(teacher) is not None else "dense"
         raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
     return training, len(deciding), way, memory
 

@@ -23,6 +23,7 @@ from osscar.recovery.checkpointing import blocks, checkpointing
 from osscar.recovery.memory import Memory, fitting
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.target import HeldOut
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
 
@@ -190,6 +191,24 @@ def test_what_is_asked_for_stays():
 def test_a_limit_that_nothing_fits_is_an_error_that_tells_the_least():
     with pytest.raises(NoMemoryError, match=r"needs 132B .* least 12B \(--micro-batch-size 1, "):
         ways(11)
+
+
+def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
+    dense, data = small_net(), images(24)
+    smaller = osscar.prune(dense, data, backend="magnitude", channels=0.5).model
+    sizes, distance = set[int](), HeldOut.distance
+
+    def watched(self: HeldOut, model: nn.Module) -> float | None:
+        sizes.update(map(self.target.inputs.count, self.batches))
+        return distance(self, model)
+
+    monkeypatch.setattr(HeldOut, "distance", watched)
+    monkeypatch.setattr(
+        memory, "needed", lambda training: Memory(0, 0, 0, 0, 0, training.at_once, 0, 0)
+    )
+    asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
+    recover_as_asked(smaller, dense, data, RecoveryRequest(**asked, max_memory=2))
+    assert sizes == {2}
 
 
 @pytest.mark.slow
