@@ -38,7 +38,7 @@ def run(page: str) -> dict[str, Any]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with the files that pages name, and tables that are put back afterwards."""
     (tmp_path / "calibration.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    (tmp_path / "more.txt").write_text(builtin_text(Split.CALIBRATION))
+    (tmp_path / "training.txt").write_text(builtin_text(Split.CALIBRATION))
     monkeypatch.chdir(tmp_path)
     rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
     monkeypatch.setattr(rules, "_rules", dict(rules._rules))
@@ -59,6 +59,8 @@ def test_the_python_of_a_page_runs(page: str) -> None:
 def check_readme(names: dict[str, Any]) -> None:
     assert names["result"].parameters_after < names["result"].parameters_before
     assert Path("smaller").is_dir()
+    assert names["recovery"].after <= names["recovery"].before
+    assert Path("recovered").is_dir()
 
 
 def check_start(names: dict[str, Any]) -> None:
