@@ -31,7 +31,7 @@ from osscar.recovery.training import Training
 _RANK = 16
 """Of the adapters that are trained where the weights themselves do not fit."""
 
-_KEPT = 0.75
+_CACHED = 0.75
 """The share of what passes need that the CPU's allocator keeps besides, in blocks that were freed
 and are of no size that is asked for again: see ``benchmarks/recovery_memory.py``."""
 
@@ -58,7 +58,7 @@ class Memory:
         What AdamW keeps of it.
     passes
         What passes keep for the gradients, and make on their way.
-    kept
+    cached
         What the CPU's allocator keeps of memory that was freed, about.
     held_out
         What the dense model says of the samples that decide.
@@ -70,14 +70,14 @@ class Memory:
     gradients: int
     moments: int
     passes: int
-    kept: int
+    cached: int
     held_out: int
 
     @property
     def total(self) -> int:
         """At the end, the copy gets weights of its own; nothing is trained any more then."""
         training = self.gradients + self.moments + self.passes
-        always = self.weights + self.best + self.kept + self.held_out
+        always = self.weights + self.best + self.cached + self.held_out
         return always + max(training, self.shared)
 
 
@@ -190,7 +190,7 @@ def needed(training: Training) -> Memory:
         gradients=trained,
         moments=_MOMENTS * trained,
         passes=passes,
-        kept=int(_KEPT * passes) if on_cpu else 0,
+        cached=int(_CACHED * passes) if on_cpu else 0,
         held_out=_size(training.held.expected),
     )
 
