@@ -100,7 +100,7 @@ class SampleSet(ABC):
         return self.labels
 
     def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
-        """Refuse to score samples that calibrated a model, as its lineage tells.
+        """Refuse to score samples that calibrated or recovered a model, as its lineage tells.
 
         Raises
         ------
@@ -113,8 +113,8 @@ class SampleSet(ABC):
             shared = sum(one in theirs for one in mine)
             if shared:
                 raise DataError(
-                    f"{shared} of {pluralize(len(self), self.sample_name)} calibrated this model "
-                    f"({source}); score others"
+                    f"{shared} of {pluralize(len(self), self.sample_name)} calibrated or "
+                    f"recovered this model ({source}); score others"
                 )
 
 

@@ -242,7 +242,7 @@ class TextSet:
             )
 
     def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
-        """Refuse to score the text that a model was calibrated on.
+        """Refuse to score the text that a model was calibrated or recovered on.
 
         Parameters
         ----------
@@ -252,13 +252,13 @@ class TextSet:
         Raises
         ------
         DataError
-            If it is one that calibrated the model.
+            If it is one of those.
         """
         for known in calibration:
             if known.sha256 == self.text_digest:
                 raise DataError(
-                    f"this model was calibrated on this very text ({known.source}); score another "
-                    "one"
+                    f"this model was calibrated or recovered on this very text "
+                    f"({known.source}); score another one"
                 )
 
 

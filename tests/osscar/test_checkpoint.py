@@ -323,7 +323,7 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     for data, due in ((windows, seen[:1]), (others, seen)):  # none is ever scored
         twice = osscar.prune(again.model, data, neurons="0.7", backend="magnitude", device="cpu")
         assert [*lineage_of(twice.model).calibration] == due
-    with pytest.raises(DataError, match="calibrated on this very text"):
+    with pytest.raises(DataError, match="calibrated or recovered on this very text"):
         osscar.TextSet.of(loaded.tokenizer, builtin_text(Split.CALIBRATION)).refuse_overlap(
             lineage.calibration
         )

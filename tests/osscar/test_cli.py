@@ -92,7 +92,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
 
     status, out, err = run(*evaluate, "--text", text)
     assert status == 2
-    assert "calibrated on this very text" in err
+    assert "calibrated or recovered on this very text" in err
 
     status, out, err = run(
         "inspect", out_dir, "--svg", tmp_path / "g.svg", "--json", tmp_path / "i"
