@@ -51,7 +51,7 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     elif last["step"] < settings["steps"]:
         yield (
             f"stopped: after {last['step']} of {settings['steps']} steps, since the held-out "
-            "samples got no better"
+            "samples got worse and worse"
         )
 
 

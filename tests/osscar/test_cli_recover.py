@@ -462,7 +462,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
         f"held out: 0.4000 {unit} from the dense model was the nearest, on 2 samples, in 2.5 s; "
         "the weights are those that it came with"
     )
-    assert third == "stopped: after 2 of 16 steps, since the held-out samples got no better"
+    assert third == "stopped: after 2 of 16 steps, since the held-out samples got worse and worse"
     asked = {"steps": 2, "train": "all", "lora": 4, "learning_rate": 0.1}
     given = document(settings=asked)["recovery"]
     lines = list(recovery_lines({**given, "points": POINTS[:2], "learning_rate": 0.1}))
