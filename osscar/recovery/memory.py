@@ -28,6 +28,9 @@ from osscar.recovery.checkpointing import blocks
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import Training
 
+CHOSEN = ("micro_batch_size", "checkpointing", "lora")
+"""The fields of a request in which ways to train differ."""
+
 _RANK = 16
 """Of the adapters that are trained where the weights themselves do not fit."""
 

@@ -41,7 +41,7 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
 from osscar.recovery.adapters import add_adapters, merge_adapters
 from osscar.recovery.log import Point, RecoveryLog, Standing
-from osscar.recovery.memory import Memory, fitting, room
+from osscar.recovery.memory import CHOSEN, Memory, fitting, room
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.target import HeldOut, Measure, Target, joined
 from osscar.recovery.training import Training, kept_point
@@ -313,13 +313,13 @@ def _prepared(
             checkpointing=way.checkpointing,
         )
 
-    def chosen() -> tuple[RecoveryRequest, Memory]:
+    def chosen() -> tuple[dict[str, Any], Memory]:
         space = room(device, request.max_memory)
         way, memory = fitting(request, model, at_once, space, setup)
-        return replace(way, loss=None), memory  # the others have it, and it may be of any sort
+        return {name: getattr(way, name) for name in CHOSEN}, memory
 
-    way, memory = ranks.broadcast("the way to train", chosen)
-    way = replace(way, loss=request.loss)
+    changed, memory = ranks.broadcast("the way to train", chosen)
+    way = replace(request, **changed)
     training = setup(way)
     if training.distance() is None:
         which = "smaller" if training.held.distance(teacher) is not None else "dense"
