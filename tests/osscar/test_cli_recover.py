@@ -178,6 +178,7 @@ BAD = [
     (["small", "--dense", "untrained"], "was not pruned from this OPTForCausalLM"),
     (["small", "--dense", "framed"], "other tokenizers"),
     (["small", "--dense", "small"], "was not pruned from this OPTForCausalLM"),
+    (["unpruned"], "holds the same weights as"),
 ]
 
 
@@ -188,6 +189,7 @@ def others(small, tiny):
     torch.manual_seed(1)
     type(loaded.model)(loaded.model.config).save_pretrained("untrained")
     loaded.tokenizer.save_pretrained("untrained")
+    shutil.copytree(tiny, "unpruned")
     shutil.copytree(tiny, "framed")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         Path("framed", file).unlink()
