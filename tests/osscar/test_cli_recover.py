@@ -177,7 +177,7 @@ BAD = [
     (["small", "--dense", "demo"], "pruned from"),
     (["small", "--dense", "untrained"], "was not pruned from this OPTForCausalLM"),
     (["small", "--dense", "framed"], "other tokenizers"),
-    (["small", "--dense", "small"], "was not pruned from this OPTForCausalLM"),
+    (["small", "--dense", "small"], "small holds the same weights as small"),
     (["unpruned"], "holds the same weights as"),
 ]
 
