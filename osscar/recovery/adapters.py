@@ -76,7 +76,7 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -
             f"lora is {rank}, and {type(model).__name__} has no modules with matrices that "
             "adapters could stand beside; leave it away"
         )
-    highest = max(min(model.get_submodule(name).weight.flatten(1).shape) for name in names)
+    highest = max(min(model.get_parameter(f"{name}.weight").flatten(1).shape) for name in names)
     if rank > highest:
         raise OptionError(
             f"lora is {rank}, and no matrix of {type(model).__name__} has a rank above {highest}; "

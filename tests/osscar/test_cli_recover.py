@@ -328,6 +328,9 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     status, _, err = run(*evaluate)
     assert status == 2
     assert "calibrated this model" in err
+    status, _, err = run("recover", "small", "--dense", "demo", *train[2:], "--out", "other")
+    assert status == 2
+    assert "--dense of osscar recover" in " ".join(err.split())
     status, _, err = run("recover", "small", *train[:-2], "--out", "other")
     assert status == 2
     assert "reads no text: give --images" in err
