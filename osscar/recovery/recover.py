@@ -469,9 +469,9 @@ def _split(
     size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
-            f"{pluralize(len(samples), 'sample')} are too few: {deciding} of them decide what is "
-            f"kept, {len(training)} share nothing with those, and a step has {size}; give more, or "
-            "a smaller --batch-size or --held-out"
+            f"{pluralize(len(samples), 'sample')} {'is' if len(samples) == 1 else 'are'} too few: "
+            f"{deciding} of them decide what is kept, {len(training)} share nothing with those, "
+            f"and a step has {size}; give more, or a smaller --batch-size or --held-out"
         )
     return training, held
 

@@ -378,7 +378,7 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
             ("--recover", "--recover-text", "text.txt", "--json", "text.txt"),
             "would write to text.txt",
         ),
-        (("--recover", "--samples", "1"), "1 sample are too few"),
+        (("--recover", "--samples", "1"), "1 sample is too few"),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_anything_is_pruned(
