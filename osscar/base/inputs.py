@@ -8,6 +8,7 @@ import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 from osscar.base.errors import ModelError, OptionError
@@ -83,7 +84,7 @@ def parse_size(value: object) -> int:
     """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes (OptionError)."""
     text = str(value).strip()
     found = _SIZE.fullmatch(text)
-    if isinstance(value, bool) or not isinstance(value, str | int) or found is None:
+    if isinstance(value, bool) or not isinstance(value, str | Integral) or found is None:
         raise OptionError(
             f"{safe_repr(value)} is no size of memory; give one such as 8GB or 512MiB"
         )

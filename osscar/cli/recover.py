@@ -35,7 +35,7 @@ from osscar.recovery.recover import Recovery, recover_as_asked, windows_for
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
-from osscar.shrinking.lineage import Computed
+from osscar.shrinking.lineage import Computed, weights_digest
 
 LOG = "recover"
 """Ends the name of the directory that holds the log of a recovery."""
@@ -171,6 +171,11 @@ class _Job:
             raise ModelError(
                 f"one of {self.name} and {self.dense} reads text, and the other does not; give the "
                 "dense model that the first was pruned from"
+            )
+        if weights_digest(smaller.model) == weights_digest(dense.model) != "":
+            raise ModelError(
+                f"{self.name} holds the same weights as {self.dense}, so that there is nothing to "
+                "recover; give a directory that `osscar prune` wrote"
             )
         data = smaller.training(
             text=options.text,

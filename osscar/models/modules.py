@@ -181,8 +181,8 @@ def _from_directory(
             given = "" if dense is None else f", not {dense!r}"
             raise ModelError(
                 f"{path} holds a model of your own code, which a checkpoint does not contain: say "
-                "what builds the dense one (--against module:function, or osscar.load with "
-                f"dense=){given}"
+                "what builds the dense one (--against module:function, --dense of osscar recover, "
+                f"or dense= of osscar.load){given}"
             )
         built, example, brought = user_code.build(dense)
     model = checkpoint.load(path, dense=built, dtype=dtype)

@@ -10,6 +10,7 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -27,8 +28,11 @@ _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def adaptable(model: nn.Module) -> list[str]:
     """Return the names of the modules whose matrices adapters can stand beside.
 
-    A matrix that several modules share is none, as a head is that is tied to an embedding.
+    A matrix that several modules share is none, as a head is that is tied to an embedding, and none
+    that the model freezes, unless it freezes everything.
     """
+    learning = [id(one) for one in model.parameters() if one.requires_grad]
+    free = set(learning or map(id, model.parameters()))
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     read = {
         inner for one in model.modules() if isinstance(one, _READERS) for inner in one.modules()
@@ -36,7 +40,11 @@ def adaptable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name and module not in read and _is_plain(module) and uses[id(module.weight)] == 1
+        if name
+        and module not in read
+        and _is_plain(module)
+        and uses[id(module.weight)] == 1
+        and id(module.weight) in free
     ]
 
 
@@ -53,21 +61,26 @@ def has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
-    """Put adapters beside all matrices of a model, in place; nothing else takes gradients then.
+def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -> None:
+    """Put adapters beside the matrices of modules, in place; nothing else takes gradients then.
 
     Raises
     ------
     MissingDependency
         If peft is not installed.
     OptionError
-        If there is no such matrix.
+        If there is no such matrix, or none of so high a rank.
     """
-    names = adaptable(model)
     if not names:
         raise OptionError(
             f"lora is {rank}, and {type(model).__name__} has no modules with matrices that "
             "adapters could stand beside; leave it away"
+        )
+    highest = max(min(model.get_parameter(f"{name}.weight").flatten(1).shape) for name in names)
+    if rank > highest:
+        raise OptionError(
+            f"lora is {rank}, and no matrix of {type(model).__name__} has a rank above {highest}; "
+            "give at most that"
         )
     if not has_peft():
         raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")

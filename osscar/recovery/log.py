@@ -92,7 +92,9 @@ class RecoveryLog(SavingJournal[JournalManifest]):
         """What a recovery that ends now leaves, in words."""
         if not self.done:
             return "no step was kept yet"
-        return f"the first {int(self.done[-1].stem)} steps are kept in {self.directory}"
+        steps = int(self.done[-1].stem)
+        words = "step is" if steps == 1 else f"{steps} steps are"
+        return f"the first {words} kept in {self.directory}"
 
     @contextmanager
     def begun(self, manifest: JournalManifest) -> Iterator[None]:

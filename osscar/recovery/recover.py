@@ -39,7 +39,7 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
-from osscar.recovery.adapters import add_adapters, merge_adapters
+from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
 from osscar.recovery.log import Point, RecoveryLog, Standing
 from osscar.recovery.memory import CHOSEN, Memory, fitting, room
 from osscar.recovery.request import RecoveryRequest
@@ -322,6 +322,11 @@ def _prepared(
     way = replace(request, **changed)
     training = setup(way)
     if training.distance() is None:
+        if request.loss is not None:
+            raise NonFiniteError(
+                "the loss is not finite on the held-out samples, before any training; let it "
+                "return a finite number"
+            )
         which = "smaller" if training.held.distance(teacher) is not None else "dense"
         raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
     return training, len(deciding), way, memory
@@ -387,7 +392,7 @@ def _trainable(
         instead[id(weight)] = nn.Parameter(values, requires_grad=name in trained)
     work = in_evaluation(copied(model, instead))
     if request.lora is not None:
-        add_adapters(work, request.lora, request.seed)
+        add_adapters(work, adaptable(model), request.lora, request.seed)
     elif not trained:
         raise OptionError(f"train is {request.train!r}, and the model has no such weights")
     return work

@@ -25,8 +25,8 @@ def _loss(name: str, value: Any) -> Any:
 
 
 def _memory(name: str, value: Any) -> Any:
-    parse_size(value)
-    return value
+    size = parse_size(value)
+    return value if isinstance(value, str) else size
 
 
 @dataclass(frozen=True, kw_only=True)

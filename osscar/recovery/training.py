@@ -175,10 +175,11 @@ class Training:
         return tuple(points)
 
     def found_rate(self) -> float:
-        """Return the rate of a few rising ones at which the model is nearest to the dense one.
+        """Return the rate below that at which, of a few rising ones, the model is nearest.
 
         A range test (Smith, Cyclical Learning Rates, 2017): each rate begins where the one before
-        has led, until two in a row are farther off than the first.  The model is left as it was.
+        has led, until two in a row are farther off than the first.  What is best for two steps is
+        too high for many, so that the rate below is returned.  The model is left as it was.
         """
         before, found = self._values(), list[float]()
         optimizer = _Optimizer(self, 1.0, partial(LambdaLR, lr_lambda=_tried))
@@ -193,7 +194,7 @@ class Training:
                 if min(found[-2:]) > found[0]:
                     break
         self._set(before)
-        return _RATES[found.index(min(found))]
+        return _RATES[max(0, found.index(min(found)) - 1)]
 
     def _steps(self, steps: int) -> Iterator[list[Batch]]:
         """Yield the samples of each step, of passes over all of them, each in an order of its own.

@@ -178,7 +178,8 @@ BAD = [
     (["small", "--dense", "demo"], "pruned from"),
     (["small", "--dense", "untrained"], "was not pruned from this OPTForCausalLM"),
     (["small", "--dense", "framed"], "other tokenizers"),
-    (["small", "--dense", "small"], "was not pruned from this OPTForCausalLM"),
+    (["small", "--dense", "small"], "small holds the same weights as small"),
+    (["unpruned"], "holds the same weights as"),
 ]
 
 
@@ -189,6 +190,7 @@ def others(small, tiny):
     torch.manual_seed(1)
     type(loaded.model)(loaded.model.config).save_pretrained("untrained")
     loaded.tokenizer.save_pretrained("untrained")
+    shutil.copytree(tiny, "unpruned")
     shutil.copytree(tiny, "framed")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         Path("framed", file).unlink()
@@ -327,6 +329,9 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     status, _, err = run(*evaluate)
     assert status == 2
     assert "calibrated or recovered this model" in err
+    status, _, err = run("recover", "small", "--dense", "demo", *train[2:], "--out", "other")
+    assert status == 2
+    assert "--dense of osscar recover" in " ".join(err.split())
     status, _, err = run("recover", "small", *train[:-2], "--out", "other")
     assert status == 2
     assert "reads no text: give --images" in err

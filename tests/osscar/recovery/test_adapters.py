@@ -117,7 +117,7 @@ def test_merged_matrices_do_what_the_adapters_did():
     model, x = Convolutions().eval(), torch.randn(2, 3, 8, 8)
     before = model(x)
     work = copied(model)
-    add_adapters(work, 2, seed=0)
+    add_adapters(work, adaptable(work), 2, seed=0)
     assert torch.equal(work(x), before)
     names = {name for name, one in work.named_parameters() if one.requires_grad}
     assert {name.split(".lora_")[0] for name in names} == {"plain", "head"}
@@ -138,7 +138,7 @@ def test_adapters_begin_as_the_seed_has_it():
     first, second, third = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
     torch.set_rng_state(drawn)
     for model, seed in ((first, 1), (second, 1), (third, 2)):
-        add_adapters(model, 2, seed)
+        add_adapters(model, adaptable(model), 2, seed)
     assert torch.equal(torch.get_rng_state(), drawn)
     one, two, three = (model[0].lora_A.default.weight for model in (first, second, third))
     assert torch.equal(one, two)
@@ -182,7 +182,25 @@ def test_adapters_go_on_to_the_same_bytes(dense, smaller, windows, tmp_path, mon
 
 def test_what_has_nothing_to_adapt_is_refused():
     with pytest.raises(OptionError, match="lora is 4, and BatchNorm2d has no modules"):
-        add_adapters(nn.BatchNorm2d(3), 4, seed=0)
+        add_adapters(nn.BatchNorm2d(3), [], 4, seed=0)
+
+
+def test_a_rank_above_that_of_all_matrices_is_refused_before_it_takes_memory(dense):
+    with pytest.raises(OptionError, match=r"lora is 10000000000000, and no matrix .* above 16; "):
+        add_adapters(dense, adaptable(dense), 10**13, seed=0)
+    assert not hasattr(dense, "peft_config")
+
+
+def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense, smaller, windows):
+    everywhere = adaptable(smaller)
+    partly = copy.deepcopy(smaller)
+    partly.transformer.h[0].requires_grad_(False)
+    result = recovered(partly, dense, windows, lora=2)
+    assert result.after < result.before
+    found = result.model.state_dict()
+    changed = {n for n, one in partly.state_dict().items() if not torch.equal(one, found[n])}
+    assert changed == {f"{name}.weight" for name in everywhere if ".h.1." in name}
+    assert adaptable(partly.requires_grad_(False)) == everywhere
 
 
 def test_adapters_are_trained_in_the_place_of_weights():
@@ -194,4 +212,4 @@ def test_peft_may_be_missing(monkeypatch):
     monkeypatch.setattr(adapters, "has_peft", lambda: False)
     monkeypatch.setattr(importlib, "import_module", None)
     with pytest.raises(MissingDependency, match=r"osscar\[recover\]"):
-        add_adapters(nn.Sequential(nn.Linear(2, 2)), 4, seed=0)
+        add_adapters(nn.Sequential(nn.Linear(2, 2)), ["0"], 2, seed=0)

@@ -100,6 +100,12 @@ def log(tmp_path):
     return log
 
 
+@pytest.mark.parametrize(("steps", "words"), [(1, "step is"), (12, "12 steps are")])
+def test_what_is_kept_is_said_in_words(steps, words, tmp_path):
+    (tmp_path / f"{steps:08}.safetensors").touch()
+    assert RecoveryLog(tmp_path).kept == f"the first {words} kept in {tmp_path}"
+
+
 def test_another_recovery_is_refused_with_the_difference(log):
     asked = perturbed(net()), net(), numbers(), REQUEST
     for place, value, message in (

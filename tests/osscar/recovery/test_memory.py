@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,6 +229,8 @@ def test_a_limit_is_kept_and_said(dense, smaller, windows, told):
 def test_a_limit_is_a_size():
     with pytest.raises(OptionError, match="no size of memory"):
         RecoveryRequest(max_memory="much")
+    assert type(RecoveryRequest(max_memory=np.int64(10**9)).to_json()["max_memory"]) is int
+    assert RecoveryRequest(max_memory="1GB").max_memory == "1GB"
 
 
 # ---- gradient checkpointing --------------------------------------------------------------

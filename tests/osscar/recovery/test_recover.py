@@ -441,6 +441,12 @@ def test_what_cannot_be_trained_is_refused_and_stays_as_it_was(name):
     assert [(held(one), bytes_of(one)) for one in models] == before
 
 
+def test_a_loss_that_is_no_number_from_the_start_is_refused_as_such():
+    asked = {**OFTEN, "loss": lambda found, due: (found - due).square().mean() / 0.0}
+    with pytest.raises(NonFiniteError, match="the loss is not finite on the held-out samples"):
+        osscar.recover(perturbed(net()), net(), numbers(), **asked)
+
+
 def test_weights_on_disk_are_refused(monkeypatch):
     monkeypatch.setattr(recovering, "is_on_disk", lambda model: True)
     with pytest.raises(ModelError, match=r"stay on disk.*without --max-memory"):
