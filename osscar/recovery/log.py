@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import safetensors
 import safetensors.torch
@@ -20,6 +20,9 @@ from osscar.base.files import atomic_write, digest
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT, parse_json
 from osscar.preparation.fingerprint import JournalManifest, sha256_of
+
+WAY = "way"
+"""The entry of a manifest that has the way to train that was chosen: fields of a request."""
 
 _WORDS = "standing"
 """The key under which a file keeps everything but its tensors."""
@@ -95,6 +98,12 @@ class RecoveryLog(SavingJournal[JournalManifest]):
         steps = int(self.done[-1].stem)
         words = "step is" if steps == 1 else f"{steps} steps are"
         return f"the first {words} kept in {self.directory}"
+
+    def way(self) -> dict[str, Any] | None:
+        """Return the way to train that was chosen when the recovery began; None if it has not."""
+        manifest = self.manifest()
+        way = {} if manifest is None else manifest.asked.get(WAY)
+        return way if isinstance(way, dict) and way else None
 
     @contextmanager
     def begun(self, manifest: JournalManifest) -> Iterator[None]:

@@ -40,8 +40,8 @@ from osscar.network.modules import (
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
 from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
-from osscar.recovery.log import Point, RecoveryLog, Standing
-from osscar.recovery.memory import CHOSEN, Memory, fitting, room
+from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
+from osscar.recovery.memory import CHOSEN, Memory, fitting, needed, room
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.target import HeldOut, Measure, Target, joined
 from osscar.recovery.training import Training, kept_point
@@ -221,16 +221,16 @@ def recover_as_asked(
         inputs = as_inputs(dense, data)
         if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
             as_inputs(model, data)
-        prepared = _prepared(model, dense, data, inputs, request, ranks)
-        training, deciding, request, memory = prepared
-        told(memory, request)
-        with _begun(log, model, dense, inputs, request, ranks) as known:
+        prepared = _prepared(model, dense, data, inputs, request, ranks, log)
+        training, deciding, way, memory = prepared
+        told(memory, way)
+        with _begun(log, model, dense, inputs, request, way, ranks) as known:
             rate = request.learning_rate if known is None else known.rate
             rate = training.found_rate() if rate is None else rate
             points = training.run(request.steps, rate, log, known)
         trained = sum(weight.numel() for weight in training.weights().values())
         _give_own_weights(training.model, training.dense)
-        if request.lora is not None:
+        if way.lora is not None:
             merge_adapters(training.model)
         work = _as_it_came(training.model, model)
     note_calibration(work, data, inputs.settings)
@@ -244,7 +244,7 @@ def recover_as_asked(
         trained=trained,
         seconds=time.perf_counter() - start,
         memory=memory,
-        request=request,
+        request=way,
         data={**inputs.settings, **data_record(data)},
     )
 
@@ -270,6 +270,7 @@ def _prepared(
     inputs: ModelInputs,
     request: RecoveryRequest,
     ranks: Ranks,
+    log: RecoveryLog | None,
 ) -> tuple[Training, int, RecoveryRequest, Memory]:
     """Set up the training of a copy of a model, in a way that fits into the memory there is.
 
@@ -314,6 +315,10 @@ def _prepared(
         )
 
     def chosen() -> tuple[dict[str, Any], Memory]:
+        before = None if log is None else log.way()
+        if before is not None:  # whatever is free by now: it goes on to the same bytes
+            known = {name: before.get(name) for name in CHOSEN}
+            return known, needed(setup(replace(request, **known)))
         space = room(device, request.max_memory)
         way, memory = fitting(request, model, at_once, space, setup)
         return {name: getattr(way, name) for name in CHOSEN}, memory
@@ -506,6 +511,7 @@ def _begun(
     dense: nn.Module,
     inputs: ModelInputs,
     request: RecoveryRequest,
+    way: RecoveryRequest,
     ranks: Ranks,
 ) -> Iterator[Standing | None]:
     """Begin a recovery, or go on with one, on all ranks; yield where it stands."""
@@ -515,7 +521,8 @@ def _begun(
     versions = {name: version(name) for name in ("torch", "transformers")}
     tensors = (*dense.named_parameters(), *dense.named_buffers())
     asked: dict[str, Any] = {**request.to_json(), **versions, "osscar": __version__}
-    del asked["max_memory"]  # what it leads to is among the others
+    del asked["max_memory"]  # what it has led to is the way
+    asked[WAY] = {name: getattr(way, name) for name in CHOSEN}
     asked["dense"] = sha256_of(tensors)
     made = Fingerprint.of(model, inputs, 1)
     manifest = JournalManifest("osscar.recovery-log/1", asked, made)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from osscar.base.errors import JournalError, OutputError
+from osscar.recovery import recover as recovering
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
@@ -98,6 +99,23 @@ def log(tmp_path):
     log = RecoveryLog(tmp_path / "log")
     recover_as_asked(perturbed(net()), net(), numbers(), REQUEST, log)
     return log
+
+
+def test_a_recovery_goes_on_in_the_way_that_it_began_whatever_memory_is_free(
+    killing, monkeypatch, tmp_path
+):
+    smaller, dense, data = FORMS["tied embeddings"].made()
+    whole = told(recover_as_asked(smaller, dense, data, REQUEST))
+    killing(2)
+    log = RecoveryLog(tmp_path / "log")
+    with pytest.raises(Killed):
+        recover_as_asked(smaller, dense, data, REQUEST, log)
+    other = dataclasses.replace(REQUEST, micro_batch_size=1)
+    with pytest.raises(JournalError, match="micro-batch-size was None and is 1"):
+        recover_as_asked(smaller, dense, data, other, log)
+    monkeypatch.undo()
+    monkeypatch.setattr(recovering, "room", lambda *_: 1)  # in which no way would fit
+    assert told(recover_as_asked(smaller, dense, data, REQUEST, log)) == whole
 
 
 @pytest.mark.parametrize(("steps", "words"), [(1, "step is"), (12, "12 steps are")])
