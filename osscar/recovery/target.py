@@ -18,7 +18,7 @@ from osscar.base.errors import ModelError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
-from osscar.network.modules import device_of, forward
+from osscar.network.modules import device_of, forward, fresh
 from osscar.preparation.failures import failures_named
 from osscar.recovery.request import Loss
 from osscar.shrinking.equivalence import comparable
@@ -96,7 +96,8 @@ class Target:
     def distance(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is."""
         if self.loss is not None:
-            return _scalar(self.loss(found, dense)) * samples, samples
+            # What it writes to the dense model's outputs must not stay in those that are kept.
+            return _scalar(self.loss(found, fresh(dense))) * samples, samples
         if self.measure == "nats":
             return summed_divergence(dense, found), len(dense)
         pairs = zip(found, dense, self.powers, strict=True)
