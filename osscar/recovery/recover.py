@@ -317,7 +317,7 @@ def _prepared(
     def chosen() -> tuple[dict[str, Any], Memory]:
         before = None if log is None else log.way()
         if before is not None:  # whatever is free by now: it goes on to the same bytes
-            known = {name: before.get(name) for name in CHOSEN}
+            known: dict[str, Any] = {name: before.get(name) for name in CHOSEN}
             return known, needed(setup(replace(request, **known)))
         space = room(device, request.max_memory)
         way, memory = fitting(request, model, at_once, space, setup)
