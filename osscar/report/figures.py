@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from osscar.report.tables import share
 
@@ -41,6 +41,11 @@ def small_figure() -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         return figure, figure.subplots()
+
+
+def whole_numbers() -> MaxNLocator:
+    """Return what places ticks at whole numbers, and a single one where there is only one."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def legend(figure: Figure, columns: int) -> None:

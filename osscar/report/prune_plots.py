@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, legend, small_figure
+from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, legend, small_figure, whole_numbers
 
 _KINDS = ("heads", "neurons", "channels")
 _LOWEST = 1e-4
@@ -18,11 +17,6 @@ _LOWEST = 1e-4
 def _color(kind: str) -> str:
     """Return the colour of a kind of units, the same in every plot."""
     return COLORS[_KINDS.index(kind)] if kind in _KINDS else COLORS[len(_KINDS)]
-
-
-def _whole_numbers() -> MaxNLocator:
-    """Return what places ticks at whole numbers, and a single one where there is only one."""
-    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def kept_figure(groups: Sequence[Mapping[str, Any]]) -> Figure:
@@ -35,7 +29,7 @@ def kept_figure(groups: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(at, kept, "o-", markersize=3.5, linewidth=1, **look)
     axes.set_ylim(0, ROOM_ABOVE)
     axes.yaxis.set_major_formatter(SHARES)
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(whole_numbers())
     axes.set_xlabel("depth: groups of a kind, from the input on")
     axes.set_ylabel("kept")
     legend(figure, len(kinds))
@@ -64,7 +58,7 @@ def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         )  # fmt: skip
     highest = max(layer["relative_loss"] for layer in layers)
     axes.set_ylim(0, ROOM_ABOVE * highest if highest > 0 else 1)
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(whole_numbers())
     axes.set_xlabel("layer, from the input on")
     axes.set_ylabel("relative loss")
     legend(figure, len(kinds) + bool(bounds))

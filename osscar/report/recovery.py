@@ -120,7 +120,7 @@ def recovery_figure(recovery: Mapping[str, Any]) -> Figure:
     )  # fmt: skip
     top = max([*held, *(point["loss"] for point in losses)])
     axes.set_ylim(0, figures.ROOM_ABOVE * top if top > 0 else 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(figures.whole_numbers())
     axes.set_xlabel("steps")
     axes.set_ylabel(_UNITS[recovery["measure"]])
     figures.legend(figure, 3)
