@@ -98,7 +98,7 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
 def set_up(smaller, dense, data, **asked):
     request = osscar.RecoveryRequest(**asked)
     inputs = as_inputs(dense, data)
-    training, *_ = recovering._prepared(smaller, dense, data, inputs, request, ALONE)
+    training, *_ = recovering._prepared(smaller, dense, data, inputs, request, ALONE, None)
     return training
 
 
