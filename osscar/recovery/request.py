@@ -43,7 +43,7 @@ class RecoveryRequest:
         Samples that run through both models at once; the gradients of a step's add up.  By default
         1 window on a CPU, and all of a step elsewhere.  Samples of a list run alone, always.
     learning_rate
-        At its height; by default the best of a few, each tried for some steps.
+        At its height; by default the one below the best of a few, each tried for two steps.
     train
         Which weights are trained: ``all``; ``pruned``, those which lost rows or columns; or
         ``norms``, scales and biases, vectors all of them.  What a model freezes stays, unless it
