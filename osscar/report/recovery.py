@@ -40,7 +40,7 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     which = f"adapters, rank {settings['lora']}" if settings["lora"] else settings["train"]
     weights = "weights" if which == "all" else f"weights ({which})"
     trained = pluralize(recovery["samples"], "sample")
-    found = "" if settings["learning_rate"] else ", the best of a few that were tried"
+    found = "" if settings["learning_rate"] else ", found by trying a few"
     yield (
         f"training: {recovery['trained']:,} {weights} on {trained}, at a learning rate of "
         f"{recovery['learning_rate']:g}{found}"
