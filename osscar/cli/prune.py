@@ -32,8 +32,9 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import RunLog
 from osscar.recovery.log import RecoveryLog
-from osscar.recovery.recover import Recovery, check_enough, recover_as_asked, windows_for
+from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import check_enough, windows_for
 from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest

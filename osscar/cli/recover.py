@@ -31,8 +31,9 @@ from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.memory import Memory, in_options
-from osscar.recovery.recover import Recovery, recover_as_asked, windows_for
+from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import windows_for
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
 from osscar.shrinking.lineage import Computed, weights_digest

@@ -36,8 +36,9 @@ from osscar.pruning.sweep import (
     prune_points,
     sweep_manifest,
 )
-from osscar.recovery.recover import check_enough, check_trainable, recover_as_asked
+from osscar.recovery.recover import check_trainable, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import check_enough
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.lineage import Calibration, data_record, lineage_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -17,50 +17,35 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from graph.tracing.preserve import forget_derived
 from osscar import __version__
 from osscar.base.devices import resolve_device
-from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
+from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.printable import are, pluralize
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.images import ImageSet
-from osscar.data.samples import named_generator
 from osscar.network.model_state import ModelState, model_state
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
     copied,
     device_of,
-    in_evaluation,
 )
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
-from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
+from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
 from osscar.recovery.memory import CHOSEN, Memory, fitting, needed, room
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import shifted, split, step_size
 from osscar.recovery.target import HeldOut, Measure, Target, joined
 from osscar.recovery.training import Training, kept_point
+from osscar.recovery.weights import as_it_came, formats, give_own_weights, shared_weights, trainable
 from osscar.request import by_keywords
 from osscar.shrinking.lineage import data_record, may_come_from, note_calibration
 from osscar.shrinking.program.program import ProgramModule
-
-_STEP = {True: 4, False: 64}
-_DECIDING = {True: 8, False: 128}
-"""Windows, or samples of anything else, in a step, and those that decide at most, by default."""
-
-_SHIFT = 8
-"""Images are shifted by a share of their width of at most one over this."""
-
-_OVERLAP = 4
-"""So many tokens with which one window ends and another begins are taken for an overlap."""
-
-_SPECIAL = 4
-"""The most tokens that a tokenizer puts around a text on either side."""
 
 
 class _Pruned(Protocol):
@@ -229,10 +214,10 @@ def recover_as_asked(
             rate = training.found_rate() if rate is None else rate
             points = training.run(request.steps, rate, log, known)
         trained = sum(weight.numel() for weight in training.weights().values())
-        _give_own_weights(training.model, training.dense)
+        give_own_weights(training.model, training.dense)
         if way.lora is not None:
             merge_adapters(training.model)
-        work = _as_it_came(training.model, model)
+        work = as_it_came(training.model, model)
     note_calibration(work, data, inputs.settings)
     return Recovery(
         model=work,
@@ -252,17 +237,6 @@ def recover_as_asked(
 recover = by_keywords(RecoveryRequest, recover_as_asked)
 
 
-def windows_for(request: RecoveryRequest) -> int:
-    """Return how many windows of text a request takes if each of them trains once, or decides."""
-    size, deciding = request.batch_size or _STEP[True], request.held_out or _DECIDING[True]
-    return request.steps * size + deciding
-
-
-def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
-    """Refuse data that are too few (DataError), for whoever does other work before a recovery."""
-    _split(as_inputs(dense, data), dense, request)
-
-
 def _prepared(
     model: nn.Module,
     dense: nn.Module,
@@ -278,13 +252,13 @@ def _prepared(
     """
     device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
     teacher = dense if device_of(dense) == device else copied(dense).to(device)
-    samples, deciding = _split(inputs, teacher, request)
-    size = request.batch_size or min(_STEP[inputs.tokens], len(samples))
+    samples, deciding = split(inputs, teacher, request)
+    size = step_size(inputs, len(samples), request)
     # On a CPU several windows at once are no faster than one after the other, and take more memory.
     usual = 1 if inputs.tokens and device.type == "cpu" else size
     at_once = 1 if inputs.apart else request.micro_batch_size or usual
     target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
-    alike = _alike(model, teacher)
+    alike = shared_weights(model, teacher)
     shifts = request.augment != "none" and isinstance(data, ImageSet)
 
     @lru_cache(maxsize=1)
@@ -293,7 +267,7 @@ def _prepared(
 
     def setup(way: RecoveryRequest) -> Training:
         together = way.micro_batch_size or at_once
-        work = _trainable(model, teacher, alike, device, way)
+        work = trainable(model, teacher, alike, device, way)
         state = ModelState(work)
         with state.watching():
             target.check_alike(work, teacher, joined(deciding[:together], together)[0])
@@ -301,7 +275,7 @@ def _prepared(
         return Training(
             model=work,
             state=state,
-            formats=_formats(work, model),
+            formats=formats(work, model),
             dense=teacher,
             samples=samples,
             held=held_out(together),
@@ -310,7 +284,7 @@ def _prepared(
             at_once=together,
             precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
             seed=request.seed,
-            augmented=partial(_shifted, seed=request.seed) if shifts else lambda sample, _: sample,
+            augmented=partial(shifted, seed=request.seed) if shifts else lambda sample, _: sample,
             checkpointing=way.checkpointing,
         )
 
@@ -359,151 +333,6 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         )
 
 
-def _alike(model: nn.Module, dense: nn.Module) -> frozenset[str]:
-    """Return the names of the weights that pruning has left as they are in the dense model."""
-    others = dict(dense.named_parameters())
-    return frozenset(
-        name
-        for name, weight in model.named_parameters()
-        if name in others
-        and others[name].dtype == weight.dtype
-        and torch.equal(others[name], weight.to(others[name].device))
-    )
-
-
-def _trainable(
-    model: nn.Module,
-    dense: nn.Module,
-    alike: frozenset[str],
-    device: torch.device,
-    request: RecoveryRequest,
-) -> nn.Module:
-    """Return a copy in which gradients flow to what is trained, in a format for small steps.
-
-    What is not trained, and `alike`, are the dense model's tensors.
-    """
-    others = dict(dense.named_parameters())
-    trained = _trained(model, others, request)
-    program = isinstance(model, ProgramModule)  # whose number formats are in its code
-
-    def moved(tensor: Tensor) -> Tensor:
-        half = tensor.dtype in (torch.float16, torch.bfloat16) and not program
-        return tensor.detach().to(device, torch.float32 if half else tensor.dtype, copy=True)
-
-    instead: dict[int, Tensor] = {id(one): moved(one) for one in model.buffers()}
-    for name, weight in model.named_parameters():
-        same = name in alike - trained and (program or weight.dtype == torch.float32)
-        values = others[name].detach() if same else moved(weight)
-        instead[id(weight)] = nn.Parameter(values, requires_grad=name in trained)
-    work = in_evaluation(copied(model, instead))
-    if request.lora is not None:
-        add_adapters(work, adaptable(model), request.lora, request.seed)
-    elif not trained:
-        raise OptionError(f"train is {request.train!r}, and the model has no such weights")
-    return work
-
-
-def _trained(
-    model: nn.Module, others: Mapping[str, Tensor], request: RecoveryRequest
-) -> frozenset[str]:
-    """Return the names of the weights that are trained themselves."""
-    chosen: Callable[[str, Tensor], bool] = {
-        "all": lambda name, weight: request.lora is None,
-        "pruned": lambda name, weight: name not in others or others[name].shape != weight.shape,
-        "norms": lambda name, weight: weight.ndim <= 1,
-    }[request.train]
-    weights = dict(model.named_parameters())
-    learning = {name for name, weight in weights.items() if weight.requires_grad} or set(weights)
-    return frozenset(
-        name
-        for name in learning
-        if weights[name].is_floating_point() and chosen(name, weights[name])
-    )
-
-
-def _formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the number formats in which a copy comes back; adapters have their own."""
-    due = {name: tensor.dtype for name, tensor in _tensors(model)}
-    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in _tensors(work)}
-
-
-def _give_own_weights(model: nn.Module, dense: nn.Module) -> None:
-    """Copy the weights that a model shares with the dense one."""
-    others = {weight.data_ptr() for weight in dense.parameters()}
-    for weight in model.parameters():
-        if weight.data_ptr() in others:
-            weight.data = weight.data.clone()
-
-
-def _as_it_came(model: nn.Module, before: nn.Module) -> nn.Module:
-    """Give a model the number formats, flags, modes and place of the one that it was made of."""
-    model.to(device_of(before))
-    for (_, mine), (_, other) in zip(_tensors(model), _tensors(before), strict=True):
-        mine.data = mine.data.to(other.dtype)
-        mine.requires_grad_(other.requires_grad)
-        mine.grad = None
-    for module, first in zip(model.modules(), before.modules(), strict=True):
-        module.training = first.training
-    forget_derived(model)
-    return model
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _split(
-    inputs: ModelInputs, model: nn.Module, request: RecoveryRequest
-) -> tuple[list[Batch], list[Batch]]:
-    """Return the samples that train, and those that decide.
-
-    Those that decide are of windows the last ones, none of whose text is in a window that trains,
-    and of anything else drawn at random.
-    """
-    samples = inputs.batches(model, 1)
-    deciding = request.held_out or min(_DECIDING[inputs.tokens], max(1, len(samples) // 8))
-    order = list(range(len(samples)))
-    if not inputs.tokens:
-        drawn = named_generator("held out", request.seed)
-        order = torch.randperm(len(samples), generator=drawn).tolist()
-    trained = max(0, len(samples) - deciding)
-    held = [samples[index] for index in sorted(order[trained:])]
-    training = [samples[index] for index in sorted(order[:trained])]
-    if inputs.tokens:
-        text = _text_of(samples)
-        apart = [text[index] for index in order[trained:]]
-        known = [any(_share(text[index], one) for one in apart) for index in order[:trained]]
-        training = [one for one, shared in zip(training, known, strict=True) if not shared]
-    size = request.batch_size or 1
-    if len(training) < size:
-        raise DataError(
-            f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: to decide what is "
-            f"kept takes {deciding}, {len(training)} share nothing with those, and a step has "
-            f"{size}; give more, or a smaller --batch-size or --held-out"
-        )
-    return training, held
-
-
-def _text_of(samples: Sequence[Batch]) -> Tensor:
-    """Return the tokens of windows without the special ones, with which all begin and end."""
-    windows = torch.cat([one["input_ids"] for one in samples])
-    same, length = (windows == windows[0]).all(0).int(), windows.shape[1]
-    most = min(_SPECIAL, (length - 1) // 2)
-    before, after = (int(side[:most].cumprod(0).sum()) for side in (same, same.flip(0)))
-    return windows[:, before : length - after]
-
-
-def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two windows share text: of one length, one of them ends as the other begins."""
-    return _begins_in(one, other) or _begins_in(other, one)
-
-
-def _begins_in(second: Tensor, first: Tensor) -> bool:
-    least = min(_OVERLAP, len(first))
-    starts = (first.unfold(0, least, 1) == second[:least]).all(1).nonzero().flatten()
-    return any(torch.equal(first[at:], second[: len(first) - at]) for at in starts.tolist())
-
-
 @contextmanager
 def _begun(
     log: RecoveryLog | None,
@@ -530,16 +359,3 @@ def _begun(
     with nullcontext() if log is None else log.begun(manifest):
         last = None if log is None else log.last()
         yield ranks.broadcast("where the recovery stands", lambda: last)
-
-
-def _shifted(sample: Batch, turn: int, seed: int) -> Batch:
-    """Mirror and shift an image as chance has it in this turn."""
-    generator = named_generator(f"image {turn}", seed)
-    ((name, image),) = sample.items()
-    height, width = image.shape[-2:]
-    most = max(1, width // _SHIFT)
-    down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
-    if torch.rand((), generator=generator) < 0.5:
-        image = image.flip(-1)
-    padded = nn.functional.pad(image, (most,) * 4)
-    return {name: padded[..., down : down + height, right : right + width]}

@@ -8,7 +8,6 @@ import importlib
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
 from osscar.base.errors import MissingDependency, OptionError
@@ -22,20 +21,6 @@ from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def dense() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-@pytest.fixture(scope="module")
-def windows() -> torch.Tensor:
-    return torch.randint(64, (16, 16), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
 from osscar.data.tokens import CalibrationSet
 from osscar.recovery import recover as recovering
+from osscar.recovery import samples as drawing
 from osscar.recovery.target import HeldOut, Target, joined
 from osscar.recovery.training import Training
 from osscar.shrinking.lineage import lineage_of, note_dense
@@ -261,7 +262,7 @@ def tokenizers():
 
 def split(inputs, **asked):
     request = osscar.RecoveryRequest(**asked)
-    training, deciding = recovering._split(inputs, tiny("opt"), request)
+    training, deciding = drawing.split(inputs, tiny("opt"), request)
     return ([one["input_ids"][0].tolist() for one in some] for some in (training, deciding))
 
 
@@ -347,7 +348,7 @@ def test_an_image_is_mirrored_and_shifted():
         raw(padded[m][..., down : down + 16, right : right + 16]): (m, down, right)
         for m, down, right in places
     }
-    found = [due[raw(recovering._shifted({"x": image}, turn, 0)["x"])] for turn in range(400)]
+    found = [due[raw(drawing.shifted({"x": image}, turn, 0)["x"])] for turn in range(400)]
     assert set(found) == set(places)
 
 
