@@ -236,7 +236,7 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
 
 def tell_memory(needed: Memory, way: RecoveryRequest) -> None:
     """Print what a recovery needs, before it starts, and what was chosen so that it fits."""
-    said = f"memory: up to {in_words(needed.total)} besides what the process has"
+    said = f"memory: about {in_words(needed.total)} besides what the process has"
     say(f"{said} ({in_options(way)})")
 
 

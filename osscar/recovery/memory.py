@@ -44,7 +44,7 @@ _MOMENTS = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a recovery needs, at most, besides what the process has already.
+    """Bytes that a recovery needs, about, besides what the process has already.
 
     Parameters
     ----------
