@@ -452,7 +452,7 @@ def test_the_page_shows_the_curve_and_fits(tmp_path, width):
     for expected in (
         *("small, recovered", "9,876 parameters", "not finite", "<b>text</b>.txt"),
         "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
-        "1,234 weights (pruned) on 9 samples, at a learning rate of 0.0005, the best of a few",
+        "1,234 weights (pruned) on 9 samples, at a learning rate of 0.0005, found by trying a few",
         "at step 4, since the model's outputs were not finite there",
         *("recovery data: fingerprints\t2", "recovery: steps\t16"),
     ):

@@ -414,7 +414,7 @@ def frugal(monkeypatch):
     ("backend", "p", "most"),
     [
         pytest.param("local_search", 2048, 3.2, marks=pytest.mark.slow),
-        ("multistage", 1536, 2.3),
+        ("multistage", 1536, 2.4),
     ],
 )
 def test_a_solve_holds_little_beside_its_problem(backend, p, most, frugal):
