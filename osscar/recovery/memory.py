@@ -85,10 +85,13 @@ class Memory:
 
 
 def room(device: torch.device, limit: str | int | None) -> int | None:
-    """Return how many bytes a recovery may take: its limit, or what is free; None if none tells."""
-    if limit is not None:
-        return parse_size(limit)
+    """Return how many bytes a recovery may take: what a limit leaves, or what is free if known.
+
+    A limit is of the whole process, as it is where models are read.
+    """
     memory = memory_of(device)
+    if limit is not None:
+        return max(0, parse_size(limit) - memory.held())
     found = memory.available()
     if found is None or device.type == "cpu":
         return found
@@ -140,8 +143,8 @@ def fitting(
     raise NoMemoryError(
         f"the recovery of {type(model).__name__} needs {in_words(found[0][1].total)} besides what "
         f"the process has, at the least {in_words(least.total)} ({in_options(way)}), and there are "
-        f"{in_words(space)}; give more (--max-memory), shorter or smaller samples, or a machine "
-        "with more memory"
+        f"{in_words(space)} for it; give more (--max-memory, of the whole process), shorter or "
+        "smaller samples, or a machine with more memory"
     )
 
 

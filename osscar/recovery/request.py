@@ -55,8 +55,8 @@ class RecoveryRequest:
         Whether blocks of the model are computed again in the backward pass, which takes a third
         more time and keeps less in memory.
     max_memory
-        The most that the recovery may take besides what the process has, such as ``8GB``, or a
-        number of bytes; by default all that is free.  If it needs more, the first of these that
+        The most memory that the process may take, such as ``8GB``, or a number of bytes; by default
+        all that is free.  If the recovery needs more, the first of these that
         helps is done: smaller micro-batches, where their size is not given; `checkpointing`, too;
         adapters of rank 16, too, where all weights would be trained.
     held_out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import osscar
 from osscar.base.errors import NoMemoryError, OptionError
 from osscar.network.modules import copied
+from osscar.offload.device_memory import DeviceMemory
 from osscar.recovery import memory
 from osscar.recovery.checkpointing import blocks, checkpointing
 from osscar.recovery.memory import Memory, fitting
@@ -192,6 +193,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
     monkeypatch.setattr(
         memory, "needed", lambda training: Memory(0, 0, 0, 0, 0, training.at_once, 0, 0)
     )
+    monkeypatch.setattr(DeviceMemory, "held", lambda self: 0)
     asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
     recover_as_asked(smaller, dense, data, RecoveryRequest(**asked, max_memory=2))
     assert sizes == {2}
@@ -199,8 +201,9 @@ def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
 
 @pytest.mark.slow
 @needs_peft
-def test_a_limit_is_kept_and_said(dense, smaller, windows, told):
+def test_a_limit_is_kept_and_said(dense, smaller, windows, told, monkeypatch):
     usual, least = told().total, told(checkpointing=True, lora=16).total
+    monkeypatch.setattr(DeviceMemory, "held", lambda self: 0)
     request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", max_memory=usual - 1)
     result = recover_as_asked(smaller, dense, windows, request)
     assert result.memory.total < usual
