@@ -11,8 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -20,32 +19,26 @@ import torch
 from torch import nn
 
 from osscar import __version__
-from osscar.base.devices import resolve_device
-from osscar.base.errors import ModelError, NonFiniteError
+from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.batches import ModelInputs, as_inputs
-from osscar.data.images import ImageSet
-from osscar.network.model_state import ModelState, model_state
+from osscar.network.model_state import model_state
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
-    copied,
-    device_of,
 )
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
 from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
-from osscar.recovery.memory import CHOSEN, Memory, fitting, needed, room
+from osscar.recovery.memory import CHOSEN, Memory
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import shifted, split, step_size
-from osscar.recovery.target import HeldOut, Measure, Target, joined
-from osscar.recovery.training import Training, kept_point
-from osscar.recovery.weights import as_it_came, formats, give_own_weights, shared_weights, trainable
+from osscar.recovery.setup import Setup
+from osscar.recovery.target import Measure
+from osscar.recovery.training import kept_point
+from osscar.recovery.weights import as_it_came, give_own_weights
 from osscar.request import by_keywords
 from osscar.shrinking.lineage import data_record, may_come_from, note_calibration
-from osscar.shrinking.program.program import ProgramModule
 
 
 class _Pruned(Protocol):
@@ -203,13 +196,11 @@ def recover_as_asked(
         memory_for(f"{type(model).__name__} and its training", FOR_BATCHES),
         model_state(dense),
     ):
-        inputs = as_inputs(dense, data)
-        if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
-            as_inputs(model, data)
-        prepared = _prepared(model, dense, data, inputs, request, ranks, log)
-        training, deciding, way, memory = prepared
+        setup = Setup.of(model, dense, data, request, ranks)
+        way, memory = setup.chosen(None if log is None else log.way())
+        training = setup.checked(way)
         told(memory, way)
-        with _begun(log, model, dense, inputs, request, way, ranks) as known:
+        with _begun(log, setup, way) as known:
             rate = request.learning_rate if known is None else known.rate
             rate = training.found_rate() if rate is None else rate
             points = training.run(request.steps, rate, log, known)
@@ -218,97 +209,23 @@ def recover_as_asked(
         if way.lora is not None:
             merge_adapters(training.model)
         work = as_it_came(training.model, model)
-    note_calibration(work, data, inputs.settings)
+    note_calibration(work, data, setup.inputs.settings)
     return Recovery(
         model=work,
         points=points,
         learning_rate=rate,
         measure=training.held.target.measure,
         samples=len(training.samples),
-        held_out=deciding,
+        held_out=len(setup.deciding),
         trained=trained,
         seconds=time.perf_counter() - start,
         memory=memory,
         request=way,
-        data={**inputs.settings, **data_record(data)},
+        data={**setup.inputs.settings, **data_record(data)},
     )
 
 
 recover = by_keywords(RecoveryRequest, recover_as_asked)
-
-
-def _prepared(
-    model: nn.Module,
-    dense: nn.Module,
-    data: Any,
-    inputs: ModelInputs,
-    request: RecoveryRequest,
-    ranks: Ranks,
-    log: RecoveryLog | None,
-) -> tuple[Training, int, RecoveryRequest, Memory]:
-    """Set up the training of a copy of a model, in a way that fits into the memory there is.
-
-    With it come how many samples decide, the way to train, and what that needs.
-    """
-    device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
-    teacher = dense if device_of(dense) == device else copied(dense).to(device)
-    samples, deciding = split(inputs, teacher, request)
-    size = step_size(inputs, len(samples), request)
-    # On a CPU several windows at once are no faster than one after the other, and take more memory.
-    usual = 1 if inputs.tokens and device.type == "cpu" else size
-    at_once = 1 if inputs.apart else request.micro_batch_size or usual
-    target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
-    alike = shared_weights(model, teacher)
-    shifts = request.augment != "none" and isinstance(data, ImageSet)
-
-    @lru_cache(maxsize=1)
-    def held_out(together: int) -> HeldOut:
-        return HeldOut.of(target, teacher, joined(deciding, together), ranks)
-
-    def setup(way: RecoveryRequest) -> Training:
-        together = way.micro_batch_size or at_once
-        work = trainable(model, teacher, alike, device, way)
-        state = ModelState(work)
-        with state.watching():
-            target.check_alike(work, teacher, joined(deciding[:together], together)[0])
-        state.put_back()
-        return Training(
-            model=work,
-            state=state,
-            formats=formats(work, model),
-            dense=teacher,
-            samples=samples,
-            held=held_out(together),
-            ranks=ranks,
-            size=size,
-            at_once=together,
-            precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
-            seed=request.seed,
-            augmented=partial(shifted, seed=request.seed) if shifts else lambda sample, _: sample,
-            checkpointing=way.checkpointing,
-        )
-
-    def chosen() -> tuple[dict[str, Any], Memory]:
-        before = None if log is None else log.way()
-        if before is not None:  # whatever is free by now: it goes on to the same bytes
-            known: dict[str, Any] = {name: before.get(name) for name in CHOSEN}
-            return known, needed(setup(replace(request, **known)))
-        space = room(device, request.max_memory)
-        way, memory = fitting(request, model, at_once, space, setup)
-        return {name: getattr(way, name) for name in CHOSEN}, memory
-
-    changed, memory = ranks.broadcast("the way to train", chosen)
-    way = replace(request, **changed)
-    training = setup(way)
-    if training.distance() is None:
-        if request.loss is not None:
-            raise NonFiniteError(
-                "the loss is not finite on the held-out samples, before any training; let it "
-                "return a finite number"
-            )
-        which = "smaller" if training.held.distance(teacher) is not None else "dense"
-        raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
-    return training, len(deciding), way, memory
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -335,15 +252,10 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
 
 @contextmanager
 def _begun(
-    log: RecoveryLog | None,
-    model: nn.Module,
-    dense: nn.Module,
-    inputs: ModelInputs,
-    request: RecoveryRequest,
-    way: RecoveryRequest,
-    ranks: Ranks,
+    log: RecoveryLog | None, setup: Setup, way: RecoveryRequest
 ) -> Iterator[Standing | None]:
     """Begin a recovery, or go on with one, on all ranks; yield where it stands."""
+    ranks, request, dense = setup.ranks, setup.request, setup.teacher
     if log is None and ranks.alone:
         yield None
         return
@@ -353,7 +265,7 @@ def _begun(
     del asked["max_memory"]  # what it has led to is the way
     asked[WAY] = {name: getattr(way, name) for name in CHOSEN}
     asked["dense"] = sha256_of(tensors)
-    made = Fingerprint.of(model, inputs, 1)
+    made = Fingerprint.of(setup.model, setup.inputs, 1)
     manifest = JournalManifest("osscar.recovery-log/1", asked, made)
     manifest.check_alike(ranks)
     with nullcontext() if log is None else log.begun(manifest):

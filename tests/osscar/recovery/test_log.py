@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from osscar.base.errors import JournalError, OutputError
-from osscar.recovery import recover as recovering
+from osscar.recovery import setup
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
@@ -114,7 +114,7 @@ def test_a_recovery_goes_on_in_the_way_that_it_began_whatever_memory_is_free(
     with pytest.raises(JournalError, match="micro-batch-size was None and is 1"):
         recover_as_asked(smaller, dense, data, other, log)
     monkeypatch.undo()
-    monkeypatch.setattr(recovering, "room", lambda *_: 1)  # in which no way would fit
+    monkeypatch.setattr(setup, "room", lambda *_: 1)  # in which no way would fit
     assert told(recover_as_asked(smaller, dense, data, REQUEST, log)) == whole
 
 

@@ -27,6 +27,7 @@ from osscar.data.samples import named_generator
 from osscar.data.tokens import CalibrationSet
 from osscar.recovery import recover as recovering
 from osscar.recovery import samples as drawing
+from osscar.recovery import setup
 from osscar.recovery.target import HeldOut, Target, joined
 from osscar.recovery.training import Training
 from osscar.shrinking.lineage import lineage_of, note_dense
@@ -322,7 +323,7 @@ def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path,
             seen.append(torch.cat([next(iter(one.values())) for one in samples]))
             return super().run(*rest)
 
-    monkeypatch.setattr(recovering, "Training", Spy)
+    monkeypatch.setattr(setup, "Training", Spy)
     for data, asked in (
         (loaded, {}),
         (loaded, {}),

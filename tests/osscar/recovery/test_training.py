@@ -14,12 +14,10 @@ from torch import nn
 
 import osscar
 from osscar.base import progress
-from osscar.base.ranks import ALONE
-from osscar.data.batches import as_inputs
 from osscar.data.samples import named_generator
-from osscar.recovery import recover as recovering
 from osscar.recovery import training as loop
 from osscar.recovery.log import Point
+from osscar.recovery.setup import Setup
 from osscar.recovery.training import kept_point
 from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.perturbed import perturbed
@@ -97,9 +95,7 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
 
 def set_up(smaller, dense, data, **asked):
     request = osscar.RecoveryRequest(**asked)
-    inputs = as_inputs(dense, data)
-    training, *_ = recovering._prepared(smaller, dense, data, inputs, request, ALONE, None)
-    return training
+    return Setup.of(smaller, dense, data, request).training(request)
 
 
 def test_each_pass_takes_every_sample_once_in_an_order_of_its_own():
