@@ -54,6 +54,7 @@ NO_ROW = -1
 
 _SYMMETRY_TOLERANCE = 1e-8
 _TENSORS = ("H", "G", "W0", "rows")
+_NUMBERS = ("e", "damping")
 _VARIANCE_TOLERANCE = 1e-9
 """By how much rounding may raise a variance above the second moment, relative to that."""
 
@@ -100,6 +101,10 @@ class Consumer:
     variance
         Variances of the inputs, (p,) float64, on the scale of `H`; no part of the objective, but
         what some scores ask for.  None: what the diagonal of `H` holds, as of centred inputs.
+    scale
+        What losses are relative to, no less than `e`; None: `e`.  Where rows that stay have been
+        eliminated (`solvers.closed_forms.fixed_rows`), `e` is what is lost without any unit once
+        they are refitted, and this may be what is lost where they are not.
 
     Raises
     ------
@@ -118,13 +123,14 @@ class Consumer:
     rows: Tensor
     damping: float = 0.0
     variance: Tensor | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, given in self._tensors.items():
             owned = as_tensor(name, given) if name == "H" else as_owned_tensor(name, given)
             object.__setattr__(self, name, owned)
-        for name in ("e", "damping"):
-            object.__setattr__(self, name, as_number(name, getattr(self, name)))
+        for name, number in self._numbers.items():
+            object.__setattr__(self, name, as_number(name, number))
         self._check()
 
     def __repr__(self) -> str:
@@ -143,12 +149,18 @@ class Consumer:
         names = _TENSORS if self.variance is None else (*_TENSORS, "variance")
         return {name: vars(self)[name] for name in names}
 
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        """The numbers by name, `scale` where it is another than e."""
+        names = _NUMBERS if self.scale is None else (*_NUMBERS, "scale")
+        return {name: vars(self)[name] for name in names}
+
     @classmethod
-    def _owning(cls, *, e: Any, damping: Any, **tensors: Any) -> Consumer:
+    def _owning(cls, *, scale: Any = None, **given: Any) -> Consumer:
         """Return a consumer of tensors that nobody else holds, and that need no copy."""
         made = object.__new__(cls)
-        vars(made).update({"variance": None, **tensors})
-        vars(made).update(e=as_number("e", e), damping=as_number("damping", damping))
+        vars(made).update({"variance": None, **given, "scale": scale})
+        vars(made).update({name: as_number(name, held) for name, held in made._numbers.items()})
         made._check()
         return made
 
@@ -167,6 +179,11 @@ class Consumer:
         check_energy(self.e)
         if not math.isfinite(self.damping) or self.damping < 0:
             raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
+        if self.scale is not None and not self.e <= self.scale < math.inf:
+            raise ProblemError(
+                f"scale is {self.scale}; it must be finite, and no less than e, {self.e:.6g}: what "
+                "losses are relative to is the largest of them"
+            )
         check_diagonal(self.hessian.diagonal())
         if not difference <= _SYMMETRY_TOLERANCE:
             raise ProblemError(asymmetry(difference))
@@ -206,6 +223,7 @@ class Consumer:
         units: Units | None = None,
         damp: float = 0.01,
         variance: Tensor | None = None,
+        scale: float | None = None,
         overwrite: bool = False,
     ) -> Consumer:
         """Damp the statistics of one linear map (`gram.damp_terms`) and take its units.
@@ -218,6 +236,8 @@ class Consumer:
             What each unit owns; by default every row is a unit.
         variance
             Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
+        scale
+            What losses are relative to, where `e` with its damping is not more; by default that.
         overwrite
             Whether to take over `W0`, `G` and a `Symmetric` H, where they are in float64, instead
             of copying them: they are written to, and the caller gives them up.
@@ -232,7 +252,8 @@ class Consumer:
         tensors = {"rows": _unit_rows(units, len(terms["H"])).to(terms["H"].device)}
         if variance is not None:
             tensors["variance"] = as_owned_tensor("variance", variance).to(torch.float64)
-        consumer = cls._owning(**terms, **tensors)
+        scale = None if scale is None else max(as_number("scale", scale), terms["e"])
+        consumer = cls._owning(**terms, **tensors, scale=scale)
         # Damping has just made sure of the one, and made G of W0 or not.
         vars(consumer).update(flaw=None, fits=G is None)
         return consumer
@@ -326,6 +347,7 @@ class Consumer:
             rows=self.rows,
             damping=self.damping / number,
             variance=None if self.variance is None else self.variance / number,
+            scale=None if self.scale is None else self.scale / number,
         )
         vars(made).update(self._known())  # which is relative to the size of the terms
         return made
@@ -342,7 +364,7 @@ class Consumer:
         after: dict[str, Any] = {name: held.to(device) for name, held in before.items()}
         if all(held is before[name] for name, held in after.items()):
             return self
-        made = Consumer._owning(**after, e=self.e, damping=self.damping)
+        made = Consumer._owning(**after, **self._numbers)
         vars(made).update(self._known())
         return made
 
@@ -463,9 +485,14 @@ class SubsetProblem:
         return max(consumer.width for consumer in self.consumers)
 
     @property
-    def scale(self) -> float:
-        """Loss of the empty support, to which losses are relative."""
+    def empty_loss(self) -> float:
+        """Loss of the empty support."""
         return sum(consumer.e for consumer in self.consumers)
+
+    @property
+    def scale(self) -> float:
+        """What losses are relative to: that of the empty support, or `Consumer.scale`."""
+        return sum(c.e if c.scale is None else c.scale for c in self.consumers)
 
     @property
     def device(self) -> torch.device:
@@ -528,7 +555,7 @@ class SubsetProblem:
             "format": FORMAT,
             "name": self.name,
             "keep": self.keep,
-            "consumers": [{"e": c.e, "damping": c.damping} for c in self.consumers],
+            "consumers": [consumer._numbers for consumer in self.consumers],
         }
         tensors = {
             f"{i}.{name}": held.dense() if isinstance(held, Symmetric) else held
@@ -561,6 +588,7 @@ class SubsetProblem:
                     **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
                     e=terms["e"],
                     damping=terms["damping"],
+                    scale=terms.get("scale"),
                     variance=tensors.get(f"{i}.variance"),
                 )
                 for i, terms in enumerate(header["consumers"])

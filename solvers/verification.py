@@ -326,11 +326,11 @@ def _check_bound(problem: SubsetProblem, claim: Any) -> float:
         everything = torch.arange(problem.units, device=problem.device)
         least, rounding = refit_loss_and_rounding(problem, everything)
         least = max(least - rounding, 0.0)
-        allowed = _BOUND_TOLERANCE * least + _EPS * problem.scale
+        allowed = _BOUND_TOLERANCE * least + _EPS * problem.empty_loss
         return least if claim.lower_bound <= least + allowed else math.nan
     proved: float = claim.certificate.bound(problem)
     # Nothing of the loss here: whoever makes a claim chooses that, by a bad support.
-    allowed = _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.scale
+    allowed = _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.empty_loss
     _require(
         claim.lower_bound <= proved + allowed,
         f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",

@@ -81,7 +81,7 @@ def _eliminated(problem: SubsetProblem) -> Removals:
 def _summed(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:
     risen = np.maximum([risen for _, risen in removals], 0.0)
     losses = np.concatenate([[0.0], np.cumsum(risen)])
-    whole = max(problem.scale, float(losses[-1]))
+    whole = max(problem.empty_loss, float(losses[-1]))
     return np.concatenate([[whole], losses[::-1]])
 
 

@@ -3,6 +3,9 @@
 Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
 inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
 has one row of W for each channel and tap of its kernel (`osscar.preparation.convolutions`).
+
+What a consumer reads beside them, as of ``cat([x, units])``, is *fixed*: it stays, whatever leaves
+the group, and can be refitted with what stays of that.  Its rows then come before the units'.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from osscar.preparation.convolutions import Windows, windows_of
 from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture, Routed
 
+MOST_ROWS = 4096
+"""Rows of a consumer whose fixed inputs are refitted: with more, these keep their weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class LinearMap(abc.ABC):
@@ -37,6 +43,8 @@ class LinearMap(abc.ABC):
     """The input features or channels that each unit of the group owns."""
     has_bias: bool
     """Whether it has a bias that it shares with no other module."""
+    with_fixed: bool
+    """Whether inputs that no unit owns are refitted, too, as long as there is room for them."""
 
     @property
     def label(self) -> str:
@@ -54,9 +62,31 @@ class LinearMap(abc.ABC):
         return 1
 
     @cached_property
+    def beside(self) -> tuple[int, ...]:
+        """The inputs that no unit owns, in ascending order."""
+        owned = {index for unit in self.owned for index in unit}
+        return tuple(index for index in range(self._shape[0]) if index not in owned)
+
+    @cached_property
     def inputs(self) -> Tensor:
-        """The inputs that the group owns, int64 in ascending order."""
-        return torch.tensor(sorted(index for unit in self.owned for index in unit))
+        """The inputs that are refitted, int64: fixed ones, and those that units own.
+
+        Both are in ascending order.
+        """
+        fixed = self.beside if self.fixed else ()
+        return torch.tensor([*fixed, *sorted(index for unit in self.owned for index in unit)])
+
+    @property
+    def fixed(self) -> int:
+        """The number of rows of W, the first ones, that no unit owns."""
+        fits = self.with_fixed and self._shape[0] * self.taps <= MOST_ROWS
+        return len(self.beside) * self.taps if fits else 0
+
+    @property
+    def fixed_inputs(self) -> tuple[int, int]:
+        """How many inputs that no unit owns are refitted, and how many keep their weights."""
+        refitted = self.fixed // self.taps
+        return refitted, len(self.beside) - refitted
 
     @property
     def rows(self) -> int:
@@ -65,8 +95,13 @@ class LinearMap(abc.ABC):
 
     @property
     def outputs(self) -> int:
-        """The number m of columns of W; nothing is read for it of a weight that lies on disk."""
-        return int(self._view(torch.empty(self._weight.shape, device="meta")).shape[1])
+        """The number m of columns of W."""
+        return self._shape[1]
+
+    @cached_property
+    def _shape(self) -> torch.Size:
+        """Of `_view`; nothing is read for it of a weight that lies on disk."""
+        return self._view(torch.empty(self._weight.shape, device="meta")).shape
 
     @cached_property
     def unit_rows(self) -> list[list[int]]:
@@ -107,7 +142,7 @@ class LinearMap(abc.ABC):
         return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
 
     def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m)."""
+        """Replace what is refitted of the weight by W, (p, m)."""
         with written(self.module, self.parameters[0]) as weight:
             view = self._view(weight)
             W = self._fitting(W, view, "weights")
@@ -188,7 +223,7 @@ class _FeatureMap(LinearMap):
     def read_inputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield all positions at once."""
         x = _positions(x)
-        yield x if len(self.inputs) == x.shape[1] else x[:, self.inputs.to(x.device)]
+        yield x[:, self.inputs.to(x.device)] if self.beside else x
 
     def read_outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Return all positions."""
@@ -245,7 +280,7 @@ class _ConvolutionMap(LinearMap):
         """Yield the unfolded windows, as many at once as `convolutions` allows."""
         x = x.detach().reshape(-1, *x.shape[-len(self.windows.kernel) - 1 :])
         channels = self._of_part(torch.arange(x.shape[1]))[self.inputs]
-        if len(channels) < x.shape[1]:
+        if self.beside or len(channels) < x.shape[1]:
             x = x[:, channels.to(x.device)]
         yield from self.windows.unfolded(x)
 
@@ -271,7 +306,7 @@ class _ConvolutionMap(LinearMap):
         return self._ordered(super().read_weight())
 
     def write_weight(self, W: Tensor) -> None:
-        """Replace the group's part of the weight by W, (p, m)."""
+        """Replace what is refitted of the weight by W, (p, m)."""
         super().write_weight(self._ordered(W))
 
     def _ordered(self, W: Tensor) -> Tensor:
@@ -305,7 +340,7 @@ class _ExpertMap(LinearMap):
     def read_inputs(self, x: Routed) -> Iterator[Tensor]:
         """Yield the tokens that are sent to this expert."""
         X = self.mixture.visits(x).X[self._here(x)]
-        yield X if len(self.inputs) == X.shape[1] else X[:, self.inputs.to(X.device)]
+        yield X[:, self.inputs.to(X.device)] if self.beside else X
 
     def read_outputs(self, y: Tensor, x: Routed) -> Tensor:
         """Return what the mixture puts out for these tokens."""
@@ -328,7 +363,7 @@ class _ExpertMap(LinearMap):
 
 
 def maps_of(
-    model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None
+    model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None, *, with_fixed: bool
 ) -> Iterator[LinearMap]:
     """Yield the consumers that one tensor holds, given the slots of it that a group has."""
     name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
@@ -336,16 +371,16 @@ def maps_of(
     module = model.get_submodule(name)
     if mixture is not None:
         for expert in range(len(mixture.weight)):
-            yield _ExpertMap(name, module, dim, owned, False, mixture, expert)
+            yield _ExpertMap(name, module, dim, owned, False, with_fixed, mixture, expert)
         return
     if isinstance(module, RECURRENT):
         end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
         has_bias, direction = _has_bias(model, module, BIAS + end), directions(module).index(end)
-        yield _RecurrentMap(name, module, dim, owned, has_bias, direction)
+        yield _RecurrentMap(name, module, dim, owned, has_bias, with_fixed, direction)
         return
     windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
     if windows is None:
-        yield _FeatureMap(name, module, dim, owned, has_bias)
+        yield _FeatureMap(name, module, dim, owned, has_bias, with_fixed)
         return
     groups = int(module.groups)  # type: ignore[arg-type]
     channels = int(module.in_channels) // groups  # type: ignore[arg-type]
@@ -356,7 +391,7 @@ def maps_of(
         if dim == 0:
             own = [[i - part * channels for i in u if i // channels == part] for u in owned]
         if any(own):
-            yield _ConvolutionMap(name, module, dim, own, has_bias, windows, part)
+            yield _ConvolutionMap(name, module, dim, own, has_bias, with_fixed, windows, part)
 
 
 def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:

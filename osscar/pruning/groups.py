@@ -153,7 +153,7 @@ def _replay(
             f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
-    consumers = linear_maps(model, group)
+    consumers = linear_maps(model, group, with_fixed=True)
     forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise JournalError(
@@ -216,6 +216,8 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         unread=len(step.unread),
         held=refits.held,
         unrefitted=refits.unrefitted,
+        fixed=sum(gram.linear_map.fixed_inputs[0] for gram in step.known),
+        fixed_dense=sum(gram.linear_map.fixed_inputs[1] for gram in step.known),
         growth=refits.growth,
         measure_seconds=measured - began,
         solve_seconds=time.perf_counter() - measured,

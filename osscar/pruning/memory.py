@@ -186,14 +186,14 @@ def _matrices(
     model: nn.Module, group: CouplingGroup, keep: int, request: PruningRequest
 ) -> tuple[str, int, int, int]:
     """Return the layer of a group that reads most, how much, and bytes of matrices and of sums."""
-    maps = linear_maps(model, group)
+    maps = linear_maps(model, group, with_fixed=True)
     most = max(maps, key=lambda found: found.rows)
     numbers, sums = 0.0, 0.0
     copies = 2 if request.holds_out else 1
     corrected = Target(request.target).needs_dense
     for found in maps:
         p, m = found.rows, found.outputs
-        r = p * keep / group.units
+        r = found.fixed + (p - found.fixed) * keep / group.units
         peaks = (a * p**2 + b * r**2 + c * p * m for a, b, c in _peaks(request))
         numbers += max(peaks) + _TILES * p
         sums += copies * (0.5 * p**2 + (p * m if corrected else 0))

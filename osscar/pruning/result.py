@@ -65,6 +65,10 @@ class LayerReport(solvers.SolutionRecord):
         the units that stay; where several consumers read the group, at the one with the fewest.
     unrefitted
         The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
+    fixed
+        Inputs of its consumers that no unit owns, and that were refitted, too.
+    fixed_dense
+        The same that keep their weights, since the consumer has too many rows for more.
     growth
         The largest weight that was written over the largest dense one, of the consumer of which
         that is most.
@@ -84,6 +88,8 @@ class LayerReport(solvers.SolutionRecord):
     unread: int
     held: int
     unrefitted: tuple[str, ...]
+    fixed: int
+    fixed_dense: int
     growth: float
     measure_seconds: float
     solve_seconds: float

@@ -20,14 +20,18 @@ from osscar.base.errors import ModelError
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.preparation.consumer import LinearMap
-from osscar.walk.sums import Sums
+from osscar.walk.sums import Sums, inner
 from solvers import Consumer, SubsetProblem
+from solvers.closed_forms.fixed_rows import FixedRows, eliminate_fixed
 from solvers.linalg.symmetric import Symmetric
 
 _UNSEEN = 0.1
 """How many positions of mean energy an input may have hidden behind those that were seen: a share q
 of all positions is missed by n of them with probability ``(1 - q)^n``, nine times in ten where
 ``q = 0.1 / n``."""
+
+_LEAST_DAMP = 1e-6
+"""Where fixed rows are eliminated: what they do not explain of a unit is no rounding then."""
 
 
 class GramAccumulator:
@@ -39,6 +43,8 @@ class GramAccumulator:
         self.linear_map = linear_map
         self.fitted = Sums(linear_map, corrections=corrections)
         self.held = Sums(linear_map, corrections=corrections) if held else None
+        self._fixed: FixedRows | None = None
+        """What gives fixed rows back, once the problem is posed."""
 
     @property
     def parts(self) -> tuple[Sums, ...]:
@@ -94,15 +100,62 @@ class GramAccumulator:
     def consumer(self, damp: float, correction_weight: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
-        The sums that weights are fitted to become its Hessian: only `bias`, `held_rise` and numbers
-        of positions are left to be asked then.
+        Fixed rows are eliminated, and `all_rows` has them.  The sums that weights are fitted to
+        become its Hessian: only that, `bias`, `held_rise` and numbers of positions are left to be
+        asked then.
         """
-        W0 = self.linear_map.read_weight()
+        W0, fixed = self.unit_weights(), self.linear_map.fixed
         H, targets, variance = self.fitted.given_up(W0, correction_weight)
         units, positions = self.linear_map.unit_rows, self.rows
-        return damped_by_input(
-            H, W0, targets=targets, units=units, damp=damp, positions=positions, variance=variance
+        if not fixed:
+            return damped_by_input(
+                H,
+                W0,
+                targets=targets,
+                units=units,
+                damp=damp,
+                positions=positions,
+                variance=variance,
+            )
+        H.clear(self.left)
+        if targets is not None:
+            targets[0][self.left] = 0
+        units = [[row - fixed for row in rows] for rows in units]
+        consumer, self._fixed = without_fixed(
+            H, W0, fixed, targets=targets, units=units, damp=damp, positions=positions
         )
+        return consumer
+
+    def unit_weights(self) -> Tensor:
+        """Return the weights, (p, m), less those of fixed rows: what units put out, and may not.
+
+        Fixed rows count by how much they change.
+        """
+        W0 = self.linear_map.read_weight()
+        W0[: self.linear_map.fixed] = 0
+        return W0
+
+    @property
+    def left(self) -> Tensor:
+        """Of which fixed rows all weights are zero, (p,) bool, as where their unit has left.
+
+        They stay zero.
+        """
+        found = ~self.linear_map.read_weight().any(1)
+        found[self.linear_map.fixed :] = False
+        return found
+
+    def all_rows(self, W: Tensor) -> Tensor:
+        """Return the weights of all rows, (p, m), given those of the problem.
+
+        The module still has those that it was measured with.
+        """
+        if self._fixed is None:
+            return W
+        found, fixed = self.linear_map.read_weight(), self.linear_map.fixed
+        found[:fixed] += self._fixed.refit(W)
+        found[fixed:] = W
+        return found
 
     def bias(self, W: Tensor) -> Tensor | None:
         """Return by how much the bias changes with new weights, (p, m); None where there is none.
@@ -172,6 +225,44 @@ def damped_by_input(
     )
 
 
+def without_fixed(
+    H: Symmetric,
+    W0: Tensor,
+    fixed: int,
+    *,
+    targets: tuple[Tensor, float] | None,
+    units: Sequence[Sequence[int]],
+    damp: float,
+    positions: int,
+) -> tuple[Consumer, FixedRows]:
+    """Return the consumer of the rows that follow the fixed ones, and what gives these back.
+
+    Fixed rows have zeros as dense weights: they are by how much they change, and are pulled towards
+    no change, as all rows are in `damped_by_input`, which has the other arguments.  Losses stay
+    relative to that of removing everything, with no change of the fixed rows.
+    """
+    added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), positions)
+    G = H.product(W0) if targets is None else targets[0]
+    e = inner(W0, G) if targets is None else targets[1]
+    G.addcmul_(added[:, None], W0)
+    e += float(added @ torch.linalg.vector_norm(W0, dim=1).square())
+    constant = (added == 0).to(added)  # no weight of theirs is to change
+    constant[fixed:] = 0
+    H.add_diagonal(added + constant)
+    rows, H, G, least = eliminate_fixed(H, G, e, fixed)
+    consumer = Consumer.from_gram(
+        H,
+        W0[fixed:].clone(),
+        G=None if targets is None else G,
+        e=None if targets is None else least,
+        units=units,
+        damp=0.0,
+        scale=e,
+        overwrite=True,
+    )
+    return consumer, rows
+
+
 def pose(
     accumulators: Sequence[GramAccumulator],
     keep: int,
@@ -197,7 +288,7 @@ def pose(
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
     for layer, consumer in zip(layers, consumers, strict=True):
-        totals[layer] += consumer.e
+        totals[layer] += consumer.e if consumer.scale is None else consumer.scale
     if len(totals) > 1:
         for place, layer in enumerate(layers):
             # One after the other: what is divided makes way for what comes of it.

@@ -123,8 +123,17 @@ class LayerStep:
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, correction_weight)
 
+    def all_rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return what to commit, (p, m) each, of the weights that a solution has of the problem.
+
+        Where a consumer reads what no unit owns, these rows come first, refitted with the others.
+        """
+        return [gram.all_rows(W) for gram, W in zip(self.known, weights, strict=True)]
+
     def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> _Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
+
+        `weights` are those of a solution.  Fixed rows are dense, too, where the others are.
 
         What reads an input that never varied keeps its dense weights, if its unit stays: the data
         say nothing of it.  Damping and floor are chosen beforehand, by samples that are few; this
@@ -134,7 +143,7 @@ class LayerStep:
         unrefitted: list[str] = []
         gone = set(range(self.group.units)) - set(kept)
         growth, held = 0.0, min(gram.held_rows for gram in self.known)
-        for gram, refitted in zip(self.known, weights, strict=True):
+        for gram, refitted in zip(self.known, self.all_rows(weights), strict=True):
             dense = gram.linear_map.read_weight()
             W = _with_silent_rows(gram.linear_map, refitted, kept)
             plain = dense.clone()

@@ -64,7 +64,7 @@ class Sums:
         self.positions = self.rows = 0
         p, m, device = linear_map.rows, linear_map.outputs, device_of(linear_map.module)
         self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
-        self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs)
+        self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs, cut=linear_map.fixed)
         self.corrections = self.inputs.new_zeros(m)
         self.cross: Tensor | None = self.inputs.new_zeros(p, m) if corrections else None
         self.energy = 0.0

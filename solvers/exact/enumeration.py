@@ -50,8 +50,8 @@ class Enumerate(Backend):
             explained = torch.stack([part for part, _ in parts]).sum(0)
             rounding = torch.stack([part for _, part in parts]).sum(0)
             index = int(explained.argmax())
-            loss = problem.scale - float(explained[index])
-            bound = min(bound, problem.scale - float((explained + rounding).max()))
+            loss = problem.empty_loss - float(explained[index])
+            bound = min(bound, problem.empty_loss - float((explained + rounding).max()))
             if loss < best_loss:
                 best, best_loss = chosen[index], loss
         assert best is not None

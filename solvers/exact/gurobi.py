@@ -109,7 +109,7 @@ def _suits(program: PerspectiveProgram, search: Search) -> bool:
     """Return whether the free licence takes the program, and the solver can bear its numbers."""
     if program.variables > _FREE_QUADRATIC_VARIABLES:
         return False
-    cheap = search.unit < _LEAST_COST * search.problem.scale
+    cheap = search.unit < _LEAST_COST * search.problem.empty_loss
     return not (cheap and program.condition > _WORST_CONDITION)
 
 

@@ -106,7 +106,7 @@ class Search(Incumbent):
         self.limits = limits
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort())
-        self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.scale) or 1.0
+        self.unit = max(self.loss - self.terms.constant, 1e-9 * problem.empty_loss) or 1.0
         self.cuts = 0
 
     @property

@@ -32,7 +32,7 @@ class Greedy(Backend):
         path = [refit_loss(problem, everything)]
         for _, risen in removals:
             path.append(path[-1] + risen)
-        path.append(problem.scale)
+        path.append(problem.empty_loss)
         return Selection(
             support_after(removals[: n - k], problem),
             Status.FEASIBLE,

@@ -150,7 +150,7 @@ class LocalSearch(Backend):
         """Return what an exchange has to gain; no loss is negative, so that none gains at zero."""
         if loss <= 0:
             return math.inf
-        return max(self.tolerance * loss, _ROUNDING * state.problem.scale)
+        return max(self.tolerance * loss, _ROUNDING * state.problem.empty_loss)
 
 
 def _is_sound(state: PivotState) -> bool:

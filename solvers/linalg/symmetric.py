@@ -48,9 +48,9 @@ class Symmetric:
         return made
 
     @classmethod
-    def zeros(cls, rows: int, like: Tensor) -> Symmetric:
-        """Return a matrix of zeros, of the type and on the device of `like`."""
-        made = cls.empty(rows, like)
+    def zeros(cls, rows: int, like: Tensor, *, cut: int = 0) -> Symmetric:
+        """Return zeros, of the type and on the device of `like`; `cut` is as of `empty`."""
+        made = cls.empty(rows, like, cut=cut)
         for _, panel in made.spans():
             panel.zero_()
         return made
@@ -188,6 +188,23 @@ class Symmetric:
         spans = list(self.spans())
         edges = _edges(len(rows), 0, 1)
         return Symmetric([_picked(spans, rows, start, stop) for start, stop in edges])
+
+    def split(self, cut: int) -> tuple[Symmetric, Tensor, Symmetric]:
+        """Return the rows before a cut, what the others have in their columns, and the rest of it.
+
+        The matrix is gone then: what is copied is given back on the way.
+
+        cut: A row at which a panel starts.
+        """
+        before, self._panels = list(self.spans()), []
+        across = before[0][1].new_empty(sum(len(panel) for _, panel in before) - cut, cut)
+        rest: list[Tensor] = []
+        while before[-1][0] >= cut:
+            start, panel = before.pop()
+            across[start - cut : start - cut + len(panel)] = panel[:, :cut]
+            rest.insert(0, panel[:, cut:].clone())
+            del panel
+        return Symmetric([panel for _, panel in before]), across, Symmetric(rest)
 
     def clear(self, gone: Tensor) -> None:
         """Set to zero the rows and columns of which (p,) bool says so."""
