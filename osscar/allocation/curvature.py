@@ -49,8 +49,10 @@ from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.recurrent import RECURRENT, gates_shown
 from osscar.preparation.routing import Routed, afresh, reads
-from osscar.walk.gram import damped_by_input
+from osscar.walk.gram import posed
 from solvers import Consumer, SubsetProblem
+from solvers.closed_forms.fixed_rows import FixedRows
+from solvers.closed_forms.refit import refit
 from solvers.linalg.gram import symmetric_part
 
 _POSITIONS_AT_ONCE = 1024
@@ -142,7 +144,7 @@ class Factors:
     def weights(self, predictions: int) -> Tensor:
         """Return ``W0 L`` with ``B = L L'``, whose squared error is the divergence in nats.
 
-        It is averaged over N `predictions`.
+        It is averaged over N `predictions`.  Fixed rows are zero: they are by how much they change.
         """
         held = () if self.held is None else (self.held.inputs,)
         sums = (self.inputs, self.outputs, torch.tensor(self.energy), *held)
@@ -155,18 +157,17 @@ class Factors:
         values, vectors = torch.linalg.eigh(self.outputs.double())
         used = values > _LEAST_SHARE * values[-1]
         root: Tensor = vectors[:, used] * (values[used] / (2 * predictions * self.energy)).sqrt()
-        return self.linear_map.read_weight() @ root
+        return self.linear_map.read_unit_weight() @ root
 
-    def consumer(self, weights: Tensor, damp: float) -> Consumer:
+    def consumer(self, weights: Tensor, damp: float) -> tuple[Consumer, FixedRows | None]:
         """Return quadratic terms whose loss is the predicted divergence in nats a prediction.
 
         ``tr(D' A D B)`` is the plain squared error of the weights ``W0 L`` under the Gram matrix A,
-        and the least-squares refit is the same.  `weights` are these, and `damp` is as of
-        `damped_by_input`.
+        and the least-squares refit is the same.  `weights` are these, `damp` is as of
+        `damped_by_input`, and the rest of what is returned as of `posed`.
         """
-        A, _ = symmetric_part(self.inputs)
-        units = self.linear_map.unit_rows
-        return damped_by_input(A, weights.clone(), units=units, damp=damp, positions=self.rows)
+        A, _ = symmetric_part(self.inputs, cut=self.linear_map.fixed)
+        return posed(self.linear_map, A, weights.clone(), damp=damp, positions=self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,12 +191,18 @@ class GroupCurvature:
 
     def problem(self, damp: float) -> SubsetProblem:
         """Pose the choice of units with the least predicted divergence, in nats a prediction."""
+        return self._posed(damp)[0]
+
+    def _posed(self, damp: float) -> tuple[SubsetProblem, tuple[FixedRows | None, ...]]:
+        """Return the problem, and what gives the fixed rows of each consumer back."""
         with warnings.catch_warnings():
             # Fewer positions than inputs make A singular, which damping is there for.
             warnings.simplefilter("ignore", UserWarning)
-            posed = zip(self.factors, self._weights, strict=True)
-            consumers = tuple(one.consumer(weights, damp) for one, weights in posed)
-        return SubsetProblem(consumers, self.group.units, self.group.name)
+            both = zip(self.factors, self._weights, strict=True)
+            found = [one.consumer(weights, damp) for one, weights in both]
+        consumers = tuple(consumer for consumer, _ in found)
+        problem = SubsetProblem(consumers, self.group.units, self.group.name)
+        return problem, tuple(rows for _, rows in found)
 
     @property
     def holds_out(self) -> bool:
@@ -203,12 +210,17 @@ class GroupCurvature:
         held = [one.held for one in self.factors]
         return self.held_predictions > 0 and all(h is not None and h.energy > 0 for h in held)
 
-    def held_loss(self, weights: Sequence[Tensor]) -> float:
-        """Return the predicted divergence on held-out samples, in nats a prediction, undamped."""
+    def held_loss(self, damp: float, kept: Tensor) -> float:
+        """Return what refitted weights of some units lose on held-out samples.
+
+        That is the predicted divergence, in nats a prediction, undamped.
+        """
+        problem, fixed = self._posed(damp)
+        weights, _ = refit(problem, kept)
         total = 0.0
-        for one, dense, refitted in zip(self.factors, self._weights, weights, strict=True):
+        for one, dense, W, rows in zip(self.factors, self._weights, weights, fixed, strict=True):
             assert one.held is not None
-            D = refitted - dense
+            D = (W if rows is None else torch.cat([rows.refit(W), W])) - dense
             total += float((D * (one.held.inputs.double() @ D)).sum())
         return total * self.predictions / self.held_predictions
 
@@ -319,7 +331,7 @@ def parts(
     part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
     filled = 0
     for group in groups:
-        maps = linear_maps(model, group)
+        maps = linear_maps(model, group, with_fixed=True)
         shapes = (map.read_weight().shape for map in maps)
         size = sum(4 * copies * (p * p + m * m) for p, m in shapes)
         if part and filled + size > _MOST_BYTES:
@@ -522,7 +534,7 @@ def _own_currency(
     for own in by_module.values():
         size = 0.0
         for one in own:
-            W0 = one.linear_map.read_weight()
+            W0 = one.linear_map.read_unit_weight()
             size += float((W0 * (one.inputs.double() @ W0)).sum())
         for one in own:
             # With B = I and this T, the loss of removing everything is 1.

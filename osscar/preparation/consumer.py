@@ -141,6 +141,22 @@ class LinearMap(abc.ABC):
         part = view[self.inputs.to(view.device)].double()
         return part.flatten(2).mT.flatten(0, 1) if part.ndim > 2 else part
 
+    def read_unit_weight(self) -> Tensor:
+        """Return W with zeros for fixed rows, which count by how much they change."""
+        W = self.read_weight()
+        W[: self.fixed] = 0
+        return W
+
+    @property
+    def vacant(self) -> Tensor:
+        """The fixed rows, (p,) bool, that have no weight but zero and are to have none.
+
+        Such are those of a unit of another group that has left.
+        """
+        found = ~self.read_weight().any(1)
+        found[self.fixed :] = False
+        return found
+
     def write_weight(self, W: Tensor) -> None:
         """Replace what is refitted of the weight by W, (p, m)."""
         with written(self.module, self.parameters[0]) as weight:

@@ -104,46 +104,18 @@ class GramAccumulator:
         become its Hessian: only that, `bias`, `held_rise` and numbers of positions are left to be
         asked then.
         """
-        W0, fixed = self.unit_weights(), self.linear_map.fixed
+        W0 = self.linear_map.read_unit_weight()
         H, targets, variance = self.fitted.given_up(W0, correction_weight)
-        units, positions = self.linear_map.unit_rows, self.rows
-        if not fixed:
-            return damped_by_input(
-                H,
-                W0,
-                targets=targets,
-                units=units,
-                damp=damp,
-                positions=positions,
-                variance=variance,
-            )
-        H.clear(self.left)
-        if targets is not None:
-            targets[0][self.left] = 0
-        units = [[row - fixed for row in rows] for rows in units]
-        consumer, self._fixed = without_fixed(
-            H, W0, fixed, targets=targets, units=units, damp=damp, positions=positions
+        consumer, self._fixed = posed(
+            self.linear_map,
+            H,
+            W0,
+            targets=targets,
+            damp=damp,
+            positions=self.rows,
+            variance=variance,
         )
         return consumer
-
-    def unit_weights(self) -> Tensor:
-        """Return the weights, (p, m), less those of fixed rows: what units put out, and may not.
-
-        Fixed rows count by how much they change.
-        """
-        W0 = self.linear_map.read_weight()
-        W0[: self.linear_map.fixed] = 0
-        return W0
-
-    @property
-    def left(self) -> Tensor:
-        """Of which fixed rows all weights are zero, (p,) bool, as where their unit has left.
-
-        They stay zero.
-        """
-        found = ~self.linear_map.read_weight().any(1)
-        found[self.linear_map.fixed :] = False
-        return found
 
     def all_rows(self, W: Tensor) -> Tensor:
         """Return the weights of all rows, (p, m), given those of the problem.
@@ -225,37 +197,51 @@ def damped_by_input(
     )
 
 
-def without_fixed(
+def posed(
+    linear_map: LinearMap,
     H: Symmetric,
     W0: Tensor,
-    fixed: int,
     *,
-    targets: tuple[Tensor, float] | None,
-    units: Sequence[Sequence[int]],
     damp: float,
     positions: int,
-) -> tuple[Consumer, FixedRows]:
-    """Return the consumer of the rows that follow the fixed ones, and what gives these back.
+    targets: tuple[Tensor, float] | None = None,
+    variance: Tensor | None = None,
+) -> tuple[Consumer, FixedRows | None]:
+    """Return the consumer of the units' rows, and what gives the fixed ones back, if there are any.
 
-    Fixed rows have zeros as dense weights: they are by how much they change, and are pulled towards
-    no change, as all rows are in `damped_by_input`, which has the other arguments.  Losses stay
-    relative to that of removing everything, with no change of the fixed rows.
+    The arguments are those of `damped_by_input`, of all rows, and W0 is `read_unit_weight`: fixed
+    rows are pulled towards no change.  Losses stay relative to what is lost without any unit where
+    they do not change.
     """
+    units, fixed = linear_map.unit_rows, linear_map.fixed
+    if not fixed:
+        consumer = damped_by_input(
+            H,
+            W0,
+            targets=targets,
+            units=units,
+            damp=damp,
+            positions=positions,
+            variance=variance,
+        )
+        return consumer, None
+    # Squares of what is nearly zero vanish in float32 before its products with others do.
+    silent = linear_map.vacant | (H.diagonal() == 0)
+    H.clear(silent)
+    G, e = (H.product(W0), None) if targets is None else targets
+    G[silent] = 0
     added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), positions)
-    G = H.product(W0) if targets is None else targets[0]
-    e = inner(W0, G) if targets is None else targets[1]
+    e = (inner(W0, G) if e is None else e) + float(added @ W0.square().sum(1))
     G.addcmul_(added[:, None], W0)
-    e += float(added @ torch.linalg.vector_norm(W0, dim=1).square())
-    constant = (added == 0).to(added)  # no weight of theirs is to change
-    constant[fixed:] = 0
-    H.add_diagonal(added + constant)
+    silent[fixed:] = False  # `Consumer` knows what to do with those of units
+    H.add_diagonal(added + silent.to(added))
     rows, H, G, least = eliminate_fixed(H, G, e, fixed)
     consumer = Consumer.from_gram(
         H,
         W0[fixed:].clone(),
         G=None if targets is None else G,
         e=None if targets is None else least,
-        units=units,
+        units=[[row - fixed for row in own] for own in units],
         damp=0.0,
         scale=e,
         overwrite=True,

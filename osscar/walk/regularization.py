@@ -82,7 +82,7 @@ def _sizes(read: _Read) -> dict[str, float]:
     if len(sizes) == 1:
         return dict.fromkeys(sizes, 1.0)
     for one, fitted in read:
-        W0 = one.unit_weights()
+        W0 = one.linear_map.read_unit_weight()
         sizes[one.linear_map.name] += float((W0 * fitted.product(W0)).sum())
     return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
 
@@ -95,16 +95,18 @@ def _kept_rows(read: _Read, sizes: dict[str, float], keep: int) -> list[Tensor]:
     units = [one.linear_map.unit_rows for one, _ in read]
     scores = torch.zeros(len(units[0]), dtype=torch.float64)
     for (one, fitted), owned in zip(read, units, strict=True):
-        W0 = one.unit_weights()
+        W0 = one.linear_map.read_unit_weight()
         energies = (W0.square().sum(1) * fitted.diagonal).cpu()
         share = energies / sizes[one.linear_map.name]
         scores += torch.stack([share[rows].sum() for rows in owned])
     best = scores.argsort(descending=True, stable=True)[:keep].tolist()
-    fixed = [torch.nonzero(~one.left[: one.linear_map.fixed]).flatten().tolist() for one, _ in read]
-    return [
-        torch.tensor(free + sorted(row for unit in best for row in owned[unit]))
-        for free, owned in zip(fixed, units, strict=True)
-    ]
+    found = []
+    for (one, _), owned in zip(read, units, strict=True):
+        taken = ~one.linear_map.vacant.cpu()
+        taken[one.linear_map.fixed :] = False
+        taken[[row for unit in best for row in owned[unit]]] = True
+        found.append(torch.nonzero(taken).flatten())
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ class _Part:
     def of(cls, one: GramAccumulator, fitted: Centred, rows: Tensor, size: float) -> _Part:
         """Take what concerns these rows."""
         assert one.held is not None
-        held, W0 = one.held.centred(about=one.fitted), one.unit_weights()
+        held, W0 = one.held.centred(about=one.fitted), one.linear_map.read_unit_weight()
         seen = _directions(W0)
         W0 = W0 @ seen
         corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
@@ -140,7 +142,7 @@ class _Part:
             plain=fitted.product(W0)[rows],
             corrections=None if corrections is None else corrections[rows],
             W0=W0[rows],
-            pulls=pulls(fitted.diagonal.masked_fill(one.left, 0.0), one.rows)[rows],
+            pulls=pulls(fitted.diagonal.masked_fill(one.linear_map.vacant, 0.0), one.rows)[rows],
             held_H=held.part(rows),
             held_G=held_G[rows],
             size=size,
