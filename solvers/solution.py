@@ -32,11 +32,11 @@ class SolutionRecord:
     loss
         Loss of the weights; recomputed, where a verification was at hand.
     relative_loss
-        The same as a share of the loss of removing everything.
+        The same as a share of the loss of removing everything (`SubsetProblem.scale`).
     lower_bound
         No support has a lower loss, the backend says; None where it says nothing.
     relative_bound
-        The same as a share of the loss of removing everything.
+        The same as a share of that.
     gap
         ``(loss - lower_bound) / loss``, from 0 (optimal) to 1; None without a bound.
     bound_from
@@ -123,7 +123,7 @@ class Solution:
 
     @property
     def relative_loss(self) -> float:
-        """Loss as a share of the loss of the empty support, from 0 to 1."""
+        """Loss as a share of `SubsetProblem.scale`, from 0 to 1."""
         return self.loss / self.problem.scale if self.problem.scale else 0.0
 
     @property

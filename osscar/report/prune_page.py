@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from osscar.base.printable import are, capitalized, pluralize
+from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture
 from osscar.report.page import asked_table, render
@@ -217,6 +218,12 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "Dense weights did better than a refit on held-out samples, and stay but for the "
             f"units that leave: {', '.join(dense)}."
+        )
+    beside = sum(layer.get("fixed_dense", 0) for layer in layers)
+    if beside:
+        yield (
+            f"{pluralize(beside, 'input')} that layers read beside the units of a group keep dense "
+            f"weights, since these layers have more than {MOST_ROWS:,} rows."
         )
     for layer in layers:
         if layer.get("growth", 0) > GROWN:

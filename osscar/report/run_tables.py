@@ -41,6 +41,7 @@ def layers_table(
         "status": [layer["status"].lower().replace("_", " ") for layer in layers],
         "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
         "dead >": [str(layer["dead"] or "") for layer in layers],
+        "fixed >": [str(layer.get("fixed") or "") for layer in layers],
         "unrefitted >": [str(len(layer["unrefitted"]) or "") for layer in layers],
         "growth >": [f"{g:,.3g}x" if (g := layer["growth"]) > GROWN else "" for layer in layers],
     }
