@@ -5,10 +5,10 @@
 A small DenseNet, an Inception, a U-Net and a YOLO-like neck are trained for some minutes on the
 thousand images of `cifar10-subset.npz` and the scores that `resnet20-cifar10` has of them, and kept
 in DIRECTORY.  A DenseNet-121 has random weights, and statistics of these images.  Of each, half of
-the channels of every group leave, with fixed rows and without: `loss` is the median of the relative
-losses of the layers that read fixed rows, `all` that of all layers, and `error` how far the outputs
-are from the dense ones on the test images, whose labels are scored, too.  Ends with a Markdown
-table.
+the channels of every group leave, with fixed rows refitted and dense: `loss` is the median of the
+relative losses of the groups whose readers have some, and `all` that of all groups, both of the
+plain target; `error` is how far the outputs are from the dense ones on the test images, by the
+default target, and the labels of these are scored, too.  Ends with a Markdown table.
 """
 
 from __future__ import annotations
@@ -241,11 +241,12 @@ def pruned(name: str, model: nn.Module, data: Path) -> dict[str, str]:
     test, labels = pictures(data, "test")
     denoises = name == "U-Net"
     images, inputs = (noisy(images), noisy(test)) if denoises else (images, test)
+    plain = osscar.prune(model, images[:_CALIBRATION], channels=0.5, target="weights")
+    losses = [layer.relative_loss for layer in plain.layers]
+    reading = [layer.relative_loss for layer in plain.layers if layer.fixed + layer.fixed_dense]
     began = time.process_time()
-    result = osscar.prune(model, images[:_CALIBRATION], channels=0.5, target="weights")
+    result = osscar.prune(model, images[:_CALIBRATION], channels=0.5)
     seconds = time.process_time() - began
-    losses = [layer.relative_loss for layer in result.layers]
-    reading = [layer.relative_loss for layer in result.layers if layer.fixed + layer.fixed_dense]
     with torch.no_grad():
         before, after = (
             torch.cat([net(some) for some in inputs.split(100)]) for net in (model, result.model)

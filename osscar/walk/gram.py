@@ -30,6 +30,10 @@ _UNSEEN = 0.1
 of all positions is missed by n of them with probability ``(1 - q)^n``, nine times in ten where
 ``q = 0.1 / n``."""
 
+_FIXED_PULL = 10.0
+"""Fixed rows have good weights already, and many of them are fitted to few samples: pulled no more
+than others, they lower the losses of layers, and raise the divergence on fresh images."""
+
 _LEAST_DAMP = 1e-6
 """Where fixed rows are eliminated: what they do not explain of a unit is no rounding then."""
 
@@ -154,18 +158,21 @@ def all_reduce(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str)
         part.positions, part.rows, part.energy = int(positions), int(rows), energy
 
 
-def pulls(energies: Tensor, positions: int) -> Tensor:
+def pulls(energies: Tensor, positions: int, fixed: int = 0) -> Tensor:
     """Return what damping is relative to, (p,): each input's energy, and no less than a floor.
 
     Relative to its own energy alone, an input that is nearly zero on all data that were seen may
     take any weight, and fresh data, on which it is not, are multiplied by that.  So no input counts
     for less than if it had the mean energy at `_UNSEEN` positions more.  Inputs that were zero
-    throughout have no weights to hold back: removing them is free.
+    throughout have no weights to hold back: removing them is free.  The first rows are fixed, and
+    pulled by `_FIXED_PULL` times as much.
     """
     varies = energies > 0
     mean = energies.sum() / varies.sum().clamp(min=1)
     floor = mean * (_UNSEEN / max(positions, 1))
-    return torch.where(varies, energies.maximum(floor), energies)
+    found = torch.where(varies, energies.maximum(floor), energies)
+    found[:fixed] *= _FIXED_PULL
+    return found
 
 
 def damped_by_input(
@@ -230,7 +237,7 @@ def posed(
     H.clear(silent)
     G, e = (H.product(W0), None) if targets is None else targets
     G[silent] = 0
-    added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), positions)
+    added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), positions, fixed)
     e = (inner(W0, G) if e is None else e) + float(added @ W0.square().sum(1))
     G.addcmul_(added[:, None], W0)
     silent[fixed:] = False  # `Consumer` knows what to do with those of units

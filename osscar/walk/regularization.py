@@ -134,6 +134,7 @@ class _Part:
         seen = _directions(W0)
         W0 = W0 @ seen
         corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
+        energies = fitted.diagonal.masked_fill(one.linear_map.vacant, 0.0)
         held_G = held.product(W0)
         if held_corrections is not None:
             held_G += held_corrections
@@ -142,7 +143,7 @@ class _Part:
             plain=fitted.product(W0)[rows],
             corrections=None if corrections is None else corrections[rows],
             W0=W0[rows],
-            pulls=pulls(fitted.diagonal.masked_fill(one.linear_map.vacant, 0.0), one.rows)[rows],
+            pulls=pulls(energies, one.rows, one.linear_map.fixed)[rows],
             held_H=held.part(rows),
             held_G=held_G[rows],
             size=size,
