@@ -62,12 +62,14 @@ overflow."""
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
 
-Allocation: TypeAlias = Literal["curvature", "uniform", "fluctuation"]
+Allocation: TypeAlias = Literal["curvature", "measured", "uniform", "fluctuation"]
 """How a budget is shared out."""
 
 METHODS = MappingProxyType(
     {
-        "curvature": "widths of least predicted divergence; layers make up for one "
+        "curvature": "widths of least divergence, predicted, and measured group by group; layers "
+        "make up for one another's errors",
+        "measured": "widths of least divergence, measured group by group; layers make up for one "
         "another's errors",
         "uniform": "the same share of every group, the largest within the budget; "
         "layers make up for one another's errors",
@@ -274,7 +276,9 @@ class PruningRequest:
         batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
         How a budget is shared out; another than ``curvature`` is refused where there is none.
-        ``curvature`` chooses the widths with the least predicted divergence of the model's outputs;
+        ``curvature`` chooses the widths with the least divergence of the model's outputs, predicted
+        with gradients and corrected by what is measured with one group pruned at a time;
+        ``measured`` the same without gradients, so that weights may lie on disk;
         ``uniform`` keeps the same share of the units of every group, as the paper does, the largest
         within the budget; ``fluctuation`` keeps the units with the highest of FLAP's scores
         anywhere.

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 
+from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
+from osscar.allocation.measured import (
+    FEWEST,
+    Compared,
+    compared_samples,
+    measured_groups,
+    scaled,
+    widths_to_measure,
+)
 from osscar.allocation.rules import Sharing
 from osscar.allocation.widths import (
     about_half,
@@ -26,6 +36,12 @@ from osscar.request import PruningRequest, parse_keep, parse_size_kept
 from osscar.shrinking.plan import Form
 from osscar.shrinking.program.shrink_program import dense_program
 
+_ROUNDS = 2
+"""How often groups are measured at most: where widths move after the first round, the second."""
+
+MEASURED = ("curvature", "measured")
+"""Allocations by curves that are measured."""
+
 
 def allocate(
     prepared: Prepared,
@@ -34,12 +50,14 @@ def allocate(
     left: Collection[str] = (),
     form: Form = Form.EAGER,
     table: LatencyTable | None = None,
+    measure: bool = True,
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
     Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
-    and is saved.  `curves` of the groups that share a budget, which all ranks measure together, or
-    their `table` of times, are measured where they are not given.
+    and is saved.  `curves` of the groups that share a budget, which all ranks predict together, or
+    their `table` of times, are found where they are not given.  Without `measure`, curves stay as
+    they were predicted.
 
     Raises
     ------
@@ -49,10 +67,84 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
-    if curves is None and request.has_budget and request.allocation == "curvature":
-        curves = shared_curves(prepared, request, left)
+    if request.has_budget and request.allocation in MEASURED:
+        return _by_measured_curves(prepared, request, curves, left, form, table, measure)
     return prepared.ranks.broadcast(
-        "widths", lambda: _allocated(prepared, request, curves, left, form, table)
+        "widths", lambda: _allocated(prepared, request, None, left, form, table)
+    )
+
+
+def _by_measured_curves(
+    prepared: Prepared,
+    request: PruningRequest,
+    curves: Mapping[str, Curve] | None,
+    left: Collection[str],
+    form: Form,
+    table: LatencyTable | None,
+    measure: bool,
+) -> Allocated:
+    """Choose widths by curves, measure each group at about the width that it gets, choose again.
+
+    A group whose width moves much is measured a second time.  Without gradients, groups get equal
+    shares at first, and what they lose of their own outputs is the shape of a curve.
+    """
+    ranks = prepared.ranks
+    _, keep, shared = asked_groups(prepared, request, left)
+    if curves is None and request.allocation == "curvature":
+        curves = shared_curves(prepared, request, left)
+    if request.speedup is not None and table is None and shared:
+        table = ranks.broadcast(
+            "times", lambda: latency_table(prepared, shared, keep, request.widths)
+        )
+
+    def chosen(curves: Mapping[str, Curve] | None, aim: bool = True) -> Allocated:
+        asked = request if curves else dataclasses.replace(request, allocation="uniform")
+        return ranks.broadcast(
+            "widths", lambda: _allocated(prepared, asked, curves, left, form, table, aim)
+        )
+
+    if measure and shared:
+        curves = _measured(prepared, request, shared, curves, partial(chosen, aim=False))
+    return chosen(curves)
+
+
+def _measured(
+    prepared: Prepared,
+    request: PruningRequest,
+    shared: Sequence[CouplingGroup],
+    curves: Mapping[str, Curve] | None,
+    chosen: Callable[[Mapping[str, Curve] | None], Allocated],
+) -> Mapping[str, Curve]:
+    """Return the curves of groups through what is measured at widths that are `chosen`."""
+    samples = compared_samples(prepared)
+    compared = Compared.of(prepared, shared, samples) if samples else None
+    if compared is None:
+        if curves is None:
+            raise RequestError(_why_not_measured(prepared))
+        return curves
+    for _ in range(_ROUNDS):
+        budget = chosen(curves).budget
+        assert budget is not None
+        keep = {name: width.kept for name, width in budget.widths.items()}
+        wanted = widths_to_measure(shared, keep, curves, request.widths)
+        found = measured_groups(
+            prepared, compared, wanted, damp=request.damp, shapes=curves is None
+        )
+        curves = scaled(curves or {}, found)
+    return curves or {}
+
+
+def _why_not_measured(prepared: Prepared) -> str:
+    few = prepared.inputs.samples
+    if not compared_samples(prepared):
+        return (
+            f"--allocation measured compares predictions on samples that no weight is fitted to, "
+            f"and there are {few} in all; give at least {FEWEST}, or --allocation uniform"
+        )
+    return (
+        f"--allocation measured compares predictions, and no output of "
+        f"{type(prepared.model).__name__} is known to be scores of classes; give --allocation "
+        "curvature, which takes any output, or uniform"
     )
 
 
@@ -63,6 +155,7 @@ def _allocated(
     left: Collection[str],
     form: Form,
     table: LatencyTable | None,
+    aim: bool = True,
 ) -> Allocated:
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
@@ -70,7 +163,7 @@ def _allocated(
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
-        if request.allocation == "curvature":
+        if request.allocation in MEASURED:
             sharing = dataclasses.replace(sharing, curves=curves)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
@@ -78,7 +171,7 @@ def _allocated(
         if request.speedup is None:
             found, budget = _counted(prepared, request, sharing, form)
         else:
-            found, budget = _timed(prepared, request.speedup, request, sharing, table)
+            found, budget = _timed(prepared, request.speedup, request, sharing, table, aim)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -131,18 +224,20 @@ def _timed(
     request: PruningRequest,
     sharing: Sharing,
     known: LatencyTable | None,
+    aim: bool,
 ) -> tuple[dict[str, int], Budget]:
-    """Choose widths whose model was timed to be as fast as wanted."""
+    """Choose widths whose model was timed to be as fast as wanted, or is by the table alone."""
     keep = sharing.others
     table = known or latency_table(prepared, sharing.groups, keep, sharing.widths)
-    found, speedup = aimed(
-        prepared,
-        keep,
-        wanted,
-        lambda limit: _checked(
-            sharing.choose, Cost.TIME, table, limit, keep, request.budget_in_words
-        ),
-    )
+
+    def within(limit: float) -> dict[str, int]:
+        asked = request.budget_in_words
+        return _checked(sharing.choose, Cost.TIME, table, limit, keep, asked)
+
+    if not aim:
+        found = within(1 / wanted)
+        return found, sharing.budget(Cost.TIME, table, 1 / wanted, found)
+    found, speedup = aimed(prepared, keep, wanted, within)
     budget = sharing.budget(Cost.TIME, table, table.of(found), found)
     # The bound is of modelled times, and says nothing of those that are measured.
     limit, reached = 1 / wanted, 1 / speedup

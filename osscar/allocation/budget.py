@@ -30,6 +30,20 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What predictions diverged by, in nats, with one group alone pruned to so many units.
+
+    `predicted` is what its curve said before; None where nothing predicted it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kept: int
+    predicted: float | None
+    nats: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """What the groups that share a budget came to.
 
@@ -49,12 +63,15 @@ class Budget:
         No choice of widths within the limit has a smaller prediction; None where costs of groups
         multiply, so that nothing was proved, or nothing is predicted.
     comparable
-        Whether gradients reached all groups; if not, those that none reached count by their own
-        relative loss.
+        Whether all groups were measured, or reached by gradients; if not, the others count by their
+        own relative loss.
     curves
-        The predicted divergence of each group over the units kept.
+        The divergence of each group over the units kept, as predicted, and through what was
+        `measured`.
     widths
         What each group keeps, in the order of the model.
+    measured
+        By group, the widths at which its curve was measured.
     frontier
         Costs of the whole model, ascending, and the least predicted divergence at each: what other
         limits would have come to.
@@ -71,6 +88,7 @@ class Budget:
     comparable: bool = True
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
+    measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
@@ -94,6 +112,10 @@ class Budget:
             "cost": str(self.cost),
             "curves": curves,
             "widths": {name: dataclasses.asdict(width) for name, width in self.widths.items()},
+            "measured": {
+                name: [dataclasses.asdict(one) for one in some]
+                for name, some in self.measured.items()
+            },
             "frontier": {"cost": cost, "nats": nats},
             "gap": self.gap,
         }

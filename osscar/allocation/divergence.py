@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,16 @@ from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
 from osscar.preparation.prepare import Prepared
 
+Around: TypeAlias = Callable[[int], AbstractContextManager[Any]]
+"""Makes the context in which the pass of a batch, by its number, runs."""
+
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the dense model predicts on some samples, one a batch.
+    """What the dense model predicts on some samples.
 
     `logarithms` are log-probabilities, (predictions, classes), for each of them, and `rows` which
     of its predictions these are.  Ranks share out the samples; those here are this one's.
@@ -36,30 +41,40 @@ class Reference:
     rows: Sequence[Tensor] = field(repr=False)
     inputs: ModelInputs = field(repr=False)
     ranks: Ranks = ALONE
+    samples: int = 0
+    """How many they are, on all ranks."""
 
     @classmethod
-    def of(cls, prepared: Prepared, samples: int) -> Reference | None:
+    def of(
+        cls, prepared: Prepared, samples: int, batch_size: int = 1, around: Around = nullcontext
+    ) -> Reference | None:
         """Run the dense model on the last samples; None if it puts out no logits."""
-        batches = prepared.inputs.batches(prepared.model, 1)[-samples:]
+        last = prepared.inputs.last(samples)
+        batches = last.batches(prepared.model, batch_size)
         mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
         rows: list[Tensor] = []
         for index, batch in enumerate(mine):
-            found = _logarithms(prepared.model, batch, prepared.inputs, index)
+            with around(index):
+                found = _logarithms(prepared.model, batch, prepared.inputs, index)
             if found is None:
                 break
             rows.append(thinned(found, len(batches)))
             logarithms.append(found[rows[-1]].clone())
         if prepared.ranks.any("the dense predictions", len(logarithms) < len(mine)):
             return None
-        return cls(mine, logarithms, rows, prepared.inputs, prepared.ranks)
+        return cls(mine, logarithms, rows, last, prepared.ranks, last.samples)
 
-    def divergence(self, model: nn.Module) -> float:
-        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats."""
+    def divergence(self, model: nn.Module, around: Around = nullcontext) -> float:
+        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
+
+        The pass of each batch, by its number, runs in the context `around` it.
+        """
         total, count = 0.0, 0
         kept = zip(self.batches, self.logarithms, self.rows, strict=True)
         for index, (batch, dense, rows) in enumerate(kept):
-            found = _logarithms(model, batch, self.inputs, index)
+            with around(index):
+                found = _logarithms(model, batch, self.inputs, index)
             assert found is not None
             total += float(summed_divergence(dense, found[rows]))
             count += len(rows)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Budget, Width
+from osscar.allocation.budget import Budget, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.curves import Curve
 from osscar.allocation.knapsack import choose
@@ -177,6 +177,14 @@ def _widths_by_scores(
     return at(low)
 
 
+def _measured(curve: Curve) -> tuple[Measured, ...]:
+    predicted = curve.shape.tolist()
+    return tuple(
+        Measured(kept, predicted[kept] if curve.comparable else None, nats)
+        for kept, nats in sorted(curve.measured.items())
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ByCurves:
     """The widths of least predicted divergence within a limit.
@@ -207,8 +215,9 @@ class ByCurves:
         return {
             "predicted": self._loss(found),
             "lower_bound": self.exact()[1] if self.cost.separable(self.options) else None,
-            "comparable": all(curve.comparable for curve in self.curves.values()),
+            "comparable": all(curve.in_nats for curve in self.curves.values()),
             "curves": {name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            "measured": {name: _measured(c) for name, c in self.curves.items() if c.measured},
             "frontier": self.frontier(),
         }
 

@@ -31,6 +31,7 @@ class Stage(enum.StrEnum):
     DENSE = "dense passes"
     CURVATURE = "curvature"
     CURVES = "curves"
+    MEASURED = "measured curves"
     ALLOCATION = "allocation"
     WALK = "walk"
     GRAM = "Gram matrices"

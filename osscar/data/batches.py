@@ -100,6 +100,18 @@ class ModelInputs:
         order = torch.arange(self.samples)
         return [self._at(model, rows) for rows in torch.split(order, batch_size)]
 
+    def last(self, count: int) -> ModelInputs:
+        """Return the last samples alone."""
+        if self.apart:
+            return dataclasses.replace(self, apart=self.apart[-count:])
+        return self.only({name: tensor[-count:] for name, tensor in self.tensors.items()})
+
+    def first(self, count: int) -> ModelInputs:
+        """Return the first samples alone."""
+        if self.apart:
+            return dataclasses.replace(self, apart=self.apart[:count])
+        return self.only({name: tensor[:count] for name, tensor in self.tensors.items()})
+
     def only(self, batch: Batch) -> ModelInputs:
         """Return data of the same kind that are one batch."""
         if self.apart:

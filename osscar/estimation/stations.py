@@ -19,12 +19,13 @@ import torch
 
 import solvers
 from graph import CouplingGroup
-from osscar.allocation.allocate import allocate
+from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, held_batches, small_batches
 from osscar.allocation.curves import Curve, curve_samples, elimination_curve
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
+from osscar.allocation.measured import compared_samples
 from osscar.allocation.widths import asked_groups
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
@@ -103,6 +104,8 @@ def timed_stations(
     if request.has_budget:
         shared = tuple(asked_groups(prepared, request, facts.skipped_names)[2])
         stages |= _of_budget(prepared, few, request, shared, allocating, one, clock)
+        if request.allocation in MEASURED and facts.reference is not None:
+            stages[Stage.MEASURED] = _of_measuring(prepared, few, shared, one, clock)
     groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
     classes = layer_classes(prepared, groups)
     walked, passes = _of_walk(
@@ -153,7 +156,7 @@ def expected_keep(
     _, _, shared = asked_groups(prepared, told, left)
     gone = {group.name: np.linspace(1.0, 0.0, group.units + 1) for group in shared}
     curves = {name: Curve(name, share**2) for name, share in gone.items()}
-    return dict(allocate(prepared, told, curves, left, form).keep)
+    return dict(allocate(prepared, told, curves, left, form, measure=False).keep)
 
 
 # ---- one layer of each class -------------------------------------------------------------
@@ -314,3 +317,29 @@ def _of_budget(
         Stage.CURVATURE: Span.about(passes, 0.25),
         Stage.CURVES: over_classes(classes, curves),
     }
+
+
+def _of_measuring(
+    prepared: Prepared, few: Prepared, shared: Sequence[CouplingGroup], one: float, clock: Clock
+) -> Span:
+    """Return what it takes to prune each group by itself, and to compare predictions.
+
+    A pass that starts at a group's block takes half of a whole one in the mean; a second round is
+    of no group, or of all.
+    """
+    classes = layer_classes(prepared, shared)
+    sources = {one.source for one in classes}
+    seconds: dict[str, float] = {}
+    with _silent():
+        for step in walk(few, [g for g in shared if g.name in sources], in_turn=False):
+            began = clock()
+            elimination_curve(step.problem(1, DEFAULT_DAMP))
+            seconds[step.group.name] = clock() - began
+    removing = over_classes(classes, seconds)
+    walking = one * min(prepared.inputs.samples, curve_samples(prepared))
+    passes = one * compared_samples(prepared) * len(shared)
+    return together(
+        Span(0.5 * removing.low, removing.seconds, 2 * removing.high),
+        Span(walking, 2 * walking, 4 * walking),
+        Span(0.3 * passes, 0.7 * passes, 1.5 * passes),
+    )

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
+from osscar.allocation.measured import compared_samples
 from osscar.base.errors import RequestError
 from osscar.base.memory import in_words
 from osscar.network.hooks import hooks
@@ -164,7 +165,12 @@ class Room:
         )
         flow = _flow(prepared)
         streams = 2 if Target(request.target).needs_dense else 1
-        kept = min(MOST_BYTES, 4 * held_out * flow.window * flow.outputs)
+        measured = request.has_budget and request.allocation == "measured"
+        compared = compared_samples(prepared) if measured else 0
+        kept = sum(
+            min(MOST_BYTES, 4 * samples * flow.window * flow.outputs)
+            for samples in (held_out, compared)
+        )
         present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
         tokens = prepared.inputs.tokens
         suspended = _SUSPENDED * flow.width + (inputs if tokens else 0)
@@ -223,8 +229,8 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.has_budget and request.allocation == "curvature":
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation uniform or fluctuation, leave "
-            "--max-memory away, or prune with --heads and --neurons"
+            "and this one is read from disk; give --allocation measured, uniform or fluctuation, "
+            "leave --max-memory away, or prune with --heads and --neurons"
         )
     if request.form == "exported":
         return (

@@ -44,8 +44,6 @@ def prune_page(document: Mapping[str, Any]) -> str:
     recovery = document.get("recovery")
     asked = {"model": document["model"], **document["settings"], **computed}
     asked |= recovery_asked(recovery) if recovery else {}
-    widths = (document.get("budget") or {}).get("widths") or {}
-    predicted = {name: width["predicted"] for name, width in widths.items()}
     return render(
         "prune.html.j2",
         document=document,
@@ -55,7 +53,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
         remarks=list(_remarks(document)),
         recovery=recovery and recovery_section(recovery),
         pictures=list(_pictures(document)),
-        layers=layers_table(document["layers"], predicted),
+        layers=layers_table(document["layers"], document.get("budget")),
         bounded=_bounded(document),
         skipped=skipped_table(document.get("skipped") or ()),
         asked=asked_table(asked, document["calibration"]),

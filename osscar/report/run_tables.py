@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def layers_table(
-    layers: Sequence[Mapping[str, Any]], predicted: Mapping[str, float | None] | None = None
+    layers: Sequence[Mapping[str, Any]], budget: Mapping[str, Any] | None = None
 ) -> Table:
     """Return one row for each pruned group.
 
@@ -27,9 +27,11 @@ def layers_table(
     ----------
     layers
         As in ``osscar.prune/5``; a column of which all layers say nothing is left out.
-    predicted
-        Divergence in nats, by name.
+    budget
+        As there, where groups share one.
     """
+    widths, measured = (dict((budget or {}).get(key) or {}) for key in ("widths", "measured"))
+    nats = {name: width["predicted"] for name, width in widths.items()}
     columns: dict[str, list[str]] = {
         "group": [layer["name"] for layer in layers],
         "kept >": [f"{layer['kept']} of {layer['units']}" for layer in layers],
@@ -37,7 +39,8 @@ def layers_table(
         "bound >": [_bound(layer) for layer in layers],
         "gap >": ["" if one["gap"] is None else f"{one['gap']:.1%}" for one in layers],
         "certificate": [_certificate(layer) for layer in layers],
-        "predicted, nats >": [decimals((predicted or {}).get(one["name"]), 5) for one in layers],
+        "predicted, nats >": [decimals(nats.get(one["name"]), 5) for one in layers],
+        "measured alone, nats >": [_measured(measured.get(one["name"]) or ()) for one in layers],
         "status": [layer["status"].lower().replace("_", " ") for layer in layers],
         "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
         "dead >": [str(layer["dead"] or "") for layer in layers],
@@ -47,6 +50,16 @@ def layers_table(
     }
     shown = {name: cells for name, cells in columns.items() if any(cells) or name == "group"}
     return new_table("loss by layer", *shown, rows=zip(*shown.values(), strict=True))
+
+
+def _measured(points: Sequence[Mapping[str, Any]]) -> str:
+    """Say what a group was measured to cost, at which widths, and how often what was predicted."""
+    said = []
+    for point in points:
+        known = point["predicted"]
+        times = f", {point['nats'] / known:.2g}x" if known else ""
+        said.append(f"{decimals(point['nats'], 5)} with {point['kept']}{times}")
+    return "; ".join(said)
 
 
 def _bound(layer: Mapping[str, Any]) -> str:

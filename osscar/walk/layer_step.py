@@ -164,17 +164,33 @@ class LayerStep:
         Where a consumer has a bias, that takes up what changes in the means.  The units that are
         not kept leave consumers of which nothing is known, too.
         """
-        gone = () if kept is None else sorted(set(range(self.group.units)) - set(kept))
         with self._written():
-            for gram, W in zip(self.known, weights, strict=True):
-                change = gram.bias(W)
-                gram.linear_map.write_weight(W)
-                if change is not None:
-                    gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
-            for gram in (gram for gram in self.grams if gone and gram not in self.known):
-                W = gram.linear_map.read_weight()
-                W[_rows(gram.linear_map, gone)] = 0
-                gram.linear_map.write_weight(W)
+            self._write(weights, kept)
+
+    @contextmanager
+    def tried(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Iterator[None]:
+        """Have the weights that `commit` would write in the model while the block runs."""
+        dense = [one.read() for one in self.consumers]
+        try:
+            self._write(weights, kept)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for one, tensors in zip(self.consumers, dense, strict=True):
+                one.write(tensors)
+            torch.clear_autocast_cache()
+
+    def _write(self, weights: Sequence[Tensor], kept: Sequence[int] | None) -> None:
+        gone = () if kept is None else sorted(set(range(self.group.units)) - set(kept))
+        for gram, W in zip(self.known, weights, strict=True):
+            change = gram.bias(W)
+            gram.linear_map.write_weight(W)
+            if change is not None:
+                gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
+        for gram in (gram for gram in self.grams if gone and gram not in self.known):
+            W = gram.linear_map.read_weight()
+            W[_rows(gram.linear_map, gone)] = 0
+            gram.linear_map.write_weight(W)
 
     def adopt(self, written: Iterable[Tensor]) -> None:
         """Write what another rank has committed, as `LinearMap.read` of each consumer has it."""

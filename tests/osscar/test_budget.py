@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
 from osscar.allocation import knapsack
-from osscar.allocation.allocate import allocate
+from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, logits_of
 from osscar.allocation.curves import curve_samples, elimination_curve, measure_curves
@@ -475,7 +475,7 @@ def test_models_without_logits_are_measured_by_projections():
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
+@pytest.mark.parametrize("allocation", ["curvature", "measured", "uniform", "fluctuation"])
 @pytest.mark.parametrize(
     "asked",
     [
@@ -500,7 +500,7 @@ def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
         assert budget.dense == count_parameters(prepared.model)
     if "at_least" in asked:
         assert all(3 * width.kept >= width.units for width in budget.widths.values())
-    if allocation == "curvature":
+    if allocation in MEASURED:
         assert budget.predicted > 0
         separable = not isinstance(prepared.model, Net)
         assert (budget.gap is not None) == separable
@@ -603,7 +603,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation, opt):
         ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
         ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
         ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
-        ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of curvature, unif"),
+        ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of curvature, meas"),
         ({"neurons": 1, "target": None}, "target is None; give one of weights, outputs, residual"),
         (
             {"neurons": 1, "correction_weight": 1.5},

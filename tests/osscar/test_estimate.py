@@ -1,6 +1,7 @@
 """What a run will take: counted as it counts, and told without a trace."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import sys
@@ -116,6 +117,7 @@ def test_a_walk_in_one_go_has_one_pass():
     ("asked", "allocation"),
     [
         ({"sparsity": 0.3}, "curvature"),
+        ({"sparsity": 0.3}, "measured"),
         ({"params": 0.8}, "uniform"),
         ({"flops": 0.8}, "fluctuation"),
     ],
@@ -170,7 +172,11 @@ def test_the_stages_are_those_of_the_run_and_nothing_is_counted_that_is_not_aske
     shared = by_stage(estimate_as_asked(small_net(), images(8), budget, ticking()))
     assert set(profile.seconds) == set(shared)
     plain = by_stage(estimate_as_asked(small_net(), images(8), PruningRequest(channels=0.5)))
-    assert set(shared) - set(plain) == {Stage.ALLOCATION, Stage.CURVATURE, Stage.CURVES}
+    by_gradients = {Stage.CURVATURE, Stage.CURVES}
+    assert set(shared) - set(plain) == {Stage.ALLOCATION, Stage.MEASURED, *by_gradients}
+    asked = dataclasses.replace(budget, allocation="measured")
+    without = by_stage(estimate_as_asked(small_net(), images(8), asked))
+    assert set(shared) - set(without) == by_gradients
 
 
 # ---- from one layer to others ------------------------------------------------------------

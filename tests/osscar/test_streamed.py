@@ -96,6 +96,7 @@ def files(path):
     [
         ("opt", torch.float32, {"neurons": 0.5, "target": "weights"}),
         ("opt", torch.float32, {"sparsity": 0.4, "allocation": "fluctuation"}),
+        ("llama-gqa", torch.float32, {"sparsity": 0.4, "allocation": "measured"}),
         ("opt", torch.float32, {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
         ("llama-gqa", torch.bfloat16, {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
         ("qwen2", torch.float16, {"sparsity": 0.3, "allocation": "uniform"}),  # tied
@@ -485,7 +486,7 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"sparsity": 0.3}, "--allocation uniform"),
+        ({"sparsity": 0.3}, "--allocation measured, uniform"),
         ({"speedup": 1.5}, "--speedup"),
         ({"neurons": 0.5, "form": "exported"}, "--form exported"),
     ],
@@ -516,7 +517,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     ("memory", "allocation", "named"),
-    [(PLENTY, "curvature", "--allocation uniform"), ("100MB", "uniform", "out_proj")],
+    [(PLENTY, "curvature", "--allocation measured, uniform"), ("100MB", "uniform", "out_proj")],
 )
 def test_a_sweep_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, memory, allocation, named

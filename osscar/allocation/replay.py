@@ -1,0 +1,114 @@
+"""Passes over the same samples through a model that differs in one place.
+
+What a block puts out before the place that differs is what it put out in the dense pass: it is
+recorded there, and not computed again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from osscar.network.hooks import hooks
+from osscar.network.modules import fresh
+
+_SHARE = 16
+"""A block holds at most one in so many of the consumers, so that few outputs are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What the blocks of a model put out in one pass, in the order in which their calls ended.
+
+    `before` says how many of them had ended when a consumer was first called.  At most so many
+    bytes are kept, those of the first calls.
+    """
+
+    most_bytes: int
+    ended: list[tuple[str, Any]] = field(default_factory=list, repr=False)
+    before: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def recording(self, model: nn.Module, consumers: Collection[str]) -> Iterator[None]:
+        """Record the pass that is made in the block.
+
+        Blocks that write to what they are given are left out: they do more than put something out.
+        """
+        left, given = self.most_bytes, []
+
+        def called(name: str, *_: Any) -> None:
+            self.before.setdefault(name, len(self.ended))
+
+        def began(name: str, module: nn.Module, *call: Any) -> None:
+            given.append([(x, x._version) for x in _tensors(call) if not x.is_inference()])
+
+        def ended(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal left
+            written = any(x._version != version for x, version in given.pop())
+            left -= sum(tensor.nbytes for tensor in _tensors(output))
+            if left >= 0 and not written:
+                self.ended.append((name, fresh(output)))
+
+        with (
+            hooks(model, consumers, before=called),
+            hooks(model, _blocks(model, consumers), before=began, after=ended),
+        ):
+            yield
+
+    @contextmanager
+    def replayed(self, model: nn.Module, changed: Collection[str]) -> Iterator[None]:
+        """Let blocks put out what was recorded, up to the first call of what has changed."""
+        called = (self.before[name] for name in changed if name in self.before)
+        first = min(called, default=len(self.ended))
+        outputs: dict[str, deque[Any]] = defaultdict(deque)
+        for name, output in self.ended[:first]:
+            outputs[name].append(output)
+        replaced = []
+        try:
+            for name, own in outputs.items():
+                module = model.get_submodule(name)
+                replaced.append((module, vars(module).get("forward")))
+                module.forward = _putting_out(own, module.forward)
+            yield
+        finally:
+            for module, forward in replaced:
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _putting_out(outputs: deque[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward pass that puts out what was recorded, as long as there is any."""
+
+    def put_out(*args: Any, **kwargs: Any) -> Any:
+        return fresh(outputs.popleft()) if outputs else forward(*args, **kwargs)
+
+    return put_out
+
+
+def _blocks(model: nn.Module, consumers: Collection[str]) -> list[str]:
+    """Return the largest modules that hold few consumers each, none of them inside another."""
+    most = max(1, len(set(consumers)) // _SHARE)
+    found: list[str] = []
+
+    def descend(name: str, module: nn.Module) -> None:
+        inside = f"{name}." if name else ""
+        held = sum(one == name or one.startswith(inside) for one in set(consumers))
+        if name and held <= most:
+            found.append(name)
+            return
+        for child, part in module.named_children():
+            descend(f"{inside}{child}", part)
+
+    descend("", model)
+    return found
