@@ -44,6 +44,11 @@ CASES = {
         lambda: tokens(16, 48),
         {"sparsity": 0.4, "batch_size": 3},
     ),
+    "a budget without gradients": Case(
+        lambda: tiny("llama-gqa").double(),
+        lambda: tokens(16, 48),
+        {"sparsity": 0.4, "batch_size": 3, "allocation": "measured"},
+    ),
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "estimated statistics": Case(
         small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}
