@@ -27,6 +27,7 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
+from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk, room_for
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
@@ -106,7 +107,7 @@ def scaled(curves: Mapping[str, Curve], found: Mapping[str, Measurement]) -> dic
     return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measurement:
     """What predictions diverged by, in nats, when a group alone kept so many units.
 
@@ -189,7 +190,8 @@ def measured_groups(
         for step in walk(few, groups, in_turn=False, held=held):
             with room_for(prepared.model, prepared.matrix_bytes):
                 variant = _variant(step, keep[step.group.name], damp, prepared.ranks, shapes)
-            with timed(Stage.MEASURED), step.tried(variant.weights, variant.kept):
+            weights = [W.to(device_of(prepared.model)) for W in variant.weights]
+            with timed(Stage.MEASURED), step.tried(weights, variant.kept):
                 nats = compared.divergence({one.name for one in step.consumers})
             found[step.group.name] = Measurement(len(variant.kept), nats, variant.losses)
             bar.advance()
