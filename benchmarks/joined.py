@@ -1,6 +1,6 @@
 """Networks that join tensors: what refitting all that a layer reads gains over units' inputs alone.
 
-    python benchmarks/joined.py DIRECTORY --data DATA
+    python -m benchmarks.joined DIRECTORY --data DATA
 
 A small DenseNet, an Inception, a U-Net and a YOLO-like neck are trained for some minutes on the
 thousand images of `cifar10-subset.npz` and the scores that `resnet20-cifar10` has of them, and kept
@@ -25,10 +25,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
-from resnet20 import MEAN, STD, ResNet20
 from torch import Tensor, nn
 
 import osscar
+from benchmarks.resnet20 import MEAN, STD, ResNet20
 from osscar.preparation import consumer
 
 _WIDTH = 16

@@ -44,6 +44,7 @@ PARSED = {
     "python -m benchmarks.robustness": "takes minutes of attacks and kills",
     "python benchmarks/quality.py": "takes hours, on text that is not shipped",
     "python -m benchmarks.recovery": "takes hours, on data that are not shipped",
+    "python -m benchmarks.joined": "takes minutes of training, on images that are not shipped",
     "python benchmarks/vision.py": "takes hours, on images that are not shipped",
     "python -m benchmarks.gpu": "takes a graphics card; test_devices.py runs its parts",
 }
