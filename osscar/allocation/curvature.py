@@ -331,7 +331,7 @@ def parts(
     part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
     filled = 0
     for group in groups:
-        maps = linear_maps(model, group, with_fixed=True)
+        maps = linear_maps(model, group)
         shapes = (map.read_weight().shape for map in maps)
         size = sum(4 * copies * (p * p + m * m) for p, m in shapes)
         if part and filled + size > _MOST_BYTES:

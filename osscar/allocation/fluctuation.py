@@ -37,7 +37,8 @@ def measure_fluctuations(
 ) -> dict[str, NDArray[np.float64]]:
     """Run the dense model, and return the standardized score of each unit, (units,), by group.
 
-    Where several consumers read a group, each standardizes its own inputs, and all count alike.
+    Where several consumers read a group, each standardizes what it reads of that, and all count
+    alike.
 
     Raises
     ------
@@ -108,7 +109,8 @@ class _Inputs:
                 "nothing is known of its inputs; give inputs that reach it"
             )
         norms = self.linear_map.read_weight().square().sum(1)
-        scores = standardized(norms * self.deviations / self.rows).cpu()
+        scores, fixed = (norms * self.deviations / self.rows).cpu(), self.linear_map.fixed
+        scores[fixed:] = standardized(scores[fixed:])
         owned = self.linear_map.unit_rows
         return torch.stack(
             [scores[rows].mean() if rows else scores.new_zeros(()) for rows in owned]

@@ -193,5 +193,5 @@ def _passes(request: PruningRequest, held: int, timed: Timed) -> int:
 def _log_bytes(prepared: Prepared, timed: Timed) -> int:
     """Return the bytes of refitted weights, which the log of a run keeps."""
     losing = (g for g in prepared.groups if timed.keep.get(g.name, g.units) < g.units)
-    maps = (one for group in losing for one in linear_maps(prepared.model, group, with_fixed=True))
+    maps = (one for group in losing for one in linear_maps(prepared.model, group))
     return sum(one.read_weight().numel() * one.number_format.itemsize for one in maps)

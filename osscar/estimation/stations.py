@@ -170,7 +170,7 @@ def layer_classes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[
     """
     found: dict[tuple[Any, ...], list[CouplingGroup]] = {}
     for group in groups:
-        maps = linear_maps(prepared.model, group, with_fixed=True)
+        maps = linear_maps(prepared.model, group)
         forms = tuple((type(m.module), m.rows, m.fixed, m.outputs, m.number_format) for m in maps)
         found.setdefault((max(m.rows for m in maps), group.units, forms), []).append(group)
     classes: list[LayerClass] = []

@@ -43,8 +43,6 @@ class LinearMap(abc.ABC):
     """The input features or channels that each unit of the group owns."""
     has_bias: bool
     """Whether it has a bias that it shares with no other module."""
-    with_fixed: bool
-    """Whether inputs that no unit owns are refitted, too, as long as there is room for them."""
 
     @property
     def label(self) -> str:
@@ -79,7 +77,7 @@ class LinearMap(abc.ABC):
     @property
     def fixed(self) -> int:
         """The number of rows of W, the first ones, that no unit owns."""
-        fits = self.with_fixed and self._shape[0] * self.taps <= MOST_ROWS
+        fits = self._shape[0] * self.taps <= MOST_ROWS
         return len(self.beside) * self.taps if fits else 0
 
     @property
@@ -379,7 +377,7 @@ class _ExpertMap(LinearMap):
 
 
 def maps_of(
-    model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None, *, with_fixed: bool
+    model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None
 ) -> Iterator[LinearMap]:
     """Yield the consumers that one tensor holds, given the slots of it that a group has."""
     name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
@@ -387,16 +385,16 @@ def maps_of(
     module = model.get_submodule(name)
     if mixture is not None:
         for expert in range(len(mixture.weight)):
-            yield _ExpertMap(name, module, dim, owned, False, with_fixed, mixture, expert)
+            yield _ExpertMap(name, module, dim, owned, False, mixture, expert)
         return
     if isinstance(module, RECURRENT):
         end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)
         has_bias, direction = _has_bias(model, module, BIAS + end), directions(module).index(end)
-        yield _RecurrentMap(name, module, dim, owned, has_bias, with_fixed, direction)
+        yield _RecurrentMap(name, module, dim, owned, has_bias, direction)
         return
     windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
     if windows is None:
-        yield _FeatureMap(name, module, dim, owned, has_bias, with_fixed)
+        yield _FeatureMap(name, module, dim, owned, has_bias)
         return
     groups = int(module.groups)  # type: ignore[arg-type]
     channels = int(module.in_channels) // groups  # type: ignore[arg-type]
@@ -407,7 +405,7 @@ def maps_of(
         if dim == 0:
             own = [[i - part * channels for i in u if i // channels == part] for u in owned]
         if any(own):
-            yield _ConvolutionMap(name, module, dim, own, has_bias, with_fixed, windows, part)
+            yield _ConvolutionMap(name, module, dim, own, has_bias, windows, part)
 
 
 def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:

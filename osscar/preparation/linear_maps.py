@@ -59,17 +59,8 @@ def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, 
     return {name: mixture for name, mixture in found.items() if mixture is not None}
 
 
-def linear_maps(
-    model: nn.Module, group: CouplingGroup, *, with_fixed: bool = False
-) -> tuple[LinearMap, ...]:
+def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]:
     """Return the consumers of a group, in execution order.
-
-    Parameters
-    ----------
-    model, group
-        The traced model, and one of its groups.
-    with_fixed
-        Whether to refit what they read beside the group, too.
 
     Raises
     ------
@@ -82,7 +73,7 @@ def linear_maps(
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        found += maps_of(model, slots, _mixture_of(model, slots), with_fixed=with_fixed)
+        found += maps_of(model, slots, _mixture_of(model, slots))
     return tuple(found)
 
 

@@ -153,7 +153,7 @@ def _replay(
             f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
-    consumers = linear_maps(model, group, with_fixed=True)
+    consumers = linear_maps(model, group)
     forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise JournalError(

@@ -192,7 +192,7 @@ def _matrices(
     model: nn.Module, group: CouplingGroup, keep: int, request: PruningRequest
 ) -> tuple[str, int, int, int]:
     """Return the layer of a group that reads most, how much, and bytes of matrices and of sums."""
-    maps = linear_maps(model, group, with_fixed=True)
+    maps = linear_maps(model, group)
     most = max(maps, key=lambda found: found.rows)
     numbers, sums = 0.0, 0.0
     copies = 2 if request.holds_out else 1

@@ -63,9 +63,7 @@ class Walk:
         self._model = prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
         self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
-        self._consumers = {
-            group.name: linear_maps(self._model, group, with_fixed=True) for group in groups
-        }
+        self._consumers = {group.name: linear_maps(self._model, group) for group in groups}
         every = [one for maps in self._consumers.values() for one in maps]
         self._names = {one.name for one in every}
         # To what the gates of recurrent layers take nothing is added that anybody could see.

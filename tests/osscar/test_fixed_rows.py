@@ -206,9 +206,7 @@ def test_where_everything_belongs_to_the_group_nothing_is_fixed():
     model = small_net()
     with prepare(model, torch.randn(4, 3, 8, 8)) as prepared:
         groups = [group for group in prepared.groups if group.prunable]
-        maps = [
-            one for group in groups for one in linear_maps(prepared.model, group, with_fixed=True)
-        ]
+        maps = [one for group in groups for one in linear_maps(prepared.model, group)]
         assert len(maps) > 4
         assert {one.fixed_inputs for one in maps} == {(0, 0)}
 
