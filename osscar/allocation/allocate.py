@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 
+import numpy as np
+
 from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
@@ -130,8 +132,12 @@ def _measured(
         found = measured_groups(
             prepared, compared, wanted, damp=request.damp, shapes=curves is None
         )
-        curves = scaled(curves or {}, found)
-    return curves or {}
+        if curves is None:  # what cannot be measured has to keep all its units
+            whole = [group for group in shared if group.name not in found]
+            curves = {group.name: Curve(group.name, np.zeros(group.units + 1)) for group in whole}
+        curves = scaled(curves, found)
+    assert curves is not None
+    return curves
 
 
 def _why_not_measured(prepared: Prepared) -> str:

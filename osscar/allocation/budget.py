@@ -66,8 +66,8 @@ class Budget:
         Whether all groups were measured, or reached by gradients; if not, the others count by their
         own relative loss.
     curves
-        The divergence of each group over the units kept, as predicted, and through what was
-        `measured`.
+        The divergence of each group that had a choice over the units kept, as predicted, and
+        through what was `measured`.
     widths
         What each group keeps, in the order of the model.
     measured

@@ -216,7 +216,11 @@ class ByCurves:
             "predicted": self._loss(found),
             "lower_bound": self.exact()[1] if self.cost.separable(self.options) else None,
             "comparable": all(curve.in_nats for curve in self.curves.values()),
-            "curves": {name: tuple(c.losses.tolist()) for name, c in self.curves.items()},
+            "curves": {
+                name: tuple(curve.losses.tolist())
+                for name, curve in self.curves.items()
+                if len(self.options[name]) > 1
+            },
             "measured": {name: _measured(c) for name, c in self.curves.items() if c.measured},
             "frontier": self.frontier(),
         }

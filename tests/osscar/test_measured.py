@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
-from osscar.allocation.allocate import allocate
+from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.curves import LEAST_NATS, MOST, Curve
 from osscar.allocation.measured import (
     Compared,
@@ -240,6 +240,20 @@ def test_a_budget_is_met_without_gradients():
     document = result.budget.to_json()
     (point, *_) = next(iter(document["measured"].values()))
     assert point.keys() == {"kept", "predicted", "nats"}
+
+
+@pytest.mark.parametrize("allocation", MEASURED)
+def test_a_group_that_has_to_keep_all_its_units_shares_a_budget(allocation):
+    torch.manual_seed(0)
+    model = Sum().eval()
+    model.first, model.one = nn.Linear(6, 16), nn.Linear(16, 4)
+    asked = PruningRequest(sparsity=0.1, allocation=allocation, round_to=4, at_least=0.6)
+    with prepare(model, torch.randn(80, 6)) as prepared:
+        budget = allocate(prepared, asked).budget
+    assert {width.units: width.kept for width in budget.widths.values()} == {16: 12, 7: 7}
+    assert budget.comparable
+    (name,) = (name for name, width in budget.widths.items() if width.units == 16)
+    assert budget.curves.keys() == budget.measured.keys() == {name}
 
 
 @pytest.mark.parametrize(
