@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.allocation.curvature import GroupCurvature, curvature
@@ -155,7 +154,8 @@ def _losses(found: GroupCurvature, damp: float | None) -> NDArray[np.float64]:
     problem = found.problem(damp)
     removals = _eliminated(problem)
     losses = summed_losses(problem, removals)
-    held = _held_loss(found, damp, support_after(removals[: found.group.units - half], problem))
+    kept = support_after(removals[: found.group.units - half], problem)
+    held = found.held_loss(max(damp, _LEAST_DAMP), kept)
     return losses * (held / losses[half]) if held > 0 and losses[half] > 0 else losses
 
 
@@ -166,8 +166,4 @@ def _best_damp(found: GroupCurvature, keep: int) -> float:
     """
     problem = found.problem(DEFAULT_DAMP)
     kept = support_after(eliminate(problem, found.group.units - keep), problem)
-    return min(DAMPS, key=lambda damp: _held_loss(found, damp, kept))
-
-
-def _held_loss(found: GroupCurvature, damp: float, kept: Tensor) -> float:
-    return found.held_loss(max(damp, _LEAST_DAMP), kept)
+    return min(DAMPS, key=lambda damp: found.held_loss(max(damp, _LEAST_DAMP), kept))

@@ -40,16 +40,15 @@ class Reference:
     logarithms: Sequence[Tensor] = field(repr=False)
     rows: Sequence[Tensor] = field(repr=False)
     inputs: ModelInputs = field(repr=False)
+    """Of all ranks."""
     ranks: Ranks = ALONE
-    samples: int = 0
-    """How many they are, on all ranks."""
 
     @classmethod
     def of(
         cls, prepared: Prepared, samples: int, batch_size: int = 1, around: Around = nullcontext
     ) -> Reference | None:
         """Run the dense model on the last samples; None if it puts out no logits."""
-        last = prepared.inputs.last(samples)
+        last = prepared.inputs.part(-samples)
         batches = last.batches(prepared.model, batch_size)
         mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
@@ -63,7 +62,7 @@ class Reference:
             logarithms.append(found[rows[-1]].clone())
         if prepared.ranks.any("the dense predictions", len(logarithms) < len(mine)):
             return None
-        return cls(mine, logarithms, rows, last, prepared.ranks, last.samples)
+        return cls(mine, logarithms, rows, last, prepared.ranks)
 
     def divergence(self, model: nn.Module, around: Around = nullcontext) -> float:
         """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
@@ -100,9 +99,9 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.flatten(0, -2).float().log_softmax(-1)
 
 
-def thinned(logarithms: Tensor, samples: int) -> Tensor:
-    """Return which predictions of one of so many samples are kept: evenly spread ones."""
-    most = max(1, MOST_BYTES // (samples * logarithms.shape[-1] * 4))
+def thinned(logarithms: Tensor, batches: int) -> Tensor:
+    """Return which predictions of one of so many batches are kept: evenly spread ones."""
+    most = max(1, MOST_BYTES // (batches * logarithms.shape[-1] * 4))
     step = -(-len(logarithms) // most)
     return torch.arange(step // 2, len(logarithms), step, device=logarithms.device)
 

@@ -180,8 +180,8 @@ def measured_groups(
     groups = [group for group in prepared.groups if group.name in keep]
     if not groups:
         return {}
-    rest = prepared.inputs.samples - compared.reference.samples
-    inputs = prepared.inputs.first(min(rest, curve_samples(prepared)))
+    rest = prepared.inputs.samples - compared.reference.inputs.samples
+    inputs = prepared.inputs.part(0, min(rest, curve_samples(prepared)))
     few = dataclasses.replace(prepared, inputs=inputs)
     # As of curvature: layers of a language model all read as many tokens.
     held = 0 if inputs.tokens else inputs.samples // FEWEST

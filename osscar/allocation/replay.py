@@ -98,12 +98,12 @@ def _putting_out(outputs: deque[Any], forward: Callable[..., Any]) -> Callable[.
 
 def _blocks(model: nn.Module, consumers: Collection[str]) -> list[str]:
     """Return the largest modules that hold few consumers each, none of them inside another."""
-    most = max(1, len(set(consumers)) // _SHARE)
+    most = max(1, len(consumers) // _SHARE)
     found: list[str] = []
 
     def descend(name: str, module: nn.Module) -> None:
         inside = f"{name}." if name else ""
-        held = sum(one == name or one.startswith(inside) for one in set(consumers))
+        held = sum(one == name or one.startswith(inside) for one in consumers)
         if name and held <= most:
             found.append(name)
             return

@@ -100,23 +100,11 @@ class ModelInputs:
         order = torch.arange(self.samples)
         return [self._at(model, rows) for rows in torch.split(order, batch_size)]
 
-    def last(self, count: int) -> ModelInputs:
-        """Return the last samples alone."""
+    def part(self, start: int, stop: int | None = None) -> ModelInputs:
+        """Return some of the samples alone, as a slice does."""
         if self.apart:
-            return dataclasses.replace(self, apart=self.apart[-count:])
-        return self.only({name: tensor[-count:] for name, tensor in self.tensors.items()})
-
-    def first(self, count: int) -> ModelInputs:
-        """Return the first samples alone."""
-        if self.apart:
-            return dataclasses.replace(self, apart=self.apart[:count])
-        return self.only({name: tensor[:count] for name, tensor in self.tensors.items()})
-
-    def only(self, batch: Batch) -> ModelInputs:
-        """Return data of the same kind that are one batch."""
-        if self.apart:
-            return dataclasses.replace(self, apart=(batch,))
-        return dataclasses.replace(self, tensors=batch)
+            return dataclasses.replace(self, apart=self.apart[start:stop])
+        return dataclasses.replace(self, tensors=self.rows(dict(self.tensors), start, stop))
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return random inputs of two different sizes, on the model's device.

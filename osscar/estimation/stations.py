@@ -127,12 +127,7 @@ def _few(prepared: Prepared, one: float) -> Prepared:
     inputs, most = prepared.inputs, max(2, prepared.batch_size)
     needed = max(2, -(-inputs.samples // _SHARE), int(_CHEAP_SECONDS / max(one, 1e-9)))
     number = min(needed, most, inputs.samples)
-    if inputs.apart:
-        return dataclasses.replace(
-            prepared, inputs=dataclasses.replace(inputs, apart=inputs.apart[:number])
-        )
-    first = inputs.batches(prepared.model, number)[0]
-    return dataclasses.replace(prepared, inputs=inputs.only(first))
+    return dataclasses.replace(prepared, inputs=inputs.part(0, number))
 
 
 def expected_keep(
