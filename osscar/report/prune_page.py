@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from osscar.allocation.measured import FEWEST
 from osscar.base.printable import are, capitalized, pluralize
 from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
@@ -54,6 +55,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
         recovery=recovery and recovery_section(recovery),
         pictures=list(_pictures(document)),
         layers=layers_table(document["layers"], document.get("budget")),
+        columns=list(_columns(document)),
         bounded=_bounded(document),
         skipped=skipped_table(document.get("skipped") or ()),
         asked=asked_table(asked, document["calibration"]),
@@ -150,6 +152,12 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "no gradient reaches some groups, whose widths were chosen by their own relative "
                 "loss",
             )
+        if budget.get("curves") and budget.get("measured") == {}:
+            yield (
+                "curves",
+                f"as predicted, as nothing was measured; that takes {FEWEST} samples and an output "
+                "that is known to be scores of classes",
+            )
     yield "divergence from the dense predictions", _divergence(document)
     error = document["equivalence_error"]
     yield (
@@ -203,6 +211,20 @@ def _divergence(document: Mapping[str, Any]) -> str:
 def _when(document: Mapping[str, Any]) -> str:
     """Say of which model a divergence is, where there are two."""
     return " before the recovery" if document.get("recovery") else ""
+
+
+def _columns(document: Mapping[str, Any]) -> Iterator[str]:
+    """Say what some columns of the table of layers are."""
+    if (document.get("budget") or {}).get("measured"):
+        yield (
+            "Measured alone is by how much the predictions diverge with this group alone pruned "
+            "to so many units, and how many times what was predicted that is."
+        )
+    if any(layer.get("fixed") for layer in document["layers"]):
+        yield (
+            "Fixed are the inputs that layers read beside the units of a group, and that were "
+            "refitted with them."
+        )
 
 
 def _remarks(document: Mapping[str, Any]) -> Iterator[str]:

@@ -150,6 +150,7 @@ def test_rows_of_a_unit_that_has_left_stay_zero_and_are_worth_nothing():
     table = layers_table([vars(layer) for layer in result.layers])
     (column,) = (one for one in table.columns if str(one.header) == "fixed")
     assert [str(cell) for cell in column.cells] == ["14", "12"]
+    assert "Fixed are the inputs that" in prune_page(result.document(model, x))
     gone = {"one": ONE, "two": TWO}
     with prepare(model, x) as prepared:
         for step in walk(prepared, [reading(prepared, name) for name in gone]):

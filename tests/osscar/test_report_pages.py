@@ -118,6 +118,18 @@ def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
     assert words not in prune_page({**document, "inputs": [{**given, "fixed": []}]})
 
 
+def test_curves_are_said_to_be_as_predicted_where_nothing_was_measured(document):
+    measured, predicted = "Measured alone is", "Curves: as predicted, as nothing was measured"
+    *_, point = next(iter(document["budget"]["measured"].values()))
+    page = prune_page(document)
+    assert measured in page
+    assert predicted not in page
+    assert f"{point['nats']:.5f} with {point['kept']}, " in page
+    page = prune_page({**document, "budget": {**document["budget"], "measured": {}}})
+    assert measured not in page
+    assert predicted in page
+
+
 def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "nats": [2.0, 0.5, 0.0]}
