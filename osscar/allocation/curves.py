@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ _LEAST_DAMP = 1e-4
 
 MOST = 10.0
 """How many times as much as was predicted, or what part of it, a measurement is believed at most:
-on SmolLM2-135M's 60 groups it was 0.5 to 4.8 times."""
+of SmolLM2-135M's groups it was 0.8 to 4.4 times, but for the neurons of the last layer."""
 
 LEAST_NATS = 1e-7
 """What is measured below this is rounding of logits."""
@@ -35,55 +36,57 @@ LEAST_NATS = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The predicted divergence of a model of which one group has lost units.
+    """The divergence of a model of which one group has lost units.
 
-    `losses`, (units + 1,), do not increase with the k units that are left, and end with 0: the
-    Kullback-Leibler divergence of the model's predictions from the dense ones, in nats a
+    `predicted`, (units + 1,), does not increase with the k units that are left, and ends with 0:
+    the Kullback-Leibler divergence of the model's predictions from the dense ones, in nats a
     prediction.  Where it is not `comparable`, as no gradient reaches the group, it is the loss of
-    the group's consumers relative to their own outputs, until it was `measured`: what predictions
-    diverged by with so many units.  `predicted` are the losses that were there before.
+    the group's consumers relative to their own outputs.  `measured` is what predictions diverged by
+    with so many units.
     """
 
     name: str
-    losses: NDArray[np.float64] = field(repr=False)
+    predicted: NDArray[np.float64] = field(repr=False)
     comparable: bool = True
     measured: Mapping[int, float] = field(default_factory=dict)
-    predicted: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
     def in_nats(self) -> bool:
         """Whether the losses are divergences, which those of other groups compare with."""
         return self.comparable or bool(self.measured)
 
-    @property
-    def shape(self) -> NDArray[np.float64]:
-        """The losses before anything was measured."""
-        return self.losses if self.predicted is None else self.predicted
-
-    def through(self, kept: int, nats: float) -> Curve:
-        """Return a curve that also goes through what was measured with so many units.
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """What was predicted, through what was measured.
 
         Between two widths that were measured it is a power of what was predicted, and beyond them a
-        multiple.  Where the prediction is of something else than nats, any multiple will do;
-        otherwise one within `MOST`, since what is measured of nearly nothing is noise.
+        multiple.
         """
-        measured = {**self.measured, kept: nats}
-        losses, known = self.shape.copy(), self.shape > 0  # units that do nothing do nothing
-        points = self._points({k: found for k, found in measured.items() if known[k]})
-        if points:
-            x, y = np.log(np.array(sorted(points.items()))).T
-            at = np.log(losses[known])
-            inside = np.clip(at, x[0], x[-1])
-            losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
-            losses = np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
-        return dataclasses.replace(self, losses=losses, measured=measured, predicted=self.shape)
+        known = self.predicted > 0  # units that do nothing do nothing
+        points = self._points({k: nats for k, nats in self.measured.items() if known[k]})
+        if not points:
+            return self.predicted
+        losses = self.predicted.copy()
+        x, y = np.log(np.array(sorted(points.items()))).T
+        at = np.log(losses[known])
+        inside = np.clip(at, x[0], x[-1])
+        losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
+        return np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
+
+    def through(self, kept: int, nats: float) -> Curve:
+        """Return a curve that also goes through what was measured with so many units."""
+        return dataclasses.replace(self, measured={**self.measured, kept: nats})
 
     def _points(self, measured: Mapping[int, float]) -> dict[float, float]:
-        """Return what is believed at some of the predicted losses; neither decreases."""
+        """Return what is believed at some of the predicted losses; neither decreases.
+
+        Where these are of something else than nats, any multiple will do; otherwise one within
+        `MOST`, since what is measured of nearly nothing is noise.
+        """
         points: dict[float, float] = {}
         least = LEAST_NATS
         for kept, nats in sorted(measured.items(), reverse=True):
-            predicted = float(self.shape[kept])
+            predicted = float(self.predicted[kept])
             if self.comparable:
                 nats = min(max(nats, predicted / MOST), predicted * MOST)
             points[predicted] = least = max(nats, least)

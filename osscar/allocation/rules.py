@@ -178,7 +178,7 @@ def _widths_by_scores(
 
 
 def _measured(curve: Curve) -> tuple[Measured, ...]:
-    predicted = curve.shape.tolist()
+    predicted = curve.predicted.tolist()
     return tuple(
         Measured(kept, predicted[kept] if curve.comparable else None, nats)
         for kept, nats in sorted(curve.measured.items())

@@ -164,7 +164,7 @@ def test_a_curve_goes_through_what_was_measured_and_stays_one(data):
     assert curve.in_nats
     assert (np.diff(curve.losses) <= 0).all()
     assert curve.losses[-1] == 0
-    assert curve.shape is losses
+    assert curve.predicted is losses
     for kept in points:  # fewer units never do better, whatever was measured
         assert curve.losses[kept] == pytest.approx(max(points[k] for k in points if k >= kept))
     ratio = points[max(points)] / losses[max(points)]
