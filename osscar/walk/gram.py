@@ -218,18 +218,13 @@ def posed(
 
     The arguments are those of `damped_by_input`, of all rows, and W0 is `read_unit_weight`: fixed
     rows are pulled towards no change.  Losses stay relative to what is lost without any unit where
-    they do not change.
+    they do not change.  `variance` is left out where there are any: scores of units then go by what
+    fixed rows do not explain.
     """
     units, fixed = linear_map.unit_rows, linear_map.fixed
     if not fixed:
         consumer = damped_by_input(
-            H,
-            W0,
-            targets=targets,
-            units=units,
-            damp=damp,
-            positions=positions,
-            variance=variance,
+            H, W0, targets=targets, units=units, damp=damp, positions=positions, variance=variance
         )
         return consumer, None
     # Squares of what is nearly zero vanish in float32 before its products with others do.
