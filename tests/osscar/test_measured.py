@@ -145,6 +145,78 @@ def test_blocks_that_write_to_what_they_are_given_run_again():
     assert [name for name, _ in full.ended] == ["0"]
 
 
+class Appends(nn.Module):
+    """Puts what it reads into a list that it is given."""
+
+    def forward(self, x, seen):
+        seen.append(x)
+        return torch.tanh(x)
+
+
+class Notes(nn.Module):
+    """Keeps what it reads."""
+
+    def forward(self, x, seen):
+        self.seen = [x]
+        return torch.tanh(x)
+
+
+class Answers(nn.Module):
+    """Puts out what nobody can look into."""
+
+    def forward(self, x, seen):
+        return Answer(x)
+
+
+class Answer:
+    def __init__(self, x):
+        self.x = x
+
+    def __add__(self, other):
+        self.x = self.x + other
+        return self.x
+
+
+class Skips(nn.Module):
+    """What its block has read goes on beside what it puts out."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(2, 3), block, nn.Linear(3, 2)
+
+    def forward(self, x):
+        seen = []
+        out = self.block(self.first(x), seen)
+        (beside,) = seen or getattr(self.block, "seen", [0.5])
+        return self.last(out + beside)
+
+
+@pytest.mark.parametrize("block", [Appends, Notes, Answers])
+def test_blocks_that_do_more_than_put_something_out_run_again(block):
+    model, recording, x = Skips(block()), Recording(1 << 20), torch.randn(4, 2)
+    with recording.recording(model, ["last"]):
+        due = model(x)
+    assert [name for name, _ in recording.ended] == ["first", "last"]
+    model(torch.randn(4, 2))
+    for _ in range(2):
+        with recording.replayed(model, ["last"]):
+            assert torch.equal(model(torch.full_like(x, torch.nan)), due)
+
+
+def test_modules_that_blocks_share_are_no_blocks():
+    shared = nn.Sequential(nn.Tanh())
+    parts = [nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2)) for _ in range(3)]
+    model, x = nn.Sequential(*parts, shared[0]), torch.randn(4, 2)
+    consumers = [f"{part}.{place}" for part in range(3) for place in (0, 2)]
+    recording = Recording(1 << 20)
+    with recording.recording(model, consumers):
+        due = model(x)
+    assert [name for name, _ in recording.ended] == consumers
+    with recording.replayed(model, ["2.0"]):
+        assert torch.equal(model(torch.full_like(x, torch.nan)), due)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 # ---- curves ------------------------------------------------------------------------------
 
 
