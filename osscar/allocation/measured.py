@@ -23,6 +23,7 @@ from osscar.allocation.curves import LEAST_NATS, MOST, Curve, curve_samples, sum
 from osscar.allocation.divergence import Reference
 from osscar.allocation.replay import Recording
 from osscar.allocation.widths import possible_widths
+from osscar.base.errors import NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
@@ -176,6 +177,16 @@ def measured_groups(
 
     The model is as it was afterwards.  All ranks take part.  With `shapes`, the losses of the
     group's consumers are told, too.
+
+    Warns
+    -----
+    UserWarning
+        Of groups that are left out since weights or predictions overflow without some units.
+
+    Raises
+    ------
+    NonFiniteError
+        If one overflows where shapes are asked for, so that nothing else is known of it.
     """
     groups = [group for group in prepared.groups if group.name in keep]
     if not groups:
@@ -191,11 +202,22 @@ def measured_groups(
             with room_for(prepared.model, prepared.matrix_bytes):
                 variant = _variant(step, keep[step.group.name], damp, prepared.ranks, shapes)
             weights = [W.to(device_of(prepared.model)) for W in variant.weights]
-            with timed(Stage.MEASURED), step.tried(weights, variant.kept):
-                nats = compared.divergence({one.name for one in step.consumers})
-            found[step.group.name] = Measurement(len(variant.kept), nats, variant.losses)
+            try:
+                with timed(Stage.MEASURED), step.tried(weights, variant.kept):
+                    nats = compared.divergence({one.name for one in step.consumers})
+                found[step.group.name] = Measurement(len(variant.kept), nats, variant.losses)
+            except NonFiniteError as error:
+                _tell_of_overflow(step.group, error, shapes)
             bar.advance()
     return found
+
+
+def _tell_of_overflow(group: CouplingGroup, error: NonFiniteError, shapes: bool) -> None:
+    """Warn of a group whose curve stays as predicted; raise an error where there is none."""
+    alone = f"{group.name!r} pruned alone cannot be measured: {error}"
+    if shapes:
+        raise NonFiniteError(alone) from error
+    warnings.warn(f"{alone}; its curve stays as it was", stacklevel=3)
 
 
 @dataclass(frozen=True, eq=False)

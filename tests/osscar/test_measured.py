@@ -22,7 +22,7 @@ from osscar.allocation.measured import (
     widths_to_measure,
 )
 from osscar.allocation.replay import Recording
-from osscar.base.errors import RequestError
+from osscar.base.errors import NonFiniteError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
 from tests.osscar.families import tiny, tokens
@@ -92,6 +92,28 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
             due = by_hand(model, *read[group.units], keep[group.name], 0.1, fresh)
             assert due > 1e-4
             assert found[group.name].nats == pytest.approx(due, rel=1e-3)
+
+
+def test_a_group_that_overflows_without_some_units_keeps_its_curve():
+    torch.manual_seed(0)
+    model, data = Sum().eval(), torch.randn(80, 6)
+    model.second.weight.data = model.second.weight.data[[0, 0, 1, 1, 2, 2, 3]]
+    model.second.bias.data = model.second.bias.data[[0, 0, 1, 1, 2, 2, 3]]
+    for parameter in model.second.parameters():
+        parameter.data *= 1e-3
+    model.other.weight.data = 6e4 * model.other.weight.data.sign()  # of twins, one does for both
+    with prepare(model.half(), data.half()) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        keep = {group.name: group.units // 2 for group in groups}
+        before = copy.deepcopy(prepared.model.state_dict())
+        compared = Compared.of(prepared, groups, compared_samples(prepared))
+        with pytest.warns(UserWarning, match="pruned alone cannot be measured"):
+            found = measured_groups(prepared, compared, keep, damp=0.01)
+        assert found.keys() == {"first.neurons"}
+        with pytest.raises(NonFiniteError, match="pruned alone cannot be measured"):
+            measured_groups(prepared, compared, keep, damp=0.01, shapes=True)
+        after = prepared.model.state_dict()
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
 BUILT = {
