@@ -290,6 +290,19 @@ def written(module: nn.Module, name: str) -> Iterator[Tensor]:
     parameter.place = parameter.cache.put(values, parameter.place.slice.name)
 
 
+def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Give parameters the values again of which these are copies.
+
+    Of one that lies on disk, a copy is the place of its values, and nothing is read or written.
+    """
+    for name, values in copies.items():
+        parameter = getattr(module, name)
+        if isinstance(parameter, OnDisk):
+            parameter.data = values
+        else:
+            parameter.detach().copy_(values)
+
+
 @contextmanager
 def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Put plain parameters of the same shapes in the place of those on disk, for tracing.

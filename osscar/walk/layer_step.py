@@ -15,6 +15,7 @@ from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.base.printable import listed
 from osscar.network.modules import device_of
+from osscar.offload.on_disk import put_back
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
@@ -170,14 +171,15 @@ class LayerStep:
     @contextmanager
     def tried(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Iterator[None]:
         """Have the weights that `commit` would write in the model while the block runs."""
-        dense = [one.read() for one in self.consumers]
+        dense = dense_tensors(self.consumers)
+        modules = {one.name: one.module for one in self.consumers}
         try:
             self._write(weights, kept)
             torch.clear_autocast_cache()
             yield
         finally:
-            for one, tensors in zip(self.consumers, dense, strict=True):
-                one.write(tensors)
+            for name, tensors in dense.items():
+                put_back(modules[name], tensors)
             torch.clear_autocast_cache()
 
     def _write(self, weights: Sequence[Tensor], kept: Sequence[int] | None) -> None:

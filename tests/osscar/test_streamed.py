@@ -128,6 +128,21 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     assert weight_cache(loaded.model).held_bytes < read / 4
 
 
+def test_weights_that_were_tried_leave_the_dense_ones_where_they_lie(tmp_path):
+    dense = written(tmp_path / "dense", "llama-gqa")
+    model = osscar.load_model(dense, device="cpu", max_memory=PLENTY).model
+    with prepare(model, windows(4)) as prepared:
+        group = next(group for group in prepared.groups if group.prunable)
+        places = {name: p.place for name, p in prepared.model.named_parameters()}
+        for step in walk(prepared, [group], in_turn=False):
+            (one,) = step.consumers
+            found = one.read_weight()
+            with step.tried([0.5 * found], range(group.units)):
+                assert torch.equal(one.read_weight(), 0.5 * found)
+            assert torch.equal(one.read_weight(), found)
+        assert {name: p.place for name, p in prepared.model.named_parameters()} == places
+
+
 def test_several_passes_read_each_block_once(tmp_path):
     dense = written(tmp_path / "dense", "qwen2")
     inputs = [{"input_ids": windows(2)}, {"input_ids": windows(1, 12)}]
