@@ -192,6 +192,27 @@ def test_convolutions_are_refitted_on_all_channels_that_they_read(transposed, mo
     assert scales[1] == pytest.approx(scales[0])
 
 
+class Explained(nn.Module):
+    """Few samples of its hidden layers are linear in the inputs that its head reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(6, 7)
+        self.head = nn.Linear(8 + 6 + 6 + 7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([torch.tanh(self.one(x)), x, x, torch.relu(self.two(x))], 1))
+
+
+def test_what_fixed_rows_explain_but_for_rounding_is_no_error():
+    torch.manual_seed(0)
+    result = osscar.prune(
+        Explained().eval(), torch.randn(4, 6), sparsity=0.4, allocation="uniform", damp=0
+    )
+    assert [layer.fixed for layer in result.layers] == [19, 20]
+    assert all(0 <= layer.relative_loss < 1e-3 for layer in result.layers)
+
+
 def test_consumers_with_too_many_rows_keep_fixed_weights_and_the_report_says_so(monkeypatch):
     model, x = joined(), inputs(samples=64)
     monkeypatch.setattr(consumers, "MOST_ROWS", 19)
