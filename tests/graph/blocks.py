@@ -594,7 +594,7 @@ BLOCKS: dict[str, tuple[type[nn.Module], Tensor, dict[str, int]]] = {
         {"enter.channels": 5, "mixed.channels": 3, "middle.channels": 6},
     ),
     "bilinear": (Pairs, _ROWS, {"one.neurons": 5, "two.neurons": 6, "product.neurons": 7}),
-    "bags": (Bags, torch.randint(0, 11, (3, 4)), {"hidden": 6, "neurons": 5}),
+    "bags": (Bags, torch.arange(12).view(3, 4) % 11, {"hidden": 6, "neurons": 5}),
     "spatial-gate": (SpatialGate, _TOKENS, {"neurons": 8}),
     "uneven-parts": (
         UnevenParts,
