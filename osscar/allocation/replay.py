@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from osscar.network.hooks import hooks
+from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import fresh
 
 _SHARE = 16
@@ -79,18 +79,11 @@ class Recording:
         outputs: dict[str, deque[Any]] = defaultdict(deque)
         for name, output in self.ended[:first]:
             outputs[name].append(output)
-        replaced = []
-        try:
-            for name, own in outputs.items():
-                module = model.get_submodule(name)
-                replaced.append((module, vars(module).get("forward")))
-                module.forward = _putting_out(own, module.forward)
+        modules = {name: model.get_submodule(name) for name in outputs}
+        with other_forwards(
+            [(one, _putting_out(outputs[name], one.forward)) for name, one in modules.items()]
+        ):
             yield
-        finally:
-            for module, forward in replaced:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -47,6 +47,22 @@ def hooks(
 
 
 @contextmanager
+def other_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other forward passes while the block runs, and their own ones back."""
+    replaced = []
+    try:
+        for module, forward in forwards:
+            replaced.append((module, vars(module).get("forward")))
+            module.forward = forward
+        yield
+    finally:
+        for module, own in replaced:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+@contextmanager
 def running_modules(model: nn.Module) -> Iterator[list[str]]:
     """Keep, while the block runs, a list of the modules that are running, the innermost last."""
     running: list[str] = []

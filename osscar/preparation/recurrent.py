@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osscar.network.hooks import other_forwards
+
 _RecurrentLayer: TypeAlias = nn.RNNBase | nn.RNNCellBase
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -52,11 +54,8 @@ def gates_shown(
         with _taking_gates(module, gates):
             return forward(gates, hx)
 
-    module.forward = shown
-    try:
+    with other_forwards([(module, shown)]):
         yield
-    finally:
-        del module.forward
 
 
 @contextmanager

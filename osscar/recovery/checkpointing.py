@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from osscar.base.errors import OptionError
+from osscar.network.hooks import other_forwards
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -50,21 +51,14 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     OptionError
         If the model repeats no blocks, or if one writes to what it is given.
     """
-    before = [(one, vars(one).get("forward")) for one in blocks(model)]
-    if not before:
+    repeated = blocks(model)
+    if not repeated:
         raise OptionError(
             f"checkpointing is asked for, and {type(model).__name__} repeats no blocks that could "
             "be computed again; leave it away"
         )
-    try:
-        for block, _ in before:
-            block.forward = _checkpointed(block)
+    with other_forwards([(block, _checkpointed(block)) for block in repeated]):
         yield
-    finally:
-        for block, own in before:
-            del block.forward
-            if own is not None:
-                block.forward = own
 
 
 def _checkpointed(block: nn.Module) -> Callable[..., Any]:

@@ -142,10 +142,13 @@ def test_the_refit_is_least_squares_on_the_gates(name):
     assert found <= 1.05 * least
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["of the class", "of the layer"])
 @pytest.mark.parametrize("name", NETS)
-def test_gates_that_are_shown_change_nothing(name):
+def test_gates_that_are_shown_change_nothing(name, own):
     net = made(name).double()
     module = net.recurrent if hasattr(net, "recurrent") else net.cell
+    if own:
+        module.forward = module.forward
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     expected, before = net(x), dict(vars(module))
     seen = []
