@@ -115,7 +115,9 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
                 else "damping, if any, is in H, input by input"
             )
         )
-    say(f"  {size}removing everything loses {problem.scale:.6g}")
+    made_up = problem.empty_loss != problem.scale
+    less = f", {problem.empty_loss:.6g} once fixed rows make up for it" if made_up else ""
+    say(f"  {size}removing everything loses {problem.scale:.6g}{less}")
     if len(problem.dead):
         dead = len(problem.dead)
         say(f"  {pluralize(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")

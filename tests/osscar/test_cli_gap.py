@@ -1,5 +1,6 @@
 """``osscar gap`` and ``osscar solve`` as a person runs them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -95,6 +96,18 @@ def test_solve_says_what_was_not_recomputed(run, file):
     for names in (("lower_bound",), ("lower_bound", "status"), ("status",)):
         assert not_recomputed_in_words(names).startswith("not recomputed: the ")
     assert not_recomputed_in_words(()) == ""
+
+
+def test_a_problem_says_what_fixed_rows_make_up_for(run, file, tmp_path):
+    plain = solvers.SubsetProblem.load(file)
+    assert "fixed rows" not in run("solve", file, "--list-problem")[1]
+    (consumer,) = plain.consumers
+    larger = dataclasses.replace(consumer, scale=4 * consumer.e)
+    dataclasses.replace(plain, consumers=(larger,)).save(tmp_path / "joined.safetensors")
+    status, out, err = run("solve", tmp_path / "joined.safetensors", "--list-problem")
+    assert status == 0, err
+    said = f"loses {4 * consumer.e:.6g}, {consumer.e:.6g} once fixed rows make up for it"
+    assert said in " ".join(out.split())
 
 
 def test_list_problem_says_who_takes_it(run, file, tmp_path, monkeypatch):
