@@ -41,7 +41,8 @@ class RecoveryRequest:
         Samples in a step; by default 4 windows, or 64 of anything else.
     micro_batch_size
         Samples that run through both models at once; the gradients of a step's add up.  By default
-        1 window on a CPU, and all of a step elsewhere.  Samples of a list run alone, always.
+        1 window on a CPU without `mixed_precision`, and all of a step elsewhere.  Samples of a list
+        run alone, always.
     learning_rate
         At its height; by default the one below the best of a few, each tried for two steps.
     train

@@ -60,10 +60,10 @@ class Setup:
         device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
         teacher = dense if device_of(dense) == device else copied(dense).to(device)
         samples, deciding = split(inputs, teacher, request)
-        # On a CPU several windows at once are no faster than one after the other, and take more
-        # memory.
-        slow = inputs.tokens and device.type == "cpu"
-        usual = 1 if slow else step_size(inputs, len(samples), request)
+        # In float32 a CPU is no faster with several windows at once than with one after the other,
+        # and takes more memory.
+        alone = inputs.tokens and device.type == "cpu" and request.mixed_precision == "no"
+        usual = 1 if alone else step_size(inputs, len(samples), request)
         at_once = 1 if inputs.apart else request.micro_batch_size or usual
         target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
         images = isinstance(data, ImageSet)
