@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 
@@ -69,41 +69,44 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
+    asked = _Asked(prepared, request, left, form, table, curves)
     if request.has_budget and request.allocation in MEASURED:
-        return _by_measured_curves(prepared, request, curves, left, form, table, measure)
-    return prepared.ranks.broadcast(
-        "widths", lambda: _allocated(prepared, request, None, left, form, table)
-    )
+        return _by_measured_curves(asked, measure)
+    return prepared.ranks.broadcast("widths", lambda: _allocated(asked))
 
 
-def _by_measured_curves(
-    prepared: Prepared,
-    request: PruningRequest,
-    curves: Mapping[str, Curve] | None,
-    left: Collection[str],
-    form: Form,
-    table: LatencyTable | None,
-    measure: bool,
-) -> Allocated:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What widths are chosen by; the fields are the arguments of `allocate`."""
+
+    prepared: Prepared = field(repr=False)
+    request: PruningRequest
+    left: Collection[str]
+    form: Form
+    table: LatencyTable | None = field(repr=False)
+    curves: Mapping[str, Curve] | None = field(repr=False)
+
+
+def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     """Choose widths by curves, measure each group at about the width that it gets, choose again.
 
     A group whose width moves much is measured a second time.  Without gradients, groups get equal
     shares at first, and what they lose of their own outputs is the shape of a curve.
     """
+    prepared, request, curves, table = asked.prepared, asked.request, asked.curves, asked.table
     ranks = prepared.ranks
-    _, keep, shared = asked_groups(prepared, request, left)
+    _, keep, shared = asked_groups(prepared, request, asked.left)
     if curves is None and request.allocation == "curvature":
-        curves = shared_curves(prepared, request, left)
+        curves = shared_curves(prepared, request, asked.left)
     if request.speedup is not None and table is None and shared:
         table = ranks.broadcast(
             "times", lambda: latency_table(prepared, shared, keep, request.widths)
         )
 
     def chosen(curves: Mapping[str, Curve] | None, aim: bool = True) -> Allocated:
-        asked = request if curves else dataclasses.replace(request, allocation="uniform")
-        return ranks.broadcast(
-            "widths", lambda: _allocated(prepared, asked, curves, left, form, table, aim)
-        )
+        by = request if curves else replace(request, allocation="uniform")
+        now = replace(asked, request=by, curves=curves, table=table)
+        return ranks.broadcast("widths", lambda: _allocated(now, aim))
 
     if measure and shared:
         curves = _measured(prepared, request, shared, curves, partial(chosen, aim=False))
@@ -154,15 +157,9 @@ def _why_not_measured(prepared: Prepared) -> str:
     )
 
 
-def _allocated(
-    prepared: Prepared,
-    request: PruningRequest,
-    curves: Mapping[str, Curve] | None,
-    left: Collection[str],
-    form: Form,
-    table: LatencyTable | None,
-    aim: bool = True,
-) -> Allocated:
+def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
+    """Choose widths by what is known; without `aim`, those of a speed-up by the table alone."""
+    prepared, request, left = asked.prepared, asked.request, asked.left
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
     if request.has_budget and not shared and (keep or not (request.skip or left)):
@@ -170,14 +167,14 @@ def _allocated(
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
         if request.allocation in MEASURED:
-            sharing = dataclasses.replace(sharing, curves=curves)
+            sharing = replace(sharing, curves=asked.curves)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
-            sharing = dataclasses.replace(sharing, scores=scores)
+            sharing = replace(sharing, scores=scores)
         if request.speedup is None:
-            found, budget = _counted(prepared, request, sharing, form)
+            found, budget = _counted(prepared, request, sharing, asked.form)
         else:
-            found, budget = _timed(prepared, request.speedup, request, sharing, table, aim)
+            found, budget = _timed(prepared, request.speedup, request, sharing, asked.table, aim)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -247,7 +244,7 @@ def _timed(
     budget = sharing.budget(Cost.TIME, table, table.of(found), found)
     # The bound is of modelled times, and says nothing of those that are measured.
     limit, reached = 1 / wanted, 1 / speedup
-    return found, dataclasses.replace(budget, limit=limit, reached=reached, lower_bound=None)
+    return found, replace(budget, limit=limit, reached=reached, lower_bound=None)
 
 
 def _counted(
@@ -286,7 +283,7 @@ def _counted(
             "for less to be kept"
         )
     found = _checked(sharing.choose, kind, cost, limit, keep, asked, dense)
-    return found, dataclasses.replace(sharing.budget(kind, cost, limit, found), dense=dense)
+    return found, replace(sharing.budget(kind, cost, limit, found), dense=dense)
 
 
 def _checked(
