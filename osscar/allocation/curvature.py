@@ -501,8 +501,14 @@ def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:
 
 def holds_probabilities(table: Tensor) -> bool:
     """Tell whether a table holds probabilities, whose sums are 1."""
-    sums = table.detach().float().sum(-1)
-    return bool((table >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    rows = table.detach().flatten(0, -2)
+    # Of nearly all models the first row tells that it holds none.
+    return _sum_to_one(rows[:1]) and _sum_to_one(rows)
+
+
+def _sum_to_one(rows: Tensor) -> bool:
+    sums = rows.float().sum(-1)
+    return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
 
 
 def _projection(output: Tensor, generator: torch.Generator) -> Tensor:

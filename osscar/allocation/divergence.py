@@ -38,7 +38,7 @@ class Reference:
 
     batches: Sequence[Batch] = field(repr=False)
     logarithms: Sequence[Tensor] = field(repr=False)
-    rows: Sequence[Tensor] = field(repr=False)
+    rows: Sequence[slice] = field(repr=False)
     inputs: ModelInputs = field(repr=False)
     """Of all ranks."""
     ranks: Ranks = ALONE
@@ -52,7 +52,7 @@ class Reference:
         batches = last.batches(prepared.model, batch_size)
         mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
         logarithms: list[Tensor] = []
-        rows: list[Tensor] = []
+        rows: list[slice] = []
         for index, batch in enumerate(mine):
             with around(index):
                 found = _logarithms(prepared.model, batch, prepared.inputs, index)
@@ -76,7 +76,7 @@ class Reference:
                 found = _logarithms(model, batch, self.inputs, index)
             assert found is not None
             total += float(summed_divergence(dense, found[rows]))
-            count += len(rows)
+            count += len(dense)
         sums = torch.tensor([total, count], dtype=torch.float64)
         self.ranks.all_reduce("the divergence", [sums])
         total, count = float(sums[0]), int(sums[1])
@@ -99,11 +99,11 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.flatten(0, -2).float().log_softmax(-1)
 
 
-def thinned(logarithms: Tensor, batches: int) -> Tensor:
+def thinned(logarithms: Tensor, batches: int) -> slice:
     """Return which predictions of one of so many batches are kept: evenly spread ones."""
     most = max(1, MOST_BYTES // (batches * logarithms.shape[-1] * 4))
     step = -(-len(logarithms) // most)
-    return torch.arange(step // 2, len(logarithms), step, device=logarithms.device)
+    return slice(step // 2, None, step)
 
 
 def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:

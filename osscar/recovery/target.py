@@ -143,7 +143,7 @@ class HeldOut:
     target: Target
     batches: Sequence[Batch] = field(repr=False)
     expected: Sequence[Any] = field(repr=False)
-    rows: Sequence[Tensor | None] = field(repr=False)
+    rows: Sequence[slice | None] = field(repr=False)
     ranks: Ranks
 
     @classmethod
