@@ -18,7 +18,7 @@ from osscar.walk.regularization import DAMPS, DEFAULT_DAMP
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removals, eliminate, support_after
 
-_TOKENS = 8192
+_TOKENS = 4096
 _SAMPLES = 128
 """Tokens of a language model, or samples of any other, that curvature is measured on at most."""
 
