@@ -6,7 +6,9 @@ Each row is one pruned model, written to a file of its own in DIRECTORY as soon 
 that the same command goes on where it was stopped.  Ends with a Markdown table of all rows there.
 
 Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
-form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source).
+form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source), on
+the built-in text, on code (modules of Python), on as many windows of the same form and of code
+(mixed), or on what the dense model writes itself, from its first token on.
 Baselines are uniform, on the paper's target: every group keeps the same share of its units, as if
 asked for by --heads and --neurons, or the largest one within a budget of FLOPs; FLAP has its own
 allocation.  All of them refit by least squares, but for FLAP as published, which leaves weights as
@@ -23,6 +25,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,11 +33,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import GenerationConfig
 
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
+from osscar.data.tokens import CalibrationSet, text_windows
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.preparation.prepare import prepare
@@ -124,14 +129,42 @@ class Text(Subject):
         self.dense = self.score(self.model)
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
-        file = self.first if source == "same form" else self.shifted
+        samples = samples or 32
         length = min(512, self.model.config.max_position_embeddings)
-        return osscar.load_calibration(
-            file, self.loaded.tokenizer, samples=samples or 32, seqlen=length, seed=seed
+        asked = {"samples": samples, "seqlen": length, "seed": seed}
+        if source == "self-written":
+            return self._written(samples, length, seed)
+        if source == "code":
+            return text_windows(self.loaded.tokenizer, python_code(), **asked, source=source)
+        if source == "mixed":
+            parts = [self.calibration(one, samples, seed).tokens for one in ("same form", "code")]
+            tokens = torch.cat([part[at::2] for at, part in enumerate(parts)])
+            return CalibrationSet(tokens, source, seed)
+        file = {"same form": self.first, "shifted": self.shifted, "built-in": None}[source]
+        return osscar.load_calibration(file, self.loaded.tokenizer, **asked)
+
+    def _written(self, samples: int, length: int, seed: int) -> CalibrationSet:
+        """Draw each token from what the model predicts, beginning with its first special one."""
+        first = torch.full((samples, 1), self.loaded.tokenizer.bos_token_id)
+        first = first.to(self.model.device)
+        plain = GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1, pad_token_id=0
         )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            tokens = self.model.generate(
+                first, attention_mask=torch.ones_like(first), generation_config=plain
+            )
+        return CalibrationSet(tokens.cpu(), "self-written", seed)
 
     def score(self, model: Any) -> dict[str, float]:
         return {"perplexity": score([model], self.scored)[0].perplexity}
+
+
+def python_code() -> str:
+    """Return the source of some modules of this Python."""
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    return "\n".join(module.read_text(encoding="utf-8", errors="ignore") for module in modules)
 
 
 class Images(Subject):
@@ -216,6 +249,7 @@ def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
 
 
 SHARES = (0.2, 0.3, 0.4, 0.5)
+SOURCES = ("same form", "shifted", "built-in", "code", "mixed", "self-written")
 TASKS = {
     "smollm2": Task(
         lambda a: Text("smollm2-135m", a),
@@ -264,7 +298,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--sources", nargs="*", choices=("same form", "shifted"))
+    parser.add_argument("--sources", nargs="*", choices=SOURCES)
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--samples", nargs="*", type=int, default=[None])
     return parser.parse_args()
