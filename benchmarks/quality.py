@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
 
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
 from osscar.data.tokens import CalibrationSet, text_windows
+from osscar.data.written import self_written
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.preparation.prepare import prepare
@@ -133,7 +133,7 @@ class Text(Subject):
         length = min(512, self.model.config.max_position_embeddings)
         asked = {"samples": samples, "seqlen": length, "seed": seed}
         if source == "self-written":
-            return self._written(samples, length, seed)
+            return self_written(self.model, self.loaded.tokenizer, **asked)
         if source == "code":
             return text_windows(self.loaded.tokenizer, python_code(), **asked, source=source)
         if source == "mixed":
@@ -142,20 +142,6 @@ class Text(Subject):
             return CalibrationSet(tokens, source, seed)
         file = {"same form": self.first, "shifted": self.shifted, "built-in": None}[source]
         return osscar.load_calibration(file, self.loaded.tokenizer, **asked)
-
-    def _written(self, samples: int, length: int, seed: int) -> CalibrationSet:
-        """Draw each token from what the model predicts, beginning with its first special one."""
-        first = torch.full((samples, 1), self.loaded.tokenizer.bos_token_id)
-        first = first.to(self.model.device)
-        plain = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=length - 1, eos_token_id=-1, pad_token_id=0
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            tokens = self.model.generate(
-                first, attention_mask=torch.ones_like(first), generation_config=plain
-            )
-        return CalibrationSet(tokens.cpu(), "self-written", seed)
 
     def score(self, model: Any) -> dict[str, float]:
         return {"perplexity": score([model], self.scored)[0].perplexity}

@@ -27,6 +27,9 @@ from osscar.data.text import as_words, check_tokenizer, encode, read_text, speci
 
 _BUILTIN = "builtin"
 
+SELF = "self"
+"""In the place of a text: what the model writes itself."""
+
 _CHARACTERS_PER_TOKEN = 16
 """Characters read from a dataset for every token wanted: about four times what windows need."""
 
@@ -132,10 +135,15 @@ def load_calibration(
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
-    _check(tokenizer, samples, seqlen, seed)
+    check_windows(tokenizer, samples, seqlen, seed)
     is_path = isinstance(spec, Path)
     if spec is not None:
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
+    if spec == SELF and not is_path:
+        raise OptionError(
+            "the calibration text is 'self', which takes the model that writes it: call "
+            "load_model(..).calibration('self'), or give ./self if it is a file"
+        )
     if spec is None or spec == _BUILTIN:
         text, source = builtin_text(Split.CALIBRATION), "built-in text (pydoc topics)"
     elif is_path or _is_file_name(spec):
@@ -189,7 +197,7 @@ def text_windows(
     DataError
         If the text is shorter than one window, or a number is out of range.
     """
-    _check(tokenizer, samples, seqlen, seed)
+    check_windows(tokenizer, samples, seqlen, seed)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     length = seqlen - len(before) - len(after)
     if length < 1:
@@ -215,7 +223,8 @@ def text_windows(
     return CalibrationSet(windows, source, seed, digest(text), *written)
 
 
-def _check(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
+def check_windows(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:
+    """Refuse numbers of windows and of their tokens that make no sense."""
     check_tokenizer(tokenizer)
     if not all(isinstance(number, int) for number in (samples, seqlen, seed)):
         raise OptionError(

@@ -13,11 +13,12 @@ import torch
 from transformers import BertTokenizerFast
 
 import osscar
-from osscar.base.errors import DataError, MissingDependency
+from osscar.base.errors import DataError, MissingDependency, ModelError, OptionError
 from osscar.data import prose as topics
 from osscar.data.prose import Split, builtin_text, split_paragraphs, topic_split
 from osscar.data.text import encode, read_text
 from osscar.data.tokens import load_calibration, text_windows
+from osscar.data.written import self_written
 from osscar.models.language import DEMO_DIRECTORY
 from tests.osscar.families import framing_tokenizer
 
@@ -261,3 +262,49 @@ class TestBuiltinText:
                 load_calibration(None, tokenizer)
         finally:
             topics._split_topics.cache_clear()
+
+
+class TestSelfWritten:
+    """Text that a model writes: drawn from its plain predictions, by the seed alone."""
+
+    def test_seed_decides_the_text_and_no_random_state(self):
+        loaded = osscar.load_model("demo")
+        settings = loaded.model.generation_config
+        torch.manual_seed(0)
+        first = loaded.calibration("self", samples=3, seqlen=16, seed=1)
+        drawn = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(torch.rand(3), drawn)
+        again, other = (
+            loaded.calibration("self", samples=3, seqlen=16, seed=seed) for seed in (1, 2)
+        )
+        assert first.tokens.shape == (3, 16)
+        assert torch.equal(first.tokens, again.tokens)
+        assert not torch.equal(first.tokens, other.tokens)
+        assert first.text_digest == again.text_digest != other.text_digest
+        assert first.begins_with == "<s>"
+        assert loaded.model.generation_config is settings
+
+    def test_predictions_are_neither_sharpened_nor_ended(self):
+        """The log-probability of what is drawn is, in the mean, minus the entropy."""
+        loaded = osscar.load_model("demo")
+        loaded.model.generation_config.update(temperature=0.3, repetition_penalty=2.0)
+        tokens = loaded.calibration("self", samples=24, seqlen=96, seed=0).tokens
+        with torch.no_grad():
+            logarithms = loaded.model(tokens).logits[:, :-1].log_softmax(-1)
+        entropy = -(logarithms.exp() * logarithms).sum(-1).mean()
+        surprise = -logarithms.gather(-1, tokens[:, 1:, None]).mean()
+        assert abs(float(surprise - entropy)) < 0.1
+
+    def test_a_model_that_writes_none_is_refused(self, tokenizer):
+        with pytest.raises(ModelError, match="Linear writes no text by itself"):
+            self_written(torch.nn.Linear(2, 2), tokenizer)
+
+    def test_the_name_alone_is_no_text(self, tokenizer):
+        with pytest.raises(OptionError, match="takes the model that writes it"):
+            load_calibration("self", tokenizer)
+
+    def test_a_window_has_room_for_what_is_written(self):
+        loaded = osscar.load_model("demo")
+        with pytest.raises(DataError, match="has room for none that the model writes"):
+            loaded.calibration("self", samples=1, seqlen=1, seed=0)
