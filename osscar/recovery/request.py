@@ -65,7 +65,7 @@ class RecoveryRequest:
         eighth of all, at most 8 windows, or 128 of anything else.
     augment
         What is done to images of the training, by chance: ``flip-shift``, mirrored, and shifted by
-        at most an eighth of their width; or ``none``.
+        at most an eighth of their width, their edge repeated; or ``none``.
     loss
         A function of what the smaller and the dense model put out for the same batch, which returns
         a mean over its samples; by default the divergence of their predictions where there are

@@ -97,7 +97,10 @@ def _begins_in(second: Tensor, first: Tensor) -> bool:
 
 
 def shifted(sample: Batch, turn: int, seed: int) -> Batch:
-    """Mirror and shift an image as chance has it in this turn."""
+    """Mirror and shift an image as chance has it in this turn.
+
+    Its edge fills what is left free: a border of one colour is nothing that a model knows.
+    """
     generator = named_generator(f"image {turn}", seed)
     ((name, image),) = sample.items()
     height, width = image.shape[-2:]
@@ -105,5 +108,6 @@ def shifted(sample: Batch, turn: int, seed: int) -> Batch:
     down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
-    padded = nn.functional.pad(image, (most,) * 4)
-    return {name: padded[..., down : down + height, right : right + width]}
+    rows = (torch.arange(height) + down - most).clamp(0, height - 1)
+    columns = (torch.arange(width) + right - most).clamp(0, width - 1)
+    return {name: image[..., rows[:, None], columns]}
