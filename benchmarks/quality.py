@@ -39,7 +39,6 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
 from osscar.data.tokens import CalibrationSet, text_windows
-from osscar.data.written import self_written
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.preparation.prepare import prepare
@@ -133,7 +132,7 @@ class Text(Subject):
         length = min(512, self.model.config.max_position_embeddings)
         asked = {"samples": samples, "seqlen": length, "seed": seed}
         if source == "self-written":
-            return self_written(self.model, self.loaded.tokenizer, **asked)
+            return self.loaded.calibration("self", **asked)
         if source == "code":
             return text_windows(self.loaded.tokenizer, python_code(), **asked, source=source)
         if source == "mixed":

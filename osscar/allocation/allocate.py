@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -79,12 +79,12 @@ def allocate(
 class _Asked:
     """What widths are chosen by; the fields are the arguments of `allocate`."""
 
-    prepared: Prepared = field(repr=False)
+    prepared: Prepared
     request: PruningRequest
     left: Collection[str]
     form: Form
-    table: LatencyTable | None = field(repr=False)
-    curves: Mapping[str, Curve] | None = field(repr=False)
+    table: LatencyTable | None
+    curves: Mapping[str, Curve] | None
 
 
 def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:

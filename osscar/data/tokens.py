@@ -131,7 +131,7 @@ def load_calibration(
         If the text is missing, unreadable, or shorter than one window, or a number is out of range;
         or if this Python lacks the built-in text.
     OptionError
-        If something is of a wrong type.
+        If something is of a wrong type, or the text is ``"self"``, which takes a model.
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
@@ -141,8 +141,9 @@ def load_calibration(
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
     if spec == SELF and not is_path:
         raise OptionError(
-            "the calibration text is 'self', which takes the model that writes it: call "
-            "load_model(..).calibration('self'), or give ./self if it is a file"
+            "'self' stands for what a model writes, which calibrates it and nothing else "
+            "(--calibration self, or load_model(..).calibration('self')); give a text, or ./self "
+            "if that is a file"
         )
     if spec is None or spec == _BUILTIN:
         text, source = builtin_text(Split.CALIBRATION), "built-in text (pydoc topics)"

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
-from osscar.base.errors import DataError, ModelError
-from osscar.base.files import digest
+from osscar.base.errors import DataError, ModelError, NonFiniteError, OsscarError, first_line
+from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import pluralize
 from osscar.base.progress import stage
+from osscar.data.samples import named_generator
 from osscar.data.text import as_words, special_tokens
 from osscar.data.tokens import CalibrationSet, check_windows
-from osscar.network.modules import device_of
+from osscar.network.modules import context_length, device_of, evaluating, graphics_cards
 from osscar.offload.on_disk import is_on_disk
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """Windows that are written side by side."""
+
+_REMEDY = "give --calibration a text"
 
 
 def self_written(
@@ -35,15 +36,18 @@ def self_written(
 
     Each begins with the special tokens that the tokenizer puts before a text, or with the one that
     begins or ends texts where it puts none, and goes on after the end of a text with the next.
-    Nothing sharpens the predictions: the temperature is 1.
+    Nothing sharpens the predictions: the temperature is 1.  Tokens that the tokenizer does not have
+    are not drawn.
 
     Raises
     ------
     ModelError
-        If the model writes no text by itself, or its weights stay on disk.
+        If the model writes no text by itself, its code fails, or its weights stay on disk.
+    NonFiniteError
+        If its predictions are not finite.
     DataError
-        If nothing tells how a text begins, a window has no room for one, or a number is out of
-        range.
+        If nothing tells how a text begins, a window has no room for one or is longer than the model
+        takes, or a number is out of range.
     OptionError
         If something is of a wrong type.
     """
@@ -56,45 +60,76 @@ def self_written(
             f"a window of {pluralize(seqlen, 'token')} has room for none that the model writes, "
             f"beside {len(first) + len(after)} special ones; give longer ones (--seqlen)"
         )
+    context = context_length(model)
+    if context is not None and seqlen > context:
+        raise DataError(
+            f"calibration windows have {seqlen} tokens and the model takes {context}; give a "
+            "smaller window length (--seqlen)"
+        )
     parts: list[Tensor] = []
     with (
-        torch.random.fork_rng(),
-        _drawing(model, drawn),
+        torch.random.fork_rng(graphics_cards(model)),
+        evaluating(model),
         stage("writing text", total=samples) as bar,
     ):
-        torch.manual_seed(seed)
+        torch.manual_seed(named_generator("text that the model writes", seed).initial_seed())
         for start in range(0, samples, _AT_ONCE):
-            some = min(_AT_ONCE, samples - start)
-            begun = first.to(device_of(model)).expand(some, -1)
-            parts.append(_written(model, begun).cpu())
-            for _ in range(some):
-                bar.advance()
+            begun = first.expand(min(_AT_ONCE, samples - start), -1).to(device_of(model))
+            parts.append(_written(model, begun, drawn, len(tokenizer)).cpu())
+            bar.advance(len(begun))
     tokens = torch.cat([torch.cat(parts), after.expand(samples, -1)], dim=1)
-    text = "".join(tokenizer.batch_decode(tokens))
     ends = as_words(tokenizer, first), as_words(tokenizer, after)
-    return CalibrationSet(tokens, "text that the model wrote", seed, digest(text), *ends)
+    return CalibrationSet(tokens, "text that the model wrote", seed, "", *ends)
 
 
 @torch.no_grad()
-def _written(model: Any, begun: Tensor) -> Tensor:
-    found: Tensor = model.generate(begun, attention_mask=torch.ones_like(begun))
+def _written(model: Any, begun: Tensor, tokens: int, known: int) -> Tensor:
+    """Return windows that go on for so many tokens, of those that the tokenizer has."""
+    own = model.generation_config
+    # The model's own settings fill in what is left open, and would sharpen the text and end it.
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens
+    )
+    try:
+        found: Tensor = model.generate(
+            begun,
+            attention_mask=torch.ones_like(begun),
+            logits_processor=LogitsProcessorList([_Known(known)]),
+        )
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        raise ModelError(
+            f"{type(model).__name__} fails to write text: {type(error).__name__}: "
+            f"{first_line(error)}; {_REMEDY}"
+        ) from error
+    finally:
+        model.generation_config = own
+    due = (len(begun), begun.shape[1] + tokens)
+    if found.shape != due:
+        raise ModelError(
+            f"{type(model).__name__} was asked for windows of {due} tokens and wrote "
+            f"{tuple(found.shape)}; {_REMEDY}"
+        )
     return found
 
 
-@contextmanager
-def _drawing(model: Any, tokens: int) -> Iterator[None]:
-    """Have a model draw so many tokens from its plain predictions.
+class _Known:
+    """Leaves out what the tokenizer does not have; refuses predictions that are not finite."""
 
-    Its own settings, which fill in what the caller leaves open, would sharpen and end them.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, pad_token_id=0
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    def __init__(self, known: int) -> None:
+        self._known = known
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool((scores.isnan() | (scores == torch.inf)).any()):
+            raise NonFiniteError(
+                f"the model's logits after {pluralize(input_ids.shape[1], 'token')} of text that "
+                "it wrote have NaN or infinite entries",
+                "check its weights, or use --dtype float32",
+            )
+        scores[:, self._known :] = -torch.inf
+        return scores
 
 
 def _check_writes(model: Any) -> None:
@@ -102,13 +137,12 @@ def _check_writes(model: Any) -> None:
     writes = can_generate is not None and can_generate()
     if not writes or model.config.is_encoder_decoder:
         raise ModelError(
-            f"{type(model).__name__} writes no text by itself, one token after the other; give "
-            "--calibration a text"
+            f"{type(model).__name__} writes no text by itself, one token after the other; {_REMEDY}"
         )
     if is_on_disk(model):
         raise ModelError(
-            "the weights stay on disk, and would be read once for each token that the model "
-            "writes; give --calibration a text, such as one that it wrote elsewhere"
+            "the weights stay on disk (--max-memory), and would be read once for each token that "
+            f"the model writes; {_REMEDY}, such as one that it wrote elsewhere"
         )
 
 
@@ -120,6 +154,6 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if not known:
         raise DataError(
             "the tokenizer names no token that begins or ends a text, from which a model could "
-            "begin to write; give --calibration a text"
+            f"begin to write; {_REMEDY}"
         )
     return torch.tensor(known[:1], dtype=torch.int64)

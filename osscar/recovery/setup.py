@@ -62,8 +62,8 @@ class Setup:
         samples, deciding = split(inputs, teacher, request)
         # In float32 a CPU is no faster with several windows at once than with one after the other,
         # and takes more memory.
-        alone = inputs.tokens and device.type == "cpu" and request.mixed_precision == "no"
-        usual = 1 if alone else step_size(inputs, len(samples), request)
+        one_by_one = inputs.tokens and device.type == "cpu" and request.mixed_precision == "no"
+        usual = 1 if one_by_one else step_size(inputs, len(samples), request)
         at_once = 1 if inputs.apart else request.micro_batch_size or usual
         target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
         images = isinstance(data, ImageSet)

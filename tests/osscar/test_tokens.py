@@ -13,7 +13,13 @@ import torch
 from transformers import BertTokenizerFast
 
 import osscar
-from osscar.base.errors import DataError, MissingDependency, ModelError, OptionError
+from osscar.base.errors import (
+    DataError,
+    MissingDependency,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+)
 from osscar.data import prose as topics
 from osscar.data.prose import Split, builtin_text, split_paragraphs, topic_split
 from osscar.data.text import encode, read_text
@@ -281,7 +287,6 @@ class TestSelfWritten:
         assert first.tokens.shape == (3, 16)
         assert torch.equal(first.tokens, again.tokens)
         assert not torch.equal(first.tokens, other.tokens)
-        assert first.text_digest == again.text_digest != other.text_digest
         assert first.begins_with == "<s>"
         assert loaded.model.generation_config is settings
 
@@ -301,10 +306,44 @@ class TestSelfWritten:
             self_written(torch.nn.Linear(2, 2), tokenizer)
 
     def test_the_name_alone_is_no_text(self, tokenizer):
-        with pytest.raises(OptionError, match="takes the model that writes it"):
+        with pytest.raises(OptionError, match="stands for what a model writes"):
             load_calibration("self", tokenizer)
 
-    def test_a_window_has_room_for_what_is_written(self):
+    @pytest.mark.parametrize(
+        ("seqlen", "message"),
+        [(1, "has room for none that the model writes"), (1000, "1000 tokens and the model takes")],
+    )
+    def test_a_window_has_room_for_what_is_written(self, seqlen, message):
         loaded = osscar.load_model("demo")
-        with pytest.raises(DataError, match="has room for none that the model writes"):
-            loaded.calibration("self", samples=1, seqlen=1, seed=0)
+        with pytest.raises(DataError, match=message):
+            loaded.calibration("self", samples=1, seqlen=seqlen, seed=0)
+
+    def test_what_the_tokenizer_lacks_is_not_drawn(self):
+        loaded = osscar.load_model("demo")
+        loaded.tokenizer.__class__ = type(
+            "Few", (type(loaded.tokenizer),), {"__len__": lambda self: 50}
+        )
+        tokens = loaded.calibration("self", samples=4, seqlen=32, seed=0).tokens
+        assert int(tokens.max()) < 50
+
+    def test_predictions_that_are_not_finite_are_told(self):
+        loaded = osscar.load_model("demo")
+        settings = loaded.model.generation_config
+        with torch.no_grad():
+            loaded.model.lm_head.weight[7] = torch.nan
+        with pytest.raises(NonFiniteError, match="after 1 token of text that it wrote have NaN"):
+            loaded.calibration("self", samples=1, seqlen=8, seed=0)
+        assert loaded.model.generation_config is settings
+
+    def test_a_model_that_is_trained_writes_without_dropout(self):
+        loaded = osscar.load_model("demo")
+        due = loaded.calibration("self", samples=2, seqlen=16, seed=0).tokens
+        loaded.model.train()
+        assert torch.equal(loaded.calibration("self", samples=2, seqlen=16, seed=0).tokens, due)
+        assert loaded.model.training
+
+    def test_a_model_whose_code_fails_is_named(self, monkeypatch):
+        loaded = osscar.load_model("demo")
+        monkeypatch.setattr(type(loaded.model), "generate", lambda self, *_, **__: 1 / 0)
+        with pytest.raises(ModelError, match="fails to write text: ZeroDivisionError"):
+            loaded.calibration("self", samples=1, seqlen=8, seed=0)
