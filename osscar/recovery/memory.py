@@ -34,7 +34,7 @@ CHOSEN = ("micro_batch_size", "checkpointing", "lora")
 _RANK = 16
 """Of the adapters that are trained where the weights themselves do not fit."""
 
-_CACHED = 0.75
+_CACHED = 0.55
 """The share of what passes need that the CPU's allocator keeps besides, in blocks that were freed
 and are of no size that is asked for again: see ``benchmarks/recovery_memory.py``."""
 
