@@ -118,7 +118,7 @@ class Text(Subject):
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.loaded = osscar.load_model(name, device=arguments.device)
         self.model = self.loaded.model
-        whole = (arguments.data / "wikitext2-raw-test.txt").read_text(encoding="utf-8")
+        whole = (arguments.data / arguments.text).read_text(encoding="utf-8")
         half = whole.rfind("\n", 0, len(whole) // 2)
         self.first = arguments.directory / "first-half.txt"
         self.first.write_text(whole[:half], encoding="utf-8")
@@ -299,6 +299,11 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--settings", nargs="*", help="only those that hold one of these texts")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=BASELINES)
     parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
+    parser.add_argument(
+        "--text",
+        default="wikitext2-raw-test.txt",
+        help="file of DATA: half of it calibrates, half is scored; takes its own DIRECTORY",
+    )
     parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
     parser.add_argument("--windows", type=int, default=40, help="score only the first N windows")
     parser.add_argument("--images", type=int, default=2000, help="score only N images")

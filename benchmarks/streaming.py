@@ -51,7 +51,7 @@ PHASES = (
     ("graph", "trace", "opening"),
     ("osscar.shrinking.equivalence", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
-    ("osscar.walk.walk", "Walk._learned", "opening"),
+    ("osscar.walk.walk", "learned_calls", "opening"),
     ("osscar.pruning.prune", "feasible_groups", "trial"),
     ("osscar.allocation.divergence", "Reference.of", "predictions"),
     ("osscar.allocation.divergence", "Reference.divergence", "predictions"),

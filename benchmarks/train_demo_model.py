@@ -38,6 +38,7 @@ BATCH_TOKENS = 2048
 PEAK_RATE = 4e-3
 WARMUP = 0.03
 DROPOUT = 0.1
+BALANCE = 0.01
 SEED = 20240312
 REQUIRED_RATIO = 5.0
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
@@ -181,9 +182,11 @@ def window_loss(
     offsets = torch.randint(SEQLEN - length + 1, (count, 1), generator=generator)
     positions = offsets + torch.arange(length)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=batch, position_ids=positions, use_cache=False).logits
-    predicted = logits[:, :-1].flatten(0, 1).float()
-    return nn.functional.cross_entropy(predicted, batch[:, 1:].flatten())
+        found = model(input_ids=batch, position_ids=positions, use_cache=False)
+    predicted = found.logits[:, :-1].flatten(0, 1).float()
+    loss = nn.functional.cross_entropy(predicted, batch[:, 1:].flatten())
+    balance = getattr(found, "aux_loss", None)  # of the experts of a mixture
+    return loss if balance is None else loss + BALANCE * balance
 
 
 def schedule(spent: float) -> float:

@@ -21,6 +21,8 @@ class UnitKind(enum.StrEnum):
     NEURONS = "neurons"
     CHANNELS = "channels"
     HIDDEN = "hidden"
+    EXPERTS = "experts"
+    """Of a mixture: no trace finds them, since each token decides which ones compute."""
     OTHER = "other"
 
 

@@ -37,6 +37,11 @@ class Naming:
         for layout, module in propagation.findings.heads:
             for axis in propagation.axes.leaves(layout):
                 self._heads.setdefault(axis, module)
+        self._producing: dict[str, set[tuple[int, int]]] = {}
+        for axis, own in slots.items():
+            for slot in own:
+                if slot.role is Role.PRODUCER:
+                    self._producing.setdefault(slot.tensor, set()).add((slot.dim, axis))
         self.kinds = {axis: self._kind(axis) for axis in slots}
         self.names = self._unique()
 
@@ -47,8 +52,11 @@ class Naming:
         if axis in self._factors or not produced or not consumed:
             return UnitKind.OTHER
         # A head of one row is a gate that code multiplies by as if it were one.
-        if axis in self._heads and any(slot.width > 1 for slot in slots):
+        beside = self._made_beside(axis)
+        if axis in self._heads and (beside or any(slot.width > 1 for slot in slots)):
             return UnitKind.HEADS
+        if any(other in self._heads for other in beside):
+            return UnitKind.OTHER
         if any("conv" in self._targets[slot.order] for slot in slots):
             return UnitKind.CHANNELS
         # What is read and then written again is a residual stream.
@@ -56,6 +64,20 @@ class Naming:
         if embedded or min(consumed) <= max(produced):
             return UnitKind.HIDDEN
         return UnitKind.NEURONS
+
+    def _made_beside(self, axis: int) -> set[int]:
+        """Return the axes that the same tensors produce in other dimensions.
+
+        These are heads and their width, where a weight has a dimension for each.
+        """
+        places = {(s.tensor, s.dim) for s in self._slots[axis] if s.role is Role.PRODUCER}
+        tensors = {tensor for tensor, _ in places}
+        return {
+            other
+            for tensor in tensors
+            for dim, other in self._producing.get(tensor, ())
+            if (tensor, dim) not in places
+        }
 
     def _unique(self) -> dict[int, str]:
         preferred = {axis: self._name(axis, self._home(axis)) for axis in self._slots}

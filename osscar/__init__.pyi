@@ -2,11 +2,21 @@
 
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
 from .export.gguf import Exported as Exported, export_gguf as export_gguf
+from .export.onnx import (
+    ExportedOnnx as ExportedOnnx,
+    OnnxTensor as OnnxTensor,
+    export_onnx as export_onnx,
+)
 from .export.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
 from .base.errors import OsscarError as OsscarError
+from .data.loaders import load_batches as load_batches
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
-from .data.tensors import TensorSet as TensorSet, load_tensors as load_tensors
+from .data.tensors import (
+    SampleList as SampleList,
+    TensorSet as TensorSet,
+    load_tensors as load_tensors,
+)
 from .data.text import TextSet as TextSet, load_text as load_text
 from .data.tokens import (
     CalibrationSet as CalibrationSet,
@@ -29,7 +39,7 @@ from .pruning.prune import prune as prune
 from .recovery.recover import Recovery as Recovery, recover as recover
 from .recovery.request import RecoveryRequest as RecoveryRequest
 from .request import PruningRequest as PruningRequest
-from .pruning.swept import sweep as sweep
+from .pruning.swept import SweepResult as SweepResult, sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.feasibility import SkippedGroup as SkippedGroup
 from .shrinking.follow import adapter as adapter, prepare as prepare

@@ -24,6 +24,7 @@ from typing import (
     Protocol,
     TypeAlias,
     TypeVar,
+    cast,
     get_args,
     get_origin,
     overload,
@@ -49,6 +50,12 @@ R_co = TypeVar("R_co", covariant=True)
 
 PRUNED_KINDS = ("heads", "neurons", "channels")
 """What a budget applies to, residual channels left out."""
+
+BOUND_ROUNDS = 8
+"""What `solvers.solve` takes by default as well; said here, where nothing has loaded torch."""
+
+_BESIDE = ("heads", "neurons", "channels", "residual", "groups")
+"""What else may be removed."""
 
 _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
@@ -288,6 +295,9 @@ class PruningRequest:
     residual
         What to *keep* of residual streams, such as the channels that shortcuts add up.  They run
         through many layers, and nothing else touches them.
+    experts
+        What to *keep* of the experts of each mixture: a fraction, or a count.  Tokens are routed
+        among those that stay.  It goes with nothing else that is to be removed: prune twice.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
@@ -298,11 +308,15 @@ class PruningRequest:
         Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
         asked; each has to match one.
     backend, backend_options
-        A registered name with its options, or a backend object.
+        A registered name with its options, or a backend object; of experts, one that takes a
+        `solvers.ExpertProblem`.
     certify
         Add a lower bound to every layer's solution, so that its gap is known, and verify each
         solution from its problem alone; takes several times as long as the search.  Up to 32 units
         the bound comes from branch and bound, which may take 10 seconds a group.
+    bound_rounds
+        How long the bound of a larger group is searched for, with `certify`: more rounds leave a
+        smaller gap; each takes about a fifth of the time that none takes.
     damp
         Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by
         default it is chosen for each layer by calibration samples that no weight is fitted to.
@@ -360,13 +374,15 @@ class PruningRequest:
     neurons: KeepOption = None
     channels: KeepOption = None
     residual: KeepOption = None
+    experts: KeepOption = None
     groups: Annotated[Mapping[str, Keep], _groups] = field(default_factory=dict)
     round_to: Annotated[int, count_from(1, RequestError)] = 1
     at_least: KeepOption = None
     skip: Annotated[Sequence[str], _patterns] = ()
-    backend: "str | solvers.Backend" = "local_search"
+    backend: "str | solvers.Backend | solvers.ExpertBackend" = "local_search"
     backend_options: Annotated[Mapping[str, Any], _mapping] = field(default_factory=dict)
     certify: bool = False
+    bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
     damp: Annotated[float | None, _DAMP] = None
     target: Literal["weights", "outputs", "residual"] = "residual"
     correction_weight: Annotated[
@@ -382,7 +398,10 @@ class PruningRequest:
     def __post_init__(self) -> None:
         checked(self)
         self._check_what_to_keep()
-        self.chosen_backend()
+        if self.experts is None:
+            self.chosen_backend()
+        else:
+            self.chosen_expert_backend()
 
     def _check_what_to_keep(self) -> None:
         """Refuse what each field may say, but not beside the others."""
@@ -392,10 +411,14 @@ class PruningRequest:
                 f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them"
             )
         named = (self.heads, self.neurons, self.channels, self.residual)
+        if self.experts is not None:
+            self._check_experts([*budgets, *(n for n in _BESIDE if getattr(self, n))])
+            return
         if not budgets and not self.groups and all(keep is None for keep in named):
             raise RequestError(
                 "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
-                "--speedup), or what to keep with --heads, --neurons, --channels or --residual"
+                "--speedup), or what to keep with --heads, --neurons, --channels, --residual or "
+                "--experts"
             )
         if self.at_least is not None and not budgets:
             raise RequestError(
@@ -413,10 +436,41 @@ class PruningRequest:
                 "flops, params or sparsity as the budget"
             )
 
+    def _check_experts(self, others: Sequence[str]) -> None:
+        """Refuse what does not go with experts that leave whole."""
+        if others:
+            raise RequestError(
+                f"experts are removed in a run of their own, without {' and '.join(others)}; prune "
+                "twice: first the experts, then the smaller model"
+            )
+        given = [
+            name
+            for name, plain in (
+                ("certify", not self.certify),
+                ("round_to", self.round_to == 1),
+                ("at_least", self.at_least is None),
+                ("allocation", self.allocation == "curvature"),
+                ("form", self.form != "exported"),
+            )
+            if not plain
+        ]
+        if given:
+            raise RequestError(
+                f"{' and '.join(given)} does not go with experts: no bound is known for which of "
+                "them stay, each mixture keeps what is asked, and they leave modules alone"
+            )
+
     def chosen_backend(self) -> "solvers.Backend":
         """Return the backend with its options."""
+        return cast("solvers.Backend", self._chosen(solvers.BACKENDS))
+
+    def chosen_expert_backend(self) -> "solvers.ExpertBackend":
+        """Return the backend that chooses experts, with its options."""
+        return cast("solvers.ExpertBackend", self._chosen(solvers.EXPERT_BACKENDS))
+
+    def _chosen(self, group: str) -> Any:
         if isinstance(self.backend, str):
-            return solvers.make_backend(self.backend, **dict(self.backend_options))
+            return solvers.make_backend(self.backend, group, **dict(self.backend_options))
         if not callable(getattr(type(self.backend), "select", None)):
             raise OptionError(
                 f"backend is {safe_repr(self.backend)}; give a name, or an object that selects"
@@ -428,7 +482,8 @@ class PruningRequest:
     @property
     def holds_out(self) -> bool:
         """Whether samples that no weight is fitted to choose what refits are held back by."""
-        return self.damp is None or (self.correction_weight is None and self.target != "weights")
+        corrects = self.target != "weights" or self.experts is not None
+        return self.damp is None or (self.correction_weight is None and corrects)
 
     def of_kind(self, kind: str) -> Keep | None:
         """Return what was asked for one kind by name."""

@@ -13,6 +13,10 @@ True
 
 from solvers.closed_forms.refit import quadratic_loss, refit, refit_loss
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.experts.backends import ExpertBackend
+from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
+from solvers.experts.routing import GroupScore, RouterScores, RoutingRule
+from solvers.experts.solution import ExpertSolution, ExpertVerification, solve_experts
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
     Backend,
@@ -23,6 +27,8 @@ from solvers.protocol import (
     WindowCertificate,
 )
 from solvers.registry import (
+    BACKENDS,
+    EXPERT_BACKENDS,
     BackendInfo,
     backend_class,
     backend_names,
@@ -34,13 +40,23 @@ from solvers.solve import solve
 from solvers.verification import Verification
 
 __all__ = [
+    "BACKENDS",
+    "EXPERT_BACKENDS",
     "Backend",
     "BackendError",
     "BackendInfo",
     "BackendKind",
     "Capabilities",
     "Consumer",
+    "ExpertBackend",
+    "ExpertProblem",
+    "ExpertSolution",
+    "ExpertVerification",
+    "GroupScore",
     "ProblemError",
+    "RoutedTokens",
+    "RouterScores",
+    "RoutingRule",
     "Selection",
     "Solution",
     "SolutionRecord",
@@ -53,9 +69,11 @@ __all__ = [
     "backend_class",
     "backend_names",
     "backends",
+    "expert_candidates",
     "make_backend",
     "quadratic_loss",
     "refit",
     "refit_loss",
     "solve",
+    "solve_experts",
 ]

@@ -66,6 +66,9 @@ class Selection:
         A number that no support's loss can be below, or -inf.
     bound_from
         What proved `lower_bound`, in a few words.
+    bound_limit
+        What no bound of the kind of `lower_bound` can exceed, however long it is searched for, or
+        inf.
     iterations
         Removals, swaps, nodes: whatever the backend counts.
     history
@@ -86,6 +89,7 @@ class Selection:
     status: Status
     lower_bound: float = -math.inf
     bound_from: str = ""
+    bound_limit: float = math.inf
     iterations: int = 0
     history: tuple[float, ...] = ()
     path: tuple[float, ...] = ()

@@ -1,6 +1,7 @@
 """Which backends there are: registered through the entry-point group ``osscar.backends``.
 
-Any installed package can add one.
+Those that choose whole experts have a group of their own, ``osscar.expert_backends``.  Any
+installed package can add to either.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from solvers.errors import BackendError, ProblemError
 from solvers.linalg.values import as_integer, as_number
 from solvers.protocol import Backend, Capabilities
 
-ENTRY_POINTS = "osscar.backends"
+BACKENDS = "osscar.backends"
+EXPERT_BACKENDS = "osscar.expert_backends"
+"""The group of those that take a `solvers.ExpertProblem`."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,16 @@ class BackendInfo:
 
 
 @cache
-def _registered() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+def _registered(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
 
 
-def backend_names() -> tuple[str, ...]:
-    """Return the names of all registered backends, in alphabetical order."""
-    return tuple(sorted(_registered()))
+def backend_names(group: str = BACKENDS) -> tuple[str, ...]:
+    """Return the names of all backends registered in a group, in alphabetical order."""
+    return tuple(sorted(_registered(group)))
 
 
-def backend_class(name: str) -> type[Backend]:
+def backend_class(name: str, group: str = BACKENDS) -> type[Backend]:
     """Return the class that is registered under `name`.
 
     Raises
@@ -67,14 +70,15 @@ def backend_class(name: str) -> type[Backend]:
     """
     if not isinstance(name, str):
         raise BackendError(
-            f"backend is {reprlib.repr(name)}; give the name of one: {', '.join(backend_names())}"
+            f"backend is {reprlib.repr(name)}; give the name of one: "
+            f"{', '.join(backend_names(group))}"
         )
-    registered = _registered()
+    registered = _registered(group)
     if not registered:
         raise BackendError("no backend is registered; install the package: pip install -e .")
     if name not in registered:
         raise BackendError(
-            f"there is no backend {name!r}; choose from {', '.join(backend_names())}"
+            f"there is no backend {name!r}; choose from {', '.join(backend_names(group))}"
         )
     try:
         return cast(type[Backend], registered[name].load())
@@ -82,21 +86,21 @@ def backend_class(name: str) -> type[Backend]:
         raise BackendError(f"backend {name!r} is registered but does not load: {error}") from error
 
 
-def backends() -> tuple[BackendInfo, ...]:
-    """Describe every registered backend, also those that cannot run here."""
-    return tuple(_describe(name) for name in backend_names())
+def backends(group: str = BACKENDS) -> tuple[BackendInfo, ...]:
+    """Describe every backend registered in a group, also those that cannot run here."""
+    return tuple(_describe(name, group) for name in backend_names(group))
 
 
-def _describe(name: str) -> BackendInfo:
+def _describe(name: str, group: str) -> BackendInfo:
     try:
-        cls = backend_class(name)
+        cls = backend_class(name, group)
     except BackendError as error:
         return BackendInfo(name, "", "", {}, Capabilities(), str(error))
     options = {f.name: f.default for f in dataclasses.fields(cast(Any, cls))}
     return BackendInfo(name, cls.kind, cls.summary, options, cls.capabilities, cls.available())
 
 
-def make_backend(name: str, /, **options: Any) -> Backend:
+def make_backend(name: str, group: str = BACKENDS, /, **options: Any) -> Backend:
     """Return the backend `name` with its options set.
 
     Values are checked against the annotations of the backend's fields: whole numbers of any type
@@ -107,7 +111,7 @@ def make_backend(name: str, /, **options: Any) -> Backend:
     BackendError
         If it is unknown, not available here, has no such option, or the option takes no such value.
     """
-    cls = backend_class(name)
+    cls = backend_class(name, group)
     reason = cls.available()
     if reason is not None:
         raise BackendError(f"backend {name!r} is not available: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class SolutionRecord:
         ``(loss - lower_bound) / loss``, from 0 (optimal) to 1; None without a bound.
     bound_from
         What proved the bound, in a few words.
+    bound_limit
+        What no bound of that kind can exceed, however long it is searched for; None where that is
+        not known.
     recomputed_bound
         What was recomputed of `lower_bound`; None where it is the backend's word, or nothing was
         verified.
@@ -62,14 +66,73 @@ class SolutionRecord:
     relative_bound: float | None
     gap: float | None
     bound_from: str
+    bound_limit: float | None
     recomputed_bound: float | None
     proved_optimal: bool
     iterations: int
     seconds: float
 
 
+class Choice:
+    """What follows from any choice of units: of a `Solution`, and of one of whole experts."""
+
+    problem: Any
+    backend: str
+    support: Tensor
+    loss: float
+    status: Status
+    lower_bound: float
+    bound_from: str
+    iterations: int
+    seconds: float
+
+    @property
+    def relative_loss(self) -> float:
+        """Loss as a share of the scale of the problem."""
+        return self.loss / self.problem.scale if self.problem.scale else 0.0
+
+    @property
+    def removed(self) -> Tensor:
+        """The units that go, (n - k,) int64, sorted."""
+        mask = torch.ones(self.problem.units, dtype=torch.bool, device=self.support.device)
+        mask[self.support] = False
+        return torch.nonzero(mask).flatten()
+
+    @property
+    def gap(self) -> float:
+        """``(loss - lower_bound) / loss``, from 0 (optimal) to 1; NaN without a bound."""
+        if not math.isfinite(self.lower_bound):
+            return math.nan
+        if self.loss <= 0:
+            return 0.0
+        return max(0.0, (self.loss - max(self.lower_bound, 0.0)) / self.loss)
+
+    def _record(
+        self, loss: float, recomputed: float, bound_limit: float, gap_tolerance: float
+    ) -> SolutionRecord:
+        """Return a summary; `recomputed` is what was recomputed of the bound, NaN for nothing."""
+        scale = self.problem.scale or 1.0
+        bound, gap = _finite(self.lower_bound), _finite(self.gap)
+        return SolutionRecord(
+            backend=self.backend,
+            status=self.status.name,
+            support=tuple(self.support.tolist()),
+            loss=loss,
+            relative_loss=loss / scale,
+            lower_bound=bound,
+            relative_bound=None if bound is None else bound / scale,
+            gap=gap,
+            bound_from=self.bound_from,
+            bound_limit=_finite(bound_limit),
+            recomputed_bound=_finite(recomputed),
+            proved_optimal=gap is not None and gap <= gap_tolerance * (1 + _ROUNDING),
+            iterations=self.iterations,
+            seconds=self.seconds,
+        )
+
+
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(Choice):
     """A support with its refitted weights, and the certificate that comes with it.
 
     Parameters
@@ -88,6 +151,9 @@ class Solution:
         How the solve ended.
     lower_bound, bound_from
         No support has a lower loss than this, and what proved it.
+    bound_limit
+        What no bound of that kind can exceed, however long it is searched for; inf where that is
+        not known.
     iterations
         Removals, swaps, nodes: whatever the backend counts.
     history
@@ -113,6 +179,7 @@ class Solution:
     status: Status
     lower_bound: float = -math.inf
     bound_from: str = ""
+    bound_limit: float = math.inf
     iterations: int = 0
     history: tuple[float, ...] = field(default=(), repr=False)
     path: tuple[float, ...] = field(default=(), repr=False)
@@ -120,27 +187,6 @@ class Solution:
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     certificate: Certificate | None = field(default=None, repr=False)
     windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
-
-    @property
-    def relative_loss(self) -> float:
-        """Loss as a share of `SubsetProblem.scale`, from 0 to 1."""
-        return self.loss / self.problem.scale if self.problem.scale else 0.0
-
-    @property
-    def removed(self) -> Tensor:
-        """The units that go, (n - k,) int64, sorted."""
-        mask = torch.ones(self.problem.units, dtype=torch.bool, device=self.support.device)
-        mask[self.support] = False
-        return torch.nonzero(mask).flatten()
-
-    @property
-    def gap(self) -> float:
-        """``(loss - lower_bound) / loss``, from 0 (optimal) to 1; NaN without a bound."""
-        if not math.isfinite(self.lower_bound):
-            return math.nan
-        if self.loss <= 0:
-            return 0.0
-        return max(0.0, (self.loss - max(self.lower_bound, 0.0)) / self.loss)
 
     def verify(self) -> Verification:
         """Recompute in float64, from the problem alone, what this solution claims.
@@ -165,26 +211,10 @@ class Solution:
         verification
             What `verify` returned, if it was called: its loss and bound are then in the record.
         """
-        verified_loss = math.nan if verification is None else verification.loss
-        recomputed = math.nan if verification is None else verification.lower_bound
-        loss = verified_loss if math.isfinite(verified_loss) else self.loss
-        scale = self.problem.scale or 1.0
-        bound, gap = _finite(self.lower_bound), _finite(self.gap)
-        return SolutionRecord(
-            backend=self.backend,
-            status=self.status.name,
-            support=tuple(self.support.tolist()),
-            loss=loss,
-            relative_loss=loss / scale,
-            lower_bound=bound,
-            relative_bound=None if bound is None else bound / scale,
-            gap=gap,
-            bound_from=self.bound_from,
-            recomputed_bound=_finite(recomputed),
-            proved_optimal=gap is not None and gap <= self.gap_tolerance * (1 + _ROUNDING),
-            iterations=self.iterations,
-            seconds=self.seconds,
-        )
+        if verification is None:
+            return self._record(self.loss, math.nan, self.bound_limit, self.gap_tolerance)
+        loss = verification.loss if math.isfinite(verification.loss) else self.loss
+        return self._record(loss, verification.lower_bound, self.bound_limit, self.gap_tolerance)
 
 
 def _finite(value: float) -> float | None:

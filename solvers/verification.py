@@ -10,6 +10,7 @@ What `verify` recomputes, and what it can only fail to refute:
 - a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
   or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
   removing units never lowers the loss;
+- the limit of such bounds is recomputed from the moments in the certificate;
 - a lower bound without a certificate is the backend's word.  It is refused where the loss, or an
   exchange, refutes it; else `Verification.not_recomputed` names it, and the status that rests on
   it.
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import (
@@ -81,6 +83,8 @@ class Verification:
     lower_bound
         What no support's loss can be below, recomputed, with what rounding can have done taken off;
         NaN where a bound is the backend's word, or none is claimed.
+    bound_limit
+        What no bound of that kind can exceed, recomputed; NaN where that is not claimed.
     tolerance
         What the claimed loss and bound may be wrong by, after all of this, in units of the loss.
     not_recomputed
@@ -94,6 +98,7 @@ class Verification:
     stationarity: float
     swap_gain: float = math.nan
     lower_bound: float = math.nan
+    bound_limit: float = math.nan
     tolerance: float = 0.0
     not_recomputed: tuple[str, ...] = ()
 
@@ -126,6 +131,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_number(v) or (isinstance(v, float) and v == -math.inf),
         "a finite float, or -inf where there is none",
     ),
+    "bound_limit": (
+        lambda v: _is_number(v) or (isinstance(v, float) and v == math.inf),
+        "a finite float, or inf where there is none",
+    ),
     "gap_tolerance": (lambda v: _is_number(v) and 0 <= v < 1, "a float in [0, 1)"),
     "certificate": (
         lambda v: v is None or isinstance(v, Certificate),
@@ -153,7 +162,7 @@ def check_fields(claim: Any, names: Iterable[str] = tuple(_FIELDS)) -> None:
             raise VerificationError(f"{name} is {reprlib.repr(value)}; it must be {expected}")
 
 
-def check_support(problem: SubsetProblem, support: Tensor) -> None:
+def check_support(problem: Any, support: Tensor) -> None:
     """Refuse a support, (k,) int64, that is not sorted or no choice of `keep` units."""
     _require(
         support.device == problem.device,
@@ -220,6 +229,7 @@ def _recomputed(claim: Any) -> Verification:
     )
     gain, swap_proved = _check_exchanges(problem, claim, loss, slack)
     bound = _check_bound(problem, claim)
+    limit = _check_limit(problem, claim)
     _check_status(problem, claim, loss, slack)
     scale = problem.scale or 1.0
     return Verification(
@@ -228,6 +238,7 @@ def _recomputed(claim: Any) -> Verification:
         stationarity=stationarity,
         swap_gain=gain / scale,
         lower_bound=bound,
+        bound_limit=limit,
         tolerance=slack + (_BOUND_TOLERANCE * loss if _has_bound(claim) else 0.0),
         not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
     )
@@ -336,6 +347,23 @@ def _check_bound(problem: SubsetProblem, claim: Any) -> float:
         f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",
     )
     return proved
+
+
+def _check_limit(problem: SubsetProblem, claim: Any) -> float:
+    """Return the limit of bounds like the claimed one, NaN if none is said; refuse a lower one."""
+    if claim.bound_limit == math.inf:
+        return math.nan
+    _require(
+        isinstance(claim.certificate, MultiplierCertificate),
+        f"limit {claim.bound_limit:.9g} of the bound is claimed without a certificate of moments",
+    )
+    limit: float = claim.certificate.limit(problem)
+    allowed = _BOUND_TOLERANCE * limit + _EPS * problem.empty_loss
+    _require(
+        claim.bound_limit >= limit - allowed,
+        f"limit {claim.bound_limit:.9g} of the bound is claimed, its certificate gives {limit:.9g}",
+    )
+    return limit
 
 
 def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float) -> None:

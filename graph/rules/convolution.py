@@ -11,6 +11,7 @@ from graph.rules.contraction import add_bias
 from graph.rules.table import aten, rule
 
 _WINDOW = "windows slide over it"
+_PLACES = "it is read at places in space"
 
 
 @rule(*aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
@@ -19,12 +20,28 @@ def convolved(call: Call) -> Value:
     value, weight = call.value("input"), call.value("weight")
     space = len(weight.dims) - 2
     transposed = "transpose" in call.operator or call.flag("transposed")
-    groups = call.integer("groups")
     lead, channels = value.dims[: -space - 1], value.dims[-space - 1]
+    produced = _filtered(call, channels, weight, transposed)
+    if produced is None:
+        return call.opaque(_CROSSED)[0]
+    around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
+    dims = (*lead, produced, *around)
+    bias = call.optional("bias")
+    return Value(dims) if bias is None else _with_bias(call, dims, space, bias)
+
+
+_CROSSED = "groups of channels cross its boundaries"
+
+
+def _filtered(
+    call: Call, channels: Layout, weight: Value, transposed: bool = False
+) -> Layout | None:
+    """Contract channels with filters within each group; None if groups cross boundaries."""
+    groups = call.integer("groups")
     read = _grouped(call, channels, groups)
     rows = _grouped(call, weight.dims[0], groups)
     if read is None or rows is None:
-        return call.opaque("groups of channels cross its boundaries")[0]
+        return None
     group = call.unify(read[0], rows[0])
     taken, made = (rows[1], weight.dims[1]) if transposed else (weight.dims[1], rows[1])
     call.unify(read[1], taken)
@@ -33,14 +50,38 @@ def convolved(call: Call) -> Value:
     call.record(weight, Role.PASS_THROUGH, 0, group)
     call.record(weight, Role.CONSUMER, 0 if transposed else 1, taken)
     call.record(weight, Role.PRODUCER, 1 if transposed else 0, made)
-    produced = call.axes.product((group, made))
-    around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
-    dims = (*lead, produced, *around)
-    bias = call.optional("bias")
-    if bias is not None:
-        dims = add_bias(call, Value((*lead, *around, produced)), bias).dims
-        dims = (*lead, dims[-1], *around)
-    return Value(dims)
+    return call.axes.product((group, made))
+
+
+def _with_bias(call: Call, dims: tuple[Layout, ...], space: int, bias: Value) -> Value:
+    """Add a bias of the channels, which lie before so many dimensions of space."""
+    lead, channels, around = dims[: -space - 1], dims[-space - 1], dims[-space:]
+    channels = add_bias(call, Value((*lead, *around, channels)), bias).dims[-1]
+    return Value((*lead, channels, *around))
+
+
+@rule("torchvision.deform_conv2d")
+def deformed(call: Call) -> Value:
+    """Contract channels that are read at offsets, one field of them for each group of channels.
+
+    Offsets and masks have the fields outermost, and stay whole inside of each.
+    """
+    value, weight = call.value("input"), call.value("weight")
+    names = ("offset", "mask") if call.flag("use_mask") else ("offset",)
+    read = [call.value(name) for name in names]
+    fields = call.integer("offset_groups")
+    parts = [_grouped(call, of.dims[1], fields) for of in (value, *read)]
+    produced = _filtered(call, value.dims[1], weight)
+    if produced is None or any(part is None for part in parts):
+        return call.opaque(_CROSSED)[0]
+    (field, _), *others = (part for part in parts if part is not None)
+    batch = value.dims[0]
+    for of, (outer, inner) in zip(read, others, strict=True):
+        batch, field = call.unify(batch, of.dims[0]), call.unify(field, outer)
+        call.freeze((inner, *of.dims[2:]), _PLACES)
+    call.freeze((*value.dims[2:], *weight.dims[2:]), _PLACES)
+    around = (call.unknown(size, _PLACES) for size in call.shapes[0][2:])
+    return _with_bias(call, (batch, produced, *around), 2, call.value("bias"))
 
 
 def _around(
@@ -155,7 +196,7 @@ def folded(call: Call) -> Value:
 def sampled(call: Call) -> Value:
     """Read an image at places in space that a grid names, in all channels the same ones."""
     value, grid = call.value("input"), call.value("grid")
-    call.freeze((*value.dims[2:], *grid.dims[1:]), "it is read at places in space")
+    call.freeze((*value.dims[2:], *grid.dims[1:]), _PLACES)
     batch = call.unify(value.dims[0], grid.dims[0])
     around = (call.unknown(size, _WINDOW) for size in call.shapes[0][2:])
     return Value((batch, value.dims[1], *around))

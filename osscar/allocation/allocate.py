@@ -33,6 +33,7 @@ from osscar.allocation.widths import (
     why_out_of_reach,
 )
 from osscar.base.errors import RequestError
+from osscar.base.printable import listed
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest, parse_keep, parse_size_kept
 from osscar.shrinking.plan import Form
@@ -166,15 +167,18 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
+        more = _more_to_prune(groups, prepared.residual, keep)
         if request.allocation in MEASURED:
             sharing = replace(sharing, curves=asked.curves)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
             sharing = replace(sharing, scores=scores)
         if request.speedup is None:
-            found, budget = _counted(prepared, request, sharing, asked.form)
+            found, budget = _counted(prepared, request, sharing, asked.form, more)
         else:
-            found, budget = _timed(prepared, request.speedup, request, sharing, asked.table, aim)
+            found, budget = _timed(
+                prepared, request.speedup, request, sharing, asked.table, aim, more
+            )
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -228,6 +232,7 @@ def _timed(
     sharing: Sharing,
     known: LatencyTable | None,
     aim: bool,
+    more: str,
 ) -> tuple[dict[str, int], Budget]:
     """Choose widths whose model was timed to be as fast as wanted, or is by the table alone."""
     keep = sharing.others
@@ -235,7 +240,7 @@ def _timed(
 
     def within(limit: float) -> dict[str, int]:
         asked = request.budget_in_words
-        return _checked(sharing.choose, Cost.TIME, table, limit, keep, asked)
+        return _checked(sharing.choose, Cost.TIME, table, limit, keep, asked, more)
 
     if not aim:
         found = within(1 / wanted)
@@ -248,7 +253,7 @@ def _timed(
 
 
 def _counted(
-    prepared: Prepared, request: PruningRequest, sharing: Sharing, form: Form
+    prepared: Prepared, request: PruningRequest, sharing: Sharing, form: Form, more: str
 ) -> tuple[dict[str, int], Budget]:
     """Choose widths within what was asked for of parameters, bytes or operations."""
     asked, keep = request.budget_in_words, sharing.others
@@ -282,7 +287,7 @@ def _counted(
             f"{'model' if form is Form.EAGER else 'exported program'} has {cost.dense:,.0f}; ask "
             "for less to be kept"
         )
-    found = _checked(sharing.choose, kind, cost, limit, keep, asked, dense)
+    found = _checked(sharing.choose, kind, cost, limit, keep, asked, more, dense)
     return found, replace(sharing.budget(kind, cost, limit, found), dense=dense)
 
 
@@ -293,9 +298,13 @@ def _checked(
     limit: float,
     keep: Mapping[str, int],
     asked: str,
+    more: str,
     dense: float | None = None,
 ) -> dict[str, int]:
-    """Return what is chosen; `dense` is what the cost of the dense model is told as."""
+    """Return what is chosen; `dense` is what the cost of the dense model is told as.
+
+    `more` says what else could be pruned.
+    """
 
     def written(value: float) -> str:
         return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
@@ -308,7 +317,23 @@ def _checked(
         raise RequestError(
             f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
             f"comes to {written(reached)}{form} of {written(dense)} at least "
-            f"({reached / dense:.3f} of the dense model's); ask for less, or let more kinds "
-            "of units be pruned"
+            f"({reached / dense:.3f} of the dense model's); remove less, or let {more}"
         )
     return found
+
+
+def _more_to_prune(
+    groups: Sequence[CouplingGroup], residual: Collection[str], keep: Mapping[str, int]
+) -> str:
+    """Say what else could be pruned, where what a budget reaches does not suffice."""
+    streams = [
+        group.name
+        for group in groups
+        if group.prunable and group.units > 1 and group.name in residual and group.name not in keep
+    ]
+    if not streams:
+        return "more kinds of units be pruned"
+    return (
+        "residual channels leave, too, of which no budget takes any by itself (--residual, "
+        f"residual= in Python): {listed([*map(repr, streams)], 3)}"
+    )

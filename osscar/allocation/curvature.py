@@ -45,10 +45,10 @@ from osscar.network.model_state import frozen_weights
 from osscar.network.modules import device_of, forward
 from osscar.network.predictions import known_prediction, named_logits
 from osscar.preparation.consumer import LinearMap, without_idle
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
+from osscar.preparation.products import Several, holder
 from osscar.preparation.recurrent import RECURRENT, gates_shown
-from osscar.preparation.routing import Routed, afresh, reads
+from osscar.preparation.routing import afresh, reads
 from osscar.walk.gram import posed
 from solvers import Consumer, SubsetProblem
 from solvers.closed_forms.fixed_rows import FixedRows
@@ -108,10 +108,10 @@ class Factors:
                 f"the gradients at the outputs of {self.linear_map.label!r} have NaN or infinite "
                 "entries; use --dtype float32, or --allocation uniform, which needs none"
             )
-        if samples == 1 and not isinstance(x, Routed):
+        if samples == 1 and not isinstance(x, Several):
             self._add_sample(x, g)
             return
-        if samples is None or self.axis is None or isinstance(x, Routed):
+        if samples is None or self.axis is None or isinstance(x, Several):
             self._add_positions(x, g)
             return
         x, g = x.movedim(self.axis, 0), g.movedim(self.axis, 0)
@@ -240,7 +240,7 @@ def curvature(
     """
     batches = small_batches(prepared, samples)
     held = held_batches(prepared, batches)
-    rounds = list(parts(prepared.model, groups, copies=2 if held else 1))
+    rounds = list(parts(prepared, groups, copies=2 if held else 1))
     with stage("curvature", total=len(rounds) * len(batches)) as bar:
         for part in rounds:
             factors = {g.name: [Factors.of(map) for map in maps] for g, maps in part}
@@ -305,7 +305,7 @@ def _find_axes(prepared: Prepared, factors: Sequence[Factors]) -> None:
         seen: dict[str, list[torch.Size]] = {one.linear_map.name: [] for one in factors}
 
         def see(name: str, x: Any, seen: dict[str, list[torch.Size]] = seen) -> None:
-            seen[name].append(torch.Size() if isinstance(x, Routed) else x.shape)
+            seen[name].append(torch.Size() if isinstance(x, Several) else x.shape)
 
         with torch.no_grad(), reads(prepared.model, seen, see):
             forward(prepared.model, inputs.some(prepared.model, count))
@@ -325,13 +325,13 @@ def _sample_axis(two: Sequence[torch.Size], three: Sequence[torch.Size]) -> int 
 
 
 def parts(
-    model: nn.Module, groups: Sequence[CouplingGroup], copies: int = 1
+    prepared: Prepared, groups: Sequence[CouplingGroup], copies: int = 1
 ) -> Iterator[list[tuple[CouplingGroup, tuple[LinearMap, ...]]]]:
     """Yield groups, with their consumers, whose factors, in some copies, fit into memory."""
     part: list[tuple[CouplingGroup, tuple[LinearMap, ...]]] = []
     filled = 0
     for group in groups:
-        maps = linear_maps(model, group)
+        maps = prepared.linear_maps(group)
         shapes = (map.read_weight().shape for map in maps)
         size = sum(4 * copies * (p * p + m * m) for p, m in shapes)
         if part and filled + size > _MOST_BYTES:
@@ -396,7 +396,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[dict[str
     seen: dict[str, int | None] = {"samples": None}
 
     def watch(name: str, x: Any, y: Any) -> Any:
-        read = x.hidden if isinstance(x, Routed) else x
+        read = x.multiplied if isinstance(x, Several) else x
         version = None if read.is_inference() else read._version
         leaf = not y.requires_grad
         if leaf:
@@ -414,7 +414,7 @@ def _observed(model: nn.Module, factors: Sequence[Factors]) -> Iterator[dict[str
         # What comes next may write to it, which no leaf of a graph allows.
         return y.clone() if leaf else y
 
-    modules = {name: model.get_submodule(name) for name in by_module}
+    modules = {name: holder(model, name) for name in by_module}
     plain = [name for name, module in modules.items() if not isinstance(module, RECURRENT)]
     with ExitStack() as watching:
         watching.enter_context(reads(model, plain, after=watch))
@@ -473,7 +473,8 @@ def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
 def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """Return a table of logits or of probabilities, a row a prediction; None if there is none.
 
-    A matrix that a model makes of images is a classifier's; tokens are of a language model.
+    A matrix that a model makes of images is a classifier's; tokens are of a language model, and so
+    are the positions of a sequence that runs alone.
     """
     tokens = inputs.tokens
     named = named_logits(result)
@@ -483,7 +484,8 @@ def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
         return None
     pixels = [x for x in batch.values() if x.is_floating_point() or x.dtype is torch.uint8]
     images = any(x.ndim == 4 for x in pixels)
-    if found.shape[-1] < 2 or not (tokens or found.ndim == 2):
+    sequence = bool(inputs.apart) and named is not None and "input_ids" in batch
+    if found.shape[-1] < 2 or not (tokens or sequence or found.ndim == 2):
         return None  # such as those of a segmentation, a map for each class
     if not inputs.classes and named is None and not images:
         return None  # it may be anything, such as a regression

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ from osscar.preparation.prepare import Prepared
 
 Around: TypeAlias = Callable[[int], AbstractContextManager[Any]]
 """Makes the context in which the pass of a batch, by its number, runs."""
+
+
+class Likeness(NamedTuple):
+    """How like the dense model's predictions others are.
+
+    `nats` is the mean Kullback-Leibler divergence from them, and `agreement` the share of
+    predictions whose likeliest class is the dense one's.
+    """
+
+    nats: float
+    agreement: float
+
 
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
@@ -65,27 +77,32 @@ class Reference:
         return cls(mine, logarithms, rows, last, prepared.ranks)
 
     def divergence(self, model: nn.Module, around: Around = nullcontext) -> float:
-        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats.
+        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats."""
+        return self.likeness(model, around).nats
+
+    def likeness(self, model: nn.Module, around: Around = nullcontext) -> Likeness:
+        """Compare what a model predicts with what the dense one does.
 
         The pass of each batch, by its number, runs in the context `around` it.
         """
-        total, count = 0.0, 0
+        total, same, count = 0.0, 0, 0
         kept = zip(self.batches, self.logarithms, self.rows, strict=True)
         for index, (batch, dense, rows) in enumerate(kept):
             with around(index):
                 found = _logarithms(model, batch, self.inputs, index)
             assert found is not None
             total += float(summed_divergence(dense, found[rows]))
+            same += int((dense.argmax(-1) == found[rows].argmax(-1)).sum())
             count += len(dense)
-        sums = torch.tensor([total, count], dtype=torch.float64)
+        sums = torch.tensor([total, same, count], dtype=torch.float64)
         self.ranks.all_reduce("the divergence", [sums])
-        total, count = float(sums[0]), int(sums[1])
+        total, agreeing, predictions = sums.tolist()
         if not math.isfinite(total):
             raise NonFiniteError(
                 "the pruned model's logits are NaN or infinite where the dense model's are not; "
                 "use --dtype float32, or a higher --damp"
             )
-        return max(total / count, 0.0)
+        return Likeness(max(total / predictions, 0.0), agreeing / predictions)
 
 
 def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:

@@ -23,7 +23,6 @@ from osscar.base.progress import stage
 from osscar.network.modules import device_of, forward
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.failures import batch_named
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.routing import afresh, reads
 
@@ -45,7 +44,7 @@ def measure_fluctuations(
     DataError, ModelError, NonFiniteError
         If a batch fails, a consumer is never called, or reads what is not finite.
     """
-    found = {g.name: [_Inputs.of(one) for one in linear_maps(prepared.model, g)] for g in groups}
+    found = {g.name: [_Inputs.of(one) for one in prepared.linear_maps(g)] for g in groups}
     _run(prepared, [inputs for several in found.values() for inputs in several])
     return {
         name: torch.stack([inputs.unit_scores() for inputs in without_idle(several)])

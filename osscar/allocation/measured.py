@@ -30,7 +30,6 @@ from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk, room_for
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.request import Widths
 from osscar.walk.layer_step import LayerStep
@@ -139,7 +138,7 @@ class Compared:
     ) -> Compared | None:
         """Run the dense model on the last samples; None if it puts out no logits."""
         model = prepared.model
-        consumers = {one.name for group in groups for one in linear_maps(model, group)}
+        consumers = {one.name for group in groups for one in prepared.linear_maps(group)}
         recorded: list[Recording] = []
         size = 1 if prepared.inputs.tokens else prepared.batch_size
         # Weights on disk have all the memory that there is.

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import fresh
+from osscar.preparation.routing import reads
 
 _SHARE = 16
 """A block holds at most one in so many of the consumers, so that few outputs are kept."""
@@ -66,7 +67,7 @@ class Recording:
                 self.ended.append((name, fresh(output)))
 
         with (
-            hooks(model, consumers, before=called),
+            reads(model, consumers, before=called),
             hooks(model, _blocks(model, consumers), before=began, after=ended),
         ):
             yield

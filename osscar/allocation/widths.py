@@ -74,7 +74,7 @@ def _kept_by_name(
             else request.fraction_or_count(group.kind, group.name in residual)
         )
         if asked is not None and group.prunable and group.units > 1:
-            kept[group.name] = _count_kept(group, asked, request.round_to)
+            kept[group.name] = count_kept(group, asked, request.round_to)
     return kept
 
 
@@ -122,7 +122,7 @@ def _frozen_message(group: CouplingGroup) -> str:
 # ---- a count or a fraction of each group -------------------------------------------------
 
 
-def _count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
+def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
     """Return the units that a group keeps of a count or a share, at a width that is rounded."""
     if isinstance(asked, int):
         if asked > group.units:

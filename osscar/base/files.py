@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -64,6 +65,36 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_pair(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, beside which others may be written that it names.
+
+    As of `atomic_write`, but it bears the name of `path`, in a directory of its own, of which all
+    files take their places at the end, `path` last. Where there are others, what was there goes
+    first: it would name those of another.
+    """
+    target = resolved(path)
+    place = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with system_errors():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            yield place / target.name
+        written = sorted(place.iterdir(), key=lambda file: file.name == target.name)
+        for file in written:
+            fsync(file)
+        if len(written) > 1:
+            target.unlink(missing_ok=True)
+        for file in written:
+            file.replace(target.with_name(file.name))
+        with suppress(OSError):  # it is there, whatever a loss of power may undo
+            fsync(target.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:

@@ -102,6 +102,12 @@ FOR_BATCHES = (
 )
 """What helps where data run through a model."""
 
+FOR_MODELS = (
+    "free some, or take a machine or a card with more; `osscar prune --max-memory` and "
+    "`osscar sweep --max-memory` prune a language model whose weights stay on disk"
+)
+"""What helps where a model is read."""
+
 FOR_MATRICES = (
     "that depends on the layer alone: give --device cpu where that has more memory, --max-memory, "
     "with which weights stay on disk and need not be beside it, or leave the group alone (--skip)"

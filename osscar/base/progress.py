@@ -1,4 +1,4 @@
-"""Progress bars on standard error: on for people at a terminal, silent everywhere else.
+"""Progress on standard error: bars for people at a terminal, and now and then a line elsewhere.
 
 Rich allows one live display at a time, so nested stages share a single one: the first stage to
 open starts it, the last to close stops it and leaves nothing behind on the screen.
@@ -6,9 +6,11 @@ open starts it, the last to close stops it and leaves nothing behind on the scre
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -27,20 +30,66 @@ from osscar.base.printable import printable
 
 T = TypeVar("T")
 
-_display: Progress | None = None
+SECONDS_A_LINE = 30.0
+"""Of work between two lines where no bar is drawn: logs stay short, and tell that it goes on."""
+
+_display: _Display | None = None
 """The live display that open stages share; None while no stage is open."""
+
+_untold = 0.0
+"""Seconds that stages have been open since the last line, also of displays that have closed."""
+
+
+class _Display(Progress):
+    """Bars at a terminal; elsewhere a line for so many seconds, when a bar would have moved."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        first = launched()[0] == 0  # one rank shows for all
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and first),
+            get_time=lambda: time.monotonic(),
+        )
+        self._writes_lines = first and not console.is_terminal
+        self._since = self.get_time()
+
+    def tell(self) -> None:
+        """Write where the open stages stand, if nothing was written for long enough."""
+        global _untold
+        now = self.get_time()
+        _untold += now - self._since
+        self._since = now
+        if self._writes_lines and self.tasks and _untold >= SECONDS_A_LINE:
+            _untold = 0.0
+            line = "; ".join(map(_in_words, self.tasks))
+            self.console.print(f"progress: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_words(task: Task) -> str:
+    """Say where a stage stands, and since when it is open."""
+    elapsed = timedelta(seconds=round(task.elapsed or 0.0))
+    steps = "" if task.total is None else f"{task.completed:g} of {task.total:g}, "
+    return f"{task.description} ({steps}{elapsed})"
 
 
 @dataclass(frozen=True)
 class _Bar:
     """A running bar, handed out by :func:`stage`."""
 
-    _progress: Progress
+    _progress: _Display
     _task: TaskID
 
     def advance(self, steps: float = 1) -> None:
         """Move the bar on by this many steps."""
         self._progress.advance(self._task, steps)
+        self._progress.tell()
 
     def describe(self, description: str) -> None:
         """Replace the text in front of the bar."""
@@ -71,29 +120,16 @@ def track(iterable: Iterable[T], description: str) -> Iterator[T]:
 
 
 @contextmanager
-def _shared_display() -> Iterator[Progress]:
+def _shared_display() -> Iterator[_Display]:
     global _display
     if _display is not None:
         yield _display
         return
-    display = _new_display()
+    display = _Display()
     _display = display
     try:
         with display:
             yield display
     finally:
+        display.tell()
         _display = None
-
-
-def _new_display() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal or launched()[0] > 0,  # one rank shows for all
-    )

@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 
 
 class Stage(enum.StrEnum):
-    """A part of a pruning run, in the order in which it comes; the value is its name for people."""
+    """A part of a run, in the order in which it comes; the value is its name for people."""
 
     START = "start"
     LOAD = "load"
@@ -39,8 +39,19 @@ class Stage(enum.StrEnum):
     SOLVER = "solver and refit"
     PROOF = "shrink and prove"
     PRUNED = "pruned passes"
+    TEACHER = "recovery: dense passes"
+    RATE = "recovery: learning rate"
+    TRAINING = "recovery: training"
+    HELD_OUT = "recovery: held-out samples"
+    SOLVES = "solving problems"
+    FORWARD = "timing"
+    SCORE = "scoring"
     REPORT = "report"
     SAVE = "save"
+
+
+OTHER = "other"
+"""What is told as the name of the seconds that no stage counts."""
 
 
 @dataclass(eq=False)
@@ -51,6 +62,11 @@ class Profile:
     seconds: dict[Stage, float] = field(default_factory=dict)
     _running: list[Stage] = field(default_factory=list, repr=False)
     _since: float = 0.0
+
+    def of(self, seconds: float) -> dict[str, float]:
+        """Return the stages of so many seconds by name, with what none counts as the last."""
+        told = {str(one): self.seconds[one] for one in Stage if one in self.seconds}
+        return {**told, OTHER: max(0.0, seconds - sum(told.values()))}
 
     def _charge(self) -> None:
         now = self.clock()

@@ -71,8 +71,8 @@ _REFUSED = {
 }
 
 
-def check_config(path: Path) -> None:
-    """Refuse a directory whose ``config.json`` libraries would choke on."""
+def check_config(path: Path) -> dict[str, Any]:
+    """Return what ``config.json`` in a directory says; refuse one that libraries would choke on."""
     file, config = path / CONFIG_FILE, _read_config(path)
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
@@ -85,6 +85,7 @@ def check_config(path: Path) -> None:
         reason = _wrong(name, value, whole=place == name)
         if reason is not None:
             raise CheckpointError(f"{file} has {place} {value!r:.40}, {reason}; get it anew")
+    return config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -142,9 +143,11 @@ def _wrong(name: str, value: Any, *, whole: bool) -> str | None:
 
 # ---- whether it is as it was saved --------------------------------------------------------
 
+_NUMBERS = f"{SHAPES}.numbers."
+
 _NO_MATTER = re.compile(
     r"^_|^(transformers_version|architectures|auto_map|torch_dtype|dtype|use_cache)$"
-    rf"|^{SHAPES}$|initializer|^init_|label|drop|^(bos|eos|sep|decoder_start)_token_id$"
+    r"|initializer|^init_|label|drop|^(bos|eos|sep|decoder_start)_token_id$"
 )
 """Fields that nothing which a model computes rests on, or that libraries write as they please."""
 
@@ -160,7 +163,8 @@ def config_fields(path: Path) -> dict[str, Scalar]:
         known = (numeric or isinstance(value, str)) and not any(
             _NO_MATTER.search(part) for part in (place.partition(".")[0], name)
         )
-        if known:
+        # Of the table of shapes the numbers: what else it says, the weights have to fit.
+        if known and (place.startswith(_NUMBERS) or not place.startswith(f"{SHAPES}.")):
             fields[place] = value
     return fields
 
@@ -176,6 +180,8 @@ def check_unchanged(path: Path, origin: Origin | None) -> None:
     if origin is None or origin.library != "transformers" or not origin.options:
         return
     saved, now = origin.options, config_fields(path)
+    if not any(place.startswith(_NUMBERS) for place in saved):  # earlier versions kept none
+        now = {place: value for place, value in now.items() if not place.startswith(_NUMBERS)}
     edits = []
     for place in sorted(saved.keys() | now.keys()):
         before, after = saved.get(place), now.get(place)
@@ -333,5 +339,6 @@ def names_of(name: str, prefix: str) -> tuple[str, ...]:
 def _unlike(path: Path, name: str, tensor: Stored, due: str) -> CheckpointError:
     return CheckpointError(
         f"the weights in {path} do not fit its config: {name!r} is {tensor.dtype} "
-        f"{tensor.shape}, where {due} is due; get the checkpoint anew"
+        f"{tensor.shape}, where {due} is due; get the checkpoint anew, or, if it was written by "
+        "save_pretrained of a pruned model, write it with osscar.save"
     )

@@ -1,15 +1,15 @@
 """Where a dense model comes from, written so that no code from a checkpoint builds it again.
 
-A checkpoint with a plan names a class of transformers and its config, or a model of torchvision and
-its options.  A model of a user's own has no origin; its user builds it.
+A checkpoint with a plan names a class of transformers and its config, or a model of torchvision or
+timm and its options.  A model of a user's own has no origin; its user builds it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,20 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 import transformers
+from pydantic import ConfigDict, NonNegativeInt
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from osscar.base.errors import CheckpointError, MissingDependency
+from osscar.base.errors import CheckpointError, FileError
+from osscar.base.json_files import STRICT, validated
+from osscar.base.optional import import_timm, import_torchvision
+from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.admission import check_config, check_tensors, stored_in, structure
-from osscar.checkpoint.hf_config import dense_config, is_any_shape
+from osscar.checkpoint.hf_config import SHAPES, architecture, class_of, is_any_shape
+from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest
+from osscar.network.detectors import DetectorNetwork
 from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
 from osscar.shrinking.program.program import ProgramModule
 
@@ -44,7 +50,9 @@ class TransformersOrigin:
     @classmethod
     def of_directory(cls, path: Path) -> TransformersOrigin:
         """Read the config in a directory."""
-        check_config(path)
+        described = check_config(path)
+        if SHAPES in described:
+            return cls._of_shapes(path, described)
         try:
             # False, not None: without an answer transformers asks standard input for one.
             config = AutoConfig.from_pretrained(
@@ -62,6 +70,26 @@ class TransformersOrigin:
         found = getattr(transformers, name, None)
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
+
+    @classmethod
+    def _of_shapes(cls, path: Path, described: Mapping[str, Any]) -> TransformersOrigin:
+        """Read a config that lists shapes; what makes these is ours, and not the file beside it."""
+        try:
+            validated(described[SHAPES], _Shapes, path / CONFIG_FILE)
+        except FileError as error:
+            raise CheckpointError(
+                f"{error.path} lists shapes that are none: {error.reason}; get the checkpoint anew"
+            ) from error
+        names = described.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        try:
+            kind = getattr(modeling_pruned, str(name))
+            return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
+        except AttributeError as error:
+            raise CheckpointError(
+                f"{path / CONFIG_FILE} lists shapes of the architecture {name!r:.60}, which "
+                f"transformers {transformers.__version__} does not have"
+            ) from error
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
@@ -85,16 +113,11 @@ class TransformersOrigin:
 
     def check_stock(self, path: Path) -> None:
         """Compare what the config asks for with the weights, before any of it is allocated."""
-        if is_any_shape(self.config):
-            raise CheckpointError(
-                f"{path} lacks osscar.json, by which a pruned model of this shape is read; the "
-                "code that it brings reads it too, with trust_remote_code=True "
-                "(--trust-remote-code) of osscar.load_model, or in transformers"
-            )
         stored = stored_in(path)
         if stored is not None:  # else whoever loads them will say so
             own = dataclasses.replace(self, config=copy.deepcopy(self.config))
-            check_tensors(structure(own.build, stored, path, pruned=False), stored, path)
+            pruned = is_any_shape(self.config)
+            check_tensors(structure(own.build, stored, path, pruned=pruned), stored, path)
 
     def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Build the model without filling its weights.
@@ -127,6 +150,17 @@ class TransformersOrigin:
         return Origin(self.library)
 
 
+@dataclass(frozen=True)
+class _Shapes:
+    """A table of shapes in a config, as `modeling_pruned` reads it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    tensors: dict[str, list[NonNegativeInt]]
+    numbers: dict[str, dict[str, Any]]
+    counts: list[tuple[str, Any]] = field(default_factory=list)
+
+
 def _keep_formats(model: PreTrainedModel) -> None:
     """Give stored tensors that a family wants in another number format that one, in place."""
     kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
@@ -139,9 +173,12 @@ def _keep_formats(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.to(kept[globs[found.lastgroup]])
 
 
+_DETECTION = "torchvision.models.detection"
+
+
 @dataclass(frozen=True)
 class TorchvisionOrigin:
-    """A model of torchvision by name.
+    """A model of torchvision by name; of a detector its `DetectorNetwork`.
 
     `options` are keyword arguments of its builder, such as ``num_classes``; no weights.
     """
@@ -155,21 +192,17 @@ class TorchvisionOrigin:
         simple = int | float | str | bool | None
         for key, value in self.options.items():
             if key.startswith("weights") or not isinstance(value, simple):
-                raise ValueError(f"torchvision model {self.name!r} has option {key} = {value!r}")
+                raise ValueError(f"{self.library} model {self.name!r} has option {key} = {value!r}")
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""
-        try:
-            models = importlib.import_module("torchvision.models")
-        except ImportError as error:
-            raise MissingDependency(
-                f"the model {self.name!r} needs the package 'torchvision'; install it with "
-                "`python3 -m pip install 'osscar[vision]'`"
-            ) from error
+        models = import_torchvision("models")
         accepted = inspect.signature(models.get_model_builder(self.name)).parameters
         # Of segmentation and detection models the backbone would be fetched.
         none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
         model: nn.Module = models.get_model(self.name, **none, **self.options)
+        if models.get_model_builder(self.name).__module__.startswith(_DETECTION):
+            model = DetectorNetwork(model)
         note(model, origin=self.origin)
         return model if dtype is None else model.to(dtype)
 
@@ -182,6 +215,21 @@ class TorchvisionOrigin:
         return Origin(self.library, self.name, self.options)
 
 
+@dataclass(frozen=True)
+class TimmOrigin(TorchvisionOrigin):
+    """A model of timm by name, with or without the tag of its weights."""
+
+    library: ClassVar = "timm"
+
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Build the model with random weights; none are fetched."""
+        model: nn.Module = import_timm().create_model(self.name, pretrained=False, **self.options)
+        note(model, origin=self.origin)
+        return model if dtype is None else model.to(dtype)
+
+
+_LIBRARIES = {one.library: one for one in (TorchvisionOrigin, TimmOrigin)}
+
 Builder: TypeAlias = TransformersOrigin | TorchvisionOrigin
 """Builds a dense model, and writes what its `origin` does not hold into a checkpoint."""
 
@@ -189,15 +237,14 @@ Builder: TypeAlias = TransformersOrigin | TorchvisionOrigin
 def builder_of(model: nn.Module) -> Builder | None:
     """Return what builds a model's dense original, or None if that is not known."""
     if isinstance(model, PreTrainedModel):
-        return TransformersOrigin(type(model), model.config)
+        return TransformersOrigin(class_of(type(model), model.config), model.config)
     if isinstance(model, ProgramModule) and model.built_by is not None:
         kind, config = model.built_by
         # Others are code of the user's own, which a directory does not name.
-        return TransformersOrigin(kind, config) if _is_known(kind) else None
+        known = _is_known(architecture(kind))
+        return TransformersOrigin(class_of(kind, config), config) if known else None
     origin = lineage_of(model).origin
-    if origin is None or origin.library != TorchvisionOrigin.library:
-        return None
-    return _torchvision(origin)
+    return None if origin is None or origin.library not in _LIBRARIES else _of_library(origin)
 
 
 def _is_known(kind: type) -> bool:
@@ -210,12 +257,34 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
     if origin is None:
         return None
     if origin.library == TransformersOrigin.library:
-        found = TransformersOrigin.of_directory(path)
-        return TransformersOrigin(found.kind, dense_config(found.config))
-    return _torchvision(origin)
+        return TransformersOrigin.of_directory(path)
+    return _of_library(origin)
 
 
-def _torchvision(origin: Origin) -> TorchvisionOrigin:
-    if origin.library != TorchvisionOrigin.library:
+def builder_of_whole(path: Path, manifest: Manifest | None) -> TransformersOrigin | None:
+    """Return what reads a directory by its config alone; None if a plan has to be replayed.
+
+    A directory without a manifest is whatever its config says, and of one that lists shapes a
+    warning says what is not known then.
+    """
+    if manifest is not None and not manifest.stock:
+        origin = manifest.lineage.origin
+        by_library = origin is not None and origin.library == TransformersOrigin.library
+        if not by_library or manifest.lineage.replayed:
+            return None
+    found = TransformersOrigin.of_directory(path)
+    if manifest is None and is_any_shape(found.config):
+        warnings.warn(
+            f"{path} has no {MANIFEST_FILE}, as after save_pretrained of transformers: the shapes "
+            f"are those in its {CONFIG_FILE}, and what pruned, calibrated or trained it is not "
+            "known, so that text or images that it has seen are not refused when it is scored",
+            stacklevel=3,
+        )
+    known = manifest is None or manifest.stock or is_any_shape(found.config)
+    return found if known else None
+
+
+def _of_library(origin: Origin) -> TorchvisionOrigin:
+    if origin.library not in _LIBRARIES:
         raise CheckpointError(f"the model is one of {origin.library!r}, which is not known here")
-    return TorchvisionOrigin(origin.name, origin.options)
+    return _LIBRARIES[origin.library](origin.name, origin.options)

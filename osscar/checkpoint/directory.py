@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import safetensors.torch
 import torch
@@ -43,16 +42,23 @@ from osscar.checkpoint.admission import (
     stored_in,
     structure,
 )
-from osscar.checkpoint.builders import Builder, TransformersOrigin, builder_of, read_builder
+from osscar.checkpoint.builders import (
+    Builder,
+    TransformersOrigin,
+    builder_of,
+    builder_of_whole,
+    read_builder,
+)
+from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import cast, saved_format, written_tensors
 from osscar.checkpoint.hf_config import (
+    CODE,
     DESCRIPTION_ERRORS,
     MODELLING_FILE,
     any_shape_config,
     built,
-    is_any_shape,
-    read_any_shape,
+    class_of,
     stock_config,
 )
 from osscar.checkpoint.manifest import (
@@ -63,10 +69,10 @@ from osscar.checkpoint.manifest import (
     read_manifest,
 )
 from osscar.checkpoint.place import check_output, replacing
+from osscar.checkpoint.regrouped import Part, parts_in_files
 from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
 from osscar.checkpoint.streamed import (
     check_written,
-    read_any_shape_streamed,
     read_streamed,
     write_weights,
 )
@@ -82,11 +88,20 @@ from osscar.network.modules import (
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.shrinking.fold import fold, is_normalized
-from osscar.shrinking.lineage import FORMATS, LINEAGE, Lineage, lineage_of, stored_dtype
+from osscar.shrinking.lineage import (
+    FORMATS,
+    LINEAGE,
+    Lineage,
+    Origin,
+    lineage_of,
+    stored_dtype,
+)
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program.program import ProgramModule
 from osscar.shrinking.program.shrink_program import replayed
 from osscar.shrinking.structure import remember_structure, structure_of, without_values
+
+M = TypeVar("M", bound=nn.Module)
 
 _FORM = "form"
 """What a file of weights says of a program: that it is one."""
@@ -122,11 +137,14 @@ def save(
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
     page: str | None = None,
+    picture: bytes | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
 ) -> SavedCheckpoint:
     """Write a shrunk model, read it back, compare, and only then put it in its place.
+
+    A model card, ``README.md``, says what it is and how it is read.
 
     Parameters
     ----------
@@ -135,11 +153,13 @@ def save(
     directory
         Where to.
     tokenizer
-        Saved beside the weights if given.
+        Or an image processor, of transformers; saved beside the weights if given.
     report
         Written as ``osscar_report.json``, for people and tools.
     page
         The same as HTML, written as ``report.html``.
+    picture
+        A PNG file of what each group keeps, which the model card shows.
     dtype
         Number format of the weights on disk; by default that in which the dense model lay there,
         and where that is not known, the model's.
@@ -158,16 +178,11 @@ def save(
     EquivalenceError
         If what was read back does not compute what the model computes.
     CheckpointError
-        If it cannot be read back; or where transformers read the model, not `load`.
+        If it cannot be read back.
     """
     check_usable(model)
     _check_dtype(dtype)
     _check_companions(tokenizer, report)
-    if is_any_shape(getattr(model, "config", None)):
-        raise CheckpointError(
-            "the model was read by transformers with the code in a pruned checkpoint, and what was "
-            "removed from it is not known; read it with osscar.load"
-        )
     lineage = lineage_of(model)
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -178,8 +193,9 @@ def save(
     with replacing(path, overwrite=overwrite) as new:
         with system_errors():
             _write(
-                model, lineage, new, example_inputs, tokenizer=tokenizer, report=report, page=page
-            )
+                model, lineage, new, example_inputs,
+                tokenizer=tokenizer, report=report, page=page, picture=picture,
+            )  # fmt: skip
         try:
             _prove_same(model, _read_again(model, new), example_inputs)
         except EquivalenceError as error:
@@ -191,7 +207,7 @@ def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
     """Fold, in a copy, normalized weights that a class of transformers builds as plain ones."""
     if not isinstance(model, PreTrainedModel) or not any(map(is_normalized, model.modules())):
         return model
-    dense = built(type(model), model.config)
+    dense = built(class_of(type(model), model.config), model.config)
     folded: nn.Module = copied(model)
     return folded if dense is not None and fold(folded, dense.state_dict()) else model
 
@@ -202,7 +218,8 @@ def describe(path: Path) -> SavedCheckpoint:
     if manifest is None:
         raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return SavedCheckpoint(path, manifest.stock, written, (path / MODELLING_FILE.name).is_file())
+    with_code = (path / MODELLING_FILE.name).is_file() and not manifest.lineage.replayed
+    return SavedCheckpoint(path, manifest.stock, written, with_code)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -221,25 +238,35 @@ def _write(
     tokenizer: Any,
     report: Mapping[str, Any] | None,
     page: str | None,
+    picture: bytes | None,
 ) -> None:
     """Write all files of a checkpoint."""
-    config = None
+    config, auto, known = None, None, lineage
     if isinstance(model, PreTrainedModel):
         config = stock_config(model, lineage.plans)
     if config is not None:
         assert isinstance(model, PreTrainedModel)
         _save_stock(model, config, path)
-        lineage = dataclasses.replace(lineage, plans=())
+        lineage = dataclasses.replace(lineage, plans=(), listed=0)
     else:
         _save_planned(model, path)
-        _bring_code(model, lineage, path, example_inputs)
+        auto = _list_shapes(model, lineage, path, example_inputs)
+        if auto is not None:
+            lineage = dataclasses.replace(lineage, listed=len(lineage.plans))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     if report is not None:
         write_json(path / REPORT_FILE, report)
     if page is not None:
         write_text(path / PAGE_FILE, page)
+    if picture is not None:
+        (path / PICTURE_FILE).write_bytes(picture)
     builder = builder_of(model)
+    card = model_card(
+        model, known, report or {},
+        stock=config is not None, auto=auto, own_code=builder is None, picture=picture is not None,
+    )  # fmt: skip
+    write_text(path / CARD_FILE, card)
     origin = None if builder is None else builder.origin
     if isinstance(builder, TransformersOrigin):
         origin = dataclasses.replace(builder.origin, options=config_fields(path))
@@ -253,6 +280,14 @@ def _write(
             other.chmod(mode)
 
 
+@overload
+def load(
+    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense: None = None
+) -> PreTrainedModel | Any: ...
+@overload
+def load(
+    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense: M
+) -> M | Any: ...
 def load(
     directory: str | os.PathLike[str],
     *,
@@ -260,6 +295,10 @@ def load(
     dense: nn.Module | None = None,
 ) -> nn.Module:
     """Read a model that `save` wrote, stock or not, on the CPU and in evaluation mode.
+
+    It is of the class that was saved (one of transformers is a subclass of that, where
+    ``config.json`` lists its shapes), or a `ProgramModule`: type checkers are told of the usual
+    class, and that there are others.
 
     Shapes and numbers are checked, and no file is signed: a plan that was edited to keep other
     units, as many as before, is not noticed.  All weights come from the file of weights, so that it
@@ -291,7 +330,8 @@ def load(
     Warns
     -----
     UserWarning
-        If another field of the config was edited.
+        If another field of the config was edited; or if there is no ``osscar.json``, as after
+        ``save_pretrained`` of transformers, so that what the model has seen is not known.
     """
     name = file_name(directory, "the checkpoint", "the directory that holds it")
     _check_dtype(dtype)
@@ -302,9 +342,10 @@ def load(
         manifest = read_manifest(path)
         if manifest is not None:
             check_unchanged(path, manifest.lineage.origin)
-        if manifest is None or manifest.stock:
-            model = TransformersOrigin.of_directory(path).read_stock(path, dtype)
-            return _checked(model, manifest, path)
+        whole = builder_of_whole(path, manifest)
+        if whole is not None:
+            return _checked(whole.read_stock(path, dtype), manifest, path)
+        assert manifest is not None  # whose plan it is
         stored = stored_in(path)
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
@@ -314,7 +355,7 @@ def load(
             builder = read_builder(manifest.lineage.origin, path)
             model = _dense(builder, stored or {}, path, dtype)
         fold(model, stored or {})  # what the pruned model has as a plain weight
-        for plan in manifest.lineage.plans:
+        for plan in manifest.lineage.replayed:
             model = _carried_out(model, plan, path)
         check_tensors(model, stored or {}, path)
     except DESCRIPTION_ERRORS as error:
@@ -365,7 +406,8 @@ def _check_companions(tokenizer: Any, report: Any) -> None:
     """Refuse what cannot be written beside the weights, before they are."""
     if tokenizer is not None and not hasattr(type(tokenizer), "save_pretrained"):
         raise OptionError(
-            f"the tokenizer is {safe_repr(tokenizer)}; give one of transformers, or None"
+            f"the tokenizer is {safe_repr(tokenizer)}; give one of transformers, or an image "
+            "processor, or None"
         )
     try:
         if report is not None and not isinstance(report, Mapping):
@@ -410,7 +452,7 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
     config.architectures = [type(model).__name__]
     if is_on_disk(model):
         TransformersOrigin(type(model), config).write(model, path)
-        _write_tied_once(model, path)
+        _write_tied_once(model, path, parts_in_files(model))
         return
     original = model.config
     model.config = config
@@ -420,10 +462,12 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.config = original
 
 
-def _write_tied_once(model: PreTrainedModel, path: Path) -> None:
+def _write_tied_once(
+    model: PreTrainedModel, path: Path, parts: Mapping[str, Sequence[Part]] | None = None
+) -> None:
     """Write weights that lie on disk, and compare the file with them."""
     tensors, file = _tied_once(model), path / WEIGHTS_FILE
-    check_written(write_weights(tensors, file, {"format": "pt"}), file)
+    check_written(write_weights(tensors, file, {"format": "pt"}, parts), file)
 
 
 def _save_planned(model: nn.Module, path: Path) -> None:
@@ -456,25 +500,20 @@ def _tied_once(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensors[name].detach().contiguous() for name in once.values()}
 
 
-def _bring_code(
+def _list_shapes(
     model: nn.Module, lineage: Lineage, path: Path, example_inputs: Inputs | None
-) -> None:
-    """Let transformers read a planned checkpoint, if it can; the weights are written already."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    config = any_shape_config(model, lineage.plans)
+) -> str | None:
+    """Let transformers read a planned checkpoint, if it can, and return by which class it does.
+
+    The config says all then that the plans do.  The weights are written already.
+    """
+    config = any_shape_config(model) if isinstance(model, PreTrainedModel) else None
     if config is None:
-        return
-    TransformersOrigin(type(model), config).write(model, path)
-    shutil.copyfile(MODELLING_FILE, path / MODELLING_FILE.name)
-    name, cache = type(model).__name__, weight_cache(model)
+        return None
+    TransformersOrigin(type(model), config).write(model, path)  # and the code with it
+    Manifest.of(False, Lineage(origin=Origin(TransformersOrigin.library))).write(path)
     try:
-        again = (
-            read_any_shape(path, name)
-            if cache is None
-            else read_any_shape_streamed(path, name, cache)
-        )
-        _prove_same(model, again, example_inputs)
+        _prove_same(model, _read_again(model, path), example_inputs)
     except (*DESCRIPTION_ERRORS, OsscarError) as error:
         warnings.warn(
             f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})",
@@ -482,6 +521,9 @@ def _bring_code(
         )
         (path / MODELLING_FILE.name).unlink()
         TransformersOrigin(type(model), model.config).write(model, path)
+        return None
+    named = [name for name in getattr(config, CODE) if name not in ("AutoConfig", "AutoModel")]
+    return str(named[0]) if named else "AutoModel"
 
 
 def _order_metadata(path: Path) -> None:

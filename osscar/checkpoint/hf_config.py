@@ -2,9 +2,8 @@
 
 Where no stock config can, ``config.json`` names `modeling_pruned` in ``auto_map``, and lists every
 shape that is not that of the config (``osscar_shapes``); transformers then reads the checkpoint
-with that one small file of code beside it.  Where the family's own layers, each built from a config
-of its own, have these shapes, it also says so in the way that transformers has for that
-(``per_layer_config``), which other readers may follow without any of our code.
+with that one small file of code beside it, and refuses the directory without it: ``config.json``
+does not name the family, whose layers would all be built in one width.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from transformers.models.auto import modeling_auto
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.shrinking.attention import AnyHeads
+from osscar.shrinking.follow import counts
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 
@@ -51,10 +51,11 @@ COUNTS = re.compile(r"(^|[_.])heads?([_.]|$)|layers?$")
 shapes are cut in another way by other numbers."""
 
 SHAPES = "osscar_shapes"
-WIDTHS = "per_layer_config"
-_LENIENT = "allow_global_per_layer_attribute_access"
 CODE = "auto_map"
 """What `any_shape_config` adds to the config of a dense model."""
+
+_PER_LAYER = "per_layer_config"
+"""What transformers has since 5.14 for layers that differ, in families that build them so."""
 
 
 DESCRIPTION_ERRORS = (
@@ -85,14 +86,34 @@ def is_any_shape(config: Any) -> bool:
 
 
 def dense_config(config: Any) -> Any:
-    """Return the config of the dense model, in which no shapes are listed."""
+    """Return the family's own config of the dense model, in which no shapes are listed."""
     if not is_any_shape(config):
         return config
     config = copy.deepcopy(config)
-    setattr(config, WIDTHS, None)  # a property since transformers 5.14, and an attribute before
-    for name in (SHAPES, WIDTHS, _LENIENT, CODE):
-        vars(config).pop(name, None)
+    _forget_shapes(config)
     return config
+
+
+def _forget_shapes(config: Any) -> None:
+    """Make a config, in place, that of the dense model."""
+    config.__class__ = architecture(type(config))
+    for name in (SHAPES, CODE):
+        vars(config).pop(name, None)
+
+
+def architecture(kind: Any) -> Any:
+    """Return the class of transformers that a class of `modeling_pruned` makes smaller, or itself.
+
+    Such a class may be one of a copy of that file, which transformers has run.
+    """
+    own = getattr(kind, "original", None)
+    return own if isinstance(own, type) and issubclass(kind, own) else kind
+
+
+def class_of(kind: Any, config: Any) -> Any:
+    """Return what builds a model in the shapes that its config says: no code from a directory."""
+    own = architecture(kind)
+    return getattr(modeling_pruned, own.__name__) if is_any_shape(config) else own
 
 
 def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
@@ -101,14 +122,15 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
     A candidate is written from the plans and then tested: it has to pass the family's own
     validation, and the model built from it must have every tensor of the shrunk one in its shape.
     """
-    changes = _config_changes(model.config, plans)
+    dense = dense_config(model.config)
+    changes = _config_changes(dense, plans)
     if changes is None or not _is_stock(model):
         return None
     try:
-        config = type(model.config).from_dict({**model.config.to_dict(), **changes})
+        config = type(dense).from_dict({**dense.to_dict(), **changes})
     except DESCRIPTION_ERRORS:
         return None  # the family says itself that it cannot express these sizes
-    candidate = built(type(model), config)
+    candidate = built(architecture(type(model)), config)
     expressed = candidate is not None and _shapes_of(candidate) == _shapes_of(model)
     return config if expressed else None
 
@@ -120,18 +142,20 @@ def adopt_config(model: PreTrainedModel) -> None:
     that nobody needs.
     """
     plans = lineage_of(model).plans
-    changes = _config_changes(model.config, plans)
+    changes = _config_changes(dense_config(model.config), plans)
     if changes is None or stock_config(model, plans) is None:
         return
     # In place: every module holds a reference to the one config.
+    if is_any_shape(model.config):
+        _forget_shapes(model.config)
     for name, value in changes.items():
         setattr(model.config, name, value)
     adopted = model.config.to_dict()
     for module in model.modules():
-        own: Any = getattr(module, "config", None)
+        own: Any = dense_config(getattr(module, "config", None))
         if type(own) is type(model.config) and own.to_dict() == adopted:
             module.config = model.config  # of which some got a copy while it was not true yet
-    note(model, plans=())
+    note(model, plans=(), listed=0)
 
 
 def _is_stock(model: nn.Module) -> bool:
@@ -145,11 +169,16 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
     for plan in plans:
         heads = [group for group in plan.groups if group.kind is UnitKind.HEADS]
         neurons = [group for group in plan.groups if group.kind is UnitKind.NEURONS]
-        if len(heads) + len(neurons) < len(plan.groups):
+        experts = [group for group in plan.groups if group.kind is UnitKind.EXPERTS]
+        if len(heads) + len(neurons) + len(experts) < len(plan.groups):
             return None
         shares = {Fraction(len(group.kept), group.units) for group in heads}
         if len(shares) > 1 or not _change_widths(config, neurons, changes):
             return None
+        if len({(group.units, len(group.kept)) for group in experts}) > 1:
+            return None
+        for group in experts[:1]:
+            changes |= counts({**config.to_dict(), **changes}, group)
         for share in shares:
             if not _change_heads(config, share, changes):
                 return None
@@ -193,16 +222,17 @@ MODELLING_FILE = Path(modeling_pruned.__file__)
 """What is written beside the weights: a module of this package, as it stands."""
 
 
-def any_shape_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
+def any_shape_config(model: PreTrainedModel) -> Any:
     """Return a config from which `modeling_pruned` builds a model of these shapes, or None.
 
     None is returned where the model runs code that transformers does not have, where something
     other than shapes and numbers differs, or where its config already tells layers apart.
     """
-    config = copy.deepcopy(model.config)
-    if CODE in vars(config) or WIDTHS in config.to_dict():
+    config = copy.deepcopy(dense_config(model.config))
+    if CODE in vars(config) or _PER_LAYER in config.to_dict():
         return None
-    dense = built(type(model), config)
+    kind = architecture(type(model))
+    dense = built(kind, config)
     if dense is None or dense.state_dict().keys() != model.state_dict().keys():
         return None
     shapes: dict[str, Any] = {"tensors": _tensors(dense, model), "numbers": {}}
@@ -210,51 +240,39 @@ def any_shape_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> An
         modeling_pruned.resize(dense, shapes)
         shapes["numbers"] = _numbers(dense, model)
         modeling_pruned.resize(dense, {"tensors": {}, "numbers": shapes["numbers"]})
+        config.__class__ = getattr(modeling_pruned, type(config).__name__)
     except DESCRIPTION_ERRORS:
         return None
     if _tensors(dense, model) or _numbers(dense, model):
         return None
-    setattr(config, SHAPES, shapes)
-    setattr(config, CODE, dict(_auto_map(model)))
-    telling = _with_head_width(config)
-    widths = _widths(model, telling, plans)
-    if widths:
-        _tell_layers(telling, widths)
-    found = telling if widths else config
     # As pairs, which a search for the field that is replaced everywhere does not find.
-    fields = sorted(found.to_dict().items())
-    counts = [[name, value] for name, value in fields if _is_count(name, value)]
-    getattr(found, SHAPES)["counts"] = counts
-    return found
+    fields = sorted(config.to_dict().items())
+    shapes["counts"] = [[name, value] for name, value in fields if _is_count(name, value)]
+    setattr(config, SHAPES, shapes)
+    setattr(config, CODE, dict(_auto_map(kind, dense.config)))
+    return config
 
 
 def _is_count(name: str, value: Any) -> bool:
     """Tell whether a field has to be as it is for the shapes to be those of the model."""
     if isinstance(value, bool):
         return False
-    return name == WIDTHS or (isinstance(value, int | list) and bool(COUNTS.search(name)))
+    return isinstance(value, int | list) and bool(COUNTS.search(name))
 
 
-def read_any_shape(path: Path, name: str) -> nn.Module:
-    """Read a directory as transformers does with its remote code, which is a module of ours."""
-    model: nn.Module = getattr(modeling_pruned, name).from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    return model.eval()
-
-
-def _auto_map(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """Yield the automatic classes that know the architecture, and `AutoModel`, with the class."""
+def _auto_map(kind: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the automatic classes that know an architecture and its config, with the class."""
+    yield "AutoConfig", f"{MODELLING_FILE.stem}.{type(config).__name__}"
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
-        if not name.startswith("Auto") or mapping is None or type(model.config) not in mapping:
+        if not name.startswith("Auto") or mapping is None or type(config) not in mapping:
             continue
-        found = mapping[type(model.config)]
+        found = mapping[type(config)]
         found = found if isinstance(found, tuple) else (found,)
-        own = type(model) if type(model) in found else None
-        kind = found[0] if name == "AutoModel" else own
-        if kind is not None:
-            yield name, f"{MODELLING_FILE.stem}.{kind.__name__}"
+        own = kind if kind in found else None
+        known = found[0] if name == "AutoModel" else own
+        if known is not None:
+            yield name, f"{MODELLING_FILE.stem}.{known.__name__}"
 
 
 # ---- the table of shapes -----------------------------------------------------------------
@@ -289,7 +307,8 @@ def _kind(module: nn.Module | None) -> type:
     """Return a module's class; torch makes one for each module with a parametrization."""
     kind = type(module)
     parametrized = isinstance(module, nn.Module) and is_parametrized(module)
-    return kind.__bases__[0] if parametrized else kind
+    own: type = architecture(kind.__bases__[0] if parametrized else kind)
+    return own
 
 
 def _constants(module: nn.Module) -> dict[str, torch.Size]:
@@ -325,98 +344,3 @@ def _own_config(old: Any, new: Any, model: Any) -> dict[str, Any]:
     if config is None or config is model.config:
         return {}
     return dict(_differences(vars(old.config), vars(config)))
-
-
-# ---- per_layer_config --------------------------------------------------------------------
-
-
-def _with_head_width(config: Any) -> Any:
-    """Let a config name the width of a head, where it is derived from their number otherwise."""
-    config = copy.deepcopy(config)
-    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    known = isinstance(getattr(type(config), "head_dim", None), property)
-    known = known or getattr(config, "head_dim", None) is not None
-    if not known and isinstance(heads, int) and isinstance(hidden, int):
-        config.head_dim = hidden // heads
-    return config
-
-
-def _widths(
-    model: PreTrainedModel, config: Any, plans: Sequence[PruningPlan]
-) -> dict[str, dict[str, int]]:
-    """Return ``per_layer_config``: by layer, those fields of the config that differ there.
-
-    Empty where a layer that is built from it has other shapes, as in families that derive the
-    width of a head from the number of heads.
-    """
-    stack = _layers(model)
-    if stack is None:
-        return {}
-    name, layers = stack
-    widths: dict[int, dict[str, int]] = {}
-    for group in (group for plan in plans for group in plan.groups):
-        index = _layer_of(group, name)
-        if index is None:
-            return {}
-        own = widths.setdefault(index, {})
-        own.update(_narrower(config, group, own))
-    for index, old in enumerate(layers):
-        new = _layer(type(old), config, widths.get(index, {}), index)
-        if new is None or _shapes_of(new) != _shapes_of(old):
-            return {}
-    return {str(index): own for index, own in sorted(widths.items()) if own}
-
-
-def _tell_layers(config: Any, widths: Mapping[str, Mapping[str, int]]) -> None:
-    """Write the widths into a config, in a way that its own validation lets through.
-
-    That of LLaMA, as of transformers 5.24, reads the number of heads, which the config then does
-    not name any more, unless it is told that readers may see that of the dense model.
-    """
-    setattr(config, WIDTHS, widths)
-    validate = getattr(config, "validate", lambda: None)
-    try:
-        validate()
-    except RuntimeError:
-        setattr(config, _LENIENT, True)
-
-
-def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """Return the one list of all layers, and its name; None if there are several."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    return found[0] if len(found) == 1 else None
-
-
-def _layer_of(group: GroupPlan, stack: str) -> int | None:
-    """Return the one layer that a group lies in."""
-    pattern = re.compile(rf"{re.escape(stack)}\.(\d+)\.")
-    found = [pattern.match(slot.tensor) for slot in group.slots]
-    indices = {None if match is None else int(match[1]) for match in found}
-    return indices.pop() if len(indices) == 1 else None
-
-
-def _narrower(config: Any, group: GroupPlan, own: Mapping[str, int]) -> dict[str, int]:
-    """Return the fields of a layer's config that count the units of a group."""
-    changes: dict[str, int] = {}
-    fields = _HEAD_FIELDS if group.kind is UnitKind.HEADS else _WIDTH_FIELDS
-    for field in fields:
-        name = config.attribute_map.get(field, field)
-        old = own.get(name, getattr(config, name, None))
-        if type(old) is not int or (field == "num_key_value_heads" and old == 1):
-            continue  # one key head that all query heads share is never cut
-        if group.kind is UnitKind.HEADS or old == group.units:
-            changes[name] = group.scaled(old)
-    return changes
-
-
-def _layer(kind: Any, config: Any, own: Mapping[str, int], index: int) -> nn.Module | None:
-    """Build one layer from a config of its own."""
-    config = copy.deepcopy(config)
-    for name, value in own.items():
-        setattr(config, name, value)
-    return built(kind, config, layer_idx=index)

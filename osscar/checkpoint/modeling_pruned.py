@@ -12,11 +12,23 @@ import copy
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SIZES = {nn.Linear: ("out_features", "in_features"), Conv1D: ("nx", "nf"), nn.Module: ()}
 """What layers call the dimensions of their weight."""
+
+
+class PrunedConfig:
+    """Mixed into a config: it is written without the family, whose layers are all of one width."""
+
+    _auto_class = "AutoConfig"
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` says."""
+        told: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        told.pop("model_type", None)
+        return told
 
 
 class Pruned:
@@ -26,25 +38,16 @@ class Pruned:
     """The architecture."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # The classes of transformers know of one width; where the config tells that of each layer,
-        # it refuses to name one.  So that part comes back once the model is built.
         told = config.to_dict()
-        widths = told.get("per_layer_config")
         for name, count in config.osscar_shapes.get("counts", ()):
             if told.get(name) != count:
                 raise ValueError(
                     f"config.json has {name} {told.get(name)!r}, and its osscar_shapes are those "
                     f"of a model with {count!r}; set it back"
                 )
-        config.per_layer_config = None
-        try:
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            resize(self, config.osscar_shapes)
-        finally:
-            if widths is None:
-                vars(config).pop("per_layer_config", None)
-            else:
-                config.per_layer_config = widths
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        resize(self, config.osscar_shapes)
+        refuse_one_count(self, config)
 
     # transformers reads the file that defines a class to tell what it can choose; that is not this.
 
@@ -72,7 +75,7 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If there is no such module, or it has no such number.
+        If there is no such module or tensor, it has no such number, or a shape does not fit.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
@@ -80,7 +83,9 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
     for name, shape in shapes["tensors"].items():
         path, _, attribute = name.rpartition(".")
         module = _find(modules, path, prefix)
-        old = getattr(module, attribute)
+        old = getattr(module, attribute, None)
+        if not isinstance(old, Tensor) or old.dim() != len(shape):
+            raise ValueError(f"osscar_shapes gives {name!r} a shape that it cannot have: {shape}")
         new = old.detach()[tuple(map(slice, shape))].clone()
         if isinstance(old, nn.Parameter):
             new = resized.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
@@ -100,6 +105,22 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
                 module.config = config
             else:
                 setattr(module, attribute, _number(module, path, attribute, value))
+
+
+def refuse_one_count(model: Any, config: Any) -> None:
+    """Refuse to be run by vLLM where an attention has other heads than the config says.
+
+    Its backend gives the config's number to all layers, and would read another's rows.
+    """
+    if config._attn_implementation != "vllm":
+        return
+    attentions = [path for path, module in model.named_modules() if hasattr(module, "is_causal")]
+    for name in config.osscar_shapes["tensors"]:
+        if any(f".{path}." in f".{name}" for path in attentions):
+            raise ValueError(
+                f"{name!r} has lost heads, and vLLM gives all layers as many as config.json names; "
+                "run the model by transformers, or prune neurons alone"
+            )
 
 
 def _find(modules: dict[str, nn.Module], path: str, prefix: str) -> Any:
@@ -122,9 +143,14 @@ def _number(owner: Any, path: str, name: str, value: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that `auto_map` in the config names: an architecture of transformers."""
+    """Make the class that `auto_map` in the config names: an architecture, or its config."""
     original = None if name.startswith("_") else getattr(transformers, name, None)
-    if not isinstance(original, type) or not issubclass(original, transformers.PreTrainedModel):
+    own = {"__module__": __name__, "__doc__": getattr(original, "__doc__", None)}
+    if isinstance(original, type) and issubclass(original, transformers.PretrainedConfig):
+        bases: tuple[type, ...] = (PrunedConfig, original)
+    elif isinstance(original, type) and issubclass(original, transformers.PreTrainedModel):
+        bases = (Pruned, original)
+        own["config_class"] = __getattr__(original.config_class.__name__)  # type: ignore[attr-defined]
+    else:
         raise AttributeError(f"{name!r} is no architecture of transformers")
-    own = {"__module__": __name__, "__doc__": original.__doc__, "original": original}
-    return globals().setdefault(name, type(name, (Pruned, original), own))
+    return globals().setdefault(name, type(name, bases, {**own, "original": original}))

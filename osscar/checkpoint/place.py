@@ -33,7 +33,7 @@ _CHECKPOINT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "modeling_pruned.py"),
 )
 """All that a directory may hold in order to be replaced, beside what its own manifest lists."""
 

@@ -7,6 +7,7 @@ written goes to its file tensor by tensor, with the bytes that the library would
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,6 @@ from osscar.base.errors import (
     OsscarError,
     first_line,
 )
-from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.admission import (
     check_tensors,
     check_unchanged,
@@ -31,9 +31,10 @@ from osscar.checkpoint.admission import (
     stored_in,
     structure,
 )
-from osscar.checkpoint.builders import TransformersOrigin, read_builder
-from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
+from osscar.checkpoint.builders import TransformersOrigin, builder_of_whole, read_builder
+from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS, is_any_shape
 from osscar.checkpoint.manifest import Manifest, read_manifest
+from osscar.checkpoint.regrouped import Part, chained, parts_in_files
 from osscar.checkpoint.stored import Stored, read_stored
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import Place, Slice
@@ -99,11 +100,13 @@ def _structure(
     path: Path, stored: Mapping[str, Stored], manifest: Manifest | None, dtype: torch.dtype | None
 ) -> nn.Module:
     """Build a model without its weights, in the shapes of those that are stored."""
-    if manifest is None or manifest.stock:
-        origin = TransformersOrigin.of_directory(path)
-        origin.check_stock(path)
-        build = partial(origin.build, dtype or number_format_of(origin.config, stored))
-        return structure(build, stored, path, pruned=False, computed=True)
+    whole = builder_of_whole(path, manifest)
+    if whole is not None:
+        whole.check_stock(path)
+        build = partial(whole.build, dtype or number_format_of(whole.config, stored))
+        pruned = is_any_shape(whole.config)
+        return structure(build, stored, path, pruned=pruned, computed=True)
+    assert manifest is not None  # whose plan it is
     builder = read_builder(manifest.lineage.origin, path)
     if not isinstance(builder, TransformersOrigin):
         raise CheckpointError(
@@ -111,21 +114,9 @@ def _structure(
         )
     build = partial(builder.build, dtype or number_format_of(builder.config, stored))
     model = structure(build, stored, path, pruned=True, computed=True)
-    for plan in manifest.lineage.plans:
+    for plan in manifest.lineage.replayed:
         slice_units(model, plan)
     return model
-
-
-def read_any_shape_streamed(path: Path, name: str, cache: WeightCache) -> nn.Module:
-    """Read a directory as `hf_config.read_any_shape` does, its weights on disk."""
-    kind = getattr(modeling_pruned, name)
-    config = kind.config_class.from_pretrained(path, local_files_only=True)
-    stored = read_stored(path)
-    build = partial(TransformersOrigin(kind, config).build, torch.float32)
-    model = structure(build, stored, path, pruned=True, computed=True)
-    check_tensors(model, stored, path)
-    _fill_from_disk(model, stored, path, cache)
-    return model.to(cache.device).eval()
 
 
 def _fill_from_disk(
@@ -135,12 +126,18 @@ def _fill_from_disk(
 
     The parameters are on 'meta', each in the number format in which it is read.
     """
-    places = dict(_places(stored))
+    places, parts = dict(_places(stored)), parts_in_files(model)
     prefix = getattr(model, "base_model_prefix", "")
+    known = {n: place.slice for name, place in places.items() for n in names_of(name, prefix)}
     for names, parameter in _tensors(model):
         found = [places[n] for name in names for n in names_of(name, prefix) if n in places]
         if parameter is None:
             continue
+        if not found:
+            rows = (
+                chained(n, tuple(parameter.shape), parts[n], known) for n in names if n in parts
+            )
+            found = [Place.of(values) for values in rows if values is not None]
         if not found:
             raise CheckpointError(
                 f"{path} holds no {names[0]!r}, or holds it in another form than "
@@ -223,21 +220,36 @@ def number_format_of(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
 
 
 def write_weights(
-    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    metadata: Mapping[str, str],
+    parts: Mapping[str, Sequence[Part]] | None = None,
 ) -> dict[str, bytes]:
     """Write a file of safetensors with the bytes that the library writes, tensor by tensor.
 
-    Return the SHA-256 of each tensor's bytes, by name.
+    Tensors that are named in `parts` are written as these.  Return the SHA-256 of the bytes of
+    each tensor in the file, by name.
     """
-    order, text = header_of(tensors, metadata)
+    written = {n: (parts or {}).get(n, (Part(n, tuple(t.shape)),)) for n, t in tensors.items()}
+    forms = {
+        part.name: torch.empty(part.shape, dtype=tensors[name].dtype, device="meta")
+        for name, own in written.items()
+        for part in own
+    }
+    order, text = header_of(forms, metadata)
+    ends = itertools.accumulate(forms[name].nbytes for name in order)
+    places = {n: 8 + len(text) + end - forms[n].nbytes for n, end in zip(order, ends, strict=True)}
     digests: dict[str, bytes] = {}
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            tensor = tensors[name]
-            written = as_bytes(values_of(tensor).contiguous().cpu())
-            out.write(written)
-            digests[name] = hashlib.sha256(written).digest()
+        for name in sorted(written, key=lambda name: places[written[name][0].name]):
+            values, done = as_bytes(values_of(tensors[name]).contiguous().cpu()), 0
+            for part in written[name]:
+                own = values[done : done + forms[part.name].nbytes]
+                out.seek(places[part.name])
+                out.write(own)
+                digests[part.name] = hashlib.sha256(own).digest()
+                done += len(own)
     return digests
 
 

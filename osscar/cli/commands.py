@@ -32,7 +32,7 @@ from osscar.cli.options import (
     request_options,
 )
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import PruningRequest
+from osscar.request import BOUND_ROUNDS, PruningRequest
 
 if TYPE_CHECKING:
     Asked: TypeAlias = Any
@@ -79,7 +79,10 @@ app = App(
 @app.command
 def demo(
     *,
-    out: Annotated[Path, Parameter(help="Where the smaller model goes.")] = Path("osscar-demo"),
+    out: Annotated[
+        Path | None,
+        Parameter(help="Where the smaller model goes; by default into a temporary directory."),
+    ] = None,
     backend: Backend = "local_search",
     json: Json = None,
 ) -> None:
@@ -99,7 +102,8 @@ def prune(
 
     Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
     channels of all layers share so that the model's outputs change least, or say with --heads,
-    --neurons and --channels what every layer keeps of each.  Under grouped-query attention a head
+    --neurons and --channels what every layer keeps of each, or, in a run of their own, with
+    --experts what every mixture keeps of its experts.  Under grouped-query attention a head
     is a key-value head with its query heads.  What is done is kept in OUT.run until the smaller
     model is saved: a run that was killed goes on when the same command is given again.
     """
@@ -192,31 +196,41 @@ def export(
     ],
     /,
     *,
-    format: Annotated[str, Parameter(help="gguf, of llama.cpp, or pt2, of torch.export.")] = "gguf",
+    format: Annotated[
+        str,
+        Parameter(help="gguf, of llama.cpp; onnx, of ONNX Runtime; or pt2, of torch.export."),
+    ] = "gguf",
     out: Annotated[
         Path | None,
         Parameter(help="The file; by default beside the directory, such as smaller-f16.gguf."),
     ] = None,
     dtype: Annotated[
-        str, Parameter(help="Number format of the matrices in gguf: f32, f16 or bf16.")
-    ] = "f16",
+        str | None,
+        Parameter(help="Number format of the matrices in gguf: f16 (the default), f32 or bf16."),
+    ] = None,
     against: Annotated[
         str | None,
         Parameter(
-            help="For pt2: code that builds the dense model, where the directory holds a pruned "
-            "model of your own code."
+            help="For onnx and pt2: code that builds the dense model, where the directory holds a "
+            "pruned model of your own code."
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        Parameter(
+            help="For onnx and pt2: an .npz or .safetensors file of what the model reads, two "
+            "samples or more, where it is not known what it was pruned with."
         ),
     ] = None,
     overwrite: Annotated[bool, Parameter(help="Replace a file of that format.")] = False,
     json: Json = None,
 ) -> None:
-    """Write a model for llama.cpp, whatever the widths of its layers, or for torch.export.
+    """Write a model for llama.cpp, ONNX Runtime or torch.export, whatever its layers' widths.
 
-    To gguf models of the LLaMA graph are written: LLaMA, Mistral, SmolLM2, Qwen2; to pt2 those
-    whose exported program was pruned (--form exported). The file is read back and compared with the
-    model before it takes its place.
+    To gguf LLaMA, Mistral, SmolLM2, Qwen2 and Qwen3 are written; to onnx and pt2 any model that
+    torch can trace. The file is read back and compared with the model before it takes its place.
     """
-    rooms.export.run(directory, format, out, dtype, against, overwrite, json)
+    rooms.export.run(directory, format, out, dtype, against, inputs, overwrite, json)
 
 
 @app.command
@@ -253,6 +267,9 @@ def solve(
     bound: Annotated[
         bool, Parameter(help="Add a lower bound where the backend gives none.")
     ] = False,
+    bound_rounds: Annotated[
+        int, Parameter(help="How long that bound is searched for: more rounds, smaller gaps.")
+    ] = BOUND_ROUNDS,
     list_problem: Annotated[
         bool, Parameter(help="Show what the file holds and who can take it.")
     ] = False,
@@ -263,7 +280,7 @@ def solve(
     if list_problem:
         rooms.solve.list_problem(file, keep, device, json)
     else:
-        rooms.solve.run(file, backend, keep, list(option), bound, device, json)
+        rooms.solve.run(file, backend, keep, list(option), bound, bound_rounds, device, json)
 
 
 @app.command

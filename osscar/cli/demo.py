@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from osscar.base.errors import CheckpointError
+from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
 from osscar.checkpoint.directory import load
-from osscar.checkpoint.manifest import PAGE_FILE, read_manifest
+from osscar.checkpoint.manifest import PAGE_FILE, is_checkpoint, read_manifest
 from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, document, out, say, say_next, write_json
 from osscar.cli.opening import quiet
@@ -26,56 +30,77 @@ from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table
 from osscar.shrinking.lineage import note
 
-_HEADS, _NEURONS = "3/4", "1/2"
+_SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
 _SOURCE = "osscar demo"
 """Stands as source in a directory that the demo wrote, and may replace."""
 
 
-def run(directory: Path, backend: str, json: Path | None) -> None:
+def run(directory: Path | None, backend: str, json: Path | None) -> None:
     """Prune the embedded model, and compare it with itself."""
     check_json_path(json)
-    # A directory that an earlier demo made may go; anything else may not.
-    ours = _made_by_demo(directory)
-    path = check_output(directory, overwrite=ours, inputs=(json,))
-    with quiet():
-        dense = load_model("demo", device="cpu")
-        note(dense.model, source=_SOURCE)
-        windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
-        result = prune(
-            dense.model, windows, heads=_HEADS, neurons=_NEURONS, backend=backend, device="cpu"
-        )
-        report = result.document(dense.model, windows, source=dense.source)
-        saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
-        comparison = compare(
-            load(saved.path, dtype=torch.float32), dense.model,
-            load_text(None, dense.tokenizer, seqlen=_SEQLEN),
-            path=saved.path, dense_path=dense.path,
-        )  # fmt: skip
+    with _given_or_temporary(directory) as where:
+        # A directory that an earlier demo made may go; anything else may not.
+        ours = _made_by_demo(where)
+        path = check_output(where, overwrite=ours, inputs=(json,))
+        with quiet():
+            dense = load_model("demo", device="cpu")
+            note(dense.model, source=_SOURCE)
+            windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
+            result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")
+            report = result.document(dense.model, windows, source=dense.source)
+            saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
+            comparison = compare(
+                load(saved.path, dtype=torch.float32), dense.model,
+                load_text(None, dense.tokenizer, seqlen=_SEQLEN),
+                path=saved.path, dense_path=dense.path,
+            )  # fmt: skip
+        evaluation = document("eval", 3, dataclasses.asdict(comparison))
+        content = {**report, "evaluation": evaluation}
+        write_text(saved.path / PAGE_FILE, prune_page(content))
     out.print(
-        f"pruned the embedded OPT model: {_HEADS} of the heads and {_NEURONS} of "
-        f"the neurons stay, chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
+        f"pruned the embedded OPT model to {_SPARSITY:.0%} of what its heads and neurons hold, "
+        f"chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
     out.print(layers_table(report["layers"]))
-    for line in (*run_lines(report), saved_line(saved, directory)):
+    for line in (*run_lines(report), saved_line(saved, where)):
         out.print(line)
     out.print(comparison_table(comparison))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
     say_next(
-        command_line("osscar", "inspect", directory),
-        "osscar prune smollm2-135m --neurons 0.7 --out smaller",
+        command_line("osscar", "inspect", where),
+        "osscar prune smollm2-135m --sparsity 0.3 --calibration FILE --out smaller",
     )
-    evaluation = document("eval", 3, dataclasses.asdict(comparison))
-    content = {**report, "evaluation": evaluation}
-    write_text(saved.path / PAGE_FILE, prune_page(content))
-    say(f"report: {directory / PAGE_FILE}")
+    say(f"report: {where / PAGE_FILE}")
     write_json(json, {**content, "saved": str(saved.path)})
 
 
-def _made_by_demo(directory: Path) -> bool:
+@contextmanager
+def _given_or_temporary(directory: Path | None) -> Iterator[Path]:
+    """Yield where the model goes; a temporary directory stays only if the block succeeds."""
+    if directory is not None:
+        yield directory
+        return
+    made = Path(tempfile.mkdtemp(prefix="osscar-demo-"))
     try:
+        yield made / "smaller"
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _made_by_demo(directory: Path) -> bool:
+    """Tell whether a demo wrote a directory, and refuse one with another checkpoint."""
+    manifest = None
+    try:
+        if not is_checkpoint(directory):
+            return False
         manifest = read_manifest(directory)
     except CheckpointError:
-        return False
-    return manifest is not None and manifest.lineage.source == _SOURCE
+        pass  # none that a demo wrote
+    except OSError:
+        return False  # such as a name that is too long, which is said when it is written
+    if manifest is None or manifest.lineage.source != _SOURCE:
+        raise OutputError(f"{directory} holds a checkpoint that is no demo's; give another --out")
+    return True

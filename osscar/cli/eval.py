@@ -139,9 +139,9 @@ def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedMod
             f"{pluralize(quality.tokens, 'token')} of {data.source} scored in {windows}, {special}"
             f"{chat_template_unused(loaded.tokenizer)}"
         )
-    labels = "" if data.labels is not None else " without labels"
-    name = data.sample_name if labels else f"labelled {data.sample_name}"
-    how_much = f"{pluralize(len(data), name)}{labels} scored"
+    scored = data.labels is not None and quality.classes_in is not None
+    name = f"labelled {data.sample_name}" if scored else data.sample_name
+    how_much = f"{pluralize(len(data), name)}{'' if scored else ' without labels'} scored"
     if isinstance(data, ImageSet):
         return how_much
     scores = "no output" if quality.classes_in is None else repr(quality.classes_in)

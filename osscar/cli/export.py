@@ -3,41 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from osscar.base.errors import OptionError
+from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, document, say, write_json
 from osscar.cli.opening import quiet
 from osscar.export.gguf import Exported, export_gguf
+from osscar.export.onnx import ExportedOnnx, export_onnx
 from osscar.export.pt2 import ExportedArchive, export_pt2
 from osscar.models import user_code
+
+_Traced: TypeAlias = ExportedOnnx | ExportedArchive
+
+_TRACED: dict[str, Callable[..., _Traced]] = {"onnx": export_onnx, "pt2": export_pt2}
+"""Formats of models of any sort, which are traced."""
 
 
 def run(
     directory: Path,
     format: str,
     out: Path | None,
-    dtype: str,
+    dtype: str | None,
     against: str | None,
+    inputs: str | None,
     overwrite: bool,
     json: Path | None,
 ) -> None:
-    """Write a model for llama.cpp or torch.export."""
-    check_json_path(json, inputs=(directory,), written=(out,))
-    if format not in ("gguf", "pt2"):
-        raise OptionError(f"--format is {format!r:.60}; give gguf or pt2")
-    if format == "gguf" and against is not None:
-        raise OptionError("--against is for pt2 and models of your own code; leave it away")
-    written: Exported | ExportedArchive
-    with quiet():
-        if format == "pt2":
-            dense = None if against is None else user_code.build(against)[0]
-            written = export_pt2(directory, out, dense=dense, overwrite=overwrite)
-        else:
-            written = export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
-    how = ""
-    if isinstance(written, Exported):
-        how = f", {written.dtype}; llama.cpp calls it {written.architecture!r}"
-    say(f"written: {written.path} ({written.bytes / 1e6:.1f} MB{how})")
+    """Write a model for llama.cpp, ONNX Runtime or torch.export."""
+    check_json_path(json, inputs=(directory, inputs), written=(out,))
+    if format != "gguf" and format not in _TRACED:
+        raise OptionError(f"--format is {format!r:.60}; give gguf, onnx or pt2")
+    written: Exported | _Traced
+    if format == "gguf":
+        for option, given in (("--against", against), ("--inputs", inputs)):
+            if given is not None:
+                raise OptionError(f"{option} is for onnx and pt2; leave it away")
+        with quiet():
+            written = export_gguf(directory, out, dtype=dtype or "f16", overwrite=overwrite)
+        how = [f"{written.dtype}; llama.cpp calls it {written.architecture!r}"]
+    else:
+        if dtype is not None:
+            raise OptionError("--dtype is for gguf; leave it away")
+        with quiet():
+            dense, example, _ = (None,) * 3 if against is None else user_code.build(against)
+            written = _TRACED[format](
+                directory,
+                out,
+                dense=dense,
+                example_inputs=example if inputs is None else inputs,
+                overwrite=overwrite,
+            )
+        how = []
+    say(f"written: {written.path} ({', '.join([f'{written.bytes / 1e6:.1f} MB', *how])})")
+    if isinstance(written, Exported) and written.padding:
+        say(
+            f"{written.padding} neurons of zeros were added, so that each layer has a multiple of "
+            "32 and llama.cpp can quantize it; prune with --round-to 32 to keep real ones instead"
+        )
+    if isinstance(written, ExportedOnnx):
+        for verb, tensors in (("takes", written.inputs), ("returns", written.outputs)):
+            told = ", ".join(f"{name} {tensor}" for name, tensor in tensors.items())
+            say(f"it {verb} {told}")
+        if written.uneven:
+            say(
+                f"{pluralize(written.uneven, 'convolution')} with a number of filters that is no "
+                "multiple of 4: ONNX Runtime is slower at these on CPUs; prune with --round-to 4"
+            )
+        if written.weights is not None:
+            say(f"its weights are in {written.weights.name} beside it: move both together")
     content = {"directory": str(directory), "format": format, **dataclasses.asdict(written)}
-    write_json(json, document("export", 1, {**content, "path": str(written.path)}))
+    paths = {key: str(value) for key, value in content.items() if isinstance(value, Path)}
+    write_json(json, document("export", 1, {**content, **paths}))

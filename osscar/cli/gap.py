@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
+from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import (
     check_input,
     check_json_path,
@@ -50,6 +52,7 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         exact_units=options.exact_units,
         window_units=options.units,
         windows=options.windows,
+        bound_rounds=options.bound_rounds,
         time_limit=options.time_limit,
         gap_tolerance=options.gap_tolerance,
         seed=options.seed,
@@ -64,14 +67,17 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
     with way_back(lambda: study.kept):
         ray = nullcontext() if options.ray is None else connected(options.ray)
         with quiet(), study.locked(), ray as cluster:
-            if not are_files:
-                _capture_model(study, sources[0], options)
-            elif not study.instances:
-                study.capture(_file_problems(sources))
-            jobs = cluster.workers if cluster else options.jobs or study.affordable_jobs()
-            records = study.run(design, jobs, executor=cluster)
+            began = time.perf_counter()
+            with profiled() as spent:
+                if not are_files:
+                    _capture_model(study, sources[0], options)
+                elif not study.instances:
+                    study.capture(_file_problems(sources))
+                jobs = cluster.workers if cluster else options.jobs or study.affordable_jobs()
+                records = study.run(design, jobs, executor=cluster)
+            stages = spent.of(time.perf_counter() - began)
             summary = summarize(records, study.trivial)
-            report = write_report(study, design, records, summary, jobs=jobs)
+            report = write_report(study, design, records, summary, jobs=jobs, stages=stages)
         out.print(cases_table(summary.layers))
         out.print(scores_table(summary))
         say(summary.answer)
@@ -84,6 +90,7 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
             "headline": list(summary.headline),
             "records": [dataclasses.asdict(record) for record in records],
             "trivial": [instance.name for instance in study.trivial],
+            "stages": stages,
         }
         write_json(options.json, document("gap", 2, content))
 
@@ -102,7 +109,8 @@ def _described(model: str, options: GapOptions) -> dict[str, Any]:
 
 def _capture_model(study: Study, model: str, options: GapOptions) -> None:
     """Capture the problems of a model; of a study that goes on, check that they are its own."""
-    loaded, data = opened(model, options, options.seed, device=options.device)
+    with timed(Stage.LOAD):
+        loaded, data = opened(model, options, options.seed, device=options.device)
     inputs = as_inputs(loaded.model, data)
     dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
     if study.instances:

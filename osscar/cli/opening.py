@@ -135,7 +135,7 @@ def opened(
 def say_preprocessing(data: Any) -> None:
     """Print what is done to an image, where data are images."""
     if isinstance(data, ImageSet):
-        say(f"images: {data.preprocessing.sentence()}")
+        say(f"images: {data.sentence()}")
 
 
 def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | int | None:

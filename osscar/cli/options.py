@@ -15,13 +15,13 @@ from cyclopts import Parameter, validators
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import KeepOption, PruningRequest
+from osscar.request import BOUND_ROUNDS, KeepOption, PruningRequest
 
 Model = Annotated[
     str,
     Parameter(
-        help="Model id, directory, `demo`, `smollm2-135m`, `torchvision:NAME`, or code of your own "
-        "that is imported and called: `module:function` or `file.py:function`."
+        help="Model id, directory, `demo`, `smollm2-135m`, `torchvision:NAME`, `timm:NAME`, or "
+        "code of your own that is imported and called: `module:function` or `file.py:function`."
     ),
 ]
 Json = Annotated[Path | None, Parameter(help="Also write what is printed, as JSON, to this file.")]
@@ -67,7 +67,8 @@ class OpenOptions:
     no_normalize: bool = False
     """Images are pixels / 255 as they are."""
     weights: Path | None = None
-    """Weights for a torchvision model or code of your own: .safetensors, or a state dict."""
+    """Weights for a model of torchvision or timm, or code of your own: .safetensors, or a state
+    dict."""
     trust_remote_code: Trust = False
 
 
@@ -238,6 +239,8 @@ class GapOptions(DataOptions):
     """Draw windows of this many units from larger problems, the rest held."""
     windows: int = 3
     """Windows for each problem and sparsity."""
+    bound_rounds: int = BOUND_ROUNDS
+    """How long the root bound is searched for: more rounds leave a smaller gap."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6

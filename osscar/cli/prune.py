@@ -200,12 +200,12 @@ class _Job:
                     recovery=recovery,
                 )  # fmt: skip
             logs.pruning.note(words, content)
-            tokenizer = loaded.tokenizer
+            tokenizer, companion = loaded.tokenizer, loaded.companion
             fits = not is_on_disk(loaded.model)
             del loaded  # saving holds the smaller model twice, and needs no dense one beside
             with timed(Stage.SAVE):
                 saved = result.save(
-                    path, tokenizer=tokenizer, report=content, overwrite=options.overwrite
+                    path, tokenizer=companion, report=content, overwrite=options.overwrite
                 )
             self._write_copies(content, saved)
             logs.remove()

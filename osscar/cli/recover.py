@@ -16,6 +16,7 @@ from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks, together
+from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, is_checkpoint
 from osscar.checkpoint.place import check_output
@@ -122,9 +123,10 @@ class _Job:
             saved = save(
                 recovery.model,
                 path,
-                tokenizer=smaller.tokenizer,
+                tokenizer=smaller.companion,
                 report=content,
                 page=recover_page(content),
+                picture=self._picture(),
                 overwrite=options.overwrite,
             )
             self._write_copies(content, saved)
@@ -151,6 +153,11 @@ class _Job:
         """Return the report that lies beside the pruned model, whatever is in it."""
         file = self.place / REPORT_FILE
         return read_json(file, dict[str, Any], limit=_LONGEST_REPORT) if file.is_file() else None
+
+    def _picture(self) -> bytes | None:
+        """Return the picture of what the groups keep, which recovery does not change."""
+        file = self.place / PICTURE_FILE
+        return file.read_bytes() if file.is_file() else None
 
     def _load(self) -> tuple[LoadedModel, LoadedModel, CalibrationData]:
         """Open both models, and draw what trains the smaller one."""
@@ -194,7 +201,10 @@ class _Job:
     def _check_same_tokens(self, data: CalibrationSet, dense: LoadedModel) -> None:
         """Refuse a dense model that reads other tokens."""
         theirs = dense.training(
-            text=self.options.text, windows=data.samples, seqlen=data.seqlen, seed=data.seed
+            text=self.options.text,
+            windows=data.samples,
+            seqlen=data.seqlen,
+            seed=self.request.seed,
         )
         if not (isinstance(theirs, CalibrationSet) and torch.equal(data.tokens, theirs.tokens)):
             raise ModelError(

@@ -24,10 +24,14 @@ from solvers import Solution, SubsetProblem, Verification
 def list_backends(json: Path | None) -> None:
     """Show all backends."""
     check_json_path(json)
-    infos = solvers.backends()
-    out.print(backends_table(infos))
-    rows = [dataclasses.asdict(info) for info in infos]
-    write_json(json, document("backends", 1, {"backends": rows}))
+    units, experts = solvers.backends(), solvers.backends(solvers.EXPERT_BACKENDS)
+    out.print(backends_table(units))
+    out.print(backends_table(experts, "of whole experts (osscar prune --experts)"))
+    rows = {
+        key: [dataclasses.asdict(info) for info in infos]
+        for key, infos in (("backends", units), ("expert_backends", experts))
+    }
+    write_json(json, document("backends", 1, rows))
 
 
 def list_problem(file: Path, keep: int | None, device: str, json: Path | None) -> None:
@@ -43,6 +47,7 @@ def run(
     keep: int | None,
     option: list[str],
     bound: bool,
+    bound_rounds: int,
     device: str,
     json: Path | None,
 ) -> None:
@@ -55,7 +60,12 @@ def run(
         )
     with quiet():
         solution = solvers.solve(
-            problem, backend, device=target, bound=bound, options=parse_options(option)
+            problem,
+            backend,
+            device=target,
+            bound=bound,
+            bound_rounds=bound_rounds,
+            options=parse_options(option),
         )
         verification = solution.verify()
     _print_solution(solution, verification)
@@ -136,6 +146,9 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
             f"no support has a loss below {solution.lower_bound:.9g}, so that the gap is "
             f"{solution.gap:.4%} ({solution.bound_from})"
         )
+    if math.isfinite(solution.bound_limit):
+        least = max(0.0, 1 - solution.bound_limit / solution.loss) if solution.loss > 0 else 0.0
+        say(f"no bound of this kind leaves a gap below {least:.4%}")
     say(f"{solution.status.name}: {solution.status.value}")
     say(f"{solution.seconds:.2f} s, {pluralize(solution.iterations, 'iteration')}")
     say(

@@ -21,7 +21,7 @@ Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
 
 CalibrationData: TypeAlias = CalibrationSet | SampleSet
-"""What `osscar.load_calibration`, `osscar.load_images` and `osscar.load_tensors` return."""
+"""What `osscar.load_calibration`, `osscar.load_images` and their like return."""
 
 _EXAMPLE_TOKENS = 16
 
@@ -171,7 +171,8 @@ def _noise_like(batch: Batch, generator: torch.Generator) -> Batch:
 _FORMS = (
     "give token windows, images, or tensors with one sample for each entry of their first "
     "dimension: one, a tuple in the order of the model's arguments, or a mapping by their names; "
-    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each"
+    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each; or "
+    "a loader, a data set or a list of batches, as osscar.load_batches reads them"
 )
 
 
@@ -195,17 +196,19 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     ModelError
         If the model does not tell what it takes.
     """
-    _check_signature(model)
+    check_signature(model)
     if isinstance(calibration, CalibrationSet):
         return _windows(model, calibration.tokens)
     alone = isinstance(calibration, Tensor)
     fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
     if alone and hasattr(model, "get_input_embeddings") and not fractions:
         return _windows(model, calibration)
-    if isinstance(calibration, list):
-        return _apart(model, calibration)
     of_set = isinstance(calibration, SampleSet)
-    tensors = _by_name(model, calibration.arguments() if of_set else calibration)
+    given = calibration.arguments() if of_set else calibration
+    if isinstance(given, list):
+        classes = of_set and calibration.classifies
+        return ModelInputs({}, classes=classes, apart=samples_apart(model, given))
+    tensors = _by_name(model, given)
     if tensors is None:
         raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     check_tensors(tensors)
@@ -219,7 +222,7 @@ _WRAPPED = ("_orig_mod", "module")
 _ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _check_signature(model: nn.Module) -> None:
+def check_signature(model: nn.Module) -> None:
     """Refuse models whose forward pass does not tell what it takes."""
     kind = type(model).__name__
     try:
@@ -244,10 +247,16 @@ def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
             f"calibration windows must be int64 (samples, seqlen) and not empty, not "
             f"{windows.dtype} of {tuple(windows.shape)}"
         )
+    _check_tokens(model, windows)
+    return ModelInputs({"input_ids": windows}, tokens=True, classes=True)
+
+
+def _check_tokens(model: nn.Module, windows: Tensor) -> None:
+    """Refuse more tokens at once, or others, than the model takes."""
     context = context_length(model)
-    if context is not None and windows.shape[1] > context:
+    if context is not None and windows.shape[-1] > context:
         raise DataError(
-            f"calibration windows have {windows.shape[1]} tokens and the model takes "
+            f"calibration windows have {windows.shape[-1]} tokens and the model takes "
             f"{context}; give a smaller window length (--seqlen)"
         )
     known = _vocabulary(model)
@@ -256,14 +265,20 @@ def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
             f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
             f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
         )
-    return ModelInputs({"input_ids": windows}, tokens=True, classes=True)
 
 
-def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
-    """Refuse samples with arguments that the model does not have, or that are not of one form."""
+def samples_apart(model: nn.Module, samples: Sequence[Any]) -> tuple[Batch, ...]:
+    """Return samples that run one by one by the names of the model's arguments.
+
+    Raises
+    ------
+    DataError
+        If there are none, or they have arguments that the model does not have, or are not all of
+        one form.
+    """
     if not samples:
         raise DataError("the calibration data are an empty list; give samples")
-    named = []
+    named: list[Batch] = []
     for one in samples:
         sample = None if isinstance(one, Tensor) else _by_name(model, one)
         if sample is None:
@@ -286,9 +301,11 @@ def _apart(model: nn.Module, samples: Sequence[Any]) -> ModelInputs:
             for tensors in [{name: t} for name, t in sample.items()] or [{}]:
                 check_tensors(tensors)  # each alone, since samples are no entries
             check_arguments(model, sample)
+            if hasattr(model, "get_input_embeddings") and "input_ids" in sample:
+                _check_tokens(model, sample["input_ids"])
         except DataError as error:
             raise DataError(f"sample {index}: {error}") from error
-    return ModelInputs({}, apart=tuple(named))
+    return tuple(named)
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -360,6 +377,12 @@ def check_arguments(
                 f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
                 f"({', '.join(given) or 'none'}); name them after the arguments that read them"
             )
+
+
+def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of all arguments that a model's forward pass has names for."""
+    takes = inspect.signature(model.forward).parameters.values()
+    return tuple(one.name for one in takes if one.kind not in _ANYTHING)
 
 
 def needed_arguments(

@@ -1,15 +1,17 @@
-"""Images for calibration and evaluation: a directory or an ``.npz`` file, decoded when needed."""
+"""Images for calibration and evaluation, from files or data sets, decoded when needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import digest
@@ -22,7 +24,7 @@ from osscar.data.preprocessing import (
     as_preprocessing,
     check_stated,
 )
-from osscar.data.samples import IMAGES, LABELS, SampleSet
+from osscar.data.samples import IMAGES, LABELS, SampleSet, columns_of
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -30,6 +32,9 @@ _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 )
+
+_GRAY = frozenset({"1", "L", "LA", "La"})
+"""What PIL calls images in shades of gray."""
 
 _LONGEST = 200
 """How many times longer than wide an image may be; it is resized by its shorter side."""
@@ -44,7 +49,7 @@ class ImageSet(SampleSet):
     source
         Where they come from, in words.
     items
-        Paths of files, or arrays (height, width, 3) or (height, width) uint8.
+        Paths of files, images of PIL, or arrays (height, width, 3) or (height, width) uint8.
     preprocessing
         What is done to an image before the model sees it.
     labels
@@ -56,7 +61,7 @@ class ImageSet(SampleSet):
     sample_name: ClassVar[str] = "image"
 
     source: str
-    items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
+    items: Sequence[Any] | np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
     preprocessing: AnyPreprocessing
     labels: Tensor | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
@@ -132,6 +137,14 @@ class ImageSet(SampleSet):
         found = {"source": self.source, "images": self.fingerprints(), "samples": len(self)}
         return {**found, "preprocessing": self.preprocessing.record()}
 
+    def sentence(self) -> str:
+        """Say what is done to the images, and how many of them are grayscale where that counts."""
+        told = self.preprocessing.sentence()
+        gray = sum(map(_is_gray, self.items)) if self.preprocessing.mode == "RGB" else 0
+        if gray:
+            told += f"; {gray:,} of {len(self):,} are grayscale, repeated in each channel"
+        return told
+
     def fingerprints(self) -> list[str]:
         """Return a short hash of each image as it is stored, to recognize it by."""
         return [digest(_stored(item))[:16] for item in self.items]
@@ -149,9 +162,12 @@ class ImageSet(SampleSet):
         item, mode = self.items[index], self.preprocessing.mode
         if isinstance(item, np.ndarray):
             return Image.fromarray(item).convert(mode)
+        if isinstance(item, Image.Image):
+            _check_form(f"image {index} of {self.source}", item)
+            return item.convert(mode)
         try:
             with Image.open(item, formats=_IMAGE_FORMATS) as image:
-                _check_form(item, image)
+                _check_form(str(item), image)
                 return image.convert(mode)
         except DataError:
             raise
@@ -164,39 +180,55 @@ class ImageSet(SampleSet):
             ) from error
 
 
-def _check_form(item: Path, image: Any) -> None:
+def _check_form(item: str, image: Any) -> None:
     """Refuse images that a conversion to 8 bits would clip, or that resizing would blow up."""
     if image.mode.startswith(("I", "F")):
         raise DataError(
-            f"{str(item)!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to "
-            "8 bits"
+            f"{item!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to 8 bits"
         )
     if max(image.size) > _LONGEST * min(image.size):
         raise DataError(
-            f"{str(item)!r} has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} "
+            f"{item!r} has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} "
             "times longer than wide; cut it"
         )
 
 
-def _stored(item: Path | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+def _is_gray(item: Any) -> bool:
+    """Whether an image is stored in shades of gray; what cannot be opened is found out later."""
+    from PIL import Image
+
     if isinstance(item, np.ndarray):
-        return item.tobytes()
+        return item.ndim == 2
+    if isinstance(item, Image.Image):
+        return item.mode in _GRAY
+    try:
+        with Image.open(item, formats=_IMAGE_FORMATS) as image:
+            return image.mode in _GRAY
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
+        return False
+
+
+def _stored(item: Any) -> bytes:
+    if not isinstance(item, Path):
+        return item.tobytes()  # type: ignore[no-any-return]
     try:
         return item.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
-def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model") -> ImageSet:
-    """Find images by path.
+def load_images(spec: Any, preprocessing: Any, *, reader: str = "a model") -> ImageSet:
+    """Find images by path, or take them from a data set.
 
     Parameters
     ----------
     spec
         A directory (searched through; if all its images lie in subdirectories, these are classes,
         in alphabetical order), or an ``.npz`` file with ``images`` (n, height, width, 3) uint8 and
-        perhaps ``labels`` (n,).  ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.  For
-        models that read one channel images may be (n, height, width) or (n, height, width, 1).
+        perhaps ``labels`` (n,).  ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.
+        Grayscale images are (n, height, width) or (n, height, width, 1).  Or a list or data set of
+        images of PIL: alone, in pairs (image, label), or in rows such as those of a
+        ``datasets.Dataset``, of which one column holds images, and ``label`` perhaps the class.
     preprocessing
         What is done to an image: an `osscar.Preprocessing`, such as that of a loaded model, a
         classification preset of torchvision, or a function from a PIL image to a tensor, which is
@@ -214,7 +246,8 @@ def load_images(spec: str | Path, preprocessing: Any, *, reader: str = "a model"
     """
     preprocessing = as_preprocessing(preprocessing, "the caller")
     check_stated(preprocessing, reader)
-    images = _found(spec, preprocessing)
+    named = isinstance(spec, str | Path)
+    images = _found(spec, preprocessing) if named else _from_rows(spec, preprocessing)
     if isinstance(preprocessing, OwnTransform):
         preprocessing.check(images.decoded(0))
     return images
@@ -260,7 +293,7 @@ def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> Ima
     images, labels = (f"{part}_{name}" if part else name for name in (IMAGES, LABELS))
 
     def wanted(headers: Mapping[str, Any]) -> list[str]:
-        _check_headers(path, headers, images, labels, gray=preprocessing.mode == "L")
+        _check_headers(path, headers, images, labels)
         return [name for name in (images, labels) if name in headers]
 
     try:
@@ -274,9 +307,112 @@ def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> Ima
     return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
 
 
-def _check_headers(
-    path: Path, headers: Mapping[str, Header], images: str, labels: str, *, gray: bool
-) -> None:
+# ---- data sets ---------------------------------------------------------------------------
+
+
+_ROW = ""
+"""The column of an image that is a row by itself."""
+
+
+def is_image(value: Any) -> bool:
+    """Tell whether something is an image of PIL; nothing is imported for it."""
+    kind = type(value)
+    return hasattr(kind, "convert") and hasattr(kind, "resize") and hasattr(kind, "getbands")
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Sequence[Any]):
+    """The images of a data set, each looked up when it is needed, in a column or as the row."""
+
+    data: Any
+    column: str | int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.data[index]
+        found = row if self.column == _ROW else row[self.column]
+        if not is_image(found):
+            raise DataError(
+                f"row {index} of the images is a {type(found).__name__}, and row 0 an image; give "
+                "images of PIL"
+            )
+        return found
+
+
+def image_column(row: Any) -> str | int | None:
+    """Return where in a row there is an image of PIL; None if there is none."""
+    if is_image(row):
+        return _ROW
+    several = row if isinstance(row, tuple | list) else ()
+    entries = row.items() if isinstance(row, Mapping) else enumerate(several)
+    return next((name for name, value in entries if is_image(value)), None)
+
+
+def has_images(data: Any) -> bool:
+    """Tell whether rows can be looked up in data, the first of which has an image of PIL."""
+    return _is_lookable(data) and len(data) > 0 and image_column(data[0]) is not None
+
+
+def _is_lookable(data: Any) -> bool:
+    known = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
+    return known and not isinstance(data, Mapping | IterableDataset)
+
+
+def _from_rows(data: Any, preprocessing: AnyPreprocessing) -> ImageSet:
+    what = type(data).__name__
+    if not _is_lookable(data):
+        raise DataError(
+            f"no images can be looked up in {what}; give a directory, an .npz file, a data set "
+            "with a length, or a list of some of its images"
+        )
+    if len(data) == 0:
+        raise DataError(f"{what} is empty; give images")
+    column = image_column(data[0])
+    if column is None:
+        there = ", ".join(data[0]) if isinstance(data[0], Mapping) else type(data[0]).__name__
+        raise DataError(
+            f"the rows of {what} hold no image of PIL ({there}); tensors are calibrated and scored "
+            "as they are, by osscar.load_batches"
+        )
+    labels, classes = _labels_of(data)
+    return ImageSet(
+        f"{what}, {pluralize(len(data), 'image')}",
+        _Rows(data, column),
+        preprocessing,
+        labels,
+        classes,
+    )
+
+
+def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Return the class of each row, and the names of classes as far as a data set tells them.
+
+    Columns of `datasets` are read without the images, and so are the `targets` of torchvision.
+    """
+    columns = [name for name in ("label", LABELS) if name in columns_of(data)]
+    names, targets = getattr(data, "classes", ()), getattr(data, "targets", None)
+    found: list[Any]
+    if columns:
+        found = list(data[columns[0]])
+        names = getattr(data.features[columns[0]], "names", ())
+    elif targets is not None:
+        found = torch.as_tensor(targets).tolist()
+    else:
+        found = [_label(data[index]) for index in range(len(data))]
+    if not all(isinstance(one, Integral) for one in found):
+        return None, ()
+    return torch.tensor(found, dtype=torch.int64), tuple(map(str, names))
+
+
+def _label(row: Any) -> Any:
+    if isinstance(row, Mapping):
+        return next((row[name] for name in ("label", LABELS) if name in row), None)
+    return row[1] if isinstance(row, tuple | list) and len(row) == 2 else None
+
+
+def _check_headers(path: Path, headers: Mapping[str, Header], images: str, labels: str) -> None:
     """Refuse arrays of a wrong form."""
     if images not in headers:
         raise DataError(
@@ -285,11 +421,11 @@ def _check_headers(
         )
     shape, dtype = headers[images]
     color = len(shape) == 4 and shape[-1] == 3
-    fits = color or (gray and (len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)))
+    fits = color or len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)
     if not fits or dtype != np.uint8 or min(shape) < 1:
-        form = "(n, height, width, 3)" + (" or (n, height, width)" if gray else "")
         raise DataError(
-            f"{images} in {str(path)!r} must be uint8 {form} and not empty, not {dtype} of {shape}"
+            f"{images} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, width) "
+            f"and not empty, not {dtype} of {shape}"
         )
     found = headers.get(labels)
     if found is not None and (found[0] != shape[:1] or found[1].kind not in "iu"):

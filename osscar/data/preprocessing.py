@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import random
 import re
@@ -16,9 +15,10 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.base.errors import DataError, MissingDependency, OptionError, first_line
+from osscar.base.errors import DataError, OptionError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.json_files import STRICT
+from osscar.base.optional import import_torchvision
 from osscar.base.printable import pluralize
 
 _DRAWS = 8
@@ -134,10 +134,15 @@ class Preprocessing:
 
     @classmethod
     def of(cls, transforms: Any) -> Preprocessing:
-        """Read the numbers of what ``weights.transforms()`` of torchvision returns."""
+        """Read the numbers of what ``weights.transforms()`` of torchvision returns.
+
+        Those of segmentation cut nothing; here the centre of an image is cut, so that all have one
+        size.
+        """
+        resized = int(transforms.resize_size[0])
         return cls(
-            resize=int(transforms.resize_size[0]),
-            crop=int(transforms.crop_size[0]),
+            resize=resized,
+            crop=int(transforms.crop_size[0]) if hasattr(transforms, "crop_size") else resized,
             mean=tuple(map(float, transforms.mean)),
             std=tuple(map(float, transforms.std)),
             interpolation=transforms.interpolation.value,
@@ -438,14 +443,3 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def _in_words(size: Size) -> str:
     return f"{size[0]} x {size[1]}" if isinstance(size, tuple) else f"a shorter side of {size}"
-
-
-def import_torchvision(module: str) -> Any:
-    """Import a module of torchvision; MissingDependency if it is not installed."""
-    try:
-        return importlib.import_module(f"torchvision.{module}")
-    except ImportError as error:
-        raise MissingDependency(
-            "images and torchvision's models need the package 'torchvision'; install it with "
-            "pip install 'osscar[vision]'"
-        ) from error

@@ -28,8 +28,11 @@ LABELS = "labels"
 class SampleSet(ABC):
     """Samples of one kind, with labels or without."""
 
-    sample_name: ClassVar[str]
+    sample_name: ClassVar[str] = "sample"
     """What one of them is called."""
+
+    alone: ClassVar[bool] = False
+    """Whether each is a batch of its own, as it differs from others in size."""
 
     source: str
     labels: Tensor | None
@@ -39,16 +42,17 @@ class SampleSet(ABC):
         """Return how many there are."""
 
     @abstractmethod
-    def arguments(self) -> tuple[Tensor, ...] | Mapping[str, Tensor]:
-        """Return all of them as a model reads them, by position or by name."""
+    def arguments(self) -> tuple[Tensor, ...] | Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
+        """Return all of them as a model reads them, by position or by name, or one by one."""
 
     @abstractmethod
     def fingerprints(self) -> list[str]:
         """Return a short hash of each sample, to recognize it by."""
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what reports say: where they come from, and by what they are recognized."""
+        found = self.fingerprints()
+        return {"source": self.source, "fingerprints": found, "samples": len(self)}
 
     @abstractmethod
     def batches(self, size: int) -> Iterator[Any]:
@@ -116,6 +120,16 @@ class SampleSet(ABC):
                     f"{shared} of {pluralize(len(self), self.sample_name)} calibrated or "
                     f"recovered this model ({source}); score others"
                 )
+
+
+def has_columns(data: Any) -> bool:
+    """Tell whether it is a data set of `datasets`, or one like those."""
+    return hasattr(type(data), "column_names")
+
+
+def columns_of(data: Any) -> tuple[str, ...]:
+    """Return the names of its columns, as far as they are known; none of anything else."""
+    return tuple(data.column_names or ()) if has_columns(data) else ()
 
 
 def named_generator(name: str, seed: int) -> torch.Generator:

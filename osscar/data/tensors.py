@@ -42,25 +42,13 @@ class TensorSet(SampleSet):
         values, or the numbers of samples differ.
     """
 
-    sample_name: ClassVar[str] = "sample"
-
     source: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     labels: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_tensors(self.tensors)
-        labels = self.labels
-        if labels is None:
-            return
-        whole = isinstance(labels, Tensor) and _kind(labels) == "whole"
-        if not whole or labels.shape[:1] != (len(self),):
-            tensor = isinstance(labels, Tensor)
-            given = f"{labels.dtype} of {tuple(labels.shape)}" if tensor else safe_repr(labels)
-            raise DataError(
-                f"the labels must be {len(self)} whole numbers, one a sample, not {given}"
-            )
-        object.__setattr__(self, "labels", labels.to(torch.int64))
+        object.__setattr__(self, "labels", _checked_labels(self.labels, len(self)))
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -86,11 +74,6 @@ class TensorSet(SampleSet):
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
 
-    def describe(self) -> dict[str, Any]:
-        """Return what reports say: the source, and each sample's fingerprint."""
-        found = self.fingerprints()
-        return {"source": self.source, "fingerprints": found, "samples": len(self)}
-
     def fingerprints(self) -> list[str]:
         """Return a short hash of each sample, whatever its number format, to recognize it by."""
         tensors = [(name, _comparable(self.tensors[name])) for name in sorted(self.tensors)]
@@ -98,6 +81,70 @@ class TensorSet(SampleSet):
             digest(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))[:16]
             for row in range(len(self))
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleList(SampleSet):
+    """Samples of sizes of their own, such as graphs or sequences; each runs alone.
+
+    Parameters
+    ----------
+    source
+        Where they come from, in words.
+    samples
+        Each as the model reads it: tensors by the names of the arguments, of any dimensions.
+    labels
+        The right class of each, (n,) of whole numbers, which become int64, or None.
+
+    Raises
+    ------
+    DataError
+        If labels are no such numbers.
+    """
+
+    alone: ClassVar[bool] = True
+
+    source: str
+    samples: Sequence[Mapping[str, Tensor]] = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _checked_labels(self.labels, len(self)))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def arguments(self) -> list[Mapping[str, Tensor]]:
+        """Return the samples."""
+        return list(self.samples)
+
+    def _rows(self, rows: Tensor) -> SampleList:
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, samples=[self.samples[row] for row in rows.tolist()], labels=labels)
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the samples, one at a time whatever the size."""
+        yield from map(dict, self.samples)
+
+    def fingerprints(self) -> list[str]:
+        """Return a short hash of each sample, whatever its number format, to recognize it by."""
+        return [
+            digest(b"".join(_bytes(name, _comparable(one[name])) for name in sorted(one)))[:16]
+            for one in self.samples
+        ]
+
+
+def _checked_labels(labels: Any, count: int) -> Tensor | None:
+    """Return labels as int64, or refuse what are not as many whole numbers as there are samples."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        given = safe_repr(labels)
+    elif _kind(labels) == "whole" and labels.shape[:1] == (count,):
+        return labels.to(torch.int64)
+    else:
+        given = f"{labels.dtype} of {tuple(labels.shape)}"
+    raise DataError(f"the labels must be {count} whole numbers, one a sample, not {given}")
 
 
 def _comparable(tensor: Tensor) -> Tensor:
@@ -109,7 +156,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 def _bytes(name: str, values: Tensor) -> bytes:
     shape = f"{name} {values.dtype} {tuple(values.shape)} "
-    return shape.encode() + values.contiguous().numpy().tobytes()
+    return shape.encode() + values.detach().contiguous().numpy().tobytes()
 
 
 # ---- files -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from osscar.base.errors import (
     DataError,
-    MissingDependency,
     OptionError,
     first_line,
 )
 from osscar.base.files import digest
 from osscar.base.inputs import file_name, safe_repr
+from osscar.base.optional import optional
 from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
-from osscar.data.samples import named_generator
+from osscar.data.samples import has_columns, named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
 
 _BUILTIN = "builtin"
@@ -49,7 +48,7 @@ class CalibrationSet:
     source
         Where they come from, in words.
     seed
-        The seed that chose the windows.
+        The seed that chose the windows; None where none did.
     text_digest
         SHA-256 of the text, which is never to be scored; empty where it is not known.
     begins_with, ends_with
@@ -58,7 +57,7 @@ class CalibrationSet:
 
     tokens: Tensor
     source: str
-    seed: int
+    seed: int | None
     text_digest: str = ""
     begins_with: str = ""
     ends_with: str = ""
@@ -75,7 +74,9 @@ class CalibrationSet:
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, by what it is recognized, and what was drawn."""
+        told = {} if self.text_digest else {"fingerprints": self.fingerprints()}
         return {
+            **told,
             "source": self.source,
             "sha256": self.text_digest,
             "samples": self.samples,
@@ -85,19 +86,23 @@ class CalibrationSet:
             "ends_with": self.ends_with,
         }
 
+    def fingerprints(self) -> list[str]:
+        """Return a short hash of each window, where no text is known."""
+        return [digest(window.cpu().numpy().tobytes())[:16] for window in self.tokens]
+
     def sentence(self) -> str:
         """Say what there is."""
         ends = [("begins with", self.begins_with), ("ends with", self.ends_with)]
         special = " and ".join(f"{where} {tokens}" for where, tokens in ends if tokens)
         return (
             f"{pluralize(self.samples, 'window')} of {pluralize(self.seqlen, 'token')} of "
-            f"{self.source}, seed {self.seed}, "
+            f"{self.source}, {'' if self.seed is None else f'seed {self.seed}, '}"
             + (f"each {special}" if special else "without special tokens")
         )
 
 
 def load_calibration(
-    spec: str | Path | None,
+    spec: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 32,
@@ -113,7 +118,8 @@ def load_calibration(
         None or ``"builtin"``: the calibration part of the text that ships with Python, which
         neither trains the demo model nor scores anything. A path: a plain text file. Otherwise the
         name of a Hugging Face dataset with a ``text`` column, as ``NAME`` or ``NAME:CONFIG``; the
-        first rows of its training split are streamed.
+        first rows of its training split are streamed. Or such a dataset itself, of whose rows the
+        first are read.
     tokenizer
         The tokenizer of the model to calibrate.
     samples
@@ -136,8 +142,8 @@ def load_calibration(
         If a dataset is asked for and ``datasets`` is not installed.
     """
     check_windows(tokenizer, samples, seqlen, seed)
-    is_path = isinstance(spec, Path)
-    if spec is not None:
+    is_path, rows = isinstance(spec, Path), has_columns(spec)
+    if spec is not None and not rows:
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
     if spec == SELF and not is_path:
         raise OptionError(
@@ -145,12 +151,15 @@ def load_calibration(
             "(--calibration self, or load_model(..).calibration('self')); give a text, or ./self "
             "if that is a file"
         )
-    if spec is None or spec == _BUILTIN:
+    characters = samples * seqlen * _CHARACTERS_PER_TOKEN
+    if rows:
+        source = f"a {type(spec).__name__}"
+        text = _join_rows(spec, source, characters)
+    elif spec is None or spec == _BUILTIN:
         text, source = builtin_text(Split.CALIBRATION), "built-in text (pydoc topics)"
     elif is_path or _is_file_name(spec):
         text, source = _file_text(spec), spec
     else:
-        characters = samples * seqlen * _CHARACTERS_PER_TOKEN
         text, source = _dataset_text(spec, characters), f"dataset {spec}"
     return text_windows(
         tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source,
@@ -278,13 +287,8 @@ def _file_text(path: str) -> str:
 
 
 def _dataset_text(spec: str, characters: int) -> str:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise MissingDependency(
-            f"calibrating on the dataset {spec!r} needs the package 'datasets'; install it with "
-            "pip install 'osscar[data]', or give a text file"
-        ) from error
+    work = f"calibrating on the dataset {spec!r}"
+    datasets = optional("datasets", "data", work, ", or give a text file")
     name, _, config = spec.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)

@@ -18,9 +18,10 @@ from graph import CouplingGroup
 from osscar.allocation.curvature import held_batches, parts, small_batches
 from osscar.allocation.curves import curve_samples
 from osscar.base.devices import clock_of, resolve_device
-from osscar.base.errors import OptionError
+from osscar.base.errors import OptionError, RequestError
 from osscar.base.timing import Clock, Stage
 from osscar.checkpoint.directory import weight_bytes
+from osscar.data.loaders import read_once
 from osscar.estimation.stations import Timed, timed_stations
 from osscar.estimation.values import Estimate, Span
 from osscar.evaluation.forward import measuring_seconds
@@ -28,7 +29,6 @@ from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of
 from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import is_on_disk, weight_cache
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out
 from osscar.pruning.memory import Room, check_streamed, least_memory, put_out
@@ -72,6 +72,12 @@ def estimate_as_asked(
     >>> estimate.low <= estimate.seconds
     True
     """
+    if request.experts is not None:
+        raise RequestError(
+            "what it takes to prune whole experts is not estimated; on a few samples, prune itself "
+            "tells"
+        )
+    calibration = read_once(model, calibration)
     clock = clock_of(resolve_device(request.device)) if clock is None else clock
     began = clock()
     with prepare_for(model, calibration, request) as prepared:
@@ -169,7 +175,7 @@ def _factor_bytes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[
     held = largest = 0
     apart = held_batches(prepared, small_batches(prepared, curve_samples(prepared)))
     copies = 2 if apart else 1  # one of the samples that are held out
-    for part in parts(prepared.model, groups, copies):
+    for part in parts(prepared, groups, copies):
         shapes = [one.read_weight().shape for _, maps in part for one in maps]
         held = max(held, sum(4 * copies * (p * p + m * m) for p, m in shapes))
         largest = max(largest, *(8 * (4 * p * p + 2 * m * m) for p, m in shapes))
@@ -193,5 +199,5 @@ def _passes(request: PruningRequest, held: int, timed: Timed) -> int:
 def _log_bytes(prepared: Prepared, timed: Timed) -> int:
     """Return the bytes of refitted weights, which the log of a run keeps."""
     losing = (g for g in prepared.groups if timed.keep.get(g.name, g.units) < g.units)
-    maps = (one for group in losing for one in linear_maps(prepared.model, group))
+    maps = (one for group in losing for one in prepared.linear_maps(group))
     return sum(one.read_weight().numel() * one.number_format.itemsize for one in maps)

@@ -32,7 +32,6 @@ from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
 from osscar.estimation.values import LayerClass, Span, together
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.groups import held_out, solved
 from osscar.pruning.memory import Room
@@ -165,7 +164,7 @@ def layer_classes(prepared: Prepared, groups: Sequence[CouplingGroup]) -> tuple[
     """
     found: dict[tuple[Any, ...], list[CouplingGroup]] = {}
     for group in groups:
-        maps = linear_maps(prepared.model, group)
+        maps = prepared.linear_maps(group)
         forms = tuple((type(m.module), m.rows, m.fixed, m.outputs, m.number_format) for m in maps)
         found.setdefault((max(m.rows for m in maps), group.units, forms), []).append(group)
     classes: list[LayerClass] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from osscar.base.shown import Shown
 from osscar.base.timing import Stage
 
 
@@ -47,7 +48,7 @@ class LayerClass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Shown):
     """What a run will take.
 
     Parameters

@@ -11,6 +11,7 @@ from scipy.special import bdtrc
 from torch import nn
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError
+from osscar.data.loaders import read_once
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.quality import score
@@ -93,6 +94,7 @@ def score_dense(
     check_usable(model)
     if is_on_disk(model):
         return None
+    calibration = read_once(model, calibration)
     if isinstance(calibration, SampleSet) and calibration.labels is not None:
         return _score_labelled(model, calibration, classes)
     if isinstance(calibration, CalibrationSet) and calibration.seqlen > 1:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from osscar.base.inputs import whole_number
+from osscar.base.shown import Shown
+from osscar.data.loaders import read_once
 from osscar.evaluation.quality import task_of
 from osscar.evaluation.size import (
     Footprint,
@@ -32,7 +34,7 @@ _COMPARED = (
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
 
     Attributes
@@ -68,7 +70,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """A model beside its dense original.
 
     Attributes
@@ -191,6 +193,7 @@ def _evaluate_all(
     whole_number(new_tokens, "the number of new tokens", 1)
     whole_number(repetitions, "the number of repetitions", 1)
     models = [model for model, _ in candidates]
+    data = read_once(models[-1], data, whole=True)
     task = task_of(models, data, classes, batch_size)
     measured: list[tuple[Any, int | None]] = []
     with evaluating(*models), torch.no_grad():

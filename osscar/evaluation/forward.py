@@ -27,20 +27,24 @@ _SECONDS = 0.5
 def measure_forward(
     models: Sequence[nn.Module], batch: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Return size, operations and median seconds of models on the same batch, timed in turns."""
+    """Return size, operations and seconds of models on the same batch, timed in turns.
+
+    Seconds are a median, and ``seconds_between`` the quartiles: half of the turns lie in there.
+    """
     given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     positions = max((leaf.numel() for leaf in given), default=0)
     with _ready(models, positions):
         flops = [count_flops(model, batch) for model in models]
-        seconds = forward_seconds(models, [batch] * len(models), _REPETITIONS, _SECONDS)
+        turns = _turns(models, [batch] * len(models), _REPETITIONS, _SECONDS)
     return [
         {
             "parameters": count_parameters(model),
             "parameter_bytes": count_parameter_bytes(model),
             "flops": operations,
-            "seconds": median,
+            "seconds": statistics.median(seconds),
+            "seconds_between": _quartiles(seconds),
         }
-        for model, operations, median in zip(models, flops, seconds, strict=True)
+        for model, operations, seconds in zip(models, flops, turns, strict=True)
     ]
 
 
@@ -51,12 +55,27 @@ def forward_seconds(
     worthwhile: float | None = None,
 ) -> list[float]:
     """Return the median seconds of a forward pass of each model, interleaved."""
+    return list(map(statistics.median, _turns(models, batches, repetitions, worthwhile)))
+
+
+def _turns(
+    models: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    repetitions: int,
+    worthwhile: float | None,
+) -> list[list[float]]:
+    """Return the seconds of each model in each turn."""
     timings = [
         seconds_of(partial(forward, model, batch), clock_of(device_of(model)))
         for model, batch in zip(models, batches, strict=True)
     ]
-    taken = interleaved(timings, repetitions, "Timing", worthwhile=worthwhile)
-    return [statistics.median(seconds) for seconds in taken]
+    return interleaved(timings, repetitions, "Timing", worthwhile=worthwhile)
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    """Return the lower and the upper quartile of several values."""
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
 
 
 def measuring_seconds(passes: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleSet
-from osscar.data.tensors import TensorSet
+from osscar.data.tensors import SampleList, TensorSet
 from osscar.data.text import TextSet
 from osscar.data.tokens import CalibrationSet
 from osscar.evaluation.forward import forward_seconds
@@ -150,7 +151,7 @@ def task_of(
             )
     raise DataError(
         f"the data are a {type(data).__name__}; give what osscar.load_text, osscar.load_images, "
-        "osscar.load_tensors or osscar.load_calibration returns"
+        "osscar.load_tensors, osscar.load_batches or osscar.load_calibration returns"
     )
 
 
@@ -272,8 +273,8 @@ class _Samples:
         self, models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int
     ) -> None:
         self.models, self.data, self.classes, self.rows = models, data, classes, batch_size
-        self.sample = data.sample_name
-        if isinstance(data, TensorSet):
+        self.sample, self.alone = data.sample_name, data.alone
+        if isinstance(data, TensorSet | SampleList):
             for model in models:
                 as_inputs(model, data)
 
@@ -285,7 +286,7 @@ class _Samples:
             for batch in self.data.batches(self.rows):
                 if not done:
                     self._check_repeatable(batch)
-                count = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+                count = self._count(batch)
                 rows = slice(done, done + count)
                 raw = None if self.data.labels is None else self.data.labels[rows]
                 found = {id(m): self._outputs(m, batch, count, raw) for m in self.models}
@@ -300,8 +301,13 @@ class _Samples:
                 done += count
         return [tally.quality(done) for tally in tallies]
 
+    def _count(self, batch: Any) -> int:
+        if self.alone:
+            return 1
+        return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+
     def _check_repeatable(self, batch: Any) -> None:
-        first = slice(_FEW_SAMPLES)
+        first = slice(None if self.alone else _FEW_SAMPLES)
         few = batch[first] if isinstance(batch, Tensor) else {n: t[first] for n, t in batch.items()}
         for model in self.models:
             given = _arguments(model, few)
@@ -312,9 +318,17 @@ class _Samples:
         given = _arguments(model, batch)
         with _failures_named(model, given):
             result = call(model, given)
-        if labels is None and isinstance(self.data, ImageSet):
-            labels = torch.zeros(count)  # whoever reads images has a class for each
-        return _Outputs.of(model, result, count, labels)
+        if isinstance(self.data, ImageSet):  # of a classifier there is a class for each image
+            known = torch.zeros(count) if labels is None else labels
+            classifies = _classifies(result, count)
+            if labels is not None and not classifies:
+                warnings.warn(
+                    f"{type(model).__name__} puts out no scores of classes, so that the labels of "
+                    "images are left out",
+                    stacklevel=3,
+                )
+            labels = known if classifies else None
+        return _Outputs.of(model, result, count, labels, self.alone and "input_ids" in given)
 
     def example(self, model: nn.Module) -> tuple[Batch, int]:
         batch = _arguments(model, next(self.data.batches(1)))
@@ -324,7 +338,7 @@ class _Samples:
         self, models: Sequence[nn.Module], repetitions: int, new_tokens: int
     ) -> Sequence[SampleSpeed]:
         batches = [_arguments(model, next(self.data.batches(self.rows))) for model in models]
-        rows = min(self.rows, len(self.data))
+        rows = 1 if self.alone else min(self.rows, len(self.data))
         return [
             SampleSpeed(rows / seconds, rows, repetitions)
             for seconds in forward_seconds(models, batches, repetitions)
@@ -345,6 +359,12 @@ def _arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
     """Return a batch by the names of a model's arguments, as its weights are."""
     named = named_inputs(model, (batch,)) if isinstance(batch, Tensor) else batch
     return to_model(named, model)
+
+
+def _classifies(result: Any, count: int) -> bool:
+    """Whether a model that reads images puts out a matrix with a row for each, among others."""
+    tensors = [x for _, x in named_tensors(result) if x.is_floating_point()]
+    return not tensors or any(x.ndim == 2 and len(x) == count for x in tensors)
 
 
 @contextmanager
@@ -377,8 +397,18 @@ class _Outputs:
     scores: Tensor | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, result: Any, count: int, labels: Tensor | None) -> _Outputs:
-        """Take what a model returned for some samples, of which labels are known or not."""
+    def of(
+        cls,
+        model: nn.Module,
+        result: Any,
+        count: int,
+        labels: Tensor | None,
+        sequence: bool = False,
+    ) -> _Outputs:
+        """Take what a model returned for some samples, of which labels are known or not.
+
+        Of a sequence of tokens each position may have scores of classes.
+        """
         kind = type(model).__name__
         found = {
             name: one
@@ -399,10 +429,11 @@ class _Outputs:
             name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
             for name, one in found.items()
         }
-        place: int | None = 1
+        place: int | None = -1
         if labels is None:
             name, known = known_output(result)
-            if known is None or known.ndim != 2 or known.shape[1] < 2:
+            dimensions = (2, 3) if sequence else (2,)
+            if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
                 return cls(kind, exact)
         else:
             name, scored = scored_output(result, count, kind)

@@ -1,17 +1,20 @@
 """GGUF, the file format of llama.cpp, for models of the LLaMA graph with layers of any width.
 
-llama.cpp has one width for all layers in its architecture ``llama``, and one for each in ``deci``,
-which computes the same: there ``attention.head_count``, ``attention.head_count_kv`` and
-``feed_forward_length`` are arrays over the layers.  Everything else of the format is in
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Mixtures of experts are in `gguf_experts`.
 
-Both rotate neighbouring features of a head together, transformers those half a head apart, so that
-the rows of the query and key projections are put in another order.
+llama.cpp has one width for all layers in its architectures ``llama`` and ``qwen3``, and one for
+each in two others that compute the same: ``deci`` what ``llama`` does, and ``openelm`` what
+``qwen3`` does, which normalizes queries and keys.  There ``attention.head_count``,
+``attention.head_count_kv`` and ``feed_forward_length`` are arrays over the layers.  Everything else
+of the format is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+``llama`` and ``deci`` rotate neighbouring features of a head together, transformers and the others
+those half a head apart, so that for these two the rows of the query and key projections are put in
+another order.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,24 +23,75 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from osscar.base.errors import (
     EquivalenceError,
-    MissingDependency,
     ModelError,
     OptionError,
 )
 from osscar.base.files import atomic_write
+from osscar.base.optional import optional
 from osscar.checkpoint.directory import load
+from osscar.export.gguf_experts import (
+    in_parts,
+    mixture_sizes,
+    mixtures,
+    pad_experts,
+    why_no_mixture,
+)
 from osscar.export.gguf_tokens import add_value, vocabulary_fields
 from osscar.export.target import checked_target, checkpoint_directory
 
 FORMATS = ("f32", "f16", "bf16")
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
 
-_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""Whose graph, up to biases, is that of LLaMA."""
+
+@dataclass(frozen=True)
+class _Kind:
+    """Two architectures of llama.cpp that compute the same.
+
+    `alike` has one width for all layers, `each` one for each.  `neighbours` says whether they
+    rotate neighbouring features, and take other positions than the plain ones; `biased` whether
+    there is a place for biases; and `packed` whether `each` wants queries, keys and values in one
+    matrix, and reads its output matrix from the embedding.  Of mixtures of experts there is none
+    with one width for each, and `normalized` says whether a token's weights are divided by their
+    sum.
+    """
+
+    alike: str
+    each: str
+    neighbours: bool
+    biased: bool
+    packed: bool
+    normalized: bool | None = None
+
+
+def _mixture(
+    name: str, *, neighbours: bool = False, biased: bool = False, normalized: bool = False
+) -> _Kind:
+    return _Kind(name, "", neighbours, biased, packed=False, normalized=normalized)
+
+
+_LLAMA = _Kind("llama", "deci", neighbours=True, biased=True, packed=False)
+_QWEN3 = _Kind("qwen3", "openelm", neighbours=False, biased=False, packed=True)
+_FAMILIES = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _QWEN3,
+    "MixtralForCausalLM": _mixture("llama", neighbours=True, normalized=True),
+    "Qwen2MoeForCausalLM": _mixture("qwen2moe", biased=True),
+    "Qwen3MoeForCausalLM": _mixture("qwen3moe", normalized=True),
+    "OlmoeForCausalLM": _mixture("olmoe"),
+}
+
+_BLOCK = 32
+"""Numbers of a row that llama.cpp quantizes together.
+
+Where other rows are, its program leaves the matrix as it is (``Q4_K_M``) or fails (``Q8_0``).
+"""
 
 _MAGIC = b"GGUF"
 
@@ -54,17 +108,22 @@ class Exported:
     path
         The file.
     architecture
-        Of llama.cpp: ``llama``, or ``deci`` where layers differ.
+        Of llama.cpp: ``llama`` or ``qwen3``, and ``deci`` or ``openelm`` where layers differ; of
+        other mixtures of experts ``qwen2moe``, ``qwen3moe`` or ``olmoe``.
     dtype
         Number format of the matrices.
     bytes
         Size of the file.
+    padding
+        Neurons of zeros, which make up whole blocks of 32 in each layer: llama.cpp could not
+        quantize it otherwise.
     """
 
     path: Path
     architecture: str
     dtype: str
     bytes: int
+    padding: int
 
 
 def export_gguf(
@@ -96,7 +155,7 @@ def export_gguf(
     OutputError
         If the file is there already or cannot be written.
     EquivalenceError
-        If what was read back is not what was written; the file is not there then.
+        If what was read back is not what was written; nothing is written then.
     OptionError
         If the number format is not known, or the directory is no name of one.
     MissingDependency
@@ -104,7 +163,7 @@ def export_gguf(
     """
     if dtype not in FORMATS:
         raise OptionError(f"the number format is {dtype!r:.60}; give one of {', '.join(FORMATS)}")
-    library = _library()
+    library = optional("gguf", "gguf", "writing GGUF")
     source = checkpoint_directory(directory)
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
     target = checked_target(given, "GGUF", _is_gguf, overwrite=overwrite)
@@ -113,17 +172,7 @@ def export_gguf(
     with atomic_write(target) as partial:
         _write(partial, source.name, graph, fields)
         _check_written(partial, graph, fields)
-    return Exported(target, graph.architecture, dtype, target.stat().st_size)
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise MissingDependency(
-            "writing GGUF needs the package 'gguf'; install it with "
-            "`python3 -m pip install 'osscar[gguf]'`"
-        ) from error
+    return Exported(target, graph.architecture, dtype, target.stat().st_size, graph.padding)
 
 
 def _is_gguf(file: Path) -> bool:
@@ -137,7 +186,8 @@ def _is_gguf(file: Path) -> bool:
 class Graph:
     """A model as llama.cpp computes it, or a refusal.
 
-    `library` is the package ``gguf``, `dtype` the number format of the matrices.
+    `library` is the package ``gguf``, `dtype` the number format of the matrices.  The model gets
+    `padding` neurons of zeros in all, up to multiples of 32.
     """
 
     def __init__(self, model: Any, dtype: str, library: Any) -> None:
@@ -146,23 +196,46 @@ class Graph:
             raise ModelError(f"llama.cpp cannot run the model: {reason}")
         self.model, self.dtype, self.library = model, dtype, library
         self.config, self.layers = model.config, model.model.layers
+        self.padding = _pad_neurons(model)
         attentions = [layer.self_attn for layer in self.layers]
         self.head_width = width = attentions[0].head_dim
         self.heads = [one.q_proj.out_features // width for one in attentions]
         self.key_heads = [one.k_proj.out_features // width for one in attentions]
-        self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
+        self.neurons = [_neurons(layer.mlp) for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
-        self.architecture = "llama" if alike else "deci"
+        self.kind, self.alike = _FAMILIES[type(model).__name__], alike
+        self.architecture = self.kind.alike if alike else self.kind.each
+        if not self.architecture:
+            raise ModelError(
+                f"llama.cpp cannot run the model: its layers differ, and {self.kind.alike!r} has "
+                "one number of heads and one width for all; prune all layers alike (--allocation "
+                "uniform)"
+            )
+        if self.packed and not self._tied:
+            raise ModelError(
+                "llama.cpp cannot run the model: its layers differ, and the architecture "
+                f"{self.architecture!r} has no output matrix beside the embedding, as this model "
+                "has; prune all layers alike (--allocation uniform)"
+            )
+
+    @property
+    def packed(self) -> bool:
+        """Whether queries, keys and values are one matrix in the file."""
+        return self.kind.packed and not self.alike
+
+    @property
+    def _tied(self) -> bool:
+        return self.model.lm_head.weight is self.model.model.embed_tokens.weight
 
     def fields(self) -> dict[str, Any]:
         """Return the sizes that the file names, by key."""
         config, widths = self.config, (self.heads, self.key_heads, self.neurons)
-        heads, key_heads, neurons = (of if self.architecture == "deci" else of[0] for of in widths)
+        heads, key_heads, neurons = (of[0] if self.alike else of for of in widths)
         longest, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
         sizes = {
             "block_count": len(self.layers),
-            # No more than a sliding window, since neither architecture has one.
-            "context_length": longest if window is None else min(longest, window),
+            # No more than a sliding window, since no architecture has one.
+            "context_length": min(longest, window) if window else longest,
             "embedding_length": config.hidden_size,
             "feed_forward_length": neurons,
             "attention.head_count": heads,
@@ -174,39 +247,87 @@ class Graph:
             "rope.freq_base": float(config.rope_parameters["rope_theta"]),
             "vocab_size": config.vocab_size,
         }
+        if mixtures(self.model):
+            sizes |= mixture_sizes(self.model)
         return {f"{self.architecture}.{key}": size for key, size in sizes.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield each tensor with its name in the file, and how many rotated heads it has, or 0."""
         architecture = self.library.MODEL_ARCH[self.architecture.upper()]
         names = self.library.get_tensor_name_map(architecture, len(self.layers))
-        tied = self.model.lm_head.weight is self.model.model.embed_tokens.weight
-        for name, tensor in self.model.state_dict().items():
-            if tied and name == "lm_head.weight":
-                continue
+        for name, tensor in self._stored():
             found = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise ModelError(f"llama.cpp cannot run the model: it has no place for {name!r}")
-            rotated = ".q_proj." in name or ".k_proj." in name
+            rotated = self.kind.neighbours and (".q_proj." in name or ".k_proj." in name)
             yield found, tensor, tensor.shape[0] // self.head_width if rotated else 0
         factors = _rotary_factors(self.model)
         if factors is not None:
             yield "rope_freqs.weight", factors, 0
 
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the model, tied ones once."""
+        tensors = self.model.state_dict()
+        if self._tied:
+            del tensors["lm_head.weight"]
+        for name, tensor in tensors.items():
+            if not self.packed or not any(f".{one}_proj." in name for one in "qkv"):
+                yield from in_parts(name, tensor)
+            elif ".q_proj." in name:
+                rows = [tensors[name.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"]
+                yield name.replace(".q_proj.", ".qkv_proj."), torch.cat(rows)
+
+
+def _neurons(block: Any) -> int:
+    experts = getattr(block, "experts", None)
+    return int(block.down_proj.in_features if experts is None else experts.down_proj.shape[2])
+
+
+@torch.no_grad()
+def _pad_neurons(model: Any) -> int:
+    """Add neurons of zeros to each layer, which put out zeros, up to whole blocks; return how many.
+
+    Nothing is added where rows of the hidden size are no whole blocks either.
+    """
+    added = 0
+    if model.config.hidden_size % _BLOCK:
+        return 0
+    for experts in mixtures(model):
+        added += pad_experts(experts, _BLOCK)
+    blocks = (getattr(layer.mlp, "shared_expert", layer.mlp) for layer in model.model.layers)
+    for block in (one for one in blocks if hasattr(one, "gate_proj")):
+        gate, up, down = block.gate_proj, block.up_proj, block.down_proj
+        count = -down.in_features % _BLOCK
+        for linear in (gate, up):
+            linear.weight = nn.Parameter(pad(linear.weight, (0, 0, 0, count)))
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(pad(linear.bias, (0, count)))
+            linear.out_features += count
+        down.weight = nn.Parameter(pad(down.weight, (0, count)))
+        down.in_features += count
+        added += count
+    return added
+
 
 def _why_not(model: Any) -> str | None:
     """Say what about a model is not in the graph of LLaMA; None if nothing."""
     kind = type(model).__name__
-    if kind not in _FAMILIES:
-        return (
-            f"it is a {kind}, and its architectures 'llama' and 'deci' are the graph of "
-            f"{', '.join(_FAMILIES)}"
-        )
+    graph = _FAMILIES.get(kind)
+    if graph is None:
+        return f"it is a {kind}, and none of {', '.join(_FAMILIES)}, whose graphs are known here"
+    biased = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if biased and not graph.biased:
+        return f"it has {biased[0]!r}, for which {graph.alike!r} and {graph.each!r} have no place"
+    if graph.normalized is not None:
+        reason = why_no_mixture(model, graph.alike, graph.normalized)
+        if reason is not None:
+            return reason
     if model.config.hidden_act != "silu":
         return f"its neurons have the activation {model.config.hidden_act!r} and not 'silu'"
     rotary = model.model.rotary_emb
     scaled = float(rotary.attention_scaling)
-    if rotary.rope_type not in ("default", "linear", "llama3") or scaled != 1:
+    taken = ("default", "linear", "llama3") if graph.neighbours else ("default",)
+    if rotary.rope_type not in taken or scaled != 1:
         return f"its rotary positions are of the type {rotary.rope_type!r}"
     widths = {layer.self_attn.head_dim for layer in model.model.layers}
     if len(widths) > 1 or any(

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import reason_of, resolved
 from osscar.base.inputs import file_name
@@ -16,12 +18,32 @@ def checkpoint_directory(directory: object) -> Path:
     """Return the directory of a checkpoint: a model has to be saved before it is exported."""
     example = "the directory of a checkpoint, such as result.save(directory).path"
     source = Path(file_name(directory, "the checkpoint", example)).expanduser()
-    if not source.is_dir() or not is_checkpoint(source):
+    try:
+        found = source.is_dir() and is_checkpoint(source)
+    except OSError:  # such as of a name that is too long
+        found = False
+    if not found:
         raise CheckpointError(
             f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
             "wrote, or one of a model of transformers"
         )
     return source.resolve()
+
+
+def traced_target(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    suffix: str,
+    *,
+    overwrite: bool,
+) -> Path:
+    """Return the file to write, by default that beside a checkpoint's directory called like it."""
+    if out is None:
+        if isinstance(model, nn.Module):
+            raise OutputError("a model in memory has no place of its own; give the file (out=)")
+        source = checkpoint_directory(model)
+        out = source.with_name(f"{source.name}{suffix}")
+    return checked_target(out, suffix, lambda file: file.suffix == suffix, overwrite=overwrite)
 
 
 def checked_target(

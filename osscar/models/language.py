@@ -5,19 +5,11 @@ Weights are read from safetensors only, never from pickles, and remote code runs
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
-import re
-import socket
-import sys
-import urllib.request
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import transformers
@@ -32,7 +24,7 @@ from osscar.base.errors import (
 )
 from osscar.base.inputs import check_regular, panics_are_errors, parse_size
 from osscar.base.memory import (
-    FOR_BATCHES,
+    FOR_MODELS,
     let_shortage_pass,
     memory_for,
 )
@@ -42,10 +34,11 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast
-from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
+from osscar.checkpoint.hf_config import SHAPES
+from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO, REGISTERED
+from osscar.models.names import DEMO, HUB_ID, REGISTERED, hub_is_reachable
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import check_finite_weights, check_usable, context_length
@@ -53,8 +46,6 @@ from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_language_model(
@@ -70,22 +61,21 @@ def load_language_model(
     A dtype of None is the one stored.
     """
     cache = None if max_memory is None else WeightCache(parse_size(max_memory), device)
-    with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_BATCHES):
-        found = _find(text)
-        manifest = None if found.path is None else read_manifest(found.path)
-        if cache is not None:
-            model: Any = _streamed(found, trust_remote_code, cache, dtype)
-            stored = _stored_format(found)
-        elif found.path is not None and manifest is not None and not manifest.stock:
-            model, stored = load(found.path, dtype=dtype), _stored_format(found)
-        else:
-            if found.path is not None and manifest is not None:
-                check_unchanged(found.path, manifest.lineage.origin)
-            model, stored = _load_stock(found, trust_remote_code is True, dtype)
-            if manifest is not None:
-                setattr(model, LINEAGE, manifest.lineage)
-        # True alone: of anything but an answer transformers makes a question to standard input.
-        tokenizer = _load_tokenizer(found, trust_remote_code is True)
+    found = _find(text)
+    manifest = None if found.path is None else read_manifest(found.path)
+    if cache is not None:
+        model: Any = _streamed(found, trust_remote_code, cache, dtype)
+        stored = _stored_format(found)
+    elif found.path is not None and _is_pruned(found, manifest):
+        model, stored = load(found.path, dtype=dtype), _stored_format(found)
+    else:
+        if found.path is not None and manifest is not None:
+            check_unchanged(found.path, manifest.lineage.origin)
+        model, stored = _load_stock(found, trust_remote_code is True, dtype)
+        if manifest is not None:
+            setattr(model, LINEAGE, manifest.lineage)
+    # True alone: of anything but an answer transformers makes a question to standard input.
+    tokenizer = _load_tokenizer(found, trust_remote_code is True, model.config)
     check_usable(model)
     check_finite_weights(model)
     _check_context(model, found.source)
@@ -94,23 +84,32 @@ def load_language_model(
         source=lineage_of(model).source or found.source,
         stored_dtype=str(stored).removeprefix("torch."),
     )
-    with memory_for(f"the weights of {text} on {device}", FOR_BATCHES):
+    with memory_for(f"the weights of {text} on {device}", FOR_MODELS):
         model = model.to(device).eval()
         check_runs(model, found.source)
         check_causal(model, found.source)
     _check_vocabulary(model, tokenizer, found.source)
     length = min(16, context_length(model) or 16)
     example = {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=model.device)}
-    return LoadedModel(model, found.source, found.path, stored, tokenizer, example)
+    return LoadedModel(model, found.source, found.path, stored, tokenizer, example=example)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a name stands for: an argument for ``from_pretrained``, and its description."""
+    """What a name stands for: an argument for ``from_pretrained``, and its description.
+
+    `lists_shapes` tells whether the config lists those of a pruned model.
+    """
 
     location: str
     source: str
     path: Path | None = None
+    lists_shapes: bool = False
+
+
+def _is_pruned(found: _Found, manifest: Manifest | None) -> bool:
+    """Whether the family's own class does not build what a directory holds."""
+    return found.lists_shapes if manifest is None else not manifest.stock
 
 
 def _check_context(model: PreTrainedModel, source: str) -> None:
@@ -154,13 +153,14 @@ def _find(name: str) -> _Found:
         raise ModelError(f"cannot look for {name!r}: {reason}") from error
     if path.is_dir():
         _check_files(path)
-        if (path / CONFIG_FILE).exists():
-            check_config(path)
+        config = check_config(path) if (path / CONFIG_FILE).exists() else {}
         check_other_files(path)
-        return _Found(str(path), f"directory {path}", path)
+        unknown = SHAPES in config and not (path / MANIFEST_FILE).exists()
+        source = f"directory {path}{', pruned on data that are not known' if unknown else ''}"
+        return _Found(str(path), source, path, SHAPES in config)
     if exists:
         raise ModelError(f"{name!r} is a file; give the directory that holds the checkpoint")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name):
         raise ModelError(f"there is no directory {name!r}. {_names_that_exist(name)}")
     return _Found(name, f"Hugging Face {name}")
 
@@ -204,7 +204,7 @@ def _load_stock(
     """Read a model as transformers does; return the number format in which it lies there, too."""
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
-        "local_files_only": found.path is not None or not _hub_is_reachable(),
+        "local_files_only": found.path is not None or not hub_is_reachable(),
     }
     try:
         config = transformers.AutoConfig.from_pretrained(found.location, **options)
@@ -251,15 +251,18 @@ def _check_left_out(found: _Found, model: PreTrainedModel, names: list[str]) -> 
     )
 
 
-def _load_tokenizer(found: _Found, trust_remote_code: bool) -> Any:
+def _load_tokenizer(found: _Found, trust_remote_code: bool, config: Any) -> Any:
+    """Read the tokenizer of a model, whose config names the family where no file does."""
     reason = "it gives no tokens"
+    known = {"config": config} if found.lists_shapes else {}
     if found.path is not None and found.path != DEMO_DIRECTORY:
         check_tokenizer(found.path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             found.location,
             trust_remote_code=trust_remote_code,
-            local_files_only=found.path is None and not _hub_is_reachable(),
+            local_files_only=found.path is None and not hub_is_reachable(),
+            **known,
         )
         with panics_are_errors("'text'"):
             if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
@@ -279,11 +282,11 @@ def _explain(found: _Found, error: Exception) -> ModelError:
         )
     if "Unrecognized configuration class" in message:
         return ModelError(f"{found.source} is no causal language model; {OTHERS}")
-    if "ignore_mismatched_sizes" in message or "per-layer attribute" in message:
+    if "ignore_mismatched_sizes" in message:
         return ModelError(
             f"the weights in {found.source} have other shapes than its config says; if it is a "
-            "pruned model that lost its osscar.json, the code that it brings reads it, with "
-            "trust_remote_code=True (--trust-remote-code)"
+            "pruned model, save it with osscar.save, or train what osscar.load returns, whose "
+            "save_pretrained writes the shapes too"
         )
     if "safetensors" in message and isinstance(error, OSError):
         return ModelError(
@@ -291,7 +294,7 @@ def _explain(found: _Found, error: Exception) -> ModelError:
             f"it first, or choose another revision ({first_line(error)})"
         )
     if found.path is None and isinstance(error, OSError):
-        cause = "" if _hub_is_reachable() else "the Hugging Face hub cannot be reached, and "
+        cause = "" if hub_is_reachable() else "the Hugging Face hub cannot be reached, and "
         return ModelError(
             f"cannot find {found.location!r}: {cause}there is no directory of that name. "
             f"{_names_that_exist(found.location)}"
@@ -305,34 +308,3 @@ def _names_that_exist(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), REGISTERED, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(REGISTERED)}"
-
-
-def _hub_is_reachable() -> bool:
-    """Look the hub's host up, as asking it in vain takes half a minute of retries.
-
-    Behind a proxy the name need not resolve here, so the proxy is given its chance.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no"):
-        return False
-    if urllib.request.getproxies():
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Keep transformers' bars out of logs."""
-    logging = transformers.utils.logging
-    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    if silence:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silence:
-            logging.enable_progress_bar()

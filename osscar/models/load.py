@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import CheckpointError, OptionError
 from osscar.base.inputs import file_name
+from osscar.base.memory import FOR_MODELS, memory_for
 from osscar.checkpoint.admission import stored_in
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.data.preprocessing import OPTIONS, as_preprocessing
@@ -40,14 +45,15 @@ def load_model(
         Of a language model: ``"demo"``, the embedded one; a packaged one such as
         ``"smollm2-135m"``; a directory with a checkpoint, pruned by OSSCAR or not; or a Hugging
         Face id.  The first that fits is taken (write ``./demo`` for a directory of that name).  Of
-        any other: ``torchvision:NAME``; ``module:function`` or ``file.py:function``, code of your
-        own that returns a model, (model, example inputs), or (model, example inputs, transform); or
-        a directory that `osscar.save` wrote.
+        any other: ``torchvision:NAME``, ``timm:NAME``; the directory or id of an image classifier
+        of transformers; ``module:function`` or ``file.py:function``, code of your own that returns
+        a model, (model, example inputs), or (model, example inputs, transform); or a directory that
+        `osscar.save` wrote.
     weights
         A ``.safetensors`` file, or a state dict that ``torch.load`` reads with ``weights_only``,
-        for a model of torchvision or of your own code.  torchvision's own are fetched without it.
+        for a model of torchvision, timm or your own code.  Those of libraries are fetched without.
     pretrained
-        Whether a torchvision model without a file gets its weights at all, and code of your own is
+        Whether a library's model without a file gets its weights at all, and code of your own is
         called twice to warn of weights that it draws.
     dense
         What builds the dense model of a directory whose model is of your own code.
@@ -68,7 +74,7 @@ def load_model(
         What is done to an image: an `osscar.Preprocessing`, a classification preset of torchvision,
         or a function from a PIL image to a tensor.  What it states takes the place of what the
         model brings, with a warning where that is something else.  By default what a directory
-        records, what the code returns, and what belongs to torchvision's weights.
+        records, what the code returns, and what belongs to the weights.
 
     Raises
     ------
@@ -117,24 +123,39 @@ def load_model(
     ):  # fmt: skip
         if given is not None and not fits:
             raise OptionError(f"{text!r} {why}")
-    if of_text:
-        return load_language_model(
+    with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_MODELS):
+        if of_text:
+            return load_language_model(
+                text,
+                dtype=number_format,
+                device=target,
+                trust_remote_code=trust_remote_code,
+                max_memory=max_memory,
+            )
+        return load_module(
             text,
+            kind,
+            weights=weights,
+            pretrained=pretrained,
+            dense=dense,
             dtype=number_format,
             device=target,
-            trust_remote_code=trust_remote_code,
-            max_memory=max_memory,
+            preprocessing=stated,
         )
-    return load_module(
-        text,
-        kind,
-        weights=weights,
-        pretrained=pretrained,
-        dense=dense,
-        dtype=number_format,
-        device=target,
-        preprocessing=stated,
-    )
+
+
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Keep transformers' bars out of logs."""
+    logging = transformers.utils.logging
+    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
 
 
 def _check_directory(name: str) -> None:

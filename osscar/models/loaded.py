@@ -11,22 +11,20 @@ from torch import nn
 
 from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import Batch, needed_arguments
-from osscar.data.images import ImageSet, load_images
+from osscar.data.images import ImageSet, has_images, load_images
+from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
-from osscar.data.samples import SampleSet
+from osscar.data.samples import SampleSet, columns_of
 from osscar.data.tensors import TensorSet, holds_images, load_tensors
 from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
 from osscar.data.tokens import SELF, CalibrationSet, load_calibration
 from osscar.data.written import self_written
 from osscar.models.preprocessing import image_of, no_images
-from osscar.network.modules import context_length
+from osscar.network.modules import context_length, count_parameters
 from osscar.shrinking.lineage import lineage_of
 
-_WINDOWS, _SAMPLES = 32, 256
-"""That calibrate a model unless the caller says otherwise."""
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedModel:
     """A model, ready to run.
 
@@ -42,6 +40,8 @@ class LoadedModel:
         Number format of its weights on disk.
     tokenizer
         The tokenizer that a language model was trained with; None of any other model.
+    processor
+        The image processor of a classifier of transformers; None of any other model.
     example
         Inputs to trace it with; None where nothing tells what they look like.
     stated
@@ -56,7 +56,7 @@ class LoadedModel:
         The names of its classes; empty where they are not known, and of a language model.
     drawn
         The share of its parameters that its code draws anew in each call, so that nothing has
-        trained them; 0 where they come from a file.
+        trained them; 1 where a library built it without weights, and 0 where they come from a file.
     """
 
     model: nn.Module
@@ -64,6 +64,7 @@ class LoadedModel:
     path: Path | None
     stored_dtype: torch.dtype
     tokenizer: Any = None
+    processor: Any = None
     example: Batch | None = None
     stated: Batch | None = None
     preprocessing: AnyPreprocessing | None = None
@@ -71,8 +72,24 @@ class LoadedModel:
     classes: tuple[str, ...] = ()
     drawn: float = 0.0
 
+    def __repr__(self) -> str:
+        return (
+            f"LoadedModel({self.source}: {type(self.model).__name__}, "
+            f"{count_parameters(self.model):,} parameters)"
+        )
+
+    @property
+    def companion(self) -> Any:
+        """What transformers reads beside the weights, for `osscar.save` to write; or None."""
+        return self.processor if self.tokenizer is None else self.tokenizer
+
     def calibration(
-        self, spec: str | Path | None, *, samples: int | None, seqlen: int | None, seed: int
+        self,
+        spec: Any,
+        *,
+        samples: int | None = None,
+        seqlen: int | None = None,
+        seed: int = 0,
     ) -> CalibrationSet | SampleSet:
         """Draw what calibrates the model: windows of text, images, or samples of tensors.
 
@@ -82,7 +99,8 @@ class LoadedModel:
             For a language model as `osscar.load_calibration` takes it, None being the built-in
             text, or ``"self"``: what the model writes itself.  For any other a directory of images,
             or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one; or a file of tensors, as
-            `osscar.load_tensors` takes it.
+            `osscar.load_tensors` takes it.  Or what is at hand: a ``datasets.Dataset`` of text, a
+            data set of images of PIL, or anything that `osscar.load_batches` takes.
         samples
             How many; by default 32 windows, or 256 images or samples.
         seqlen
@@ -106,8 +124,10 @@ class LoadedModel:
         MissingDependency
             If ``datasets`` is needed and not installed.
         """
+        if not (spec is None or isinstance(spec, str | Path)):
+            return self._at_hand(spec, samples, seqlen, seed)
         if self.tokenizer is not None:
-            samples = _WINDOWS if samples is None else samples
+            samples = DEFAULT_WINDOWS if samples is None else samples
             length = self._window_length() if seqlen is None else seqlen
             asked: dict[str, Any] = {"samples": samples, "seqlen": length, "seed": seed}
             if spec == SELF:
@@ -122,7 +142,26 @@ class LoadedModel:
             )
         images = holds_images(spec, self.model, self.stated)
         data: SampleSet = self.images(spec) if images else self.tensors(spec)
-        return data.sample(_SAMPLES if samples is None else samples, seed)
+        return data.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
+
+    def _at_hand(
+        self, data: Any, samples: int | None, seqlen: int | None, seed: int
+    ) -> CalibrationSet | SampleSet:
+        """Read data that are no name: the text of a data set, images, or batches."""
+        if self.tokenizer is not None and "text" in columns_of(data):
+            count = DEFAULT_WINDOWS if samples is None else samples
+            length = self._window_length() if seqlen is None else seqlen
+            return load_calibration(data, self.tokenizer, samples=count, seqlen=length, seed=seed)
+        if seqlen is not None:
+            raise OptionError(
+                f"seqlen is {seqlen}, and a {type(data).__name__} has samples of its own length; "
+                "leave it away"
+            )
+        if has_images(data):
+            images = self.images(data)
+            return images.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
+        self._check_no_images_stated(f"a {type(data).__name__}")
+        return load_batches(data, self.model, samples=samples, seed=seed)
 
     def training(
         self,
@@ -258,14 +297,17 @@ class LoadedModel:
         OptionError
             If the caller stated what is done to an image.
         """
-        if self.states_images:
-            raise OptionError(
-                f"{spec} is for tensors, which are fed as they are, and no images; leave "
-                f"{OPTIONS} away (preprocessing= in Python)"
-            )
+        self._check_no_images_stated(spec)
         return load_tensors(spec, self.model, self.stated)
 
-    def images(self, spec: str | Path) -> ImageSet:
+    def _check_no_images_stated(self, source: str | Path) -> None:
+        if self.states_images:
+            raise OptionError(
+                f"{source} is for tensors, which are fed as they are, and no images; leave "
+                f"{OPTIONS} away (preprocessing= in Python)"
+            )
+
+    def images(self, spec: Any) -> ImageSet:
         """Find images, which become what the model reads.
 
         Parameters

@@ -173,7 +173,7 @@ def _image_example(model: nn.Module, preprocessing: Preprocessing) -> Batch | No
     return named_inputs(model, (_noise(kind),))
 
 
-def recorded_example(path: Path, inputs: Mapping[str, Input]) -> Batch | None:
+def recorded_example(path: Path | str, inputs: Mapping[str, Input]) -> Batch | None:
     """Return inputs like those that a model was pruned with; None if they are not known.
 
     Raises

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.network.modules import in_evaluation
@@ -127,6 +128,7 @@ def _user_code(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # it may raise anything, and scripts like to exit
+        let_shortage_pass(error)
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"{name} failed: {reason}{_where(error)}") from error
 
@@ -157,7 +159,7 @@ def drawn_share(name: str, model: nn.Module) -> float:
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         others = dict(build(name)[0].named_parameters())
-    except ModelError as error:
+    except (ModelError, RuntimeError, MemoryError) as error:  # there may be room for one alone
         warnings.warn(
             f"whether {name} loads its weights cannot be told, since it cannot be called again: "
             f"{error}",

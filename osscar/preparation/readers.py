@@ -1,13 +1,14 @@
 """Weights and biases that are read by other code than their own module's.
 
-A consumer is measured where its module is called.  A model whose code also reads the weight itself,
-as ``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that nobody has
-measured, so that a refit would change what it makes of these.
+A consumer is measured where its module is called.  Code that also reads the weight itself, as
+``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that are not
+measured there: such a weight is observed where code multiplies by it
+(`osscar.preparation.products`), or not refitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,20 @@ _ONLY_THE_FORMAT = frozenset(
 """What asks a tensor for its number format and device, and reads none of its values."""
 
 
+def writes(leaves: Iterable[Any]) -> dict[int, int]:
+    """Return how often tensors were written to, by `id`; 0 where nobody counts."""
+    return {id(x): 0 if x.is_inference() else x._version for x in leaves if isinstance(x, Tensor)}
+
+
+def reads_values(func: Any, leaves: Sequence[Any], before: Mapping[int, int], result: Any) -> bool:
+    """Whether a function has put out tensors that it was not given, or has written to those.
+
+    `before` is what `writes` said of its arguments, which are `leaves`.
+    """
+    made = any(isinstance(x, Tensor) and id(x) not in before for x in pytree.tree_leaves(result))
+    return func not in _ONLY_THE_FORMAT and (made or writes(leaves) != before)
+
+
 class _Watch(TorchFunctionMode):
     """Notes which module is running when an operator reads a weight."""
 
@@ -34,11 +49,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        leaves = pytree.tree_leaves((args, dict(kwargs or {})))
+        before = writes(leaves)
         result = func(*args, **(kwargs or {}))
-        made = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
-        if made and func not in _ONLY_THE_FORMAT:
+        if reads_values(func, leaves, before, result):
             inside = self.running[-1] if self.running else ""
-            for leaf in pytree.tree_leaves((args, dict(kwargs or {}))):
+            for leaf in leaves:
                 owner = self.owners.get(id(leaf))
                 if owner is not None and owner != inside:
                     self.found.add(owner)

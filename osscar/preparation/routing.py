@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
 from osscar.network.hooks import hooks
-from osscar.network.modules import forward
+from osscar.network.modules import forward, is_deformable
+from osscar.preparation.products import (
+    Several,
+    deformed,
+    is_station,
+    watched_products,
+)
 from osscar.preparation.recurrent import RECURRENT, input_gates
 
 _TOLERANCE = 0.5
@@ -34,7 +40,7 @@ in any order, and code that computes something else is off by much more."""
 
 
 @dataclass(frozen=True, eq=False)
-class Routed:
+class Routed(Several):
     """What a mixture is called with."""
 
     hidden: Tensor
@@ -68,9 +74,18 @@ class Routed:
         return cls(hidden, experts, weights) if fits else None
 
     @property
+    def multiplied(self) -> Tensor:
+        """The tokens."""
+        return self.hidden
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments in their order."""
         return self.hidden, self.experts, self.weights
+
+    def output(self, module: nn.Module) -> Any:
+        """Return what a module, without its hooks, makes of it."""
+        return module.forward(*self.tensors)
 
     def taken(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return token, expert and weight of each place that one of `count` experts takes."""
@@ -239,7 +254,9 @@ def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
 
 
 def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module reads: what is `Routed`, its only argument, or that beside states."""
+    """Return what a module reads: its only argument, or that beside states, or `Several`."""
+    if is_deformable(module):
+        return deformed(module, args, kwargs)
     if len(args) + len(kwargs) > 1:
         routed = Routed.of(module, args, kwargs)
         if routed is not None:
@@ -247,17 +264,21 @@ def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
+@contextmanager
 def reads(
     model: nn.Module,
     names: Iterable[str],
     before: Callable[[str, Any], Any] | None = None,
     after: Callable[[str, Any, Any], Any] | None = None,
-) -> AbstractContextManager[None]:
-    """Show what some modules read, as `argument` has it, while the block runs.
+) -> Iterator[None]:
+    """Show what some modules and products read while the block runs.
 
-    `before` is told the name and what is read; `after` also what the module puts out, and what it
-    returns, if anything, goes on instead.
+    That of a module is what `argument` has, that of a product what is `Taken`.  `before` is told
+    the name and what is read; `after` also what is put out, and what it returns, if anything, goes
+    on instead.
     """
+    names = list(names)
+    products = {name for name in names if is_station(name)}
 
     def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert before is not None
@@ -267,7 +288,16 @@ def reads(
         assert after is not None
         return after(name, argument(module, args, kwargs), y)
 
-    return hooks(model, names, None if before is None else reading, None if after is None else read)
+    with (
+        hooks(
+            model,
+            [name for name in names if name not in products],
+            None if before is None else reading,
+            None if after is None else read,
+        ),
+        watched_products(model, products, before, after),
+    ):
+        yield
 
 
 def output_of(module: nn.Module, x: Any) -> Any:
@@ -277,7 +307,7 @@ def output_of(module: nn.Module, x: Any) -> Any:
     """
     if isinstance(module, RECURRENT):
         return input_gates(module, x)
-    return module.forward(*x.tensors) if isinstance(x, Routed) else module.forward(x)
+    return x.output(module) if isinstance(x, Several) else module.forward(x)
 
 
 def afresh(x: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
-from osscar.preparation.linear_maps import linear_maps
+from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
@@ -26,8 +27,10 @@ from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
-from osscar.walk.walk import Walk, walk
+from osscar.walk.walk import walk
 from solvers.exact.branch_and_bound import BranchAndBound
+
+_Step = TypeVar("_Step")
 
 _HELD_OUT = 8
 """One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
@@ -65,7 +68,8 @@ def prune_groups(
     with stage("pruning", total=len(groups)) as bar:
         for record in done:
             group = groups.pop(record.plan.name, None)
-            for module, tensors in _replay(prepared.model, group, record, keep).items():
+            replayed = replay(group, prepared.linear_maps, record, keep)
+            for module, tensors in replayed.items():
                 dense.setdefault(module, tensors)  # of a consumer of two groups, the first
             bar.advance()
         began = time.perf_counter()
@@ -77,7 +81,7 @@ def prune_groups(
                 held=held_out(prepared, request),
                 committed=dense,
             )
-        for step in _blaming_refits(walked, done):
+        for step in blaming_refits(walked, done):
             bar.describe(f"pruning {step.group.name}")
             with room_for(prepared.model, prepared.matrix_bytes):
                 record = _prune_group(step, keep[step.group.name], request, began, prepared.ranks)
@@ -89,7 +93,7 @@ def prune_groups(
     plan = PruningPlan(tuple(record.plan for record in done))
     reports = tuple(record.report for record in done)
     if prepared.ranks.first:
-        _warn_of_refits(reports)
+        warn_of_refits(reports, prepared.model)
     return plan, reports
 
 
@@ -101,7 +105,7 @@ def held_out(prepared: Prepared, request: PruningRequest) -> int:
     return max(1, samples // _HELD_OUT)
 
 
-def _blaming_refits(walked: Walk, done: Sequence[LayerRecord]) -> Iterator[LayerStep]:
+def blaming_refits(walked: Iterable[_Step], done: Sequence[LayerRecord]) -> Iterator[_Step]:
     """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
     try:
         yield from walked
@@ -117,15 +121,24 @@ def _blaming_refits(walked: Walk, done: Sequence[LayerRecord]) -> Iterator[Layer
         ) from error
 
 
-def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
+def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
     """Say which refits did worse than none, and which have weights beyond reason."""
     dense = [label for report in reports for label in report.unrefitted]
     if dense:
         keep = "keeps its" if len(dense) == 1 else "keep their"
+        held = all(report.held for report in reports if report.unrefitted)
         warnings.warn(
             f"{pluralize(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
-            f"since a refit did worse on held-out samples: {listed(dense, 8)}; give more "
-            "calibration data",
+            f"since a refit did worse on {'held-out' if held else 'calibration'} samples: "
+            f"{listed(dense, 8)}; give more calibration data",
+            stacklevel=3,
+        )
+    tied = [label for report in reports for label in report.tied]
+    if tied:
+        warnings.warn(
+            f"{listed(tied, 8)} cannot be refitted, as the same weight is read in another way, "
+            "too: what reads the units that leave is removed, and all else of it stays as it is; "
+            "give each reader a weight of its own to have them refitted",
             stacklevel=3,
         )
     grown = sorted(
@@ -135,16 +148,39 @@ def _warn_of_refits(reports: Sequence[LayerReport]) -> None:
         named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
         warnings.warn(
             f"refits grew beyond reason: the largest weight that reads a group is more than "
-            f"{GROWN:g} times the largest dense one of {listed(named, 8)}; give more calibration "
-            "data, raise --damp, or leave such groups alone with --skip",
+            f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
+            f"{_why_grown(model)}give more calibration data, raise --damp, or leave such groups "
+            "alone with --skip",
             stacklevel=3,
         )
 
 
-def _replay(
-    model: nn.Module, group: CouplingGroup | None, record: LayerRecord, keep: Mapping[str, int]
+def _why_grown(model: nn.Module) -> str:
+    """Say that no batch norm has seen data, if so: layers then read inputs of unlike sizes."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    if not norms or any(norm.num_batches_tracked != 0 for norm in norms.values()):
+        return ""
+    return (
+        f"no batch norm has seen data (num_batches_tracked is 0, as of {next(iter(norms))!r}), so "
+        "that nothing keeps inputs of one size: load trained weights, or run the model on data in "
+        "training mode first; else "
+    )
+
+
+def replay(
+    group: CouplingGroup | None,
+    refitted: Callable[[CouplingGroup], Sequence[LinearMap]],
+    record: LayerRecord,
+    keep: Mapping[str, int],
 ) -> dict[str, DenseTensors]:
-    """Write what was committed before into the dense model; return what was there, by module."""
+    """Write what was committed before into the dense model; return what was there, by module.
+
+    `refitted` says which matrices a record of a group, known to fit, holds.
+    """
     name, kept = record.plan.name, record.plan.kept
     sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
     same = group is not None and GroupPlan.of(group, kept) == record.plan
@@ -153,7 +189,7 @@ def _replay(
             f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
-    consumers = linear_maps(model, group)
+    consumers = refitted(group)
     forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise JournalError(
@@ -197,7 +233,7 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         problem = step.problem(keep, damp)
         measured = time.perf_counter()
         if request.certify:
-            solution, verification = certified(problem, backend)
+            solution, verification = certified(problem, backend, request.bound_rounds)
         else:
             solution, verification = solvers.solve(problem, backend), None
         kept = solution.support.tolist()
@@ -216,6 +252,7 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         unread=len(step.unread),
         held=refits.held,
         unrefitted=refits.unrefitted,
+        tied=refits.tied,
         fixed=sum(gram.linear_map.fixed_inputs[0] for gram in step.known),
         fixed_dense=sum(gram.linear_map.fixed_inputs[1] for gram in step.known),
         growth=refits.growth,
@@ -237,11 +274,11 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
 
 
 def certified(
-    problem: solvers.SubsetProblem, backend: solvers.Backend
+    problem: solvers.SubsetProblem, backend: solvers.Backend, bound_rounds: int
 ) -> tuple[solvers.Solution, solvers.Verification]:
     """Solve, add a lower bound that no choice of units can beat, and verify both."""
     exact = backend.kind is solvers.BackendKind.EXACT or problem.units > _EXACT_UNITS
-    solution = solvers.solve(problem, backend, bound=exact)
+    solution = solvers.solve(problem, backend, bound=exact, bound_rounds=bound_rounds)
     if not exact:
         solution = _closely_bounded(solution)
     return solution, solution.verify()
@@ -258,5 +295,6 @@ def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
         solution,
         lower_bound=proof.lower_bound,
         bound_from=proof.bound_from,
+        bound_limit=proof.bound_limit,
         certificate=proof.certificate,
     )

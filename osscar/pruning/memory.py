@@ -24,7 +24,6 @@ from osscar.network.hooks import hooks
 from osscar.network.modules import forward
 from osscar.offload.on_disk import weight_cache
 from osscar.offload.weight_cache import WeightCache
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
 from osscar.walk.targets import Target
@@ -159,7 +158,7 @@ class Room:
         keep = provisional(prepared, request)
         groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
         layer, inputs, matrices, sums = max(
-            (_matrices(prepared.model, group, keep[group.name], request) for group in groups),
+            (_matrices(prepared, group, keep[group.name], request) for group in groups),
             key=lambda found: found[2],
             default=("", 0, 0, 0),
         )
@@ -189,10 +188,10 @@ class Room:
 
 
 def _matrices(
-    model: nn.Module, group: CouplingGroup, keep: int, request: PruningRequest
+    prepared: Prepared, group: CouplingGroup, keep: int, request: PruningRequest
 ) -> tuple[str, int, int, int]:
     """Return the layer of a group that reads most, how much, and bytes of matrices and of sums."""
-    maps = linear_maps(model, group)
+    maps = prepared.linear_maps(group)
     most = max(maps, key=lambda found: found.rows)
     numbers, sums = 0.0, 0.0
     copies = 2 if request.holds_out else 1

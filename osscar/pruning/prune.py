@@ -30,9 +30,11 @@ from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
-from osscar.base.timing import Stage, timed
+from osscar.base.timing import Stage, profiled, timed
+from osscar.data.loaders import read_once
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
+from osscar.pruning.experts import prune_experts, skipped_mixtures
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import check_streamed
@@ -61,7 +63,9 @@ def prune_as_asked(
     calibration
         Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; or tensors
         whose first dimension is the sample: one, a tuple, or a mapping by argument name.  Where it
-        is not, as of graphs, a list of such tuples or mappings, one for each sample.
+        is not, as of graphs, a list of such tuples or mappings, one for each sample.  Or a loader,
+        a data set or a list of batches, which are read as by `osscar.load_batches`, with a warning
+        that tells what was left out.
     request
         What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
         them.
@@ -106,10 +110,12 @@ def prune_as_asked(
     True
     """
     start = time.perf_counter()
+    calibration = read_once(model, calibration)
     what = f"{type(model).__name__}, of which pruning makes copies"
     with (
         torch.inference_mode(False),  # in which there are no gradients
         memory_for(what, FOR_BATCHES),
+        profiled() as spent,
         prepare_for(model, calibration, request, ranks) as prepared,
     ):
         prepared = within_memory(prepared, request)
@@ -117,7 +123,8 @@ def prune_as_asked(
             facts = dense_facts(prepared, request)
             result = prune_prepared(prepared, request, facts, log, records)
     finish(result, model, calibration, prepared)
-    return dataclasses.replace(result, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))
 
 
 def prepare_for(
@@ -180,7 +187,12 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
     """Try what can follow, and run the dense model."""
     ranks = prepared.ranks
     with timed(Stage.TRIAL):
-        feasible = ranks.broadcast("what can follow", lambda: feasible_groups(prepared, request))
+        if request.experts is not None:
+            feasible = Form.EAGER, skipped_mixtures(prepared, request)
+        else:
+            feasible = ranks.broadcast(
+                "what can follow", lambda: feasible_groups(prepared, request)
+            )
     with timed(Stage.DENSE):
         reference = Reference.of(prepared, max(1, held_out(prepared, request)))
         statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
@@ -196,12 +208,17 @@ def prune_prepared(
 ) -> PruningResult:
     """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does."""
     start, before = time.perf_counter(), count_parameters(prepared.model)
-    widths = _widths(prepared, request, facts, log)
-    plan, layers = prune_groups(prepared, widths.keep, request, records, log)
+    budget = None
+    if request.experts is not None:
+        plan, layers = prune_experts(prepared, facts.skipped, request, records, log)
+    else:
+        widths = _widths(prepared, request, facts, log)
+        budget = widths.budget
+        plan, layers = prune_groups(prepared, widths.keep, request, records, log)
     smaller, proof, batch_norms = shrunk(prepared, plan, request, facts.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
-        divergence = None if reference is None else reference.divergence(smaller)
+        likeness = None if reference is None else reference.likeness(smaller)
     return PruningResult(
         model=smaller,
         plan=proof.plan,
@@ -210,13 +227,15 @@ def prune_prepared(
         parameters_after=count_parameters(smaller),
         equivalence_error=proof.error,
         batch_norms=batch_norms,
-        budget=widths.budget,
-        divergence=divergence,
+        budget=budget,
+        divergence=None if likeness is None else likeness.nats,
+        agreement=None if likeness is None else likeness.agreement,
         held_out=held_out(prepared, request),
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
         skipped=facts.skipped,
+        folded=prepared.folded,
     )
 
 

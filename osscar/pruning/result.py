@@ -15,6 +15,8 @@ from torch import nn
 import solvers
 from osscar import __version__
 from osscar.allocation.budget import Budget
+from osscar.base.printable import pluralize
+from osscar.base.shown import Shown
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
@@ -37,7 +39,7 @@ _SCHEMA = "osscar.prune/5"
 """Of the document of a run, as ``docs/json.md`` describes it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerReport(solvers.SolutionRecord):
     """What happened to one coupling group: its solution's record, and what else is known.
 
@@ -65,6 +67,9 @@ class LayerReport(solvers.SolutionRecord):
         the units that stay; where several consumers read the group, at the one with the fewest.
     unrefitted
         The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
+    tied
+        The consumers that keep those, since other code reads the same weight in another way, as
+        the decoder of an autoencoder does with the weight of its encoder.
     fixed
         Inputs of its consumers that no unit owns, and that were refitted, too.
     fixed_dense
@@ -75,6 +80,13 @@ class LayerReport(solvers.SolutionRecord):
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
         refit and, if asked for, the verification.
+    refitted_loss
+        Of experts: relative error of the mixture's output after the refit; `relative_loss` is
+        before.  Both are shares of the squared norm of the target, on all tokens that weights are
+        fitted to; None for others.
+    choosing
+        Of experts: the tokens by which they were chosen, of which `loss` and its bounds tell; None
+        for others.
     """
 
     name: str
@@ -88,15 +100,24 @@ class LayerReport(solvers.SolutionRecord):
     unread: int
     held: int
     unrefitted: tuple[str, ...]
+    tied: tuple[str, ...]
     fixed: int
     fixed_dense: int
     growth: float
     measure_seconds: float
     solve_seconds: float
+    refitted_loss: float | None = None
+    choosing: int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerReport({self.name!r}, {self.kept} of {self.units} {self.kind}, "
+            f"relative loss {self.relative_loss:.4g}, {self.status})"
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class PruningResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class PruningResult(Shown):
     """A physically smaller model and how it came about.
 
     Parameters
@@ -120,20 +141,28 @@ class PruningResult:
         The measured Kullback-Leibler divergence of its predictions from the dense ones, in nats a
         prediction, on `held_out` samples or, if none were, on the last; None if the model puts out
         no logits.
+    agreement
+        The share of the same predictions whose likeliest class, or token, is the dense one's.
     held_out
         How many calibration samples no weight was fitted to.
     seconds
         Wall time of the whole run.
+    stages
+        The same by stage, in the order of the run; ``other`` is what no stage counts.  Empty where
+        a sweep pruned, which tells them point by point.
     request
         What was asked for.
     calibration
         How many samples of what shape there were.
     skipped
         The groups that were to be pruned and could not follow, and why; they keep all their units.
+    folded
+        Names of the weights that the dense model computes at every call, such as by weight
+        normalization, and that are plain ones in the smaller model.
     """
 
-    model: nn.Module = field(repr=False)
-    plan: PruningPlan = field(repr=False)
+    model: nn.Module
+    plan: PruningPlan
     layers: tuple[LayerReport, ...]
     parameters_before: int
     parameters_after: int
@@ -141,11 +170,21 @@ class PruningResult:
     batch_norms: int
     budget: Budget | None
     divergence: float | None
+    agreement: float | None
     held_out: int
     seconds: float
     request: PruningRequest
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[SkippedGroup, ...] = ()
+    folded: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        told = "" if self.divergence is None else f"; {self.divergence:.4g} nats from dense"
+        return (
+            f"PruningResult({self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+            f"{pluralize(len(self.layers), 'group')} smaller{told}; {self.seconds:.1f} s)"
+        )
 
     @property
     def form(self) -> Form:
@@ -166,6 +205,33 @@ class PruningResult:
     def settings(self) -> dict[str, Any]:
         """What was asked for, as JSON-able data."""
         return self.request.to_json()
+
+    def record(self) -> dict[str, Any]:
+        """Return the part of its `document` that is known without the dense model and its data."""
+        return {
+            "schema": _SCHEMA,
+            "osscar_version": __version__,
+            "model": lineage_of(self.model).source or type(self.model).__name__,
+            "calibration": dict(self.calibration),
+            "settings": self.settings,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "budget": None if self.budget is None else self.budget.to_json(),
+            "divergence": self.divergence,
+            "agreement": self.agreement,
+            "held_out": self.held_out,
+            "equivalence_error": self.equivalence_error,
+            "batch_norms": self.batch_norms,
+            "summed_relative_loss": self.loss,
+            "seconds": self.seconds,
+            "solve_seconds": self.solve_seconds,
+            "stages": dict(self.stages),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "form": str(self.form),
+            "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
+            "skipped": [dataclasses.asdict(group) for group in self.skipped],
+            "folded": list(self.folded),
+        }
 
     def document(
         self,
@@ -194,29 +260,13 @@ class PruningResult:
         """
         known = lineage_of(dense).source or type(dense).__name__
         return {
-            "schema": _SCHEMA,
-            "osscar_version": __version__,
+            **self.record(),
             "model": known if source is None else source,
             "classes": list(classes),
             "calibration": {**self.calibration, **data_record(calibration)},
             "dense": None if score is None else dataclasses.asdict(score),
             "computed": dataclasses.asdict(Computed.of(dense)),
-            "settings": self.settings,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "budget": None if self.budget is None else self.budget.to_json(),
-            "divergence": self.divergence,
-            "held_out": self.held_out,
             "forward": _forward(dense, self.model, calibration),
-            "equivalence_error": self.equivalence_error,
-            "batch_norms": self.batch_norms,
-            "summed_relative_loss": self.loss,
-            "seconds": self.seconds,
-            "solve_seconds": self.solve_seconds,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-            "form": str(self.form),
-            "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
-            "skipped": [dataclasses.asdict(group) for group in self.skipped],
             "recovery": None if recovery is None else recovery.document(),
         }
 
@@ -231,15 +281,18 @@ class PruningResult:
     ) -> SavedCheckpoint:
         """Write the smaller model; see `osscar.save`.
 
-        A report is written beside it as JSON; of one that `document` returned, also as a page.
+        A report is written beside it as JSON; of one that `document` returned, also as a page, and
+        in the model card.
         """
         document = {} if report is None else report
+        is_run = document.get("schema") == _SCHEMA
         return checkpoint.save(
             self.model,
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=page.prune_page(document) if document.get("schema") == _SCHEMA else None,
+            page=page.prune_page(document) if is_run else None,
+            picture=page.kept_picture(document) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,
         )

@@ -52,7 +52,7 @@ def run_manifest(
     asked = {**request.to_json(), **versions, "osscar": __version__}
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps(asked))
-    return JournalManifest("osscar.run-log/4", asked, Fingerprint.of(model, inputs, batch_size))
+    return JournalManifest("osscar.run-log/5", asked, Fingerprint.of(model, inputs, batch_size))
 
 
 @dataclass(frozen=True, eq=False)

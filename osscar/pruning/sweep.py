@@ -7,9 +7,9 @@ command goes on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -121,7 +121,7 @@ def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | i
 
 def prune_points(
     model: nn.Module, calibration: Any, base: PruningRequest, points: Sequence[Job]
-) -> Iterator[tuple[Job, PruningResult]]:
+) -> Generator[tuple[Job, PruningResult]]:
     """Prune a model once for each point; the model that comes in is not changed.
 
     The model is traced once, and what is known of the dense model is found once: what can follow,
@@ -217,16 +217,18 @@ class Point:
     """What became of the model at one budget by one method.
 
     Limit and what was reached are of the whole model, in what the budget is counted in; None of the
-    dense model.  Operations and seconds, a median, are those of one sample, and the speed-up is
-    over the dense model in turns.  Quality has what was scored, by the names that evaluations have
-    for it.  Divergences are in nats, None where unknown, the loss is a sum of relative ones, and
-    seconds of pruning leave out what the points share.  Widths are those of groups that lost units.
-    All of that is of the model in one shot; a recovery changes no width, and so no speed.
+    dense model.  Operations and seconds, a median with its quartiles, are those of one sample, and
+    the speed-up is over the dense model in turns.  Quality has what was scored, by the names that
+    evaluations have for it.  Divergences are in nats, None where unknown, the loss is a sum of
+    relative ones, and seconds of pruning leave out what the points share.  Widths are those of
+    groups that lost units.  All of that is of the model in one shot; a recovery changes no width,
+    and so no speed.  Stages are the seconds since the point before: the first one that a run makes
+    has what all of its points share.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    schema: Literal["osscar.sweep-point/7"]
+    schema: Literal["osscar.sweep-point/8"]
     method: str
     budget: str
     value: float | int
@@ -237,6 +239,7 @@ class Point:
     flops: int
     form: Form
     seconds: float
+    seconds_between: list[float]
     speedup: float
     quality: Quality
     divergence: float | None
@@ -246,6 +249,7 @@ class Point:
     widths: dict[str, int]
     skipped: tuple[SkippedGroup, ...]
     recovered: Recovered | None
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 class SweepDirectory(Journal[JournalManifest]):

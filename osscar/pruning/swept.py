@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,13 @@ from osscar import __version__
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
+from osscar.base.printable import pluralize
+from osscar.base.progress import stage
+from osscar.base.shown import Shown
+from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
+from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
 from osscar.evaluation.dense import DenseScore
@@ -47,6 +54,14 @@ from osscar.shrinking.plan import Form
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
 
+class SweepResult(Shown, dict[str, Any]):
+    """What ``sweep.json`` holds, as ``docs/json.md`` describes it."""
+
+    def __repr__(self) -> str:
+        points = pluralize(len(self["points"]), "point")
+        return f"SweepResult({self['model']!r}, {points} over {self['budget']})"
+
+
 def sweep(
     model: nn.Module,
     calibration: Any,
@@ -57,7 +72,7 @@ def sweep(
     baselines: bool = False,
     recover: RecoveryRequest | bool = False,
     **asked: Any,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Prune to several budgets, and show quality against speed on a page.
 
     Each point is kept once it is done: the same call goes on where it was stopped, and more
@@ -87,8 +102,8 @@ def sweep(
 
     Returns
     -------
-    dict
-        What ``sweep.json`` holds, as ``docs/json.md`` describes it.
+    SweepResult
+        A dictionary of what ``sweep.json`` holds, as ``docs/json.md`` describes it.
 
     Raises
     ------
@@ -104,10 +119,11 @@ def sweep(
         raise OptionError("a sweep has one list of budgets; give one, such as sparsity=[0.1, 0.2]")
     ((budget, values),) = lists
     place = Path(file_name(out, "the sweep", "its directory"))
+    score = None if score is None else read_once(model, score, whole=True)
     if score is not None and not isinstance(score, TextSet | SampleSet):
         raise DataError(
             f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
-            "osscar.load_images or osscar.load_tensors returns"
+            "osscar.load_images, osscar.load_tensors or osscar.load_batches returns"
         )
     if not isinstance(recover, RecoveryRequest | bool):
         raise OptionError(
@@ -154,7 +170,7 @@ class Sweep:
         *,
         source: str | None = None,
         scored_dense: Callable[[], DenseScore | None] = lambda: None,
-    ) -> dict[str, Any]:
+    ) -> SweepResult:
         """Measure what is not done yet, write the page, and return the document.
 
         Parameters
@@ -167,6 +183,7 @@ class Sweep:
             Scores it on these, once the sweep has begun.
         """
         self.check(model)
+        calibration = read_once(model, calibration)
         data = as_inputs(model, calibration)
         told = data_record(calibration)
         lineage = lineage_of(model)
@@ -200,21 +217,29 @@ class Sweep:
             }
             write_json(self.place.directory / _DOCUMENT_FILE, document)
             write_text(self.place.directory / PAGE_FILE, sweep_page(document))
-        return document
+        return SweepResult(document)
 
     def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[Point]:
         """Return all points, the dense model first; those that were not finished are measured."""
         unpruned = dense_job(self.points[0].budget)
         if self.place.point(unpruned) is None:
-            self.place.keep(self._point(unpruned, None, dense, sample, None))
+            with _lap() as stages:
+                point = self._point(unpruned, None, dense, sample, None)
+            self.place.keep(dataclasses.replace(point, stages=stages))
         todo = [job for job in self.points if self.place.point(job) is None]
-        for number, (job, result) in enumerate(
-            prune_points(dense, calibration, self.base, todo), 1
+        with (
+            stage("sweep", total=len(todo)) as bar,
+            closing(prune_points(dense, calibration, self.base, todo)) as pruned,
         ):
-            recovered = self._recovered(result, dense, calibration)
-            point = self._point(job, result, dense, sample, recovered)
-            self.place.keep(point)
-            self.told(f"{job}: done, {number} of {len(todo)}", result, point)
+            for number in range(1, len(todo) + 1):
+                with _lap() as stages:
+                    job, result = next(pruned)
+                    recovered = self._recovered(result, dense, calibration)
+                    point = self._point(job, result, dense, sample, recovered)
+                point = dataclasses.replace(point, stages=stages)
+                self.place.keep(point)
+                self.told(f"{job}: done, {number} of {len(todo)}", result, point)
+                bar.advance()
         found = (self.place.point(job) for job in (unpruned, *self.points))
         return [point for point in found if point is not None]
 
@@ -230,7 +255,8 @@ class Sweep:
     def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:
         if self.score is None:
             return {}
-        (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+        with timed(Stage.SCORE):
+            (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
         return dataclasses.asdict(one)
 
     def _point(
@@ -243,11 +269,12 @@ class Sweep:
     ) -> Point:
         """Measure the model of a job; without a result, the dense one."""
         model = dense if result is None else result.model
-        forwards = measure_forward([dense] if result is None else [dense, model], sample)
+        with timed(Stage.FORWARD):
+            forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
         return Point(
-            "osscar.sweep-point/7",
+            "osscar.sweep-point/8",
             job.method,
             str(job.budget),
             job.value,
@@ -265,6 +292,16 @@ class Sweep:
             skipped=() if result is None else result.skipped,
             recovered=recovered,
         )
+
+
+@contextmanager
+def _lap() -> Iterator[dict[str, float]]:
+    """Yield what is filled, once the block has ended, with its seconds by stage."""
+    stages: dict[str, float] = {}
+    began = time.perf_counter()
+    with profiled() as spent:
+        yield stages
+    stages.update(spent.of(time.perf_counter() - began))
 
 
 def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:

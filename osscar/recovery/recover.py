@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -21,7 +21,11 @@ from torch import nn
 from osscar import __version__
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
+from osscar.base.shown import Shown
+from osscar.base.timing import Stage, profiled, timed
+from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
 from osscar.network.modules import (
     check_finite_weights,
@@ -49,8 +53,8 @@ class _Pruned(Protocol):
         """The smaller model."""
 
 
-@dataclass(frozen=True, eq=False)
-class Recovery:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recovery(Shown):
     """A smaller model that was trained towards the dense one, and how that went.
 
     Parameters
@@ -70,6 +74,8 @@ class Recovery:
         How many parameters were trained.
     seconds
         Wall time.
+    stages
+        The same by stage; ``other`` is what no stage counts.
     memory
         What it was told to need.
     request
@@ -78,7 +84,7 @@ class Recovery:
         What reports say of the samples.
     """
 
-    model: nn.Module = field(repr=False)
+    model: nn.Module
     points: tuple[Point, ...]
     learning_rate: float
     measure: Measure
@@ -86,9 +92,17 @@ class Recovery:
     held_out: int
     trained: int
     seconds: float
+    stages: Mapping[str, float]
     memory: Memory
     request: RecoveryRequest
     data: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        held = pluralize(self.held_out, "held-out sample")
+        return (
+            f"Recovery({self.measure} from the dense model: {self.before:.4g} -> {self.after:.4g} "
+            f"on {held}; step {self.kept} of {self.points[-1].step} kept; {self.seconds:.1f} s)"
+        )
 
     @property
     def kept(self) -> int:
@@ -120,6 +134,7 @@ class Recovery:
             "held_out": self.held_out,
             "trained": self.trained,
             "seconds": self.seconds,
+            "stages": dict(self.stages),
             "memory_bytes": self.memory.total,
         }
 
@@ -190,15 +205,18 @@ def recover_as_asked(
     start = time.perf_counter()
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     _check(model, dense)
+    data = read_once(dense, data)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         memory_for(f"{type(model).__name__} and its training", FOR_BATCHES),
         model_state(dense),
+        profiled() as spent,
     ):
-        setup = Setup.of(model, dense, data, request, ranks)
-        way, memory = setup.chosen(None if log is None else log.way())
-        training = setup.checked(way)
+        with timed(Stage.TEACHER):
+            setup = Setup.of(model, dense, data, request, ranks)
+            way, memory = setup.chosen(None if log is None else log.way())
+            training = setup.checked(way)
         told(memory, way)
         with _begun(log, setup, way) as known:
             rate = request.learning_rate if known is None else known.rate
@@ -210,6 +228,7 @@ def recover_as_asked(
             merge_adapters(training.model)
         work = as_it_came(training.model, model)
     note_calibration(work, data, setup.inputs.settings)
+    seconds = time.perf_counter() - start
     return Recovery(
         model=work,
         points=points,
@@ -218,7 +237,8 @@ def recover_as_asked(
         samples=len(training.samples),
         held_out=len(setup.deciding),
         trained=trained,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
+        stages=spent.of(seconds),
         memory=memory,
         request=way,
         data={**setup.inputs.settings, **data_record(data)},

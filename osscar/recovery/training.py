@@ -22,6 +22,7 @@ from osscar.base.errors import JournalError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
 from osscar.base.ranks import ALONE, Ranks
+from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
@@ -106,6 +107,7 @@ class Training:
         """Return what is trained, by name."""
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 
+    @timed(Stage.HELD_OUT)
     def distance(self) -> float | None:
         """Return how far the model is, in the number formats in which it comes back."""
         with in_formats(self.model, self.formats):
@@ -122,6 +124,7 @@ class Training:
         for batch in joined([largest] * min(share, 2 * self.at_once), self.at_once):
             optimizer.add_gradients(batch, self.size)
 
+    @timed(Stage.TRAINING)
     def run(
         self,
         steps: int,
@@ -174,6 +177,7 @@ class Training:
         self._set(best)
         return tuple(points)
 
+    @timed(Stage.RATE)
     def found_rate(self) -> float:
         """Return the rate below that at which, of a few rising ones, the model is nearest.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,6 +34,12 @@ ROOM_ABOVE = 1.08
 _SMALL = (4.4, 2.9)
 """Inches: a phone shows it as it is."""
 
+_TALL = (4.4, 4.4)
+"""The same, of two panels, one above the other."""
+
+_LINE = 0.065
+"""Of the height of a small figure's axes: that of a line of text."""
+
 _PIXELS = 96
 """An inch on the screen."""
 
@@ -41,6 +49,13 @@ def small_figure() -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         return figure, figure.subplots()
+
+
+def tall_figure() -> tuple[Figure, Sequence[Axes]]:
+    """Return an empty figure of two panels that share their horizontal axis."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=_TALL, layout="constrained")
+        return figure, figure.subplots(2, 1, sharex=True)
 
 
 def whole_numbers() -> MaxNLocator:
@@ -53,12 +68,40 @@ def legend(figure: Figure, columns: int) -> None:
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
 
 
+def label_lines(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
+    """Put names beside the axes, each as high as its line ends, and none over another.
+
+    Ends are x, y, name and colour; the limits of the axes have to be final.
+    """
+    axes.autoscale_view()
+    scaled = axes.transScale + axes.transLimits
+    sorted_ends = sorted((scaled.transform((x, y))[1], name, color) for x, y, name, color in ends)
+    top = 1.0 - _LINE * (len(sorted_ends) - 1)
+    height = -math.inf
+    for index, (level, name, color) in enumerate(sorted_ends):
+        # What is above still has to find room.
+        height = max(min(level, top + _LINE * index), height + _LINE)
+        axes.annotate(
+            name, (1.02, height), xycoords="axes fraction", color=color, fontsize=7.5, va="center",
+            annotation_clip=False, parse_math=False,
+        )  # fmt: skip
+
+
 def svg_of(figure: Figure) -> bytes:
     """Return a figure as an SVG file, the same bytes each time."""
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG file, twice as fine as a screen shows it."""
+    FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="png", dpi=2 * _PIXELS, metadata={"Software": None})
     return file.getvalue()
 
 

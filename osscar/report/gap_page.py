@@ -15,8 +15,10 @@ from osscar.report.gap_tables import (
     refused_table,
     scores_table,
 )
+from osscar.report.names import common_prefix, without_prefix
 from osscar.report.page import asked_table, render
 from osscar.report.plots import draw_plots
+from osscar.report.stages import stages_table
 from osscar.report.summary import Summary
 from osscar.report.tables import share
 from osscar.study.records import Record
@@ -26,10 +28,18 @@ if TYPE_CHECKING:
     from osscar.study.directory import Study
 
 REPORT_FILE = "report.html"
+_NARROW = 600
+"""Pixels: pictures that are wider have a line of their own."""
 
 
 def write_report(
-    study: Study, design: StudyDesign, records: Sequence[Record], summary: Summary, *, jobs: int = 1
+    study: Study,
+    design: StudyDesign,
+    records: Sequence[Record],
+    summary: Summary,
+    *,
+    jobs: int = 1,
+    stages: Mapping[str, float] | None = None,
 ) -> Path:
     """Draw the plots and write the page into the study's directory; return where it lies.
 
@@ -39,23 +49,29 @@ def write_report(
         What was asked, and what came of it.
     jobs
         Processes that solved at once, which the times depend on.
+    stages
+        Seconds of this run by stage, where they are known.
 
     Raises
     ------
     OutputError
         If something cannot be written.
     """
+    prefix = common_prefix([case.best.instance for case in summary.layers])
     text = render(
         "gap.html.j2",
         summary=summary,
         pictures=draw_plots(summary, study.directory),
         overviews=overview_table(summary),
-        layers=cases_table(summary.layers),
-        windows=cases_table(summary.windows),
+        layers=cases_table(summary.layers, prefix),
+        windows=cases_table(summary.windows, prefix),
+        names=without_prefix(prefix),
+        narrow=_NARROW,
+        stages=stages_table(stages or {}),
         scores=scores_table(summary),
-        still_open=open_table(summary.still_open),
-        refused=refused_table(summary.refused),
-        records=records_table(records),
+        still_open=open_table(summary.still_open, prefix),
+        refused=refused_table(summary.refused, prefix),
+        records=records_table(records, prefix),
         asked=asked_table(_asked(study, design, jobs)),
     )
     write_text(study.directory / REPORT_FILE, text)

@@ -17,21 +17,25 @@ if TYPE_CHECKING:
     from solvers import BackendInfo, Capabilities, SubsetProblem
 
 
-def cases_table(cases: Sequence[Case]) -> Table:
-    """Return one row for each problem and number of kept units."""
+def cases_table(cases: Sequence[Case], prefix: str = "") -> Table:
+    """Return one row for each problem and number of kept units.
+
+    Names are shown without a prefix, here as in the tables below.
+    """
     columns = ("problem", "removed >", "kept >", "loss >", "bound >", "gap >", "root gap >")
     return new_table(
         "best answers",
-        *(*columns, "found by", "proof"),
+        *(*columns, "limit >", "found by", "proof"),
         rows=(
             (
-                case.best.instance,
+                case.best.instance.removeprefix(prefix),
                 ", ".join(map(share, case.sparsities)),
                 _kept(case.best),
                 decimals(case.best.relative_loss),
                 decimals(case.relative_bound),
                 percent(case.gap),
                 percent(case.root_gap),
+                percent(case.limit_gap),
                 case.best.backend,
                 case.proof,
             )
@@ -88,19 +92,28 @@ def overview_table(summary: Summary) -> Table:
     return new_table("", *columns, "widest >", "slowest proof, s >", rows=overviews())
 
 
-def open_table(cases: Sequence[Case]) -> Table:
+def open_table(cases: Sequence[Case], prefix: str = "") -> Table:
     """Return one row for each problem that could not be closed, with the reason."""
-    rows = ((c.records[0].instance, _kept(c.records[0]), percent(c.gap), c.why_open) for c in cases)
+    rows = (
+        (
+            c.records[0].instance.removeprefix(prefix),
+            *(_kept(c.records[0]), percent(c.gap), c.why_open),
+        )
+        for c in cases
+    )
     return new_table("", "problem", "kept >", "gap >", "why", rows=rows)
 
 
-def refused_table(records: Sequence[Record]) -> Table:
+def refused_table(records: Sequence[Record], prefix: str = "") -> Table:
     """Return one row for each solve without an answer."""
-    rows = ((record.instance, _kept(record), record.backend, record.error) for record in records)
+    rows = (
+        (record.instance.removeprefix(prefix), _kept(record), record.backend, record.error)
+        for record in records
+    )
     return new_table("", "problem", "kept >", "backend", "reason", rows=rows)
 
 
-def records_table(records: Sequence[Record]) -> Table:
+def records_table(records: Sequence[Record], prefix: str = "") -> Table:
     """Return one row for each solve, with the command that makes it again."""
     columns = ("problem", "kept >", "backend", "status", "loss >", "bound >", "gap >")
     return new_table(
@@ -108,7 +121,7 @@ def records_table(records: Sequence[Record]) -> Table:
         *(*columns, "seconds >", "command"),
         rows=(
             (
-                *(record.instance, _kept(record), record.backend),
+                *(record.instance.removeprefix(prefix), _kept(record), record.backend),
                 record.status.lower().replace("_", " "),
                 decimals(record.relative_loss, 6),
                 decimals(record.relative_bound, 6),
@@ -125,9 +138,9 @@ def _kept(record: Record) -> str:
     return f"{record.keep} of {record.units}"
 
 
-def backends_table(infos: Sequence[BackendInfo]) -> Table:
+def backends_table(infos: Sequence[BackendInfo], title: str = "") -> Table:
     """Return one row for each registered backend."""
-    table = new_table("", "backend", "kind", "takes", "options", "what it does", "available")
+    table = new_table(title, "backend", "kind", "takes", "options", "what it does", "available")
     for info in infos:
         options = ", ".join(f"{key}={value}" for key, value in info.options.items())
         available = Text("yes", style="green") if info.unavailable is None else info.unavailable

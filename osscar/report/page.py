@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 from markupsafe import Markup, escape
@@ -14,6 +14,9 @@ from rich.table import Table
 from osscar import __version__
 from osscar.base.printable import printable
 from osscar.report.tables import decimals, new_table
+
+Part: TypeAlias = str | Table | Mapping[str, object]
+"""Of what a result shows of itself: a sentence, a table, or a picture."""
 
 
 def render(template: str, **content: Any) -> str:
@@ -68,9 +71,9 @@ def _shown(value: object) -> object:
 
 
 def _breakable(name: str) -> Markup:
-    """Let a long name go on in the next line after its dots, slashes and dashes."""
+    """Let a long name go on in the next line after its dots, slashes, dashes and underscores."""
     text = escape(printable(name))
-    for mark in "./-":  # none of them is part of what replaces another
+    for mark in "./-_":  # none of them is part of what replaces another
         text = text.replace(mark, Markup(f"{mark}<wbr>"))
     return text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 import solvers
 from osscar.base.files import atomic_write
 from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, STYLE, picture, svg_of
+from osscar.report.names import common_prefix
 from osscar.report.summary import HIT, Case, Summary
 from osscar.report.tables import share
 
@@ -37,7 +37,7 @@ _CAPTIONS = {
     "lower bound, as a share of the loss. An answer without a filled bar is proved optimal.",
     "curves": "Loss of the best answer, and the lower bound that no choice of units can beat, "
     "against the share of units removed. Both are relative to the loss of removing everything. The "
-    "true optimum lies in the shaded band.",
+    "true optimum lies in the shaded band. Panels of one kind of units share their scale.",
     "ratios": "What heuristics lose against proven optima, one dot a problem.",
 }
 
@@ -71,60 +71,119 @@ def draw_plots(summary: Summary, directory: Path) -> list[dict[str, object]]:
     return drawn
 
 
-def _short_name(name: str) -> str:
-    """Return a group's name without what all models share: ``layers.3.mlp.neurons``."""
-    short = re.sub(r"^(model|transformer|decoder|gpt_neox)\.(decoder\.|model\.)?", "", name)
-    return short if len(short) <= _LONGEST_NAME else f"{short[: _LONGEST_NAME - 1]}…"
+def _short_names(cases: Sequence[Case]) -> dict[str, str]:
+    """Return how the problems of cases are called in a plot: without what all names begin with."""
+    names = list(dict.fromkeys(case.best.instance for case in cases))
+    prefix = common_prefix(names)
+    short = {name: name.removeprefix(prefix) for name in names}
+    return {
+        name: text if len(text) <= _LONGEST_NAME else f"…{text[1 - _LONGEST_NAME :]}"
+        for name, text in short.items()
+    }
 
 
 def _curves(layers: Sequence[Case]) -> Figure | None:
-    """Draw loss and bound against sparsity, a panel a layer."""
+    """Draw loss and bound against sparsity, a panel a layer, those of a kind on one scale."""
     if not layers:
         return None
-    names = list(dict.fromkeys(case.best.instance for case in layers))
-    columns = min(_COLUMNS, len(names))
-    lines = math.ceil(len(names) / columns)
-    figure, grid = _subplots(lines, columns, width=max(6.0, 2.1 * columns), height=1.75 * lines + 1)
-    for axes, name in zip(grid, names, strict=False):
-        mine = (case for case in layers if case.best.instance == name)
-        points = [(sparsity, case) for case in mine for sparsity in case.sparsities]
-        _curve(axes, sorted(points, key=lambda point: point[0]))
-        axes.set_title(_short_name(name), fontsize=7, loc="left", parse_math=False)
-    for axes in grid[len(names) :]:
-        axes.set_visible(False)
-    shown: dict[str, Any] = {}  # the first layer need not have a bound
-    for axes in grid:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            shown.setdefault(label, handle)
-    figure.legend(shown.values(), shown, loc="outside upper left", ncols=len(shown), frameon=False)
+    kinds: dict[str, dict[str, list[tuple[float, Case]]]] = {}
+    for case in layers:
+        mine = kinds.setdefault(case.best.kind, {}).setdefault(case.best.instance, [])
+        mine += [(sparsity, case) for sparsity in case.sparsities]
+    if max(len(points) for panels in kinds.values() for points in panels.values()) == 1:
+        return _levels(layers)
+    columns = _even_columns([len(panels) for panels in kinds.values()])
+    lines = sum(math.ceil(len(panels) / columns) for panels in kinds.values())
+    width = max(_NARROW, 1.9 * columns + 0.6)
+    figure, grid = _subplots(lines, columns, width=width, height=1.6 * lines + 0.9)
+    short, begin = _short_names(layers), 0
+    for panels in kinds.values():
+        room = columns * math.ceil(len(panels) / columns)
+        for axes, (name, points) in zip(grid[begin : begin + room], panels.items(), strict=False):
+            _curve(axes, sorted(points, key=lambda point: point[0]))
+            axes.set_title(short[name], fontsize=7, loc="left", parse_math=False)
+        _share_scale(grid[begin : begin + len(panels)], columns)
+        for axes in grid[begin + len(panels) : begin + room]:
+            axes.set_visible(False)
+        begin += room
+    _legend(figure, grid)
     figure.supxlabel("share of units removed", fontsize=9)
     figure.supylabel("relative loss", fontsize=9)
     return figure
 
 
+def _even_columns(counts: Sequence[int]) -> int:
+    """Return into how many columns panels break most evenly, each kind in lines of its own."""
+    if max(counts) <= _COLUMNS:
+        return max(counts)
+    choices = range(_COLUMNS, _COLUMNS // 2, -1)
+    return min(choices, key=lambda columns: sum(-count % columns for count in counts))
+
+
+def _share_scale(panels: Sequence[Axes], columns: int) -> None:
+    """Give panels that are compared the same scale, told once a line."""
+    highest = max(axes.get_ylim()[1] for axes in panels)
+    for place, axes in enumerate(panels):
+        axes.set_ylim(0, highest)
+        axes.tick_params(labelleft=place % columns == 0)
+
+
+def _levels(layers: Sequence[Case]) -> Figure:
+    """Draw loss and bound of each layer, where there is one share of units removed."""
+    kinds = list(dict.fromkeys(case.best.kind for case in layers))
+    short = _short_names(layers)
+    width = max(_NARROW, 0.26 * len(layers) + 1.2 * len(kinds))
+    figure, grid = _subplots(1, len(kinds), width=width, height=3.8)
+    for axes, kind in zip(grid, kinds, strict=True):
+        mine = [case for case in layers if case.best.kind == kind]
+        _draw_levels(axes, list(range(len(mine))), mine)
+        names = [short[case.best.instance] for case in mine]
+        axes.set_xticks(range(len(mine)), names, rotation=90, fontsize=7, parse_math=False)
+        axes.margins(x=0.3 / len(mine))
+    grid[0].set_ylabel("relative loss")
+    _legend(figure, grid)
+    return figure
+
+
+def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
+    """Put one legend above, of what any of the panels shows."""
+    shown: dict[str, Any] = {}  # the first layer need not have a bound
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, loc="outside upper left", ncols=len(shown), frameon=False)
+
+
 def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
     """Draw one layer's loss and bound, given with the sparsities that they belong to."""
     x = [sparsity for sparsity, _ in points]
-    loss = [case.best.relative_loss or 0.0 for _, case in points]
+    _draw_levels(axes, x, [case for _, case in points], line="-")
     axes.set_xticks(x[:: math.ceil(len(x) / _TICKS)])
-    axes.plot(x, loss, "o-", color=COLORS[0], markersize=3, linewidth=1, label="best loss")
-    bounds = [case.relative_bound for _, case in points]
+    axes.tick_params(labelsize=6)
+    axes.xaxis.set_major_formatter(SHARES)
+
+
+def _draw_levels(axes: Axes, x: Sequence[float], cases: Sequence[Case], line: str = "") -> None:
+    """Draw loss and bound of cases, and what lies between them."""
+    loss = [case.best.relative_loss or 0.0 for case in cases]
+    look: dict[str, Any] = {"markersize": 3, "linewidth": 1, "label": "best loss"}
+    axes.plot(x, loss, f"o{line}", color=COLORS[0], **look)
+    bounds = [case.relative_bound for case in cases]
     bounded = [b for b in zip(x, bounds, loss, strict=True) if b[1] is not None]
     if bounded:
         at, low, high = zip(*bounded, strict=True)
         # Hollow and larger, so that a loss that meets its bound is still seen.
         axes.plot(
-            at, low, "s--", color=COLORS[1], markersize=5, markerfacecolor="none", linewidth=1,
-            label="lower bound",
+            at, low, f"s{line and '--'}", color=COLORS[1], markersize=5, markerfacecolor="none",
+            linewidth=1, label="lower bound",
         )  # fmt: skip
-        axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
-        if len(at) == 1:  # a band of no width
+        if line and len(at) > 1:
+            axes.fill_between(at, low, high, color=COLORS[1], alpha=0.2, linewidth=0)
+        else:  # a band of no width
             axes.vlines(at, low, high, color=COLORS[1], alpha=0.2, linewidth=4)
     # From zero, with room above: markers of a flat curve would be cut in half.
     top = axes.dataLim.ymax
     axes.set_ylim(0, ROOM_ABOVE * top if top > 0 else 1)
-    axes.tick_params(labelsize=6)
-    axes.xaxis.set_major_formatter(SHARES)
 
 
 def _gaps(cases: Sequence[Case]) -> Figure | None:
@@ -134,7 +193,8 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
     """
     if not cases:
         return None
-    names = list(dict.fromkeys(case.best.instance for case in cases))
+    short = _short_names(cases)
+    names = list(short)
     sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
     step = 0.8 / len(sparsities)
     width = max(_NARROW, 0.26 * len(names) + 2)
@@ -149,7 +209,7 @@ def _gaps(cases: Sequence[Case]) -> Figure | None:
         axes.bar(x, left, step * 0.9, color=color, label=f"{share(sparsity)} removed")
     axes.set_xticks(
         range(len(names)),
-        [_short_name(n) for n in names],
+        list(short.values()),
         rotation=90,
         fontsize=7,
         parse_math=False,

@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from graph.groups import UnitKind
 from osscar.allocation.measured import FEWEST
-from osscar.base.printable import are, capitalized, pluralize
+from osscar.base.printable import are, capitalized, listed, pluralize
 from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
-from osscar.report.figures import picture
-from osscar.report.page import asked_table, render
-from osscar.report.prune_plots import frontier_figure, kept_figure, loss_figure
+from osscar.report.figures import picture, png_of
+from osscar.report.names import common_prefix, without_prefix
+from osscar.report.page import Part, asked_table, render
+from osscar.report.prune_plots import depth_figure, frontier_figure
 from osscar.report.recovery import recovery_asked, recovery_section
 from osscar.report.run_tables import layers_table, skipped_table
+from osscar.report.stages import longest_stages, stages_table
 from osscar.report.summary import proofs_in_words
-from osscar.report.tables import engineering, in_bytes, new_table, share
+from osscar.report.tables import (
+    divergence_in_words,
+    engineering,
+    in_bytes,
+    nats,
+    new_table,
+    share,
+)
 from osscar.request import BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
 
-_KEEPS = ("heads", "neurons", "channels", "residual")
+_KEEPS = ("heads", "neurons", "channels", "residual", "experts")
 _WORTH_TELLING = 0.01
 """Of a budget: what is left of it that a line tells of."""
 
@@ -45,21 +55,44 @@ def prune_page(document: Mapping[str, Any]) -> str:
     recovery = document.get("recovery")
     asked = {"model": document["model"], **document["settings"], **computed}
     asked |= recovery_asked(recovery) if recovery else {}
+    prefix = common_prefix([*_groups(document)])
     return render(
         "prune.html.j2",
         document=document,
         answer=_answer(document),
         asked_shortly=_in_words(document["settings"]),
         compared=new_table("", "", "dense >", "pruned >", "ratio >", rows=_rows(document)),
+        meaning=list(_meaning(document)),
         remarks=list(_remarks(document)),
+        stages=stages_table(document["stages"]),
         recovery=recovery and recovery_section(recovery),
         pictures=list(_pictures(document)),
-        layers=layers_table(document["layers"], document.get("budget")),
-        columns=list(_columns(document)),
+        layers=layers_table(document["layers"], document.get("budget"), prefix=prefix),
+        columns=[*_columns(document), *filter(None, [without_prefix(prefix)])],
         bounded=_bounded(document),
         skipped=skipped_table(document.get("skipped") or ()),
         asked=asked_table(asked, document["calibration"]),
     )
+
+
+def kept_picture(document: Mapping[str, Any]) -> bytes | None:
+    """Return a PNG file of what each group of a run keeps and lost; None where none lost units."""
+    layers = document["layers"]
+    return png_of(depth_figure(_groups(document), layers)) if layers else None
+
+
+def parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield what a run shows of itself, of as much of its document as is known without its data."""
+    yield _answer(document)
+    yield layers_table(document["layers"], document["budget"])
+    yield from run_lines(document)
+    yield from _meaning(document)
+    if document["skipped"]:
+        yield skipped_table(document["skipped"])
+    yield from _pictures(document)
+    stages = stages_table(document["stages"])
+    if stages is not None:
+        yield stages
 
 
 def _bounded(document: Mapping[str, Any]) -> bool:
@@ -86,13 +119,29 @@ def _answer(document: Mapping[str, Any]) -> str:
             sentence += f"; {label} goes from {before} to {after}"
     divergence = document.get("divergence")
     if divergence is not None:
-        held = document.get("held_out")
-        on = f"on {pluralize(held, 'held-out sample')}" if held else "on calibration samples"
         sentence += (
-            f"; the predictions diverge from the dense model's by {_nats(divergence)} nats {on}"
-            f"{_when(document)}"
+            f"; the predictions diverge from the dense model's by {nats(divergence)} nats "
+            f"{_on(document)}{_when(document)}"
         )
     return sentence + "."
+
+
+def _on(document: Mapping[str, Any]) -> str:
+    """Say on what predictions were compared."""
+    held = document.get("held_out")
+    return f"on {pluralize(held, 'held-out sample')}" if held else "on calibration samples"
+
+
+def _what(document: Mapping[str, Any]) -> str:
+    """Return what the model predicts, in a word."""
+    return "token" if "seqlen" in document["calibration"] else "class"
+
+
+def _meaning(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the divergence comes to, in a sentence, if it is known."""
+    divergence = document.get("divergence")
+    if divergence is not None:
+        yield divergence_in_words(divergence, _what(document))
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:
@@ -117,7 +166,7 @@ def run_lines(document: Mapping[str, Any]) -> Iterator[str]:
 def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what became of the model, each line with its kind."""
     layers, settings = document["layers"], document["settings"]
-    dead = sum(layer["dead"] for layer in layers)
+    dead = sum(layer["dead"] for layer in layers if layer["kind"] != UnitKind.EXPERTS)
     if dead:
         were = "was" if dead == 1 else "were"
         units = f"{pluralize(dead, 'unit')} {were} dead"
@@ -140,7 +189,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "size",
         f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer) in "
-        f"{document['seconds']:.1f} s, {document['solve_seconds']:.1f} s of them in the solver; "
+        f"{document['seconds']:.1f} s{longest_stages(document['stages'])}; "
         f"summed relative loss {document['summed_relative_loss']:.4f}",
     )
     budget = document.get("budget")
@@ -174,6 +223,13 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if document["batch_norms"]:
         norms = pluralize(document["batch_norms"], "layer")
         yield "batch norm", f"the statistics of {norms} are new ({settings['batch_norm']})"
+    folded = document.get("folded")
+    if folded:
+        yield (
+            "folded",
+            f"{pluralize(len(folded), 'weight')} that the dense model computes at every call, such "
+            f"as by weight normalization, {are(len(folded))} plain now: {listed(folded, 4)}",
+        )
 
 
 def budget_line(budget: Mapping[str, Any]) -> tuple[str, str]:
@@ -201,11 +257,17 @@ def _divergence(document: Mapping[str, Any]) -> str:
             "so, or labels, where it is the only output)"
         )
     predicted, gap = budget.get("predicted"), budget.get("gap")
-    within = "" if gap is None else f" (within {gap:.1e} of the least)"
+    within = "" if gap is None else f" (within {gap:.1e} of the least)" if gap else " (the least)"
     said = "" if predicted is None else f"predicted {predicted:.4f} nats{within}, "
     data = "held-out" if document["held_out"] else "the last"
     on = f"on {data} calibration samples{_when(document)}"
-    return f"{said}measured {measured:.4f} nats {on}"
+    agreement = document.get("agreement")
+    same = (
+        ""
+        if agreement is None
+        else f", with the same likeliest {_what(document)} in {agreement:.1%}"
+    )
+    return f"{said}measured {measured:.4f} nats {on}{same}"
 
 
 def _when(document: Mapping[str, Any]) -> str:
@@ -239,6 +301,12 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
             "Dense weights did better than a refit on held-out samples, and stay but for the "
             f"units that leave: {', '.join(dense)}."
         )
+    tied = [label for layer in layers for label in layer.get("tied", ())]
+    if tied:
+        yield (
+            "Not refitted, since the same weight is read in another way, too, are "
+            f"{', '.join(tied)}: all of it stays but for the units that leave."
+        )
     beside = sum(layer.get("fixed_dense", 0) for layer in layers)
     if beside:
         yield (
@@ -251,19 +319,18 @@ def _remarks(document: Mapping[str, Any]) -> Iterator[str]:
                 f"The refit made the largest weight that reads {layer['name']} "
                 f"{layer['growth']:.3g} times as large as the largest dense one."
             )
-    if document.get("forward") is not None:
-        yield "Times are medians of a few turns, and as rough as that."
+    forward = document.get("forward")
+    if forward is not None:
+        low, high = map(_milliseconds, forward["pruned"]["seconds_between"])
+        yield (
+            "Times are medians of a few turns, and as rough as that: half of those of the pruned "
+            f"model lie between {low} and {high}."
+        )
     if document.get("evaluation") is None:
         yield "Quality on data of your own is what osscar eval measures."
 
 
 # ---- in numbers --------------------------------------------------------------------------
-
-
-def _nats(value: float) -> str:
-    if value >= 0.001 or not value:
-        return f"{value:.4f}"
-    return f"{value:.6f}" if value >= 1e-5 else f"{value:.1e}"
 
 
 def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -284,7 +351,10 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield _ratio_row(label, forward["dense"][name], forward["pruned"][name], written)
     if document.get("divergence") is not None:
         label = f"divergence from dense{_when(document)}, nats"
-        yield label, "0", _nats(document["divergence"]), ""
+        yield label, "0", nats(document["divergence"]), ""
+    if document.get("agreement") is not None:
+        label = f"likeliest {_what(document)} as in the dense model{_when(document)}"
+        yield label, "", f"{document['agreement']:.1%}", ""
 
 
 def _milliseconds(seconds: float) -> str:
@@ -300,24 +370,25 @@ def _ratio_row(
 # ---- in pictures -------------------------------------------------------------------------
 
 
-def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
-    layers, budget = document["layers"], document.get("budget") or {}
-    groups = {**budget.get("widths", {})}
-    for layer in layers:
+def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return kind, units and kept units of each group that could lose some, by name."""
+    groups = {**(document.get("budget") or {}).get("widths", {})}
+    for layer in document["layers"]:
         groups.setdefault(layer["name"], layer)  # what shares no budget comes last
+    return groups
+
+
+def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
+    budget, groups = document.get("budget") or {}, _groups(document)
     if groups:
-        yield picture(
-            "kept share over depth",
-            "What stays of each group of units, in the order of the model.",
-            kept_figure([*groups.values()]),
-        )
-    if layers:
         beat = "; no other choice of as many units can beat the lower bound"
+        experts = document["settings"].get("experts")
+        whole = "what the mixture puts out" if experts else "the loss of removing all of them"
         yield picture(
-            "loss of each layer",
-            "Loss of each layer that lost units, relative to the loss of removing all of "
-            f"them{beat if _bounded(document) else ''}.",
-            loss_figure(layers),
+            "kept share and loss over depth",
+            "Above, what stays of each group of units. Below, the loss of those that lost units, "
+            f"relative to {whole}{beat if _bounded(document) else ''}.",
+            depth_figure(groups, document["layers"]),
         )
     if len((budget.get("frontier") or {"cost": []})["cost"]) > 1:
         yield picture(

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, legend, small_figure, whole_numbers
+from osscar.report.figures import (
+    COLORS,
+    ROOM_ABOVE,
+    SHARES,
+    legend,
+    small_figure,
+    tall_figure,
+    whole_numbers,
+)
+from osscar.report.names import depths
 
 _KINDS = ("heads", "neurons", "channels")
+_APART = 0.24
+"""Of the distance of two layers: how far two kinds of units of one layer are drawn apart."""
+
 _LOWEST = 1e-4
 """Of the largest divergence: what is less is not drawn, unless this run is there."""
 
@@ -19,36 +32,53 @@ def _color(kind: str) -> str:
     return COLORS[_KINDS.index(kind)] if kind in _KINDS else COLORS[len(_KINDS)]
 
 
-def kept_figure(groups: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the share that each group keeps, a line a kind."""
-    figure, axes = small_figure()
-    kinds = list(dict.fromkeys(group["kind"] for group in groups))
+def depth_figure(
+    groups: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]
+) -> Figure:
+    """Draw over one axis of depth what each group keeps, and the loss of those that lost units.
+
+    Parameters
+    ----------
+    groups
+        By name, in the order of the model: ``kind``, ``units`` and ``kept``.
+    layers
+        As in ``osscar.prune/5``; all of them are among the groups.
+    """
+    figure, (above, below) = tall_figure()
+    at, counted = depths(groups)
+    kinds = list(dict.fromkeys(group["kind"] for group in groups.values()))
     for kind in kinds:
-        kept = [one["kept"] / one["units"] for one in groups if one["kind"] == kind]
-        at, look = range(1, len(kept) + 1), {"color": _color(kind), "label": kind}
-        axes.plot(at, kept, "o-", markersize=3.5, linewidth=1, **look)
-    axes.set_ylim(0, ROOM_ABOVE)
-    axes.yaxis.set_major_formatter(SHARES)
-    axes.xaxis.set_major_locator(whole_numbers())
-    axes.set_xlabel("depth: groups of a kind, from the input on")
-    axes.set_ylabel("kept")
-    legend(figure, len(kinds))
+        mine = [name for name, group in groups.items() if group["kind"] == kind]
+        kept = [groups[name]["kept"] / groups[name]["units"] for name in mine]
+        look = {"color": _color(kind), "label": kind}
+        above.plot([at[name] for name in mine], kept, "o-", markersize=3.5, linewidth=1, **look)
+    above.set_ylim(0, ROOM_ABOVE)
+    above.yaxis.set_major_formatter(SHARES)
+    above.set_ylabel("kept")
+    beside = dict(zip(kinds, _beside(len(kinds)), strict=True))  # a layer has units of two kinds
+    bounded = _losses(below, [(at[one["name"]] + beside[one["kind"]], one) for one in layers])
+    below.xaxis.set_major_locator(whole_numbers())
+    below.set_xlabel(counted)
+    below.set_ylabel("relative loss")
+    legend(figure, len(kinds) + bounded)
     return figure
 
 
-def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the relative loss of each layer, and its bound."""
-    figure, axes = small_figure()
-    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
-    for kind in kinds:
-        mine = [(i, one) for i, one in enumerate(layers, 1) if one["kind"] == kind]
-        at, losses = zip(*((i, one["relative_loss"]) for i, one in mine), strict=True)
-        axes.vlines(at, 0, losses, color=_color(kind), linewidth=1, alpha=0.35)
-        axes.plot(at, losses, "o", color=_color(kind), markersize=3.5, label=kind)
+def _beside(kinds: int) -> list[float]:
+    """Return how far kinds of units are drawn from where they lie, so that none hides another."""
+    return [_APART * (index - (kinds - 1) / 2) for index in range(kinds)]
+
+
+def _losses(axes: Axes, layers: Sequence[tuple[float, Mapping[str, Any]]]) -> bool:
+    """Draw the relative loss of each layer, given with where it lies; tell if any has a bound."""
+    for x, layer in layers:
+        color, loss = _color(layer["kind"]), layer["relative_loss"]
+        axes.vlines([x], 0, [loss], color=color, linewidth=1, alpha=0.35)
+        axes.plot([x], [loss], "o", color=color, markersize=3.5)
     bounds = [
-        (i, max(0.0, one["relative_bound"]))
-        for i, one in enumerate(layers, 1)
-        if one["relative_bound"] is not None
+        (x, max(0.0, layer["relative_bound"]))
+        for x, layer in layers
+        if layer["relative_bound"] is not None
     ]
     if bounds:
         # Hollow and larger, so that a loss that meets its bound is still seen.
@@ -56,13 +86,9 @@ def loss_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             *zip(*bounds, strict=True), "s", color="#57606a", markersize=6, markerfacecolor="none",
             markeredgewidth=0.8, label="lower bound",
         )  # fmt: skip
-    highest = max(layer["relative_loss"] for layer in layers)
+    highest = max((layer["relative_loss"] for _, layer in layers), default=0)
     axes.set_ylim(0, ROOM_ABOVE * highest if highest > 0 else 1)
-    axes.xaxis.set_major_locator(whole_numbers())
-    axes.set_xlabel("layer, from the input on")
-    axes.set_ylabel("relative loss")
-    legend(figure, len(kinds) + bool(bounds))
-    return figure
+    return bool(bounds)
 
 
 def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Figure:

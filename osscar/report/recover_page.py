@@ -7,6 +7,7 @@ from typing import Any
 
 from osscar.report.page import asked_table, render
 from osscar.report.recovery import recovery_asked, recovery_section
+from osscar.report.tables import divergence_in_words
 
 
 def recover_page(document: Mapping[str, Any]) -> str:
@@ -23,5 +24,14 @@ def recover_page(document: Mapping[str, Any]) -> str:
         "recover.html.j2",
         document=document,
         recovery=recovery_section(document["recovery"]),
+        meaning=_meaning(document["recovery"]),
         asked=asked_table({**asked, **recovery_asked(document["recovery"]), **computed}),
     )
+
+
+def _meaning(recovery: Mapping[str, Any]) -> str:
+    """Say what the distance that is left comes to; nothing where it is no divergence."""
+    if recovery["measure"] != "nats":
+        return ""
+    what = "token" if "seqlen" in recovery["data"] else "class"
+    return divergence_in_words(recovery["after"], what)

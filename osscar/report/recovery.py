@@ -13,8 +13,9 @@ import lazy_loader
 from rich.table import Table
 
 from osscar.base.printable import capitalized, pluralize
-from osscar.report.page import told
-from osscar.report.tables import decimals, new_table
+from osscar.report.page import Part, told
+from osscar.report.stages import stages_table
+from osscar.report.tables import nats, new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,8 +58,8 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
 
 def _outcome(recovery: Mapping[str, Any]) -> str:
     """Say what became of the distance from the dense model."""
-    unit, after = _UNITS[recovery["measure"]], decimals(recovery["after"])
-    before = f"{decimals(recovery['before'])} {unit} from the dense model"
+    unit, after = _UNITS[recovery["measure"]], nats(recovery["after"])
+    before = f"{nats(recovery['before'])} {unit} from the dense model"
     took = f"on {pluralize(recovery['held_out'], 'sample')}, in {recovery['seconds']:.1f} s"
     if not recovery["kept"]:
         return f"{before} was the nearest, {took}; the weights are those that it came with"
@@ -73,14 +74,26 @@ def recovery_table(recovery: Mapping[str, Any]) -> Table:
         rows=(
             (
                 str(point["step"]),
-                decimals(point["loss"]) if point["loss"] is not None or not index else "not finite",
-                "not finite" if point["held_out"] is None else decimals(point["held_out"]),
+                _number(point["loss"]) if index else "",
+                _number(point["held_out"]),
                 f"{point['seconds']:.1f}",
                 "yes" if point["step"] == recovery["kept"] else "",
             )
             for index, point in enumerate(recovery["points"])
         ),
     )
+
+
+def parts(recovery: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield what a recovery shows of itself."""
+    section = recovery_section(recovery)
+    yield from section["sentences"]
+    yield section["table"]
+    yield section["picture"]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else nats(value)
 
 
 def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,6 +106,7 @@ def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
         "sentences": [f"{capitalized(line)}." for line in recovery_lines(recovery)],
         "picture": figures.picture("recovery", caption, recovery_figure(recovery)),
         "table": recovery_table(recovery),
+        "stages": stages_table(recovery["stages"]),
     }
 
 

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def layers_table(
-    layers: Sequence[Mapping[str, Any]], budget: Mapping[str, Any] | None = None
+    layers: Sequence[Mapping[str, Any]],
+    budget: Mapping[str, Any] | None = None,
+    *,
+    prefix: str = "",
 ) -> Table:
     """Return one row for each pruned group.
 
@@ -29,23 +32,28 @@ def layers_table(
         As in ``osscar.prune/5``; a column of which all layers say nothing is left out.
     budget
         As there, where groups share one.
+    prefix
+        What names of groups begin with, and are shown without.
     """
     widths, measured = (dict((budget or {}).get(key) or {}) for key in ("widths", "measured"))
     nats = {name: width["predicted"] for name, width in widths.items()}
     columns: dict[str, list[str]] = {
-        "group": [layer["name"] for layer in layers],
+        "group": [layer["name"].removeprefix(prefix) for layer in layers],
         "kept >": [f"{layer['kept']} of {layer['units']}" for layer in layers],
         "loss >": [decimals(layer["relative_loss"]) for layer in layers],
+        "refitted >": [decimals(layer.get("refitted_loss")) for layer in layers],
         "bound >": [_bound(layer) for layer in layers],
         "gap >": ["" if one["gap"] is None else f"{one['gap']:.1%}" for one in layers],
+        "limit >": [_limit(one) for one in layers],
         "certificate": [_certificate(layer) for layer in layers],
         "predicted, nats >": [decimals(nats.get(one["name"]), 5) for one in layers],
-        "measured alone, nats >": [_measured(measured.get(one["name"]) or ()) for one in layers],
+        "measured alone, nats": [_measured(measured.get(one["name"]) or ()) for one in layers],
         "status": [layer["status"].lower().replace("_", " ") for layer in layers],
         "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
         "dead >": [str(layer["dead"] or "") for layer in layers],
         "fixed >": [str(layer.get("fixed") or "") for layer in layers],
         "unrefitted >": [str(len(layer["unrefitted"]) or "") for layer in layers],
+        "tied >": [str(len(layer.get("tied", ())) or "") for layer in layers],
         "growth >": [f"{g:,.3g}x" if (g := layer["growth"]) > GROWN else "" for layer in layers],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells) or name == "group"}
@@ -65,6 +73,13 @@ def _measured(points: Sequence[Mapping[str, Any]]) -> str:
 def _bound(layer: Mapping[str, Any]) -> str:
     bound = layer["relative_bound"]
     return "" if bound is None else decimals(max(0.0, bound))
+
+
+def _limit(layer: Mapping[str, Any]) -> str:
+    limit = layer.get("bound_limit")
+    if limit is None or not layer["loss"] > 0:
+        return ""
+    return f"{max(0.0, 1 - limit / layer['loss']):.1%}"
 
 
 def _certificate(layer: Mapping[str, Any]) -> str:

@@ -10,8 +10,9 @@ from functools import cached_property
 
 import solvers
 from osscar.base.printable import are, pluralize
+from osscar.base.shown import Shown
 from osscar.report.tables import share
-from osscar.study.records import WINDOW, Instance, ProofBasis, Record, window_layer
+from osscar.study.records import ROOT_BOUND, WINDOW, Instance, ProofBasis, Record, window_layer
 from solvers import Status
 
 HIT = 1e-6
@@ -20,8 +21,6 @@ known up to the gap tolerance of the study."""
 
 _SAME = 1e-12
 """Relative difference up to which two losses differ by rounding alone."""
-
-_ROOT = "perspective"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,14 @@ class Case:
     @property
     def root_gap(self) -> float | None:
         """The same with the root bound alone."""
-        return self._gap(next((r.lower_bound for r in self.answers if r.backend == _ROOT), None))
+        root = (r.lower_bound for r in self.answers if r.backend == ROOT_BOUND)
+        return self._gap(next(root, None))
+
+    @property
+    def limit_gap(self) -> float | None:
+        """The least gap that a root bound can leave, however long it is searched for."""
+        limits = (r.bound_limit for r in self.answers if r.bound_limit is not None)
+        return self._gap(min(limits, default=None))
 
     def _gap(self, bound: float | None) -> float | None:
         if bound is None:
@@ -119,8 +125,8 @@ class Case:
         return (_loss(record) - self.loss) / self.loss if self.loss > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
     """A study in numbers and sentences.
 
     Parameters
@@ -136,6 +142,9 @@ class Summary:
     cases: tuple[Case, ...]
     unanswered: tuple[Case, ...] = ()
     trivial: tuple[Instance, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Summary({self.answer!r})"
 
     @property
     def layers(self) -> list[Case]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import capitalized, pluralize
 from osscar.report.evaluation_tables import dense_remarks
-from osscar.report.figures import COLORS, SHARES, legend, picture, small_figure
-from osscar.report.page import asked_table, render
+from osscar.report.figures import COLORS, SHARES, label_lines, picture, small_figure
+from osscar.report.page import Part, asked_table, render
 from osscar.report.run_tables import skipped_table
+from osscar.report.stages import stages_table, summed_stages
 from osscar.report.tables import engineering, new_table, share
 from osscar.request import BASELINES, METHODS, BudgetKind
 
@@ -144,6 +146,7 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
         "method": [point["method"] for point in points],
         f"{varied.kind} >": [varied.text(point) for point in points],
         "speed >": [f"{point['speedup']:.2f}x" for point in points],
+        "between >": ["{:.2f} to {:.2f}".format(*_between(point)) for point in points],
     }
     for measure in _known(points):
         columns[f"{measure.label} >"] = [measure.text(measure.of(point)) for point in points]
@@ -156,6 +159,13 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     columns["FLOPs a sample >"] = [engineering(point["flops"]) for point in points]
     columns["of the budget >"] = [_spent(point) for point in points]
     return new_table("", *columns, rows=zip(*columns.values(), strict=True))
+
+
+def _between(point: Point) -> tuple[float, float]:
+    """Return between what speed-ups half of the turns lie in which a point was timed."""
+    median = point["speedup"] * point["seconds"]  # of the dense model, in the same turns
+    fast, slow = point["seconds_between"]
+    return median / slow, median / fast
 
 
 def _is_recovered(measure: _Measure, points: Sequence[Point]) -> bool:
@@ -193,6 +203,15 @@ def _spent(point: Point) -> str:
     return f"{spent:.1%}{' (over)' if spent > 1 + ROUNDING else ''}"
 
 
+def parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """Yield what a sweep shows of itself."""
+    points, varied = document["points"], _varied(document)
+    yield _answer(points, varied)
+    yield sweep_table(document)
+    yield from dense_remarks(document)
+    yield from _pictures(points, varied)
+
+
 def sweep_page(document: Mapping[str, Any]) -> str:
     """Return the page of a sweep, of the same document."""
     points, varied = document["points"], _varied(document)
@@ -208,6 +227,8 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         points=sweep_table(document),
         methods=new_table("", "", "", rows=((name, _METHODS.get(name, "")) for name in methods)),
         pictures=list(_pictures(points, varied)),
+        key=[(color, method) for method, color in _colors(points).items()],
+        stages=stages_table(summed_stages(point["stages"] for point in points)),
         skipped=skipped_table(document["skipped"]),
         asked=asked_table(asked, document["calibration"]),
         shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
@@ -273,22 +294,26 @@ def _pictures(points: Sequence[Point], varied: _Varied) -> Iterator[dict[str, ob
         yield picture(
             f"{measure.label} against speed",
             f"{measure.title} against speed, relative to the dense model (star); {better} and "
-            f"further to the right is better{_dashed(measure, points)}.",
-            _figure(points, measure, lambda p: float(p["speedup"]), "speed, times that of dense"),
+            f"further to the right is better. A bar spans half of the turns of its timing"
+            f"{_dashed(measure, points)}.",
+            _figure(
+                *(points, measure, lambda p: float(p["speedup"]), "speed, times that of dense"),
+                between=_between,
+            ),
         )
     for measure in dict.fromkeys((*known[:1], *divergence)):
         dashed = _dashed(measure, points)
         predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
-        figure = _figure(points, measure, varied.at, str(varied.kind))
+        if not predicted or measure not in divergence[:1]:
+            predicted = []
+        figure = _figure(points, measure, varied.at, str(varied.kind), predicted=predicted)
         (axes,) = figure.axes
         if not varied.counts and varied.kind is not BudgetKind.SPEEDUP:
             axes.xaxis.set_major_formatter(SHARES)
-        if predicted and measure in divergence[:1]:
-            dashed += "; dotted what was predicted"
-            axes.plot(*zip(*predicted, strict=True), ":", color=COLORS[0], linewidth=1.2)
         yield picture(
             f"{measure.label} against {varied.kind}",
-            f"{measure.title} against {varied.kind}{dashed}.",
+            f"{measure.title} against {varied.kind}{dashed}"
+            f"{'; dotted what was predicted' if predicted else ''}.",
             figure,
         )
 
@@ -298,14 +323,25 @@ def _dashed(measure: _Measure, points: Sequence[Point]) -> str:
     return "; dashed in one shot, solid recovered" if _is_recovered(measure, points) else ""
 
 
+def _colors(points: Sequence[Point]) -> dict[str, str]:
+    """Return the colour of each method, the same in all plots."""
+    methods = dict.fromkeys(p["method"] for p in points if p["method"] != _DENSE)
+    return dict(zip(methods, COLORS, strict=False))
+
+
 def _figure(
-    points: Sequence[Point], measure: _Measure, across: Callable[[Point], float], label: str
+    points: Sequence[Point],
+    measure: _Measure,
+    across: Callable[[Point], float],
+    label: str,
+    *,
+    between: Callable[[Point], tuple[float, float]] | None = None,
+    predicted: Sequence[tuple[float, float]] = (),
 ) -> Figure:
-    """Draw a measure over something, a line a method."""
+    """Draw a measure over something, a line a method, which bears its name at its end."""
     figure, axes = small_figure()
-    for color, method in zip(
-        COLORS, (m for m in dict.fromkeys(p["method"] for p in points) if m != _DENSE), strict=False
-    ):
+    ends = []
+    for method, color in _colors(points).items():
         mine = [point for point in points if point["method"] == method]
         one_shot, recovered = (
             [(across(p), y) for p in mine if (y := of(p)) is not None]
@@ -314,10 +350,28 @@ def _figure(
         if recovered:
             axes.plot(*zip(*one_shot, strict=True), ".--", color=color, linewidth=0.8, alpha=0.6)
         if shown := recovered or one_shot:
-            axes.plot(
-                *zip(*shown, strict=True), "o-", color=color, markersize=3.5, linewidth=1,
-                label=method,
-            )  # fmt: skip
+            axes.plot(*zip(*shown, strict=True), "o-", color=color, markersize=3.5, linewidth=1)
+            ends.append((*shown[-1], method, color))
+        if shown and between:
+            lows, highs = zip(*map(between, mine), strict=True)
+            levels = [y for _, y in shown]
+            axes.hlines(levels, lows, highs, color=color, linewidth=3, alpha=0.2)
+    if predicted:
+        axes.plot(*zip(*predicted, strict=True), ":", color=COLORS[0], linewidth=1.2)
+    _dense_level(axes, points, measure, across)
+    axes.margins(x=0.06, y=0.08)
+    if measure.written.endswith("%"):
+        axes.yaxis.set_major_formatter(SHARES)
+    axes.set_xlabel(label)
+    axes.set_ylabel(measure.label)
+    label_lines(axes, ends)
+    return figure
+
+
+def _dense_level(
+    axes: Axes, points: Sequence[Point], measure: _Measure, across: Callable[[Point], float]
+) -> None:
+    """Draw the dense model, and choose a scale on which all can be told apart."""
     dense = next(point for point in points if point["method"] == _DENSE)
     level = measure.of(dense)
     if level:
@@ -326,10 +380,3 @@ def _figure(
     values = [v for p in points for v in (measure.of(p), measure.recovered(p)) if v]
     if not measure.more_is_better and values and max(values) > 10 * min(values):
         axes.set_yscale("log")
-    axes.margins(x=0.06, y=0.08)
-    if measure.written.endswith("%"):
-        axes.yaxis.set_major_formatter(SHARES)
-    axes.set_xlabel(label)
-    axes.set_ylabel(measure.label)
-    legend(figure, 3)
-    return figure

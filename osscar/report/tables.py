@@ -118,6 +118,9 @@ def _plain(cell: RenderableType | None) -> RenderableType | None:
 
 # ---- numbers as people read them ---------------------------------------------------------
 
+_MOST_NATS = 700.0
+"""Of more, the exponential is no number."""
+
 _PREFIXES = ("", "k", "M", "G", "T")
 
 
@@ -144,6 +147,30 @@ def decimals(value: float | None, digits: int = 4) -> str:
     if value and math.isfinite(value) and abs(value) < 10.0**-digits:
         return f"{value:.1e}"
     return f"{value:.{digits}f}"
+
+
+def nats(value: float) -> str:
+    """Return a divergence with the digits that it has."""
+    if value >= 0.001 or not value:
+        return f"{value:.4f}"
+    return f"{value:.6f}" if value >= 1e-5 else f"{value:.1e}"
+
+
+def divergence_in_words(value: float, what: str) -> str:
+    """Say what a divergence in nats comes to where a token, or a class, is predicted.
+
+    The cross entropy of what a model draws is its own entropy plus the divergence from it.
+    """
+    times = f"exp({nats(value)}) = {math.exp(min(value, _MOST_NATS)):.4g} times"
+    if what == "token":
+        return (
+            f"A divergence of {nats(value)} nats means: of text that the dense model writes, the "
+            f"perplexity is {times} the dense one's."
+        )
+    return (
+        f"A divergence of {nats(value)} nats means: a {what} drawn as the dense model predicts is, "
+        f"in the geometric mean, {times} less likely here than there."
+    )
 
 
 def in_bytes(count: int | None) -> str:

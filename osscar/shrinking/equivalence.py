@@ -59,12 +59,18 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if has_cache(model):
         # Keys and values lose their heads, so they differ in shape, as they should.
         inputs.setdefault("use_cache", False)
+    if _takes(model, "output_router_logits"):
+        inputs.setdefault("output_router_logits", False)  # of which there are as many as experts
     return model(**inputs)
 
 
 def has_cache(model: nn.Module) -> bool:
     """Whether a model can be told to keep keys and values."""
-    return "use_cache" in inspect.signature(model.forward).parameters
+    return _takes(model, "use_cache")
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def comparable(result: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Weights that are computed from others at every call: weight and spectral normalization, folded.
+"""Weights that are computed from others at every call, such as by weight normalization, folded.
 
 In evaluation mode such a weight is a constant, and only a constant can be sliced and refitted: the
 length of a row is taken over all of its inputs, so none of them could leave alone.
@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
@@ -29,7 +28,6 @@ _WEIGHT = "weight"
 _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
 """What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
 
-_PARAMETRIZATIONS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
 _TABLES = (
     *("_parameters", "_buffers", "_modules"),
     *("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
@@ -38,7 +36,7 @@ _TABLES = (
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A module whose normalized weight has become a plain one.
+    """A module whose computed weight has become a plain one.
 
     `attributes` is what it held before.
     """
@@ -49,19 +47,19 @@ class Folded:
     attributes: dict[str, Any]
 
     def undo(self) -> None:
-        """Give the module its normalization back, with the weights of that time."""
+        """Let the module compute its weight again, with the parts of that time."""
         self.module.__class__ = self.kind
         vars(self.module).clear()
         vars(self.module).update(self.attributes)
 
 
 def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folded]:
-    """Replace, in place, weights that are normalized at every call by what they are.
+    """Replace, in place, weights that are computed at every call by what they are.
 
-    Known are weight and spectral normalization of `torch.nn.utils`, as hooks and as
-    parametrizations, of a tensor called ``weight``, as it is in evaluation mode. Where the tensors
-    that it is computed from belong to several modules, or another tensor of the module is computed,
-    too, it stays. `tensors` names the weights to fold, by default all.
+    Known are parametrizations, whatever they compute, and the hooks of weight and spectral
+    normalization of `torch.nn.utils`, of a tensor called ``weight``, as it is in evaluation mode.
+    Where the tensors that it is computed from belong to several modules, or another tensor of the
+    module is computed, too, it stays. `tensors` names the weights to fold, by default all.
     """
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -76,15 +74,16 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folde
     ]
 
 
-def unfold(folded: Sequence[Folded], groups: Sequence[CouplingGroup] = ()) -> None:
-    """Give weights their normalization back, but those of which a group may take a part.
+def unfold(folded: Sequence[Folded], groups: Sequence[CouplingGroup] = ()) -> list[Folded]:
+    """Let weights be computed again, but those of which a group may take a part; return these.
 
-    The model's own class may apply it, and reads a checkpoint only with it.
+    The model's own class may compute them, and reads a checkpoint only if they are.
     """
     cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
     for one in folded:
         if one.tensor not in cut:
             one.undo()
+    return [one for one in folded if one.tensor in cut]
 
 
 def is_normalized(module: nn.Module) -> bool:
@@ -93,14 +92,12 @@ def is_normalized(module: nn.Module) -> bool:
 
 
 def _parts(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors that a normalized weight is computed from; none if it is not one."""
+    """Yield the tensors that a computed weight comes from; none if `fold` does not know it."""
     if is_parametrized(module):
         found = module.parametrizations
         assert isinstance(found, nn.ModuleDict)
         chain = found[_WEIGHT] if list(found) == [_WEIGHT] else None
-        if isinstance(chain, ParametrizationList) and all(
-            isinstance(step, _PARAMETRIZATIONS) for step in chain
-        ):
+        if isinstance(chain, ParametrizationList):
             yield from chain.parameters()
         return
     hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _PARTS]

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from graph.groups import Role, UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.network.modules import check_module
+from osscar.network.modules import check_module, is_deformable
 from osscar.shrinking.alibi import PREPARED
 from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut, rewritten
 from osscar.shrinking.plan import GroupPlan
@@ -111,10 +111,12 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
 def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
     """Return the modules that hold or use a group's tensors, and those around its layers.
 
-    What lies around an attention or a block is not near: it may hold several of them.
+    What lies around an attention or a block is not near: it may hold several of them.  Of experts,
+    what holds them and their router is.
     """
     inner = [name for slot in group.slots for name in (slot.module, slot.tensor.rpartition(".")[0])]
-    layers = [name for name in inner if not any(model.get_submodule(name).children())]
+    whole = group.kind is UnitKind.EXPERTS
+    layers = [name for name in inner if whole or not any(model.get_submodule(name).children())]
     return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
 
 
@@ -160,12 +162,13 @@ _COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {
         r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
         r"mlp_dim|expert_dim|dim_feedforward|hidden_features": _is_count,
     },
+    UnitKind.EXPERTS: {r"(moe_)?(num|n)_(local_|routed_)?experts": _is_count},
 }
 """The names by which model families know counts of units, and of features of all heads together.
 A name alone decides nothing: the value has to be what the group says that it was."""
 
 
-def _counts(values: Mapping[str, Any], group: GroupPlan) -> dict[str, int]:
+def counts(values: Mapping[str, Any], group: GroupPlan) -> dict[str, int]:
     """Return what becomes of those values that count the units of a group."""
     rules = _COUNTS.get(group.kind, {})
     return {
@@ -178,22 +181,42 @@ def _counts(values: Mapping[str, Any], group: GroupPlan) -> dict[str, int]:
 
 def follow(module: object, group: GroupPlan) -> None:
     """Update the integers of a module, or of a config, that count the units of a group."""
-    for name, value in _counts(vars(module), group).items():
+    for name, value in counts(vars(module), group).items():
         setattr(module, name, value)
+
+
+def follow_around(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
+    """Update what modules around mixtures count experts by, such as the loss of their balance.
+
+    It counts those of every mixture, so that all have to keep the same number.
+    """
+    experts = [group for group in groups if group.kind is UnitKind.EXPERTS]
+    sizes = {(group.units, len(group.kept)) for group in experts}
+    if len(sizes) != 1:
+        return
+    inside = [name for group in experts for name in nearby(model, group)]
+    counting = {n: m for n, m in model.named_modules() if counts(vars(m), experts[0])}
+    if all(any(_is_around(name, one) for one in inside) for name in counting):
+        for module in counting.values():
+            follow(module, experts[0])
+
+
+def _is_around(name: str, inner: str) -> bool:
+    return not name or inner.startswith(f"{name}.")
 
 
 def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
     """Give a module that reads counts from the model's config, in its code, one of its own."""
     config, kind = getattr(module, "config", None), type(module)
     read = _read_of_config(kind)  # type: ignore[arg-type]  # classes can be hashed
-    counts = _counts({name: getattr(config, name, None) for name in read}, group)
-    if counts:
+    follows = counts({name: getattr(config, name, None) for name in read}, group)
+    if follows:
         # What refuses to be changed stays, and is found out by trial.
         with suppress(AttributeError, TypeError):
             own = copy.copy(config)
             if own is config:  # such as a class, which is everyone's
                 return
-            for name, value in counts.items():
+            for name, value in follows.items():
                 setattr(own, name, value)
             setattr(module, "config", own)  # noqa: B010, as it is no tensor or module
 
@@ -220,6 +243,8 @@ def refresh(modules: Iterable[nn.Module]) -> None:
             if isinstance(module, kind):
                 for name, value in sizes(module).items():
                     setattr(module, name, value)
+        if is_deformable(module):
+            vars(module).update(_convolution(module))
 
 
 def _weight(layer: Any) -> Tensor:
@@ -235,7 +260,7 @@ def _weight(layer: Any) -> Tensor:
 def _convolution(layer: Any) -> dict[str, Any]:
     """Return channels; groups follow in `slice`, which knows which of them were cut."""
     first, second = _weight(layer).shape[:2]
-    if layer.transposed:
+    if getattr(layer, "transposed", False):
         return {"in_channels": first, "out_channels": second * layer.groups}
     return {"in_channels": second * layer.groups, "out_channels": first}
 

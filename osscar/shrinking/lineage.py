@@ -27,7 +27,8 @@ Scalar: TypeAlias = int | float | str | bool | None
 class Origin:
     """What builds the dense model, without any code from a checkpoint.
 
-    `library` is ``transformers``, where ``config.json`` says the rest, or ``torchvision``.
+    `library` is ``transformers``, where ``config.json`` says the rest, ``torchvision`` or
+    ``timm``.
     """
 
     library: str
@@ -80,7 +81,9 @@ class Lineage:
     Parameters
     ----------
     plans
-        What was removed, the oldest first, as far as its config does not say it.
+        What was removed, the oldest first; empty where a stock config says it.
+    listed
+        How many of these, the oldest first, are in the shapes that the config lists.
     origin
         What builds the dense model; None for code of a user's own.
     source
@@ -104,6 +107,7 @@ class Lineage:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     plans: tuple[PruningPlan, ...] = ()
+    listed: int = 0
     origin: Origin | None = None
     source: str = ""
     classes: tuple[str, ...] = ()
@@ -112,6 +116,11 @@ class Lineage:
     calibration: tuple[Calibration, ...] = ()
     dense: tuple[str, ...] = ()
     inputs: Mapping[str, Input] = field(default_factory=dict)
+
+    @property
+    def replayed(self) -> tuple[PruningPlan, ...]:
+        """The plans that make the model of what its config says."""
+        return self.plans[self.listed :]
 
 
 def lineage_of(model: nn.Module) -> Lineage:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graph.groups import UnitKind
 from graph.tracing.export import failing_module, in_mode
 from graph.tracing.preserve import preserved
 from graph.training import decides_by_training, same_draws
@@ -37,6 +38,7 @@ from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
+from osscar.shrinking.routers import routed_among, router_in
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import remember_structure
 
@@ -165,11 +167,16 @@ def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | Non
 
 @contextmanager
 def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
-    """Zero what reads the units that a plan removes, and put it back afterwards."""
+    """Zero what reads the units that a plan removes, and put it back afterwards.
+
+    Experts that are removed compute what they did, and no token is sent to them.
+    """
+    experts = [group for group in plan.groups if group.kind is UnitKind.EXPERTS]
+    zeroed = [group for group in plan.groups if group.kind is not UnitKind.EXPERTS]
     before: list[tuple[Tensor, Tensor, int, Tensor]] = []
     on_disk: list[tuple[OnDisk, Place]] = []
     try:
-        for group in plan.groups:
+        for group in zeroed:
             for slot in group.consumers:
                 path, _, attribute = slot.tensor.rpartition(".")
                 weight = getattr(model.get_submodule(path), attribute)
@@ -181,7 +188,8 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
                 weight = weight.detach()
                 before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
                 weight.index_fill_(slot.dim, index, 0.0)
-        yield
+        with routed_among(model, {router_in(one): (one.kept, one.units) for one in experts}):
+            yield
     finally:
         for weight, index, dim, values in reversed(before):
             weight.index_copy_(dim, index, values)

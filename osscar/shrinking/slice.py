@@ -15,10 +15,10 @@ from graph.groups import Role, Slot
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import ModelError
 from osscar.network.model_state import restored
-from osscar.network.modules import check_module
+from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
-from osscar.shrinking.follow import mend, prepare, refresh
+from osscar.shrinking.follow import follow_around, mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan
 from osscar.shrinking.structure import remember_structure
@@ -59,6 +59,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         refresh(dict.fromkeys(_cut(model, plan)))
         for group in plan.groups:
             mend(model, group)
+        follow_around(model, plan.groups)
         forget_derived(model)
         for integer in plan.integers:
             _set_number(model, integer)
@@ -128,8 +129,10 @@ def _leave_groups(module: nn.Module, passing: Tensor) -> None:
     Units also pass through the rows of a weight that is scaled or standardized before it is used;
     these are no groups, unless all rows of one go.
     """
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-        module.groups = int(passing.view(module.groups, -1).any(1).sum())
+    filters = isinstance(module, nn.modules.conv._ConvNd) or is_deformable(module)
+    groups = int(getattr(module, "groups", 1))
+    if filters and groups > 1:
+        vars(module)["groups"] = int(passing.view(groups, -1).any(1).sum())
 
 
 _UNDECIDED, _STAYS, _GOES = -1, 1, 0

@@ -58,6 +58,7 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
         status=solvers.Status[record.status],
         lower_bound=-math.inf if record.lower_bound is None else record.lower_bound,
         bound_from=record.bound_from,
+        bound_limit=math.inf if record.bound_limit is None else record.bound_limit,
         iterations=record.iterations,
         seconds=record.seconds or 0.0,
         gap_tolerance=record.gap_tolerance,

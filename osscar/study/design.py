@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import solvers
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.request import Range, checked, count_from
+from osscar.request import BOUND_ROUNDS, Range, checked, count_from
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
@@ -55,6 +55,8 @@ class StudyDesign:
     window_units, windows
         Draw this many windows of that many units from every larger problem, at every sparsity;
         no windows if `window_units` is None.
+    bound_rounds
+        How long the `perspective` bound is searched for.
     time_limit, gap_tolerance
         Seconds for one exact solve, and the relative gap at which it may stop.
     seed
@@ -73,6 +75,7 @@ class StudyDesign:
     exact_units: Annotated[int, count_from(1)] = 64
     window_units: Annotated[int | None, count_from(2)] = None
     windows: Annotated[int, count_from(1)] = 3
+    bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
     time_limit: Annotated[
         float, Range(float, lambda seconds: 0 < seconds <= 1e9, "seconds above 0")
     ] = 60.0

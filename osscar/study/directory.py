@@ -27,6 +27,7 @@ from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.progress import stage
+from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.request import count_from
 from osscar.study.design import StudyDesign
@@ -38,7 +39,7 @@ from osscar.study.jobs import (
     solve_all,
     solve_task,
 )
-from osscar.study.records import WINDOW, Instance, Record, window_name, write_csv
+from osscar.study.records import ROOT_BOUND, WINDOW, Instance, Record, window_name, write_csv
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
 _RESULTS_FILE = "results.csv"
@@ -104,9 +105,12 @@ class Study:
         self._journal.check(self._manifest(None))
         resolved(self.directory)
 
+    def __repr__(self) -> str:
+        return f"Study({str(self.directory)!r})"
+
     def _manifest(self, dense: Fingerprint | None) -> JournalManifest:
         # Through JSON, as it will be read back.
-        return JournalManifest("osscar.study/4", json.loads(json.dumps(self.source)), dense)
+        return JournalManifest("osscar.study/5", json.loads(json.dumps(self.source)), dense)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -215,6 +219,7 @@ class Study:
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         count_from(1)("jobs", jobs)
 
+        @timed(Stage.SOLVES)
         def solved(tasks: Sequence[Task]) -> list[Record]:
             records: dict[tuple[str, int, str], Record] = {}
             with stage("solving", total=len(tasks)) as bar:
@@ -258,6 +263,8 @@ class Study:
                     continue
                 known = {f.name for f in dataclasses.fields(cast(Any, backend))}
                 options = {k: v for k, v in limits.items() if exact and k in known}
+                if name == ROOT_BOUND:
+                    options["rounds"] = design.bound_rounds
                 yield Task(self.directory.absolute(), instance, keep, sparsities, name, options)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:

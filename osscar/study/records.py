@@ -22,6 +22,9 @@ from osscar.base.printable import command_line
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""
 
+ROOT_BOUND = "perspective"
+"""The backend that bounds problems of any size, and knows what such bounds cannot exceed."""
+
 Options: TypeAlias = Mapping[str, int | float | str | bool | None]
 
 
@@ -56,7 +59,7 @@ class Instance:
     """Of the file, so that no other problem is ever taken for this one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """One solve: what was asked, and what came back.
 
@@ -75,6 +78,8 @@ class Record:
         Recomputed by `solvers.Solution.verify`; None where there is no answer.
     lower_bound, relative_bound, bound_from, gap
         What this solve proved; None where it proved nothing.
+    bound_limit
+        What no bound of that kind can exceed; None where that is not known.
     iterations, seconds
         What the backend counts, and its wall time with the refit.
     support
@@ -112,6 +117,7 @@ class Record:
     relative_bound: float | None = None
     bound_from: str = ""
     gap: float | None = None
+    bound_limit: float | None = None
     iterations: int = 0
     seconds: float | None = None
     support: tuple[int, ...] = ()
@@ -121,6 +127,13 @@ class Record:
     proof: ProofBasis = ProofBasis.NONE
     gap_tolerance: float = 0.0
     certificate: str = ""
+
+    def __repr__(self) -> str:
+        loss = "" if self.relative_loss is None else f", relative loss {self.relative_loss:.4g}"
+        return (
+            f"Record({self.instance!r}, {self.keep} of {self.units} by {self.backend}, "
+            f"{self.error or self.status}{loss})"
+        )
 
     @property
     def command(self) -> str:

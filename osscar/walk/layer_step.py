@@ -26,14 +26,14 @@ GROWN = 100.0
 anybody being told: 26 times are seen where all is well."""
 
 DenseTensors: TypeAlias = Mapping[str, Tensor]
-"""Parameters of one module as the dense model has them, by name."""
+"""Parameters of one module, or a weight of products, as the dense model has them, by name."""
 
 
 def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
-    """Return copies of what commits of these consumers change, by module."""
+    """Return copies of what commits of these consumers change, by what holds it."""
     found: dict[str, dict[str, Tensor]] = {}
     for one in consumers:
-        own = found.setdefault(one.name, {})
+        own = found.setdefault(one.holder, {})
         for name, tensor in one.module.named_parameters(recurse=False):
             if name in one.parameters and name not in own:
                 own[name] = tensor.detach().clone()
@@ -41,7 +41,7 @@ def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
 
 
 @dataclass(frozen=True)
-class _Refits:
+class Refits:
     """The weights that a group's consumers get, each found no worse than to leave it unrefitted."""
 
     weights: tuple[Tensor, ...] = field(repr=False)
@@ -53,6 +53,8 @@ class _Refits:
     """The largest weight over the largest dense one, of the consumer of which it is most."""
     held: int
     """At how many positions that were held out this was seen; at the consumer with the fewest."""
+    tied: tuple[str, ...] = ()
+    """The consumers whose weight is read in another way, too, and keeps what it is."""
 
 
 @dataclass(eq=False)
@@ -131,7 +133,7 @@ class LayerStep:
         """
         return [gram.all_rows(W) for gram, W in zip(self.known, weights, strict=True)]
 
-    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> _Refits:
+    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
         `weights` are those of a solution.  Fixed rows are dense, too, where the others are.
@@ -142,6 +144,7 @@ class LayerStep:
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
+        tied: list[str] = []
         gone = set(range(self.group.units)) - set(kept)
         growth, held = 0.0, min(gram.held_rows for gram in self.known)
         for gram, refitted in zip(self.known, self.all_rows(weights), strict=True):
@@ -149,15 +152,18 @@ class LayerStep:
             W = _with_silent_rows(gram.linear_map, refitted, kept)
             plain = dense.clone()
             plain[_rows(gram.linear_map, gone)] = 0
-            # What is no number is no improvement.
-            if gram.held_rows and not gram.held_rise(dense, plain, W) <= 0:
+            if gram.linear_map.tied:
+                tied.append(gram.linear_map.label)
+                W = plain
+            elif gram.held_rows and not gram.held_rise(dense, plain, W) <= 0:
+                # What is no number is no improvement.
                 unrefitted.append(gram.linear_map.label)
                 W = plain
             largest = float(dense.abs().max())
             growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
             chosen.append(W)
             gram.let_go()
-        return _Refits(tuple(chosen), tuple(unrefitted), growth, held)
+        return Refits(tuple(chosen), tuple(unrefitted), growth, held, tuple(tied))
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.
@@ -172,7 +178,7 @@ class LayerStep:
     def tried(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Iterator[None]:
         """Have the weights that `commit` would write in the model while the block runs."""
         dense = dense_tensors(self.consumers)
-        modules = {one.name: one.module for one in self.consumers}
+        modules = {one.holder: one.module for one in self.consumers}
         try:
             self._write(weights, kept)
             torch.clear_autocast_cache()

@@ -18,6 +18,7 @@ from osscar.network.fake import on_shapes
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
+from osscar.preparation.products import Taken
 from osscar.preparation.routing import Routed, reads
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
@@ -123,7 +124,7 @@ def learned_calls(
 
 def _called_on_shapes(
     model: nn.Module, batch: Batch, names: Collection[str]
-) -> list[tuple[str, Tensor, int]]:
+) -> list[tuple[str, Tensor | Taken, int]]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
     try:
         with on_shapes() as fake:
@@ -135,11 +136,14 @@ def _called_on_shapes(
 
 def _called(
     model: nn.Module, batch: Batch, names: Collection[str]
-) -> list[tuple[str, Tensor, int]]:
+) -> list[tuple[str, Tensor | Taken, int]]:
     """Return each call with the tensor that it reads, and how often that was written to."""
-    calls: list[tuple[str, Tensor, int]] = []
+    calls: list[tuple[str, Tensor | Taken, int]] = []
 
     def see(name: str, argument: Any) -> None:
+        if isinstance(argument, Taken):  # what a product reads, no other call does
+            calls.append((name, argument, 0))
+            return
         x = argument.hidden if isinstance(argument, Routed) else argument
         # Nobody counts the writes to tensors of inference mode: no two of them are the same.
         calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))

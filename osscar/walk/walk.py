@@ -31,9 +31,10 @@ from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import forward
 from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import room_for
+from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import batch_named
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import Prepared
+from osscar.preparation.products import holder, is_station
 from osscar.preparation.recurrent import RECURRENT
 from osscar.preparation.routing import afresh, output_of, reads
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
@@ -56,6 +57,7 @@ class Walk:
         target: Target,
         held: int,
         committed: Mapping[str, DenseTensors],
+        consumers: Mapping[str, tuple[LinearMap, ...]] | None = None,
     ) -> None:
         self.passes = 0
         """How many times the batches have set out from the start of the model."""
@@ -63,7 +65,9 @@ class Walk:
         self._model = prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
         self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
-        self._consumers = {group.name: linear_maps(self._model, group) for group in groups}
+        if consumers is None:
+            consumers = {group.name: prepared.linear_maps(group) for group in groups}
+        self._consumers = consumers
         every = [one for maps in self._consumers.values() for one in maps]
         self._names = {one.name for one in every}
         # To what the gates of recurrent layers take nothing is added that anybody could see.
@@ -193,7 +197,7 @@ class Walk:
         for other in beside:
             dense, output = self._bring(other, call), arrival.output
             if stood_there:  # another group that the consumer reads may have been committed since
-                output = output_of(self._model.get_submodule(arrival.module), arrival.x)
+                output = output_of(holder(self._model, arrival.module), arrival.x)
             assert dense.output is not None
             assert output is not None
             D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
@@ -206,7 +210,7 @@ class Walk:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self.calls[run.reached + 1]
-            with batch_named(self._model, run.index):
+            with batch_named(self._model, run.index), self._tied_as_dense(run):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
                 way = (
@@ -221,6 +225,18 @@ class Walk:
             self._check_same_tensor(run, arrival)
         assert run.arrived is not None
         return run.arrived
+
+    @contextmanager
+    def _tied_as_dense(self, run: Coroutine) -> Iterator[None]:
+        """Let a dense pass find dense weights of products, which other code may read, too."""
+        names = [name for name in self._originals if is_station(name)] if run.dense else []
+        for name in names:
+            self._exchange(name)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._exchange(name)
 
     def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
         """Hold each batch to what the order of the calls was learned from."""
@@ -257,10 +273,11 @@ class Walk:
         def before(name: str, x: Any) -> None:
             run = running()
             if run is not None and run.dense:
-                self._exchange(name)
+                if not is_station(name):
+                    self._exchange(name)
             elif run is not None and name in self._names:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
-                needed, module = self._target.needs_dense, self._model.get_submodule(name)
+                needed, module = self._target.needs_dense, holder(self._model, name)
                 output = output_of(module, x) if needed else None
                 suspend(Arrival(name, x, output, run.keeper.take(name)))
 
@@ -268,9 +285,10 @@ class Walk:
             run = running()
             if run is None or not run.dense:
                 return
-            module = self._model.get_submodule(name)
+            module = holder(self._model, name)
             output = output_of(module, x) if isinstance(module, RECURRENT) else y
-            self._exchange(name)
+            if not is_station(name):
+                self._exchange(name)
             if name in self._names:
                 suspend(Arrival(name, x, output, run.keeper.take(name)))
 
@@ -278,7 +296,8 @@ class Walk:
             run = running()
             return None if run is None else run.keeper
 
-        read = self._names | (set(self._originals) if self._target.needs_dense else set())
+        dense = {name for name in self._originals if not is_station(name)}
+        read = self._names | (dense if self._target.needs_dense else set())
         passed = {module for some in self._passages.values() for module, *_ in some}
         with (
             kept_streams(self._model, passed, keeper),
@@ -297,7 +316,7 @@ class Walk:
         originals = self._originals.get(name, {})
         if originals:
             self._exchanged ^= {name}
-        for key, tensor in self._model.get_submodule(name).named_parameters(recurse=False):
+        for key, tensor in holder(self._model, name).named_parameters(recurse=False):
             if key in originals:
                 tensor.data, originals[key] = originals[key], tensor.data
 

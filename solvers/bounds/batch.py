@@ -17,7 +17,7 @@ from torch import Tensor
 
 from solvers.bounds.quadratic import QuadraticBound
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
-from solvers.certificates.certificate import LEAST_DIAGONAL
+from solvers.certificates.certificate import LEAST_DIAGONAL, LEAST_SHARE
 from solvers.certificates.tree_certificate import FREE, REMOVED
 from solvers.linalg.descent import accelerated, project
 from solvers.linalg.rounding import Rounding
@@ -221,7 +221,8 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     steps: The most gradient steps in the minimization over the polytope.
     """
     free, r = terms.free, terms.removals
-    share, shape = torch.where(free, share, 1.0), torch.where(free, shape, 1.0)
+    share = torch.where(free, share, 1.0).clamp(min=LEAST_SHARE, max=1.0)
+    shape = torch.where(free, shape, 1.0)
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
     a, Q, magnitudes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
     # Padding get the largest q, so that they bend no step; their x stays 0, their slope infinite.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from solvers.bounds.quadratic import QuadraticBound, made_dominating
-from solvers.bounds.relaxation import Effort, Relaxation, relax
+from solvers.bounds.relaxation import Relaxation, alternate
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
@@ -31,7 +31,7 @@ from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status, missing
 
 _RELAXATIONS = ("semidefinite", "second_order")
-_EFFORT = Effort(rounds=6, steps=200, tighten=False)
+_STEPS = 200
 _SOLVED = ("optimal", "optimal_inaccurate")
 
 
@@ -82,14 +82,14 @@ class Conic(Backend):
         if terms.removals == 0:
             support = torch.arange(problem.units, device=problem.device)
             return self._selection(problem, terms.certified(0.0), None, [support])
-        best = current = relax(terms, _EFFORT)
+        best = current = alternate(terms, _STEPS)
         found = [current.support]
         for _ in range(self.rounds):
             solved = self._solve(current)
             found.append(solved.support)
             best = solved if solved.value > best.value else best
             start = (solved.share + solved.bound.point) / 2, solved.bound.shape
-            current = relax(terms, Effort(rounds=1, steps=200, tighten=False), start)
+            current = alternate(terms, _STEPS, start=start, rounds=1)
         return self._selection(problem, *best.claim, found)
 
     def _selection(

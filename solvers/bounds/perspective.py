@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Selection, Status
 
-BOUND_FROM = "perspective relaxation with common multipliers"
+_BOUND_FROM = "perspective relaxation with common multipliers"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,9 @@ class Perspective(Backend):
     Parameters
     ----------
     rounds
-        The most updates of the multipliers.
+        The most updates of multipliers and diagonal together; 0 finds one after the other.
     steps
         The most gradient steps in each minimization over the polytope.
-    tighten
-        Whether to optimize the diagonal as well: the better half of the time, a few per cent of
-        the loss.
     polish
         Whether the support that comes with the bound is improved by exchanges; if not, it is the
         relaxation rounded.
@@ -45,20 +42,20 @@ class Perspective(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "certified lower bound for layers of any size, with a rounded support"
-    rounds: int = 6
-    steps: int = 100
-    tighten: bool = True
+    rounds: int = Effort.rounds
+    steps: int = Effort.steps
     polish: bool = True
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.steps < 1:
+        if self.rounds < 0 or self.steps < 1:
             raise BackendError(
-                f"perspective: rounds is {self.rounds} and steps {self.steps}; use 1 or more"
+                f"perspective: rounds is {self.rounds}, and steps {self.steps}; use 0 or more "
+                "rounds and 1 or more steps"
             )
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bound, round, and improve what rounding gives."""
-        bound, certificate, relaxation = self.bound(problem)
+        claims, relaxation = self.bound(problem)
         if relaxation is None:
             support = torch.arange(problem.units, device=problem.device)
         else:
@@ -68,19 +65,22 @@ class Perspective(Backend):
         return Selection(
             support,
             Status.BOUNDED,
-            lower_bound=bound,
-            bound_from=BOUND_FROM,
             iterations=self.rounds,
             history=(refit_loss(problem, support),),
-            certificate=certificate,
+            **claims,
         )
 
-    def bound(
-        self, problem: SubsetProblem
-    ) -> tuple[float, MultiplierCertificate | None, Relaxation | None]:
-        """Return the bound, its certificate, and the relaxation; the latter None if keep is n."""
+    def bound(self, problem: SubsetProblem) -> tuple[dict[str, Any], Relaxation | None]:
+        """Return what a `Selection` says of the bound, and the relaxation: None if keep is n."""
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
-            return terms.certified(0.0), None, None
-        relaxation = relax(terms, Effort(self.rounds, self.steps, self.tighten))
-        return *relaxation.claim, relaxation
+            return {"lower_bound": terms.certified(0.0), "bound_from": _BOUND_FROM}, None
+        relaxation = relax(terms, Effort(self.rounds, self.steps))
+        bound, certificate = relaxation.claim
+        claims = {
+            "lower_bound": bound,
+            "bound_from": _BOUND_FROM,
+            "bound_limit": math.inf if certificate is None else relaxation.limit,
+            "certificate": certificate,
+        }
+        return claims, relaxation

@@ -29,9 +29,9 @@ from solvers.linalg.rounding import Magnitudes
 LEAST_MARGIN = 1e-8
 """By which share q dominates at least: what an eigenvalue computed otherwise can differ by."""
 
-_LEAST_WEIGHT = 3e-3
-_BARRIERS = (0.3, 0.1, 0.03)
-_NEWTON_STEPS = 3
+_LEAST_WEIGHT = 1e-3
+_BARRIERS = (0.1, 0.03, 0.01)
+_NEWTON_STEPS = 2
 _LANCZOS_FROM = 300
 _POINT_TOLERANCE = 1e-4
 
@@ -87,9 +87,17 @@ class QuadraticBound:
 def scaled_diagonal(Q: Tensor, shape: Tensor, margin: float = LEAST_MARGIN) -> Tensor:
     """Return the least multiple q of ``shape o diag(Q)`` that dominates Q by a margin, (n,)."""
     d = _floored(Q.diagonal()) * shape
-    scale = d.rsqrt()
-    largest = largest_eigenvalue((Q * scale[:, None]).mul_(scale))
-    return d * (max(largest, 1e-3) * (1 + 2 * margin))
+    return d * (max(_least_factor(d, Q), 1e-3) * (1 + 2 * margin))
+
+
+def dominating(q: Tensor, Q: Tensor, margin: float = LEAST_MARGIN) -> Tensor:
+    """Return the diagonal q, (n,), raised by the least factor for which it dominates Q."""
+    return q * max(_least_factor(q, Q) * (1 + 2 * margin), 1.0)
+
+
+def _least_factor(q: Tensor, Q: Tensor) -> float:
+    scale = q.rsqrt()
+    return largest_eigenvalue((Q * scale[:, None]).mul_(scale))
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:
@@ -131,11 +139,19 @@ def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
     best, current = bound, bound
     for barrier in _BARRIERS:
         for _ in range(_NEWTON_STEPS):
-            q = _newton_step(current, barrier)
-            current = minimize(replace(current, q=q), steps)
+            current = improved(current, barrier, steps)
             if current.value > best.value:
                 best = current
     return best
+
+
+def improved(
+    bound: QuadraticBound, barrier: float, steps: int, newton_steps: int = 1
+) -> QuadraticBound:
+    """Return the bound after some barrier steps for q, and a minimization over x."""
+    for _ in range(newton_steps):
+        bound = replace(bound, q=_newton_step(bound, barrier))
+    return minimize(bound, steps)
 
 
 def _newton_step(bound: QuadraticBound, barrier: float) -> Tensor:
@@ -169,12 +185,18 @@ def _newton_direction(q: Tensor, Q: Tensor, price: Tensor) -> Tensor:
     Divided by mu, the gradient of the barrier's objective is ``price - diag(M)``, as the derivative
     of log det is the inverse; and its Hessian is ``M o M``, as that of M_ii in q_j is ``-M_ij^2``.
     """
+    M = inverse_of(q, Q)
+    slope = M.diagonal() - price
+    M.square_()
+    factor = torch.linalg.cholesky(M, out=M)  # definite, by Schur's product theorem
+    return torch.cholesky_solve(slope[:, None], factor)[:, 0]
+
+
+def inverse_of(q: Tensor, Q: Tensor) -> Tensor:
+    """Return the inverse of ``Diag(q) - Q``, (n, n)."""
     matrix = -Q
     matrix.diagonal().add_(q)
-    M = torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
-    slope = M.diagonal() - price
-    factor = torch.linalg.cholesky(M.square_(), out=matrix)  # definite, by Schur's product theorem
-    return torch.cholesky_solve(slope[:, None], factor)[:, 0]
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
 
 
 def made_dominating(bound: QuadraticBound) -> QuadraticBound:

@@ -1,4 +1,17 @@
-"""The strongest bound by common multipliers: alternate between multipliers and the polytope."""
+"""The strongest bound by common multipliers Y and a diagonal q, found together.
+
+For fixed Y the best q bounds the cost by a semidefinite program, whose dual is over indicators x of
+the removed units and their second moments X; exchanging it with the maximization over Y leaves
+
+    min over x, X of  L(x, X) = tr(W' D inv(A o X) D W),      D = Diag(x),
+    where  X - xx' is positive semidefinite,  diag X = x,  sum x = r
+
+(summed over the consumers, a unit's x and X repeated for its rows).  L is convex; its gradient is
+2 a in x and -Q in X, those of the maximizer ``Y = inv(A o X) D W``.  So what minimizes it over x
+and X to first order is that semidefinite program again: this is the method of Frank and Wolfe ("An
+algorithm for quadratic programming", Naval Research Logistics Quarterly 3, 1956).  Each Y gives a
+bound, and each (x, X) a limit, L(x, X), that no bound with any common Y and q can exceed.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +21,97 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.bounds.quadratic import QuadraticBound, minimize, scaled_diagonal, tighten
+from solvers.bounds.quadratic import (
+    LEAST_MARGIN,
+    QuadraticBound,
+    dominating,
+    improved,
+    inverse_of,
+    is_definite,
+    minimize,
+    scaled_diagonal,
+    tighten,
+)
 from solvers.bounds.removal import RemovalTerms
-from solvers.certificates.certificate import LEAST_SHARE, MultiplierCertificate
+from solvers.certificates.certificate import MultiplierCertificate
 
 _FIRST_SHAPE = 1.25
+_FIRST_ROUNDS = 6
+_FIRST_PROGRESS = 2e-3
+"""Multipliers for independent units are updated until a round gains less than this share."""
+
+_INWARDS = 6e-3
+"""How far x is moved towards ``r / n``, so that no unit goes, or stays, in all that is mixed."""
+
+_STEPS = (0.25, 0.01, 0.05)
+"""The first step towards new moments, by how much each next is smaller, and the smallest."""
+
+_BARRIERS = (0.1, 0.3 ** (1 / 8), 0.01)
+"""The first barrier of the semidefinite program, by what each next is multiplied, the least."""
+
+_NEWTON_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Effort:
     """How hard to try.
 
-    rounds: The most updates of the multipliers; each costs a Cholesky factorization and p^2 m.
+    rounds: The most updates of multipliers and diagonal together; each costs about 8 n^3 + 4 n^2 m.
     steps: The most gradient steps in each minimization over the polytope.
-    tighten: Whether to optimize the diagonal as well, by barrier steps that cost n^3 each.
-    repeat: Whether to update the multipliers for the optimized diagonal, and optimize it again:
-        pays for few units, and doubles the time.
-    progress: Stop updating when a round raises the bound of the cost by less than this share of it.
     """
 
-    rounds: int = 6
-    steps: int = 200
-    tighten: bool = True
-    repeat: bool = False
-    progress: float = 2e-3
+    rounds: int = 8
+    steps: int = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Indicators of the units being removed: their means x, (n,), and covariance X - xx', (n, n).
+
+    Means lie between 0 and 1, and the diagonal of the covariance is ``x (1 - x)``.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def independent(cls, mean: Tensor) -> Moments:
+        """Return those of units that are removed independently of each other."""
+        return cls(mean, torch.diag(mean * (1 - mean)))
+
+    @property
+    def correlation(self) -> Tensor:
+        """The covariance relative to its diagonal, (n, n), without that, and of float32 numbers."""
+        scale = (self.mean * (1 - self.mean)).rsqrt()
+        correlation = (self.covariance * scale[:, None]).mul_(scale).float().double()
+        correlation.diagonal().zero_()
+        return correlation
+
+    def towards(self, other: Moments, step: float) -> Moments:
+        """Return the moments of a mixture that has the share `step` of others; overwrites these."""
+        moved = self.mean - other.mean
+        covariance = self.covariance.mul_(1 - step).add_(other.covariance, alpha=step)
+        covariance.addr_(moved, moved, alpha=step * (1 - step))
+        return Moments((1 - step) * self.mean + step * other.mean, covariance)
 
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
     """A bound for the supports that the terms leave open.
 
-    share, shape: What the multipliers were computed from, (n,) each: how likely each free unit is
-        removed, and the diagonal q relative to that of Q.
+    share, shape, correlation: What the multipliers were computed from
+        (`ConsumerRemoval.multipliers`): how likely each free unit is removed, (n,), the diagonal q
+        relative to that of Q, (n,), and how removals go together, (n, n), None if they do not.
     bound: The bound of the cost of removing ``terms.removals`` free units.
+    limit: What no bound of the loss with common multipliers exceeds; infinite if not known.
     """
 
     terms: RemovalTerms
     share: Tensor
     shape: Tensor
     bound: QuadraticBound
+    correlation: Tensor | None = None
+    limit: float = math.inf
 
     @property
     def value(self) -> float:
@@ -64,8 +129,14 @@ class Relaxation:
     @property
     def certificate(self) -> MultiplierCertificate:
         """What the bound can be recomputed from, where the terms are those of a whole problem."""
-        share = self.share.clamp(min=LEAST_SHARE, max=1.0)
-        return MultiplierCertificate(share, self.shape, self.bound.q, self.bound.point)
+        n = len(self.share)
+        i, j = torch.tril_indices(n, n, -1, device=self.share.device)
+        if self.correlation is None:
+            packed = torch.zeros(len(i), dtype=torch.float32, device=self.share.device)
+        else:
+            packed = self.correlation[i, j].float()
+        point = self.bound.point
+        return MultiplierCertificate(self.share, self.shape, packed, self.bound.q, point)
 
     @property
     def claim(self) -> tuple[float, MultiplierCertificate | None]:
@@ -74,27 +145,54 @@ class Relaxation:
         return (value, self.certificate) if math.isfinite(value) else (0.0, None)
 
 
-def relax(
-    terms: RemovalTerms,
-    effort: Effort,
-    start: tuple[Tensor, Tensor] | None = None,
-    *,
-    cutoff: float = math.inf,
-) -> Relaxation:
+def relax(terms: RemovalTerms, effort: Effort, *, cutoff: float = math.inf) -> Relaxation:
     """Bound the loss of every support that `terms` leave open.
 
     terms: At least one unit is free to go and one to stay.
-    start: The share and shape of a `Relaxation` to start from; by default those units are favoured
-        that cost least if they alone are removed.
     cutoff: Stop as soon as the bound reaches this loss.
     """
-    best = _alternate(terms, effort, *(start or _cold_start(terms)), cutoff)
-    if effort.tighten and best.value < cutoff:
-        best = _tightened(best, effort)
-        if effort.repeat and best.value < cutoff:
-            again = _alternate(terms, effort, best.bound.point, best.bound.shape, cutoff)
-            best = _better(_better(best, again), _tightened(again, effort))
+    first = alternate(terms, effort.steps, cutoff=cutoff)
+    if first.value >= cutoff:
+        return first
+    alone = better(first, replace(first, bound=tighten(first.bound, effort.steps)))
+    if not effort.rounds or alone.value >= cutoff:
+        return alone
+    found = _together(first, effort, cutoff)
+    # Near a singular H the steps may need more rounds than there are.
+    return found if found.value >= alone.value else alone
+
+
+def alternate(
+    terms: RemovalTerms,
+    steps: int,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    rounds: int = _FIRST_ROUNDS,
+    cutoff: float = math.inf,
+) -> Relaxation:
+    """Update multipliers for independent units with the minimizer, and that with the multipliers.
+
+    start: Share and shape of the first multipliers; by default those units are favoured that cost
+        least if they alone are removed.
+    """
+    share, shape = start or _cold_start(terms)
+    best: Relaxation | None = None
+    value = -math.inf
+    for _ in range(rounds):
+        current = _update(terms, share, shape, steps)
+        best = current if best is None else better(best, current)
+        share, shape = (share + current.bound.point) / 2, current.bound.shape
+        del current  # it holds a matrix
+        before, value = value, best.value
+        if value >= cutoff or value - before < _FIRST_PROGRESS * (value - terms.constant):
+            break
+    assert best is not None
     return best
+
+
+def better(one: Relaxation, other: Relaxation) -> Relaxation:
+    """Return the one with the higher bound."""
+    return other if other.value > one.value else one
 
 
 def _cold_start(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
@@ -104,27 +202,14 @@ def _cold_start(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
     return share.div_(2), torch.full_like(share, _FIRST_SHAPE)
 
 
-def _alternate(
-    terms: RemovalTerms, effort: Effort, share: Tensor, shape: Tensor, cutoff: float
-) -> Relaxation:
-    """Update the multipliers for the minimizer, and the minimizer for the multipliers."""
-    best: Relaxation | None = None
-    value = -math.inf
-    for _ in range(effort.rounds):
-        current = _update(terms, share, shape, effort.steps)
-        best = current if best is None else _better(best, current)
-        share, shape = (share + current.bound.point) / 2, current.bound.shape
-        del current  # it holds a matrix
-        before, value = value, best.value
-        if value >= cutoff or value - before < effort.progress * (value - terms.constant):
-            break
-    assert best is not None
-    return best
+def _inner(terms: RemovalTerms, share: Tensor) -> Tensor:
+    """Return a point of the polytope moved off its faces."""
+    return torch.lerp(share, torch.full_like(share, terms.removals / len(share)), _INWARDS)
 
 
 def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Relaxation:
+    share = _inner(terms, share)
     a, Q, magnitudes = terms.aggregate(share, shape)
-    Q = (Q + Q.T).div_(2)
     margin = terms.rounding.margin(len(terms.units))
     q = scaled_diagonal(Q, shape, margin)
     point = (share * (terms.removals / float(share.sum()))).clamp_(0.0, 1.0)
@@ -132,9 +217,47 @@ def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Re
     return Relaxation(terms, share, shape, minimize(first, steps))
 
 
-def _tightened(relaxation: Relaxation, effort: Effort) -> Relaxation:
-    return _better(relaxation, replace(relaxation, bound=tighten(relaxation.bound, effort.steps)))
+def _together(first: Relaxation, effort: Effort, cutoff: float) -> Relaxation:
+    """Find multipliers and diagonal together, by steps towards the moments that suit both."""
+    terms, q, point = first.terms, first.bound.q, first.bound.point
+    moments, shape = Moments.independent(_inner(terms, point)), _FIRST_SHAPE
+    step, less, least_step = _STEPS
+    barrier, factor, least_barrier = _BARRIERS
+    for _ in range(effort.rounds):
+        bound = _bound_at(terms, moments, shape, q, point)
+        bound = improved(bound, barrier, effort.steps, _NEWTON_STEPS)
+        q, point = bound.q, bound.point
+        if terms.certified(bound.value) >= cutoff:
+            break
+        response = _response(terms, bound)
+        del bound  # it holds a matrix, as does the response
+        moments, shape = moments.towards(response, step), shape + step * (1 - shape)
+        del response
+        step, barrier = max(step - less, least_step), max(barrier * factor, least_barrier)
+    mean = moments.mean  # each mixture has rounded it
+    moments = replace(moments, mean=mean * (terms.removals / math.fsum(mean.tolist())))
+    bound = _bound_at(terms, moments, 1.0, q, point)
+    ones, correlation = torch.ones_like(moments.mean), moments.correlation
+    limit = terms.limit(float(moments.mean @ bound.a))
+    if not is_definite(ones / (1 + LEAST_MARGIN), -correlation):
+        limit = math.inf  # rounded to float32, these are no moments
+    bound = tighten(minimize(bound, effort.steps), effort.steps)
+    return Relaxation(terms, moments.mean, ones, bound, correlation, limit)
 
 
-def _better(one: Relaxation, other: Relaxation) -> Relaxation:
-    return other if other.value > one.value else one
+def _bound_at(
+    terms: RemovalTerms, moments: Moments, shape: float, q: Tensor, point: Tensor
+) -> QuadraticBound:
+    """Return the bound of the multipliers that suit some moments, from a q and a point nearby."""
+    a, Q, magnitudes = terms.aggregate(moments.mean, shape, moments.correlation)
+    margin = terms.rounding.margin(len(q))
+    q = dominating(q, Q, margin)
+    return QuadraticBound(a, Q, terms.removals, q, point, magnitudes, margin)
+
+
+def _response(terms: RemovalTerms, bound: QuadraticBound) -> Moments:
+    """Return moments for which q is best: the covariance is as the inverse of ``Diag(q) - Q``."""
+    mean = _inner(terms, bound.point)
+    covariance = inverse_of(bound.q, bound.Q)
+    scale = (mean * (1 - mean) / covariance.diagonal()).sqrt()
+    return Moments(mean, covariance.mul_(scale[:, None]).mul_(scale))

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import LEAST_SHARE
 from solvers.closed_forms.aligned import equal_width, narrowed, unit_rows
 from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import Consumer, SubsetProblem
@@ -62,21 +61,29 @@ class ConsumerRemoval:
         unit = Magnitudes.unit_of(G.shape[1], consumer.width, len(consumer.rows))
         return cls(A, W, consumer.width, unit), constant, rounding
 
-    def multipliers(self, share: Tensor, shape: Tensor | float) -> Tensor:
+    def multipliers(
+        self, share: Tensor, shape: Tensor | float, correlation: Tensor | None = None
+    ) -> Tensor:
         """Return the Y, (..., n w, m), that suits a random R, unit j being in it with ``share[j]``.
 
-        ``Y = inv(A + shape (1/x - 1) o blockdiag(A)) W / x``: the maximizer of the expectation
-        where `shape` is 1.  In general it maximizes what is left of it by a bound whose diagonal is
-        ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
+        It is the maximizer of the expectation where `shape` is 1.  In general it maximizes what is
+        left of it by a bound whose diagonal is ``shape o diag(Q)`` (`solvers.bounds.quadratic`).
+
+        share: In (0, 1], (..., n).
+        correlation: Of the units being in R, (n, n) with zeros on its diagonal; None if they are
+            independent.
         """
-        # E over R of 2 tr(Y_R'W_R) - tr(Y_R'A_RR Y_R), with units independent: Y'W is weighted by
-        # x_i, off-diagonal blocks of A by x_i x_j, and its diagonal blocks by x_i.
-        x = share.clamp(min=LEAST_SHARE, max=1.0)
+        # E over R of 2 tr(Y_R'W_R) - tr(Y_R'A_RR Y_R): Y_i'W_i is weighted by x_i, and the block ij
+        # of A by X_ij, the probability of both; here all of it is divided by x_i x_j.
         M = self.A.clone()
+        if correlation is not None:
+            s = (1 / share - 1).sqrt()
+            ratio = (correlation * s[:, None]).mul_(s).add_(1.0)
+            self._blocks(M).mul_(ratio[:, None, :, None])
         diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)
-        diagonal.mul_((1 + shape * (1 / x - 1))[..., None, None, :])
+        diagonal.mul_((1 + shape * (1 / share - 1))[..., None, None, :])
         Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M, out=M))
-        return Y.div_(x.repeat_interleave(self.width, -1)[..., None])
+        return Y.div_(share.repeat_interleave(self.width, -1)[..., None])
 
     def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor, Magnitudes]:
         """Return this consumer's share of a, (..., n), and of Q, (..., n, n), and magnitudes."""
@@ -163,14 +170,23 @@ class RemovalTerms:
         """Return the least cost for which `certified` gives at least this loss."""
         return self.rounding.cost_reaching(loss, self.constant)
 
-    def aggregate(self, share: Tensor, shape: Tensor | float) -> tuple[Tensor, Tensor, Magnitudes]:
-        """Return a, Q and their magnitudes, summed up, for multipliers of `share` and `shape`."""
+    def aggregate(
+        self, share: Tensor, shape: Tensor | float, correlation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Magnitudes]:
+        """Return a, Q and magnitudes, summed up, for multipliers (`ConsumerRemoval`) of these."""
         first, *others = self.consumers
-        a, Q, magnitudes = first.aggregate(first.multipliers(share, shape))
+        a, Q, magnitudes = first.aggregate(first.multipliers(share, shape, correlation))
         for c in others:
-            a_c, Q_c, magnitudes_c = c.aggregate(c.multipliers(share, shape))
+            a_c, Q_c, magnitudes_c = c.aggregate(c.multipliers(share, shape, correlation))
             a, Q, magnitudes = a.add_(a_c), Q.add_(Q_c), magnitudes + magnitudes_c
-        return a, Q, magnitudes
+        return a, (Q + Q.T).div_(2), magnitudes
+
+    def limit(self, cost: float) -> float:
+        """Turn an upper bound of the costs that are bounds into one of the losses that are.
+
+        cost: As computed.
+        """
+        return self.rounding.exceeded(self.constant, cost)
 
     def single_costs(self) -> Tensor:
         """Return what each unit costs if it alone is removed, (n,)."""

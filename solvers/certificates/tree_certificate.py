@@ -27,13 +27,13 @@ from torch import Tensor
 
 from solvers.certificates.certificate import (
     LEAST_DIAGONAL,
+    LEAST_SHARE,
     EnumerationCertificate,
-    Inverses,
-    Linearization,
     MultiplierCertificate,
     check_numbers,
     check_point,
 )
+from solvers.certificates.inverses import Inverses, Linearization, independent_ratio
 from solvers.errors import VerificationError
 from solvers.problem import SubsetProblem
 
@@ -204,7 +204,8 @@ class TreeCertificate:
             values[nodes].double().gather(1, free) for values in (self.share, self.point)
         )
         shape = self.shape[free]
-        terms = given.aggregate(share, shape)
+        share = share.clamp(LEAST_SHARE, 1.0)
+        terms = given.aggregate(share, independent_ratio(share, shape))
         d = terms[1].diagonal(dim1=1, dim2=2)
         largest = d.amax(1, keepdim=True)
         d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0))

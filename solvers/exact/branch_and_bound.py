@@ -35,7 +35,7 @@ from solvers.problem import SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Selection, Status
 
 _LEAF_SUPPORTS = 10
-_ROOT_EFFORT = Effort(rounds=6, steps=200, repeat=True, progress=1e-3)
+_ROOT_EFFORT = Effort(steps=200)
 _NODE_STEPS = 8
 _LONE_NODE_STEPS = 60
 """Gradient steps in a node that is a batch of its own: its linear algebra costs far more."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from solvers.bounds.quadratic import QuadraticBound, made_dominating, scaled_diagonal
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
+from solvers.certificates.certificate import LEAST_SHARE
 from solvers.closed_forms.aligned import unit_rows
 from solvers.closed_forms.pivot import solve_spd
 from solvers.closed_forms.refit import refit_loss_and_rounding
@@ -203,7 +204,7 @@ class Search(Incumbent):
 
 def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
     """Return multipliers that suit x, and are optimal for the removed units if x is binary."""
-    Y = consumer.multipliers(x, torch.full_like(x, _COUPLING))
+    Y = consumer.multipliers(x.clamp(min=LEAST_SHARE), torch.full_like(x, _COUPLING))
     removed = torch.nonzero(x == 1).flatten()
     if len(removed) == int(x.count_nonzero()):
         rows = unit_rows(removed, consumer.width)

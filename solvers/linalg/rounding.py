@@ -87,6 +87,17 @@ class Rounding:
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
         return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
 
+    def exceeded(self, constant: float, cost: float) -> float:
+        """Turn an upper bound of what is no less than a cost c(R) into one of an exact loss.
+
+        constant: Loss with all units kept, as computed.
+        cost: ``tr(W' inv(A o C) W)`` with C - 11' positive semidefinite, as computed.  What holds
+            of A holds of ``A o C``, by Schur's product theorem, whose condition is no worse; and as
+            ``A o C`` exceeds A, a W that is off changes the root by no more than that of c(R).
+        """
+        root = math.sqrt(max(cost, 0.0) * (1 + self.unit) * (1 + 2 * self.inverse)) + self.refit
+        return constant + self.offset + root**2
+
     @property
     def twice(self) -> Rounding:
         """That of a search and of its check together."""

@@ -20,7 +20,7 @@ from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.batches import named_inputs
-from osscar.network.operations import _by_expert as by_expert
+from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
 from osscar.shrinking.follow import prepare
 
@@ -31,11 +31,11 @@ _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
 def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Count by torch alone, which knows nothing of products of many experts at once.
+    """Count by torch alone, which passes over experts at once and deformable convolutions.
 
     Its counter needs gradients, and so do layers that would run as one operator without.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=by_expert())
+    counter = FlopCounterMode(display=False, custom_mapping=passed_over())
     with without_cache(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
         model(**inputs)
     return counter.get_total_flops()

@@ -62,6 +62,7 @@ class Saved:
 
 
 _READER = """
+import json
 import sys
 import torch
 import transformers
@@ -71,9 +72,10 @@ from osscar.shrinking.equivalence import proof_outputs
 for directory in sys.argv[1:]:
     inputs = torch.load(f"{directory}.inputs", weights_only=True)
     outputs = proof_outputs(osscar.load(directory), inputs)
-    config = transformers.AutoConfig.from_pretrained(directory)
-    for auto, name in getattr(config, "auto_map", {}).items():
-        if name.endswith("." + config.architectures[0]):
+    with open(f"{directory}/config.json") as file:
+        config = json.load(file)
+    for auto, name in config.get("auto_map", {}).items():
+        if name.endswith("." + config["architectures"][0]):
             reader = getattr(transformers, auto)
             model = reader.from_pretrained(directory, trust_remote_code=True).eval()
             outputs += proof_outputs(model, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+    for pattern in ("*.md", "docs/**/*.md", "docs/*.ipynb")
+    for path in ROOT.glob(pattern)
 )
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -41,8 +43,11 @@ class Command:
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a page that are written in a language."""
+    """The fenced blocks of a page that are written in a language; the cells of a notebook."""
     text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return ["".join(cell["source"]) for cell in cells] if language == "python" else []
     return [block for name, block in _BLOCK.findall(text) if name == language]
 
 

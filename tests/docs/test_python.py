@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import graph
 import osscar
 import osscar.shrinking.follow
+from osscar.cli.commands import app
 from osscar.data.prose import Split, builtin_text
 from tests.docs.pages import PAGES, blocks
 
@@ -19,7 +22,10 @@ SMALL = {
     "samples=32, seqlen=512": "samples=4, seqlen=64",
     "samples=264, seqlen=512": "samples=12, seqlen=32",
     "steps=64": "steps=4",
+    "SIDE = 640": "SIDE = 64",
+    '"epochs": 100': '"epochs": 1, "batch": 4, "workers": 0, "device": "cpu"',
 }
+YOLO = "docs/howto/yolo.md"
 
 PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
@@ -51,9 +57,47 @@ def test_every_page_with_python_is_run() -> None:
 
 @pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
-def test_the_python_of_a_page_runs(page: str) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page == YOLO else page
+        for page in PAGES_WITH_PYTHON
+    ],
+)
+def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # before ultralytics is imported, which would look for the network and the home directory
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(Path.cwd()))
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package)
+    if page in FILES:
+        FILES[page]()
     CHECKS[page](run(page))
+
+
+def write_boxes() -> None:
+    """Write images with boxes, as ultralytics reads them."""
+    image = pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    for directory in ("images", "labels"):
+        Path(directory).mkdir()
+    for number in range(8):
+        pixels = generator.integers(0, 256, (50 + number, 80, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(f"images/{number}.png")
+        Path(f"labels/{number}.txt").write_text("0 0.5 0.5 0.4 0.3\n1 0.3 0.3 0.2 0.2\n")
+    names = ", ".join(f"{number}: {chr(97 + number % 26)}{number}" for number in range(80))
+    Path("data.yaml").write_text(
+        f"path: {Path.cwd()}\ntrain: images\nval: images\nnames: {{{names}}}\n"
+    )
+    Path("yolo.py").write_text(blocks(YOLO, "python")[0].replace("SIDE = 640", "SIDE = 64"))
+
+
+FILES: dict[str, Callable[[], None]] = {YOLO: write_boxes}
+"""What writes the files that a page names, beside those that all find."""
+
+
+def check_experts(names: dict[str, Any]) -> None:
+    assert [(layer.kind, layer.kept) for layer in names["smaller"].layers] == [("experts", 3)] * 2
 
 
 def check_readme(names: dict[str, Any]) -> None:
@@ -95,6 +139,43 @@ def check_recover(names: dict[str, Any]) -> None:
     assert Path("recovered").is_dir()
 
 
+def check_after(names: dict[str, Any]) -> None:
+    assert Path("tuned/osscar.json").is_file()
+    names_of = ("smaller", "tuned", "merged")
+    weights = [dict(osscar.load(name).named_parameters()) for name in names_of]
+    shapes = [{name: one.shape for name, one in each.items()} for each in weights]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    torch.testing.assert_close(names["compiled"], names["exact"], rtol=1e-4, atol=1e-4)
+    error = (torch.from_numpy(names["rounded"]) - names["exact"]).norm() / names["exact"].norm()
+    assert 0 < error < 0.2
+
+
+def check_notebook(names: dict[str, Any]) -> None:
+    assert names["recovery"].after < names["recovery"].before
+    assert names["ids"].shape[1] > 8
+
+
+def check_yolo(names: dict[str, Any]) -> None:
+    result, tuned = names["result"], names["tuned"]
+    assert result.parameters_after < 0.7 * result.parameters_before
+    skipped = {group.name for group in result.skipped}
+    assert skipped == {"model.10.cv1.conv.channels", "model.10.m.0.attn.heads"}
+    pruned = {name: one.shape for name, one in result.model.named_parameters()}
+    assert {name: one.shape for name, one in tuned.named_parameters()} == pruned
+    x = next(names["images"].batches(3))
+    with torch.no_grad():
+        expected = tuned(x)
+        torch.testing.assert_close(torch.from_numpy(names["boxes"]), expected, rtol=1e-3, atol=1e-3)
+        again = osscar.load("tuned", dense=names["build"]()[0])
+        assert torch.equal(again(x)[0], expected)
+    app(["export", "tuned", "--format", "onnx", "--against", "yolo.py:build"])
+    session = names["onnxruntime"].InferenceSession("tuned.onnx")
+    raw = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(raw[0]), expected, rtol=1e-3, atol=1e-3)
+    assert len(raw) == 6
+
+
 def check_mathematics(names: dict[str, Any]) -> None:
     assert names["solution"].backend == "branch_and_bound"
 
@@ -134,9 +215,15 @@ def check_formats(names: dict[str, Any]) -> None:
     assert names["saved"].with_code
     ids = torch.arange(12)[None]
     own, read = names["result"].model, names["model"].float().eval()
+    assert names["logits"].shape == (3, 20, own.config.vocab_size)
     assert type(read).__module__.endswith(".modeling_pruned")
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, own(ids).logits, rtol=0.05, atol=0.05)
+        trained, again = names["trained"].eval(), names["again"]
+        torch.testing.assert_close(again(ids).logits, trained(ids).logits)
+        assert not torch.equal(
+            again(ids).logits, osscar.load("smaller", dtype=torch.float32)(ids).logits
+        )
 
 
 def check_own_model(names: dict[str, Any]) -> None:
@@ -144,7 +231,18 @@ def check_own_model(names: dict[str, Any]) -> None:
     assert quality.top1 > 0.8
     assert 0 < quality.errors["output"] < 0.1
     assert names["again"].head.in_features < names["model"].head.in_features
+    assert names["chosen"].source.startswith("a DataLoader, its first 128 samples; shuffled")
+    assert names["result"].calibration["samples"] == 128
 
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+NEEDS = {
+    "docs/howto/formats.md": ONNX,
+    "docs/after.md": (*ONNX, "accelerate", "datasets", "peft"),
+    "docs/from-model-to-file.ipynb": ONNX,
+    YOLO: ("ultralytics", *ONNX),
+}
+"""Packages that a page is about: of an extra, but for ultralytics."""
 
 CHECKS = {
     "README.md": check_readme,
@@ -152,7 +250,10 @@ CHECKS = {
     "docs/howto/estimate.md": check_estimate,
     "docs/vision.md": check_vision,
     "docs/walk.md": check_walk,
+    "docs/experts.md": check_experts,
     "docs/recover.md": check_recover,
+    "docs/after.md": check_after,
+    "docs/from-model-to-file.ipynb": check_notebook,
     "docs/mathematics.md": check_mathematics,
     "docs/howto/backend.md": check_backend,
     "docs/howto/architecture.md": check_architecture,
@@ -161,4 +262,5 @@ CHECKS = {
     "docs/howto/forms.md": check_forms,
     "docs/howto/frozen.md": check_frozen,
     "docs/howto/formats.md": check_formats,
+    YOLO: check_yolo,
 }

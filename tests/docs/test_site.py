@@ -16,7 +16,8 @@ from tests.docs.pages import PAGES, ROOT
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(listed) == len(set(listed))
-    assert {f"docs/{page}" for page in listed} == {p for p in PAGES if p.startswith("docs/")}
+    pages = {page for page in PAGES if page.startswith("docs/") and page.endswith(".md")}
+    assert {f"docs/{page}" for page in listed} == pages  # notebooks are linked
 
 
 @pytest.mark.parametrize("package", [osscar, solvers, graph])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 import graph
-from graph import CouplingGroup, DependencyGraph
+from graph import CouplingGroup, DependencyGraph, UnitKind
+from graph.draw import render
+from graph.groups import Role, Slot
 from graph.tracing.export import run_export
 
 from .families import build, token_inputs
@@ -102,11 +105,40 @@ def test_drawing_is_svg_with_every_group(llama: DependencyGraph, tmp_path: Path)
     root = ET.parse(path).getroot()
     assert root.tag.endswith("svg")
     text = " ".join(element.text or "" for element in root.iter())
-    assert all(group.name in text for group in llama.groups if len(group.name) < 45)
+    names = {re.sub(r"\.\d+\.", ".N.", group.name, count=1) for group in llama.groups}
+    assert all(name in text for name in names if len(name) < 45)
     assert "frozen: " in text
     height = float(root.attrib["height"])
     boxes = [element for element in root.iter() if element.tag.endswith("rect")]
     assert all(float(b.attrib.get("y", 0)) + float(b.attrib["height"]) <= height for b in boxes)
+
+
+def test_a_drawing_says_what_it_shows_and_draws_layers_alike_once() -> None:
+    def group(layer: int, units: int) -> CouplingGroup:
+        owned = [
+            f"layers.{layer}.up.weight",
+            f"layers.{layer}.up.bias",
+            f"layers.{layer}.down.weight",
+        ]
+        roles = (Role.PRODUCER, Role.PASS_THROUGH, Role.CONSUMER)
+        slots = tuple(
+            Slot(tensor, 0, role, tensor.rpartition(".")[0], units)
+            for tensor, role in zip(owned, roles, strict=True)
+        )
+        return CouplingGroup(f"layers.{layer}.neurons", UnitKind.NEURONS, units, slots, 7)
+
+    groups = [group(layer, 8 if layer != 4 else 6) for layer in (0, 1, 2, 4, 5, 11)]
+    root = ET.fromstring(render(groups))
+    lines = [element.text for element in root.iter() if element.text and element.text.strip()]
+    assert lines.count("layers.N.neurons") == 2
+    assert "N = 0 to 2, 5, 11" in lines
+    assert "N = 4" in lines
+    assert lines.count("~.down.weight [0] x1") == 2
+    assert {"neurons", "pale: frozen"} <= set(lines)
+    assert "heads" not in lines
+    assert float(root.attrib["width"]) <= 1123
+    few, many = (render([group(layer, 8) for layer in range(count)]) for count in (2, 300))
+    assert len(few.splitlines()) == len(many.splitlines())
 
 
 def _without_order(groups: tuple[CouplingGroup, ...]) -> list[CouplingGroup]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
 
 
 class Residual(nn.Module):
@@ -180,6 +181,55 @@ class EinsumAttention(nn.Module):
         return self.out(mixed.flatten(2))
 
 
+class EinsumLayers(nn.Module):
+    """Attention and neurons of bare weights, which have a dimension for heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Parameter(torch.randn(6, 3, 5)) for _ in range(3))
+        self.out = nn.Parameter(torch.randn(3, 5, 6))
+        self.up = nn.Parameter(torch.randn(9, 6))
+        self.down = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bsd,dhk->bshk", x, w) for w in (self.query, self.key, self.value))
+        weights = torch.einsum("bqhk,bshk->bhqs", q, k).softmax(-1)
+        mixed = torch.einsum("bhqs,bshk->bqhk", weights, v)
+        x = x + torch.einsum("bshk,hkd->bsd", mixed, self.out)
+        return torch.einsum("...n,no->...o", torch.relu(x @ self.up.T), self.down)
+
+
+class TiedAutoencoder(nn.Module):
+    """A decoder that reads the weights of the encoder the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(4, 9), nn.Linear(9, 6)
+        self.back, self.shift = nn.Parameter(torch.randn(9)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inner(torch.tanh(self.outer(x))))
+        x = torch.tanh(F.linear(x, self.inner.weight.t(), self.back))
+        return F.linear(x, self.outer.weight.t(), self.shift)
+
+
+class Deformable(nn.Module):
+    """A modulated deformable convolution, whose filters read two fields of offsets."""
+
+    def __init__(self, fields: int = 2, groups: int = 1, masked: bool = True) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 1)
+        self.offset = nn.Conv2d(8, fields * 18, 3, padding=1)
+        self.mask = nn.Conv2d(8, fields * 9, 3, padding=1) if masked else None
+        self.deform = DeformConv2d(8, 6, 3, padding=1, groups=groups, bias=masked)
+        self.leave = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        mask = None if self.mask is None else torch.sigmoid(self.mask(x))
+        return self.leave(torch.relu(self.deform(x, self.offset(x), mask)))
+
+
 class GroupNormed(nn.Module):
     """Whole groups of a normalization can go."""
 
@@ -340,6 +390,13 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
         {"enter.channels": 4, "wide.channels": 2, "wide.channels.2": 2},
     ),
     "einsum": (EinsumAttention, (torch.randn(2, 4, 6, generator=_DRAWN),), {"heads": 2}),
+    "einsum-layers": (
+        EinsumLayers,
+        (torch.randn(2, 4, 6, generator=_DRAWN),),
+        {"heads": 3, "outputs.2": 5, "neurons": 9},
+    ),
+    "tied-autoencoder": (TiedAutoencoder, _ROWS, {"outer.hidden": 9, "neurons": 6}),
+    "deformable": (Deformable, _IMAGE, {"enter.channels": 4, "deform.channels": 6}),
     "group-norm": (GroupNormed, _IMAGE, {"enter.channels": 4}),
     "up-and-down": (UpAndDown, _LARGE, {"down.channels": 6, "up.channels": 4}),
     "gated-halves": (GatedHalves, _ROWS, {"neurons": 7}),

@@ -23,6 +23,8 @@ document.getElementById("page").onload = event => {{
     title: page.title,
     text: page.body.innerText,
     overflow: root.scrollWidth - root.clientWidth,
+    scrolled: [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth)
+      .map(e => getComputedStyle(e).backgroundAttachment),
     pictures: [...page.images].map(i => [i.alt, i.naturalWidth, i.getBoundingClientRect().width]),
     scripts: page.scripts.length,
     fetched: [...page.querySelectorAll("[src], [href]")].map(e => e.src || e.href)

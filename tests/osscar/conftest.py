@@ -1,10 +1,12 @@
 """What the tests of the product share."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from osscar.base import progress
 from osscar.cli import main
 from tests.traced import once
 
@@ -28,11 +30,18 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_lines_for_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the seconds without a line of progress from here on: this process has done others."""
+    monkeypatch.setattr(progress, "_untold", 0.0)
+
+
 @pytest.fixture
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; return status, standard output and standard error."""
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", math.inf)  # of however slow a machine
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])

@@ -99,21 +99,72 @@ MIXTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 }
 """Classes of configurations with their values: 4 experts of 40 or 24 neurons, 2 a token."""
 
+ROUTERS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "deepseek-v2-groups": (
+        hf.DeepseekV2Config,
+        {
+            **_LATENT,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "deepseek-v3-groups": (
+        hf.DeepseekV3Config,
+        {**_LATENT, "n_routed_experts": 12, "n_group": 2, "topk_group": 1},
+    ),
+    "glm4-moe": (
+        hf.Glm4MoeConfig,
+        {
+            **_MANY,
+            "n_routed_experts": 6,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "head_dim": 8,
+        },
+    ),
+    "lfm2-moe": (
+        hf.Lfm2MoeConfig,
+        {
+            **_MANY,
+            "num_experts": 6,
+            "num_dense_layers": 0,
+            "layer_types": ["full_attention", "full_attention"],
+        },
+    ),
+    "minimax-m2": (
+        hf.MiniMaxM2Config,
+        {**_SMALL, "intermediate_size": 40, "num_local_experts": 6, "head_dim": 8},
+    ),
+    "qwen3-moe-normalized": (
+        hf.Qwen3MoeConfig,
+        {**_MANY, "head_dim": 8, "num_experts": 5, "norm_topk_prob": True},
+    ),
+}
+"""More routers: groups of experts, biases of the choice, some of them arguments of the router."""
 
-def mixture(family: str, *, kernel: str = "grouped_mm", seed: int = 0) -> PreTrainedModel:
+
+def mixture(
+    family: str, *, kernel: str = "grouped_mm", seed: int = 0, **more: Any
+) -> PreTrainedModel:
     """Build a tiny random mixture whose experts matter.
 
     Parameters
     ----------
     family
-        One of `MIXTURES`.
+        One of `MIXTURES` or `ROUTERS`.
     kernel
         What multiplies the experts, as of ``set_experts_implementation``.
     seed
         Of the weights.
+    more
+        Fields of the configuration.
     """
-    kind, values = MIXTURES[family]
-    config = kind(**{"num_experts_per_tok": 2, **values})
+    kind, values = {**MIXTURES, **ROUTERS}[family]
+    config = kind(**{"num_experts_per_tok": 2, **values, **more})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -588,6 +588,25 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(allocation, opt):
         allocate(opt, Asked(params=0.01, allocation=allocation))
 
 
+class Shortcut(nn.Sequential):
+    """Two convolutions whose outputs are added to what they read."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
+    torch.manual_seed(0)
+    block = Shortcut(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 7), block, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    message = r"or let residual channels leave, too, .*\(--residual, .*\): '.*channels'$"
+    with pytest.raises(RequestError, match=message):
+        osscar.prune(model, x, flops=0.5, allocation="uniform")
+    found = osscar.prune(model, x, flops=0.5, residual=0.25, allocation="uniform")
+    assert found.model[0].out_channels == 2
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

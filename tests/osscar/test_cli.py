@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
-from osscar.data.prose import builtin_text
+from osscar.data.prose import Split, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.shrinking.lineage import note, weights_digest
 from tests.osscar.families import framing_tokenizer, tiny
@@ -41,20 +41,31 @@ def small_prune(text, out, *more):
 
 
 def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    work, temporary = tmp_path / "work", tmp_path / "temporary"
+    for place in (work, temporary):
+        place.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("osscar.data.text.builtin_text", lambda part: builtin_text(part)[:3000])
     monkeypatch.setattr("osscar.cli.demo._SAMPLES", 2)
+    # Nothing falls where it was not asked to, and a demo that fails leaves nothing at all.
+    assert run("demo", "--backend", "no such backend")[0] == 2
+    assert list(temporary.iterdir()) == []
     status, out, err = run("demo", "--backend", "magnitude")
     assert status == 0, err
     assert "nothing was held out" in out
-    # A second demo replaces its own directory.
+    assert list(work.iterdir()) == []
+    (place,) = temporary.glob("*/smaller")
+    assert f"saved: {place} (" in out
+    # A second demo replaces what one made.
     monkeypatch.setattr("osscar.cli.demo._SAMPLES", 32)
-    status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json")
+    status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json", "--out", place)
     assert status == 0, err
     for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
         assert expected in out
-    document = json.loads((tmp_path / "demo.json").read_text())
+    document = json.loads((work / "demo.json").read_text())
     assert document["schema"] == "osscar.prune/5"
+    assert document["settings"]["sparsity"] == 0.5
     # Of a model that does well nobody hears what refits could have done.
     assert not any(word in out + err for word in ("unrefitted", "growth", "held out,", "grew"))
     assert {tuple(layer["unrefitted"]) for layer in document["layers"]} == {()}
@@ -62,8 +73,31 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
     assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
-    model = osscar.load(tmp_path / "osscar-demo")
+    model = osscar.load(place)
     assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
+
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
+    _, _, shown = (Path(__file__).parents[2] / "README.md").read_text().partition("```\npruned the")
+    shown = f"pruned the{shown.partition(chr(10) + '...')[0]}".splitlines()
+    status, out, err = run("demo", "--out", tmp_path / "smaller")
+    assert status == 0, err
+    printed = [line.rstrip() for line in out.splitlines()][: len(shown)]
+    of_this_machine = ("prefill", "decode", "peak memory", "proof:", "saved:")
+    for line, ours in zip(shown, printed, strict=True):
+        if line.strip().startswith(of_this_machine):
+            assert ours.split()[0] == line.split()[0]
+            continue
+        # Seconds, and the stages that took most of them, are of this machine, too.
+        line, ours = (re.sub(r" in [\d.]+ s \(.*?\)", "", one) for one in (line, ours))
+        line, ours = (re.sub(r"(optimal +)\d+\.\d\d", r"\1", one) for one in (line, ours))
+        assert NUMBER.sub("#", line).split() == NUMBER.sub("#", ours).split()
+        numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(x)] for x in (line, ours))
+        assert next(numbers) == pytest.approx(next(numbers), rel=0.02)
 
 
 def test_prune_then_eval_then_inspect(run, text, tmp_path):
@@ -162,6 +196,73 @@ def test_an_edited_config_is_refused_or_told(run, text, tmp_path):
     assert "has dropout -1, where a share from 0 to 1 is needed" in err
 
 
+def saved_by_transformers(place, model):
+    """A directory with a model and the tokenizer of the demo, without osscar.json."""
+    model.save_pretrained(place)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_DIRECTORY / file, place / file)
+    return place
+
+
+@pytest.mark.slow
+def test_every_command_reads_what_transformers_saved(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("osscar.base.timing.WORTHWHILE_SECONDS", 0.0)
+    status, _, err = run(*small_prune(text, tmp_path / "small", "--heads", "0.5"))
+    assert status == 0, err
+    tuned = saved_by_transformers(tmp_path / "tuned", osscar.load(tmp_path / "small"))
+    again, other = tmp_path / "again", tmp_path / "other.txt"
+    other.write_text(builtin_text(Split.TRAINING)[:5000])
+    scored = ("--windows", 2, "--seqlen", 32)
+    steps = ("--steps", 2, "--batch-size", 2, "--learning-rate", "1e-3")
+    for command in (
+        ("inspect", tuned),
+        ("eval", tuned, *scored, "--text", text),  # what it has seen is not known
+        ("prune", tuned, *small_prune(text, again, "--neurons", "0.5")[2:]),
+        ("recover", tuned, "--dense", "demo", "--text", other, "--seqlen", 32, *steps),
+    ):
+        status, _, err = run(*command)
+        assert status == 0, err
+        assert f"warning: {tuned} has no osscar.json" in err
+    status, _, err = run("export", tuned)
+    assert status == 2
+    assert "error: llama.cpp cannot run the model: it is a OPTForCausalLM" in err
+    lineage = json.loads((again / "osscar.json").read_text())["lineage"]
+    assert lineage["source"] == f"directory {tuned}, pruned on data that are not known"
+    status, _, err = run("eval", again, *scored, "--text", text)
+    assert status == 2
+    assert "calibrated or recovered on this very text" in err
+
+
+def advised(message):
+    """The options that a message names, but for those that it says another command takes."""
+    return set(re.findall(r"(?<!`)--[a-z][a-z-]+", re.sub(r"\(--[^()]* of `[^()]*\)", "", message)))
+
+
+def test_a_command_takes_the_options_that_its_errors_advise(run, text, tmp_path):
+    other = osscar.load_model("demo", device="cpu").model
+    plan = osscar.prune(other, torch.arange(128).view(2, 64), heads=4, backend="magnitude").plan
+    osscar.slice_units(other, plan)
+    shapes = saved_by_transformers(tmp_path / "shapes", other)
+    code = saved_by_transformers(tmp_path / "code", tiny("gpt2"))
+    config = json.loads((code / "config.json").read_text())
+    brought = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
+    changed = {**config, "model_type": "foreign", "auto_map": brought}
+    (code / "config.json").write_text(json.dumps(changed))
+    own = osscar.save(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "own").path
+    named = {"code": "brings", "shapes": "other shapes|do not fit its config", "own": "own code"}
+    for command, more in (
+        *(("inspect", ()), ("export", ()), ("eval", ()), ("prune", ("--neurons", "0.5"))),
+        *(("sweep", ("--sparsity", "0.3")), ("gap", ()), ("recover", ("--dense", "demo"))),
+    ):
+        out = () if command in ("inspect", "eval") else ("--out", tmp_path / "out")
+        _, takes, _ = run(command, "--help")
+        for directory in (shapes, code, own):
+            status, _, err = run(command, directory, *more, *out)
+            assert status == 2, (command, directory)
+            assert re.search(named[directory.name], err) or command in ("export", "sweep"), err
+            assert advised(err) <= set(re.findall(r"--[a-z][a-z-]+", takes)), (command, err)
+
+
 def test_backends_lists_all_with_their_kind(run, tmp_path):
     status, out, _ = run("backends", "--json", tmp_path / "b.json")
     assert status == 0
@@ -169,7 +270,11 @@ def test_backends_lists_all_with_their_kind(run, tmp_path):
     assert {"random", "magnitude", "wanda", "greedy", "multistage", "local_search"} < rows.keys()
     assert rows["enumerate"]["kind"] == "exact"
     assert rows["enumerate"]["capabilities"]["max_units"] == 16
-    assert all(name in out for name in rows)
+    experts = {
+        row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["expert_backends"]
+    }
+    assert {"reap", "frequency", "local_search", "enumerate"} <= experts.keys()
+    assert all(name in out for name in (*rows, *experts))
 
 
 def test_certify_shows_gaps_and_what_proofs_rest_on(run, text, tmp_path):
@@ -383,10 +488,14 @@ def test_options_reach_the_backend_and_what_they_made_is_not_taken_for_a_demo(ru
     assert settings["backend_options"] == {"seed": 7}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("keep me")
-    for place in ("mine", "other"):
+    for place, why in (
+        ("mine", "holds a checkpoint that is no demo's; give another --out"),
+        ("other", "not empty"),
+        ("x" * 300, "File name too long"),
+    ):
         status, _, err = run("demo", "--out", tmp_path / place)
-        assert status == 2
-        assert "not empty" in err
+        assert (status, err.count("\n")) == (2, 1)
+        assert why in err
 
 
 def test_json_goes_through_links_and_into_pipes(run, tmp_path):

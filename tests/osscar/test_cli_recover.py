@@ -331,7 +331,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     assert "calibrated or recovered this model" in err
     status, _, err = run("recover", "small", "--dense", "demo", *train[2:], "--out", "other")
     assert status == 2
-    assert "--dense of osscar recover" in " ".join(err.split())
+    assert "--dense of `osscar recover`" in " ".join(err.split())
     status, _, err = run("recover", "small", *train[:-2], "--out", "other")
     assert status == 2
     assert "reads no text: give --images" in err
@@ -431,6 +431,7 @@ def document(**changed):
         "data": {"source": "<b>text</b>.txt", "fingerprints": ["a", "b"]},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
         **{"learning_rate": 5e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
+        "stages": {"recovery: training": 2.0, "other": 0.5},
     }
     computed = {"dtype": "float32", "device": "cpu"}
     return {
@@ -454,7 +455,7 @@ def test_the_page_shows_the_curve_and_fits(tmp_path, width):
         "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
         "1,234 weights (pruned) on 9 samples, at a learning rate of 0.0005, found by trying a few",
         "at step 4, since the model's outputs were not finite there",
-        *("recovery data: fingerprints\t2", "recovery: steps\t16"),
+        *("recovery data: fingerprints\n2", "recovery: steps\n16"),
     ):
         assert expected in text
 

@@ -110,9 +110,9 @@ def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
     def choose(cost, limit):
         return ByCurves(curves, {"a": np.array([1, 2])}, {}, cost, limit).choose()
 
-    assert checked(choose, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9") == {"a": 1}
+    assert checked(choose, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9", "") == {"a": 1}
     with pytest.raises(RequestError, match=r"allows 6,999,999,997 parameters, .* 7,000,000,000 of"):
-        checked(choose, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997")
+        checked(choose, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997", "")
 
 
 # ---- budgets of networks in which a group meets itself -----------------------------------
@@ -533,7 +533,9 @@ def test_operations_are_those_of_the_model_that_is_really_smaller(case):
     with prepare(model, data) as prepared:
         cost = count(Cost.FLOPS, prepared.model, prepared.groups, prepared.sample)
         groups = [group for group in prepared.groups if group.prunable and group.units > 1]
-        some = [{1, (group.units + 1) // 2, group.units} for group in groups]
+        # Of einsum, what is left of one unit is multiplied by element, which torch does not count.
+        least = 2 if case == "by functions" else 1
+        some = [{least, (group.units + 1) // 2, group.units} for group in groups]
         assert groups
         assert cost.fixed == pytest.approx(0.0, abs=1e-6)
         assert cost.dense == pytest.approx(by_torch(model, data[:1]), rel=1e-12)

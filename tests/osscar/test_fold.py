@@ -1,4 +1,4 @@
-"""Weights that are normalized at every call: folded where they are cut, left alone elsewhere."""
+"""Weights that are computed at every call: folded where they are cut, left alone elsewhere."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:Fut
 
 Normalization = Callable[[nn.Module], nn.Module]
 
+
+class Standardized(nn.Module):
+    """A parametrization of one's own: each filter has mean zero, and a length that it learns."""
+
+    def __init__(self, filters: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(filters, 1, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        weight = weight - weight.mean((1, 2), keepdim=True)
+        return self.scale * weight / weight.norm(dim=(1, 2), keepdim=True)
+
+
+def standardized(module: nn.Module) -> nn.Module:
+    """Register it for the weight of a convolution."""
+    parametrize.register_parametrization(module, "weight", Standardized(len(module.weight)))
+    return module
+
+
 NORMALIZATIONS: dict[str, Normalization] = {
     "weight_norm": weight_norm,
     "weight_norm as a parametrization": parametrizations.weight_norm,
@@ -28,6 +47,7 @@ NORMALIZATIONS: dict[str, Normalization] = {
     "weight_norm of the whole": lambda m: weight_norm(m, dim=None),
     "spectral_norm": spectral_norm,
     "spectral_norm as a parametrization": parametrizations.spectral_norm,
+    "a parametrization of one's own": standardized,
 }
 
 
@@ -102,6 +122,9 @@ def masked(model: TCN, plan: PruningPlan) -> TCN:
     return found
 
 
+FOLDED = tuple(f"blocks.{block}.{layer}.weight" for block in range(3) for layer in ("one", "two"))
+
+
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_all_channels_are_pruned_and_the_model_keeps_its_normalization(name: str) -> None:
     model = tcn(name)
@@ -115,6 +138,8 @@ def test_all_channels_are_pruned_and_the_model_keeps_its_normalization(name: str
     assert small["blocks.1.two.weight"].shape == (4, 4, 3)
     assert small["head.weight"].shape == (2, 4)
     assert {key.rpartition(".")[2] for key in small} == {"weight", "bias"}
+    assert result.folded == FOLDED
+    assert "6 weights that the dense model computes at every call" in result.summary()
     # What came in is what it was, its class included.
     after = model.state_dict()
     assert list(after) == list(before)
@@ -209,13 +234,14 @@ def test_code_that_reads_the_parts_is_left_as_it_is() -> None:
     model = Reader().eval()
     result = osscar.prune(model, torch.randn(32, 4), neurons=0.5, device="cpu")
     assert result.model.down.in_features == 4
+    assert result.folded == ()
     assert "leave.weight_g" in result.model.state_dict()
 
 
-def test_shared_parts_and_other_parametrizations_stay() -> None:
+def test_shared_parts_and_other_tensors_stay() -> None:
     one, two = (weight_norm(nn.Linear(4, 4)) for _ in range(2))
     two._parameters["weight_v"] = one.weight_v
-    three = parametrizations.orthogonal(nn.Linear(4, 4))
+    three = parametrizations.weight_norm(nn.Linear(4, 4), "bias", 0)
     four = parametrizations.weight_norm(parametrizations.weight_norm(nn.Linear(4, 4)), "bias", 0)
     five = weight_norm(nn.Linear(4, 4), "bias")
     model = nn.Sequential(one, two, three, four, five)
@@ -234,9 +260,7 @@ def test_folding_is_undone_without_a_trace(name: str) -> None:
     with torch.no_grad():
         dense = model(x)
     folded = fold(model)
-    assert [one.tensor for one in folded] == [
-        f"blocks.{i}.{layer}.weight" for i in range(3) for layer in ("one", "two")
-    ]
+    assert tuple(one.tensor for one in folded) == FOLDED
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense)
     assert {key.rpartition(".")[2] for key in model.state_dict()} == {"weight", "bias"}

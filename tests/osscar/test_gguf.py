@@ -28,9 +28,13 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import osscar
@@ -46,6 +50,9 @@ from osscar.base.errors import (
 from osscar.checkpoint.directory import save
 from osscar.export.gguf import Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
+from osscar.preparation.experts import mixtures_in
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine
 
@@ -117,6 +124,7 @@ CONFIGS = {
     "biases": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**_SIZES, sliding_window=64),
     "qwen2": Qwen2Config(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
 GROUPS = {
     "llama": {},
@@ -130,7 +138,7 @@ def built(config: Any, groups: dict[str, int]) -> Any:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.mul_(4)
             elif parameter.abs().max() == 0:
                 parameter.normal_(std=0.3)
@@ -170,7 +178,8 @@ def test_llama_cpp_computes_what_transformers_does(
 ) -> None:
     model = built(CONFIGS[name], GROUPS[architecture])
     written = export_gguf(checkpoint(tmp_path, model), dtype="f32")
-    assert written.architecture == architecture
+    of_qwen3 = {"llama": "qwen3", "deci": "openelm"} if name == "qwen3" else {}
+    assert written.architecture == of_qwen3.get(architecture, architecture)
     engine = Engine(written.path)
     with torch.no_grad():
         expected = model(IDS).logits[0, -1].double().log_softmax(-1)
@@ -178,6 +187,57 @@ def test_llama_cpp_computes_what_transformers_does(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     tokens = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert engine.generate(IDS[0].tolist(), 12) == tokens[0, IDS.shape[1] :].tolist()
+
+
+_ROUTED = {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}
+_INNER = {"moe_intermediate_size": 24}
+MIXTURES = {
+    "llama": MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**{**_ROUTED, "num_key_value_heads": 6}),
+    "qwen2moe": Qwen2MoeConfig(**_ROUTED, **_INNER, shared_expert_intermediate_size=20),
+    "qwen3moe": Qwen3MoeConfig(**_ROUTED, **_INNER, head_dim=8, norm_topk_prob=True),
+}
+
+
+def without_experts(model: Any, *gone: int) -> Any:
+    """Return a mixture without one expert in each layer, or in the first ones."""
+    with torch.no_grad():
+        found = mixtures_in(model, {"input_ids": IDS})
+    groups = [one.group for one, _ in zip(found, gone, strict=False)]
+    kept = [tuple(e for e in range(4) if e != one) for one in gone]
+    plan = PruningPlan(tuple(map(GroupPlan.of, groups, kept)))
+    shrink(model, plan, [{"input_ids": IDS}])
+    return model
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_llama_cpp_computes_mixtures_that_have_lost_experts(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = without_experts(built(MIXTURES[architecture], {}), 1, 0, 3)
+    written = export_gguf(checkpoint(tmp_path, model), dtype="f32")
+    assert written.architecture == architecture
+    assert field(written.path, f"{architecture}.expert_count") == 3
+    with torch.no_grad():
+        expected = model(IDS).logits[0, -1].double().log_softmax(-1)
+    shown = tokenizer().encode("a")[0]
+    found = Engine(written.path).log_probabilities(IDS[0].tolist(), VOCABULARY, shown)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_experts_are_padded_to_whole_blocks(tmp_path: Path) -> None:
+    config = Qwen2MoeConfig(
+        **{**_ROUTED, **_INNER, "hidden_size": 96}, shared_expert_intermediate_size=20
+    )
+    model = built(config, {})
+    written = export_gguf(checkpoint(tmp_path, model), dtype="f32")
+    assert written.padding == 3 * (4 * 8 + 12)
+    with torch.no_grad():
+        expected = model(IDS).logits[0, -1].double().log_softmax(-1)
+    shown = tokenizer().encode("a")[0]
+    found = Engine(written.path).log_probabilities(IDS[0].tolist(), VOCABULARY, shown)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -189,6 +249,24 @@ def test_half_precision_is_close(dtype: str, uneven: Path, tmp_path: Path) -> No
     shown = tokenizer().encode("a")[0]
     found = Engine(written.path).log_probabilities(IDS[0].tolist(), VOCABULARY, shown)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("groups", [{}, {"model.layers.1.mlp.neurons": 33}], ids=["alike", "each"])
+def test_neurons_of_zeros_make_up_whole_blocks(groups: dict[str, int], tmp_path: Path) -> None:
+    config = LlamaConfig(**{**_SIZES, "hidden_size": 96, "head_dim": 32}, mlp_bias=True)
+    model = built(config, groups)
+    written = export_gguf(checkpoint(tmp_path, model), dtype="f32")
+    assert written.padding == 3 * 64 - sum(
+        one.mlp.down_proj.in_features for one in model.model.layers
+    )
+    assert written.architecture == "llama"  # 40, 33 and 40 are 64 each
+    matrices = [one for one in gguf.GGUFReader(written.path).tensors if len(one.shape) == 2]
+    assert {int(one.shape[0]) % 32 for one in matrices} == {0}
+    with torch.no_grad():
+        expected = model(IDS).logits[0, -1].double().log_softmax(-1)
+    shown = tokenizer().encode("a")[0]
+    found = Engine(written.path).log_probabilities(IDS[0].tolist(), VOCABULARY, shown)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def around(*templates: str) -> Any:
@@ -263,11 +341,28 @@ def test_what_the_file_says(uneven: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_what_transformers_saved_is_exported_as_well(uneven: Path, tmp_path: Path) -> None:
+    osscar.load(uneven).save_pretrained(tmp_path / "small")
+    tokenizer().save_pretrained(tmp_path / "small")
+    with pytest.warns(UserWarning, match=r"no osscar\.json"):
+        found = export_gguf(tmp_path / "small", dtype="f32")
+    assert found.architecture == "deci"
+    known = export_gguf(uneven, tmp_path / "known.gguf", dtype="f32")
+    assert found.path.read_bytes() == known.path.read_bytes()
+
+
 def test_of_several_chat_templates_the_file_has_the_default(tmp_path: Path) -> None:
     words = tokenizer()
     words.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     words.save_pretrained(tmp_path)
     assert vocabulary_fields(tmp_path, VOCABULARY)["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_an_output_matrix_beside_the_embedding_needs_layers_that_are_alike() -> None:
+    config = Qwen3Config(**_SIZES, head_dim=8)
+    assert Graph(built(config, {}), "f16", gguf).architecture == "qwen3"
+    with pytest.raises(ModelError, match="'openelm' has no output matrix beside the embedding"):
+        Graph(built(config, GROUPS["deci"]), "f16", gguf)
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
@@ -285,10 +380,25 @@ def refused(place: Path, error: type[Exception], match: str, **options: Any) -> 
     assert {path.name for path in place.iterdir()} == before
 
 
+def test_mixtures_of_different_experts_are_refused() -> None:
+    model = without_experts(built(MIXTURES["llama"], {}), 1)
+    with pytest.raises(ModelError, match=r"have \[3, 4, 4\] experts, and 'llama' has one number"):
+        Graph(model, "f16", gguf)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen3Config(**_SIZES, head_dim=8), "it is a Qwen3ForCausalLM"),
+        (OlmoeConfig(**_ROUTED), "normalized over 24 features"),
+        (
+            Qwen3MoeConfig(**_ROUTED, **_INNER, head_dim=8, norm_topk_prob=False),
+            "'qwen3moe' divides the weights",
+        ),
+        (
+            Qwen2MoeConfig(**_ROUTED, **_INNER, mlp_only_layers=[1]),
+            "1 of its 3 layers are no mixtures",
+        ),
+        (Qwen3Config(**_SIZES, head_dim=8, attention_bias=True), "q_proj.bias', for which 'qwen3'"),
         (GPT2Config(vocab_size=400, n_embd=48, n_layer=2, n_head=6), "it is a GPT2LMHeadModel"),
         (LlamaConfig(**_SIZES, hidden_act="gelu"), "activation 'gelu'"),
         (
@@ -508,6 +618,7 @@ def test_the_command_writes_the_file(
         "architecture": "deci",
         "dtype": "bf16",
         "bytes": out.stat().st_size,
+        "padding": 0,
     }
 
 
@@ -515,7 +626,6 @@ def test_the_command_writes_the_file(
     ("words", "message"),
     [
         (("nowhere",), "no directory with a checkpoint"),
-        (("DIR", "--format", "onnx"), "--format is 'onnx'"),
         (("DIR", "--dtype", "int8"), "give one of f32"),
         (("DIR", "--out", "no/where.gguf"), "is no directory"),
         (("DIR", "--out", "same", "--json", "same"), "which the command writes"),

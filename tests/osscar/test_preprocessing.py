@@ -11,10 +11,11 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.optional import import_torchvision
 from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
-from osscar.data.preprocessing import OwnTransform, Preprocessing, import_torchvision
+from osscar.data.preprocessing import OwnTransform, Preprocessing
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.shrinking.lineage import lineage_of
@@ -377,11 +378,15 @@ def test_a_model_of_one_channel_gets_grayscale_images(place):
     for name, array in (("a.npz", gray), ("b.npz", gray[..., None])):
         np.savez(name, images=array)
         assert torch.equal(loaded.images(name).tensor(), found)
-        with pytest.raises(DataError, match=r"must be uint8 \(n, height, width, 3\) and not"):
-            load_images(name, plain(12))
+        repeated = load_images(name, plain(12))
+        assert repeated.sentence().endswith("; 12 of 12 are grayscale, repeated in each channel")
+        assert torch.equal(repeated.tensor()[:, 1:2], repeated.tensor()[:, :1])
     (place / "files").mkdir()
     images[0].save("files/a.png")
     assert torch.equal(loaded.images("files").tensor(), found[:1])
+    assert "repeated" not in loaded.images("files").sentence()
+    images[0].convert("L").save("files/b.png")
+    assert "; 1 of 2 are grayscale" in load_images("files", plain(12)).sentence()
     sentence = loaded.preprocessing.sentence()
     assert sentence.startswith("grayscale, ")
     with pytest.raises(DataError, match=r"have 3 channels \(mean has 3 numbers\), and the"):

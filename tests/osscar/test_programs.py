@@ -295,7 +295,7 @@ def test_it_is_compiled():
 @pytest.mark.sampled(1)
 @pytest.mark.skipif(
     not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
-    reason="needs onnx, onnxscript and onnxruntime: pip install 'osscar[dev]'",
+    reason="needs onnx, onnxscript and onnxruntime: pip install 'osscar[onnx]'",
 )
 @pytest.mark.parametrize("case", ["heads", "option A"])
 def test_onnx_runtime_runs_it(case, tmp_path):

@@ -1,8 +1,9 @@
-"""Progress: visible at a terminal, silent elsewhere, and gone afterwards."""
+"""Progress: bars at a terminal, gone afterwards, and a rare line elsewhere."""
 
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -22,9 +23,51 @@ def terminal(monkeypatch):
     return screen
 
 
-def test_nothing_is_written_where_there_is_no_terminal(capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """Let time pass only by hand: add to its ``now``."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(progress, "_untold", 0.0)
+    return clock
+
+
+def test_short_work_writes_nothing_where_there_is_no_terminal(capsys, clock):
     with progress.stage("outer", 2) as bar:
         assert list(progress.track([1, 2, 3], "inner")) == [1, 2, 3]
+        clock.now += progress.SECONDS_A_LINE - 1
+        bar.advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_writes_a_line_now_and_then(capsys, clock):
+    with progress.stage("outer [red]", 2) as bar:
+        for number in progress.track(range(100), "inner"):
+            clock.now += 1
+            assert number < 100
+        bar.advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "progress: outer [red] (0 of 2, 0:00:30); inner (30 of 100, 0:00:30)",
+        "progress: outer [red] (0 of 2, 0:01:00); inner (60 of 100, 0:01:00)",
+        "progress: outer [red] (0 of 2, 0:01:30); inner (90 of 100, 0:01:30)",
+    ]
+
+
+def test_only_work_counts_until_the_next_line(capsys, clock):
+    for _ in range(5):
+        clock.now += 3600
+        with progress.stage("short") as bar:
+            clock.now += 10
+            bar.advance()
+    assert capsys.readouterr().err.splitlines() == ["progress: short (0:00:10)"]
+
+
+def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
+    monkeypatch.setattr(progress, "launched", lambda: (1, 2))
+    with progress.stage("outer") as bar:
+        clock.now += 100
         bar.advance()
     assert capsys.readouterr() == ("", "")
 

@@ -139,8 +139,9 @@ def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
 class Faint(nn.Module):
     """Reads six neurons, and six more that hold nearly the same, a thousandth as large."""
 
-    def __init__(self):
+    def __init__(self, norm=None):
         super().__init__()
+        self.norm = norm or nn.Identity()
         self.up, self.down, self.head = nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 3)
         with torch.no_grad():
             self.up.weight.copy_(torch.eye(12))
@@ -149,7 +150,7 @@ class Faint(nn.Module):
             self.up.bias.zero_()
 
     def forward(self, x):
-        return self.head(torch.tanh(self.down(self.up(x))))
+        return self.head(torch.tanh(self.norm(self.down(self.up(x)))))
 
 
 def exploded(model):
@@ -175,6 +176,17 @@ def test_weights_beyond_reason_are_named_with_their_factor_and_a_remedy():
     ]
     assert "growth" in columns
     assert "unrefitted" not in columns
+
+
+def test_batch_norms_that_have_seen_no_data_are_named_where_weights_grow():
+    torch.manual_seed(0)
+    model = Faint(nn.BatchNorm1d(8))
+    untrained = r"beyond reason.*; no batch norm has seen data .*'norm'.*; else give more calib"
+    with pytest.warns(UserWarning, match=untrained):
+        exploded(model)
+    model.norm.num_batches_tracked += 1
+    with pytest.warns(UserWarning, match=r"beyond reason.*times\); give more calibration data"):
+        exploded(model)
 
 
 def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkeypatch):

@@ -1,6 +1,7 @@
 """What reports show: axes that say what they are, points inside of them, one table for all."""
 
 import io
+import itertools
 import re
 
 import pytest
@@ -12,11 +13,19 @@ from osscar.evaluation.evaluate import Comparison, Evaluation
 from osscar.evaluation.quality import SampleQuality, SampleSpeed, TextQuality
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import Speed
-from osscar.report import plots, prune_page, prune_plots
+from osscar.report import figures, plots, prune_page, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
+from osscar.report.names import common_prefix
 from osscar.report.run_tables import layers_table
 from osscar.report.summary import Case
-from osscar.report.tables import engineering, in_bytes, new_table, share
+from osscar.report.tables import (
+    divergence_in_words,
+    engineering,
+    in_bytes,
+    nats,
+    new_table,
+    share,
+)
 from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
@@ -72,38 +81,130 @@ def assert_markers_are_whole(axes):
             assert frame.y0 - 1e-6 <= up < up + radius <= frame.y1
 
 
-def layer(kind, loss, bound=None, kept=5):
+def layer(name, loss, bound=None, kept=5):
     return {
-        **{"kind": kind, "relative_loss": loss, "relative_bound": bound, "lower_bound": bound},
-        **{"kept": kept, "units": 10},
+        **{"name": name, "kind": name.rpartition(".")[2], "kept": kept, "units": 10},
+        **{"relative_loss": loss, "relative_bound": bound, "lower_bound": bound},
     }
+
+
+def depth_figure(layers):
+    return drawn(prune_plots.depth_figure({one["name"]: one for one in layers}, layers)).axes
 
 
 @pytest.mark.parametrize("losses", [(1.0,), (0.0, 0.0), (0.2, 0.9, 0.9), (1e-7, 1e-3)])
 def test_losses_of_a_run_lie_within_their_plot(losses):
-    layers = [layer("heads", loss, 0.9 * loss) for loss in losses]
-    (axes,) = drawn(prune_plots.loss_figure(layers)).axes
-    assert_markers_are_whole(axes)
+    layers = [layer(f"layers.{i}.heads", loss, 0.9 * loss) for i, loss in enumerate(losses)]
+    _, below = depth_figure(layers)
+    assert_markers_are_whole(below)
 
 
-def test_kept_shares_are_drawn_a_line_a_kind():
-    kept = (("heads", 8), ("neurons", 4), ("heads", 2))
-    groups = [{"kind": kind, "kept": count, "units": 8} for kind, count in kept]
-    (axes,) = drawn(prune_plots.kept_figure(groups)).axes
-    found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert found == {"heads": [[1, 1.0], [2, 0.25]], "neurons": [[1, 0.5]]}
-    assert_markers_are_whole(axes)
+def test_what_layers_keep_and_lose_is_drawn_over_their_numbers():
+    kept = (("layers.2.heads", 8), ("layers.2.neurons", 4), ("layers.5.heads", 2))
+    groups = {
+        name: {"kind": name.rpartition(".")[2], "kept": count, "units": 8} for name, count in kept
+    }
+    layers = [layer("layers.2.neurons", 0.3), layer("layers.5.heads", 0.2)]  # heads of 2 stay
+    above, below = drawn(prune_plots.depth_figure(groups, layers)).axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in above.get_lines()}
+    assert found == {"heads": [[2, 1.0], [5, 0.25]], "neurons": [[2, 0.5]]}
+    assert [(round(x), y) for line in below.get_lines() for x, y in line.get_xydata()] == [
+        (2, 0.3),
+        (5, 0.2),
+    ]
+    assert above.get_xlim() == below.get_xlim()
+    assert below.get_xlabel() == "layer"
+    assert_markers_are_whole(above)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("encoder.0.heads", "decoder.0.heads"),
+        ("layers.0.a.channels", "layers.0.b.channels"),
+        ("features.channels", "layers.0.channels"),
+    ],
+)
+def test_where_names_do_not_number_layers_groups_are_counted(names):
+    above, below = depth_figure([layer(name, 0.5) for name in names])
+    (line,) = above.get_lines()
+    assert line.get_xdata().tolist() == [1, 2]
+    assert below.get_xlabel() == "group, from the input on"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 60])
 def test_layers_are_counted_in_whole_numbers(count):
-    layers = [layer("neurons", 0.3)] * count
-    for figure in (prune_plots.kept_figure(layers), prune_plots.loss_figure(layers)):
-        (axes,) = drawn(figure).axes
-        low, high = axes.get_xlim()
-        shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
-        assert shown
-        assert all(tick == round(tick) for tick in shown)
+    _, axes = depth_figure([layer(f"layers.{i}.neurons", 0.3) for i in range(count)])
+    low, high = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert shown
+    assert all(tick == round(tick) for tick in shown)
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (["model.layers.0.mlp.neurons", "model.layers.11.mlp.neurons"], "model."),
+        (["model.layers.0.heads", "model.norm.channels"], "model."),
+        (["layers.0.heads", "layers.0.neurons"], "layers.0."),
+        (["a.b.heads", "a.b.heads.1"], "a.b."),
+        (["0.channels", "2.channels"], ""),
+        (["a.heads"], ""),
+        (["one", "other"], ""),
+        ([], ""),
+    ],
+)
+def test_names_are_shown_without_what_they_begin_with(names, prefix):
+    assert common_prefix(names) == prefix
+    short = [name.removeprefix(prefix) for name in names]
+    assert all(short)
+    assert len(set(short)) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("counts", "columns"), [([1], 1), ([6], 6), ([8], 4), ([4, 4], 4), ([30, 30], 6), ([7, 14], 4)]
+)
+def test_panels_break_evenly(counts, columns):
+    assert plots._even_columns(counts) == columns
+
+
+def test_panels_of_a_kind_share_their_scale():
+    cases = [case(n, s, s * top, 0.0) for n, top in (("a", 0.1), ("b", 0.9)) for s in (0.3, 0.6)]
+    first, second = drawn(plots._curves(cases)).axes
+    assert first.get_ylim() == second.get_ylim()
+    assert labels(first.xaxis) == labels(second.xaxis) == ["30%", "60%"]
+
+
+def test_one_share_removed_is_drawn_over_the_layers():
+    figure = drawn(plots._curves([case(f"layers.{i}.heads", 0.5, 0.5, 0.4) for i in range(3)]))
+    (axes,) = figure.axes
+    assert labels(axes.xaxis) == [f"layers.{i}.heads" for i in range(3)]
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0, 1, 2]] * 2
+    assert_markers_are_whole(axes)
+
+
+@pytest.mark.parametrize(
+    "ends", [[0.5], [0.1, 0.11, 0.12], [0.98, 0.99, 1.0], [0.0] * 5, [1.0] * 5]
+)
+def test_labels_at_lines_neither_hide_each_other_nor_leave_the_axes(ends):
+    figure, axes = figures.small_figure()
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0, 1)
+    figures.label_lines(axes, [(1.0, y, f"$method_{i}", "k") for i, y in enumerate(ends)])
+    drawn(figure)
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert len(boxes) == len(ends)
+    assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+    frame = axes.get_window_extent()
+    assert frame.y0 - 10 < boxes[0].y0
+    assert boxes[-1].y1 < frame.y1 + 10
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-7, 0.0753, 2.0, 1e6])
+def test_a_divergence_is_said_in_words(value):
+    assert f"exp({nats(value)}) = " in divergence_in_words(value, "token")
+    assert "inf" not in divergence_in_words(value, "class")
 
 
 @pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
@@ -183,16 +284,26 @@ def test_ratios_bear_the_names_of_the_numbers_and_are_none_where_nobody_knows():
     assert Comparison.of(IMAGES, IMAGES).ratios["top1"] is None
 
 
+@pytest.mark.parametrize("result", [Comparison.of(TEXT, TEXT), TEXT, IMAGES])
+def test_evaluations_show_themselves(result):
+    text, html = result.summary(), result._repr_html_()
+    one = result.model if isinstance(result, Comparison) else result
+    for number in (f"{one.footprint.parameters:,}", engineering(one.footprint.flops)):
+        assert number in text
+        assert number in html
+
+
 LONG = "@" * 66
 LAYERS = [
     {
         **{"name": LONG, "kept": 12_345, "units": 16_384, "relative_loss": 0.0852},
         **{"status": "SWAP_OPTIMAL", "solve_seconds": 1234.56, "dead": 7777, "lower_bound": 0.1},
         **{"relative_bound": 0.0747, "gap": 0.1234, "unrefitted": ("a",) * 61, "growth": 1.64e4},
-        **{"proved_optimal": False, "recomputed_bound": 0.1},
+        **{"proved_optimal": False, "recomputed_bound": 0.1, "loss": 0.25, "bound_limit": 0.23},
     }
 ]  # fmt: skip
-NUMBERS = ("12345 of 16384", "0.0852", "0.0747", "1234.56", "7777", "61", "1.64e+04x", "12.3%")
+NUMBERS = ("12345 of 16384", "0.0852", "0.0747", "1234.56", "7777", "61", "12.3%", "8.0%")
+NUMBERS += ("1.64e+04x",)
 
 
 def shown(table, width, terminal=True):

@@ -1,6 +1,8 @@
 """Pages of pruning runs and studies as a browser shows them, and what is refused."""
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 import torch
 
 import osscar
+import osscar.report.prune_page as prune_page_room
 import solvers
+from osscar.allocation.divergence import Reference
+from osscar.preparation.prepare import prepare
 from osscar.report.gap_page import write_report
 from osscar.report.prune_page import prune_page
 from osscar.report.summary import summarize
@@ -21,11 +26,15 @@ PROSE = "the quick brown fox jumps over the lazy dog and runs back again before 
 
 
 @pytest.fixture(scope="module")
-def document():
+def pruned():
     model, calibration = tiny("opt"), tokens()
-    result = osscar.prune(
-        model, calibration, sparsity=0.6, certify=True, backend="greedy", device="cpu"
-    )
+    asked = {"sparsity": 0.6, "certify": True, "backend": "greedy", "device": "cpu"}
+    return model, calibration, osscar.prune(model, calibration, **asked)
+
+
+@pytest.fixture(scope="module")
+def document(pruned):
+    model, calibration, result = pruned
     return json.loads(json.dumps(result.document(model, calibration, source="demo")))
 
 
@@ -54,7 +63,7 @@ def check_shown(page, width, *, pictures):
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
-    text = check_shown(written(tmp_path, document), width, pictures=3)
+    text = check_shown(written(tmp_path, document), width, pictures=2)
     for number in (document["parameters_before"], document["parameters_after"]):
         assert f"{number:,}" in text
     budget, forward = document["budget"], document["forward"]
@@ -64,22 +73,87 @@ def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
     assert f"{1000 * forward['dense']['seconds']:,.1f} ms" in text
     assert f"{forward['dense']['seconds'] / forward['pruned']['seconds']:.2f} times" in text
     for layer in document["layers"]:
-        lines = [line for line in text.splitlines() if line.startswith(layer["name"])]
+        name = layer["name"].removeprefix("model.decoder.")
+        lines = [line for line in text.splitlines() if line.startswith(name)]
         assert f"{layer['kept']} of {layer['units']}" in lines[-1]
         assert f"{layer['relative_loss']:.4f}" in lines[-1]
         assert "optimal, recomputed" in lines[-1] or "bounded, recomputed" in lines[-1]
     assert text.index("Asked: sparsity 0.6") < text.index("Dense against pruned")
     assert text.index("Layer by layer") < text.index("What was asked")
+    assert 'model = osscar.load("smaller")' in text
+    if width == PHONE:
+        # A shadow that stays lies under one that moves away where there is more to see.
+        scrolled = seen(tmp_path / "page.html", width)["scrolled"]
+        assert scrolled
+        assert all("local" in shadows and "scroll" in shadows for shadows in scrolled)
+    assert f"likeliest token as in the dense model\t\t{document['agreement']:.1%}" in text
+    assert f"exp({document['divergence']:.4f}) = {math.exp(document['divergence']):.4g}" in text
+    rows = [line.split("\t") for line in text.splitlines()]
+    for name, seconds in document["stages"].items():
+        assert [name, f"{seconds:.1f}"] in [row[:2] for row in rows]
+
+
+def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(pruned):
+    _, _, result = pruned
+    assert repr(result) == (
+        f"PruningResult({result.parameters_before:,} -> {result.parameters_after:,} parameters, "
+        f"{len(result.layers)} groups smaller; {result.divergence:.4g} nats from dense; "
+        f"{result.seconds:.1f} s)"
+    )
+    first = result.layers[0]
+    assert repr(first).startswith(f"LayerReport('{first.name}', {first.kept} of {first.units} ")
+    text, html = result.summary(), result._repr_html_().replace("<wbr>", "")
+    for word in (first.name, f"{first.kept} of {first.units}", "parameters became", "curvature"):
+        assert word in text
+        assert word in html
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert html.count("<figure>") == 2
+    assert not re.search(r"<body|<html|<script|src=.(?!data:)", html)
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)  # which touches nothing else
+    rules = re.findall(r"^ *([^\s@}].*?) \{", style, re.MULTILINE)
+    assert rules
+    assert all(re.match(r"(body)?\.(osscar|shown)\b", rule) for rule in rules)
+    # What names hold neither marks up a page nor moves a terminal.
+    evil = dataclasses.replace(first, name="<b>[red]\x1b[31m.0.neurons")
+    strange = dataclasses.replace(result, layers=(evil,), budget=None)
+    assert "<b>" not in strange._repr_html_()
+    assert "<b>[red]\\x1b[31m.0.neurons" in strange.summary()
+
+
+def test_stages_are_those_of_the_whole_run(document):
+    stages = document["stages"]
+    assert {"open and trace", "trial", "curvature", "walk", "solver and refit"} <= stages.keys()
+    assert [*stages][-1] == "other"
+    assert sum(stages.values()) == pytest.approx(document["seconds"])
+    assert min(stages.values()) >= 0
+    assert stages["other"] < 0.5 * document["seconds"]
+    (line,) = (line for line in prune_page_room.run_lines(document) if "parameters became" in line)
+    longest = max(stages, key=stages.get)
+    assert f"s ({longest} {stages[longest]:.1f}, " in line
+
+
+def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
+    model, calibration = tiny("opt"), tokens()
+    with prepare(model, calibration) as prepared:
+        reference = Reference.of(prepared, 2)
+        assert reference.likeness(prepared.model) == (pytest.approx(0, abs=1e-9), 1.0)
+        bias = torch.zeros(model.config.vocab_size)
+        bias[0] = 1e4
+        hook = prepared.model.lm_head.register_forward_hook(lambda _, __, logits: logits + bias)
+        dense = torch.cat(list(reference.logarithms))
+        share = float((dense.argmax(-1) == 0).double().mean())
+        assert reference.likeness(prepared.model).agreement == pytest.approx(share)
+        hook.remove()
 
 
 def test_what_a_document_does_not_hold_is_left_out(document, tmp_path):
-    bare = {**document, "budget": None, "divergence": None, "held_out": 0}
-    del bare["forward"]
+    bare = {**document, "budget": None, "divergence": None, "agreement": None, "held_out": 0}
+    bare["forward"] = None
     bare["settings"] = {**document["settings"], "sparsity": None, "heads": "3/4"}
     unbounded = {"lower_bound": None, "relative_bound": None, "gap": None, "bound_from": None}
     unbounded |= {"recomputed_bound": None, "proved_optimal": False}
     bare["layers"] = [{**layer, **unbounded} for layer in document["layers"]]
-    text = check_shown(written(tmp_path, bare), PHONE, pictures=2)
+    text = check_shown(written(tmp_path, bare), PHONE, pictures=1)
     assert "keep 3/4 of the heads" in text
     assert "nats" not in text
     assert "None" not in text
@@ -92,7 +166,7 @@ def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_pa
     budget["widths"] = {
         name: {**width, "predicted": None} for name, width in budget["widths"].items()
     }
-    text = check_shown(written(tmp_path, {**document, "budget": budget}), DESK, pictures=2)
+    text = check_shown(written(tmp_path, {**document, "budget": budget}), DESK, pictures=1)
     assert f"at most {budget['limit']:,.0f} were asked for" in text
     assert "No gradient reaches some groups" in text
 
@@ -102,7 +176,7 @@ def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path, widt
     line = f"qkv = self.qkv(x).reshape(B, N, 3, {'self.blocks_with_a_long_name.' * 3}num_heads)"
     group = {"name": "blocks.0.attn.heads", "kind": "heads", "units": 4, "reason": line}
     text = check_shown(
-        written(tmp_path, {**document, "skipped": [group]}), width, pictures=3
+        written(tmp_path, {**document, "skipped": [group]}), width, pictures=2
     ).replace("\u200b", "")
     assert (
         text.index("Layer by layer") < text.index("Skipped groups") < text.index("What was asked")
@@ -124,7 +198,7 @@ def test_curves_are_said_to_be_as_predicted_where_nothing_was_measured(document)
     page = prune_page(document)
     assert measured in page
     assert predicted not in page
-    assert f"{point['nats']:.5f} with {point['kept']}, " in page
+    assert f"{point['nats']:.5f} with {point['kept']}, " in page.replace("<wbr>", "")
     page = prune_page({**document, "budget": {**document["budget"], "measured": {}}})
     assert measured not in page
     assert predicted in page
@@ -269,6 +343,10 @@ def study(tmp_path_factory):
 def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study, width):
     summary, page = study
     text = check_shown(page, width, pictures=3)
+    assert repr(summary) == f"Summary({summary.answer!r})"
+    assert summary.answer in summary.summary()
+    assert "best answers" in summary.summary()
+    assert "proved optimal" in summary._repr_html_()
     (still,) = (case for case in summary.cases if not case.closed)
     assert summary.answer == (
         "2 of 3 problems are solved to proven optimality; in the other the answer is within "

@@ -90,6 +90,29 @@ def test_elsewhere_the_model_is_named(error, monkeypatch):
     assert "OPTForCausalLM, of which pruning makes copies" in refusal(tiny("opt"))
 
 
+ROOM_FOR = """
+from pathlib import Path
+import torch
+
+def build():
+    built = Path(__file__ + ".built")
+    if built.exists() or {none}:
+        raise MemoryError
+    built.touch()
+    return torch.nn.Linear(2, 2), torch.zeros(2, 2)
+"""
+
+
+def test_a_model_of_ones_own_is_named(tmp_path):
+    for name, none in (("none", True), ("one", False)):
+        (tmp_path / f"{name}.py").write_text(ROOM_FOR.format(none=none))
+    with pytest.raises(NoMemoryError, match=r"no memory for the weights of .*none.py:build"):
+        osscar.load_model(f"{tmp_path / 'none.py'}:build")
+    # It is called twice, to tell whether it draws its weights.
+    with pytest.warns(UserWarning, match="cannot be told, since it cannot be called again"):
+        osscar.load_model(f"{tmp_path / 'one.py'}:build", device="cpu")
+
+
 @one
 def test_the_command_ends_in_one_line(error, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(

@@ -650,7 +650,7 @@ def test_a_shrunk_model_compiles_to_machine_code(
 @pytest.mark.sampled(1)
 @pytest.mark.skipif(
     find_spec("onnxscript") is None or find_spec("onnx") is None,
-    reason="the export to ONNX needs onnx and onnxscript: pip install 'osscar[dev]'",
+    reason="the export to ONNX needs onnx and onnxscript: pip install 'osscar[onnx]'",
 )
 @pytest.mark.parametrize("name", _EXPORTED)
 @pytest.mark.filterwarnings("ignore")

@@ -28,6 +28,9 @@ from osscar.base.errors import (
 )
 from osscar.base.inputs import parse_size
 from osscar.base.memory import available_memory, resident_memory
+from osscar.checkpoint import regrouped
+from osscar.checkpoint.directory import save
+from osscar.checkpoint.regrouped import parts_in_files
 from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score
@@ -39,7 +42,7 @@ from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.interleaved import run_interleaved
 from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place, Slice
-from osscar.offload.sources import Source
+from osscar.offload.sources import Chain, Source, as_bytes
 from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
 from osscar.pruning.memory import _LEAST, Room
@@ -48,10 +51,13 @@ from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
 from osscar.shrinking.equivalence import proof_outputs
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.osscar.families import VOCABULARY, tiny
+from tests.osscar.mixtures import MIXTURES, ROUTERS, mixture
 
 PLENTY = "64GB"
 CPU = torch.device("cpu")
@@ -114,6 +120,62 @@ def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, dtype, asked):
     assert streamed.equivalence_error == plain.equivalence_error
     assert streamed.save(tmp_path / "streamed").stock is plain.save(tmp_path / "plain").stock
     assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("family", [*MIXTURES, *ROUTERS])
+def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(tmp_path, family):
+    """Neurons of all experts in the first layer, and an expert wherever one can leave."""
+    dense = stored(tmp_path / "dense", mixture(family, vocab_size=VOCABULARY), shards="20KB")
+    for name, limit in (("plain", None), ("streamed", PLENTY)):
+        model = osscar.load_model(dense, device="cpu", max_memory=limit).model
+        assert is_on_disk(model) == (limit is not None)
+        with prepare(model, windows()) as prepared:
+            neurons = next(g for g in prepared.groups if g.name.endswith("experts.neurons"))
+            plans = [GroupPlan.of(neurons, tuple(range(0, neurons.units, 2)))]
+            for one in prepared.mixtures:
+                if one.group.prunable:
+                    each = one.group.units // one.group.step
+                    kept = (e for e in range(one.group.units) if e % each != 1)
+                    plans.append(GroupPlan.of(one.group, tuple(kept)))
+        shrink(model, PruningPlan(tuple(plans)), [{"input_ids": windows(2)}])
+        save(model, tmp_path / name)
+    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda codes: codes.transpose(1, 2),
+        lambda codes: codes.flip(1),
+        lambda codes: codes[:3],
+    ],
+    ids=["transposed", "turned round", "incomplete"],
+)
+def test_parts_that_are_no_rows_in_a_row_are_not_read_as_such(other, monkeypatch):
+    model, name = mixture("mixtral"), "model.layers.0.mlp.experts.down_proj"
+    known = parts_in_files(model)
+    assert [part.shape for part in known[name]] == [(32, 40)] * 4
+    convert = regrouped.revert_weight_conversion
+
+    def converted(model, state):
+        return convert(model, {**state, name: other(state[name]).contiguous()})
+
+    monkeypatch.setattr(regrouped, "revert_weight_conversion", converted)
+    assert parts_in_files(model) == {n: parts for n, parts in known.items() if n != name}
+
+
+def test_stretches_of_files_are_read_as_one(tmp_path):
+    values = torch.arange(24, dtype=torch.int32)
+    sources = []
+    for number, part in enumerate((values[:5], values[5:6], values[6:])):
+        (tmp_path / str(number)).write_bytes(b"head" + part.numpy().tobytes() + b"tail")
+        sources.append((Source(tmp_path / str(number)), 4, part.nbytes))
+    chain = Chain(sources)
+    for begin, end in ((0, 24), (3, 9), (5, 6), (6, 24), (23, 24)):
+        into = torch.zeros(end - begin, dtype=torch.int32)
+        chain.read_into(as_bytes(into), 4 * begin)
+        assert torch.equal(into, values[begin:end])
 
 
 def test_no_weight_has_to_be_kept_in_memory(tmp_path):

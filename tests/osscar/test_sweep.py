@@ -197,15 +197,16 @@ def manifest(**more):
 
 def point(method=CURVATURE, value=0.5):
     return Point(
-        schema="osscar.sweep-point/7", method=method, budget="sparsity", value=value, limit=12.0,
+        schema="osscar.sweep-point/8", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
-        speedup=2.0, quality={"perplexity": 3.5},
+        seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
         divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
         skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
         recovered=Recovered(
             quality={"perplexity": 3.1}, measure="nats", before=0.5, after=0.25, kept=8, steps=64,
             learning_rate=1e-4, samples=28, held_out=4, seconds=2.0,
         ),
+        stages={"solver and refit": 0.75, "other": 0.25},
     )  # fmt: skip
 
 
@@ -310,8 +311,8 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
                 r for r in rows
                 if r[0] == p["method"] and r[1:2] == [f"{100 * p['value']:g}%"]
             )  # fmt: skip
-            assert row[2:5] == [speed, quality, f"{p['divergence']:.4f}"]
-            assert row[5] == f"{p['parameters']:,}"
+            assert [row[2], *row[4:6]] == [speed, quality, f"{p['divergence']:.4f}"]
+            assert row[6] == f"{p['parameters']:,}"
     # What was kept belongs to this text, and to no other.
     text.write_text("another text, in which other words stand in another order. " * 60)
     status, _, err = run(*small_sweep(out, "0.3", text))
@@ -330,7 +331,7 @@ def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
         assert status == 0, err
         assert "uniform at sparsity 0.5: done, 1 of 1" in printed
         content = json.loads((tmp_path / name).read_text())
-        timed = ("seconds", "speedup", "prune_seconds")
+        timed = ("seconds", "seconds_between", "speedup", "prune_seconds", "stages")
         found.append([{k: v for k, v in p.items() if k not in timed} for p in content["points"]])
     assert found[0] == found[1]
     assert "the same share of every group" in (tmp_path / "plain-sweep" / "report.html").read_text()
@@ -416,9 +417,19 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     document = osscar.sweep(model, data, out, sparsity=[0.4], **asked)
     assert document == json.loads((out / "sweep.json").read_text())
     dense, *points = document["points"]
+    assert repr(document) == "SweepResult('Sequential', 6 points over sparsity)"
+    assert "magnitude" in document.summary()
+    assert document._repr_html_().count("<figure>") == 2
     assert (dense["limit"], dense["reached"]) == (None, None)
     assert [p["method"] for p in points] == [CURVATURE, *BASELINES]
     page = (out / "report.html").read_text()
+    first, *others = (p["stages"].keys() for p in points)
+    assert {"open and trace", "trial", "curvature"} <= first  # is what all of them share
+    for p, stages in zip(points, (first, *others), strict=True):
+        assert {"walk", "solver and refit", "timing", "other"} <= stages
+        assert sum(p["stages"].values()) >= p["prune_seconds"]
+        assert p["seconds_between"][0] <= p["seconds"] <= p["seconds_between"][1]
+    assert not any("curvature" in stages for stages in others)
     for p in points:
         assert p["reached"] == p["parameters"] <= p["limit"] == points[0]["limit"]
         assert f"{p['reached'] / p['limit']:.1%}" in page
@@ -529,6 +540,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
             **{"method": method, "value": value, "parameters": 1000 - 100 * number},
             **{"limit": 800.0 if number else None, "reached": 900.0 - 100 * number},
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
+            **{"seconds_between": [0.4, 0.625], "stages": {"walk": 1.5, "other": 0.5}},
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
             "recovered": None,

@@ -25,11 +25,12 @@ from osscar.base.errors import (
     OptionError,
 )
 from osscar.base.json_files import validated
+from osscar.base.optional import import_torchvision
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.directory import save
 from osscar.cli import main
 from osscar.data.images import ImageSet, load_images
-from osscar.data.preprocessing import Preprocessing, import_torchvision
+from osscar.data.preprocessing import Preprocessing
 from osscar.evaluation.dense import score_dense
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
@@ -311,7 +312,7 @@ def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monk
     save(TorchvisionOrigin(name).build(), tmp_path / "small")
     assert osscar.load(tmp_path / "small").training is False
     known = load_model(tmp_path / "small", device="cpu").preprocessing
-    assert known.crop == (224 if name == "resnet18" else None)  # others are no classifiers
+    assert known.crop == {"resnet18": 224, "fcn_resnet50": 520}.get(name, 320)
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
@@ -336,7 +337,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
         (("eval", tmp_path / "empty", "--images", archive), "not a checkpoint"),
         (("eval", tmp_path / "bad", "--images", archive), "not the description of a checkpoint"),
         ((*evaluate, "demo"), "'demo' is a language model, and"),
-        ((*evaluate, "torchvision:resnet"), "has no classification model 'resnet'"),
+        ((*evaluate, "torchvision:resnet"), "has no model 'resnet'"),
         (
             ("eval", "demo", "--windows", 1, "--against", "torchvision:resnet18"),
             "'torchvision:resnet18' is a model of torchvision, and",
@@ -523,7 +524,7 @@ def test_an_archive_and_a_draw_from_it(archive):
 
 def test_places_without_images_are_refused(tmp_path, monkeypatch):
     for arrays, message in (
-        ({"images": np.zeros((2, 8, 8), np.uint8)}, "must be uint8"),
+        ({"images": np.zeros((2, 8), np.uint8)}, "must be uint8"),
         ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "not float32"),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "not empty"),
         ({"images": pixels(2), "labels": np.zeros(3, int)}, "must be 2 whole numbers"),
@@ -645,8 +646,9 @@ def test_models_that_cannot_be_scored_on_images_are_named(labelled):
     gray, segmenter = torch.nn.Conv2d(1, 5, 3), torch.nn.Conv2d(3, 2, 1)
     with pytest.raises(ModelError, match=r"Conv2d fails on input \(2, 3, 12, 12\)"):
         evaluate(gray, labelled)
-    with pytest.raises(ModelError, match="Conv2d returned"):
-        score([segmenter], labelled)
+    with pytest.warns(UserWarning, match="Conv2d puts out no scores of classes, so that the lab"):
+        [quality] = score([segmenter], labelled, dense=torch.nn.Conv2d(3, 2, 1))
+    assert (quality.top1, set(quality.errors)) == (None, {"output"})
     with pytest.raises(ModelError, match="cannot be compared"):
         score([small_net(classes=6)], labelled, dense=small_net())
 

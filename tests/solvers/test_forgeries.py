@@ -93,7 +93,9 @@ def tree(parent, sides, *, root=None, **fields) -> TreeCertificate:
 def huge_root(q=1e9) -> MultiplierCertificate:
     n = problem().units
     half = torch.full((n,), 0.5).double()
-    return MultiplierCertificate(half, torch.ones(n).double(), torch.full((n,), q).double(), half)
+    none = torch.zeros(n * (n - 1) // 2)
+    q = torch.full((n,), q).double()
+    return MultiplierCertificate(half, torch.ones(n).double(), none, q, half)
 
 
 # ---- trees --------------------------------------------------------------------------------------
@@ -225,6 +227,48 @@ def test_multipliers_of_any_size(field, value):
         refused(false(certificate=everywhere))
 
 
+@pytest.mark.parametrize("value", [1.5, -1.0, 1.0, 1e30, math.inf, math.nan])
+def test_correlations_of_any_size(value):
+    root = honest("perspective").certificate
+    for place in range(len(root.correlation)):
+        numbers = root.correlation.clone()
+        numbers[place] = value
+        refused(false(certificate=replace(root, correlation=numbers)))
+    refused(false(certificate=replace(root, correlation=torch.full_like(numbers, value))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda c: {"correlation": c.correlation.double()}, "must be torch.float32"),
+        (lambda c: {"correlation": c.correlation[:-1]}, "must be 21 finite numbers"),
+        (lambda c: {"correlation": c.correlation[:, None]}, "must be 21 finite numbers"),
+        (lambda c: {"correlation": c.correlation * 1e38}, r"must be in \[-1, 1\]|finite"),
+        (lambda c: {"correlation": None}, "must be a tensor"),
+        (lambda c: {"share": c.share.float()}, "must be torch.float64"),
+        (lambda c: {"share": c.share * 0.999}, "does not sum up to 4"),
+        (lambda c: {"share": c.share.flip(0) * 0 + 4 / 7, "correlation": c.correlation * 0 - 1},
+         "no multipliers|not positive definite"),
+    ],
+)  # fmt: skip
+def test_moments_that_are_none(changes, message):
+    solution = honest("perspective")
+    certificate = replace(solution.certificate, **changes(solution.certificate))
+    with pytest.raises(VerificationError, match=message):
+        certificate.limit(problem())
+    refused(replace(solution, certificate=certificate))
+
+
+def test_a_limit_needs_its_moments_and_may_not_lie_below_what_they_give():
+    solution = honest("perspective")
+    assert solution.verify().bound_limit == pytest.approx(solution.bound_limit, rel=1e-9)
+    assert replace(solution, bound_limit=solution.bound_limit * 2).verify()
+    low = solution.bound_limit * (1 - 1e-6)
+    refused(replace(solution, bound_limit=low), "limit .* is claimed, its certificate gives")
+    for backend in ("greedy", "branch_and_bound", "enumerate"):
+        refused(replace(honest(backend), bound_limit=1e9), "without a certificate of moments")
+
+
 @pytest.mark.parametrize("value", [5e-324, 1e-310, 1e300, math.inf, math.nan, -0.5])
 @pytest.mark.parametrize("field", ["shape", "share", "point", "growth"])
 def test_numbers_of_any_size_in_a_tree(field, value):
@@ -253,6 +297,7 @@ def test_evidence_for_another_problem():
         ("loss", (math.nan, math.inf, -1.0, None, "0.5", 1)),
         ("gap_tolerance", (math.nan, math.inf, -1.0, 1.0, 1e300, math.nextafter(1.0, 2.0), None)),
         ("lower_bound", (math.nan, math.inf, -math.nan, None, "0.5")),
+        ("bound_limit", (math.nan, -math.inf, -math.nan, None, "0.5", 1)),
         ("seconds", (math.nan, -1.0)),
         ("iterations", (None, 2.0, -1)),
         ("history", ([1.0], (math.nan,), ("1",))),

@@ -158,6 +158,7 @@ def changed_certificate(certificate, draw: np.random.Generator):
 def mutant(solution: Solution, draw: np.random.Generator) -> tuple[str, Solution]:
     """One or two fields changed."""
     fields = ["support", "weights", "loss", "status", "lower_bound", "gap_tolerance", "windows"]
+    fields += ["bound_limit"] * (solution.bound_limit < math.inf)
     fields += ["status and bound", "certificate", "certificate and bound", "consistent"]
     field = str(draw.choice(fields))
     statuses = list(Status)
@@ -171,7 +172,7 @@ def mutant(solution: Solution, draw: np.random.Generator) -> tuple[str, Solution
             changes = {"support": changed_tensor(solution.support, draw)}
         case "weights":
             changes = {"weights": tuple(changed_tensor(W, draw) for W in solution.weights)}
-        case "loss" | "gap_tolerance" | "lower_bound":
+        case "loss" | "gap_tolerance" | "lower_bound" | "bound_limit":
             changes = {field: changed_number(getattr(solution, field), draw)}
         case "status":
             changes = {"status": status}
@@ -264,6 +265,7 @@ def test_multipliers_at_random_prove_nothing_false():
             certificate = MultiplierCertificate(
                 (base.share * share).clamp(max=1.0),
                 base.shape * shape,
+                (base.correlation * float(factors[0, 0])).clamp(-1, 1),
                 base.q * q,
                 torch.from_numpy(draw.uniform(size=n) ** draw.choice([0.01, 1, 100])),
             )

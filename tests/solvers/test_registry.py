@@ -133,7 +133,7 @@ WRONG_TYPES = [
     ("branch_and_bound", "start", [0, 1, "a"], "tuple[int, ...] | None"),
     ("branch_and_bound", "start", "0123", "tuple[int, ...] | None"),
     ("random", "seed", True, "int"),
-    ("perspective", "tighten", 1, "bool"),
+    ("perspective", "polish", 1, "bool"),
     ("multistage", "stage_size", "x", "int | None"),
 ]
 
@@ -151,8 +151,8 @@ BAD_OPTIONS = [
     ("multistage", {"batch_size": 0}, "batch_size is 0"),
     ("multistage", {"max_batches": -1}, "max_batches is -1"),
     ("group_lasso", {"bisections": 0}, "bisections is 0"),
-    ("perspective", {"rounds": 0}, "use 1 or more"),
-    ("perspective", {"steps": 0}, "use 1 or more"),
+    ("perspective", {"rounds": -1}, "use 0 or more rounds"),
+    ("perspective", {"steps": 0}, "1 or more steps"),
     ("branch_and_bound", {"node_limit": -1}, "limits must not be negative"),
     ("cvxpy", {"relaxation": "linear"}, "choose semidefinite or second_order"),
     ("cvxpy", {"rounds": 0}, "rounds is 0"),

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import graph
 from graph.extents import Staying, TracedProgram, trace_program
-from graph.tracing.export import concrete, run_export, varies
+from graph.tracing.export import concrete, varies
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
@@ -75,11 +75,9 @@ def example_of(program: ProgramModule) -> dict[str, Tensor]:
     }
 
 
-def exported(program: ProgramModule) -> torch.export.ExportedProgram:
-    """Return a program as `torch.export` has it, every size left open that it leaves open."""
-    auto: Any = torch.export.Dim.AUTO
-    sizes = {given.name: dict.fromkeys(given.varies, auto) for given in _traced(program)}
-    return run_export(program, (), example_of(program), sizes)
+def open_sizes(program: ProgramModule) -> dict[str, tuple[int, ...]]:
+    """Return the dimensions of the inputs whose sizes were left open, by name."""
+    return {given.name: given.varies for given in _traced(program)}
 
 
 def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:

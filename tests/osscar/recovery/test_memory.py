@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -268,21 +265,3 @@ def test_a_model_without_blocks_is_refused():
         checkpointing(nn.Linear(2, 2)),
     ):
         pass
-
-
-# ---- what processes take -----------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "{}",
-        '{"checkpointing": true}',
-        pytest.param('{"lora": 16}', marks=needs_peft),
-    ],
-)
-def test_what_was_told_is_within_a_fifth_of_what_is_taken(asked):
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recovery_memory", "--one", asked]
-    row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    assert row["told"] == pytest.approx(row["taken"], rel=0.2)

@@ -220,6 +220,11 @@ def pruned():
 def test_only_what_is_asked_for_is_trained(train, pruned):
     smaller, dense, data = pruned
     recovery = osscar.recover(smaller, dense, data, **{**OFTEN, **FEW, "train": train})
+    assert repr(recovery).startswith(f"Recovery({recovery.measure} from the dense model: ")
+    assert f"{recovery.trained:,} weights" in recovery.summary()
+    assert recovery._repr_html_().count("<figure>") == 1
+    assert {"recovery: training", "recovery: held-out samples"} <= recovery.stages.keys()
+    assert sum(recovery.stages.values()) == pytest.approx(recovery.seconds)
     before, found = bytes_of(smaller), bytes_of(recovery.model)
     shapes = {name: weight.shape for name, weight in dense.named_parameters()}
     due = {

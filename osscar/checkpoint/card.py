@@ -1,0 +1,136 @@
+"""``README.md``: the model card of a checkpoint, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
+
+from osscar import __version__
+from osscar.base.printable import pluralize, printable
+from osscar.network.modules import count_parameters, number_format
+from osscar.shrinking.lineage import Lineage
+
+CARD_FILE = "README.md"
+PICTURE_FILE = "kept.png"
+
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+_ASKED = (
+    *("sparsity", "params", "size", "flops", "speedup"),
+    *("heads", "neurons", "channels", "residual", "experts", "backend", "target"),
+)
+"""Settings of a pruning that the card repeats, where they are set."""
+
+
+def model_card(
+    model: nn.Module,
+    lineage: Lineage,
+    report: Mapping[str, Any],
+    *,
+    stock: bool,
+    auto: str | None,
+    own_code: bool,
+    picture: bool,
+) -> str:
+    """Return the model card of a checkpoint.
+
+    Parameters
+    ----------
+    model, lineage
+        What is saved, and what is known of it.
+    report
+        The document of its pruning or recovery; of any other nothing is told.
+    stock
+        Whether plain transformers reads it.
+    auto
+        The class of transformers that reads it with the code that it brings.
+    own_code
+        Whether it is read only beside the dense model, of code that is not known here.
+    picture
+        Whether `PICTURE_FILE` lies beside it.
+    """
+    recovery, pruning = _parts(report)
+    after, removed = count_parameters(model), list(_removed(lineage))
+    before, held = pruning.get("parameters_before", after), pruning.get("held_out")
+    library = "transformers" if isinstance(model, PreTrainedModel) else "pytorch"
+    card = ModelCard.from_template(
+        ModelCardData(library_name=library, tags=["pruned", "osscar"]),
+        template_path=str(_TEMPLATE),
+        source=_short(lineage.source),
+        gone=f"{1 - after / before:.1%}" if after < before else "",
+        name=type(model).__name__,
+        stock=stock,
+        own_code=own_code,
+        auto=auto,
+        picture=PICTURE_FILE if picture else "",
+        removed=removed,
+        kinds=" and ".join(kind for kind, *_ in removed) or "units",
+        made=list(_made(model, lineage, pruning)),
+        forward=_forward(pruning.get("forward")),
+        divergence=pruning.get("divergence"),
+        judged=pluralize(held, "held-out sample") if held else "calibration data",
+        recovery=recovery,
+    )
+    return f"{card}\n"
+
+
+def _parts(report: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    """Return what a report tells of a recovery, and of a pruning."""
+    schema = str(report.get("schema"))
+    if schema.startswith("osscar.recover/"):
+        return report["recovery"], {}
+    if schema.startswith("osscar.prune/"):
+        return report["recovery"], report
+    return None, {}
+
+
+def _short(source: str) -> str:
+    """Return a source without the folders that it lies in, and with no signs of Markdown."""
+    name = source.removeprefix("directory ")
+    if name != source or Path(name).is_absolute():
+        name = Path(name).name
+    return printable(name).translate({ord(c): f"\\{c}" for c in "\\|[]<>`*_"})
+
+
+def _removed(lineage: Lineage) -> Iterator[tuple[str, int, int, int]]:
+    """Yield each kind, its groups, and how many units these had and have, over all runs."""
+    found: dict[str, tuple[str, int, int]] = {}
+    for plan in lineage.plans:
+        for group in plan.groups:
+            dense = found[group.name][1] if group.name in found else group.units
+            found[group.name] = (group.kind, dense, len(group.kept))
+    for kind in dict.fromkeys(kind for kind, _, _ in found.values()):
+        mine = [one for one in found.values() if one[0] == kind]
+        yield kind, len(mine), sum(dense for _, dense, _ in mine), sum(kept for *_, kept in mine)
+
+
+def _made(
+    model: nn.Module, lineage: Lineage, pruning: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yield what the model was made of, and how."""
+    if lineage.source:
+        yield "dense model", _short(lineage.source)
+    settings = pruning.get("settings", {})
+    said = [f"{name} {settings[name]}" for name in _ASKED if settings.get(name) is not None]
+    if said:
+        yield "asked for", _short(", ".join(said))
+    for seen in lineage.calibration:
+        count = "" if seen.samples is None else f"{pluralize(seen.samples, 'sample')} of "
+        yield "has seen", f"{count}{_short(seen.source)}"
+    yield "number format", str(number_format(model)).removeprefix("torch.")
+    yield "made with", f"osscar {__version__}"
+
+
+def _forward(measured: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return what a pass of both models takes, where all of it was measured."""
+    if measured is None or not all(
+        measured[one][what] for one in ("dense", "pruned") for what in ("flops", "seconds")
+    ):
+        return None
+    shapes = ", ".join(f"{name} {shape}" for name, shape in measured["shapes"].items())
+    return {**measured, "shapes": shapes}

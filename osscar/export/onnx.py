@@ -1,0 +1,231 @@
+"""A model as ONNX, which ONNX Runtime and what is built on it run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from osscar.base.errors import MissingDependency, ModelError, OutputError, first_line
+from osscar.base.files import atomic_pair
+from osscar.base.memory import let_shortage_pass
+from osscar.data.batches import Batch
+from osscar.export.open_program import OpenProgram, Run, Traced, example_for, read
+from osscar.export.target import traced_target
+from osscar.network.kernels import computable_mixtures
+from osscar.network.modules import number_format
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+_BLOCK = 4
+"""ONNX Runtime has faster convolutions on CPUs for a multiple of so many filters (measured)."""
+
+
+@dataclass(frozen=True)
+class OnnxTensor:
+    """An input or output of the file.
+
+    Parameters
+    ----------
+    dtype
+        Number format, such as ``float32``.
+    shape
+        Its sizes; a word, such as ``batch``, is one that may vary.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ({', '.join(map(str, self.shape))})"
+
+
+@dataclass(frozen=True)
+class ExportedOnnx:
+    """What was written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    bytes
+        Its size, with that of the weights beside it.
+    inputs, outputs
+        What it takes and returns, by name.
+    weights
+        The file beside it that holds its weights, where these are too large for one; else None.
+    uneven
+        Convolutions whose filters are no multiple of 4, and take ONNX Runtime longer on CPUs.
+    """
+
+    path: Path
+    bytes: int
+    inputs: dict[str, OnnxTensor]
+    outputs: dict[str, OnnxTensor]
+    weights: Path | None = None
+    uneven: int = 0
+
+
+def export_onnx(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dense: nn.Module | None = None,
+    example_inputs: Any = None,
+    overwrite: bool = False,
+) -> ExportedOnnx:
+    """Write a model as ONNX, let ONNX Runtime run it, compare, and only then put it in its place.
+
+    The number of samples is left open, and the length of text, where the file computes what the
+    model does at other sizes.  A language model is written without a cache of keys and values: it
+    reads the whole text at each step.
+
+    Parameters
+    ----------
+    model
+        A model in float32, or a directory that holds one, which is read so.
+    out
+        The file; by default beside the directory, such as ``smaller.onnx`` for ``smaller``.
+    dense
+        The dense model of a directory whose model is of your own code, as `osscar.load` takes it.
+    example_inputs
+        What the model is traced with and compared on: a tensor, a tuple in the order of its
+        arguments, a mapping by their names, or a file as `osscar.load_tensors` takes it; two
+        samples or more.  By default of the form that it was pruned with, and tokens for a language
+        model.
+    overwrite
+        Replace a file that ends in ``.onnx``; nothing else is ever replaced.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory holds none that can be read.
+    DataError, FileError
+        If it is not known what the model takes, or `example_inputs` are none that it does.
+    ModelError
+        If torch cannot trace the model, ONNX has no operator for something in it, ONNX Runtime does
+        not run it, it is in another number format, or it puts out something other than tensors.
+    OutputError
+        If the file is there already or cannot be written.
+    EquivalenceError
+        If ONNX Runtime computes something else; nothing is written then.
+    MissingDependency
+        If a package is not installed.
+    """
+    runtime = _runtime()
+    target = traced_target(model, out, ".onnx", overwrite=overwrite)
+    found = read(model, dense, torch.float32)
+    if number_format(found) != torch.float32:
+        raise ModelError(
+            f"the model's weights are {number_format(found)}, in which ONNX Runtime lacks most "
+            "operators; give model.float(), or the directory of its checkpoint"
+        )
+    opened = OpenProgram(found, example_for(found, example_inputs), computable_mixtures)
+    weights = target.with_name(f"{target.name}.data")
+    if weights.exists() and not target.exists():
+        raise OutputError(f"{weights} is there already, where weights might go; give another --out")
+    with atomic_pair(target) as partial:
+        session: Any = None
+        uneven = 0
+
+        def write(traced: Traced) -> Run:
+            nonlocal session, uneven
+            session = None  # the one before holds all weights
+            uneven = _write(traced, opened.output_names, partial)
+            session = _session(runtime, partial)
+            return lambda inputs: _outputs(session, inputs)
+
+        opened.written(write, "ONNX Runtime")
+        files = [file.name for file in partial.parent.iterdir()]
+    kept = [target.with_name(name) for name in files]
+    return ExportedOnnx(
+        path=target,
+        bytes=sum(file.stat().st_size for file in kept),
+        inputs=_described(session.get_inputs()),
+        outputs=_described(session.get_outputs()),
+        weights=weights if weights in kept else None,
+        uneven=uneven,
+    )
+
+
+def _runtime() -> Any:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"writing ONNX needs the packages {', '.join(map(repr, missing))}; install them with "
+            "`python3 -m pip install 'osscar[onnx]'`"
+        )
+    return importlib.import_module("onnxruntime")
+
+
+def _write(traced: Traced, outputs: Sequence[str], path: Path) -> int:
+    """Write a file, and return how many of its convolutions have no multiple of 4 filters."""
+    for old in path.parent.iterdir():
+        old.unlink()  # of a try with more sizes open
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
+            written = torch.onnx.export(
+                traced.program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(traced.example),
+                output_names=list(outputs),
+                dynamic_shapes=traced.axis_names(),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"torch.onnx cannot write the model: {first_line(cause)}") from error
+    assert written is not None
+    for tensor in (*written.model.graph.inputs, *written.model.graph.outputs):
+        shape: Any = tensor.shape
+        for dim, size in enumerate(shape or ()):
+            if str(size).isdigit():  # torch writes some numbers as words, of sizes that may vary
+                shape[dim] = int(str(size))
+    written.save(path)
+    weights: list[Any] = [one.inputs[1] for one in written.model.graph if one.op_type == "Conv"]
+    filters = [weight.shape[0] for weight in weights if weight.shape is not None]
+    return sum(isinstance(count, int) and count % _BLOCK > 0 for count in filters)
+
+
+def _session(runtime: Any, file: Path) -> Any:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised, too
+    try:
+        return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no class in common
+        raise _refused(error) from error
+
+
+def _outputs(session: Any, inputs: Batch) -> list[Tensor]:
+    given = {one.name: inputs[one.name].cpu().numpy() for one in session.get_inputs()}
+    try:
+        return [torch.from_numpy(np.asarray(array)) for array in session.run(None, given)]
+    except Exception as error:
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ModelError:
+    let_shortage_pass(error)
+    return ModelError(f"ONNX Runtime does not run what was written: {first_line(error):.300}")
+
+
+def _described(tensors: Sequence[Any]) -> dict[str, OnnxTensor]:
+    """Describe what a session takes or returns."""
+    kinds = {"float": "float32", "double": "float64"}
+    found = {}
+    for one in tensors:
+        kind = one.type.removeprefix("tensor(").removesuffix(")")
+        found[one.name] = OnnxTensor(kinds.get(kind, kind), tuple(one.shape))
+    return found

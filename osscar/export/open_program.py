@@ -1,0 +1,365 @@
+"""A model as a program of `torch.export`, with every size of its inputs open that can be.
+
+A size that is left open while a model is traced may all the same be a number in the program: code
+that makes a number of it writes that down in silence.  So what was written is tried at other sizes,
+too, and where it differs there, the model is traced again with fewer sizes open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graph.errors import GraphError
+from graph.tracing.export import run_export, varies
+from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
+from osscar.base.inputs import safe_repr
+from osscar.base.memory import let_shortage_pass
+from osscar.checkpoint.directory import load
+from osscar.data.batches import (
+    Batch,
+    check_arguments,
+    check_signature,
+    named_example,
+    to_model,
+)
+from osscar.data.tensors import load_tensors
+from osscar.models.preprocessing import recorded_example
+from osscar.network.modules import check_usable, context_length, evaluating
+from osscar.network.predictions import ALONE, named_tensors
+from osscar.offload.on_disk import is_on_disk
+from osscar.shrinking.equivalence import call, comparable, prove_equal
+from osscar.shrinking.lineage import Input, lineage_of
+from osscar.shrinking.program.program import ProgramModule, example_of, open_sizes
+from osscar.shrinking.structure import structure_of
+
+LeftOpen: TypeAlias = Mapping[str, Sequence[int]]
+"""The dimensions of each input whose sizes are left open."""
+
+Run: TypeAlias = Callable[[Batch], Sequence[Tensor]]
+"""Lets an engine compute what was written on some inputs: all outputs, in the program's order."""
+
+_IDS = "input_ids"
+_TOKENS = 12
+"""Tokens in each of the two windows that a language model is traced with."""
+
+
+class OpenProgram:
+    """A model that is written for another engine, and inputs that it takes.
+
+    `kernels` puts mixtures of experts on kernels that can be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Batch,
+        kernels: Callable[[nn.Module], AbstractContextManager[None]],
+    ) -> None:
+        self.model, self.example, self.kernels = model, example, kernels
+
+    def written(self, write: Callable[[Traced], Run], engine: str) -> Traced:
+        """Let a program be written until the engine computes what the model does, or refuse.
+
+        A refusal is an EquivalenceError with the difference, or a ModelError. `write` writes it,
+        replacing what it wrote before, and returns what runs it.
+        """
+        names = ("the model", f"what {engine} computes from the file")
+        with evaluating(self.model):
+            expected = self._expected()
+            for left_open in self._choices():
+                traced = Traced(self._program(left_open), self.example)
+                run = write(traced)
+                _prove(expected, run(self.example), names)
+                if all(self._holds(traced, axis, run, names) for axis in traced.axes):
+                    return traced
+        raise AssertionError("where no size is left open, none is tried")
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """Return what the outputs are called, in the program's order, each unlike all else.
+
+        Outputs that are no tensors are a ModelError.
+        """
+        with evaluating(self.model):
+            result = call(self.model, self.example)
+        names = [name for name, _ in named_tensors(result)]
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise ModelError(
+                    f"the model puts out {safe_repr(leaf)} ({type(leaf).__name__}), which no such "
+                    "file can hold; let its forward return tensors alone"
+                )
+        if len(names) != len(leaves):  # what torch knows as a container, and we do not
+            names = list(map(str, range(len(leaves))))
+        found = list[str]()
+        for name in names:
+            given = f"{ALONE}_{name}" if name[0].isdigit() else name
+            while given in found or given in self.example:
+                given = f"{ALONE}_{given}"
+            found.append(given)
+        return found
+
+    def _expected(self) -> list[Tensor]:
+        try:
+            found = outputs(self.model, self.example)
+        except Exception as error:  # the model may be anyone's code
+            let_shortage_pass(error)
+            given = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.example.items())
+            raise ModelError(
+                f"the model fails on what it is traced with ({given}): {first_line(error)}; give "
+                "inputs that it takes, --inputs FILE (example_inputs= in Python)"
+            ) from error
+        comparable(found)
+        return found
+
+    def _choices(self) -> Iterator[LeftOpen]:
+        """Yield which sizes to leave open: all, those of the samples, none."""
+        dims = (0, 1) if reads_tokens(self.model) else (0,)
+        every = (
+            {name: list(dims) for name, dims in open_sizes(self.model).items()}
+            if isinstance(self.model, ProgramModule)
+            else {
+                name: [dim for dim in dims[: tensor.ndim] if tensor.shape[dim] > 1]
+                for name, tensor in self.example.items()
+            }
+        )
+        first = {name: [dim for dim in dims if not dim] for name, dims in every.items()}
+        none: dict[str, list[int]] = {name: [] for name in every}
+        yield every
+        if first != every:
+            yield first
+        if none != first:
+            yield none
+
+    def _program(self, left_open: LeftOpen) -> torch.export.ExportedProgram:
+        auto: Any = torch.export.Dim.AUTO
+        sizes = {name: dict.fromkeys(dims, auto) for name, dims in left_open.items()}
+        try:
+            with self.kernels(self.model):
+                return run_export(self.model, (), self.example, sizes)
+        except GraphError as error:
+            raise ModelError(
+                f"torch.export cannot follow the model: {first_line(error)}"
+            ) from error
+
+    def _holds(self, traced: Traced, axis: Axis, run: Run, names: tuple[str, str]) -> bool:
+        """Tell whether an engine takes other sizes of an axis, and computes what the model does.
+
+        Sizes that the model itself does not take say nothing.
+        """
+        tried = False
+        for inputs in traced.resized(axis):
+            try:
+                expected = outputs(self.model, inputs)
+            except Exception as error:  # the model may be anyone's code
+                let_shortage_pass(error)
+                continue
+            tried = True
+            try:
+                _prove(expected, run(inputs), names)
+            except (EquivalenceError, ModelError):
+                return False
+        return tried
+
+
+def outputs(model: nn.Module, inputs: Batch) -> list[Tensor]:
+    """Return the tensors that a model returns, on the CPU."""
+    with torch.no_grad():
+        found = pytree.tree_leaves(call(model, inputs))
+    return [leaf.cpu() for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _prove(expected: Sequence[Tensor], found: Sequence[Tensor], names: tuple[str, str]) -> None:
+    if len(expected) != len(found):
+        raise EquivalenceError(
+            f"{names[1]} are {len(found)} outputs, where {names[0]} has {len(expected)}"
+        )
+    prove_equal(expected, found, names=names)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An open size: what it is called, how long it was, and the symbols that stand for it.
+
+    These are several where nothing in a program relies on inputs being of one size.
+    """
+
+    name: str
+    dim: int
+    size: int
+    symbols: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A program, and the inputs that it was traced with, by name in order."""
+
+    program: torch.export.ExportedProgram
+    example: Batch
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Return the sizes of each input, whole numbers or expressions in symbols."""
+        arguments = self.program.graph.find_nodes(op="placeholder")
+        shapes = {node.name: node.meta["val"].shape for node in arguments}
+        given = zip(self.example, self.program.graph_signature.user_inputs, strict=True)
+        return {
+            name: tuple(size.node.expr if varies(size) else int(size) for size in shapes[str(one)])
+            for name, one in given
+        }
+
+    @cached_property
+    def axes(self) -> list[Axis]:
+        """Return the open sizes; those of the same dimension that were as long are one."""
+        found: dict[tuple[int, int], list[Any]] = {}
+        names: dict[tuple[int, int], str] = {}
+        for name, shape in self.shapes.items():
+            for dim, size in enumerate(shape):
+                if getattr(size, "is_Symbol", False):
+                    key = dim, self.example[name].shape[dim]
+                    found.setdefault(key, []).append(size)
+                    names.setdefault(key, _name_of(name, dim, self.example))
+        return [
+            Axis(names[key], *key, tuple(dict.fromkeys(symbols))) for key, symbols in found.items()
+        ]
+
+    def axis_names(self) -> dict[str, dict[int, str]]:
+        """Return the name of each open size, by input and dimension, where it first stands."""
+        left = {symbol: axis.name for axis in self.axes for symbol in axis.symbols}
+        return {
+            name: {dim: left.pop(size) for dim, size in enumerate(shape) if size in left}
+            for name, shape in self.shapes.items()
+        }
+
+    def resized(self, axis: Axis) -> Iterator[Batch]:
+        """Yield inputs in which one axis has another size: entries of the example, repeated."""
+        traced = {symbol: one.size for one in self.axes for symbol in one.symbols}
+        for size in (max(2, axis.size // 2) if axis.dim else 1, axis.size + 1):
+            changed = {**traced, **dict.fromkeys(axis.symbols, size)}
+            yield {
+                name: _cut(tensor, [_at(size, changed) for size in self.shapes[name]])
+                for name, tensor in self.example.items()
+            }
+
+
+def _name_of(name: str, dim: int, example: Batch) -> str:
+    """Return what an open size is called."""
+    if dim == 0 and len({tensor.shape[:1] for tensor in example.values()}) == 1:
+        return "batch"
+    return "length" if name == _IDS and dim == 1 else f"{name}_{dim}"
+
+
+def _at(size: Any, symbols: Mapping[Any, int]) -> int:
+    return int(size.subs(symbols)) if hasattr(size, "subs") else int(size)
+
+
+def _cut(tensor: Tensor, shape: Iterable[int]) -> Tensor:
+    for dim, size in enumerate(shape):
+        entries = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+        tensor = tensor.index_select(dim, entries)
+    return tensor
+
+
+# ---- the model and its inputs ------------------------------------------------------------
+
+
+def read(
+    model: nn.Module | str | os.PathLike[str],
+    dense: nn.Module | None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Return a model as it is, or the one in a directory, in a number format."""
+    found = model if isinstance(model, nn.Module) else load(model, dtype=dtype, dense=dense)
+    check_usable(found)
+    check_signature(found)
+    if is_on_disk(found):
+        raise ModelError("the model's weights stay on disk; save it, and export the directory")
+    return found
+
+
+def example_for(model: nn.Module, given: Any = None) -> Batch:
+    """Return inputs to trace a model with, by name.
+
+    They are those that are given, also as a file of tensors, or of the form that the model is known
+    to take: what its program was traced with, tokens, what it was pruned with, or images of the
+    size in its config.
+
+    Raises
+    ------
+    DataError, FileError
+        If what is given is nothing that the model takes, or nothing is known.
+    """
+    if isinstance(given, str | os.PathLike):
+        samples = load_tensors(os.fspath(given), model).tensors
+        known: Batch | None = {name: tensor[:2] for name, tensor in samples.items()}
+    else:
+        known = _known_example(model) if given is None else named_example(model, given)
+    if known is None:
+        raise DataError(
+            f"it is not known what this {type(model).__name__} takes: give inputs, --inputs FILE "
+            "(example_inputs= in Python), two samples or more"
+        )
+    check_arguments(model, known)
+    return to_model(_two_at_least(known), model)
+
+
+def _two_at_least(example: Batch) -> Batch:
+    """Return a single sample twice, since the size 1 of a trace stays 1."""
+    if any(not tensor.ndim or len(tensor) != 1 for tensor in example.values()):
+        return example
+    return {name: torch.cat([tensor, tensor]) for name, tensor in example.items()}
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Tell whether a model of transformers reads tokens alone."""
+    config = getattr(model, "config", None)
+    return getattr(model, "main_input_name", None) == _IDS and not getattr(
+        config, "is_encoder_decoder", False
+    )
+
+
+def _known_example(model: nn.Module) -> Batch | None:
+    if isinstance(model, ProgramModule):
+        built = model.built_by
+        return _with_tokens(example_of(model), None if built is None else built[1])
+    config, structure = getattr(model, "config", None), structure_of(model)
+    if reads_tokens(model):
+        length = min(_TOKENS, context_length(model) or _TOKENS)
+        return _with_tokens({_IDS: torch.zeros(2, length, dtype=torch.int64)}, config)
+    recorded = recorded_example(type(model).__name__, lineage_of(model).inputs)
+    if recorded is not None:
+        return recorded
+    drawn = None if structure is None else structure.drawn()
+    if drawn is not None:
+        return named_example(model, drawn)
+    return _images_of(model, config)
+
+
+def _with_tokens(example: Batch, config: Any) -> Batch:
+    """Draw tokens of a vocabulary for the ``input_ids`` of an example."""
+    size, ids = getattr(config, "vocab_size", None), example.get(_IDS)
+    if size is None or ids is None:
+        return example
+    drawn = torch.randint(size, ids.shape, generator=torch.Generator().manual_seed(0))
+    return {**example, _IDS: drawn}
+
+
+def _images_of(model: nn.Module, config: Any) -> Batch | None:
+    """Return images for a model of transformers whose config says of what size they are."""
+    name, size = getattr(model, "main_input_name", ""), getattr(config, "image_size", None)
+    channels = getattr(config, "num_channels", None)
+    if name != "pixel_values" or size is None or channels is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    kind = Input((channels, height, width), "float32")
+    return recorded_example(type(model).__name__, {name: kind})

@@ -1,0 +1,397 @@
+"""Whole experts of mixtures as groups: what belongs to each, and whether they can leave.
+
+A mixture is a module that is called with tokens, their experts and weights (`routing.Routed`), and
+a router, which put these out.  Of both, an expert owns its entry in every dimension that is as long
+as there are experts.  Experts may leave where that is seen to be all: the router follows a rule
+that is known (`osscar.shrinking.routers`), with all experts and with fewer; what the mixture puts
+out is the sum over experts; and with fewer experts it is the sum over these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
+from osscar.base.errors import ModelError, OsscarError, first_line
+from osscar.base.memory import let_shortage_pass
+from osscar.network.double import InDouble
+from osscar.network.hooks import hooks
+from osscar.network.model_state import restored
+from osscar.network.modules import forward
+from osscar.preparation.routing import Routed
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.routers import (
+    TOLERANCE,
+    Call,
+    Router,
+    by_expert,
+    draw_tensors,
+    drawn_call,
+    in_double,
+    router_of,
+)
+from osscar.shrinking.slice import slice_units
+from solvers import RoutingRule
+
+_NAMED = re.compile(r"(^|\.)experts$")
+"""What mixtures are called; those of any name are found where they are called like one."""
+
+_NOT_ROUTED = (
+    "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
+    "no router is known that could do without some experts"
+)
+_NO_ROUTER = (
+    "no module put out the experts and weights that {!r} is called with: code of the module around "
+    "it routes, and only a router that is a module can be told which experts are left"
+)
+_NO_SUM = "module {!r} ({}) does not put out the sum over experts, times their weights"
+_TOO_FEW = "every token is sent to all {} experts of {!r}, so that none can leave"
+_DIFFERENT = (
+    "{!r} ({}) does not compute with fewer experts what it computes among these: it keeps more of "
+    "them than tensors with an entry for each"
+)
+
+_SHARED = "{!r} or its router has tensors in common with another mixture"
+_TWICE = "{!r} is called {} times in a pass, each with other tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMixture:
+    """The experts of a mixture as a group, and how tokens are sent to them.
+
+    Parameters
+    ----------
+    group
+        Of kind experts; frozen where they cannot leave.
+    experts
+        The name of the module that is called with what is `Routed`.
+    router
+        The name of the module that routes; empty where none is known.
+    how
+        How it does; None where the group is frozen.
+    """
+
+    group: CouplingGroup
+    experts: str
+    router: str = ""
+    how: Router | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A call of a mixture, and the last call before it that put out its experts and weights."""
+
+    experts: str
+    x: Routed
+    y: Tensor
+    router: str | None
+    call: Call = ((), {})
+    leaves: Sequence[Any] = ()
+    calls: int = 1
+
+
+@torch.no_grad()
+def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMixture, ...]:
+    """Run a model in evaluation mode, and return its mixtures of experts, in its own order."""
+    names = [name for name, module in model.named_modules() if _may_be_mixture(name, module)]
+    if not names:
+        return ()
+    found = _calls(model, example, names)
+    return _unshared(
+        model,
+        [
+            _mixture(model, name, found[name], order)
+            if name in found
+            else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
+            for order, name in enumerate(names)
+            if name in found or _named(name)
+        ],
+    )
+
+
+def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[ExpertMixture, ...]:
+    """Freeze the mixtures that have a tensor in common with another one."""
+    tensors = {
+        one.experts: {
+            id(tensor)
+            for name in (one.experts, one.router)
+            if name
+            for tensor in model.get_submodule(name).state_dict(keep_vars=True).values()
+        }
+        for one in mixtures
+    }
+    owners = Counter(tensor for own in tensors.values() for tensor in own)
+    return tuple(
+        one
+        if one.group.frozen or all(owners[tensor] == 1 for tensor in tensors[one.experts])
+        else _frozen(model, one.experts, _SHARED.format(one.experts), one.router)
+        for one in mixtures
+    )
+
+
+def _named(name: str) -> bool:
+    return bool(_NAMED.search(name))
+
+
+def _may_be_mixture(name: str, module: nn.Module) -> bool:
+    """Whether a module is called like experts, or has a matrix for each of several."""
+    own = module.parameters(recurse=False)
+    return _named(name) or any(p.ndim == 3 and len(p) > 1 for p in own)
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name)).__name__
+
+
+def _calls(model: nn.Module, example: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Found]:
+    """Return the first call of each of some modules that is one of a mixture."""
+    found: dict[str, _Found] = {}
+    # Of what lies further back, no mixture is called; it would stay in memory.
+    routed: deque[tuple[str, Call, list[Any]]] = deque(maxlen=8)
+
+    def look(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        x = Routed.of(module, args, kwargs) if name in names else None
+        if name in found:
+            found[name] = replace(found[name], calls=found[name].calls + 1)
+        elif x is not None and isinstance(y, Tensor):
+            known = (one for one in reversed(routed) if _put_out(one[2], x))
+            found[name] = _Found(name, x, y, *next(known, (None,)))
+        leaves = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+        if any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves):
+            routed.append((name, (args, kwargs), leaves))
+
+    with hooks(model, after=look):
+        forward(model, example)
+    return found
+
+
+def _put_out(leaves: Sequence[Tensor], x: Routed) -> bool:
+    """Whether what a module put out are the experts and weights that a mixture was called with."""
+    return all(
+        any(leaf.shape == given.shape and torch.equal(leaf.to(given), given) for leaf in leaves)
+        for given in (x.experts, x.weights)
+    )
+
+
+def _mixture(model: nn.Module, name: str, found: _Found, order: int) -> ExpertMixture:
+    """Return the mixture that was called, its group frozen where experts cannot leave."""
+    try:
+        return _prunable(model, name, found, order)
+    except ModelError as error:
+        reason = str(error)
+    except OsscarError:
+        raise
+    except Exception as error:  # code of anyone's, which may not take other tokens
+        let_shortage_pass(error)
+        said = first_line(error)
+        reason = f"{name!r} or its router fails on drawn tokens, or with fewer experts: {said}"
+    return _frozen(model, name, reason, found.router or "")
+
+
+def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertMixture:
+    if found.calls > 1:
+        raise ModelError(_TWICE.format(name, found.calls))
+    if found.router is None:
+        raise ModelError(_NO_ROUTER.format(name))
+    experts, router = model.get_submodule(name), model.get_submodule(found.router)
+    count = _count(name, experts)
+    if found.x.experts.shape[1] >= count:
+        raise ModelError(_TOO_FEW.format(count, name))
+    try:
+        how = router_of(router, found.call, count)
+    except ModelError as error:
+        raise ModelError(f"the router {found.router!r} {error}") from error
+    kept = _some(how.rule, count)
+    routing, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
+    _check_router(found.router, router, found.call, how, routing, kept, count)
+    _check_sum(name, experts, found)
+    _check_experts(name, experts, found, own, count)
+    slots = [
+        *_within(found.router, routing, order),
+        *_given(model, found, count, order),
+        *_within(name, own, order),
+    ]
+    group = CouplingGroup(
+        _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
+        step=how.rule.groups,
+    )  # fmt: skip
+    return ExpertMixture(group, name, found.router, how)
+
+
+def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> ExpertMixture:
+    """Return a mixture whose experts cannot leave, and why."""
+    module = model.get_submodule(name)
+    units = next((len(p) for p in module.parameters(recurse=False) if p.ndim == 3), 0)
+    units = units or max(1, len(list(module.children())))
+    freeze = Freeze(reason, "", name)
+    group = CouplingGroup(_called(name), UnitKind.EXPERTS, units, (), 0, (freeze,))
+    return ExpertMixture(group, name, router)
+
+
+def _called(name: str) -> str:
+    return name if _named(name) else f"{name}.experts".removeprefix(".")
+
+
+# ---- what belongs to an expert -----------------------------------------------------------
+
+
+def _count(name: str, experts: nn.Module) -> int:
+    """Return how many experts a mixture has, by its matrices."""
+    counts = {len(p) for p in experts.parameters(recurse=False) if p.ndim == 3}
+    if len(counts) != 1:
+        raise ModelError(
+            f"module {name!r} ({type(experts).__name__}) has no parameter with a matrix for each "
+            "expert: only experts whose matrices are stacked can leave as a whole"
+        )
+    return counts.pop()
+
+
+def _slots(module: nn.Module, count: int, role: Role) -> list[Slot]:
+    """Return where the tensors of a module have entries for each of `count` experts."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [
+        Slot(name, tuple(t.shape).index(count), _role(t, count, role), "", count)
+        for name, t in tensors.items()
+        if count in t.shape
+    ]
+
+
+def _role(tensor: Tensor, count: int, role: Role) -> Role:
+    """Return the role of a tensor of a module of which matrices have that given."""
+    return Role.PASS_THROUGH if tensor.numel() == count else role
+
+
+def _within(module: str, slots: Sequence[Slot], order: int) -> Iterator[Slot]:
+    """Yield slots of tensors of a module as those of the model."""
+    for slot in slots:
+        yield replace(slot, tensor=f"{module}.{slot.tensor}", module=module, order=order)
+
+
+def _given(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
+    """Yield those tensors of the module around with a number for each expert that a router gets."""
+    assert found.router is not None
+    around = found.experts.rpartition(".")[0]
+    leaves = {id(leaf) for leaf in pytree.tree_leaves(found.call)}
+    module = model.get_submodule(around)
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
+        if id(tensor) in leaves and tensor.numel() == count:
+            dim = tuple(tensor.shape).index(count)
+            yield Slot(f"{around}.{name}", dim, Role.PASS_THROUGH, found.router, count, order=order)
+
+
+def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
+    """Return how many parameters leave with an expert."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return sum(parameters[s.tensor].numel() // s.units for s in slots if s.tensor in parameters)
+
+
+# ---- whether it is all -------------------------------------------------------------------
+
+
+def _some(rule: RoutingRule, count: int) -> list[int]:
+    """Return experts among which a router can choose: the last ones of each group, about half."""
+    size, fewest = count // rule.groups, rule.fewest // rule.groups
+    if fewest >= size:
+        raise ModelError(
+            f"the router needs {rule.fewest} experts, which are all that there are: none can leave"
+        )
+    stays = max(fewest, size // 2)
+    return [g * size + i for g in range(rule.groups) for i in range(size - stays, size)]
+
+
+def _without(module: nn.Module, slots: Sequence[Slot], kept: Sequence[int], count: int) -> None:
+    """Let a module have some of its experts alone, in place."""
+    slice_units(
+        module,
+        PruningPlan((GroupPlan("experts", UnitKind.EXPERTS, count, tuple(kept), tuple(slots)),)),
+    )
+
+
+def _check_router(
+    name: str,
+    router: nn.Module,
+    call: Call,
+    how: Router,
+    slots: Sequence[Slot],
+    kept: Sequence[int],
+    count: int,
+) -> None:
+    """Refuse a router whose code does not, with fewer experts, follow its rule among these."""
+    copy = in_double(router)
+    draw_tensors(copy, count)
+    args, kwargs = drawn_call(call, count, seed=len(kept))
+    with InDouble():
+        y = copy.forward(*args, **kwargs)
+        expected = pytree.tree_leaves(how.among(kept, count, copy, (args, kwargs), y))
+        _without(copy, slots, kept, count)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: _entries(t, kept, count), (args, kwargs)
+        )
+        found = pytree.tree_leaves(copy.forward(*args, **kwargs))
+    chosen, weights = found[how.places.experts], found[how.places.weights]
+    known = (chosen >= 0) & (chosen < len(kept))
+    staying = torch.tensor(kept, device=chosen.device)[chosen.clamp(0, len(kept) - 1)]
+    ours = by_expert(expected[how.places.experts], expected[how.places.weights])
+    theirs = by_expert(staying, weights)
+    error = (ours[1] - theirs[1]).abs().max()
+    same = bool(known.all()) and torch.equal(ours[0], theirs[0])
+    if not same or not bool(error <= TOLERANCE * ours[1].abs().max()):
+        raise ModelError(_DIFFERENT.format(name, type(router).__name__))
+
+
+def _entries(given: Tensor, kept: Sequence[int], count: int) -> Tensor:
+    """Return what is left of an argument that may have a number for each expert."""
+    return given.flatten()[list(kept)] if given.numel() == count else given
+
+
+def _check_sum(name: str, experts: nn.Module, found: _Found) -> None:
+    """Refuse a mixture that does not put out the sum over experts, on drawn tokens, too."""
+    x, k = found.x, found.x.experts.shape[1]
+    drawn = torch.randn(x.hidden.shape, generator=torch.Generator().manual_seed(0)).to(x.hidden)
+    hidden = torch.cat([x.hidden, drawn])
+    weights, chosen = x.weights.repeat(2, 1), x.experts.repeat(2, 1)
+    y = torch.cat([found.y, experts.forward(drawn, x.experts, x.weights)])
+    # Each place of a token as a token of its own.
+    ones = torch.ones_like(weights).view(-1, 1)
+    parts = experts.forward(hidden.repeat_interleave(k, 0), chosen.reshape(-1, 1), ones)
+    same = len(parts) == len(ones) and parts.shape[1:] == y.shape[1:] and len(y) == len(hidden)
+    if not same:
+        raise ModelError(_NO_SUM.format(name, type(experts).__name__))
+    total = (parts.unflatten(0, (-1, k)).double() * weights[..., None].double()).sum(1)
+    for one, expected in zip(total.chunk(2), y.chunk(2), strict=True):
+        if not _alike(one, expected, x):
+            raise ModelError(_NO_SUM.format(name, type(experts).__name__))
+
+
+def _check_experts(
+    name: str, experts: nn.Module, found: _Found, slots: Sequence[Slot], count: int
+) -> None:
+    """Refuse a mixture that does not, with two experts, compute what these did."""
+    kept = [*range(count)][-2:] if count > 2 else [1]
+    x = found.x
+    numbers = torch.arange(len(x.hidden), device=x.experts.device)[:, None] % len(kept)
+    numbers, ones = numbers.to(x.experts.dtype), torch.ones_like(x.weights[:, :1])
+    y = experts.forward(x.hidden, numbers + kept[0], ones)
+    with restored(experts):
+        _without(experts, slots, kept, count)
+        smaller = experts.forward(x.hidden, numbers, ones)
+    if not _alike(smaller, y, x):
+        raise ModelError(_DIFFERENT.format(name, type(experts).__name__))
+
+
+def _alike(a: Tensor, b: Tensor, x: Routed) -> bool:
+    """Whether outputs are the same to what rounding leaves, in the coarsest format of a call."""
+    eps = max(torch.finfo(given.dtype).eps for given in (b, x.hidden, x.weights))
+    error = torch.linalg.vector_norm(a.double() - b.double())
+    return bool(error <= eps**0.5 * torch.linalg.vector_norm(b.double()))

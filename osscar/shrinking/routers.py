@@ -1,0 +1,336 @@
+"""Routers of mixtures of experts: by which rule they route, and routing among some experts alone.
+
+A router is called with tokens, and puts out logits of all experts, the experts that each token is
+sent to, and their weights.  Its rule is read off no name: those that are published are tried, on
+tokens and weights that are drawn, and the one that puts out the same is taken.  A model whose
+routers follow their rules among the experts that stay is what a smaller model is proved against.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graph.groups import Role
+from osscar.base.errors import ModelError
+from osscar.network.double import InDouble
+from osscar.network.hooks import hooks
+from osscar.network.modules import copied
+from osscar.offload.on_disk import OnDisk, values_of
+from osscar.shrinking.plan import GroupPlan
+from solvers import GroupScore, RouterScores, RoutingRule, SolverError
+
+TOLERANCE = 1e-5
+"""Of weights, in double precision: some code adds up to a millionth to what it divides by."""
+_TOKENS = 256
+"""On how many tokens rules are compared, at least."""
+_MOST_DRAWS = 32
+
+_GROUPS = r"(n|num)_(expert_)?groups?"
+_OPEN_GROUPS = r"top_?k_groups?|(n|num)_(limited|open)_groups?"
+"""What routers call the number of groups that experts lie in, and how many of them are open."""
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where among the leaves of what a router puts out is what."""
+
+    logits: int
+    experts: int
+    weights: int
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], count: int) -> Places:
+        """Find them by their forms: (tokens, experts), and twice (tokens, k).
+
+        Raises
+        ------
+        ModelError
+            If there is not one of each.
+        """
+        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
+        experts = [i for i in whole if tensors[i].ndim == 2]
+        real = {i: t for i, t in tensors.items() if t.is_floating_point()}
+        weights = [i for i, t in real.items() if experts and t.shape == tensors[experts[0]].shape]
+        logits = [i for i, t in real.items() if t.shape[-1:] == (count,) and i not in weights]
+        if not len(experts) == len(weights) == len(logits) == 1:
+            found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
+            raise ModelError(
+                f"puts out {found or 'no tensor'}, where the logits of {count} experts, the "
+                "experts of each token, and their weights are due, each once"
+            )
+        return cls(logits[0], experts[0], weights[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a router has put out for some tokens, and what of it may be biases of its choice."""
+
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+    biases: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a module routes.
+
+    `bias` names what is added to scores for the choice alone: a tensor of the module, or the
+    argument of its forward pass that says so.
+    """
+
+    rule: RoutingRule
+    places: Places
+    bias: str | None
+
+    def logits(self, y: Any, count: int) -> Tensor:
+        """Return the logits of `count` experts, (tokens, experts), of what the module puts out."""
+        found: Tensor = pytree.tree_leaves(y)[self.places.logits]
+        return found.reshape(-1, count)
+
+    def routes(self, y: Any) -> tuple[Tensor, Tensor]:
+        """Return the experts and weights, (tokens, k) each, of what the module puts out."""
+        leaves = pytree.tree_leaves(y)
+        return leaves[self.places.experts], leaves[self.places.weights]
+
+    def choice_bias(self, module: nn.Module, call: Call, count: int) -> Tensor | None:
+        """Return what is added to scores for the choice, (experts,), if something is."""
+        return None if self.bias is None else _biases(module, call, count)[self.bias].flatten()
+
+    def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
+        """Return what the module would put out if of `count` experts it had those that are kept.
+
+        Experts keep their numbers.
+        """
+        leaves, form = pytree.tree_flatten(y)
+        bias = self.choice_bias(module, call, count)
+        bias = None if bias is None else bias.double()
+        logits = self.logits(y, count).double()
+        experts, weights = self.rule.route(logits, kept, bias)
+        for place, found in ((self.places.experts, experts), (self.places.weights, weights)):
+            leaves[place] = found.to(leaves[place])
+        return pytree.tree_unflatten(leaves, form)
+
+
+def router_in(group: GroupPlan) -> str:
+    """Return the name of the router of a group of experts."""
+    return next(slot.module for slot in group.slots if slot.role is Role.PRODUCER)
+
+
+# ---- among some experts alone ------------------------------------------------------------
+
+
+@contextmanager
+def routed_among(model: nn.Module, kept: Mapping[str, tuple[Sequence[int], int]]) -> Iterator[None]:
+    """Let a model send tokens to some experts alone while the block runs.
+
+    Parameters
+    ----------
+    model
+        Nothing of it changes but what its routers put out.
+    kept
+        By the name of a router, the experts that tokens may be sent to, and how many there are.
+
+    Raises
+    ------
+    ModelError
+        When the model runs, if a router follows no rule that is known, or that can do with these.
+    """
+    found: dict[str, Router] = {}
+
+    def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        those, count = kept[name]
+        if name not in found:
+            found[name] = router_of(module, (args, kwargs), count)
+        try:
+            return found[name].among(those, count, module, (args, kwargs), y)
+        except SolverError as error:
+            raise ModelError(f"the router {name!r} cannot keep these experts: {error}") from error
+
+    with hooks(model, kept, after=reroute):
+        yield
+
+
+# ---- the rule ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def router_of(module: nn.Module, call: Call, count: int) -> Router:
+    """Return how a module routes tokens to `count` experts, given a call of it.
+
+    Raises
+    ------
+    ModelError
+        If no rule that is known puts out what it does; the message goes on after its name.
+    """
+    (own,) = _runs(in_double(module), [call], count)
+    places, seen = own[1], [own[0], *drawn_routes(module, call, count)]
+    tried = 0
+    for rule, bias in _candidates(module, seen[-1]):
+        same, scale = _scale(rule, bias, seen)
+        tried = max(tried, same)
+        if scale is None:
+            continue
+        scale = _stated(module, scale)
+        return Router(replace(rule, scale=scale), places, bias)
+    what = "with other weights than" if tried else "to other experts than"
+    raise ModelError(
+        f"({type(module).__name__}) sends tokens {what} a softmax or a sigmoid of its logits would"
+    )
+
+
+def drawn_routes(module: nn.Module, call: Call, count: int) -> list[_Seen]:
+    """Return what a router makes of tokens, weights and biases that are drawn."""
+    copy = in_double(module)
+    draw_tensors(copy, count)
+    tokens = max(1, _tokens(call))
+    draws = min(-(-_TOKENS // tokens), _MOST_DRAWS)
+    calls = [drawn_call(call, count, seed) for seed in range(draws)]
+    return [seen for seen, _ in _runs(copy, calls, count)]
+
+
+def in_double(module: nn.Module) -> nn.Module:
+    """Return a copy of a module in double precision, whose weights are in memory."""
+    on_disk = [p for p in module.parameters() if isinstance(p, OnDisk)]
+    return copied(module, {id(p): nn.Parameter(p.values().clone()) for p in on_disk}).double()
+
+
+def draw_tensors(module: nn.Module, count: int) -> None:
+    """Draw, in place, the tensors of a module that have an entry for each of `count` experts.
+
+    Logits of drawn tokens are about as far apart as those of a trained router.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and count in tensor.shape:
+                each = tensor.numel() // count
+                size = 0.3 if each == 1 else 2 / each**0.5
+                tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
+
+
+def drawn_call(call: Call, count: int, seed: int) -> Call:
+    """Return a call with drawn numbers in the place of its fractions, in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(given: Tensor) -> Tensor:
+        if not given.is_floating_point():
+            return given
+        size = 0.3 if given.numel() == count else 1.0
+        drawn = size * torch.randn(given.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(given.device)
+
+    args, kwargs = pytree.tree_map_only(Tensor, draw, call)
+    return args, kwargs
+
+
+def _runs(module: nn.Module, calls: Sequence[Call], count: int) -> list[tuple[_Seen, Places]]:
+    """Return what a router in double precision puts out, without its hooks."""
+    found = []
+    for args, kwargs in pytree.tree_map_only(Tensor, _in_double, list(calls)):
+        with InDouble():
+            leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
+        places = Places.of(leaves, count)
+        logits = leaves[places.logits].reshape(-1, count)
+        experts, weights = leaves[places.experts], leaves[places.weights]
+        seen = _Seen(logits, experts, weights, _biases(module, (args, kwargs), count))
+        found.append((seen, places))
+    return found
+
+
+def _in_double(given: Tensor) -> Tensor:
+    return given.double() if given.is_floating_point() else given
+
+
+def _tokens(call: Call) -> int:
+    """Return how many rows the largest tensor of a call has."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    largest = max(tensors, key=Tensor.numel, default=None)
+    return 1 if largest is None or not largest.ndim else largest.numel() // largest.shape[-1]
+
+
+def _biases(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
+    """Return what has one number for each expert: tensors of a module, and arguments of it."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    given = pytree.tree_leaves(call)
+    own |= {f"argument {i}": leaf for i, leaf in enumerate(given) if isinstance(leaf, Tensor)}
+    return {n: values_of(t) for n, t in own.items() if t.is_floating_point() and t.numel() == count}
+
+
+def _candidates(module: nn.Module, seen: _Seen) -> Iterator[tuple[RoutingRule, str | None]]:
+    """Yield rules with a scale of one, and the name of the bias of the choice."""
+    biases: tuple[str | None, ...] = (None, *seen.biases)
+    top_k = seen.experts.shape[1]
+    for groups, bias, scores in itertools.product(_groupings(module), biases, RouterScores):
+        for normalized in (False, True):
+            if not (normalized and scores is RouterScores.SOFTMAX_OF_CHOSEN):  # are already
+                yield RoutingRule(top_k, scores, normalized, 1.0, *groups), bias
+
+
+def _groupings(module: nn.Module) -> list[tuple[int, int, GroupScore]]:
+    """Return numbers of groups and of open ones, with what scores a group, the likeliest first."""
+    numbers = {n: v for n, v in vars(module).items() if type(v) is int and v > 0}
+    groups = [v for n, v in numbers.items() if re.fullmatch(_GROUPS, n)]
+    opened = [v for n, v in numbers.items() if re.fullmatch(_OPEN_GROUPS, n)]
+    found = [(g, o, s) for g in groups for o in opened for s in reversed(GroupScore) if 1 < g >= o]
+    return [*found, (1, 1, GroupScore.MAX)]
+
+
+def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[bool, float | None]:
+    """Return whether a rule chooses the experts seen, and what its weights are to be multiplied by.
+
+    The latter is None where no number makes them those seen.
+    """
+    mine, theirs = [], []
+    for one in seen:
+        try:
+            routes = rule.route(
+                one.logits, None, None if bias is None else one.biases[bias].flatten()
+            )
+        except SolverError:  # not of so many experts
+            return False, None
+        found, expected = by_expert(*routes), by_expert(one.experts, one.weights)
+        same = (found[0] == expected[0]).all(1) | tied(one.logits)
+        if not bool(same.all()):
+            return False, None
+        mine.append(found[1][~tied(one.logits)])
+        theirs.append(expected[1][~tied(one.logits)])
+    a, b = torch.cat(mine).flatten(), torch.cat(theirs).flatten()
+    scale = float((a @ b) / (a @ a))
+    fits = bool((b - scale * a).abs().max() <= TOLERANCE * b.abs().max())
+    return True, scale if fits else None
+
+
+def by_expert(experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the experts of each token in ascending order, with their weights."""
+    experts, order = experts.sort(1)
+    return experts, weights.gather(1, order)
+
+
+def tied(logits: Tensor) -> Tensor:
+    """Tell the tokens, (tokens,) bool, that have the same logit twice: nothing says which is more.
+
+    A router that is not trained may have zeros alone.
+    """
+    return (logits.sort(1).values.diff(dim=1) == 0).any(1)
+
+
+def _stated(module: nn.Module, scale: float) -> float:
+    """Return a scale as an attribute of the router has it, which rounding has not touched."""
+    stated = (float(v) for v in vars(module).values() if type(v) in (int, float))
+    found = [1.0, *stated]
+    near = [v for v in found if abs(v - scale) <= TOLERANCE * abs(scale)]
+    return min(near, key=lambda v: abs(v - scale), default=scale)

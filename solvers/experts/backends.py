@@ -1,0 +1,271 @@
+"""Backends that choose which experts stay, and what a backend is.
+
+A backend is a frozen dataclass whose fields are its options, registered under the entry-point group
+``osscar.expert_backends``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.errors import BackendError
+from solvers.experts.losses import Losses, losses_of
+from solvers.experts.problem import ExpertProblem
+from solvers.heuristics.scores import check_seed
+from solvers.protocol import BackendKind, Capabilities, Selection, Status
+
+ROUNDING = 1e-12
+"""Losses are told apart if they differ by more than this share of the target's squared norm."""
+
+_LEAST_GAIN = 1e-9
+"""The share of the loss that an exchange gains if it counts."""
+
+MOST_SETS = 1 << 17
+"""Of which the losses are all computed."""
+
+_ATTEMPTS = 32
+"""Exchanges tried after the best, before all are computed again."""
+
+
+class ExpertBackend(Protocol):
+    """A way to choose experts; implemented by a frozen dataclass whose fields are its options."""
+
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
+    summary: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None, or why the backend cannot run here and how to mend that."""
+        return None
+
+    def select(self, problem: ExpertProblem) -> Selection:
+        """Choose ``problem.keep`` experts."""
+
+
+class _Scored(ExpertBackend, Protocol):
+    """Keep the experts with the highest score, as many in each group; the first of equals stays."""
+
+    def scores(self, problem: ExpertProblem) -> Tensor:
+        """Return one score an expert, (experts,) float64."""
+
+    def select(self, problem: ExpertProblem) -> Selection:
+        """Rank the experts of each group and keep the best."""
+        grouped = self.scores(problem).view(problem.rule.groups, problem.size)
+        order = grouped.argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(0, problem.experts, problem.size, device=problem.device)
+        best = (order + first[:, None])[:, : problem.keep // problem.rule.groups]
+        return Selection(best.flatten(), Status.FEASIBLE, iterations=1)
+
+
+@dataclass(frozen=True)
+class Random(_Scored):
+    """Keep a random set: the floor that every other backend has to clear."""
+
+    summary: ClassVar[str] = "a random set of experts; the floor for comparisons"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed("random", self.seed)
+
+    def scores(self, problem: ExpertProblem) -> Tensor:
+        """Draw from a generator seeded with `seed`, on the CPU, so that devices agree."""
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = torch.rand(problem.experts, generator=generator, dtype=torch.float64)
+        return draws.to(problem.device)
+
+
+@dataclass(frozen=True)
+class Frequency(_Scored):
+    """Keep the experts to which the most tokens are sent."""
+
+    summary: ClassVar[str] = "the experts to which the most tokens are sent"
+
+    def scores(self, problem: ExpertProblem) -> Tensor:
+        """Return the number of tokens, as a share."""
+        return problem.sent / problem.sent.sum()
+
+
+@dataclass(frozen=True)
+class Reap(_Scored):
+    """Keep the experts that add the most to a token that is sent to them, on average.
+
+    Router weight times norm of the output, averaged over an expert's tokens (Lasby et al., "REAP
+    the Experts", Cerebras, 2025, arXiv 2510.13999).
+    """
+
+    summary: ClassVar[str] = "largest mean of router weight times output norm (REAP)"
+
+    def scores(self, problem: ExpertProblem) -> Tensor:
+        """Return the mean of weight times norm; zero for an expert that no token reaches."""
+        sums = torch.zeros(problem.experts, dtype=torch.float64, device=problem.device)
+        for block in problem.tokens:
+            chosen, experts, weights = problem.routed(block)
+            rows = torch.arange(len(chosen), device=chosen.device)[:, None]
+            norms = block.entries(rows, chosen, chosen).clamp(min=0).sqrt()
+            sums.index_add_(0, experts.flatten(), (weights * norms).flatten())
+        return sums / problem.sent.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Greedy(ExpertBackend):
+    """Remove the expert without which the loss is least, route anew, repeat."""
+
+    summary: ClassVar[str] = "one removal at a time, each the best by the loss after routing anew"
+
+    def select(self, problem: ExpertProblem) -> Selection:
+        """Remove one after the other; of equals, the one to which the fewest tokens are sent."""
+        kept, history = _greedy(problem, losses_of(problem))
+        return Selection(
+            torch.nonzero(kept).flatten(),
+            Status.FEASIBLE,
+            iterations=problem.experts - problem.keep,
+            history=tuple(history),
+        )
+
+
+def _greedy(problem: ExpertProblem, losses: Losses) -> tuple[Tensor, list[float]]:
+    kept = torch.ones(problem.experts, dtype=torch.bool, device=problem.device)
+    history = [losses.loss(kept)]
+    stay = problem.keep // problem.rule.groups
+    fewest_first = problem.sent.argsort(stable=True)
+    while int(kept.sum()) > problem.keep:
+        after = losses.removals(kept)
+        full = kept.view(problem.rule.groups, -1).sum(1) <= stay
+        after[full.repeat_interleave(problem.size)] = torch.inf
+        equal = after <= after.min() + ROUNDING * problem.scale
+        gone = fewest_first[equal[fewest_first]][0]
+        kept[gone] = False
+        history.append(max(float(after[gone]), 0.0))
+    return kept, history
+
+
+@dataclass(frozen=True)
+class LocalSearch(ExpertBackend):
+    """Start from greedy removal, then exchange one that stays for one that left until none helps.
+
+    The losses of all exchanges are computed.  After the best is made, the next best among other
+    experts are tried, each by its own loss, before all are computed again.
+
+    Parameters
+    ----------
+    max_exchanges
+        The most exchanges.
+    """
+
+    summary: ClassVar[str] = "greedy start, then the best exchanges until none lowers the loss"
+    max_exchanges: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.max_exchanges < 0:
+            raise BackendError(
+                f"local_search: max_exchanges is {self.max_exchanges}; it cannot be negative"
+            )
+
+    def select(self, problem: ExpertProblem) -> Selection:
+        """Search until no exchange helps."""
+        losses = losses_of(problem)
+        kept, _ = _greedy(problem, losses)
+        history, status = [losses.loss(kept)], None
+        while status is None:
+            least = max(_LEAST_GAIN * history[-1], ROUNDING * problem.scale)
+            table = losses.exchanges(kept)
+            if not float(table.min()) < history[-1] - least:
+                status = Status.SWAP_OPTIMAL
+            elif len(history) > self.max_exchanges:
+                status = Status.ITERATION_LIMIT
+            else:
+                left = self.max_exchanges + 1 - len(history)
+                lower = _exchange(losses, kept, table, history[-1], least, left)
+                history += lower
+                status = None if lower else Status.FEASIBLE
+        support = torch.nonzero(kept).flatten()
+        return Selection(support, status, iterations=len(history) - 1, history=tuple(history))
+
+
+def _exchange(
+    losses: Losses, kept: Tensor, table: Tensor, loss: float, least: float, most: int
+) -> list[float]:
+    """Make exchanges of which no two share an expert, the best first; return the losses after each.
+
+    `kept` is changed.
+    """
+    lower: list[float] = []
+    moved: set[int] = set()
+    best = table.flatten().argsort(stable=True).tolist()
+    tried = 0
+    for r, a in (divmod(place, len(kept)) for place in best):
+        if tried == _ATTEMPTS or len(lower) == most or not float(table[r, a]) < loss - least:
+            break
+        if r in moved or a in moved:
+            continue
+        then = kept.clone()
+        then[r], then[a] = False, True
+        after, tried = losses.loss(then), tried + 1
+        now = lower[-1] if lower else loss
+        if after < now - least:
+            kept.copy_(then)
+            moved |= {r, a}
+            lower.append(after)
+    return lower
+
+
+@dataclass(frozen=True)
+class Enumerate(ExpertBackend):
+    """Compute the loss of every set of experts among which the router can choose."""
+
+    kind: ClassVar[BackendKind] = BackendKind.EXACT
+    summary: ClassVar[str] = "every set of experts; the ground truth where they are few"
+
+    def select(self, problem: ExpertProblem) -> Selection:
+        """Return the best set; the first among equals."""
+        count = set_count(problem)
+        if count > MOST_SETS:
+            raise BackendError(
+                f"enumerate: there are {count} sets of {problem.keep} experts, more than "
+                f"{MOST_SETS}; choose local_search"
+            )
+        best, loss = best_of_all(problem)
+        return Selection(
+            best,
+            Status.OPTIMAL,
+            lower_bound=problem.loss(best),
+            bound_from="enumeration of all sets",
+            iterations=count,
+            history=(loss,),
+        )
+
+
+def set_count(problem: ExpertProblem) -> int:
+    """Return how many sets of `keep` experts there are among which the router can choose."""
+    stay = problem.keep // problem.rule.groups
+    return int(math.comb(problem.size, stay) ** problem.rule.groups)
+
+
+def best_of_all(problem: ExpertProblem) -> tuple[Tensor, float]:
+    """Return the best set, (keep,) int64, and its loss, by computing that of every one."""
+    losses = losses_of(problem)
+    best, least = None, math.inf
+    for support in supports(problem):
+        kept = torch.zeros(problem.experts, dtype=torch.bool, device=problem.device)
+        kept[list(support)] = True
+        loss = losses.loss(kept)
+        if loss < least:
+            best, least = torch.nonzero(kept).flatten(), loss
+    assert best is not None
+    return best, least
+
+
+def supports(problem: ExpertProblem) -> Iterator[Sequence[int]]:
+    """Yield every set of `keep` experts among which the router can choose."""
+    size, stay = problem.size, problem.keep // problem.rule.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(problem.rule.groups)]
+    for parts in product(*(combinations(group, stay) for group in groups)):
+        yield [expert for part in parts for expert in part]

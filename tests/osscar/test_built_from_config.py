@@ -1,0 +1,152 @@
+"""Checkpoints of any shape, built as vLLM's Transformers backend builds them: from a config alone.
+
+It builds the model without its head on 'meta', puts linear layers of its own in the place of
+others, by what these say of their sizes, and an attention of its own, with the config's number of
+heads in all layers; then it fills every tensor by its name.  vLLM itself is not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import osscar
+from osscar.checkpoint.hf_config import MODELLING_FILE
+from tests.osscar.families import tiny, tokens
+
+IDS = tokens(2, 16, seed=9)
+OWN = "vllm"
+
+
+seen: list[int] = []
+"""The layers that have attended."""
+
+
+class Linear(nn.Module):
+    """A linear layer of an engine, which knows of another one its sizes alone."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(other.out_features, other.in_features))
+        bias = torch.empty(other.out_features) if other.bias is not None else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *,
+    scaling: float,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend with as many heads as the config names, whatever the layer."""
+    config, tokens = module.config, query.shape[2]
+    seen.append(module.layer_idx)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q, k, v = (
+        of.transpose(1, 2).reshape(-1, tokens, count, module.head_dim).transpose(1, 2)
+        for of, count in zip((query, key, value), heads, strict=True)
+    )
+    found = nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return found.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let parameters that are registered go to 'meta', and buffers be."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def served(directory: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Build the model in a directory without its head, and fill it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(files))
+    monkeypatch.syspath_prepend(str(files))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, OWN, attention)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    config._attn_implementation = OWN
+    with parameters_on_meta():
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Linear(child))
+            for of, parameter in child.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    setattr(child, of, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    stored = load_file(directory / "model.safetensors")
+    prefix = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    model.load_state_dict({name: t for name, t in weights.items() if name != "lm_head.weight"})
+    return model.eval()
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen2", "qwen3"])
+def test_an_engine_that_knows_the_config_alone_computes_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"model.layers.0.mlp.neurons": 12, "model.layers.1.mlp.neurons": 30}
+    dense = tiny(family)
+    result = osscar.prune(dense, tokens(), backend="magnitude", device="cpu", groups=groups)
+    saved = result.save(tmp_path / "small")
+    assert saved.with_code
+    model = served(saved.path, tmp_path / "modules", monkeypatch)
+    assert type(model).__module__.endswith(MODELLING_FILE.stem)
+    assert [layer.mlp.up_proj.weight.shape[0] for layer in model.layers] == [12, 30]
+    assert model.tp_plan == dense.base_model.tp_plan != {}
+    assert type(model).is_backend_compatible()
+    seen.clear()
+    with torch.no_grad():
+        expected = result.model.base_model(IDS).last_hidden_state
+        found = model(IDS, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["opt", "llama-gqa"])
+def test_an_engine_with_one_number_of_heads_is_not_given_others(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = (
+        "model.decoder.layers.0.self_attn.heads"
+        if family == "opt"
+        else ("model.layers.0.self_attn.heads")
+    )
+    result = osscar.prune(
+        tiny(family), tokens(), backend="magnitude", device="cpu", groups={heads: 2}
+    )
+    saved = result.save(tmp_path / "small")
+    assert saved.with_code
+    with pytest.raises(ValueError, match=r"self_attn\..*has lost heads, and vLLM gives all layers"):
+        served(saved.path, tmp_path / "modules", monkeypatch)

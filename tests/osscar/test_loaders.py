@@ -1,0 +1,492 @@
+"""Data as people have them: loaders, data sets, and lists of batches with labels and masks."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DetrConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import osscar
+from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.data.batches import as_inputs
+from osscar.data.loaders import load_batches, read_once
+from osscar.models.loaded import LoadedModel
+from osscar.shrinking.lineage import lineage_of
+from tests.osscar.families import VOCABULARY, tiny, tokens
+from tests.osscar.networks import plain, small_net
+
+MAGNITUDE = {"neurons": 0.5, "backend": "magnitude", "device": "cpu"}
+X, Y = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
+
+
+def rows_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y, strict=True))
+
+
+class Counted(Stream):
+    """A stream that says how long it is, as loaders want it."""
+
+    def __len__(self):
+        return len(X)
+
+
+def by_name(x=X, y=Y):
+    return {"input": x, "labels": y, "idx": torch.arange(len(x)), "names": ["a"] * len(x)}
+
+
+def hub():
+    """Return the package of which data sets of the hub are."""
+    return pytest.importorskip("datasets")
+
+
+def table():
+    return hub().Dataset.from_dict({"input": X.tolist(), "label": Y.tolist()})
+
+
+FORMS = {
+    "a loader": lambda: DataLoader(TensorDataset(X, Y), 32),
+    "of dictionaries": lambda: DataLoader(table().with_format("torch"), 32),
+    "that streams": lambda: DataLoader(Stream(), 7),
+    "pairs": lambda: [(X[:100], Y[:100]), (X[100:], Y[100:])],
+    "lists in pairs": lambda: [[[X], Y]],
+    "dictionaries": lambda: [by_name(X[:7], Y[:7]), by_name(X[7:], Y[7:])],
+    "a dictionary in a pair": lambda: [({"input": X}, Y)],
+    "a generator": lambda: ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 300, 9)),
+    "arrays": lambda: [(X.numpy(), Y.numpy())],
+    "rows": lambda: TensorDataset(X, Y),
+    "rows of columns": table,
+    "streamed rows": lambda: table().to_iterable_dataset(),
+    "a stream that is counted": Counted,
+    "one dictionary": by_name,
+    "one pair": lambda: (X, Y),
+    "a set": lambda: osscar.TensorSet("a set", {"input": X}, Y),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_for_the_same_samples_and_labels(form):
+    loaded = LoadedModel(rows_net(), "net", None, torch.float32)
+    for read in (partial(load_batches, model=loaded.model), loaded.calibration):
+        found = read(FORMS[form](), samples=300)
+        assert torch.equal(found.tensors["input"], X)
+        assert torch.equal(found.labels, Y)
+        assert "labels set aside to score by" in found.source
+        assert len(read(FORMS[form](), samples=40)) == 40
+
+
+def test_data_without_labels_are_read_as_well():
+    for data in ([X[:8], X[8:]], DataLoader(TensorDataset(X), 64), [X.numpy()], X, X.numpy()):
+        found = load_batches(data, rows_net(), samples=300)
+        assert torch.equal(found.tensors["input"], X)
+        assert found.labels is None
+    targets = load_batches([(X, torch.randn(300, 3))], rows_net())
+    assert (targets.labels, targets.source) == (None, "a list, 300 samples; without its targets")
+    named = load_batches([by_name()], rows_net())
+    assert named.source.endswith("labels set aside to score by; without idx, names")
+
+
+def test_tensors_with_gradients_are_read_as_numbers():
+    for data in (X.clone().requires_grad_(), [X.clone().requires_grad_()]):
+        assert osscar.prune(rows_net(), data, **MAGNITUDE).calibration["samples"] == 300
+
+
+def test_what_is_no_data_and_no_model_is_named():
+    for data in (None, 3):
+        with pytest.raises(DataError, match="yields no batches; give a loader"):
+            load_batches(data, rows_net())
+    with pytest.raises(ModelError, match="the model is a str"):
+        load_batches([X], "demo")
+    with pytest.raises(OptionError, match=r"the seed .* 'a'"):
+        load_batches([X], rows_net(), seed="a")
+
+
+def test_labels_of_which_a_decoder_makes_what_it_reads_are_asked_for_as_that():
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model, ids = T5ForConditionalGeneration(config).eval(), tokens(4, 8)
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(DataError, match="makes 'decoder_input_ids' of labels, which are set aside"):
+        load_batches([batch], model)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=ids)
+    found = load_batches([{**batch, "decoder_input_ids": shifted}], model)
+    assert set(found.tensors) == {"input_ids", "decoder_input_ids"}
+
+
+class Optional(nn.Module):
+    """Reads nodes, edges between them, and of which graph each node is, if there are several."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x, edges=None, graph=None):
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_what_may_be_an_argument_or_a_target_is_not_guessed():
+    model, edges = Optional(), torch.zeros(2, 9, dtype=torch.int64)
+    assert torch.equal(load_batches([(X, Y)], model).labels, Y)
+    apart = load_batches([(X[:5], edges, Y[:5]), (X[:7], edges, Y[:7])], model)
+    assert [set(one) for one in apart.samples] == [{"x", "edges", "graph"}] * 2
+    for entries in ((X, X[:, :3]), (X, Y[:, None])):
+        with pytest.raises(DataError, match=r"without .edges., so .* entry 1 of 2 is that or"):
+            load_batches(iter([entries]), model)
+    targets = load_batches([((X,), X[:, :3])], model)
+    assert (set(targets.tensors), targets.labels) == ({"x"}, None)
+    named = load_batches([{"x": X, "edges": Y, "labels": Y}], model)
+    assert set(named.tensors) == {"x", "edges"}
+
+
+def test_a_stream_without_end_is_read_as_far_as_asked():
+    read = []
+
+    def endless():
+        for index in itertools.count():
+            read.append(index)
+            yield torch.randn(10, 6), torch.zeros(10, dtype=torch.int64)
+
+    with pytest.warns(UserWarning, match="the data are a generator, its first 256 samples; labels"):
+        result = osscar.prune(rows_net(), endless(), **MAGNITUDE)
+    assert (result.calibration["samples"], len(read)) == (256, 26)
+    assert len(load_batches(endless(), rows_net(), samples=30)) == 30
+    assert len(read) == 29
+    with pytest.raises(DataError, match=r"does not say how many .*load_batches\(data, model, sam"):
+        osscar.evaluate(rows_net(), endless())
+    with pytest.raises(OptionError, match="number of samples"):
+        load_batches(endless(), rows_net(), samples=0)
+
+
+def test_what_a_shuffled_loader_gave_is_what_is_pruned_with_and_recorded():
+    seen = []
+
+    def collate(rows):
+        seen.append(torch.stack([x for x, _ in rows]))
+        return seen[-1], torch.tensor([y for _, y in rows])
+
+    loader = DataLoader(TensorDataset(X, Y), 32, shuffle=True, collate_fn=collate)
+    with pytest.warns(UserWarning, match="first 256 samples; shuffled, as it came in this reading"):
+        result = osscar.prune(rows_net(), loader, neurons=0.5, device="cpu")
+    given = osscar.TensorSet("the same", {"input": torch.cat(seen)})
+    [record] = lineage_of(result.model).calibration
+    assert list(record.fingerprints) == given.fingerprints()
+    again = osscar.prune(rows_net(), given, neurons=0.5, device="cpu")
+    assert again.plan == result.plan
+    assert torch.equal(again.model(X), result.model(X))
+
+
+def test_rows_are_drawn_at_random_by_the_seed():
+    ordered = hub().Dataset.from_dict({"input": X.tolist(), "label": sorted(Y.tolist())})
+    one, same, other = (load_batches(ordered, rows_net(), samples=60, seed=s) for s in (0, 0, 1))
+    assert one.fingerprints() == same.fingerprints() != other.fingerprints()
+    assert set(one.labels.tolist()) == {0, 1, 2}
+    assert one.source.startswith("a Dataset, 60 of its 300 rows, drawn with seed 0; labels")
+
+
+def test_a_score_reads_all_of_a_loader():
+    loader = DataLoader(TensorDataset(X, Y), 32)
+    with pytest.warns(UserWarning, match="300 samples; labels set aside"):
+        quality = osscar.evaluate(rows_net(), loader).quality
+    right = (rows_net()(X).argmax(1) == Y).float().mean()
+    assert (quality.samples, quality.top1) == (300, pytest.approx(float(right)))
+
+
+def test_a_loader_recovers_estimates_and_sweeps(tmp_path):
+    class Single:
+        """A stream that can be read once."""
+
+        def __init__(self):
+            self.batches = iter(DataLoader(TensorDataset(X, Y), 64))
+
+        def __iter__(self):
+            return self.batches
+
+    model = rows_net()
+    pruned = osscar.prune(model, Single(), **MAGNITUDE)
+    recovery = osscar.recover(pruned, model, Single(), steps=2, learning_rate=1e-3, device="cpu")
+    assert osscar.estimate(model, Single(), sparsity=0.5, device="cpu").seconds > 0
+    told = osscar.sweep(
+        model, Single(), tmp_path / "sweep", sparsity=[0.5], backend="magnitude", device="cpu"
+    )
+    assert osscar.score_dense(model, Single()).samples == 256
+    for found in (recovery.data, told["calibration"]):
+        assert found["source"].startswith("a Single, its first 256 samples; labels set aside")
+
+
+# ---- padding -----------------------------------------------------------------------------
+
+
+def padded(side, filler, extra=()):
+    """Return sequences of several lengths with something at the padded positions."""
+    ids, mask = tokens(12, 20), torch.ones(12, 20, dtype=torch.int64)
+    for row in range(12):
+        gap = slice(20 - row, 20) if side == "right" else slice(0, row)
+        ids[row, gap], mask[row, gap] = filler, 0
+    return {"input_ids": ids, "attention_mask": mask, **dict(extra)}
+
+
+def bare(batch):
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [{"input_ids": ids[kept][None]} for ids, kept in rows]
+
+
+@pytest.mark.parametrize(("family", "side"), [("opt", "left"), ("llama-gqa", "right")])
+def test_padding_counts_nowhere(family, side):
+    model, asked = tiny(family), {"neurons": 0.5, "device": "cpu"}
+    batch = padded(side, 3)
+    with pytest.warns(UserWarning, match="without labels; padding cut off"):
+        result = osscar.prune(model, {**batch, "labels": batch["input_ids"]}, **asked)
+    other = osscar.prune(model, [padded(side, 7, {"labels": tokens(12, 20)})], **asked)
+    expected = osscar.prune(model, bare(batch), **asked)
+    ids = tokens(2, 16)
+    for found in (result, other):
+        assert found.plan == expected.plan
+        assert torch.equal(found.model(ids).logits, expected.model(ids).logits)
+        assert found.divergence == expected.divergence
+    assert result.calibration["sizes"] == {"input_ids": [1, None]}
+    with pytest.warns(UserWarning, match="padding cut off"):
+        one, two = (
+            osscar.compare(result.model, model, padded(side, filler)).model.quality
+            for filler in (3, 7)
+        )
+    assert (one.kl, one.errors) == (two.kl, two.errors)
+    assert one.kl > 0
+    assert one.classes_in == "logits"
+
+
+def test_a_batch_that_needs_no_padding_is_windows():
+    model, ids = tiny("opt"), tokens(6, 20)
+    ones = torch.ones_like(ids)
+    with pytest.warns(UserWarning, match="without labels$"):
+        found = read_once(model, {"input_ids": ids, "attention_mask": ones, "labels": ids})
+    assert isinstance(found, osscar.CalibrationSet)
+    assert torch.equal(found.tokens, ids)
+    assert found.describe()["fingerprints"] != [found.describe()["fingerprints"][0]] * 6
+    assert "seed" not in found.sentence()
+    assert as_inputs(model, found).tokens
+    with pytest.warns(UserWarning, match="without labels$"):
+        scored = osscar.evaluate(model, [{"input_ids": ids, "labels": ids}], repetitions=1)
+    assert scored.quality.tokens == 6 * 19
+
+
+def test_texts_in_tokens_are_drawn_as_windows_or_one_by_one():
+    model = tiny("opt")
+    alike = hub().Dataset.from_dict({"input_ids": tokens(50, 20).tolist()})
+    drawn = load_batches(alike, model, seed=3)
+    assert (drawn.samples, drawn.seqlen, drawn.seed) == (32, 20, 3)
+    lengths = [row.tolist()[: 8 + i % 3] for i, row in enumerate(tokens(50, 20))]
+    texts = hub().Dataset.from_dict({"input_ids": lengths, "text": ["a"] * 50})
+    apart = load_batches(texts, model, samples=50)
+    assert [one["input_ids"].tolist() for one in apart.samples] == [[ids] for ids in lengths]
+    assert apart.source == "a Dataset, 50 samples; without text"
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=VOCABULARY, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def test_a_classifier_of_padded_texts_is_scored_on_its_labels():
+    model, labels = bert(), torch.arange(12) % 3
+    extra = {"labels": labels, "token_type_ids": torch.zeros(12, 20, dtype=torch.int64)}
+    batch = padded("right", 0, extra)
+    with torch.no_grad():
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        right = (model(**given).logits.argmax(1) == labels).float().mean()
+    with pytest.warns(UserWarning, match="labels set aside to score by; padding cut off"):
+        quality = osscar.evaluate(model, batch, repetitions=1).quality
+    result = osscar.prune(model, batch, **MAGNITUDE)
+    assert quality.top1 == pytest.approx(float(right))
+    assert result.calibration["sizes"]["token_type_ids"] == [1, None]
+    of_file = osscar.TensorSet("a file", given, labels)
+    with pytest.warns(UserWarning, match="the data are a file, 12 samples; labels"):
+        assert osscar.evaluate(model, of_file, repetitions=1).quality == quality
+
+
+def test_images_of_transformers_come_with_labels_and_one_by_one():
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8, num_labels=4,
+    )  # fmt: skip
+    model = ViTForImageClassification(config).eval()
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    rows = [{"pixel_values": one, "label": int(y)} for one, y in zip(x, y, strict=True)]
+    forms = ([{"pixel_values": x, "labels": y}], [(x, y)], rows, DataLoader(rows, 3))
+    for data in forms:
+        found = load_batches(data, model)
+        assert torch.equal(found.tensors["pixel_values"], x)
+        assert torch.equal(found.labels, y)
+    with pytest.raises(DataError, match=r"can do without .labels., so that nobody knows"):
+        load_batches([(x, torch.randn(8, 4))], model)
+
+
+# ---- images ------------------------------------------------------------------------------
+
+
+def pictures(count=12):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
+    return [Image.fromarray(p if i % 3 else p[..., 0]) for i, p in enumerate(pixels)]
+
+
+def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
+    pytest.importorskip("torchvision")
+    datasets = hub()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("vwxyz"))}
+    )
+    columns = {"image": pictures(), "label": [i % 5 for i in range(12)]}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    for index, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"{index:02}.png")
+    expected = osscar.load_images(tmp_path, plain(12)).tensor()
+    for data in (table, pictures(), [*zip(pictures(), columns["label"], strict=True)]):
+        found = osscar.load_images(data, plain(12))
+        assert torch.equal(found.tensor(), expected)
+        assert "4 of 12 are grayscale, repeated in each channel" in found.sentence()
+        labelled = data[0] is not found.items[0] and not hasattr(data[0], "mode")
+        assert (found.labels is not None) == labelled
+    named = osscar.load_images(table, plain(12))
+    assert named.classes == tuple("vwxyz")
+    loaded = LoadedModel(small_net(), "net", None, torch.float32, preprocessing=plain(12))
+    drawn = loaded.calibration(table, samples=5, seed=1)
+    assert (drawn.source, len(drawn), len(drawn.fingerprints())) == ("Dataset, 12 images", 5, 5)
+    osscar.prune(loaded.model, drawn, channels=0.5, backend="magnitude", device="cpu")
+    with pytest.raises(DataError, match=r"there are image, label; name the .* osscar.load_images"):
+        osscar.prune(loaded.model, table, channels=0.5)
+
+
+def test_texts_of_a_data_set_become_windows():
+    loaded = osscar.load_model("demo")
+    table = hub().Dataset.from_dict({"text": ["Some words of a text. " * 20] * 30})
+    found = loaded.calibration(table, samples=3, seqlen=32, seed=1)
+    expected = osscar.text_windows(
+        loaded.tokenizer, "\n\n".join(table["text"][:4]), samples=3, seqlen=32, seed=1
+    )
+    assert found.source.startswith("a Dataset")
+    assert torch.equal(found.tokens, expected.tokens)
+    with pytest.raises(OptionError, match="seqlen is 32, and a list has samples of its own length"):
+        loaded.calibration([tokens(2, 8)], seqlen=32)
+
+
+# ---- what is refused ---------------------------------------------------------------------
+
+
+def ragged():
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 2] = 0
+    return {"input_ids": tokens(2, 6), "attention_mask": mask}
+
+
+def nothing_left():
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0] = 0
+    return {"input_ids": tokens(2, 6), "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (rows_net, lambda: DataLoader(TensorDataset(X[:0], Y[:0])), "DataLoader yields nothing"),
+        (rows_net, lambda: iter([]), "yields nothing; give one .* not read to its end before"),
+        (rows_net, lambda: [X, torch.zeros(2, 7)], r"samples of \(7,\) in batch 1 .* \(6,\) in b"),
+        (
+            rows_net,
+            lambda: iter([X[:9], X.double()]),
+            "1 .* has input float64, and .* float32",
+        ),
+        (
+            rows_net,
+            lambda: iter([X[:9], by_name(X * torch.nan)]),
+            "batch 1 of the .* have NaN",
+        ),
+        (rows_net, lambda: [(X, Y[:7])], "batch 0 of the data has 300 samples and 7 labels"),
+        (rows_net, lambda: iter(["a"]), "batch 0 of the data: the entry 0 is a str, and no tensor"),
+        (
+            rows_net,
+            lambda: hub().Dataset.from_dict({"wave": [[0.0]], "text": ["a"]}),
+            "row 0 of the data: .* takes input, and there are wave, text; name the entries .colu",
+        ),
+        (
+            rows_net,
+            lambda: hub().DatasetDict(train=table(), test=table()),
+            "a DatasetDict has data sets of its own; give one of 'train', 'test'",
+        ),
+        (lambda: tiny("opt"), ragged, "of sequence 1 in batch 0 .* leaves gaps in it; give"),
+        (
+            lambda: tiny("opt"),
+            lambda: [tokens(2, 6) + 0.5],
+            "batch 0 .* 'input_ids' is torch.float32; give the whole numbers",
+        ),
+        (lambda: tiny("opt"), nothing_left, "of sequence 0 in batch 0 .* hides all of it"),
+        (
+            lambda: tiny("opt"),
+            lambda: {**ragged(), "attention_mask": torch.zeros(2, 1, 6, 6)},
+            r"is torch.float32 of \(2, 1, 6, 6\) for 'input_ids' of \(2, 6\); give one of the same",
+        ),
+        (
+            lambda: tiny("opt"),
+            lambda: iter([{"input_ids": tokens(2, 6) + VOCABULARY}]),
+            r"tokens run from .* and the model knows 0 to",
+        ),
+        (
+            lambda: tiny("opt"),
+            lambda: {**padded("left", 0), "input_ids": tokens(12, 20) + VOCABULARY},
+            r"sample 0: calibration tokens run from",
+        ),
+    ],
+)
+def test_data_that_cannot_be_read_are_refused_by_place(model, data, message):
+    with pytest.raises(DataError, match=message):
+        osscar.prune(model(), data(), neurons=0.5, device="cpu")
+
+
+@pytest.mark.parametrize("labels", [[0, 1], torch.zeros(2), torch.zeros(3).long()])
+def test_labels_of_samples_apart_are_checked(labels):
+    with pytest.raises(DataError, match="labels must be 2 whole numbers, one a sample, not "):
+        osscar.SampleList("two", [{"input": X[:3]}, {"input": X[:5]}], labels)
+
+
+def test_padded_pixels_are_refused():
+    from transformers import DetrForObjectDetection
+
+    config = DetrConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=3,
+        use_timm_backbone=False, use_pretrained_backbone=False,
+        backbone_config={"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8],
+                         "depths": [1, 1, 1, 1], "out_features": ["stage4"]},
+    )  # fmt: skip
+    model = DetrForObjectDetection(config).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32)}
+    batch["labels"] = [{"class_labels": torch.zeros(1), "boxes": torch.zeros(1, 4)}] * 2
+    found = load_batches([batch], model)
+    assert set(found.tensors) == {"pixel_values", "pixel_mask"}
+    assert found.source == "a list, 2 samples; without labels"
+    batch["pixel_mask"][0, 20:] = 0
+    with pytest.raises(DataError, match=r"pixel_mask of batch 0 .* hides a part .* without"):
+        osscar.prune(model, batch, sparsity=0.5)

@@ -1,0 +1,335 @@
+"""Weights that code multiplies by, wherever it does: measured, refitted, or left as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
+
+import osscar
+from osscar.network.operations import count_flops
+from osscar.preparation.prepare import prepare
+from osscar.preparation.routing import reads
+from osscar.report.prune_page import prune_page
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
+from tests.graph.topologies import Deformable, EinsumLayers, TiedAutoencoder, randomized
+
+PLAIN = {"device": "cpu", "backend": "magnitude"}
+
+
+class Bare(nn.Module):
+    """A layer without a module: eight units that it is given, and a weight of some shape."""
+
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Tensor], weight: tuple[int, ...], space: int = 0
+    ) -> None:
+        super().__init__()
+        kind = (nn.Linear, nn.Conv1d, nn.Conv2d)[space]
+        self.enter = kind(3, 8, *(1,) * bool(space))
+        self.weight, self.function = nn.Parameter(torch.randn(weight)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(torch.relu(self.enter(x)), self.weight)
+
+
+class Causal(nn.Conv1d):
+    """A convolution that pads its inputs itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Twice(nn.Module):
+    """A layer that other code reads as well, in the same way."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.enter, self.leave, self.again = nn.Linear(3, 8), nn.Linear(8, 5), nn.Linear(8, 5)
+        self.shared = shared
+        if shared:
+            self.again.weight = self.leave.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        also = self.again(x * 2) if self.shared else F.linear(x * 2, self.leave.weight)
+        return self.leave(x) + also
+
+
+ROWS, SERIES, IMAGE = (40, 3), (12, 3, 7), (6, 3, 5, 5)
+
+MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "einsum": (lambda: Bare(lambda x, w: torch.einsum("bi,oi->bo", x, w), (5, 8)), ROWS),
+    "einsum of lists": (
+        lambda: Bare(lambda x, w: torch.einsum("io,...i->...o", [w, x]), (8, 5)),
+        ROWS,
+    ),
+    "einsum to heads": (
+        lambda: Bare(lambda x, w: torch.einsum("bi,ihk->hbk", x, w), (8, 2, 3)),
+        ROWS,
+    ),
+    "einsum from heads": (
+        lambda: Bare(
+            lambda x, w: torch.einsum("bhk,hko->bo", x.unflatten(1, (4, 2)), w), (4, 2, 5)
+        ),
+        ROWS,
+    ),
+    "behind it": (lambda: Bare(lambda x, w: x @ w, (8, 5)), ROWS),
+    "before it": (lambda: Bare(lambda x, w: torch.matmul(w, x), (5, 8), space=1), SERIES),
+    "turned": (lambda: Bare(lambda x, w: F.linear(x, w.mT), (8, 5)), ROWS),
+    "turned by name": (
+        lambda: Bare(lambda x, w: x @ torch.transpose(input=w, dim0=0, dim1=1), (5, 8)),
+        ROWS,
+    ),
+    "convolution": (
+        lambda: Bare(lambda x, w: F.conv2d(x, w, stride=2, padding=1), (4, 8, 3, 2), space=2),
+        IMAGE,
+    ),
+    "groups": (lambda: Bare(lambda x, w: F.conv2d(x, w, groups=2), (4, 4, 2, 2), space=2), IMAGE),
+    "padding of its own": (lambda: nn.Sequential(nn.Conv1d(3, 8, 1), Causal(8, 5, 3)), SERIES),
+    "deformable": (lambda: Deformable(), IMAGE),
+    "deformable in groups": (lambda: Deformable(fields=4, groups=2), IMAGE),
+    "deformable, a field each": (lambda: Deformable(fields=8, masked=False), IMAGE),
+    "shared": (lambda: Twice(shared=True), ROWS),
+    "read elsewhere": (lambda: Twice(shared=False), ROWS),
+}
+"""Networks whose first prunable group is read by such a weight, and the shape of their inputs."""
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    build, shape = MULTIPLIED[name]
+    torch.manual_seed(0)
+    return randomized(build()).double(), torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_what_is_read_times_the_weight_is_what_is_put_out(name: str) -> None:
+    model, x = made(name)
+    with prepare(model, x) as prepared:
+        group = next(group for group in prepared.groups if group.prunable)
+        maps = prepared.linear_maps(group)
+        seen: dict[str, list[Tensor]] = {one.name: [] for one in maps}
+
+        def see(station: str, read: object, y: Tensor) -> None:
+            for one in maps:
+                if one.name == station:
+                    X, W = torch.cat([*one.read_inputs(read)]), one.read_weight()
+                    bias = (
+                        one.read_bias() if one.has_bias else one.read_outputs(y, read)[0] - X[0] @ W
+                    )
+                    torch.testing.assert_close(X @ W + bias, one.read_outputs(y, read))
+                    assert X.shape == (len(X), one.rows)
+                    seen[station].append(X)
+
+        with reads(prepared.model, seen, after=see):
+            prepared.model(**prepared.batches()[0])
+        assert all(seen.values())
+        assert len(seen[maps[-1].name]) == len([m for m in maps if m.name == maps[-1].name]) * (
+            2 if name in ("shared", "read elsewhere") else 1
+        )
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_it_is_refitted_and_the_smaller_model_is_the_masked_one(name: str) -> None:
+    model, x = made(name)
+    before = copy.deepcopy(model.state_dict())
+    with prepare(model, x) as prepared:
+        group = next(group for group in prepared.groups if group.prunable)
+    keep, asked = {group.name: group.units // 2}, {"target": "weights", "damp": 0.01}
+    result = osscar.prune(model, x, groups=keep, device="cpu", **asked)
+    assert result.equivalence_error < 1e-10
+    (layer,), (plan,) = result.layers, result.plan.groups
+    assert (layer.kept, layer.tied, layer.unrefitted) == (group.units // 2, (), ())
+    slot = group.consumers[-1]
+    stays = torch.tensor(slot.indices(plan.kept))
+    left = before[slot.tensor].index_select(slot.dim, stays)
+    found = result.model.get_parameter(slot.tensor)
+    assert found.shape[slot.dim] == len(stays)
+    assert not torch.allclose(found, left.narrow(0, 0, len(found)))
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert "forward" not in vars(model)
+
+
+def test_heads_of_weights_with_a_dimension_for_heads_leave() -> None:
+    torch.manual_seed(0)
+    model, x = EinsumLayers().double(), torch.randn(32, 4, 6, dtype=torch.float64)
+    result = osscar.prune(model, x, groups={"heads": 2, "neurons": 4}, **PLAIN)
+    assert result.equivalence_error < 1e-10
+    assert [(layer.name, layer.kept) for layer in result.layers] == [("heads", 2), ("neurons", 4)]
+    small = result.model
+    assert small.query.shape == small.value.shape == (6, 2, 5)
+    assert (small.out.shape, small.up.shape, small.down.shape) == ((2, 5, 6), (4, 6), (4, 4))
+    assert count_flops(small, {"x": x}) < count_flops(model, {"x": x})
+
+
+OTHERWISE: dict[str, Callable[[], Bare]] = {
+    "scaled": lambda: Bare(lambda x, w: x @ (w * 2), (8, 5)),
+    "read besides": lambda: Bare(lambda x, w: x @ w + w.norm(), (8, 5)),
+    "in parts": lambda: Bare(lambda x, w: x[:, :4] @ w[:4], (8, 5)),
+    "by experts": lambda: Bare(
+        lambda x, w: torch.einsum("beh,eho->beo", x.unflatten(1, (2, 4)), w), (2, 4, 5)
+    ),
+    "in place": lambda: Bare(lambda x, w: (x @ w).addmm_(x, w), (8, 5)),
+    "as inputs": lambda: Bare(lambda x, w: F.linear(w, x).t(), (5, 8)),
+    "no view": lambda: Bare(lambda x, w: torch.einsum("bi,hik->bhk", x, w), (2, 8, 3)),
+}
+"""Code that does with a weight what is no product, or none that could be written back."""
+
+
+@pytest.mark.parametrize("way", OTHERWISE)
+def test_what_is_done_besides_freezes(way: str) -> None:
+    torch.manual_seed(0)
+    with prepare(OTHERWISE[way](), torch.randn(40, 3)) as prepared:
+        assert not prepared.products
+        reasons = [g.frozen for g in prepared.groups if any(s.tensor == "weight" for s in g.slots)]
+    assert all(reasons)
+
+
+def test_modules_may_be_called_as_products_are() -> None:
+    layers = {"first[0]": nn.Linear(3, 8), "second[1]": nn.Linear(8, 5)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    result = osscar.prune(model, torch.randn(40, 3), neurons=0.5, **PLAIN)
+    assert result.model.get_submodule("second[1]").in_features == 4
+
+
+# ---- deformable convolutions -------------------------------------------------------------
+
+
+def deformable(fields: int, groups: int, masked: bool) -> tuple[Deformable, Tensor]:
+    torch.manual_seed(0)
+    model = randomized(Deformable(fields, groups, masked)).double()
+    return model, torch.randn(6, 3, 5, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "groups", "masked", "units"),
+    [(1, 1, True, 8), (2, 1, False, 4), (2, 2, True, 4), (8, 1, True, 8)],
+)
+def test_deformable_convolutions_lose_channels_on_both_sides(
+    fields: int, groups: int, masked: bool, units: int
+) -> None:
+    model, x = deformable(fields, groups, masked)
+    keep = {"enter.channels": units // 2, "deform.channels": 6 // groups // 2}
+    result = osscar.prune(model, x, groups=keep, **PLAIN)
+    assert result.equivalence_error < 1e-10
+    assert {layer.name: layer.units for layer in result.layers} == {
+        "enter.channels": units,
+        "deform.channels": 6 // groups,
+    }
+    small, left = result.model, groups * (6 // groups // 2)
+    assert isinstance(small.deform, DeformConv2d)
+    assert small.deform.weight.shape == (left, 4 // groups, 3, 3)
+    shown = small.deform.in_channels, small.deform.out_channels, small.deform.groups
+    assert shown == (4, left, groups)
+    dense, less = (count_flops(one, {"x": x}) for one in (model, small))
+    assert dense - less > 6 * 25 * 9 * 2 * (6 * 8 - left * 4) // groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["eager", "exported"])
+def test_a_model_with_deformable_convolutions_is_read_and_pruned_again(
+    form: str, tmp_path: Path
+) -> None:
+    for fields, groups in ((1, 1), (4, 2), (8, 1)):
+        model, x = deformable(fields, groups, masked=True)
+        result = osscar.prune(model, x, channels=0.5, form=form, **PLAIN)
+        assert result.equivalence_error < 1e-10
+        result.save(tmp_path / str(fields))
+        again = osscar.load(tmp_path / str(fields), dense=copy.deepcopy(model))
+        torch.testing.assert_close(again(x), result.model(x), rtol=1e-12, atol=1e-12)
+        if form == "eager":
+            twice = osscar.prune(again, x, channels=0.5, **PLAIN)
+            assert twice.equivalence_error < 1e-10
+            assert twice.parameters_after < result.parameters_after
+
+
+# ---- weights that are read twice ---------------------------------------------------------
+
+
+def tied() -> tuple[TiedAutoencoder, Tensor]:
+    torch.manual_seed(0)
+    model = TiedAutoencoder().double()
+    return model, torch.randn(200, 4, dtype=torch.float64)
+
+
+def test_units_of_a_tied_autoencoder_leave_both_sides_and_no_weight_is_refitted(
+    tmp_path: Path,
+) -> None:
+    model, x = tied()
+    before = copy.deepcopy(model.state_dict())
+    keep = {"outer.hidden": 6, "neurons": 3}
+    with pytest.warns(UserWarning, match="the same weight is read in another way, too"):
+        result = osscar.prune(model, x, groups=keep, device="cpu")
+    assert result.equivalence_error < 1e-10
+    outer, inner = (plan.kept for plan in result.plan.groups)
+    small = result.model.state_dict()
+    assert torch.equal(small["outer.weight"], before["outer.weight"][list(outer)])
+    assert torch.equal(small["inner.weight"], before["inner.weight"][list(inner)][:, list(outer)])
+    assert {layer.name: layer.tied for layer in result.layers} == {
+        "outer.hidden": ("inner.weight[1]", "outer.weight[0]"),
+        "neurons": ("inner.weight[0]",),
+    }
+    page = prune_page(result.document(model, x))
+    assert "Not refitted, since the same weight is read in another way" in page
+    result.save(tmp_path / "small")
+    again = osscar.load(tmp_path / "small", dense=tied()[0])
+    torch.testing.assert_close(again(x), result.model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_takes_up_what_a_tied_weight_cannot() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.up = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8))
+            self.down = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(F.linear(x, self.weight, self.up))
+            return F.linear(x, self.weight.t(), self.down)
+
+    torch.manual_seed(0)
+    model, x = Own().double(), torch.randn(200, 4, dtype=torch.float64)
+    dense = model(x).detach()
+    with pytest.warns(UserWarning, match="read in another way"):
+        result = osscar.prune(model, x, neurons=0.5, device="cpu")
+    assert result.equivalence_error < 1e-10
+    # The bias corrects the means of the outputs on what was fitted, which is most of the data.
+    off = (result.model(x) - dense).mean(0)
+    result.model.down.data = model.down.data
+    assert off.abs().max() < 0.2 * (result.model(x) - dense).mean(0).abs().max()
+
+
+def test_the_dense_stream_of_a_tied_autoencoder_stays_dense() -> None:
+    model, x = tied()
+    reached: list[Tensor] = []
+    expected: list[Tensor] = []
+    with prepare(model, x, batch_size=50) as prepared, pytest.MonkeyPatch.context() as patch:
+        dense = copy.deepcopy(prepared.model)
+        groups = [group for group in prepared.groups if group.prunable]
+        names = {one.name for group in groups for one in prepared.linear_maps(group)}
+        with reads(dense, names, after=lambda _, __, y: expected.append(y)):
+            dense(x)
+
+        def correction(_: Target, y: Tensor, *others: Tensor) -> Tensor:
+            reached.append(y)
+            return y - others[0]
+
+        patch.setattr(Target, "correction", correction)
+        for step in walk(prepared, groups, target=Target.OUTPUTS):
+            weights = [one.read_weight() for one in step.consumers]
+            for W, one in zip(weights, step.consumers, strict=True):
+                W[one.unit_rows[0]] = 0
+            step.commit(weights)
+    found = [torch.cat(reached[start : start + 4]) for start in range(0, len(reached), 4)]
+    assert len(found) == len(expected) == 3
+    for y in found:  # the first group is read on both sides of the second
+        assert any(y.shape == of.shape and torch.allclose(y, of) for of in expected)
