@@ -159,7 +159,8 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     if largest == 0:
         raise RequestError(
             f"round-to {round_to} cannot be met by {group.name!r}: "
-            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one"
+            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one, "
+            f"or leave them whole (--skip {group.name!r})"
         )
     return step, largest
 

@@ -87,7 +87,7 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
-from osscar.shrinking.fold import fold, is_normalized
+from osscar.shrinking.fold import fold, is_foldable
 from osscar.shrinking.lineage import (
     FORMATS,
     LINEAGE,
@@ -205,7 +205,7 @@ def save(
 
 def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
     """Fold, in a copy, normalized weights that a class of transformers builds as plain ones."""
-    if not isinstance(model, PreTrainedModel) or not any(map(is_normalized, model.modules())):
+    if not isinstance(model, PreTrainedModel) or not any(map(is_foldable, model.modules())):
         return model
     dense = built(class_of(type(model), model.config), model.config)
     folded: nn.Module = copied(model)

@@ -67,10 +67,11 @@ def run(
         for verb, tensors in (("takes", written.inputs), ("returns", written.outputs)):
             told = ", ".join(f"{name} {tensor}" for name, tensor in tensors.items())
             say(f"it {verb} {told}")
-        if written.uneven:
+        if written.unaligned_convolutions:
+            which = pluralize(written.unaligned_convolutions, "convolution")
             say(
-                f"{pluralize(written.uneven, 'convolution')} with a number of filters that is no "
-                "multiple of 4: ONNX Runtime is slower at these on CPUs; prune with --round-to 4"
+                f"{which} with a number of filters that is no multiple of 4: ONNX Runtime is "
+                "slower at these on CPUs; prune with --round-to 4"
             )
         if written.weights is not None:
             say(f"its weights are in {written.weights.name} beside it: move both together")

@@ -63,7 +63,7 @@ class ExportedOnnx:
         What it takes and returns, by name.
     weights
         The file beside it that holds its weights, where these are too large for one; else None.
-    uneven
+    unaligned_convolutions
         Convolutions whose filters are no multiple of 4, and take ONNX Runtime longer on CPUs.
     """
 
@@ -72,7 +72,7 @@ class ExportedOnnx:
     inputs: dict[str, OnnxTensor]
     outputs: dict[str, OnnxTensor]
     weights: Path | None = None
-    uneven: int = 0
+    unaligned_convolutions: int = 0
 
 
 def export_onnx(
@@ -135,12 +135,12 @@ def export_onnx(
         raise OutputError(f"{weights} is there already, where weights might go; give another --out")
     with atomic_pair(target) as partial:
         session: Any = None
-        uneven = 0
+        unaligned_convolutions = 0
 
         def write(traced: Traced) -> Run:
-            nonlocal session, uneven
+            nonlocal session, unaligned_convolutions
             session = None  # the one before holds all weights
-            uneven = _write(traced, opened.output_names, partial)
+            unaligned_convolutions = _write(traced, opened.output_names, partial)
             session = _session(runtime, partial)
             return lambda inputs: _outputs(session, inputs)
 
@@ -153,7 +153,7 @@ def export_onnx(
         inputs=_described(session.get_inputs()),
         outputs=_described(session.get_outputs()),
         weights=weights if weights in kept else None,
-        uneven=uneven,
+        unaligned_convolutions=unaligned_convolutions,
     )
 
 

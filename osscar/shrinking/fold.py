@@ -86,7 +86,7 @@ def unfold(folded: Sequence[Folded], groups: Sequence[CouplingGroup] = ()) -> li
     return [one for one in folded if one.tensor in cut]
 
 
-def is_normalized(module: nn.Module) -> bool:
+def is_foldable(module: nn.Module) -> bool:
     """Whether a module has a weight that `fold` knows."""
     return any(True for _ in _parts(module))
 

@@ -200,7 +200,10 @@ def test_convolutions_without_whole_blocks_of_filters_are_counted(tmp_path: Path
 
     model = Correlated(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 12, 3)).eval()
     x = torch.randn(2, 3, 8, 8)
-    assert osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x).uneven == 1
+    assert (
+        osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x).unaligned_convolutions
+        == 1
+    )
 
 
 @pytest.mark.slow
