@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import osscar
 import solvers
@@ -83,7 +84,7 @@ def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, t
     result.save(tmp_path / "smaller")
     again = osscar.load(tmp_path / "smaller")
     with torch.no_grad():
-        assert torch.equal(again(input_ids=data).logits, result.model(input_ids=data).logits)
+        assert_close(again(input_ids=data).logits, result.model(input_ids=data).logits)
     prompt = {"input_ids": data[:1, :6], "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
     ours, theirs = (
         m.generate(**prompt, max_new_tokens=6, do_sample=False) for m in (result.model, again)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.testing import assert_close
 
 import graph
 import osscar
@@ -284,11 +285,11 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     dense = model(**larger)
     assert (result.model(**larger) - dense).norm() < (dropped(**larger) - dense).norm()
     again = osscar.load(result.save(tmp_path / "small").path, dense=Messages().eval())
-    assert torch.equal(again(**larger), result.model(**larger))
+    assert_close(again(**larger), result.model(**larger))
     if form == "eager":
         as_tuples = [tuple(sample.values()) for sample in data]
         again = osscar.prune(model, as_tuples, **asked, device="cpu")
-        assert torch.equal(again.model(**larger), result.model(**larger))
+        assert_close(again.model(**larger), result.model(**larger))
         assert len(osscar.prune(model, data[:1], **asked, device="cpu").layers) == 1
 
 
