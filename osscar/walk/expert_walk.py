@@ -17,16 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.timing import Stage, timed
 from osscar.network.hooks import hooks
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import LinearMap, member_maps
+from osscar.preparation.expert_lists import MOST_TIED, called_as_mixtures
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.routing import Routed, afresh, output_of
+from osscar.preparation.routing import ListedMixture, Routed, afresh, output_of
 from osscar.shrinking.routers import tied
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
@@ -34,9 +35,6 @@ from osscar.walk.layer_step import DenseTensors, LayerStep
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
 from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
-
-_MOST_TIED = 0.01
-"""The share of tokens that rounding may send to other experts than their logits say."""
 
 MOST_TOKENS = 1 << 15
 """Tokens that choose who stays, drawn where there are more."""
@@ -52,12 +50,27 @@ def last_matrices(
     prepared: Prepared, mixture: ExpertMixture
 ) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
     """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
+    module = prepared.model.get_submodule(mixture.experts)
+    if isinstance(module, nn.ModuleList):
+        return _last_layers(prepared, mixture, module)
     for group in prepared.groups:
         if not group.frozen and any(slot.module == mixture.experts for slot in group.consumers):
             maps = prepared.linear_maps(group)
             if len(maps) == mixture.group.units:
                 return group, maps
     return None
+
+
+def _last_layers(
+    prepared: Prepared, mixture: ExpertMixture, experts: nn.ModuleList
+) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
+    """Return what the last layers of experts read that are a list of modules, as neurons."""
+    name = mixture.last_layer
+    if name is None:
+        return None
+    maps = member_maps(mixture.experts, ListedMixture(mixture.experts, experts, name, 1))
+    neurons = f"{mixture.group.name}.neurons"
+    return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +111,9 @@ class ExpertWalk(Walk):
         committed: Mapping[str, DenseTensors],
     ) -> None:
         self._mixtures = {one.group.name: one for one in mixtures}
-        self._routers = {
-            one.router: one
-            for one in prepared.mixtures
-            if one.group.name in kept or one.group.name in self._mixtures
-        }
+        routed = [one for one in prepared.mixtures if one.group.name in {*kept, *self._mixtures}]
+        self._lists = [one.listed for one in routed if one.listed is not None]
+        self._routers = {one.router: one for one in routed}
         self._kept = dict(kept)
         self._routes: dict[tuple[str, int], _Routes] = {}
         """By router and batch."""
@@ -111,7 +122,8 @@ class ExpertWalk(Walk):
         self._neurons = {name: neurons for name, (neurons, _) in read.items()}
         maps = {name: own for name, (_, own) in read.items()}
         groups = [one.group for one in mixtures]
-        super().__init__(prepared, groups, True, target, held, committed, maps)
+        with called_as_mixtures(prepared.model, self._lists):
+            super().__init__(prepared, groups, True, target, held, committed, maps)
 
     def __iter__(self) -> Iterator[ExpertStep]:  # type: ignore[override]
         """Walk from mixture to mixture; each has to be committed."""
@@ -141,6 +153,7 @@ class ExpertWalk(Walk):
     def _watched(self) -> Iterator[None]:
         mixtures = [one.experts for one in self._mixtures.values()]
         with (
+            called_as_mixtures(self._model, self._lists),
             hooks(self._model, self._routers, after=self._at_router),
             super()._watched(),
             hooks(self._model, mixtures, before=self._into_mixture),  # once it is suspended there
@@ -158,7 +171,7 @@ class ExpertWalk(Walk):
         if mixture.group.name in self._kept:
             return how.among(self._kept[mixture.group.name], count, module, call, y)
         bias = how.choice_bias(module, call, count)
-        logits = how.logits(y, count).double()
+        logits = how.logits(module, call, y, count).double()
         bias = None if bias is None else bias.double()
         self._routes[name, run.index] = _Routes(logits, bias, *how.routes(y))
         return None
@@ -182,7 +195,7 @@ class ExpertWalk(Walk):
             ours, _ = mixture.how.rule.route(routes.logits, None, routes.bias)
             differ = (ours.sort(1).values != routes.experts.sort(1).values).any(1)
             differ &= ~tied(routes.logits)  # as those of padding may be, which is all zero
-            if int(differ.sum()) > _MOST_TIED * len(differ):
+            if int(differ.sum()) > MOST_TIED * len(differ):
                 raise ModelError(
                     f"the router {mixture.router!r} sends {int(differ.sum())} of {len(differ)} "
                     f"tokens of calibration batch {run.index} to other experts than its logits "
