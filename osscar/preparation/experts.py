@@ -244,7 +244,7 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
     kept = _some(how.rule, count)
     routing, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
     _check_router(found.router, router, found.call, how, routing, kept, count)
-    _check_sum(name, experts, found)
+    _check_sum(name, experts, found, count)
     _check_experts(name, experts, found, own, count)
     slots = [
         *_within(found.router, routing, order),
@@ -433,22 +433,14 @@ def _entries(given: Tensor, kept: Sequence[int], count: int) -> Tensor:
     return given.flatten()[list(kept)] if given.numel() == count else given
 
 
-def _check_sum(name: str, experts: nn.Module, found: _Found) -> None:
+def _check_sum(name: str, experts: nn.Module, found: _Found, count: int) -> None:
     """Refuse a mixture that does not put out the sum over experts, on drawn tokens, too."""
-    x, k = found.x, found.x.experts.shape[1]
-    drawn = torch.randn(x.hidden.shape, generator=torch.Generator().manual_seed(0)).to(x.hidden)
-    hidden = torch.cat([x.hidden, drawn])
-    weights, chosen = x.weights.repeat(2, 1), x.experts.repeat(2, 1)
-    y = torch.cat([found.y, experts.forward(drawn, x.experts, x.weights)])
-    # Each place of a token as a token of its own.
-    ones = torch.ones_like(weights).view(-1, 1)
-    parts = experts.forward(hidden.repeat_interleave(k, 0), chosen.reshape(-1, 1), ones)
-    same = len(parts) == len(ones) and parts.shape[1:] == y.shape[1:] and len(y) == len(hidden)
-    if not same:
-        raise ModelError(_NO_SUM.format(name, type(experts).__name__))
-    total = (parts.unflatten(0, (-1, k)).double() * weights[..., None].double()).sum(1)
-    for one, expected in zip(total.chunk(2), y.chunk(2), strict=True):
-        if not _alike(one, expected, x):
+    drawn = found.x.elsewhere()
+    for x, y in ((found.x, found.y), (drawn, drawn.output(experts))):
+        token, chosen, weights = x.taken(count)
+        alone = Routed(x.hidden[token], chosen[:, None], torch.ones_like(weights)[:, None])
+        parts = alone.output(experts)
+        if len(parts) != len(token) or not x.adds_up(token, parts * weights[:, None], y):
             raise ModelError(_NO_SUM.format(name, type(experts).__name__))
 
 
@@ -464,12 +456,5 @@ def _check_experts(
     with restored(experts):
         _without(experts, slots, kept, count)
         smaller = experts.forward(x.hidden, numbers, ones)
-    if not _alike(smaller, y, x):
+    if not x.alike(smaller, y):
         raise ModelError(_DIFFERENT.format(name, type(experts).__name__))
-
-
-def _alike(a: Tensor, b: Tensor, x: Routed) -> bool:
-    """Whether outputs are the same to what rounding leaves, in the coarsest format of a call."""
-    eps = max(torch.finfo(given.dtype).eps for given in (b, x.hidden, x.weights))
-    error = torch.linalg.vector_norm(a.double() - b.double())
-    return bool(error <= eps**0.5 * torch.linalg.vector_norm(b.double()))

@@ -20,7 +20,7 @@ from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan
+from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
 from osscar.shrinking.structure import remember_structure
 
 
@@ -60,11 +60,13 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         for group in plan.groups:
             mend(model, group)
         _shorten(model, plan)
-        follow_around(model, plan.groups)
+        plans = (*lineage_of(model).plans, plan)
+        for groups in (plan.groups, experts_left(plans)):  # which may be alike again
+            follow_around(model, groups)
         forget_derived(model)
         for integer in plan.integers:
             _set_number(model, integer)
-        note(model, plans=(*lineage_of(model).plans, plan))
+        note(model, plans=plans)
 
 
 def _set_number(model: nn.Module, integer: Integer) -> None:

@@ -360,6 +360,24 @@ def test_fewer_experts_are_saved_and_read_by_transformers(family, tmp_path):
         assert torch.equal(osscar.load(saved.path)(**example()).logits, expected)
 
 
+def test_layers_that_become_alike_again_are_said_by_the_config(tmp_path):
+    model = mixture("mixtral")
+    for keep in ((3, 2), (2, 2)):
+        plan = [
+            GroupPlan.of(one.group, tuple(range(kept)))
+            for one, kept in zip(found(model), keep, strict=True)
+            if kept < one.group.units
+        ]
+        shrink(model, PruningPlan(tuple(plan)), [example()])
+    assert model.num_experts == 2
+    saved = save(model, tmp_path / "smaller")
+    assert saved.stock
+    plain = hf.AutoModelForCausalLM.from_pretrained(saved.path)
+    assert plain.config.num_local_experts == 2
+    with torch.no_grad():
+        assert torch.equal(plain(**example()).logits, model(**example()).logits)
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["deepseek-v3-groups", "gpt-oss", "mixtral"])
 def test_layers_with_different_experts_are_saved_with_the_code_that_reads_them(family, tmp_path):
