@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -247,6 +248,10 @@ def _followable(
     return folded
 
 
+_OPAQUE = (
+    "it enters {!r}, whose code gives experts the tokens that are sent to them: shapes depend on "
+    "values there, so that it cannot be traced"
+)
 _SENT = (
     "belongs to experts that the code of {!r} gives the tokens that are sent to them: shapes "
     "depend on values there, so that it cannot be traced; whole experts may leave (experts=)"
@@ -268,6 +273,8 @@ def _traced(
             raise
     with stood_in_for(model, blocks):
         traced = graph.trace(model, small, opaque=list(blocks))
+    groups = tuple(_opaque_named(group, blocks) for group in traced.groups)
+    traced = dataclasses.replace(traced, groups=groups)
     untraced = (
         CouplingGroup(
             f"{experts}.neurons", UnitKind.NEURONS, 1, (), 0,
@@ -276,6 +283,17 @@ def _traced(
         for block, (experts, _) in blocks.items()
     )  # fmt: skip
     return traced, {}, tuple(untraced)
+
+
+def _opaque_named(group: CouplingGroup, blocks: Collection[str]) -> CouplingGroup:
+    """Say what is in the way of a group that enters code which was not traced."""
+    frozen = (
+        dataclasses.replace(freeze, reason=_OPAQUE.format(freeze.module or "the model"))
+        if freeze.module in blocks
+        else freeze
+        for freeze in group.frozen
+    )
+    return dataclasses.replace(group, frozen=tuple(frozen))
 
 
 def _traced_whole(

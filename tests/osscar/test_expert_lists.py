@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import osscar
 from osscar.base.errors import ModelError, RequestError
+from osscar.evaluation.size import count_owned
 from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.experts import mixtures_in
+from osscar.preparation.prepare import prepare
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
@@ -195,6 +197,10 @@ def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
     names = [layer.name for layer in result.layers]
     assert "0.neurons" in names
     assert not any("blocks" in name for name in names)
+    with prepare(model, x) as prepared:
+        reasons = {g.name: g.frozen[0].reason for g in prepared.groups if g.frozen}
+    assert "depend on values there" in reasons["1.blocks.0.experts.neurons"]
+    assert any("it enters '1.blocks.0', whose code gives experts" in r for r in reasons.values())
 
 
 # ---- what stays --------------------------------------------------------------------------
@@ -290,6 +296,13 @@ def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
     assert all("no module called once" in one.group.frozen[0].reason for one in found)
     found = mixtures(Net(block, block).eval(), x)
     assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
+
+
+def test_parameters_of_experts_are_counted_as_prunable(x):
+    model = net(SoftmaxThenTopK)
+    gate, members = (getattr(model.blocks[0], name) for name in ("gate", "experts"))
+    expected = sum(p.numel() for own in (gate, members) for p in own.parameters())
+    assert count_owned(model, [one.group for one in mixtures(model, x)]) == expected
 
 
 def test_lists_that_are_no_experts_are_no_mixtures(x):
