@@ -31,7 +31,7 @@ from osscar.preparation.expert_lists import (
     silence,
 )
 from osscar.preparation.routing import last_layers
-from osscar.shrinking.equivalence import Inputs
+from osscar.shrinking.equivalence import Inputs, finer_precision, in_format_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.routers import (
     TOLERANCE,
@@ -377,9 +377,11 @@ def check_list(model: nn.Module, one: ExpertList, call: Call, kept: Sequence[int
     _check_sum(inner, block, call, one.experts)
     _check_masked(inner, block, call, _plan(slots, kept), one.experts)
     alone, shell = _SumAlone(block, one.place), _renamed(one, "block")
-    inputs = [_as_inputs(block, given) for given in (call, _drawn_like(call, one.count))]
+    plan = PruningPlan((_plan(list_slots(alone, shell), kept),))
+    given = [_as_inputs(block, calls) for calls in (call, _drawn_like(call, one.count))]
     try:
-        rehearse(alone, PruningPlan((_plan(list_slots(alone, shell), kept),)), inputs)
+        with finer_precision(alone, given[0]):
+            rehearse(alone, plan, [in_format_of(inputs, alone) for inputs in given])
     except OsscarError as error:
         raise ModelError(
             f"the code of {one.block or 'the model'!r} cannot do without some experts of "

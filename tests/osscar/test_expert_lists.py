@@ -176,6 +176,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_model(x, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
 
 
+def test_experts_leave_in_half_precision(x):
+    model = net(SoftmaxThenTopK, Sorted).bfloat16()
+    result = osscar.prune(model, x.bfloat16(), experts=4, skip=["blocks.0.*"])
+    assert [layer.kept for layer in result.layers] == [4]
+    assert next(result.model.parameters()).dtype is torch.bfloat16
+
+
 def test_experts_of_one_matrix_leave_and_are_refitted(x):
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
