@@ -86,7 +86,7 @@ class ExpertMixture:
         The name of the module that is called with what is `Routed`.
     router
         The name of the module that routes; empty where none is known.
-    how
+    routing
         How it does; None where the group is frozen.
     listed
         Where the experts are a list of modules that the code of a block calls: how it does.
@@ -99,7 +99,7 @@ class ExpertMixture:
     group: CouplingGroup
     experts: str
     router: str = ""
-    how: Router | None = None
+    routing: Router | None = None
     listed: ExpertList | None = None
     last_layer: str | None = None
 
@@ -238,25 +238,25 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
     if found.x.experts.shape[1] >= count:
         raise ModelError(_TOO_FEW.format(count, name))
     try:
-        how = router_of(router, found.call, count)
+        routing = router_of(router, found.call, count)
     except ModelError as error:
         raise ModelError(f"the router {found.router!r} {error}") from error
-    kept = _some(how.rule, count)
-    routing, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
-    _check_router(found.router, router, found.call, how, routing, kept, count)
+    kept = _trial_experts(routing.rule, count)
+    rows, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
+    _check_router(found.router, router, found.call, routing, rows, kept, count)
     _check_sum(name, experts, found, count)
     _check_experts(name, experts, found, own, count)
     slots = [
-        *_within(found.router, routing, order),
-        *_given(model, found, count, order),
+        *_within(found.router, rows, order),
+        *_router_arguments(model, found, count, order),
         *_within(name, own, order),
     ]
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
-        step=how.rule.groups,
+        step=routing.rule.groups,
     )  # fmt: skip
     last = last_layer(experts, found.x.hidden) if isinstance(experts, nn.ModuleList) else None
-    return ExpertMixture(group, name, found.router, how, last_layer=last)
+    return ExpertMixture(group, name, found.router, routing, last_layer=last)
 
 
 def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture | None:
@@ -286,15 +286,15 @@ def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) 
     one = expert_list(model, name, calls)
     assert one.rule is not None
     call, _ = calls.block[0]
-    check_list(model, one, call, _some(one.rule, one.count))
+    check_list(model, one, call, _trial_experts(one.rule, one.count))
     slots = list_slots(model, one, order)
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
         step=one.rule.groups,
     )  # fmt: skip
-    how = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
+    routing = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
     last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))
-    return ExpertMixture(group, name, one.router, how, one, last)
+    return ExpertMixture(group, name, one.router, routing, one, last)
 
 
 def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> ExpertMixture:
@@ -351,7 +351,7 @@ def _within(module: str, slots: Sequence[Slot], order: int) -> Iterator[Slot]:
         yield replace(slot, tensor=tensor, module=module, order=order)
 
 
-def _given(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
+def _router_arguments(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
     """Yield those tensors of the module around with a number for each expert that a router gets."""
     assert found.router is not None
     around = found.experts.rpartition(".")[0]
@@ -377,7 +377,7 @@ def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
 # ---- whether it is all -------------------------------------------------------------------
 
 
-def _some(rule: RoutingRule, count: int) -> list[int]:
+def _trial_experts(rule: RoutingRule, count: int) -> list[int]:
     """Return experts among which a router can choose: the last ones of each group, about half."""
     size, fewest = count // rule.groups, rule.fewest // rule.groups
     if fewest >= size:
@@ -400,7 +400,7 @@ def _check_router(
     name: str,
     router: nn.Module,
     call: Call,
-    how: Router,
+    routing: Router,
     slots: Sequence[Slot],
     kept: Sequence[int],
     count: int,
@@ -411,16 +411,16 @@ def _check_router(
     args, kwargs = drawn_call(call, count, seed=len(kept))
     with InDouble():
         y = copy.forward(*args, **kwargs)
-        expected = pytree.tree_leaves(how.among(kept, count, copy, (args, kwargs), y))
+        expected = pytree.tree_leaves(routing.among(kept, count, copy, (args, kwargs), y))
         _without(copy, slots, kept, count)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: _entries(t, kept, count), (args, kwargs)
         )
         found = pytree.tree_leaves(copy.forward(*args, **kwargs))
-    chosen, weights = found[how.places.experts], found[how.places.weights]
+    chosen, weights = found[routing.places.experts], found[routing.places.weights]
     known = (chosen >= 0) & (chosen < len(kept))
     staying = torch.tensor(kept, device=chosen.device)[chosen.clamp(0, len(kept) - 1)]
-    ours = by_expert(expected[how.places.experts], expected[how.places.weights])
+    ours = by_expert(expected[routing.places.experts], expected[routing.places.weights])
     theirs = by_expert(staying, weights)
     error = (ours[1] - theirs[1]).abs().max()
     same = bool(known.all()) and torch.equal(ours[0], theirs[0])

@@ -166,7 +166,7 @@ class ExpertWalk(Walk):
         if run is None or run.dense:
             return None
         mixture, call = self._routers[name], (args, kwargs)
-        count, how = mixture.group.units, mixture.how
+        count, how = mixture.group.units, mixture.routing
         assert how is not None
         if mixture.group.name in self._kept:
             return how.among(self._kept[mixture.group.name], count, module, call, y)
@@ -182,7 +182,7 @@ class ExpertWalk(Walk):
         Code around a router may change what it says of some tokens; and scores that saturate may be
         equal where the logits are not.
         """
-        assert mixture.how is not None
+        assert mixture.routing is not None
         for run in self._runs:
             routes, x = self._routes[mixture.router, run.index], cast("Any", run.arrived).x
             given = (routes.experts, x.experts), (routes.weights, x.weights)
@@ -192,7 +192,7 @@ class ExpertWalk(Walk):
                     f"weights than its router {mixture.router!r} put out: what changes them cannot "
                     "be told without some experts; leave it out (--skip)"
                 )
-            ours, _ = mixture.how.rule.route(routes.logits, None, routes.bias)
+            ours, _ = mixture.routing.rule.route(routes.logits, None, routes.bias)
             differ = (ours.sort(1).values != routes.experts.sort(1).values).any(1)
             differ &= ~tied(routes.logits)  # as those of padding may be, which is all zero
             if int(differ.sum()) > MOST_TIED * len(differ):
@@ -274,8 +274,8 @@ class ExpertStep:
     @torch.no_grad()
     def problem(self, keep: int) -> ExpertProblem:
         """Pose the problem of which experts stay, on samples that are not held out."""
-        assert self.mixture.how is not None
-        rule, walk = self.mixture.how.rule, self._walk
+        assert self.mixture.routing is not None
+        rule, walk = self.mixture.routing.rule, self._walk
         drawn = self._drawn()
         tokens = sum(map(len, drawn.values()))
         bias = walk._routes[self.mixture.router, min(drawn)].bias
@@ -304,14 +304,14 @@ class ExpertStep:
 
     def _parts(self, drawn: Mapping[int, Tensor], keep: int) -> Iterator[RoutedTokens]:
         """Yield what the drawn tokens of each batch say of the experts that they can reach."""
-        assert self.mixture.how is not None
+        assert self.mixture.routing is not None
         for run, x, y in self._walk._here():
             if run.index not in drawn:
                 continue
             routes = self._walk._routes[self.mixture.router, run.index]
             logits, bias = routes.logits, routes.bias
             rows = drawn[run.index].to(y.device)
-            reached = expert_candidates(self.mixture.how.rule, logits[rows], keep, bias)
+            reached = expert_candidates(self.mixture.routing.rule, logits[rows], keep, bias)
             some = max(1, _AT_ONCE // (reached.shape[1] * y.shape[1]))
             given = logits[rows], x.hidden[rows], reached, y[rows]
             for own, hidden, experts, target in zip(
@@ -330,7 +330,7 @@ class ExpertStep:
     @torch.no_grad()
     def commit(self, kept: Sequence[int]) -> None:
         """Route the batches among the experts that stay."""
-        walk, how = self._walk, self.mixture.how
+        walk, how = self._walk, self.mixture.routing
         assert how is not None
         walk._kept[self.group.name] = tuple(kept)
         for run in walk._runs:

@@ -61,7 +61,7 @@ def found(model):
 
 def keeping(mixture, gone):
     """Return a plan for a mixture without one expert of each of its groups of experts."""
-    group, groups = mixture.group, mixture.how.rule.groups
+    group, groups = mixture.group, mixture.routing.rule.groups
     size = group.units // groups
     leave = {g * size + gone % size for g in range(groups)}
     return GroupPlan.of(group, tuple(e for e in range(group.units) if e not in leave))
@@ -74,10 +74,10 @@ def keeping(mixture, gone):
 def test_the_rule_of_a_router_is_found_by_what_it_puts_out(family):
     model = mixture(family)
     (one, *_) = found(model)
-    assert (one.how.rule, one.how.bias) == RULES[family]
+    assert (one.routing.rule, one.routing.bias) == RULES[family]
     assert one.group.kind is UnitKind.EXPERTS
     assert one.group.name == one.experts
-    assert one.group.step == one.how.rule.groups
+    assert one.group.step == one.routing.rule.groups
     assert one.group.prunable
     experts = model.get_submodule(one.experts)
     assert one.group.units == len(experts.down_proj)
@@ -95,7 +95,7 @@ def test_a_router_that_is_not_trained_is_known_by_its_code():
     model = mixture("qwen2-moe")
     for layer in model.model.layers:
         nn.init.zeros_(layer.mlp.gate.weight)
-    assert {one.how.rule for one in found(model)} == {PLAIN}
+    assert {one.routing.rule for one in found(model)} == {PLAIN}
 
 
 # ---- what cannot leave -------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_a_mixture_of_ones_own_loses_experts_and_is_saved(tmp_path):
     model, x = Own(Router()).eval(), torch.randn(40, 8)
     with torch.no_grad():
         (one,) = mixtures_in(model, {"x": x})
-        assert one.how.rule.scale == 0.7
+        assert one.routing.rule.scale == 0.7
         dense = copy.deepcopy(model)
         plan = PruningPlan((GroupPlan.of(one.group, (0, 2, 3)),))
         assert shrink(model, plan, [(x,)]).error < 1e-6

@@ -72,7 +72,7 @@ def reason(block: nn.Module, x: Tensor) -> str:
 def test_the_rule_is_read_off_what_a_block_makes_of_its_experts(kind, x):
     model = net(kind)
     (one,) = mixtures(model, x)
-    rule, expected = one.how.rule, RULES[kind]
+    rule, expected = one.routing.rule, RULES[kind]
     assert rule.scale == pytest.approx(expected.scale)
     assert (rule.top_k, rule.scores, rule.normalized) == (2, expected.scores, expected.normalized)
     assert one.group.units == COUNT
