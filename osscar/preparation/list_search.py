@@ -131,8 +131,8 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
     experts = model.get_submodule(name)
     if not alike(experts):
         raise NoMixture(
-            f"the modules of {name!r} are not of the same structure and shapes, or share tensors: "
-            "only experts that are alike can leave as a whole"
+            f"the modules of {name!r} are not several of the same structure and shapes, or share "
+            "tensors: only experts that are alike can leave as a whole"
         )
     if len(calls.block) != 1:
         raise NoMixture(

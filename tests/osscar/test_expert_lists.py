@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import osscar
@@ -26,11 +27,14 @@ from tests.osscar.expert_lists import (
     Gate,
     Masked,
     Net,
+    OwnConfig,
+    OwnModel,
     SoftmaxThenTopK,
     Sorted,
     TopKThenSoftmax,
     net,
 )
+from tests.osscar.families import tokens
 
 RULES = {
     SoftmaxThenTopK: RoutingRule(2, RouterScores.SOFTMAX, normalized=True),
@@ -176,6 +180,24 @@ def test_a_run_that_was_killed_goes_on_to_the_same_model(x, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_code_of_the_kind_of_transformers_is_saved_with_its_own_config(tmp_path):
+    hf.AutoConfig.register(OwnConfig.model_type, OwnConfig, exist_ok=True)
+    hf.AutoModelForCausalLM.register(OwnConfig, OwnModel, exist_ok=True)
+    torch.manual_seed(0)
+    model, data = OwnModel(OwnConfig()).eval(), tokens(32, 24)
+    for parameter in (p for p in model.parameters() if p.ndim > 1):
+        nn.init.normal_(parameter, std=0.3)
+    result = osscar.prune(model, data, experts=4)
+    saved = result.save(tmp_path / "smaller")
+    assert saved.stock
+    again = OwnModel.from_pretrained(saved.path)
+    assert [len(block.experts) for block in again.blocks] == [4, 4]
+    assert again.config.num_experts == 4
+    with torch.no_grad():
+        assert torch.equal(again(data).logits, result.model(data).logits)
+
+
 def test_experts_leave_in_half_precision(x):
     model = net(SoftmaxThenTopK, Sorted).bfloat16()
     result = osscar.prune(model, x.bfloat16(), experts=4, skip=["blocks.0.*"])
@@ -261,7 +283,7 @@ class Normed(SoftmaxThenTopK):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Different, "are not of the same structure and shapes"),
+        (Different, "are not several of the same structure"),
         (Unrouted, "every token is sent to all 6 experts"),
         (Elsewhere, "cannot do without some experts"),
         (Scaled, "does not put out the sum over experts"),
