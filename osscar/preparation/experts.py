@@ -162,7 +162,7 @@ def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[Expe
     return tuple(
         one
         if one.group.frozen or all(owners[tensor] == 1 for tensor in tensors[one.experts])
-        else _frozen(model, one.experts, _SHARED.format(one.experts), one.router)
+        else _frozen(model, one.experts, _SHARED.format(one.experts), one.holders[-1])
         for one in mixtures
     )
 

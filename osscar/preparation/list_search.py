@@ -139,6 +139,8 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
             f"{name!r} lies in {block_name or 'the model'!r}, which is called {len(calls.block)} "
             "times in a pass: only a block that is called once can do without some experts"
         )
+    if _is_shared(model, experts):
+        raise NoMixture(f"other modules have experts of {name!r}, or tensors of them, too")
     count, outputs = len(experts), _outputs(name, calls)  # type: ignore[arg-type]
     block, (call, _) = model.get_submodule(block_name), calls.block[0]
     reason: ModelError = NoMixture(
@@ -154,6 +156,16 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
             if isinstance(reason, NoMixture):  # another one may tell more
                 reason = error
     raise reason
+
+
+def _is_shared(model: nn.Module, experts: nn.Module) -> bool:
+    """Whether modules of a list, or their parameters, have another place in a model, too."""
+    inside = set(experts.modules())
+    places = [module for _, module in model.named_modules(remove_duplicate=False)]
+    own = {id(parameter) for parameter in experts.parameters()}
+    beside = (p for module in set(places) - inside for p in module.parameters(recurse=False))
+    twice = sum(module in inside for module in places) > len(inside)
+    return twice or any(id(parameter) in own for parameter in beside)
 
 
 def _outputs(name: str, calls: ListCalls) -> int:

@@ -327,6 +327,19 @@ def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
     assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
 
 
+@pytest.mark.parametrize("what", ["list", "member", "weight"])
+def test_experts_that_have_another_place_stay(what, x):
+    block, other = Masked(), Masked()
+    if what == "list":
+        other.experts = block.experts
+    elif what == "member":
+        other.experts[1] = block.experts[0]
+    else:
+        other.experts[1].down.weight = block.experts[0].down.weight
+    found = mixtures(Net(block, other).eval(), x)
+    assert all("other modules have experts" in one.group.frozen[0].reason for one in found)
+
+
 def test_parameters_of_experts_are_counted_as_prunable(x):
     model = net(SoftmaxThenTopK)
     gate, members = (getattr(model.blocks[0], name) for name in ("gate", "experts"))
