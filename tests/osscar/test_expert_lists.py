@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations
 
 import pytest
@@ -35,6 +36,7 @@ from tests.osscar.expert_lists import (
     net,
 )
 from tests.osscar.families import tokens
+from tests.osscar.test_expert_routes import Block
 
 RULES = {
     SoftmaxThenTopK: RoutingRule(2, RouterScores.SOFTMAX, normalized=True),
@@ -168,6 +170,45 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     result.save(tmp_path / "smaller")
     again = osscar.load(tmp_path / "smaller", dense=model)
     assert torch.equal(again(x), result.model(x))
+
+
+def as_list(block: Block) -> nn.Module:
+    """Return a block with a list of experts that computes what one with stacked matrices does."""
+    found = SoftmaxThenTopK()
+    found.gate.weight = block.router.weight
+    for expert, up, down in zip(found.experts, block.experts.up, block.experts.down, strict=True):
+        expert.up, expert.down = (nn.Linear(*W.T.shape, bias=False) for W in (up, down))
+        expert.up.weight.data, expert.down.weight.data = up.data, down.data
+    return found
+
+
+def test_a_list_comes_to_what_stacked_matrices_come_to(x):
+    torch.manual_seed(0)
+    blocks = Block(), Block()
+    stacked = nn.Sequential(*blocks, nn.Linear(WIDTH, WIDTH)).eval()
+    listed = nn.Sequential(
+        *(Residual(as_list(block)) for block in copy.deepcopy(blocks)), copy.deepcopy(stacked[2])
+    ).eval()
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        assert torch.allclose(listed(flat), stacked(flat), atol=1e-5)
+    one, other = (osscar.prune(model, flat, experts=4) for model in (stacked, listed))
+    assert [a.support for a in one.layers] == [b.support for b in other.layers]
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert a.relative_loss == pytest.approx(b.relative_loss, rel=1e-4)
+        assert a.refitted_loss == pytest.approx(b.refitted_loss, rel=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(one.model(flat), other.model(flat), atol=1e-3)
+
+
+class Residual(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.block(x)
+        return y
 
 
 @pytest.mark.slow
