@@ -124,7 +124,7 @@ def by_hand(block: nn.Module, x: Tensor, kept: tuple[int, ...], rule: RoutingRul
     return y
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", RULES)
 def test_the_set_that_is_chosen_loses_least_of_all_by_hand(kind, x):
     """That of the first block, before which nothing changes."""
@@ -186,9 +186,8 @@ def test_a_list_comes_to_what_stacked_matrices_come_to(x):
     torch.manual_seed(0)
     blocks = Block(), Block()
     stacked = nn.Sequential(*blocks, nn.Linear(WIDTH, WIDTH)).eval()
-    listed = nn.Sequential(
-        *(Residual(as_list(block)) for block in copy.deepcopy(blocks)), copy.deepcopy(stacked[2])
-    ).eval()
+    lists = (Residual(as_list(block)) for block in copy.deepcopy(blocks))
+    listed = nn.Sequential(*lists, copy.deepcopy(stacked[2])).eval()
     flat = x.flatten(0, 1)
     with torch.no_grad():
         assert torch.allclose(listed(flat), stacked(flat), atol=1e-5)
@@ -239,6 +238,7 @@ def test_code_of_the_kind_of_transformers_is_saved_with_its_own_config(tmp_path)
         assert torch.equal(again(data).logits, result.model(data).logits)
 
 
+@pytest.mark.slow
 def test_experts_leave_in_half_precision(x):
     model = net(SoftmaxThenTopK, Sorted).bfloat16()
     result = osscar.prune(model, x.bfloat16(), experts=4, skip=["blocks.0.*"])
@@ -246,6 +246,7 @@ def test_experts_leave_in_half_precision(x):
     assert next(result.model.parameters()).dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_experts_of_one_matrix_leave_and_are_refitted(x):
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
