@@ -51,7 +51,8 @@ class Slot:
     ----------
     tensor
         Qualified name of the parameter or buffer, as in ``model.named_parameters()``.  Tied
-        tensors are named once, by the first of their names.
+        tensors are named once, by the first of their names.  Where each unit is a member of a list
+        of modules, the name of that list, which is `module`, too.
     dim
         The dimension of that tensor.
     role

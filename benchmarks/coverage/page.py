@@ -112,6 +112,15 @@ says that it was not done within 30 s had half a minute.
     python -m benchmarks.coverage run DIR     # goes on where it was stopped; an hour of CPU time
     python -m benchmarks.coverage page DIR    # writes this page
 
+Whole experts of mixtures are no groups of a trace, and are not in these tables. Of transformers
+they can leave DeepSeek-V2 and V3, ERNIE 4.5, GLM-4-MoE, GPT-OSS, Granite-MoE, Hunyuan, Jamba,
+LFM2-MoE, MiniMax and MiniMax-M2, Mixtral, Nemotron-H, OLMoE, Qwen2-MoE and Qwen3-MoE: a tiny
+model of each is pruned, proved, saved under its family's config and read by plain transformers
+(`tests/osscar/test_expert_groups.py`, with `-m "slow or not slow"`). PhiMoE's stay (its router
+follows another rule), and Llama 4's (its experts are not called with tokens and experts); other
+families have not been tried. Those of one's own may be a list of modules
+(`tests/osscar/test_expert_lists.py`).
+
 """
 
 _LEGEND = """

@@ -28,7 +28,7 @@ from osscar.checkpoint import modeling_pruned
 from osscar.shrinking.attention import AnyHeads
 from osscar.shrinking.follow import counts
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.plan import GroupPlan, PruningPlan, experts_left
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""
@@ -42,8 +42,13 @@ _WIDTH_FIELDS = (
     "d_ff",
     "encoder_ffn_dim",
     "decoder_ffn_dim",
+    "moe_intermediate_size",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "expert_ffn_hidden_size",
 )
-"""What configs call the number of FFN neurons."""
+"""What configs call the number of FFN neurons, and of those of each expert and of shared ones."""
 
 
 COUNTS = re.compile(r"(^|[_.])heads?([_.]|$)|layers?$")
@@ -175,13 +180,14 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
         shares = {Fraction(len(group.kept), group.units) for group in heads}
         if len(shares) > 1 or not _change_widths(config, neurons, changes):
             return None
-        if len({(group.units, len(group.kept)) for group in experts}) > 1:
-            return None
-        for group in experts[:1]:
-            changes |= counts({**config.to_dict(), **changes}, group)
         for share in shares:
             if not _change_heads(config, share, changes):
                 return None
+    left = experts_left(plans)
+    if len({(group.units, len(group.kept)) for group in left}) > 1:
+        return None
+    for group in left[:1]:
+        changes |= counts(config.to_dict(), group)
     return changes
 
 

@@ -47,8 +47,12 @@ def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
         for slot in group.slots if group.prunable else ():
             indices = slot.indices(range(slot.units))
             owned.setdefault((slot.tensor, slot.dim), set()).update(indices)
+    lists = tuple(f"{name}." for name, _ in owned)  # of modules: slots name no tensor there
     count = 0
     for name, parameter in model.named_parameters():
+        if name.startswith(lists):
+            count += parameter.numel()
+            continue
         outside = [n - len(owned.get((name, dim), ())) for dim, n in enumerate(parameter.shape)]
         count += parameter.numel() - math.prod(outside)
     return count

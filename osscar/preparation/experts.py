@@ -9,7 +9,6 @@ out is the sum over experts; and with fewer experts it is the sum over these.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +24,27 @@ from osscar.base.memory import let_shortage_pass
 from osscar.network.double import InDouble
 from osscar.network.hooks import hooks
 from osscar.network.model_state import restored
-from osscar.network.modules import forward
+from osscar.network.modules import count_parameters, forward
+from osscar.preparation.expert_lists import ExpertList, NoMixture
+from osscar.preparation.list_search import (
+    NAMED,
+    ListCalls,
+    alike,
+    check_list,
+    expert_list,
+    last_layer,
+    list_calls,
+    list_slots,
+    may_be_experts,
+    tokens_of,
+)
 from osscar.preparation.routing import Routed
+from osscar.shrinking.follow import is_list
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.routers import (
     TOLERANCE,
     Call,
+    Places,
     Router,
     by_expert,
     draw_tensors,
@@ -40,9 +54,6 @@ from osscar.shrinking.routers import (
 )
 from osscar.shrinking.slice import slice_units
 from solvers import RoutingRule
-
-_NAMED = re.compile(r"(^|\.)experts$")
-"""What mixtures are called; those of any name are found where they are called like one."""
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
@@ -75,14 +86,28 @@ class ExpertMixture:
         The name of the module that is called with what is `Routed`.
     router
         The name of the module that routes; empty where none is known.
-    how
+    routing
         How it does; None where the group is frozen.
+    listed
+        Where the experts are a list of modules that the code of a block calls: how it does.
+        `experts` and `router` are called while it is `called_as_mixtures`.
+    last_layer
+        Where the experts are a list of modules: the name in each of them of the linear layer that
+        puts out what the expert does, if there is one.
     """
 
     group: CouplingGroup
     experts: str
     router: str = ""
-    how: Router | None = None
+    routing: Router | None = None
+    listed: ExpertList | None = None
+    last_layer: str | None = None
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The names of the modules that hold its tensors."""
+        router = self.router if self.listed is None else self.listed.gate
+        return tuple(filter(None, (self.experts, router)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +130,22 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
     if not names:
         return ()
     found = _calls(model, example, names)
-    return _unshared(
-        model,
-        [
-            _mixture(model, name, found[name], order)
-            if name in found
-            else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
-            for order, name in enumerate(names)
-            if name in found or _named(name)
-        ],
-    )
+    lists = [name for name in names if name not in found and _is_list(model, name)]
+    listed = list_calls(model, example, lists) if lists else {}
+    mixtures = [
+        _mixture(model, name, found[name], order)
+        if name in found
+        else _listed(model, name, listed[name], order)
+        if name in listed
+        else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
+        for order, name in enumerate(names)
+        if name in found or name in listed or _named(name)
+    ]
+    return _unshared(model, [one for one in mixtures if one is not None])
+
+
+def _is_list(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.ModuleList)
 
 
 def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[ExpertMixture, ...]:
@@ -122,8 +153,7 @@ def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[Expe
     tensors = {
         one.experts: {
             id(tensor)
-            for name in (one.experts, one.router)
-            if name
+            for name in one.holders
             for tensor in model.get_submodule(name).state_dict(keep_vars=True).values()
         }
         for one in mixtures
@@ -132,19 +162,21 @@ def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[Expe
     return tuple(
         one
         if one.group.frozen or all(owners[tensor] == 1 for tensor in tensors[one.experts])
-        else _frozen(model, one.experts, _SHARED.format(one.experts), one.router)
+        else _frozen(model, one.experts, _SHARED.format(one.experts), one.holders[-1])
         for one in mixtures
     )
 
 
 def _named(name: str) -> bool:
-    return bool(_NAMED.search(name))
+    return bool(NAMED.search(name))
 
 
 def _may_be_mixture(name: str, module: nn.Module) -> bool:
-    """Whether a module is called like experts, or has a matrix for each of several."""
+    """Whether a module is called like experts, has a matrix for each of several, or lists them."""
     own = module.parameters(recurse=False)
-    return _named(name) or any(p.ndim == 3 and len(p) > 1 for p in own)
+    return (
+        _named(name) or may_be_experts(name, module) or any(p.ndim == 3 and len(p) > 1 for p in own)
+    )
 
 
 def _kind(model: nn.Module, name: str) -> str:
@@ -206,24 +238,63 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
     if found.x.experts.shape[1] >= count:
         raise ModelError(_TOO_FEW.format(count, name))
     try:
-        how = router_of(router, found.call, count)
+        routing = router_of(router, found.call, count)
     except ModelError as error:
         raise ModelError(f"the router {found.router!r} {error}") from error
-    kept = _some(how.rule, count)
-    routing, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
-    _check_router(found.router, router, found.call, how, routing, kept, count)
-    _check_sum(name, experts, found)
+    kept = _trial_experts(routing.rule, count)
+    rows, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
+    _check_router(found.router, router, found.call, routing, rows, kept, count)
+    _check_sum(name, experts, found, count)
     _check_experts(name, experts, found, own, count)
     slots = [
-        *_within(found.router, routing, order),
-        *_given(model, found, count, order),
+        *_within(found.router, rows, order),
+        *_router_arguments(model, found, count, order),
         *_within(name, own, order),
     ]
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
-        step=how.rule.groups,
+        step=routing.rule.groups,
     )  # fmt: skip
-    return ExpertMixture(group, name, found.router, how)
+    last = last_layer(experts, found.x.hidden) if isinstance(experts, nn.ModuleList) else None
+    return ExpertMixture(group, name, found.router, routing, last_layer=last)
+
+
+def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture | None:
+    """Return the mixture of a list of modules; None if it is none and not called so."""
+    try:
+        return _listed_prunable(model, name, calls, order)
+    except NoMixture as error:
+        if not _named(name):
+            return None
+        reason = str(error)
+    except ModelError as error:
+        reason = str(error)
+    except OsscarError:
+        raise
+    except Exception as error:  # code of anyone's, which may not take other experts
+        let_shortage_pass(error)
+        if not _named(name):
+            return None
+        reason = (
+            f"the code around {name!r} fails with experts that put out drawn numbers, or on drawn "
+            f"tokens: {first_line(error)}"
+        )
+    return _frozen(model, name, reason)
+
+
+def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture:
+    one = expert_list(model, name, calls)
+    assert one.rule is not None
+    call, _ = calls.block[0]
+    check_list(model, one, call, _trial_experts(one.rule, one.count))
+    slots = list_slots(model, one, order)
+    group = CouplingGroup(
+        _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
+        step=one.rule.groups,
+    )  # fmt: skip
+    routing = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
+    last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))
+    return ExpertMixture(group, name, one.router, routing, one, last)
 
 
 def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> ExpertMixture:
@@ -245,17 +316,21 @@ def _called(name: str) -> str:
 
 def _count(name: str, experts: nn.Module) -> int:
     """Return how many experts a mixture has, by its matrices."""
+    if alike(experts):
+        return len(experts)  # type: ignore[arg-type]
     counts = {len(p) for p in experts.parameters(recurse=False) if p.ndim == 3}
     if len(counts) != 1:
         raise ModelError(
             f"module {name!r} ({type(experts).__name__}) has no parameter with a matrix for each "
-            "expert: only experts whose matrices are stacked can leave as a whole"
+            "expert, and is no list of modules that are alike"
         )
     return counts.pop()
 
 
 def _slots(module: nn.Module, count: int, role: Role) -> list[Slot]:
     """Return where the tensors of a module have entries for each of `count` experts."""
+    if isinstance(module, nn.ModuleList):
+        return [Slot("", 0, role, "", count)]
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [
         Slot(name, tuple(t.shape).index(count), _role(t, count, role), "", count)
@@ -272,10 +347,11 @@ def _role(tensor: Tensor, count: int, role: Role) -> Role:
 def _within(module: str, slots: Sequence[Slot], order: int) -> Iterator[Slot]:
     """Yield slots of tensors of a module as those of the model."""
     for slot in slots:
-        yield replace(slot, tensor=f"{module}.{slot.tensor}", module=module, order=order)
+        tensor = f"{module}.{slot.tensor}".removesuffix(".")
+        yield replace(slot, tensor=tensor, module=module, order=order)
 
 
-def _given(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
+def _router_arguments(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
     """Yield those tensors of the module around with a number for each expert that a router gets."""
     assert found.router is not None
     around = found.experts.rpartition(".")[0]
@@ -293,13 +369,15 @@ def _given(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[
 def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
     """Return how many parameters leave with an expert."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return sum(parameters[s.tensor].numel() // s.units for s in slots if s.tensor in parameters)
+    entries = sum(parameters[s.tensor].numel() // s.units for s in slots if s.tensor in parameters)
+    members = (model.get_submodule(s.tensor) for s in slots if is_list(s))
+    return entries + sum(count_parameters(own) // slots[0].units for own in members)
 
 
 # ---- whether it is all -------------------------------------------------------------------
 
 
-def _some(rule: RoutingRule, count: int) -> list[int]:
+def _trial_experts(rule: RoutingRule, count: int) -> list[int]:
     """Return experts among which a router can choose: the last ones of each group, about half."""
     size, fewest = count // rule.groups, rule.fewest // rule.groups
     if fewest >= size:
@@ -322,7 +400,7 @@ def _check_router(
     name: str,
     router: nn.Module,
     call: Call,
-    how: Router,
+    routing: Router,
     slots: Sequence[Slot],
     kept: Sequence[int],
     count: int,
@@ -333,16 +411,16 @@ def _check_router(
     args, kwargs = drawn_call(call, count, seed=len(kept))
     with InDouble():
         y = copy.forward(*args, **kwargs)
-        expected = pytree.tree_leaves(how.among(kept, count, copy, (args, kwargs), y))
+        expected = pytree.tree_leaves(routing.among(kept, count, copy, (args, kwargs), y))
         _without(copy, slots, kept, count)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: _entries(t, kept, count), (args, kwargs)
         )
         found = pytree.tree_leaves(copy.forward(*args, **kwargs))
-    chosen, weights = found[how.places.experts], found[how.places.weights]
+    chosen, weights = found[routing.places.experts], found[routing.places.weights]
     known = (chosen >= 0) & (chosen < len(kept))
     staying = torch.tensor(kept, device=chosen.device)[chosen.clamp(0, len(kept) - 1)]
-    ours = by_expert(expected[how.places.experts], expected[how.places.weights])
+    ours = by_expert(expected[routing.places.experts], expected[routing.places.weights])
     theirs = by_expert(staying, weights)
     error = (ours[1] - theirs[1]).abs().max()
     same = bool(known.all()) and torch.equal(ours[0], theirs[0])
@@ -355,22 +433,14 @@ def _entries(given: Tensor, kept: Sequence[int], count: int) -> Tensor:
     return given.flatten()[list(kept)] if given.numel() == count else given
 
 
-def _check_sum(name: str, experts: nn.Module, found: _Found) -> None:
+def _check_sum(name: str, experts: nn.Module, found: _Found, count: int) -> None:
     """Refuse a mixture that does not put out the sum over experts, on drawn tokens, too."""
-    x, k = found.x, found.x.experts.shape[1]
-    drawn = torch.randn(x.hidden.shape, generator=torch.Generator().manual_seed(0)).to(x.hidden)
-    hidden = torch.cat([x.hidden, drawn])
-    weights, chosen = x.weights.repeat(2, 1), x.experts.repeat(2, 1)
-    y = torch.cat([found.y, experts.forward(drawn, x.experts, x.weights)])
-    # Each place of a token as a token of its own.
-    ones = torch.ones_like(weights).view(-1, 1)
-    parts = experts.forward(hidden.repeat_interleave(k, 0), chosen.reshape(-1, 1), ones)
-    same = len(parts) == len(ones) and parts.shape[1:] == y.shape[1:] and len(y) == len(hidden)
-    if not same:
-        raise ModelError(_NO_SUM.format(name, type(experts).__name__))
-    total = (parts.unflatten(0, (-1, k)).double() * weights[..., None].double()).sum(1)
-    for one, expected in zip(total.chunk(2), y.chunk(2), strict=True):
-        if not _alike(one, expected, x):
+    drawn = found.x.elsewhere()
+    for x, y in ((found.x, found.y), (drawn, drawn.output(experts))):
+        token, chosen, weights = x.taken(count)
+        alone = Routed(x.hidden[token], chosen[:, None], torch.ones_like(weights)[:, None])
+        parts = alone.output(experts)
+        if len(parts) != len(token) or not x.adds_up(token, parts * weights[:, None], y):
             raise ModelError(_NO_SUM.format(name, type(experts).__name__))
 
 
@@ -386,12 +456,5 @@ def _check_experts(
     with restored(experts):
         _without(experts, slots, kept, count)
         smaller = experts.forward(x.hidden, numbers, ones)
-    if not _alike(smaller, y, x):
+    if not x.alike(smaller, y):
         raise ModelError(_DIFFERENT.format(name, type(experts).__name__))
-
-
-def _alike(a: Tensor, b: Tensor, x: Routed) -> bool:
-    """Whether outputs are the same to what rounding leaves, in the coarsest format of a call."""
-    eps = max(torch.finfo(given.dtype).eps for given in (b, x.hidden, x.weights))
-    error = torch.linalg.vector_norm(a.double() - b.double())
-    return bool(error <= eps**0.5 * torch.linalg.vector_norm(b.double()))

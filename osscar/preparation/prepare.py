@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graph
-from graph import CouplingGroup
+from graph import CouplingGroup, Freeze, UnitKind
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import EquivalenceError
 from osscar.base.printable import listed
@@ -28,7 +29,7 @@ from osscar.network.modules import (
     graphics_cards,
     in_evaluation,
 )
-from osscar.offload.on_disk import shapes_only
+from osscar.offload.on_disk import is_on_disk, shapes_only
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.experts import ExpertMixture, mixtures_in
 from osscar.preparation.failures import failures_named
@@ -38,6 +39,7 @@ from osscar.preparation.linear_maps import (
     mixtures_of,
     readable_products,
 )
+from osscar.preparation.list_search import stood_in_for, untraced_blocks
 from osscar.preparation.products import Product
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
@@ -80,9 +82,6 @@ class Prepared:
     """Names of the weights that the user's model computes at every call, and that are plain."""
     products: Mapping[str, Product] = field(default_factory=dict, repr=False)
     """The weights, by name, that are observed where code multiplies by them."""
-    mixtures: tuple[ExpertMixture, ...] = field(default=(), repr=False)
-    """Its mixtures of experts, whose experts are groups beside `groups`: they are not refitted as
-    these are, and share no budget with them."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
@@ -90,6 +89,15 @@ class Prepared:
     waiting_on_disk: bool = False
     """Whether what a suspended batch holds is kept in a file; only for models of transformers,
     whose hidden states have a row for each token (`osscar.offload`)."""
+
+    @cached_property
+    def mixtures(self) -> tuple[ExpertMixture, ...]:
+        """Its mixtures of experts, whose experts are groups beside `groups`.
+
+        They are not refitted as these are, and share no budget with them.  They are found when they
+        are first asked for, by running parts of the model on trial: before it is pruned.
+        """
+        return mixtures_in(self.model, self.example)
 
     @cached_property
     def residual(self) -> frozenset[str]:
@@ -183,7 +191,7 @@ def _prepared(
     # What passes keep for the next would be traced as numbers of the code.
     untouched.put_back()
     with shapes_only(model, example) as small, followed_mixtures(model):
-        traced, in_programs = _traced(model, small, programs)
+        traced, in_programs, untraced = _traced(model, example, small, programs)
     with untouched.watching():
         # Once more: tracing looks at shapes, and lets through what kernels refuse.
         with weights_read_elsewhere(model) as elsewhere, failures_named(model, example):
@@ -192,9 +200,7 @@ def _prepared(
             refuse_chance(model, example, expected, found)
         summed = sound_mixtures(model, example, mixtures_of(model, traced.groups))
         products = readable_products(model, example, traced.groups, elsewhere, summed)
-    # Last, since it slices experts on trial, and later passes must not see what that wrote.
-    mixtures = mixtures_in(model, example)
-    groups = freeze_unreadable(model, traced.groups, elsewhere, summed, products)
+    groups = freeze_unreadable(model, traced.groups, elsewhere, summed, products) + untraced
     plain = unfold(folded, groups)
     return Prepared(
         model=model,
@@ -207,7 +213,6 @@ def _prepared(
         in_programs=in_programs,
         folded=tuple(one.tensor for one in plain),
         products=products,
-        mixtures=mixtures,
         ranks=ranks,
     )
 
@@ -243,7 +248,55 @@ def _followable(
     return folded
 
 
+_OPAQUE = (
+    "it enters {!r}, whose code gives experts the tokens that are sent to them: shapes depend on "
+    "values there, so that it cannot be traced"
+)
+_SENT = (
+    "belongs to experts that the code of {!r} gives the tokens that are sent to them: shapes "
+    "depend on values there, so that it cannot be traced; whole experts may leave (experts=)"
+)
+
+
 def _traced(
+    model: nn.Module, example: Batch, small: Batch, programs: bool
+) -> tuple[graph.DependencyGraph, dict[str, str], tuple[CouplingGroup, ...]]:
+    """Find the groups, and those that only a program can lose units of, by name with the reason.
+
+    Last come groups that are frozen, for the neurons of experts in code that cannot be traced.
+    """
+    try:
+        return *_traced_whole(model, small, programs), ()
+    except graph.TraceError:
+        blocks = {} if is_on_disk(model) else untraced_blocks(model, example)
+        if not blocks:
+            raise
+    with stood_in_for(model, blocks):
+        traced = graph.trace(model, small, opaque=list(blocks))
+    groups = tuple(_opaque_named(group, blocks) for group in traced.groups)
+    traced = dataclasses.replace(traced, groups=groups)
+    untraced = (
+        CouplingGroup(
+            f"{experts}.neurons", UnitKind.NEURONS, 1, (), 0,
+            (Freeze(_SENT.format(block or "the model"), "", block),),
+        )
+        for block, (experts, _) in blocks.items()
+    )  # fmt: skip
+    return traced, {}, tuple(untraced)
+
+
+def _opaque_named(group: CouplingGroup, blocks: Collection[str]) -> CouplingGroup:
+    """Say what is in the way of a group that enters code which was not traced."""
+    frozen = (
+        dataclasses.replace(freeze, reason=_OPAQUE.format(freeze.module or "the model"))
+        if freeze.module in blocks
+        else freeze
+        for freeze in group.frozen
+    )
+    return dataclasses.replace(group, frozen=tuple(frozen))
+
+
+def _traced_whole(
     model: nn.Module, example: Batch, programs: bool
 ) -> tuple[graph.DependencyGraph, dict[str, str]]:
     """Find the groups, and those that only a program can lose units of, by name with the reason."""

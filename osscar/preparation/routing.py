@@ -93,6 +93,27 @@ class Routed(Several):
         token, _ = taken.nonzero(as_tuple=True)
         return token, self.experts[taken], self.weights.detach()[taken]
 
+    def elsewhere(self) -> Routed:
+        """Return a call with drawn tokens: those of a model may be zero."""
+        drawn = torch.randn(self.hidden.shape, generator=torch.Generator().manual_seed(0))
+        return Routed(drawn.to(self.hidden), self.experts, self.weights)
+
+    def adds_up(self, token: Tensor, parts: Tensor, y: Tensor) -> bool:
+        """Whether y, (tokens, m), is the sum of what experts put out, (visits, m), times weights.
+
+        `token` is whose each part is.
+        """
+        if y.shape != (len(self.hidden), *parts.shape[1:]):
+            return False
+        total = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
+        return self.alike(total.index_add_(0, token, parts.double()), y)
+
+    def alike(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two outputs are the same to what rounding leaves, in the coarsest format."""
+        eps = max(torch.finfo(given.dtype).eps for given in (b, self.hidden, self.weights))
+        error = torch.linalg.vector_norm(a.double() - b.double())
+        return bool(error <= eps**_TOLERANCE * torch.linalg.vector_norm(b.double()))
+
 
 @dataclass(frozen=True, eq=False)
 class _Visits:
@@ -129,6 +150,11 @@ class Mixture:
         return found.detach()
 
     @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.weight)
+
+    @property
     def _bias(self) -> str:
         return f"{self.parameter}_bias"
 
@@ -140,7 +166,7 @@ class Mixture:
 
     @torch.no_grad()
     def _visits(self, x: Routed) -> _Visits:
-        token, expert, weight = x.taken(len(self.weight))
+        token, expert, weight = x.taken(self.count)
         X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
         if not bool(torch.isfinite(X).all()):
             first = int(expert[~torch.isfinite(X).all(1)][0])
@@ -181,39 +207,97 @@ class Mixture:
     def explains(self, x: Routed, y: Tensor) -> bool:
         """Whether a call has put out the sum over experts of what they are found to read.
 
-        It has to on tokens and weights that are drawn, too: those of the model may be zero.
+        It has to with drawn weights, too: those of the model may be zero.
         """
         if y.shape != (len(x.hidden), self.weight.shape[3 - self.dim]):
             return False
-        bias = self.module._parameters.get(self._bias)
-        without_bias = y.double()
-        if bias is not None:
-            token, expert, weight = x.taken(len(self.weight))
-            rows = weight.double()[:, None] * bias.double()[expert.long()]
-            without_bias = without_bias.index_add(0, token, rows, alpha=-1)
-        generator = torch.Generator().manual_seed(0)
-        drawn, hidden = (
-            torch.randn(own.shape, generator=generator).to(own) for own in (self.weight, x.hidden)
-        )
-        elsewhere = Routed(hidden, x.experts, x.weights)
+        drawn = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(0))
+        drawn, elsewhere = drawn.to(self.weight), x.elsewhere()
         with self._replaced(drawn):
             other = self.module.forward(*elsewhere.tensors)
-        size, any_size = (torch.linalg.vector_norm(found.double()) for found in (y, other))
+        bias = self.module._parameters.get(self._bias)
         return (
-            bool(any_size > 0)
-            and self._is_sum(x, self.weight, without_bias, size)
-            and self._is_sum(elsewhere, drawn, other.double(), any_size)
+            bool(other.any())
+            and x.adds_up(*self._parts(x, self.weight, bias), y)
+            and elsewhere.adds_up(*self._parts(elsewhere, drawn, None), other)
         )
 
-    def _is_sum(self, x: Routed, weight: Tensor, y: Tensor, size: Tensor) -> bool:
-        """Whether the experts add up to y, (tokens, m), to what rounding leaves of a size."""
+    def _parts(self, x: Routed, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the token of each visit of a call, and what it adds, (visits, m), in float64."""
         visits, W = self.visits(x), weight.movedim(self.dim, 1).double()
-        expected = torch.zeros_like(y)
+        parts = visits.X.new_zeros(len(visits.token), W.shape[2], dtype=torch.float64)
         for expert in set(visits.expert.tolist()):
             here = visits.expert == expert
-            expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
-        error = torch.linalg.vector_norm(y - expected)
-        return bool(error <= torch.finfo(x.hidden.dtype).eps ** _TOLERANCE * size)
+            parts[here] = visits.X[here].double() @ W[expert]
+        if bias is not None:
+            _, expert, taken = x.taken(self.count)
+            parts += taken.double()[:, None] * bias.double()[expert.long()]
+        return visits.token, parts
+
+
+def sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over experts, a list of modules, of what they make of tokens, times weights.
+
+    The arguments behind the list are those of `Routed`.
+    """
+    parts = [
+        (token, expert(hidden[token]) * weights[token, place, None])
+        for number, expert in enumerate(experts)
+        for token, place in [(chosen == number).nonzero(as_tuple=True)]
+        if len(token)
+    ]
+    outputs = parts[0][1].shape[1] if parts else hidden.shape[1]
+    y = hidden.new_zeros(len(hidden), outputs)
+    for token, part in parts:
+        y.index_add_(0, token, part.to(y))
+    return y
+
+
+@dataclass(frozen=True, eq=False)
+class ListedMixture(Mixture):
+    """A mixture whose experts are a list of modules, each with a last matrix of its own.
+
+    `parameter` is the name of the layer, in every expert, that puts out what the expert does.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.module)  # type: ignore[arg-type]
+
+    def last(self, expert: int) -> nn.Linear:
+        """Return the last layer of an expert."""
+        found = self.module[expert].get_submodule(self.parameter)  # type: ignore[index]
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+        """Return what each expert's last layer reads, (visits, p)."""
+        X = hidden.new_zeros(len(hidden), self.last(0).in_features)
+        for number, expert in enumerate(self.module.children()):
+            rows = (experts[:, 0] == number).nonzero().flatten()
+            if len(rows):
+                seen = last_layers(expert, hidden[rows])[self.parameter]
+                X[rows] = seen.to(X)
+        return X
+
+
+def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+    """Return which linear layers put out what an expert does, with what each of them reads."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def look(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        seen.setdefault(name, []).append((x.detach(), y))
+
+    linear = [name for name, inner in expert.named_modules() if isinstance(inner, nn.Linear)]
+    with hooks(expert, linear, after=look):
+        y = expert(hidden)
+    return {
+        name: calls[0][0]
+        for name, calls in seen.items()
+        if len(calls) == 1 and calls[0][1].shape == y.shape and torch.equal(calls[0][1], y)
+    }
 
 
 @torch.no_grad()

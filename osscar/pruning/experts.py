@@ -93,8 +93,8 @@ def kept_experts(mixture: ExpertMixture, asked: Fraction | int) -> int:
     RequestError
         If the router could not choose among so many.
     """
-    assert mixture.how is not None
-    name, units, rule = mixture.group.name, mixture.group.units, mixture.how.rule
+    assert mixture.routing is not None
+    name, units, rule = mixture.group.name, mixture.group.units, mixture.routing.rule
     count = asked if isinstance(asked, int) else count_kept(mixture.group, asked, 1)
     if count % rule.groups or not rule.fewest <= count <= units:
         raise RequestError(
@@ -106,8 +106,8 @@ def kept_experts(mixture: ExpertMixture, asked: Fraction | int) -> int:
 
 def _possible(mixture: ExpertMixture) -> str:
     """Say how many experts of a mixture can stay."""
-    assert mixture.how is not None
-    rule, units = mixture.how.rule, mixture.group.units
+    assert mixture.routing is not None
+    rule, units = mixture.routing.rule, mixture.group.units
     if rule.groups == 1:
         return f"it can keep {rule.fewest} to {units}"
     counts = listed([*map(str, range(rule.fewest, units + 1, rule.groups))], 8, " or ")

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from graph.groups import Role, UnitKind
+from graph.groups import Role, Slot, UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 from osscar.network.modules import check_module, is_deformable
@@ -114,10 +114,19 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
     What lies around an attention or a block is not near: it may hold several of them.  Of experts,
     what holds them and their router is.
     """
-    inner = [name for slot in group.slots for name in (slot.module, slot.tensor.rpartition(".")[0])]
+    inner = [name for slot in group.slots for name in (slot.module, _holder(slot))]
     whole = group.kind is UnitKind.EXPERTS
     layers = [name for name in inner if whole or not any(model.get_submodule(name).children())]
     return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
+
+
+def is_list(slot: Slot) -> bool:
+    """Whether units are members of a list of modules, and no entries of a tensor."""
+    return slot.tensor == slot.module
+
+
+def _holder(slot: Slot) -> str:
+    return slot.module if is_list(slot) else slot.tensor.rpartition(".")[0]
 
 
 def _find(module: nn.Module) -> Adapter | None:

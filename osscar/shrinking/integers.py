@@ -23,7 +23,7 @@ from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError
 from osscar.base.memory import let_shortage_pass
 from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, explained
-from osscar.shrinking.follow import nearby
+from osscar.shrinking.follow import is_list, nearby
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
 _MOST_AT_ONCE = 3
@@ -205,6 +205,8 @@ class IntegerSearch:
         cut: dict[tuple[str, int], tuple[int, int]] = {}
         for group in self.near.get(name, ()):
             for slot in group.slots:
+                if is_list(slot):
+                    continue
                 place = slot.tensor, slot.dim
                 old, new = cut.get(place, (0, 0))
                 cut[place] = old + slot.units * slot.width, new + len(group.kept) * slot.width

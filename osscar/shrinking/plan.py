@@ -245,6 +245,19 @@ class PruningPlan:
             raise CheckpointError(f"the pruning plan cannot be read: {error.reason}") from error
 
 
+def experts_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
+    """Return what plans, one after the other, have left of mixtures: of each one plan for all.
+
+    It counts the experts of the dense model; which of them are kept it does not say, but how many.
+    """
+    found: dict[str, GroupPlan] = {}
+    for group in (group for plan in plans for group in plan.groups):
+        if group.kind is UnitKind.EXPERTS:
+            units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))
+            found[group.name] = dataclasses.replace(group, units=units, kept=kept)
+    return list(found.values())
+
+
 def check_plan(plan: object) -> None:
     """Refuse what is no plan."""
     if not isinstance(plan, PruningPlan):

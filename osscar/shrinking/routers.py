@@ -44,9 +44,12 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Places:
-    """Where among the leaves of what a router puts out is what."""
+    """Where among the leaves of what a router puts out is what.
 
-    logits: int
+    Logits are None where it keeps them for itself: `logits_of` tells them.
+    """
+
+    logits: int | None
     experts: int
     weights: int
 
@@ -57,7 +60,7 @@ class Places:
         Raises
         ------
         ModelError
-            If there is not one of each.
+            If there is not one of each; logits may be missing.
         """
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
@@ -65,18 +68,21 @@ class Places:
         real = {i: t for i, t in tensors.items() if t.is_floating_point()}
         weights = [i for i, t in real.items() if experts and t.shape == tensors[experts[0]].shape]
         logits = [i for i, t in real.items() if t.shape[-1:] == (count,) and i not in weights]
-        if not len(experts) == len(weights) == len(logits) == 1:
+        if not len(experts) == len(weights) == 1 >= len(logits):
             found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
             raise ModelError(
                 f"puts out {found or 'no tensor'}, where the logits of {count} experts, the "
                 "experts of each token, and their weights are due, each once"
             )
-        return cls(logits[0], experts[0], weights[0])
+        return cls(logits[0] if logits else None, experts[0], weights[0])
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """What a router has put out for some tokens, and what of it may be biases of its choice."""
+class SeenRoutes:
+    """What a router has made of some tokens, and what may be biases of its choice, by name.
+
+    Logits are (tokens, experts), experts and weights (tokens, k).
+    """
 
     logits: Tensor
     experts: Tensor
@@ -96,10 +102,9 @@ class Router:
     places: Places
     bias: str | None
 
-    def logits(self, y: Any, count: int) -> Tensor:
-        """Return the logits of `count` experts, (tokens, experts), of what the module puts out."""
-        found: Tensor = pytree.tree_leaves(y)[self.places.logits]
-        return found.reshape(-1, count)
+    def logits(self, module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
+        """Return the logits of `count` experts, (tokens, experts), of a call of the module."""
+        return _logits(self.places, module, call, pytree.tree_leaves(y), count)
 
     def routes(self, y: Any) -> tuple[Tensor, Tensor]:
         """Return the experts and weights, (tokens, k) each, of what the module puts out."""
@@ -108,7 +113,7 @@ class Router:
 
     def choice_bias(self, module: nn.Module, call: Call, count: int) -> Tensor | None:
         """Return what is added to scores for the choice, (experts,), if something is."""
-        return None if self.bias is None else _biases(module, call, count)[self.bias].flatten()
+        return None if self.bias is None else biases_in(module, call, count)[self.bias].flatten()
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
         """Return what the module would put out if of `count` experts it had those that are kept.
@@ -118,7 +123,7 @@ class Router:
         leaves, form = pytree.tree_flatten(y)
         bias = self.choice_bias(module, call, count)
         bias = None if bias is None else bias.double()
-        logits = self.logits(y, count).double()
+        logits = self.logits(module, call, y, count).double()
         experts, weights = self.rule.route(logits, kept, bias)
         for place, found in ((self.places.experts, experts), (self.places.weights, weights)):
             leaves[place] = found.to(leaves[place])
@@ -153,6 +158,8 @@ def routed_among(model: nn.Module, kept: Mapping[str, tuple[Sequence[int], int]]
 
     def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         those, count = kept[name]
+        if not _routes(y):
+            return _without_logits(name, y, those, count)
         if name not in found:
             found[name] = router_of(module, (args, kwargs), count)
         try:
@@ -162,6 +169,50 @@ def routed_among(model: nn.Module, kept: Mapping[str, tuple[Sequence[int], int]]
 
     with hooks(model, kept, after=reroute):
         yield
+
+
+def _routes(y: Any) -> bool:
+    """Whether a router says to which experts tokens go, and not logits alone."""
+    leaves = (leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
+    return any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves)
+
+
+def _without_logits(name: str, y: Any, kept: Sequence[int], count: int) -> Any:
+    """Return what a router puts out, with the logits of experts that are not kept at -inf."""
+    leaves, form = pytree.tree_flatten(y)
+    gone = [expert for expert in range(count) if expert not in set(kept)]
+    place = logits_place(leaves, count)
+    if place is None:
+        raise ModelError(f"the router {name!r} does not put out the logits of {count} experts")
+    leaves[place] = leaves[place].clone()
+    leaves[place][..., gone] = -torch.inf
+    return pytree.tree_unflatten(leaves, form)
+
+
+@contextmanager
+def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[None]:
+    """Let no token be sent to experts that plans remove while the block runs.
+
+    Their logits are at minus infinity, and so are entries that they have in tensors of the code
+    around a router, which may be added to scores for the choice.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    routers = {router_in(group): (group.kept, group.units) for group in groups}
+    try:
+        for group in groups:
+            for slot in group.slots:
+                if slot.role is Role.PASS_THROUGH and slot.module != router_in(group):
+                    path, _, attribute = slot.tensor.rpartition(".")
+                    own = getattr(model.get_submodule(path), attribute).detach()
+                    if own.is_floating_point():
+                        before.append((own, own.clone()))
+                        gone = torch.tensor(group.gone, device=own.device)
+                        own.index_fill_(slot.dim, gone, -torch.inf)
+        with routed_among(model, routers):
+            yield
+    finally:
+        for own, values in reversed(before):
+            own.copy_(values)
 
 
 # ---- the rule ----------------------------------------------------------------------------
@@ -178,21 +229,36 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
     """
     (own,) = _runs(in_double(module), [call], count)
     places, seen = own[1], [own[0], *drawn_routes(module, call, count)]
+    rule, bias = rule_of(seen, [module])
+    return Router(rule, places, bias)
+
+
+def rule_of(
+    seen: Sequence[SeenRoutes], holders: Sequence[nn.Module]
+) -> tuple[RoutingRule, str | None]:
+    """Return by which rule tokens were routed, and the name of the bias of the choice, if any.
+
+    `holders` are the modules whose code routes, and that may say numbers of groups and the scale.
+
+    Raises
+    ------
+    ModelError
+        If no rule that is known would; the message goes on after the name of the router.
+    """
     tried = 0
-    for rule, bias in _candidates(module, seen[-1]):
+    for rule, bias in _candidates(holders, seen[-1]):
         same, scale = _scale(rule, bias, seen)
         tried = max(tried, same)
-        if scale is None:
-            continue
-        scale = _stated(module, scale)
-        return Router(replace(rule, scale=scale), places, bias)
+        if scale is not None:
+            return replace(rule, scale=_stated(holders, scale)), bias
     what = "with other weights than" if tried else "to other experts than"
     raise ModelError(
-        f"({type(module).__name__}) sends tokens {what} a softmax or a sigmoid of its logits would"
+        f"({type(holders[0]).__name__}) sends tokens {what} a softmax or a sigmoid of its logits "
+        "would"
     )
 
 
-def drawn_routes(module: nn.Module, call: Call, count: int) -> list[_Seen]:
+def drawn_routes(module: nn.Module, call: Call, count: int) -> list[SeenRoutes]:
     """Return what a router makes of tokens, weights and biases that are drawn."""
     copy = in_double(module)
     draw_tensors(copy, count)
@@ -237,16 +303,16 @@ def drawn_call(call: Call, count: int, seed: int) -> Call:
     return args, kwargs
 
 
-def _runs(module: nn.Module, calls: Sequence[Call], count: int) -> list[tuple[_Seen, Places]]:
+def _runs(module: nn.Module, calls: Sequence[Call], count: int) -> list[tuple[SeenRoutes, Places]]:
     """Return what a router in double precision puts out, without its hooks."""
     found = []
     for args, kwargs in pytree.tree_map_only(Tensor, _in_double, list(calls)):
         with InDouble():
             leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
         places = Places.of(leaves, count)
-        logits = leaves[places.logits].reshape(-1, count)
+        logits = _logits(places, module, (args, kwargs), leaves, count)
         experts, weights = leaves[places.experts], leaves[places.weights]
-        seen = _Seen(logits, experts, weights, _biases(module, (args, kwargs), count))
+        seen = SeenRoutes(logits, experts, weights, biases_in(module, (args, kwargs), count))
         found.append((seen, places))
     return found
 
@@ -262,7 +328,7 @@ def _tokens(call: Call) -> int:
     return 1 if largest is None or not largest.ndim else largest.numel() // largest.shape[-1]
 
 
-def _biases(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
+def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
     """Return what has one number for each expert: tensors of a module, and arguments of it."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     given = pytree.tree_leaves(call)
@@ -270,26 +336,31 @@ def _biases(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
     return {n: values_of(t) for n, t in own.items() if t.is_floating_point() and t.numel() == count}
 
 
-def _candidates(module: nn.Module, seen: _Seen) -> Iterator[tuple[RoutingRule, str | None]]:
+def _candidates(
+    holders: Sequence[nn.Module], seen: SeenRoutes
+) -> Iterator[tuple[RoutingRule, str | None]]:
     """Yield rules with a scale of one, and the name of the bias of the choice."""
     biases: tuple[str | None, ...] = (None, *seen.biases)
     top_k = seen.experts.shape[1]
-    for groups, bias, scores in itertools.product(_groupings(module), biases, RouterScores):
+    for groups, bias, scores in itertools.product(_groupings(holders), biases, RouterScores):
         for normalized in (False, True):
             if not (normalized and scores is RouterScores.SOFTMAX_OF_CHOSEN):  # are already
                 yield RoutingRule(top_k, scores, normalized, 1.0, *groups), bias
 
 
-def _groupings(module: nn.Module) -> list[tuple[int, int, GroupScore]]:
+def _groupings(holders: Sequence[nn.Module]) -> list[tuple[int, int, GroupScore]]:
     """Return numbers of groups and of open ones, with what scores a group, the likeliest first."""
-    numbers = {n: v for n, v in vars(module).items() if type(v) is int and v > 0}
-    groups = [v for n, v in numbers.items() if re.fullmatch(_GROUPS, n)]
-    opened = [v for n, v in numbers.items() if re.fullmatch(_OPEN_GROUPS, n)]
+    stated = (item for module in holders for item in vars(module).items())
+    numbers = [(n, v) for n, v in stated if type(v) is int and v > 0]
+    groups = [v for n, v in numbers if re.fullmatch(_GROUPS, n)]
+    opened = [v for n, v in numbers if re.fullmatch(_OPEN_GROUPS, n)]
     found = [(g, o, s) for g in groups for o in opened for s in reversed(GroupScore) if 1 < g >= o]
     return [*found, (1, 1, GroupScore.MAX)]
 
 
-def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[bool, float | None]:
+def _scale(
+    rule: RoutingRule, bias: str | None, seen: Sequence[SeenRoutes]
+) -> tuple[bool, float | None]:
     """Return whether a rule chooses the experts seen, and what its weights are to be multiplied by.
 
     The latter is None where no number makes them those seen.
@@ -314,6 +385,53 @@ def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[
     return True, scale if fits else None
 
 
+def _logits(
+    places: Places, module: nn.Module, call: Call, leaves: Sequence[Any], count: int
+) -> Tensor:
+    if places.logits is not None:
+        found: Tensor = leaves[places.logits]
+        return found.reshape(-1, count)
+    product = _product(module, call, count)
+    if product is None:
+        raise ModelError(
+            f"puts out no logits of {count} experts, and multiplies tokens with no one matrix that "
+            "has a row for each of them"
+        )
+    return product
+
+
+def _product(module: nn.Module, call: Call, count: int) -> Tensor | None:
+    """Return tokens times the one matrix of a router with a row for each expert, if it is one."""
+    matrices = [p for p in module.parameters() if p.ndim == 2 and len(p) == count]
+    if len(matrices) != 1:
+        return None
+    W = values_of(matrices[0]).detach()
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    given = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+    x = next((t for t in given if t.is_floating_point() and t.shape[-1:] == W.shape[1:]), None)
+    return None if x is None else x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
+
+
+def logits_place(leaves: Sequence[Any], count: int) -> int | None:
+    """Return which leaf of what a module puts out may be the logits of so many experts, if one."""
+    tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    real = [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
+    return real[0] if len(real) == 1 else None
+
+
+def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor | None:
+    """Return the logits, (tokens, experts), of a call of what may be a router; None if it is none.
+
+    A router that puts out experts and weights alone makes them of tokens times a matrix.
+    """
+    leaves = pytree.tree_leaves(y)
+    place = logits_place(leaves, count)
+    if place is not None:
+        found: Tensor = leaves[place]
+        return found.reshape(-1, count)
+    return _product(module, call, count) if _routes(y) else None
+
+
 def by_expert(experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts of each token in ascending order, with their weights."""
     experts, order = experts.sort(1)
@@ -328,9 +446,10 @@ def tied(logits: Tensor) -> Tensor:
     return (logits.sort(1).values.diff(dim=1) == 0).any(1)
 
 
-def _stated(module: nn.Module, scale: float) -> float:
+def _stated(holders: Sequence[nn.Module], scale: float) -> float:
     """Return a scale as an attribute of the router has it, which rounding has not touched."""
-    stated = (float(v) for v in vars(module).values() if type(v) in (int, float))
+    values = (v for module in holders for v in vars(module).values())
+    stated = (float(v) for v in values if type(v) in (int, float))
     found = [1.0, *stated]
     near = [v for v in found if abs(v - scale) <= TOLERANCE * abs(scale)]
     return min(near, key=lambda v: abs(v - scale), default=scale)

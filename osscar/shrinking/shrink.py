@@ -38,7 +38,7 @@ from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
-from osscar.shrinking.routers import routed_among, router_in
+from osscar.shrinking.routers import without_experts
 from osscar.shrinking.slice import slice_units
 from osscar.shrinking.structure import remember_structure
 
@@ -188,7 +188,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
                 weight = weight.detach()
                 before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
                 weight.index_fill_(slot.dim, index, 0.0)
-        with routed_among(model, {router_in(one): (one.kept, one.units) for one in experts}):
+        with without_experts(model, experts):
             yield
     finally:
         for weight, index, dim, values in reversed(before):

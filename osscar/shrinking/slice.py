@@ -18,9 +18,9 @@ from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
-from osscar.shrinking.follow import follow_around, mend, prepare, refresh
+from osscar.shrinking.follow import follow_around, is_list, mend, prepare, refresh
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan
+from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
 from osscar.shrinking.structure import remember_structure
 
 
@@ -59,11 +59,14 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         refresh(dict.fromkeys(_cut(model, plan)))
         for group in plan.groups:
             mend(model, group)
-        follow_around(model, plan.groups)
+        _shorten(model, plan)
+        plans = (*lineage_of(model).plans, plan)
+        for groups in (plan.groups, experts_left(plans)):  # which may be alike again
+            follow_around(model, groups)
         forget_derived(model)
         for integer in plan.integers:
             _set_number(model, integer)
-        note(model, plans=(*lineage_of(model).plans, plan))
+        note(model, plans=plans)
 
 
 def _set_number(model: nn.Module, integer: Integer) -> None:
@@ -99,6 +102,8 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
     """What becomes of each index of a dimension: of all, and as far as units pass through rows."""
     for group in plan.groups:
         for slot in group.slots:
+            if is_list(slot):
+                continue
             tensor = _checked_tensor(model, group, slot)
             key = _identity(tensor)
             tensors[key] = tensor
@@ -121,6 +126,19 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
             if attribute == "weight" and (key, 0, True) in fates:
                 _leave_groups(module, fates[key, 0, True] != _GOES)
             yield module
+
+
+def _shorten(model: nn.Module, plan: PruningPlan) -> None:
+    """Let lists of modules have the members alone that stay; these get new numbers.
+
+    Last, since slots of other groups name members by their old ones.
+    """
+    for group in plan.groups:
+        for slot in filter(is_list, group.slots):
+            members = _checked_list(model, group, slot)
+            stay = [members[unit] for unit in group.kept]
+            members._modules.clear()
+            members._modules.update({str(number): member for number, member in enumerate(stay)})
 
 
 def _leave_groups(module: nn.Module, passing: Tensor) -> None:
@@ -168,6 +186,19 @@ def _identity(tensor: Tensor) -> _Storage:
         return (id(tensor),)  # what shares its memory cannot be told
     memory = tensor.untyped_storage()._cdata
     return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _checked_list(model: nn.Module, group: GroupPlan, slot: Slot) -> nn.ModuleList:
+    try:
+        members = model.get_submodule(slot.tensor)
+    except AttributeError:
+        members = None
+    if not isinstance(members, nn.ModuleList) or len(members) != group.units:
+        raise ModelError(
+            f"group {group.name!r}: no list {slot.tensor!r} of {group.units} modules in this "
+            "model; the plan is for another"
+        )
+    return members
 
 
 def _checked_tensor(model: nn.Module, group: GroupPlan, slot: Slot) -> Tensor:

@@ -17,16 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.timing import Stage, timed
 from osscar.network.hooks import hooks
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import LinearMap, member_maps
+from osscar.preparation.expert_lists import MOST_TIED, called_as_mixtures
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.routing import Routed, afresh, output_of
+from osscar.preparation.routing import ListedMixture, Routed, afresh, output_of
 from osscar.shrinking.routers import tied
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
@@ -34,9 +35,6 @@ from osscar.walk.layer_step import DenseTensors, LayerStep
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
 from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
-
-_MOST_TIED = 0.01
-"""The share of tokens that rounding may send to other experts than their logits say."""
 
 MOST_TOKENS = 1 << 15
 """Tokens that choose who stays, drawn where there are more."""
@@ -52,12 +50,27 @@ def last_matrices(
     prepared: Prepared, mixture: ExpertMixture
 ) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
     """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
+    module = prepared.model.get_submodule(mixture.experts)
+    if isinstance(module, nn.ModuleList):
+        return _last_layers(prepared, mixture, module)
     for group in prepared.groups:
         if not group.frozen and any(slot.module == mixture.experts for slot in group.consumers):
             maps = prepared.linear_maps(group)
             if len(maps) == mixture.group.units:
                 return group, maps
     return None
+
+
+def _last_layers(
+    prepared: Prepared, mixture: ExpertMixture, experts: nn.ModuleList
+) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
+    """Return what the last layers of experts read that are a list of modules, as neurons."""
+    name = mixture.last_layer
+    if name is None:
+        return None
+    maps = member_maps(mixture.experts, ListedMixture(mixture.experts, experts, name, 1))
+    neurons = f"{mixture.group.name}.neurons"
+    return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +111,9 @@ class ExpertWalk(Walk):
         committed: Mapping[str, DenseTensors],
     ) -> None:
         self._mixtures = {one.group.name: one for one in mixtures}
-        self._routers = {
-            one.router: one
-            for one in prepared.mixtures
-            if one.group.name in kept or one.group.name in self._mixtures
-        }
+        routed = [one for one in prepared.mixtures if one.group.name in {*kept, *self._mixtures}]
+        self._lists = [one.listed for one in routed if one.listed is not None]
+        self._routers = {one.router: one for one in routed}
         self._kept = dict(kept)
         self._routes: dict[tuple[str, int], _Routes] = {}
         """By router and batch."""
@@ -111,7 +122,8 @@ class ExpertWalk(Walk):
         self._neurons = {name: neurons for name, (neurons, _) in read.items()}
         maps = {name: own for name, (_, own) in read.items()}
         groups = [one.group for one in mixtures]
-        super().__init__(prepared, groups, True, target, held, committed, maps)
+        with called_as_mixtures(prepared.model, self._lists):
+            super().__init__(prepared, groups, True, target, held, committed, maps)
 
     def __iter__(self) -> Iterator[ExpertStep]:  # type: ignore[override]
         """Walk from mixture to mixture; each has to be committed."""
@@ -141,6 +153,7 @@ class ExpertWalk(Walk):
     def _watched(self) -> Iterator[None]:
         mixtures = [one.experts for one in self._mixtures.values()]
         with (
+            called_as_mixtures(self._model, self._lists),
             hooks(self._model, self._routers, after=self._at_router),
             super()._watched(),
             hooks(self._model, mixtures, before=self._into_mixture),  # once it is suspended there
@@ -153,12 +166,12 @@ class ExpertWalk(Walk):
         if run is None or run.dense:
             return None
         mixture, call = self._routers[name], (args, kwargs)
-        count, how = mixture.group.units, mixture.how
+        count, how = mixture.group.units, mixture.routing
         assert how is not None
         if mixture.group.name in self._kept:
             return how.among(self._kept[mixture.group.name], count, module, call, y)
         bias = how.choice_bias(module, call, count)
-        logits = how.logits(y, count).double()
+        logits = how.logits(module, call, y, count).double()
         bias = None if bias is None else bias.double()
         self._routes[name, run.index] = _Routes(logits, bias, *how.routes(y))
         return None
@@ -169,7 +182,7 @@ class ExpertWalk(Walk):
         Code around a router may change what it says of some tokens; and scores that saturate may be
         equal where the logits are not.
         """
-        assert mixture.how is not None
+        assert mixture.routing is not None
         for run in self._runs:
             routes, x = self._routes[mixture.router, run.index], cast("Any", run.arrived).x
             given = (routes.experts, x.experts), (routes.weights, x.weights)
@@ -179,10 +192,10 @@ class ExpertWalk(Walk):
                     f"weights than its router {mixture.router!r} put out: what changes them cannot "
                     "be told without some experts; leave it out (--skip)"
                 )
-            ours, _ = mixture.how.rule.route(routes.logits, None, routes.bias)
+            ours, _ = mixture.routing.rule.route(routes.logits, None, routes.bias)
             differ = (ours.sort(1).values != routes.experts.sort(1).values).any(1)
             differ &= ~tied(routes.logits)  # as those of padding may be, which is all zero
-            if int(differ.sum()) > _MOST_TIED * len(differ):
+            if int(differ.sum()) > MOST_TIED * len(differ):
                 raise ModelError(
                     f"the router {mixture.router!r} sends {int(differ.sum())} of {len(differ)} "
                     f"tokens of calibration batch {run.index} to other experts than its logits "
@@ -261,8 +274,8 @@ class ExpertStep:
     @torch.no_grad()
     def problem(self, keep: int) -> ExpertProblem:
         """Pose the problem of which experts stay, on samples that are not held out."""
-        assert self.mixture.how is not None
-        rule, walk = self.mixture.how.rule, self._walk
+        assert self.mixture.routing is not None
+        rule, walk = self.mixture.routing.rule, self._walk
         drawn = self._drawn()
         tokens = sum(map(len, drawn.values()))
         bias = walk._routes[self.mixture.router, min(drawn)].bias
@@ -291,14 +304,14 @@ class ExpertStep:
 
     def _parts(self, drawn: Mapping[int, Tensor], keep: int) -> Iterator[RoutedTokens]:
         """Yield what the drawn tokens of each batch say of the experts that they can reach."""
-        assert self.mixture.how is not None
+        assert self.mixture.routing is not None
         for run, x, y in self._walk._here():
             if run.index not in drawn:
                 continue
             routes = self._walk._routes[self.mixture.router, run.index]
             logits, bias = routes.logits, routes.bias
             rows = drawn[run.index].to(y.device)
-            reached = expert_candidates(self.mixture.how.rule, logits[rows], keep, bias)
+            reached = expert_candidates(self.mixture.routing.rule, logits[rows], keep, bias)
             some = max(1, _AT_ONCE // (reached.shape[1] * y.shape[1]))
             given = logits[rows], x.hidden[rows], reached, y[rows]
             for own, hidden, experts, target in zip(
@@ -317,7 +330,7 @@ class ExpertStep:
     @torch.no_grad()
     def commit(self, kept: Sequence[int]) -> None:
         """Route the batches among the experts that stay."""
-        walk, how = self._walk, self.mixture.how
+        walk, how = self._walk, self.mixture.routing
         assert how is not None
         walk._kept[self.group.name] = tuple(kept)
         for run in walk._runs:

@@ -90,7 +90,7 @@ class Frequency(_Scored):
 
     def scores(self, problem: ExpertProblem) -> Tensor:
         """Return the number of tokens, as a share."""
-        return problem.sent / problem.sent.sum()
+        return problem.load / problem.load.sum()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Reap(_Scored):
             rows = torch.arange(len(chosen), device=chosen.device)[:, None]
             norms = block.entries(rows, chosen, chosen).clamp(min=0).sqrt()
             sums.index_add_(0, experts.flatten(), (weights * norms).flatten())
-        return sums / problem.sent.clamp(min=1)
+        return sums / problem.load.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _greedy(problem: ExpertProblem, losses: Losses) -> tuple[Tensor, list[float]
     kept = torch.ones(problem.experts, dtype=torch.bool, device=problem.device)
     history = [losses.loss(kept)]
     stay = problem.keep // problem.rule.groups
-    fewest_first = problem.sent.argsort(stable=True)
+    fewest_first = problem.load.argsort(stable=True)
     while int(kept.sum()) > problem.keep:
         after = losses.removals(kept)
         full = kept.view(problem.rule.groups, -1).sum(1) <= stay

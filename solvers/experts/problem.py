@@ -225,7 +225,7 @@ class ExpertProblem:
         needed, found = self._needed(keep), self.candidates
         if found < needed or found % self.rule.groups:
             raise ProblemError(f"{found} candidates for each token; {needed} can be reached")
-        if not min(float(raw_weights(self.rule, b.logits).min()) for b in blocks) >= _SMALLEST:
+        if not min(float(gate_values(self.rule, b.logits).min()) for b in blocks) >= _SMALLEST:
             raise ProblemError("router logits are so far apart that weights vanish; check them")
 
     def _needed(self, keep: int) -> int:
@@ -270,8 +270,8 @@ class ExpertProblem:
         return sum(float(block.energy.sum()) for block in self.tokens)
 
     @cached_property
-    def sent(self) -> Tensor:
-        """How many tokens are sent to each expert while all stay, (experts,) int64."""
+    def load(self) -> Tensor:
+        """The load of each expert, (experts,) int64: tokens that are sent to it while all stay."""
         counts = torch.zeros(self.experts, dtype=torch.int64, device=self.device)
         for block in self.tokens:
             chosen, _ = self.rule.route(block.logits, None, self.choice_bias)
@@ -281,7 +281,7 @@ class ExpertProblem:
     @property
     def unreached(self) -> Tensor:
         """The experts, (u,) int64, to which no token is sent while all stay."""
-        return torch.nonzero(self.sent == 0).flatten()
+        return torch.nonzero(self.load == 0).flatten()
 
     def loss(self, support: Sequence[int] | Tensor) -> float:
         """Return E(S), by the router's own rule.
@@ -329,8 +329,8 @@ class ExpertProblem:
         return replace(self, keep=keep)
 
 
-def raw_weights(rule: RoutingRule, logits: Tensor) -> Tensor:
-    """Return what weights are proportional to, (tokens, experts)."""
+def gate_values(rule: RoutingRule, logits: Tensor) -> Tensor:
+    """Return gate values, (tokens, experts): what weights are proportional to."""
     if rule.scores is RouterScores.SIGMOID:
         return logits.sigmoid()
     return (logits - logits.amax(1, keepdim=True)).exp()

@@ -1,6 +1,6 @@
 """Losses where each token prefers experts in one order, whatever stays.
 
-With raw weights u (`raw_weights`), of a token that is sent to the experts J while S stay, the loss
+With gate values u (`gate_values`), of a token that is sent to the experts J while S stay, the loss
 is ``|Y|^2 + s (s q / z - 2 p) / z``, where s is the rule's scale and
 
     p = sum_J u_j c_j,     q = sum_J u_i u_j G_ij,     z = sum of u over J, or over S, or 1.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from solvers.experts.pieces import Piece, pieces_of, value
+from solvers.experts.chunks import Chunk, chunks_of, value
 from solvers.experts.problem import ExpertProblem
 from solvers.experts.routing import Denominator
 
@@ -33,14 +33,14 @@ class RankedLosses:
 
     def __init__(self, problem: ExpertProblem) -> None:
         self._problem, self._rule = problem, problem.rule
-        self._pieces = pieces_of(problem, _TOKENS)
+        self._chunks = chunks_of(problem, _TOKENS)
 
     def loss(self, kept: Tensor) -> float:
         """Return the loss of a set."""
         total = self._problem.scale
-        for piece in self._pieces:
-            sent = _Sent(self._problem, piece, kept)
-            total += float(sent.values().sum())
+        for chunk in self._chunks:
+            dispatch = _Dispatch(self._problem, chunk, kept)
+            total += float(dispatch.values().sum())
         return max(total, 0.0)
 
     def removals(self, kept: Tensor) -> Tensor:
@@ -60,31 +60,31 @@ class RankedLosses:
         leaving = torch.nonzero(kept).flatten()
         columns = max(1, int(entering.sum()))
         sums = torch.zeros(len(leaving), columns, dtype=torch.float64, device=kept.device)
-        for piece in self._pieces:
-            _Exchanges(_Sent(self._problem, piece, kept), kept, entering).add_to(sums)
+        for chunk in self._chunks:
+            _Exchanges(_Dispatch(self._problem, chunk, kept), kept, entering).add_to(sums)
         table = torch.full((len(kept), columns), torch.inf, dtype=torch.float64, device=kept.device)
         table[leaving] = sums + self._problem.scale
         return table
 
 
-class _Sent:
-    """Where a piece's tokens are sent, and the sums over that."""
+class _Dispatch:
+    """Where a chunk's tokens are sent, and the sums over that."""
 
-    def __init__(self, problem: ExpertProblem, piece: Piece, kept: Tensor) -> None:
-        self.piece, self.rule, k = piece, problem.rule, problem.rule.top_k
-        self.stays = kept[piece.order]
-        ranks = torch.arange(1, k + 2, device=kept.device).expand(len(piece), -1).contiguous()
+    def __init__(self, problem: ExpertProblem, chunk: Chunk, kept: Tensor) -> None:
+        self.chunk, self.rule, k = chunk, problem.rule, problem.rule.top_k
+        self.stays = kept[chunk.order]
+        ranks = torch.arange(1, k + 2, device=kept.device).expand(len(chunk), -1).contiguous()
         place = torch.searchsorted(self.stays.cumsum(1), ranks)
         self.chosen, self.following = place[:, :k], place[:, k]
         """Ranks of the experts J, (t, k), and of the next in line, (t,); r where none is held."""
-        self.u = piece.raw.gather(1, self.chosen)
-        self.uc = self.u * piece.tokens.cross.gather(1, self.chosen)
-        rows = torch.arange(len(piece), device=kept.device)[:, None, None]
-        gram = piece.tokens.entries(rows, self.chosen[:, :, None], self.chosen[:, None, :])
+        self.u = chunk.gates.gather(1, self.chosen)
+        self.uc = self.u * chunk.tokens.cross.gather(1, self.chosen)
+        rows = torch.arange(len(chunk), device=kept.device)[:, None, None]
+        gram = chunk.tokens.entries(rows, self.chosen[:, :, None], self.chosen[:, None, :])
         self.uGu = self.u[:, :, None] * gram * self.u[:, None, :]
-        self.experts = piece.order.gather(1, self.chosen)
+        self.experts = chunk.order.gather(1, self.chosen)
         if self.rule.denominator is Denominator.KEPT:
-            others = piece.all_raw * kept
+            others = chunk.all_gates * kept
             self.rest = others.scatter(1, self.experts, 0.0).sum(1)
             """Sum of u over those that stay and are not chosen."""
 
@@ -101,92 +101,96 @@ class _Sent:
 
 
 class _Exchanges:
-    """The sums over a piece's tokens for each expert that leaves and each that enters."""
+    """The sums over a chunk's tokens for each expert that leaves and each that enters."""
 
-    def __init__(self, sent: _Sent, kept: Tensor, entering: Tensor) -> None:
-        self.sent, self.rule, k = sent, sent.rule, sent.rule.top_k
-        piece, device = sent.piece, kept.device
+    def __init__(self, dispatch: _Dispatch, kept: Tensor, entering: Tensor) -> None:
+        self.dispatch, self.rule, k = dispatch, dispatch.rule, dispatch.rule.top_k
+        chunk, device = dispatch.chunk, kept.device
         apart = 1 - torch.eye(k, dtype=torch.float64, device=device)
         self._apart = apart
-        self.u, self.p = sent.u @ apart, sent.uc @ apart  # without each of the chosen, (t, k)
-        self.q = (apart * (sent.uGu @ apart)).sum(1)
-        self.leaver = (kept.cumsum(0) - 1)[sent.experts]
+        # Without each of the chosen, (t, k).
+        self.u, self.p = dispatch.u @ apart, dispatch.uc @ apart
+        self.q = (apart * (dispatch.uGu @ apart)).sum(1)
+        self.leaver = (kept.cumsum(0) - 1)[dispatch.experts]
         """Rows of the table that the chosen have."""
         self.apart_from = torch.ones(
-            len(piece), int(kept.sum()), dtype=torch.float64, device=device
+            len(chunk), int(kept.sum()), dtype=torch.float64, device=device
         ).scatter_(1, self.leaver, 0.0)
         """One where an expert stays and is not chosen."""
         self.leaving, enters = torch.nonzero(kept).flatten(), bool(entering.any())
-        self.raw_in = piece.all_raw[:, entering] if enters else piece.raw.new_zeros(len(piece), 1)
+        self.gates_in = (
+            chunk.all_gates[:, entering] if enters else chunk.gates.new_zeros(len(chunk), 1)
+        )
         # Those that enter before the next in line, if one of the chosen leaves: tokens and ranks.
-        ranks = torch.arange(piece.order.shape[1], device=device)
-        ahead = entering[piece.order] & (ranks < sent.following[:, None])
+        ranks = torch.arange(chunk.order.shape[1], device=device)
+        ahead = entering[chunk.order] & (ranks < dispatch.following[:, None])
         self.rows, self.rank = torch.nonzero(ahead, as_tuple=True)
-        self.column = (entering.cumsum(0) - 1)[piece.order[self.rows, self.rank]]
-        self.drives = self.rank < sent.chosen[self.rows, -1]  # out the last, if none leaves
+        self.column = (entering.cumsum(0) - 1)[chunk.order[self.rows, self.rank]]
+        self.drives = self.rank < dispatch.chosen[self.rows, -1]  # out the last, if none leaves
 
     def add_to(self, sums: Tensor) -> None:
         """Add what of the losses depends on the choice, (those that leave, those that enter)."""
-        sent, piece = self.sent, self.sent.piece
+        dispatch, chunk = self.dispatch, self.dispatch.chunk
         driven = self._marked(self.rows[self.drives], self.column[self.drives])
         ahead = self._marked(self.rows, self.column)
-        follows = torch.nonzero(sent.following < piece.order.shape[1]).flatten()
-        p, q, u = self._with(follows, sent.following[follows])
+        follows = torch.nonzero(dispatch.following < chunk.order.shape[1]).flatten()
+        p, q, u = self._with(follows, dispatch.following[follows])
         in_p, in_q, in_u = self._with(self.rows, self.rank)
         rows, column = self.rows[self.drives], self.column[self.drives]
         last_p, last_q, last_u = (of[self.drives, -1] for of in (in_p, in_q, in_u))
         if self.rule.denominator is Denominator.KEPT:
-            leaving = piece.all_raw[:, self.leaving]
-            z = (sent.rest + sent.u.sum(1))[:, None] - leaving
+            leaving = chunk.all_gates[:, self.leaving]
+            z = (dispatch.rest + dispatch.u.sum(1))[:, None] - leaving
             z = z.masked_fill(self.apart_from == 0, torch.inf)  # where nothing is to be added
             self._add_unmoved(sums, z, driven)
-            raw_in = self.raw_in.masked_fill(ahead, torch.inf)[follows]
-            z = (sent.rest[:, None] + self.u)[follows]
-            moved = self._value(p[:, :, None], q[:, :, None], z[:, :, None] + raw_in[:, None, :])
+            gates_in = self.gates_in.masked_fill(ahead, torch.inf)[follows]
+            z = (dispatch.rest[:, None] + self.u)[follows]
+            moved = self._value(p[:, :, None], q[:, :, None], z[:, :, None] + gates_in[:, None, :])
             sums.index_add_(0, self.leaver[follows].flatten(), moved.flatten(0, 1))
-            z = (sent.rest + sent.u.sum(1))[rows] + self.raw_in[rows, column]
+            z = (dispatch.rest + dispatch.u.sum(1))[rows] + self.gates_in[rows, column]
             z = z[:, None] - leaving[rows]
             z = z.masked_fill(self.apart_from[rows] == 0, torch.inf)
             sums.T.index_add_(0, column, self._value(last_p[:, None], last_q[:, None], z))
         else:
-            sums += (self.apart_from * sent.values()[:, None]).T @ (~driven).double()
-            one = self._value(p, q, sent.denominators(u))
+            sums += (self.apart_from * dispatch.values()[:, None]).T @ (~driven).double()
+            one = self._value(p, q, dispatch.denominators(u))
             moved = torch.zeros_like(self.apart_from)
             moved[follows] = moved[follows].scatter(1, self.leaver[follows], one)
             sums += moved.T @ (~ahead).double()
-            entered = torch.zeros_like(self.raw_in)
-            entered[rows, column] = self._value(last_p, last_q, sent.denominators(last_u))
+            entered = torch.zeros_like(self.gates_in)
+            entered[rows, column] = self._value(last_p, last_q, dispatch.denominators(last_u))
             sums += self.apart_from.T @ entered
-        rest = sent.rest[self.rows, None] if self.rule.denominator is Denominator.KEPT else 0.0
-        both = self._value(in_p, in_q, sent.denominators(in_u, rest))
+        rest = dispatch.rest[self.rows, None] if self.rule.denominator is Denominator.KEPT else 0.0
+        both = self._value(in_p, in_q, dispatch.denominators(in_u, rest))
         place = self.leaver[self.rows] * sums.shape[1] + self.column[:, None]
         sums.view(-1).index_add_(0, place.flatten(), both.flatten())
 
     def _add_unmoved(self, sums: Tensor, z: Tensor, driven: Tensor) -> None:
         """Add the tokens that are sent where they were, with weights of another sum."""
-        p, q = self.sent.uc.sum(1), self.sent.uGu.sum((1, 2))
-        raw_in, size = self.raw_in.masked_fill(driven, torch.inf), max(1, _ELEMENTS // sums.numel())
+        p, q = self.dispatch.uc.sum(1), self.dispatch.uGu.sum((1, 2))
+        gates_in = self.gates_in.masked_fill(driven, torch.inf)
+        size = max(1, _ELEMENTS // sums.numel())
         for start in range(0, len(z), size):
             some = slice(start, start + size)
-            there = z[some, :, None] + raw_in[some, None, :]
+            there = z[some, :, None] + gates_in[some, None, :]
             sums += self._value(p[some, None, None], q[some, None, None], there).sum(0)
 
     def _value(self, p: Tensor, q: Tensor, z: Tensor | float) -> Tensor:
         return value(p, q, z, self.rule.scale)
 
     def _marked(self, rows: Tensor, columns: Tensor) -> Tensor:
-        marks = torch.zeros_like(self.raw_in, dtype=torch.bool)
+        marks = torch.zeros_like(self.gates_in, dtype=torch.bool)
         marks[rows, columns] = True
         return marks
 
     def _with(self, rows: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return p, q and the sum of u of tokens without each of the chosen and with another."""
-        sent, tokens = self.sent, self.sent.piece.tokens
-        u = sent.piece.raw[rows, rank][:, None]
+        dispatch, tokens = self.dispatch, self.dispatch.chunk.tokens
+        u = dispatch.chunk.gates[rows, rank][:, None]
         c = tokens.cross[rows, rank][:, None]
         own = tokens.entries(rows, rank, rank)[:, None]
-        gram = tokens.entries(rows[:, None], sent.chosen[rows], rank[:, None])
-        beside = (sent.u[rows] * gram) @ self._apart
+        gram = tokens.entries(rows[:, None], dispatch.chosen[rows], rank[:, None])
+        beside = (dispatch.u[rows] * gram) @ self._apart
         return (
             self.p[rows] + u * c,
             self.q[rows] + 2 * u * beside + u.square() * own,

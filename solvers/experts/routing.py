@@ -44,7 +44,7 @@ class GroupScore(enum.StrEnum):
 
 
 class Denominator(enum.Enum):
-    """Over which experts raw weights are summed up to what divides them."""
+    """Over which experts gate values are summed up to what divides them."""
 
     CHOSEN = enum.auto()
     KEPT = enum.auto()
@@ -168,7 +168,7 @@ class RoutingRule:
 
     @property
     def denominator(self) -> Denominator:
-        """What weights are divided by, made of `solvers.experts.problem.raw_weights`."""
+        """What weights are divided by, made of `solvers.experts.problem.gate_values`."""
         if self.scores is RouterScores.SOFTMAX_OF_CHOSEN or self.normalized:
             return Denominator.CHOSEN
         return Denominator.KEPT if self.scores is RouterScores.SOFTMAX else Denominator.ONE

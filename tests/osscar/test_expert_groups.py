@@ -62,7 +62,7 @@ def found(model):
 
 def keeping(mixture, gone):
     """Return a plan for a mixture without one expert of each of its groups of experts."""
-    group, groups = mixture.group, mixture.how.rule.groups
+    group, groups = mixture.group, mixture.routing.rule.groups
     size = group.units // groups
     leave = {g * size + gone % size for g in range(groups)}
     return GroupPlan.of(group, tuple(e for e in range(group.units) if e not in leave))
@@ -75,10 +75,10 @@ def keeping(mixture, gone):
 def test_the_rule_of_a_router_is_found_by_what_it_puts_out(family):
     model = mixture(family)
     (one, *_) = found(model)
-    assert (one.how.rule, one.how.bias) == RULES[family]
+    assert (one.routing.rule, one.routing.bias) == RULES[family]
     assert one.group.kind is UnitKind.EXPERTS
     assert one.group.name == one.experts
-    assert one.group.step == one.how.rule.groups
+    assert one.group.step == one.routing.rule.groups
     assert one.group.prunable
     experts = model.get_submodule(one.experts)
     assert one.group.units == len(experts.down_proj)
@@ -96,7 +96,7 @@ def test_a_router_that_is_not_trained_is_known_by_its_code():
     model = mixture("qwen2-moe")
     for layer in model.model.layers:
         nn.init.zeros_(layer.mlp.gate.weight)
-    assert {one.how.rule for one in found(model)} == {PLAIN}
+    assert {one.routing.rule for one in found(model)} == {PLAIN}
 
 
 # ---- what cannot leave -------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_mixture_of_ones_own_loses_experts_and_is_saved(tmp_path):
     model, x = Own(Router()).eval(), torch.randn(40, 8)
     with torch.no_grad():
         (one,) = mixtures_in(model, {"x": x})
-        assert one.how.rule.scale == 0.7
+        assert one.routing.rule.scale == 0.7
         dense = copy.deepcopy(model)
         plan = PruningPlan((GroupPlan.of(one.group, (0, 2, 3)),))
         assert shrink(model, plan, [(x,)]).error < 1e-6
@@ -359,6 +359,24 @@ def test_fewer_experts_are_saved_and_read_by_transformers(family, tmp_path):
         expected = model(**example()).logits
         assert_close(plain(**example()).logits, expected)
         assert_close(osscar.load(saved.path)(**example()).logits, expected)
+
+
+def test_layers_that_become_alike_again_are_said_by_the_config(tmp_path):
+    model = mixture("mixtral")
+    for keep in ((3, 2), (2, 2)):
+        plan = [
+            GroupPlan.of(one.group, tuple(range(kept)))
+            for one, kept in zip(found(model), keep, strict=True)
+            if kept < one.group.units
+        ]
+        shrink(model, PruningPlan(tuple(plan)), [example()])
+    assert model.num_experts == 2
+    saved = save(model, tmp_path / "smaller")
+    assert saved.stock
+    plain = hf.AutoModelForCausalLM.from_pretrained(saved.path)
+    assert plain.config.num_local_experts == 2
+    with torch.no_grad():
+        assert torch.equal(plain(**example()).logits, model(**example()).logits)
 
 
 @pytest.mark.sampled(1)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.testing import assert_close
 
@@ -90,6 +91,21 @@ def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, t
         m.generate(**prompt, max_new_tokens=6, do_sample=False) for m in (result.model, again)
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe", "deepseek-v3", "nemotron-h"])
+def test_the_config_says_how_many_neurons_experts_have(family, tmp_path):
+    """Those of each expert, and of shared ones, under names of their own."""
+    model, data = mixture(family), tokens(16, 24)
+    result = osscar.prune(model, data, neurons=0.5, device="cpu")
+    saved = result.save(tmp_path / "smaller")
+    assert saved.stock
+    config = hf.AutoConfig.from_pretrained(saved.path)
+    assert config.moe_intermediate_size == model.config.moe_intermediate_size // 2
+    plain = hf.AutoModelForCausalLM.from_pretrained(saved.path)
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=data).logits, result.model(input_ids=data).logits)
 
 
 # ---- what experts read -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tokens in pieces, with what of them does not depend on the choice."""
+"""Tokens in chunks, with what of them does not depend on the choice."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from solvers.experts.problem import ExpertProblem, RoutedTokens, raw_weights
+from solvers.experts.problem import ExpertProblem, RoutedTokens, gate_values
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Chunk:
     """Some tokens, with what does not depend on the choice."""
 
     tokens: RoutedTokens
     order: Tensor
     """The candidates, (t, r) int64."""
-    all_raw: Tensor
-    """Raw weights of all experts, (t, experts)."""
-    raw: Tensor
-    """Raw weights of the candidates, (t, r)."""
+    all_gates: Tensor
+    """Gate values of all experts, (t, experts)."""
+    gates: Tensor
+    """Gate values of the candidates, (t, r)."""
 
     def __len__(self) -> int:
         return len(self.order)
 
 
-def pieces_of(problem: ExpertProblem, size: int) -> list[Piece]:
-    """Return the tokens of a problem in pieces of at most `size`."""
-    pieces = []
+def chunks_of(problem: ExpertProblem, size: int) -> list[Chunk]:
+    """Return the tokens of a problem in chunks of at most `size`."""
+    chunks = []
     for block in problem.tokens:
         for start in range(0, len(block.logits), size):
             part = block.part(start, start + size)
-            order, raw = problem.order(part), raw_weights(problem.rule, part.logits)
-            pieces.append(Piece(part, order, raw, raw.gather(1, order)))
-    return pieces
+            order, gates = problem.order(part), gate_values(problem.rule, part.logits)
+            chunks.append(Chunk(part, order, gates, gates.gather(1, order)))
+    return chunks
 
 
 def value(p: Tensor, q: Tensor, z: Tensor | float, scale: float) -> Tensor:

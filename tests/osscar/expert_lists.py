@@ -1,0 +1,239 @@
+"""Mixtures of one's own whose experts are a list of modules, in the styles that code has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+WIDTH, COUNT = 16, 6
+
+
+class Expert(nn.Module):
+    """A small feed-forward network."""
+
+    def __init__(self, neurons: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, neurons), nn.Linear(neurons, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+def experts(count: int = COUNT) -> nn.ModuleList:
+    return nn.ModuleList(Expert() for _ in range(count))
+
+
+class SoftmaxThenTopK(nn.Module):
+    """The loop of Mixtral's first code: one-hot masks, and weights divided by their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = COUNT
+        self.gate = nn.Linear(WIDTH, COUNT, bias=False)
+        self.experts = experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weights, chosen = self.gate(flat).softmax(-1, dtype=torch.float).topk(2)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        mask = nn.functional.one_hot(chosen, self.num_experts).permute(2, 1, 0)
+        y = torch.zeros_like(flat)
+        for number in range(self.num_experts):
+            place, token = torch.where(mask[number])
+            part = self.experts[number](flat[token]) * weights[token, place, None]
+            y.index_add_(0, token, part)
+        return y.view(x.shape)
+
+
+class TopKThenSoftmax(nn.Module):
+    """With a shared expert, the sum inside of the block, logits beside, and a count of odd name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.how_many = COUNT
+        self.router, self.ffns, self.shared = nn.Linear(WIDTH, COUNT), experts(), Expert()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, WIDTH)
+        logits = self.router(flat)
+        best, chosen = logits.topk(2)
+        weights = best.softmax(-1)
+        y = flat + self.shared(flat)
+        for number in range(self.how_many):
+            here = chosen == number
+            tokens = here.any(-1)
+            if tokens.any():
+                weight = (weights * here).sum(-1)[tokens, None]
+                y[tokens] = y[tokens] + weight * self.ffns[number](flat[tokens])
+        return y.view(x.shape), logits
+
+
+class Gate(nn.Module):
+    """A router that keeps its logits for itself."""
+
+    def __init__(self, count: int = COUNT) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, WIDTH) / WIDTH**0.5)
+        self.register_buffer("bias", 0.1 * torch.randn(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = nn.functional.linear(x.reshape(-1, WIDTH), self.weight).sigmoid()
+        chosen = (scores + self.bias).topk(2, sorted=False)[1]
+        weights = scores.gather(1, chosen)
+        return chosen, 1.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+class Sorted(nn.Module):
+    """Tokens sorted by their experts, as in the code that comes with DeepSeek's checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = Gate(), experts(), Expert()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, weights = self.gate(x)
+        flat = x.reshape(-1, WIDTH)
+        counts = chosen.new_zeros((len(chosen), len(self.experts)))
+        counts.scatter_(1, chosen, 1)
+        order = chosen.view(-1).argsort()
+        tokens = flat[order // chosen.shape[1]]
+        outputs, start = [], 0
+        for number, many in enumerate(counts.sum(0).cpu().numpy()):
+            if many:
+                outputs.append(self.experts[number](tokens[start : start + many]))
+                start += many
+        parts = torch.empty_like(torch.cat(outputs))
+        parts[order] = torch.cat(outputs)
+        y = (parts.view(*chosen.shape, -1) * weights[:, :, None].to(x)).sum(1)
+        return y.view(x.shape) + self.shared_experts(x)
+
+
+class Masked(nn.Module):
+    """Every expert sees all tokens, and a bias of the block decides with the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, COUNT, bias=False), experts()
+        self.balance = nn.Parameter(0.1 * torch.randn(COUNT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).sigmoid()
+        chosen = (scores + self.balance).topk(2).indices
+        weights = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = y + weights[..., number, None] * expert(x)
+        return y
+
+
+class RoutedList(nn.ModuleList):
+    """A list that is itself called with tokens, experts and weights."""
+
+    def __init__(self) -> None:
+        super().__init__(Expert() for _ in range(COUNT))
+        self.num_experts = COUNT
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, place = torch.where(chosen == number)
+            y.index_add_(0, token, self[number](x[token]) * weights[token, place, None])
+        return y
+
+
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = Gate(), RoutedList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.experts(x.reshape(-1, WIDTH), *self.gate(x)).view(x.shape)
+        return y
+
+
+class Net(nn.Module):
+    """Blocks on a residual stream."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(WIDTH, WIDTH), nn.ModuleList(blocks)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in blocks)
+        self.last = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            y: Any = block(norm(x))
+            x = x + (y[0] if isinstance(y, tuple) else y)
+        y = self.last(x)
+        return y
+
+
+def net(*kinds: type[nn.Module]) -> Net:
+    """Build a net of blocks in which routes and experts matter."""
+    torch.manual_seed(0)
+    found = Net(*(kind() for kind in kinds)).eval()
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if name.endswith(("gate.weight", "router.weight", "down.weight")):
+                parameter.mul_(3)
+    return found
+
+
+class OwnConfig(PretrainedConfig):
+    """Of a model of transformers' kind that is code of one's own."""
+
+    model_type = "own-experts"
+
+    def __init__(self, vocab_size: int = 97, num_experts: int = COUNT, **more: Any) -> None:
+        self.vocab_size, self.num_experts, self.hidden_size = vocab_size, num_experts, WIDTH
+        super().__init__(**more)
+
+
+class OwnBlock(nn.Module):
+    """As transformers had mixtures: experts that are hit, counted by the config, with logits."""
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(WIDTH, config.num_experts, bias=False)
+        self.experts = experts(config.num_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.view(-1, WIDTH)
+        logits = self.gate(flat)
+        weights, chosen = logits.softmax(1, dtype=torch.float).topk(2, dim=-1)
+        weights /= weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(flat)
+        mask = nn.functional.one_hot(chosen, self.config.num_experts).permute(2, 1, 0)
+        for number in mask.sum((-1, -2)).greater(0).nonzero():
+            place, token = torch.where(mask[number].squeeze(0))
+            part = self.experts[number](flat[None, token].reshape(-1, WIDTH))
+            y.index_add_(0, token, (part * weights[token, place, None]).to(x.dtype))
+        return y.view(x.shape), logits
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.blocks = nn.ModuleList(OwnBlock(config) for _ in range(2))
+        self.head = nn.Linear(WIDTH, config.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        x = self.embed(input_ids)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))[0]
+        return CausalLMOutput(logits=self.head(x))

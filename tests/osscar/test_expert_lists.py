@@ -1,0 +1,393 @@
+"""Experts that are a list of modules, which the code of a block calls by number, leave whole."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import osscar
+from osscar.base.errors import ModelError, RequestError
+from osscar.evaluation.size import count_owned
+from osscar.preparation.expert_lists import called_as_mixtures
+from osscar.preparation.experts import mixtures_in
+from osscar.preparation.prepare import prepare
+from osscar.pruning.prune import prune_as_asked
+from osscar.pruning.run_log import RunLog
+from osscar.request import PruningRequest
+from solvers import RouterScores, RoutingRule
+from tests.osscar.expert_lists import (
+    COUNT,
+    WIDTH,
+    Called,
+    Expert,
+    Gate,
+    Masked,
+    Net,
+    OwnConfig,
+    OwnModel,
+    SoftmaxThenTopK,
+    Sorted,
+    TopKThenSoftmax,
+    net,
+)
+from tests.osscar.families import tokens
+from tests.osscar.test_expert_routes import Block
+
+RULES = {
+    SoftmaxThenTopK: RoutingRule(2, RouterScores.SOFTMAX, normalized=True),
+    TopKThenSoftmax: RoutingRule(2, RouterScores.SOFTMAX, normalized=True),  # the same
+    Sorted: RoutingRule(2, RouterScores.SIGMOID, normalized=True, scale=1.5),
+    Masked: RoutingRule(2, RouterScores.SIGMOID),
+    Called: RoutingRule(2, RouterScores.SIGMOID, normalized=True, scale=1.5),
+}
+NAMES = {TopKThenSoftmax: "ffns"}
+"""What blocks call their experts, where it is another word."""
+
+ALL = {"damp": 0.3, "correction_weight": 1.0}
+"""With these, no sample is held out, and every weight is fitted to all of them."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*since a refit did worse on held-out samples:UserWarning"),
+]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Return calibration data."""
+    return torch.randn(24, 10, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def mixtures(model: nn.Module, x: Tensor):
+    with torch.no_grad():
+        return mixtures_in(model, {"x": x[:2]})
+
+
+def reason(block: nn.Module, x: Tensor) -> str:
+    """Return why the experts of a block cannot leave."""
+    (one,) = mixtures(Net(block).eval(), x)
+    return one.group.frozen[0].reason
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_rule_is_read_off_what_a_block_makes_of_its_experts(kind, x):
+    model = net(kind)
+    (one,) = mixtures(model, x)
+    rule, expected = one.routing.rule, RULES[kind]
+    assert rule.scale == pytest.approx(expected.scale)
+    assert (rule.top_k, rule.scores, rule.normalized) == (2, expected.scores, expected.normalized)
+    assert one.group.units == COUNT
+    expert, gate = sum(p.numel() for p in Expert().parameters()), WIDTH
+    beside = {Masked: 1, TopKThenSoftmax: 1}.get(kind, 0)  # a bias of the block, or of the router
+    assert one.group.removable == expert + gate + beside
+    assert one.last_layer == "down"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not Called])
+def test_blocks_compute_the_same_when_called_as_mixtures(kind, x):
+    model = net(kind, kind)
+    lists = [one.listed for one in mixtures(model, x)]
+    with torch.no_grad():
+        expected = model(x)
+        with called_as_mixtures(model, lists):
+            assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(model(x), expected)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert not any("osscar" in name for name, _ in model.named_modules())
+
+
+def by_hand(block: nn.Module, x: Tensor, kept: tuple[int, ...], rule: RoutingRule) -> Tensor:
+    """Return the sum over those experts that stay, token by token and in double precision."""
+    flat = x.reshape(-1, WIDTH)
+    gate = getattr(block, "gate", None) or block.router
+    logits = flat @ gate.weight.T + (
+        gate.bias if isinstance(gate, nn.Linear) and gate.bias is not None else 0
+    )
+    scores = logits.double().sigmoid() if rule.scores is RouterScores.SIGMOID else logits.double()
+    choice = getattr(block, "balance", gate.bias if isinstance(gate, Gate) else torch.zeros(COUNT))
+    members = getattr(block, NAMES.get(type(block), "experts"))
+    y = torch.zeros(flat.shape, dtype=torch.float64)
+    for token, own in enumerate(scores):
+        best = sorted(kept, key=lambda e: -float(own[e] + choice[e]))[:2]
+        weights = own[best]
+        if rule.scores is RouterScores.SOFTMAX:
+            weights = weights.softmax(0)
+        elif rule.normalized:
+            weights = rule.scale * weights / weights.sum()
+        for weight, expert in zip(weights, best, strict=True):
+            y[token] += weight * members[expert](flat[token]).double()
+    return y
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", RULES)
+def test_the_set_that_is_chosen_loses_least_of_all_by_hand(kind, x):
+    """That of the first block, before which nothing changes."""
+    model = net(kind)
+    block, few = model.blocks[0], x[:6]
+    result = osscar.prune(model, few, experts=4, target="weights", backend="enumerate", **ALL)
+    report = result.layers[0]
+    with torch.no_grad():
+        read = model.norms[0](model.first(few))
+        Y = by_hand(block, read, tuple(range(COUNT)), RULES[kind])
+        losses = {
+            kept: float((by_hand(block, read, kept, RULES[kind]) - Y).square().sum())
+            for kept in combinations(range(COUNT), 4)
+        }
+    best = min(losses, key=lambda kept: losses[kept])
+    assert report.support == best
+    assert report.relative_loss == pytest.approx(losses[best] / float(Y.square().sum()), rel=1e-3)
+    assert report.refitted_loss <= report.relative_loss
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("kind", RULES)
+def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, x, tmp_path):
+    model = net(kind, kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = osscar.prune(model, x, experts=4)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [one.kept for one in result.layers] == [4, 4]
+    assert result.equivalence_error < 1e-10  # in double precision
+    name = NAMES.get(kind, "experts")
+    for layer, dense, small in zip(result.layers, model.blocks, result.model.blocks, strict=True):
+        own, kept = getattr(small, name), [getattr(dense, name)[e] for e in layer.support]
+        assert len(own) == 4
+        for a, b in zip(own, kept, strict=True):
+            assert torch.equal(a.up.weight, b.up.weight)
+        assert not all(
+            torch.equal(a.down.weight, b.down.weight) for a, b in zip(own, kept, strict=True)
+        )
+        assert getattr(small, "num_experts", 4) == getattr(own, "num_experts", 4) == 4
+    assert result.parameters_before - result.parameters_after == sum(
+        2 * one.group.removable for one in mixtures(model, x)
+    )
+    result.save(tmp_path / "smaller")
+    again = osscar.load(tmp_path / "smaller", dense=model)
+    assert torch.equal(again(x), result.model(x))
+
+
+def as_list(block: Block) -> nn.Module:
+    """Return a block with a list of experts that computes what one with stacked matrices does."""
+    found = SoftmaxThenTopK()
+    found.gate.weight = block.router.weight
+    for expert, up, down in zip(found.experts, block.experts.up, block.experts.down, strict=True):
+        expert.up, expert.down = (nn.Linear(*W.T.shape, bias=False) for W in (up, down))
+        expert.up.weight.data, expert.down.weight.data = up.data, down.data
+    return found
+
+
+def test_a_list_comes_to_what_stacked_matrices_come_to(x):
+    torch.manual_seed(0)
+    blocks = Block(), Block()
+    stacked = nn.Sequential(*blocks, nn.Linear(WIDTH, WIDTH)).eval()
+    lists = (Residual(as_list(block)) for block in copy.deepcopy(blocks))
+    listed = nn.Sequential(*lists, copy.deepcopy(stacked[2])).eval()
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        assert torch.allclose(listed(flat), stacked(flat), atol=1e-5)
+    one, other = (osscar.prune(model, flat, experts=4) for model in (stacked, listed))
+    assert [a.support for a in one.layers] == [b.support for b in other.layers]
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert a.relative_loss == pytest.approx(b.relative_loss, rel=1e-4)
+        assert a.refitted_loss == pytest.approx(b.refitted_loss, rel=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(one.model(flat), other.model(flat), atol=1e-3)
+
+
+class Residual(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.block(x)
+        return y
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_model(x, tmp_path):
+    request = PruningRequest(experts=4, device="cpu")
+    whole = prune_as_asked(net(Sorted, Sorted), x, request, RunLog(tmp_path / "log"))
+    (tmp_path / "log" / "00001.safetensors").unlink()
+    again = prune_as_asked(net(Sorted, Sorted), x, request, RunLog(tmp_path / "log"))
+    state = again.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_code_of_the_kind_of_transformers_is_saved_with_its_own_config(tmp_path):
+    hf.AutoConfig.register(OwnConfig.model_type, OwnConfig, exist_ok=True)
+    hf.AutoModelForCausalLM.register(OwnConfig, OwnModel, exist_ok=True)
+    torch.manual_seed(0)
+    model, data = OwnModel(OwnConfig()).eval(), tokens(32, 24)
+    for parameter in (p for p in model.parameters() if p.ndim > 1):
+        nn.init.normal_(parameter, std=0.3)
+    result = osscar.prune(model, data, experts=4)
+    saved = result.save(tmp_path / "smaller")
+    assert saved.stock
+    again = OwnModel.from_pretrained(saved.path)
+    assert [len(block.experts) for block in again.blocks] == [4, 4]
+    assert again.config.num_experts == 4
+    with torch.no_grad():
+        assert torch.equal(again(data).logits, result.model(data).logits)
+
+
+@pytest.mark.slow
+def test_experts_leave_in_half_precision(x):
+    model = net(SoftmaxThenTopK, Sorted).bfloat16()
+    result = osscar.prune(model, x.bfloat16(), experts=4, skip=["blocks.0.*"])
+    assert [layer.kept for layer in result.layers] == [4]
+    assert next(result.model.parameters()).dtype is torch.bfloat16
+
+
+@pytest.mark.slow
+def test_experts_of_one_matrix_leave_and_are_refitted(x):
+    block = SoftmaxThenTopK()
+    block.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
+    result = osscar.prune(Net(block).eval(), x, experts=3)
+    assert result.layers[0].refitted_loss < result.layers[0].relative_loss
+
+
+def test_experts_whose_last_layer_is_not_seen_stay(x):
+    block = SoftmaxThenTopK()
+    block.experts = nn.ModuleList(nn.Sequential(Expert(), nn.Tanh()) for _ in range(COUNT))
+    with pytest.raises(RequestError, match="last matrices of its experts are not seen"):
+        osscar.prune(Net(block).eval(), x, experts=3)
+
+
+def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
+    """Code that gathers tokens cannot be traced: what lies around is."""
+    model = nn.Sequential(Expert(), net(SoftmaxThenTopK)).eval()
+    result = osscar.prune(model, x, neurons=0.5)
+    names = [layer.name for layer in result.layers]
+    assert "0.neurons" in names
+    assert not any("blocks" in name for name in names)
+    with prepare(model, x) as prepared:
+        reasons = {g.name: g.frozen[0].reason for g in prepared.groups if g.frozen}
+    assert "depend on values there" in reasons["1.blocks.0.experts.neurons"]
+    assert any("it enters '1.blocks.0', whose code gives experts" in r for r in reasons.values())
+
+
+# ---- what stays --------------------------------------------------------------------------
+
+
+class Different(SoftmaxThenTopK):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[2] = Expert(neurons=12)
+
+
+class Unrouted(SoftmaxThenTopK):
+    """Asks a router, and calls all experts in their order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class Elsewhere(SoftmaxThenTopK):
+    """Loops to a number that no module has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        return sum(
+            (weights * (chosen == e)).sum(-1, keepdim=True) * self.experts[e](x)
+            for e in range(COUNT)
+        )
+
+
+class Scaled(SoftmaxThenTopK):
+    """Multiplies what experts read, not what they put out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(1)
+        return sum((chosen == e) * expert(x * weights) for e, expert in enumerate(self.experts))
+
+
+class Threshold(SoftmaxThenTopK):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).sigmoid()
+        scores = scores * (scores > 0.5)
+        return sum(scores[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class Normed(SoftmaxThenTopK):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().forward(x), (WIDTH,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Different, "are not several of the same structure"),
+        (Unrouted, "every token is sent to all 6 experts"),
+        (Elsewhere, "cannot do without some experts"),
+        (Scaled, "does not put out the sum over experts"),
+        (Threshold, "no rule is known for tokens that go to different numbers"),
+        (Normed, "does not"),
+    ],
+)
+def test_what_cannot_be_told_stays_and_says_why(kind, words, x):
+    torch.manual_seed(0)
+    assert words in reason(kind(), x)
+
+
+class Capacity(SoftmaxThenTopK):
+    """Gives experts no more than some tokens of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weights, chosen = self.gate(flat).softmax(-1).topk(2)
+        y = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == number)
+            token, place = token[:24], place[:24]
+            y.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
+        return y.view(x.shape)
+
+
+def test_a_block_that_drops_tokens_where_they_are_many_is_refused(x):
+    torch.manual_seed(0)
+    model = Net(Capacity()).eval()
+    assert not mixtures(model, x[:, :2])[0].group.frozen
+    with pytest.raises(ModelError, match=r"to other experts of 'blocks.0.experts', or with other"):
+        osscar.prune(model, x[:, :2].repeat(4, 1, 1), experts=4, batch_size=96)
+
+
+def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
+    block, other = Masked(), Masked()
+    other.gate = block.gate
+    found = mixtures(Net(block, other).eval(), x)
+    assert all("no module called once" in one.group.frozen[0].reason for one in found)
+    found = mixtures(Net(block, block).eval(), x)
+    assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
+
+
+@pytest.mark.parametrize("what", ["list", "member", "weight"])
+def test_experts_that_have_another_place_stay(what, x):
+    block, other = Masked(), Masked()
+    if what == "list":
+        other.experts = block.experts
+    elif what == "member":
+        other.experts[1] = block.experts[0]
+    else:
+        other.experts[1].down.weight = block.experts[0].down.weight
+    found = mixtures(Net(block, other).eval(), x)
+    assert all("other modules have experts" in one.group.frozen[0].reason for one in found)
+
+
+def test_parameters_of_experts_are_counted_as_prunable(x):
+    model = net(SoftmaxThenTopK)
+    gate, members = (getattr(model.blocks[0], name) for name in ("gate", "experts"))
+    expected = sum(p.numel() for own in (gate, members) for p in own.parameters())
+    assert count_owned(model, [one.group for one in mixtures(model, x)]) == expected
+
+
+def test_lists_that_are_no_experts_are_no_mixtures(x):
+    assert mixtures(Net(Expert(), Expert()).eval(), x) == ()
