@@ -35,8 +35,6 @@ _KEEPS = ("heads", "neurons", "channels", "residual", "experts")
 _WORTH_TELLING = 0.01
 """Of a budget: what is left of it that a line tells of."""
 
-_MARKED = "; the triangle is what no other widths and units are predicted to be below"
-
 _BARE = ("dead", "held out", "proofs", "size", "gradients")
 """Kinds of lines that a terminal shows without their kind in front."""
 
@@ -409,6 +407,6 @@ def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
         yield picture(
             "divergence over the budget",
             "The least predicted divergence at every budget, and where this run lies: as "
-            f"predicted, and as measured{_MARKED if budget.get('bounded') else ''}.",
+            "predicted, and as measured.",
             frontier_figure(budget, document.get("divergence")),
         )

@@ -107,18 +107,12 @@ def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Figure
             [reached], [measured], "D", color=COLORS[1], markersize=7, markerfacecolor="none",
             markeredgewidth=1.5, label="measured",
         )  # fmt: skip
-    bound = (budget.get("bounded") or {}).get("nats")
-    if bound:
-        axes.plot(
-            [reached], [bound], "^", color=COLORS[0], markersize=7, markerfacecolor="none",
-            markeredgewidth=1.5, label="bound of all",
-        )  # fmt: skip
     axes.set_yscale("log")
-    here = [value for value in (predicted, measured, bound) if value]
+    here = [value for value in (predicted, measured) if value]
     highest = max([*here, *(nats for _, nats in points)], default=1.0)
     axes.set_ylim(min([*here, _LOWEST * highest]) / 3, 3 * highest)
     axes.xaxis.set_major_formatter(SHARES)
     axes.set_xlabel(f"{budget['cost']} kept")
     axes.set_ylabel("divergence, nats")
-    legend(figure, 3 if bound is None else 4)
+    legend(figure, 3)
     return figure
