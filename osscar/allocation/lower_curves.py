@@ -58,18 +58,10 @@ def least_predicted(
 
     Raises VerificationError if what was found is not confirmed.
     """
-    predicted = Prediction.of(found, request.damp)
-    near = _near(found.group.units, kept)
-    curve = lower_curve(predicted.problem, near, rounds=request.bound_rounds)
+    predicted, units = Prediction.of(found, request.damp), found.group.units
+    # Elsewhere the bound need not be as good: there a knapsack of curves that lie below those by
+    # which widths were chosen has more to lose than it is off by.
+    near = min(kept, units - max(1, round(_LEAST_REMOVED * units)))
+    curve = lower_curve(predicted.problem, [near], rounds=request.bound_rounds)
     proved: NDArray[np.float64] = curve.verify().cpu().numpy()
     return predicted.factor * proved
-
-
-def _near(units: int, kept: int) -> list[int]:
-    """Return three numbers of units near which a bound should be good, if there are as many.
-
-    They are what is kept, or nearly all; half as many removed; and about half of the rest.
-    """
-    removed = max(units - kept, round(_LEAST_REMOVED * units), 1)
-    several = {removed // 2, removed, (removed + units) // 2}
-    return sorted(units - r for r in several if 0 < r < units)
