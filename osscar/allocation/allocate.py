@@ -140,7 +140,11 @@ def _lower(
     groups = [group for group in shared if group.name in budget.curves]
     keep = {name: width.kept for name, width in budget.widths.items()}
     lower = lower_curves(prepared, groups, keep, request)
-    return {name: curves[name].corrected(least) for name, least in lower.items()}
+    # Where all choices were looked at, both may be the same, and a second pass may round otherwise.
+    return {
+        name: np.minimum(curves[name].corrected(least), curves[name].losses)
+        for name, least in lower.items()
+    }
 
 
 def _why_unbounded(request: PruningRequest, budget: Budget) -> str:
