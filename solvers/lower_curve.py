@@ -33,8 +33,8 @@ from solvers.errors import ProblemError, VerificationError
 from solvers.problem import SubsetProblem
 from solvers.verification import recomputing, tolerated
 
-_MOST_ENUMERATED = 10
-"""Units of a problem whose supports are all looked at: a thousand."""
+_MOST_ENUMERATED = 8
+"""Units of a problem whose supports are all looked at, which takes no longer than multipliers."""
 
 _POINTS = 16
 """Numbers of units for which x is found anew, for each Y and q."""
@@ -135,7 +135,7 @@ def lower_curve(
         Its own number of units to keep does not matter.
     keeps
         Numbers of units near which the bound is to be good: multipliers are found for each.  Up to
-        10 units, all supports are looked at instead.
+        8 units, all supports are looked at instead.
     rounds
         The most updates of multipliers and diagonal together, as of the `perspective` backend.
 
