@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,9 +200,16 @@ def verify(solution: Any) -> Verification:
         claims more than that.
     """
     check_fields(solution)
+    with recomputing():
+        return _recomputed(solution)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Tell of a problem whose claims cannot be recomputed as a VerificationError."""
     try:
         with torch.no_grad():
-            return _recomputed(solution)
+            yield
     except ProblemError as error:
         raise VerificationError(f"the problem is ill posed: {error}") from error
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -337,16 +345,21 @@ def _check_bound(problem: SubsetProblem, claim: Any) -> float:
         everything = torch.arange(problem.units, device=problem.device)
         least, rounding = refit_loss_and_rounding(problem, everything)
         least = max(least - rounding, 0.0)
-        allowed = _BOUND_TOLERANCE * least + _EPS * problem.empty_loss
-        return least if claim.lower_bound <= least + allowed else math.nan
+        return least if claim.lower_bound <= least + tolerated(least, problem) else math.nan
     proved: float = claim.certificate.bound(problem)
-    # Nothing of the loss here: whoever makes a claim chooses that, by a bad support.
-    allowed = _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.empty_loss
     _require(
-        claim.lower_bound <= proved + allowed,
+        claim.lower_bound <= proved + tolerated(proved, problem),
         f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",
     )
     return proved
+
+
+def tolerated(proved: float, problem: SubsetProblem) -> float:
+    """Return by how much a bound may be claimed above what is recomputed of it.
+
+    Nothing of the loss here: whoever makes a claim chooses that, by a bad support.
+    """
+    return _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.empty_loss
 
 
 def _check_limit(problem: SubsetProblem, claim: Any) -> float:
@@ -358,9 +371,8 @@ def _check_limit(problem: SubsetProblem, claim: Any) -> float:
         f"limit {claim.bound_limit:.9g} of the bound is claimed without a certificate of moments",
     )
     limit: float = claim.certificate.limit(problem)
-    allowed = _BOUND_TOLERANCE * limit + _EPS * problem.empty_loss
     _require(
-        claim.bound_limit >= limit - allowed,
+        claim.bound_limit >= limit - tolerated(limit, problem),
         f"limit {claim.bound_limit:.9g} of the bound is claimed, its certificate gives {limit:.9g}",
     )
     return limit

@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget
@@ -17,6 +18,7 @@ from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
+from osscar.allocation.lower_curves import lower_curves
 from osscar.allocation.measured import (
     FEWEST,
     Compared,
@@ -73,12 +75,15 @@ def allocate(
     asked = _Asked(prepared, request, left, form, table, curves)
     if request.has_budget and request.allocation in MEASURED:
         return _by_measured_curves(asked, measure)
-    return prepared.ranks.broadcast("widths", lambda: _allocated(asked))
+    found: Allocated = prepared.ranks.broadcast("widths", lambda: _allocated(asked))
+    if not (request.certify and found.budget):
+        return found
+    return _unbounded(found, f"--allocation {request.allocation} predicts no divergence")
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """What widths are chosen by; the fields are the arguments of `allocate`."""
+    """What widths are chosen by: the arguments of `allocate`, and what lies below curves."""
 
     prepared: Prepared
     request: PruningRequest
@@ -86,6 +91,7 @@ class _Asked:
     form: Form
     table: LatencyTable | None
     curves: Mapping[str, Curve] | None
+    lower: Mapping[str, NDArray[np.float64]] | None = None
 
 
 def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
@@ -111,7 +117,53 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
 
     if measure and shared:
         curves = _measured(prepared, request, shared, curves, partial(chosen, aim=False))
-    return chosen(curves)
+    found = chosen(curves)
+    if not (measure and request.certify and found.budget):
+        return found
+    assert curves is not None
+    why = _why_unbounded(request, found.budget)
+    if why:
+        return _unbounded(found, why)
+    lower = _lower(prepared, request, shared, curves, found.budget)
+    asked = replace(asked, curves=curves, table=table, lower=lower)
+    return ranks.broadcast("a bound", lambda: _allocated(asked))
+
+
+def _lower(
+    prepared: Prepared,
+    request: PruningRequest,
+    shared: Sequence[CouplingGroup],
+    curves: Mapping[str, Curve],
+    budget: Budget,
+) -> dict[str, NDArray[np.float64]]:
+    """Return what lies below the curves of groups that have a choice, measured as they are."""
+    groups = [group for group in shared if group.name in budget.curves]
+    keep = {name: width.kept for name, width in budget.widths.items()}
+    lower = lower_curves(prepared, groups, keep, request)
+    # Where all choices were looked at, both may be the same, and a second pass may round otherwise.
+    return {
+        name: np.minimum(curves[name].corrected(least), curves[name].losses)
+        for name, least in lower.items()
+    }
+
+
+def _why_unbounded(request: PruningRequest, budget: Budget) -> str:
+    """Say why nothing bounds the prediction of all widths and units; empty where something does."""
+    if request.allocation != "curvature":
+        return (
+            f"--allocation {request.allocation} has curves of measured height, which no problem of "
+            "choosing units predicts"
+        )
+    if request.speedup is not None:
+        return "times are measured, and those of groups do not add up to that of a model"
+    if budget.lower_bound is None:
+        return f"the {budget.cost} of some weights are products of the widths of two groups"
+    return ""
+
+
+def _unbounded(found: Allocated, why: str) -> Allocated:
+    assert found.budget is not None
+    return replace(found, budget=replace(found.budget, unbounded=why))
 
 
 def _measured(
@@ -169,7 +221,7 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         sharing = Sharing(shared, request.widths, keep)
         more = _more_to_prune(groups, prepared.residual, keep)
         if request.allocation in MEASURED:
-            sharing = replace(sharing, curves=asked.curves)
+            sharing = replace(sharing, curves=asked.curves, lower=asked.lower)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
             sharing = replace(sharing, scores=scores)

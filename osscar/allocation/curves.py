@@ -62,16 +62,22 @@ class Curve:
         Between two widths that were measured it is a power of what was predicted, and beyond them a
         multiple.
         """
-        known = self.predicted > 0  # units that do nothing do nothing
-        points = self._points({k: nats for k, nats in self.measured.items() if known[k]})
+        losses = self.corrected(self.predicted)
+        return np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
+
+    def corrected(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what measurements make of predicted losses: a function that does not decrease."""
+        measured = {k: nats for k, nats in self.measured.items() if self.predicted[k] > 0}
+        points = self._points(measured)
         if not points:
-            return self.predicted
-        losses = self.predicted.copy()
+            return predicted
+        losses = predicted.copy()
+        known = losses > 0  # units that do nothing do nothing
         x, y = np.log(np.array(sorted(points.items()))).T
         at = np.log(losses[known])
         inside = np.clip(at, x[0], x[-1])
         losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
-        return np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
+        return losses
 
     def through(self, kept: int, nats: float) -> Curve:
         """Return a curve that also goes through what was measured with so many units."""
@@ -101,15 +107,23 @@ def measure_curves(
     `damp` is relative to each entry on the Gram matrix's diagonal; without it, what serves held-out
     samples best, or the default where there are none.
     """
+    for found in measure_curvatures(prepared, groups, seed=seed):
+        with timed(Stage.CURVES):
+            losses = Prediction.of(found, damp).losses
+        yield Curve(found.group.name, losses, found.reached)
+
+
+def measure_curvatures(
+    prepared: Prepared, groups: Sequence[CouplingGroup], *, seed: int
+) -> Iterator[GroupCurvature]:
+    """Yield what curves are computed from; the same each time."""
     measured = curvature(prepared, groups, samples=curve_samples(prepared), seed=seed)
     while True:
         with timed(Stage.CURVATURE):  # not while others look at what is yielded
             found = next(measured, None)
         if found is None:
             return
-        with timed(Stage.CURVES):
-            losses = _losses(found, damp)
-        yield Curve(found.group.name, losses, found.reached)
+        yield found
 
 
 def curve_samples(prepared: Prepared) -> int:
@@ -141,25 +155,37 @@ def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.floa
 # ---- on samples that were held out -------------------------------------------------------
 
 
-def _losses(found: GroupCurvature, damp: float | None) -> NDArray[np.float64]:
-    """Return the curve of a group: where samples were held out, it goes through what they tell.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The divergence that is predicted of a choice of units: its loss in a problem, times a factor.
 
-    Damping counts as a loss on a curve, as if nothing made up for a unit, and samples that weights
-    are fitted to are fitted the better the fewer they are: one errs where a layer reads samples at
-    many positions, the other where at few.  So the damping is what serves held-out samples best,
-    with half of the units, and the curve is scaled to what they lose then.
+    `losses`, (units + 1,), are those of the choices in which units leave one by one.  The factor is
+    1 unless samples were held out.  Damping counts as a loss, as if nothing made up for a unit, and
+    samples that weights are fitted to are fitted the better the fewer they are: one errs where a
+    layer reads samples at many positions, the other where at few.  So the damping is what serves
+    held-out samples best, with half of the units, and losses are scaled to what they lose then.
     """
-    half = found.group.units // 2
-    if not found.holds_out or not half:
-        return elimination_curve(found.problem(DEFAULT_DAMP if damp is None else damp))
-    if damp is None:
-        damp = _best_damp(found, half)
-    problem = found.problem(damp)
-    removals = _eliminated(problem)
-    losses = summed_losses(problem, removals)
-    kept = support_after(removals[: found.group.units - half], problem)
-    held = found.held_loss(max(damp, _LEAST_DAMP), kept)
-    return losses * (held / losses[half]) if held > 0 and losses[half] > 0 else losses
+
+    problem: SubsetProblem
+    losses: NDArray[np.float64] = field(repr=False)
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, found: GroupCurvature, damp: float | None) -> Prediction:
+        """Pose the problem of a group, and remove its units one by one."""
+        half = found.group.units // 2
+        if not found.holds_out or not half:
+            problem = found.problem(DEFAULT_DAMP if damp is None else damp)
+            return cls(problem, elimination_curve(problem))
+        if damp is None:
+            damp = _best_damp(found, half)
+        problem = found.problem(damp)
+        removals = _eliminated(problem)
+        losses = summed_losses(problem, removals)
+        kept = support_after(removals[: found.group.units - half], problem)
+        held = found.held_loss(max(damp, _LEAST_DAMP), kept)
+        factor = held / losses[half] if held > 0 and losses[half] > 0 else 1.0
+        return cls(problem, losses * factor, factor)
 
 
 def _best_damp(found: GroupCurvature, keep: int) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Budget, Measured, Width
+from osscar.allocation.budget import Bounded, Budget, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.curves import Curve
 from osscar.allocation.knapsack import choose
@@ -35,7 +35,8 @@ _FRONTIER = 24
 class Sharing:
     """Groups that share a budget by curves, by scores of their units, or evenly.
 
-    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores.
+    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores, and
+    `osscar.allocation.lower_curves` for what may lie below the curves.
     """
 
     groups: Sequence[CouplingGroup]
@@ -43,6 +44,7 @@ class Sharing:
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
     scores: Mapping[str, NDArray[np.float64]] | None = None
+    lower: Mapping[str, NDArray[np.float64]] | None = None
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return what the groups keep so that the model costs at most the limit, or the least."""
@@ -58,7 +60,10 @@ class Sharing:
         """Report on a choice, with a prediction where there are curves."""
         told, nats = {}, {}
         if self.curves is not None:
-            told = self._by_curves(self.curves, cost, limit).prediction(found)
+            by_curves = self._by_curves(self.curves, cost, limit)
+            told = by_curves.prediction(found)
+            if self.lower is not None:
+                told["bounded"] = by_curves.bounded(self.lower)
             nats = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
         widths = {
             g.name: Width(str(g.kind), g.units, found[g.name], nats.get(g.name))
@@ -225,14 +230,28 @@ class ByCurves:
             "frontier": self.frontier(),
         }
 
+    def bounded(self, lower: Mapping[str, NDArray[np.float64]]) -> Bounded:
+        """Bound the choices of widths and of units by those of widths, on curves that lie below.
+
+        `lower`, (units + 1,), is of each group with several options; costs of groups add up.
+        """
+        zeros = {name: np.zeros(len(some)) for name, some in self.options.items()}
+        below = {**zeros, **{name: curve[self.options[name]] for name, curve in lower.items()}}
+        _, nats = self._solved(below)
+        return Bounded(nats, {name: tuple(curve.tolist()) for name, curve in lower.items()})
+
     def exact(self) -> tuple[dict[str, int], float]:
-        """Solve the knapsack: costs of groups add up."""
+        """Return the widths of least loss, and its bound: costs of groups add up."""
+        return self._solved(self.losses)
+
+    def _solved(self, losses: Mapping[str, NDArray[np.float64]]) -> tuple[dict[str, int], float]:
+        """Solve the knapsack, given the losses of the options of each group."""
         names, least = list(self.options), self._least()
         costs = [self._over(name, least) for name in names]
         costs = [over - over[0] for over in costs]
         try:
             room = self.limit - self.cost.of(least)
-            choice = choose([self.losses[n] for n in names], costs, room)
+            choice = choose([losses[n] for n in names], costs, room)
         except ValueError as error:  # by less than rounding, as the least widths were checked
             raise RequestError(f"the budget cannot be met: {error}") from error
         chosen = zip(names, choice.options, strict=True)

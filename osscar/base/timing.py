@@ -32,6 +32,7 @@ class Stage(enum.StrEnum):
     CURVATURE = "curvature"
     CURVES = "curves"
     MEASURED = "measured curves"
+    BOUND = "bounds of all widths"
     ALLOCATION = "allocation"
     WALK = "walk"
     GRAM = "Gram matrices"

@@ -282,6 +282,11 @@ def _widths(
             "the log of the run says what groups keep that this model does not have, or not fewer "
             "units than they have; begin anew with --restart"
         )
+    if known.budget is not None and not known.budget.is_consistent:
+        raise JournalError(
+            "the log of the run has a bound that lies above what is predicted of these widths, or "
+            "of fewer units; begin anew with --restart"
+        )
     return known
 
 

@@ -42,8 +42,10 @@ import torch
 from torch import Tensor
 
 from solvers.certificates.inverses import (
+    ConditionedNodes,
     Inverses,
     Linearization,
+    Terms,
     by_row,
     check_definite,
     cholesky,
@@ -76,21 +78,39 @@ class EnumerationCertificate:
 
         Raises VerificationError if there are more than 20,000 supports.
         """
-        n, removals = problem.units, problem.units - problem.keep
-        if not math.comb(n, removals) <= _MOST_SUPPORTS:
-            raise VerificationError(
-                f"{math.comb(n, removals)} supports are to be enumerated: at most {_MOST_SUPPORTS} "
-                "are"
-            )
+        removals = problem.units - problem.keep
+        _check_few(math.comb(problem.units, removals))
         inverses = Inverses.of(problem)
-        nodes = inverses.unconditioned()
-        rows = max((removals * width) ** 2 for _, _, width in inverses.consumers)
-        choices = iter(combinations(range(n), removals))
-        least = math.inf
-        while batch := list(islice(choices, max(_BATCH_ELEMENTS // max(rows, 1), 1))):
-            some = torch.tensor(batch, dtype=torch.int64, device=problem.device)
-            least = min(least, float(nodes.cheapest(some.view(len(batch), removals))))
-        return inverses.proved(least)
+        return inverses.proved(_least_loss(inverses, removals))
+
+    def curve(self, problem: SubsetProblem) -> Tensor:
+        """Return the least loss of all supports of k units, (n + 1,), in float64.
+
+        Raises VerificationError if there are more than 20,000 supports.
+        """
+        _check_few(2**problem.units)
+        inverses = Inverses.of(problem)
+        least = [_least_loss(inverses, problem.units - k) for k in range(problem.units + 1)]
+        return inverses.all_proved(torch.tensor(least, dtype=torch.float64, device=problem.device))
+
+
+def _check_few(supports: int) -> None:
+    if not supports <= _MOST_SUPPORTS:
+        raise VerificationError(
+            f"{supports} supports are to be enumerated: at most {_MOST_SUPPORTS} are"
+        )
+
+
+def _least_loss(inverses: Inverses, removals: int) -> float:
+    """Return the least loss, as computed, of all supports that lack so many units."""
+    nodes = inverses.unconditioned()
+    rows = max((removals * width) ** 2 for _, _, width in inverses.consumers)
+    choices = iter(combinations(range(inverses.units), removals))
+    least = math.inf
+    while batch := list(islice(choices, max(_BATCH_ELEMENTS // max(rows, 1), 1))):
+        some = torch.tensor(batch, dtype=torch.int64, device=inverses.device)
+        least = min(least, float(nodes.cheapest(some.view(len(batch), removals))))
+    return least
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +167,27 @@ class MultiplierCertificate:
     def linearization(self, inverses: Inverses, keep: int) -> Linearization:
         """Return the bound with its slopes, of one node that leaves all units free."""
         removals = inverses.units - keep
-        self._check(inverses)
         if not removals > 0:
             raise VerificationError("nothing is removed, so there is nothing to certify")
+        nodes, terms = self._terms(inverses)
+        return nodes.linearize(terms, self.q[None], self.point[None], removals)
+
+    def costs(self, inverses: Inverses, points: Tensor) -> Tensor:
+        """Return a bound of the cost of removing r units, (n + 1,), for every r.
+
+        It is the best of the tangents at this point and at some more, (t, n), with the same Y and
+        q: only the sort of the text above depends on r, and how tight it is on the point.
+        """
+        nodes, terms = self._terms(inverses)
+        every = torch.cat([self.point[None], points])
+        return nodes.tangents(terms, self.q[None], every).max(0).values
+
+    def _terms(self, inverses: Inverses) -> tuple[ConditionedNodes, Terms]:
+        """Return the node that leaves all units free, with the terms of its bound."""
+        self._check(inverses)
         nodes = inverses.unconditioned()
         ratio = moment_ratio(self.share, self._correlation(self.shape))
-        terms = nodes.aggregate(self.share[None], ratio[None])
-        return nodes.linearize(terms, self.q[None], self.point[None], removals)
+        return nodes, nodes.aggregate(self.share[None], ratio[None])
 
     def _correlation(self, diagonal: Tensor | float) -> Tensor:
         """Return the correlation, (n, n), with that diagonal."""

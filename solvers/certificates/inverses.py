@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from solvers.errors import VerificationError
 from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
 _EPS = torch.finfo(torch.float64).eps
+
+Terms: TypeAlias = tuple[Tensor, Tensor, Magnitudes]
+"""Of b nodes: a, (b, f), Q, (b, f, f), and the magnitudes of what they were summed up of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +67,16 @@ class Inverses:
 
         Raises VerificationError if it is no finite number.
         """
-        if not (math.isfinite(loss) and math.isfinite(self.constant)):
-            raise VerificationError(f"the certificate proves {loss}, which is no bound")
-        cost = torch.tensor(loss - self.constant, dtype=torch.float64)
-        return float(self.rounding.certified(self.constant, cost))
+        return float(self.all_proved(torch.tensor(loss, dtype=torch.float64)))
+
+    def all_proved(self, losses: Tensor) -> Tensor:
+        """Do so with each of some.
+
+        Raises VerificationError if one is no finite number.
+        """
+        if not (bool(torch.isfinite(losses).all()) and math.isfinite(self.constant)):
+            raise VerificationError(f"the certificate proves {losses.min()}, which is no bound")
+        return self.rounding.certified(self.constant, losses - self.constant)
 
     def unconditioned(self) -> ConditionedNodes:
         """Return the node that leaves all units free."""
@@ -108,8 +118,8 @@ class ConditionedNodes:
     spent: Tensor
     unit: float
 
-    def aggregate(self, x: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor, Magnitudes]:
-        """Return a, (b, f), Q, (b, f, f), and magnitudes for ``Y = inv(A o ratio) A G / x``.
+    def aggregate(self, x: Tensor, ratio: Tensor) -> Terms:
+        """Return a, Q and magnitudes for ``Y = inv(A o ratio) A G / x``.
 
         x: (b, f).
         ratio: Of ``X_ij`` to ``x_i x_j`` for units i and j, (b, f, f).
@@ -129,18 +139,14 @@ class ConditionedNodes:
             Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
         return a, (Q + Q.mT) / 2, Magnitudes(a_size, Q_size, self.unit)
 
-    def linearize(
-        self, terms: tuple[Tensor, Tensor, Magnitudes], q: Tensor, point: Tensor, removals: int
-    ) -> Linearization:
+    def linearize(self, terms: Terms, q: Tensor, point: Tensor, removals: int) -> Linearization:
         """Evaluate the bound of the module's text in every node.
 
         Raises VerificationError if ``Diag(q) - Q`` is not positive semidefinite in some node, or
             numbers overflow.
         """
         a, Q, magnitudes = terms
-        P = -Q
-        P.diagonal(dim1=1, dim2=2).add_(q)
-        _check_dominates(P, q)
+        P = _dominating(Q, q)
         Px = (P @ point[:, :, None])[:, :, 0]
         g = 2 * a - q + 2 * Px
         lost = magnitudes.lost(q, point)
@@ -156,6 +162,24 @@ class ConditionedNodes:
         if not all(bool(torch.isfinite(part).all()) for part in bounds):
             raise VerificationError("the certificate's numbers overflow: no bound follows")
         return bounds
+
+    def tangents(self, terms: Terms, q: Tensor, points: Tensor) -> Tensor:
+        """Return bounds of the cost of removing r units, (t, f + 1), for every r, in one node.
+
+        q: (1, f).
+        points: Where the convex function is linearized, (t, f): one bound each.
+
+        Raises VerificationError if ``Diag(q) - Q`` is not positive semidefinite, or numbers
+            overflow.
+        """
+        a, Q, magnitudes = terms
+        Px = points @ _dominating(Q, q)[0]
+        sums = (2 * a - q + 2 * Px).sort(1).values.cumsum(1)
+        least = (points * Px).sum(1) + magnitudes.lost(q, points)
+        costs = pad(sums, (1, 0)) - least[:, None]
+        if not bool(torch.isfinite(costs).all()):
+            raise VerificationError("the certificate's numbers overflow: no bound follows")
+        return costs
 
     def cheapest(self, choices: Tensor) -> Tensor:
         """Return the least loss of removing the units at one of c choices of r places, (b,)."""
@@ -179,11 +203,14 @@ class Linearization(NamedTuple):
     stays: Tensor
 
 
-def _check_dominates(P: Tensor, q: Tensor) -> None:
-    """Refuse ``P = Diag(q) - Q`` unless it is certainly positive definite, rounding included."""
+def _dominating(Q: Tensor, q: Tensor) -> Tensor:
+    """Return ``P = Diag(q) - Q``; refuse it unless it is certainly positive definite."""
+    P = -Q
+    P.diagonal(dim1=1, dim2=2).add_(q)
     scale = q.rsqrt()
     scaled = (P * scale[:, :, None]).mul_(scale[:, None, :])
     check_definite(scaled, "q does not dominate Q: no bound follows")
+    return P
 
 
 def check_definite(scaled: Tensor, otherwise: str) -> None:
