@@ -146,7 +146,8 @@ class Budget:
     def _gap(self, bound: float | None) -> float | None:
         if self.predicted is None or bound is None:
             return None
-        return max(self.predicted - bound, 0.0) / self.predicted if self.predicted else 0.0
+        above = self.predicted - bound
+        return above / self.predicted if above > _ROUNDING * self.predicted else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""
