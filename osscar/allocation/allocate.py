@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
+from osscar.allocation.expert_curves import expert_curves
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
@@ -29,6 +30,7 @@ from osscar.allocation.rules import Sharing
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
+    possible_experts,
     why_frozen,
     why_out_of_reach,
 )
@@ -97,20 +99,31 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     prepared, request, curves, table = asked.prepared, asked.request, asked.curves, asked.table
     ranks = prepared.ranks
     _, keep, shared = asked_groups(prepared, request, asked.left)
+    units = [group for group in shared if group.kind is not UnitKind.EXPERTS]
+    of_experts = [group for group in shared if group.kind is UnitKind.EXPERTS]
     if curves is None and request.allocation == "curvature":
         curves = shared_curves(prepared, request, asked.left)
+    # Those of experts are measured at several counts, whatever else is to be measured.
+    experts = (
+        {group.name: curves[group.name] for group in of_experts}
+        if curves is not None
+        else expert_curves(prepared, of_experts, request)
+    )
+    if not units:
+        curves = experts
     if request.speedup is not None and table is None and shared:
         table = ranks.broadcast(
             "times", lambda: latency_table(prepared, shared, keep, request.widths)
         )
 
     def chosen(curves: Mapping[str, Curve] | None, aim: bool = True) -> Allocated:
-        by = request if curves else replace(request, allocation="uniform")
-        now = replace(asked, request=by, curves=curves, table=table)
+        by = request if curves is not None else replace(request, allocation="uniform")
+        every = None if curves is None else {**curves, **experts}
+        now = replace(asked, request=by, curves=every, table=table)
         return ranks.broadcast("widths", lambda: _allocated(now, aim))
 
-    if measure and shared:
-        curves = _measured(prepared, request, shared, curves, partial(chosen, aim=False))
+    if measure and units:
+        curves = _measured(prepared, request, units, curves, partial(chosen, aim=False))
     return chosen(curves)
 
 
@@ -123,7 +136,8 @@ def _measured(
 ) -> Mapping[str, Curve]:
     """Return the curves of groups through what is measured at widths that are `chosen`."""
     samples = compared_samples(prepared)
-    compared = Compared.of(prepared, shared, samples) if samples else None
+    consumers = {one.name for group in shared for one in prepared.linear_maps(group)}
+    compared = Compared.of(prepared, consumers, samples) if samples else None
     if compared is None:
         if curves is None:
             raise RequestError(_why_not_measured(prepared))
@@ -131,7 +145,7 @@ def _measured(
     for _ in range(_ROUNDS):
         budget = chosen(curves).budget
         assert budget is not None
-        keep = {name: width.kept for name, width in budget.widths.items()}
+        keep = {group.name: budget.widths[group.name].kept for group in shared}
         wanted = widths_to_measure(shared, keep, curves, request.widths)
         found = measured_groups(
             prepared, compared, wanted, damp=request.damp, shapes=curves is None
@@ -181,8 +195,14 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
             )
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
+    if not keep and request.experts_alone:
+        one = next(group for group in groups if group.kind is UnitKind.EXPERTS and group.prunable)
+        raise RequestError(
+            "nothing would be removed: every mixture keeps all its experts; of the "
+            f"{one.units} of {one.name!r}, {possible_experts(one)}"
+        )
     if not keep:
-        skipped = len(prepared.groups) - len(groups)
+        skipped = len([group for group in prepared.groups if group not in groups])
         rest = f" but the {skipped} that are skipped" if skipped else ""
         raise RequestError(
             why_frozen(prepared.groups)
@@ -201,13 +221,15 @@ def shared_curves(
     Ranks share out the groups, not the few samples: each curve is the same to the bit as if one
     process had measured them all.
     """
-    _, _, shared = asked_groups(prepared, request, left)
+    _, _, every = asked_groups(prepared, request, left)
+    experts = expert_curves(prepared, [g for g in every if g.kind is UnitKind.EXPERTS], request)
+    shared = [group for group in every if group.name not in experts]
     mine = prepared.ranks.share([group.units * group.removable for group in shared])
     own = [shared[i] for i in mine]
     found = measure_curves(prepared, own, damp=request.damp, seed=request.seed)
     told = prepared.ranks.all_gather("curves", list(found))
     curves = {curve.name: curve for some in told for curve in some}
-    return {group.name: curves[group.name] for group in shared}
+    return {**{group.name: curves[group.name] for group in shared}, **experts}
 
 
 def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
@@ -262,14 +284,14 @@ def _counted(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    cost = count(kind, prepared.model, prepared.groups, prepared.sample)
+    cost = count(kind, prepared.model, prepared.every_group, prepared.sample)
     dense = cost.dense
     if (
         kind is Cost.BYTES and form is Form.EXPORTED
     ):  # a share is of what one has: the modules' file
         proofs = prepared.inputs.proofs(prepared.model, request.seed)
         program = dense_program(prepared.model, proofs, prepared.example)
-        cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)
+        cost = count(kind, prepared.model, prepared.every_group, prepared.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
         all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in sharing.groups), 0)})

@@ -221,7 +221,7 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
     ]
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
-        step=how.rule.groups,
+        step=how.rule.groups, fewest=how.rule.fewest,
     )  # fmt: skip
     return ExpertMixture(group, name, found.router, how)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +29,7 @@ from osscar.network.modules import (
     in_evaluation,
 )
 from osscar.offload.on_disk import shapes_only
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import ExpertMap, LinearMap
 from osscar.preparation.experts import ExpertMixture, mixtures_in
 from osscar.preparation.failures import failures_named
 from osscar.preparation.linear_maps import (
@@ -82,7 +82,10 @@ class Prepared:
     """The weights, by name, that are observed where code multiplies by them."""
     mixtures: tuple[ExpertMixture, ...] = field(default=(), repr=False)
     """Its mixtures of experts, whose experts are groups beside `groups`: they are not refitted as
-    these are, and share no budget with them."""
+    these are."""
+    kept_experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of the mixtures that have lost experts, by the name of the module: those to which tokens are
+    still sent, and whose matrices are refitted."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
@@ -96,9 +99,22 @@ class Prepared:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
 
+    @property
+    def every_group(self) -> tuple[CouplingGroup, ...]:
+        """Its groups, those of experts last."""
+        return (*self.groups, *(one.group for one in self.mixtures))
+
     def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
-        """Return the consumers of a group, in execution order; see `linear_maps`."""
-        return linear_maps(self.model, group, self.products)
+        """Return the consumers of a group, in execution order; see `linear_maps`.
+
+        Experts that have left read nothing.
+        """
+        return tuple(
+            one
+            for one in linear_maps(self.model, group, self.products)
+            if not isinstance(one, ExpertMap)
+            or one.expert in self.kept_experts.get(one.name, (one.expert,))
+        )
 
     @property
     def sample(self) -> Batch:

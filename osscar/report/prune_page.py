@@ -378,16 +378,23 @@ def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return groups
 
 
+def _whole(document: Mapping[str, Any]) -> str:
+    """Say what losses are relative to."""
+    own = {layer["kind"] == "experts" for layer in document["layers"]}
+    if own == {True}:
+        return "what the mixture puts out"
+    also = ", and that of experts relative to what the mixture puts out" if True in own else ""
+    return f"the loss of removing all of them{also}"
+
+
 def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     budget, groups = document.get("budget") or {}, _groups(document)
     if groups:
         beat = "; no other choice of as many units can beat the lower bound"
-        experts = document["settings"].get("experts")
-        whole = "what the mixture puts out" if experts else "the loss of removing all of them"
         yield picture(
             "kept share and loss over depth",
             "Above, what stays of each group of units. Below, the loss of those that lost units, "
-            f"relative to {whole}{beat if _bounded(document) else ''}.",
+            f"relative to {_whole(document)}{beat if _bounded(document) else ''}.",
             depth_figure(groups, document["layers"]),
         )
     if len((budget.get("frontier") or {"cost": []})["cost"]) > 1:
