@@ -302,9 +302,8 @@ class PruningRequest:
         through many layers, and nothing else touches them.
     experts
         What to *keep* of the experts of each mixture: a fraction, or a count; or ``auto``: a budget
-        of parameters or bytes takes experts as well, as many of each mixture as serve its outputs
-        best.  Tokens are routed among those that stay, and all else is removed from the model
-        without the others.
+        of parameters or bytes is shared by experts, too.  Tokens are routed among those that stay,
+        and all else is removed from the model without the others.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to

@@ -181,7 +181,7 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
-        more = _more_to_prune(groups, prepared.residual, keep)
+        more = _more_to_prune(prepared, request, groups, keep)
         if request.allocation in MEASURED:
             sharing = replace(sharing, curves=asked.curves)
         elif request.allocation == "fluctuation":
@@ -345,9 +345,16 @@ def _checked(
 
 
 def _more_to_prune(
-    groups: Sequence[CouplingGroup], residual: Collection[str], keep: Mapping[str, int]
+    prepared: Prepared,
+    request: PruningRequest,
+    groups: Sequence[CouplingGroup],
+    keep: Mapping[str, int],
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
+    residual = prepared.residual
+    experts = any(mixture.group.prunable for mixture in prepared.mixtures)
+    if experts and request.experts is None and request.flops is None and request.speedup is None:
+        return "experts leave, too (--experts auto)"
     streams = [
         group.name
         for group in groups

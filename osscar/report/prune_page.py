@@ -26,7 +26,7 @@ from osscar.report.tables import (
     new_table,
     share,
 )
-from osscar.request import BudgetKind
+from osscar.request import AUTO, BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
@@ -151,7 +151,13 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
     if settings.get("at_least"):
         said.append(f"at least {settings['at_least']} of each group")
-    said += [f"keep {settings[kind]} of the {kind}" for kind in _KEEPS if settings.get(kind)]
+    shared = settings.get("experts") == AUTO
+    said += ["also by experts"] if shared else []
+    said += [
+        f"keep {settings[kind]} of the {kind}"
+        for kind in _KEEPS
+        if settings.get(kind) and not (kind == "experts" and shared)
+    ]
     if settings.get("groups"):
         said.append(pluralize(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"

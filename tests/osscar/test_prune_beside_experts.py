@@ -69,6 +69,7 @@ def test_experts_neurons_and_heads_leave_in_one_run(family, tmp_path):
     page = prune_page(result.document(model, tokens()))
     assert "what the mixture puts out" in page
     assert "removing all of them" in page
+    assert "Losses of all else are relative to the loss of removing every unit" in page
 
 
 def test_one_run_comes_to_what_two_come_to():
@@ -222,6 +223,8 @@ def test_a_budget_takes_experts_and_a_run_goes_on(tmp_path):
     again = prune_as_asked(model, tokens(24), request, RunLog(tmp_path / "log"))
     assert [one.support for one in again.layers] == [one.support for one in result.layers]
     assert again.budget == result.budget
+    page = prune_page(result.document(model, tokens(24)))
+    assert "shared out by curvature, also by experts, keep 1.0 of the heads, keep 36 of" in page
 
 
 @pytest.mark.parametrize("experts", ["auto", 0.75])
@@ -251,6 +254,11 @@ def test_sweeps_take_experts(experts):
 def test_budgets_that_cannot_take_experts_are_refused(asked, message):
     with pytest.raises(RequestError, match=message):
         some_budget(**asked)
+
+
+def test_a_budget_out_of_reach_names_experts_that_it_leaves_alone():
+    with pytest.raises(RequestError, match=r"or let experts leave, too \(--experts auto\)"):
+        osscar.prune(mixture("mixtral"), tokens(), params=0.2, allocation="uniform")
 
 
 def test_what_experts_are_worth_needs_samples_to_compare():
