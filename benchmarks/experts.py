@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument(
+        "--repetitions", type=int, default=15, help="of what is timed; 0 times nothing"
+    )
     given = parser.parse_args()
     loaded = osscar.load_model(str(given.mixture))
     dense, tokenizer = loaded.model, loaded.tokenizer
@@ -54,22 +57,16 @@ def main() -> None:
     print("| kept | what leaves | refit | parameters | perplexity | divergence | layers | speed |")
     print("| ---: | --- | --- | ---: | ---: | ---: | --- | ---: |")
     for keep in given.keep:
-        for backend, refit, result in results(dense, data, keep, given.backends):
-            layers = [layer.relative_loss for layer in result.layers]
-            refitted = [layer.refitted_loss for layer in result.layers]
-            told = f"{statistics.mean(layers):.3f}"
-            if refit and None not in refitted:
-                told += f", {statistics.mean(refitted):.3f}"
-            first, own = measure_speed([dense, result.model], windows[0], repetitions=15)
+        for what, refit, result in results(dense, data, keep, given.backends):
             cells = (
                 f"{keep:g}",
-                f"{backend}{left(result)}",
+                f"{what}{left(result)}",
                 "yes" if refit else "no",
                 f"{result.parameters_after:,}",
                 f"{score([result.model], scored)[0].perplexity:.2f}",
                 f"{divergence(dense, result.model, windows):.4f}",
-                told,
-                f"{own.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x",
+                layers(result, refit),
+                speed(dense, result.model, windows[0], given.repetitions),
             )
             print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -102,6 +99,21 @@ def left(result: Any) -> str:
     kept = [one.kept for one in result.layers if one.kind == "experts"]
     predicted = f"predicted {result.budget.predicted:.3f}"
     return f" ({predicted}, {f'{kept} experts stay' if kept else 'all experts stay'})"
+
+
+def layers(result: Any, refit: bool) -> str:
+    """Return the mean relative loss of the layers, and after the refit where that is told."""
+    refitted = [layer.refitted_loss for layer in result.layers]
+    told = f"{statistics.mean(layer.relative_loss for layer in result.layers):.3f}"
+    return f"{told}, {statistics.mean(refitted):.3f}" if refit and None not in refitted else told
+
+
+def speed(dense: nn.Module, smaller: nn.Module, window: Tensor, repetitions: int) -> str:
+    """Return how many times as fast prefill is; nothing where nothing is timed."""
+    if not repetitions:
+        return ""
+    first, own = measure_speed([dense, smaller], window, repetitions=repetitions)
+    return f"{own.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x"
 
 
 @torch.no_grad()

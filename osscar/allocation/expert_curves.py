@@ -63,7 +63,7 @@ def expert_curves(
     few = dataclasses.replace(
         prepared, inputs=prepared.inputs.part(0, min(rest, curve_samples(prepared)))
     )
-    held = few.inputs.samples // FEWEST
+    held = max(1, few.inputs.samples // FEWEST)
     found: dict[str, Curve] = {}
     with stage("measuring curves of experts", total=len(mixtures)) as bar:
         for step in ExpertWalk(few, mixtures, Target.WEIGHTS, held, {}, {}):
