@@ -1,4 +1,4 @@
-"""Whole experts of a small mixture: each backend, with and without the refit, beside neurons.
+"""Whole experts of a small mixture: each backend, with and without the refit, beside all else.
 
     python -m benchmarks.train_mixture MIXTURE
     python -m benchmarks.experts MIXTURE
@@ -6,15 +6,16 @@
 Calibrated and scored on the parts of the built-in text that are for that, neither of which the
 mixture was trained on.  Divergence is that of the predicted tokens from the dense model's, in nats
 a token; *layers* is the mean relative loss of the mixtures, before and after the refit.  Speed is
-that of prefill, relative to the dense model's.  A model that loses neurons of all its experts in
-the place of whole ones has as many parameters.
+that of prefill, relative to the dense model's.  At the end of each share, models that have as many
+parameters lose neurons of all their experts, heads as well, some experts first and the rest by a
+budget, or whatever one budget of all three takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mixture", type=Path)
     parser.add_argument("--keep", nargs="*", type=float, default=[0.75, 0.5])
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument(
+        "--repetitions", type=int, default=15, help="of what is timed; 0 times nothing"
+    )
     given = parser.parse_args()
     loaded = osscar.load_model(str(given.mixture))
     dense, tokenizer = loaded.model, loaded.tokenizer
@@ -52,36 +57,63 @@ def main() -> None:
     print("| kept | what leaves | refit | parameters | perplexity | divergence | layers | speed |")
     print("| ---: | --- | --- | ---: | ---: | ---: | --- | ---: |")
     for keep in given.keep:
-        for backend, refit, result in results(dense, data, keep):
-            layers = [layer.relative_loss for layer in result.layers]
-            refitted = [layer.refitted_loss for layer in result.layers]
-            told = f"{statistics.mean(layers):.3f}"
-            if refit and None not in refitted:
-                told += f", {statistics.mean(refitted):.3f}"
-            first, own = measure_speed([dense, result.model], windows[0], repetitions=15)
+        for what, refit, result in results(dense, data, keep, given.backends):
             cells = (
                 f"{keep:g}",
-                backend,
+                f"{what}{left(result)}",
                 "yes" if refit else "no",
                 f"{result.parameters_after:,}",
                 f"{score([result.model], scored)[0].perplexity:.2f}",
                 f"{divergence(dense, result.model, windows):.4f}",
-                told,
-                f"{own.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x",
+                layers(result, refit),
+                speed(dense, result.model, windows[0], given.repetitions),
             )
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def results(dense: nn.Module, data: Any, keep: float) -> Iterator[tuple[str, bool, Any]]:
+def results(
+    dense: nn.Module, data: Any, keep: float, backends: Sequence[str]
+) -> Iterator[tuple[str, bool, Any]]:
     """Yield what left, whether the rest was refitted, and the result."""
     parameters = 0
-    for backend in BACKENDS:
+    for backend in backends:
         for damp in (NO_REFIT, None):
             asked = {} if damp is None else {"damp": damp}
             result = osscar.prune(dense, data, experts=keep, backend=backend, **asked)
             parameters = result.parameters_after
             yield backend, damp is None, result
-    yield "neurons", True, osscar.prune(dense, data, params=parameters, heads=1.0)
+    budgets: dict[str, dict[str, Any]] = {
+        "neurons": {"heads": 1.0},
+        "neurons and heads": {},
+        "an eighth of the experts, neurons and heads": {"experts": 0.875},
+        "one knapsack of experts, neurons and heads": {"experts": "auto"},
+    }
+    for what, asked in budgets.items():
+        yield what, True, osscar.prune(dense, data, params=parameters, **asked)
+
+
+def left(result: Any) -> str:
+    """Say how many experts stay, where a budget has decided that."""
+    if result.budget is None:
+        return ""
+    kept = [one.kept for one in result.layers if one.kind == "experts"]
+    predicted = f"predicted {result.budget.predicted:.3f}"
+    return f" ({predicted}, {f'{kept} experts stay' if kept else 'all experts stay'})"
+
+
+def layers(result: Any, refit: bool) -> str:
+    """Return the mean relative loss of the layers, and after the refit where that is told."""
+    refitted = [layer.refitted_loss for layer in result.layers]
+    told = f"{statistics.mean(layer.relative_loss for layer in result.layers):.3f}"
+    return f"{told}, {statistics.mean(refitted):.3f}" if refit and None not in refitted else told
+
+
+def speed(dense: nn.Module, smaller: nn.Module, window: Tensor, repetitions: int) -> str:
+    """Return how many times as fast prefill is; nothing where nothing is timed."""
+    if not repetitions:
+        return ""
+    first, own = measure_speed([dense, smaller], window, repetitions=repetitions)
+    return f"{own.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x"
 
 
 @torch.no_grad()

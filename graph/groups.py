@@ -140,6 +140,8 @@ class CouplingGroup:
         Why the group must not be pruned; empty when it may be.
     step
         The number of units that stay has to be a multiple of this, or all.
+    fewest
+        So many units stay at least.
     """
 
     name: str
@@ -149,6 +151,7 @@ class CouplingGroup:
     removable: int
     frozen: tuple[Freeze, ...] = ()
     step: int = 1
+    fewest: int = 1
 
     @property
     def prunable(self) -> bool:

@@ -51,11 +51,14 @@ R_co = TypeVar("R_co", covariant=True)
 PRUNED_KINDS = ("heads", "neurons", "channels")
 """What a budget applies to, residual channels left out."""
 
+AUTO = "auto"
+"""Of experts: that a budget applies to them, too."""
+
 BOUND_ROUNDS = 8
 """What `solvers.solve` takes by default as well; said here, where nothing has loaded torch."""
 
-_BESIDE = ("heads", "neurons", "channels", "residual", "groups")
-"""What else may be removed."""
+_BESIDE = (*PRUNED_KINDS, "residual", "groups")
+"""What may be removed beside experts, a budget aside."""
 
 _NUMBER = re.compile(
     r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
@@ -188,6 +191,8 @@ def check_damp(damp: Any) -> None:
 
 def _keep(name: str, value: Any) -> Any:
     """Read what to keep, as `parse_keep` does, or a size."""
+    if name == "experts" and value == AUTO:
+        return value
     try:
         (parse_size_kept if name == "size" else parse_keep)(value)
     except RequestError as error:
@@ -296,8 +301,9 @@ class PruningRequest:
         What to *keep* of residual streams, such as the channels that shortcuts add up.  They run
         through many layers, and nothing else touches them.
     experts
-        What to *keep* of the experts of each mixture: a fraction, or a count.  Tokens are routed
-        among those that stay.  It goes with nothing else that is to be removed: prune twice.
+        What to *keep* of the experts of each mixture: a fraction, or a count; or ``auto``: a budget
+        of parameters or bytes is shared by experts, too.  Tokens are routed among those that stay,
+        and all else is removed from the model without the others.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
@@ -399,9 +405,9 @@ class PruningRequest:
     def __post_init__(self) -> None:
         checked(self)
         self._check_what_to_keep()
-        if self.experts is None:
+        if not self.experts_alone:
             self.chosen_backend()
-        else:
+        if self.experts is not None:
             self.chosen_expert_backend()
 
     def _check_what_to_keep(self) -> None:
@@ -411,10 +417,9 @@ class PruningRequest:
             raise RequestError(
                 f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them"
             )
-        named = (self.heads, self.neurons, self.channels, self.residual)
+        named = (self.heads, self.neurons, self.channels, self.residual, self.experts)
         if self.experts is not None:
-            self._check_experts([*budgets, *(n for n in _BESIDE if getattr(self, n))])
-            return
+            self._check_experts()
         if not budgets and not self.groups and all(keep is None for keep in named):
             raise RequestError(
                 "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
@@ -437,28 +442,47 @@ class PruningRequest:
                 "flops, params or sparsity as the budget"
             )
 
-    def _check_experts(self, others: Sequence[str]) -> None:
+    def _check_experts(self) -> None:
         """Refuse what does not go with experts that leave whole."""
-        if others:
+        if self.speedup is not None:
             raise RequestError(
-                f"experts are removed in a run of their own, without {' and '.join(others)}; prune "
-                "twice: first the experts, then the smaller model"
+                "a speedup is timed with widths of layers alone, and does not go with experts; "
+                "give params or size as the budget"
             )
-        given = [
-            name
-            for name, plain in (
-                ("certify", not self.certify),
-                ("round_to", self.round_to == 1),
-                ("at_least", self.at_least is None),
-                ("allocation", self.allocation == "curvature"),
-                ("form", self.form != "exported"),
-            )
-            if not plain
-        ]
-        if given:
+        if self.form == "exported":
             raise RequestError(
-                f"{' and '.join(given)} does not go with experts: no bound is known for which of "
-                "them stay, each mixture keeps what is asked, and they leave modules alone"
+                "form 'exported' does not go with experts, which leave modules alone"
+            )
+        if not self.experts_alone and not isinstance(self.backend, str):
+            raise RequestError(
+                f"backend is {safe_repr(self.backend)}, which chooses experts or units of layers, "
+                "and this run removes both; give a name that both have, such as 'local_search'"
+            )
+        if self.experts == AUTO:
+            self._check_auto()
+        elif self.experts_alone and (self.certify or self.round_to != 1):
+            given = "certify" if self.certify else "round_to"
+            raise RequestError(
+                f"{given} does not go with experts alone: no bound is known for which of them "
+                "stay, and each mixture keeps what is asked"
+            )
+
+    def _check_auto(self) -> None:
+        """Refuse budgets of which experts can take no part."""
+        if not self.has_budget:
+            raise RequestError(
+                "experts 'auto' lets a budget take experts, too, and there is none; give one, such "
+                "as --params 0.75, or what each mixture keeps, such as --experts 0.75"
+            )
+        if self.flops is not None:
+            raise RequestError(
+                "a token is sent to as many experts however many there are, so that experts save "
+                "no flops; leave experts 'auto' away, or give params or size as the budget"
+            )
+        if self.allocation == "fluctuation":
+            raise RequestError(
+                "allocation fluctuation scores units of layers, and no experts; leave experts "
+                "'auto' away, or give --allocation curvature"
             )
 
     def chosen_backend(self) -> "solvers.Backend":
@@ -486,8 +510,21 @@ class PruningRequest:
         corrects = self.target != "weights" or self.experts is not None
         return self.damp is None or (self.correction_weight is None and corrects)
 
+    @property
+    def shared_kinds(self) -> tuple[str, ...]:
+        """The kinds of units that a budget takes where nothing else is said of them."""
+        return (*PRUNED_KINDS, "experts") if self.experts == AUTO else PRUNED_KINDS
+
+    @property
+    def experts_alone(self) -> bool:
+        """Whether experts are all that is to be removed."""
+        others = self.has_budget or any(getattr(self, name) for name in _BESIDE)
+        return self.experts is not None and not others
+
     def of_kind(self, kind: str) -> Keep | None:
         """Return what was asked for one kind by name."""
+        if kind == "experts":
+            return None if self.experts == AUTO else self.experts
         return getattr(self, kind) if kind in PRUNED_KINDS else None
 
     @property

@@ -11,10 +11,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
+from osscar.allocation.expert_curves import expert_curves
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
@@ -31,6 +32,7 @@ from osscar.allocation.rules import Sharing
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
+    possible_experts,
     why_frozen,
     why_out_of_reach,
 )
@@ -103,25 +105,36 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     prepared, request, curves, table = asked.prepared, asked.request, asked.curves, asked.table
     ranks = prepared.ranks
     _, keep, shared = asked_groups(prepared, request, asked.left)
+    units = [group for group in shared if group.kind is not UnitKind.EXPERTS]
+    of_experts = [group for group in shared if group.kind is UnitKind.EXPERTS]
     if curves is None and request.allocation == "curvature":
         curves = shared_curves(prepared, request, asked.left)
+    # Those of experts are measured at several counts, whatever else is to be measured.
+    experts = (
+        {group.name: curves[group.name] for group in of_experts}
+        if curves is not None
+        else expert_curves(prepared, of_experts, request)
+    )
+    if not units:
+        curves = experts
     if request.speedup is not None and table is None and shared:
         table = ranks.broadcast(
             "times", lambda: latency_table(prepared, shared, keep, request.widths)
         )
 
     def chosen(curves: Mapping[str, Curve] | None, aim: bool = True) -> Allocated:
-        by = request if curves else replace(request, allocation="uniform")
-        now = replace(asked, request=by, curves=curves, table=table)
+        by = request if curves is not None else replace(request, allocation="uniform")
+        every = None if curves is None else {**curves, **experts}
+        now = replace(asked, request=by, curves=every, table=table)
         return ranks.broadcast("widths", lambda: _allocated(now, aim))
 
-    if measure and shared:
-        curves = _measured(prepared, request, shared, curves, partial(chosen, aim=False))
+    if measure and units:
+        curves = _measured(prepared, request, units, curves, partial(chosen, aim=False))
     found = chosen(curves)
     if not (measure and request.certify and found.budget):
         return found
     assert curves is not None
-    why = _why_unbounded(request, found.budget)
+    why = _why_unbounded(request, found.budget, of_experts)
     if why:
         return _unbounded(found, why)
     lower = _lower(prepared, request, shared, curves, found.budget)
@@ -147,7 +160,9 @@ def _lower(
     }
 
 
-def _why_unbounded(request: PruningRequest, budget: Budget) -> str:
+def _why_unbounded(
+    request: PruningRequest, budget: Budget, of_experts: Sequence[CouplingGroup]
+) -> str:
     """Say why nothing bounds the prediction of all widths and units; empty where something does."""
     if request.allocation != "curvature":
         return (
@@ -156,8 +171,10 @@ def _why_unbounded(request: PruningRequest, budget: Budget) -> str:
         )
     if request.speedup is not None:
         return "times are measured, and those of groups do not add up to that of a model"
+    if of_experts:
+        return "curves of experts are measured, and no problem of choosing experts predicts them"
     if budget.lower_bound is None:
-        return f"the {budget.cost} of some weights are products of the widths of two groups"
+        return f"the {budget.cost} of some weights are products of the widths of too many groups"
     return ""
 
 
@@ -175,7 +192,8 @@ def _measured(
 ) -> Mapping[str, Curve]:
     """Return the curves of groups through what is measured at widths that are `chosen`."""
     samples = compared_samples(prepared)
-    compared = Compared.of(prepared, shared, samples) if samples else None
+    consumers = {one.name for group in shared for one in prepared.linear_maps(group)}
+    compared = Compared.of(prepared, consumers, samples) if samples else None
     if compared is None:
         if curves is None:
             raise RequestError(_why_not_measured(prepared))
@@ -183,7 +201,7 @@ def _measured(
     for _ in range(_ROUNDS):
         budget = chosen(curves).budget
         assert budget is not None
-        keep = {name: width.kept for name, width in budget.widths.items()}
+        keep = {group.name: budget.widths[group.name].kept for group in shared}
         wanted = widths_to_measure(shared, keep, curves, request.widths)
         found = measured_groups(
             prepared, compared, wanted, damp=request.damp, shapes=curves is None
@@ -219,7 +237,7 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         sharing = Sharing(shared, request.widths, keep)
-        more = _more_to_prune(groups, prepared.residual, keep)
+        more = partial(_more_to_prune, prepared, request, groups, keep)
         if request.allocation in MEASURED:
             sharing = replace(sharing, curves=asked.curves, lower=asked.lower)
         elif request.allocation == "fluctuation":
@@ -233,8 +251,14 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
             )
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
+    if not keep and request.experts_alone:
+        one = next(group for group in groups if group.kind is UnitKind.EXPERTS and group.prunable)
+        raise RequestError(
+            "nothing would be removed: every mixture keeps all its experts; of the "
+            f"{one.units} of {one.name!r}, {possible_experts(one)}"
+        )
     if not keep:
-        skipped = len(prepared.groups) - len(groups)
+        skipped = len([group for group in prepared.groups if group not in groups])
         rest = f" but the {skipped} that are skipped" if skipped else ""
         raise RequestError(
             why_frozen(prepared.groups)
@@ -253,13 +277,15 @@ def shared_curves(
     Ranks share out the groups, not the few samples: each curve is the same to the bit as if one
     process had measured them all.
     """
-    _, _, shared = asked_groups(prepared, request, left)
+    _, _, every = asked_groups(prepared, request, left)
+    experts = expert_curves(prepared, [g for g in every if g.kind is UnitKind.EXPERTS], request)
+    shared = [group for group in every if group.name not in experts]
     mine = prepared.ranks.share([group.units * group.removable for group in shared])
     own = [shared[i] for i in mine]
     found = measure_curves(prepared, own, damp=request.damp, seed=request.seed)
     told = prepared.ranks.all_gather("curves", list(found))
     curves = {curve.name: curve for some in told for curve in some}
-    return {group.name: curves[group.name] for group in shared}
+    return {**{group.name: curves[group.name] for group in shared}, **experts}
 
 
 def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
@@ -284,7 +310,7 @@ def _timed(
     sharing: Sharing,
     known: LatencyTable | None,
     aim: bool,
-    more: str,
+    more: Callable[[], str],
 ) -> tuple[dict[str, int], Budget]:
     """Choose widths whose model was timed to be as fast as wanted, or is by the table alone."""
     keep = sharing.others
@@ -305,7 +331,11 @@ def _timed(
 
 
 def _counted(
-    prepared: Prepared, request: PruningRequest, sharing: Sharing, form: Form, more: str
+    prepared: Prepared,
+    request: PruningRequest,
+    sharing: Sharing,
+    form: Form,
+    more: Callable[[], str],
 ) -> tuple[dict[str, int], Budget]:
     """Choose widths within what was asked for of parameters, bytes or operations."""
     asked, keep = request.budget_in_words, sharing.others
@@ -314,14 +344,15 @@ def _counted(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    cost = count(kind, prepared.model, prepared.groups, prepared.sample)
+    groups = prepared.groups if request.experts is None else prepared.every_group
+    cost = count(kind, prepared.model, groups, prepared.sample)
     dense = cost.dense
     if (
         kind is Cost.BYTES and form is Form.EXPORTED
     ):  # a share is of what one has: the modules' file
         proofs = prepared.inputs.proofs(prepared.model, request.seed)
         program = dense_program(prepared.model, proofs, prepared.example)
-        cost = count(kind, prepared.model, prepared.groups, prepared.sample, program)
+        cost = count(kind, prepared.model, groups, prepared.sample, program)
     if request.sparsity is not None:
         # Of the parameters that the shared groups own, as the others are.
         all_gone = cost.of({**keep, **dict.fromkeys((g.name for g in sharing.groups), 0)})
@@ -350,7 +381,7 @@ def _checked(
     limit: float,
     keep: Mapping[str, int],
     asked: str,
-    more: str,
+    more: Callable[[], str],
     dense: float | None = None,
 ) -> dict[str, int]:
     """Return what is chosen; `dense` is what the cost of the dense model is told as.
@@ -369,15 +400,22 @@ def _checked(
         raise RequestError(
             f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
             f"comes to {written(reached)}{form} of {written(dense)} at least "
-            f"({reached / dense:.3f} of the dense model's); remove less, or let {more}"
+            f"({reached / dense:.3f} of the dense model's); remove less, or let {more()}"
         )
     return found
 
 
 def _more_to_prune(
-    groups: Sequence[CouplingGroup], residual: Collection[str], keep: Mapping[str, int]
+    prepared: Prepared,
+    request: PruningRequest,
+    groups: Sequence[CouplingGroup],
+    keep: Mapping[str, int],
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
+    residual = prepared.residual
+    experts = any(mixture.group.prunable for mixture in prepared.mixtures)
+    if experts and request.experts is None and request.flops is None and request.speedup is None:
+        return "experts leave, too (--experts auto)"
     streams = [
         group.name
         for group in groups

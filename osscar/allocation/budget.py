@@ -76,8 +76,8 @@ class Budget:
         The predicted divergence of the pruned model's predictions from the dense ones, in nats a
         prediction; None where nothing predicts it.
     lower_bound
-        No choice of widths within the limit has a smaller prediction; None where costs of groups
-        multiply, so that nothing was proved, or nothing is predicted.
+        No choice of widths within the limit has a smaller prediction; None where costs of too many
+        groups multiply, so that nothing was proved, or nothing is predicted.
     comparable
         Whether all groups were measured, or reached by gradients; if not, the others count by their
         own relative loss.

@@ -3,9 +3,9 @@
 A weight has as many entries as the product of its dimensions, each of which loses what units of
 groups take along.  In a transformer no weight loses along two dimensions that a budget may touch,
 so that costs add up over groups; channels of a convolution are read by the next one's filters,
-whose size is a product of two groups' widths.  Where a layer reads the units that it makes, as in
-a recurrent cell, the cost is a product of one group's width with itself: costs of groups still add
-up, but a unit's depends on how many others stay.
+whose size is a product of two groups' widths, and experts times their neurons are one, too.  Where
+a layer reads the units that it makes, as in a recurrent cell, the cost is a product of one group's
+width with itself: costs of groups still add up, but a unit's depends on how many others stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from graph import CouplingGroup, UnitKind
+from graph import CouplingGroup, Role, UnitKind
 from osscar.checkpoint.formats import header_bytes, saved_format, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.operations import products
@@ -105,18 +105,32 @@ class CountedCost:
                 found.setdefault(name, []).append(weight)
         return found
 
-    def separable(self, names: Iterable[str]) -> bool:
-        """Whether the costs of these groups add up: no weight loses by two, along two dimensions.
+    def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Return these groups in classes whose costs add up.
 
-        One group may lose along two by itself, or two along the same.
+        Two are in one class where a weight loses by both, along two dimensions.  One group may lose
+        along two by itself, or two along the same.
         """
-        chosen = set(names)
+        chosen = list(names)
 
-        def adds_up(weight: _Weight) -> bool:
+        def multiplied(weight: _Weight) -> set[str]:
             taken = [(dim, name) for dim, name, _ in weight.taken if name in chosen]
-            return any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
+            alone = any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
+            return set() if alone else {name for _, name in taken}
 
-        return all(map(adds_up, self.weights))
+        return joined(chosen, map(multiplied, self.weights))
+
+
+def joined(names: Sequence[str], together: Iterable[set[str]]) -> tuple[tuple[str, ...], ...]:
+    """Return names in classes, so that those of a set are in one; in the order of the names."""
+    classes = [{name} for name in names]
+    for some in together:
+        met = [one for one in classes if one & some]
+        if len(met) > 1:
+            classes = [one for one in classes if one not in met] + [set().union(*met)]
+    place = {name: index for index, name in enumerate(names)}
+    ordered = [tuple(sorted(one, key=place.__getitem__)) for one in classes]
+    return tuple(sorted(ordered, key=lambda one: place[one[0]]))
 
 
 def count(
@@ -132,7 +146,7 @@ def count(
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     names = {id(tensor): name for name, tensor in tensors.items()}
-    taken = _taken(model, groups, names)
+    taken = _taken(model, groups, names, cost)
     prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
     each: Mapping[str, float] = {}
     rest = 0.0
@@ -166,12 +180,18 @@ def _stored_bytes(
 
 
 def _taken(
-    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
+    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str], cost: Cost
 ) -> dict[str, list[tuple[int, str, int]]]:
-    """Return what units take along, by tensor."""
+    """Return what units take along, by tensor.
+
+    The matrices of an expert take no operations along: its tokens are sent to others.
+    """
     taken: dict[str, list[tuple[int, str, int]]] = {}
     for group in groups:
+        resent = cost is Cost.FLOPS and group.kind is UnitKind.EXPERTS
         for slot in group.slots:
+            if resent and slot.role is Role.CONSUMER:
+                continue
             name = names.get(id(_attribute(model, slot.tensor)))
             if name is not None:
                 # Two slots along one dimension are two parts of it, as in a fused projection.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.costs import CountedCost
+from osscar.allocation.costs import CountedCost, joined
 from osscar.base.errors import RequestError
 from osscar.base.timing import interleaved
 from osscar.data.batches import Batch
@@ -61,9 +61,10 @@ class LatencyTable:
                 total += _at(rest * counts / self.units[name], points)
         return total / self.dense_seconds
 
-    def separable(self, names: Iterable[str]) -> bool:
-        """Whether the times of these groups add up."""
-        return all(len(some.intersection(names)) <= 1 for some in self.parts)
+    def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Return these groups in classes whose times add up."""
+        chosen = list(names)
+        return joined(chosen, (set(some.intersection(chosen)) for some in self.parts))
 
 
 CostModel: TypeAlias = CountedCost | LatencyTable

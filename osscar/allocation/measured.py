@@ -133,12 +133,12 @@ class Compared:
     recorded: Sequence[Recording] = field(repr=False)
 
     @classmethod
-    def of(
-        cls, prepared: Prepared, groups: Sequence[CouplingGroup], samples: int
-    ) -> Compared | None:
-        """Run the dense model on the last samples; None if it puts out no logits."""
+    def of(cls, prepared: Prepared, consumers: Collection[str], samples: int) -> Compared | None:
+        """Run the dense model on the last samples; None if it puts out no logits.
+
+        `consumers` are the modules that will change.
+        """
         model = prepared.model
-        consumers = {one.name for group in groups for one in prepared.linear_maps(group)}
         recorded: list[Recording] = []
         size = 1 if prepared.inputs.tokens else prepared.batch_size
         # Weights on disk have all the memory that there is.

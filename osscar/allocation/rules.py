@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _HALVINGS = 40
 _ROUNDS = 60
 _SWEEPS = 30
 _PRICES = 96
+_MOST_TOGETHER = 1 << 16
+"""Choices of groups whose costs multiply that are listed: of 128 experts and 256 widths of their
+neurons there are half as many."""
 _FRONTIER = 24
 """Points of the frontier that are kept at most."""
 
@@ -191,6 +195,24 @@ def _measured(curve: Curve) -> tuple[Measured, ...]:
 
 
 @dataclass(frozen=True, eq=False)
+class _Class:
+    """Groups whose costs multiply, with all choices that they have together, the least first.
+
+    `counts` are what the groups keep, (choices, groups); `losses` and `costs`, the latter up to a
+    constant, are of each choice.
+    """
+
+    names: tuple[str, ...]
+    counts: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    costs: NDArray[np.float64]
+
+    def at(self, choice: int) -> dict[str, int]:
+        """Return what the groups keep."""
+        return dict(zip(self.names, self.counts[choice].tolist(), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
 class ByCurves:
     """The widths of least predicted divergence within a limit.
 
@@ -208,18 +230,42 @@ class ByCurves:
         """Of each option of each group."""
         return {name: self.curves[name].losses[some] for name, some in self.options.items()}
 
+    @cached_property
+    def classes(self) -> tuple[_Class, ...]:
+        """Groups in classes whose costs add up; none where one has too many choices."""
+        found = []
+        for names in self.cost.classes(self.options):
+            if math.prod(len(self.options[name]) for name in names) > _MOST_TOGETHER:
+                return ()
+            grid = np.meshgrid(*(self.options[name] for name in names), indexing="ij")
+            losses = np.meshgrid(*(self.losses[name] for name in names), indexing="ij")
+            counts = np.stack([axis.ravel() for axis in grid], axis=1)
+            costs = self._together(names, self._least())
+            found.append(_Class(names, counts, np.stack(losses).sum(0).ravel(), costs))
+        return tuple(found)
+
+    def _together(self, names: Sequence[str], kept: Mapping[str, int]) -> NDArray[np.float64]:
+        """Return what all choices of some groups cost, up to a constant; the last varies first."""
+        name, *rest = names
+        own = self._over(name, kept)
+        if not rest:
+            return own
+        # With each count of the first group, the others cost so much more than their least.
+        inner = [self._together(rest, {**kept, name: int(count)}) for count in self.options[name]]
+        return np.concatenate([c - c[0] + one for c, one in zip(inner, own, strict=True)])
+
     def choose(self) -> dict[str, int]:
         """Return the best widths, or the least ones where nothing is within the limit."""
         least = {name: int(some[0]) for name, some in self.options.items()}
         if not self.cost.of({**self.others, **least}) <= self.limit * (1 + ROUNDING):
             return least
-        return self.exact()[0] if self.cost.separable(self.options) else self.alternating()
+        return self.exact()[0] if self.classes else self.alternating()
 
     def prediction(self, found: Mapping[str, int]) -> dict[str, Any]:
-        """Return what a `Budget` tells of a choice, with a bound on it where costs add up."""
+        """Return what a `Budget` tells of a choice, with a bound on it where `exact` finds one."""
         return {
             "predicted": self._loss(found),
-            "lower_bound": self.exact()[1] if self.cost.separable(self.options) else None,
+            "lower_bound": self.exact()[1] if self.classes else None,
             "comparable": all(curve.in_nats for curve in self.curves.values()),
             "curves": {
                 name: tuple(curve.losses.tolist())
@@ -233,29 +279,27 @@ class ByCurves:
     def bounded(self, lower: Mapping[str, NDArray[np.float64]]) -> Bounded:
         """Bound the choices of widths and of units by those of widths, on curves that lie below.
 
-        `lower`, (units + 1,), is of each group with several options; costs of groups add up.
+        `lower`, (units + 1,), is of each group with several options; there are `classes`.
         """
-        zeros = {name: np.zeros(len(some)) for name, some in self.options.items()}
-        below = {**zeros, **{name: curve[self.options[name]] for name, curve in lower.items()}}
-        _, nats = self._solved(below)
+        below = {
+            name: Curve(name, lower.get(name, np.zeros_like(curve.predicted)))
+            for name, curve in self.curves.items()
+        }
+        _, nats = dataclasses.replace(self, curves=below).exact()
         return Bounded(nats, {name: tuple(curve.tolist()) for name, curve in lower.items()})
 
     def exact(self) -> tuple[dict[str, int], float]:
-        """Return the widths of least loss, and its bound: costs of groups add up."""
-        return self._solved(self.losses)
-
-    def _solved(self, losses: Mapping[str, NDArray[np.float64]]) -> tuple[dict[str, int], float]:
-        """Solve the knapsack, given the losses of the options of each group."""
-        names, least = list(self.options), self._least()
-        costs = [self._over(name, least) for name in names]
-        costs = [over - over[0] for over in costs]
+        """Solve the knapsack: costs of classes add up."""
+        costs = [one.costs - one.costs[0] for one in self.classes]
         try:
-            room = self.limit - self.cost.of(least)
-            choice = choose([losses[n] for n in names], costs, room)
+            room = self.limit - self.cost.of(self._least())
+            choice = choose([one.losses for one in self.classes], costs, room)
         except ValueError as error:  # by less than rounding, as the least widths were checked
             raise RequestError(f"the budget cannot be met: {error}") from error
-        chosen = zip(names, choice.options, strict=True)
-        return {name: int(self.options[name][i]) for name, i in chosen}, choice.lower_bound
+        found: dict[str, int] = {}
+        for one, index in zip(self.classes, choice.options, strict=True):
+            found.update(one.at(index))
+        return {name: found[name] for name in self.options}, choice.lower_bound
 
     def alternating(self) -> dict[str, int]:
         """Choose widths whose costs multiply: one group after the other, at one price for all.
@@ -293,6 +337,10 @@ class ByCurves:
 
     def _at(self, price: float, start: Mapping[str, int]) -> dict[str, int]:
         kept = dict(start)
+        if self.classes:
+            for one in self.classes:
+                kept.update(one.at(int((one.losses + price * one.costs).argmin())))
+            return kept
         for _ in range(_SWEEPS):
             before = dict(kept)
             for name, some in self.options.items():

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.preparation.prepare import Prepared
@@ -27,7 +27,8 @@ def asked_groups(
 ) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
     """Return the groups within reach, what some keep by name or kind, and those with a budget."""
     residual = prepared.residual
-    groups = _reachable(prepared.groups, request, residual, left)
+    every = prepared.groups if request.experts is None else prepared.every_group
+    groups = _reachable(every, request, residual, left)
     shared = [group for group in groups if shares(group, request, residual)]
     return groups, _kept_by_name(groups, request, residual), shared
 
@@ -55,7 +56,7 @@ def shares(group: CouplingGroup, request: PruningRequest, residual: Collection[s
     return (
         group.prunable
         and group.units > 1
-        and group.kind in PRUNED_KINDS
+        and group.kind in request.shared_kinds
         and group.name not in residual
         and group.name not in request.groups
         and request.of_kind(group.kind) is None
@@ -74,7 +75,12 @@ def _kept_by_name(
             else request.fraction_or_count(group.kind, group.name in residual)
         )
         if asked is not None and group.prunable and group.units > 1:
-            kept[group.name] = count_kept(group, asked, request.round_to)
+            experts = group.kind is UnitKind.EXPERTS
+            kept[group.name] = (
+                kept_experts(group, asked)
+                if experts
+                else count_kept(group, asked, request.round_to)
+            )
     return kept
 
 
@@ -148,11 +154,39 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
 
 
+def kept_experts(group: CouplingGroup, asked: Fraction | int) -> int:
+    """Return how many experts of a mixture stay of a count or a share.
+
+    Raises
+    ------
+    RequestError
+        If the router could not choose among so many.
+    """
+    count = asked if isinstance(asked, int) else count_kept(group, asked, 1)
+    if count % group.step or not group.fewest <= count <= group.units:
+        raise RequestError(
+            f"{group.name!r} would keep {count} of its {group.units} experts; its router needs "
+            f"{group.fewest} at least: {possible_experts(group)}"
+        )
+    return count
+
+
+def possible_experts(group: CouplingGroup) -> str:
+    """Say how many experts of a mixture can stay."""
+    if group.step == 1:
+        return f"it can keep {group.fewest} to {group.units}"
+    several = range(group.fewest, group.units + 1, group.step)
+    counts = listed([*map(str, several)], 8, " or ")
+    return f"it can keep {counts}, as many in each of {group.step} groups"
+
+
 def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     """Return by how many units the width moves to stay a multiple of `round_to`, and the most.
 
     Kernels may ask for longer steps.
     """
+    if group.kind is UnitKind.EXPERTS:
+        round_to = 1  # which is about widths of matrices
     width = min((slot.width for slot in group.slots), default=1)
     step = math.lcm(round_to // math.gcd(round_to, width), group.step)
     largest = group.units // step * step
@@ -168,7 +202,7 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
 def possible_widths(group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
     """Return the counts that a group may keep: all of its units, or a width that is round."""
     step, largest = _steps(group, widths.round_to)
-    least = -(-widths.least(group.units) // step) * step
+    least = -(-max(widths.least(group.units), group.fewest) // step) * step
     return np.unique([*range(least, largest + 1, step), group.units])
 
 

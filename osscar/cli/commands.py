@@ -44,7 +44,7 @@ else:
     Shared = request_options(
         PruningRequest,
         *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
-        *("strict", "device"),
+        *("experts", "strict", "device"),
     )
 
 _ALL = Parameter(name="*")
@@ -102,9 +102,9 @@ def prune(
 
     Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
     channels of all layers share so that the model's outputs change least, or say with --heads,
-    --neurons and --channels what every layer keeps of each, or, in a run of their own, with
-    --experts what every mixture keeps of its experts.  Under grouped-query attention a head
-    is a key-value head with its query heads.  What is done is kept in OUT.run until the smaller
+    --neurons and --channels what every layer keeps of each, and with --experts what every mixture
+    keeps of its experts.  Under grouped-query attention a head is a key-value head with its query
+    heads.  What is done is kept in OUT.run until the smaller
     model is saved: a run that was killed goes on when the same command is given again.
     """
     with profiled() as spent:

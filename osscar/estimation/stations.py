@@ -103,7 +103,8 @@ def timed_stations(
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
         shared = tuple(asked_groups(prepared, request, facts.skipped_names)[2])
-        bounds = request.certify and cost.separable([group.name for group in shared])
+        added_up = all(len(one) == 1 for one in cost.classes([group.name for group in shared]))
+        bounds = request.certify and added_up
         stages |= _of_budget(prepared, few, request, shared, allocating, one, bounds, clock)
         if request.allocation in MEASURED and facts.reference is not None:
             stages[Stage.MEASURED] = _of_measuring(prepared, few, shared, one, clock)

@@ -352,7 +352,7 @@ class _ConvolutionMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
-class _ExpertMap(LinearMap):
+class ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture, which is called with what is `Routed`.
 
     Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
@@ -398,7 +398,7 @@ class _ExpertMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
-class _MemberMap(_ExpertMap):
+class _MemberMap(ExpertMap):
     """What one expert adds to the output of a mixture whose experts are a list of modules.
 
     `module` is the last layer of that expert, while calls are those of the list.
@@ -552,7 +552,7 @@ def maps_of(
     module = model.get_submodule(name)
     if mixture is not None:
         for expert in range(len(mixture.weight)):
-            yield _ExpertMap(name, module, dim, owned, False, mixture, expert)
+            yield ExpertMap(name, module, dim, owned, False, mixture, expert)
         return
     if isinstance(module, RECURRENT):
         end = slots[0].tensor.rpartition(".")[2].removeprefix(WEIGHT)

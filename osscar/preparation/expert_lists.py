@@ -177,7 +177,7 @@ class _RuleRouter(nn.Module):
 def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.
+    What they compute stays the same.  Blocks that are called so already stay as they are.
 
     Raises
     ------
@@ -188,6 +188,8 @@ def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterato
         for one in lists:
             assert one.rule is not None
             block = model.get_submodule(one.block)
+            if _ROUTER in block._modules:
+                continue
             experts = one.experts_in(block)
             block.add_module(_ROUTER, _RuleRouter(one.rule).eval())
             around.callback(block._modules.pop, _ROUTER)

@@ -253,7 +253,7 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
     ]
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
-        step=routing.rule.groups,
+        step=routing.rule.groups, fewest=routing.rule.fewest,
     )  # fmt: skip
     last = last_layer(experts, found.x.hidden) if isinstance(experts, nn.ModuleList) else None
     return ExpertMixture(group, name, found.router, routing, last_layer=last)
@@ -290,7 +290,7 @@ def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) 
     slots = list_slots(model, one, order)
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
-        step=one.rule.groups,
+        step=one.rule.groups, fewest=one.rule.fewest,
     )  # fmt: skip
     routing = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
     last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))

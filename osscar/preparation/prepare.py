@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from osscar.network.modules import (
     in_evaluation,
 )
 from osscar.offload.on_disk import is_on_disk, shapes_only
-from osscar.preparation.consumer import LinearMap
+from osscar.preparation.consumer import ExpertMap, LinearMap
 from osscar.preparation.experts import ExpertMixture, mixtures_in
 from osscar.preparation.failures import failures_named
 from osscar.preparation.linear_maps import (
@@ -82,6 +82,11 @@ class Prepared:
     """Names of the weights that the user's model computes at every call, and that are plain."""
     products: Mapping[str, Product] = field(default_factory=dict, repr=False)
     """The weights, by name, that are observed where code multiplies by them."""
+    find_mixtures: Callable[[], tuple[ExpertMixture, ...]] = field(default=tuple, repr=False)
+    """Looks for `mixtures` once, for this and for all that is made of it with other data."""
+    kept_experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of the mixtures that have lost experts, by the name of the module: those to which tokens are
+    still sent, and whose matrices are refitted."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
@@ -90,23 +95,36 @@ class Prepared:
     """Whether what a suspended batch holds is kept in a file; only for models of transformers,
     whose hidden states have a row for each token (`osscar.offload`)."""
 
-    @cached_property
+    @property
     def mixtures(self) -> tuple[ExpertMixture, ...]:
         """Its mixtures of experts, whose experts are groups beside `groups`.
 
-        They are not refitted as these are, and share no budget with them.  They are found when they
-        are first asked for, by running parts of the model on trial: before it is pruned.
+        They are not refitted as these are.  They are found when they are first asked for, by
+        running parts of the model on trial: before it is pruned.
         """
-        return mixtures_in(self.model, self.example)
+        return self.find_mixtures()
 
     @cached_property
     def residual(self) -> frozenset[str]:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
 
+    @property
+    def every_group(self) -> tuple[CouplingGroup, ...]:
+        """Its groups, those of experts last."""
+        return (*self.groups, *(one.group for one in self.mixtures))
+
     def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
-        """Return the consumers of a group, in execution order; see `linear_maps`."""
-        return linear_maps(self.model, group, self.products)
+        """Return the consumers of a group, in execution order; see `linear_maps`.
+
+        Experts that have left read nothing.
+        """
+        return tuple(
+            one
+            for one in linear_maps(self.model, group, self.products)
+            if not isinstance(one, ExpertMap)
+            or one.expert in self.kept_experts.get(one.name, (one.expert,))
+        )
 
     @property
     def sample(self) -> Batch:
@@ -213,6 +231,7 @@ def _prepared(
         in_programs=in_programs,
         folded=tuple(one.tensor for one in plain),
         products=products,
+        find_mixtures=cache(partial(mixtures_in, model, example)),
         ranks=ranks,
     )
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import time
 import warnings
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 import solvers
 from graph import CouplingGroup
-from osscar.allocation.widths import count_kept
+from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
@@ -24,13 +22,13 @@ from osscar.preparation.consumer import LinearMap
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
 from osscar.pruning.feasibility import SkippedGroup
-from osscar.pruning.groups import blaming_refits, held_out, replay, warn_of_refits
+from osscar.pruning.groups import Committed, blaming_refits, held_out, replay, warn_of_refits
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
-from osscar.request import PruningRequest, parse_keep
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.request import PruningRequest
+from osscar.shrinking.plan import GroupPlan
 from osscar.walk.expert_walk import ExpertStep, ExpertWalk, Losses, last_matrices
-from osscar.walk.layer_step import DenseTensors, LayerStep, Refits
+from osscar.walk.layer_step import DenseTensors, LayerStep, Refits, dense_tensors
 from osscar.walk.targets import Target
 
 _NO_REFIT = "the last matrices of its experts are not seen, so that they cannot be refitted"
@@ -48,15 +46,16 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
         raise RequestError("experts are chosen by one process; run it without ranks")
     if is_on_disk(prepared.model):
         raise RequestError("experts are chosen in memory; leave --max-memory away")
-    skipped = []
-    for mixture in _reached(prepared, request):
+    skipped, asked = [], {group.name for group in asked_groups(prepared, request)[0]}
+    reached = [one for one in prepared.mixtures if one.group.name in asked]
+    for mixture in reached:
         group = mixture.group
         reason = group.frozen[0].reason if group.frozen else ""
         if not reason and last_matrices(prepared, mixture) is None:
             reason = _NO_REFIT
         if reason:
             skipped.append(SkippedGroup(group.name, str(group.kind), group.units, reason))
-    none = len(skipped) == len(_reached(prepared, request))
+    none = len(skipped) == len(reached)
     if none or (skipped and request.strict):
         reasons = listed([f"{one.name!r}: {one.reason}" for one in skipped], 8, "; ")
         raise RequestError(
@@ -72,79 +71,28 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
     return tuple(skipped)
 
 
-def _reached(prepared: Prepared, request: PruningRequest) -> list[ExpertMixture]:
-    """Return the mixtures that the request does not skip."""
-    names = [one.group.name for one in prepared.mixtures]
-    for pattern in request.skip:
-        if not fnmatch.filter(names, pattern):
-            raise RequestError(f"no mixture is called {pattern!r}, which --skip names")
-    return [
-        one
-        for one in prepared.mixtures
-        if not any(fnmatch.fnmatchcase(one.group.name, pattern) for pattern in request.skip)
-    ]
-
-
-def kept_experts(mixture: ExpertMixture, asked: Fraction | int) -> int:
-    """Return how many experts of a mixture stay.
-
-    Raises
-    ------
-    RequestError
-        If the router could not choose among so many.
-    """
-    assert mixture.routing is not None
-    name, units, rule = mixture.group.name, mixture.group.units, mixture.routing.rule
-    count = asked if isinstance(asked, int) else count_kept(mixture.group, asked, 1)
-    if count % rule.groups or not rule.fewest <= count <= units:
-        raise RequestError(
-            f"{name!r} would keep {count} of its {units} experts; its router, which sends each "
-            f"token to {rule.top_k}, needs {rule.fewest} at least: {_possible(mixture)}"
-        )
-    return count
-
-
-def _possible(mixture: ExpertMixture) -> str:
-    """Say how many experts of a mixture can stay."""
-    assert mixture.routing is not None
-    rule, units = mixture.routing.rule, mixture.group.units
-    if rule.groups == 1:
-        return f"it can keep {rule.fewest} to {units}"
-    counts = listed([*map(str, range(rule.fewest, units + 1, rule.groups))], 8, " or ")
-    return f"it can keep {counts}, as many in each of {rule.groups} groups"
-
-
 def prune_experts(
     prepared: Prepared,
-    skipped: Sequence[SkippedGroup],
+    keep: Mapping[str, int],
     request: PruningRequest,
     records: Sequence[LayerRecord],
     log: RunLog | None,
-) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
+) -> Committed:
     """Choose which experts stay, and refit these; the model keeps its shape.
 
     Arguments are as of `osscar.pruning.groups.prune_groups`, and so is what is returned and raised.
     """
-    assert request.experts is not None
-    left, asked = {one.name for one in skipped}, parse_keep(request.experts)
-    mixtures = {m.group.name: m for m in _reached(prepared, request) if m.group.name not in left}
-    keep = {name: kept_experts(one, asked) for name, one in mixtures.items()}
-    whole, mixtures = mixtures, {n: m for n, m in mixtures.items() if keep[n] < m.group.units}
+    mixtures = {one.group.name: one for one in prepared.mixtures if one.group.name in keep}
     if not mixtures:
-        name, one = next(iter(whole.items()))
-        raise RequestError(
-            "nothing would be removed: every mixture keeps all its experts; of the "
-            f"{one.group.units} of {name!r}, {_possible(one)}"
-        )
+        return Committed()
     done, dense = list(records), dict[str, DenseTensors]()
     with stage("pruning", total=len(mixtures)) as bar:
-        for record in done:
+        for record in records:
             mixture = mixtures.pop(record.plan.name, None)
             group = None if mixture is None else mixture.group
-            own = partial(_own_matrices, prepared, mixture, record.plan.kept)
+            own = partial(_matrices, prepared, mixture, record.plan.kept)
             dense.update(replay(group, own, record, keep))
             bar.advance()
-        kept = {record.plan.name: record.plan.kept for record in done}
         began = time.perf_counter()
         with timed(Stage.WALK):
             walked = ExpertWalk(
@@ -152,28 +100,38 @@ def prune_experts(
                 list(mixtures.values()),
                 Target(request.target),
                 held_out(prepared, request),
-                kept,
+                kept_in(records),
                 dense,
             )
         for step in blaming_refits(walked, done):
             bar.describe(f"pruning {step.group.name}")
+            if not request.experts_alone:  # whose walk passes the dense weights once more
+                every = range(step.group.units)
+                dense.update(dense_tensors(_matrices(prepared, step.mixture, every)))
             done.append(_solved(step, keep[step.group.name], request, began))
             if log is not None:
                 log.append(len(done) - 1, done[-1])
             bar.advance()
             began = time.perf_counter()
-    reports = tuple(record.report for record in done)
-    warn_of_refits(reports, prepared.model)
-    return PruningPlan(tuple(record.plan for record in done)), reports
+    warn_of_refits([record.report for record in done], prepared.model)
+    return Committed(tuple(done), dense)
 
 
-def _own_matrices(
-    prepared: Prepared, mixture: ExpertMixture | None, kept: Sequence[int], _: CouplingGroup
+def kept_in(records: Iterable[LayerRecord]) -> dict[str, tuple[int, ...]]:
+    """Return which units stay of each group, by name."""
+    return {record.plan.name: record.plan.kept for record in records}
+
+
+def _matrices(
+    prepared: Prepared,
+    mixture: ExpertMixture | None,
+    experts: Iterable[int],
+    _: CouplingGroup | None = None,
 ) -> list[LinearMap]:
-    """Return the last matrices of those experts of a mixture that are kept."""
+    """Return the last matrices of some experts of a mixture."""
     found = None if mixture is None else last_matrices(prepared, mixture)
     assert found is not None  # as of every mixture that is not skipped
-    return [found[1][expert] for expert in kept]
+    return [found[1][expert] for expert in experts]
 
 
 def _solved(step: ExpertStep, keep: int, request: PruningRequest, began: float) -> LayerRecord:

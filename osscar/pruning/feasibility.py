@@ -141,10 +141,13 @@ FORMS: dict[str, tuple[Form, ...]] = {
 
 
 def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
-    """Return the forms to try; a program cannot generate text, and nobody would time it."""
+    """Return the forms to try.
+
+    A program cannot generate text, nobody would time it, and it cannot lose experts.
+    """
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
-    stays = generates or request.speedup is not None
+    stays = generates or request.speedup is not None or request.experts is not None
     return FORMS["eager" if choice == "auto" and stays else choice]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
@@ -24,7 +25,7 @@ from osscar.preparation.prepare import Prepared
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.plan import GroupPlan
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
@@ -45,17 +46,27 @@ _EXACT_SECONDS = 10.0
 """How long branch and bound may take for one bound; what it has by then is valid."""
 
 
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """What a walk has committed: its records, and the dense tensors of modules, by name."""
+
+    records: tuple[LayerRecord, ...] = ()
+    dense: Mapping[str, DenseTensors] = field(default_factory=dict)
+
+
 def prune_groups(
     prepared: Prepared,
     keep: Mapping[str, int],
     request: PruningRequest,
     records: Sequence[LayerRecord],
     log: RunLog | None,
-) -> tuple[PruningPlan, tuple[LayerReport, ...]]:
+    before: Committed,
+) -> Committed:
     """Solve and refit each group where the walk stops; the model keeps its shape.
 
-    `keep` has the groups that lose units.  `records` are what was committed before, which is
-    written again; the log keeps what is committed now.
+    `keep` has the groups that lose units.  `records` are what was committed of them, which is
+    written again; the log keeps what is committed now.  An earlier walk has come `before`, and is
+    part of what is returned.
 
     Raises
     ------
@@ -63,10 +74,9 @@ def prune_groups(
         If the records are not of this model and request.
     """
     groups = {group.name: group for group in prepared.groups if group.name in keep}
-    done = list(records)
-    dense: dict[str, DenseTensors] = {}
+    done, dense = [*before.records, *records], dict(before.dense)
     with stage("pruning", total=len(groups)) as bar:
-        for record in done:
+        for record in records:
             group = groups.pop(record.plan.name, None)
             replayed = replay(group, prepared.linear_maps, record, keep)
             for module, tensors in replayed.items():
@@ -90,11 +100,10 @@ def prune_groups(
                 log.append(len(done) - 1, done[-1])
             bar.advance()
             began = time.perf_counter()
-    plan = PruningPlan(tuple(record.plan for record in done))
-    reports = tuple(record.report for record in done)
     if prepared.ranks.first:
-        warn_of_refits(reports, prepared.model)
-    return plan, reports
+        own = [record.report for record in done[len(before.records) :]]
+        warn_of_refits(own, prepared.model)
+    return Committed(tuple(done), dense)
 
 
 def held_out(prepared: Prepared, request: PruningRequest) -> int:

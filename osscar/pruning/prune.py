@@ -34,17 +34,18 @@ from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
-from osscar.pruning.experts import prune_experts, skipped_mixtures
+from osscar.pruning.experts import kept_in, prune_experts, skipped_mixtures
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
-from osscar.pruning.groups import held_out, prune_groups
+from osscar.pruning.groups import Committed, held_out, prune_groups
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.request import PruningRequest, by_keywords
 from osscar.shrinking.lineage import note_calibration, note_dense
-from osscar.shrinking.plan import Form
+from osscar.shrinking.plan import Form, PruningPlan
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
+from osscar.walk.expert_walk import routed
 
 
 def prune_as_asked(
@@ -187,16 +188,14 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
     """Try what can follow, and run the dense model."""
     ranks = prepared.ranks
     with timed(Stage.TRIAL):
-        if request.experts is not None:
-            feasible = Form.EAGER, skipped_mixtures(prepared, request)
-        else:
-            feasible = ranks.broadcast(
-                "what can follow", lambda: feasible_groups(prepared, request)
-            )
+        whole = () if request.experts is None else skipped_mixtures(prepared, request)
+        form, skipped = ranks.broadcast(
+            "what can follow", lambda: feasible_groups(prepared, request)
+        )
     with timed(Stage.DENSE):
         reference = Reference.of(prepared, max(1, held_out(prepared, request)))
         statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
-    return _DenseFacts(*feasible, reference, statistics)
+    return _DenseFacts(form, (*whole, *skipped), reference, statistics)
 
 
 def prune_prepared(
@@ -208,13 +207,9 @@ def prune_prepared(
 ) -> PruningResult:
     """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does."""
     start, before = time.perf_counter(), count_parameters(prepared.model)
-    budget = None
-    if request.experts is not None:
-        plan, layers = prune_experts(prepared, facts.skipped, request, records, log)
-    else:
-        widths = _widths(prepared, request, facts, log)
-        budget = widths.budget
-        plan, layers = prune_groups(prepared, widths.keep, request, records, log)
+    widths = _widths(prepared, request, facts, log)
+    committed = _walked(prepared, widths.keep, request, records, log)
+    plan = PruningPlan(tuple(record.plan for record in committed.records))
     smaller, proof, batch_norms = shrunk(prepared, plan, request, facts.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
@@ -222,12 +217,12 @@ def prune_prepared(
     return PruningResult(
         model=smaller,
         plan=proof.plan,
-        layers=layers,
+        layers=tuple(record.report for record in committed.records),
         parameters_before=before,
         parameters_after=count_parameters(smaller),
         equivalence_error=proof.error,
         batch_norms=batch_norms,
-        budget=budget,
+        budget=widths.budget,
         divergence=None if likeness is None else likeness.nats,
         agreement=None if likeness is None else likeness.agreement,
         held_out=held_out(prepared, request),
@@ -237,6 +232,31 @@ def prune_prepared(
         skipped=facts.skipped,
         folded=prepared.folded,
     )
+
+
+def _walked(
+    prepared: Prepared,
+    keep: Mapping[str, int],
+    request: PruningRequest,
+    records: Sequence[LayerRecord],
+    log: RunLog | None,
+) -> Committed:
+    """Let experts leave, and then all else, on the stream of the model without these experts."""
+    if request.experts is None:
+        return prune_groups(prepared, keep, request, records, log, Committed())
+    mixtures = {one.group.name: one for one in prepared.mixtures}
+    experts = {name: kept for name, kept in keep.items() if name in mixtures}
+    others = {name: kept for name, kept in keep.items() if name not in mixtures}
+    of_experts = [record for record in records if record.plan.name in mixtures]
+    of_others = [record for record in records if record.plan.name not in mixtures]
+    committed = prune_experts(prepared, experts, request, of_experts, log)
+    if not others:
+        return committed
+    kept = kept_in(committed.records)
+    staying = {mixtures[name].experts: some for name, some in kept.items()}
+    without = dataclasses.replace(prepared, kept_experts=staying)
+    with routed(prepared, kept):
+        return prune_groups(without, others, request, of_others, log, committed)
 
 
 def finish(pruned: PruningResult, model: nn.Module, calibration: Any, prepared: Prepared) -> None:
@@ -270,7 +290,7 @@ def _widths(
             log.note_allocation(known)
     units = {
         group.name: group.units
-        for group in prepared.groups
+        for group in (prepared.groups if request.experts is None else prepared.every_group)
         if group.prunable and group.name not in facts.skipped_names
     }
     curves = {} if known.budget is None else known.budget.curves

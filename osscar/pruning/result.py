@@ -128,7 +128,7 @@ class PruningResult(Shown):
     plan
         What stays of each group.
     layers
-        One report for each group that lost units, in execution order.
+        One report for each group that lost units, in execution order, experts before all else.
     parameters_before, parameters_after
         Tied parameters counted once.
     equivalence_error

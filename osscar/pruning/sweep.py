@@ -19,7 +19,7 @@ from torch import nn
 from osscar.allocation.allocate import shared_curves
 from osscar.allocation.latency import latency_table
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import JournalError, OptionError
+from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
@@ -65,6 +65,11 @@ class Job:
         if self.method in METHODS:
             asked["allocation"] = self.method
             return dataclasses.replace(base, **asked)
+        if base.experts is not None:
+            raise RequestError(
+                f"the baseline {self.method} removes no experts; leave --baselines away, or "
+                "--experts"
+            )
         return dataclasses.replace(
             base,
             **asked,

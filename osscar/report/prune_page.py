@@ -26,7 +26,7 @@ from osscar.report.tables import (
     new_table,
     share,
 )
-from osscar.request import BudgetKind
+from osscar.request import AUTO, BudgetKind
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
@@ -151,7 +151,13 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
     if settings.get("at_least"):
         said.append(f"at least {settings['at_least']} of each group")
-    said += [f"keep {settings[kind]} of the {kind}" for kind in _KEEPS if settings.get(kind)]
+    shared = settings.get("experts") == AUTO
+    said += ["also by experts"] if shared else []
+    said += [
+        f"keep {settings[kind]} of the {kind}"
+        for kind in _KEEPS
+        if settings.get(kind) and not (kind == "experts" and shared)
+    ]
     if settings.get("groups"):
         said.append(pluralize(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"
@@ -391,16 +397,23 @@ def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return groups
 
 
+def _whole(document: Mapping[str, Any]) -> str:
+    """Say what losses are relative to."""
+    own = {layer["kind"] == "experts" for layer in document["layers"]}
+    if own == {True}:
+        return "what the mixture puts out"
+    also = ", and that of experts relative to what the mixture puts out" if True in own else ""
+    return f"the loss of removing all of them{also}"
+
+
 def _pictures(document: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     budget, groups = document.get("budget") or {}, _groups(document)
     if groups:
         beat = "; no other choice of as many units can beat the lower bound"
-        experts = document["settings"].get("experts")
-        whole = "what the mixture puts out" if experts else "the loss of removing all of them"
         yield picture(
             "kept share and loss over depth",
             "Above, what stays of each group of units. Below, the loss of those that lost units, "
-            f"relative to {whole}{beat if _bounded(document) else ''}.",
+            f"relative to {_whole(document)}{beat if _bounded(document) else ''}.",
             depth_figure(groups, document["layers"]),
         )
     if len((budget.get("frontier") or {"cost": []})["cost"]) > 1:

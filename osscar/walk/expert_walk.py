@@ -73,6 +73,32 @@ def _last_layers(
     return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
 
 
+@contextmanager
+def routed(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Let a model send tokens to the experts that stay while the block runs.
+
+    Passes of a walk that are to be as in the dense model send them to all.  `kept` is by the name
+    of the group.
+    """
+    mixtures = [one for one in prepared.mixtures if one.group.name in kept]
+    routers = {one.router: one for one in mixtures}
+    lists = [one.listed for one in mixtures if one.listed is not None]
+
+    def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        run, mixture = running(), routers[name]
+        if run is not None and run.dense:
+            return None
+        assert mixture.routing is not None
+        staying, count = kept[mixture.group.name], mixture.group.units
+        return mixture.routing.among(staying, count, module, (args, kwargs), y)
+
+    with (
+        called_as_mixtures(prepared.model, lists),
+        hooks(prepared.model, routers, after=reroute),
+    ):
+        yield
+
+
 @dataclass(frozen=True, eq=False)
 class _Routes:
     """What a router has said of a batch.
@@ -340,6 +366,20 @@ class ExpertStep:
             x: Routed = run.arrived.x
             there = Routed(x.hidden, experts.to(x.experts), weights.to(x.weights))
             run.arrived = dataclasses.replace(run.arrived, x=there)
+
+    @contextmanager
+    def tried(self, kept: Sequence[int]) -> Iterator[None]:
+        """Route the batches among some experts while the block runs, and as before afterwards."""
+        walk = self._walk
+        arrived, routes = [run.arrived for run in walk._runs], dict(walk._routes)
+        self.commit(kept)
+        try:
+            yield
+        finally:
+            del walk._kept[self.group.name]
+            walk._routes.update(routes)
+            for run, one in zip(walk._runs, arrived, strict=True):
+                run.arrived = one
 
     def losses(self) -> Losses:
         """Return the error of what the mixture puts out now, relative to what it is to put out."""

@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
+from osscar.allocation import rules
 from osscar.allocation.allocate import _checked as checked
 from osscar.allocation.allocate import allocate, shared_curves
 from osscar.allocation.costs import Cost, CountedCost, _Weight, count
@@ -72,7 +74,7 @@ def test_costs_are_separable_where_no_mixed_difference_is_anything(cost, names):
         cost.of({}) - cost.of({a: 0}) - cost.of({b: 0}) + cost.of({a: 0, b: 0})
         for a, b in itertools.combinations(sorted(names), 2)
     )
-    assert cost.separable(names) == (not any(mixed))
+    assert (len(cost.classes(names)) == len(names)) == (not any(mixed))
 
 
 @st.composite
@@ -97,10 +99,13 @@ def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(problem, shar
     ]
     found = best_at_each_cost(cost, curves, choices)
     limit = list(found)[int(share * (len(found) - 1))]
-    rule = ByCurves(curves, options, {}, cost, limit)
-    kept = rule.choose()
-    assert cost.of(kept) <= limit
-    check_bound(SimpleNamespace(**rule.prediction(kept)), found, limit)
+    for most in (rules._MOST_TOGETHER, 0):  # none is listed then
+        with mock.patch.object(rules, "_MOST_TOGETHER", most):
+            rule = ByCurves(curves, options, {}, cost, limit)
+            kept = rule.choose()
+            assert cost.of(kept) <= limit
+            assert (rule.prediction(kept)["lower_bound"] is None) == (most == 0)
+            check_bound(SimpleNamespace(**rule.prediction(kept)), found, limit)
 
 
 def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
@@ -110,9 +115,9 @@ def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
     def choose(cost, limit):
         return ByCurves(curves, {"a": np.array([1, 2])}, {}, cost, limit).choose()
 
-    assert checked(choose, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9", "") == {"a": 1}
+    assert checked(choose, Cost.PARAMETERS, cost, 7e9, {}, "--params 7e9", str) == {"a": 1}
     with pytest.raises(RequestError, match=r"allows 6,999,999,997 parameters, .* 7,000,000,000 of"):
-        checked(choose, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997", "")
+        checked(choose, Cost.PARAMETERS, cost, 7e9 - 3, {}, "--params 6999999997", str)
 
 
 # ---- budgets of networks in which a group meets itself -----------------------------------
@@ -241,7 +246,8 @@ def test_every_budget_that_some_widths_meet_is_met_and_no_other(name, widths, ki
         request = Asked(params=0.5, **asked)
         curves = shared_curves(prepared, request)
         if kind is Cost.PARAMETERS:  # a group that meets itself is no product of two
-            assert cost.separable(curves) == (name not in ("stacked", "twice"))
+            apart = len(cost.classes(curves)) == len(curves)
+            assert apart == (name not in ("stacked", "twice"))
         found = best_at_each_cost(cost, curves, every_choice(prepared, request))
         least, *others = found
         assert others

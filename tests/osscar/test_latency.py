@@ -163,7 +163,7 @@ def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more
     table = latency.latency_table(prepared, shared, keep, Widths(more.get("round_to", 1)))
     if not more:
         assert table.of({}) == pytest.approx(1.0)
-    assert table.separable([group.name for group in shared])
+    assert len(table.classes(group.name for group in shared)) == len(shared)
     for _ in range(2):
         kept = {g.name: int(random.integers(1, g.units + 1)) for g in shared}
         if "round_to" in more:  # the least width of a table is not one unit
@@ -182,7 +182,7 @@ def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more
 def test_the_time_of_a_filter_depends_on_both_of_its_widths(clock):
     context, prepared, shared, keep = asked(small_net(), images())
     table = latency.latency_table(prepared, shared, keep, Widths())
-    assert not table.separable([group.name for group in shared])
+    assert len(table.classes(group.name for group in shared)) < len(shared)
     half = {group.name: group.units // 2 for group in shared}
     result = osscar.prune(
         small_net(), images(), groups=half, backend="magnitude", correction_weight=0.0

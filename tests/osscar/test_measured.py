@@ -75,13 +75,18 @@ def by_hand(model, consumer, X, keep, damp, fresh):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def consumers_of(prepared, groups):
+    """Return the modules that read some groups."""
+    return {one.name for group in groups for one in prepared.linear_maps(group)}
+
+
 def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
     torch.manual_seed(0)
     model, data = Sum().eval(), torch.randn(80, 6)
     with prepare(model, data) as prepared, torch.no_grad():
         groups = [group for group in prepared.groups if group.prunable]
         keep = {group.name: group.units // 2 for group in groups}
-        compared = Compared.of(prepared, groups, compared_samples(prepared))
+        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
         found = measured_groups(prepared, compared, keep, damp=0.1)
         fitted, fresh = data[:45], data[60:]  # of 60, a quarter is held out for other ends
         read = {
@@ -106,7 +111,7 @@ def test_a_group_that_overflows_without_some_units_keeps_its_curve():
         groups = [group for group in prepared.groups if group.prunable]
         keep = {group.name: group.units // 2 for group in groups}
         before = copy.deepcopy(prepared.model.state_dict())
-        compared = Compared.of(prepared, groups, compared_samples(prepared))
+        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
         with pytest.warns(UserWarning, match="pruned alone cannot be measured"):
             found = measured_groups(prepared, compared, keep, damp=0.01)
         assert found.keys() == {"first.neurons"}
@@ -131,7 +136,7 @@ def test_passes_that_start_late_see_what_whole_ones_do_and_leave_the_model_as_it
         groups = [group for group in prepared.groups if group.prunable]
         before = copy.deepcopy(prepared.model.state_dict())
         keep = {group.name: max(1, group.units // 2) for group in groups}
-        compared = Compared.of(prepared, groups, compared_samples(prepared))
+        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
         late = measured_groups(prepared, compared, keep, damp=None)
         assert all(recording.ended for recording in compared.recorded)
         recorded = [Recording(0) for _ in compared.recorded]

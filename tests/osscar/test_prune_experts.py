@@ -13,9 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import osscar
+from osscar.allocation.widths import kept_experts
 from osscar.base.errors import JournalError, NonFiniteError, RequestError
 from osscar.preparation.experts import mixtures_in
-from osscar.pruning.experts import kept_experts
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest, parse_keep
@@ -175,7 +175,7 @@ def test_nan_behind_refits_is_blamed_on_them(monkeypatch):
 @pytest.mark.parametrize(("asked", "kept"), [("5/8", 3), (0.7, 3), (0.5, 2)])
 def test_shares_of_experts_are_rounded_as_those_of_units_are(asked, kept):
     """Half an expert rounds up: 5/8 of 4."""
-    assert kept_experts(mixtures_of(mixture("mixtral"))[0], parse_keep(asked)) == kept
+    assert kept_experts(mixtures_of(mixture("mixtral"))[0].group, parse_keep(asked)) == kept
 
 
 def test_where_experts_lie_in_groups_it_is_told_what_can_stay():
@@ -244,14 +244,15 @@ def test_experts_that_no_token_reaches_are_named_and_leave():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"experts": 0.75, "sparsity": 0.5}, "without sparsity; prune twice"),
-        ({"experts": 0.75, "neurons": 0.5, "heads": 0.5}, "without heads and neurons"),
-        ({"experts": 0.75, "certify": True}, "certify does not go with experts"),
-        ({"experts": 0.75, "round_to": 8, "form": "exported"}, "round_to and form"),
+        ({"experts": 0.75, "speedup": 1.5}, "does not go with experts; give params or size"),
+        ({"experts": 0.75, "certify": True}, "certify does not go with experts alone"),
+        ({"experts": 0.75, "round_to": 8}, "round_to does not go with experts alone"),
+        ({"experts": 0.75, "neurons": 0.5, "form": "exported"}, "form 'exported' does not go"),
+        ({"experts": 0.75, "allocation": "uniform"}, "how a budget is shared out, and there is no"),
         ({"experts": 1}, "'model.layers.0.mlp.experts' would keep 1 of its 4 .* needs 2 at least"),
         ({"experts": 5}, "would keep 5 of its 4"),
         ({"experts": 0.9}, "nothing would be removed: .* of the 4 of .* can keep 2 to 4"),
-        ({"experts": 2, "skip": ["none"]}, "no mixture is called 'none'"),
+        ({"experts": 2, "skip": ["none"]}, "no group is called 'none'"),
         ({"experts": 2, "skip": ["*"]}, "no mixture can leave"),
     ],
 )

@@ -43,7 +43,13 @@ def allocate(groups, asked):
         {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
     )
     prepared = SimpleNamespace(
-        model=model, groups=groups, residual=frozenset(), sample={}, ranks=ALONE
+        model=model,
+        groups=groups,
+        every_group=groups,
+        mixtures=(),
+        residual=frozenset(),
+        sample={},
+        ranks=ALONE,
     )
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
