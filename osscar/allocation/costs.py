@@ -27,6 +27,7 @@ from osscar.checkpoint.formats import header_bytes, saved_format, written_tensor
 from osscar.data.batches import Batch
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk
+from osscar.shrinking.follow import is_list
 from osscar.shrinking.plan import Form
 
 
@@ -154,14 +155,32 @@ def count(
         prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
         prices, each, rest = _operations(model, tensors, groups, example)
-    owned = {name: tuple(of) for name, of in taken.items() if name in prices}
-    others = [name for name in prices if name not in owned]
+    lists = _in_lists(model, groups, names, cost)
+    owned = [name for name in prices if lists.get(name, name in taken)]
+    others = [name for name in prices if not (name in taken or name in lists)]
     return CountedCost(
-        tuple(_Weight(prices[n], tuple(tensors[n].shape), of) for n, of in owned.items()),
+        tuple(
+            _weight(prices[name], tensors[name], taken.get(name, ()), lists.get(name))
+            for name in owned
+        ),
         fixed=rest + sum(prices[name] * tensors[name].numel() for name in others),
         each=each,
         units={group.name: group.units for group in groups},
     )
+
+
+def _weight(
+    price: float,
+    tensor: Tensor,
+    taken: Sequence[tuple[int, str, int]],
+    experts: CouplingGroup | None,
+) -> _Weight:
+    """Return the cost of a tensor, or of that of all experts of a list."""
+    shape = tuple(tensor.shape)
+    if experts is None:
+        return _Weight(price, shape, tuple(taken))
+    inner = tuple((dim + 1, name, width) for dim, name, width in taken)
+    return _Weight(price, (experts.units, *shape), ((0, experts.name, 1), *inner))
 
 
 def _stored_bytes(
@@ -190,13 +209,32 @@ def _taken(
     for group in groups:
         resent = cost is Cost.FLOPS and group.kind is UnitKind.EXPERTS
         for slot in group.slots:
-            if resent and slot.role is Role.CONSUMER:
+            if (resent and slot.role is Role.CONSUMER) or is_list(slot):
                 continue
             name = names.get(id(_attribute(model, slot.tensor)))
             if name is not None:
                 # Two slots along one dimension are two parts of it, as in a fused projection.
                 taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
     return taken
+
+
+def _in_lists(
+    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str], cost: Cost
+) -> dict[str, CouplingGroup | None]:
+    """Return the group of experts that are a list of modules, by the tensors of these.
+
+    It is None for all but the first of them, with which the others are counted: they are alike.
+    """
+    if cost is Cost.FLOPS:
+        return {}
+    return {
+        names[id(tensor)]: None if index else group
+        for group in groups
+        for slot in group.slots
+        if is_list(slot)
+        for index, member in enumerate(model.get_submodule(slot.module).children())
+        for tensor in member.parameters()
+    }
 
 
 def _attribute(model: nn.Module, name: str) -> object:

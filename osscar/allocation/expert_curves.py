@@ -63,11 +63,13 @@ def _measured(
     stations = {name for one in mixtures for name in (one.router, one.experts)}
     compared = Compared.of(prepared, stations, samples) if samples else None
     if compared is None:
+        why = f"no output of {type(prepared.model).__name__} is known to be scores of classes"
+        if not samples:
+            count = prepared.inputs.samples
+            why = f"there are {count} samples in all, too few to keep some apart; give {FEWEST}"
         raise RequestError(
-            "what experts are worth is measured by predictions on samples that no weight is "
-            f"fitted to, and there are {prepared.inputs.samples} samples, of which "
-            f"{samples} can be compared, or no scores of classes; give at least {FEWEST} samples, "
-            "or say what each mixture keeps (--experts 0.75)"
+            f"what experts are worth is measured by predictions, and {why}; or say what each "
+            "mixture keeps (--experts 0.75)"
         )
     rest = prepared.inputs.samples - compared.reference.inputs.samples
     few = dataclasses.replace(

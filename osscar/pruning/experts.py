@@ -26,6 +26,7 @@ from osscar.pruning.groups import Committed, blaming_refits, held_out, replay, w
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
+from osscar.shrinking.follow import is_list
 from osscar.shrinking.plan import GroupPlan
 from osscar.walk.expert_walk import ExpertStep, ExpertWalk, Losses, last_matrices
 from osscar.walk.layer_step import DenseTensors, LayerStep, Refits, dense_tensors
@@ -55,6 +56,7 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
             reason = _NO_REFIT
         if reason:
             skipped.append(SkippedGroup(group.name, str(group.kind), group.units, reason))
+    inside = _inside_lists(prepared, [one for one in reached if one.group.prunable])
     none = len(skipped) == len(reached)
     if none or (skipped and request.strict):
         reasons = listed([f"{one.name!r}: {one.reason}" for one in skipped], 8, "; ")
@@ -68,7 +70,20 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
             f"experts stay whole in {names}; the report, or skipped of the result, says why",
             stacklevel=2,
         )
-    return tuple(skipped)
+    return (*skipped, *inside)
+
+
+def _inside_lists(
+    prepared: Prepared, mixtures: Sequence[ExpertMixture]
+) -> tuple[SkippedGroup, ...]:
+    """Return the groups of single experts: which of these stay is not known before they leave."""
+    lists = [slot.module for one in mixtures for slot in one.group.slots if is_list(slot)]
+    return tuple(
+        SkippedGroup(group.name, str(group.kind), group.units, f"its expert of {name!r} may leave")
+        for group in prepared.groups
+        for name in lists
+        if group.prunable and all(slot.tensor.startswith(f"{name}.") for slot in group.slots)
+    )
 
 
 def prune_experts(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
 from osscar.allocation.allocate import allocate
@@ -30,6 +32,7 @@ from osscar.shrinking.shrink import shrink
 from osscar.walk.targets import Target
 from solvers import BackendError
 from solvers.heuristics.greedy import Greedy
+from tests.osscar.expert_lists import COUNT, WIDTH, Called, Masked, SoftmaxThenTopK
 from tests.osscar.families import tokens
 from tests.osscar.mixtures import mixture
 from tests.osscar.test_costs import best_at_each_cost, check_bound, every_choice
@@ -286,3 +289,35 @@ def test_backends_choose_both():
     assert PruningRequest(experts=2, neurons=0.5, backend="greedy").chosen_backend()
     with pytest.raises(OptionError):
         PruningRequest(experts=2, neurons=0.5, certify="yes")
+
+
+# ---- experts that are a list of modules ---------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """A mixture of one's own between neurons, whose outputs are scores of classes."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.up, self.down, self.mixture = nn.Linear(WIDTH, 30), nn.Linear(30, WIDTH), mixture
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = x + self.down(torch.relu(self.up(x)))
+        return SequenceClassifierOutput(logits=self.head(self.mixture(x)).mean(1))
+
+
+@pytest.mark.parametrize("kind", [SoftmaxThenTopK, Masked, Called])
+def test_lists_of_experts_share_a_budget_that_counts_them(kind):
+    """Also where neurons of experts could leave: of those that go it is not known before."""
+    torch.manual_seed(0)
+    model, x = Scorer(kind()).eval(), torch.randn(60, 2, WIDTH)
+    result = osscar.prune(model, x, experts="auto", params=0.6, device="cpu")
+    kept = {layer.name: layer.kept for layer in result.layers}
+    (experts,) = (name for name in kept if name.endswith("experts"))
+    assert set(kept) == {experts, "neurons"}
+    assert result.parameters_after == result.budget.reached <= 0.6 * result.parameters_before
+    assert result.budget.gap == 0.0
+    assert result.equivalence_error < 1e-10
+    inner = [group for group in result.skipped if "experts." in group.name]
+    assert len(inner) == (COUNT if kind is Masked else 0)  # the others cannot be traced
