@@ -21,7 +21,11 @@ _TOGETHER = ("prune", "recover")
 """The commands that several processes can share."""
 
 __getattr__, _, _ = lazy_loader.attach(
-    __name__, ("demo", "eval", "export", "gap", "inspect", "prune", "recover", "solve", "sweep")
+    __name__,
+    (
+        *("demo", "eval", "export", "gap", "inspect", "instances", "prune", "recover", "solve"),
+        "sweep",
+    ),
 )
 
 

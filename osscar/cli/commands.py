@@ -289,7 +289,58 @@ def backends(*, json: Json = None) -> None:
     rooms.solve.list_backends(json)
 
 
+instances = App(name="instances", help="A library of problems for solvers, and what is known.")
+app.command(instances)
+
+
+@instances.command(name="list")
+def list_instances(*, json: Json = None) -> None:
+    """List all instances, and the best that is known of each."""
+    rooms.instances.list_instances(json)
+
+
+@instances.command
+def make(
+    *names: Annotated[str, Parameter(help="Names, or patterns such as 'resnet20-*'.")],
+    out: Annotated[Path, Parameter(help="The directory to write to.")] = Path("instances"),
+    json: Json = None,
+) -> None:
+    """Write instances as problem files, which `osscar solve` and anybody's code can read.
+
+    What does not lie in the package is made from public weights, and compared with its digest.
+    """
+    rooms.instances.make(names, out, json)
+
+
+@instances.command
+def check(
+    solution: Annotated[Path, Parameter(help="A JSON file: instance, support, lower_bound, by.")],
+    /,
+    *,
+    json: Json = None,
+) -> None:
+    """Recompute a solution's loss, and compare it with the best that is known."""
+    rooms.instances.check(solution, json)
+
+
+@instances.command
+def race(
+    *names: Annotated[
+        str, Parameter(help="Names or patterns; by default all that lie in the package.")
+    ],
+    backends: Annotated[str, Parameter(help="Backends, separated by commas.")],
+    time: Annotated[float, Parameter(help="Seconds for one backend on one instance.")] = 60.0,
+    out: Annotated[Path, Parameter(help="The directory of the page.")] = Path("race"),
+    json: Json = None,
+) -> None:
+    """Run backends against each other, and write a page of who found what by when."""
+    rooms.instances.run_race(names, backends, time, out, json)
+
+
 for _place, _name in enumerate(
-    ("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve", "backends")
+    (
+        *("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve"),
+        *("instances", "backends"),
+    )
 ):
     app[_name].sort_key = _place

@@ -47,7 +47,7 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
     proof: Certificate | None = None
     windows: tuple[WindowCertificate, ...] = ()
     if record.certificate:
-        proof, windows = _load_certificate(certificate, record.certificate)
+        proof, windows = load_certificate(certificate, record.certificate)
     assert record.loss is not None
     return Solution(
         problem=problem,
@@ -121,7 +121,7 @@ def save_certificate(path: Path, solution: Solution) -> str:
     return file_digest(path)
 
 
-def _load_certificate(
+def load_certificate(
     path: Path, sha256: str
 ) -> tuple[Certificate | None, tuple[WindowCertificate, ...]]:
     """Read what `save_certificate` wrote: that of the bound, and those of windows."""

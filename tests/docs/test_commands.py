@@ -56,6 +56,8 @@ PARSED = {
     "python benchmarks/vision.py": "takes hours, on images that are not shipped",
     "python -m benchmarks.train_mixture": "trains for half an hour",
     "python -m benchmarks.experts": "takes minutes, and a mixture that was trained",
+    "osscar instances": "test_instances.py runs its commands on the smallest",
+    "python -m benchmarks.instances": "takes hours of proofs",
     "python -m benchmarks.gpu": "takes a graphics card; test_devices.py runs its parts",
 }
 """Commands, by what they begin with, that are not run here, and why."""
@@ -225,7 +227,7 @@ def test_what_the_text_mentions_exists(command: Command) -> None:
     end = [*words, "--"].index("--")
     words, more = words[:end], words[end + 1 :]
     options = {word for word in words if word.startswith("--")}
-    known = osscar_options(words[0] if program == "osscar" else "prune")
+    known = osscar_options(words if program == "osscar" else ["prune"])
     assert {word for word in more if word.startswith("--")} <= known
     module = ROOT / f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else ROOT / words[0]
     if not module.exists() and module.with_suffix("").is_dir():
@@ -239,8 +241,12 @@ def test_what_the_text_mentions_exists(command: Command) -> None:
         assert reason(command) is not None
 
 
-def osscar_options(name: str) -> set[str]:
-    return {option for one in app[name].assemble_argument_collection() for option in one.names}
+def osscar_options(words: list[str]) -> set[str]:
+    """The options of the command that words begin with; a group of commands has none."""
+    command = app.parse_commands(words)[1][-1]
+    if command.default_command is None:
+        return set()
+    return {option for one in command.assemble_argument_collection() for option in one.names}
 
 
 def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:

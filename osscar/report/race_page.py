@@ -1,0 +1,161 @@
+"""The page of a race of backends on the library of instances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from osscar.base.printable import pluralize
+from osscar.report.figures import COLORS, SHARES, picture, tall_figure
+from osscar.report.page import asked_table, render
+from osscar.report.tables import decimals, new_table, percent
+from osscar.study.library import Library
+from osscar.study.race import (
+    PROVED,
+    TOLERANCE,
+    Curves,
+    Run,
+    anytime,
+    best_losses,
+    profile,
+    times,
+)
+
+_CAPTIONS = {
+    "profiles": "Performance profiles: the share of all instances that a backend has done within "
+    "so many times the seconds of the fastest. Above, done is to have found the best known loss; "
+    "below, to have proved one.",
+    "anytime": "What is known by when, on average over all instances. Above, the excess over the "
+    "best known loss; below, how far the lower bound lies under it. Both are 100 % before there is "
+    "an answer. Each mark is the end of a run with a limit of its own.",
+}
+
+
+def race_page(
+    known: Library,
+    names: Sequence[str],
+    backends: Sequence[str],
+    runs: Sequence[Run],
+    seconds: float,
+) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    known, names, backends, seconds
+        What was asked.
+    runs
+        What came of it.
+    """
+    best = best_losses(known, runs)
+
+    def hit(run: Run) -> bool:
+        return run.loss is not None and run.loss <= best[run.instance] * (1 + TOLERANCE)
+
+    def proved(run: Run) -> bool:
+        return run.loss is not None and _open(run, run.loss) <= PROVED
+
+    def excess(run: Run) -> float:
+        assert run.loss is not None
+        lost = best[run.instance]
+        return min(1.0, run.loss / lost - 1) if lost > 0 else 0.0
+
+    def below(run: Run) -> float:
+        return _open(run, best[run.instance])
+
+    count = len(names)
+    found, closed = times(runs, hit, seconds), times(runs, proved, seconds)
+    profiles = (profile(found, count), profile(closed, count))
+    curves = (anytime(runs, excess, count), anytime(runs, below, count))
+    pictures = [
+        _picture("profiles", profiles, ("loss found", "proved"), "times the fastest"),
+        _picture("anytime", curves, ("mean excess", "mean gap of the bound"), "seconds", "o"),
+    ]
+    return render(
+        "race.html.j2",
+        instances=pluralize(count, "instance"),
+        pictures=pictures,
+        scores=_scores(backends, found, closed, count),
+        runs=_runs_table(runs, best),
+        asked=asked_table(
+            {"backends": list(backends), "seconds": seconds, "instances": list(names)}
+        ),
+    )
+
+
+def _open(run: Run, loss: float) -> float:
+    """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
+    if run.bound is None:
+        return 1.0
+    return min(1.0, max(0.0, 1 - run.bound / loss)) if loss > 0 else 0.0
+
+
+def _scores(
+    backends: Sequence[str],
+    found: dict[str, dict[str, float]],
+    closed: dict[str, dict[str, float]],
+    count: int,
+) -> Table:
+    rows = (
+        (
+            backend,
+            *(f"{len(done.get(backend, {}))} of {count}" for done in (found, closed)),
+            *(_total(done.get(backend, {})) for done in (found, closed)),
+        )
+        for backend in backends
+    )
+    columns = ("backend", "best known loss found >", "proved >", "seconds of these >")
+    return new_table("", *columns, "seconds of these proofs >", rows=rows)
+
+
+def _total(times: dict[str, float]) -> str:
+    return decimals(sum(times.values()), 3) if times else ""
+
+
+def _runs_table(runs: Sequence[Run], best: dict[str, float]) -> Table:
+    rows = (
+        (
+            *(run.instance, run.backend, decimals(run.loss, 6)),
+            "" if run.loss is None else percent(run.loss / (best[run.instance] or 1.0) - 1, 3),
+            decimals(run.bound, 6),
+            "" if run.loss is None or run.bound is None else percent(_open(run, run.loss)),
+            run.error or ("recomputed" if run.recomputed else "its word" if run.bound else ""),
+            decimals(run.seconds, 3),
+        )
+        for run in runs
+    )
+    columns = ("instance", "backend", "loss >", "above the best >", "bound >", "gap >")
+    return new_table("", *columns, "bound is", "seconds >", rows=rows)
+
+
+def _picture(
+    name: str,
+    panels: tuple[Curves, Curves],
+    labels: tuple[str, str],
+    across: str,
+    marker: str = "",
+) -> dict[str, object]:
+    figure, axes = tall_figure()
+    look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.2, "markersize": 3}
+    for one, curves, label in zip(axes, panels, labels, strict=True):
+        for index, (backend, curve) in enumerate(curves.items()):
+            x, y = zip(*curve, strict=True) if curve else ((), ())
+            color = COLORS[index % len(COLORS)]
+            one.plot(x, y, color=color, label=backend, marker=marker, **look)
+        one.set_xscale("log")
+        one.set_ylim(-0.03, 1.03)
+        one.yaxis.set_major_formatter(SHARES)
+        one.set_ylabel(label)
+    axes[1].set_xlabel(across)
+    _legend(figure, axes[0])
+    return picture(name, _CAPTIONS[name], figure)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Name each backend once: both panels show the same."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=3, frameon=False, fontsize=8)
