@@ -8,7 +8,8 @@ mixture was trained on.  Divergence is that of the predicted tokens from the den
 a token; *layers* is the mean relative loss of the mixtures, before and after the refit.  Speed is
 that of prefill, relative to the dense model's.  At the end of each share, models that have as many
 parameters lose neurons of all their experts, heads as well, some experts first and the rest by a
-budget, or whatever one budget of all three takes.
+budget, or whatever one budget of all three takes.  Where no backend is given, a share is one of all
+parameters.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
                 "yes" if refit else "no",
                 f"{result.parameters_after:,}",
                 f"{score([result.model], scored)[0].perplexity:.2f}",
-                f"{divergence(dense, result.model, windows):.4f}",
+                f"{divergence(dense, result.model, windows):.5f}",
                 layers(result, refit),
                 speed(dense, result.model, windows[0], given.repetitions),
             )
@@ -75,7 +76,7 @@ def results(
     dense: nn.Module, data: Any, keep: float, backends: Sequence[str]
 ) -> Iterator[tuple[str, bool, Any]]:
     """Yield what left, whether the rest was refitted, and the result."""
-    parameters = 0
+    parameters: float = keep
     for backend in backends:
         for damp in (NO_REFIT, None):
             asked = {} if damp is None else {"damp": damp}
@@ -97,7 +98,7 @@ def left(result: Any) -> str:
     if result.budget is None:
         return ""
     kept = [one.kept for one in result.layers if one.kind == "experts"]
-    predicted = f"predicted {result.budget.predicted:.3f}"
+    predicted = f"predicted {result.budget.predicted:.5f}"
     return f" ({predicted}, {f'{kept} experts stay' if kept else 'all experts stay'})"
 
 
