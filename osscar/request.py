@@ -316,7 +316,7 @@ class PruningRequest:
         the bound comes from branch and bound, which may take 10 seconds a group.
     bound_rounds
         How long the bound of a larger group is searched for, with `certify`: any rounds
-        are never worse than none, and more usually better; each takes about a fifth of the time
+        are never worse than none, and more usually better; each takes about a third of the time
         that none takes.
     damp
         Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by

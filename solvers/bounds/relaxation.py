@@ -266,8 +266,11 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
         found, point = bound.shape, bound.point
         if terms.certified(bound.value) >= cutoff:
             break
-        moments, step = _moved(terms, moments, bound, shape, barrier, step)
-        del bound  # it holds a matrix
+        response = _response(terms, bound)
+        weight = barrier * float((point * (1 - point) * bound.q).mean())
+        del bound  # it holds a matrix, as does the response
+        moments, step = _moved(terms, moments, response, shape, weight, step)
+        del response
         barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
     moments = replace(moments, mean=_summing_up(terms, moments.mean))
     bound = _bound_at(terms, moments, 1.0, found, point)
@@ -283,18 +286,16 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
 def _moved(
     terms: RemovalTerms,
     moments: Moments,
-    bound: QuadraticBound,
+    response: Moments,
     shape: float,
-    barrier: float,
+    weight: float,
     step: float,
 ) -> tuple[Moments, float]:
-    """Move moments towards those that suit a bound; return them, and by which step.
+    """Move moments towards the response to them; return them, and by which step.
 
-    What descends is ``L - mu log det(X - xx')``, for which these are the next moments to first
-    order; some steps are tried, beginning from the last.
+    What descends is ``L - weight log det(X - xx')``, which the response makes least to first order;
+    some steps are tried, beginning from the last.
     """
-    response = _response(terms, bound)
-    weight = barrier * float((bound.point * (1 - bound.point) * bound.q).mean())
 
     def height(some: Moments) -> float:
         factored = torch.linalg.cholesky_ex(some.covariance)
