@@ -322,8 +322,9 @@ class PruningRequest:
         the bound comes from branch and bound, which may take 10 seconds a group.  With a budget in
         which costs of groups add up, also bound what is predicted of all other widths and units.
     bound_rounds
-        How long the bound of a larger group is searched for, with `certify`: more rounds leave a
-        smaller gap; each takes about a fifth of the time that none takes.
+        How long the bound of a larger group is searched for, with `certify`: any rounds
+        are never worse than none, and more usually better; each takes about a third of the time
+        that none takes.
     damp
         Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by
         default it is chosen for each layer by calibration samples that no weight is fitted to.

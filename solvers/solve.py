@@ -46,7 +46,7 @@ def solve(
         Whether to add the `perspective` lower bound where the backend gives none, so that
         `Solution.gap` is a number.
     bound_rounds
-        How long that bound is searched for, the `rounds` of the backend: each takes about a fifth
+        How long that bound is searched for, the `rounds` of the backend: each takes about a third
         of the time that none takes.
     options, **more_options
         Options of the named backend, as a mapping of their names or by name.

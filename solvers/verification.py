@@ -116,7 +116,8 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _is_tensor(value: Any, dtype: torch.dtype, ndim: int) -> bool:
-    return isinstance(value, Tensor) and value.dtype == dtype and value.ndim == ndim
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and value.dtype == dtype and value.ndim == ndim
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -268,7 +268,7 @@ def solve(
         bool, Parameter(help="Add a lower bound where the backend gives none.")
     ] = False,
     bound_rounds: Annotated[
-        int, Parameter(help="How long that bound is searched for: more rounds, smaller gaps.")
+        int, Parameter(help="How long that bound is searched for; never worse than 0.")
     ] = BOUND_ROUNDS,
     list_problem: Annotated[
         bool, Parameter(help="Show what the file holds and who can take it.")

@@ -29,6 +29,7 @@ from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.gap_page import write_report
 from osscar.report.gap_tables import cases_table, scores_table
 from osscar.report.summary import summarize
+from osscar.report.tables import LIMIT_IN_WORDS
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
 from osscar.study.directory import Study
@@ -79,6 +80,8 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
             summary = summarize(records, study.trivial)
             report = write_report(study, design, records, summary, jobs=jobs, stages=stages)
         out.print(cases_table(summary.layers))
+        if any(case.limit_gap is not None for case in summary.layers):
+            say(f"limit: {LIMIT_IN_WORDS}")
         out.print(scores_table(summary))
         say(summary.answer)
         for sentence in summary.headline:

@@ -240,7 +240,7 @@ class GapOptions(DataOptions):
     windows: int = 3
     """Windows for each problem and sparsity."""
     bound_rounds: int = BOUND_ROUNDS
-    """How long the root bound is searched for: more rounds leave a smaller gap."""
+    """Rounds of the search for the root bound: never worse than none, and more usually better."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6

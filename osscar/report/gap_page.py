@@ -20,7 +20,7 @@ from osscar.report.page import asked_table, render
 from osscar.report.plots import draw_plots
 from osscar.report.stages import stages_table
 from osscar.report.summary import Summary
-from osscar.report.tables import share
+from osscar.report.tables import LIMIT_IN_WORDS, share
 from osscar.study.records import Record
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def write_report(
         summary=summary,
         pictures=draw_plots(summary, study.directory),
         overviews=overview_table(summary),
+        limit_in_words=LIMIT_IN_WORDS,
         layers=cases_table(summary.layers, prefix),
         windows=cases_table(summary.windows, prefix),
         names=without_prefix(prefix),

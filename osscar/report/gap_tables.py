@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from osscar.report.summary import HIT, Case, Summary
-from osscar.report.tables import decimals, new_table, percent, share
+from osscar.report.tables import decimals, limit_cell, new_table, percent, share
 from osscar.study.records import WINDOW, Record
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def cases_table(cases: Sequence[Case], prefix: str = "") -> Table:
                 decimals(case.relative_bound),
                 percent(case.gap),
                 percent(case.root_gap),
-                percent(case.limit_gap),
+                limit_cell(case.limit_gap),
                 case.best.backend,
                 case.proof,
             )

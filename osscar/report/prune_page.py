@@ -19,6 +19,7 @@ from osscar.report.run_tables import layers_table, skipped_table
 from osscar.report.stages import longest_stages, stages_table
 from osscar.report.summary import proofs_in_words
 from osscar.report.tables import (
+    LIMIT_IN_WORDS,
     divergence_in_words,
     engineering,
     in_bytes,
@@ -191,6 +192,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         rests = f"; {proofs_in_words(proofs)}" if proofs else ""
         choices = pluralize(len(layers), "choice")
         yield "proofs", f"{len(proofs)} of {choices} {are(len(proofs))} proved optimal{rests}"
+    if any(layer.get("bound_limit") is not None for layer in layers):
+        yield "limit", LIMIT_IN_WORDS
     before, after = document["parameters_before"], document["parameters_after"]
     yield (
         "size",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
 from osscar.base.printable import listed, pluralize
-from osscar.report.tables import decimals, in_bytes, new_table
+from osscar.report.tables import decimals, in_bytes, limit_cell, new_table
 from osscar.walk.layer_step import GROWN
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _limit(layer: Mapping[str, Any]) -> str:
     limit = layer.get("bound_limit")
     if limit is None or not layer["loss"] > 0:
         return ""
-    return f"{max(0.0, 1 - limit / layer['loss']):.1%}"
+    return limit_cell(1 - limit / layer["loss"], digits=1)
 
 
 def _certificate(layer: Mapping[str, Any]) -> str:

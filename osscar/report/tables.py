@@ -140,6 +140,18 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}%}"
 
 
+LIMIT_IN_WORDS = (
+    "the gap that every root bound leaves, however long it is searched for; none known where it "
+    "may leave none"
+)
+"""What the column "limit" of tables says; a root bound has one matrix of multipliers."""
+
+
+def limit_cell(gap: float | None, digits: int = 2) -> str:
+    """Return the least gap that a root bound can leave; a limit of zero tells nothing."""
+    return "none known" if gap is not None and gap <= 0 else percent(gap, digits)
+
+
 def decimals(value: float | None, digits: int = 4) -> str:
     """Return a number with so many decimals, or in powers of ten where those would be zeros."""
     if value is None:

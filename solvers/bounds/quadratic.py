@@ -96,11 +96,6 @@ def scaled_diagonal(Q: Tensor, shape: Tensor, margin: float = LEAST_MARGIN) -> T
     return d * (max(_least_factor(d, Q), 1e-3) * (1 + 2 * margin))
 
 
-def dominating(q: Tensor, Q: Tensor, margin: float = LEAST_MARGIN) -> Tensor:
-    """Return the diagonal q, (n,), raised by the least factor for which it dominates Q."""
-    return q * max(_least_factor(q, Q) * (1 + 2 * margin), 1.0)
-
-
 def _least_factor(q: Tensor, Q: Tensor) -> float:
     scale = q.rsqrt()
     return largest_eigenvalue((Q * scale[:, None]).mul_(scale))

@@ -9,8 +9,11 @@ the removed units and their second moments X; exchanging it with the maximizatio
 (summed over the consumers, a unit's x and X repeated for its rows).  L is convex; its gradient is
 2 a in x and -Q in X, those of the maximizer ``Y = inv(A o X) D W``.  So what minimizes it over x
 and X to first order is that semidefinite program again: this is the method of Frank and Wolfe ("An
-algorithm for quadratic programming", Naval Research Logistics Quarterly 3, 1956).  Each Y gives a
-bound, and each (x, X) a limit, L(x, X), that no bound with any common Y and q can exceed.
+algorithm for quadratic programming", Naval Research Logistics Quarterly 3, 1956).  With the barrier
+that solves it, ``L - mu log det(X - xx')`` descends (Bredies, Lorenz and Maass, "A generalized
+conditional gradient method and its connection to an iterative shrinkage method", Computational
+Optimization and Applications 42, 2009).  Each Y gives a bound, and each (x, X) a limit, L(x, X),
+that no bound with any common Y and q can exceed.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from torch import Tensor
 from solvers.bounds.quadratic import (
     LEAST_MARGIN,
     QuadraticBound,
-    dominating,
     improved,
     inverse_of,
     is_definite,
@@ -43,11 +45,18 @@ _FIRST_PROGRESS = 2e-3
 _INWARDS = 6e-3
 """How far x is moved towards ``r / n``, so that no unit goes, or stays, in all that is mixed."""
 
-_STEPS = (0.25, 0.01, 0.05)
-"""The first step towards new moments, by how much each next is smaller, and the smallest."""
-
-_BARRIERS = (0.1, 0.3 ** (1 / 8), 0.01)
+_BARRIERS = (0.1, 0.86, 0.002)
 """The first barrier of the semidefinite program, by what each next is multiplied, the least."""
+
+_SHAPES = (1.25, 0.75)
+"""The first shape, and what is left of what it has beyond 1 from round to round."""
+
+_FIRST_STEP = 0.3
+_MOST_STEP = 0.35
+_FACTORS = (0.5, 1.7)
+_TRIES = 3
+"""Steps towards new moments: the first that is tried, the largest, by what one that is tried is
+multiplied to be smaller or larger, and how many are tried."""
 
 _NEWTON_STEPS = 2
 
@@ -56,7 +65,7 @@ _NEWTON_STEPS = 2
 class Effort:
     """How hard to try.
 
-    rounds: The most updates of multipliers and diagonal together; each costs about 8 n^3 + 4 n^2 m.
+    rounds: The most updates of multipliers and diagonal together; each takes 10 n^3 + 8 n^2 m.
     steps: The most gradient steps in each minimization over the polytope.
     """
 
@@ -87,10 +96,15 @@ class Moments:
         correlation.diagonal().zero_()
         return correlation
 
+    def most(self, bound: QuadraticBound) -> float:
+        """Return what no diagonal and point make of the multipliers of some bound."""
+        second = self.mean @ bound.Q @ self.mean + (bound.Q * self.covariance).sum()
+        return float(2 * bound.a @ self.mean - second)
+
     def towards(self, other: Moments, step: float) -> Moments:
-        """Return the moments of a mixture that has the share `step` of others; overwrites these."""
+        """Return the moments of a mixture that has the share `step` of others."""
         moved = self.mean - other.mean
-        covariance = self.covariance.mul_(1 - step).add_(other.covariance, alpha=step)
+        covariance = torch.lerp(self.covariance, other.covariance, step)
         covariance.addr_(moved, moved, alpha=step * (1 - step))
         return Moments((1 - step) * self.mean + step * other.mean, covariance)
 
@@ -154,12 +168,26 @@ def relax(terms: RemovalTerms, effort: Effort, *, cutoff: float = math.inf) -> R
     first = alternate(terms, effort.steps, cutoff=cutoff)
     if first.value >= cutoff:
         return first
-    alone = better(first, replace(first, bound=tighten(first.bound, effort.steps)))
-    if not effort.rounds or alone.value >= cutoff:
-        return alone
-    found = _together(first, effort, cutoff)
+    if not effort.rounds:
+        return _with_limit(_alone(first, effort))
+    found, most = _together(first, effort, cutoff)
     # Near a singular H the steps may need more rounds than there are.
-    return found if found.value >= alone.value else alone
+    if math.isfinite(found.value) and found.bound.value >= most:
+        return found
+    alone = _alone(first, effort)
+    return found if found.value >= alone.value else _with_limit(alone)
+
+
+def _alone(first: Relaxation, effort: Effort) -> Relaxation:
+    """Return the relaxation with the best diagonal for its multipliers."""
+    return better(first, replace(first, bound=tighten(first.bound, effort.steps)))
+
+
+def _with_limit(found: Relaxation) -> Relaxation:
+    """Return a relaxation of independent units with the limit that they give."""
+    n = len(found.share)
+    cost = found.terms.expected(found.share, 1.0, found.share.new_zeros(n, n))
+    return replace(found, limit=found.terms.limit(cost))
 
 
 def alternate(
@@ -207,8 +235,13 @@ def _inner(terms: RemovalTerms, share: Tensor) -> Tensor:
     return torch.lerp(share, torch.full_like(share, terms.removals / len(share)), _INWARDS)
 
 
+def _summing_up(terms: RemovalTerms, mean: Tensor) -> Tensor:
+    """Return means, of which each mixture has rounded the sum, that sum up."""
+    return mean * (terms.removals / math.fsum(mean.tolist()))
+
+
 def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Relaxation:
-    share = _inner(terms, share)
+    share = _summing_up(terms, _inner(terms, share))
     a, Q, magnitudes = terms.aggregate(share, shape)
     margin = terms.rounding.margin(len(terms.units))
     q = scaled_diagonal(Q, shape, margin)
@@ -217,41 +250,85 @@ def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Re
     return Relaxation(terms, share, shape, minimize(first, steps))
 
 
-def _together(first: Relaxation, effort: Effort, cutoff: float) -> Relaxation:
-    """Find multipliers and diagonal together, by steps towards the moments that suit both."""
-    terms, q, point = first.terms, first.bound.q, first.bound.point
-    moments, shape = Moments.independent(_inner(terms, point)), _FIRST_SHAPE
-    step, less, least_step = _STEPS
+def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxation, float]:
+    """Find multipliers and diagonal together, by steps towards the moments that suit both.
+
+    Returns them, and what no bound of the cost with the first multipliers exceeds.
+    """
+    terms, found, point = first.terms, first.bound.shape, first.bound.point
+    moments, step = Moments.independent(_inner(terms, point)), _FIRST_STEP
     barrier, factor, least_barrier = _BARRIERS
+    shape, left = _SHAPES
     for _ in range(effort.rounds):
-        bound = _bound_at(terms, moments, shape, q, point)
-        bound = improved(bound, barrier, effort.steps, _NEWTON_STEPS)
-        q, point = bound.q, bound.point
+        bound = _bound_at(terms, moments, shape, found, point)
+        for _ in range(_NEWTON_STEPS):
+            bound = improved(bound, barrier, effort.steps)
+        found, point = bound.shape, bound.point
         if terms.certified(bound.value) >= cutoff:
             break
         response = _response(terms, bound)
+        weight = barrier * float((point * (1 - point) * bound.q).mean())
         del bound  # it holds a matrix, as does the response
-        moments, shape = moments.towards(response, step), shape + step * (1 - shape)
+        moments, step = _moved(terms, moments, response, shape, weight, step)
         del response
-        step, barrier = max(step - less, least_step), max(barrier * factor, least_barrier)
-    mean = moments.mean  # each mixture has rounded it
-    moments = replace(moments, mean=mean * (terms.removals / math.fsum(mean.tolist())))
-    bound = _bound_at(terms, moments, 1.0, q, point)
+        barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
+    moments = replace(moments, mean=_summing_up(terms, moments.mean))
+    bound = _bound_at(terms, moments, 1.0, found, point)
     ones, correlation = torch.ones_like(moments.mean), moments.correlation
     limit = terms.limit(float(moments.mean @ bound.a))
     if not is_definite(ones / (1 + LEAST_MARGIN), -correlation):
         limit = math.inf  # rounded to float32, these are no moments
     bound = tighten(minimize(bound, effort.steps), effort.steps)
-    return Relaxation(terms, moments.mean, ones, bound, correlation, limit)
+    together = Relaxation(terms, moments.mean, ones, bound, correlation, limit)
+    return together, moments.most(first.bound)
+
+
+def _moved(
+    terms: RemovalTerms,
+    moments: Moments,
+    response: Moments,
+    shape: float,
+    weight: float,
+    step: float,
+) -> tuple[Moments, float]:
+    """Move moments towards the response to them; return them, and by which step.
+
+    What descends is ``L - weight log det(X - xx')``, which the response makes least to first order;
+    some steps are tried, beginning from the last.
+    """
+
+    def height(some: Moments) -> float:
+        factored = torch.linalg.cholesky_ex(some.covariance)
+        if int(factored.info):
+            return math.inf
+        volume = 2 * float(factored.L.diagonal().log().sum())
+        return terms.expected(some.mean, shape, some.correlation) - weight * volume
+
+    start = lowest = height(moments)
+    best, chosen, tried = moments, 0.0, min(1.2 * step, _MOST_STEP)
+    for _ in range(_TRIES):
+        mixed = moments.towards(response, tried)
+        value = height(mixed)
+        if value < lowest:
+            lowest, best, chosen = value, mixed, tried
+        elif chosen:
+            break
+        less, more = _FACTORS
+        tried *= more if value < start and more * tried <= _MOST_STEP else less
+    return best, chosen or tried
 
 
 def _bound_at(
-    terms: RemovalTerms, moments: Moments, shape: float, q: Tensor, point: Tensor
+    terms: RemovalTerms, moments: Moments, shape: float, found: Tensor, point: Tensor
 ) -> QuadraticBound:
-    """Return the bound of the multipliers that suit some moments, from a q and a point nearby."""
+    """Return the bound of the multipliers that suit some moments, near one already found.
+
+    found, point: Diagonal q relative to that of Q, as rows of multipliers that scale scale both;
+        and where it was linearized.
+    """
     a, Q, magnitudes = terms.aggregate(moments.mean, shape, moments.correlation)
-    margin = terms.rounding.margin(len(q))
-    q = dominating(q, Q, margin)
+    margin = terms.rounding.margin(len(found))
+    q = scaled_diagonal(Q, found, margin)
     return QuadraticBound(a, Q, terms.removals, q, point, magnitudes, margin)
 
 

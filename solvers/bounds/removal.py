@@ -73,6 +73,16 @@ class ConsumerRemoval:
         correlation: Of the units being in R, (n, n) with zeros on its diagonal; None if they are
             independent.
         """
+        factor = self._factor(share, shape, correlation)
+        Y = torch.cholesky_solve(self.W, factor)
+        return Y.div_(share.repeat_interleave(self.width, -1)[..., None])
+
+    def expected(self, share: Tensor, shape: float, correlation: Tensor) -> float:
+        """Return the maximum that these multipliers attain, at a third of their cost."""
+        factor = self._factor(share, shape, correlation)
+        return float(torch.linalg.solve_triangular(factor, self.W, upper=False).square().sum())
+
+    def _factor(self, share: Tensor, shape: Tensor | float, correlation: Tensor | None) -> Tensor:
         # E over R of 2 tr(Y_R'W_R) - tr(Y_R'A_RR Y_R): Y_i'W_i is weighted by x_i, and the block ij
         # of A by X_ij, the probability of both; here all of it is divided by x_i x_j.
         M = self.A.clone()
@@ -82,8 +92,8 @@ class ConsumerRemoval:
             self._blocks(M).mul_(ratio[:, None, :, None])
         diagonal = self._blocks(M).diagonal(dim1=-4, dim2=-2)
         diagonal.mul_((1 + shape * (1 / share - 1))[..., None, None, :])
-        Y = torch.cholesky_solve(self.W, torch.linalg.cholesky(M, out=M))
-        return Y.div_(share.repeat_interleave(self.width, -1)[..., None])
+        factor: Tensor = torch.linalg.cholesky(M, out=M)
+        return factor
 
     def aggregate(self, Y: Tensor) -> tuple[Tensor, Tensor, Magnitudes]:
         """Return this consumer's share of a, (..., n), and of Q, (..., n, n), and magnitudes."""
@@ -180,6 +190,10 @@ class RemovalTerms:
             a_c, Q_c, magnitudes_c = c.aggregate(c.multipliers(share, shape, correlation))
             a, Q, magnitudes = a.add_(a_c), Q.add_(Q_c), magnitudes + magnitudes_c
         return a, (Q + Q.T).div_(2), magnitudes
+
+    def expected(self, share: Tensor, shape: float, correlation: Tensor) -> float:
+        """Return the maximum, over the multipliers, of the expected bound of the cost."""
+        return sum(c.expected(share, shape, correlation) for c in self.consumers)
 
     def limit(self, cost: float) -> float:
         """Turn an upper bound of the costs that are bounds into one of the losses that are.

@@ -220,6 +220,8 @@ def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.de
     """Refuse what is no tensor of finite numbers of this size and device."""
     if not isinstance(value, Tensor) or value.device != device:
         raise VerificationError(f"the {name} must be a tensor on {device}")
+    if value.layout != torch.strided:
+        raise VerificationError(f"the {name} must be a dense tensor")
     if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
         raise VerificationError(f"the {name} must be {_spelled(size)} finite numbers")
 

@@ -40,6 +40,9 @@ _NODE_STEPS = 8
 _LONE_NODE_STEPS = 60
 """Gradient steps in a node that is a batch of its own: its linear algebra costs far more."""
 
+_BRANCH_ON_DIAGONAL = 0.1
+"""What a unit's q counts beside the rise of the bound if it stays."""
+
 _BATCH_NODES = 1024
 _BATCH_ELEMENTS = 1 << 20
 """Elements of the Hessians of one batch; bounds the memory, and keeps the caches warm."""
@@ -254,15 +257,17 @@ class _Search(Incumbent):
     def _push_children(
         self, nodes: Nodes, undecided: Tensor, terms: TermsBatch, bound: BoundBatch
     ) -> None:
-        """Branch on the unit with the largest diagonal q: to remove it is costly, or settles much.
+        """Branch on a unit that is likely to go, and that is costly to keep, or settles much.
 
         Where fixing has decided everything, the node itself is opened again, as its only child.
         """
         decided = self._is_decided(nodes.sides)
         self._push(nodes[decided])
-        place = torch.where(undecided, bound.q, -1.0).argmax(1, keepdim=True)
+        kept = bound.if_kept(terms)
+        promise = (kept.clamp(min=0.0) + _BRANCH_ON_DIAGONAL * bound.q) * bound.point
+        place = torch.where(undecided, promise, -1.0).argmax(1, keepdim=True)
         unit = terms.units.gather(1, place)
-        for side, rises in ((REMOVED, bound.if_removed(terms)), (KEPT, bound.if_kept(terms))):
+        for side, rises in ((REMOVED, bound.if_removed(terms)), (KEPT, kept)):
             cost = bound.cost + rises.gather(1, place)[:, 0].clamp(min=0.0)
             value = torch.maximum(terms.certified(cost), nodes.bound)
             sides = nodes.sides.scatter(1, unit, side)

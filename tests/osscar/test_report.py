@@ -312,6 +312,15 @@ def shown(table, width, terminal=True):
     return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("limit", "cell"), [(0.25, "none known"), (0.3, "none known"), (0.2, "20")]
+)
+def test_a_limit_that_tells_nothing_is_shown_as_none(limit, cell):
+    text = shown(layers_table([{**LAYERS[0], "bound_limit": limit}]), 200)
+    assert cell in text
+    assert "0.0%" not in text.replace("20.0%", "")
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
 def test_a_terminal_of_any_width_shows_every_number_and_name_whole(width):
     text = shown(layers_table(LAYERS), width)

@@ -5,6 +5,7 @@ A forgery that is accepted has to be harmless: what it claims holds in exact ari
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -257,6 +258,21 @@ def test_moments_that_are_none(changes, message):
     with pytest.raises(VerificationError, match=message):
         certificate.limit(problem())
     refused(replace(solution, certificate=certificate))
+
+
+@pytest.mark.parametrize("backend", ["perspective", "branch_and_bound", "window_search"])
+def test_sparse_tensors(backend):
+    solution = honest(backend)
+    refused(replace(solution, support=solution.support.to_sparse()), "an int64 tensor")
+    refused(replace(solution, weights=tuple(W.to_sparse() for W in solution.weights)), "weights")
+    certificate = solution.certificate
+    for field in dataclasses.fields(certificate) if certificate else ():
+        value = getattr(certificate, field.name)
+        if isinstance(value, torch.Tensor):
+            forged = replace(certificate, **{field.name: value.to_sparse()})
+            refused(replace(solution, certificate=forged), f"{field.name} must be a dense tensor")
+    for window in solution.windows:
+        refused(replace(solution, windows=(replace(window, units=window.units.to_sparse()),)))
 
 
 def test_a_limit_needs_its_moments_and_may_not_lie_below_what_they_give():

@@ -121,7 +121,9 @@ def changed_tensor(value: torch.Tensor, draw: np.random.Generator) -> torch.Tens
     if not changed.numel():
         return changed
     place = tuple(int(draw.integers(size)) for size in changed.shape)
-    kind = draw.integers(5)
+    kind = draw.integers(6)
+    if kind == 5:
+        return changed.to_sparse()
     if kind == 0:
         return changed[:-1]
     if kind == 1:
