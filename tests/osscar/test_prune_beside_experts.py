@@ -18,7 +18,7 @@ from osscar.allocation.curves import Curve
 from osscar.allocation.expert_curves import expert_curves
 from osscar.allocation.measured import compared_samples
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import OptionError, RequestError
+from osscar.base.errors import RequestError
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.pruning.prune import prune_as_asked
@@ -287,8 +287,6 @@ def test_backends_choose_both():
     with pytest.raises(RequestError, match="give a name that both have"):
         PruningRequest(experts=2, neurons=0.5, backend=Greedy())
     assert PruningRequest(experts=2, neurons=0.5, backend="greedy").chosen_backend()
-    with pytest.raises(OptionError):
-        PruningRequest(experts=2, neurons=0.5, certify="yes")
 
 
 # ---- experts that are a list of modules ---------------------------------------------------
