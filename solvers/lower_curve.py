@@ -180,5 +180,5 @@ def _best(curves: Sequence[Tensor]) -> Tensor:
 
     Removing units never lowers a loss: what bounds those of k units bounds those of fewer.
     """
-    falling: Tensor = torch.stack([*curves]).max(0).values.flip(0).cummax(0).values.flip(0)
+    falling: Tensor = torch.stack(list(curves)).max(0).values.flip(0).cummax(0).values.flip(0)
     return falling

@@ -119,10 +119,12 @@ class CountedCost:
             alone = any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
             return set() if alone else {name for _, name in taken}
 
-        return joined(chosen, map(multiplied, self.weights))
+        return connected_components(chosen, map(multiplied, self.weights))
 
 
-def joined(names: Sequence[str], together: Iterable[set[str]]) -> tuple[tuple[str, ...], ...]:
+def connected_components(
+    names: Sequence[str], together: Iterable[set[str]]
+) -> tuple[tuple[str, ...], ...]:
     """Return names in classes, so that those of a set are in one; in the order of the names."""
     classes = [{name} for name in names]
     for some in together:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.costs import CountedCost, joined
+from osscar.allocation.costs import CountedCost, connected_components
 from osscar.base.errors import RequestError
 from osscar.base.timing import interleaved
 from osscar.data.batches import Batch
@@ -64,7 +64,7 @@ class LatencyTable:
     def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         """Return these groups in classes whose times add up."""
         chosen = list(names)
-        return joined(chosen, (set(some.intersection(chosen)) for some in self.parts))
+        return connected_components(chosen, (set(some.intersection(chosen)) for some in self.parts))
 
 
 CostModel: TypeAlias = CountedCost | LatencyTable

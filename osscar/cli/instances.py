@@ -27,8 +27,8 @@ REPORT_FILE = "race.html"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A solution file: what somebody found for an instance of the library."""
+class SolutionFile:
+    """What somebody found for an instance of the library."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -84,7 +84,7 @@ def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
 def check(file: Path, json: Path | None) -> None:
     """Recompute a solution, and compare it with the best that is known."""
     check_json_path(json, inputs=(file,))
-    answer, known = read_json(file, Answer), library()
+    answer, known = read_json(file, SolutionFile), library()
     if answer.instance not in known.instances:
         raise OptionError(
             f"{file}: there is no instance {answer.instance!r}; `osscar instances list` has them"
@@ -153,7 +153,8 @@ def run_race(
         runs = race(known, chosen, entrants, seconds, _tell)
     for name, loss in best_losses(known, runs).items():
         if loss < known.instances[name].best.loss * (1 - TOLERANCE):
-            _keep_improvement(known, name, min(_answered(runs, name), key=_loss), directory)
+            found = next(run for run in runs if (run.instance, run.loss) == (name, loss))
+            _keep_improvement(known, found, directory)
     path = directory / REPORT_FILE
     write_text(path, race_page(known, chosen, entrants, runs, seconds))
     say(f"report: {path}")
@@ -169,20 +170,11 @@ def _tell(run: Run) -> None:
     say(f"{run.instance}: {run.backend}: loss {run.loss:.6f}{bound}, {run.seconds:.2f} s")
 
 
-def _answered(runs: Sequence[Run], name: str) -> list[Run]:
-    return [run for run in runs if run.instance == name and run.loss is not None]
-
-
-def _loss(run: Run) -> float:
-    assert run.loss is not None
-    return run.loss
-
-
-def _keep_improvement(known: Library, name: str, run: Run, directory: Path) -> None:
+def _keep_improvement(known: Library, run: Run, directory: Path) -> None:
     """Say that a best known value was improved, and write the solution to be sent."""
-    path = directory / f"{name}.json"
-    write_json(path, dataclasses.asdict(Answer(name, run.support, by=run.backend)))
+    path = directory / f"{run.instance}.json"
+    write_json(path, dataclasses.asdict(SolutionFile(run.instance, run.support, by=run.backend)))
     say(
-        f"{run.backend} improves the best known value of {name}: {_loss(run):.9g} instead of "
-        f"{known.instances[name].best.loss:.9g}; {path} is the solution to send"
+        f"{run.backend} improves the best known value of {run.instance}: {run.loss:.9g} instead of "
+        f"{known.instances[run.instance].best.loss:.9g}; {path} is the solution to send"
     )

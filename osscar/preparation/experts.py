@@ -27,15 +27,14 @@ from osscar.network.model_state import restored
 from osscar.network.modules import count_parameters, forward
 from osscar.preparation.expert_lists import ExpertList, NoMixture
 from osscar.preparation.list_search import (
-    NAMED,
     ListCalls,
     alike,
     check_list,
     expert_list,
+    is_named,
     last_layer,
     list_calls,
     list_slots,
-    may_be_experts,
     tokens_of,
 )
 from osscar.preparation.routing import Routed
@@ -139,7 +138,7 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
         if name in listed
         else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
         for order, name in enumerate(names)
-        if name in found or name in listed or _named(name)
+        if name in found or name in listed or is_named(name)
     ]
     return _unshared(model, [one for one in mixtures if one is not None])
 
@@ -167,16 +166,11 @@ def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[Expe
     )
 
 
-def _named(name: str) -> bool:
-    return bool(NAMED.search(name))
-
-
 def _may_be_mixture(name: str, module: nn.Module) -> bool:
     """Whether a module is called like experts, has a matrix for each of several, or lists them."""
     own = module.parameters(recurse=False)
-    return (
-        _named(name) or may_be_experts(name, module) or any(p.ndim == 3 and len(p) > 1 for p in own)
-    )
+    stacked = any(p.ndim == 3 and len(p) > 1 for p in own)
+    return is_named(name) or alike(module) or stacked
 
 
 def _kind(model: nn.Module, name: str) -> str:
@@ -264,7 +258,7 @@ def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> Expert
     try:
         return _listed_prunable(model, name, calls, order)
     except NoMixture as error:
-        if not _named(name):
+        if not is_named(name):
             return None
         reason = str(error)
     except ModelError as error:
@@ -273,7 +267,7 @@ def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> Expert
         raise
     except Exception as error:  # code of anyone's, which may not take other experts
         let_shortage_pass(error)
-        if not _named(name):
+        if not is_named(name):
             return None
         reason = (
             f"the code around {name!r} fails with experts that put out drawn numbers, or on drawn "
@@ -308,7 +302,7 @@ def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> Exper
 
 
 def _called(name: str) -> str:
-    return name if _named(name) else f"{name}.experts".removeprefix(".")
+    return name if is_named(name) else f"{name}.experts".removeprefix(".")
 
 
 # ---- what belongs to an expert -----------------------------------------------------------

@@ -66,14 +66,19 @@ class ListCalls:
     """What may be routers, by name, with how often they were called; the innermost first."""
 
 
-NAMED = re.compile(r"(^|\.)experts$")
+_NAMED = re.compile(r"(^|\.)experts$")
 """What mixtures are called; those of any name are found where they are called like one."""
 
 
-def may_be_experts(name: str, module: nn.Module) -> bool:
+def is_named(name: str) -> bool:
+    """Whether a module has the name of a mixture."""
+    return bool(_NAMED.search(name))
+
+
+def _may_be_experts(name: str, module: nn.Module) -> bool:
     """Whether a module is a list of several that may be experts."""
     several = isinstance(module, nn.ModuleList) and len(module) > 1
-    return several and (bool(NAMED.search(name)) or alike(module))
+    return several and (is_named(name) or alike(module))
 
 
 def alike(module: nn.Module) -> bool:
@@ -313,7 +318,7 @@ def untraced_blocks(model: nn.Module, example: Mapping[str, Any]) -> dict[str, t
 
     Which tokens a module gets depends on their values, and so do shapes in the code of the block.
     """
-    names = [name for name, module in model.named_modules() if may_be_experts(name, module)]
+    names = [name for name, module in model.named_modules() if _may_be_experts(name, module)]
     found = list_calls(model, example, names) if names else {}
     blocks = {}
     for name, calls in found.items():

@@ -192,14 +192,14 @@ class ExpertWalk(Walk):
         if run is None or run.dense:
             return None
         mixture, call = self._routers[name], (args, kwargs)
-        count, how = mixture.group.units, mixture.routing
-        assert how is not None
+        count, routing = mixture.group.units, mixture.routing
+        assert routing is not None
         if mixture.group.name in self._kept:
-            return how.among(self._kept[mixture.group.name], count, module, call, y)
-        bias = how.choice_bias(module, call, count)
-        logits = how.logits(module, call, y, count).double()
+            return routing.among(self._kept[mixture.group.name], count, module, call, y)
+        bias = routing.choice_bias(module, call, count)
+        logits = routing.logits(module, call, y, count).double()
         bias = None if bias is None else bias.double()
-        self._routes[name, run.index] = _Routes(logits, bias, *how.routes(y))
+        self._routes[name, run.index] = _Routes(logits, bias, *routing.routes(y))
         return None
 
     def _check_routes(self, mixture: ExpertMixture) -> None:
@@ -356,13 +356,13 @@ class ExpertStep:
     @torch.no_grad()
     def commit(self, kept: Sequence[int]) -> None:
         """Route the batches among the experts that stay."""
-        walk, how = self._walk, self.mixture.routing
-        assert how is not None
+        walk, routing = self._walk, self.mixture.routing
+        assert routing is not None
         walk._kept[self.group.name] = tuple(kept)
         for run in walk._runs:
             assert run.arrived is not None
             routes = walk._routes.pop((self.mixture.router, run.index))
-            experts, weights = how.rule.route(routes.logits, kept, routes.bias)
+            experts, weights = routing.rule.route(routes.logits, kept, routes.bias)
             x: Routed = run.arrived.x
             there = Routed(x.hidden, experts.to(x.experts), weights.to(x.weights))
             run.arrived = dataclasses.replace(run.arrived, x=there)

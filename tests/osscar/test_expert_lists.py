@@ -191,7 +191,7 @@ def test_a_list_comes_to_what_stacked_matrices_come_to(x):
     flat = x.flatten(0, 1)
     with torch.no_grad():
         assert torch.allclose(listed(flat), stacked(flat), atol=1e-5)
-    one, other = (osscar.prune(model, flat, experts=4) for model in (stacked, listed))
+    one, other = (osscar.prune(model, flat, experts=4, **ALL) for model in (stacked, listed))
     assert [a.support for a in one.layers] == [b.support for b in other.layers]
     for a, b in zip(one.layers, other.layers, strict=True):
         assert a.relative_loss == pytest.approx(b.relative_loss, rel=1e-4)
@@ -264,7 +264,7 @@ def test_experts_whose_last_layer_is_not_seen_stay(x):
 def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
     """Code that gathers tokens cannot be traced: what lies around is."""
     model = nn.Sequential(Expert(), net(SoftmaxThenTopK)).eval()
-    result = osscar.prune(model, x, neurons=0.5)
+    result = osscar.prune(model, x, neurons=0.5, **ALL)
     names = [layer.name for layer in result.layers]
     assert "0.neurons" in names
     assert not any("blocks" in name for name in names)
@@ -355,9 +355,9 @@ class Capacity(SoftmaxThenTopK):
 def test_a_block_that_drops_tokens_where_they_are_many_is_refused(x):
     torch.manual_seed(0)
     model = Net(Capacity()).eval()
-    assert not mixtures(model, x[:, :2])[0].group.frozen
+    assert not mixtures(model, x[:, :8])[0].group.frozen
     with pytest.raises(ModelError, match=r"to other experts of 'blocks.0.experts', or with other"):
-        osscar.prune(model, x[:, :2].repeat(4, 1, 1), experts=4, batch_size=96)
+        osscar.prune(model, x[:, :8].repeat(4, 1, 1), experts=4, batch_size=96)
 
 
 def test_blocks_that_are_called_twice_or_share_a_router_stay(x):

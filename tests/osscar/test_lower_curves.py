@@ -19,7 +19,6 @@ from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.timing import Stage
 from osscar.estimation.estimate import estimate_as_asked
-from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
@@ -168,14 +167,12 @@ def test_budgets_without_a_bound_say_why(build, asked, why, monkeypatch):
         budget = allocate(prepared, request).budget
     assert budget.bounded is None
     assert why in budget.unbounded
-    document = {"budget": budget.to_json()}
-    assert document["budget"]["bounded"] is None
+    assert budget.to_json()["bounded"] is None
 
 
 def test_a_run_that_goes_on_tells_the_same_bound_and_believes_no_other(tmp_path):
     torch.manual_seed(0)
     model, x = Blocks().eval(), torch.randn(40, 6)
-    assert count_parameters(model) < 400
     log = RunLog(tmp_path / "log")
     first = prune_as_asked(model, x, ASKED, log)
     file = log.directory / "allocation.json"
