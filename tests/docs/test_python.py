@@ -16,6 +16,7 @@ import osscar
 import osscar.shrinking.follow
 from osscar.cli.commands import app
 from osscar.data.prose import Split, builtin_text
+from osscar.study.library import library
 from tests.docs.pages import PAGES, blocks
 
 SMALL = {
@@ -99,6 +100,11 @@ FILES: dict[str, Callable[[], None]] = {YOLO: write_boxes}
 
 def check_experts(names: dict[str, Any]) -> None:
     assert [(layer.kind, layer.kept) for layer in names["smaller"].layers] == [("experts", 3)] * 2
+
+
+def check_instances(names: dict[str, Any]) -> None:
+    best = library().instances["resnet20-c16-k8"].best
+    assert names["loss"]("instance.safetensors", list(best.support)) == pytest.approx(best.loss)
 
 
 def check_readme(names: dict[str, Any]) -> None:
@@ -252,6 +258,7 @@ CHECKS = {
     "docs/vision.md": check_vision,
     "docs/walk.md": check_walk,
     "docs/experts.md": check_experts,
+    "docs/instances.md": check_instances,
     "docs/recover.md": check_recover,
     "docs/after.md": check_after,
     "docs/from-model-to-file.ipynb": check_notebook,
