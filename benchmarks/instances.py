@@ -50,8 +50,8 @@ from osscar.study.library import (
     weight_of,
 )
 from osscar.study.problems import model_problems
-from osscar.study.race import PROVED, TOLERANCE, limited
-from solvers import BackendError, Consumer, Solution, SolutionRecord, SubsetProblem, refit, solve
+from osscar.study.race import TOLERANCE, better, limited
+from solvers import BackendError, Consumer, Solution, SubsetProblem, refit, solve
 from solvers.bounds.perspective import Perspective
 from solvers.closed_forms.windows import borderline_window, window_problem
 from solvers.exact.window_search import WindowSearch
@@ -347,32 +347,6 @@ def improve(patterns: list[str], backends: list[str], seconds: float, rounds: in
             if best.proved:
                 break
         keep_best(name, best)
-
-
-def better(best: Best, found: SolutionRecord) -> Best:
-    """Return the best that is known once something was found; the same where that is no better.
-
-    found: Of a verified solution: its bound counts only if it was recomputed.
-    """
-    if found.relative_loss < best.loss * (1 - TOLERANCE):
-        best = dataclasses.replace(
-            best,
-            support=found.support,
-            loss=found.relative_loss,
-            found_by=found.backend,
-            found_in=round(found.seconds, 3),
-        )
-    if found.recomputed_bound is not None and found.relative_bound is not None:
-        bound = found.relative_bound
-        if min(bound, best.loss) > best.bound * (1 + TOLERANCE):
-            best = dataclasses.replace(
-                best,
-                bound=min(bound, best.loss),
-                bound_by=found.backend,
-                bound_in=round(found.seconds, 3),
-                certificate="",
-            )
-    return dataclasses.replace(best, proved=best.gap <= PROVED)
 
 
 def keep_best(name: str, best: Best) -> None:

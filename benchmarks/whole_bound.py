@@ -44,6 +44,8 @@ def main() -> None:
             began = time.process_time()
             with profiled(time.process_time) as spent:
                 budget = allocate(prepared, asked, curves).budget
+            if budget.bounded is None:
+                raise SystemExit(f"nothing bounds all widths and units: {budget.unbounded}")
             seconds = {
                 name: round(s, 1) for name, s in spent.of(time.process_time() - began).items()
             }

@@ -212,6 +212,17 @@ class _Class:
         return dict(zip(self.names, self.counts[choice].tolist(), strict=True))
 
 
+def can_be_listed(cost: CostModel, options: Mapping[str, NDArray[np.int64]]) -> bool:
+    """Whether all choices of groups whose costs multiply are few enough to be listed together.
+
+    `options` are the numbers of units that each group may keep.
+    """
+    return all(
+        math.prod(len(options[name]) for name in names) <= _MOST_TOGETHER
+        for names in cost.classes(options)
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ByCurves:
     """The widths of least predicted divergence within a limit.
@@ -233,10 +244,10 @@ class ByCurves:
     @cached_property
     def classes(self) -> tuple[_Class, ...]:
         """Groups in classes whose costs add up; none where one has too many choices."""
+        if not can_be_listed(self.cost, self.options):
+            return ()
         found = []
         for names in self.cost.classes(self.options):
-            if math.prod(len(self.options[name]) for name in names) > _MOST_TOGETHER:
-                return ()
             grid = np.meshgrid(*(self.options[name] for name in names), indexing="ij")
             losses = np.meshgrid(*(self.losses[name] for name in names), indexing="ij")
             counts = np.stack([axis.ravel() for axis in grid], axis=1)

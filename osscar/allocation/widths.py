@@ -75,10 +75,9 @@ def _kept_by_name(
             else request.fraction_or_count(group.kind, group.name in residual)
         )
         if asked is not None and group.prunable and group.units > 1:
-            experts = group.kind is UnitKind.EXPERTS
             kept[group.name] = (
-                kept_experts(group, asked)
-                if experts
+                count_kept_experts(group, asked)
+                if group.kind is UnitKind.EXPERTS
                 else count_kept(group, asked, request.round_to)
             )
     return kept
@@ -154,7 +153,7 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
 
 
-def kept_experts(group: CouplingGroup, asked: Fraction | int) -> int:
+def count_kept_experts(group: CouplingGroup, asked: Fraction | int) -> int:
     """Return how many experts of a mixture stay of a count or a share.
 
     Raises

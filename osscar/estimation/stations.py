@@ -27,7 +27,8 @@ from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.lower_curves import least_predicted
 from osscar.allocation.measured import compared_samples
-from osscar.allocation.widths import asked_groups
+from osscar.allocation.rules import can_be_listed
+from osscar.allocation.widths import asked_groups, possible_widths
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
 from osscar.estimation.values import LayerClass, Span, together
@@ -103,8 +104,8 @@ def timed_stations(
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
         shared = tuple(asked_groups(prepared, request, facts.skipped_names)[2])
-        added_up = all(len(one) == 1 for one in cost.classes([group.name for group in shared]))
-        bounds = request.certify and added_up
+        options = {group.name: possible_widths(group, request.widths) for group in shared}
+        bounds = request.certify and can_be_listed(cost, options)
         stages |= _of_budget(prepared, few, request, shared, allocating, one, bounds, clock)
         if request.allocation in MEASURED and facts.reference is not None:
             stages[Stage.MEASURED] = _of_measuring(prepared, few, shared, one, clock)

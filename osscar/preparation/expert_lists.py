@@ -44,8 +44,8 @@ class NoMixture(ModelError):
 
 
 @dataclass(frozen=True)
-class ExpertList:
-    """Experts that are a list of modules, and the block whose code sends tokens to them.
+class ListInBlock:
+    """Modules in a list, and the block whose code may send tokens to them.
 
     Parameters
     ----------
@@ -55,12 +55,6 @@ class ExpertList:
         How many experts there are.
     outputs
         How many numbers they put out for a token.
-    place
-        Which leaf of what the block puts out holds their sum.
-    rule
-        By which the block routes.
-    bias
-        What is added to scores for the choice: the name of a tensor, as the block knows it.
     """
 
     block: str
@@ -68,14 +62,6 @@ class ExpertList:
     gate: str
     count: int
     outputs: int
-    place: int = -1
-    rule: RoutingRule | None = None
-    bias: str | None = None
-
-    @property
-    def router(self) -> str:
-        """The name of the module that routes while the block is called as a mixture is."""
-        return joined(self.block, _ROUTER)
 
     def relative(self, name: str) -> str:
         """Return how the block calls a module in it."""
@@ -86,6 +72,30 @@ class ExpertList:
         found = block.get_submodule(self.relative(self.experts))
         assert isinstance(found, nn.ModuleList)
         return found
+
+
+@dataclass(frozen=True)
+class ExpertList(ListInBlock):
+    """Experts that are a list of modules, and how the code of a block sends tokens to them.
+
+    Parameters
+    ----------
+    place
+        Which leaf of what the block puts out holds their sum.
+    rule
+        By which the block routes.
+    bias
+        What is added to scores for the choice: the name of a tensor, as the block knows it.
+    """
+
+    place: int
+    rule: RoutingRule
+    bias: str | None
+
+    @property
+    def router(self) -> str:
+        """The name of the module that routes while the block is called as a mixture is."""
+        return joined(self.block, _ROUTER)
 
     def choice_bias(self, block: nn.Module) -> Tensor | None:
         """Return what is added to scores for the choice, (experts,), if something is."""
@@ -122,7 +132,7 @@ class Run:
 
 
 def run_with(
-    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
+    one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
 ) -> Run:
     """Run the code of a block, `own`, with experts that put out a row, (outputs,), each."""
     experts = one.experts_in(block)
@@ -146,7 +156,7 @@ def run_with(
     return Run(y, x.reshape(-1, x.shape[-1]), logits)
 
 
-def silence(one: ExpertList) -> Tensor:
+def silence(one: ListInBlock) -> Tensor:
     """Return rows, (experts, outputs), that add nothing to the sum over experts."""
     return torch.zeros(one.count, one.outputs)
 
@@ -186,7 +196,6 @@ def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterato
     """
     with ExitStack() as around:
         for one in lists:
-            assert one.rule is not None
             block = model.get_submodule(one.block)
             if _ROUTER in block._modules:
                 continue
@@ -222,7 +231,6 @@ def _check_routes(
     one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rest: Run
 ) -> None:
     """Refuse tokens that the code of a block does not send as the logits say."""
-    assert one.rule is not None
     beside = rest.sum(one.place)
     rows = torch.randn(one.count, one.outputs, generator=torch.Generator().manual_seed(0))
     rows *= 1 + float(beside.double().abs().mean())  # so that rounding of the rest hides nothing

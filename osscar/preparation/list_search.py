@@ -24,6 +24,7 @@ from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import copied, forward
 from osscar.preparation.expert_lists import (
     ExpertList,
+    ListInBlock,
     NoMixture,
     called_as_mixtures,
     joined,
@@ -156,7 +157,7 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
         if times != 1:
             continue
         try:
-            return _routed(ExpertList(block_name, name, gate, count, outputs), block, call)
+            return _routed(ListInBlock(block_name, name, gate, count, outputs), block, call)
         except ModelError as error:
             if isinstance(reason, NoMixture):  # another one may tell more
                 reason = error
@@ -189,7 +190,7 @@ def _outputs(name: str, calls: ListCalls) -> int:
     return int(max(widths))
 
 
-def _routed(one: ExpertList, block: nn.Module, call: Call) -> ExpertList:
+def _routed(one: ListInBlock, block: nn.Module, call: Call) -> ExpertList:
     """Add to what is known of a list where its sum is put out, and by which rule."""
     place = _place(one, block, call)
     copy = _drawn_copy(one, block)
@@ -210,10 +211,10 @@ def _routed(one: ExpertList, block: nn.Module, call: Call) -> ExpertList:
         raise ModelError(
             f"the code of {one.block or 'the model'!r} with the router {one.gate!r} {error}"
         ) from error
-    return replace(one, place=place, rule=rule, bias=bias)
+    return ExpertList(**vars(one), place=place, rule=rule, bias=bias)
 
 
-def _place(one: ExpertList, block: nn.Module, call: Call) -> int:
+def _place(one: ListInBlock, block: nn.Module, call: Call) -> int:
     """Return which leaf of what a block puts out holds the sum over experts."""
     run = partial(run_with, one, block, block.forward, call)
     rest, other = run(silence(one)), run(silence(one) + 1)
@@ -230,7 +231,7 @@ def _place(one: ExpertList, block: nn.Module, call: Call) -> int:
     return changed[0]
 
 
-def _drawn_copy(one: ExpertList, block: nn.Module) -> nn.Module:
+def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
     """Return a copy of a block in double precision that routes by drawn numbers.
 
     Its experts have no weights.
@@ -259,7 +260,7 @@ def _of_block(block: nn.Module, count: int) -> dict[str, Tensor]:
 
 
 def _read_weights(
-    one: ExpertList, block: nn.Module, call: Call, place: int
+    one: ListInBlock, block: nn.Module, call: Call, place: int
 ) -> tuple[Tensor, Tensor]:
     """Return the logits of the tokens of a call, and the weights of all experts, (tokens, experts).
 
@@ -276,7 +277,7 @@ def _read_weights(
     return rest.logits, torch.cat(found, 1)
 
 
-def _seen(one: ExpertList, copy: nn.Module, call: Call, place: int) -> SeenRoutes:
+def _seen(one: ListInBlock, copy: nn.Module, call: Call, place: int) -> SeenRoutes:
     """Return how a copy of a block routes the tokens of a call."""
     with InDouble():
         logits, weights = _read_weights(one, copy, call, place)
@@ -465,7 +466,6 @@ def _check_sum(one: ExpertList, block: nn.Module, call: Call, name: str) -> None
 def _check_masked(
     one: ExpertList, block: nn.Module, call: Call, plan: GroupPlan, name: str
 ) -> None:
-    assert one.rule is not None
     copy = _drawn_copy(one, block)
     given = drawn_call(call, one.count, len(plan.kept))
     whole = _seen(one, copy, given, one.place)

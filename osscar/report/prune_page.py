@@ -152,12 +152,12 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"shared out by {settings.get('allocation', 'curvature')}")
     if settings.get("at_least"):
         said.append(f"at least {settings['at_least']} of each group")
-    shared = settings.get("experts") == AUTO
-    said += ["also by experts"] if shared else []
+    if settings.get("experts") == AUTO:
+        said.append("also by experts")
     said += [
         f"keep {settings[kind]} of the {kind}"
         for kind in _KEEPS
-        if settings.get(kind) and not (kind == "experts" and shared)
+        if settings.get(kind) not in (None, AUTO)
     ]
     if settings.get("groups"):
         said.append(pluralize(len(settings["groups"]), "group") + " by name")

@@ -7,6 +7,7 @@ it ended, with all of its answer.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import TypeAlias
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.study.library import Library
-from solvers import BackendError, SubsetProblem
+from osscar.study.library import Best, Library
+from solvers import BackendError, SolutionRecord, SubsetProblem
 from solvers.protocol import DEFAULT_GAP_TOLERANCE
 
 TOLERANCE = 1e-6
@@ -75,6 +76,32 @@ def limited(backend: str, seconds: float) -> dict[str, float]:
     if "time_limit" not in options:
         return {}
     return {"time_limit": seconds / max(options.get("windows", 1), 1)}
+
+
+def better(best: Best, found: SolutionRecord) -> Best:
+    """Return the best that is known once something was found; the same where that is no better.
+
+    found: Of a verified solution: its bound counts only if it was recomputed.
+    """
+    if found.relative_loss < best.loss * (1 - TOLERANCE):
+        best = dataclasses.replace(
+            best,
+            support=found.support,
+            loss=found.relative_loss,
+            found_by=found.backend,
+            found_in=round(found.seconds, 3),
+        )
+    if found.recomputed_bound is not None and found.relative_bound is not None:
+        bound = found.relative_bound
+        if min(bound, best.loss) > best.bound * (1 + TOLERANCE):
+            best = dataclasses.replace(
+                best,
+                bound=min(bound, best.loss),
+                bound_by=found.backend,
+                bound_in=round(found.seconds, 3),
+                certificate="",
+            )
+    return dataclasses.replace(best, proved=best.gap <= PROVED)
 
 
 def race(

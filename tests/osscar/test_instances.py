@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import osscar.study.library as room
-from benchmarks.instances import PAGE, better, instance_rows, source_rows
+from benchmarks.instances import PAGE, instance_rows, source_rows
 from osscar.base.errors import FileError, OptionError
 from osscar.cli.commands import app
 from osscar.cli.instances import relative_loss
@@ -29,7 +29,7 @@ from osscar.study.library import (
     made,
     source_digest,
 )
-from osscar.study.race import Run, anytime, best_losses, limited, profile, times
+from osscar.study.race import Run, anytime, best_losses, better, limited, profile, times
 from solvers import solve
 from solvers.storage import read
 

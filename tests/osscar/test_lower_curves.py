@@ -141,7 +141,7 @@ def test_what_is_not_confirmed_is_not_claimed(monkeypatch):
 
 
 def test_an_estimate_tells_what_the_bound_takes():
-    model, x, result = pruned()
+    model, x, result = pruned(build=Chain)
     assert str(Stage.BOUND) in result.stages
     plain = dataclasses.replace(ASKED, certify=False)
     with_bound, without = (estimate_as_asked(model, x, one).stages for one in (ASKED, plain))

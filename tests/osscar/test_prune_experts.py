@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import osscar
-from osscar.allocation.widths import kept_experts
+from osscar.allocation.widths import count_kept_experts
 from osscar.base.errors import JournalError, NonFiniteError, RequestError
 from osscar.preparation.experts import mixtures_in
 from osscar.pruning.prune import prune_as_asked
@@ -175,7 +175,7 @@ def test_nan_behind_refits_is_blamed_on_them(monkeypatch):
 @pytest.mark.parametrize(("asked", "kept"), [("5/8", 3), (0.7, 3), (0.5, 2)])
 def test_shares_of_experts_are_rounded_as_those_of_units_are(asked, kept):
     """Half an expert rounds up: 5/8 of 4."""
-    assert kept_experts(mixtures_of(mixture("mixtral"))[0].group, parse_keep(asked)) == kept
+    assert count_kept_experts(mixtures_of(mixture("mixtral"))[0].group, parse_keep(asked)) == kept
 
 
 def test_where_experts_lie_in_groups_it_is_told_what_can_stay():
