@@ -173,6 +173,11 @@ def _why_unbounded(
         return "times are measured, and those of groups do not add up to that of a model"
     if of_experts:
         return "curves of experts are measured, and no problem of choosing experts predicts them"
+    if not budget.comparable:
+        return (
+            "no gradient reaches some groups, and nothing was measured of them, so that what is "
+            "predicted is no divergence"
+        )
     if budget.lower_bound is None:
         return f"the {budget.cost} of some weights are products of the widths of too many groups"
     return ""

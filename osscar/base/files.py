@@ -156,6 +156,14 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory where there is none, and those above it (OutputError)."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+
+
 @contextmanager
 def fsynced(path: Path) -> Iterator[None]:
     """Let the block write a file by means that make it whole, and wait until it is on the disk.

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import ConfigDict
 
-from osscar.base.errors import FileError, JournalError, OutputError
-from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, reason_of, remedy, write_json
+from osscar.base.errors import FileError, JournalError
+from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.base.signals import uninterrupted
 
@@ -121,11 +121,7 @@ class Journal(Generic[M]):
 
     def make(self, name: str) -> None:
         """Make the directory, or one in it."""
-        try:
-            (self.directory / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"{reason_of(error)}{remedy(error)}"
-            raise OutputError(f"cannot write {self.directory / name}: {reason}") from error
+        make_directory(self.directory / name)
 
     def manifest(self) -> M | None:
         """Return what is kept here; None if nothing is yet."""

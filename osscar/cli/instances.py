@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.files import system_errors, write_json, write_text
+from osscar.base.files import make_directory, write_json, write_text
 from osscar.base.json_files import STRICT, read_json
 from osscar.cli.common import check_json_path, document, out, say
 from osscar.cli.common import write_json as write_document
@@ -20,7 +20,7 @@ from osscar.cli.opening import quiet
 from osscar.report.race_page import race_page
 from osscar.report.tables import decimals, new_table, percent
 from osscar.study.library import Library, library
-from osscar.study.race import TOLERANCE, Run, best_losses, race
+from osscar.study.race import TOLERANCE, Run, best_losses, race, without_refuted
 from solvers import SubsetProblem
 
 REPORT_FILE = "race.html"
@@ -69,8 +69,7 @@ def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
         raise OptionError("name instances, or give '*' for all, of which some take minutes to make")
     known = library()
     chosen = known.matching(names)
-    with system_errors():
-        directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     for name in chosen:
         path = directory / f"{name}.safetensors"
         with quiet():
@@ -147,10 +146,10 @@ def run_race(
     known = library()
     # What is to be made first takes minutes: only where it was asked for by name.
     chosen = known.matching(names, shipped=not names)
-    with system_errors():
-        directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with quiet():
         runs = race(known, chosen, entrants, seconds, _tell)
+    runs = without_refuted(runs, best_losses(known, runs), _tell)
     for name, loss in best_losses(known, runs).items():
         if loss < known.instances[name].best.loss * (1 - TOLERANCE):
             found = next(run for run in runs if (run.instance, run.loss) == (name, loss))
@@ -163,7 +162,7 @@ def run_race(
 
 
 def _tell(run: Run) -> None:
-    if run.seconds is None:
+    if run.error:
         say(f"{run.instance}: {run.backend}: {run.error}")
         return
     bound = "" if run.bound is None else f", bound {run.bound:.6f}"

@@ -81,6 +81,7 @@ def race_page(
         pictures=pictures,
         scores=_scores(backends, found, closed, count),
         runs=_runs_table(runs, best),
+        counted=pluralize(len(runs), "run"),
         asked=asked_table(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),

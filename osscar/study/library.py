@@ -31,7 +31,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.base.errors import FileError, OptionError
-from osscar.base.files import cache_directory, system_errors
+from osscar.base.files import cache_directory, make_directory
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.progress import stage
 from osscar.models.load import load_model
@@ -177,8 +177,7 @@ class Library:
             return DIRECTORY / f"{source}.safetensors"
         path = cache_directory() / "instances" / f"{source}.safetensors"
         if not path.exists():
-            with system_errors():
-                path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             write(path, {"format": FORMAT}, made(known.recipe, known.units))
         found = source_digest(*read(path))
         if found != known.sha256:

@@ -68,6 +68,11 @@ _BATCH_ELEMENTS = 1 << 20
 
 _EPS = torch.finfo(torch.float64).eps
 
+_NUMBERS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class EnumerationCertificate:
@@ -220,8 +225,9 @@ def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.de
     """Refuse what is no tensor of finite numbers of this size and device."""
     if not isinstance(value, Tensor) or value.device != device:
         raise VerificationError(f"the {name} must be a tensor on {device}")
-    if value.layout != torch.strided:
-        raise VerificationError(f"the {name} must be a dense tensor")
+    # Of others, many operations are not defined, nor do complex numbers compare.
+    if value.layout is not torch.strided or value.is_nested or value.dtype not in _NUMBERS:
+        raise VerificationError(f"the {name} must be a dense tensor of real numbers")
     if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
         raise VerificationError(f"the {name} must be {_spelled(size)} finite numbers")
 

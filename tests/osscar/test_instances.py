@@ -13,7 +13,7 @@ import torch
 
 import osscar.study.library as room
 from benchmarks.instances import PAGE, instance_rows, source_rows
-from osscar.base.errors import FileError, OptionError
+from osscar.base.errors import FileError, OptionError, OutputError
 from osscar.cli.commands import app
 from osscar.cli.instances import relative_loss
 from osscar.models.load import load_model
@@ -29,8 +29,18 @@ from osscar.study.library import (
     made,
     source_digest,
 )
-from osscar.study.race import Run, anytime, best_losses, better, limited, profile, times
-from solvers import solve
+from osscar.study.race import (
+    Run,
+    anytime,
+    best_losses,
+    better,
+    limited,
+    profile,
+    race,
+    times,
+    without_refuted,
+)
+from solvers import Solution, VerificationError, solve
 from solvers.storage import read
 
 SHIPPED = library().matching((), shipped=True)
@@ -284,6 +294,46 @@ def test_the_best_loss_is_of_the_index_or_the_race() -> None:
     runs = runs_of((EASY, "a", 1.0, best / 2, None), (EASY, "b", 1.0, 2 * best, None))
     assert best_losses(known, runs) == {EASY: best / 2}
     assert best_losses(known, runs[1:]) == {EASY: best}
+
+
+def test_a_bound_above_a_known_loss_proves_nothing() -> None:
+    """Nor does it count as one of less: a backend that claims too much is not to win the race."""
+    runs = runs_of(
+        (EASY, "a", 1.0, 0.3, 0.3), (EASY, "b", 1.0, 0.2, 0.2), (EASY, "c", 1.0, 0.3, 0.1)
+    )
+    told: list[Run] = []
+    found = without_refuted(runs, {EASY: 0.2}, told.append)
+    assert [run.bound for run in found] == [None, 0.2, 0.1]
+    assert [run.loss for run in found] == [0.3, 0.2, 0.3]
+    assert [run.error for run in told] == [
+        "its bound 0.3 is wrong: a support of loss 0.2 is known",
+    ]
+
+
+def test_a_race_goes_on_after_a_claim_that_is_not_confirmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verify = Solution.verify
+
+    def refusing(solution: Solution) -> object:
+        if solution.backend == "greedy":
+            raise VerificationError("it is none")
+        return verify(solution)
+
+    monkeypatch.setattr(Solution, "verify", refusing)
+    runs = race(library(), [EASY], ["greedy", "magnitude"], 1.0)
+    assert [(run.backend, run.error) for run in runs] == [
+        ("greedy", "it is none"),
+        ("magnitude", ""),
+    ]
+
+
+@pytest.mark.parametrize("command", [["make"], ["race", "--backends", "greedy"]])
+def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(OutputError, match="cannot write "):
+            app(["instances", *command, EASY, "--out", str(tmp_path / place)])
 
 
 def test_limits_are_options_of_backends() -> None:

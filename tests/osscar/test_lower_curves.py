@@ -170,6 +170,25 @@ def test_budgets_without_a_bound_say_why(build, asked, why, monkeypatch):
     assert budget.to_json()["bounded"] is None
 
 
+class Cut(Blocks):
+    """No gradient reaches the first block."""
+
+    def forward(self, x):
+        x = (x + self.down[0](torch.relu(self.up[0](x)))).detach()
+        return SequenceClassifierOutput(
+            logits=self.head(x + self.down[1](torch.relu(self.up[1](x))))
+        )
+
+
+def test_sums_of_what_does_not_compare_have_no_bound_in_nats():
+    torch.manual_seed(0)
+    with prepare(Cut().eval(), torch.randn(3, 6), heads=False) as prepared:
+        budget = allocate(prepared, ASKED).budget
+    assert not budget.comparable
+    assert budget.bounded is None
+    assert "what is predicted is no divergence" in budget.unbounded
+
+
 def test_a_run_that_goes_on_tells_the_same_bound_and_believes_no_other(tmp_path):
     torch.manual_seed(0)
     model, x = Blocks().eval(), torch.randn(40, 6)

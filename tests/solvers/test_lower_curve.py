@@ -101,6 +101,15 @@ def test_what_is_not_proved_is_refused(honest):
         refused(replace(curve, bounds=bounds), "bounds must be")
 
 
+@pytest.mark.parametrize("of", [torch.Tensor.to_sparse, lambda b: b.to(torch.complex128)])
+def test_other_tensors_than_dense_ones_of_real_numbers_are_refused(honest, of):
+    curve, _ = honest
+    one = curve.certificates[0]
+    points = replace(curve, certificates=(replace(one, points=of(one.points)),))
+    for forged in (replace(curve, bounds=of(curve.bounds)), points):
+        refused(forged, "must be a dense tensor of real numbers")
+
+
 def test_points_out_of_range_are_refused(honest):
     curve, _ = honest
     first, *others = curve.certificates
