@@ -349,7 +349,11 @@ def _counted(
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    groups = prepared.groups if request.experts is None else prepared.every_group
+    # Experts that all stay are no group here: neurons of each may leave, not of all alike.
+    leaving = {*keep, *(group.name for group in sharing.groups)}
+    groups = [
+        g for g in prepared.every_group if g.kind is not UnitKind.EXPERTS or g.name in leaving
+    ]
     cost = count(kind, prepared.model, groups, prepared.sample)
     dense = cost.dense
     if (

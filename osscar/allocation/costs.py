@@ -235,7 +235,7 @@ def _in_lists(
         for slot in group.slots
         if is_list(slot)
         for index, member in enumerate(model.get_submodule(slot.module).children())
-        for tensor in member.parameters()
+        for tensor in (*member.parameters(), *member.buffers())
     }
 
 

@@ -10,7 +10,7 @@ out is the sum over experts; and with fewer experts it is the sum over these.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,9 @@ _DIFFERENT = (
 )
 
 _SHARED = "{!r} or its router has tensors in common with another mixture"
+_SECOND = (
+    "the block of {!r} has {!r} as well: of one block, the experts of one list can leave, the first"
+)
 _TWICE = "{!r} is called {} times in a pass, each with other tokens"
 
 
@@ -140,7 +143,18 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
         for order, name in enumerate(names)
         if name in found or name in listed or is_named(name)
     ]
-    return _unshared(model, [one for one in mixtures if one is not None])
+    return _unshared(model, _one_a_block(model, [one for one in mixtures if one is not None]))
+
+
+def _one_a_block(model: nn.Module, mixtures: Iterable[ExpertMixture]) -> list[ExpertMixture]:
+    """Freeze the lists of a block but for the first: its code cannot be called as two mixtures."""
+    first: dict[str, str] = {}
+    return [
+        one
+        if one.listed is None or first.setdefault(one.router, one.experts) == one.experts
+        else _frozen(model, one.experts, _SECOND.format(one.experts, first[one.router]))
+        for one in mixtures
+    ]
 
 
 def _is_list(model: nn.Module, name: str) -> bool:

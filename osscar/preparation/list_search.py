@@ -202,8 +202,8 @@ def _routed(one: ListInBlock, block: nn.Module, call: Call) -> ExpertList:
     top_k = seen[0].experts.shape[1]
     if top_k == one.count:
         raise NoMixture(
-            f"every token is sent to all {one.count} experts of {one.experts!r}, so that none can "
-            "leave"
+            f"every token is sent to all {one.count} experts of {one.experts!r}, or more is done "
+            "with what they put out than to add it up, so that none can leave"
         )
     try:
         rule, bias = rule_of(seen, [copy.get_submodule(one.relative(one.gate)), copy])

@@ -60,9 +60,10 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
     none = len(skipped) == len(reached)
     if none or (skipped and request.strict):
         reasons = listed([f"{one.name!r}: {one.reason}" for one in skipped], 8, "; ")
+        missing = "all are left out (--skip)" if prepared.mixtures else "this model has none"
         raise RequestError(
             f"experts of {'no mixture' if none else pluralize(len(skipped), 'mixture')} can leave"
-            f"{': ' if none else ' not: '}{reasons or 'this model has none'}"
+            f"{': ' if none else ' not: '}{reasons or missing}"
         )
     if skipped:
         names = listed([repr(one.name) for one in skipped], 8)

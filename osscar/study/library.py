@@ -159,8 +159,17 @@ class Library:
         return [n for n in names if not patterns or any(fnmatchcase(n, p) for p in patterns)]
 
     def problem(self, name: str) -> SubsetProblem:
-        """Return an instance as a problem, its source made where it does not lie here yet."""
-        (name,) = self.matching([name])
+        """Return an instance as a problem, its source made where it does not lie here yet.
+
+        Raises
+        ------
+        OptionError
+            If there is none of this name.
+        """
+        if name not in self.instances:
+            raise OptionError(
+                f"there is no instance {name!r}; `osscar instances list` has them all"
+            )
         one = self.instances[name]
         return posed(self.file(one.source), name, one.keep, one.damp)
 

@@ -33,6 +33,7 @@ from tests.osscar.expert_lists import (
     SoftmaxThenTopK,
     Sorted,
     TopKThenSoftmax,
+    experts,
     net,
 )
 from tests.osscar.families import tokens
@@ -367,6 +368,39 @@ def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
     assert all("no module called once" in one.group.frozen[0].reason for one in found)
     found = mixtures(Net(block, block).eval(), x)
     assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
+
+
+class TwoLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, COUNT, bias=False), experts()
+        self.router, self.ffns = nn.Linear(WIDTH, COUNT, bias=False), experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for gate, members in ((self.gate, self.experts), (self.router, self.ffns)):
+            logits = gate(x)
+            best, chosen = logits.topk(2)
+            scores = torch.zeros_like(logits).scatter(-1, chosen, best.softmax(-1))
+            for number, expert in enumerate(members):
+                y = y + scores[..., number, None] * expert(x)
+        return y
+
+
+def test_of_two_lists_in_a_block_the_first_loses_experts(x):
+    torch.manual_seed(0)
+    model = Net(TwoLists()).eval()
+    first, second = mixtures(model, x)
+    assert not first.group.frozen
+    assert "has 'blocks.0.experts' as well" in second.group.frozen[0].reason
+    with pytest.warns(UserWarning, match=r"experts stay whole in 'blocks.0.ffns.experts'"):
+        result = osscar.prune(model, x, experts=4)
+    assert [layer.name for layer in result.layers] == ["blocks.0.experts"]
+
+
+def test_patterns_that_leave_out_every_mixture_are_named(x):
+    with pytest.raises(RequestError, match="all are left out"):
+        osscar.prune(net(SoftmaxThenTopK), x, experts=4, skip=["*experts"])
 
 
 @pytest.mark.parametrize("what", ["list", "member", "weight"])

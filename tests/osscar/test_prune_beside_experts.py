@@ -32,7 +32,7 @@ from osscar.shrinking.shrink import shrink
 from osscar.walk.targets import Target
 from solvers import BackendError
 from solvers.heuristics.greedy import Greedy
-from tests.osscar.expert_lists import COUNT, WIDTH, Called, Masked, SoftmaxThenTopK
+from tests.osscar.expert_lists import COUNT, WIDTH, Called, Expert, Masked, SoftmaxThenTopK, net
 from tests.osscar.families import tokens
 from tests.osscar.mixtures import mixture
 from tests.osscar.test_costs import best_at_each_cost, check_bound, every_choice
@@ -324,3 +324,30 @@ def test_lists_of_experts_share_a_budget_that_counts_them(kind):
     assert result.equivalence_error < 1e-10
     inner = [group for group in result.skipped if "experts." in group.name]
     assert len(inner) == (COUNT if kind is Masked else 0)  # the others cannot be traced
+
+
+def test_a_budget_counts_each_expert_of_a_list_that_is_left_out():
+    """Neurons of its experts leave, of each as many as it can spare."""
+    model, x = net(Masked, Masked), torch.randn(60, 3, WIDTH)
+    asked = {"experts": 4, "params": 0.6, "skip": ["blocks.0.experts"], "device": "cpu"}
+    result = osscar.prune(model, x, **asked)
+    inner = {layer.kept for layer in result.layers if layer.name.startswith("blocks.0.experts.")}
+    assert len(inner) > 1
+    assert result.parameters_after == result.budget.reached <= 0.6 * result.parameters_before
+
+
+class Scaled(Expert):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+
+def test_bytes_of_experts_have_their_buffers():
+    torch.manual_seed(0)
+    block = SoftmaxThenTopK()
+    block.experts = nn.ModuleList(Scaled() for _ in range(COUNT))
+    with prepare(Scorer(block).eval(), torch.randn(4, 2, WIDTH)) as prepared:
+        (group,) = (one.group for one in prepared.mixtures)
+        cost = count(Cost.BYTES, prepared.model, prepared.every_group, prepared.sample)
+    own = sum(tensor.numel() for tensor in Scaled().state_dict().values()) + WIDTH  # of the router
+    assert cost.of({}) - cost.of({group.name: COUNT - 1}) == 4 * own
