@@ -24,8 +24,9 @@ from osscar.base.signals import uninterrupted
 
 T = TypeVar("T")
 
-_PARTIAL_FILE = re.compile(rf".+\.\d+{re.escape(PARTIAL)}")
-"""What `atomic_write` and the solvers call a file that is being written; it has the process."""
+_PARTIAL_FILE = re.compile(rf".+\.\d+{re.escape(PARTIAL)}|\.tmp[A-Za-z0-9]{{6}}")
+"""What `atomic_write` and the solvers call a file that is being written; it has the process.  Or
+what safetensors 0.8 does, before it gives it that name."""
 
 
 class _Manifest(Protocol):
@@ -216,7 +217,7 @@ class Journal(Generic[M]):
         self._known = False
 
     def _remove_partial(self) -> None:
-        for path in self.directory.rglob(f"*{PARTIAL}"):
+        for path in self.directory.rglob("*"):
             if _PARTIAL_FILE.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 

@@ -60,7 +60,7 @@ def prune_groups(
     request: PruningRequest,
     records: Sequence[LayerRecord],
     log: RunLog | None,
-    before: Committed,
+    before: Committed = Committed(),
 ) -> Committed:
     """Solve and refit each group where the walk stops; the model keeps its shape.
 

@@ -243,7 +243,7 @@ def _walked(
 ) -> Committed:
     """Let experts leave, and then all else, on the stream of the model without these experts."""
     if request.experts is None:
-        return prune_groups(prepared, keep, request, records, log, Committed())
+        return prune_groups(prepared, keep, request, records, log)
     mixtures = {one.group.name: one for one in prepared.mixtures}
     experts = {name: kept for name, kept in keep.items() if name in mixtures}
     others = {name: kept for name, kept in keep.items() if name not in mixtures}

@@ -87,6 +87,7 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
     for place, partial in ((journal.directory / "done", "x.txt"), (tmp_path / "new", "thing.json")):
         place.mkdir(exist_ok=True)
         (place / f".{partial}.4711.partial").write_text("half")
+        (place / ".tmpjpcEv5").write_text("half")  # as safetensors calls it
         (place / "mine.partial").write_text("mine")
     with pytest.raises(JournalError, match=r"holds 'mine\.partial' and no thing"):
         Things(tmp_path / "new").held().__enter__()
@@ -96,7 +97,7 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
         with Things(place).held():
             pass
     assert "done/mine.partial" in names(journal.directory)
-    assert not [name for name in names(tmp_path) if name.endswith("4711.partial")]
+    assert not [name for name in names(tmp_path) if name.endswith(("4711.partial", "jpcEv5"))]
     assert not (tmp_path / "new").exists()
 
 
