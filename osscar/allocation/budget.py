@@ -147,7 +147,7 @@ class Budget:
         if self.predicted is None or bound is None:
             return None
         above = self.predicted - bound
-        return above / self.predicted if above > _ROUNDING * self.predicted else 0.0
+        return 0.0 if above <= _ROUNDING * self.predicted else above / self.predicted
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""

@@ -169,6 +169,6 @@ def _alike(known: Preprocessing, processed: Any) -> bool:
     for size in ((300, 420), (64, 48)):
         image = Image.fromarray(drawn.byte().numpy()).resize(size, Image.Resampling.BICUBIC)
         mine, theirs = known.transform()(image), processed(image)
-        if mine.shape != theirs.shape or float((mine - theirs).abs().mean()) > _TOLERANCE:
+        if mine.shape != theirs.shape or not float((mine - theirs).abs().mean()) <= _TOLERANCE:
             return False
     return True

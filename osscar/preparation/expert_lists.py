@@ -241,7 +241,7 @@ def _check_routes(
     expected = (weights[:, :, None] * rows.to(weights)[experts]).sum(1)
     norm = torch.linalg.vector_norm
     allowed = torch.finfo(beside.dtype).eps ** 0.5 * (norm(expected, dim=1) + norm(beside, dim=1))
-    off = (norm(found - expected, dim=1) > allowed) & ~tied(rest.logits)
+    off = ~(norm(found - expected, dim=1) <= allowed) & ~tied(rest.logits)
     if int(off.sum()) > MOST_TIED * len(off):
         raise ModelError(
             f"the code of {one.block or 'the model'!r} sends {int(off.sum())} of {len(off)} tokens "

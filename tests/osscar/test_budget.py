@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import osscar
 from osscar.allocation import knapsack
 from osscar.allocation.allocate import MEASURED, allocate
+from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, logits_of
 from osscar.allocation.curves import curve_samples, elimination_curve, measure_curves
@@ -725,3 +727,12 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
     assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))
     with pytest.raises(NonFiniteError, match="logits are NaN"):
         reference.divergence(Puts(dense * torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "bound", "gap"),
+    [(2.0, 1.5, 0.25), (2.0, 2.0 * (1 - 1e-16), 0.0), (0.0, 0.0, 0.0), (math.nan, 1.0, math.nan)],
+)
+def test_only_what_rounding_parts_from_its_bound_is_the_least(predicted, bound, gap):
+    budget = Budget(Cost.PARAMETERS, 1.0, 1.0, 1.0, predicted=predicted, lower_bound=bound)
+    assert budget.gap == pytest.approx(gap, nan_ok=True)
