@@ -22,9 +22,8 @@ from solvers.certificates.tree_certificate import FREE, REMOVED
 from solvers.linalg.descent import accelerated, project
 from solvers.linalg.rounding import Rounding
 
-_SQUARINGS = 6
 _MARGIN = 1e-7
-"""Exceeds ``n^2 eps``, to which the rounding of the squarings and of the entries of Q amounts."""
+"""Exceeds ``n^2 eps``, to which the rounding of the eigenvalues and of the entries of Q amounts."""
 
 _NEVER = -1e6
 _TOLERANCE = 1e-3
@@ -178,6 +177,7 @@ class BoundBatch:
     """Certified bounds of ``2 a'x - x'Q x`` in b nodes, as `QuadraticBound` has one.
 
     cost: The bounds, with what rounding can have done to them taken off, (b,).
+    most: What they are below however many more steps `point` is moved, (b,).
     slopes, ordered: Reduced costs of the units and the same in order, (b, n); infinite for padding.
     q, point: Diagonal and point of the linearization, (b, n); points are float32 numbers, which is
         how a certificate keeps them.
@@ -185,6 +185,7 @@ class BoundBatch:
     """
 
     cost: Tensor
+    most: Tensor
     slopes: Tensor
     ordered: Tensor
     q: Tensor
@@ -198,11 +199,16 @@ class BoundBatch:
         slopes = bound.slopes[None]
         ordered = slopes.sort(1).values
         growth = torch.ones_like(cost)
-        return cls(cost, slopes, ordered, bound.q[None], bound.point[None], growth)
+        return cls(cost, cost, slopes, ordered, bound.q[None], bound.point[None], growth)
 
     def __getitem__(self, some: Tensor) -> BoundBatch:
         """Return the bounds of some nodes, given by a mask or by their places."""
         return BoundBatch(*(getattr(self, field.name)[some] for field in fields(self)))
+
+    def with_rows(self, some: Tensor, others: BoundBatch) -> BoundBatch:
+        """Return the bounds with those of others in the places where a mask, (b,), is true."""
+        pairs = ((getattr(self, f.name), getattr(others, f.name)) for f in fields(self))
+        return BoundBatch(*(own.index_put((some,), other) for own, other in pairs))
 
     def if_removed(self, terms: TermsBatch) -> Tensor:
         """Return by how much the bound rises if each unit has to go, (b, n); or less."""
@@ -213,12 +219,15 @@ class BoundBatch:
         return self.ordered.gather(1, terms.removals[:, None]) - self.slopes
 
 
-def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> BoundBatch:
+def bound_nodes(
+    terms: TermsBatch, share: Tensor, shape: Tensor, start: Tensor, steps: int
+) -> BoundBatch:
     """Bound the cost of the free units of every node by common multipliers.
 
     terms: Nodes in which at least one unit is free to go and one to stay.
     share, shape: What the multipliers are computed from, (b, n); arbitrary for padding.
-    steps: The most gradient steps in the minimization over the polytope.
+    start: Where the minimization over the polytope starts, (b, n), scaled to its sum; likewise.
+    steps: The most gradient steps in that minimization.
     """
     free, r = terms.free, terms.removals
     share = torch.where(free, share, 1.0).clamp(min=LEAST_SHARE, max=1.0)
@@ -228,7 +237,7 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     # Padding get the largest q, so that they bend no step; their x stays 0, their slope infinite.
     growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
-    start = torch.where(free, share, 0.0)
+    start = torch.where(free, start.clamp(min=LEAST_SHARE), 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
 
     def step(y: Tensor) -> Tensor:
@@ -240,27 +249,24 @@ def bound_nodes(terms: TermsBatch, share: Tensor, shape: Tensor, steps: int) -> 
     Px = q * x - _times(Q, x)
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
-    cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - (x * Px).sum(1)
-    cost -= magnitudes.lost(torch.where(free, q, 0.0), x)
-    return BoundBatch(cost, slopes, ordered, q, x, growth)
+    offset = (x * Px).sum(1) + magnitudes.lost(torch.where(free, q, 0.0), x)
+    cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - offset
+    most = (torch.where(free, slopes, 0.0) * x).sum(1) - offset
+    return BoundBatch(cost, most, slopes, ordered, q, x, growth)
 
 
 def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Return multiples of ``shape o diag(Q)`` that dominate Q by a margin: factors, (b,), and q.
+    """Return the least multiples of ``shape o diag(Q)`` that dominate Q by a margin.
 
-    No eigenvalue of P exceeds the 64th root of the Frobenius norm of P^64, and the largest comes
-    within 3 % of it for n = 32: products are an order of magnitude cheaper than eigenvalues.
+    These are the factors, (b,), and q, (b, n).  Where bounds are close, a factor that is a few per
+    cent too large takes a hundred times as many nodes.
     """
     d = Q.diagonal(dim1=1, dim2=2)
     largest = d.amax(1, keepdim=True)
     d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0)) * shape
-    # P = inv(D) Q inv(D) with D^2 = shape o diag(Q): its largest eigenvalue is the least factor.
     scale = d.rsqrt()
-    power = Q * scale[:, :, None] * scale[:, None, :]
-    for _ in range(_SQUARINGS):
-        power = power @ power
-    eigenvalue = power.square().sum((1, 2)).pow(0.5 / 2**_SQUARINGS).clamp(min=1e-3)
-    growth = eigenvalue * (1 + margin)
+    values = torch.linalg.eigvalsh(Q * scale[:, :, None] * scale[:, None, :])
+    growth = values[:, -1].clamp(min=1e-3) * (1 + margin)
     return growth, d * growth[:, None]
 
 

@@ -40,6 +40,10 @@ _NODE_STEPS = 8
 _LONE_NODE_STEPS = 60
 """Gradient steps in a node that is a batch of its own: its linear algebra costs far more."""
 
+_MORE_STEPS = 60
+_WORTH_MORE = 0.2
+"""Further gradient steps in a node, if they may raise its bound by this share of what it lacks."""
+
 _BRANCH_ON_DIAGONAL = 0.1
 """What a unit's q counts beside the rise of the bound if it stays."""
 
@@ -201,7 +205,13 @@ class _Search(Incumbent):
         """Bound nodes, and divide those that remain."""
         assert self._shape is not None
         share, shape = nodes.share.gather(1, terms.units), self._shape[terms.units]
-        self._divide(nodes, terms, bound_nodes(terms, share, shape, self._steps), share)
+        bound = bound_nodes(terms, share, shape, share, self._steps)
+        lacking = terms.cost_reaching(self.cutoff) - bound.cost
+        more = (lacking > 0) & (bound.most - bound.cost > _WORTH_MORE * lacking)
+        if bool(more.any()):
+            values = share[more], shape[more], bound.point[more]
+            bound = bound.with_rows(more, bound_nodes(terms[more], *values, _MORE_STEPS))
+        self._divide(nodes, terms, bound, share)
 
     def _divide(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch, share: Tensor) -> None:
         """Close the nodes whose bound reaches the cutoff, and divide the others."""

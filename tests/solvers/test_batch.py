@@ -60,10 +60,13 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
     sides = random_sides(seed, n, root.removals, nodes=5)
     terms = TermsBatch.of(root, sides)
     share = torch.rand(terms.units.shape, generator=torch.Generator().manual_seed(seed)).double()
-    bound = bound_nodes(terms, share, torch.full_like(share, 1.25), steps=8)
+    bound = bound_nodes(terms, share, torch.full_like(share, 1.25), share, steps=8)
+    longer = bound_nodes(terms, share, torch.full_like(share, 1.25), bound.point, steps=300)
+    slack = 1e-9 * problem.scale
+    assert bool((longer.cost <= bound.most + slack).all())
+    assert bool((longer.cost > longer.most - 1e-3 * problem.scale).all())
     values = terms.certified(bound.cost)
     rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
-    slack = 1e-9 * problem.scale
     for index, row in enumerate(sides):
         free, choices, found = losses(problem, row)
         spent = terms.constant + float(terms.spent[index])
@@ -101,7 +104,8 @@ def test_units_that_cost_nothing_give_a_finite_bound():
     silent = replace(consumer, G=torch.zeros_like(consumer.G), e=0.0)
     root = RemovalTerms.of(SubsetProblem((silent,), 3))
     terms = TermsBatch.of(root, torch.full((2, 6), FREE, dtype=torch.int8))
-    bound = bound_nodes(terms, torch.full((2, 6), 0.5).double(), torch.ones(2, 6).double(), 8)
+    half, one = torch.full((2, 6), 0.5).double(), torch.ones(2, 6).double()
+    bound = bound_nodes(terms, half, one, half, 8)
     assert bool(torch.isfinite(bound.cost).all())
     assert bool((bound.cost <= 0).all())
 
