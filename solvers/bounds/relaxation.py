@@ -259,7 +259,7 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
     moments, step = Moments.independent(_inner(terms, point)), _FIRST_STEP
     barrier, factor, least_barrier = _BARRIERS
     shape, left = _SHAPES
-    for _ in range(effort.rounds):
+    for done in range(effort.rounds):
         bound = _bound_at(terms, moments, shape, found, point)
         for _ in range(_NEWTON_STEPS):
             bound = improved(bound, barrier, effort.steps)
@@ -269,8 +269,11 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
         response = _response(terms, bound)
         weight = barrier * float((point * (1 - point) * bound.q).mean())
         del bound  # it holds a matrix, as does the response
-        moments, step = _moved(terms, moments, response, shape, weight, step)
-        del response
+        moved, step = _moved(terms, moments, response, shape, weight, step)
+        # Bounds jump from round to round; that of the mean of the last two moments is steadier.
+        last = done == effort.rounds - 1
+        moments = moved.towards(moments, 0.5) if last else moved
+        del response, moved
         barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
     moments = replace(moments, mean=_summing_up(terms, moments.mean))
     bound = _bound_at(terms, moments, 1.0, found, point)
