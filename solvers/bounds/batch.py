@@ -235,7 +235,7 @@ def bound_nodes(
     parts = [c.aggregate(c.multipliers(share, shape)) for c in terms.consumers]
     a, Q, magnitudes = (sum(sums[1:], sums[0]) for sums in zip(*parts, strict=True))
     # Padding get the largest q, so that they bend no step; their x stays 0, their slope infinite.
-    growth, q = _dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
+    growth, q = dominating(Q, shape, max(_MARGIN, terms.rounding.margin(Q.shape[-1])))
     q = torch.where(free, q, q.amax(1, keepdim=True))
     start = torch.where(free, start.clamp(min=LEAST_SHARE), 0.0)
     start = (start * (r / start.sum(1))[:, None]).clamp_(max=1.0)
@@ -255,7 +255,7 @@ def bound_nodes(
     return BoundBatch(cost, most, slopes, ordered, q, x, growth)
 
 
-def _dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def dominating(Q: Tensor, shape: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Return the least multiples of ``shape o diag(Q)`` that dominate Q by a margin.
 
     These are the factors, (b,), and q, (b, n).  Where bounds are close, a factor that is a few per
