@@ -105,7 +105,8 @@ def test_a_node_has_the_least_diagonal_of_its_shape():
     growth, q = dominating(Q, shape, 1e-7)
     assert torch.allclose(q, growth[:, None] * shape * Q.diagonal(dim1=1, dim2=2))
     least = [torch.linalg.eigvalsh(torch.diag_embed(q * part) - Q)[:, 0] for part in (1, 1 - 1e-6)]
-    assert bool((least[0] > 0).all()) and bool((least[1] < 0).all())
+    assert bool((least[0] > 0).all())
+    assert bool((least[1] < 0).all())
 
 
 def test_units_that_cost_nothing_give_a_finite_bound():
