@@ -10,6 +10,7 @@ about just that (``tests/osscar/conftest.py`` lists them), and in tests of anyth
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -109,10 +110,22 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 def once() -> Iterator[None]:
     """Find the structure of each architecture once, while the block runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in (graph.trace, rehearse, could_fail_in_training):
-            name, remembered = function.__name__, _remembered(function)
-            for path, module in [*sys.modules.items()]:
-                inside = path.partition(".")[0] in ("graph", "osscar")
-                if inside and vars(module).get(name) is function:
-                    patch.setattr(module, name, remembered)
+        for module, name in _places(len(sys.modules)):
+            patch.setattr(module, name, _ANSWERED[name])
         yield
+
+
+_ASKED = {f.__name__: f for f in (graph.trace, rehearse, could_fail_in_training)}
+_ANSWERED = {name: _remembered(function) for name, function in _ASKED.items()}
+
+
+@functools.lru_cache(1)
+def _places(_: int) -> list[tuple[ModuleType, str]]:
+    """Return where the functions are named; looked up again as more modules are imported."""
+    ours = [m for path, m in sys.modules.items() if path.partition(".")[0] in ("graph", "osscar")]
+    return [
+        (module, name)
+        for module in ours
+        for name, function in _ASKED.items()
+        if vars(module).get(name) in (function, _ANSWERED[name])
+    ]

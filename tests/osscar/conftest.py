@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from matplotlib.figure import Figure
 
 from osscar.base import progress
 from osscar.cli import main
@@ -28,6 +29,20 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with once():
         yield
+
+
+_OF_PICTURES = frozenset(
+    f"test_{what}"
+    for what in ("cli_gap", "cli_recover", "report", "report_pages", "study", "sweep")
+)
+"""Files about pages and what is drawn on them; elsewhere, what a page embeds is not drawn."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save figures as they are made, without drawing them, which takes as long as to prune."""
+    if request.path.stem not in _OF_PICTURES:
+        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"drawn"))
 
 
 @pytest.fixture(autouse=True)
