@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
 from matplotlib.figure import Figure
@@ -31,18 +33,21 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-_OF_PICTURES = frozenset(
-    f"test_{what}"
-    for what in ("cli_gap", "cli_recover", "report", "report_pages", "study", "sweep")
-)
-"""Files about pages and what is drawn on them; elsewhere, what a page embeds is not drawn."""
+@pytest.fixture
+def drawn() -> None:
+    """Have figures drawn: what uses this looks at them."""
 
 
 @pytest.fixture(autouse=True)
 def nothing_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save figures as they are made, without drawing them, which takes as long as to prune."""
-    if request.path.stem not in _OF_PICTURES:
-        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"drawn"))
+    """Make figures, and draw none where nobody looks: it takes as long as to prune."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: _filled(file))
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+
+
+def _filled(file: Path | IO[bytes]) -> None:
+    (file.write_bytes if isinstance(file, Path) else file.write)(b"a picture")
 
 
 @pytest.fixture(autouse=True)

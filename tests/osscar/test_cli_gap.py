@@ -30,6 +30,7 @@ def file(tmp_path):
     return tmp_path / "nine.npz"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_gap_on_a_model_writes_a_study(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog before night falls. " * 400)
@@ -262,6 +263,7 @@ def named(file, name, units=9):
     return other
 
 
+@pytest.mark.usefixtures("drawn")
 def test_names_are_shown_as_they_are(run, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     name = "[bold]x[/bold] [/oops] :smile: $x$"

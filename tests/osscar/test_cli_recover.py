@@ -441,6 +441,7 @@ def document(**changed):
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.usefixtures("drawn")
 def test_the_page_shows_the_curve_and_fits(tmp_path, width):
     page = tmp_path / "page.html"
     page.write_text(recover_page(document()), encoding="utf-8")

@@ -22,6 +22,8 @@ from osscar.study.directory import Study
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
 
 
