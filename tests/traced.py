@@ -1,8 +1,9 @@
 """The structure of a network, found once for each architecture in a session.
 
 To trace a small network takes longer than to prune it, and what the trace finds depends on neither
-weights nor numbers in inputs.  `once` lets `graph.trace`, and the trial of whether the code around
-groups works without units, answer from memory where the same was asked of the same architecture:
+weights nor numbers in inputs.  `once` lets `graph.trace`, the trial of whether the code around
+groups works without units or in training, and the order in which a pass calls modules, which is learned on tensors
+without numbers, answer from memory where the same was asked of the same architecture:
 the same classes, attributes, shapes and formats.  All tests of ``tests/osscar`` run so but those
 about just that (``tests/osscar/conftest.py`` lists them), and in tests of anything else
 ``with once():`` does it.
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 import graph
 from osscar.shrinking import follow
-from osscar.shrinking.shrink import could_fail_in_training, rehearse
+from osscar.shrinking.shrink import could_fail_in_training, failure_in_training, rehearse
+from osscar.walk.schedule import _called_on_shapes
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -115,7 +117,13 @@ def once() -> Iterator[None]:
         yield
 
 
-_ASKED = {f.__name__: f for f in (graph.trace, rehearse, could_fail_in_training)}
+_ASKED = {
+    function.__name__: function
+    for function in (
+        *(graph.trace, rehearse, could_fail_in_training, failure_in_training),
+        _called_on_shapes,
+    )
+}
 _ANSWERED = {name: _remembered(function) for name, function in _ASKED.items()}
 
 
