@@ -1,12 +1,12 @@
 """The structure of a network, found once for each architecture in a session.
 
 To trace a small network takes longer than to prune it, and what the trace finds depends on neither
-weights nor numbers in inputs.  `once` lets `graph.trace`, the trial of whether the code around
-groups works without units or in training, and the order in which a pass calls modules, which is learned on tensors
-without numbers, answer from memory where the same was asked of the same architecture:
-the same classes, attributes, shapes and formats.  All tests of ``tests/osscar`` run so but those
-about just that (``tests/osscar/conftest.py`` lists them), and in tests of anything else
-``with once():`` does it.
+weights nor numbers in inputs.  `once` lets `graph.trace` answer from memory where the same was
+asked of the same architecture: the same classes, attributes, shapes and formats.  So it does with
+the trial of whether the code around groups works without units, or in training, and with the order
+in which a pass calls modules, which is learned on tensors without numbers.  All tests of
+``tests/osscar`` run so but those about just that (``tests/osscar/conftest.py`` lists them), and in
+tests of anything else ``with once():`` does it.
 """
 
 from __future__ import annotations

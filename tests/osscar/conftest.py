@@ -23,7 +23,7 @@ _OF_STRUCTURE = frozenset(
 """Files about how structure is found, and what can follow: nothing is remembered there."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Find the structure of each architecture once in a session, but in tests of structure."""
     if request.path.stem in _OF_STRUCTURE:

@@ -24,7 +24,7 @@ from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
-IDS = tokens(2, 16, seed=9)
+IDS = tokens(2)
 
 
 def neurons_of(family):

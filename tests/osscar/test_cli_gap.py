@@ -30,7 +30,6 @@ def file(tmp_path):
     return tmp_path / "nine.npz"
 
 
-@pytest.mark.usefixtures("drawn")
 def test_gap_on_a_model_writes_a_study(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog before night falls. " * 400)
