@@ -388,7 +388,7 @@ ON_CARDS = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width, card):
     generator = torch.Generator().manual_seed(0)
