@@ -600,6 +600,7 @@ def recovered_sweep():
     return {**document, "points": [dense, *points, *others], "recover": {"steps": 16}}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_page_shows_each_method_in_one_shot_and_recovered(monkeypatch):
     document = recovered_sweep()
     columns = {
