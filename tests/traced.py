@@ -1,15 +1,17 @@
 """The structure of a network, found once for each architecture in a session.
 
 To trace a small network takes longer than to prune it, and what the trace finds depends on neither
-weights nor numbers in inputs.  `once` lets `graph.trace`, and the trial of whether the code around
-groups works without units, answer from memory where the same was asked of the same architecture:
-the same classes, attributes, shapes and formats.  All tests of ``tests/osscar`` run so but those
-about just that (``tests/osscar/conftest.py`` lists them), and in tests of anything else
-``with once():`` does it.
+weights nor numbers in inputs.  `once` lets `graph.trace` answer from memory where the same was
+asked of the same architecture: the same classes, attributes, shapes and formats.  So it does with
+the trial of whether the code around groups works without units, or in training, and with the order
+in which a pass calls modules, which is learned on tensors without numbers.  All tests of
+``tests/osscar`` run so but those about just that (``tests/osscar/conftest.py`` lists them), and in
+tests of anything else ``with once():`` does it.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 
 import graph
 from osscar.shrinking import follow
-from osscar.shrinking.shrink import could_fail_in_training, rehearse
+from osscar.shrinking.shrink import could_fail_in_training, failure_in_training, rehearse
+from osscar.walk.schedule import _called_on_shapes
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -109,10 +112,28 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 def once() -> Iterator[None]:
     """Find the structure of each architecture once, while the block runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in (graph.trace, rehearse, could_fail_in_training):
-            name, remembered = function.__name__, _remembered(function)
-            for path, module in [*sys.modules.items()]:
-                inside = path.partition(".")[0] in ("graph", "osscar")
-                if inside and vars(module).get(name) is function:
-                    patch.setattr(module, name, remembered)
+        for module, name in _places(len(sys.modules)):
+            patch.setattr(module, name, _ANSWERED[name])
         yield
+
+
+_ASKED = {
+    function.__name__: function
+    for function in (
+        *(graph.trace, rehearse, could_fail_in_training, failure_in_training),
+        _called_on_shapes,
+    )
+}
+_ANSWERED = {name: _remembered(function) for name, function in _ASKED.items()}
+
+
+@functools.lru_cache(1)
+def _places(_: int) -> list[tuple[ModuleType, str]]:
+    """Return where the functions are named; looked up again as more modules are imported."""
+    ours = [m for path, m in sys.modules.items() if path.partition(".")[0] in ("graph", "osscar")]
+    return [
+        (module, name)
+        for module in ours
+        for name, function in _ASKED.items()
+        if vars(module).get(name) in (function, _ANSWERED[name])
+    ]

@@ -20,7 +20,7 @@ _LONG = ("densenet121", "inception_v3", "maxvit_t", "swin_t", "swin_v2_t", "vgg1
 """The other families; ``benchmarks/coverage`` measures all models."""
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", [*_QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in _LONG)]
 )

@@ -114,7 +114,7 @@ def _save(name: str, directory: Path) -> Saved:
     return Saved(coverage, written.stock, written.with_code, proof_outputs(model, inputs))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_shrunk_proved_saved_and_reloaded(
     family: str, saved: dict[str, Saved | Exception]

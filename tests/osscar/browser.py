@@ -15,11 +15,11 @@ BROWSER = next(
 
 PHONE, DESK = 390, 1400
 
-_HARNESS = """<body><iframe id="page" style="width:{width}px;height:900px" src="{name}"></iframe>
-<pre id="seen"></pre><script>
-document.getElementById("page").onload = event => {{
-  const page = event.target.contentDocument, root = page.documentElement
-  document.getElementById("seen").textContent = JSON.stringify({{
+_HARNESS = """<body>{windows}<pre id="seen"></pre><script>
+const windows = [...document.getElementsByTagName("iframe")]
+function seen(window) {{
+  const page = window.contentDocument, root = page.documentElement
+  return {{
     title: page.title,
     text: page.body.innerText,
     overflow: root.scrollWidth - root.clientWidth,
@@ -29,17 +29,26 @@ document.getElementById("page").onload = event => {{
     scripts: page.scripts.length,
     fetched: [...page.querySelectorAll("[src], [href]")].map(e => e.src || e.href)
       .filter(u => !u.startsWith("data:")),
-  }})
+  }}
 }}
+onload = () => document.getElementById("seen").textContent = JSON.stringify(windows.map(seen))
 </script></body>"""
+_WINDOW = '<iframe style="width:{}px;height:900px" src="{}"></iframe>'
 
 
 def seen(page, width):
     """What a browser shows of a page (a file) in a window of so many pixels."""
+    (shown,) = seen_at(page, width)
+    return shown
+
+
+def seen_at(page, *widths):
+    """The same in several windows of one browser, which takes longer to start than to show."""
     if BROWSER is None:
         pytest.skip("needs chromium")
-    harness = page.with_name(f"{page.stem}-{width}.harness.html")
-    harness.write_text(_HARNESS.format(width=width, name=page.name))
+    harness = page.with_name(f"{page.stem}.harness.html")
+    windows = "".join(_WINDOW.format(width, page.name) for width in widths)
+    harness.write_text(_HARNESS.format(windows=windows))
     ran = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),

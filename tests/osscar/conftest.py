@@ -3,8 +3,11 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
+from matplotlib.figure import Figure
 
 from osscar.base import progress
 from osscar.cli import main
@@ -20,7 +23,7 @@ _OF_STRUCTURE = frozenset(
 """Files about how structure is found, and what can follow: nothing is remembered there."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Find the structure of each architecture once in a session, but in tests of structure."""
     if request.path.stem in _OF_STRUCTURE:
@@ -28,6 +31,23 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with once():
         yield
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Have figures drawn: what uses this looks at them."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make figures, and draw none where nobody looks: it takes as long as to prune."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: _filled(file))
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+
+
+def _filled(file: Path | IO[bytes]) -> None:
+    (file.write_bytes if isinstance(file, Path) else file.write)(b"a picture")
 
 
 @pytest.fixture(autouse=True)

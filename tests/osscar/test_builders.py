@@ -47,7 +47,7 @@ def test_a_model_of_torchvision_is_built_again_by_name(
     assert osscar.load(tmp_path / "small").conv1.out_channels == 16
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -80,7 +80,7 @@ def test_stock_checkpoints_load_in_a_process_that_never_imports_this_project(tmp
         torch.testing.assert_close(read, logits(model, IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("family", "keep"), PLANNED)
 def test_what_no_stock_config_can_express_is_saved_and_read(family, keep, tmp_path):
     model = pruned(family, **keep)
@@ -117,7 +117,7 @@ def test_weights_can_be_saved_in_half_precision(tmp_path):
     assert model.dtype == torch.float32
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("max_memory", [None, "2GB"])
 def test_models_stored_in_half_precision_that_look_closely_can_be_saved(

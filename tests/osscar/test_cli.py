@@ -48,6 +48,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("osscar.data.text.builtin_text", lambda part: builtin_text(part)[:3000])
     monkeypatch.setattr("osscar.cli.demo._SAMPLES", 2)
+    monkeypatch.setattr("osscar.cli.demo._SEQLEN", 128)
     # Nothing falls where it was not asked to, and a demo that fails leaves nothing at all.
     assert run("demo", "--backend", "no such backend")[0] == 2
     assert list(temporary.iterdir()) == []
@@ -69,7 +70,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     # Of a model that does well nobody hears what refits could have done.
     assert not any(word in out + err for word in ("unrefitted", "growth", "held out,", "grew"))
     assert {tuple(layer["unrefitted"]) for layer in document["layers"]} == {()}
-    assert all(1 < layer["growth"] < 50 and layer["held"] == 1024 for layer in document["layers"])
+    assert all(1 < layer["growth"] < 50 and layer["held"] == 512 for layer in document["layers"])
     dense, pruned = document["evaluation"]["dense"], document["evaluation"]["model"]
     assert pruned["footprint"]["parameters"] < dense["footprint"]["parameters"]
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
@@ -640,13 +641,13 @@ def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monke
         lambda *_: os.kill(os.getpid(), signal.SIGTERM),
     )
     before = signal.getsignal(signal.SIGTERM)
-    status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))
+    status, _, _ = run(*small_prune(text, tmp_path / "out", "--neurons", 0.5))
     assert status == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     # What was solved is kept, in plain sight, and nothing else.
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "out.run"}
     monkeypatch.undo()
-    status, _, _ = run(*small_prune(text, tmp_path / "out", "--sparsity", 0.5))
+    status, _, _ = run(*small_prune(text, tmp_path / "out", "--neurons", 0.5))
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "out"}
 

@@ -262,6 +262,7 @@ def named(file, name, units=9):
     return other
 
 
+@pytest.mark.usefixtures("drawn")
 def test_names_are_shown_as_they_are(run, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     name = "[bold]x[/bold] [/oops] :smile: $x$"

@@ -21,7 +21,7 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
 from tests.docs.json_schema import missing, undescribed
-from tests.osscar.browser import DESK, PHONE, seen
+from tests.osscar.browser import DESK, PHONE, seen_at
 from tests.osscar.families import framing_tokenizer
 from tests.osscar.interrupted_cases import pruning, tiny_model
 from tests.osscar.networks import images
@@ -183,30 +183,36 @@ BAD = [
 ]
 
 
-@pytest.fixture
-def others(small, tiny):
-    """What somebody could take for the dense model, or for text."""
+@pytest.fixture(scope="module")
+def crowded(pruned, tiny, tmp_path_factory):
+    """A directory with what somebody could take for the dense model, or for text."""
+    place = tmp_path_factory.mktemp("crowded")
+    shutil.copytree(pruned, place / "small")
+    (place / "text.txt").write_text(TEXT)
+    (place / "short.txt").write_text("too short")
     loaded = osscar.load_model(tiny, device="cpu")
     torch.manual_seed(1)
-    type(loaded.model)(loaded.model.config).save_pretrained("untrained")
-    loaded.tokenizer.save_pretrained("untrained")
-    shutil.copytree(tiny, "unpruned")
-    shutil.copytree(tiny, "framed")
+    type(loaded.model)(loaded.model.config).save_pretrained(place / "untrained")
+    loaded.tokenizer.save_pretrained(place / "untrained")
+    for name in ("unpruned", "framed"):
+        shutil.copytree(tiny, place / name)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        Path("framed", file).unlink()
-    framing_tokenizer().save_pretrained("framed")
-    Path("short.txt").write_text("too short")
+        (place / "framed" / file).unlink()
+    framing_tokenizer().save_pretrained(place / "framed")
+    return place
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-@pytest.mark.usefixtures("others")
-def test_bad_input_is_one_line_and_writes_nothing(run, small, tiny, arguments, message):
-    before = contents(small.parent)
+def test_bad_input_is_one_line_and_writes_nothing(
+    run, crowded, tiny, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(crowded)
+    before = contents(crowded)
     status, _, err = run("recover", "--dense", tiny, *TRAINING, *arguments)
     assert status == 2
     assert err.startswith("error: ")
     assert message in " ".join(err.split())
-    assert contents(small.parent) == before
+    assert contents(crowded) == before
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": NaN}'])
@@ -440,24 +446,25 @@ def document(**changed):
     }
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_the_page_shows_the_curve_and_fits(tmp_path, width):
+@pytest.mark.usefixtures("drawn")
+def test_the_page_shows_the_curve_and_fits(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(recover_page(document()), encoding="utf-8")
-    shown = seen(page, width)
-    assert shown["overflow"] <= 0
-    assert not shown["scripts"]
-    assert not shown["fetched"]
-    assert [name for name, *_ in shown["pictures"]] == ["recovery"]
-    text = shown["text"].replace("\u200b", "")
-    for expected in (
-        *("small, recovered", "9,876 parameters", "not finite", "<b>text</b>.txt"),
-        "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
-        "1,234 weights (pruned) on 9 samples, at a learning rate of 0.0005, found by trying a few",
-        "at step 4, since the model's outputs were not finite there",
-        *("recovery data: fingerprints\n2", "recovery: steps\n16"),
-    ):
-        assert expected in text
+    for shown in seen_at(page, PHONE, DESK):
+        assert shown["overflow"] <= 0
+        assert not shown["scripts"]
+        assert not shown["fetched"]
+        assert [name for name, *_ in shown["pictures"]] == ["recovery"]
+        text = shown["text"].replace("\u200b", "")
+        for expected in (
+            *("small, recovered", "9,876 parameters", "not finite", "<b>text</b>.txt"),
+            "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
+            "1,234 weights (pruned) on 9 samples",
+            "at a learning rate of 0.0005, found by trying a few",
+            "at step 4, since the model's outputs were not finite there",
+            *("recovery data: fingerprints\n2", "recovery: steps\n16"),
+        ):
+            assert expected in text
 
 
 def test_what_a_recovery_came_to_is_told_as_it_was():

@@ -89,7 +89,7 @@ def test_a_tensor_that_is_made_on_the_host_is_seen(card):
 # ---- a run -------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("family", "asked"),
     [
@@ -101,7 +101,7 @@ def test_a_tensor_that_is_made_on_the_host_is_seen(card):
     ids=str,
 )
 def test_a_language_model_is_pruned_where_it_is(family, asked, card):
-    model, data = tiny(family), tokens()
+    model, data = tiny(family, layers=1), tokens(5)
     request = PruningRequest(**asked, batch_size=3)
     plain = prune_as_asked(copy.deepcopy(model), data, request)
     with card.watched():
@@ -110,7 +110,7 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
     assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "asked",
     [
@@ -142,7 +142,7 @@ def as_slow_as_it_is_large(model, modules, batch):
 
 def test_an_estimate_is_made_where_the_model_is(card):
     with card.watched():
-        osscar.estimate(on(card, tiny("qwen2")), tokens(), sparsity=0.4)
+        osscar.estimate(on(card, tiny("qwen2", layers=1)), tokens(5), sparsity=0.4)
         osscar.estimate(on(card, small_net()), images(12), channels=0.5)
 
 
@@ -388,7 +388,7 @@ ON_CARDS = [
 ]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width, card):
     generator = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ from osscar.request import PruningRequest
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
 from tests.osscar.families import tokens
+from tests.osscar.interrupted_cases import tiny_model
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_experts import mixture
 from tests.osscar.test_feasibility import Transformer
@@ -52,6 +53,12 @@ class Twice(nn.Module):
 @pytest.fixture(scope="module")
 def demo():
     return osscar.load_model("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """A model like the demo, of fewer and smaller layers."""
+    return osscar.load_model(tiny_model(tmp_path_factory.mktemp("tiny")), device="cpu")
 
 
 def windows(demo, samples, seqlen=32):
@@ -83,9 +90,9 @@ def by_stage(estimate):
     [(Twice, torch.randn(9, 6)), (small_net, images(6)), (lambda: None, None)],
     ids=["a layer called twice", "a network with residual channels", "the demo"],
 )
-def test_the_walk_ends_its_passes_where_it_says(model, data, target, demo, monkeypatch):
-    network = demo.model if data is None else model()
-    given = windows(demo, 4) if data is None else data
+def test_the_walk_ends_its_passes_where_it_says(model, data, target, smaller, monkeypatch):
+    network = smaller.model if data is None else model()
+    given = windows(smaller, 4) if data is None else data
     seen = []
     measure = Walk._measure
 
@@ -136,17 +143,19 @@ def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, prep
     assert gone[0] == pytest.approx(gone[1], rel=0.5)
 
 
-def test_a_speedup_is_expected_before_anything_is_timed(demo, monkeypatch):
+def test_a_speedup_is_expected_before_anything_is_timed(smaller, monkeypatch):
     monkeypatch.setattr("osscar.allocation.allocate.latency_table", None)
-    found = estimate_as_asked(demo.model, windows(demo, 4), PruningRequest(speedup=1.3), ticking())
+    found = estimate_as_asked(
+        smaller.model, windows(smaller, 4), PruningRequest(speedup=1.3), ticking()
+    )
     allocation = found.stages[Stage.ALLOCATION]
     assert allocation.low < allocation.seconds < allocation.high
 
 
-def test_more_samples_take_longer_and_more_memory(demo):
+def test_more_samples_take_longer_and_more_memory(smaller):
     request = PruningRequest(sparsity=0.3, batch_size=1)
     few, many = (
-        estimate_as_asked(demo.model, windows(demo, samples, 64), request, ticking())
+        estimate_as_asked(smaller.model, windows(smaller, samples, 64), request, ticking())
         for samples in (8, 128)
     )
     for stage in (Stage.WALK, Stage.GRAM):
@@ -237,12 +246,12 @@ def test_stages_within_others_are_counted_once():
 
 
 @pytest.mark.parametrize("asked", [{"neurons": 0.5}, {"sparsity": 0.3}, {"channels": 0.5}], ids=str)
-def test_model_and_random_numbers_are_as_before(asked, demo):
+def test_model_and_random_numbers_are_as_before(asked, smaller):
     text = "channels" not in asked
-    before = demo.model if text else small_net()
+    before = smaller.model if text else small_net()
     model = copy.deepcopy(before)
     state = torch.get_rng_state()
-    osscar.estimate(model, windows(demo, 8) if text else images(6), **asked)
+    osscar.estimate(model, windows(smaller, 8) if text else images(6), **asked)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training == before.training
     for (name, tensor), after in zip(
@@ -298,24 +307,24 @@ def test_a_run_needs_a_place(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_run_refuses_is_refused(demo):
-    data = windows(demo, 4)
+def test_what_the_run_refuses_is_refused(smaller):
+    data = windows(smaller, 4)
     with pytest.raises(RequestError, match="nothing to prune"):
-        osscar.estimate(demo.model, data)
+        osscar.estimate(smaller.model, data)
     with pytest.raises(RequestError, match="cannot keep 10,000 units"):
-        osscar.estimate(demo.model, data, neurons=10_000)
+        osscar.estimate(smaller.model, data, neurons=10_000)
     with pytest.raises(RequestError, match="no group of channels"):
-        osscar.estimate(demo.model, data, channels=0.5)
+        osscar.estimate(smaller.model, data, channels=0.5)
     with pytest.raises(RequestError, match="cannot be met"):
-        osscar.estimate(demo.model, data, params=0.001)
+        osscar.estimate(smaller.model, data, params=0.001)
     with pytest.raises(OptionError, match="damp is -1"):
-        osscar.estimate(demo.model, data, neurons=0.5, damp=-1)
+        osscar.estimate(smaller.model, data, neurons=0.5, damp=-1)
     with pytest.raises(TypeError, match="unexpected"):
-        osscar.estimate(demo.model, data, neuron=0.5)
-    with prepare(demo.model, data) as prepared:
+        osscar.estimate(smaller.model, data, neuron=0.5)
+    with prepare(smaller.model, data) as prepared:
         frozen = next(group.name for group in prepared.groups if group.frozen)
     with pytest.raises(RequestError):
-        osscar.estimate(demo.model, data, groups={frozen: 1})
+        osscar.estimate(smaller.model, data, groups={frozen: 1})
 
 
 def test_what_cannot_follow_is_told_and_not_counted():

@@ -259,7 +259,7 @@ def test_the_masked_model_is_that_with_logits_at_minus_infinity(family, tensor):
 # ---- the smaller model -------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_loses_experts_and_is_proved(family):
     model = mixture(family, kernel="eager").double()
@@ -345,7 +345,7 @@ def test_the_loss_of_balance_counts_the_experts_that_stay():
 # ---- saved and read back -----------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fewer_experts_are_saved_and_read_by_transformers(family, tmp_path):
     model = mixture(family)

@@ -146,7 +146,7 @@ def test_the_set_that_is_chosen_loses_least_of_all_by_hand(kind, x):
     assert report.refitted_loss <= report.relative_loss
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", RULES)
 def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, x, tmp_path):
     model = net(kind, kind)

@@ -64,7 +64,7 @@ def by_hand(experts, x, expert):
 # ---- families ----------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_lose_neurons_and_the_model_is_proved_saved_and_loaded(family, tmp_path):
     model, data = mixture(family), tokens(16, 24)

@@ -155,7 +155,7 @@ def test_all_channels_are_pruned_and_the_model_keeps_its_normalization(name: str
     assert type(model.blocks[0].one) is nn.Conv1d
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_a_pruned_model_is_read_again(name: str, tmp_path: Path) -> None:
     model, x = tcn(name), series()

@@ -86,7 +86,7 @@ def test_a_model_is_read_as_transformers_reads_it(family, tmp_path):
             _assert_alike(loaded.model, theirs)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "max_memory"),
     [(family, memory) for memory in (None, "2GB") for family in CONFIGS],

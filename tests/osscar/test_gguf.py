@@ -170,7 +170,7 @@ def with_tokenizer(place: Path, directory: Path, words: Any) -> Path:
     return there
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", GROUPS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_computes_what_transformers_does(

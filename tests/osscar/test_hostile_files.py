@@ -41,7 +41,13 @@ MANY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-FEW = settings(MANY, max_examples=25)
+
+
+@pytest.fixture(params=[12, pytest.param(60, marks=pytest.mark.slow)])
+def examples(request):
+    """How many damaged files are read: a dozen, and more with -m slow."""
+    return settings(MANY, max_examples=request.param)
+
 
 VALUES = st.one_of(
     st.none(),
@@ -110,11 +116,11 @@ def picture(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
-def test_images(kind, tmp_path):
+def test_images(kind, tmp_path, examples):
     pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
     file = tmp_path / f"a.{'jpg' if kind == 'jpeg' else kind}"
 
-    @MANY
+    @examples
     @given(damaged(picture(kind)))
     def check(data):
         file.write_bytes(data)
@@ -125,13 +131,13 @@ def test_images(kind, tmp_path):
     check()
 
 
-def test_archives(tmp_path):
+def test_archives(tmp_path, examples):
     pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
     whole = io.BytesIO()
     np.savez(whole, images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.arange(2))
     file = tmp_path / "a.npz"
 
-    @MANY
+    @examples
     @given(damaged(whole.getvalue()))
     def check(data):
         file.write_bytes(data)
@@ -141,7 +147,7 @@ def test_archives(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-def test_weights(name, tmp_path):
+def test_weights(name, tmp_path, examples):
     state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)}
     file = tmp_path / name
     if name.endswith("pt"):
@@ -150,7 +156,7 @@ def test_weights(name, tmp_path):
         safetensors.torch.save_file(state, file)
     whole = file.read_bytes()
 
-    @MANY
+    @examples
     @given(damaged(whole))
     def check(data):
         file.write_bytes(data)
@@ -187,11 +193,11 @@ def checkpoint(request, tmp_path):
 
 
 @pytest.mark.parametrize("checkpoint", ["opt", "llama-gqa"], indirect=True)
-def test_configs(checkpoint):
+def test_configs(checkpoint, examples):
     file = checkpoint / "config.json"
     whole = json.loads(file.read_text())
 
-    @FEW
+    @examples
     @given(changed(whole))
     def check(data):
         file.write_text(json.dumps(data))
@@ -209,11 +215,11 @@ def test_configs(checkpoint):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizers(checkpoint, name):
+def test_tokenizers(checkpoint, name, examples):
     file = checkpoint / name
     whole = json.loads(file.read_text())
 
-    @FEW
+    @examples
     @given(changed(whole))
     def check(data):
         file.write_text(json.dumps(data))
@@ -268,7 +274,7 @@ def test_what_lies_beside_the_weights(checkpoint):
         (checkpoint / name).unlink()
 
 
-def test_manifests(tmp_path):
+def test_manifests(tmp_path, examples):
     result = osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5, device="cpu")
     path = tmp_path / "small"
     result.save(path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []})
@@ -276,7 +282,7 @@ def test_manifests(tmp_path):
     good = json.loads(manifest.read_text())
     assert kind_of(path) is ModelKind.CODE_DIRECTORY
 
-    @MANY
+    @examples
     @given(changed(good))
     def check_manifest(data):
         manifest.write_text(json.dumps(data))

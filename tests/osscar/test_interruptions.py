@@ -279,7 +279,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts file systems")
 @pytest.mark.parametrize("case", ["plan", "stock", "study_alone"], indirect=True)
 def test_a_small_file_system_is_filled_and_then_made_larger(case, small_disk, tmp_path):

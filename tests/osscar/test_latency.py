@@ -77,7 +77,7 @@ def asked(model, data, **more):
 # ---- aiming ------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
 @pytest.mark.parametrize("wanted", [1.2, 1.5])
 def test_a_speed_up_is_aimed_at_by_timing(clock, wanted, allocation):
@@ -154,7 +154,7 @@ def test_a_sweep_over_speed_ups_has_one_table(clock):
 # ---- the table ---------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("more", [{}, {"heads": "1/2"}, {"round_to": 8}])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
 def test_a_table_is_the_time_of_models_that_were_never_built(clock, family, more):

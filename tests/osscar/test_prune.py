@@ -37,7 +37,7 @@ from tests.osscar.programs import without_units
 CHEAP = {"backend": "magnitude", "device": "cpu"}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_pruned(family):
     model = tiny(family)

@@ -60,7 +60,7 @@ def outputs_of(model, name):
     return seen[0]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_leave_and_what_is_saved_is_read_by_transformers(family, tmp_path):
     model, kept = mixture(family), FAMILIES[family]
@@ -91,7 +91,7 @@ def mixtures_of(model):
         return mixtures_in(model, {"input_ids": tokens()[:2]})
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("family", "target"), [("mixtral", "weights"), ("olmoe", "outputs"), ("deepseek-v3", "weights")]
 )

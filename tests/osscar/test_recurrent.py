@@ -94,7 +94,7 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
         assert far_apart(one.read_outputs(input_gates(module, x), x), found.float()) < 1e-5
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("target", [Target.OUTPUTS, Target.RESIDUAL])
 @pytest.mark.parametrize("name", NETS)
 def test_pruned_and_refitted(name, target, tmp_path):
@@ -119,7 +119,7 @@ def test_pruned_and_refitted(name, target, tmp_path):
     assert_close(again(x), smaller(x))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NETS)
 def test_the_refit_is_least_squares_on_the_gates(name):
     """Against `torch.linalg.lstsq`, with inputs and a constant."""

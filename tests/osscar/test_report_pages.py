@@ -19,7 +19,7 @@ from osscar.report.prune_page import prune_page
 from osscar.report.summary import summarize
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
-from tests.osscar.browser import DESK, PHONE, seen
+from tests.osscar.browser import DESK, PHONE, seen, seen_at
 from tests.osscar.families import tiny, tokens
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -44,9 +44,8 @@ def written(tmp_path, document):
     return page
 
 
-def check_shown(page, width, *, pictures):
+def check_shown(shown, *, pictures):
     """Return the text of a page that fits its window, is drawn whole, and fetches nothing."""
-    shown = seen(page, width)
     assert shown["overflow"] <= 0
     assert len(shown["pictures"]) == pictures
     for name, natural, drawn in shown["pictures"]:
@@ -61,9 +60,17 @@ def check_shown(page, width, *, pictures):
 # ---- of a pruning run --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
-    text = check_shown(written(tmp_path, document), width, pictures=2)
+@pytest.mark.usefixtures("drawn")
+def test_the_page_of_a_run_shows_its_numbers(document, tmp_path):
+    on_phone, on_desk = seen_at(written(tmp_path, document), PHONE, DESK)
+    # A shadow that stays lies under one that moves away where there is more to see.
+    assert on_phone["scrolled"]
+    assert all("local" in one and "scroll" in one for one in on_phone["scrolled"])
+    for shown in (on_phone, on_desk):
+        check_numbers(document, check_shown(shown, pictures=2))
+
+
+def check_numbers(document, text):
     for number in (document["parameters_before"], document["parameters_after"]):
         assert f"{number:,}" in text
     budget, forward = document["budget"], document["forward"]
@@ -81,11 +88,6 @@ def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
     assert text.index("Asked: sparsity 0.6") < text.index("Dense against pruned")
     assert text.index("Layer by layer") < text.index("What was asked")
     assert 'model = osscar.load("smaller")' in text
-    if width == PHONE:
-        # A shadow that stays lies under one that moves away where there is more to see.
-        scrolled = seen(tmp_path / "page.html", width)["scrolled"]
-        assert scrolled
-        assert all("local" in shadows and "scroll" in shadows for shadows in scrolled)
     assert f"likeliest token as in the dense model\t\t{document['agreement']:.1%}" in text
     assert f"exp({document['divergence']:.4f}) = {math.exp(document['divergence']):.4g}" in text
     rows = [line.split("\t") for line in text.splitlines()]
@@ -93,6 +95,7 @@ def test_the_page_of_a_run_shows_its_numbers(document, tmp_path, width):
         assert [name, f"{seconds:.1f}"] in [row[:2] for row in rows]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(pruned):
     _, _, result = pruned
     assert repr(result) == (
@@ -146,6 +149,7 @@ def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
         hook.remove()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_a_document_does_not_hold_is_left_out(document, tmp_path):
     bare = {**document, "budget": None, "divergence": None, "agreement": None, "held_out": 0}
     bare["forward"] = None
@@ -153,36 +157,35 @@ def test_what_a_document_does_not_hold_is_left_out(document, tmp_path):
     unbounded = {"lower_bound": None, "relative_bound": None, "gap": None, "bound_from": None}
     unbounded |= {"recomputed_bound": None, "proved_optimal": False}
     bare["layers"] = [{**layer, **unbounded} for layer in document["layers"]]
-    text = check_shown(written(tmp_path, bare), PHONE, pictures=1)
+    text = check_shown(seen(written(tmp_path, bare), PHONE), pictures=1)
     assert "keep 3/4 of the heads" in text
     assert "nats" not in text
     assert "None" not in text
     assert "certificate" not in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_path):
     budget = {**document["budget"], "predicted": None, "lower_bound": None, "comparable": False}
     budget |= {"curves": {}, "frontier": {"cost": [], "nats": []}}
     budget["widths"] = {
         name: {**width, "predicted": None} for name, width in budget["widths"].items()
     }
-    text = check_shown(written(tmp_path, {**document, "budget": budget}), DESK, pictures=1)
+    text = check_shown(seen(written(tmp_path, {**document, "budget": budget}), DESK), pictures=1)
     assert f"at most {budget['limit']:,.0f} were asked for" in text
     assert "No gradient reaches some groups" in text
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path, width):
+@pytest.mark.usefixtures("drawn")
+def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path):
     line = f"qkv = self.qkv(x).reshape(B, N, 3, {'self.blocks_with_a_long_name.' * 3}num_heads)"
     group = {"name": "blocks.0.attn.heads", "kind": "heads", "units": 4, "reason": line}
-    text = check_shown(
-        written(tmp_path, {**document, "skipped": [group]}), width, pictures=2
-    ).replace("\u200b", "")
-    assert (
-        text.index("Layer by layer") < text.index("Skipped groups") < text.index("What was asked")
-    )
-    assert "4 heads" in text
-    assert line in text
+    for shown in seen_at(written(tmp_path, {**document, "skipped": [group]}), PHONE, DESK):
+        text = check_shown(shown, pictures=2).replace("\u200b", "")
+        begin = text.index("Skipped groups")
+        assert text.index("Layer by layer") < begin < text.index("What was asked")
+        assert "4 heads" in text
+        assert line in text
 
 
 def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
@@ -213,6 +216,7 @@ def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     assert "speedup 2.0" in page
 
 
+@pytest.mark.usefixtures("drawn")
 def test_names_cannot_mark_up_a_page_nor_hide_in_it(document, tmp_path):
     evil = "<script>document.title = 'gone'</script>\x1b[31m\u202e{{ 7 * 7 }}<img src=x>"
     layers = [{**layer, "name": f"{evil}.{i}"} for i, layer in enumerate(document["layers"])]
@@ -230,6 +234,7 @@ def test_names_cannot_mark_up_a_page_nor_hide_in_it(document, tmp_path):
     assert shown["overflow"] <= 0
 
 
+@pytest.mark.usefixtures("drawn")
 def test_an_evaluation_is_shown_beside_the_dense_model(document, tmp_path):
     def measured(perplexity, speed):
         return {
@@ -339,10 +344,9 @@ def study(tmp_path_factory):
     return summary, write_report(study, design, records, summary)
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study, width):
+@pytest.mark.usefixtures("drawn")
+def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
     summary, page = study
-    text = check_shown(page, width, pictures=3)
     assert repr(summary) == f"Summary({summary.answer!r})"
     assert summary.answer in summary.summary()
     assert "best answers" in summary.summary()
@@ -352,15 +356,17 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study, widt
         "2 of 3 problems are solved to proven optimality; in the other the answer is within "
         f"{float(f'{100 * still.gap:.2g}'):g}% of the optimum."
     )
-    assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
-    lines = text.splitlines()
-    (heads,) = (line for line in lines if line.startswith("heads\t50%"))
-    assert heads.split("\t")[2:4] == ["2", "2"]
-    (neurons,) = (line for line in lines if line.startswith("neurons\t50%"))
-    assert neurons.split("\t")[2:6] == ["1", "0", f"{still.gap:.2%}", f"{still.gap:.2%}"]
-    asked = text.index("What was asked")
-    assert asked > text.index("Every solve")
-    assert "a model" in text[asked:]
+    for shown in seen_at(page, PHONE, DESK):
+        text = check_shown(shown, pictures=3)
+        assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
+        lines = text.splitlines()
+        (heads,) = (line for line in lines if line.startswith("heads\t50%"))
+        assert heads.split("\t")[2:4] == ["2", "2"]
+        (neurons,) = (line for line in lines if line.startswith("neurons\t50%"))
+        assert neurons.split("\t")[2:6] == ["1", "0", f"{still.gap:.2%}", f"{still.gap:.2%}"]
+        asked = text.index("What was asked")
+        assert asked > text.index("Every solve")
+        assert "a model" in text[asked:]
 
 
 def test_answers_say_how_many_are_proved():

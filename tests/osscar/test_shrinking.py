@@ -555,7 +555,7 @@ def removable(dependencies: graph.DependencyGraph) -> int:
     return sum(group.units * group.removable for group in dependencies.prunable)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", _TWICE, ids=lambda case: case.name)
 def test_a_shrunk_model_can_be_pruned_again(case) -> None:
     model = case.build()

@@ -123,7 +123,7 @@ def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, dtype, asked):
     assert files(tmp_path / "streamed") == files(tmp_path / "plain")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", [*MIXTURES, *ROUTERS])
 def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(tmp_path, family):
     """Neurons of all experts in the first layer, and an expert wherever one can leave."""
@@ -407,7 +407,7 @@ def test_room_is_made_for_what_is_scored():
     assert cache.left_free == before
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["opt", "llama-gqa"])
 @pytest.mark.parametrize("target", list(Target))
 def test_batches_that_wait_on_disk_bring_the_same(family, target, monkeypatch):

@@ -279,6 +279,7 @@ def small_sweep(out, sparsity, text, *more):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
+@pytest.mark.usefixtures("drawn")
 def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     out = tmp_path / "sweep"
     status, printed, err = run(*small_sweep(out, "0.6", text))
@@ -599,6 +600,7 @@ def recovered_sweep():
     return {**document, "points": [dense, *points, *others], "recover": {"steps": 16}}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_page_shows_each_method_in_one_shot_and_recovered(monkeypatch):
     document = recovered_sweep()
     columns = {

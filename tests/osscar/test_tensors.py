@@ -527,7 +527,7 @@ class AnyNumber(nn.Module):
         return self.net(torch.view_as_real(z).flatten(1) if z.is_complex() else z.float())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e5m2])
 def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
     (tmp_path / "mine.py").write_text(ANY_NUMBER)

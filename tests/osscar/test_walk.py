@@ -260,7 +260,7 @@ def close(found, expected, to):
     torch.testing.assert_close(found, expected, rtol=0, atol=to * scale)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 def test_groups_are_measured_alone_or_through_what_was_committed_before(case):
     """And with targets that are what the dense model puts out."""
     name, model, data = case

@@ -105,17 +105,18 @@ def test_a_recovery_goes_on_in_the_way_that_it_began_whatever_memory_is_free(
     killing, monkeypatch, tmp_path
 ):
     smaller, dense, data = FORMS["tied embeddings"].made()
-    whole = told(recover_as_asked(smaller, dense, data, REQUEST))
+    request = dataclasses.replace(REQUEST, steps=6, learning_rate=1e-3)
+    whole = told(recover_as_asked(smaller, dense, data, request))
     killing(2)
     log = RecoveryLog(tmp_path / "log")
     with pytest.raises(Killed):
-        recover_as_asked(smaller, dense, data, REQUEST, log)
-    other = dataclasses.replace(REQUEST, micro_batch_size=1)
+        recover_as_asked(smaller, dense, data, request, log)
+    other = dataclasses.replace(request, micro_batch_size=1)
     with pytest.raises(JournalError, match="micro-batch-size was None and is 1"):
         recover_as_asked(smaller, dense, data, other, log)
     monkeypatch.undo()
     monkeypatch.setattr(setup, "room", lambda *_: 1)  # in which no way would fit
-    assert told(recover_as_asked(smaller, dense, data, REQUEST, log)) == whole
+    assert told(recover_as_asked(smaller, dense, data, request, log)) == whole
 
 
 @pytest.mark.parametrize(("steps", "words"), [(1, "step is"), (12, "12 steps are")])
