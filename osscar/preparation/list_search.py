@@ -243,20 +243,11 @@ def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
     }
     copy = copied(block, blank).double()
     draw_tensors(copy.get_submodule(one.relative(one.gate)), one.count)
-    for tensor in _of_block(copy, one.count).values():
+    for tensor in tensors_of(copy, one.count, recurse=False).values():
         if tensor.is_floating_point() and tensor.numel() == one.count:
             generator = torch.Generator().manual_seed(1)
             tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     return copy
-
-
-def _of_block(block: nn.Module, count: int) -> dict[str, Tensor]:
-    """Return the tensors of a block itself that have an entry for each expert."""
-    own = {
-        **dict(block.named_parameters(recurse=False)),
-        **dict(block.named_buffers(recurse=False)),
-    }
-    return {name: tensor for name, tensor in own.items() if count in tensor.shape}
 
 
 def _read_weights(
@@ -295,7 +286,8 @@ def _seen(one: ListInBlock, copy: nn.Module, call: Call, place: int) -> SeenRout
         joined(gate, n): t
         for n, t in biases_in(copy.get_submodule(gate), ((), {}), one.count).items()
     }
-    biases |= {n: t for n, t in _of_block(copy, one.count).items() if t.numel() == one.count}
+    own = tensors_of(copy, one.count, recurse=False)
+    biases |= {n: t for n, t in own.items() if t.numel() == one.count}
     return SeenRoutes(logits, experts, weights.gather(1, experts), biases)
 
 
@@ -349,32 +341,49 @@ def stood_in_for(model: nn.Module, blocks: Mapping[str, tuple[str, Any]]) -> Ite
 # ---- what belongs to an expert, and whether it is all ------------------------------------
 
 
+def tensors_of(module: nn.Module, count: int, *, recurse: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a module, or of it alone, that have an entry for each expert."""
+    own = {
+        **dict(module.named_parameters(recurse=recurse)),
+        **dict(module.named_buffers(recurse=recurse)),
+    }
+    return {name: tensor for name, tensor in own.items() if count in tensor.shape}
+
+
+def slots_in(
+    model: nn.Module, name: str, count: int, role: Role, *, recurse: bool = True, order: int = 0
+) -> list[Slot]:
+    """Return where tensors of a module have entries for each of `count` experts.
+
+    Matrices have the role that is given.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, nn.ModuleList):
+        return [Slot(name, 0, role, name, count, order=order)]
+    return [
+        Slot(
+            joined(name, tensor), tuple(t.shape).index(count),
+            Role.PASS_THROUGH if t.numel() == count else role, name, count, order=order,
+        )
+        for tensor, t in tensors_of(module, count, recurse=recurse).items()
+    ]  # fmt: skip
+
+
+def router_slots(model: nn.Module, router: str, count: int, order: int = 0) -> list[Slot]:
+    """Return where a router has entries for each of `count` experts."""
+    slots = slots_in(model, router, count, Role.PRODUCER, order=order)
+    if not any(slot.role is Role.PRODUCER for slot in slots):
+        raise ModelError(
+            f"the router {router!r} has no tensor with a row for each of {count} experts"
+        )
+    return slots
+
+
 def list_slots(model: nn.Module, one: ExpertList, order: int = 0) -> list[Slot]:
     """Return where the experts of a list lie, in a model that may be the block alone."""
-    block = model.get_submodule(one.block)
-    gate = model.get_submodule(one.gate)
-    tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
-    found = [
-        (joined(one.gate, name), one.gate, tensor)
-        for name, tensor in tensors.items()
-        if one.count in tensor.shape
-    ]
-    own = _of_block(block, one.count)
-    found += [(joined(one.block, name), one.block, tensor) for name, tensor in own.items()]
-    slots = [
-        Slot(
-            name, tuple(tensor.shape).index(one.count),
-            Role.PASS_THROUGH if tensor.numel() == one.count else Role.PRODUCER,
-            module, one.count, order=order,
-        )
-        for name, module, tensor in found
-    ]  # fmt: skip
-    if not any(slot.role is Role.PRODUCER and slot.module == one.gate for slot in slots):
-        raise ModelError(
-            f"the router {one.gate!r} has no tensor with a row for each of {one.count} experts"
-        )
-    members = Slot(one.experts, 0, Role.CONSUMER, one.experts, one.count, order=order)
-    return [*slots, members]
+    rows = router_slots(model, one.gate, one.count, order)
+    own = slots_in(model, one.block, one.count, Role.PRODUCER, recurse=False, order=order)
+    return [*rows, *own, *slots_in(model, one.experts, one.count, Role.CONSUMER, order=order)]
 
 
 def check_list(model: nn.Module, one: ExpertList, call: Call, kept: Sequence[int]) -> None:
@@ -393,9 +402,9 @@ def check_list(model: nn.Module, one: ExpertList, call: Call, kept: Sequence[int
     inner = _renamed(one, "")
     slots = list_slots(block, inner)
     _check_sum(inner, block, call, one.experts)
-    _check_masked(inner, block, call, _plan(slots, kept), one.experts)
+    _check_masked(inner, block, call, plan_of(slots, kept), one.experts)
     alone, shell = _SumAlone(block, one.place), _renamed(one, "block")
-    plan = PruningPlan((_plan(list_slots(alone, shell), kept),))
+    plan = PruningPlan((plan_of(list_slots(alone, shell), kept),))
     given = [_as_inputs(block, calls) for calls in (call, _drawn_like(call, one.count))]
     try:
         with finer_precision(alone, given[0]):
@@ -413,7 +422,8 @@ def _renamed(one: ExpertList, block: str) -> ExpertList:
     return replace(one, block=block, experts=experts, gate=gate)
 
 
-def _plan(slots: Sequence[Slot], kept: Sequence[int]) -> GroupPlan:
+def plan_of(slots: Sequence[Slot], kept: Sequence[int]) -> GroupPlan:
+    """Return a plan by which some experts stay."""
     return GroupPlan("experts", UnitKind.EXPERTS, slots[0].units, tuple(kept), tuple(slots))
 
 
