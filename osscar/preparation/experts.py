@@ -303,7 +303,7 @@ def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) 
         _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
         step=one.rule.groups, fewest=one.rule.fewest,
     )  # fmt: skip
-    routing = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
+    routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
     last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))
     return ExpertMixture(group, name, one.router, routing, one, last)
 
