@@ -11,8 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import osscar
+from osscar.allocation.costs import Cost, count
 from osscar.base.errors import ModelError, RequestError
-from osscar.evaluation.size import count_owned
+from osscar.evaluation.size import count_disk_bytes, count_owned
 from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.experts import mixtures_in
 from osscar.preparation.prepare import prepare
@@ -171,6 +172,12 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     result.save(tmp_path / "smaller")
     again = osscar.load(tmp_path / "smaller", dense=model)
     assert torch.equal(again(x), result.model(x))
+    cost = count(Cost.BYTES, model, [one.group for one in mixtures(model, x)], {"x": x[:2]})
+    told, there = (
+        cost.of({one.name: 4 for one in result.layers}),
+        count_disk_bytes(tmp_path / "smaller"),
+    )
+    assert there <= told < there + 300  # digits of numbers and offsets in what the file says
 
 
 def as_list(block: Block) -> nn.Module:
