@@ -29,7 +29,6 @@ from osscar.preparation.expert_lists import ExpertList, NoMixture, joined
 from osscar.preparation.list_search import (
     ListCalls,
     alike,
-    check_list,
     expert_list,
     is_named,
     last_layer,
@@ -40,6 +39,7 @@ from osscar.preparation.list_search import (
     slots_in,
     tensors_of,
     tokens_of,
+    trial_experts,
 )
 from osscar.preparation.routing import Routed
 from osscar.shrinking.follow import is_list
@@ -56,11 +56,14 @@ from osscar.shrinking.routers import (
     router_of,
 )
 from osscar.shrinking.slice import slice_units
-from solvers import RoutingRule
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
     "no router is known that could do without some experts"
+)
+_DICTIONARY = (
+    "the modules of {!r} lie in a torch.nn.ModuleDict, where none can leave: experts leave from a "
+    "torch.nn.ModuleList that the code calls by number, or from stacked matrices; make it one"
 )
 _NO_ROUTER = (
     "no module put out the experts and weights that {!r} is called with: code of the module around "
@@ -77,7 +80,10 @@ _SHARED = "{!r} or its router has tensors in common with another mixture"
 _SECOND = (
     "the block of {!r} has {!r} as well: of one block, the experts of one list can leave, the first"
 )
-_TWICE = "{!r} is called {} times in a pass, each with other tokens"
+_TWICE = (
+    "{!r} is called {} times in a pass, each with other tokens: only one that is called once can "
+    "do without some experts; give each call a block of its own"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +149,7 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
         if name in found
         else _listed(model, name, listed[name], order)
         if name in listed
-        else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
+        else _frozen(model, name, _not_routed(model, name))
         for order, name in enumerate(names)
         if name in found or name in listed or is_named(name)
     ]
@@ -159,6 +165,13 @@ def _one_a_block(model: nn.Module, mixtures: Iterable[ExpertMixture]) -> list[Ex
         else _frozen(model, one.experts, _SECOND.format(one.experts, first[one.router]))
         for one in mixtures
     ]
+
+
+def _not_routed(model: nn.Module, name: str) -> str:
+    """Say why a module that is not called as mixtures are is none."""
+    if isinstance(model.get_submodule(name), nn.ModuleDict):
+        return _DICTIONARY.format(name)
+    return _NOT_ROUTED.format(name, _kind(model, name))
 
 
 def _is_list(model: nn.Module, name: str) -> bool:
@@ -253,7 +266,7 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
         routing = router_of(router, found.call, count)
     except ModelError as error:
         raise ModelError(f"the router {found.router!r} {error}") from error
-    kept = _trial_experts(routing.rule, count)
+    kept = trial_experts(routing.rule, count)
     slots = [
         *router_slots(model, found.router, count, order),
         *_router_arguments(model, found, count, order),
@@ -295,9 +308,7 @@ def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> Expert
 
 def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture:
     one = expert_list(model, name, calls)
-    assert one.rule is not None
     call, _ = calls.block[0]
-    check_list(model, one, call, _trial_experts(one.rule, one.count))
     slots = list_slots(model, one, order)
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
@@ -359,17 +370,6 @@ def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
 
 
 # ---- whether it is all -------------------------------------------------------------------
-
-
-def _trial_experts(rule: RoutingRule, count: int) -> list[int]:
-    """Return experts among which a router can choose: the last ones of each group, about half."""
-    size, fewest = count // rule.groups, rule.fewest // rule.groups
-    if fewest >= size:
-        raise ModelError(
-            f"the router needs {rule.fewest} experts, which are all that there are: none can leave"
-        )
-    stays = max(fewest, size // 2)
-    return [g * size + i for g in range(rule.groups) for i in range(size - stays, size)]
 
 
 def _without(module: nn.Module, role: Role, kept: Sequence[int], count: int) -> None:
