@@ -28,7 +28,7 @@ from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
-from osscar.walk.expert_walk import ExpertStep, ExpertWalk, routed
+from osscar.walk.expert_walk import ExpertStep, ExpertWalk
 from osscar.walk.targets import Target
 
 _COUNTS = 4
@@ -98,7 +98,6 @@ def _curve(step: ExpertStep, compared: Compared, request: PruningRequest) -> Cur
     measured = fewer[np.unique(np.linspace(0, len(fewer) - 1, _COUNTS).round().astype(int))]
     for keep in measured.tolist():
         support = solvers.solve_experts(problem.with_keep(keep), "greedy").support.tolist()
-        kept = {group.name: support}
         with step.tried(support):
             refitted = step.refit()
             damp, refitted.correction_weight = refitted.regularization(
@@ -108,7 +107,7 @@ def _curve(step: ExpertStep, compared: Compared, request: PruningRequest) -> Cur
             fit = refitted.problem(len(units), damp)
             weights, _ = solvers.refit(fit, torch.tensor(units))
             weights = refitted.refits(weights, units).weights
-            with refitted.tried(weights, units), routed(compared.prepared, kept):
+            with refitted.tried(weights, units):
                 nats = compared.divergence({mixture.router, mixture.experts})
         curve = curve.through(keep, nats)
     return curve

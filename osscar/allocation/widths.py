@@ -28,9 +28,23 @@ def asked_groups(
     """Return the groups within reach, what some keep by name or kind, and those with a budget."""
     residual = prepared.residual
     every = prepared.groups if request.experts is None else prepared.every_group
+    _check_experts(prepared, request)
     groups = _reachable(every, request, residual, left)
     shared = [group for group in groups if shares(group, request, residual)]
     return groups, _kept_by_name(groups, request, residual), shared
+
+
+def _check_experts(prepared: Prepared, request: PruningRequest) -> None:
+    """Refuse whole experts of one mixture where it is not said what the others keep."""
+    others = set(request.groups) - {group.name for group in prepared.groups}
+    if not others or request.experts is not None:
+        return
+    for group in prepared.every_group:
+        if group.name in others:
+            raise RequestError(
+                f"{group.name!r} are whole experts, which leave where it is said what all mixtures "
+                "keep: give --experts (experts=), 1.0 for the others to stay whole"
+            )
 
 
 def _reachable(

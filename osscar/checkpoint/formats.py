@@ -143,7 +143,7 @@ def header_bytes(model: nn.Module, form: Form, format_of: _SavedFormat) -> int:
     digits in shapes and offsets: mostly the same, and at most a few bytes a tensor fewer. `model`
     is what is written when it has become smaller: modules, or a program.
     """
-    named = [(n, _shape_of(t, format_of(n[0], t))) for n, t in _tensors_of(model)]
+    named = _shapes_of(model, format_of)
     metadata = {"format": "pt"}
     tensors = {names[0]: tensor for names, tensor in named}
     candidates = [tensors]
@@ -158,6 +158,26 @@ def header_bytes(model: nn.Module, form: Form, format_of: _SavedFormat) -> int:
     files = 1 + 2 * sum(t.numel() * t.itemsize for t in tensors.values()) // _SHARD
     longest = max(len(header_of(some, metadata)[1]) for some in candidates)
     return 8 + longest + _MORE_FILES * (files - 1)
+
+
+def entry_bytes(model: nn.Module, module: str, format_of: _SavedFormat) -> int:
+    """Return how many of `header_bytes` leave with a module at least, in whole steps of 8 bytes."""
+    tensors = {names[0]: tensor for names, tensor in _shapes_of(model, format_of)}
+    candidates = [tensors]
+    if isinstance(model, PreTrainedModel):
+        candidates.append(_as_stock(model, tensors))
+    least = min(
+        len(
+            header_of({n: t for n, t in some.items() if n.startswith(f"{module}.")}, {})[1].rstrip()
+        )
+        for some in candidates
+    )
+    return (least - len(header_of({}, {})[1].rstrip())) // 8 * 8
+
+
+def _shapes_of(model: nn.Module, format_of: _SavedFormat) -> list[tuple[list[str], Tensor]]:
+    """Return each tensor that is written as `_tensors_of` does, without values."""
+    return [(n, _shape_of(t, format_of(n[0], t))) for n, t in _tensors_of(model)]
 
 
 def _tensors_of(model: nn.Module) -> list[tuple[list[str], Tensor]]:

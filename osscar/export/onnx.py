@@ -131,7 +131,8 @@ def export_onnx(
         )
     opened = OpenProgram(found, example_for(found, example_inputs), computable_mixtures)
     weights = target.with_name(f"{target.name}.data")
-    if weights.exists() and not target.exists():
+    own = target.exists() and weights.name.encode() in target.read_bytes()  # it names them
+    if weights.exists() and not own:
         raise OutputError(f"{weights} is there already, where weights might go; give another --out")
     with atomic_pair(target) as partial:
         session: Any = None
@@ -147,6 +148,8 @@ def export_onnx(
         opened.written(write, "ONNX Runtime")
         files = [file.name for file in partial.parent.iterdir()]
     kept = [target.with_name(name) for name in files]
+    if weights not in kept:
+        weights.unlink(missing_ok=True)  # of the file that was replaced
     return ExportedOnnx(
         path=target,
         bytes=sum(file.stat().st_size for file in kept),

@@ -25,21 +25,25 @@ from osscar.network.double import InDouble
 from osscar.network.hooks import hooks
 from osscar.network.model_state import restored
 from osscar.network.modules import count_parameters, forward
-from osscar.preparation.expert_lists import ExpertList, NoMixture
+from osscar.preparation.expert_lists import ExpertList, NoMixture, joined
 from osscar.preparation.list_search import (
     ListCalls,
     alike,
-    check_list,
     expert_list,
     is_named,
     last_layer,
     list_calls,
     list_slots,
+    plan_of,
+    router_slots,
+    slots_in,
+    tensors_of,
     tokens_of,
+    trial_experts,
 )
 from osscar.preparation.routing import Routed
 from osscar.shrinking.follow import is_list
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.plan import PruningPlan
 from osscar.shrinking.routers import (
     TOLERANCE,
     Call,
@@ -52,11 +56,14 @@ from osscar.shrinking.routers import (
     router_of,
 )
 from osscar.shrinking.slice import slice_units
-from solvers import RoutingRule
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
     "no router is known that could do without some experts"
+)
+_DICTIONARY = (
+    "the modules of {!r} lie in a torch.nn.ModuleDict, where none can leave: experts leave from a "
+    "torch.nn.ModuleList that the code calls by number, or from stacked matrices; make it one"
 )
 _NO_ROUTER = (
     "no module put out the experts and weights that {!r} is called with: code of the module around "
@@ -73,7 +80,10 @@ _SHARED = "{!r} or its router has tensors in common with another mixture"
 _SECOND = (
     "the block of {!r} has {!r} as well: of one block, the experts of one list can leave, the first"
 )
-_TWICE = "{!r} is called {} times in a pass, each with other tokens"
+_TWICE = (
+    "{!r} is called {} times in a pass, each with other tokens: only one that is called once can "
+    "do without some experts; give each call a block of its own"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +149,7 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
         if name in found
         else _listed(model, name, listed[name], order)
         if name in listed
-        else _frozen(model, name, _NOT_ROUTED.format(name, _kind(model, name)))
+        else _frozen(model, name, _not_routed(model, name))
         for order, name in enumerate(names)
         if name in found or name in listed or is_named(name)
     ]
@@ -155,6 +165,13 @@ def _one_a_block(model: nn.Module, mixtures: Iterable[ExpertMixture]) -> list[Ex
         else _frozen(model, one.experts, _SECOND.format(one.experts, first[one.router]))
         for one in mixtures
     ]
+
+
+def _not_routed(model: nn.Module, name: str) -> str:
+    """Say why a module that is not called as mixtures are is none."""
+    if isinstance(model.get_submodule(name), nn.ModuleDict):
+        return _DICTIONARY.format(name)
+    return _NOT_ROUTED.format(name, _kind(model, name))
 
 
 def _is_list(model: nn.Module, name: str) -> bool:
@@ -249,16 +266,15 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
         routing = router_of(router, found.call, count)
     except ModelError as error:
         raise ModelError(f"the router {found.router!r} {error}") from error
-    kept = _trial_experts(routing.rule, count)
-    rows, own = _slots(router, count, Role.PRODUCER), _slots(experts, count, Role.CONSUMER)
-    _check_router(found.router, router, found.call, routing, rows, kept, count)
-    _check_sum(name, experts, found, count)
-    _check_experts(name, experts, found, own, count)
+    kept = trial_experts(routing.rule, count)
     slots = [
-        *_within(found.router, rows, order),
+        *router_slots(model, found.router, count, order),
         *_router_arguments(model, found, count, order),
-        *_within(name, own, order),
+        *slots_in(model, name, count, Role.CONSUMER, order=order),
     ]
+    _check_router(found.router, router, found.call, routing, kept, count)
+    _check_sum(name, experts, found, count)
+    _check_experts(name, experts, found, count)
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
         step=routing.rule.groups, fewest=routing.rule.fewest,
@@ -292,15 +308,13 @@ def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> Expert
 
 def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture:
     one = expert_list(model, name, calls)
-    assert one.rule is not None
     call, _ = calls.block[0]
-    check_list(model, one, call, _trial_experts(one.rule, one.count))
     slots = list_slots(model, one, order)
     group = CouplingGroup(
         _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
         step=one.rule.groups, fewest=one.rule.fewest,
     )  # fmt: skip
-    routing = Router(one.rule, Places(0, 1, 2), None if one.bias is None else "argument 1")
+    routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
     last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))
     return ExpertMixture(group, name, one.router, routing, one, last)
 
@@ -335,43 +349,16 @@ def _count(name: str, experts: nn.Module) -> int:
     return counts.pop()
 
 
-def _slots(module: nn.Module, count: int, role: Role) -> list[Slot]:
-    """Return where the tensors of a module have entries for each of `count` experts."""
-    if isinstance(module, nn.ModuleList):
-        return [Slot("", 0, role, "", count)]
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return [
-        Slot(name, tuple(t.shape).index(count), _role(t, count, role), "", count)
-        for name, t in tensors.items()
-        if count in t.shape
-    ]
-
-
-def _role(tensor: Tensor, count: int, role: Role) -> Role:
-    """Return the role of a tensor of a module of which matrices have that given."""
-    return Role.PASS_THROUGH if tensor.numel() == count else role
-
-
-def _within(module: str, slots: Sequence[Slot], order: int) -> Iterator[Slot]:
-    """Yield slots of tensors of a module as those of the model."""
-    for slot in slots:
-        tensor = f"{module}.{slot.tensor}".removesuffix(".")
-        yield replace(slot, tensor=tensor, module=module, order=order)
-
-
 def _router_arguments(model: nn.Module, found: _Found, count: int, order: int) -> Iterator[Slot]:
     """Yield those tensors of the module around with a number for each expert that a router gets."""
     assert found.router is not None
     around = found.experts.rpartition(".")[0]
     leaves = {id(leaf) for leaf in pytree.tree_leaves(found.call)}
-    module = model.get_submodule(around)
-    for name, tensor in (
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ):
-        if id(tensor) in leaves and tensor.numel() == count:
-            dim = tuple(tensor.shape).index(count)
-            yield Slot(f"{around}.{name}", dim, Role.PASS_THROUGH, found.router, count, order=order)
+    own = tensors_of(model.get_submodule(around), count, recurse=False)
+    given = {joined(around, name) for name, tensor in own.items() if id(tensor) in leaves}
+    for slot in slots_in(model, around, count, Role.PRODUCER, recurse=False, order=order):
+        if slot.role is Role.PASS_THROUGH and slot.tensor in given:
+            yield replace(slot, module=found.router)
 
 
 def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
@@ -385,23 +372,9 @@ def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
 # ---- whether it is all -------------------------------------------------------------------
 
 
-def _trial_experts(rule: RoutingRule, count: int) -> list[int]:
-    """Return experts among which a router can choose: the last ones of each group, about half."""
-    size, fewest = count // rule.groups, rule.fewest // rule.groups
-    if fewest >= size:
-        raise ModelError(
-            f"the router needs {rule.fewest} experts, which are all that there are: none can leave"
-        )
-    stays = max(fewest, size // 2)
-    return [g * size + i for g in range(rule.groups) for i in range(size - stays, size)]
-
-
-def _without(module: nn.Module, slots: Sequence[Slot], kept: Sequence[int], count: int) -> None:
-    """Let a module have some of its experts alone, in place."""
-    slice_units(
-        module,
-        PruningPlan((GroupPlan("experts", UnitKind.EXPERTS, count, tuple(kept), tuple(slots)),)),
-    )
+def _without(module: nn.Module, role: Role, kept: Sequence[int], count: int) -> None:
+    """Let a module, the router or the experts, have some of these alone, in place."""
+    slice_units(module, PruningPlan((plan_of(slots_in(module, "", count, role), kept),)))
 
 
 def _check_router(
@@ -409,7 +382,6 @@ def _check_router(
     router: nn.Module,
     call: Call,
     routing: Router,
-    slots: Sequence[Slot],
     kept: Sequence[int],
     count: int,
 ) -> None:
@@ -420,7 +392,7 @@ def _check_router(
     with InDouble():
         y = copy.forward(*args, **kwargs)
         expected = pytree.tree_leaves(routing.among(kept, count, copy, (args, kwargs), y))
-        _without(copy, slots, kept, count)
+        _without(copy, Role.PRODUCER, kept, count)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: _entries(t, kept, count), (args, kwargs)
         )
@@ -452,9 +424,7 @@ def _check_sum(name: str, experts: nn.Module, found: _Found, count: int) -> None
             raise ModelError(_NO_SUM.format(name, type(experts).__name__))
 
 
-def _check_experts(
-    name: str, experts: nn.Module, found: _Found, slots: Sequence[Slot], count: int
-) -> None:
+def _check_experts(name: str, experts: nn.Module, found: _Found, count: int) -> None:
     """Refuse a mixture that does not, with two experts, compute what these did."""
     kept = [*range(count)][-2:] if count > 2 else [1]
     x = found.x
@@ -462,7 +432,7 @@ def _check_experts(
     numbers, ones = numbers.to(x.experts.dtype), torch.ones_like(x.weights[:, :1])
     y = experts.forward(x.hidden, numbers + kept[0], ones)
     with restored(experts):
-        _without(experts, slots, kept, count)
+        _without(experts, Role.CONSUMER, kept, count)
         smaller = experts.forward(x.hidden, numbers, ones)
     if not x.alike(smaller, y):
         raise ModelError(_DIFFERENT.format(name, type(experts).__name__))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 
 from graph.groups import Role, Slot, UnitKind
@@ -47,9 +48,16 @@ from osscar.shrinking.routers import (
     without_experts,
 )
 from osscar.shrinking.shrink import rehearse
+from solvers import RoutingRule
 
 _NOTHING = 1e-10
 """The share of a token's largest weight, in double precision, below which others are none."""
+
+_OTHER_TOKENS = (
+    "the experts of {0!r} are given other tokens than their router {1!r} reads, such as without "
+    "the norm before it, or times their weights: let one module that is called with the tokens of "
+    "the experts route, such as torch.nn.Sequential(norm, gate), and weigh what experts put out"
+)
 
 _TOKENS = 256
 """On how many tokens routes are read, at least."""
@@ -77,8 +85,8 @@ def is_named(name: str) -> bool:
 
 
 def _may_be_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is a list of several that may be experts."""
-    several = isinstance(module, nn.ModuleList) and len(module) > 1
+    """Whether a module is a list, or a dictionary, of several that may be experts."""
+    several = isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1
     return several and (is_named(name) or alike(module))
 
 
@@ -88,7 +96,7 @@ def alike(module: nn.Module) -> bool:
         return False
     forms = {
         (
-            tuple(type(inner) for inner in member.modules()),
+            tuple(type_before_parametrizations(inner) for inner in member.modules()),
             tuple((n, t.shape, t.dtype) for n, t in member.state_dict(keep_vars=True).items()),
         )
         for member in module
@@ -143,7 +151,8 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
     if len(calls.block) != 1:
         raise NoMixture(
             f"{name!r} lies in {block_name or 'the model'!r}, which is called {len(calls.block)} "
-            "times in a pass: only a block that is called once can do without some experts"
+            "times in a pass: only a block that is called once can do without some experts; give "
+            "each call a block of its own"
         )
     if _is_shared(model, experts):
         raise NoMixture(f"other modules have experts of {name!r}, or tensors of them, too")
@@ -157,7 +166,9 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
         if times != 1:
             continue
         try:
-            return _routed(ListInBlock(block_name, name, gate, count, outputs), block, call)
+            one = _routed(ListInBlock(block_name, name, gate, count, outputs), block, call)
+            _check_list(model, one, call)
+            return one
         except ModelError as error:
             if isinstance(reason, NoMixture):  # another one may tell more
                 reason = error
@@ -165,13 +176,10 @@ def expert_list(model: nn.Module, name: str, calls: ListCalls) -> ExpertList:
 
 
 def _is_shared(model: nn.Module, experts: nn.Module) -> bool:
-    """Whether modules of a list, or their parameters, have another place in a model, too."""
-    inside = set(experts.modules())
-    places = [module for _, module in model.named_modules(remove_duplicate=False)]
-    own = {id(parameter) for parameter in experts.parameters()}
-    beside = (p for module in set(places) - inside for p in module.parameters(recurse=False))
-    twice = sum(module in inside for module in places) > len(inside)
-    return twice or any(id(parameter) in own for parameter in beside)
+    """Whether tensors of modules in a list have another place in a model, too."""
+    own = [id(tensor) for tensor in experts.state_dict(keep_vars=True).values()]
+    places = model.state_dict(keep_vars=True).values()
+    return sum(id(tensor) in own for tensor in places) > len(own)
 
 
 def _outputs(name: str, calls: ListCalls) -> int:
@@ -243,20 +251,11 @@ def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
     }
     copy = copied(block, blank).double()
     draw_tensors(copy.get_submodule(one.relative(one.gate)), one.count)
-    for tensor in _of_block(copy, one.count).values():
+    for tensor in tensors_of(copy, one.count, recurse=False).values():
         if tensor.is_floating_point() and tensor.numel() == one.count:
             generator = torch.Generator().manual_seed(1)
             tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     return copy
-
-
-def _of_block(block: nn.Module, count: int) -> dict[str, Tensor]:
-    """Return the tensors of a block itself that have an entry for each expert."""
-    own = {
-        **dict(block.named_parameters(recurse=False)),
-        **dict(block.named_buffers(recurse=False)),
-    }
-    return {name: tensor for name, tensor in own.items() if count in tensor.shape}
 
 
 def _read_weights(
@@ -295,7 +294,8 @@ def _seen(one: ListInBlock, copy: nn.Module, call: Call, place: int) -> SeenRout
         joined(gate, n): t
         for n, t in biases_in(copy.get_submodule(gate), ((), {}), one.count).items()
     }
-    biases |= {n: t for n, t in _of_block(copy, one.count).items() if t.numel() == one.count}
+    own = tensors_of(copy, one.count, recurse=False)
+    biases |= {n: t for n, t in own.items() if t.numel() == one.count}
     return SeenRoutes(logits, experts, weights.gather(1, experts), biases)
 
 
@@ -324,9 +324,15 @@ def untraced_blocks(model: nn.Module, example: Mapping[str, Any]) -> dict[str, t
     blocks = {}
     for name, calls in found.items():
         with suppress(NoMixture):
-            if len(calls.block) == 1 and calls.gates and _outputs(name, calls):
+            if len(set(map(_shapes, calls.block))) == 1 and calls.gates and _outputs(name, calls):
                 blocks[name.rpartition(".")[0]] = name, calls.block[0][1]
     return blocks
+
+
+def _shapes(call: tuple[Call, Any]) -> tuple[torch.Size, ...]:
+    """Return the shapes of the tensors that a call puts out."""
+    leaves = pytree.tree_leaves(call[1])
+    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
 
 
 @contextmanager
@@ -349,53 +355,76 @@ def stood_in_for(model: nn.Module, blocks: Mapping[str, tuple[str, Any]]) -> Ite
 # ---- what belongs to an expert, and whether it is all ------------------------------------
 
 
+def tensors_of(module: nn.Module, count: int, *, recurse: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a module, or of it alone, that have an entry for each expert."""
+    own = {
+        **dict(module.named_parameters(recurse=recurse)),
+        **dict(module.named_buffers(recurse=recurse)),
+    }
+    return {name: tensor for name, tensor in own.items() if count in tensor.shape}
+
+
+def slots_in(
+    model: nn.Module, name: str, count: int, role: Role, *, recurse: bool = True, order: int = 0
+) -> list[Slot]:
+    """Return where tensors of a module have entries for each of `count` experts.
+
+    Matrices have the role that is given.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, nn.ModuleList):
+        return [Slot(name, 0, role, name, count, order=order)]
+    return [
+        Slot(
+            joined(name, tensor), tuple(t.shape).index(count),
+            Role.PASS_THROUGH if t.numel() == count else role, name, count, order=order,
+        )
+        for tensor, t in tensors_of(module, count, recurse=recurse).items()
+    ]  # fmt: skip
+
+
+def router_slots(model: nn.Module, router: str, count: int, order: int = 0) -> list[Slot]:
+    """Return where a router has entries for each of `count` experts."""
+    slots = slots_in(model, router, count, Role.PRODUCER, order=order)
+    if not any(slot.role is Role.PRODUCER for slot in slots):
+        raise ModelError(
+            f"the router {router!r} has no tensor with a row for each of {count} experts"
+        )
+    return slots
+
+
 def list_slots(model: nn.Module, one: ExpertList, order: int = 0) -> list[Slot]:
     """Return where the experts of a list lie, in a model that may be the block alone."""
-    block = model.get_submodule(one.block)
-    gate = model.get_submodule(one.gate)
-    tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
-    found = [
-        (joined(one.gate, name), one.gate, tensor)
-        for name, tensor in tensors.items()
-        if one.count in tensor.shape
-    ]
-    own = _of_block(block, one.count)
-    found += [(joined(one.block, name), one.block, tensor) for name, tensor in own.items()]
-    slots = [
-        Slot(
-            name, tuple(tensor.shape).index(one.count),
-            Role.PASS_THROUGH if tensor.numel() == one.count else Role.PRODUCER,
-            module, one.count, order=order,
-        )
-        for name, module, tensor in found
-    ]  # fmt: skip
-    if not any(slot.role is Role.PRODUCER and slot.module == one.gate for slot in slots):
+    rows = router_slots(model, one.gate, one.count, order)
+    own = slots_in(model, one.block, one.count, Role.PRODUCER, recurse=False, order=order)
+    return [*rows, *own, *slots_in(model, one.experts, one.count, Role.CONSUMER, order=order)]
+
+
+def trial_experts(rule: RoutingRule, count: int) -> list[int]:
+    """Return experts among which a router can choose: the last ones of each group, about half."""
+    size, fewest = count // rule.groups, rule.fewest // rule.groups
+    if fewest >= size:
         raise ModelError(
-            f"the router {one.gate!r} has no tensor with a row for each of {one.count} experts"
+            f"the router needs {rule.fewest} experts, which are all that there are: none can leave"
         )
-    members = Slot(one.experts, 0, Role.CONSUMER, one.experts, one.count, order=order)
-    return [*slots, members]
+    stays = max(fewest, size // 2)
+    return [g * size + i for g in range(rule.groups) for i in range(size - stays, size)]
 
 
-def check_list(model: nn.Module, one: ExpertList, call: Call, kept: Sequence[int]) -> None:
+def _check_list(model: nn.Module, one: ExpertList, call: Call) -> None:
     """Refuse a block that is not what is known of it, or not without some experts.
 
-    It has to compute the sum over experts that is found; to route among those that are kept by the
-    rule once the logits of others are at minus infinity; and to compute the same once these are
-    gone, on drawn tokens, too.
-
-    Raises
-    ------
-    ModelError
-        Naming which of it does not hold.
+    It has to compute the sum over experts that is found; to route among some by the rule once the
+    logits of others are at minus infinity; and to compute the same once these are gone, on drawn
+    tokens, too.
     """
-    block = model.get_submodule(one.block)
+    block, kept = model.get_submodule(one.block), trial_experts(one.rule, one.count)
     inner = _renamed(one, "")
     slots = list_slots(block, inner)
-    _check_sum(inner, block, call, one.experts)
-    _check_masked(inner, block, call, _plan(slots, kept), one.experts)
+    _check_sum(inner, block, call, one)
+    _check_masked(inner, block, call, plan_of(slots, kept), one.experts)
     alone, shell = _SumAlone(block, one.place), _renamed(one, "block")
-    plan = PruningPlan((_plan(list_slots(alone, shell), kept),))
+    plan = PruningPlan((plan_of(list_slots(alone, shell), kept),))
     given = [_as_inputs(block, calls) for calls in (call, _drawn_like(call, one.count))]
     try:
         with finer_precision(alone, given[0]):
@@ -413,7 +442,8 @@ def _renamed(one: ExpertList, block: str) -> ExpertList:
     return replace(one, block=block, experts=experts, gate=gate)
 
 
-def _plan(slots: Sequence[Slot], kept: Sequence[int]) -> GroupPlan:
+def plan_of(slots: Sequence[Slot], kept: Sequence[int]) -> GroupPlan:
+    """Return a plan by which some experts stay."""
     return GroupPlan("experts", UnitKind.EXPERTS, slots[0].units, tuple(kept), tuple(slots))
 
 
@@ -449,7 +479,7 @@ def _as_inputs(block: nn.Module, call: Call) -> Inputs:
     return dict(inspect.signature(block.forward).bind(*args, **kwargs).arguments)
 
 
-def _check_sum(one: ExpertList, block: nn.Module, call: Call, name: str) -> None:
+def _check_sum(one: ExpertList, block: nn.Module, call: Call, named: ExpertList) -> None:
     for given in (call, _drawn_like(call, one.count)):
         expected = pytree.tree_leaves(block.forward(*given[0], **given[1]))[one.place]
         with called_as_mixtures(block, [one]):
@@ -457,10 +487,29 @@ def _check_sum(one: ExpertList, block: nn.Module, call: Call, name: str) -> None
         error = torch.linalg.vector_norm(found.double() - expected.double())
         size = torch.linalg.vector_norm(expected.double())
         if not bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * size):
+            if not _reads_alike(one, block, given):
+                raise ModelError(_OTHER_TOKENS.format(named.experts, named.gate))
             raise ModelError(
-                f"the block around {name!r} ({type(block).__name__}) does not put out the sum over "
-                "experts, times their weights"
+                f"the block around {named.experts!r} ({type(block).__name__}) does not put out the "
+                "sum over experts, times their weights"
             )
+
+
+def _reads_alike(one: ExpertList, block: nn.Module, call: Call) -> bool:
+    """Whether experts are given tokens that the router reads, by the first of each."""
+    tokens = run_with(one, block, block.forward, call, silence(one)).tokens
+    alike = []
+
+    def look(_: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        first = x.reshape(-1, x.shape[-1])[:1].to(tokens)
+        near = torch.isclose(tokens, first) if first.shape[1] == tokens.shape[1] else tokens < 0
+        alike.append(not len(first) or bool(near.all(1).any()))
+
+    names = [f"{one.relative(one.experts)}.{number}" for number in range(one.count)]
+    with hooks(block, names, before=look):
+        block.forward(*call[0], **call[1])
+    return all(alike)
 
 
 def _check_masked(

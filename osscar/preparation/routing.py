@@ -33,6 +33,7 @@ from osscar.preparation.products import (
     watched_products,
 )
 from osscar.preparation.recurrent import RECURRENT, input_gates
+from osscar.shrinking.fold import is_foldable
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
@@ -290,7 +291,11 @@ def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
         x = args[0] if args else kwargs["input"]
         seen.setdefault(name, []).append((x.detach(), y))
 
-    linear = [name for name, inner in expert.named_modules() if isinstance(inner, nn.Linear)]
+    linear = [
+        name
+        for name, inner in expert.named_modules()
+        if isinstance(inner, nn.Linear) and not is_foldable(inner)  # its weight can be replaced
+    ]
     with hooks(expert, linear, after=look):
         y = expert(hidden)
     return {

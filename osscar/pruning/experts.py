@@ -34,6 +34,11 @@ from osscar.walk.targets import Target
 
 _NO_REFIT = "the last matrices of its experts are not seen, so that they cannot be refitted"
 
+_NO_LINEAR = (
+    f"{_NO_REFIT}: no torch.nn.Linear with a plain weight puts out what an expert does; let one do "
+    "so, and remove weight norm (remove_parametrizations or remove_weight_norm of torch) from it"
+)
+
 
 def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[SkippedGroup, ...]:
     """Return the mixtures whose experts cannot leave, and why.
@@ -53,7 +58,7 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
         group = mixture.group
         reason = group.frozen[0].reason if group.frozen else ""
         if not reason and last_matrices(prepared, mixture) is None:
-            reason = _NO_REFIT
+            reason = _NO_REFIT if mixture.listed is None else _NO_LINEAR
         if reason:
             skipped.append(SkippedGroup(group.name, str(group.kind), group.units, reason))
     inside = _inside_lists(prepared, [one for one in reached if one.group.prunable])

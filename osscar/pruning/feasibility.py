@@ -39,7 +39,7 @@ _MOST_TOLD = 8
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """A group that keeps all its units, since something around it cannot work with fewer.
+    """A group that keeps all its units: something around it cannot work with fewer.
 
     Parameters
     ----------
@@ -298,7 +298,7 @@ def _sizes(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) 
 def named(left: Sequence[SkippedGroup]) -> str:
     """Say which groups are skipped."""
     said = listed([repr(group.name) for group in left], _MOST_TOLD, "; ")
-    return f"skipped, since they cannot follow: {said}"
+    return f"skipped, with all their units: {said}"
 
 
 def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) -> str:

@@ -255,7 +255,7 @@ def _walked(
     kept = kept_in(committed.records)
     staying = {mixtures[name].experts: some for name, some in kept.items()}
     without = dataclasses.replace(prepared, kept_experts=staying)
-    with routed(prepared, kept):
+    with routed(prepared.model, [mixtures[name] for name in kept], kept):
         return prune_groups(without, others, request, of_others, log, committed)
 
 

@@ -155,7 +155,7 @@ class PruningResult(Shown):
     calibration
         How many samples of what shape there were.
     skipped
-        The groups that were to be pruned and could not follow, and why; they keep all their units.
+        The groups that were to be pruned and keep all their units, and why.
     folded
         Names of the weights that the dense model computes at every call, such as by weight
         normalization, and that are plain ones in the smaller model.

@@ -20,7 +20,7 @@ from osscar.network.modules import copied, device_of
 from osscar.recovery.memory import CHOSEN, Memory, fitting, needed, room
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import shifted, split, step_size
-from osscar.recovery.target import HeldOut, Target, joined
+from osscar.recovery.target import HeldOut, Target, in_batches
 from osscar.recovery.training import Training
 from osscar.recovery.weights import formats, shared_weights, trainable
 from osscar.shrinking.program.program import ProgramModule
@@ -65,7 +65,7 @@ class Setup:
         one_by_one = inputs.tokens and device.type == "cpu" and request.mixed_precision == "no"
         usual = 1 if one_by_one else step_size(inputs, len(samples), request)
         at_once = 1 if inputs.apart else request.micro_batch_size or usual
-        target = Target.of(teacher, inputs, joined(deciding, at_once), request.loss)
+        target = Target.of(teacher, inputs, in_batches(deciding, at_once), request.loss)
         images = isinstance(data, ImageSet)
         return cls(
             *(model, teacher, inputs, images, samples, deciding, target, at_once, request, ranks)
@@ -100,7 +100,7 @@ class Setup:
         work = trainable(self.model, self.teacher, self._alike, self.device, way)
         state = ModelState(work)
         with state.watching():
-            first = joined(self.deciding[:together], together)[0]
+            first = in_batches(self.deciding[:together], together)[0]
             self.target.check_alike(work, self.teacher, first)
         state.put_back()
         shifts = request.augment != "none" and self.images
@@ -110,7 +110,9 @@ class Setup:
             formats=formats(work, self.model),
             dense=self.teacher,
             samples=self.samples,
-            held=HeldOut.of(self.target, self.teacher, joined(self.deciding, together), self.ranks),
+            held=HeldOut.of(
+                self.target, self.teacher, in_batches(self.deciding, together), self.ranks
+            ),
             ranks=self.ranks,
             size=step_size(self.inputs, len(self.samples), request),
             at_once=together,

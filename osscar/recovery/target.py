@@ -126,7 +126,7 @@ def _scalar(found: Any) -> Tensor:
     return found.reshape(())
 
 
-def joined(samples: Sequence[Batch], at_once: int) -> list[Batch]:
+def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:
     """Return batches of so many samples, of batches of one."""
     starts = range(0, len(samples), at_once)
     some = [samples[start : start + at_once] for start in starts]

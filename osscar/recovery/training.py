@@ -28,7 +28,7 @@ from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
 from osscar.recovery.checkpointing import checkpointing
 from osscar.recovery.log import Point, RecoveryLog, Standing
-from osscar.recovery.target import HeldOut, joined
+from osscar.recovery.target import HeldOut, in_batches
 
 Schedule: TypeAlias = Callable[[torch.optim.Optimizer], LambdaLR]
 
@@ -121,7 +121,7 @@ class Training:
         largest = max(self.samples, key=lambda one: sum(x.numel() for x in one.values()))
         alone = dataclasses.replace(self, ranks=ALONE)
         optimizer = _Optimizer(alone, 1.0, partial(LambdaLR, lr_lambda=_tried))
-        for batch in joined([largest] * min(share, 2 * self.at_once), self.at_once):
+        for batch in in_batches([largest] * min(share, 2 * self.at_once), self.at_once):
             optimizer.add_gradients(batch, self.size)
 
     @timed(Stage.TRAINING)
@@ -264,7 +264,7 @@ class _Optimizer:
         """Make a step on samples, which the processes share out; return its loss."""
         training, ranks = self._training, self._training.ranks
         total = torch.zeros((), dtype=torch.float64, device=device_of(training.model))
-        for batch in joined(samples[ranks.rank :: ranks.size], training.at_once):
+        for batch in in_batches(samples[ranks.rank :: ranks.size], training.at_once):
             total += self.add_gradients(batch, len(samples))
         gradients = [self._gradient(name) for name in self._weights]
         ranks.all_reduce("the gradients of a step", [*gradients, total])

@@ -90,9 +90,9 @@ def _certificate(layer: Mapping[str, Any]) -> str:
 
 
 def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:
-    """Return one row for each group that could not follow."""
+    """Return one row for each group that keeps all its units."""
     rows = ((one["name"], f"{one['units']} {one['kind']}", one["reason"]) for one in groups)
-    title = "skipped, since they cannot follow"
+    title = "skipped: they keep all their units"
     return new_table(title, "group", "units >", "why", rows=rows)
 
 

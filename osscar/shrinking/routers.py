@@ -44,18 +44,14 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Places:
-    """Where among the leaves of what a router puts out is what.
+    """Where among the leaves of what a router puts out experts and weights are."""
 
-    Logits are None where it keeps them for itself: `logits_of` tells them.
-    """
-
-    logits: int | None
     experts: int
     weights: int
 
     @classmethod
     def of(cls, leaves: Sequence[Any], count: int) -> Places:
-        """Find them by their forms: (tokens, experts), and twice (tokens, k).
+        """Find them by their form, twice (tokens, k), beside logits, (tokens, experts).
 
         Raises
         ------
@@ -65,16 +61,18 @@ class Places:
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
         experts = [i for i in whole if tensors[i].ndim == 2]
-        real = {i: t for i, t in tensors.items() if t.is_floating_point()}
-        weights = [i for i, t in real.items() if experts and t.shape == tensors[experts[0]].shape]
-        logits = [i for i, t in real.items() if t.shape[-1:] == (count,) and i not in weights]
-        if not len(experts) == len(weights) == 1 >= len(logits):
+        weights = [
+            i
+            for i, t in tensors.items()
+            if experts and t.is_floating_point() and t.shape == tensors[experts[0]].shape
+        ]
+        if not len(experts) == len(weights) == 1 >= len(_like_logits(leaves, count)):
             found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
             raise ModelError(
                 f"puts out {found or 'no tensor'}, where the logits of {count} experts, the "
                 "experts of each token, and their weights are due, each once"
             )
-        return cls(logits[0] if logits else None, experts[0], weights[0])
+        return cls(experts[0], weights[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +102,7 @@ class Router:
 
     def logits(self, module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
         """Return the logits of `count` experts, (tokens, experts), of a call of the module."""
-        return _logits(self.places, module, call, pytree.tree_leaves(y), count)
+        return _told_logits(module, call, y, count)
 
     def routes(self, y: Any) -> tuple[Tensor, Tensor]:
         """Return the experts and weights, (tokens, k) each, of what the module puts out."""
@@ -181,11 +179,11 @@ def _without_logits(name: str, y: Any, kept: Sequence[int], count: int) -> Any:
     """Return what a router puts out, with the logits of experts that are not kept at -inf."""
     leaves, form = pytree.tree_flatten(y)
     gone = [expert for expert in range(count) if expert not in set(kept)]
-    place = logits_place(leaves, count)
-    if place is None:
+    places = _like_logits(leaves, count)
+    if len(places) != 1:
         raise ModelError(f"the router {name!r} does not put out the logits of {count} experts")
-    leaves[place] = leaves[place].clone()
-    leaves[place][..., gone] = -torch.inf
+    leaves[places[0]] = leaves[places[0]].clone()
+    leaves[places[0]][..., gone] = -torch.inf
     return pytree.tree_unflatten(leaves, form)
 
 
@@ -252,10 +250,17 @@ def rule_of(
         if scale is not None:
             return replace(rule, scale=_stated(holders, scale)), bias
     what = "with other weights than" if tried else "to other experts than"
-    raise ModelError(
+    said = (
         f"({type(holders[0]).__name__}) sends tokens {what} a softmax or a sigmoid of its logits "
         "would"
     )
+    temperature = _temperature(seen) if tried else None
+    if temperature is not None:
+        said += (
+            f": they are a softmax of the logits divided by {temperature:.4g}; divide the weights "
+            "that put out the logits by it, and leave it away there"
+        )
+    raise ModelError(said)
 
 
 def drawn_routes(module: nn.Module, call: Call, count: int) -> list[SeenRoutes]:
@@ -310,7 +315,7 @@ def _runs(module: nn.Module, calls: Sequence[Call], count: int) -> list[tuple[Se
         with InDouble():
             leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
         places = Places.of(leaves, count)
-        logits = _logits(places, module, (args, kwargs), leaves, count)
+        logits = _told_logits(module, (args, kwargs), leaves, count)
         experts, weights = leaves[places.experts], leaves[places.weights]
         seen = SeenRoutes(logits, experts, weights, biases_in(module, (args, kwargs), count))
         found.append((seen, places))
@@ -385,19 +390,34 @@ def _scale(
     return True, scale if fits else None
 
 
-def _logits(
-    places: Places, module: nn.Module, call: Call, leaves: Sequence[Any], count: int
-) -> Tensor:
-    if places.logits is not None:
-        found: Tensor = leaves[places.logits]
+def _like_logits(leaves: Sequence[Any], count: int) -> list[int]:
+    """Return which leaves of what a module puts out may be the logits of so many experts."""
+    tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    return [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
+
+
+def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor | None:
+    """Return the logits, (tokens, experts), of a call of what may be a router; None if it is none.
+
+    A router that puts out experts and weights alone makes them of tokens times a matrix.
+    """
+    leaves = pytree.tree_leaves(y)
+    places = _like_logits(leaves, count)
+    if len(places) == 1:
+        found: Tensor = leaves[places[0]]
         return found.reshape(-1, count)
-    product = _product(module, call, count)
-    if product is None:
+    return _product(module, call, count) if _routes(y) else None
+
+
+def _told_logits(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
+    """Return the logits of a router, or refuse it; the message goes on after its name."""
+    found = logits_of(module, call, y, count)
+    if found is None:
         raise ModelError(
             f"puts out no logits of {count} experts, and multiplies tokens with no one matrix that "
             "has a row for each of them"
         )
-    return product
+    return found
 
 
 def _product(module: nn.Module, call: Call, count: int) -> Tensor | None:
@@ -412,26 +432,6 @@ def _product(module: nn.Module, call: Call, count: int) -> Tensor | None:
     return None if x is None else x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
 
 
-def logits_place(leaves: Sequence[Any], count: int) -> int | None:
-    """Return which leaf of what a module puts out may be the logits of so many experts, if one."""
-    tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    real = [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
-    return real[0] if len(real) == 1 else None
-
-
-def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor | None:
-    """Return the logits, (tokens, experts), of a call of what may be a router; None if it is none.
-
-    A router that puts out experts and weights alone makes them of tokens times a matrix.
-    """
-    leaves = pytree.tree_leaves(y)
-    place = logits_place(leaves, count)
-    if place is not None:
-        found: Tensor = leaves[place]
-        return found.reshape(-1, count)
-    return _product(module, call, count) if _routes(y) else None
-
-
 def by_expert(experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts of each token in ascending order, with their weights."""
     experts, order = experts.sort(1)
@@ -444,6 +444,19 @@ def tied(logits: Tensor) -> Tensor:
     A router that is not trained may have zeros alone.
     """
     return (logits.sort(1).values.diff(dim=1) == 0).any(1)
+
+
+def _temperature(seen: Sequence[SeenRoutes]) -> float | None:
+    """Return by what logits are divided before a softmax makes weights of them, if one is known."""
+    found = []
+    for one in seen:
+        logits = one.logits.gather(1, one.experts.long())
+        both = torch.stack([logits.double(), one.weights.double().log()])
+        found.append((both - both.mean(2, keepdim=True)).flatten(1))
+    a, b = torch.cat(found, 1)
+    slope = float((a @ b) / (a @ a))
+    fits = slope > 0 and bool((b - slope * a).abs().max() <= TOLERANCE * b.abs().max())
+    return 1 / slope if fits else None
 
 
 def _stated(holders: Sequence[nn.Module], scale: float) -> float:

@@ -28,7 +28,7 @@ from osscar.preparation.expert_lists import MOST_TIED, called_as_mixtures
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.routing import ListedMixture, Routed, afresh, output_of
-from osscar.shrinking.routers import tied
+from osscar.shrinking.routers import Call, tied
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import DenseTensors, LayerStep
@@ -74,28 +74,26 @@ def _last_layers(
 
 
 @contextmanager
-def routed(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
+def routed(
+    model: nn.Module, mixtures: Iterable[ExpertMixture], kept: Mapping[str, Sequence[int]]
+) -> Iterator[None]:
     """Let a model send tokens to the experts that stay while the block runs.
 
-    Passes of a walk that are to be as in the dense model send them to all.  `kept` is by the name
-    of the group.
+    Passes of a walk that are to be as in the dense model send them to all, and so do mixtures that
+    `kept`, by the name of the group, does not have when they are called.
     """
-    mixtures = [one for one in prepared.mixtures if one.group.name in kept]
     routers = {one.router: one for one in mixtures}
-    lists = [one.listed for one in mixtures if one.listed is not None]
+    lists = [one.listed for one in routers.values() if one.listed is not None]
 
     def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         run, mixture = running(), routers[name]
-        if run is not None and run.dense:
+        staying = kept.get(mixture.group.name)
+        if staying is None or (run is not None and run.dense):
             return None
         assert mixture.routing is not None
-        staying, count = kept[mixture.group.name], mixture.group.units
-        return mixture.routing.among(staying, count, module, (args, kwargs), y)
+        return mixture.routing.among(staying, mixture.group.units, module, (args, kwargs), y)
 
-    with (
-        called_as_mixtures(prepared.model, lists),
-        hooks(prepared.model, routers, after=reroute),
-    ):
+    with called_as_mixtures(model, lists), hooks(model, routers, after=reroute):
         yield
 
 
@@ -137,9 +135,8 @@ class ExpertWalk(Walk):
         committed: Mapping[str, DenseTensors],
     ) -> None:
         self._mixtures = {one.group.name: one for one in mixtures}
-        routed = [one for one in prepared.mixtures if one.group.name in {*kept, *self._mixtures}]
-        self._lists = [one.listed for one in routed if one.listed is not None]
-        self._routers = {one.router: one for one in routed}
+        names = {*kept, *self._mixtures}
+        self._routed = [one for one in prepared.mixtures if one.group.name in names]
         self._kept = dict(kept)
         self._routes: dict[tuple[str, int], _Routes] = {}
         """By router and batch."""
@@ -148,7 +145,7 @@ class ExpertWalk(Walk):
         self._neurons = {name: neurons for name, (neurons, _) in read.items()}
         maps = {name: own for name, (_, own) in read.items()}
         groups = [one.group for one in mixtures]
-        with called_as_mixtures(prepared.model, self._lists):
+        with routed(prepared.model, self._routed, {}):
             super().__init__(prepared, groups, True, target, held, committed, maps)
 
     def __iter__(self) -> Iterator[ExpertStep]:  # type: ignore[override]
@@ -177,30 +174,31 @@ class ExpertWalk(Walk):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
+        routers = {one.router: one for one in self._mixtures.values()}
         mixtures = [one.experts for one in self._mixtures.values()]
+
+        def note(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+            if routers[name].group.name not in self._kept:
+                self._note_routes(routers[name], module, (args, kwargs), y)
+
         with (
-            called_as_mixtures(self._model, self._lists),
-            hooks(self._model, self._routers, after=self._at_router),
+            routed(self._model, self._routed, self._kept),
+            hooks(self._model, routers, after=note),
             super()._watched(),
             hooks(self._model, mixtures, before=self._into_mixture),  # once it is suspended there
         ):
             yield
 
-    def _at_router(self, name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        """Note what a router says of a batch, or route it among those that stay."""
-        run = running()
+    def _note_routes(self, mixture: ExpertMixture, router: nn.Module, call: Call, y: Any) -> None:
+        """Note what a router says of a batch."""
+        run, count, routing = running(), mixture.group.units, mixture.routing
         if run is None or run.dense:
-            return None
-        mixture, call = self._routers[name], (args, kwargs)
-        count, routing = mixture.group.units, mixture.routing
+            return
         assert routing is not None
-        if mixture.group.name in self._kept:
-            return routing.among(self._kept[mixture.group.name], count, module, call, y)
-        bias = routing.choice_bias(module, call, count)
-        logits = routing.logits(module, call, y, count).double()
+        bias = routing.choice_bias(router, call, count)
+        logits = routing.logits(router, call, y, count).double()
         bias = None if bias is None else bias.double()
-        self._routes[name, run.index] = _Routes(logits, bias, *routing.routes(y))
-        return None
+        self._routes[mixture.router, run.index] = _Routes(logits, bias, *routing.routes(y))
 
     def _check_routes(self, mixture: ExpertMixture) -> None:
         """Refuse tokens that are not sent as the router said last, or as its logits say.

@@ -331,7 +331,7 @@ def test_what_cannot_follow_is_told_and_not_counted():
     data = torch.randn(16, 5, 16)
     with pytest.raises(osscar.OsscarError, match="2 of 4 groups cannot follow"):
         osscar.estimate(Transformer(), data, sparsity=0.5, form="eager", strict=True)
-    with pytest.warns(UserWarning, match="skipped, since they cannot follow: .*heads"):
+    with pytest.warns(UserWarning, match="skipped, with all their units: .*heads"):
         found = osscar.estimate(Transformer(), data, sparsity=0.5, form="eager")
     assert [name for one in found.classes for name in one.groups if "heads" in name] == []
     assert sum(len(one.groups) for one in found.classes) == 2

@@ -11,8 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import osscar
+from osscar.allocation.costs import Cost, count
 from osscar.base.errors import ModelError, RequestError
-from osscar.evaluation.size import count_owned
+from osscar.evaluation.size import count_disk_bytes, count_owned
 from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.experts import mixtures_in
 from osscar.preparation.prepare import prepare
@@ -171,6 +172,12 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     result.save(tmp_path / "smaller")
     again = osscar.load(tmp_path / "smaller", dense=model)
     assert torch.equal(again(x), result.model(x))
+    cost = count(Cost.BYTES, model, [one.group for one in mixtures(model, x)], {"x": x[:2]})
+    told, there = (
+        cost.of({one.name: 4 for one in result.layers}),
+        count_disk_bytes(tmp_path / "smaller"),
+    )
+    assert there <= told < there + 300  # digits of numbers and offsets in what the file says
 
 
 def as_list(block: Block) -> nn.Module:
@@ -258,8 +265,34 @@ def test_experts_of_one_matrix_leave_and_are_refitted(x):
 def test_experts_whose_last_layer_is_not_seen_stay(x):
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(nn.Sequential(Expert(), nn.Tanh()) for _ in range(COUNT))
-    with pytest.raises(RequestError, match="last matrices of its experts are not seen"):
+    with pytest.raises(RequestError, match=r"last matrices .* are not seen.*remove weight norm"):
         osscar.prune(Net(block).eval(), x, experts=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"]
+)
+def test_a_last_layer_whose_weight_is_computed_is_not_refitted(normed, x):
+    """What is written to it is overwritten when it is called."""
+    block = SoftmaxThenTopK()
+    for expert in block.experts:
+        normed(expert.down)
+    (one,) = mixtures(Net(block).eval(), x)
+    assert not one.group.frozen
+    assert one.last_layer is None
+
+
+def test_experts_may_have_an_activation_in_common_and_a_router_a_norm(x):
+    torch.manual_seed(0)
+    block, gelu = SoftmaxThenTopK(), nn.GELU()
+    block.experts = nn.ModuleList(
+        nn.Sequential(nn.Linear(WIDTH, 8), gelu, nn.Linear(8, WIDTH)) for _ in range(COUNT)
+    )
+    block.gate = nn.Sequential(nn.LayerNorm(WIDTH), block.gate)
+    (one,) = mixtures(Net(block).eval(), x)
+    assert not one.group.frozen
+    assert one.holders[-1] == "blocks.0.gate"
 
 
 def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
@@ -323,13 +356,55 @@ class Normed(SoftmaxThenTopK):
         return nn.functional.layer_norm(super().forward(x), (WIDTH,))
 
 
+class NormBeforeGate(SoftmaxThenTopK):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def route(self, x: Tensor) -> Tensor:
+        return self.gate(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x).softmax(-1).topk(2)
+        return sum(
+            (weights * (chosen == e)).sum(-1, keepdim=True) * self.member(e)(x)
+            for e in range(COUNT)
+        )
+
+    def member(self, number: int) -> nn.Module:
+        return self.experts[number]
+
+
+class Tempered(NormBeforeGate):
+    def route(self, x: Tensor) -> Tensor:
+        return self.gate(x) / 0.5
+
+
+class ByName(NormBeforeGate):
+    """Gathers tokens, as code does that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"{e}": expert for e, expert in enumerate(self.experts)})
+
+    def member(self, number: int) -> nn.Module:
+        def gathered(x: Tensor) -> Tensor:
+            here = x[..., 0] < torch.inf
+            return self.experts[f"{number}"](x[here]).view(x.shape)
+
+        return gathered
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
+        (NormBeforeGate, "given other tokens than their router 'blocks.0.gate' reads"),
+        (Tempered, "they are a softmax of the logits divided by 0.5; divide the weights"),
+        (ByName, "lie in a torch.nn.ModuleDict"),
         (Different, "are not several of the same structure"),
         (Unrouted, "every token is sent to all 6 experts"),
         (Elsewhere, "cannot do without some experts"),
-        (Scaled, "does not put out the sum over experts"),
+        (Scaled, "given other tokens than their router 'blocks.0.gate' reads"),
         (Threshold, "no rule is known for tokens that go to different numbers"),
         (Normed, "does not"),
     ],
@@ -368,6 +443,17 @@ def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
     assert all("no module called once" in one.group.frozen[0].reason for one in found)
     found = mixtures(Net(block, block).eval(), x)
     assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
+
+
+def test_code_that_cannot_be_traced_says_why_its_experts_stay(x):
+    block = SoftmaxThenTopK()
+    with pytest.raises(RequestError, match=r"is called 2 times.*torch\.nn\.ModuleDict"):
+        osscar.prune(Net(block, block, ByName()).eval(), x, experts=4)
+
+
+def test_experts_of_one_mixture_need_word_of_the_others(x):
+    with pytest.raises(RequestError, match=r"give --experts \(experts=\), 1.0 for the others"):
+        osscar.prune(net(SoftmaxThenTopK), x, groups={"blocks.0.experts": 4})
 
 
 class TwoLists(nn.Module):

@@ -280,6 +280,22 @@ def test_weights_too_large_for_one_file_lie_beside_it(
         osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x)
 
 
+def test_weights_beside_a_file_leave_with_it_if_it_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    model, x, out = nn.Linear(64, 64).eval(), torch.randn(2, 64), tmp_path / "net.onnx"
+    with monkeypatch.context() as patched:
+        patched.setattr(threshold, 8)
+        osscar.export_onnx(model, out, example_inputs=x)
+    osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
+    (tmp_path / "net.onnx.data").write_text("mine")
+    with pytest.raises(OutputError, match=r"net\.onnx\.data is there already"):
+        osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
+    assert (tmp_path / "net.onnx.data").read_text() == "mine"
+
+
 # ---- bad input ---------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from osscar.data.tokens import CalibrationSet
 from osscar.recovery import recover as recovering
 from osscar.recovery import samples as drawing
 from osscar.recovery import setup
-from osscar.recovery.target import HeldOut, Target, joined
+from osscar.recovery.target import HeldOut, Target, in_batches
 from osscar.recovery.training import Training
 from osscar.shrinking.lineage import lineage_of, note_dense
 from osscar.shrinking.program.program import ProgramModule
@@ -55,7 +55,7 @@ def recomputed(model, dense, data, seed=0):
         order = torch.randperm(len(samples), generator=named_generator("held out", seed))
         samples = [samples[index] for index in order.tolist()]
     at_once = 1 if inputs.tokens or inputs.apart else OFTEN["batch_size"]
-    deciding = joined(samples[-HELD:], at_once)
+    deciding = in_batches(samples[-HELD:], at_once)
     return HeldOut.of(Target.of(dense, inputs, deciding, None), dense, deciding, ALONE).distance(
         model
     )

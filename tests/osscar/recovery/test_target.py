@@ -15,7 +15,7 @@ from torch import nn
 from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.ranks import ALONE
 from osscar.data.batches import ModelInputs, as_inputs
-from osscar.recovery.target import HeldOut, Target, joined
+from osscar.recovery.target import HeldOut, Target, in_batches
 from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.perturbed import perturbed
 
@@ -34,7 +34,7 @@ class Table(nn.Module):
 
 def held_out(dense, data, loss=None, at_once=1):
     inputs = as_inputs(dense, data)
-    batches = joined(inputs.batches(dense, 1), at_once)
+    batches = in_batches(inputs.batches(dense, 1), at_once)
     return HeldOut.of(Target.of(dense, inputs, batches, loss), dense, batches, ALONE)
 
 
@@ -153,7 +153,7 @@ def test_the_gradient_is_that_of_finite_differences(data):
         dense, given = Several(torch.float64), torch.randn(3, 4, dtype=torch.float64)
     model = perturbed(dense)
     inputs = as_inputs(dense, given)
-    (batch,) = joined(inputs.batches(dense, 1), 3)
+    (batch,) = in_batches(inputs.batches(dense, 1), 3)
     target = Target.of(dense, inputs, [batch], None)
     due = target.outputs(dense, batch)
 
