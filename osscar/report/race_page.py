@@ -18,12 +18,12 @@ from osscar.study.race import (
     PROVED,
     TOLERANCE,
     Curves,
-    Run,
     anytime,
     best_losses,
     profile,
     times,
 )
+from osscar.study.records import Record
 
 _CAPTIONS = {
     "profiles": "Performance profiles: the share of all instances that a backend has done within "
@@ -39,7 +39,7 @@ def race_page(
     known: Library,
     names: Sequence[str],
     backends: Sequence[str],
-    runs: Sequence[Run],
+    records: Sequence[Record],
     seconds: float,
 ) -> str:
     """Return the page.
@@ -48,29 +48,30 @@ def race_page(
     ----------
     known, names, backends, seconds
         What was asked.
-    runs
-        What came of it.
+    records
+        What came of it so far: of instances on which all backends have run.
     """
-    best = best_losses(known, runs)
+    best = best_losses(known, records)
 
-    def hit(run: Run) -> bool:
-        return run.loss is not None and run.loss <= best[run.instance] * (1 + TOLERANCE)
+    def hit(record: Record) -> bool:
+        loss = record.relative_loss
+        return loss is not None and loss <= best[record.instance] * (1 + TOLERANCE)
 
-    def proved(run: Run) -> bool:
-        return run.loss is not None and _open(run, run.loss) <= PROVED
+    def proved(record: Record) -> bool:
+        return record.relative_loss is not None and _open(record, record.relative_loss) <= PROVED
 
-    def excess(run: Run) -> float:
-        assert run.loss is not None
-        lost = best[run.instance]
-        return min(1.0, run.loss / lost - 1) if lost > 0 else 0.0
+    def excess(record: Record) -> float:
+        assert record.relative_loss is not None
+        least = best[record.instance]
+        return min(1.0, record.relative_loss / least - 1) if least > 0 else 0.0
 
-    def below(run: Run) -> float:
-        return _open(run, best[run.instance])
+    def below(record: Record) -> float:
+        return _open(record, best[record.instance])
 
-    count = len(names)
-    found, closed = times(runs, hit, seconds), times(runs, proved, seconds)
+    count = len(best)
+    found, closed = times(records, hit, seconds), times(records, proved, seconds)
     profiles = (profile(found, count), profile(closed, count))
-    curves = (anytime(runs, excess, count), anytime(runs, below, count))
+    curves = (anytime(records, excess, count), anytime(records, below, count))
     pictures = [
         _picture("profiles", profiles, ("loss found", "proved"), "times the fastest"),
         _picture("anytime", curves, ("mean excess", "mean gap of the bound"), "seconds", "o"),
@@ -78,21 +79,22 @@ def race_page(
     return render(
         "race.html.j2",
         instances=pluralize(count, "instance"),
+        left=len(names) - count,
         pictures=pictures,
         scores=_scores(backends, found, closed, count),
-        runs=_runs_table(runs, best),
-        counted=pluralize(len(runs), "run"),
+        records=_records_table(records, best),
+        counted=pluralize(len(records), "run"),
         asked=asked_table(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),
     )
 
 
-def _open(run: Run, loss: float) -> float:
+def _open(record: Record, loss: float) -> float:
     """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
-    if run.bound is None:
+    if record.relative_bound is None:
         return 1.0
-    return min(1.0, max(0.0, 1 - run.bound / loss)) if loss > 0 else 0.0
+    return min(1.0, max(0.0, 1 - record.relative_bound / loss)) if loss > 0 else 0.0
 
 
 def _scores(
@@ -117,18 +119,22 @@ def _total(times: dict[str, float]) -> str:
     return decimals(sum(times.values()), 3) if times else ""
 
 
-def _runs_table(runs: Sequence[Run], best: dict[str, float]) -> Table:
-    rows = (
-        (
-            *(run.instance, run.backend, decimals(run.loss, 6)),
-            "" if run.loss is None else percent(run.loss / (best[run.instance] or 1.0) - 1, 3),
-            decimals(run.bound, 6),
-            "" if run.loss is None or run.bound is None else percent(_open(run, run.loss)),
-            run.error or ("recomputed" if run.recomputed else "its word" if run.bound else ""),
-            decimals(run.seconds, 3),
+def _records_table(records: Sequence[Record], best: dict[str, float]) -> Table:
+    rows = []
+    for record in records:
+        loss, bound = record.relative_loss, record.relative_bound
+        above = None if loss is None else loss / (best[record.instance] or 1.0) - 1
+        gap = None if loss is None or bound is None else _open(record, loss)
+        rows.append(
+            (
+                *(record.instance, record.backend, decimals(loss, 6)),
+                "" if above is None else percent(above, 3),
+                decimals(bound, 6),
+                "" if gap is None else percent(gap),
+                record.error or str(record.proof),
+                decimals(record.seconds, 3),
+            )
         )
-        for run in runs
-    )
     columns = ("instance", "backend", "loss >", "above the best >", "bound >", "gap >")
     return new_table("", *columns, "bound is", "seconds >", rows=rows)
 
