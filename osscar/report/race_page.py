@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,23 +15,25 @@ from osscar.report.page import asked_table, render
 from osscar.report.tables import decimals, new_table, percent
 from osscar.study.library import Library
 from osscar.study.race import (
-    PROVED,
     TOLERANCE,
     Curves,
     anytime,
     best_losses,
+    gap_below,
+    on_its_word,
     profile,
+    proved,
     times,
 )
-from osscar.study.records import Record
+from osscar.study.records import ProofBasis, Record
 
 _CAPTIONS = {
     "profiles": "Performance profiles: the share of all instances that a backend has done within "
     "so many times the seconds of the fastest. Above, done is to have found the best known loss; "
-    "below, to have proved one.",
+    "below, to have proved one by a bound that was recomputed from its certificate.",
     "anytime": "What is known by when, on average over all instances. Above, the excess over the "
-    "best known loss; below, how far the lower bound lies under it. Both are 100 % before there is "
-    "an answer. Each mark is the end of a run with a limit of its own.",
+    "best known loss; below, how far the recomputed lower bound lies under it. Both are 100 % "
+    "before there is an answer. Each mark is the end of a run with a limit of its own.",
 }
 
 
@@ -57,19 +59,17 @@ def race_page(
         loss = record.relative_loss
         return loss is not None and loss <= best[record.instance] * (1 + TOLERANCE)
 
-    def proved(record: Record) -> bool:
-        return record.relative_loss is not None and _open(record, record.relative_loss) <= PROVED
-
     def excess(record: Record) -> float:
         assert record.relative_loss is not None
         least = best[record.instance]
         return min(1.0, record.relative_loss / least - 1) if least > 0 else 0.0
 
     def below(record: Record) -> float:
-        return _open(record, best[record.instance])
+        recomputed = record.proof is ProofBasis.RECOMPUTED
+        return gap_below(best[record.instance], record) if recomputed else 1.0
 
     count = len(best)
-    found, closed = times(records, hit, seconds), times(records, proved, seconds)
+    found, closed, said = (times(records, done, seconds) for done in (hit, proved, on_its_word))
     profiles = (profile(found, count), profile(closed, count))
     curves = (anytime(records, excess, count), anytime(records, below, count))
     pictures = [
@@ -81,7 +81,7 @@ def race_page(
         instances=pluralize(count, "instance"),
         left=len(names) - count,
         pictures=pictures,
-        scores=_scores(backends, found, closed, count),
+        scores=_scores(backends, found, closed, said, count),
         records=_records_table(records, best),
         counted=pluralize(len(records), "run"),
         asked=asked_table(
@@ -90,29 +90,25 @@ def race_page(
     )
 
 
-def _open(record: Record, loss: float) -> float:
-    """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
-    if record.relative_bound is None:
-        return 1.0
-    return min(1.0, max(0.0, 1 - record.relative_bound / loss)) if loss > 0 else 0.0
-
-
 def _scores(
     backends: Sequence[str],
     found: dict[str, dict[str, float]],
     closed: dict[str, dict[str, float]],
+    said: dict[str, dict[str, float]],
     count: int,
 ) -> Table:
-    rows = (
-        (
-            backend,
-            *(f"{len(done.get(backend, {}))} of {count}" for done in (found, closed)),
-            *(_total(done.get(backend, {})) for done in (found, closed)),
-        )
-        for backend in backends
-    )
-    columns = ("backend", "best known loss found >", "proved >", "seconds of these >")
-    return new_table("", *columns, "seconds of these proofs >", rows=rows)
+    rows = []
+    for backend in backends:
+        hits, proofs = found.get(backend, {}), closed.get(backend, {})
+        word = said.get(backend, {}).keys() - proofs.keys()
+        told = (_of(hits, count), _total(hits), _of(proofs, count), _total(proofs))
+        rows.append((backend, *told, _of(word, count) if word else ""))
+    columns = ("backend", "best known loss found >", "seconds of these >", "proved >")
+    return new_table("", *columns, "seconds of these >", "by its word alone >", rows=rows)
+
+
+def _of(done: Collection[str], count: int) -> str:
+    return f"{len(done)} of {count}"
 
 
 def _total(times: dict[str, float]) -> str:
@@ -124,7 +120,7 @@ def _records_table(records: Sequence[Record], best: dict[str, float]) -> Table:
     for record in records:
         loss, bound = record.relative_loss, record.relative_bound
         above = None if loss is None else loss / (best[record.instance] or 1.0) - 1
-        gap = None if loss is None or bound is None else _open(record, loss)
+        gap = None if loss is None or bound is None else gap_below(loss, record)
         rows.append(
             (
                 *(record.instance, record.backend, decimals(loss, 6)),

@@ -27,7 +27,7 @@ TOLERANCE = 1e-6
 """Share of the best known loss within which an answer counts as that."""
 
 PROVED = DEFAULT_GAP_TOLERANCE * (1 + 1e-6)
-"""Gap up to which an instance counts as proved; searches stop right at the tolerance."""
+"""Gap up to which an answer counts as optimal; searches stop right at the tolerance."""
 
 SHARES_OF_TIME = (1 / 16, 1 / 4, 1.0)
 """The limits that a backend is run with, as shares of the whole time."""
@@ -173,6 +173,28 @@ _UNBOUNDED: dict[str, Any] = {
     **dict.fromkeys(("lower_bound", "relative_bound", "recomputed_bound", "gap")),
     "proof": ProofBasis.NONE,
 }
+
+
+def gap_below(loss: float, record: Record) -> float:
+    """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
+    if record.relative_bound is None:
+        return 1.0
+    return min(1.0, max(0.0, 1 - record.relative_bound / loss)) if loss > 0 else 0.0
+
+
+def proved(record: Record) -> bool:
+    """Tell whether an answer is optimal by a bound that was recomputed from its certificate."""
+    return record.proof is ProofBasis.RECOMPUTED and _closed(record)
+
+
+def on_its_word(record: Record) -> bool:
+    """Tell whether an answer is optimal by its backend's word, and by nothing else."""
+    return record.proof is not ProofBasis.RECOMPUTED and _closed(record)
+
+
+def _closed(record: Record) -> bool:
+    loss = record.relative_loss
+    return loss is not None and gap_below(loss, record) <= PROVED
 
 
 def times(

@@ -36,13 +36,15 @@ from osscar.study.race import (
     best_losses,
     better,
     limited,
+    on_its_word,
     profile,
+    proved,
     race,
     race_study,
     times,
     without_refuted,
 )
-from osscar.study.records import Record
+from osscar.study.records import ProofBasis, Record
 from solvers import Solution, SubsetProblem, VerificationError, solve
 from solvers.storage import read
 
@@ -250,13 +252,19 @@ def test_a_race_tells_of_what_improves(
 
 
 def record_of(
-    instance: str, backend: str, seconds: float, loss: float, bound: float | None = None
+    instance: str,
+    backend: str,
+    seconds: float,
+    loss: float,
+    bound: float | None = None,
+    proof: ProofBasis = ProofBasis.NONE,
 ) -> Record:
     return Record(
         *(instance, "units", "", 8, 1, 4, 0.5, backend, {}),
         seconds=seconds,
         relative_loss=loss,
         relative_bound=bound,
+        proof=proof,
     )
 
 
@@ -319,6 +327,15 @@ def test_a_bound_above_a_known_loss_proves_nothing() -> None:
     assert [record.error for record in told] == [
         "its bound 0.3 is wrong: a support of loss 0.2 is known",
     ]
+
+
+@pytest.mark.parametrize("proof", ProofBasis)
+@pytest.mark.parametrize(("bound", "closes"), [(0.3, True), (0.29, False), (None, False)])
+def test_a_word_is_no_proof(proof: ProofBasis, bound: float | None, closes: bool) -> None:
+    record = record_of(EASY, "a", 1.0, 0.3, bound, proof)
+    recomputed = proof is ProofBasis.RECOMPUTED
+    assert proved(record) == (closes and recomputed)
+    assert on_its_word(record) == (closes and not recomputed)
 
 
 def test_a_race_goes_on_after_a_claim_that_is_not_confirmed(
