@@ -19,8 +19,9 @@ from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
 from osscar.report.race_page import race_page
 from osscar.report.tables import decimals, new_table, percent
-from osscar.study.library import Library, library
-from osscar.study.race import TOLERANCE, best_losses, race, race_study, without_refuted
+from osscar.study.jobs import RECORDS
+from osscar.study.library import Best, library
+from osscar.study.race import TOLERANCE, best_known, race, race_study, without_refuted
 from osscar.study.records import Record
 from solvers import SubsetProblem
 
@@ -151,12 +152,10 @@ def run_race(
     path, done = directory / REPORT_FILE, list[Record]()
     with way_back(lambda: study.kept), quiet():
         for records in race(study, known, entrants, seconds, _tell):
-            best = best_losses(known, records)
+            best = best_known(known, records)
             records = without_refuted(records, best, _tell)
-            for name, loss in best.items():
-                if loss < known.instances[name].best.loss * (1 - TOLERANCE):
-                    found = next(one for one in records if one.relative_loss == loss)
-                    _keep_improvement(known, found, directory)
+            for name, one in best.items():
+                _keep_improvement(name, known.instances[name].best, one, directory)
             done += records
             write_text(path, race_page(known, chosen, entrants, done, seconds))
     say(f"report: {path}")
@@ -173,12 +172,24 @@ def _tell(record: Record) -> None:
     say(f"{record.instance}: {record.backend}: loss {loss:.6f}{below}, {record.seconds:.2f} s")
 
 
-def _keep_improvement(known: Library, record: Record, directory: Path) -> None:
-    """Say that a best known value was improved, and write the solution to be sent."""
-    name, best = record.instance, known.instances[record.instance].best
-    path = directory / f"{name}.json"
-    write_json(path, dataclasses.asdict(SolutionFile(name, record.support, by=record.backend)))
-    say(
-        f"{record.backend} improves the best known value of {name}: {record.relative_loss:.9g} "
-        f"instead of {best.loss:.9g}; {path} is the solution to send"
-    )
+def _keep_improvement(name: str, before: Best, now: Best, directory: Path) -> None:
+    """Say that a best known value was improved, if it was, and write the solution to be sent."""
+    told, by, bound = [], [], None
+    if now.loss < before.loss:
+        by.append(now.found_by)
+        told.append(
+            f"{now.found_by} improves the best known loss of {name}: {now.loss:.9g} instead of "
+            f"{before.loss:.9g}"
+        )
+    if now.bound > before.bound and not before.proved:
+        by.append(now.bound_by)
+        bound = now.bound
+        told.append(
+            f"{now.bound_by} improves the best known bound of {name}: {bound:.9g} instead of "
+            f"{before.bound:.9g}, by a certificate in {directory / RECORDS}"
+        )
+    if told:
+        path = directory / f"{name}.json"
+        found = SolutionFile(name, now.support, bound, " and ".join(dict.fromkeys(by)))
+        write_json(path, dataclasses.asdict(found))
+        say(f"{'; '.join(told)}; {path} is the solution to send")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,12 +13,12 @@ from osscar.base.printable import pluralize
 from osscar.report.figures import COLORS, SHARES, picture, tall_figure
 from osscar.report.page import asked_table, render
 from osscar.report.tables import decimals, new_table, percent
-from osscar.study.library import Library
+from osscar.study.library import Best, Library
 from osscar.study.race import (
     TOLERANCE,
     Curves,
     anytime,
-    best_losses,
+    best_known,
     gap_below,
     on_its_word,
     profile,
@@ -53,20 +53,19 @@ def race_page(
     records
         What came of it so far: of instances on which all backends have run.
     """
-    best = best_losses(known, records)
+    best = best_known(known, records)
 
     def hit(record: Record) -> bool:
         loss = record.relative_loss
-        return loss is not None and loss <= best[record.instance] * (1 + TOLERANCE)
+        return loss is not None and loss <= best[record.instance].loss * (1 + TOLERANCE)
 
     def excess(record: Record) -> float:
         assert record.relative_loss is not None
-        least = best[record.instance]
-        return min(1.0, record.relative_loss / least - 1) if least > 0 else 0.0
+        return min(1.0, _excess(record.relative_loss, best[record.instance]))
 
     def below(record: Record) -> float:
         recomputed = record.proof is ProofBasis.RECOMPUTED
-        return gap_below(best[record.instance], record) if recomputed else 1.0
+        return gap_below(best[record.instance].loss, record) if recomputed else 1.0
 
     count = len(best)
     found, closed, said = (times(records, done, seconds) for done in (hit, proved, on_its_word))
@@ -88,6 +87,11 @@ def race_page(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),
     )
+
+
+def _excess(loss: float, best: Best) -> float:
+    """Return how far a loss lies above the best one, relative to that."""
+    return max(0.0, loss / best.loss - 1) if best.loss > 0 else 0.0
 
 
 def _scores(
@@ -115,11 +119,11 @@ def _total(times: dict[str, float]) -> str:
     return decimals(sum(times.values()), 3) if times else ""
 
 
-def _records_table(records: Sequence[Record], best: dict[str, float]) -> Table:
+def _records_table(records: Sequence[Record], best: Mapping[str, Best]) -> Table:
     rows = []
     for record in records:
         loss, bound = record.relative_loss, record.relative_bound
-        above = None if loss is None else loss / (best[record.instance] or 1.0) - 1
+        above = None if loss is None else _excess(loss, best[record.instance])
         gap = None if loss is None or bound is None else gap_below(loss, record)
         rows.append(
             (

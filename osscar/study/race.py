@@ -10,8 +10,8 @@ a race that was stopped goes on from those.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,32 +50,6 @@ def limited(backend: str, seconds: float) -> dict[str, float]:
     if "time_limit" not in options:
         return {}
     return {"time_limit": seconds / max(options.get("windows", 1), 1)}
-
-
-def better(best: Best, found: SolutionRecord) -> Best:
-    """Return the best that is known once something was found; the same where that is no better.
-
-    found: Of a verified solution: its bound counts only if it was recomputed.
-    """
-    if found.relative_loss < best.loss * (1 - TOLERANCE):
-        best = dataclasses.replace(
-            best,
-            support=found.support,
-            loss=found.relative_loss,
-            found_by=found.backend,
-            found_in=round(found.seconds, 3),
-        )
-    if found.recomputed_bound is not None and found.relative_bound is not None:
-        bound = found.relative_bound
-        if min(bound, best.loss) > best.bound * (1 + TOLERANCE):
-            best = dataclasses.replace(
-                best,
-                bound=min(bound, best.loss),
-                bound_by=found.backend,
-                bound_in=round(found.seconds, 3),
-                certificate="",
-            )
-    return dataclasses.replace(best, proved=best.gap <= PROVED)
 
 
 def race_study(directory: Path, known: Library, names: Sequence[str]) -> Study:
@@ -139,19 +113,38 @@ def _runs(
 # ---- what it comes to ----------------------------------------------------------------------
 
 
-def best_losses(known: Library, records: Sequence[Record]) -> dict[str, float]:
-    """Return the least loss of each instance that is known or was found in the race."""
-    least: dict[str, float] = {}
+def better(best: Best, found: Record | SolutionRecord) -> Best:
+    """Return the best that is known once something was found; the same where that is no better.
+
+    found: Of a verified solution: its bound counts only if it was recomputed.
+    """
+    loss, seconds = found.relative_loss, found.seconds
+    if loss is None or seconds is None:  # there is no answer
+        return best
+    took = round(seconds, 3)
+    if loss < best.loss * (1 - TOLERANCE):
+        by = found.backend
+        best = replace(best, support=found.support, loss=loss, found_by=by, found_in=took)
+    if found.recomputed_bound is not None and found.relative_bound is not None:
+        bound = min(found.relative_bound, best.loss)
+        if bound > best.bound * (1 + TOLERANCE):
+            by = found.backend
+            best = replace(best, bound=bound, bound_by=by, bound_in=took, certificate="")
+    return replace(best, proved=best.gap <= PROVED)
+
+
+def best_known(known: Library, records: Sequence[Record]) -> dict[str, Best]:
+    """Return the best of each instance of the race that was known or was found in it."""
+    best: dict[str, Best] = {}
     for record in records:
-        name, loss = record.instance, record.relative_loss
-        before = least.get(name, known.instances[name].best.loss)
-        least[name] = before if loss is None else min(before, loss)
-    return least
+        name = record.instance
+        best[name] = better(best.get(name, known.instances[name].best), record)
+    return best
 
 
 def without_refuted(
     records: Sequence[Record],
-    best: Mapping[str, float],
+    best: Mapping[str, Best],
     tell: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Return the records, without the bounds that lie above the best loss of their instance.
@@ -160,10 +153,10 @@ def without_refuted(
     """
     found: list[Record] = []
     for record in records:
-        bound, least = record.relative_bound, best[record.instance]
+        bound, least = record.relative_bound, best[record.instance].loss
         if bound is not None and bound > least * (1 + TOLERANCE):
             wrong = f"its bound {bound:.9g} is wrong: a support of loss {least:.9g} is known"
-            record = dataclasses.replace(record, **_UNBOUNDED, error=wrong)
+            record = replace(record, **_UNBOUNDED, error=wrong)
             tell(record)
         found.append(record)
     return found

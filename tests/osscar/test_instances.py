@@ -33,7 +33,7 @@ from osscar.study.library import (
 )
 from osscar.study.race import (
     anytime,
-    best_losses,
+    best_known,
     better,
     limited,
     on_its_word,
@@ -226,7 +226,9 @@ def test_a_race_tells_of_what_improves(
 ) -> None:
     true = library()
     one = true.instances[EASY]
-    worse = dataclasses.replace(one, best=dataclasses.replace(one.best, loss=2 * one.best.loss))
+    worse = dataclasses.replace(
+        one, best=dataclasses.replace(one.best, loss=2 * one.best.loss, bound=0.0, proved=False)
+    )
     large = "resnet20-c32-k24"
     changed = dataclasses.replace(true, instances={EASY: worse, large: true.instances[large]})
     monkeypatch.setattr("osscar.cli.instances.library", lambda: changed)
@@ -236,12 +238,16 @@ def test_a_race_tells_of_what_improves(
             *("--out", str(tmp_path / "race"), "--json", str(tmp_path / "race.json")),
         ]
     )
-    assert f"improves the best known value of {EASY}" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"greedy improves the best known loss of {EASY}" in said
+    assert f"enumerate improves the best known bound of {EASY}" in said
     page = (tmp_path / "race" / "race.html").read_text()
     assert "greedy" in page
     assert "enumerate" in page
     sent = json.loads((tmp_path / "race" / f"{EASY}.json").read_text())
     assert sent["support"] == list(one.best.support)
+    assert sent["lower_bound"] == pytest.approx(one.best.loss)
+    assert sent["by"] == "greedy and enumerate"
     records = json.loads((tmp_path / "race.json").read_text())["records"]
     answers = {(one["instance"], one["backend"]): one["error"] for one in records}
     assert [pair for pair, error in answers.items() if error] == [(large, "enumerate")]
@@ -309,8 +315,10 @@ def test_the_best_loss_is_of_the_index_or_the_race() -> None:
     known: Library = library()
     best = known.instances[EASY].best.loss
     records = [record_of(EASY, "a", 1.0, best / 2), record_of(EASY, "b", 1.0, 2 * best)]
-    assert best_losses(known, records) == {EASY: best / 2}
-    assert best_losses(known, records[1:]) == {EASY: best}
+    assert best_known(known, records)[EASY].loss == best / 2
+    assert best_known(known, records[1:]) == {EASY: known.instances[EASY].best}
+    failed = dataclasses.replace(records[0], relative_loss=None, seconds=None, error="none")
+    assert best_known(known, [failed]) == {EASY: known.instances[EASY].best}
 
 
 def test_a_bound_above_a_known_loss_proves_nothing() -> None:
@@ -321,7 +329,8 @@ def test_a_bound_above_a_known_loss_proves_nothing() -> None:
         record_of(EASY, "c", 1.0, 0.3, 0.1),
     ]
     told: list[Record] = []
-    found = without_refuted(records, {EASY: 0.2}, told.append)
+    best = Best(support=(), loss=0.2, found_by="", found_in=0.0)
+    found = without_refuted(records, {EASY: best}, told.append)
     assert [record.relative_bound for record in found] == [None, 0.2, 0.1]
     assert [record.relative_loss for record in found] == [0.3, 0.2, 0.3]
     assert [record.error for record in told] == [
