@@ -10,6 +10,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,25 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
                 arrays[_HEADER] = np.array(text)
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub mistakes names
         else:
-            safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: text})
+            with as_new_files(partial):
+                safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: text})
         partial.replace(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # NUL in a name
         raise ProblemError(f"{path} cannot be written: {error}") from error
     finally:
         _remove(partial)
+
+
+@contextmanager
+def as_new_files(path: Path) -> Iterator[None]:
+    """Give the file that the block writes the mode of new files, which the umask says.
+
+    The writer of safetensors keeps what it writes to its user, from version 0.8 on.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
 
 
 def _remove(partial: Path) -> None:

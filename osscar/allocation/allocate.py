@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup, UnitKind
-from osscar.allocation.budget import Allocated, Budget
+from osscar.allocation.budget import Allocated, Bounded, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.expert_curves import expert_curves
@@ -140,6 +140,32 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     lower = _lower(prepared, request, shared, curves, found.budget)
     asked = replace(asked, curves=curves, table=table, lower=lower)
     return ranks.broadcast("a bound", lambda: _allocated(asked))
+
+
+def bounded_again(
+    prepared: Prepared,
+    request: PruningRequest,
+    budget: Budget,
+    left: Collection[str] = (),
+    form: Form = Form.EAGER,
+) -> Bounded:
+    """Return what a budget's curves, and those that lie below them, come to as a bound.
+
+    So that the number of a log need not be believed.  The budget is bounded; the other arguments
+    are those of `allocate`.
+    """
+    assert budget.bounded is not None
+    _, _, shared = asked_groups(prepared, request, left)
+    # Groups of one width have no curve in a budget, and add nothing to a bound.
+    losses = {group.name: np.zeros(group.units + 1) for group in shared}
+    losses |= {name: np.array(curve) for name, curve in budget.curves.items()}
+    curves = {name: Curve(name, own) for name, own in losses.items()}
+    lower = {name: np.array(curve) for name, curve in budget.bounded.curves.items()}
+    asked = _Asked(prepared, request, left, form, None, curves, lower)
+    found = prepared.ranks.broadcast("a bound", lambda: _allocated(asked)).budget
+    assert found is not None
+    assert found.bounded is not None
+    return found.bounded
 
 
 def _lower(

@@ -330,10 +330,13 @@ def race(
     ],
     backends: Annotated[str, Parameter(help="Backends, separated by commas.")],
     time: Annotated[float, Parameter(help="Seconds for one backend on one instance.")] = 60.0,
-    out: Annotated[Path, Parameter(help="The directory of the page.")] = Path("race"),
+    out: Annotated[Path, Parameter(help="The directory of the page and the runs.")] = Path("race"),
     json: Json = None,
 ) -> None:
-    """Run backends against each other, and write a page of who found what by when."""
+    """Run backends against each other, and write a page of who found what by when.
+
+    Each run is kept as it ends: the same command goes on where it was interrupted.
+    """
     rooms.instances.run_race(names, backends, time, out, json)
 
 

@@ -14,13 +14,15 @@ import solvers
 from osscar.base.errors import OptionError
 from osscar.base.files import make_directory, write_json, write_text
 from osscar.base.json_files import STRICT, read_json
-from osscar.cli.common import check_json_path, document, out, say
+from osscar.cli.common import check_json_path, document, out, say, way_back
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
 from osscar.report.race_page import race_page
 from osscar.report.tables import decimals, new_table, percent
-from osscar.study.library import Library, library
-from osscar.study.race import TOLERANCE, Run, best_losses, race, without_refuted
+from osscar.study.jobs import RECORDS
+from osscar.study.library import Best, library
+from osscar.study.race import TOLERANCE, best_known, race, race_study, without_refuted
+from osscar.study.records import Record
 from solvers import SubsetProblem
 
 REPORT_FILE = "race.html"
@@ -146,34 +148,48 @@ def run_race(
     known = library()
     # What is to be made first takes minutes: only where it was asked for by name.
     chosen = known.matching(names, shipped=not names)
-    make_directory(directory)
-    with quiet():
-        runs = race(known, chosen, entrants, seconds, _tell)
-    runs = without_refuted(runs, best_losses(known, runs), _tell)
-    for name, loss in best_losses(known, runs).items():
-        if loss < known.instances[name].best.loss * (1 - TOLERANCE):
-            found = next(run for run in runs if (run.instance, run.loss) == (name, loss))
-            _keep_improvement(known, found, directory)
-    path = directory / REPORT_FILE
-    write_text(path, race_page(known, chosen, entrants, runs, seconds))
+    study = race_study(directory, known, chosen)
+    path, done = directory / REPORT_FILE, list[Record]()
+    with way_back(lambda: study.kept), quiet():
+        for records in race(study, known, entrants, seconds, _tell):
+            best = best_known(known, records)
+            records = without_refuted(records, best, _tell)
+            for name, one in best.items():
+                _keep_improvement(name, known.instances[name].best, one, directory)
+            done += records
+            write_text(path, race_page(known, chosen, entrants, done, seconds))
     say(f"report: {path}")
-    content = {"seconds": seconds, "runs": [dataclasses.asdict(run) for run in runs]}
+    content = {"seconds": seconds, "records": [dataclasses.asdict(record) for record in done]}
     write_document(json, document("race", 1, content))
 
 
-def _tell(run: Run) -> None:
-    if run.error:
-        say(f"{run.instance}: {run.backend}: {run.error}")
+def _tell(record: Record) -> None:
+    if record.error:
+        say(f"{record.instance}: {record.backend}: {record.error}")
         return
-    bound = "" if run.bound is None else f", bound {run.bound:.6f}"
-    say(f"{run.instance}: {run.backend}: loss {run.loss:.6f}{bound}, {run.seconds:.2f} s")
+    loss, bound = record.relative_loss, record.relative_bound
+    below = "" if bound is None else f", bound {bound:.6f}"
+    say(f"{record.instance}: {record.backend}: loss {loss:.6f}{below}, {record.seconds:.2f} s")
 
 
-def _keep_improvement(known: Library, run: Run, directory: Path) -> None:
-    """Say that a best known value was improved, and write the solution to be sent."""
-    path = directory / f"{run.instance}.json"
-    write_json(path, dataclasses.asdict(SolutionFile(run.instance, run.support, by=run.backend)))
-    say(
-        f"{run.backend} improves the best known value of {run.instance}: {run.loss:.9g} instead of "
-        f"{known.instances[run.instance].best.loss:.9g}; {path} is the solution to send"
-    )
+def _keep_improvement(name: str, before: Best, now: Best, directory: Path) -> None:
+    """Say that a best known value was improved, if it was, and write the solution to be sent."""
+    told, by, bound = [], [], None
+    if now.loss < before.loss:
+        by.append(now.found_by)
+        told.append(
+            f"{now.found_by} improves the best known loss of {name}: {now.loss:.9g} instead of "
+            f"{before.loss:.9g}"
+        )
+    if now.bound > before.bound and not before.proved:
+        by.append(now.bound_by)
+        bound = now.bound
+        told.append(
+            f"{now.bound_by} improves the best known bound of {name}: {bound:.9g} instead of "
+            f"{before.bound:.9g}, by a certificate in {directory / RECORDS}"
+        )
+    if told:
+        path = directory / f"{name}.json"
+        found = SolutionFile(name, now.support, bound, " and ".join(dict.fromkeys(by)))
+        write_json(path, dataclasses.asdict(found))
+        say(f"{'; '.join(told)}; {path} is the solution to send")

@@ -7,6 +7,7 @@ is measured on the stream that everything pruned before it has shaped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import nn
 
 from graph import UnitKind
 from graph.tracing.preserve import cache_as
-from osscar.allocation.allocate import allocate
+from osscar.allocation.allocate import allocate, bounded_again
 from osscar.allocation.budget import Allocated
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
@@ -275,26 +276,36 @@ def _widths(
     prepared: Prepared, request: PruningRequest, facts: _DenseFacts, log: RunLog | None
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
-    known = prepared.ranks.broadcast(
+    noted: Allocated | None = prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
-    if known is None:
-        try:
-            known = allocate(
-                prepared, request, facts.curves, facts.skipped_names, facts.form, facts.table
-            )
-        except RequestError as error:
-            also = f"; {named(facts.skipped)}" if facts.skipped else ""
-            raise type(error)(f"{error}{also}") from error
-        if log is not None:
-            log.note_allocation(known)
+    if noted is not None:
+        _check_noted(noted, prepared, request, facts)
+        return noted
+    try:
+        known = allocate(
+            prepared, request, facts.curves, facts.skipped_names, facts.form, facts.table
+        )
+    except RequestError as error:
+        also = f"; {named(facts.skipped)}" if facts.skipped else ""
+        raise type(error)(f"{error}{also}") from error
+    if log is not None:
+        log.note_allocation(known)
+    return known
+
+
+def _check_noted(
+    noted: Allocated, prepared: Prepared, request: PruningRequest, facts: _DenseFacts
+) -> None:
+    """Refuse what a log says that groups keep where it cannot be, or its bound is not that."""
+    budget = noted.budget
     units = {
         group.name: group.units
         for group in (prepared.groups if request.experts is None else prepared.every_group)
         if group.prunable and group.name not in facts.skipped_names
     }
-    curves = {} if known.budget is None else known.budget.curves
-    sound = all(0 < kept < units.get(name, 0) for name, kept in known.keep.items()) and all(
+    curves = {} if budget is None else budget.curves
+    sound = all(0 < kept < units.get(name, 0) for name, kept in noted.keep.items()) and all(
         len(losses) == units.get(name, -1) + 1 for name, losses in curves.items()
     )
     if not sound:
@@ -302,12 +313,20 @@ def _widths(
             "the log of the run says what groups keep that this model does not have, or not fewer "
             "units than they have; begin anew with --restart"
         )
-    if known.budget is not None and not known.budget.is_consistent:
+    if budget is None or budget.bounded is None:
+        return
+    if not budget.is_consistent:
         raise JournalError(
             "the log of the run has a bound that lies above what is predicted of these widths, or "
             "of fewer units; begin anew with --restart"
         )
-    return known
+    told = budget.bounded.nats
+    nats = bounded_again(prepared, request, budget, facts.skipped_names, facts.form).nats
+    if not math.isclose(told, nats, rel_tol=1e-9):
+        raise JournalError(
+            f"the log of the run has a bound of {told:.9g} nats, and its curves come to "
+            f"{nats:.9g}; begin anew with --restart"
+        )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_
 from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan
+from solvers.storage import as_new_files
 
 ALLOCATION = "allocation.json"
 _MOST_OF_ALLOCATION = 512 * MEGABYTE
@@ -167,7 +168,7 @@ class RunLog(SavingJournal[JournalManifest]):
         words = _Words(self._run, index, record.plan, record.report, len(weights), sha256)
         text = json.dumps(dataclasses.asdict(words))
         tensors = {str(i): values_of(W).contiguous().cpu() for i, W in weights.items()}
-        with atomic_write(self._place(index)) as partial:
+        with atomic_write(self._place(index)) as partial, as_new_files(partial):
             safetensors.torch.save_file(tensors, partial, {_RECORD: text})
 
     def _read(self, index: int) -> LayerRecord:

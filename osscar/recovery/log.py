@@ -20,6 +20,7 @@ from osscar.base.files import atomic_write, digest
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT, parse_json
 from osscar.preparation.fingerprint import JournalManifest, sha256_of
+from solvers.storage import as_new_files
 
 WAY = "way"
 """The entry of a manifest that has the way to train that was chosen: fields of a request."""
@@ -136,8 +137,8 @@ class RecoveryLog(SavingJournal[JournalManifest]):
         standing = dataclasses.replace(standing, tensors=tensors)
         words = _Words(standing.rate, standing.points, self._digest(standing))
         place = self.directory / f"{standing.points[-1].step:08}.safetensors"
-        with atomic_write(place) as partial:
-            text = json.dumps(dataclasses.asdict(words))
+        text = json.dumps(dataclasses.asdict(words))
+        with atomic_write(place) as partial, as_new_files(partial):
             safetensors.torch.save_file(tensors, partial, {_WORDS: text})
         for old in before:
             old.unlink(missing_ok=True)

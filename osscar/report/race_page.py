@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,25 +13,27 @@ from osscar.base.printable import pluralize
 from osscar.report.figures import COLORS, SHARES, picture, tall_figure
 from osscar.report.page import asked_table, render
 from osscar.report.tables import decimals, new_table, percent
-from osscar.study.library import Library
+from osscar.study.library import Best, Library
 from osscar.study.race import (
-    PROVED,
     TOLERANCE,
     Curves,
-    Run,
     anytime,
-    best_losses,
+    best_known,
+    gap_below,
+    on_its_word,
     profile,
+    proved,
     times,
 )
+from osscar.study.records import ProofBasis, Record
 
 _CAPTIONS = {
     "profiles": "Performance profiles: the share of all instances that a backend has done within "
     "so many times the seconds of the fastest. Above, done is to have found the best known loss; "
-    "below, to have proved one.",
+    "below, to have proved one by a bound that was recomputed from its certificate.",
     "anytime": "What is known by when, on average over all instances. Above, the excess over the "
-    "best known loss; below, how far the lower bound lies under it. Both are 100 % before there is "
-    "an answer. Each mark is the end of a run with a limit of its own.",
+    "best known loss; below, how far the recomputed lower bound lies under it. Both are 100 % "
+    "before there is an answer. Each mark is the end of a run with a limit of its own.",
 }
 
 
@@ -39,7 +41,7 @@ def race_page(
     known: Library,
     names: Sequence[str],
     backends: Sequence[str],
-    runs: Sequence[Run],
+    records: Sequence[Record],
     seconds: float,
 ) -> str:
     """Return the page.
@@ -48,29 +50,27 @@ def race_page(
     ----------
     known, names, backends, seconds
         What was asked.
-    runs
-        What came of it.
+    records
+        What came of it so far: of instances on which all backends have run.
     """
-    best = best_losses(known, runs)
+    best = best_known(known, records)
 
-    def hit(run: Run) -> bool:
-        return run.loss is not None and run.loss <= best[run.instance] * (1 + TOLERANCE)
+    def hit(record: Record) -> bool:
+        loss = record.relative_loss
+        return loss is not None and loss <= best[record.instance].loss * (1 + TOLERANCE)
 
-    def proved(run: Run) -> bool:
-        return run.loss is not None and _open(run, run.loss) <= PROVED
+    def excess(record: Record) -> float:
+        assert record.relative_loss is not None
+        return min(1.0, _excess(record.relative_loss, best[record.instance]))
 
-    def excess(run: Run) -> float:
-        assert run.loss is not None
-        lost = best[run.instance]
-        return min(1.0, run.loss / lost - 1) if lost > 0 else 0.0
+    def below(record: Record) -> float:
+        recomputed = record.proof is ProofBasis.RECOMPUTED
+        return gap_below(best[record.instance].loss, record) if recomputed else 1.0
 
-    def below(run: Run) -> float:
-        return _open(run, best[run.instance])
-
-    count = len(names)
-    found, closed = times(runs, hit, seconds), times(runs, proved, seconds)
+    count = len(best)
+    found, closed, said = (times(records, done, seconds) for done in (hit, proved, on_its_word))
     profiles = (profile(found, count), profile(closed, count))
-    curves = (anytime(runs, excess, count), anytime(runs, below, count))
+    curves = (anytime(records, excess, count), anytime(records, below, count))
     pictures = [
         _picture("profiles", profiles, ("loss found", "proved"), "times the fastest"),
         _picture("anytime", curves, ("mean excess", "mean gap of the bound"), "seconds", "o"),
@@ -78,57 +78,63 @@ def race_page(
     return render(
         "race.html.j2",
         instances=pluralize(count, "instance"),
+        left=len(names) - count,
         pictures=pictures,
-        scores=_scores(backends, found, closed, count),
-        runs=_runs_table(runs, best),
-        counted=pluralize(len(runs), "run"),
+        scores=_scores(backends, found, closed, said, count),
+        records=_records_table(records, best),
+        counted=pluralize(len(records), "run"),
         asked=asked_table(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),
     )
 
 
-def _open(run: Run, loss: float) -> float:
-    """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
-    if run.bound is None:
-        return 1.0
-    return min(1.0, max(0.0, 1 - run.bound / loss)) if loss > 0 else 0.0
+def _excess(loss: float, best: Best) -> float:
+    """Return how far a loss lies above the best one, relative to that."""
+    return max(0.0, loss / best.loss - 1) if best.loss > 0 else 0.0
 
 
 def _scores(
     backends: Sequence[str],
     found: dict[str, dict[str, float]],
     closed: dict[str, dict[str, float]],
+    said: dict[str, dict[str, float]],
     count: int,
 ) -> Table:
-    rows = (
-        (
-            backend,
-            *(f"{len(done.get(backend, {}))} of {count}" for done in (found, closed)),
-            *(_total(done.get(backend, {})) for done in (found, closed)),
-        )
-        for backend in backends
-    )
-    columns = ("backend", "best known loss found >", "proved >", "seconds of these >")
-    return new_table("", *columns, "seconds of these proofs >", rows=rows)
+    rows = []
+    for backend in backends:
+        hits, proofs = found.get(backend, {}), closed.get(backend, {})
+        word = said.get(backend, {}).keys() - proofs.keys()
+        told = (_of(hits, count), _total(hits), _of(proofs, count), _total(proofs))
+        rows.append((backend, *told, _of(word, count) if word else ""))
+    columns = ("backend", "best known loss found >", "seconds of these >", "proved >")
+    return new_table("", *columns, "seconds of these >", "by its word alone >", rows=rows)
+
+
+def _of(done: Collection[str], count: int) -> str:
+    return f"{len(done)} of {count}"
 
 
 def _total(times: dict[str, float]) -> str:
     return decimals(sum(times.values()), 3) if times else ""
 
 
-def _runs_table(runs: Sequence[Run], best: dict[str, float]) -> Table:
-    rows = (
-        (
-            *(run.instance, run.backend, decimals(run.loss, 6)),
-            "" if run.loss is None else percent(run.loss / (best[run.instance] or 1.0) - 1, 3),
-            decimals(run.bound, 6),
-            "" if run.loss is None or run.bound is None else percent(_open(run, run.loss)),
-            run.error or ("recomputed" if run.recomputed else "its word" if run.bound else ""),
-            decimals(run.seconds, 3),
+def _records_table(records: Sequence[Record], best: Mapping[str, Best]) -> Table:
+    rows = []
+    for record in records:
+        loss, bound = record.relative_loss, record.relative_bound
+        above = None if loss is None else _excess(loss, best[record.instance])
+        gap = None if loss is None or bound is None else gap_below(loss, record)
+        rows.append(
+            (
+                *(record.instance, record.backend, decimals(loss, 6)),
+                "" if above is None else percent(above, 3),
+                decimals(bound, 6),
+                "" if gap is None else percent(gap),
+                record.error or str(record.proof),
+                decimals(record.seconds, 3),
+            )
         )
-        for run in runs
-    )
     columns = ("instance", "backend", "loss >", "above the best >", "bound >", "gap >")
     return new_table("", *columns, "bound is", "seconds >", rows=rows)
 

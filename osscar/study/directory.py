@@ -39,7 +39,15 @@ from osscar.study.jobs import (
     solve_all,
     solve_task,
 )
-from osscar.study.records import ROOT_BOUND, WINDOW, Instance, Record, window_name, write_csv
+from osscar.study.records import (
+    ROOT_BOUND,
+    WINDOW,
+    Instance,
+    Options,
+    Record,
+    window_name,
+    write_csv,
+)
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
 _RESULTS_FILE = "results.csv"
@@ -246,6 +254,21 @@ class Study:
                 records += solved(tasks)
             write_csv(self.directory / _RESULTS_FILE, records)
         return tuple(records)
+
+    def solve(self, instance: Instance, keep: int, backend: str, options: Options) -> Record:
+        """Solve one captured problem, or recompute what an earlier run has recorded of it.
+
+        Raises
+        ------
+        JournalError, OutputError
+            As of `run`.
+        """
+        with self.locked():
+            self._journal.make(RECORDS)
+            removed = (1 - keep / instance.units,)
+            return solve_task(
+                Task(self.directory.absolute(), instance, keep, removed, backend, options)
+            )
 
     def _tasks(
         self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]

@@ -3,63 +3,37 @@
 Backends report no trajectory.  What they reach by when is found by running each that has a time
 limit several times, with a limit that grows; one without a limit runs once.  A run counts from when
 it ended, with all of its answer.
+
+A race is a study (`osscar.study.directory`): each run is a record, written as soon as it ends, and
+a race that was stopped goes on from those.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import solvers
 from osscar.base.errors import OptionError
+from osscar.study.directory import Study
 from osscar.study.library import Best, Library
-from solvers import BackendError, SolutionRecord, SubsetProblem, VerificationError
+from osscar.study.records import Instance, ProofBasis, Record
+from solvers import SolutionRecord, Status
 from solvers.protocol import DEFAULT_GAP_TOLERANCE
 
 TOLERANCE = 1e-6
 """Share of the best known loss within which an answer counts as that."""
 
 PROVED = DEFAULT_GAP_TOLERANCE * (1 + 1e-6)
-"""Gap up to which an instance counts as proved; searches stop right at the tolerance."""
+"""Gap up to which an answer counts as optimal; searches stop right at the tolerance."""
 
 SHARES_OF_TIME = (1 / 16, 1 / 4, 1.0)
 """The limits that a backend is run with, as shares of the whole time."""
 
 Curves: TypeAlias = dict[str, list[tuple[float, float]]]
 """Points by backend: from 1 or from the first seconds on, and shares."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of one backend on one instance.
-
-    Parameters
-    ----------
-    instance, backend
-        Who ran on what.
-    seconds
-        When it ended; None where there is no answer.
-    loss, bound
-        Recomputed loss, and what was proved; shares of the loss of removing everything.
-    recomputed
-        Whether the bound was recomputed from a certificate, and is not the solver's word.
-    support
-        The units that stay.
-    error
-        Why there is no answer, or why its bound does not count.
-    """
-
-    instance: str
-    backend: str
-    seconds: float | None = None
-    loss: float | None = None
-    bound: float | None = None
-    recomputed: bool = False
-    support: tuple[int, ...] = ()
-    error: str = ""
 
 
 def limited(backend: str, seconds: float) -> dict[str, float]:
@@ -78,40 +52,31 @@ def limited(backend: str, seconds: float) -> dict[str, float]:
     return {"time_limit": seconds / max(options.get("windows", 1), 1)}
 
 
-def better(best: Best, found: SolutionRecord) -> Best:
-    """Return the best that is known once something was found; the same where that is no better.
+def race_study(directory: Path, known: Library, names: Sequence[str]) -> Study:
+    """Return the study of a race on some instances, which goes on with what lies there.
 
-    found: Of a verified solution: its bound counts only if it was recomputed.
+    Raises
+    ------
+    JournalError
+        If the directory holds something else, or a race on other instances.
     """
-    if found.relative_loss < best.loss * (1 - TOLERANCE):
-        best = dataclasses.replace(
-            best,
-            support=found.support,
-            loss=found.relative_loss,
-            found_by=found.backend,
-            found_in=round(found.seconds, 3),
-        )
-    if found.recomputed_bound is not None and found.relative_bound is not None:
-        bound = found.relative_bound
-        if min(bound, best.loss) > best.bound * (1 + TOLERANCE):
-            best = dataclasses.replace(
-                best,
-                bound=min(bound, best.loss),
-                bound_by=found.backend,
-                bound_in=round(found.seconds, 3),
-                certificate="",
-            )
-    return dataclasses.replace(best, proved=best.gap <= PROVED)
+    asked = {
+        name: {"source": known.sources[one.source].sha256, "keep": one.keep, "damp": one.damp}
+        for name, one in ((name, known.instances[name]) for name in names)
+    }
+    return Study(directory, {"instances": asked})
 
 
 def race(
+    study: Study,
     known: Library,
-    names: Sequence[str],
     backends: Sequence[str],
     seconds: float,
-    tell: Callable[[Run], None] = lambda run: None,
-) -> list[Run]:
-    """Run each backend on each instance, with limits that grow up to so many seconds.
+    tell: Callable[[Record], None] = lambda record: None,
+) -> Iterator[list[Record]]:
+    """Run each backend on each instance of a study, with limits that grow up to so many seconds.
+
+    Yield the records instance by instance; those of earlier races are recomputed.
 
     Raises
     ------
@@ -120,82 +85,120 @@ def race(
     """
     for backend in backends:
         limited(backend, seconds)
-    for name in names:  # what has to be made takes minutes, and may fail
-        known.file(known.instances[name].source)
-    runs: list[Run] = []
-    for name in names:
-        problem = known.problem(name)
-        for backend in backends:
-            for run in _runs(problem, name, backend, seconds):
-                tell(run)
-                runs.append(run)
-    return runs
+    with study.locked():
+        if not study.instances:  # what has to be made takes minutes, and may fail
+            study.capture(("units", known.problem(name)) for name in study.source["instances"])
+        for instance in study.instances:
+            keep = known.instances[instance.name].keep
+            records = []
+            for backend in backends:
+                for record in _runs(study, instance, keep, backend, seconds):
+                    tell(record)
+                    records.append(record)
+            yield records
 
 
-def _runs(problem: SubsetProblem, name: str, backend: str, seconds: float) -> Iterator[Run]:
+def _runs(
+    study: Study, instance: Instance, keep: int, backend: str, seconds: float
+) -> Iterator[Record]:
     limits = SHARES_OF_TIME if limited(backend, seconds) else (1.0,)
     for share in limits:
-        options = limited(backend, share * seconds)
-        began = time.perf_counter()
-        try:
-            solution = solvers.solve(problem, backend, options=options)
-            took = time.perf_counter() - began
-            said = solution.record(solution.verify())
-        except (BackendError, VerificationError) as error:
-            yield Run(name, backend, error=str(error))
-            return
-        yield Run(
-            instance=name,
-            backend=backend,
-            seconds=took,
-            loss=said.relative_loss,
-            bound=said.relative_bound,
-            recomputed=said.recomputed_bound is not None,
-            support=said.support,
-        )
-        if said.proved_optimal or took < share * seconds / 2:
-            return  # it ended by itself, and more time would change nothing
+        record = study.solve(instance, keep, backend, limited(backend, share * seconds))
+        yield record
+        ended_early = record.seconds is None or record.seconds < share * seconds / 2
+        if ended_early or record.status == Status.OPTIMAL.name:
+            return  # it failed or ended by itself, and more time would change nothing
 
 
 # ---- what it comes to ----------------------------------------------------------------------
 
 
-def best_losses(known: Library, runs: Sequence[Run]) -> dict[str, float]:
-    """Return the least loss of each instance that is known or was found in the race."""
-    least: dict[str, float] = {}
-    for run in runs:
-        before = least.get(run.instance, known.instances[run.instance].best.loss)
-        least[run.instance] = before if run.loss is None else min(before, run.loss)
-    return least
+def better(best: Best, found: Record | SolutionRecord) -> Best:
+    """Return the best that is known once something was found; the same where that is no better.
+
+    found: Of a verified solution: its bound counts only if it was recomputed.
+    """
+    loss, seconds = found.relative_loss, found.seconds
+    if loss is None or seconds is None:  # there is no answer
+        return best
+    took = round(seconds, 3)
+    if loss < best.loss * (1 - TOLERANCE):
+        by = found.backend
+        best = replace(best, support=found.support, loss=loss, found_by=by, found_in=took)
+    if found.recomputed_bound is not None and found.relative_bound is not None:
+        bound = min(found.relative_bound, best.loss)
+        if bound > best.bound * (1 + TOLERANCE):
+            by = found.backend
+            best = replace(best, bound=bound, bound_by=by, bound_in=took, certificate="")
+    return replace(best, proved=best.gap <= PROVED)
+
+
+def best_known(known: Library, records: Sequence[Record]) -> dict[str, Best]:
+    """Return the best of each instance of the race that was known or was found in it."""
+    best: dict[str, Best] = {}
+    for record in records:
+        name = record.instance
+        best[name] = better(best.get(name, known.instances[name].best), record)
+    return best
 
 
 def without_refuted(
-    runs: Sequence[Run], best: Mapping[str, float], tell: Callable[[Run], None] = lambda run: None
-) -> list[Run]:
-    """Return the runs, without the bounds that lie above the best loss of their instance.
+    records: Sequence[Record],
+    best: Mapping[str, Best],
+    tell: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Return the records, without the bounds that lie above the best loss of their instance.
 
     A bound without a certificate is its backend's word, and no exchange may refute it.
     """
-    found: list[Run] = []
-    for run in runs:
-        least = best[run.instance]
-        if run.bound is not None and run.bound > least * (1 + TOLERANCE):
-            wrong = f"its bound {run.bound:.9g} is wrong: a support of loss {least:.9g} is known"
-            run = dataclasses.replace(run, bound=None, recomputed=False, error=wrong)
-            tell(run)
-        found.append(run)
+    found: list[Record] = []
+    for record in records:
+        bound, least = record.relative_bound, best[record.instance].loss
+        if bound is not None and bound > least * (1 + TOLERANCE):
+            wrong = f"its bound {bound:.9g} is wrong: a support of loss {least:.9g} is known"
+            record = replace(record, **_UNBOUNDED, error=wrong)
+            tell(record)
+        found.append(record)
     return found
 
 
+_UNBOUNDED: dict[str, Any] = {
+    **dict.fromkeys(("lower_bound", "relative_bound", "recomputed_bound", "gap")),
+    "proof": ProofBasis.NONE,
+}
+
+
+def gap_below(loss: float, record: Record) -> float:
+    """Return the share of a loss that a run's bound leaves below it, from 0 to 1."""
+    if record.relative_bound is None:
+        return 1.0
+    return min(1.0, max(0.0, 1 - record.relative_bound / loss)) if loss > 0 else 0.0
+
+
+def proved(record: Record) -> bool:
+    """Tell whether an answer is optimal by a bound that was recomputed from its certificate."""
+    return record.proof is ProofBasis.RECOMPUTED and _closed(record)
+
+
+def on_its_word(record: Record) -> bool:
+    """Tell whether an answer is optimal by its backend's word, and by nothing else."""
+    return record.proof is not ProofBasis.RECOMPUTED and _closed(record)
+
+
+def _closed(record: Record) -> bool:
+    loss = record.relative_loss
+    return loss is not None and gap_below(loss, record) <= PROVED
+
+
 def times(
-    runs: Sequence[Run], done: Callable[[Run], bool], seconds: float
+    records: Sequence[Record], done: Callable[[Record], bool], seconds: float
 ) -> dict[str, dict[str, float]]:
     """Return, by backend and instance, when the first run that is `done` ended within the time."""
-    found: dict[str, dict[str, float]] = {run.backend: {} for run in runs}
-    for run in runs:
-        if run.seconds is not None and run.seconds <= seconds and done(run):
-            mine = found[run.backend]
-            mine[run.instance] = min(run.seconds, mine.get(run.instance, run.seconds))
+    found: dict[str, dict[str, float]] = {record.backend: {} for record in records}
+    for record in records:
+        took, mine = record.seconds, found[record.backend]
+        if took is not None and took <= seconds and done(record):
+            mine[record.instance] = min(took, mine.get(record.instance, took))
     return found
 
 
@@ -223,17 +226,21 @@ def profile(found: dict[str, dict[str, float]], instances: int) -> Curves:
     }
 
 
-def anytime(runs: Sequence[Run], value: Callable[[Run], float], instances: int) -> Curves:
+def anytime(records: Sequence[Record], value: Callable[[Record], float], instances: int) -> Curves:
     """Return, by backend, the mean over instances of the least value so far, at each run's end.
 
     value: From 0, which is best, to 1, which also stands for no answer yet.
     """
-    curves: Curves = {run.backend: [] for run in runs}
+    curves: Curves = {record.backend: [] for record in records}
     for backend, curve in curves.items():
         least: dict[str, float] = {}
-        mine = [run for run in runs if run.backend == backend and run.seconds is not None]
-        for run in sorted(mine, key=lambda run: run.seconds or 0.0):
-            least[run.instance] = min(value(run), least.get(run.instance, 1.0))
+        ended = [
+            (record.seconds, record)
+            for record in records
+            if record.backend == backend and record.seconds is not None
+        ]
+        for took, record in sorted(ended, key=lambda one: one[0]):
+            least[record.instance] = min(value(record), least.get(record.instance, 1.0))
             mean = (sum(least.values()) + instances - len(least)) / instances
-            curve.append((run.seconds or 0.0, mean))
+            curve.append((took, mean))
     return curves

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import osscar.study.library as room
+import solvers
 from benchmarks.instances import PAGE, instance_rows, source_rows
-from osscar.base.errors import FileError, OptionError, OutputError
+from osscar.base.errors import FileError, JournalError, OptionError, OutputError
 from osscar.cli.commands import app
 from osscar.cli.instances import relative_loss
 from osscar.models.load import load_model
@@ -30,17 +32,20 @@ from osscar.study.library import (
     source_digest,
 )
 from osscar.study.race import (
-    Run,
     anytime,
-    best_losses,
+    best_known,
     better,
     limited,
+    on_its_word,
     profile,
+    proved,
     race,
+    race_study,
     times,
     without_refuted,
 )
-from solvers import Solution, VerificationError, solve
+from osscar.study.records import ProofBasis, Record
+from solvers import Solution, SubsetProblem, VerificationError, solve
 from solvers.storage import read
 
 SHIPPED = library().matching((), shipped=True)
@@ -221,7 +226,9 @@ def test_a_race_tells_of_what_improves(
 ) -> None:
     true = library()
     one = true.instances[EASY]
-    worse = dataclasses.replace(one, best=dataclasses.replace(one.best, loss=2 * one.best.loss))
+    worse = dataclasses.replace(
+        one, best=dataclasses.replace(one.best, loss=2 * one.best.loss, bound=0.0, proved=False)
+    )
     large = "resnet20-c32-k24"
     changed = dataclasses.replace(true, instances={EASY: worse, large: true.instances[large]})
     monkeypatch.setattr("osscar.cli.instances.library", lambda: changed)
@@ -231,14 +238,18 @@ def test_a_race_tells_of_what_improves(
             *("--out", str(tmp_path / "race"), "--json", str(tmp_path / "race.json")),
         ]
     )
-    assert f"improves the best known value of {EASY}" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"greedy improves the best known loss of {EASY}" in said
+    assert f"enumerate improves the best known bound of {EASY}" in said
     page = (tmp_path / "race" / "race.html").read_text()
     assert "greedy" in page
     assert "enumerate" in page
     sent = json.loads((tmp_path / "race" / f"{EASY}.json").read_text())
     assert sent["support"] == list(one.best.support)
-    runs = json.loads((tmp_path / "race.json").read_text())["runs"]
-    answers = {(run["instance"], run["backend"]): run["error"] for run in runs}
+    assert sent["lower_bound"] == pytest.approx(one.best.loss)
+    assert sent["by"] == "greedy and enumerate"
+    records = json.loads((tmp_path / "race.json").read_text())["records"]
+    answers = {(one["instance"], one["backend"]): one["error"] for one in records}
     assert [pair for pair, error in answers.items() if error] == [(large, "enumerate")]
     assert "takes at most 16 units" in answers[large, "enumerate"]
 
@@ -246,22 +257,32 @@ def test_a_race_tells_of_what_improves(
 # ---- what a race comes to -------------------------------------------------------------------
 
 
-def runs_of(*rows: tuple[str, str, float, float, float | None]) -> list[Run]:
-    return [
-        Run(instance, backend, seconds, loss, bound)
-        for instance, backend, seconds, loss, bound in rows
-    ]
+def record_of(
+    instance: str,
+    backend: str,
+    seconds: float,
+    loss: float,
+    bound: float | None = None,
+    proof: ProofBasis = ProofBasis.NONE,
+) -> Record:
+    return Record(
+        *(instance, "units", "", 8, 1, 4, 0.5, backend, {}),
+        seconds=seconds,
+        relative_loss=loss,
+        relative_bound=bound,
+        proof=proof,
+    )
 
 
 def test_profiles_count_instances_within_a_ratio_of_the_fastest() -> None:
-    runs = runs_of(
-        ("x", "a", 1.0, 0.5, None),
-        ("x", "b", 4.0, 0.5, None),
-        ("y", "a", 3.0, 0.2, None),
-        ("y", "b", 1.0, 0.2, None),
-        ("z", "a", 90.0, 0.2, None),
-    )
-    found = times(runs, lambda run: True, 60.0)
+    records = [
+        record_of("x", "a", 1.0, 0.5),
+        record_of("x", "b", 4.0, 0.5),
+        record_of("y", "a", 3.0, 0.2),
+        record_of("y", "b", 1.0, 0.2),
+        record_of("z", "a", 90.0, 0.2),
+    ]
+    found = times(records, lambda record: True, 60.0)
     assert found == {"a": {"x": 1.0, "y": 3.0}, "b": {"x": 4.0, "y": 1.0}}
     curves = profile(found, 4)
     assert curves["a"] == [(1.0, 0.25), (3.0, 0.5), (4.0, 0.5)]
@@ -269,10 +290,12 @@ def test_profiles_count_instances_within_a_ratio_of_the_fastest() -> None:
 
 
 def test_anytime_curves_are_means_of_the_best_so_far() -> None:
-    runs = runs_of(
-        ("x", "a", 1.0, 0.5, None), ("x", "a", 4.0, 0.1, None), ("y", "a", 2.0, 0.2, None)
-    )
-    curve = anytime(runs, lambda run: run.loss or 0.0, 2)["a"]
+    records = [
+        record_of("x", "a", 1.0, 0.5),
+        record_of("x", "a", 4.0, 0.1),
+        record_of("y", "a", 2.0, 0.2),
+    ]
+    curve = anytime(records, lambda record: record.relative_loss or 0.0, 2)["a"]
     assert curve == [(1.0, 0.75), (2.0, pytest.approx(0.35)), (4.0, pytest.approx(0.15))]
 
 
@@ -291,27 +314,41 @@ def test_only_recomputed_bounds_count() -> None:
 def test_the_best_loss_is_of_the_index_or_the_race() -> None:
     known: Library = library()
     best = known.instances[EASY].best.loss
-    runs = runs_of((EASY, "a", 1.0, best / 2, None), (EASY, "b", 1.0, 2 * best, None))
-    assert best_losses(known, runs) == {EASY: best / 2}
-    assert best_losses(known, runs[1:]) == {EASY: best}
+    records = [record_of(EASY, "a", 1.0, best / 2), record_of(EASY, "b", 1.0, 2 * best)]
+    assert best_known(known, records)[EASY].loss == best / 2
+    assert best_known(known, records[1:]) == {EASY: known.instances[EASY].best}
+    failed = dataclasses.replace(records[0], relative_loss=None, seconds=None, error="none")
+    assert best_known(known, [failed]) == {EASY: known.instances[EASY].best}
 
 
 def test_a_bound_above_a_known_loss_proves_nothing() -> None:
     """Nor does it count as one of less: a backend that claims too much is not to win the race."""
-    runs = runs_of(
-        (EASY, "a", 1.0, 0.3, 0.3), (EASY, "b", 1.0, 0.2, 0.2), (EASY, "c", 1.0, 0.3, 0.1)
-    )
-    told: list[Run] = []
-    found = without_refuted(runs, {EASY: 0.2}, told.append)
-    assert [run.bound for run in found] == [None, 0.2, 0.1]
-    assert [run.loss for run in found] == [0.3, 0.2, 0.3]
-    assert [run.error for run in told] == [
+    records = [
+        record_of(EASY, "a", 1.0, 0.3, 0.3),
+        record_of(EASY, "b", 1.0, 0.2, 0.2),
+        record_of(EASY, "c", 1.0, 0.3, 0.1),
+    ]
+    told: list[Record] = []
+    best = Best(support=(), loss=0.2, found_by="", found_in=0.0)
+    found = without_refuted(records, {EASY: best}, told.append)
+    assert [record.relative_bound for record in found] == [None, 0.2, 0.1]
+    assert [record.relative_loss for record in found] == [0.3, 0.2, 0.3]
+    assert [record.error for record in told] == [
         "its bound 0.3 is wrong: a support of loss 0.2 is known",
     ]
 
 
+@pytest.mark.parametrize("proof", ProofBasis)
+@pytest.mark.parametrize(("bound", "closes"), [(0.3, True), (0.29, False), (None, False)])
+def test_a_word_is_no_proof(proof: ProofBasis, bound: float | None, closes: bool) -> None:
+    record = record_of(EASY, "a", 1.0, 0.3, bound, proof)
+    recomputed = proof is ProofBasis.RECOMPUTED
+    assert proved(record) == (closes and recomputed)
+    assert on_its_word(record) == (closes and not recomputed)
+
+
 def test_a_race_goes_on_after_a_claim_that_is_not_confirmed(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = Solution.verify
 
@@ -321,8 +358,9 @@ def test_a_race_goes_on_after_a_claim_that_is_not_confirmed(
         return verify(solution)
 
     monkeypatch.setattr(Solution, "verify", refusing)
-    runs = race(library(), [EASY], ["greedy", "magnitude"], 1.0)
-    assert [(run.backend, run.error) for run in runs] == [
+    study = race_study(tmp_path / "race", library(), [EASY])
+    (records,) = race(study, library(), ["greedy", "magnitude"], 1.0)
+    assert [(record.backend, record.error) for record in records] == [
         ("greedy", "it is none"),
         ("magnitude", ""),
     ]
@@ -332,8 +370,43 @@ def test_a_race_goes_on_after_a_claim_that_is_not_confirmed(
 def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "file").touch()
     for place in ("file", "file/below"):
-        with pytest.raises(OutputError, match="cannot write "):
+        with pytest.raises((OutputError, JournalError), match=r"cannot write |is a file and holds"):
             app(["instances", *command, EASY, "--out", str(tmp_path / place)])
+
+
+def test_an_interrupted_race_keeps_its_runs_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, asked = tmp_path / "race", solvers.solve
+    command = ["instances", "race", EASY, SMALL[0], "--backends", "greedy,magnitude"]
+    command += ["--out", str(place)]
+    solved: list[tuple[str, str]] = []
+
+    def interrupted(problem: SubsetProblem, backend: str, **options: Any) -> Solution:
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        solved.append((problem.name, backend))
+        return asked(problem, backend, **options)
+
+    monkeypatch.setattr(solvers, "solve", interrupted)
+    with pytest.raises(SystemExit):
+        app(command)
+    said = capsys.readouterr()
+    assert "give the same command again to go on" in said.out + said.err
+    assert "So far: the race has 1 more to run." in (place / "race.html").read_text()
+    solved.append(("", ""))
+    app(command)
+    assert len(set(solved)) == len(solved) == 5
+    page = (place / "race.html").read_text()
+    assert "So far" not in page
+    assert "A race on 2 instances" in page
+
+
+def test_a_directory_holds_a_race_on_the_same_instances(tmp_path: Path) -> None:
+    study = race_study(tmp_path, library(), [EASY])
+    assert len(list(race(study, library(), ["magnitude"], 1.0))) == 1
+    with pytest.raises(JournalError, match="instances was"):
+        race_study(tmp_path, library(), [SMALL[0]])
 
 
 def test_limits_are_options_of_backends() -> None:

@@ -201,6 +201,8 @@ def test_a_run_that_goes_on_tells_the_same_bound_and_believes_no_other(tmp_path)
     forged["allocated"]["budget"]["bounded"]["nats"] *= 1.001
     for changed in (
         {"nats": 2 * first.budget.predicted},
+        {"nats": 1.001 * first.budget.bounded.nats},
+        {"nats": 0.999 * first.budget.bounded.nats},
         {"nats": float("nan")},
         {"curves": {name: [1.0]}},
         {"curves": {name: [9.0] * 12}},

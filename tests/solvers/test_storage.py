@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
+import stat
 import struct
 import zipfile
 
@@ -46,6 +48,17 @@ def test_round_trip(tmp_path, suffix, name):
         np.savez_compressed(tmp_path / "small.npz", **archive)
     small = SubsetProblem.load(tmp_path / "small.npz")
     assert torch.equal(small.consumers[0].H, problem.consumers[0].H)
+
+
+@suffixes
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_files_get_the_mode_that_the_umask_says(tmp_path, suffix, umask):
+    path, before = tmp_path / f"layer{suffix}", os.umask(umask)
+    try:
+        INSTANCES["scalar"].problem.save(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
 @suffixes
