@@ -453,6 +453,7 @@ def test_a_language_model_as_a_program(tmp_path):
     assert_close(osscar.load(twice)(input_ids=windows).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_model_of_images_whose_code_cannot_follow_becomes_a_program(tmp_path):
     config = TimesformerConfig(
         image_size=8, patch_size=4, num_frames=2, hidden_size=12, num_hidden_layers=1,

@@ -284,6 +284,7 @@ def test_a_step_of_training_and_a_copy():
     assert not torch.equal(model(x), result.model(x))
 
 
+@pytest.mark.slow
 def test_it_is_compiled():
     kind, shape = CASES["heads"]
     _, result = shrunk(made(kind), shape)
