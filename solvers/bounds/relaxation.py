@@ -259,6 +259,7 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
     moments, step = Moments.independent(_inner(terms, point)), _FIRST_STEP
     barrier, factor, least_barrier = _BARRIERS
     shape, left = _SHAPES
+    ends = [moments]
     for done in range(effort.rounds):
         bound = _bound_at(terms, moments, shape, found, point)
         for _ in range(_NEWTON_STEPS):
@@ -269,21 +270,32 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
         response = _response(terms, bound)
         weight = barrier * float((point * (1 - point) * bound.q).mean())
         del bound  # it holds a matrix, as does the response
-        moved, step = _moved(terms, moments, response, shape, weight, step)
-        # Bounds jump from round to round; that of the mean of the last two moments is steadier.
-        last = done == effort.rounds - 1
-        moments = moved.towards(moments, 0.5) if last else moved
-        del response, moved
+        before, (moments, step) = moments, _moved(terms, moments, response, shape, weight, step)
+        del response
+        if done == effort.rounds - 1:
+            # Bounds jump from round to round: often that of the mean of two moments is better.
+            ends = [moments, moments.towards(before, 0.5)]
+        del before
         barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
-    moments = replace(moments, mean=_summing_up(terms, moments.mean))
-    bound = _bound_at(terms, moments, 1.0, found, point)
+    moments, bound = max(
+        (_ended(terms, end, found, point, effort.steps) for end in ends),
+        key=lambda end: end[1].value,
+    )
     ones, correlation = torch.ones_like(moments.mean), moments.correlation
     limit = terms.limit(float(moments.mean @ bound.a))
     if not is_definite(ones / (1 + LEAST_MARGIN), -correlation):
         limit = math.inf  # rounded to float32, these are no moments
-    bound = tighten(minimize(bound, effort.steps), effort.steps)
+    bound = tighten(bound, effort.steps)
     together = Relaxation(terms, moments.mean, ones, bound, correlation, limit)
     return together, moments.most(first.bound)
+
+
+def _ended(
+    terms: RemovalTerms, moments: Moments, found: Tensor, point: Tensor, steps: int
+) -> tuple[Moments, QuadraticBound]:
+    """Return moments that sum up, and the bound of the multipliers that suit them."""
+    moments = replace(moments, mean=_summing_up(terms, moments.mean))
+    return moments, minimize(_bound_at(terms, moments, 1.0, found, point), steps)
 
 
 def _moved(
