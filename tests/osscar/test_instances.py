@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import osscar.study.library as room
 import solvers
 from benchmarks.instances import PAGE, instance_rows, source_rows
+from benchmarks.official import in_blocks, official
 from osscar.base.errors import FileError, JournalError, OptionError, OutputError
 from osscar.cli.commands import app
 from osscar.cli.instances import relative_loss
@@ -252,6 +254,28 @@ def test_a_race_tells_of_what_improves(
     answers = {(one["instance"], one["backend"]): one["error"] for one in records}
     assert [pair for pair, error in answers.items() if error] == [(large, "enumerate")]
     assert "takes at most 16 units" in answers[large, "enumerate"]
+
+
+def test_public_code_is_given_blocks_of_rows_and_its_support_is_read_back() -> None:
+    problem = library().problem("resnet20-c16-k8")
+    (one,) = problem.consumers
+    shuffled = dataclasses.replace(
+        problem, consumers=(dataclasses.replace(one, rows=one.rows.flip(0)),)
+    )
+    kept = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])  # 5 and 11 have no weights, in either order
+
+    def pruned(W: torch.Tensor, H: torch.Tensor, G: torch.Tensor, *asked: int) -> Any:
+        assert asked == (16, 8, 2)
+        assert torch.allclose(H @ W, G)
+        blocks = W.reshape(16, -1)
+        found = torch.zeros_like(blocks)
+        found[kept] = blocks[kept]
+        # Columns first, as what torch solves for may be.
+        return found.view(W.shape).T.contiguous().T, 0.0
+
+    code: Any = SimpleNamespace(OSSCAR_fastprune=pruned)
+    for posed in (problem, shuffled):
+        assert torch.equal(official(code, 2, 0, posed, *in_blocks(posed)), kept)
 
 
 # ---- what a race comes to -------------------------------------------------------------------
