@@ -28,7 +28,7 @@ import torch
 from solvers import BackendError, Status, SubsetProblem, solve
 from solvers.closed_forms.windows import borderline_window, window_problem
 
-SIZES = (12, 16, 20, 24, 28, 32, 36, 40, 42, 44, 48, 52, 56, 64)
+SIZES = (12, 16, 20, 24, 28, 32, 36, 40, 42, 44, 48, 52, 56, 64, 72, 80, 96)
 BACKENDS = ("enumerate", "branch_and_bound", "highs", "gurobi")
 
 

@@ -36,19 +36,19 @@ from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Select
 
 _LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(steps=200)
-_NODE_STEPS = 6
+_NODE_STEPS = 8
 _LONE_NODE_STEPS = 60
 """Gradient steps in a node that is a batch of its own: its linear algebra costs far more."""
 
 _MORE_STEPS = 60
-_WORTH_MORE = 0.4
+_WORTH_MORE = 0.7
 """Further gradient steps in a node, if they may raise its bound by this share of what it lacks."""
 
 _BRANCH_ON_DIAGONAL = 0.1
 """What a unit's q counts beside the rise of the bound if it stays."""
 
-_BATCH_NODES = 2048
-_BATCH_ELEMENTS = 1 << 21
+_BATCH_NODES = 1024
+_BATCH_ELEMENTS = 1 << 20
 """Elements of the Hessians of one batch; bounds the memory, and keeps the caches warm."""
 
 _THREADED_ROWS = 256
