@@ -52,7 +52,7 @@ def test_the_code_of_a_card_reads_its_checkpoint(name, tmp_path):
             assert torch.equal(tensor, mine[key])
 
 
-def test_a_card_tells_what_was_removed_over_all_runs_and_shows_it(tmp_path):
+def test_a_card_tells_what_was_removed_over_all_runs_and_shows_it(tmp_path, drawn):
     dense = tiny("opt")
     once = pruned(dense, tokens(), heads="2/3", neurons="1/2")
     twice = pruned(once.model, tokens(), neurons=8)
