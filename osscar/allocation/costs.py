@@ -237,17 +237,24 @@ def _in_lists(
     """Return the group of experts that are a list of modules, by the tensors of these.
 
     It is None for all but the first of them, with which the others are counted: they are alike.
+    A buffer that several of them have does not leave with any.
     """
     if cost is Cost.FLOPS:
         return {}
-    return {
-        names[id(tensor)]: None if index else group
-        for group in groups
-        for slot in group.slots
-        if is_list(slot)
-        for index, member in enumerate(model.get_submodule(slot.module).children())
-        for tensor in (*member.parameters(), *member.buffers())
-    }
+    found: dict[str, CouplingGroup | None] = {}
+    for group in groups:
+        for slot in group.slots:
+            if is_list(slot):
+                members = model.get_submodule(slot.module).children()
+                own = [[*member.parameters(), *member.buffers()] for member in members]
+                holders = Counter(id(tensor) for tensors in own for tensor in tensors)
+                found |= {
+                    names[id(tensor)]: None if index else group
+                    for index, tensors in enumerate(own)
+                    for tensor in tensors
+                    if holders[id(tensor)] == 1
+                }
+    return found
 
 
 def _attribute(model: nn.Module, name: str) -> object:

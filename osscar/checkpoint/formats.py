@@ -161,8 +161,15 @@ def header_bytes(model: nn.Module, form: Form, format_of: _SavedFormat) -> int:
 
 
 def entry_bytes(model: nn.Module, module: str, format_of: _SavedFormat) -> int:
-    """Return how many of `header_bytes` leave with a module at least, in whole steps of 8 bytes."""
-    tensors = {names[0]: tensor for names, tensor in _shapes_of(model, format_of)}
+    """Return how many of `header_bytes` leave with a module at least, in whole steps of 8 bytes.
+
+    What other modules have of its tensors stays.
+    """
+    named = [
+        (n, t, {name.startswith(f"{module}.") for name in n})
+        for n, t in _shapes_of(model, format_of)
+    ]
+    tensors = {names[0]: tensor for names, tensor, inside in named if len(inside) == 1}
     candidates = [tensors]
     if isinstance(model, PreTrainedModel):
         candidates.append(_as_stock(model, tensors))

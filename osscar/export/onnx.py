@@ -131,8 +131,9 @@ def export_onnx(
         )
     opened = OpenProgram(found, example_for(found, example_inputs), computable_mixtures)
     weights = target.with_name(f"{target.name}.data")
-    own = target.exists() and weights.name.encode() in target.read_bytes()  # it names them
-    if weights.exists() and not own:
+    before = weights.exists()
+    # What is replaced names its own.
+    if before and not (target.exists() and weights.name.encode() in target.read_bytes()):
         raise OutputError(f"{weights} is there already, where weights might go; give another --out")
     with atomic_pair(target) as partial:
         session: Any = None
@@ -148,7 +149,7 @@ def export_onnx(
         opened.written(write, "ONNX Runtime")
         files = [file.name for file in partial.parent.iterdir()]
     kept = [target.with_name(name) for name in files]
-    if weights not in kept:
+    if before and weights not in kept:
         weights.unlink(missing_ok=True)  # of the file that was replaced
     return ExportedOnnx(
         path=target,

@@ -456,7 +456,8 @@ def _temperature(seen: Sequence[SeenRoutes]) -> float | None:
     a, b = torch.cat(found, 1)
     slope = float((a @ b) / (a @ a))
     fits = slope > 0 and bool((b - slope * a).abs().max() <= TOLERANCE * b.abs().max())
-    return 1 / slope if fits else None
+    # Where it is 1, something else is in the way, such as a weight of each token.
+    return 1 / slope if fits and abs(slope - 1) > TOLERANCE else None
 
 
 def _stated(holders: Sequence[nn.Module], scale: float) -> float:

@@ -272,9 +272,10 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
         del bound  # it holds a matrix, as does the response
         before, (moments, step) = moments, _moved(terms, moments, response, shape, weight, step)
         del response
+        ends = [moments]
         if done == effort.rounds - 1:
             # Bounds jump from round to round: often that of the mean of two moments is better.
-            ends = [moments, moments.towards(before, 0.5)]
+            ends.append(moments.towards(before, 0.5))
         del before
         barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
     moments, bound = max(

@@ -180,6 +180,18 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     assert there <= told < there + 300  # digits of numbers and offsets in what the file says
 
 
+def test_a_buffer_that_experts_have_in_common_is_counted_and_stays(x, tmp_path):
+    model, table = net(SoftmaxThenTopK), torch.ones(500)
+    for expert in model.blocks[0].experts:
+        expert.register_buffer("table", table)
+    (one,) = mixtures(model, x)
+    cost = count(Cost.BYTES, model, [one.group], {"x": x[:2]})
+    model.blocks[0].experts = model.blocks[0].experts[:3]
+    model.blocks[0].gate = nn.Linear(WIDTH, 3, bias=False)
+    there = osscar.save(model, tmp_path / "smaller").bytes
+    assert there <= cost.of({one.group.name: 3}) < there + 600  # other names of the buffer stay
+
+
 def as_list(block: Block) -> nn.Module:
     """Return a block with a list of experts that computes what one with stacked matrices does."""
     found = SoftmaxThenTopK()
@@ -375,6 +387,16 @@ class NormBeforeGate(SoftmaxThenTopK):
         return self.experts[number]
 
 
+class Weighed(NormBeforeGate):
+    """Weighs tokens, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x[..., :1].sigmoid()
+
+    def route(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+
 class Tempered(NormBeforeGate):
     def route(self, x: Tensor) -> Tensor:
         return self.gate(x) / 0.5
@@ -412,6 +434,11 @@ class ByName(NormBeforeGate):
 def test_what_cannot_be_told_stays_and_says_why(kind, words, x):
     torch.manual_seed(0)
     assert words in reason(kind(), x)
+
+
+def test_no_temperature_is_named_where_logits_are_divided_by_none(x):
+    torch.manual_seed(0)
+    assert reason(Weighed(), x).endswith("than a softmax or a sigmoid of its logits would")
 
 
 class Capacity(SoftmaxThenTopK):

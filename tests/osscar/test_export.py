@@ -290,10 +290,19 @@ def test_weights_beside_a_file_leave_with_it_if_it_names_them(
         osscar.export_onnx(model, out, example_inputs=x)
     osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
     assert list(tmp_path.iterdir()) == [out]
-    (tmp_path / "net.onnx.data").write_text("mine")
+    session, beside = writer._session, tmp_path / "net.onnx.data"
+
+    def while_written(runtime: Any, file: Path) -> Any:
+        beside.write_text("mine")
+        return session(runtime, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_session", while_written)
+        osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
+    assert beside.read_text() == "mine"
     with pytest.raises(OutputError, match=r"net\.onnx\.data is there already"):
         osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
-    assert (tmp_path / "net.onnx.data").read_text() == "mine"
+    assert beside.read_text() == "mine"
 
 
 # ---- bad input ---------------------------------------------------------------------------

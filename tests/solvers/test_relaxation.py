@@ -216,3 +216,14 @@ def test_rounds_together_are_never_worse_than_none():
         problem = random_problem(seed, 8, 1, 1, keep=4 + seed % 4, spread=2.0)
         alone, together = (solve(problem, "perspective", rounds=k) for k in (0, 2))
         assert together.lower_bound >= alone.lower_bound * (1 - 1e-12)
+
+
+def test_rounds_that_end_at_a_cutoff_keep_what_has_reached_it():
+    terms = RemovalTerms.of(random_problem(0, 24, 1, 3, 12, spread=0.5))
+
+    def bound(rounds, cutoff):
+        found = relax(terms, Effort(rounds, steps=50), cutoff=cutoff)
+        return terms.certified(found.bound.value)
+
+    cutoff = (bound(0, torch.inf) + bound(8, torch.inf)) / 2
+    assert cutoff < bound(8, cutoff) < bound(8, torch.inf)
