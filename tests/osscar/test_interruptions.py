@@ -28,7 +28,10 @@ from tests.osscar.interrupted_cases import (
 )
 from tests.osscar.interruptions import Ended, Full, Kill, Refusal, Victim, hidden, orphans, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc"),
+    pytest.mark.usefixtures("drawn"),  # bytes of pictures are compared
+]
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
