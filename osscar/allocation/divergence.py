@@ -102,7 +102,7 @@ class Reference:
                 "the pruned model's logits are NaN or infinite where the dense model's are not; "
                 "use --dtype float32, or a higher --damp"
             )
-        return Likeness(max(total / predictions, 0.0), agreeing / predictions)
+        return Likeness(total / predictions, agreeing / predictions)
 
 
 def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
@@ -124,9 +124,39 @@ def thinned(logarithms: Tensor, batches: int) -> slice:
 
 
 def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergences of log-probabilities, summed up in float64."""
-    terms = dense.exp() * (dense - found)
-    # What is impossible counts nothing, whatever the other says.
-    if not computes_shapes_alone() and dense.amin() == -torch.inf:
-        terms = torch.where(dense == -torch.inf, 0.0, terms)
-    return terms.sum(-1).double().sum()
+    """Return the Kullback-Leibler divergences of log-probabilities, summed up in float64.
+
+    Never negative, and zero where both are the same; see `_Divergence`.
+    """
+    total: Tensor = _Divergence.apply(dense, found)  # type: ignore[no-untyped-call]
+    return total
+
+
+_UNDERFLOW = -87.0
+"""Below this logarithm p is 0 in float32, or has lost digits; above it, q / p does not overflow."""
+
+
+class _Divergence(torch.autograd.Function):
+    """The sum of q - p - p log(q / p) over predictions and classes, for p dense and q found.
+
+    It is that of p log(p / q), as p and q each add up to 1, but no term is negative, and each is of
+    second order where q is near p: rounding of either sum to 1, of first order, drops out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, found: Tensor) -> Tensor:
+        """Keep q - p, which is the derivative by log q."""
+        apart, p = found - dense, dense.exp()
+        change = apart.expm1().mul_(p)
+        terms = change - apart.mul_(p)
+        if not computes_shapes_alone() and dense.amin() < _UNDERFLOW:
+            change = torch.where(dense < _UNDERFLOW, found.exp(), change)
+            terms = torch.where(dense < _UNDERFLOW, change, terms)
+        ctx.save_for_backward(change)
+        return terms.clamp_(min=0).sum(-1).double().sum()
+
+    @staticmethod
+    def backward(ctx: Any, total: Tensor) -> tuple[None, Tensor]:
+        """Pass the gradient on to log q alone."""
+        (change,) = ctx.saved_tensors
+        return None, change * total.to(change.dtype)

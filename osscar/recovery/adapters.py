@@ -10,7 +10,9 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,11 +96,49 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -
         peft.inject_adapter_in_model(config, model)
 
 
+def adapted(model: nn.Module) -> list[Any]:
+    """Return the modules of a model that have adapters; none of one to which none were added."""
+    if not hasattr(model, "peft_config"):
+        return []
+    kind = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@contextmanager
+def as_saved(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Let a model be what is saved of it while the block runs: adapters merged, numbers rounded.
+
+    Parameters
+    ----------
+    model
+        Gets its tensors back after the block.
+    formats
+        The number formats in which parameters and buffers are saved, by name.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    before = [(tensor, tensor.data) for _, tensor in named]
+    due, layers = {id(tensor): formats[name] for name, tensor in named}, adapted(model)
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.clone()
+            layer.merge()
+            weight.data = weight.data.to(due[id(weight)])
+        for _, tensor in named:
+            tensor.data = tensor.data.to(due[id(tensor)])
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+        for tensor, data in before:
+            tensor.data = data
+
+
 def merge_adapters(model: nn.Module) -> None:
     """Add what adapters have learned to the matrices, in place, and take the adapters away."""
-    layers = importlib.import_module("peft.tuners.tuners_utils")
+    layers = adapted(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, layers.BaseTunerLayer):
+        if module in layers:
             module.merge()
             model.set_submodule(name, module.get_base_layer())
     del model.peft_config

@@ -52,7 +52,7 @@ class Memory:
         The copy that is trained, and one of the dense model if that is on another device; without
         what the two share.
     shared
-        Weights of the copy that are the dense model's own until the training is over.
+        Weights of the copy that are the dense model's own in a step.
     best
         The values that were best so far.
     gradients
@@ -78,10 +78,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At the end, the copy gets weights of its own; nothing is trained any more then."""
-        training = self.gradients + self.moments + self.passes
-        always = self.weights + self.best + self.cached + self.held_out
-        return always + max(training, self.shared)
+        """The copy has weights of its own where it is judged, adapters merged, and at the end."""
+        always = self.weights + self.best + self.moments + self.cached + self.held_out
+        return always + max(self.gradients + self.passes, self.shared)
 
 
 def room(device: torch.device, limit: str | int | None) -> int | None:

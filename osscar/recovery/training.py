@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -26,6 +26,7 @@ from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
+from osscar.recovery.adapters import as_saved
 from osscar.recovery.checkpointing import checkpointing
 from osscar.recovery.log import Point, RecoveryLog, Standing
 from osscar.recovery.target import HeldOut, in_batches
@@ -109,8 +110,8 @@ class Training:
 
     @timed(Stage.HELD_OUT)
     def distance(self) -> float | None:
-        """Return how far the model is, in the number formats in which it comes back."""
-        with in_formats(self.model, self.formats):
+        """Return how far the model is that would be saved now."""
+        with as_saved(self.model, self.formats):
             found = self.held.distance(self.model)
         self.state.put_back()
         return found
@@ -224,20 +225,6 @@ class Training:
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self.weights().items():
             weight.copy_(values[name])
-
-
-@contextmanager
-def in_formats(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Give the tensors of a model other number formats while the block runs."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    before = [(tensor, tensor.data) for _, tensor in named]
-    try:
-        for name, tensor in named:
-            tensor.data = tensor.data.to(formats[name])
-        yield
-    finally:
-        for tensor, data in before:
-            tensor.data = data
 
 
 class _Optimizer:

@@ -172,6 +172,8 @@ def _windows() -> Tensor:
     return tokens(8)
 
 
+ADAPTED = "bfloat16 with adapters"
+
 FORMS = {
     "tied embeddings": Form(lambda: tiny("qwen2"), _windows),
     "per-layer shapes": Form(
@@ -192,6 +194,7 @@ FORMS = {
     "batch norm": Form(small_net, images, _pruned(channels=0.5, backend="magnitude")),
     "bfloat16": Form(lambda: tiny("llama-gqa").bfloat16(), _windows),
     "bfloat16 with gates in float32": Form(_gated, _windows),
+    ADAPTED: Form(lambda: tiny("llama-gqa").bfloat16(), _windows, asked={"lora": 2}),
     "float16": Form(lambda: tiny("opt").half(), _windows),
     "float64": Form(lambda: made(Gated), lambda: torch.randn(24, 8).double()),
     "bf16 products": Form(small_net, images, asked={"mixed_precision": "bf16"}),

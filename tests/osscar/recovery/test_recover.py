@@ -35,7 +35,8 @@ from osscar.shrinking.lineage import lineage_of, note_dense
 from osscar.shrinking.program.program import ProgramModule
 from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
 from tests.osscar.networks import plain, small_net
-from tests.osscar.recovery.cases import FORMS, LONG
+from tests.osscar.recovery.cases import ADAPTED, FORMS, LONG
+from tests.osscar.recovery.packages import needs_peft
 from tests.osscar.recovery.perturbed import bytes_of, perturbed, raw
 
 HELD = 2
@@ -82,9 +83,10 @@ def held(model):
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in FORMS]
-)
+MARKS = {**dict.fromkeys(LONG, pytest.mark.slow), ADAPTED: needs_peft}
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, ())) for one in FORMS])
 def test_only_weights_change_and_never_for_the_worse(name):
     form = FORMS[name]
     smaller, dense, data = form.made()
@@ -198,6 +200,24 @@ def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass(kind):
         recovery = osscar.recover(smaller, dense, numbers(), **{**OFTEN, "steps": 30, **asked})
         assert recovery.after < 0.99 * recovery.before
         assert (dense.kept, smaller.kept, recovery.model.kept) == (None,) * 3
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_what_the_dense_one_does_is_not_made_better(kind, rate):
+    """Also where sums of its numbers are rounded in another order."""
+    dense = tiny("llama-gqa").to(kind)
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                matrix.weight.copy_(matrix.weight.flip(0))
+            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight.flip(1))
+    for smaller in (copy.deepcopy(dense), other):
+        recovery = osscar.recover(smaller, dense, tokens(8), **{**OFTEN, "learning_rate": rate})
+        assert 0.0 <= recovery.before < (1e-11 if kind == torch.float32 else 1e-4)
+        assert recovery.kept == 0 or kind == torch.bfloat16
+        assert (smaller is other) or (recovery.kept, recovery.before) == (0, 0.0)
 
 
 def test_where_the_range_test_finds_only_worse_the_model_comes_back_as_it_was():

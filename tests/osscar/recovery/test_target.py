@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from osscar.allocation.divergence import summed_divergence
 from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.ranks import ALONE
 from osscar.data.batches import ModelInputs, as_inputs
@@ -60,6 +61,20 @@ def test_the_divergence_is_that_of_its_definition(dense, found, probabilities):
     expected = sum(map(divergence, dense, found)) / count
     distance = held.distance(Table(found, probabilities))
     assert distance == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+@given(rows, st.sampled_from([0.0, 1e-6, 1e-4, 1e-2]), st.integers(0, 99))
+def test_a_small_divergence_is_told_from_none(dense, noise, seed):
+    """It is never negative, and none of the models themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    log_p = torch.tensor(dense).log_softmax(-1)
+    log_q = (log_p + noise * torch.randn(log_p.shape, generator=generator)).log_softmax(-1)
+    p, q = (one.double().log_softmax(-1) for one in (log_p, log_q))
+    expected = float((p.exp() * (p - q)).sum())
+    found = float(summed_divergence(log_p, log_q))
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-12)
+    assert found >= 0.0
+    assert float(summed_divergence(log_p, log_p)) == 0.0
 
 
 def test_what_is_impossible_counts_nothing_and_has_no_gradient():
