@@ -1,6 +1,15 @@
-"""``python -m osscar`` is the command ``osscar``."""
+"""The command ``osscar``, as ``python -m osscar`` is: it hears of signals before it imports."""
 
-from osscar.cli import main
+from osscar.base.signals import ends_at_once, handling
+
+
+def main() -> None:
+    """Run the command line."""
+    with handling(ends_at_once):
+        from osscar.cli import main as run
+
+        run()
+
 
 if __name__ == "__main__":
     main()

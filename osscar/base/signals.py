@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+_RETRY_SECONDS = 0.02
+
+
+def ends_at_once(number: int, _: FrameType | None) -> NoReturn:
+    """Say so in one line and end the process, which has begun nothing that is to be undone."""
+    os.write(2, b"interrupted: nothing was begun\n")
+    os._exit(128 + number)
+
+
+def unwinds(number: int, frame: FrameType | None) -> None:
+    """Raise a KeyboardInterrupt of the signal's number, so that all blocks clean up behind them.
+
+    The machinery of imports would lose it, and a library in C would take it for an error of its
+    own, so that it waits for these.
+    """
+    stack = [one for one, _ in traceback.walk_stack(frame)]
+    if stack[0].f_code.co_filename.startswith("<frozen importlib") or any(
+        isinstance(one.f_locals.get("self"), ExtensionFileLoader) for one in stack
+    ):
+        signal.signal(signal.SIGALRM, lambda _, frame: unwinds(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        return
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
@@ -31,25 +60,19 @@ def ends_tidily() -> Iterator[None]:
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield  # someone else, such as the command line, knows what to do
         return
-    ended = False
-
-    def unwind(number: int, _: FrameType | None) -> None:
-        nonlocal ended
-        ended = True
-        raise SystemExit(128 + number)
-
     try:
-        with handling(unwind, (signal.SIGTERM,)):
+        with handling(unwinds, (signal.SIGTERM,)):
             yield
-    finally:
-        if ended:
+    except KeyboardInterrupt as error:
+        if error.args == (signal.SIGTERM,):
             signal.raise_signal(signal.SIGTERM)
+        raise
 
 
 @contextmanager
 def handling(
     handler: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None,
-    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM),
+    numbers: tuple[signal.Signals, ...] = ENDING,
 ) -> Iterator[None]:
     """Handle signals in this way, which only the main thread can say."""
     if threading.current_thread() is not threading.main_thread():

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-import lazy_loader
 
 from osscar.base.errors import OptionError, RanksError
 from osscar.base.files import is_text
 from osscar.base.launch import launched
-from osscar.base.signals import handling
+from osscar.base.signals import ends_at_once, handling
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
 
 _TOGETHER = ("prune", "recover")
 """The commands that several processes can share."""
-
-__getattr__, _, _ = lazy_loader.attach(
-    __name__,
-    (
-        *("demo", "eval", "export", "gap", "inspect", "instances", "prune", "recover", "solve"),
-        "sweep",
-    ),
-)
 
 
 def main() -> None:
@@ -34,7 +22,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
             stream.reconfigure(errors="backslashreplace")
-    with handling(_terminated, (signal.SIGTERM,)), guard():
+    with handling(ends_at_once), guard():
         arguments = sys.argv[1:]
         _check_arguments(arguments)
         _check_launch(arguments)
@@ -61,8 +49,3 @@ def _check_launch(arguments: Sequence[str]) -> None:
             f"osscar {command} runs in one process, and {size} were launched; run it without "
             "torchrun, which `osscar prune` and `osscar recover` can be launched with"
         )
-
-
-def _terminated(number: int, _: object) -> NoReturn:
-    """End as on any other error, so that nothing half-written stays behind."""
-    sys.exit(128 + number)

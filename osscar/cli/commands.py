@@ -5,14 +5,15 @@ Nothing here loads torch, so that help comes at once.
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from cyclopts import App, Parameter
 
-import osscar.cli as rooms
 from osscar import __version__
+from osscar.base.signals import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import out as screen
 from osscar.cli.options import (
@@ -51,6 +52,18 @@ _ALL = Parameter(name="*")
 """Spreads a group of options out among those of the command."""
 
 
+def _run(command: str, *arguments: Any) -> None:
+    """Load the module of a command, which loads torch, and call what it names (by default `run`).
+
+    From then on there is something to clean up where a signal ends the process.
+    """
+    module, _, function = command.partition(".")
+    with timed(Stage.START):
+        loaded = importlib.import_module(f"osscar.cli.{module}")
+    with handling(unwinds):
+        getattr(loaded, function or "run")(*arguments)
+
+
 def _version() -> str:
     return f"osscar {__version__} (torch {metadata.version('torch')})"
 
@@ -72,6 +85,7 @@ app = App(
     console=screen,
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
 
@@ -87,7 +101,7 @@ def demo(
     json: Json = None,
 ) -> None:
     """Prune a small trained OPT model that ships with the package, and show what it did."""
-    rooms.demo.run(out, backend, json)
+    _run("demo", out, backend, json)
 
 
 @app.command
@@ -108,9 +122,7 @@ def prune(
     model is saved: a run that was killed goes on when the same command is given again.
     """
     with profiled() as spent:
-        with timed(Stage.START):
-            run = rooms.prune.run  # loads torch
-        run(model, options, asked, spent)
+        _run("prune", model, options, asked, spent)
 
 
 @app.command
@@ -135,7 +147,7 @@ def recover(
     stands is kept in OUT.recover until the model is saved: one that was killed goes on when the
     same command is given again.
     """
-    rooms.recover.run(directory, dense, options, asked)
+    _run("recover", directory, dense, options, asked)
 
 
 @app.command
@@ -153,7 +165,7 @@ def sweep(
     command goes on where it was stopped, and more budgets, or --baselines, extend it.  With
     --recover each point is measured in one shot, and again after training on the calibration data.
     """
-    rooms.sweep.run(model, options, shared)
+    _run("sweep", model, options, shared)
 
 
 @app.command(name="eval")
@@ -167,7 +179,7 @@ def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOpt
     anything else: the same where they put out scores of classes, and how far each output is from
     the dense model's.
     """
-    rooms.eval.run(model, options)
+    _run("eval", model, options)
 
 
 @app.command
@@ -186,7 +198,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the coupling groups of a model as a table."""
-    rooms.inspect.run(model, svg, all_groups, against, image_size, json, trust_remote_code)
+    _run("inspect", model, svg, all_groups, against, image_size, json, trust_remote_code)
 
 
 @app.command
@@ -230,7 +242,7 @@ def export(
     To gguf LLaMA, Mistral, SmolLM2, Qwen2 and Qwen3 are written; to onnx and pt2 any model that
     torch can trace. The file is read back and compared with the model before it takes its place.
     """
-    rooms.export.run(directory, format, out, dtype, against, inputs, overwrite, json)
+    _run("export", directory, format, out, dtype, against, inputs, overwrite, json)
 
 
 @app.command
@@ -251,7 +263,7 @@ def gap(
     again to go on with a study that was interrupted, or with more sparsities or backends to extend
     it.
     """
-    rooms.gap.run(sources, out, options)
+    _run("gap", sources, out, options)
 
 
 @app.command
@@ -278,15 +290,15 @@ def solve(
 ) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
     if list_problem:
-        rooms.solve.list_problem(file, keep, device, json)
+        _run("solve.list_problem", file, keep, device, json)
     else:
-        rooms.solve.run(file, backend, keep, list(option), bound, bound_rounds, device, json)
+        _run("solve", file, backend, keep, list(option), bound, bound_rounds, device, json)
 
 
 @app.command
 def backends(*, json: Json = None) -> None:
     """List every backend: its kind, what it can take, and whether it is available here."""
-    rooms.solve.list_backends(json)
+    _run("solve.list_backends", json)
 
 
 instances = App(name="instances", help="A library of problems for solvers, and what is known.")
@@ -296,7 +308,7 @@ app.command(instances)
 @instances.command(name="list")
 def list_instances(*, json: Json = None) -> None:
     """List all instances, and the best that is known of each."""
-    rooms.instances.list_instances(json)
+    _run("instances.list_instances", json)
 
 
 @instances.command
@@ -309,7 +321,7 @@ def make(
 
     What does not lie in the package is made from public weights, and compared with its digest.
     """
-    rooms.instances.make(names, out, json)
+    _run("instances.make", names, out, json)
 
 
 @instances.command
@@ -320,7 +332,7 @@ def check(
     json: Json = None,
 ) -> None:
     """Recompute a solution's loss, and compare it with the best that is known."""
-    rooms.instances.check(solution, json)
+    _run("instances.check", solution, json)
 
 
 @instances.command
@@ -337,7 +349,7 @@ def race(
 
     Each run is kept as it ends: the same command goes on where it was interrupted.
     """
-    rooms.instances.run_race(names, backends, time, out, json)
+    _run("instances.run_race", names, backends, time, out, json)
 
 
 for _place, _name in enumerate(

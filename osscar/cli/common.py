@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -49,10 +50,17 @@ err = _PlainConsole(stderr=True)
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Turn the errors that a user can cause into one line on standard error and status 2."""
+    """Turn the errors that a user can cause into one line on standard error and status 2.
+
+    An interrupt has the status that shells know it by.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         yield
+    except KeyboardInterrupt as error:
+        said = getattr(error, "__notes__", ["nothing was left half-written"])
+        say_aside("interrupted", said[-1], "yellow")
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
     except (OsscarError, CycloptsError) as error:
         _refuse(error)
     except Exception as error:
@@ -169,8 +177,8 @@ def way_back(kept: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        say_aside("interrupted", f"{kept()}; give the same command again to go on", "yellow")
+    except KeyboardInterrupt as error:
+        error.add_note(f"{kept()}; give the same command again to go on")
         raise
     except BusyError:
         raise

@@ -8,10 +8,14 @@ import os
 import pickle
 import signal
 import stat
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import dataclass
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import filelock
 import pytest
@@ -29,7 +33,8 @@ from osscar.base.files import (
     write_text,
 )
 from osscar.base.json_files import STRICT, read_json, validated
-from osscar.base.signals import ends_tidily, uninterrupted
+from osscar.base.signals import ends_tidily, handling, uninterrupted, unwinds
+from tests.osscar.forked import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,46 @@ def _tidied(file: str) -> None:
         finally:
             Path(file).write_text("tidied")
     Path(file).write_text("went on")
+
+
+def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported() -> None:
+    class Library(ExtensionFileLoader):
+        def exec_module(self, module: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            done.append("imported")
+
+    def imported() -> None:
+        Library("library", "library.so").exec_module(None)
+        time.sleep(PATIENCE)
+
+    done: list[str] = []
+    with handling(unwinds), pytest.raises(KeyboardInterrupt) as ended:
+        imported()
+    assert done == ["imported"]
+    assert ended.value.args == (signal.SIGTERM,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("delay", [0, 0.05, 0.3, 1, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_ended_while_it_imports_says_so_in_one_line(
+    number: signal.Signals, delay: float, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "osscar", "inspect", "demo"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not _catches(process.pid, signal.SIGTERM):  # the interpreter itself is starting
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number, err
+    assert err.startswith("interrupted: ")
+    assert err.count("\n") == 1
+
+
+def _catches(process: int, number: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def test_what_libraries_in_rust_say_of_the_system_is_an_error_of_the_system(tmp_path):
