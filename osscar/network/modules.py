@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, NonFiniteError, first_line
-from osscar.offload.on_disk import OnDisk
+from osscar.offload.on_disk import OnDisk, values_of
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -236,3 +237,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        flat = values_of(tensor).cpu().contiguous().reshape(-1)
+        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        found.update(bytes_)
+    return found.hexdigest()

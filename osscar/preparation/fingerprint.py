@@ -6,11 +6,10 @@ hook.  What it puts out on given inputs can be, to the bit, where the same devic
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict, JsonValue
@@ -22,8 +21,8 @@ from osscar.base.json_files import STRICT
 from osscar.base.ranks import Ranks
 from osscar.data.batches import ModelInputs
 from osscar.network.model_state import model_state
-from osscar.network.modules import device_of
-from osscar.offload.on_disk import room_for_pass, values_of
+from osscar.network.modules import device_of, sha256_of
+from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
 from osscar.shrinking.equivalence import proof_outputs, rounding
 
@@ -165,14 +164,3 @@ class JournalManifest:
                     f"rank {rank} is not asked for the same as rank 0, where {difference} there; "
                     "give all the same options, files and versions"
                 )
-
-
-def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of named tensors: their names, formats, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, tensor in tensors:
-        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        flat = values_of(tensor).cpu().contiguous().reshape(-1)
-        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        found.update(bytes_)
-    return found.hexdigest()

@@ -31,8 +31,9 @@ from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import MEGABYTE, STRICT, parse_json
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
+from osscar.network.modules import sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
+from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
 from osscar.shrinking.plan import GroupPlan

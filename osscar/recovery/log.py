@@ -19,7 +19,8 @@ from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT, parse_json
-from osscar.preparation.fingerprint import JournalManifest, sha256_of
+from osscar.network.modules import sha256_of
+from osscar.preparation.fingerprint import JournalManifest
 from solvers.storage import as_new_files
 
 WAY = "way"

@@ -30,9 +30,10 @@ from osscar.network.model_state import model_state
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
+    sha256_of,
 )
 from osscar.offload.on_disk import is_on_disk
-from osscar.preparation.fingerprint import Fingerprint, JournalManifest, sha256_of
+from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
 from osscar.recovery.memory import CHOSEN, Memory

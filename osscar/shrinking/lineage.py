@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -13,7 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.base.json_files import STRICT
-from osscar.network.modules import device_of, number_format
+from osscar.network.modules import device_of, number_format, sha256_of
 from osscar.offload.on_disk import values_of
 from osscar.shrinking.plan import PruningPlan
 
@@ -171,28 +170,24 @@ def may_come_from(model: nn.Module, dense: nn.Module) -> bool:
     return not known or not found or found in known
 
 
-_ENTRIES = 64
-"""Of each tensor that a digest is made of: other weights differ almost everywhere."""
-
-
 def weights_digest(model: nn.Module) -> str:
     """Return what tells a model's weights from others, whatever format and device they are in.
 
-    Empty where they are not what is stored, but rounded to a coarser format.  Weights that stay on
-    disk are read once, one after the other.
+    All numbers of all parameters, and of buffers with fractions, count.  It is empty where they are
+    not what is stored, but rounded to a coarser format.  Weights that stay on disk are read once,
+    one after the other.
     """
-    if number_format(model) not in (torch.float32, stored_dtype(model)):
+    stored = stored_dtype(model)
+    finer = torch.promote_types(stored, torch.float32)
+    if number_format(model) not in (finer, stored):
         return ""
-    sample = hashlib.sha256()
-    for tensor in model.state_dict(keep_vars=True).values():
-        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        if plain and tensor.is_floating_point():
-            step = tensor.numel() // _ENTRIES | 1  # odd: of all columns
-            entries = values_of(tensor).flatten()[::step]
-            sample.update(
-                str(tuple(tensor.shape)).encode() + entries.float().cpu().numpy().tobytes()
-            )
-    return sample.hexdigest()[:16]
+    tensors = (
+        values_of(one).to(finer) if one.is_floating_point() else one
+        for one in model.state_dict(keep_vars=True).values()
+        if isinstance(one, Tensor) and one.layout is torch.strided
+        if isinstance(one, nn.Parameter) or one.is_floating_point() or one.is_complex()
+    )
+    return sha256_of((str(index), one) for index, one in enumerate(tensors))[:16]
 
 
 FORMATS = {

@@ -426,9 +426,22 @@ def test_weights_are_told_from_others_in_any_format():
     assert weights_digest(rounded) == ""  # which may be those of many models
     note(rounded, stored_dtype="bfloat16")
     assert weights_digest(rounded) == weights_digest(rounded.float()) != known
+    for name in ("lm_head.weight", "model.decoder.layers.1.fc1.bias"):
+        with torch.no_grad():
+            number = exact.get_parameter(name).view(-1)[33]
+            before = number.clone()
+            number.copy_(torch.nextafter(before, before + 1))
+        assert weights_digest(exact) != known  # of all of its numbers
+        with torch.no_grad():
+            number.copy_(before)
+    assert weights_digest(exact) == known
+    exact.double()
+    note(exact, stored_dtype="float64")
+    finer = weights_digest(exact)
     with torch.no_grad():
-        exact.lm_head.weight += 1e-3
-    assert weights_digest(exact) != known
+        exact.lm_head.weight.view(-1)[33] *= 1 + 1e-15
+    assert weights_digest(exact) != finer
+    assert weights_digest(exact.float()) == ""
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
-from osscar.preparation.fingerprint import JournalManifest, sha256_of
+from osscar.network.modules import sha256_of
+from osscar.preparation.fingerprint import JournalManifest
 from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog, run_manifest

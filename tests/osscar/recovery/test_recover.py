@@ -399,6 +399,13 @@ class Infinite(nn.Sequential):
         return super().forward(input) / 0.0
 
 
+def another_number():
+    model = net()
+    with torch.no_grad():
+        model[2].weight[1, 5] += 1e-6
+    return model
+
+
 def _same_names(kind):
     return kind(*perturbed(net()))
 
@@ -407,6 +414,12 @@ REFUSED = {
     "another dense model": (
         lambda: noted(perturbed(net())),
         lambda: net(seed=1),
+        ModelError,
+        "was not pruned from this Sequential: its weights are others",
+    ),
+    "a dense model of which one number is another": (
+        lambda: noted(perturbed(net())),
+        another_number,
         ModelError,
         "was not pruned from this Sequential: its weights are others",
     ),
