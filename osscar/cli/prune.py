@@ -34,7 +34,7 @@ from osscar.pruning.run_log import RunLog
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import check_enough, windows_for
+from osscar.recovery.samples import check_enough, samples_for
 from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest
@@ -156,7 +156,7 @@ class _Job:
                     f"{loaded.source} reads no text, which --recover-text is for; leave it away, "
                     "or recover what was pruned with osscar recover, on --images or --inputs"
                 )
-            windows, seed = windows_for(self.recovery), self.recovery.seed
+            windows, seed = samples_for(self.recovery, windows=True), self.recovery.seed
             data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
             if self.ranks.first:
                 tell_data(loaded, data)

@@ -34,7 +34,7 @@ from osscar.recovery.log import RecoveryLog
 from osscar.recovery.memory import Memory, in_options
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import windows_for
+from osscar.recovery.samples import samples_for
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
 from osscar.shrinking.lineage import Computed, weights_digest
@@ -191,7 +191,7 @@ class _Job:
             text=options.text,
             images=options.images,
             inputs=options.inputs,
-            windows=windows_for(request),
+            windows=samples_for(request, windows=True),
             samples=options.samples,
             seqlen=options.seqlen,
             seed=request.seed,

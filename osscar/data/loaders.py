@@ -85,14 +85,23 @@ def load_batches(
     whole_number(seed, "the seed (seed=)", 0)
     if samples is not None:
         whole_number(samples, "the number of samples (samples=)", 1)
-    return _loaded(data, model, samples, seed)[0]
+    usual = DEFAULT_WINDOWS if _writes(model) else DEFAULT_SAMPLES
+    return _loaded(data, model, samples, seed, usual)[0]
 
 
-def read_once(model: nn.Module, data: Any, *, whole: bool = False) -> Any:
+def read_once(
+    model: nn.Module,
+    data: Any,
+    *,
+    whole: bool = False,
+    windows: int = DEFAULT_WINDOWS,
+    samples: int = DEFAULT_SAMPLES,
+) -> Any:
     """Return data in a form that can be read again and again, as they are if they have one.
 
-    What `load_batches` reads is read by it, with a warning where it left something out.  With
-    `whole` it reads all that there is, as for a score.
+    What `load_batches` reads is read by it, with a warning where it left something out: `windows`
+    of a causal language model, or `samples` of any other, but all of a list.  With `whole` it reads
+    all that there is, as for a score.
 
     Raises
     ------
@@ -107,7 +116,8 @@ def read_once(model: nn.Module, data: Any, *, whole: bool = False) -> Any:
             f"{_called(data)} does not say how many samples it has; score so many of them: "
             "osscar.load_batches(data, model, samples=...)"
         )
-    found, notes = _loaded(data, model, None, 0, whole=whole)
+    count = None if whole else windows if _writes(model) else samples
+    found, notes = _loaded(data, model, None, 0, count)
     if notes:
         warnings.warn(f"the data are {found.source}", stacklevel=3)
     return found
@@ -172,15 +182,18 @@ def _writes(model: nn.Module) -> bool:
 
 
 def _loaded(
-    data: Any, model: nn.Module, samples: int | None, seed: int, *, whole: bool = False
+    data: Any, model: nn.Module, samples: int | None, seed: int, usual: int | None
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
-    """Return data as a set, and what of them was left out, set aside or cut off."""
+    """Return data as a set, and what of them was left out, set aside or cut off.
+
+    Of anything but a list the `usual` number of samples is read where no other is asked for.
+    """
     batches, what = _as_list(data)
     if isinstance(data, list) and not _holds_batches(model, data):
         named = samples_apart(model, data)[:samples]
         return SampleList(f"{what}, {pluralize(len(named), 'sample')}", named), []
-    if samples is None and not (whole or isinstance(batches, list)):
-        samples = DEFAULT_WINDOWS if _writes(model) else DEFAULT_SAMPLES
+    if samples is None and not isinstance(batches, list):
+        samples = usual
     return _set_of(model, _read(batches, model, samples, seed), what)
 
 

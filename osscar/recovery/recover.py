@@ -38,6 +38,7 @@ from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
 from osscar.recovery.memory import CHOSEN, Memory
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import samples_for
 from osscar.recovery.setup import Setup
 from osscar.recovery.target import Measure
 from osscar.recovery.training import kept_point
@@ -159,7 +160,8 @@ def recover_as_asked(
         The model that it was pruned from.
     data
         In any of the forms that `osscar.prune` takes, without labels.  A part of it trains nothing,
-        and decides.
+        and decides.  Of a loader or a data set as many samples are read, and kept, as let each step
+        have others; all of them, and again, where there are fewer.
     request
         What is asked for.  `osscar.recover` takes its fields as keywords: `RecoveryRequest`
         describes them.
@@ -206,7 +208,8 @@ def recover_as_asked(
     start = time.perf_counter()
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     _check(model, dense)
-    data = read_once(dense, data)
+    windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
+    data = read_once(dense, data, windows=windows, samples=samples)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -28,9 +28,10 @@ _SPECIAL = 4
 """The most tokens that a tokenizer puts around a text on either side."""
 
 
-def windows_for(request: RecoveryRequest) -> int:
-    """Return how many windows of text a request takes if each of them trains once, or decides."""
-    size, deciding = request.batch_size or _STEP[True], request.held_out or _DECIDING[True]
+def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
+    """Return how many windows, or other samples, it takes if each trains once, or decides."""
+    size = request.batch_size or _STEP[windows]
+    deciding = request.held_out or _DECIDING[windows]
     return request.steps * size + deciding
 
 

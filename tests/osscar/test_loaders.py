@@ -171,6 +171,10 @@ def test_a_stream_without_end_is_read_as_far_as_asked():
     assert (result.calibration["samples"], len(read)) == (256, 26)
     assert len(load_batches(endless(), rows_net(), samples=30)) == 30
     assert len(read) == 29
+    asked = {"steps": 70, "batch_size": 10, "held_out": 7, "learning_rate": 1e-3, "device": "cpu"}
+    with pytest.warns(UserWarning, match="a generator, its first 707 samples; labels"):
+        recovery = osscar.recover(result, rows_net(), endless(), **asked)
+    assert (recovery.samples, recovery.held_out) == (700, 7)  # each step has others
     with pytest.raises(DataError, match=r"does not say how many .*load_batches\(data, model, sam"):
         osscar.evaluate(rows_net(), endless())
     with pytest.raises(OptionError, match="number of samples"):
@@ -294,6 +298,10 @@ def test_texts_in_tokens_are_drawn_as_windows_or_one_by_one():
     alike = hub().Dataset.from_dict({"input_ids": tokens(50, 20).tolist()})
     drawn = load_batches(alike, model, seed=3)
     assert (drawn.samples, drawn.seqlen, drawn.seed) == (32, 20, 3)
+    asked = {"steps": 5, "batch_size": 8, "held_out": 4, "learning_rate": 1e-3, "device": "cpu"}
+    with pytest.warns(UserWarning, match="44 of its 50 rows, drawn with seed 0"):
+        recovery = osscar.recover(tiny("opt"), model, alike, **asked)
+    assert (recovery.samples, recovery.held_out) == (40, 4)
     lengths = [row.tolist()[: 8 + i % 3] for i, row in enumerate(tokens(50, 20))]
     texts = hub().Dataset.from_dict({"input_ids": lengths, "text": ["a"] * 50})
     apart = load_batches(texts, model, samples=50)
