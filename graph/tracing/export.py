@@ -113,11 +113,28 @@ def run_export(
     ):
         try:
             forget_derived(model)  # which would be constants
-            return torch.export.export(
+            exported = torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
             )
         except Exception as error:  # anything the user's forward may raise
             raise _explained(error, model) from error
+    _let_layouts_differ(exported)
+    return exported
+
+
+def _let_layouts_differ(exported: torch.export.ExportedProgram) -> None:
+    """Let a program run whatever strides its operators choose.
+
+    Kernels of one operator, as of attention, lay out what they return in different ways.  Under
+    one of them a ``contiguous()`` does nothing and is not noted, and the ``view`` after it fails
+    under another; ``reshape`` copies there.
+    """
+    aten = torch.ops.aten
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+                node.target = aten.reshape.default
+            module.recompile()
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, TensorInfo]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,8 +56,6 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], *modes: Any) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_cache(model))
-        # Fused kernels hide their products from the counter; the plain ones do not.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_layer_by_layer())
         for mode in modes:
             stack.enter_context(mode)
@@ -80,19 +77,34 @@ def _passed_over() -> dict[Any, Callable[..., int]]:
     """Return how to count the products which torch's counter passes over.
 
     These are the products of all experts at once, by torch or by transformers where torch does not
-    take a number format, and deformable convolutions.  Operators of other packages exist once these
-    are imported.
+    take a number format, deformable convolutions, and attention by a kernel of a processor other
+    than CUDA's.  Operators of other packages exist once these are imported.
     """
     operators: Mapping[tuple[str, str], Callable[..., int]] = {
         ("aten", "_grouped_mm"): _grouped,
         ("transformers", "grouped_mm_fallback"): _grouped,
         ("torchvision", "deform_conv2d"): _deformed,
+        **{("aten", f"_scaled_dot_product_{name}"): _attention for name in _ATTENTION},
     }
     found = {
         getattr(getattr(torch.ops, space), name, None): formula
         for (space, name), formula in operators.items()
     }
     return {packet: formula for packet, formula in found.items() if packet is not None}
+
+
+_ATTENTION = (
+    "flash_attention_for_cpu",
+    "attention_math_for_mps",
+    "fused_attention_overrideable",
+)
+
+
+def _attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Count scores and weighted sums; heads of keys and values may serve several of queries."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _deformed(_: Sequence[int], weight: Sequence[int], *__: Any, out_shape: Any, **___: Any) -> int:
@@ -139,7 +151,7 @@ def products(
     with running_modules(model) as running:
 
         def noting(packet: Any, formula: Callable[..., int]) -> Callable[..., int]:
-            factors = slice(1, 3) if packet in _ADDING else slice(0, 2)
+            factors = slice(0) if packet in _FUSED else _FACTORS.get(packet, slice(2))
 
             def noted(*args: Any, **kwargs: Any) -> int:
                 taken = formula(*args, **kwargs)
@@ -154,8 +166,11 @@ def products(
     return found
 
 
-_ADDING = (aten.addmm, aten.baddbmm)
-"""Operators whose first argument is added to the product."""
+_FACTORS = {aten.addmm: slice(1, 3), aten.baddbmm: slice(1, 3)}
+"""Which arguments are multiplied, where they are not the first two."""
+
+_FUSED = frozenset(op for op in _counter().flop_registry if "scaled_dot_product" in str(op))
+"""Attention in one operator, whose factors are no weights but what was made with them."""
 
 _JOINING = (aten.cat, aten.stack)
 """Operators whose output is as large as all that they read together."""

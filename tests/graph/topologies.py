@@ -513,7 +513,7 @@ class Observed(_TwoLayers):
 
 
 FROZEN: dict[str, tuple[type[nn.Module], str]] = {
-    "misaligned-views": (MisalignedViews, "aten.view.default"),
+    "misaligned-views": (MisalignedViews, "aten.reshape.default"),
     "unknown-operator": (Spectrum, "aten.fft_fft.default"),
     "softmax": (Softmax, "aten.softmax.int"),
     "gram": (Gram, "aten.matmul.default"),
