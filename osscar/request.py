@@ -5,6 +5,7 @@ The fields of `PruningRequest`, with their types, ranges, choices and docstring,
 """
 
 import dataclasses
+import difflib
 import enum
 import inspect
 import math
@@ -634,6 +635,10 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
     signature = inspect.Signature([*first, *fields])
 
     def keywords(*args: Any, **asked: Any) -> Any:
+        for unknown in asked.keys() - signature.parameters:
+            alike = difflib.get_close_matches(unknown, signature.parameters, 1)
+            name, more = keywords.__name__, f"; did you mean {alike[0]!r}?" if alike else ""
+            raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}{more}")
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
         return run(*leading, request(**given))

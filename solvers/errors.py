@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+_PACKAGES = ("osscar", "solvers", "graph")
+"""What a warning does not point at: `solvers`, and who calls it in this distribution."""
+
 
 class SolverError(Exception):
     """Base of every error that `solvers` raises on purpose."""
@@ -17,3 +23,22 @@ class BackendError(SolverError):
 
 class VerificationError(SolverError):
     """A solution claims something that recomputation from its problem contradicts."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of these packages that led to it, however deep they are nested."""
+    frame = caller = sys._getframe(1)
+    inside = True
+    while frame is not None:
+        own = str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES
+        if inside and not own:
+            caller = frame
+        inside, frame = own, frame.f_back  # type: ignore[assignment]
+    warnings.warn_explicit(
+        message,
+        UserWarning,
+        caller.f_code.co_filename,
+        caller.f_lineno,
+        module=caller.f_globals.get("__name__"),
+        registry=caller.f_globals.setdefault("__warningregistry__", {}),
+    )

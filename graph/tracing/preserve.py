@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -79,14 +78,15 @@ def _items(holder: _Container) -> tuple[Any, ...]:
     return (*holder, *holder.values()) if isinstance(holder, dict) else tuple(holder)
 
 
-def forget_derived(model: torch.nn.Module) -> None:
+def forget_derived(model: torch.nn.Module) -> list[str]:
     """Let modules drop what they have computed of their tensors, after these have changed.
 
     A module that keeps such values, as position biases of attention by device, drops them when it
     is moved or converted, which it learns of by its `_apply`.
 
-    Warns UserWarning if a module refuses, which then keeps them.
+    Returns what there is to say of modules that refuse, which keep them.
     """
+    refusals = []
     for name, module in model.named_modules():
         if type(module)._apply is torch.nn.Module._apply or not _keeps_tensors(module):
             continue
@@ -94,14 +94,14 @@ def forget_derived(model: torch.nn.Module) -> None:
         try:
             module._apply(lambda tensor: tensor)
         except Exception as error:  # the module may be anyone's code
-            warnings.warn(
+            refusals.append(
                 f"module {name or 'the model'!r} ({type(module).__name__}) keeps what it has "
-                f"computed of its parameters, as its _apply fails: {error}",
-                stacklevel=2,
+                f"computed of its parameters, as its _apply fails: {error}"
             )
         for tensor, data in before:  # of a module that converts, whatever it is asked
             if (tensor.dtype, tensor.shape) != (data.dtype, data.shape):
                 tensor.data = data
+    return refusals
 
 
 def _keeps_tensors(module: torch.nn.Module) -> bool:

@@ -459,6 +459,6 @@ def _more_to_prune(
     if not streams:
         return "more kinds of units be pruned"
     return (
-        "residual channels leave, too, of which no budget takes any by itself (--residual, "
-        f"residual= in Python): {listed([*map(repr, streams)], 3)}"
+        "residual channels leave, too, of which no budget takes any by itself "
+        f"(--residual): {listed([*map(repr, streams)], 3)}"
     )

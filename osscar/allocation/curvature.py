@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 from graph import CouplingGroup
 from osscar.base.errors import NonFiniteError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
+from osscar.base.messages import warn
 from osscar.base.progress import stage
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.model_state import frozen_weights
@@ -370,10 +371,9 @@ def _one_pass(
             raise
         except Exception as error:
             let_shortage_pass(error)
-            warnings.warn(
+            warn(
                 f"no gradients flow through {type(model).__name__}, so that layers count by their "
-                f"own losses: {first_line(error)}",
-                stacklevel=4,
+                f"own losses: {first_line(error)}"
             )
             return None
     return predictions

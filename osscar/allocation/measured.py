@@ -25,6 +25,7 @@ from osscar.allocation.replay import Recording
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.messages import warn
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
@@ -216,7 +217,7 @@ def _tell_of_overflow(group: CouplingGroup, error: NonFiniteError, shapes: bool)
     alone = f"{group.name!r} pruned alone cannot be measured: {error}"
     if shapes:
         raise NonFiniteError(alone) from error
-    warnings.warn(f"{alone}; its curve stays as it was", stacklevel=3)
+    warn(f"{alone}; its curve stays as it was")
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ def _check_experts(prepared: Prepared, request: PruningRequest) -> None:
         if group.name in others:
             raise RequestError(
                 f"{group.name!r} are whole experts, which leave where it is said what all mixtures "
-                "keep: give --experts (experts=), 1.0 for the others to stay whole"
+                "keep: give --experts, 1.0 for the others to stay whole"
             )
 
 

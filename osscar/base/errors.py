@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 
+from osscar.base.messages import for_reader
+
 
 class OsscarError(Exception):
     """Base of every error that OSSCAR raises on purpose."""
+
+    def __str__(self) -> str:
+        return for_reader(super().__str__())
 
 
 class ModelError(OsscarError):
@@ -89,7 +94,7 @@ class FileError(OsscarError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{os.fspath(self.path)}: {self.reason}"
+        return f"{os.fspath(self.path)}: {for_reader(self.reason)}"
 
 
 class OutputError(OsscarError):

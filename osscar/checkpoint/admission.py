@@ -11,7 +11,6 @@ import itertools
 import math
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.json_files import read_object
+from osscar.base.messages import warn
 from osscar.base.printable import listed
 from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
@@ -194,10 +194,9 @@ def check_unchanged(path: Path, origin: Origin | None) -> None:
             )
         edits.append(told)
     if edits:
-        warnings.warn(
+        warn(
             f"{path / CONFIG_FILE} was edited since the model was saved, which may now compute "
-            f"something else: it has {listed(edits)}",
-            stacklevel=2,
+            f"something else: it has {listed(edits)}"
         )
 
 

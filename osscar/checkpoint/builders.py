@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.json_files import STRICT, validated
+from osscar.base.messages import warn
 from osscar.base.optional import import_timm, import_torchvision
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.admission import check_config, check_tensors, stored_in, structure
@@ -274,11 +274,10 @@ def builder_of_whole(path: Path, manifest: Manifest | None) -> TransformersOrigi
             return None
     found = TransformersOrigin.of_directory(path)
     if manifest is None and is_any_shape(found.config):
-        warnings.warn(
+        warn(
             f"{path} has no {MANIFEST_FILE}, as after save_pretrained of transformers: the shapes "
             f"are those in its {CONFIG_FILE}, and what pruned, calibrated or trained it is not "
-            "known, so that text or images that it has seen are not refused when it is scored",
-            stacklevel=3,
+            "known, so that text or images that it has seen are not refused when it is scored"
         )
     known = manifest is None or manifest.stock or is_any_shape(found.config)
     return found if known else None

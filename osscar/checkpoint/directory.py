@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from osscar.base.errors import (
 from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import let_shortage_pass
+from osscar.base.messages import warn
 from osscar.checkpoint.admission import (
     check_tensors,
     check_unchanged,
@@ -515,10 +515,7 @@ def _list_shapes(
     try:
         _prove_same(model, _read_again(model, path), example_inputs)
     except (*DESCRIPTION_ERRORS, OsscarError) as error:
-        warnings.warn(
-            f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})",
-            stacklevel=2,
-        )
+        warn(f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})")
         (path / MODELLING_FILE.name).unlink()
         TransformersOrigin(type(model), model.config).write(model, path)
         return None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from osscar.base.errors import OptionError, RanksError
 from osscar.base.files import is_text
 from osscar.base.launch import launched
+from osscar.base.messages import on_command_line
 from osscar.base.signals import ends_at_once, handling
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
@@ -22,7 +23,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
             stream.reconfigure(errors="backslashreplace")
-    with handling(ends_at_once), guard():
+    with handling(ends_at_once), on_command_line(), guard():
         arguments = sys.argv[1:]
         _check_arguments(arguments)
         _check_launch(arguments)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, document, out, say, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
@@ -111,17 +111,15 @@ def _comparison(
         )
     dense = load_model(against, weights=weights if sort.takes_weights else None, **load)
     if dense.drawn > _NO_MODEL:
-        warnings.warn(
+        warn(
             f"no comparison: {against} without weights is no dense model, and numbers beside its "
-            "own would say nothing",
-            stacklevel=2,
+            "own would say nothing"
         )
         return None
     if not may_come_from(loaded.model, dense.model):
-        warnings.warn(
+        warn(
             f"{against} is not the dense model that this one was pruned from: its weights are "
-            "others; give the same weights to measure what pruning changed",
-            stacklevel=2,
+            "others; give the same weights to measure what pruning changed"
         )
     if isinstance(data, TextSet):
         data.check_same_tokens(dense.tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError
 from osscar.base.inputs import whole_number
+from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.data.batches import samples_apart
 from osscar.data.entries import (
@@ -119,7 +119,7 @@ def read_once(
     count = None if whole else windows if _writes(model) else samples
     found, notes = _loaded(data, model, None, 0, count)
     if notes:
-        warnings.warn(f"the data are {found.source}", stacklevel=3)
+        warn(f"the data are {found.source}")
     return found
 
 

@@ -34,7 +34,7 @@ _FURTHER = 16
 Size: TypeAlias = int | tuple[int, int]
 """A side in pixels, or a height and a width."""
 
-OPTIONS = "--mean, --std, --image-size and --no-normalize"
+OPTIONS = "--mean, --std, --image-size and --no-normalize (preprocessing= in Python)"
 _HOW_TO_STATE = {
     "mean and std": "--mean and --std (one number a channel, or one for all) or --no-normalize "
     "(pixels / 255 as they are)",

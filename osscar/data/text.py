@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from osscar.base.inputs import (
     safe_repr,
     whole_number,
 )
+from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.network.modules import context_length
@@ -81,10 +81,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     ids = _ids(tokenizer, text, special=False)
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > _UNKNOWN * len(ids):
-        warnings.warn(
+        warn(
             f"{unknown:,} of the text's {len(ids):,} tokens are {tokenizer.unk_token}: its "
-            "tokenizer does not know what stands there; give text of the model's own kind",
-            stacklevel=2,
+            "tokenizer does not know what stands there; give text of the model's own kind"
         )
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from osscar.allocation.curvature import as_logits
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OsscarError
 from osscar.base.inputs import whole_number
 from osscar.base.memory import let_shortage_pass
+from osscar.base.messages import warn
 from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
@@ -244,7 +244,7 @@ def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, place
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the model's logits are NaN or infinite in {place}, tokens {start} to "
-                f"{start + len(targets) - 1}; try dtype float32, else its weights are damaged"
+                f"{start + len(targets) - 1}; use --dtype float32, or check its weights"
             )
         total += loss
     return total
@@ -256,7 +256,7 @@ def _exponential(mean: float) -> float:
     except OverflowError:
         raise NonFiniteError(
             f"the mean negative log-likelihood is {mean:.3g}, so the perplexity overflows; "
-            "the model's weights are damaged"
+            "check the model's weights"
         ) from None
 
 
@@ -322,10 +322,9 @@ class _Samples:
             known = torch.zeros(count) if labels is None else labels
             classifies = _classifies(result, count)
             if labels is not None and not classifies:
-                warnings.warn(
+                warn(
                     f"{type(model).__name__} puts out no scores of classes, so that the labels of "
-                    "images are left out",
-                    stacklevel=3,
+                    "images are left out"
                 )
             labels = known if classifies else None
         return _Outputs.of(model, result, count, labels, self.alone and "input_ids" in given)
@@ -422,9 +421,7 @@ class _Outputs:
             )
         for name, one in found.items():
             if not bool(torch.isfinite(one).all()):
-                raise NonFiniteError(
-                    f"{name!r} of {kind} is NaN or infinite; its weights are damaged"
-                )
+                raise NonFiniteError(f"{name!r} of {kind} is NaN or infinite; check its weights")
         exact = {
             name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
             for name, one in found.items()

@@ -6,7 +6,6 @@ Weights are read from safetensors only, never from pickles, and remote code runs
 from __future__ import annotations
 
 import difflib
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from osscar.base.memory import (
     let_shortage_pass,
     memory_for,
 )
+from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
@@ -41,7 +41,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, HUB_ID, REGISTERED, hub_is_reachable
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
-from osscar.network.modules import check_finite_weights, check_usable, context_length
+from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
 from osscar.offload.weight_cache import WeightCache
 from osscar.shrinking.lineage import LINEAGE, lineage_of, note
 
@@ -77,7 +77,7 @@ def load_language_model(
     # True alone: of anything but an answer transformers makes a question to standard input.
     tokenizer = _load_tokenizer(found, trust_remote_code is True, model.config)
     check_usable(model)
-    check_finite_weights(model)
+    check_finite_weights(model, DAMAGED)
     _check_context(model, found.source)
     note(
         model,
@@ -129,10 +129,9 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, source: str) -> No
     """Warn of a tokenizer that is likely another model's; tokens beyond the model's are refused."""
     known, given = model.get_input_embeddings().weight.shape[0], len(tokenizer)
     if given < _MOST_PADDED * known:
-        warnings.warn(
+        warn(
             f"the tokenizer of {source} has {given:,} tokens and the model knows {known:,}, so "
-            "that it may be another model's",
-            stacklevel=3,
+            "that it may be another model's"
         )
 
 
@@ -246,9 +245,7 @@ def _check_left_out(found: _Found, model: PreTrainedModel, names: list[str]) -> 
             f"{found.source} holds a {named or 'model of another class'}, and as a "
             f"{type(model).__name__} it would lose {left}; {OTHERS}"
         )
-    warnings.warn(
-        f"{found.source}: {left}, are no part of a {named}, and are left out", stacklevel=4
-    )
+    warn(f"{found.source}: {left}, are no part of a {named}, and are left out")
 
 
 def _load_tokenizer(found: _Found, trust_remote_code: bool, config: Any) -> Any:
@@ -278,7 +275,7 @@ def _explain(found: _Found, error: Exception) -> ModelError:
     if "trust_remote_code" in message:
         return ModelError(
             f"{found.source} brings its own code; if you trust its author, allow it with "
-            "trust_remote_code=True (--trust-remote-code)"
+            "--trust-remote-code (trust_remote_code=True in Python)"
         )
     if "Unrecognized configuration class" in message:
         return ModelError(f"{found.source} is no causal language model; {OTHERS}")

@@ -304,7 +304,7 @@ class LoadedModel:
         if self.states_images:
             raise OptionError(
                 f"{source} is for tensors, which are fed as they are, and no images; leave "
-                f"{OPTIONS} away (preprocessing= in Python)"
+                f"{OPTIONS} away"
             )
 
     def images(self, spec: Any) -> ImageSet:

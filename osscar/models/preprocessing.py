@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from osscar.base.errors import CheckpointError, DataError, FileError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.json_files import validated
+from osscar.base.messages import warn
 from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
 from osscar.shrinking.lineage import Input, Lineage
@@ -113,7 +113,7 @@ def _merged(
 
 
 def _warn(difference: str) -> None:
-    warnings.warn(f"what is done to images is {difference}", stacklevel=5)
+    warn(f"what is done to images is {difference}")
 
 
 def _recorded(path: Path, lineage: Lineage) -> AnyPreprocessing | None:

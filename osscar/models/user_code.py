@@ -8,7 +8,6 @@ import random
 import sys
 import sysconfig
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.memory import let_shortage_pass
+from osscar.base.messages import warn
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.network.modules import in_evaluation
@@ -160,10 +160,9 @@ def drawn_share(name: str, model: nn.Module) -> float:
     try:
         others = dict(build(name)[0].named_parameters())
     except (ModelError, RuntimeError, MemoryError) as error:  # there may be room for one alone
-        warnings.warn(
+        warn(
             f"whether {name} loads its weights cannot be told, since it cannot be called again: "
-            f"{error}",
-            stacklevel=3,
+            f"{error}"
         )
         return 0.0
     finally:
@@ -179,10 +178,8 @@ def drawn_share(name: str, model: nn.Module) -> float:
     share = drawn / total if total else 0.0
     if share:
         percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
-        warnings.warn(
+        warn(
             f"{name} returns freshly initialized weights: {percent} of its parameters "
-            "differ from one call to the next; give --weights FILE (weights= in Python), or load "
-            "them in the function",
-            stacklevel=3,
+            "differ from one call to the next; give --weights FILE, or load them in the function"
         )
     return share

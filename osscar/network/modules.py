@@ -21,14 +21,14 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
-_FAULT = {
-    torch.float16: "float16 ends at 65,504: give bfloat16 or float32, or get the checkpoint anew"
-}
-"""What may have happened to numbers of a format."""
+DAMAGED = "the checkpoint is damaged, get it anew"
+"""What is said of weights that were read and are not finite."""
 
 
-def check_finite_weights(model: nn.Module) -> None:
-    """Refuse a model whose weights are not all numbers.
+def check_finite_weights(
+    model: nn.Module, remedy: str = "train the model anew, or load other weights"
+) -> None:
+    """Refuse a model whose weights are not all numbers, and say what to do.
 
     In buffers, infinity is a value like others: masks hold it, and observers of quantization that
     have seen nothing.  Statistics of normalizations are weights in all but their name.
@@ -47,9 +47,10 @@ def check_finite_weights(model: nn.Module) -> None:
         allowed = Tensor.isfinite if id(tensor) in weights else _is_no_nan
         if not (allowed(low) and allowed(high)):
             bad = tensor.numel() - int(allowed(tensor).sum())
+            if tensor.dtype is torch.float16:
+                remedy = f"float16 ends at 65,504: use bfloat16 or float32, else {remedy}"
             raise NonFiniteError(
-                f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite; "
-                f"{_FAULT.get(tensor.dtype, 'the checkpoint is damaged, get it anew')}"
+                f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite", remedy
             )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from osscar.base.errors import ModelError
+from osscar.base.messages import warn
 
 ALONE = "output"
 """How an output is called that has no name, since there is no other."""
@@ -70,10 +70,9 @@ def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
             f"{model} returned {there}, and it is not known which of them is to be scored; call "
             f"that one {LOGITS!r}, or wrap the model in one that returns it alone"
         )
-    warnings.warn(
+    warn(
         f"{model} returned {there}; scored is {chosen!r}, {why}; to score another, call it "
-        f"{LOGITS!r}",
-        stacklevel=2,
+        f"{LOGITS!r}"
     )
     return chosen, fractions[chosen]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ import solvers
 from graph import CouplingGroup
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
+from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
@@ -72,10 +72,7 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
         )
     if skipped:
         names = listed([repr(one.name) for one in skipped], 8)
-        warnings.warn(
-            f"experts stay whole in {names}; the report, or skipped of the result, says why",
-            stacklevel=2,
-        )
+        warn(f"experts stay whole in {names}; the report, or skipped of the result, says why")
     return (*skipped, *inside)
 
 
@@ -159,10 +156,9 @@ def _solved(step: ExpertStep, keep: int, request: PruningRequest, began: float) 
     """Choose the experts of one mixture, and commit the refit of those that stay."""
     unreached = step.unreached
     if unreached:
-        warnings.warn(
+        warn(
             f"no calibration token is sent to {pluralize(len(unreached), 'expert')} of "
-            f"{step.group.name!r}: {listed([*map(str, unreached)], 8)}; give more samples",
-            stacklevel=2,
+            f"{step.group.name!r}: {listed([*map(str, unreached)], 8)}; give more samples"
         )
     with timed(Stage.GRAM):
         problem = step.problem(keep)

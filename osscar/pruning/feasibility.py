@@ -9,7 +9,6 @@ name.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.allocate import provisional
 from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.base.json_files import STRICT
+from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
@@ -111,9 +111,7 @@ def feasible_groups(
             _refusal(left, len(groups), request)
         )
     if refused:
-        warnings.warn(
-            f"{named(refused)}; the report, or skipped of the result, says why", stacklevel=2
-        )
+        warn(f"{named(refused)}; the report, or skipped of the result, says why")
     return _chosen(prepared, form, trial, groups, left)
 
 
@@ -248,10 +246,9 @@ class _Trial(Feasibility):
 
 def _warn_of_training(trial: _Trial) -> None:
     if trial.in_training:
-        warnings.warn(
+        warn(
             "the smaller model may not run in training, as the dense one does: "
-            f"{trial.in_training}; it can be used, but for tuning leave these layers out (--skip)",
-            stacklevel=3,
+            f"{trial.in_training}; it can be used, but for tuning leave these layers out (--skip)"
         )
 
 
@@ -281,11 +278,10 @@ def _warn_of_unread(
     ]
     if not found:
         return
-    warnings.warn(
+    warn(
         f"the calibration data do not reach {listed([*map(repr, found)])}, which may read layers "
         "that are pruned: kept as it is, this may not fit calls that do reach it; leave the layers "
-        "before it out (--skip), or give data that take that way",
-        stacklevel=2,
+        "before it out (--skip), or give data that take that way"
     )
 
 
@@ -310,7 +306,7 @@ def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) 
         them = "let the code take these sizes from its weights, or write -1 for them, or register "
         them += "what has to change with @osscar.adapter"
         if request.form == "eager":
-            them += "; or let the exported program lose them (form='exported', --form exported)"
+            them += "; or let the exported program lose them (--form exported)"
     else:
         them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")

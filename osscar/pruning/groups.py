@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -15,6 +14,7 @@ import solvers
 from graph import CouplingGroup
 from osscar.base.errors import JournalError, NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
@@ -136,31 +136,28 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
     if dense:
         keep = "keeps its" if len(dense) == 1 else "keep their"
         held = all(report.held for report in reports if report.unrefitted)
-        warnings.warn(
+        warn(
             f"{pluralize(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
             f"since a refit did worse on {'held-out' if held else 'calibration'} samples: "
-            f"{listed(dense, 8)}; give more calibration data",
-            stacklevel=3,
+            f"{listed(dense, 8)}; give more calibration data"
         )
     tied = [label for report in reports for label in report.tied]
     if tied:
-        warnings.warn(
+        warn(
             f"{listed(tied, 8)} cannot be refitted, as the same weight is read in another way, "
             "too: what reads the units that leave is removed, and all else of it stays as it is; "
-            "give each reader a weight of its own to have them refitted",
-            stacklevel=3,
+            "give each reader a weight of its own to have them refitted"
         )
     grown = sorted(
         (report for report in reports if report.growth > GROWN), key=lambda report: -report.growth
     )
     if grown:
         named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
-        warnings.warn(
+        warn(
             f"refits grew beyond reason: the largest weight that reads a group is more than "
             f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
             f"{_why_grown(model)}give more calibration data, raise --damp, or leave such groups "
-            "alone with --skip",
-            stacklevel=3,
+            "alone with --skip"
         )
 
 
@@ -269,10 +266,9 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         solve_seconds=time.perf_counter() - measured,
     )
     if report.dead == group.units:
-        warnings.warn(
+        warn(
             f"{group.name}: none of its {group.units} units varies on the calibration data, so "
-            "that which of them stay is chance; give data such as the model is made for",
-            stacklevel=2,
+            "that which of them stay is chance; give data such as the model is made for"
         )
     plan = GroupPlan.of(group, tuple(kept))
     written = (one.to(each.number_format) for each in step.consumers for one in each.read())

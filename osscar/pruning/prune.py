@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
@@ -342,10 +342,9 @@ def _begun(
     manifest.check_alike(ranks)
     batches = len(prepared.batches())
     if batches < ranks.size:
-        warnings.warn(
+        warn(
             f"{ranks.size} ranks share out {pluralize(batches, 'batch', 'batches')}, and some "
-            "have nothing to do; give a smaller --batch-size, or launch fewer",
-            stacklevel=2,
+            "have nothing to do; give a smaller --batch-size, or launch fewer"
         )
     with nullcontext(()) if log is None else log.begun(manifest) as records:
         done = ranks.broadcast("how many groups are done", lambda: len(records))

@@ -360,6 +360,5 @@ def _blamed(found: Feasibility) -> str:
     them = "them" if len(names) > 1 else "it"
     return (
         f"What fails is {'among ' if found.spent else ''}the pruning of {shown}: leave "
-        f"{them} out (a plan or groups= without {them} in Python, --skip {names[0]!r} on the "
-        "command line)"
+        f"{them} out (--skip {names[0]!r}, or a plan without {them})"
     )

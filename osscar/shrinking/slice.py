@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graph.groups import Role, Slot
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import ModelError
+from osscar.base.messages import warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
@@ -63,7 +64,8 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         plans = (*lineage_of(model).plans, plan)
         for groups in (plan.groups, experts_left(plans)):  # which may be alike again
             follow_around(model, groups)
-        forget_derived(model)
+        for refusal in forget_derived(model):
+            warn(refusal)
         for integer in plan.integers:
             _set_number(model, integer)
         note(model, plans=plans)

@@ -9,7 +9,6 @@ They are those of one process but for the order of addition, which changes the l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import ModelError
+from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.preparation.consumer import LinearMap
@@ -299,9 +299,8 @@ def _warn_of_few(accumulators: Sequence[GramAccumulator]) -> None:
             continue
         least = min(few, key=lambda one: one.rows)
         more = f", and too few at {len(few) - 1} more of the {len(own)}" if len(few) > 1 else ""
-        warnings.warn(
+        warn(
             f"{least.linear_map.label}: {pluralize(least.rows, 'calibration position')} for "
             f"{pluralize(least.linear_map.rows, 'input')}{more}; the Gram matrix is rank-deficient "
-            "and only damping makes up for it. Use more samples or larger ones.",
-            stacklevel=3,
+            "and only damping makes up for it. Use more samples or larger ones."
         )

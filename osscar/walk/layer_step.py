@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
+from osscar.base.messages import warn
 from osscar.base.printable import listed
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import put_back
@@ -106,10 +106,9 @@ class LayerStep:
             If consumers read nothing, or too little: see `osscar.walk.gram.pose`.
         """
         if self.unread:
-            warnings.warn(
+            warn(
                 f"no calibration token is sent to {listed(self.unread, 8)}, whose weights stay as "
-                "they are, but for the units that leave; give more samples",
-                stacklevel=2,
+                "they are, but for the units that leave; give more samples"
             )
         return pose(self.known, keep, self.group.name, damp, self.correction_weight)
 

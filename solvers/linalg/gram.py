@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.errors import ProblemError
+from solvers.errors import ProblemError, warn
 from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import as_number, as_tensor, check_energy, check_entries
 
@@ -302,10 +301,9 @@ def _damp_until_definite(H: Symmetric, damp: float, mean: float) -> tuple[float,
         factor = definite_factor(H, _ROOM * DEFINITE_MARGIN)
         if factor is not None:
             if level > damp:
-                warnings.warn(
+                warn(
                     f"H is singular with damp={damp:g}; going on with damp={level:g}. "
-                    "Use more calibration tokens than the layer has inputs, or raise damp.",
-                    stacklevel=4,
+                    "Use more calibration tokens than the layer has inputs, or raise damp."
                 )
             return added, factor
     raise ProblemError(

@@ -555,7 +555,7 @@ class Half(nn.Module):
 
 def test_uniform_shares_do_not_miss_a_budget_for_what_is_kept_at_least(opt):
     few = Asked(sparsity=0.7, at_least=0.9, allocation="uniform")
-    with pytest.raises(RequestError, match=r"--sparsity 0.7 cannot be met"):
+    with pytest.raises(RequestError, match=r"sparsity=0.7 cannot be met"):
         allocate(opt, few)
     assert allocate(opt, Asked(sparsity=0.3, at_least=0.2, allocation="uniform")).keep
 
@@ -600,7 +600,7 @@ def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
     block = Shortcut(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
     model = nn.Sequential(nn.Conv2d(3, 8, 7), block, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
     x = torch.randn(8, 3, 8, 8)
-    message = r"or let residual channels leave, too, .*\(--residual, .*\): '.*channels'$"
+    message = r"or let residual channels leave, too, .*\(residual=, .*\): '.*channels'$"
     with pytest.raises(RequestError, match=message):
         osscar.prune(model, x, flops=0.5, allocation="uniform")
     found = osscar.prune(model, x, flops=0.5, residual=0.25, allocation="uniform")
@@ -621,7 +621,7 @@ def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
         ({"size": True}, "cannot read True"),
         ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
         ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
-        ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as --sparsity"),
+        ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as sparsity="),
         ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of curvature, meas"),
         ({"neurons": 1, "target": None}, "target is None; give one of weights, outputs, residual"),
         (

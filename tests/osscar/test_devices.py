@@ -258,7 +258,7 @@ def test_parameters_on_disk_are_on_the_device_of_their_cache(streamed):
     assert (moved.device, moved.is_cpu, moved.get_device()) == (torch.device("cpu"), True, -1)
     assert moved.cuda(0).cache is weight.cache
     assert moved.cache is weight.cache.on(torch.device("cpu"))
-    with pytest.raises(OptionError, match="--device cpu or cuda"):
+    with pytest.raises(OptionError, match="device=cpu or cuda"):
         weight.to("meta")
 
 
@@ -362,7 +362,7 @@ def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
     ).model
     Counted(monkeypatch, total=10**12, used=950_000_000)
     weight_cache(model).memory = memory_of(CARD)
-    said = r"--max-memory 1.00GB cannot hold .* for what is on the card already; give at least 1\."
+    said = r"max_memory=1.00GB cannot hold .* for what is on the card already; give at least 1\."
     with pytest.raises(RequestError, match=said):
         prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
 

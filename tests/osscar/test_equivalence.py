@@ -369,7 +369,7 @@ def test_a_refusal_names_the_groups_to_leave_out(count: int) -> None:
     error = str(_refusal(model, plan, [(x,)]))
     guilty = groups[-1].name
     assert f"the pruning of '{guilty}': leave it out" in error
-    assert f"--skip '{guilty}'" in error
+    assert f"skip='{guilty}'" in error
     assert not any(repr(group.name) in error for group in plan.groups if group.name != guilty)
     # The layer that has the wrong width is not to blame, but who calls it.
     assert "Literal) cannot follow" in error

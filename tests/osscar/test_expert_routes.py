@@ -103,7 +103,7 @@ def test_logits_too_far_apart_are_an_error_that_names_the_mixture():
     model = net(Block(), Block()).double()
     with torch.no_grad():
         model[0].router.weight *= 25
-    with pytest.raises(ModelError, match=r"'0\.experts' cannot be chosen.*--skip"):
+    with pytest.raises(ModelError, match=r"'0\.experts' cannot be chosen.*skip="):
         osscar.prune(model, torch.randn(64, 16).double(), experts=4)
 
 

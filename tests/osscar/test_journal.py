@@ -117,7 +117,7 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     (tmp_path / "mine" / "0.txt").write_text("mine")
     (tmp_path / "file").touch()
     for place, message in (
-        ("mine", "holds '0.txt' and no thing; move that away, or give another --out"),
+        ("mine", "holds '0.txt' and no thing; move that away, or give another out="),
         ("file", "is a file and holds no thing"),
         ("x" * 300, "cannot look into .*: File name too long"),
     ):

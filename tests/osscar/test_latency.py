@@ -134,7 +134,7 @@ def test_a_whole_model_that_is_too_noisy_to_time_is_refused(monkeypatch, clock):
 
 
 def test_a_speed_up_out_of_reach_says_what_is_in_reach(clock):
-    with pytest.raises(RequestError, match=r"--speedup 50 cannot be met.*at least"):
+    with pytest.raises(RequestError, match=r"speedup=50 cannot be met.*at least"):
         osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
 
 

@@ -131,7 +131,7 @@ class TestDirectories:
         with pytest.raises(CheckpointError, match="names code that the checkpoint brings along"):
             osscar.load(checkpoint)
         for answer in (False, None, "no"):
-            with pytest.raises(ModelError, match=r"brings its own code.*--trust-remote-code"):
+            with pytest.raises(ModelError, match=r"brings its own code.*trust_remote_code=True"):
                 load_model(checkpoint, trust_remote_code=answer)
         Manifest.of(False, Lineage(origin=Origin("transformers"))).write(checkpoint)
         for open_ in (load_model, osscar.load):

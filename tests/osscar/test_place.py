@@ -413,5 +413,5 @@ def test_overwriting_is_named_only_where_it_would_help(tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text("{}")
-    with pytest.raises(OutputError, match=r"--overwrite \(overwrite=True in Python\)"):
+    with pytest.raises(OutputError, match=r"or overwrite=True to replace"):
         check_output(tmp_path / "model", overwrite=False)

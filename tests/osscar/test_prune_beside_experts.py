@@ -242,15 +242,15 @@ def test_sweeps_take_experts(experts):
     assert [result.parameters_after <= job.value * 43_488 for job, result in points] == [True] * 2
     assert points[1][1].parameters_after < points[0][1].parameters_after
     baseline = jobs(BudgetKind.PARAMS, [0.8], baselines=True)
-    with pytest.raises(RequestError, match="leave --baselines away"):
+    with pytest.raises(RequestError, match="leave baselines= away"):
         list(prune_points(mixture("mixtral"), tokens(), base, baseline))
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({}, "and there is none; give one, such as --params"),
-        ({"heads": 0.5}, "and there is none; give one, such as --params"),
+        ({}, "and there is none; give one, such as params="),
+        ({"heads": 0.5}, "and there is none; give one, such as params="),
         ({"flops": 0.7}, "experts save no flops"),
         ({"speedup": 2.0}, "give params or size"),
         ({"sparsity": 0.5, "allocation": "fluctuation"}, "and no experts"),
@@ -263,7 +263,7 @@ def test_budgets_that_cannot_take_experts_are_refused(asked, message):
 
 
 def test_a_budget_out_of_reach_names_experts_that_it_leaves_alone():
-    with pytest.raises(RequestError, match=r"or let experts leave, too \(--experts auto\)"):
+    with pytest.raises(RequestError, match=r"or let experts leave, too \(experts=auto\)"):
         osscar.prune(mixture("mixtral"), tokens(), params=0.2, allocation="uniform")
 
 

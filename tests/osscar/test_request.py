@@ -143,7 +143,7 @@ def test_sparsity_outside_of_the_open_interval_is_refused(sparsity):
         (lambda: Asked(sparsity=0.5, skip="0.*"), r"skip is '0\.\*'; give a list of patterns"),
         (
             lambda: Asked(sparsity=0.5, skip=["7.*"]),
-            r"no group is called '7\.\*', which --skip names",
+            r"no group is called '7\.\*', which skip= names",
         ),
         (lambda: Asked(sparsity=0.5, skip=["*"]), "nothing would be removed.*skip less"),
         (lambda: Asked(sparsity=0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),

@@ -56,7 +56,7 @@ def test_a_batch_is_named_with_the_module(error):
     model.model.decoder.layers[1].fc1.register_forward_pre_hook(full)
     said = refusal(model)
     assert "calibration batch 0 in 'model.decoder.layers.1.fc1'" in said
-    assert all(option in said for option in ("--batch-size", "--samples", "--max-memory"))
+    assert all(option in said for option in ("batch_size=", "samples=", "max_memory="))
 
 
 @one
@@ -64,7 +64,7 @@ def test_gram_matrices_are_named_with_their_inputs(error, monkeypatch):
     monkeypatch.setattr(walk, "GramAccumulator", failing(error))
     said = refusal(tiny("opt"))
     assert "Gram matrices of 'model.decoder.layers.0.neurons' with 40 inputs" in said
-    assert "--skip" in said
+    assert "skip=" in said
 
 
 @one
@@ -72,7 +72,7 @@ def test_a_problem_is_named_with_its_inputs(error, monkeypatch):
     monkeypatch.setattr(greedy, "eliminate", failing(error))
     said = refusal(tiny("opt"))
     assert "the problem of 'model.decoder.layers.0.neurons' with 40 inputs" in said
-    assert "--device cpu" in said
+    assert "device=cpu" in said
 
 
 @one
@@ -81,7 +81,7 @@ def test_a_weight_that_lies_on_disk_is_named(error, monkeypatch, tmp_path):
     monkeypatch.setattr(Slice, "read", failing(error))
     said = refusal(model)
     assert re.search(r"'[\w.]+\.weight' on cpu \([\d.]+K?B, read from disk\)", said)
-    assert "a smaller --max-memory" in said
+    assert "a smaller max_memory=" in said
 
 
 @one

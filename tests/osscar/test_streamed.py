@@ -564,9 +564,9 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"sparsity": 0.3}, "--allocation measured, uniform"),
-        ({"speedup": 1.5}, "--speedup"),
-        ({"neurons": 0.5, "form": "exported"}, "--form exported"),
+        ({"sparsity": 0.3}, "allocation=measured, uniform"),
+        ({"speedup": 1.5}, "speedup="),
+        ({"neurons": 0.5, "form": "exported"}, "form=exported"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
@@ -595,7 +595,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     ("memory", "allocation", "named"),
-    [(PLENTY, "curvature", "--allocation measured, uniform"), ("100MB", "uniform", "out_proj")],
+    [(PLENTY, "curvature", "allocation=measured, uniform"), ("100MB", "uniform", "out_proj")],
 )
 def test_a_sweep_is_refused_before_anything_is_measured(
     tmp_path, monkeypatch, memory, allocation, named
@@ -609,7 +609,7 @@ def test_a_sweep_is_refused_before_anything_is_measured(
 
 
 def test_a_limit_of_a_few_bytes_is_told_as_it_was_given(tmp_path):
-    with pytest.raises(RequestError, match=r"--max-memory 10B cannot hold .* at least [\d.]+GB"):
+    with pytest.raises(RequestError, match=r"max_memory=10B cannot hold .* at least [\d.]+GB"):
         pruned(written(tmp_path / "dense", "opt"), "10", neurons=0.5)
 
 
@@ -657,7 +657,7 @@ def test_sizes_and_what_is_none():
 
 
 def test_a_model_that_is_no_directory_of_transformers_is_refused():
-    with pytest.raises(OptionError, match="--max-memory"):
+    with pytest.raises(OptionError, match="max_memory="):
         osscar.load_model("torchvision:resnet18", max_memory=PLENTY)
 
 
@@ -697,7 +697,7 @@ def test_nothing_writes_to_it_in_place(parameter):
         lambda: torch.add(torch.ones(3, 4), 1, out=on_disk),
         lambda: torch.nn.init.zeros_(on_disk),
     ):
-        with torch.no_grad(), pytest.raises(ModelError, match="max-memory"):
+        with torch.no_grad(), pytest.raises(ModelError, match="max_memory="):
             write()
 
 

@@ -531,7 +531,7 @@ INDEXES = (
 def test_a_list_of_problems_that_is_none_is_refused(study):
     for text in INDEXES:
         (study.directory / "problems.json").write_text(text)
-        with pytest.raises(JournalError, match=r"problems\.json: .*give another --out"):
+        with pytest.raises(JournalError, match=r"problems\.json: .*give another out="):
             study.run(QUICK)
     (study.directory / "study.json").write_text("{}")
     with pytest.raises(JournalError, match=r"study\.json is not the manifest of a study"):

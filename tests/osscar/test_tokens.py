@@ -109,7 +109,7 @@ class TestWindows:
         held = len(tokens)
         found = text_windows(tokenizer, words(60), samples=1, seqlen=held, seed=0)
         assert torch.equal(found.tokens[0], tokens)
-        message = rf"{held} tokens, fewer than one window of {held + 1}.*--seqlen"
+        message = rf"{held} tokens, fewer than one window of {held + 1}.*seqlen="
         with pytest.raises(DataError, match=message):
             text_windows(tokenizer, words(60), samples=1, seqlen=held + 1, seed=0)
         for samples, seqlen in ((0, 8), (-1, 8), (8, 0)):

@@ -368,7 +368,7 @@ def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
             load_model(name)
     with pytest.raises(OptionError, match="weights of its own"):
         load_model("demo", weights=tmp_path / "w.pt")
-    with pytest.raises(OptionError, match="leave --against away"):
+    with pytest.raises(OptionError, match="leave against= away"):
         load_model(code, dense=code)
 
 
@@ -379,7 +379,7 @@ def test_without_a_connection_both_ways_to_get_weights_are_named(monkeypatch):
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     monkeypatch.setattr("torch.hub.get_dir", lambda: "/nonexistent-osscar-test")
     monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
-    with pytest.raises(ModelError, match=r"connect, or get https://.*mobilenet.*--weights FILE"):
+    with pytest.raises(ModelError, match=r"connect, or get https://.*mobilenet.*weights=FILE"):
         load_model("torchvision:mobilenet_v2")
 
 

@@ -18,7 +18,7 @@ Shapes: TypeAlias = Mapping[str, Sequence[int | None]]
 
 _OTHERWISE = (
     "give inputs of such sizes; where the dense model takes others, so do its modules "
-    "(form='eager' in Python, --form eager on the command line)"
+    "(--form eager)"
 )
 
 

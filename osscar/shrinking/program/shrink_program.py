@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
+from osscar.base.messages import warn
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating, number_format
 from osscar.shrinking.equivalence import Inputs, finer_precision, in_format_of, runs
@@ -112,19 +112,17 @@ def shrink_program(
         plan = dataclasses.replace(plan, traced=trial.traced)
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
         if fixed:
-            warnings.warn(
+            warn(
                 f"{fixed}: its code makes numbers of them, as int, math.sqrt and loops do, or they "
                 "are the resolution of images for attention, which is not left open; calibrate on "
-                "the sizes that it will meet, or keep to the modules (form='eager' in Python, "
-                "--form eager on the command line)",
-                stacklevel=2,
+                "the sizes that it will meet, or keep to the modules (--form eager)"
             )
         return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
 
 
 _WAY_OUT = (
-    "leave groups out (a plan or groups= without them in Python, --skip on the command line), or "
-    "shrink the modules (form='eager', --form eager), where @osscar.adapter teaches one to follow"
+    "leave groups out (--skip, or a plan without them), or shrink the modules (--form eager), "
+    "where @osscar.adapter teaches one to follow"
 )
 
 

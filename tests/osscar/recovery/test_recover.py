@@ -490,7 +490,7 @@ def test_a_loss_that_is_no_number_from_the_start_is_refused_as_such():
 
 def test_weights_on_disk_are_refused(monkeypatch):
     monkeypatch.setattr(recovering, "is_on_disk", lambda model: True)
-    with pytest.raises(ModelError, match=r"stay on disk.*without --max-memory"):
+    with pytest.raises(ModelError, match=r"stay on disk.*without max_memory="):
         osscar.recover(perturbed(net()), net(), numbers(), **OFTEN)
 
 
