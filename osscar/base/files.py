@@ -292,6 +292,11 @@ def digest(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
+def short_hash(data: bytes | str) -> int:
+    """Return the first 64 bits of that digest as a number."""
+    return int(digest(data)[:16], 16)
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, read piece by piece (FileError if it cannot be read)."""
     try:

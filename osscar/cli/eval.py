@@ -21,6 +21,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.shrinking.lineage import Computed, lineage_of, may_come_from
+from osscar.shrinking.seen import refuse_overlap
 
 _NO_MODEL = 0.5
 """Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
@@ -60,7 +61,7 @@ def run(model: str, options: EvalOptions) -> None:
             if isinstance(data, TextSet):
                 raise OptionError(f"{model} reads text, not images: leave --samples away")
             data = data.sample(options.samples, seed=0)
-        data.refuse_overlap(lineage_of(loaded.model).calibration)
+        refuse_overlap(data, lineage_of(loaded.model).calibration)
         how: dict[str, Any] = {
             "classes": loaded.classes,
             "batch_size": options.batch_size,

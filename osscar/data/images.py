@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from osscar.base.errors import DataError, FileError, first_line
-from osscar.base.files import digest
+from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
 from osscar.data.archives import Header, located, read_tensors
@@ -133,9 +133,8 @@ class ImageSet(SampleSet):
         return (self.tensor(),)
 
     def describe(self) -> dict[str, Any]:
-        """Return what reports say: the source, each image's fingerprint, and the preprocessing."""
-        found = {"source": self.source, "images": self.fingerprints(), "samples": len(self)}
-        return {**found, "preprocessing": self.preprocessing.record()}
+        """Return what reports say, the preprocessing included."""
+        return {**super().describe(), "preprocessing": self.preprocessing.record()}
 
     def sentence(self) -> str:
         """Say what is done to the images, and how many of them are grayscale where that counts."""
@@ -145,9 +144,9 @@ class ImageSet(SampleSet):
             told += f"; {gray:,} of {len(self):,} are grayscale, repeated in each channel"
         return told
 
-    def fingerprints(self) -> list[str]:
-        """Return a short hash of each image as it is stored, to recognize it by."""
-        return [digest(_stored(item))[:16] for item in self.items]
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each image as it is stored, to recognize it by."""
+        return [short_hash(_stored(item)) for item in self.items]
 
     def decoded(self, index: int) -> Any:
         """Return an image as PIL has it, in color or not, as the model reads it.

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osscar.base.errors import DataError
-from osscar.base.files import digest
+from osscar.base.files import short_hash
 
 _SHINGLE_WORDS = 8
 """Two paragraphs are taken to share prose when they share this many words in a row."""
@@ -48,7 +48,7 @@ def builtin_text(split: Split) -> str:
 
 def topic_split(name: str) -> Split:
     """Tell which split a topic belongs to, from its name alone."""
-    position = int(digest(f"osscar/topics/1/{name}")[:16], 16) / 2**64
+    position = short_hash(f"osscar/topics/1/{name}") / 2**64
     return next(split for split in Split if position < split.value)
 
 
@@ -77,7 +77,7 @@ def fingerprint(paragraph: str) -> int | None:
     if not shingles(paragraph):
         return None
     words = " ".join(re.findall(r"[^\W_]+", paragraph.lower()))
-    return int(digest(words)[:16], 16)
+    return short_hash(words)
 
 
 @cache

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from osscar.base.errors import DataError
-from osscar.base.files import digest
+from osscar.base.files import short_hash
 from osscar.base.inputs import safe_repr
 from osscar.base.printable import pluralize
-from osscar.shrinking.lineage import Calibration
+from osscar.shrinking.seen import Seen
 
 IGNORED = -100
 """The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
@@ -46,13 +47,13 @@ class SampleSet(ABC):
         """Return all of them as a model reads them, by position or by name, or one by one."""
 
     @abstractmethod
-    def fingerprints(self) -> list[str]:
-        """Return a short hash of each sample, to recognize it by."""
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each sample, 64 bits, to recognize it by."""
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: where they come from, and by what they are recognized."""
-        found = self.fingerprints()
-        return {"source": self.source, "fingerprints": found, "samples": len(self)}
+        seen = dataclasses.asdict(Seen.of(self.fingerprints()))
+        return {"source": self.source, "seen": seen, "samples": len(self)}
 
     @abstractmethod
     def batches(self, size: int) -> Iterator[Any]:
@@ -103,24 +104,6 @@ class SampleSet(ABC):
     def _named_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
         return self.labels
 
-    def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
-        """Refuse to score samples that calibrated or recovered a model, as its lineage tells.
-
-        Raises
-        ------
-        DataError
-            If a sample is one of them.
-        """
-        used = [(one.source, {*one.images, *one.fingerprints}) for one in calibration]
-        mine = self.fingerprints() if any(theirs for _, theirs in used) else []
-        for source, theirs in used:
-            shared = sum(one in theirs for one in mine)
-            if shared:
-                raise DataError(
-                    f"{shared} of {pluralize(len(self), self.sample_name)} calibrated or "
-                    f"recovered this model ({source}); score others"
-                )
-
 
 def has_columns(data: Any) -> bool:
     """Tell whether it is a data set of `datasets`, or one like those."""
@@ -134,5 +117,5 @@ def columns_of(data: Any) -> tuple[str, ...]:
 
 def named_generator(name: str, seed: int) -> torch.Generator:
     """Return a random stream of its own for a purpose, so that streams do not disturb another."""
-    drawn = int(digest(f"{name}/{seed}")[:16], 16)
+    drawn = short_hash(f"{name}/{seed}")
     return torch.Generator().manual_seed(drawn >> 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import DataError, FileError
-from osscar.base.files import digest
+from osscar.base.files import short_hash
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.data.archives import SUFFIXES, located, npz_headers, read_tensors
 from osscar.data.batches import check_arguments, check_tensors, named_example, needed_arguments
@@ -74,11 +74,11 @@ class TensorSet(SampleSet):
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
 
-    def fingerprints(self) -> list[str]:
-        """Return a short hash of each sample, whatever its number format, to recognize it by."""
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each sample, whatever its number format, to recognize it by."""
         tensors = [(name, _comparable(self.tensors[name])) for name in sorted(self.tensors)]
         return [
-            digest(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))[:16]
+            short_hash(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))
             for row in range(len(self))
         ]
 
@@ -126,10 +126,10 @@ class SampleList(SampleSet):
         """Yield the samples, one at a time whatever the size."""
         yield from map(dict, self.samples)
 
-    def fingerprints(self) -> list[str]:
-        """Return a short hash of each sample, whatever its number format, to recognize it by."""
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each sample, whatever its number format, to recognize it by."""
         return [
-            digest(b"".join(_bytes(name, _comparable(one[name])) for name in sorted(one)))[:16]
+            short_hash(b"".join(_bytes(name, _comparable(one[name])) for name in sorted(one)))
             for one in self.samples
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.files import digest
 from osscar.base.inputs import (
     TEXT_LIMIT,
     file_name,
@@ -25,7 +24,7 @@ from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.network.modules import context_length
-from osscar.shrinking.lineage import Calibration
+from osscar.shrinking.seen import Fingerprints, fingerprints_of_runs
 
 DEFAULT_SEQLEN = 512
 
@@ -189,10 +188,9 @@ class TextSet:
         written = as_words(tokenizer, before)
         return cls(source, text, tokens, before, after, written, windows, seqlen)
 
-    @property
-    def text_digest(self) -> str:
-        """SHA-256 of the text, by which the one that calibrated a model is recognized."""
-        return digest(self.text)
+    def fingerprints(self) -> Fingerprints:
+        """Return a hash of each run of 32 tokens, by which text that a model saw is recognized."""
+        return fingerprints_of_runs(self.tokens)
 
     def cut(self, models: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Return the windows, (at most seqlen,) int64 each, that fit all of the models.
@@ -239,26 +237,6 @@ class TextSet:
                 f"{pluralize(len(theirs), 'token')} of this text), so that their perplexities are "
                 "not comparable; give the dense model that the first one was pruned from"
             )
-
-    def refuse_overlap(self, calibration: Iterable[Calibration]) -> None:
-        """Refuse to score the text that a model was calibrated or recovered on.
-
-        Parameters
-        ----------
-        calibration
-            From the lineage of the model.
-
-        Raises
-        ------
-        DataError
-            If it is one of those.
-        """
-        for known in calibration:
-            if known.sha256 == self.text_digest:
-                raise DataError(
-                    f"this model was calibrated or recovered on this very text "
-                    f"({known.source}); score another one"
-                )
 
 
 def load_text(

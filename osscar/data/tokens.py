@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from osscar.base.errors import (
     OptionError,
     first_line,
 )
-from osscar.base.files import digest
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.optional import optional
 from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import has_columns, named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
+from osscar.shrinking.seen import Fingerprints, Seen, fingerprints_of_runs
 
 _BUILTIN = "builtin"
 
@@ -49,8 +50,9 @@ class CalibrationSet:
         Where they come from, in words.
     seed
         The seed that chose the windows; None where none did.
-    text_digest
-        SHA-256 of the text, which is never to be scored; empty where it is not known.
+    seen
+        What recognizes the text that they are from, none of which is ever to be scored; by default
+        what recognizes the windows.
     begins_with, ends_with
         Special tokens of each window, as they are written, such as ``<s>``.
     """
@@ -58,7 +60,7 @@ class CalibrationSet:
     tokens: Tensor
     source: str
     seed: int | None
-    text_digest: str = ""
+    seen: Seen | None = None
     begins_with: str = ""
     ends_with: str = ""
 
@@ -74,11 +76,9 @@ class CalibrationSet:
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: the source, by what it is recognized, and what was drawn."""
-        told = {} if self.text_digest else {"fingerprints": self.fingerprints()}
         return {
-            **told,
             "source": self.source,
-            "sha256": self.text_digest,
+            "seen": dataclasses.asdict(self.seen or Seen.of(self.fingerprints())),
             "samples": self.samples,
             "seqlen": self.seqlen,
             "seed": self.seed,
@@ -86,9 +86,9 @@ class CalibrationSet:
             "ends_with": self.ends_with,
         }
 
-    def fingerprints(self) -> list[str]:
-        """Return a short hash of each window, where no text is known."""
-        return [digest(window.cpu().numpy().tobytes())[:16] for window in self.tokens]
+    def fingerprints(self) -> Fingerprints:
+        """Return a hash of each run of 32 tokens in a window."""
+        return fingerprints_of_runs(self.tokens)
 
     def sentence(self) -> str:
         """Say what there is."""
@@ -230,7 +230,8 @@ def text_windows(
     cut = tokens[starts[:, None] + torch.arange(length)]
     windows = torch.cat([before.expand(samples, -1), cut, after.expand(samples, -1)], dim=1)
     written = (as_words(tokenizer, before), as_words(tokenizer, after))
-    return CalibrationSet(windows, source, seed, digest(text), *written)
+    seen = Seen.of(fingerprints_of_runs(tokens))
+    return CalibrationSet(windows, source, seed, seen, *written)
 
 
 def check_windows(tokenizer: Any, samples: Any, seqlen: Any, seed: Any) -> None:

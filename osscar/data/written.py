@@ -79,7 +79,7 @@ def self_written(
             bar.advance(len(begun))
     tokens = torch.cat([torch.cat(parts), after.expand(samples, -1)], dim=1)
     ends = as_words(tokenizer, first), as_words(tokenizer, after)
-    return CalibrationSet(tokens, "text that the model wrote", seed, "", *ends)
+    return CalibrationSet(tokens, "text that the model wrote", seed, None, *ends)
 
 
 @torch.no_grad()

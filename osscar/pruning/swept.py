@@ -48,8 +48,9 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
-from osscar.shrinking.lineage import Calibration, data_record, lineage_of
+from osscar.shrinking.lineage import data_record, lineage_of
 from osscar.shrinking.plan import Form
+from osscar.shrinking.seen import Calibration, refuse_overlap
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
@@ -189,7 +190,7 @@ class Sweep:
         lineage = lineage_of(model)
         if self.score is not None:
             known = [Calibration.of(told)] if told else []
-            self.score.refuse_overlap([*lineage.calibration, *known])
+            refuse_overlap(self.score, [*lineage.calibration, *known])
         if self.recover is not None:
             check_enough(model, calibration, self.recover)
         rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
@@ -310,9 +311,9 @@ def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
         return {"images": None}
     if isinstance(score, TextSet):
         given: dict[str, Any] = {"text": score.source, "windows": score.windows}
-        return {**given, "seqlen": score.seqlen, "scored_sha256": score.text_digest}
+        return {**given, "seqlen": score.seqlen, "scored_sha256": digest(score.text)}
     what = "images" if isinstance(score, ImageSet) else "inputs"
-    return {what: score.source, "scored_sha256": digest("".join(score.fingerprints()))}
+    return {what: score.source, "scored_sha256": digest(repr(score.fingerprints()))}
 
 
 def _entry(point: Point) -> dict[str, Any]:

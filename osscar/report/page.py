@@ -35,11 +35,8 @@ def asked_table(asked: Mapping[str, Any], calibration: Mapping[str, Any] | None 
 
 
 def told(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what is told of data, by name; of the samples themselves only the number is."""
-    return {
-        f"{name} {key}": len(value) if key in ("images", "fingerprints") else value
-        for key, value in data.items()
-    }
+    """Return what is told of data, by name, but not by what they are recognized."""
+    return {f"{name} {key}": value for key, value in data.items() if key != "seen"}
 
 
 def _as_text(value: object) -> str:

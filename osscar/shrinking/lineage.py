@@ -15,6 +15,7 @@ from osscar.base.json_files import STRICT
 from osscar.network.modules import device_of, number_format, sha256_of
 from osscar.offload.on_disk import values_of
 from osscar.shrinking.plan import PruningPlan
+from osscar.shrinking.seen import Calibration
 
 LINEAGE = "osscar_lineage"
 """The attribute of a model that holds its `Lineage`."""
@@ -33,33 +34,6 @@ class Origin:
     library: str
     name: str = ""
     options: Mapping[str, Scalar] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a model was calibrated or recovered on, so that it is recognized and never scored.
-
-    `sha256` is that of a text, where it is known; `fingerprints` are those of samples of tensors.
-    """
-
-    source: str
-    sha256: str = ""
-    images: tuple[str, ...] = ()
-    samples: int | None = None
-    seqlen: int | None = None
-    seed: int | None = None
-    fingerprints: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, described: Mapping[str, Any]) -> Calibration:
-        """Take what is needed of what ``describe()`` of a calibration set returns."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in described.items()
-            if name in names
-        }
-        return cls(**known)
 
 
 @dataclass(frozen=True)

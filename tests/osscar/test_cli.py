@@ -127,7 +127,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
 
     status, out, err = run(*evaluate, "--text", text)
     assert status == 2
-    assert "calibrated or recovered on this very text" in err
+    assert "calibrated or recovered this model" in err
 
     status, out, err = run(
         "inspect", out_dir, "--svg", tmp_path / "g.svg", "--json", tmp_path / "i"
@@ -231,7 +231,7 @@ def test_every_command_reads_what_transformers_saved(run, text, tmp_path, monkey
     assert lineage["source"] == f"directory {tuned}, pruned on data that are not known"
     status, _, err = run("eval", again, *scored, "--text", text)
     assert status == 2
-    assert "calibrated or recovered on this very text" in err
+    assert "calibrated or recovered this model" in err
 
 
 def advised(message):

@@ -111,7 +111,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     *earlier, seen_text = manifest["lineage"].pop("calibration")
     assert earlier == known["lineage"].pop("calibration")
     assert manifest["lineage"] == known["lineage"]
-    assert seen_text["sha256"] == recovery["data"]["sha256"]
+    assert seen_text["seen"] == recovery["data"]["seen"]
     shared = {"config.json", "tokenizer.json", "tokenizer_config.json"}
     assert all((Path("small-recovered") / n).read_bytes() == before[Path(n)] for n in shared)
 
@@ -120,8 +120,12 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     evaluate = [*command[1:], "--windows", "2", "--seqlen", "32"]
     status, _, err = run(*[word.replace("FILE", "text.txt") for word in evaluate])
     assert status == 2
-    assert "was calibrated or recovered on this very text" in err
-    Path("other.txt").write_text(TEXT.replace("the", "a"))
+    assert "calibrated or recovered this model" in err
+    Path("other.txt").write_text(TEXT.replace("the", "a"))  # much of it is as it was
+    status, _, err = run(*[word.replace("FILE", "other.txt") for word in evaluate])
+    assert status == 2
+    assert "% of other.txt calibrated or recovered this model" in err
+    Path("other.txt").write_text(" ".join(reversed(TEXT.split())))
     status, _, err = run(*[word.replace("FILE", "other.txt") for word in evaluate])
     assert status == 0, err
     assert "is not the dense model" not in err
@@ -434,7 +438,7 @@ POINTS = [
 def document(**changed):
     recovery = {
         "settings": {"steps": 16, "train": "pruned", "lora": None, "learning_rate": None},
-        "data": {"source": "<b>text</b>.txt", "fingerprints": ["a", "b"]},
+        "data": {"source": "<b>text</b>.txt", "seen": {"count": 2, "least": ""}},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
         **{"learning_rate": 5e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
         "stages": {"recovery: training": 2.0, "other": 0.5},
@@ -462,7 +466,7 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
             "1,234 weights (pruned) on 9 samples",
             "at a learning rate of 0.0005, found by trying a few",
             "at step 4, since the model's outputs were not finite there",
-            *("recovery data: fingerprints\n2", "recovery: steps\n16"),
+            "recovery: steps\n16",
         ):
             assert expected in text
 

@@ -370,7 +370,7 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
         (("--sparsity", "0.5,1.5"), "above 0 and below 1"),
         (("--images", "pictures"), "reads text, not images"),
         (("--backend", "none"), "none"),
-        (("--calibration", "text.txt"), "calibrated or recovered on this very text"),
+        (("--calibration", "text.txt"), "calibrated or recovered this model"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(run, text, tmp_path, monkeypatch, more, message):

@@ -38,7 +38,8 @@ from osscar.models.load import load_model
 from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import fill, read_state
 from osscar.report.evaluation_tables import dense_sentence, dense_warning
-from osscar.shrinking.lineage import Calibration, lineage_of
+from osscar.shrinking.lineage import lineage_of
+from osscar.shrinking.seen import Calibration, Seen, refuse_overlap
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -231,7 +232,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     written = json.loads(report.read_text())
     assert written["batch_norms"] == 8
     assert written["settings"]["residual"] == "0.75"
-    assert len(written["calibration"]["images"]) == written["calibration"]["samples"] == 60
+    assert written["calibration"]["seen"]["count"] == written["calibration"]["samples"] == 60
     assert written["calibration"]["preprocessing"]["crop"] == SIDE
     assert {layer["name"]: layer["kept"] for layer in written["layers"]}["stem.0.channels"] == 6
 
@@ -249,7 +250,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     for words, message in (
         (
             (*evaluate, train, "--against", code),
-            "60 of 60 images calibrated or recovered this model",
+            ":train calibrated or recovered this model",
         ),
         ((*evaluate, test), "--against module:function"),
         ((*evaluate, test, "--against", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
@@ -574,12 +575,16 @@ def test_what_is_no_image_among_others_is_left_alone_or_named(folders):
 
 def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, IMAGENET)
-    known = [Calibration("text"), Calibration.of(images.sample(3, seed=0).describe())]
-    with pytest.raises(DataError, match="3 of 10 images calibrated"):
-        images.refuse_overlap(known)
-    others = ImageSet("others", pixels(4, 9), IMAGENET)
-    others.refuse_overlap(known)
-    images.refuse_overlap([])
+    text = Calibration("text", Seen.of([]))
+    known = [text, Calibration.of(images.sample(3, seed=0).describe())]
+    with pytest.raises(DataError, match=r"about 30% of .* calibrated or recovered this model \("):
+        refuse_overlap(images, known)
+    others = ImageSet("others", pixels(200, 9), IMAGENET)
+    refuse_overlap(others, known)
+    refuse_overlap(images, [])
+    one = Calibration.of(others.sample(1, seed=0).describe())
+    with pytest.warns(UserWarning, match=r"about 0\.5% of others calibrated or recovered this"):
+        refuse_overlap(others, [text, one])
 
 
 def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
@@ -592,8 +597,8 @@ def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
     lineage = lineage_of(again.model)
     assert lineage == lineage_of(result.model)
     assert lineage.source == code
-    with pytest.raises(DataError, match="8 of 8 images calibrated or recovered this model"):
-        images.refuse_overlap(lineage.calibration)
+    with pytest.raises(DataError, match=r"about 100% of .* calibrated or recovered this model"):
+        refuse_overlap(images, lineage.calibration)
     file = tmp_path / "small" / "osscar.json"
     manifest = json.loads(file.read_text())
     manifest["lineage"]["preprocessing"]["resize"] = -1
