@@ -42,7 +42,7 @@ from .request import PruningRequest as PruningRequest
 from .pruning.swept import SweepResult as SweepResult, sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.feasibility import SkippedGroup as SkippedGroup
-from .shrinking.follow import adapter as adapter, prepare as prepare
+from .shrinking.follow import adapter as adapter
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule
 from .shrinking.shrink import Proof as Proof

@@ -201,7 +201,6 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"model": net, "plan": plan, "inputs": [(images,)], "tolerance": None},
         ),
         "slice_units": (osscar.slice_units, {"model": net, "plan": plan}),
-        "prepare": (osscar.prepare, {"model": net}),
         "adapter": (
             lambda classes: osscar.adapter(classes)(lambda module, group: None),
             {"classes": "a.B"},

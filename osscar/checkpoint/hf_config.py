@@ -25,7 +25,6 @@ from transformers.models.auto import modeling_auto
 
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
-from osscar.shrinking.attention import AnyHeads
 from osscar.shrinking.follow import counts
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan, experts_left
@@ -129,7 +128,7 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
     """
     dense = dense_config(model.config)
     changes = _config_changes(dense, plans)
-    if changes is None or not _is_stock(model):
+    if changes is None:
         return None
     try:
         config = type(dense).from_dict({**dense.to_dict(), **changes})
@@ -161,11 +160,6 @@ def adopt_config(model: PreTrainedModel) -> None:
         if type(own) is type(model.config) and own.to_dict() == adopted:
             module.config = model.config  # of which some got a copy while it was not true yet
     note(model, plans=(), listed=0)
-
-
-def _is_stock(model: nn.Module) -> bool:
-    """Whether the family's own code computes what the model does."""
-    return all(module.stock for module in model.modules() if isinstance(module, AnyHeads))
 
 
 def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any] | None:

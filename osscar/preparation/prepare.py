@@ -44,8 +44,7 @@ from osscar.preparation.products import Product
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
-from osscar.shrinking.alibi import PREPARED
-from osscar.shrinking.attention import changed, expose_attention, exposed
+from osscar.shrinking.attention import expose_attention, exposed
 from osscar.shrinking.equivalence import (
     call,
     comparable,
@@ -54,7 +53,6 @@ from osscar.shrinking.equivalence import (
     proved_unchanged,
 )
 from osscar.shrinking.fold import Folded, fold, unfold
-from osscar.shrinking.follow import prepare as replace_modules
 from osscar.shrinking.structure import remember_structure
 
 
@@ -249,15 +247,13 @@ def _followable(
     if folded and not computes(model, example, expected):
         unfold(folded)  # code of the model's own reads what a weight is computed from
         folded = []
-    new = [*changed(model, PREPARED), *(exposed(model) if heads else ())]
+    new = exposed(model) if heads else []
     if not new:
         return folded
     names = ("the model", "the model with forward passes of OSSCAR")
     try:
         with proved_unchanged(model, example, names):
-            replace_modules(model)
-            if heads:
-                expose_attention(model)
+            expose_attention(model)
     except EquivalenceError as error:
         raise EquivalenceError(
             f"{error}: {listed([*map(repr, new)])} cannot be followed; leave "

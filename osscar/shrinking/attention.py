@@ -1,4 +1,4 @@
-"""Attention modules of torch, torchvision and transformers that work with any number of heads.
+"""Attention modules of torch that work with any number of heads.
 
 The originals derive the width of a head from the width of the stream (``C // num_heads``).  Each
 class here replaces the forward pass of one of them; the module keeps its parameters, and its class
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,8 @@ from osscar.shrinking.plan import GroupPlan
 class AnyHeads:
     """Mixed into a module's class: its forward pass takes the number of heads from the module."""
 
-    @staticmethod
-    def wanted(module: nn.Module) -> bool:
-        """Whether a module of the original class needs the new forward pass."""
-        return True
-
     def adopt(self) -> None:
         """Add what the new forward pass needs, while nothing is sliced yet."""
-
-    @property
-    def stock(self) -> bool:
-        """Whether the original class would still compute the same."""
-        return False
 
 
 class _MultiheadAttention(AnyHeads):
@@ -181,143 +170,28 @@ class _PaddingEncoder(AnyHeads):
         )
 
 
-class _WindowAttention(AnyHeads):
-    """Torchvision's shifted-window attention of Swin, first and second version."""
-
-    qkv: nn.Linear
-    proj: nn.Linear
-    num_heads: int
-    window_size: list[int]
-    shift_size: list[int]
-    get_relative_position_bias: Callable[[], Tensor]
-    attention_dropout: float
-    dropout: float
-    training: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows of a feature map, (batch, height, width, features)."""
-        _, height, width, _ = x.shape
-        (rows, columns), shift = self.window_size, list(self.shift_size)
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        padded = x.shape[1:3]
-        # A window that covers the map is not shifted.
-        shift = [
-            0 if w >= s else by for w, s, by in zip(self.window_size, padded, shift, strict=True)
-        ]
-        if any(shift):
-            x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        x = _to_windows(x, rows, columns)
-        x = self._attend(x, _seams(x, padded, self.window_size, shift) if any(shift) else None)
-        x = _from_windows(x, rows, columns, padded)
-        if any(shift):
-            x = torch.roll(x, (shift[0], shift[1]), (1, 2))
-        return x[:, :height, :width, :].contiguous()
-
-    def _attend(self, x: Tensor, seams: Tensor | None) -> Tensor:
-        """Attend within each window, (batch, windows, positions, features)."""
-        qkv = F.linear(x, self.qkv.weight, self._bias())
-        head_dim = self.qkv.weight.shape[0] // (3 * self.num_heads)
-        parts = torch.unflatten(qkv, -1, (3, self.num_heads, head_dim))
-        q, k, v = parts.permute(3, 0, 1, 4, 2, 5)
-        logit_scale = getattr(self, "logit_scale", None)
-        if logit_scale is None:
-            scores = q * head_dim**-0.5 @ k.transpose(-2, -1)
-        else:
-            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-            scores = scores * logit_scale.clamp(max=math.log(100.0)).exp()
-        scores = scores + self.get_relative_position_bias()
-        if seams is not None:
-            scores = scores + seams
-        attention = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        mixed = (attention @ v).transpose(2, 3).flatten(3)
-        return F.dropout(self.proj(mixed), self.dropout, self.training)
-
-    def _bias(self) -> Tensor | None:
-        """Return the bias of queries, keys and values; the second version has none for keys."""
-        bias = self.qkv.bias
-        if bias is None or not hasattr(self, "logit_scale"):
-            return bias
-        query, key, value = bias.chunk(3)
-        return torch.cat((query, torch.zeros_like(key), value))
-
-
-def _to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Cut (batch, height, width, features) into (batch, windows, positions, features)."""
-    x = torch.unflatten(torch.unflatten(x, 2, (-1, columns)), 1, (-1, rows))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _from_windows(x: Tensor, rows: int, columns: int, size: torch.Size) -> Tensor:
-    x = torch.unflatten(x, 2, (rows, columns))
-    x = torch.unflatten(x, 1, (size[0] // rows, size[1] // columns))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _seams(x: Tensor, size: torch.Size, window: list[int], shift: list[int]) -> Tensor:
-    """Return -100 between positions that only the shift has brought into one window."""
-    side = []
-    for length, w, by in zip(size, window, shift, strict=True):
-        position = torch.arange(length, device=x.device)
-        side.append((position >= length - w).int() + (position >= length - by).int() * (by > 0))
-    regions = 3 * side[0][:, None] + side[1][None, :]
-    labels = _to_windows(regions[None, :, :, None], *window).squeeze(-1)
-    apart = labels.unsqueeze(2) != labels.unsqueeze(3)
-    return torch.zeros_like(apart, dtype=x.dtype).masked_fill(apart, -100.0).unsqueeze(2)
-
-
-class _RelativePositionAttention(AnyHeads):
-    """Torchvision's relative attention of MaxViT."""
-
-    to_qkv: nn.Linear
-    merge: nn.Linear
-    n_heads: int
-    head_dim: int
-    scale_factor: float
-    get_relative_positional_bias: Callable[[], Tensor]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each partition, (batch, partitions, positions, features)."""
-        q, k, v = (
-            torch.unflatten(part, -1, (-1, self.head_dim)).transpose(2, 3)
-            for part in self.to_qkv(x).chunk(3, -1)
-        )
-        scores = q @ (k * self.scale_factor).transpose(-2, -1)
-        attention = (scores + self.get_relative_positional_bias()).softmax(-1)
-        return self.merge((attention @ v).transpose(2, 3).flatten(3))  # type: ignore[no-any-return]
-
-
-_SWIN = "torchvision.models.swin_transformer.ShiftedWindowAttention"
-_REWRITTEN: Mapping[str, type[AnyHeads]] = {
-    "torch.nn.modules.activation.MultiheadAttention": _MultiheadAttention,
-    "torch.nn.modules.transformer.TransformerEncoder": _PaddingEncoder,
-    _SWIN: _WindowAttention,
-    f"{_SWIN}V2": _WindowAttention,
-    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": _RelativePositionAttention,
+_REWRITTEN: Mapping[type[nn.Module], type[AnyHeads]] = {
+    nn.MultiheadAttention: _MultiheadAttention,
+    nn.TransformerEncoder: _PaddingEncoder,
 }
-"""Replaced when heads leave, or something else of their weights, by the full name of the class."""
+"""What is mixed in when heads leave, or something else of a module's weights."""
 
 
-def rewritten(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> None:
+def _rewrite(module: nn.Module) -> None:
     """Change the class of a module, in place, if it is among those that need another one."""
-    mixin = _mixin(module, classes)
+    mixin = _mixin(module)
     if mixin is not None:
         module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]  # can be hashed
         assert isinstance(module, AnyHeads)
         module.adopt()
 
 
-def changed(model: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> list[str]:
-    """Return the names of the modules that `rewritten` changes."""
-    return [name for name, module in model.named_modules() if _mixin(module, classes)]
-
-
-def _mixin(module: nn.Module, classes: Mapping[str, type[AnyHeads]]) -> type[AnyHeads] | None:
+def _mixin(module: nn.Module) -> type[AnyHeads] | None:
     """Return what is mixed into a module's class, if that is listed, or inherits its forward."""
-    kind: Any = type(module)
-    for base in kind.__mro__:
-        found = classes.get(f"{base.__module__}.{base.__qualname__}")
-        if found is not None:
-            return found if kind.forward is base.forward and found.wanted(module) else None
+    kind = type(module)
+    for base, mixin in _REWRITTEN.items():
+        if isinstance(module, base):
+            return mixin if kind.forward is base.forward else None
     return None
 
 
@@ -338,13 +212,16 @@ def _is_extended(module: object) -> bool:
 def expose_attention(model: nn.Module) -> None:
     """Let fused attention call its output layer as a module, which can be observed then."""
     for name in exposed(model):
-        rewritten(model.get_submodule(name), _REWRITTEN)
+        _rewrite(model.get_submodule(name))
 
 
 def exposed(model: nn.Module) -> list[str]:
     """Return the names of the modules that `expose_attention` changes."""
-    names = changed(model, _REWRITTEN)
-    return [name for name in names if not _is_extended(model.get_submodule(name))]  # keep all heads
+    return [
+        name
+        for name, module in model.named_modules()
+        if _mixin(module) and not _is_extended(module)  # which keeps all heads
+    ]
 
 
 def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
@@ -354,7 +231,7 @@ def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
     insist on the one that they were built with.
     """
     if group.kind is UnitKind.HEADS or not _is_extended(module):
-        rewritten(module, _REWRITTEN)
+        _rewrite(module)
 
 
 def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
@@ -369,4 +246,4 @@ def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
             name = name.rpartition(".")[0]
             around = model.get_submodule(name)
             if isinstance(around, nn.TransformerEncoder) and within:
-                rewritten(around, _REWRITTEN)
+                _rewrite(around)

@@ -24,9 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from graph.groups import Role, Slot, UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.network.modules import check_module, is_deformable
-from osscar.shrinking.alibi import PREPARED
-from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut, rewritten
+from osscar.network.modules import is_deformable
+from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut
 from osscar.shrinking.plan import GroupPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
@@ -81,17 +80,6 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
         return function
 
     return register
-
-
-def prepare(model: nn.Module) -> None:
-    """Replace, in place, code that makes numbers for a fixed count of heads by a table of them.
-
-    Call it before a model is traced: a table is sliced with the heads, code is not.  What the model
-    computes stays the same.
-    """
-    check_module(model)
-    for module in model.modules():
-        rewritten(module, PREPARED)
 
 
 def mend(model: nn.Module, group: GroupPlan) -> None:

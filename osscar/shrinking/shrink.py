@@ -34,7 +34,6 @@ from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Place
 from osscar.shrinking.equivalence import Inputs, call, explained, proof_outputs, prove_equal
 from osscar.shrinking.fold import fold, unfold
-from osscar.shrinking.follow import prepare
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
@@ -125,12 +124,9 @@ _Distance: TypeAlias = Callable[[nn.Module, float | None], float]
 
 
 def _expected(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Distance:
-    """Return what compares with the masked model, and prepare the model for losing units."""
+    """Fold the weights that a plan cuts, and return what compares with the masked model."""
     fold_named(model, plan, inputs)
-    # Of the model as it came: whatever is done to it must not change this.
-    expected = distance_from_masked(model, plan, inputs, keeping=True)
-    prepare(model)
-    return expected
+    return distance_from_masked(model, plan, inputs, keeping=True)
 
 
 def _proved(

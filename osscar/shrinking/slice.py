@@ -19,7 +19,7 @@ from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.fold import fold
-from osscar.shrinking.follow import follow_around, is_list, mend, prepare, refresh
+from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
 from osscar.shrinking.structure import remember_structure
@@ -56,7 +56,6 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     with restored(model, on_error=True):
         remember_structure(model)
         fold(model, plan.tensors)
-        prepare(model)
         refresh(dict.fromkeys(_cut(model, plan)))
         for group in plan.groups:
             mend(model, group)

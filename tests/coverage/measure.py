@@ -15,7 +15,6 @@ from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.row import half_of, owned
 from graph import DependencyGraph
 from osscar.shrinking.equivalence import proof_outputs
-from osscar.shrinking.follow import prepare
 from osscar.shrinking.shrink import Proof, masked, shrink
 
 TOLERANCE = 1e-4
@@ -50,7 +49,6 @@ def shrink_by_half(model: nn.Module, inputs: list[Inputs]) -> tuple[DependencyGr
 
     Returns the groups, the proof, and how far masking moved the outputs on the first inputs.
     """
-    prepare(model)
     dependencies = graph.trace(model, inputs[0])
     plan = half_of(dependencies.prunable)
     dense = proof_outputs(model, inputs[:1])

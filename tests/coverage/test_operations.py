@@ -22,7 +22,6 @@ from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.batches import named_inputs
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
-from osscar.shrinking.follow import prepare
 
 from .measure import shrink_by_half
 from .zoo import FAMILIES, transformers_case
@@ -61,7 +60,6 @@ _QUICK = ("bert", "mixtral")
 def test_operations_are_those_that_torch_counts_before_and_after(family: str) -> None:
     case = transformers_case(family)
     model, inputs = case.build(), case.make_inputs()
-    prepare(model)
     cost, given = _counted(model, graph.trace(model, inputs[0]).groups, inputs[0])
     _, proof, _ = shrink_by_half(model, inputs)
     kept = {group.name: len(group.kept) for group in proof.plan.groups}

@@ -16,7 +16,7 @@ _QUICK = (
 )
 """One or two small models of most families."""
 
-_LONG = ("densenet121", "inception_v3", "maxvit_t", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32")
+_LONG = ("densenet121", "inception_v3", "vgg11_bn", "vit_b_32")
 """The other families; ``benchmarks/coverage`` measures all models."""
 
 

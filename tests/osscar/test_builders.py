@@ -140,7 +140,6 @@ def test_what_was_written_wrongly_is_noticed_without_inputs(
 def test_neurons_alone_leave_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
     case = transformers_case(family)
     model, inputs = case.build(), case.make_inputs()
-    osscar.prepare(model)
     neurons = [g for g in graph.trace(model, inputs[0]).prunable if g.kind == "neurons"]
     osscar.shrink(model, half_of(neurons), inputs)
     written = save(model, tmp_path / "small", example_inputs=inputs[0])

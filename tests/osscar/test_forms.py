@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import pkgutil
 import shutil
 
 import pytest
@@ -34,7 +35,7 @@ from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program import program
 from osscar.shrinking.structure import structure_of
 from tests.osscar.families import tiny, tokens
-from tests.osscar.programs import CASES, far_apart, without_units
+from tests.osscar.programs import CASES, far_apart, refitted_without_units, without_units
 
 OFTEN = {"device": "cpu", "damp": 1e-3, "correction_weight": 1.0}
 
@@ -113,6 +114,28 @@ def test_modules_alone_leave_them_alone():
         _, _, result = prune("heads", form="eager")
     assert result.form is Form.EAGER
     assert [group.kind for group in result.skipped] == ["heads", "heads"]
+
+
+_IN_WINDOWS = {
+    "swin": ("swin_transformer.ShiftedWindowAttention", (12, [2, 3], [1, 1], 4)),
+    "swin v2": ("swin_transformer.ShiftedWindowAttentionV2", (12, [2, 3], [1, 1], 4)),
+    "maxvit": ("maxvit.RelativePositionalMultiHeadAttention", (12, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", _IN_WINDOWS)
+def test_attention_in_windows_loses_heads_in_a_program(name):
+    """Its code takes the width of a head, or of all, from that of the stream."""
+    pytest.importorskip("torchvision")
+    path, arguments = _IN_WINDOWS[name]
+    torch.manual_seed(0)
+    attention = pkgutil.resolve_name(f"torchvision.models.{path}")(*arguments).eval()
+    net, data = nn.Sequential(nn.Linear(5, 12), attention), torch.randn(16, 4, 4, 5)
+    result = osscar.prune(net, data, heads="1/2", **OFTEN)
+    assert (result.form, result.skipped) == (Form.EXPORTED, ())
+    x = torch.randn(3, 4, 4, 5)
+    assert far_apart(refitted_without_units(net, result)(x), result.model(x)) < 1e-5
+    assert far_apart(net(x), result.model(x)) > 1e-3
 
 
 def test_batch_norm_is_renewed_in_a_program():

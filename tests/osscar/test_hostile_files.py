@@ -383,7 +383,6 @@ def structural_calls(wrong):
     yield lambda: osscar.shrink(net, wrong, [(images,)])
     yield lambda: osscar.shrink(net, plan, wrong)
     yield lambda: osscar.shrink(net, plan, [wrong])
-    yield lambda: osscar.prepare(wrong)
     yield lambda: osscar.adapter(wrong)(print)
     yield lambda: osscar.Study(wrong, {})
     yield lambda: osscar.Study(Path("nowhere"), wrong)

@@ -23,7 +23,6 @@ from osscar.network.model_state import restored
 from osscar.network.modules import evaluating, number_format
 from osscar.shrinking.equivalence import Inputs, finer_precision, in_format_of, runs
 from osscar.shrinking.fold import fold
-from osscar.shrinking.follow import prepare
 from osscar.shrinking.lineage import lineage_of, note
 from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
 from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
@@ -101,7 +100,6 @@ def shrink_program(
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
-        prepare(model)
         with preserved(model):  # what passes keep for the next would be traced as numbers
             finer = _proved_finer(model, plan, inputs, example, tolerance)
         trial = ProgramTrial(model, example, inputs)
@@ -131,7 +129,6 @@ def dense_program(
 ) -> nn.Module:
     """Return the program that `shrink_program` makes smaller, on the model's own tensors."""
     with evaluating(model), restored(model):
-        prepare(model)
         return ProgramTrial(model, example, inputs).dense
 
 
@@ -143,7 +140,6 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
         return model
     remember_structure(model)
     fold(model, plan.tensors)
-    prepare(model)
     example = in_format_of({given.name: given.example() for given in plan.traced}, model)
     varies = {given.name: given.varies for given in plan.traced}
     with evaluating(model):
