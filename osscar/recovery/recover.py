@@ -81,7 +81,9 @@ class Recovery(Shown):
     memory
         What it was told to need.
     request
-        What was asked for, with the way to train that fitted.
+        What was asked for.
+    chosen
+        The way to train that was chosen, and what was done to samples: fields of a request.
     data
         What reports say of the samples.
     """
@@ -97,6 +99,7 @@ class Recovery(Shown):
     stages: Mapping[str, float]
     memory: Memory
     request: RecoveryRequest
+    chosen: Mapping[str, Any]
     data: Mapping[str, Any]
 
     def __repr__(self) -> str:
@@ -125,6 +128,7 @@ class Recovery(Shown):
         """Return what is known of it, as ``docs/json.md`` describes it."""
         return {
             "settings": self.request.to_json(),
+            "chosen": dict(self.chosen),
             "data": dict(self.data),
             "measure": self.measure,
             "points": [dataclasses.asdict(point) for point in self.points],
@@ -244,7 +248,11 @@ def recover_as_asked(
         seconds=seconds,
         stages=spent.of(seconds),
         memory=memory,
-        request=way,
+        request=request,
+        chosen={
+            **{name: getattr(way, name) for name in CHOSEN},
+            "augment": "flip-shift" if setup.shifts else "none",
+        },
         data={**setup.inputs.settings, **data_record(data)},
     )
 

@@ -64,8 +64,9 @@ class RecoveryRequest:
         Samples that train nothing: they decide when to stop, and which step is kept.  By default an
         eighth of all, at most 8 windows, or 128 of anything else.
     augment
-        What is done to images of the training, by chance: ``flip-shift``, mirrored, and shifted by
-        at most an eighth of their width, their edge repeated; or ``none``.
+        What is done to samples of the training, by chance: ``none``, or, by default of images,
+        ``flip-shift``: mirrored, and shifted by at most an eighth of their width, their edge
+        repeated.
     loss
         A function of what the smaller and the dense model put out for the same batch, which returns
         a mean over its samples; by default the divergence of their predictions where there are
@@ -94,7 +95,7 @@ class RecoveryRequest:
     checkpointing: bool = False
     max_memory: Annotated[str | int | None, _memory] = None
     held_out: Annotated[int | None, count_from(1)] = None
-    augment: Literal["flip-shift", "none"] = "flip-shift"
+    augment: Literal["flip-shift", "none"] | None = None
     loss: Annotated["Loss | None", _loss] = None
     mixed_precision: Literal["no", "bf16"] = "no"
     device: Annotated[str, as_text] = "auto"

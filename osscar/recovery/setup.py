@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from osscar.base.devices import resolve_device
-from osscar.base.errors import NonFiniteError
+from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
@@ -34,8 +34,8 @@ class Setup:
     teacher: nn.Module
     """The dense model, on the device of the training."""
     inputs: ModelInputs = field(repr=False)
-    images: bool
-    """Whether samples can be mirrored and shifted."""
+    shifts: bool
+    """Whether samples are mirrored and shifted."""
     samples: Sequence[Batch] = field(repr=False)
     deciding: Sequence[Batch] = field(repr=False)
     target: Target
@@ -54,6 +54,9 @@ class Setup:
         ranks: Ranks = ALONE,
     ) -> Setup:
         """Split the samples, and look at what the dense model puts out."""
+        images = isinstance(data, ImageSet)
+        if request.augment == "flip-shift" and not images:
+            raise OptionError("augment is 'flip-shift', and the data are no images; leave it away")
         inputs = as_inputs(dense, data)
         if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
             as_inputs(model, data)
@@ -66,9 +69,9 @@ class Setup:
         usual = 1 if one_by_one else step_size(inputs, len(samples), request)
         at_once = 1 if inputs.apart else request.micro_batch_size or usual
         target = Target.of(teacher, inputs, in_batches(deciding, at_once), request.loss)
-        images = isinstance(data, ImageSet)
+        shifts = images and request.augment != "none"
         return cls(
-            *(model, teacher, inputs, images, samples, deciding, target, at_once, request, ranks)
+            *(model, teacher, inputs, shifts, samples, deciding, target, at_once, request, ranks)
         )
 
     @property
@@ -103,7 +106,6 @@ class Setup:
             first = in_batches(self.deciding[:together], together)[0]
             self.target.check_alike(work, self.teacher, first)
         state.put_back()
-        shifts = request.augment != "none" and self.images
         return Training(
             model=work,
             state=state,
@@ -118,7 +120,9 @@ class Setup:
             at_once=together,
             precision=torch.bfloat16 if request.mixed_precision == "bf16" else None,
             seed=request.seed,
-            augmented=partial(shifted, seed=request.seed) if shifts else lambda sample, _: sample,
+            augmented=partial(shifted, seed=request.seed)
+            if self.shifts
+            else lambda sample, _: sample,
             checkpointing=way.checkpointing,
         )
 

@@ -16,7 +16,7 @@ from osscar.report.gap_tables import (
     scores_table,
 )
 from osscar.report.names import common_prefix, without_prefix
-from osscar.report.page import asked_table, render
+from osscar.report.page import Settings, render
 from osscar.report.plots import draw_plots
 from osscar.report.stages import stages_table
 from osscar.report.summary import Summary
@@ -73,27 +73,34 @@ def write_report(
         still_open=open_table(summary.still_open, prefix),
         refused=refused_table(summary.refused, prefix),
         records=records_table(records, prefix),
-        asked=asked_table(_asked(study, design, jobs)),
+        settings=_settings(study, design, jobs),
     )
     write_text(study.directory / REPORT_FILE, text)
     return study.directory / REPORT_FILE
 
 
-def _asked(study: Study, design: StudyDesign, jobs: int) -> dict[str, Any]:
-    asked = dict(study.source)
-    problems = asked.get("problems")
+def _settings(study: Study, design: StudyDesign, jobs: int) -> Settings:
+    source, usual = dict(study.source), type(design)()
+    problems = source.get("problems")
     if isinstance(problems, list) and all(isinstance(one, Mapping) for one in problems):
-        del asked["problems"]
-        asked["problem files"] = [one.get("file") for one in problems]
-    asked["share of units removed"] = [share(sparsity) for sparsity in design.sparsities]
-    asked["backends"] = list(design.backends)
-    asked["exact backends on"] = f"problems of at most {design.exact_units} units"
-    asked["limits"] = (
-        f"{design.time_limit:g} s for an exact solve, or a gap of {design.gap_tolerance:g}"
-    )
-    if design.window_units is not None:
-        asked["windows"] = (
+        del source["problems"]
+        source["problem files"] = [one.get("file") for one in problems]
+    found = Settings(source) | Settings({"processes at once": jobs})
+    said: dict[str, tuple[str, Any]] = {
+        "sparsities": ("share of units removed", [share(one) for one in design.sparsities]),
+        "backends": ("backends", list(design.backends)),
+        "exact_units": ("exact backends on", f"problems of at most {design.exact_units} units"),
+        "time_limit": ("limit of an exact solve", f"{design.time_limit:g} s"),
+        "gap_tolerance": ("an exact solve ends at", f"a gap of {design.gap_tolerance:g}"),
+        "window_units": (
+            "windows",
             f"{design.windows} of {design.window_units} units for each larger problem and "
             "sparsity, the other units held as local_search left them"
-        )
-    return {**asked, "processes at once": jobs}
+            if design.window_units is not None
+            else None,
+        ),
+    }
+    for field, (name, value) in said.items():
+        is_usual = getattr(design, field) == getattr(usual, field)
+        found |= Settings(default={name: value}) if is_usual else Settings({name: value})
+    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jinja2
@@ -24,14 +27,55 @@ def render(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(version=__version__, **content)
 
 
-def asked_table(asked: Mapping[str, Any], calibration: Mapping[str, Any] | None = None) -> Table:
-    """Return one row for each thing that was asked, and for each that is known of the data."""
-    rows = (
-        (key.replace("_", " "), _as_text(value))
-        for key, value in {**asked, **told(calibration or {}, "calibration")}.items()
-        if value is not None and value is not False and value not in ("", [], {})
-    )
-    return new_table("", "", "", rows=rows)
+@dataclass(frozen=True)
+class Settings:
+    """What a result was made with, by name, in three parts: asked, as by default, and known."""
+
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    default: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        settings: Mapping[str, Any],
+        request: type[Any],
+        prefix: str = "",
+        chosen: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Settings:
+        """Part the settings of a request; of those that nobody asked for some were `chosen`."""
+        usual = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory()
+            for one in fields(request)
+        }
+        usual = json.loads(json.dumps(usual))
+        asked = {n: v for n, v in settings.items() if v != usual[n]}
+        default = {n: v for n, v in {**settings, **chosen}.items() if n not in asked}
+        return cls(*({prefix + n: v for n, v in part.items()} for part in (asked, default)))
+
+    def __or__(self, other: Settings) -> Settings:
+        """Return the settings of both."""
+        return Settings(
+            {**self.asked, **other.asked},
+            {**self.default, **other.default},
+            {**self.known, **other.known},
+        )
+
+    def tables(self) -> Iterator[tuple[str, Table]]:
+        """Yield a heading and a table with a row for each that says something, part by part."""
+        parts = {
+            "What was asked": self.asked,
+            "What was not, and is as by default": self.default,
+            "What it was made of": self.known,
+        }
+        for heading, part in parts.items():
+            rows = [
+                (key.replace("_", " "), _as_text(value))
+                for key, value in part.items()
+                if value is not None and value is not False and value not in ("", [], {})
+            ]
+            if rows:
+                yield heading, new_table("", "", "", rows=rows)
 
 
 def told(data: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture, png_of
 from osscar.report.names import common_prefix, without_prefix
-from osscar.report.page import Part, asked_table, render
+from osscar.report.page import Part, Settings, render, told
 from osscar.report.prune_plots import depth_figure, frontier_figure
-from osscar.report.recovery import recovery_asked, recovery_section
+from osscar.report.recovery import recovery_section, recovery_settings
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.report.stages import longest_stages, stages_table
 from osscar.report.summary import proofs_in_words
@@ -27,7 +27,7 @@ from osscar.report.tables import (
     new_table,
     share,
 )
-from osscar.request import AUTO, BudgetKind
+from osscar.request import AUTO, BudgetKind, PruningRequest
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
@@ -54,8 +54,9 @@ def prune_page(document: Mapping[str, Any]) -> str:
     """
     computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
     recovery = document.get("recovery")
-    asked = {"model": document["model"], **document["settings"], **computed}
-    asked |= recovery_asked(recovery) if recovery else {}
+    settings = Settings({"model": document["model"]})
+    settings |= Settings.of(document["settings"], PruningRequest)
+    settings |= recovery_settings(recovery) if recovery else Settings()
     prefix = common_prefix([*_groups(document)])
     return render(
         "prune.html.j2",
@@ -72,7 +73,8 @@ def prune_page(document: Mapping[str, Any]) -> str:
         columns=[*_columns(document), *filter(None, [without_prefix(prefix)])],
         bounded=_bounded(document),
         skipped=skipped_table(document.get("skipped") or ()),
-        asked=asked_table(asked, document["calibration"]),
+        settings=settings
+        | Settings(known={**told(document["calibration"], "calibration"), **computed}),
     )
 
 

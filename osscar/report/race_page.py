@@ -11,7 +11,7 @@ from rich.table import Table
 
 from osscar.base.printable import pluralize
 from osscar.report.figures import COLORS, SHARES, picture, tall_figure
-from osscar.report.page import asked_table, render
+from osscar.report.page import Settings, render
 from osscar.report.tables import decimals, new_table, percent
 from osscar.study.library import Best, Library
 from osscar.study.race import (
@@ -83,7 +83,7 @@ def race_page(
         scores=_scores(backends, found, closed, said, count),
         records=_records_table(records, best),
         counted=pluralize(len(records), "run"),
-        asked=asked_table(
+        settings=Settings(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),
     )

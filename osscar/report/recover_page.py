@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from osscar.report.page import asked_table, render
-from osscar.report.recovery import recovery_asked, recovery_section
+from osscar.report.page import Settings, render
+from osscar.report.recovery import recovery_section, recovery_settings
 from osscar.report.tables import divergence_in_words
 
 
@@ -20,12 +20,13 @@ def recover_page(document: Mapping[str, Any]) -> str:
     """
     computed = {f"computed: {key}": value for key, value in document["computed"].items()}
     asked = {"model": document["model"], "dense": document["dense"]}
+    made = recovery_settings(document["recovery"])
     return render(
         "recover.html.j2",
         document=document,
         recovery=recovery_section(document["recovery"]),
         meaning=_meaning(document["recovery"]),
-        asked=asked_table({**asked, **recovery_asked(document["recovery"]), **computed}),
+        settings=Settings(asked) | made | Settings(known=computed),
     )
 
 

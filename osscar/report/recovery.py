@@ -6,6 +6,7 @@ That is what `Recovery.document` returns: the ``recovery`` of ``osscar.recover``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ import lazy_loader
 from rich.table import Table
 
 from osscar.base.printable import capitalized, pluralize
-from osscar.report.page import Part, told
+from osscar.recovery.request import RecoveryRequest
+from osscar.report.page import Part, Settings, told
 from osscar.report.stages import stages_table
-from osscar.report.tables import nats, new_table
+from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +40,8 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a terminal is told of a recovery."""
     settings, points = recovery["settings"], recovery["points"]
     yield f"held out: {_outcome(recovery)}"
-    which = f"adapters, rank {settings['lora']}" if settings["lora"] else settings["train"]
+    rank = recovery["chosen"]["lora"]
+    which = f"adapters, rank {rank}" if rank else settings["train"]
     weights = "weights" if which == "all" else f"weights ({which})"
     trained = pluralize(recovery["samples"], "sample")
     found = "" if settings["learning_rate"] else ", found by trying a few"
@@ -58,8 +61,8 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
 
 def _outcome(recovery: Mapping[str, Any]) -> str:
     """Say what became of the distance from the dense model."""
-    unit, after = _UNITS[recovery["measure"]], nats(recovery["after"])
-    before = f"{nats(recovery['before'])} {unit} from the dense model"
+    unit, after = _UNITS[recovery["measure"]], _number(recovery["after"])
+    before = f"{_number(recovery['before'])} {unit} from the dense model"
     took = f"on {pluralize(recovery['held_out'], 'sample')}, in {recovery['seconds']:.1f} s"
     if not recovery["kept"]:
         return f"{before} was the nearest, {took}; the weights are those that it came with"
@@ -93,7 +96,12 @@ def parts(recovery: Mapping[str, Any]) -> Iterator[Part]:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else nats(value)
+    """Return a distance with four digits, which tell looks apart that differ by little."""
+    if value is None:
+        return "not finite"
+    if value and value < 1e-5:
+        return f"{value:.3e}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value or 1.0)))}f}"
 
 
 def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,10 +118,10 @@ def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def recovery_asked(recovery: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was asked of a recovery, and what is known of its data, by name."""
-    settings = {f"recovery: {name}": value for name, value in recovery["settings"].items()}
-    return settings | told(recovery["data"], "recovery data:")
+def recovery_settings(recovery: Mapping[str, Any]) -> Settings:
+    """Return what was asked of a recovery, what is as by default, and what is known of its data."""
+    found = Settings.of(recovery["settings"], RecoveryRequest, "recovery: ", recovery["chosen"])
+    return found | Settings(known=told(recovery["data"], "recovery data:"))
 
 
 def recovery_figure(recovery: Mapping[str, Any]) -> Figure:

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import capitalized, pluralize
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.figures import COLORS, SHARES, label_lines, picture, small_figure
-from osscar.report.page import Part, asked_table, render
+from osscar.report.page import Part, Settings, render, told
 from osscar.report.run_tables import skipped_table
 from osscar.report.stages import stages_table, summed_stages
 from osscar.report.tables import engineering, new_table, share
-from osscar.request import BASELINES, METHODS, BudgetKind
+from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 
 Point: TypeAlias = Mapping[str, Any]
 """One of the ``points[]`` of an ``osscar.sweep/6``."""
@@ -216,8 +217,9 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     """Return the page of a sweep, of the same document."""
     points, varied = document["points"], _varied(document)
     methods = dict.fromkeys(point["method"] for point in points)
-    asked = {"model": document["model"], **document["scored"], **document["settings"]}
-    asked |= {f"recover {name}": value for name, value in (document["recover"] or {}).items()}
+    settings = Settings({"model": document["model"], **document["scored"]})
+    settings |= Settings.of(document["settings"], PruningRequest)
+    settings |= Settings.of(document["recover"] or {}, RecoveryRequest, "recover: ")
     return render(
         "sweep.html.j2",
         model=document["model"],
@@ -230,7 +232,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         key=[(color, method) for method, color in _colors(points).items()],
         stages=stages_table(summed_stages(point["stages"] for point in points)),
         skipped=skipped_table(document["skipped"]),
-        asked=asked_table(asked, document["calibration"]),
+        settings=settings | Settings(known=told(document["calibration"], "calibration")),
         shapes=", ".join("x".join(map(str, shape)) for shape in document["shapes"].values()),
     )
 

@@ -437,7 +437,14 @@ POINTS = [
 
 def document(**changed):
     recovery = {
-        "settings": {"steps": 16, "train": "pruned", "lora": None, "learning_rate": None},
+        "settings": {
+            "steps": 16,
+            "train": "pruned",
+            "lora": None,
+            "learning_rate": None,
+            "seed": 0,
+        },
+        "chosen": {"lora": None, "micro_batch_size": 4, "augment": "none"},
         "data": {"source": "<b>text</b>.txt", "seen": {"count": 2, "least": ""}},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
         **{"learning_rate": 5e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
@@ -469,6 +476,18 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
             "recovery: steps\n16",
         ):
             assert expected in text
+        asked, default, known = (text.index(one) for one in ("asked", "as by default", "made of"))
+        for where, expected in (
+            (asked, "recovery: train\npruned"),
+            (default, "recovery: seed\n0"),
+            (default, "recovery: micro batch size\n4"),
+            (default, "recovery: augment\nnone"),
+            (known, "recovery data: source\n"),
+        ):
+            begin = text.index(expected)
+            assert where < begin
+            assert max(one for one in (asked, default, known) if one < begin) == where
+        assert "flip-shift" not in text
 
 
 def test_what_a_recovery_came_to_is_told_as_it_was():
@@ -481,7 +500,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
     )
     assert third == "stopped: after 2 of 16 steps, since the held-out samples got worse and worse"
     asked = {"steps": 2, "train": "all", "lora": 4, "learning_rate": 0.1}
-    given = document(settings=asked)["recovery"]
+    given = document(settings=asked, chosen={"lora": 4})["recovery"]
     lines = list(recovery_lines({**given, "points": POINTS[:2], "learning_rate": 0.1}))
     assert lines[1] == (
         "training: 1,234 weights (adapters, rank 4) on 9 samples, at a learning rate of 0.1"
@@ -490,3 +509,6 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
     kept = recovery_table(given).columns[-1]
     assert [str(cell) for cell in kept.cells] == ["", "yes", ""]
     assert second.startswith("training: ")
+    close = [{**POINTS[1], "held_out": one} for one in (0.003512, 0.00349, 0.0034897, 3.49e-7, 0.0)]
+    told = recovery_table({**given, "points": close}).columns[2]
+    assert [*map(str, told.cells)] == ["0.003512", "0.003490", "0.003490", "3.490e-07", "0.000"]

@@ -204,8 +204,8 @@ def test_a_limit_is_kept_and_said(dense, smaller, windows, told, monkeypatch):
     request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", max_memory=usual - 1)
     result = recover_as_asked(smaller, dense, windows, request)
     assert result.memory.total < usual
-    assert result.request.checkpointing
-    assert result.document()["settings"]["checkpointing"] is True
+    assert result.request == request
+    assert result.document()["chosen"]["checkpointing"] is True
     assert result.document()["memory_bytes"] == result.memory.total
     with pytest.raises(NoMemoryError, match="besides what the process has"):
         recover_as_asked(smaller, dense, windows, replace(request, max_memory=least // 2))

@@ -363,6 +363,11 @@ def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path,
     assert torch.equal(first, again)
     assert torch.equal(none, tensors)
     assert not torch.equal(first, other)
+    told = osscar.recover(perturbed(dense), dense, loaded, **OFTEN).document()
+    assert (told["settings"]["augment"], told["chosen"]["augment"]) == (None, "flip-shift")
+    asked = {**OFTEN, "augment": "flip-shift"}
+    with pytest.raises(OptionError, match="augment is 'flip-shift', and the data are no images"):
+        osscar.recover(perturbed(dense), dense, dict(inputs.tensors), **asked)
     images = set(map(raw, next(iter(inputs.tensors.values()))))
     assert set(map(raw, none)) <= images
     assert not set(map(raw, first)) <= images
