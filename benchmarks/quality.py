@@ -58,14 +58,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "multistage, damping chosen": {**UNIFORM, "backend": "multistage", "damp": None},
     "uniform": {"allocation": "uniform"},
     "weights": {"target": "weights"},
-    "outputs": {"target": "outputs"},
     "correction weight 1": {"correction_weight": 1.0},
     "damp 0.01": {"damp": 0.01},
     "damp 0.1": {"damp": 0.1},
     "wanda, default otherwise": {"backend": "wanda"},
     "flap, uniform": {**UNIFORM, "backend": "flap"},
     "fluctuation": {"allocation": "fluctuation"},
-    "batch norm estimated": {"batch_norm": "estimate"},
 }
 BASELINES = tuple(METHODS)[:7]
 

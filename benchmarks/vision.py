@@ -7,7 +7,7 @@ For example, with a file of weights and one of images at hand:
         --images cifar10-subset.npz:test --json out.json
 
 For each sparsity and backend, with and without the residual channels, prints the parameters and
-FLOPs that are left and the summed relative loss; and, for batch-norm statistics kept, estimated and
+FLOPs that are left and the summed relative loss; and, for batch-norm statistics kept and
 corrected, top-1 where there are labels, agreement with the dense model, and the divergence from it.
 The first rows are the dense model itself.  Ends with all of it as a Markdown table.
 """
@@ -35,7 +35,7 @@ from osscar.shrinking.plan import PruningPlan
 from osscar.walk.batch_norm import BatchNormMode, dense_statistics, renew_statistics
 
 BACKENDS = ("magnitude", "multistage", "local_search")
-MODES: tuple[BatchNormMode, ...] = ("keep", "estimate", "correct")
+MODES: tuple[BatchNormMode, ...] = ("keep", "correct")
 
 
 def main() -> None:
@@ -140,15 +140,15 @@ class Bench:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the results as a Markdown table: statistics kept / estimated / corrected."""
+    """Return the results as a Markdown table: statistics kept / corrected."""
     labelled = rows[0]["top1"] is not None
     measures = {**({"top1": "top-1"} if labelled else {}), "agreement": "agreement", "kl": "KL"}
     heads = ["removed", "residual", "backend", "FLOPs", "parameters", "loss", *measures.values()]
     lines = [heads, ["---", "---", "---", *["---:"] * (len(heads) - 3)]]
     for start in range(0, len(rows), len(MODES)):
-        old, *renewed = rows[start : start + len(MODES)]
+        old, new = rows[start : start + len(MODES)]
         share = [f"{old[size] / rows[0][size]:.2f}x" for size in ("flops", "parameters")]
-        triples = [[shown(key, row[key]) for row in (old, *renewed)] for key in measures]
+        pairs = [[shown(key, row[key]) for row in (old, new)] for key in measures]
         lines.append(
             [
                 f"{old['sparsity']:.0%}" if "sparsity" in old else "",
@@ -156,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 f"`{old['backend']}`" if "sparsity" in old else "dense",
                 *share,
                 f"{old['loss']:.2f}" if "loss" in old else "",
-                *(" / ".join(triple) for triple in triples),
+                *(" / ".join(pair) for pair in pairs),
             ]
         )
     return [f"| {' | '.join(line)} |" for line in lines]

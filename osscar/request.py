@@ -331,14 +331,14 @@ class PruningRequest:
         default it is chosen for each layer by calibration samples that no weight is fitted to.
     target
         What a layer is to reproduce: ``weights``, what its dense weights make of the pruned inputs
-        (the paper's); ``outputs``, what it puts out in the dense model; ``residual``, also what
-        the residual stream, to which that is added, has lost.
+        (the paper's); ``residual``, what it puts out in the dense model, and what the residual
+        stream, to which that is added, has lost.
     correction_weight
-        Share of what a target adds to that of ``weights``, in [0, 1]; by default it is chosen like
-        `damp`.
+        Share of what ``residual`` adds to the target of ``weights``, in [0, 1]; by default it is
+        chosen like `damp`.
     batch_norm
-        Where running statistics come from afterwards: ``correct`` those of the dense model by what
-        pruning changed, ``estimate`` them from the calibration data, or ``keep`` them.
+        Whether the dense model's running statistics are ``correct``-ed by what pruning changed, or
+        ``keep`` their values.
     device
         ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
     batch_size
@@ -393,11 +393,11 @@ class PruningRequest:
     certify: bool = False
     bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
     damp: Annotated[float | None, _DAMP] = None
-    target: Literal["weights", "outputs", "residual"] = "residual"
+    target: Literal["weights", "residual"] = "residual"
     correction_weight: Annotated[
         float | None, Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     ] = None
-    batch_norm: Literal["correct", "estimate", "keep"] = "correct"
+    batch_norm: Literal["correct", "keep"] = "correct"
     device: Annotated[str, as_text] = "auto"
     batch_size: Annotated[int | None, count_from(1)] = None
     seed: Annotated[int, count_from(0)] = 0

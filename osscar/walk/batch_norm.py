@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from osscar.base.errors import DataError, NonFiniteError
+from osscar.base.errors import NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
@@ -19,9 +19,9 @@ from osscar.shrinking.plan import PruningPlan
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
 
-BatchNormMode: TypeAlias = Literal["correct", "estimate", "keep"]
+BatchNormMode: TypeAlias = Literal["correct", "keep"]
 """Where statistics come from afterwards: the dense model's, moved by as much as those on the
-calibration data have moved; these data alone; or the dense model's as they are."""
+calibration data have moved; or the dense model's as they are."""
 
 DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[_Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
@@ -52,7 +52,7 @@ def dense_statistics(
     only those of this rank are run.
     """
     layers = batch_norms(model)
-    if mode != "correct" or not layers:
+    if mode == "keep" or not layers:
         return ()
     found = []
     for index in _shared_out(batches, ranks):
@@ -84,19 +84,15 @@ def renew_statistics(
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
-    that batch; the averages over all batches stay, the same on all ranks.  ``estimate`` takes them
-    as they are: what training would store after one pass.  ``correct`` compares them with the dense
-    model's on the same batch, ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``,
-    so that neither the choice of the data nor their kind matters, only what pruning did to them.  A
-    layer that is never called keeps its own.
+    that batch; the averages over all batches stay, the same on all ranks.  They are compared with
+    the dense model's on the same batch, ``mean + (m - m_dense)`` and
+    ``var * (v + eps) / (v_dense + eps)``, so that neither the choice of the data nor their kind
+    matters, only what pruning did to them.  A layer that is never called keeps its own.
 
     Raises
     ------
     NonFiniteError
-        If a statistic is not finite.
-    DataError
-        If a variance is to be estimated from one value a channel.
-        In either case the model keeps its old statistics.
+        If a statistic is not finite; the model keeps its old ones.
     """
     layers = batch_norms(model)
     if mode == "keep" or not layers:
@@ -106,17 +102,12 @@ def renew_statistics(
     original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
     def renew(name: str, x: Tensor) -> None:
-        layer, count = layers[name], x.numel() // x.shape[1]
-        mean, var = _measured(x)
-        if mode == "estimate":
-            _set(layer, (mean, var))
-            var = var * (count / _several(name, count))
-        else:
-            (old_mean, old_var), (dense_mean, dense_var) = before[name], next(original[name])
-            mean = old_mean + mean - dense_mean
-            var = old_var * (var + layer.eps) / (dense_var + layer.eps)
-            _set(layer, (mean, var))
-        seen[name].append((index, count, (mean, var)))
+        layer, (mean, var) = layers[name], _measured(x)
+        (old_mean, old_var), (dense_mean, dense_var) = before[name], next(original[name])
+        mean = old_mean + mean - dense_mean
+        var = old_var * (var + layer.eps) / (dense_var + layer.eps)
+        _set(layer, (mean, var))
+        seen[name].append((index, x.numel() // x.shape[1], (mean, var)))
 
     averages: dict[str, _Statistics] = {}
     try:
@@ -153,15 +144,6 @@ def _measured(x: Tensor) -> _Statistics:
     around = [dim for dim in range(x.ndim) if dim != 1]
     var, mean = torch.var_mean(x.double(), around, correction=0)
     return mean, var
-
-
-def _several(name: str, count: int) -> int:
-    if count < 2:
-        raise DataError(
-            f"batch norm {name!r} sees one value a channel and no variance: give more samples, or "
-            "leave the statistics as they were (--batch-norm keep)"
-        )
-    return count - 1
 
 
 def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[_Seen]]:

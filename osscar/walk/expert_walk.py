@@ -32,7 +32,7 @@ from osscar.shrinking.routers import Call, tied
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import DenseTensors, LayerStep
-from osscar.walk.targets import Target
+from osscar.walk.targets import Target, correction
 from osscar.walk.walk import Walk
 from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
 
@@ -249,9 +249,7 @@ class ExpertWalk(Walk):
                     dense = self._dense[place].arrived
                     assert dense is not None
                     assert dense.output is not None
-                    y = y + self._target.correction(
-                        dense.output, arrival.output, dense.stream, arrival.stream
-                    )
+                    y = y + correction(dense.output, arrival.output, dense.stream, arrival.stream)
                 yield run, afresh(arrival.x), y
 
 

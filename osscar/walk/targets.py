@@ -17,29 +17,28 @@ class Target(enum.StrEnum):
 
     WEIGHTS = "weights"
     """Nothing: what the dense weights make of the pruned inputs, which is the paper's target."""
-    OUTPUTS = "outputs"
-    """What the dense model puts out at the same place."""
     RESIDUAL = "residual"
-    """Also what the residual stream lacks, to which the consumer's output is added."""
+    """What the dense model puts out at the same place, and what the residual stream lacks, to which
+    the consumer's output is added."""
 
     @property
     def needs_dense(self) -> bool:
         """Whether batches have to run through the dense weights, too."""
-        return self is not Target.WEIGHTS
+        return self is Target.RESIDUAL
 
-    def correction(
-        self,
-        dense: Tensor,
-        pruned: Tensor,
-        dense_stream: Tensor | None = None,
-        pruned_stream: Tensor | None = None,
-    ) -> Tensor:
-        """Return D, given what a consumer with dense weights puts out in each stream, in its shape.
 
-        What is added to it, where that is known, may lie in other leading dimensions.
-        """
-        D = dense - pruned
-        if self is Target.RESIDUAL and dense_stream is not None and pruned_stream is not None:
-            change = dense_stream - pruned_stream
-            D = D + (change if D.is_nested else change.reshape(D.shape))
-        return D
+def correction(
+    dense: Tensor,
+    pruned: Tensor,
+    dense_stream: Tensor | None = None,
+    pruned_stream: Tensor | None = None,
+) -> Tensor:
+    """Return D, given what a consumer with dense weights puts out in each stream, in its shape.
+
+    What is added to it, where that is known, may lie in other leading dimensions.
+    """
+    D = dense - pruned
+    if dense_stream is not None and pruned_stream is not None:
+        change = dense_stream - pruned_stream
+        D = D + (change if D.is_nested else change.reshape(D.shape))
+    return D

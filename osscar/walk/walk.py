@@ -43,7 +43,7 @@ from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.residual import Keeper, kept_streams, streams
 from osscar.walk.schedule import Schedule, learned_calls
 from osscar.walk.sums import sum_bytes
-from osscar.walk.targets import Target
+from osscar.walk.targets import Target, correction
 
 
 class Walk:
@@ -72,8 +72,7 @@ class Walk:
         self._names = {one.name for one in every}
         # To what the gates of recurrent layers take nothing is added that anybody could see.
         plain = sorted({one.name for one in every if not isinstance(one.module, RECURRENT)})
-        residual = target is Target.RESIDUAL
-        self._passages = streams(self._model, prepared.example, plain) if residual else {}
+        self._passages = streams(self._model, prepared.example, plain) if target.needs_dense else {}
         calls, self._scratch = learned_calls(
             self._model, prepared.example, self._batches[0], self._names
         )
@@ -200,7 +199,7 @@ class Walk:
                 output = output_of(holder(self._model, arrival.module), arrival.x)
             assert dense.output is not None
             assert output is not None
-            D = self._target.correction(dense.output, output, dense.stream, arrival.stream)
+            D = correction(dense.output, output, dense.stream, arrival.stream)
         x = afresh(arrival.x)
         with timed(Stage.GRAM):
             for gram in grams:

@@ -50,9 +50,6 @@ CASES = {
         {"sparsity": 0.4, "batch_size": 3, "allocation": "measured"},
     ),
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
-    "estimated statistics": Case(
-        small_net, images, {"channels": 0.5, "batch_norm": "estimate", "batch_size": 10}
-    ),
     "experts": Case(
         lambda: mixture("mixtral"), lambda: tokens(16, 24), {"neurons": 0.5, "batch_size": 3}
     ),

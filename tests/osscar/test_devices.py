@@ -115,7 +115,7 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
     "asked",
     [
         {"channels": 0.5, "residual": 0.5},
-        {"channels": 0.5, "batch_norm": "estimate", "target": "outputs", "form": "exported"},
+        {"channels": 0.5, "form": "exported"},
         {"speedup": 1.05},
     ],
     ids=str,

@@ -122,7 +122,7 @@ def test_fixed_rows_are_refitted_with_the_units_that_stay(bias):
                 torch.testing.assert_close(change, (W0 - found).T @ middle)
 
 
-@pytest.mark.parametrize("target", [Target.WEIGHTS, Target.OUTPUTS])
+@pytest.mark.parametrize("target", list(Target))
 def test_groups_that_share_a_consumer_come_to_their_joint_refit(target):
     """The second refit starts from the first, whose error nothing that stays explains."""
     model, x = joined(), inputs()

@@ -29,7 +29,7 @@ from osscar.request import BudgetKind, PruningRequest
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.routers import routed_among
 from osscar.shrinking.shrink import shrink
-from osscar.walk.targets import Target
+from osscar.walk.targets import correction
 from solvers import BackendError
 from solvers.heuristics.greedy import Greedy
 from tests.osscar.expert_lists import COUNT, WIDTH, Called, Expert, Masked, SoftmaxThenTopK, net
@@ -92,13 +92,14 @@ def test_one_run_comes_to_what_two_come_to():
 
 def test_all_is_fitted_towards_the_dense_model(monkeypatch):
     """Its own experts and routes, also once the working copy has lost some."""
-    seen, correction = [], Target.correction
+    seen = []
 
-    def noted(target, dense, pruned, *streams):
+    def noted(dense, pruned, *streams):
         seen.append(dense.clone())
-        return correction(target, dense, pruned, *streams)
+        return correction(dense, pruned, *streams)
 
-    monkeypatch.setattr(Target, "correction", noted)
+    monkeypatch.setattr("osscar.walk.walk.correction", noted)
+    monkeypatch.setattr("osscar.walk.expert_walk.correction", noted)
     model, dense = mixture("mixtral"), []
     modules = [MIXTURE.format(layer) for layer in (0, 1)]
     for name in modules:
@@ -107,7 +108,7 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
     known = list(dense)
     for name in modules:
         model.get_submodule(name)._forward_hooks.clear()
-    asked = {"target": "outputs", "batch_size": len(tokens()), **ALL}
+    asked = {"batch_size": len(tokens()), **ALL}
     osscar.prune(model, tokens(), experts=2, neurons=0.5, **asked)
     assert len(seen) > 4
     for found in seen:

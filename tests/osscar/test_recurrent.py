@@ -12,7 +12,6 @@ import osscar
 from osscar.base.errors import RequestError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.recurrent import gates_shown, input_gates
-from osscar.walk.targets import Target
 from tests.osscar.programs import far_apart
 
 KINDS = {
@@ -95,13 +94,12 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("target", [Target.OUTPUTS, Target.RESIDUAL])
 @pytest.mark.parametrize("name", NETS)
-def test_pruned_and_refitted(name, target, tmp_path):
+def test_pruned_and_refitted(name, tmp_path):
     net = made(name)
     before = copy.deepcopy(net.state_dict())
     data = torch.randn(64, 6, 5)
-    result = osscar.prune(net, data, neurons=0.5, target=target)
+    result = osscar.prune(net, data, neurons=0.5)
     assert not result.skipped
     smaller = result.model
     module = smaller.recurrent if hasattr(smaller, "recurrent") else smaller.cell
@@ -112,7 +110,7 @@ def test_pruned_and_refitted(name, target, tmp_path):
     error = float((smaller(x) - net(x)).square().mean())
     # Cutting the same units out without a refit is worse.
     plan = next(g for g in result.plan.groups if g.name.endswith("neurons") and g.units == 12)
-    plain = osscar.prune(net, data, neurons=0.5, target=target, damp=1e9, backend="magnitude")
+    plain = osscar.prune(net, data, neurons=0.5, damp=1e9, backend="magnitude")
     assert error < 0.8 * float((plain.model(x) - net(x)).square().mean())
     assert len(plan.kept) == 6
     again = osscar.load(result.save(tmp_path / "smaller").path, dense=made(name))
@@ -235,6 +233,6 @@ def test_states_may_be_named_before_the_inputs():
 
     torch.manual_seed(0)
     net = Named().eval()
-    for asked in ({"sparsity": 0.3}, {"neurons": 0.5, "target": "outputs"}):
+    for asked in ({"sparsity": 0.3}, {"neurons": 0.5}):
         result = osscar.prune(net, torch.randn(32, 6, 5), **asked)
         assert result.model.recurrent.input_size == result.model.enter.out_features < 12

@@ -191,7 +191,7 @@ def test_fields_are_keywords_and_models_may_be():
 
 
 RIGHT = (
-    'nn.Linear(2, 2), None, sparsity=0.3, target="outputs", heads="2/3", skip=["a"]',
+    'nn.Linear(2, 2), None, sparsity=0.3, target="weights", heads="2/3", skip=["a"]',
     'model=nn.Linear(2, 2), calibration=None, speedup=2, form="exported"',
 )
 WRONG = (
