@@ -1,16 +1,13 @@
-"""Models whose outputs are not decided by their inputs alone, and the module where that begins."""
+"""Models whose outputs are not decided by their inputs alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError
-from osscar.network.hooks import hooks
 from osscar.network.model_state import model_state
 from osscar.shrinking.equivalence import Inputs, call, comparable, distance, rounding
 
@@ -25,7 +22,7 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     Raises
     ------
     ModelError
-        If they differ; names the module where that begins.
+        If they differ.
     EquivalenceError
         If it puts out no tensor.
     """
@@ -43,8 +40,8 @@ def refuse_chance(
 ) -> None:
     """Refuse a model of which two passes over the same inputs put out what differs.
 
-    It runs twice more then, to find the module; it may have been prepared in between, so that only
-    these tell.
+    Where they do it runs twice more, as it may have been prepared in between: only passes of what
+    it is now tell.
 
     Raises
     ------
@@ -53,57 +50,17 @@ def refuse_chance(
     """
     if _alike(first, second):
         return
-    (calls, first), (calls_again, second) = (_watched(model, inputs) for _ in range(2))
+    first, second = (comparable(call(model, inputs)) for _ in range(2))
     if _alike(first, second):
         return
     apart = distance(first, second)
     by = f" by {apart:.2g} of the largest output" if math.isfinite(apart) else ""
-    where = _where_it_begins(calls, calls_again, model)
     raise ModelError(
-        f"two passes of {type(model).__name__} over the same inputs differ{by}{where}, so that "
-        "what is measured of it is chance; let it draw random numbers in training alone, as "
+        f"two passes of {type(model).__name__} over the same inputs differ{by}, so that what is "
+        "measured of it is chance; let it draw random numbers in training alone, as "
         "F.dropout(x, p, training=self.training) does"
     )
 
 
 def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return distance(first, second) <= max(_ROUNDING, rounding(first))
-
-
-# ---- where it begins ---------------------------------------------------------------------
-
-_Call: TypeAlias = tuple[nn.Module, Sequence[Tensor], Sequence[Tensor]]
-"""A module that was called, with what it read and what it put out."""
-
-
-def _where_it_begins(first: Sequence[_Call], second: Sequence[_Call], model: nn.Module) -> str:
-    """Name the innermost module that makes two things of the same inputs; nothing if none does."""
-    names = {module: name for name, module in model.named_modules()}
-    for (module, read, made), (other, read_again, made_again) in zip(first, second, strict=False):
-        if module is not other:
-            return ""
-        if _alike(read, read_again) and not _alike(made, made_again):
-            name = names[module]
-            where = f"module {name!r}" if name else "the code of the model itself"
-            return f", which begins in {where} ({type(module).__name__})"
-    return ""
-
-
-def _watched(model: nn.Module, inputs: Inputs) -> tuple[Sequence[_Call], list[Tensor]]:
-    """Return the calls of all modules in a pass, as they end, and what the model puts out."""
-    begun: list[Sequence[Tensor]] = []
-    ended: list[_Call] = []
-
-    def begin(_: str, __: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        begun.append(_copies((args, kwargs)))
-
-    def end(_: str, module: nn.Module, __: Any, ___: Any, result: Any) -> None:
-        ended.append((module, begun.pop(), _copies(result)))
-
-    with hooks(model, before=begin, after=end):
-        return ended, comparable(call(model, inputs))
-
-
-def _copies(values: Any) -> list[Tensor]:
-    """Return the tensors among values as they are now."""
-    return [leaf.clone() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

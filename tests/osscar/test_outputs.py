@@ -58,12 +58,9 @@ class Stubborn(nn.Dropout):
 # ---- two passes --------------------------------------------------------------------------
 
 CHANCE = {
-    "dropout": (lambda: Net(lambda x: F.dropout(x, 0.5)), r"module 'body' \(Body\)"),
-    "module": (lambda: Net(Stubborn(0.5).train()), r"module 'body\.inside' \(Stubborn\)"),
-    "elsewhere": (
-        lambda: Net(answer=lambda x, y: y * random.random()),
-        r"the code of the model itself \(Net\)",
-    ),
+    "dropout": lambda: Net(lambda x: F.dropout(x, 0.5)),
+    "module": lambda: Net(Stubborn(0.5).train()),
+    "elsewhere": lambda: Net(answer=lambda x, y: y * random.random()),
 }
 DIFFER = "two passes of Net over the same inputs differ"
 
@@ -89,10 +86,10 @@ def _pictures():
 
 def test_a_model_whose_two_passes_differ_is_refused_and_left_as_it_was():
     drawn = torch.get_rng_state()
-    for build, module in CHANCE.values():
+    for build in CHANCE.values():
         model = build().eval()
         torch.set_rng_state(drawn)
-        with pytest.raises(ModelError, match=f"{DIFFER} by .* begins in {module}.*in training"):
+        with pytest.raises(ModelError, match=f"{DIFFER} by .*in training"):
             check_repeatable(model, {"x": images(2)})
         assert torch.equal(torch.get_rng_state(), drawn)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -101,7 +98,7 @@ def test_a_model_whose_two_passes_differ_is_refused_and_left_as_it_was():
 @pytest.mark.parametrize("use", USES)
 def test_whoever_measures_refuses_chance_and_what_puts_out_no_tensor(use):
     with pytest.raises(ModelError, match=DIFFER):
-        USES[use](CHANCE["dropout"][0]().eval())
+        USES[use](CHANCE["dropout"]().eval())
     model = Net(answer=lambda x, y: {"best": y.argmax(1).tolist()}).eval()
     with pytest.raises((EquivalenceError, ModelError), match="returned a dict without a"):
         USES[use](model)
