@@ -44,7 +44,12 @@ from osscar.base.progress import stage
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.model_state import frozen_weights
 from osscar.network.modules import device_of, forward
-from osscar.network.predictions import known_prediction, named_logits
+from osscar.network.predictions import (
+    known_prediction,
+    named_logits,
+    place_of_classes,
+    reads_sequences,
+)
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.products import Several, holder
@@ -473,8 +478,9 @@ def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
 def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """Return a table of logits or of probabilities, a row a prediction; None if there is none.
 
-    A matrix that a model makes of images is a classifier's; tokens are of a language model, and so
-    are the positions of a sequence that runs alone.
+    Where there are labels, their sizes say which dimension holds classes.  A matrix that a model
+    makes of images is a classifier's; tokens are of a language model, and what is called `logits`
+    of other sequences has a row for each position.
     """
     tokens = inputs.tokens
     named = named_logits(result)
@@ -482,12 +488,18 @@ def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     found = alone if named is None else named
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         return None
+    sequences = reads_sequences(batch.values())
+    if inputs.predictions is not None:
+        labels = inputs.count(batch), *inputs.predictions
+        place = place_of_classes(found.shape, labels, sequences=sequences)
+        if place is not None:
+            return found.movedim(place, -1)
     pixels = [x for x in batch.values() if x.is_floating_point() or x.dtype is torch.uint8]
     images = any(x.ndim == 4 for x in pixels)
-    sequence = bool(inputs.apart) and named is not None and "input_ids" in batch
-    if found.shape[-1] < 2 or not (tokens or sequence or found.ndim == 2):
+    rows = tokens or (sequences and named is not None)
+    if found.shape[-1] < 2 or not (rows or found.ndim == 2):
         return None  # such as those of a segmentation, a map for each class
-    if not inputs.classes and named is None and not images:
+    if not tokens and inputs.predictions != () and named is None and not images:
         return None  # it may be anything, such as a regression
     return found
 

@@ -144,7 +144,8 @@ def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedMod
     if isinstance(data, ImageSet):
         return how_much
     scores = "no output" if quality.classes_in is None else repr(quality.classes_in)
-    return f"{how_much}, {scores} as scores of classes"
+    last = scored and data.predictions and quality.predictions <= len(data)
+    return f"{how_much}, {scores} as scores of classes{' of the last position' if last else ''}"
 
 
 def _source(

@@ -39,8 +39,9 @@ class ModelInputs:
         By the name of the argument; the first dimension of each is the sample.
     tokens
         Whether they are the windows of a language model: `input_ids`, (samples, seqlen) int64.
-    classes
-        Whether the model is known to tell classes apart, such as the tokens of a vocabulary.
+    predictions
+        Of how many predictions of a sample the classes are known, by dimension: () of one, and None
+        of none.
     apart
         In the place of `tensors`, samples of sizes of their own, such as graphs, each of which the
         model is given alone.
@@ -48,7 +49,7 @@ class ModelInputs:
 
     tensors: Mapping[str, Tensor]
     tokens: bool = False
-    classes: bool = False
+    predictions: tuple[int, ...] | None = None
     apart: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
@@ -205,15 +206,15 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         return _windows(model, calibration)
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
+    predictions = calibration.predictions if of_set else None
     if isinstance(given, list):
-        classes = of_set and calibration.classifies
-        return ModelInputs({}, classes=classes, apart=samples_apart(model, given))
+        return ModelInputs({}, predictions=predictions, apart=samples_apart(model, given))
     tensors = _by_name(model, given)
     if tensors is None:
         raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
-    return ModelInputs(tensors, classes=of_set and calibration.classifies)
+    return ModelInputs(tensors, predictions=predictions)
 
 
 _WRAPPED = ("_orig_mod", "module")
@@ -248,7 +249,7 @@ def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
             f"{windows.dtype} of {tuple(windows.shape)}"
         )
     _check_tokens(model, windows)
-    return ModelInputs({"input_ids": windows}, tokens=True, classes=True)
+    return ModelInputs({"input_ids": windows}, tokens=True)
 
 
 def _check_tokens(model: nn.Module, windows: Tensor) -> None:

@@ -64,9 +64,9 @@ class SampleSet(ABC):
         """Return the samples at these positions, (n,) int64."""
 
     @property
-    def classifies(self) -> bool:
-        """Whether each sample has a right class, so that its model is a classifier."""
-        return self.labels is not None and self.labels.ndim == 1
+    def predictions(self) -> tuple[int, ...] | None:
+        """How many predictions of a sample have labels, by dimension; () where a sample has one."""
+        return None if self.labels is None else tuple(self.labels.shape[1:])
 
     def sample(self, count: int, seed: int) -> Self:
         """Return `count` samples drawn at random, or all in random order where there are no more.

@@ -39,6 +39,8 @@ class DenseScore:
         Of that measure; None where the labels are not the model's classes.
     samples
         How many labelled images or tensors, or windows, were scored.
+    predictions
+        How many labels these have; None of windows.
     seqlen
         Tokens in a window; None of images.
     chance
@@ -55,6 +57,7 @@ class DenseScore:
     value: float | None
     sample: str
     samples: int
+    predictions: int | None = None
     seqlen: int | None = None
     chance: float | None = None
     near_chance: bool = False
@@ -107,19 +110,19 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
         data = data.sample(_SAMPLES, seed=0)
     assert data.labels is not None
     known, n = data.labels[data.labels != IGNORED], len(data)
-    predictions = len(known)
     try:
-        top1 = score([model], data, classes=classes)[0].top1
+        quality = score([model], data, classes=classes)[0]
     except (DataError, ModelError, NonFiniteError) as error:
         # Labels may mean something else than its classes, and some classes be shut off by infinity.
         return DenseScore("top1", None, data.sample_name, n, reason=str(error))
+    top1, predictions = quality.top1, quality.predictions
     if top1 is None:
         return None
-    most = int(known.bincount().max()) / predictions
+    most = int(known.bincount().max()) / len(known)
     by_chance = float(bdtrc(round(top1 * predictions) - 1, predictions, most))
     # Of so few that even getting all of them right would be no proof, nothing is said.
     near = by_chance > _SIGNIFICANCE >= most**predictions
-    return DenseScore("top1", top1, data.sample_name, n, chance=most, near_chance=near)
+    return DenseScore("top1", top1, data.sample_name, n, predictions, None, most, near)
 
 
 def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:

@@ -34,6 +34,8 @@ from osscar.network.predictions import (
     known_output,
     named_logits,
     named_tensors,
+    place_of_classes,
+    reads_sequences,
     scored_output,
 )
 from osscar.offload.on_disk import room_for_pass
@@ -83,14 +85,19 @@ class SampleQuality:
     samples
         Number of samples scored.
     classes_in
-        The output that is taken as scores of classes, which the next four are of: `logits`, or the
-        only one; of several the first of a tuple, and of a mapping the only matrix with a row for
-        each sample, with a warning.  The classes are the dimension that the labels lack, the second
-        where it may be more than one.  Tensors without labels need no such output: None if there is
-        none.
+        The output that is taken as scores of classes, which the next six are of: `logits`, or the
+        only one beside single numbers such as a loss; of several the first of a tuple, and of a
+        mapping the only matrix with a row for each sample, with a warning.  The classes are the
+        dimension that the labels lack (see `osscar.network.predictions.place_of_classes`).  Tensors
+        without labels need no such output: None if there is none.
+    predictions
+        How many predictions have a label.
     top1, top5
         Share of the predictions whose label is the first, or among the first five, of the classes;
         None without labels, and top5 also where there are no more than five classes.
+    perplexity
+        Exponential of the mean negative log-likelihood of the labels, where samples have one for
+        each position; else None.
     agreement
         Share of the predictions whose first class is the dense model's; None without one.
     kl
@@ -104,8 +111,10 @@ class SampleQuality:
 
     samples: int
     classes_in: str | None
+    predictions: int
     top1: float | None
     top5: float | None
+    perplexity: float | None
     agreement: float | None
     kl: float | None
     errors: Mapping[str, float | None]
@@ -327,7 +336,7 @@ class _Samples:
                     "images are left out"
                 )
             labels = known if classifies else None
-        return _Outputs.of(model, result, count, labels, self.alone and "input_ids" in given)
+        return _Outputs.of(model, result, count, labels, reads_sequences(given.values()))
 
     def example(self, model: nn.Module) -> tuple[Batch, int]:
         batch = _arguments(model, next(self.data.batches(1)))
@@ -402,11 +411,11 @@ class _Outputs:
         result: Any,
         count: int,
         labels: Tensor | None,
-        sequence: bool = False,
+        sequences: bool = False,
     ) -> _Outputs:
         """Take what a model returned for some samples, of which labels are known or not.
 
-        Of a sequence of tokens each position may have scores of classes.
+        Of sequences each position may have scores of classes.
         """
         kind = type(model).__name__
         found = {
@@ -429,31 +438,24 @@ class _Outputs:
         place: int | None = -1
         if labels is None:
             name, known = known_output(result)
-            dimensions = (2, 3) if sequence else (2,)
+            dimensions = (2, 3) if sequences and name == LOGITS else (2,)
             if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
                 return cls(kind, exact)
         else:
             name, scored = scored_output(result, count, kind)
-            place = _place_of_classes(scored.shape, labels)
+            place = place_of_classes(scored.shape, labels.shape, sequences=sequences)
         if place is None:
             assert labels is not None
             there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in found.items())
+            wanted: list[Any] = [count, *labels.shape[1:]]
+            wanted.insert(len(wanted) if sequences else 1, "classes")
             raise ModelError(
                 f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
-                f"classes would be {(count, 'classes', *labels.shape[1:])}, named {LOGITS!r} where "
+                f"classes would be {tuple(wanted)}, named {LOGITS!r} where "
                 "there are other outputs; let the model put out these, or score it on a TensorSet "
                 "without labels"
             )
         return cls(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
-
-
-def _place_of_classes(shape: Sequence[int], labels: Tensor) -> int | None:
-    """Return the dimension of an output that its labels lack: torch's, or else the last."""
-    for place in (1, len(shape) - 1):
-        rest = (*shape[:place], *shape[place + 1 :])
-        if len(shape) > place and shape[place] > 1 and rest == tuple(labels.shape):
-            return place
-    return None
 
 
 class _Tally:
@@ -462,7 +464,8 @@ class _Tally:
     def __init__(self) -> None:
         self.classes_in: str | None = None
         self.classes = self.labelled = self.first = self.among = self.compared = self.agreeing = 0
-        self.kl = 0.0
+        self.kl = self.surprise = 0.0
+        self.positions = False
         self.apart: dict[str, float] = {}
         self.size: dict[str, float] = {}
 
@@ -475,9 +478,15 @@ class _Tally:
             return
         self.classes_in, self.classes = mine.classes_in, logits.shape[1]
         if labels is not None:
+            self.positions = labels.ndim > 1
+            if len(logits) < labels.numel():  # scores of the last position alone
+                labels = labels[:, -1]
             labels = labels.flatten()
             known = labels != IGNORED
             labels = labels[known]
+            if self.positions:
+                scores = as_logits(logits)[known]
+                self.surprise += float(F.cross_entropy(scores, labels, reduction="sum"))
             best = logits[known].topk(min(_TOP, self.classes)).indices
             self.labelled += len(labels)
             self.first += int((best[:, 0] == labels).sum())
@@ -508,8 +517,10 @@ class _Tally:
         return SampleQuality(
             samples=samples,
             classes_in=self.classes_in,
+            predictions=labelled,
             top1=self.first / labelled if labelled else None,
             top5=self.among / labelled if labelled and self.classes > _TOP else None,
+            perplexity=_exponential(self.surprise / labelled) if self.positions else None,
             agreement=self.agreeing / compared if compared else None,
             kl=self.kl / compared if compared else None,
             errors={

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from osscar.base.errors import ModelError
@@ -25,7 +26,10 @@ def named_logits(result: Any) -> Tensor | None:
 
 
 def known_prediction(result: Any) -> Tensor | None:
-    """Return the logits, or the only floating-point output; None where there are several."""
+    """Return the logits, or the only floating-point output; None where there are several.
+
+    A single number, such as a loss, is no prediction where there is anything else.
+    """
     return known_output(result)[1]
 
 
@@ -77,6 +81,31 @@ def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
     return chosen, fractions[chosen]
 
 
+def reads_sequences(inputs: Iterable[Tensor]) -> bool:
+    """Tell whether sequences of whole numbers, such as tokens, are among a model's inputs."""
+    whole = (torch.int32, torch.int64)
+    return any(one.ndim == 2 and one.dtype in whole for one in inputs)
+
+
+def place_of_classes(
+    shape: Sequence[int], labels: Sequence[int], *, sequences: bool = False
+) -> int | None:
+    """Return which dimension of an output holds scores of classes: the one that its labels lack.
+
+    It is the second, as torch has it, or else the last; of a model that reads sequences first the
+    last, and where that puts out one position alone, its label is the last of each sequence.  None
+    where neither fits.
+
+    shape, labels: The sizes of the output, and of its labels.
+    """
+    fits = {tuple(labels), (labels[0], 1)} if sequences and len(labels) == 2 else {tuple(labels)}
+    last = len(shape) - 1
+    for place in (last, 1) if sequences else (1, last):
+        if 0 < place <= last and shape[place] > 1 and (*shape[:place], *shape[place + 1 :]) in fits:
+            return place
+    return None
+
+
 def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in what a model returned, with where they are."""
     if isinstance(result, Tensor):
@@ -89,4 +118,5 @@ def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _fractions(result: Any) -> dict[str, Tensor]:
-    return {name: one for name, one in named_tensors(result) if one.is_floating_point()}
+    found = {name: one for name, one in named_tensors(result) if one.is_floating_point()}
+    return {name: one for name, one in found.items() if one.ndim} or found

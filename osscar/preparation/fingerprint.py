@@ -111,10 +111,11 @@ class Fingerprint:
         """Read a dense model, which is left as it was, and its data; run it on few samples."""
         batches = enumerate(inputs.batches(model, batch_size))
         data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
-        classes = torch.tensor(inputs.classes)  # of which a divergence is measured
+        # Of these a divergence is measured.
+        labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])
         return cls(
             sha256_of([*model.named_buffers(), *model.named_parameters()]),
-            sha256_of(chain([("classes", classes)], data)),
+            sha256_of(chain([("labelled", labelled)], data)),
             DenseOutputs.of(model, inputs),
         )
 

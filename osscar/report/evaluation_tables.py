@@ -74,7 +74,9 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
         return f"dense model: not scored on the calibration {score['sample']}s: {score['reason']}"
     if score["measure"] == "top1":
         samples = pluralize(score["samples"], f"labelled calibration {score['sample']}")
-        return f"dense model: top-1 {score['value']:.1%} of {samples}"
+        each = score.get("predictions") or score["samples"]
+        of = "" if each == score["samples"] else f"{each:,} predictions in "
+        return f"dense model: top-1 {score['value']:.1%} of {of}{samples}"
     windows = pluralize(score["samples"], "calibration window")
     return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
 

@@ -270,7 +270,7 @@ def _divergence(document: Mapping[str, Any]) -> str:
     if measured is None:
         return (
             "not measured, as no output is known to be scores of classes (the name `logits` says "
-            "so, or labels, where it is the only output)"
+            "so, or labels that fit the only output beside a loss)"
         )
     predicted, gap = budget.get("predicted"), budget.get("gap")
     within = "" if gap is None else f" (within {gap:.1e} of the least)" if gap else " (the least)"

@@ -329,7 +329,7 @@ def test_a_function_that_makes_no_image_for_the_model_is_refused(place):
     rows, net = OwnTransform.of(lambda image: torch.zeros(108), "rows"), nn.Linear(108, 5)
     for labels in (None, torch.arange(4)):
         images = ImageSet("pixels", np.zeros((4, 6, 6, 3), np.uint8), rows, labels)
-        assert as_inputs(net, images).classes is (labels is not None)
+        assert as_inputs(net, images).predictions == (None if labels is None else ())
 
 
 # ---- followed from the example -----------------------------------------------------------
