@@ -256,4 +256,6 @@ class SavingJournal(Journal[M]):
             found = read_json(report, dict[str, Any])
         except (FileError, OSError):  # whatever is wrong with the path is said when it is written
             return None
-        return found if (noted.asked, noted.report) == (dict(asked), found) else None
+        # What is measured after the save is added to it.
+        known = {name: found.get(name) for name in noted.report}
+        return found if (noted.asked, noted.report) == (dict(asked), known) else None

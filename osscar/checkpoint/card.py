@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +19,8 @@ from osscar.shrinking.lineage import Lineage
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
 
-_TEMPLATE = Path(__file__).with_name("card.md.j2")
+_TEMPLATE, _SCORES = (Path(__file__).with_name(f"{name}.md.j2") for name in ("card", "scores"))
+_HEADING = "## Scores"
 
 _ASKED = (
     *("sparsity", "params", "size", "flops", "speedup"),
@@ -56,7 +58,7 @@ def model_card(
     """
     recovery, pruning = _parts(report)
     after, removed = count_parameters(model), list(_removed(lineage))
-    before, held = pruning.get("parameters_before", after), pruning.get("held_out")
+    before = pruning.get("parameters_before", after)
     library = "transformers" if isinstance(model, PreTrainedModel) else "pytorch"
     card = ModelCard.from_template(
         ModelCardData(library_name=library, tags=["pruned", "osscar"]),
@@ -71,12 +73,27 @@ def model_card(
         removed=removed,
         kinds=" and ".join(kind for kind, *_ in removed) or "units",
         made=list(_made(model, lineage, pruning)),
+        recovery=recovery,
+    )
+    return f"{card}\n{_scores(report)}"
+
+
+def renewed_card(card: str, report: Mapping[str, Any]) -> str:
+    """Return a model card with the scores of another report."""
+    return f"{card[: card.index(_HEADING)]}{_scores(report)}"
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+    recovery, pruning = _parts(report)
+    held = pruning.get("held_out")
+    scores = jinja2.Template(_SCORES.read_text(encoding="utf-8")).render(
+        heading=_HEADING,
         forward=_forward(pruning.get("forward")),
         divergence=pruning.get("divergence"),
         judged=pluralize(held, "held-out sample") if held else "calibration data",
         recovery=recovery,
     )
-    return f"{card}\n"
+    return f"{scores}\n"
 
 
 def _parts(report: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:

@@ -49,7 +49,7 @@ from osscar.checkpoint.builders import (
     builder_of_whole,
     read_builder,
 )
-from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
+from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card, renewed_card
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import cast, saved_format, written_tensors
 from osscar.checkpoint.hf_config import (
@@ -201,6 +201,14 @@ def save(
         except EquivalenceError as error:
             raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
     return describe(path)
+
+
+def renew_report(checkpoint: SavedCheckpoint, report: Mapping[str, Any], page: str) -> None:
+    """Write the scores in the card of a checkpoint anew, its page, and last its report."""
+    card = checkpoint.path / CARD_FILE
+    write_text(card, renewed_card(card.read_text(encoding="utf-8"), report))
+    write_text(checkpoint.path / PAGE_FILE, page)
+    write_json(checkpoint.path / REPORT_FILE, report)
 
 
 def _as_its_class_builds_it(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from osscar.base.errors import OptionError
 from osscar.base.files import resolved, write_text
 from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
-from osscar.checkpoint.directory import SavedCheckpoint, weight_bytes
+from osscar.checkpoint.directory import SavedCheckpoint, load, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
@@ -27,9 +27,10 @@ from osscar.cli.saving import beside, finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
 from osscar.data.tokens import CalibrationSet
 from osscar.models.loaded import LoadedModel
+from osscar.network.modules import device_of, number_format
 from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.result import PruningResult
+from osscar.pruning.result import PruningResult, measured
 from osscar.pruning.run_log import RunLog
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
@@ -177,7 +178,7 @@ class _Job:
             "whether it is saved already",
             lambda: (
                 not anew
-                and finished(path, where, logs.pruning, words, self._write_copies, logs.remove)
+                and finished(path, where, logs.pruning, words, self._completed, logs.remove)
             ),
         ):
             return
@@ -194,20 +195,18 @@ class _Job:
             result, recovery = self._made(loaded.model, data, trains_on, logs)
             if not ranks.first:
                 return  # the first alone writes and prints
-            with timed(Stage.REPORT):
-                content = result.document(
-                    loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
-                    recovery=recovery,
-                )  # fmt: skip
+            content = result.document(
+                loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
+                recovery=recovery, measure=False,
+            )  # fmt: skip
             logs.pruning.note(words, content)
             tokenizer, companion = loaded.tokenizer, loaded.companion
             fits = not is_on_disk(loaded.model)
-            del loaded  # saving holds the smaller model twice, and needs no dense one beside
             with timed(Stage.SAVE):
                 saved = result.save(
                     path, tokenizer=companion, report=content, overwrite=options.overwrite
                 )
-            self._write_copies(content, saved)
+            content = self._measured(content, saved, loaded, lambda: result.model, data)
             logs.remove()
         _tell(content, saved, where)
         if result.form == "exported" and tokenizer is not None:
@@ -233,6 +232,33 @@ class _Job:
             result, model, trains_on, self.recovery, training, ranks, tell_memory
         )
         return dataclasses.replace(result, model=recovery.model), recovery
+
+    def _completed(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
+        """Measure and write what a run has not that was ended after its save."""
+        if "forward" in content:
+            self._write_copies(content, saved)
+            return
+        with quiet():
+            loaded, data = self.load(None)
+            dense = loaded.model
+            dtype, device = number_format(dense), device_of(dense)
+            smaller = lambda: load(saved.path, dense=dense, dtype=dtype).to(device)  # noqa: E731
+            self._measured(content, saved, loaded, smaller, data)
+
+    def _measured(
+        self,
+        content: Mapping[str, Any],
+        saved: SavedCheckpoint,
+        loaded: LoadedModel,
+        smaller: Callable[[], nn.Module],
+        data: CalibrationData,
+    ) -> dict[str, Any]:
+        """Measure what a saved model takes, and return the document of its run with that."""
+        with timed(Stage.REPORT):
+            whole = {**content, **measured(loaded.model, smaller, data)}
+            renew_report(saved, whole, prune_page(whole))
+            self._write_copies(whole, saved)
+        return whole
 
     def _write_copies(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
         """Write what a run is asked to write beside its output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 import solvers
 from osscar import __version__
 from osscar.allocation.budget import Budget
+from osscar.base.errors import first_line
 from osscar.base.printable import pluralize
 from osscar.base.shown import Shown
 from osscar.checkpoint import directory as checkpoint
@@ -242,8 +243,9 @@ class PruningResult(Shown):
         classes: Sequence[str] = (),
         score: DenseScore | None = None,
         recovery: Recovery | None = None,
+        measure: bool = True,
     ) -> dict[str, Any]:
-        """Return what is known of the run, as ``docs/json.md`` describes it; runs both models.
+        """Return what is known of the run, as ``docs/json.md`` describes it.
 
         Parameters
         ----------
@@ -257,6 +259,8 @@ class PruningResult(Shown):
             What it is worth on the calibration data.
         recovery
             What `osscar.recover` made of the smaller model, where it was trained afterwards.
+        measure
+            Run both models; without, what `measured` finds is left out, and may follow the save.
         """
         known = lineage_of(dense).source or type(dense).__name__
         return {
@@ -266,8 +270,8 @@ class PruningResult(Shown):
             "calibration": {**self.calibration, **data_record(calibration)},
             "dense": None if score is None else dataclasses.asdict(score),
             "computed": dataclasses.asdict(Computed.of(dense)),
-            "forward": _forward(dense, self.model, calibration),
             "recovery": None if recovery is None else recovery.document(),
+            **(measured(dense, lambda: self.model, calibration) if measure else {}),
         }
 
     def save(
@@ -298,17 +302,29 @@ class PruningResult(Shown):
         )
 
 
-def _forward(dense: nn.Module, pruned: nn.Module, calibration: Any) -> dict[str, Any] | None:
+def measured(dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any) -> dict[str, Any]:
+    """Return what a document tells of a forward pass of both models, or why that is not known."""
+    try:
+        return {"forward": _forward(dense, pruned, calibration), "unmeasured": ""}
+    except Exception as error:  # no figure of a report is worth a run
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return {"forward": None, "unmeasured": f"a forward pass of both models ({why})"}
+
+
+def _forward(
+    dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any
+) -> dict[str, Any] | None:
     """Measure a forward pass of both models; None where time is that of reading weights."""
     if is_on_disk(dense):
         return None
+    smaller = pruned()
     # Of the dense model, since a program knows nothing of tokens; on the device of the pruned one.
     first = as_inputs(dense, calibration).batches(dense, 1)[0]
-    sample = {name: tensor.to(device_of(pruned)) for name, tensor in first.items()}
-    before, after = measure_forward([dense, pruned], sample)
+    sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
+    before, after = measure_forward([dense, smaller], sample)
     return {
         "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
-        "device": device_of(pruned).type,
+        "device": device_of(smaller).type,
         "dense": before,
         "pruned": after,
     }

@@ -247,6 +247,9 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"as by weight normalization, {are(len(folded))} plain now: {listed(folded, 4)}",
         )
 
+    if document.get("unmeasured"):
+        yield "not measured", document["unmeasured"]
+
 
 def budget_line(budget: Mapping[str, Any]) -> tuple[str, str]:
     """Say what was asked for, and what it came to, with a label."""

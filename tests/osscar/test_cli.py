@@ -19,6 +19,7 @@ import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
 from osscar.data.prose import Split, builtin_text
+from osscar.evaluation.forward import measure_forward
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.shrinking.lineage import note, weights_digest
 from tests.osscar.families import framing_tokenizer, tiny
@@ -138,6 +139,41 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     assert ElementTree.parse(tmp_path / "g.svg").getroot().tag.endswith("svg")
     groups = json.loads((tmp_path / "i").read_text())["groups"]
     assert sum(not g["frozen"] for g in groups) == 8
+
+
+def test_no_figure_of_a_report_loses_a_run(run, text, tmp_path, monkeypatch):
+    """A model is saved before it is measured, whatever becomes of that."""
+    out_dir, copy = tmp_path / "small", tmp_path / "copy.json"
+    asked = small_prune(text, out_dir, "--neurons", "0.5", "--json", copy)
+
+    def ends(how):
+        def instead(*_):
+            raise how
+
+        monkeypatch.setattr("osscar.pruning.result.measure_forward", instead)
+
+    ends(KeyboardInterrupt())
+    assert run(*asked)[0] == 130
+    saved = (out_dir / "model.safetensors").read_bytes()
+    assert "milliseconds on" not in (out_dir / "README.md").read_text()
+    assert not copy.exists()
+    monkeypatch.setattr("osscar.pruning.result.measure_forward", measure_forward)
+    status, out, err = run(*asked)
+    assert (status, "before this run began" in out) == (0, True), err
+    report = json.loads((out_dir / "osscar_report.json").read_text())
+    assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
+    assert report.items() <= json.loads(copy.read_text()).items()
+    assert "milliseconds on" in (out_dir / "README.md").read_text()
+    assert (out_dir / "model.safetensors").read_bytes() == saved
+
+    ends(RuntimeError("no kernel"))
+    status, out, err = run(*asked, "--overwrite")
+    assert status == 0, err
+    said = "a forward pass of both models (RuntimeError: no kernel)"
+    assert f"not measured: {said}" in out
+    assert json.loads((out_dir / "osscar_report.json").read_text())["unmeasured"] == said
+    assert said in (out_dir / "report.html").read_text()
+    assert (out_dir / "model.safetensors").read_bytes() == saved
 
 
 def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monkeypatch):

@@ -253,7 +253,8 @@ TEXT = Evaluation(
     Footprint(2_000_000, 8_000_000, 4e6, None, None), "cpu", "float32",
 )  # fmt: skip
 IMAGES = Evaluation(
-    "image", SampleQuality(40, "output", 0, None, None, None, 0.5, 0.1, {}), SampleSpeed(200.0, 32, 5),
+    "image", SampleQuality(40, "output", 0, None, None, None, 0.5, 0.1, {}),
+    SampleSpeed(200.0, 32, 5),
     Footprint(1_000_000, 4_000_000, 2e9, 10**9, 4_000_000), "cpu", "float32",
 )  # fmt: skip
 
