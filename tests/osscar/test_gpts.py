@@ -1,5 +1,10 @@
 """Networks of tokens as people write their own: from training to ONNX Runtime, and what is told."""
 
+import json
+import re
+
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -19,7 +24,7 @@ KERNELS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 def _of_attention(contiguous):
     torch.manual_seed(0)
     build = lambda config: gpts.Fused(config, contiguous)  # noqa: E731
-    return gpts.GPT(gpts.Config(n_layer=1), build, last_alone=True).eval()
+    return gpts.GPT(gpts.Config(), build, last_alone=True).eval()
 
 
 @pytest.mark.parametrize(
@@ -62,3 +67,101 @@ def test_fused_attention_counts_as_its_products_do():
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         fused = count_flops(Attention(), {"q": q, "k": k})
     assert fused == counter.get_total_flops() == 2 * 2 * 8 * 5 * 7 * (4 + 4)
+
+
+# ---- from training to ONNX Runtime --------------------------------------------------------
+
+
+def _trained(build):
+    """Return a network after a few steps of training, and the names of what it reads."""
+    torch.manual_seed(0)
+    model, example = build()
+    takes = {**example, "targets": None}
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(40):
+        inputs, _ = gpts.drawn(takes, 64, step)
+        optimizer.zero_grad()
+        model(**inputs)[1].backward()
+        optimizer.step()
+    return model.eval(), list(example)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("nano", 1),
+        ("nano_with_targets", gpts.LENGTH),
+        ("mini", gpts.LENGTH),
+        ("translator", gpts.LENGTH),
+    ],
+)
+def test_from_training_to_onnx_runtime(name, positions, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, reads = _trained(getattr(gpts, name))
+    torch.save(model.state_dict(), "net.pt")
+    for file, seed in (("train", 100), ("more", 101), ("test", 102)):
+        inputs, labels = gpts.drawn(reads, 256 if file == "more" else 64, seed)
+        np.savez(f"{file}.npz", labels=labels, **inputs)
+    spec = f"{gpts.__file__}:{name}"
+    weights = ("--weights", "net.pt")
+
+    def command(*words):
+        status, out, err = run(*words)
+        assert status == 0, err
+        assert "warning" not in err
+        return out
+
+    out = command(
+        "prune", spec, *weights, "--flops", "0.5", "--calibration", "train.npz", "--out", "small"
+    )
+    assert "top-1" in out.partition("loss by layer")[0]
+    report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
+    assert report["budget"]["reached"] <= 0.5 * report["budget"]["dense"]
+    assert report["budget"]["measured"]
+    assert report["forward"]["pruned"]["flops"] == report["budget"]["reached"]
+    assert 0 < report["divergence"] < 1
+
+    def quality(directory):
+        asked = ("--inputs", "test.npz", "--against", spec, *weights, "--json", "eval.json")
+        command("eval", directory, *asked)
+        found = json.loads((tmp_path / "eval.json").read_text())
+        return found["dense"]["quality"], found["model"]["quality"]
+
+    dense, pruned = quality("small")
+    with torch.no_grad():
+        inputs, labels = gpts.drawn(reads, 64, 102)
+        scores, labels = model(**inputs)[0], labels[:, -positions:]
+    assert scores.shape == (64, positions, gpts.TOKENS)
+    surprise = nn.functional.cross_entropy(scores.flatten(0, 1).double(), labels.flatten())
+    assert dense["predictions"] == pruned["predictions"] == labels.numel()
+    assert dense["top1"] == float((scores.argmax(-1) == labels).double().mean())
+    assert dense["perplexity"] == pytest.approx(float(surprise.exp()), rel=1e-6)
+    assert pruned["kl"] > 0
+
+    training = ("--steps", "8", "--batch-size", "32", "--learning-rate", "0.0003")
+    data = ("--inputs", "more.npz", "--out", "recovered")
+    command("recover", "small", "--dense", spec, *weights, *data, *training)
+    recovery = json.loads((tmp_path / "recovered" / "osscar_report.json").read_text())["recovery"]
+    assert recovery["measure"] == "nats"
+    assert recovery["after"] < recovery["before"]
+
+    command("export", "recovered", "--format", "onnx", "--against", spec)
+    small = osscar.load("recovered", dense=model)
+    session = onnxruntime.InferenceSession("recovered.onnx", providers=["CPUExecutionProvider"])
+    for count in (2, 5):
+        inputs, _ = gpts.drawn(reads, count, 103)
+        found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        expected = [one for one in small(**inputs) if one is not None]
+        for one, due in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), due.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_without_labels_are_pruned_and_what_is_not_known_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("train.npz", **gpts.drawn(["idx"], 32, 0)[0])
+    asked = ("--flops", "0.6", "--calibration", "train.npz", "--out", "small", "--device", "cpu")
+    status, out, err = run("prune", f"{gpts.__file__}:nano", *asked)
+    assert status == 0, err
+    words = " ".join(out.split())
+    assert "not measured, as no output is known to be scores of classes" in words
+    assert not re.search(r"\b1 of 64\b", words)
