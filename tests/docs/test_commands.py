@@ -137,15 +137,16 @@ def vision(place: Path) -> None:
     torch.save(runpy.run_path(str(place / "net.py"))["build"]()[0].state_dict(), place / "net.pt")
 
 
-OWN = "docs/howto/own-model.md"
+OWN = {"docs/howto/own-model.md": "net.py", "docs/howto/nanogpt.md": "gpt.py"}
+"""Pages that build a network of one's own, and the file that holds it."""
 
 
 @pytest.fixture
-def own(place: Path) -> None:
-    """The network of one's own that a page builds, its weights and its data."""
-    network, data, *_ = blocks(OWN, "python")
-    (place / "net.py").write_text(network)
-    exec(compile(f"{network}\n{data}", "net.py", "exec"), {"__name__": "net"})
+def own(place: Path, page: str) -> None:
+    """The network that a page builds, its weights and its data."""
+    network, data, *_ = blocks(page, "python")
+    (place / OWN[page]).write_text(network)
+    exec(compile(f"{network}\n{data}", OWN[page], "exec"), {"__name__": "net"})
 
 
 def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
@@ -177,7 +178,7 @@ def test_the_commands_of_a_page_run(
 ) -> None:  # fmt: skip
     for command in TO_RUN[page]:
         signs = ("torchvision:resnet50", "net.py:build", "--images")
-        of_own = page == OWN
+        of_own = page in OWN
         of_images = not of_own and any(word in command.words for word in signs)
         if of_own or of_images:
             request.getfixturevalue("own" if of_own else "vision")

@@ -242,8 +242,19 @@ def check_own_model(names: dict[str, Any]) -> None:
     assert names["result"].calibration["samples"] == 128
 
 
+def check_nanogpt(names: dict[str, Any]) -> None:
+    result, idx = names["result"], names["test"].tensors["idx"][:5]
+    assert result.form == "exported"
+    assert 0 < result.divergence < 0.5
+    with torch.no_grad():
+        expected, loss = result.model(idx)
+    assert (expected.shape, loss) == ((5, 1, 16), None)
+    assert_close(torch.from_numpy(names["logits"]), expected, rtol=1e-4, atol=1e-5)
+
+
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 NEEDS = {
+    "docs/howto/nanogpt.md": ONNX,
     "docs/howto/formats.md": ONNX,
     "docs/after.md": (*ONNX, "accelerate", "datasets", "peft"),
     "docs/from-model-to-file.ipynb": ONNX,
@@ -267,6 +278,7 @@ CHECKS = {
     "docs/howto/architecture.md": check_architecture,
     "docs/howto/module.md": check_module,
     "docs/howto/own-model.md": check_own_model,
+    "docs/howto/nanogpt.md": check_nanogpt,
     "docs/howto/forms.md": check_forms,
     "docs/howto/frozen.md": check_frozen,
     "docs/howto/formats.md": check_formats,
