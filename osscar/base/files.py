@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ LOCK_FILE = ".osscar.lock"
 """In a directory in which one process at a time is at work."""
 
 PARTIAL = ".partial"
-"""How the names of files end that are being written."""
+"""How the names of directories end in which something is being written."""
 
 _LONGEST_PATH = 4096
 """Bytes, as Linux has it; other systems refuse earlier."""
@@ -40,61 +41,69 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a place beside `path` to write to; once the block has ended, it becomes `path`.
+def temporary_sibling(target: Path) -> Iterator[Path]:
+    """Give an empty directory beside a path, for what is to become that path (OSError).
 
-    The place bears the number of the process, so that two never write to the same. It is on the
-    disk before it becomes `path`: what survives a loss of power is either whole or not there. A
-    pipe or a device is written to itself, since it cannot be replaced. Where it cannot be written,
-    an OutputError is raised, and what was there is left as it was.
+    It bears the machine and the process, so that two never write to the same.  It goes when the
+    block ends, and what processes of this machine have left that were killed goes before.
+    """
+    start, machine = f".{target.name}.", re.escape(socket.gethostname())
+    for left in target.parent.glob(f"{glob.escape(start)}*{PARTIAL}"):
+        found = re.fullmatch(rf"{machine}-(\d{{1,9}}){PARTIAL}", left.name.removeprefix(start))
+        if found is not None and not _is_running(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    place = target.with_name(f"{start}{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        place.mkdir()
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is a process of this number; elsewhere than on POSIX nobody can ask."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a place to write to, of the same name; once the block has ended, it becomes `path`.
+
+    It is in a directory of its own (`temporary_sibling`), where others may be written that it
+    names: all files take their places at the end, `path` last.  Where there are others, what was
+    there goes first, since it would name those of another.  What is written is on the disk before
+    it takes its place: what survives a loss of power is either whole or not there.  A pipe or a
+    device is written to itself, since it cannot be replaced.  Where it cannot be written, an
+    OutputError is raised, and what was there is left as it was.
     """
     target = resolved(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
     try:
         if target.exists() and not target.is_file():
             yield target
             return
-        with system_errors():
-            yield partial
-        fsync(partial)
-        partial.replace(target)
+        with temporary_sibling(target) as place:
+            with system_errors():
+                yield place / target.name
+            written = sorted(place.iterdir(), key=lambda file: file.name == target.name)
+            for file in written:
+                fsync(file)
+            if len(written) > 1:
+                target.unlink(missing_ok=True)
+            for file in written:
+                file.replace(target.with_name(file.name))
         with suppress(OSError):  # it is there, whatever a loss of power may undo
             fsync(target.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_pair(path: Path) -> Iterator[Path]:
-    """Give a place to write a file to, beside which others may be written that it names.
-
-    As of `atomic_write`, but it bears the name of `path`, in a directory of its own, of which all
-    files take their places at the end, `path` last. Where there are others, what was there goes
-    first: it would name those of another.
-    """
-    target = resolved(path)
-    place = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with system_errors():
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            yield place / target.name
-        written = sorted(place.iterdir(), key=lambda file: file.name == target.name)
-        for file in written:
-            fsync(file)
-        if len(written) > 1:
-            target.unlink(missing_ok=True)
-        for file in written:
-            file.replace(target.with_name(file.name))
-        with suppress(OSError):  # it is there, whatever a loss of power may undo
-            fsync(target.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -160,20 +169,6 @@ def make_directory(path: Path) -> None:
     """Make a directory where there is none, and those above it (OutputError)."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
-
-
-@contextmanager
-def fsynced(path: Path) -> Iterator[None]:
-    """Let the block write a file by means that make it whole, and wait until it is on the disk.
-
-    What the system refuses is raised as an OutputError.
-    """
-    try:
-        with system_errors():
-            yield
-        fsync(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
 

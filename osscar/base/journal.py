@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,9 +25,8 @@ from osscar.base.signals import uninterrupted
 
 T = TypeVar("T")
 
-_PARTIAL_FILE = re.compile(rf".+\.\d+{re.escape(PARTIAL)}|\.tmp[A-Za-z0-9]{{6}}")
-"""What `atomic_write` and the solvers call a file that is being written; it has the process.  Or
-what safetensors 0.8 does, before it gives it that name."""
+_PARTIAL = re.compile(rf"\..+-\d+{re.escape(PARTIAL)}")
+"""What `atomic_write` calls a directory in which something is being written."""
 
 
 class _Manifest(Protocol):
@@ -84,7 +84,7 @@ class Journal(Generic[M]):
             ) from error
         except OSError as error:
             raise JournalError(f"cannot look into {place}: {reason_of(error)}") from error
-        foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL_FILE.fullmatch(n)]
+        foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL.fullmatch(n)]
         if foreign and self.manifest_file not in names:
             raise JournalError(
                 f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another --out"
@@ -218,8 +218,8 @@ class Journal(Generic[M]):
 
     def _remove_partial(self) -> None:
         for path in self.directory.rglob("*"):
-            if _PARTIAL_FILE.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- of commands that save something else in the end ---------------------------------------

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.files import make_directory, write_json, write_text
+from osscar.base.files import atomic_write, make_directory, write_json, write_text
 from osscar.base.json_files import STRICT, read_json
 from osscar.cli.common import check_json_path, document, out, say, way_back
 from osscar.cli.common import write_json as write_document
@@ -74,8 +74,8 @@ def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
     make_directory(directory)
     for name in chosen:
         path = directory / f"{name}.safetensors"
-        with quiet():
-            known.problem(name).save(path)
+        with quiet(), atomic_write(path) as partial:
+            known.problem(name).save(partial)
         say(f"{path}: keep {known.instances[name].keep}")
     say("each is for `osscar solve FILE`, or for any solver: docs/instances.md has the format")
     made = [{"instance": name, "file": str(directory / f"{name}.safetensors")} for name in chosen]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import MissingDependency, ModelError, OutputError, first_line
-from osscar.base.files import atomic_pair
+from osscar.base.files import atomic_write
 from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, read
@@ -135,7 +135,7 @@ def export_onnx(
     # What is replaced names its own.
     if before and not (target.exists() and weights.name.encode() in target.read_bytes()):
         raise OutputError(f"{weights} is there already, where weights might go; give another --out")
-    with atomic_pair(target) as partial:
+    with atomic_write(target) as partial:
         session: Any = None
         unaligned_convolutions = 0
 

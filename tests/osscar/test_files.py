@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path: 
     (tmp_path / "x.csv").write_text("old")
 
     def fail(partial: Path) -> None:
-        assert str(os.getpid()) in partial.name
+        assert partial.name == "x.csv"  # whose suffix says what it holds
+        assert str(os.getpid()) in partial.parent.name
         partial.write_text("new")
         raise ZeroDivisionError
 
@@ -128,6 +130,39 @@ def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path: 
         fail(partial)
     assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
     assert (tmp_path / "x.csv").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills itself")
+def test_what_killed_processes_were_writing_goes_and_what_others_write_stays(
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from osscar.base.files import atomic_write
+with atomic_write(Path({str(tmp_path / "x[1].csv")!r})) as partial:
+    partial.write_text("half")
+    partial.with_name("beside").write_text("half")
+    print(flush=True)
+    sys.stdin.read(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    killed, running = (subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2))
+    for process in (killed, running):
+        process.stdout.readline()
+    killed.communicate(b".")
+    of_another_host = tmp_path / f".x[1].csv.elsewhere-{killed.pid}.partial"
+    of_another_file = tmp_path / f".x[1].csv.gz.{socket.gethostname()}-{killed.pid}.partial"
+    for place in (of_another_host, of_another_file):
+        place.mkdir()
+    files.write_text(tmp_path / "x[1].csv", "whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    own = f".x[1].csv.{socket.gethostname()}-{running.pid}.partial"
+    assert left == {"x[1].csv", own, of_another_host.name, of_another_file.name}
+    running.communicate(b".")
+    files.write_text(tmp_path / "x[1].csv", "again")
+    assert own not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_links_pipes_and_modes_are_respected(tmp_path: Path) -> None:
@@ -282,7 +317,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fsync", lambda place: synced.append((place, path.exists())))
     files.write_text(path, "abc")
     (part, was_there), (directory, is_there) = synced
-    assert part.name.endswith(files.PARTIAL)
+    assert part.parent.name.endswith(files.PARTIAL)
     assert (was_there, directory, is_there) == (False, tmp_path, True)
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256
     assert digest("abc") == digest(b"abc") == file_digest(path) == expected
