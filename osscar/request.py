@@ -315,8 +315,8 @@ class PruningRequest:
         Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
         asked; each has to match one.
     backend, backend_options
-        A registered name with its options, or a backend object; of experts, one that takes a
-        `solvers.ExpertProblem`.
+        A registered name, or ``file.py:Class`` of your own, with its options; or a backend object.
+        Of experts, one that takes a `solvers.ExpertProblem`.
     certify
         Add a lower bound to every layer's solution, so that its gap is known, and verify each
         solution from its problem alone; takes several times as long as the search.  Up to 32 units

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+import torch
+
 _PACKAGES = ("osscar", "solvers", "graph")
 """What a warning does not point at: `solvers`, and who calls it in this distribution."""
 
@@ -42,3 +44,9 @@ def warn(message: str) -> None:
         module=caller.f_globals.get("__name__"),
         registry=caller.f_globals.setdefault("__warningregistry__", {}),
     )
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)

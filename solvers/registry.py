@@ -1,7 +1,8 @@
 """Which backends there are: registered through the entry-point group ``osscar.backends``.
 
 Those that choose whole experts have a group of their own, ``osscar.expert_backends``.  Any
-installed package can add to either.
+installed package can add to either.  A class that is in none is named as ``file.py:Class`` or
+``module:Class``; who names it runs its code.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, cast
 
 from solvers.errors import BackendError, ProblemError
 from solvers.linalg.values import as_integer, as_number
+from solvers.own_code import importable, imported
 from solvers.protocol import Backend, Capabilities
 
 BACKENDS = "osscar.backends"
@@ -61,7 +64,7 @@ def backend_names(group: str = BACKENDS) -> tuple[str, ...]:
 
 
 def backend_class(name: str, group: str = BACKENDS) -> type[Backend]:
-    """Return the class that is registered under `name`.
+    """Return the class that is registered under `name`, or ``file.py:Class`` of a user's own.
 
     Raises
     ------
@@ -73,17 +76,41 @@ def backend_class(name: str, group: str = BACKENDS) -> type[Backend]:
             f"backend is {reprlib.repr(name)}; give the name of one: "
             f"{', '.join(backend_names(group))}"
         )
+    if ":" in name:
+        place, _, own = name.rpartition(":")
+        if place.endswith(".py"):
+            name = f"{Path(place).expanduser().absolute()}:{own}"
+        return _own_class(name)
     registered = _registered(group)
     if not registered:
         raise BackendError("no backend is registered; install the package: pip install -e .")
     if name not in registered:
         raise BackendError(
-            f"there is no backend {name!r}; choose from {', '.join(backend_names(group))}"
+            f"there is no backend {name!r}; choose from {', '.join(backend_names(group))}, or give "
+            "path/file.py:Class of your own"
         )
     try:
         return cast(type[Backend], registered[name].load())
     except (ImportError, AttributeError) as error:
         raise BackendError(f"backend {name!r} is registered but does not load: {error}") from error
+
+
+@cache
+def _own_class(name: str) -> type[Backend]:
+    """Return a class of a user's own, the same one each time."""
+    with importable(name):
+        found = imported(name, BackendError)
+    if not (
+        isinstance(found, type)
+        and dataclasses.is_dataclass(found)
+        and isinstance(getattr(found, "capabilities", None), Capabilities)
+        and all(hasattr(found, name) for name in ("kind", "summary", "available", "select"))
+    ):
+        raise BackendError(
+            f"{name} is {reprlib.repr(found)}; give a frozen dataclass with kind, summary, "
+            "capabilities, available() and select(), such as docs/howto/backend.md has"
+        )
+    return cast(type[Backend], found)
 
 
 def backends(group: str = BACKENDS) -> tuple[BackendInfo, ...]:

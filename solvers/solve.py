@@ -13,7 +13,13 @@ import torch
 
 from solvers.bounds.perspective import Perspective
 from solvers.closed_forms.refit import refit
-from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.errors import (
+    BackendError,
+    ProblemError,
+    SolverError,
+    VerificationError,
+    is_shortage,
+)
 from solvers.linalg.values import as_integer, as_number, as_tensor
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Capabilities, Selection
@@ -39,7 +45,8 @@ def solve(
     problem
         What to solve.
     backend
-        A registered name, or a backend object with its options set.
+        A registered name, ``file.py:Class`` or ``module:Class`` of your own, whose code is run, or
+        a backend object with its options set.
     device
         Where to compute; by default where the problem is.
     bound
@@ -115,17 +122,11 @@ def answer_of(name: str, chosen: Any, problem: Any) -> Any:
     except (SolverError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         raise
     except Exception as error:
-        if _is_shortage(error):
+        if is_shortage(error):
             raise  # which is not the backend's fault
         raise BackendError(
             f"backend {name!r} failed with {type(error).__name__}: {error}"
         ) from error
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether an error says that a device has no memory left."""
-    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def chosen_backend(

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import torch
-
+import solvers.errors
 from osscar.base.errors import NoMemoryError, OptionError, first_line
 
 try:
@@ -123,8 +122,7 @@ FOR_WEIGHTS = (
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
-    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError | NoMemoryError)
+    return isinstance(error, NoMemoryError) or solvers.errors.is_shortage(error)
 
 
 def let_shortage_pass(error: BaseException) -> None:

@@ -340,7 +340,7 @@ def race(
     *names: Annotated[
         str, Parameter(help="Names or patterns; by default all that lie in the package.")
     ],
-    backends: Annotated[str, Parameter(help="Backends, separated by commas.")],
+    backends: Annotated[str, Parameter(help="Backends, separated by commas; also file.py:Class.")],
     time: Annotated[float, Parameter(help="Seconds for one backend on one instance.")] = 60.0,
     out: Annotated[Path, Parameter(help="The directory of the page and the runs.")] = Path("race"),
     json: Json = None,

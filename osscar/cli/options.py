@@ -39,7 +39,9 @@ Against = Annotated[
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
 _Dtype = Annotated[str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")]
-Backend = Annotated[str, Parameter(help="`osscar backends` lists them.")]
+Backend = Annotated[
+    str, Parameter(help="`osscar backends` lists them; or file.py:Class of your own.")
+]
 BackendOptions = Annotated[
     list[str],
     Parameter(name="--option", help="Option of the backend, as NAME=VALUE; repeatable."),
@@ -231,8 +233,8 @@ class GapOptions(DataOptions):
     sparsity: str = "0.25,0.5,0.75"
     """Shares of the units to remove, separated by commas."""
     backends: str | None = None
-    """Backends, separated by commas; by default the heuristics, the root bound and
-    `branch_and_bound`."""
+    """Backends, separated by commas, also file.py:Class; by default the heuristics, the root bound
+    and `branch_and_bound`."""
     exact_units: int = 64
     """Give problems of at most this many units to exact backends."""
     units: int | None = None

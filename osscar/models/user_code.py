@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import random
-import sys
-import sysconfig
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
 from typing import TypeAlias
 
 import numpy as np
@@ -19,11 +10,11 @@ import torch
 from torch import nn
 
 from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.memory import let_shortage_pass
 from osscar.base.messages import warn
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.network.modules import in_evaluation
+from solvers.own_code import blamed, importable, imported
 
 _Built: TypeAlias = tuple[nn.Module, Batch | None, AnyPreprocessing | None]
 """A model in evaluation mode; its example inputs, and what is done to an image, if code says so."""
@@ -46,12 +37,12 @@ def build(name: str) -> _Built:
         If there is no such file, module or function; or if the code fails, or returns something
         else.
     """
-    place, _, function = name.rpartition(":")
-    with _importable(place):
-        found = getattr(_module(place, function), function, None)
+    with importable(name):
+        found = imported(name, ModelError)
         if not callable(found):
+            place, _, function = name.rpartition(":")
             raise ModelError(f"{place!r} has no function {function!r}")
-        with _user_code(name):
+        with blamed(name, ModelError):
             built = found()
     several = isinstance(built, tuple) and len(built) in (2, 3)
     model, example, transform = (*built, None, None)[:3] if several else (built, None, None)
@@ -69,82 +60,6 @@ def build(name: str) -> _Built:
             f"{name} returned example inputs that do not fit: {error} (what is done to an image is "
             "its third value)"
         ) from error
-
-
-def _module(place: str, function: str) -> ModuleType:
-    if not place.endswith(".py"):
-        return _installed(place, function)
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise ModelError(f"there is no file {place!r}")
-    spec = importlib.util.spec_from_file_location(f"osscar_user_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    with _user_code(place):
-        spec.loader.exec_module(module)
-    return module
-
-
-def _installed(place: str, function: str) -> ModuleType:
-    """Import a module by name."""
-    if not all(part.isidentifier() for part in place.split(".")):
-        file = f"{place}.py" if "/" in place else f"{place.lstrip('.')}.py"
-        raise ModelError(
-            f"{place!r} is not the name of a module; for a file give {file}:{function}"
-        )
-    try:
-        with _user_code(place):
-            return importlib.import_module(place)
-    except ModelError as error:
-        cause = error.__cause__
-        # What its own code fails to import is another matter than the module itself.
-        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
-            raise ModelError(
-                f"cannot import {place!r}: {cause}; give module:function or path/file.py:function"
-            ) from cause
-        raise
-
-
-@contextmanager
-def _importable(place: str) -> Iterator[None]:
-    """Let code find what lies in the current directory and beside its file, as Python would."""
-    added = [str(Path.cwd())]
-    if place.endswith(".py"):
-        added.insert(0, str(Path(place).expanduser().absolute().parent))
-    before = list(sys.path)
-    sys.path[:0] = added
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-@contextmanager
-def _user_code(name: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into an error that says where."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # it may raise anything, and scripts like to exit
-        let_shortage_pass(error)
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{name} failed: {reason}{_where(error)}") from error
-
-
-def _where(error: BaseException) -> str:
-    """Return the line of the user's own code that an error comes from."""
-    if isinstance(error, SyntaxError):
-        return ""  # its message has the line
-    libraries = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
-    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
-    ]
-    return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
 
 
 # ---- whether it loads its weights --------------------------------------------------------

@@ -48,8 +48,8 @@ class StudyDesign:
     sparsities
         Shares of the units to remove, each above 0 and below 1.
     backends
-        Registered names; those that prove optimality run only on problems of `exact_units` units
-        or fewer.
+        Registered names, or ``file.py:Class`` of your own; those that prove optimality run only on
+        problems of `exact_units` units or fewer.
     exact_units
         The most units of a problem that is given to an exact backend.
     window_units, windows

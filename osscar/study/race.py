@@ -11,12 +11,11 @@ a race that was stopped goes on from those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import solvers
-from osscar.base.errors import OptionError
 from osscar.study.directory import Study
 from osscar.study.library import Best, Library
 from osscar.study.records import Instance, ProofBasis, Record
@@ -41,12 +40,8 @@ def limited(backend: str, seconds: float) -> dict[str, float]:
 
     That of `window_search` is for one window.
     """
-    defaults = {info.name: info.options for info in solvers.backends()}
-    if backend not in defaults:
-        raise OptionError(
-            f"there is no backend {backend!r}; `osscar backends` lists those that there are"
-        )
-    options = defaults[backend]
+    known = fields(cast(Any, solvers.backend_class(backend)))
+    options: dict[str, Any] = {field.name: field.default for field in known}
     if "time_limit" not in options:
         return {}
     return {"time_limit": seconds / max(options.get("windows", 1), 1)}

@@ -436,5 +436,5 @@ def test_limits_are_options_of_backends() -> None:
     assert limited("greedy", 8.0) == {}
     assert limited("branch_and_bound", 8.0) == {"time_limit": 8.0}
     assert math.isclose(limited("window_search", 8.0)["time_limit"], 1.0)
-    with pytest.raises(OptionError, match="there is no backend 'best'"):
+    with pytest.raises(solvers.BackendError, match="there is no backend 'best'"):
         limited("best", 8.0)

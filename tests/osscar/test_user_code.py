@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import osscar
+import solvers
 from osscar.base.errors import ModelError
+from osscar.cli import main
 from osscar.models.load import load_model
 
 NET = """
@@ -232,3 +234,80 @@ def test_models_and_data_that_do_not_go_together_are_refused():
         osscar.prune(lambda x: x, torch.randn(32, 4), sparsity=0.5, device="cpu")
     with pytest.raises(ModelError, match=r"'0\.weight' of Sequential has no shape yet"):
         osscar.prune(nn.Sequential(nn.LazyLinear(3)), torch.randn(32, 4), sparsity=0.5)
+
+
+BACKEND = """
+from dataclasses import dataclass
+from typing import ClassVar
+import solvers
+from scores import first
+
+@dataclass(frozen=True)
+class First:
+    kind: ClassVar = solvers.BackendKind.HEURISTIC
+    summary: ClassVar = "the first units"
+    capabilities: ClassVar = solvers.Capabilities()
+    skip: int = 0
+
+    @classmethod
+    def available(cls):
+        return None
+
+    def select(self, problem):
+        return solvers.Selection(first(problem.keep, self.skip), solvers.Status.FEASIBLE)
+
+@dataclass
+class Half:
+    def select(self, problem):
+        pass
+
+value = 1
+"""
+
+
+def test_a_backend_of_ones_own_is_named_as_models_are(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.py").write_text(BACKEND)
+    (tmp_path / "own" / "scores.py").write_text(
+        "import torch\n\ndef first(keep, skip):\n    return torch.arange(skip, skip + keep)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    X, W0 = torch.randn(32, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    problem = solvers.SubsetProblem.from_gram(X.T @ X / 32, W0, keep=3)
+    for name in ("own/mine.py:First", str(tmp_path / "own" / "mine.py:First")):
+        solution = solvers.solve(problem, name, skip=1)
+        assert solution.support.tolist() == [1, 2, 3]
+        assert solution.backend == name
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    asked = {"neurons": 4, "backend_options": {"skip": 2}, "device": "cpu"}
+    result = osscar.prune(model, torch.randn(64, 4), backend="own/mine.py:First", **asked)
+    assert result.plan.groups[0].kept == (2, 3, 4, 5)
+
+    problem.save("p.safetensors")
+    for command in (
+        ("solve", "p.safetensors", "--backend", "own/mine.py:First", "--option", "skip=1"),
+        ("gap", "p.safetensors", "--backends", "own/mine.py:First,greedy", "--out", "study"),
+        ("gap", "p.safetensors", "--backends", "own/mine.py:First", "--out", "two", "--jobs", "2"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["osscar", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        assert ended.value.code == 0, shown.err
+        assert command[0] == "gap" or "own/mine.py:First keeps 3 of 6" in shown.out
+    for study in ("study", "two"):
+        assert "own/mine.py:First" in (tmp_path / study / "results.csv").read_text()
+
+    for name, refused in (
+        ("own/none.py:First", "there is no file"),
+        ("own/mine.py:Second", "is None; give a frozen dataclass"),
+        ("own/mine.py:Half", "give a frozen dataclass with kind"),
+        ("own/mine.py:value", "is 1; give"),
+        ("own/mine:First", r"is not the name of a module; for a file give own/mine\.py:First"),
+        ("nowhere.at_all:First", "cannot import"),
+    ):
+        with pytest.raises(solvers.BackendError, match=refused):
+            osscar.prune(model, torch.randn(64, 4), neurons=4, backend=name)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(solvers.BackendError, match=r"ZeroDivisionError.*line 1 of .*broken\.py"):
+        solvers.make_backend("broken.py:First")

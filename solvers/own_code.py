@@ -1,0 +1,98 @@
+"""Code of a user's own, which is run: ``module:name`` and ``file.py:name``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from solvers.errors import is_shortage
+
+
+def imported(name: str, error: type[Exception]) -> Any:
+    """Import what ``package.module:name`` or ``path/file.py:name`` stands for.
+
+    Returns None where the module has no such name. To be called inside `importable`.
+
+    Raises `error` if there is no such file or module, or its code fails.
+    """
+    place, _, own = name.rpartition(":")
+    if not place.endswith(".py"):
+        return getattr(_installed(place, own, error), own, None)
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise error(f"there is no file {place!r}")
+    spec = importlib.util.spec_from_file_location(f"osscar_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with blamed(place, error):
+        spec.loader.exec_module(module)
+    return getattr(module, own, None)
+
+
+def _installed(place: str, own: str, error: type[Exception]) -> ModuleType:
+    """Import a module by name."""
+    if not all(part.isidentifier() for part in place.split(".")):
+        file = f"{place}.py" if "/" in place else f"{place.lstrip('.')}.py"
+        raise error(f"{place!r} is not the name of a module; for a file give {file}:{own}")
+    try:
+        with blamed(place, error):
+            return importlib.import_module(place)
+    except error as failure:
+        cause = failure.__cause__
+        # What its own code fails to import is another matter than the module itself.
+        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
+            raise error(
+                f"cannot import {place!r}: {cause}; give module:name or path/file.py:name"
+            ) from cause
+        raise
+
+
+@contextmanager
+def importable(name: str) -> Iterator[None]:
+    """Let code find what lies in the current directory and beside its file, as Python would."""
+    place, added = name.rpartition(":")[0], [str(Path.cwd())]
+    if place.endswith(".py"):
+        added.insert(0, str(Path(place).expanduser().absolute().parent))
+    before = list(sys.path)
+    sys.path[:0] = added
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@contextmanager
+def blamed(name: str, error: type[Exception]) -> Iterator[None]:
+    """Turn whatever the user's code raises into an error that says where; a shortage passes."""
+    try:
+        yield
+    except (Exception, SystemExit) as failure:  # it may raise anything, and scripts like to exit
+        if is_shortage(failure):
+            raise
+        reason = f"{type(failure).__name__}: {failure}"
+        raise error(f"{name} failed: {reason}{_where(failure)}") from failure
+
+
+def _where(error: BaseException) -> str:
+    """Return the line of the user's own code that an error comes from."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message has the line
+    libraries = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
+    frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
+    ]
+    return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
