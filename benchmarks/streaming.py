@@ -40,8 +40,6 @@ PHASES = (
     ("osscar.offload.sources", "Scratch.append", "output"),
     ("osscar.checkpoint.directory", "write_weights", "output"),
     ("osscar.pruning.run_log", "RunLog.append", "output"),
-    ("osscar.offload.activation_offload", "ActivationOffload.put", "waiting"),
-    ("osscar.offload.activation_offload", "ActivationOffload.fetch", "waiting"),
     ("osscar.walk.gram", "GramAccumulator.add", "gram"),
     ("osscar.walk.layer_step", "LayerStep.regularization", "damping"),
     ("osscar.walk.layer_step", "LayerStep.problem", "problem"),
@@ -233,7 +231,7 @@ COLUMNS = {
     "Gram": ("gram",),
     "damping": ("damping",),
     "solver": ("problem", "solver"),
-    "input, output": ("input", "output", "waiting"),
+    "input, output": ("input", "output"),
     "trial, proof": ("opening", "trial", "proof", "predictions", "saving"),
 }
 """Columns of the table, and the phases that each adds up."""

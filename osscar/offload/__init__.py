@@ -1,1 +1,1 @@
-"""Weights and activations that are on disk while they are not used."""
+"""Weights that are on disk while they are not used."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import mmap
 import os
 import tempfile
 import time
@@ -127,10 +126,6 @@ class Scratch(Source):
                 raise self._no_room(error) from error
             self.end, rest = self.end + written, rest[written:]
         return begin
-
-    def mapped(self) -> mmap.mmap:
-        """Return all of it as memory, which the system reads and lets go as it needs."""
-        return mmap.mmap(self._file.fileno(), 0)
 
 
 def as_bytes(values: Tensor) -> memoryview:

@@ -89,9 +89,6 @@ class Prepared:
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
     """What the problem of a layer needs beside weights that lie on disk."""
-    waiting_on_disk: bool = False
-    """Whether what a suspended batch holds is kept in a file; only for models of transformers,
-    whose hidden states have a row for each token (`osscar.offload`)."""
 
     @property
     def mixtures(self) -> tuple[ExpertMixture, ...]:

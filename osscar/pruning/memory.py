@@ -123,8 +123,8 @@ def _numbers(result: Any) -> int:
 class Room:
     """Bytes that parts of a run need beside the weights.
 
-    `batches` are the hidden states of all batches (of one, where others are `waiting_on_disk`), and
-    the predictions of the dense model that are kept; `forward` is one batch on its way through a
+    `batches` are the hidden states of all batches, and the predictions of the dense model that are
+    kept; `forward` is one batch on its way through a
     block; `sums` and `matrices` are those of the layer that reads most, while batches pass, and of
     its problem; `logits` and `proof` the predictions that are compared, of one window and in double
     precision.
@@ -138,7 +138,6 @@ class Room:
     proof: int
     layer: str
     inputs: int
-    waiting_on_disk: bool
 
     @property
     def largest_pass(self) -> int:
@@ -146,14 +145,7 @@ class Room:
         return max(self.forward, self.logits, self.proof)
 
     @classmethod
-    def of(
-        cls,
-        prepared: Prepared,
-        request: PruningRequest,
-        held_out: int,
-        *,
-        waiting_on_disk: bool = False,
-    ) -> Room:
+    def of(cls, prepared: Prepared, request: PruningRequest, held_out: int) -> Room:
         """Estimate what a run needs."""
         keep = provisional(prepared, request)
         groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
@@ -170,12 +162,11 @@ class Room:
             min(MOST_BYTES, 4 * samples * flow.window * flow.outputs)
             for samples in (held_out, compared)
         )
-        present = max(flow.rows) if waiting_on_disk else sum(flow.rows)
         tokens = prepared.inputs.tokens
         suspended = _SUSPENDED * flow.width + (inputs if tokens else 0)
         proved = min(_PROOF_TOKENS, 2 * flow.window) * flow.outputs
         return cls(
-            batches=4 * present * suspended * streams + kept,
+            batches=4 * sum(flow.rows) * suspended * streams + kept,
             forward=4 * max(flow.rows) * flow.wide * _ACTIVATIONS * streams + _LEAST,
             sums=sums,
             matrices=matrices + _LEAST,
@@ -183,7 +174,6 @@ class Room:
             proof=8 * proved * _PROVED + _LEAST,
             layer=layer,
             inputs=inputs,
-            waiting_on_disk=waiting_on_disk,
         )
 
 
@@ -257,17 +247,15 @@ def check_streamed(prepared: Prepared, request: PruningRequest, held_out: int) -
         return None
     check_can_stream(prepared.model, request)
     base = _base(cache)
-    for waiting_on_disk in (False, True):
-        room = Room.of(prepared, request, held_out, waiting_on_disk=waiting_on_disk)
-        what, most = _most_needed(prepared.model, room)
-        if base + most <= cache.ceiling:
-            break
-    else:
+    room = Room.of(prepared, request, held_out)
+    what, most = _most_needed(prepared.model, room)
+    if base + most > cache.ceiling:
         raise RequestError(
             f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
-            f"{in_words(most)}, beside {in_words(base)} for {cache.memory.other_holders}; give "
-            f"at least {in_words(base + most)} or, with shorter windows (--seqlen) or smaller "
-            "batches (--batch-size), less"
+            f"{in_words(most)}, of which {in_words(room.batches)} are the activations of all "
+            f"batches, beside {in_words(base)} for {cache.memory.other_holders}; give at least "
+            f"{in_words(base + most)} or, with fewer or shorter windows (--samples, --seqlen) or "
+            "smaller batches (--batch-size), less"
         )
     # Also after the run: what is saved runs once more, beside what is read back.
     cache.leave_free(room.largest_pass)
@@ -278,7 +266,7 @@ def least_memory(prepared: Prepared, request: PruningRequest, held_out: int) -> 
     """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
     cache = weight_cache(prepared.model)
     assert cache is not None
-    room = Room.of(prepared, request, held_out, waiting_on_disk=True)
+    room = Room.of(prepared, request, held_out)
     return _base(cache) + _most_needed(prepared.model, room)[1]
 
 

@@ -149,9 +149,7 @@ def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
     room = check_streamed(prepared, request, max(1, held_out(prepared, request)))
     if room is None:
         return prepared
-    return dataclasses.replace(
-        prepared, matrix_bytes=room.matrices, waiting_on_disk=room.waiting_on_disk
-    )
+    return dataclasses.replace(prepared, matrix_bytes=room.matrices)
 
 
 @dataclass(frozen=True, eq=False)

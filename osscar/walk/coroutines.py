@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextvars
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from graph.tracing.patches import ModeDepths, enter_again
 from osscar.network.model_state import PassState
-from osscar.offload.activation_offload import ActivationOffload
 from osscar.walk.residual import Keeper
 
 _CUDA, _MKLDNN = torch.backends.cuda, torch.backends.mkldnn
@@ -67,8 +66,7 @@ class Coroutine:
     """One batch on its way through the model.
 
     A `dense` one runs through the weights of the model as it came, not those committed so far.  The
-    keeper keeps what will be added to the outputs of consumers, and `offload` what the pass holds
-    while it waits.
+    keeper keeps what will be added to the outputs of consumers.
     """
 
     def __init__(
@@ -78,9 +76,8 @@ class Coroutine:
         run: Callable[[], object],
         scratch: PassState,
         keeper: Keeper,
-        offload: ActivationOffload | None = None,
     ) -> None:
-        self.index, self.dense, self.keeper, self.offload = index, dense, keeper, offload
+        self.index, self.dense, self.keeper = index, dense, keeper
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
@@ -98,15 +95,6 @@ class Coroutine:
         self.arrived = self._switch(self._greenlet.switch)
         self.reached += 1
         return self.arrived
-
-    @contextmanager
-    def present(self) -> Iterator[None]:
-        """Have in memory, while the block runs, what the pass holds."""
-        if self.offload is not None:
-            self.offload.fetch()
-        yield
-        if self.offload is not None and self.arrived is not None:
-            self.offload.put()
 
     def end(self) -> None:
         """Give up the pass: its context managers are left, and nothing of it stays alive."""

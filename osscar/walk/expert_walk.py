@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -237,20 +237,16 @@ class ExpertWalk(Walk):
     def _here(self) -> Iterator[tuple[Coroutine, Routed, Tensor]]:
         """Yield the batches that stand before a mixture, with what it is to put out, in float64."""
         for place, run in enumerate(self._runs):
-            both = [run, self._dense[place]] if self._target.needs_dense else [run]
-            with ExitStack() as present:
-                for one in both:
-                    present.enter_context(one.present())
-                arrival = run.arrived
-                assert arrival is not None
-                assert arrival.output is not None
-                y = arrival.output.double()
-                if self._target.needs_dense:
-                    dense = self._dense[place].arrived
-                    assert dense is not None
-                    assert dense.output is not None
-                    y = y + correction(dense.output, arrival.output, dense.stream, arrival.stream)
-                yield run, afresh(arrival.x), y
+            arrival = run.arrived
+            assert arrival is not None
+            assert arrival.output is not None
+            y = arrival.output.double()
+            if self._target.needs_dense:
+                dense = self._dense[place].arrived
+                assert dense is not None
+                assert dense.output is not None
+                y = y + correction(dense.output, arrival.output, dense.stream, arrival.stream)
+            yield run, afresh(arrival.x), y
 
 
 @dataclass(frozen=True)

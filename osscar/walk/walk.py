@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import forward
-from osscar.offload.activation_offload import ActivationOffload
 from osscar.offload.on_disk import room_for
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import batch_named
@@ -166,22 +165,15 @@ class Walk:
 
     def _coroutine(self, index: int, *, dense: bool) -> Coroutine:
         batch, model = self._batches[index], self._model
-        offload = ActivationOffload(batch) if self._prepared.waiting_on_disk else None
-
-        def run() -> object:
-            with offload or nullcontext():
-                return forward(model, batch)
-
-        return Coroutine(index, dense, run, self._scratch, Keeper(self._passages), offload)
+        return Coroutine(
+            index, dense, lambda: forward(model, batch), self._scratch, Keeper(self._passages)
+        )
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, and add up what it brings."""
         for place, run in enumerate(self._runs):
             both = [run, self._dense[place]] if self._target.needs_dense else [run]
-            with ExitStack() as present:
-                present.enter_context(timed(Stage.WALK))
-                for one in both:
-                    present.enter_context(one.present())
+            with timed(Stage.WALK):
                 self._measure_batch(both, call, grams)
         self._at = call
 

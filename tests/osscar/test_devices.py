@@ -1,7 +1,6 @@
 """Everything that a run makes lies where the model does, on a card as on the CPU."""
 
 import copy
-import dataclasses
 import os
 import re
 
@@ -20,8 +19,7 @@ from osscar.base.errors import OptionError, RequestError
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import load as loading
 from osscar.network.modules import device_of
-from osscar.offload import activation_offload, on_disk, places, sources
-from osscar.offload.activation_offload import ActivationOffload
+from osscar.offload import on_disk, places, sources
 from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place
@@ -30,8 +28,6 @@ from osscar.preparation import prepare as opening
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
-from osscar.walk.targets import Target
-from osscar.walk.walk import walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.other_device import Card, WrongDevice
@@ -49,8 +45,7 @@ def card(monkeypatch):
             return trace(*args, **options)
 
     monkeypatch.setattr(opening.graph, "trace", apart)
-    for reader in (places, activation_offload):
-        monkeypatch.setattr(reader, "is_host", lambda device: False)
+    monkeypatch.setattr(places, "is_host", lambda device: False)
     return card
 
 
@@ -214,26 +209,6 @@ def test_what_is_done_to_values_on_disk_is_done_on_the_card(card, tmp_path):
         assert card.place(weight.values()) == card.place(weight + 1) == "card"
         with on_disk.written(model.model.decoder.layers[0].fc1, "weight") as values:
             assert card.place(values) == "card"
-
-
-def test_batches_that_wait_on_disk_come_back_to_where_they_were(card, monkeypatch):
-    written, put = [], ActivationOffload.put
-
-    def counted(self):
-        put(self)
-        written.append(self.written_bytes)
-
-    monkeypatch.setattr(ActivationOffload, "put", counted)
-    with card.watched():
-        model = on(card, tiny("qwen2"))
-        with opening.prepare(model, tokens(), batch_size=3) as prepared:
-            groups = [group for group in prepared.groups if group.prunable]
-            prepared = dataclasses.replace(prepared, waiting_on_disk=True)
-            for step in walk(prepared, groups, target=Target.RESIDUAL, held=2):
-                problem = step.problem(step.group.units // 2, 1e-2)
-                assert {card.place(c.H) for c in problem.consumers} == {"card"}
-                step.commit([gram.linear_map.read_weight() * 0.9 for gram in step.grams])
-    assert max(written) > 0
 
 
 # ---- a streamed model and the names of devices -------------------------------------------
