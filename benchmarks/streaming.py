@@ -167,7 +167,7 @@ def watching() -> Clock:
     clock = Clock()
     for entry in PHASES:
         clock.watch(*entry)
-    clock.watch("osscar.offload.places", "Slice._pass", "input", lambda one, *_: one.nbytes)
+    clock.watch("osscar.offload.places", "Slice.read", "input", lambda one, *_: one.nbytes)
     clock.watch("osscar.offload.places", "Slice.read_rows", "input", _bytes_of_rows)
     return clock
 

@@ -48,7 +48,7 @@ def check_finite_weights(
         if not (allowed(low) and allowed(high)):
             bad = tensor.numel() - int(allowed(tensor).sum())
             if tensor.dtype is torch.float16:
-                remedy = f"float16 ends at 65,504: use bfloat16 or float32, else {remedy}"
+                remedy = f"float16 ends at 65,504: give bfloat16 or float32, else {remedy}"
             raise NonFiniteError(
                 f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite", remedy
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TypeAlias, TypeGuard
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from osscar.base.devices import is_host
-from osscar.base.errors import FileError, NonFiniteError
-from osscar.offload.sources import PIECE, Source, Stamp, as_bytes
+from osscar.base.errors import NonFiniteError
+from osscar.offload.sources import PIECE, Source, as_bytes
 
 
 @dataclass(eq=False)
@@ -28,107 +28,68 @@ class Slice:
     """Number format in the file."""
     name: str
     """What messages call it."""
-    largest: float = field(default=0.0, repr=False)
-    """Of all magnitudes, once the digest is known."""
-    _digest: bytes | None = field(default=None, repr=False)
-    _stamp: Stamp | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """How many bytes."""
         return math.prod(self.shape) * self.stored.itemsize
 
-    @property
     def digest(self) -> bytes:
-        """SHA-256 of the bytes."""
-        if self._digest is None:
-            buffer = torch.empty(self._step, dtype=self.stored)
-            self._pass(lambda begin, count: buffer[:count], lambda begin, piece: None)
-        assert self._digest is not None
-        return self._digest
+        """Return the SHA-256 of the bytes, which are read for it."""
+        found = hashlib.sha256()
+        for _, piece in self._pieces():
+            found.update(as_bytes(piece))
+        return found.digest()
+
+    def largest(self) -> float:
+        """Return the largest of all magnitudes; a NonFiniteError if one is NaN or infinite."""
+        largest = 0.0
+        for _, piece in self._pieces() if self.stored.is_floating_point else ():
+            low, high = piece.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise NonFiniteError(
+                    f"values of {self.name!r} are NaN or infinite; the checkpoint is damaged, get "
+                    "it anew"
+                )
+            largest = max(largest, -float(low), float(high))
+        return largest
 
     def read(self, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
         """Return the values after some casts, on a device, to which they go piece by piece."""
         values = torch.empty(self.shape, dtype=casts[-1] if casts else self.stored, device=device)
         into = values.view(-1)
         if is_host(device) and not casts:
-            self._pass(lambda begin, count: into[begin : begin + count], lambda *_: None)
+            for _ in self._pieces(into):
+                pass
             return values
-        on_card = device.type == "cuda"
-        buffer = torch.empty(self._step, dtype=self.stored, pin_memory=on_card)
-
-        def store(begin: int, piece: Tensor) -> None:
+        for begin, piece in self._pieces(pinned=device.type == "cuda"):
             into[begin : begin + len(piece)] = _cast(piece.to(device), casts)
-
-        self._pass(lambda _, count: buffer[:count], store)
         return values
 
-    def read_rows(
-        self, rows: Tensor, casts: Sequence[torch.dtype], device: torch.device
-    ) -> Tensor | None:
-        """Return some rows, (r,) int64, as `read`; None where the whole has to be digested."""
-        before = self.source.stamp()
-        if self._digest is None or before is None or before != self._stamp:
-            return None
+    def read_rows(self, rows: Tensor, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
+        """Return some rows, (r,) int64, as `read`."""
         values = torch.empty(len(rows), *self.shape[1:], dtype=self.stored)
         width = self.nbytes // max(self.shape[0], 1)
         for place, row in zip(values, rows.tolist(), strict=True):
             self.source.read_into(as_bytes(place), self.offset + row * width)
-        if self.source.stamp() != before:
-            return None
         return _cast(values.to(device), casts)
 
-    @property
-    def _step(self) -> int:
-        return min(PIECE // self.stored.itemsize, math.prod(self.shape))
+    def _pieces(
+        self, into: Tensor | None = None, *, pinned: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Read all values, piece by piece: where each begins, and the piece.
 
-    def _pass(self, room: Callable[[int, int], Tensor], use: Callable[[int, Tensor], None]) -> None:
-        """Read all bytes, piece by piece, and hold them to what they were.
-
-        They are what they were if nobody has written to the file since; where that is not known,
-        they are digested again.  `room` returns where so many values, from one on, are to be read
-        to, and `use` is given them.
+        They are read to where they belong in `into`, else to a buffer that is used again.
         """
-        before = self.source.stamp()
-        if self._digest is not None and before is not None and before == self._stamp:
-            self._read(room, use)
-            if self.source.stamp() == before:
-                return
-        found = hashlib.sha256()
-        self._read(room, use, found.update)
-        if self._digest not in (None, found.digest()):
-            raise FileError(
-                self.source.path,
-                f"the values of {self.name!r} were others when they were read before; let nothing "
-                "write to the checkpoint meanwhile, and begin anew",
-            )
-        self._digest, self._stamp = found.digest(), before
-
-    def _read(
-        self,
-        room: Callable[[int, int], Tensor],
-        use: Callable[[int, Tensor], None],
-        digest: Callable[[memoryview], None] = lambda _: None,
-    ) -> None:
         total = math.prod(self.shape)
-        for begin in range(0, total, max(self._step, 1)):
-            piece = room(begin, min(self._step, total - begin))
-            place = as_bytes(piece)
-            self.source.read_into(place, self.offset + begin * self.stored.itemsize)
-            digest(place)
-            self._check_finite(piece)
-            use(begin, piece)
-
-    def _check_finite(self, piece: Tensor) -> None:
-        if self._digest is not None or not piece.is_floating_point():
-            return
-        low, high = piece.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise NonFiniteError(
-                f"values of {self.name!r} are NaN or infinite; the checkpoint is damaged, get it "
-                "anew"
-            )
-        self.largest = max(self.largest, -float(low), float(high))
+        step = max(1, min(PIECE // self.stored.itemsize, total))
+        if into is None:
+            buffer = torch.empty(step, dtype=self.stored, pin_memory=pinned)
+        for begin in range(0, total, step):
+            count = min(step, total - begin)
+            piece = buffer[:count] if into is None else into[begin : begin + count]
+            self.source.read_into(as_bytes(piece), self.offset + begin * self.stored.itemsize)
+            yield begin, piece
 
 
 # ---- what becomes of values --------------------------------------------------------------

@@ -9,10 +9,9 @@ import bisect
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +21,12 @@ from osscar.base.errors import FileError, OutputError
 PIECE = 16 << 20
 """Bytes that are read at once."""
 
-_SETTLED = 2 * 10**9
-"""Nanoseconds after which a file that is changed again shows another time, on any file system."""
-
-Stamp: TypeAlias = tuple[int, ...]
-"""What the system says of a file, and changes with whatever is written to it."""
-
 
 class Source:
-    """A file that stays open, so that nobody takes it away between two reads."""
+    """A file that stays open, so that nobody takes it away between two reads.
+
+    Whoever writes to it meanwhile changes its size or time, which are looked at after each read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,18 +34,24 @@ class Source:
             self._file: Any = path.open("rb", buffering=0)
         except OSError as error:
             raise FileError(path, f"it cannot be read: {error.strerror}") from error
+        self._opened = self._stamp()
 
     def __del__(self) -> None:
         """Close the file."""
         if hasattr(self, "_file"):
             self._file.close()
 
-    def stamp(self) -> Stamp | None:
-        """Return what is another after any write to the file; None if it has changed just now."""
+    def _stamp(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _SETTLED:
-            return None
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return status.st_size, status.st_mtime_ns
+
+    def _check_unwritten(self) -> None:
+        if self._stamp() != self._opened:
+            raise FileError(
+                self.path,
+                "it was written to since it was opened; let nothing write to the checkpoint "
+                "meanwhile, and begin anew",
+            )
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from an offset on."""
@@ -63,6 +65,7 @@ class Source:
             if not got:
                 raise FileError(self.path, "it is cut off; get the checkpoint anew")
             done += got
+        self._check_unwritten()
 
 
 class Chain(Source):
@@ -75,13 +78,6 @@ class Chain(Source):
         self.path = stretches[0][0].path
         self._stretches = stretches
         self._ends = list(itertools.accumulate(nbytes for *_, nbytes in stretches))
-
-    def stamp(self) -> Stamp | None:
-        """Return those of all files."""
-        stamps = [source.stamp() for source in dict.fromkeys(one[0] for one in self._stretches)]
-        if None in stamps:
-            return None
-        return tuple(number for stamp in stamps if stamp is not None for number in stamp)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from an offset on."""
@@ -111,9 +107,8 @@ class Scratch(Source):
             "variable TMPDIR name a directory with room for the model"
         )
 
-    def stamp(self) -> Stamp:
-        """Return the same always: nobody else can write to a file without a name."""
-        return ()
+    def _check_unwritten(self) -> None:
+        """Do nothing: nobody else can write to a file without a name."""
 
     def append(self, rest: memoryview) -> int:
         """Write bytes at the end; return where that was."""
