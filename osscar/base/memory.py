@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -75,20 +75,34 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
+_MMAP_THRESHOLD = -3
+"""What `mallopt` of glibc calls the size from which a block is taken from the system by itself."""
+
+
 def give_back() -> None:
     """Give memory that was freed back to the system, where the allocator keeps it."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    for libc in _glibc():
+        libc.malloc_trim(0)
+
+
+def give_back_at_once() -> None:
+    """Let tensors of 1 MB or more go back to the system whenever they are freed, from now on.
+
+    The allocator of glibc else learns to keep blocks of up to 32 MB: hidden states and weights of a
+    layer, of which some hundred MB then lie between what is still in use.
+    """
+    for libc in _glibc():
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 @cache
-def _trim() -> Callable[[int], int] | None:
+def _glibc() -> tuple[ctypes.CDLL, ...]:
+    """Return the library of C where it is glibc, else nothing."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return found
+        found = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return ()
+    return (found,) if hasattr(found, "malloc_trim") and hasattr(found, "mallopt") else ()
 
 
 # ---- memory that is not there ------------------------------------------------------------

@@ -48,6 +48,10 @@ class DeviceMemory:
         """Give memory that was freed back, where the allocator keeps it."""
         memory.give_back()
 
+    def give_back_at_once(self) -> None:
+        """Have what is freed go back from now on, as far as the allocator can."""
+        memory.give_back_at_once()
+
 
 @dataclass(frozen=True)
 class _CardMemory(DeviceMemory):
@@ -87,6 +91,9 @@ class _CardMemory(DeviceMemory):
     def give_back(self) -> None:
         """Give back what torch keeps of what was freed."""
         torch.cuda.empty_cache()
+
+    def give_back_at_once(self) -> None:
+        """Do nothing: what torch keeps is given back before anything has to go."""
 
     def _room(self, ceiling: int) -> int:
         """Return how many bytes may be reserved yet: others may use the card, too."""

@@ -33,6 +33,7 @@ class WeightCache:
         self.device = numbered(device)
         self.memory = memory_of(self.device)
         """Where the ceiling is."""
+        self.memory.give_back_at_once()
         self.read_bytes = 0
         """How much has been read from files."""
         self.left_free = _SPARE
@@ -109,7 +110,7 @@ class WeightCache:
 
     def _make_room(self, needed: int) -> None:
         excess = self.memory.excess(needed + self.left_free, self.ceiling)
-        if excess <= 0 or not self._held:
+        if excess <= 0:
             return
         while self._held and excess > 0:
             place, (found, version) = self._held.popitem(last=False)

@@ -548,6 +548,31 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     assert fitting_memory(dense) is None
 
 
+GROWN = """
+import torch
+from osscar.base.memory import resident_memory
+from osscar.offload.weight_cache import WeightCache
+WeightCache(1 << 40)
+del (first := [torch.ones(4 << 20)])[:]  # from which the allocator learns what to keep
+before, kept = resident_memory(), []
+for _ in range(3):
+    large = []
+    for _ in range(20):
+        large.append(torch.ones(4 << 20))
+        kept.append(torch.ones(1 << 10))
+    del large
+print(resident_memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="allocators of others behave otherwise")
+def test_what_is_freed_between_what_stays_is_not_kept_by_the_process():
+    found = subprocess.run(
+        [sys.executable, "-c", GROWN], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 32 << 20  # of 336 MB
+
+
 def test_sizes_and_what_is_none():
     assert 1 << 20 < available_memory() < 1 << 60
     assert 1 << 20 < resident_memory() < 1 << 50
