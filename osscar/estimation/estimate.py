@@ -103,7 +103,7 @@ def estimate_as_asked(
             calibration=prepared.inputs.settings,
             passes=timed.passes,
             limit_bytes=None if cache is None else cache.ceiling,
-            least_bytes=None if room is None else least_memory(prepared, request, max(1, held)),
+            least_bytes=None if room is None else least_memory(prepared.model, room),
             sample_seconds=timed.sample_seconds,
             kept_share=timed.kept_share,
             probe_seconds=clock() - began - opening,

@@ -262,12 +262,11 @@ def check_streamed(prepared: Prepared, request: PruningRequest, held_out: int) -
     return room
 
 
-def least_memory(prepared: Prepared, request: PruningRequest, held_out: int) -> int:
+def least_memory(model: nn.Module, room: Room) -> int:
     """Return the least limit within which a model that lies on disk can be pruned, in bytes."""
-    cache = weight_cache(prepared.model)
+    cache = weight_cache(model)
     assert cache is not None
-    room = Room.of(prepared, request, held_out)
-    return _base(cache) + _most_needed(prepared.model, room)[1]
+    return _base(cache) + _most_needed(model, room)[1]
 
 
 def _base(cache: WeightCache) -> int:
