@@ -42,6 +42,7 @@ from .request import PruningRequest as PruningRequest
 from .pruning.swept import SweepResult as SweepResult, sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.feasibility import SkippedGroup as SkippedGroup
+from .preparation.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule

@@ -118,8 +118,8 @@ LFM2-MoE, MiniMax and MiniMax-M2, Mixtral, Nemotron-H, OLMoE, Qwen2-MoE and Qwen
 model of each is pruned, proved, saved under its family's config and read by plain transformers
 (`tests/osscar/test_expert_groups.py`, with `-m "slow or not slow"`). PhiMoE's stay (its router
 follows another rule), and Llama 4's (its experts are not called with tokens and experts); other
-families have not been tried. Those of one's own may be a list of modules
-(`tests/osscar/test_expert_lists.py`).
+families have not been tried. Those of one's own may be a list of modules, once
+their block is declared (`tests/osscar/test_expert_lists.py`).
 
 """
 

@@ -1,9 +1,9 @@
 """Mixtures whose experts are a list of modules, which the code of a block calls by number.
 
-No module is called with tokens, their experts and weights there: the block asks a router for
-logits, chooses, and adds up what the experts make of the tokens that it gives them.  How it weighs
-them is read off its outputs.  It is run with experts that put out a row of their own each, whatever
-they read: what these change about the output are the weights.
+No module is called with tokens, their experts and weights there: the block asks a gate for logits,
+chooses, and adds up what the experts make of the tokens that it gives them.  How it weighs them is
+read off its outputs.  It is run with experts that put out a row of their own each, whatever they
+read: what these change about the output are the weights.
 
 While such a block is `called_as_mixtures`, it runs the rest of its code first.  Then it calls a
 module that routes by the rule that was found, and its list of experts with tokens, their experts
@@ -25,11 +25,7 @@ from torch.utils import _pytree as pytree
 from osscar.base.errors import ModelError
 from osscar.network.hooks import hooks, other_forwards
 from osscar.preparation.routing import sum_over
-from osscar.shrinking.routers import (
-    Call,
-    logits_of,
-    tied,
-)
+from osscar.shrinking.routers import Call, logits_of, tied
 from solvers import RoutingRule
 
 MOST_TIED = 0.01
@@ -39,13 +35,9 @@ _ROUTER = "osscar_router"
 """What a block calls the module that routes while it is `called_as_mixtures`."""
 
 
-class NoMixture(ModelError):
-    """A list of modules is not called as experts are."""
-
-
 @dataclass(frozen=True)
 class ListInBlock:
-    """Modules in a list, and the block whose code may send tokens to them.
+    """Experts in a list, and the block whose code sends tokens to them.
 
     Parameters
     ----------
@@ -76,19 +68,16 @@ class ListInBlock:
 
 @dataclass(frozen=True)
 class ExpertList(ListInBlock):
-    """Experts that are a list of modules, and how the code of a block sends tokens to them.
+    """Experts in a list, and how the code of their block sends tokens to them.
 
     Parameters
     ----------
-    place
-        Which leaf of what the block puts out holds their sum.
     rule
         By which the block routes.
     bias
         What is added to scores for the choice: the name of a tensor, as the block knows it.
     """
 
-    place: int
     rule: RoutingRule
     bias: str | None
 
@@ -98,17 +87,22 @@ class ExpertList(ListInBlock):
         return joined(self.block, _ROUTER)
 
     def choice_bias(self, block: nn.Module) -> Tensor | None:
-        """Return what is added to scores for the choice, (experts,), if something is."""
+        """Return what is added to scores for the choice, (experts,) float64, if something is."""
         if self.bias is None:
             return None
         path, _, attribute = self.bias.rpartition(".")
         found: Tensor = getattr(block.get_submodule(path), attribute)
-        return found.flatten()
+        return found.flatten().double()
 
 
 def joined(outer: str, inner: str) -> str:
     """Return the name of what lies in a module, either of which may be the whole model."""
     return ".".join(filter(None, (outer, inner)))
+
+
+def first_tensor(y: Any) -> Tensor:
+    """Return the first tensor of what a block puts out, or of a call: there the sum, or tokens."""
+    return next(leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
 
 
 # ---- a block without its experts ---------------------------------------------------------
@@ -125,34 +119,40 @@ class Run:
     tokens: Tensor
     logits: Tensor
 
-    def sum(self, place: int) -> Tensor:
-        """Return the leaf with the sum over experts, (tokens, outputs)."""
-        leaf: Tensor = pytree.tree_leaves(self.y)[place]
-        return leaf.reshape(len(self.tokens), -1)
+    @property
+    def sum(self) -> Tensor:
+        """The sum over experts and what is beside it, (tokens, outputs)."""
+        found = first_tensor(self.y)
+        if len(self.tokens) == 0 or found.numel() % len(self.tokens):
+            raise ModelError(
+                f"what it puts out first, {tuple(found.shape)}, has no row for each of the "
+                f"{len(self.tokens)} tokens that the gate reads"
+            )
+        return found.reshape(len(self.tokens), -1)
 
 
 def run_with(
     one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
 ) -> Run:
     """Run the code of a block, `own`, with experts that put out a row, (outputs,), each."""
-    experts = one.experts_in(block)
     seen: list[tuple[Tensor, Tensor | None]] = []
 
     def put_out(row: Tensor, x: Tensor) -> Tensor:
         return row.to(x).expand(*x.shape[:-1], -1).clone()
 
     def note(_: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        x = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        seen.append((x.detach(), logits_of(module, (args, kwargs), y, one.count)))
+        x = first_tensor((args, kwargs)).detach()
+        seen.append((x, logits_of(module, (args, kwargs), y, one.count)))
 
+    experts = one.experts_in(block)
     mute = [(expert, partial(put_out, row)) for expert, row in zip(experts, rows, strict=True)]
     with other_forwards(mute), hooks(block, [one.relative(one.gate)], after=note):
         y = own(*call[0], **call[1])
     if len(seen) != 1:
-        raise NoMixture(f"its router {one.gate!r} is called {len(seen)} times for its tokens")
+        raise ModelError(f"the gate is called {len(seen)} times for the tokens of a call")
     x, logits = seen[0]
     if logits is None:
-        raise NoMixture(f"{one.gate!r} puts out no logits of {one.count} experts")
+        raise ModelError(f"the gate puts out no logits of {one.count} experts")
     return Run(y, x.reshape(-1, x.shape[-1]), logits)
 
 
@@ -178,7 +178,6 @@ class _RuleRouter(nn.Module):
 
         `beside` is what the sum over experts will be added to: who watches modules learns of it.
         """
-        bias = None if bias is None else bias.double()
         experts, weights = self.rule.route(logits.double(), None, bias)
         return logits, experts, weights.to(beside)
 
@@ -215,15 +214,15 @@ def _forward(
 ) -> Any:
     """Run the code of a block without its experts, and then call these."""
     rest = run_with(one, block, own, (args, kwargs), silence(one))
-    beside = rest.sum(one.place)
     _check_routes(one, block, own, (args, kwargs), rest)
     bias = one.choice_bias(block)
     router, experts = block.get_submodule(_ROUTER), one.experts_in(block)
     given = (rest.logits,) if bias is None else (rest.logits, bias)
-    _, chosen, weights = router(*given, beside=beside)
+    _, chosen, weights = router(*given, beside=rest.sum)
     total = experts(rest.tokens, chosen, weights)
     leaves, form = pytree.tree_flatten(rest.y)
-    leaves[one.place] = leaves[one.place] + total.reshape(leaves[one.place].shape)
+    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    leaves[place] = leaves[place] + total.reshape(leaves[place].shape)
     return pytree.tree_unflatten(leaves, form)
 
 
@@ -231,13 +230,11 @@ def _check_routes(
     one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rest: Run
 ) -> None:
     """Refuse tokens that the code of a block does not send as the logits say."""
-    beside = rest.sum(one.place)
+    beside = rest.sum
     rows = torch.randn(one.count, one.outputs, generator=torch.Generator().manual_seed(0))
     rows *= 1 + float(beside.double().abs().mean())  # so that rounding of the rest hides nothing
-    found = (run_with(one, block, own, call, rows).sum(one.place) - beside).double()
-    bias = one.choice_bias(block)
-    bias = None if bias is None else bias.double()
-    experts, weights = one.rule.route(rest.logits.double(), None, bias)
+    found = (run_with(one, block, own, call, rows).sum - beside).double()
+    experts, weights = one.rule.route(rest.logits.double(), None, one.choice_bias(block))
     expected = (weights[:, :, None] * rows.to(weights)[experts]).sum(1)
     norm = torch.linalg.vector_norm
     allowed = torch.finfo(beside.dtype).eps ** 0.5 * (norm(expected, dim=1) + norm(beside, dim=1))

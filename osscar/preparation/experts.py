@@ -25,23 +25,22 @@ from osscar.network.double import InDouble
 from osscar.network.hooks import hooks
 from osscar.network.model_state import restored
 from osscar.network.modules import count_parameters, forward
-from osscar.preparation.expert_lists import ExpertList, NoMixture, joined
-from osscar.preparation.list_search import (
-    ListCalls,
+from osscar.preparation.declared import (
     alike,
+    calls_of,
+    declared_in,
     expert_list,
-    is_named,
-    last_layer,
-    list_calls,
     list_slots,
     plan_of,
     router_slots,
     slots_in,
     tensors_of,
-    tokens_of,
     trial_experts,
+    undeclared,
 )
-from osscar.preparation.routing import Routed
+from osscar.preparation.expert_lists import ExpertList, joined
+from osscar.preparation.routing import Routed, last_layers
+from osscar.shrinking.equivalence import finer_precision, in_format_of
 from osscar.shrinking.follow import is_list
 from osscar.shrinking.plan import PruningPlan
 from osscar.shrinking.routers import (
@@ -55,15 +54,12 @@ from osscar.shrinking.routers import (
     in_double,
     router_of,
 )
+from osscar.shrinking.shrink import rehearse
 from osscar.shrinking.slice import slice_units
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
     "no router is known that could do without some experts"
-)
-_DICTIONARY = (
-    "the modules of {!r} lie in a torch.nn.ModuleDict, where none can leave: experts leave from a "
-    "torch.nn.ModuleList that the code calls by number, or from stacked matrices; make it one"
 )
 _NO_ROUTER = (
     "no module put out the experts and weights that {!r} is called with: code of the module around "
@@ -77,9 +73,6 @@ _DIFFERENT = (
 )
 
 _SHARED = "{!r} or its router has tensors in common with another mixture"
-_SECOND = (
-    "the block of {!r} has {!r} as well: of one block, the experts of one list can leave, the first"
-)
 _TWICE = (
     "{!r} is called {} times in a pass, each with other tokens: only one that is called once can "
     "do without some experts; give each call a block of its own"
@@ -137,45 +130,49 @@ class _Found:
 
 @torch.no_grad()
 def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMixture, ...]:
-    """Run a model in evaluation mode, and return its mixtures of experts, in its own order."""
-    names = [name for name, module in model.named_modules() if _may_be_mixture(name, module)]
-    if not names:
-        return ()
-    found = _calls(model, example, names)
-    lists = [name for name in names if name not in found and _is_list(model, name)]
-    listed = list_calls(model, example, lists) if lists else {}
-    mixtures = [
-        _mixture(model, name, found[name], order)
-        if name in found
-        else _listed(model, name, listed[name], order)
-        if name in listed
-        else _frozen(model, name, _not_routed(model, name))
-        for order, name in enumerate(names)
-        if name in found or name in listed or is_named(name)
+    """Run a model in evaluation mode, and return its mixtures of experts, in its own order.
+
+    Raises
+    ------
+    ModelError
+        If a block that is declared to send tokens to a list of modules does not.
+    """
+    declared = declared_in(model)
+    lists = {joined(block, told.experts): block for block, told in declared.items()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name in lists or _may_be_mixture(name, module)
     ]
-    return _unshared(model, _one_a_block(model, [one for one in mixtures if one is not None]))
-
-
-def _one_a_block(model: nn.Module, mixtures: Iterable[ExpertMixture]) -> list[ExpertMixture]:
-    """Freeze the lists of a block but for the first: its code cannot be called as two mixtures."""
-    first: dict[str, str] = {}
-    return [
-        one
-        if one.listed is None or first.setdefault(one.router, one.experts) == one.experts
-        else _frozen(model, one.experts, _SECOND.format(one.experts, first[one.router]))
+    names += [name for name in lists if name not in names]  # which their blocks do not have
+    found = _calls(model, example, names) if names else {}
+    calls = calls_of(model, example, list(declared)) if lists.keys() - found.keys() else {}
+    each = []
+    for order, name in enumerate(names):
+        if name in found:
+            each.append(_mixture(model, name, found[name], order))
+        elif name in lists:
+            one, tokens = expert_list(model, lists[name], declared[lists[name]], calls[lists[name]])
+            each.append(_listed(model, one, tokens, order))
+        elif is_named(name):
+            reason = _NOT_ROUTED.format(name, _kind(model, name))
+            each.append(_frozen(model, name, reason + undeclared(model, name)))
+    mixtures = _unshared(model, each)
+    plans = [
+        plan_of(one.group.slots, trial_experts(one.listed.rule, one.group.units), one.group.name)
         for one in mixtures
+        if one.listed is not None
     ]
-
-
-def _not_routed(model: nn.Module, name: str) -> str:
-    """Say why a module that is not called as mixtures are is none."""
-    if isinstance(model.get_submodule(name), nn.ModuleDict):
-        return _DICTIONARY.format(name)
-    return _NOT_ROUTED.format(name, _kind(model, name))
-
-
-def _is_list(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), nn.ModuleList)
+    if plans:
+        try:
+            with finer_precision(model, example):
+                rehearse(model, PruningPlan(tuple(plans)), [in_format_of(example, model)])
+        except OsscarError as error:
+            raise ModelError(
+                "a model that is declared to have mixtures (osscar.mixture) cannot do without some "
+                f"of their experts: {first_line(error)}"
+            ) from error
+    return mixtures
 
 
 def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[ExpertMixture, ...]:
@@ -279,44 +276,26 @@ def _prunable(model: nn.Module, name: str, found: _Found, order: int) -> ExpertM
         _called(name), UnitKind.EXPERTS, count, tuple(slots), _removable(model, slots),
         step=routing.rule.groups, fewest=routing.rule.fewest,
     )  # fmt: skip
-    last = last_layer(experts, found.x.hidden) if isinstance(experts, nn.ModuleList) else None
+    last = _last_layer(experts, found.x.hidden) if isinstance(experts, nn.ModuleList) else None
     return ExpertMixture(group, name, found.router, routing, last_layer=last)
 
 
-def _listed(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture | None:
-    """Return the mixture of a list of modules; None if it is none and not called so."""
-    try:
-        return _listed_prunable(model, name, calls, order)
-    except NoMixture as error:
-        if not is_named(name):
-            return None
-        reason = str(error)
-    except ModelError as error:
-        reason = str(error)
-    except OsscarError:
-        raise
-    except Exception as error:  # code of anyone's, which may not take other experts
-        let_shortage_pass(error)
-        if not is_named(name):
-            return None
-        reason = (
-            f"the code around {name!r} fails with experts that put out drawn numbers, or on drawn "
-            f"tokens: {first_line(error)}"
-        )
-    return _frozen(model, name, reason)
-
-
-def _listed_prunable(model: nn.Module, name: str, calls: ListCalls, order: int) -> ExpertMixture:
-    one = expert_list(model, name, calls)
-    call, _ = calls.block[0]
+def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> ExpertMixture:
+    """Return the mixture of a list of modules, given the tokens of a call of its block."""
     slots = list_slots(model, one, order)
     group = CouplingGroup(
-        _called(name), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
+        _called(one.experts), UnitKind.EXPERTS, one.count, tuple(slots), _removable(model, slots),
         step=one.rule.groups, fewest=one.rule.fewest,
     )  # fmt: skip
     routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
-    last = last_layer(model.get_submodule(name).children(), tokens_of(model, one, call))
-    return ExpertMixture(group, name, one.router, routing, one, last)
+    last = _last_layer(model.get_submodule(one.experts).children(), tokens)
+    return ExpertMixture(group, one.experts, one.router, routing, one, last)
+
+
+def _last_layer(experts: Iterable[nn.Module], hidden: Tensor) -> str | None:
+    """Return the name of the linear layer that puts out what each expert of a list does, if any."""
+    found = [list(last_layers(expert, hidden.clone())) for expert in experts]
+    return next((name for name in found[0] if all(name in names for names in found)), None)
 
 
 def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> ExpertMixture:
@@ -327,6 +306,11 @@ def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> Exper
     freeze = Freeze(reason, "", name)
     group = CouplingGroup(_called(name), UnitKind.EXPERTS, units, (), 0, (freeze,))
     return ExpertMixture(group, name, router)
+
+
+def is_named(name: str) -> bool:
+    """Whether a module has the name of a mixture; others are found by how they are called."""
+    return name.rpartition(".")[2] == "experts"
 
 
 def _called(name: str) -> str:

@@ -31,7 +31,9 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk, shapes_only
 from osscar.preparation.consumer import ExpertMap, LinearMap
-from osscar.preparation.experts import ExpertMixture, mixtures_in
+from osscar.preparation.declared import calls_of, declared_in, stood_in_for, undeclared
+from osscar.preparation.expert_lists import joined
+from osscar.preparation.experts import ExpertMixture, is_named, mixtures_in
 from osscar.preparation.failures import failures_named
 from osscar.preparation.linear_maps import (
     freeze_unreadable,
@@ -39,7 +41,6 @@ from osscar.preparation.linear_maps import (
     mixtures_of,
     readable_products,
 )
-from osscar.preparation.list_search import stood_in_for, untraced_blocks
 from osscar.preparation.products import Product
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
@@ -279,20 +280,23 @@ def _traced(
     """
     try:
         return *_traced_whole(model, small, programs), ()
-    except graph.TraceError:
-        blocks = {} if is_on_disk(model) else untraced_blocks(model, example)
+    except graph.TraceError as error:
+        blocks = {} if is_on_disk(model) else declared_in(model)
         if not blocks:
-            raise
-    with stood_in_for(model, blocks):
+            lists = [name for name, _ in model.named_modules() if is_named(name)]
+            said = "".join(undeclared(model, name) for name in lists[:1])
+            raise graph.TraceError(error.reason, error.module, error.hint + said) from error
+    calls = calls_of(model, example, list(blocks))
+    with stood_in_for(model, {name: y for name, [(_, y), *_] in calls.items()}):
         traced = graph.trace(model, small, opaque=list(blocks))
     groups = tuple(_opaque_named(group, blocks) for group in traced.groups)
     traced = dataclasses.replace(traced, groups=groups)
     untraced = (
         CouplingGroup(
-            f"{experts}.neurons", UnitKind.NEURONS, 1, (), 0,
+            f"{joined(block, told.experts)}.neurons", UnitKind.NEURONS, 1, (), 0,
             (Freeze(_SENT.format(block or "the model"), "", block),),
         )
-        for block, (experts, _) in blocks.items()
+        for block, told in blocks.items()
     )  # fmt: skip
     return traced, {}, tuple(untraced)
 

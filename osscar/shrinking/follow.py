@@ -76,7 +76,7 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
         if not callable(function):
             raise OptionError(f"an adapter is {safe_repr(function)}; give a function")
         for kind in classes:
-            _ADAPTERS[kind if isinstance(kind, str) else _full_name(kind)] = function
+            _ADAPTERS[kind if isinstance(kind, str) else full_name(kind)] = function
         return function
 
     return register
@@ -118,11 +118,12 @@ def _holder(slot: Slot) -> str:
 
 
 def _find(module: nn.Module) -> Adapter | None:
-    names = (_full_name(kind) for kind in type(module).__mro__)
+    names = (full_name(kind) for kind in type(module).__mro__)
     return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
 
 
-def _full_name(kind: type) -> str:
+def full_name(kind: type) -> str:
+    """Return by which name adapters and declarations know a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

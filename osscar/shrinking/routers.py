@@ -250,17 +250,10 @@ def rule_of(
         if scale is not None:
             return replace(rule, scale=_stated(holders, scale)), bias
     what = "with other weights than" if tried else "to other experts than"
-    said = (
+    raise ModelError(
         f"({type(holders[0]).__name__}) sends tokens {what} a softmax or a sigmoid of its logits "
         "would"
     )
-    temperature = _temperature(seen) if tried else None
-    if temperature is not None:
-        said += (
-            f": they are a softmax of the logits divided by {temperature:.4g}; divide the weights "
-            "that put out the logits by it, and leave it away there"
-        )
-    raise ModelError(said)
 
 
 def drawn_routes(module: nn.Module, call: Call, count: int) -> list[SeenRoutes]:
@@ -444,20 +437,6 @@ def tied(logits: Tensor) -> Tensor:
     A router that is not trained may have zeros alone.
     """
     return (logits.sort(1).values.diff(dim=1) == 0).any(1)
-
-
-def _temperature(seen: Sequence[SeenRoutes]) -> float | None:
-    """Return by what logits are divided before a softmax makes weights of them, if one is known."""
-    found = []
-    for one in seen:
-        logits = one.logits.gather(1, one.experts.long())
-        both = torch.stack([logits.double(), one.weights.double().log()])
-        found.append((both - both.mean(2, keepdim=True)).flatten(1))
-    a, b = torch.cat(found, 1)
-    slope = float((a @ b) / (a @ a))
-    fits = slope > 0 and bool((b - slope * a).abs().max() <= TOLERANCE * b.abs().max())
-    # Where it is 1, something else is in the way, such as a weight of each token.
-    return 1 / slope if fits and abs(slope - 1) > TOLERANCE else None
 
 
 def _stated(holders: Sequence[nn.Module], scale: float) -> float:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+import osscar
+
 WIDTH, COUNT = 16, 6
 
 
@@ -28,6 +30,7 @@ def experts(count: int = COUNT) -> nn.ModuleList:
     return nn.ModuleList(Expert() for _ in range(count))
 
 
+@osscar.mixture(gate="gate", experts="experts")
 class SoftmaxThenTopK(nn.Module):
     """The loop of Mixtral's first code: one-hot masks, and weights divided by their sum."""
 
@@ -50,6 +53,7 @@ class SoftmaxThenTopK(nn.Module):
         return y.view(x.shape)
 
 
+@osscar.mixture(gate="router", experts="ffns")
 class TopKThenSoftmax(nn.Module):
     """With a shared expert, the sum inside of the block, logits beside, and a count of odd name."""
 
@@ -88,6 +92,7 @@ class Gate(nn.Module):
         return chosen, 1.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
+@osscar.mixture(gate="gate", experts="experts")
 class Sorted(nn.Module):
     """Tokens sorted by their experts, as in the code that comes with DeepSeek's checkpoints."""
 
@@ -113,6 +118,7 @@ class Sorted(nn.Module):
         return y.view(x.shape) + self.shared_experts(x)
 
 
+@osscar.mixture(gate="gate", experts="experts")
 class Masked(nn.Module):
     """Every expert sees all tokens, and a bias of the block decides with the scores."""
 
@@ -146,6 +152,7 @@ class RoutedList(nn.ModuleList):
         return y
 
 
+@osscar.mixture(gate="gate", experts="experts")
 class Called(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +202,7 @@ class OwnConfig(PretrainedConfig):
         super().__init__(**more)
 
 
+@osscar.mixture(gate="gate", experts="experts")
 class OwnBlock(nn.Module):
     """As transformers had mixtures: experts that are hit, counted by the config, with logits."""
 

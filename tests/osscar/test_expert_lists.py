@@ -1,4 +1,4 @@
-"""Experts that are a list of modules, which the code of a block calls by number, leave whole."""
+"""Experts that are a list of modules, by a block that is declared, leave whole."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import graph
 import osscar
 from osscar.allocation.costs import Cost, count
-from osscar.base.errors import ModelError, RequestError
-from osscar.evaluation.size import count_disk_bytes, count_owned
+from osscar.base.errors import ModelError, OptionError, RequestError
+from osscar.evaluation.size import count_disk_bytes
 from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.experts import mixtures_in
 from osscar.preparation.prepare import prepare
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog
-from osscar.request import PruningRequest
 from solvers import RouterScores, RoutingRule
 from tests.osscar.expert_lists import (
     COUNT,
@@ -68,26 +66,6 @@ def x() -> Tensor:
 def mixtures(model: nn.Module, x: Tensor):
     with torch.no_grad():
         return mixtures_in(model, {"x": x[:2]})
-
-
-def reason(block: nn.Module, x: Tensor) -> str:
-    """Return why the experts of a block cannot leave."""
-    (one,) = mixtures(Net(block).eval(), x)
-    return one.group.frozen[0].reason
-
-
-@pytest.mark.parametrize("kind", RULES)
-def test_the_rule_is_read_off_what_a_block_makes_of_its_experts(kind, x):
-    model = net(kind)
-    (one,) = mixtures(model, x)
-    rule, expected = one.routing.rule, RULES[kind]
-    assert rule.scale == pytest.approx(expected.scale)
-    assert (rule.top_k, rule.scores, rule.normalized) == (2, expected.scores, expected.normalized)
-    assert one.group.units == COUNT
-    expert, gate = sum(p.numel() for p in Expert().parameters()), WIDTH
-    beside = {Masked: 1, TopKThenSoftmax: 1}.get(kind, 0)  # a bias of the block, or of the router
-    assert one.group.removable == expert + gate + beside
-    assert one.last_layer == "down"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RULES if kind is not Called])
@@ -180,18 +158,6 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     assert there <= told < there + 300  # digits of numbers and offsets in what the file says
 
 
-def test_a_buffer_that_experts_have_in_common_is_counted_and_stays(x, tmp_path):
-    model, table = net(SoftmaxThenTopK), torch.ones(500)
-    for expert in model.blocks[0].experts:
-        expert.register_buffer("table", table)
-    (one,) = mixtures(model, x)
-    cost = count(Cost.BYTES, model, [one.group], {"x": x[:2]})
-    model.blocks[0].experts = model.blocks[0].experts[:3]
-    model.blocks[0].gate = nn.Linear(WIDTH, 3, bias=False)
-    there = osscar.save(model, tmp_path / "smaller").bytes
-    assert there <= cost.of({one.group.name: 3}) < there + 600  # other names of the buffer stay
-
-
 def as_list(block: Block) -> nn.Module:
     """Return a block with a list of experts that computes what one with stacked matrices does."""
     found = SoftmaxThenTopK()
@@ -203,12 +169,12 @@ def as_list(block: Block) -> nn.Module:
 
 
 def test_a_list_comes_to_what_stacked_matrices_come_to(x):
+    """Also in one model with a block of stacked ones."""
     torch.manual_seed(0)
-    blocks = Block(), Block()
+    blocks, flat = (Block(), Block()), x.flatten(0, 1)
     stacked = nn.Sequential(*blocks, nn.Linear(WIDTH, WIDTH)).eval()
-    lists = (Residual(as_list(block)) for block in copy.deepcopy(blocks))
-    listed = nn.Sequential(*lists, copy.deepcopy(stacked[2])).eval()
-    flat = x.flatten(0, 1)
+    listed = copy.deepcopy(stacked)
+    listed[0] = Residual(as_list(listed[0]))
     with torch.no_grad():
         assert torch.allclose(listed(flat), stacked(flat), atol=1e-5)
     one, other = (osscar.prune(model, flat, experts=4, **ALL) for model in (stacked, listed))
@@ -228,16 +194,6 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.block(x)
         return y
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_model(x, tmp_path):
-    request = PruningRequest(experts=4, device="cpu")
-    whole = prune_as_asked(net(Sorted, Sorted), x, request, RunLog(tmp_path / "log"))
-    (tmp_path / "log" / "00001.safetensors").unlink()
-    again = prune_as_asked(net(Sorted, Sorted), x, request, RunLog(tmp_path / "log"))
-    state = again.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
 
 
 @pytest.mark.slow
@@ -266,14 +222,6 @@ def test_experts_leave_in_half_precision(x):
     assert next(result.model.parameters()).dtype is torch.bfloat16
 
 
-@pytest.mark.slow
-def test_experts_of_one_matrix_leave_and_are_refitted(x):
-    block = SoftmaxThenTopK()
-    block.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
-    result = osscar.prune(Net(block).eval(), x, experts=3)
-    assert result.layers[0].refitted_loss < result.layers[0].relative_loss
-
-
 def test_experts_whose_last_layer_is_not_seen_stay(x):
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(nn.Sequential(Expert(), nn.Tanh()) for _ in range(COUNT))
@@ -295,18 +243,6 @@ def test_a_last_layer_whose_weight_is_computed_is_not_refitted(normed, x):
     assert one.last_layer is None
 
 
-def test_experts_may_have_an_activation_in_common_and_a_router_a_norm(x):
-    torch.manual_seed(0)
-    block, gelu = SoftmaxThenTopK(), nn.GELU()
-    block.experts = nn.ModuleList(
-        nn.Sequential(nn.Linear(WIDTH, 8), gelu, nn.Linear(8, WIDTH)) for _ in range(COUNT)
-    )
-    block.gate = nn.Sequential(nn.LayerNorm(WIDTH), block.gate)
-    (one,) = mixtures(Net(block).eval(), x)
-    assert not one.group.frozen
-    assert one.holders[-1] == "blocks.0.gate"
-
-
 def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
     """Code that gathers tokens cannot be traced: what lies around is."""
     model = nn.Sequential(Expert(), net(SoftmaxThenTopK)).eval()
@@ -320,13 +256,28 @@ def test_other_layers_lose_neurons_and_say_why_experts_do_not(x):
     assert any("it enters '1.blocks.0', whose code gives experts" in r for r in reasons.values())
 
 
-# ---- what stays --------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------
 
 
 class Different(SoftmaxThenTopK):
     def __init__(self) -> None:
         super().__init__()
         self.experts[2] = Expert(neurons=12)
+
+
+@osscar.mixture(gate="router", experts="experts")
+class WrongGate(SoftmaxThenTopK):
+    pass
+
+
+@osscar.mixture(gate="experts.0", experts="experts")
+class NoGate(SoftmaxThenTopK):
+    pass
+
+
+@osscar.mixture(gate="gate", experts="gate")
+class WrongExperts(SoftmaxThenTopK):
+    pass
 
 
 class Unrouted(SoftmaxThenTopK):
@@ -338,22 +289,30 @@ class Unrouted(SoftmaxThenTopK):
 
 
 class Elsewhere(SoftmaxThenTopK):
-    """Loops to a number that no module has."""
+    """Loops to a number that no module has; what experts read is that of the gate, or `read`."""
+
+    def read(self, x: Tensor, weights: Tensor) -> Tensor:
+        return x
+
+    def route(self, x: Tensor) -> Tensor:
+        return self.gate(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        weights, chosen = self.route(x).softmax(-1).topk(2)
         return sum(
-            (weights * (chosen == e)).sum(-1, keepdim=True) * self.experts[e](x)
+            (weights * (chosen == e)).sum(-1, keepdim=True) * self.experts[e](self.read(x, weights))
             for e in range(COUNT)
         )
 
 
-class Scaled(SoftmaxThenTopK):
-    """Multiplies what experts read, not what they put out."""
+class OtherRows(Elsewhere):
+    def read(self, x: Tensor, weights: Tensor) -> Tensor:
+        return x * weights[..., :1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(1)
-        return sum((chosen == e) * expert(x * weights) for e, expert in enumerate(self.experts))
+
+class Tempered(Elsewhere):
+    def route(self, x: Tensor) -> Tensor:
+        return self.gate(x) / 0.5
 
 
 class Threshold(SoftmaxThenTopK):
@@ -368,77 +327,39 @@ class Normed(SoftmaxThenTopK):
         return nn.functional.layer_norm(super().forward(x), (WIDTH,))
 
 
-class NormBeforeGate(SoftmaxThenTopK):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def route(self, x: Tensor) -> Tensor:
-        return self.gate(self.norm(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x).softmax(-1).topk(2)
-        return sum(
-            (weights * (chosen == e)).sum(-1, keepdim=True) * self.member(e)(x)
-            for e in range(COUNT)
-        )
-
-    def member(self, number: int) -> nn.Module:
-        return self.experts[number]
-
-
-class Weighed(NormBeforeGate):
-    """Weighs tokens, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * x[..., :1].sigmoid()
-
-    def route(self, x: Tensor) -> Tensor:
-        return self.gate(x)
-
-
-class Tempered(NormBeforeGate):
-    def route(self, x: Tensor) -> Tensor:
-        return self.gate(x) / 0.5
-
-
-class ByName(NormBeforeGate):
-    """Gathers tokens, as code does that cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleDict({f"{e}": expert for e, expert in enumerate(self.experts)})
-
-    def member(self, number: int) -> nn.Module:
-        def gathered(x: Tensor) -> Tensor:
-            here = x[..., 0] < torch.inf
-            return self.experts[f"{number}"](x[here]).view(x.shape)
-
-        return gathered
+class SumSecond(TopKThenSoftmax):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), super().forward(x)[0]
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (NormBeforeGate, "given other tokens than their router 'blocks.0.gate' reads"),
-        (Tempered, "they are a softmax of the logits divided by 0.5; divide the weights"),
-        (ByName, "lie in a torch.nn.ModuleDict"),
+        (WrongGate, "it has no module 'router', and has 'gate', 'experts'"),
+        (NoGate, "the gate puts out no logits of 6 experts"),
+        (WrongExperts, "'gate' is a Linear; experts leave from a torch.nn.ModuleList"),
         (Different, "are not several of the same structure"),
         (Unrouted, "every token is sent to all 6 experts"),
-        (Elsewhere, "cannot do without some experts"),
-        (Scaled, "given other tokens than their router 'blocks.0.gate' reads"),
+        (Elsewhere, "cannot do without some of their experts"),
+        (OtherRows, "of the rows that 'gate' reads, times weights"),
+        (Tempered, "with other weights than a softmax or a sigmoid of its logits"),
         (Threshold, "no rule is known for tokens that go to different numbers"),
-        (Normed, "does not"),
+        (Normed, "does not hold for 'blocks.0'"),
+        (SumSecond, "put out their sum there"),
     ],
 )
-def test_what_cannot_be_told_stays_and_says_why(kind, words, x):
+def test_a_wrong_declaration_says_what_was_found(kind, words, x):
     torch.manual_seed(0)
-    assert words in reason(kind(), x)
+    model = Net(kind()).eval()
+    with pytest.raises(ModelError, match=r"osscar\.mixture") as raised:
+        mixtures(model, x)
+    assert words in str(raised.value)
 
 
-def test_no_temperature_is_named_where_logits_are_divided_by_none(x):
-    torch.manual_seed(0)
-    assert reason(Weighed(), x).endswith("than a softmax or a sigmoid of its logits would")
+def test_a_block_that_is_called_twice_is_refused(x):
+    block = Masked()
+    with pytest.raises(ModelError, match=r"does not hold for 'blocks\.0': it is called 2 times"):
+        mixtures(Net(block, block).eval(), x)
 
 
 class Capacity(SoftmaxThenTopK):
@@ -463,77 +384,32 @@ def test_a_block_that_drops_tokens_where_they_are_many_is_refused(x):
         osscar.prune(model, x[:, :8].repeat(4, 1, 1), experts=4, batch_size=96)
 
 
-def test_blocks_that_are_called_twice_or_share_a_router_stay(x):
-    block, other = Masked(), Masked()
-    other.gate = block.gate
-    found = mixtures(Net(block, other).eval(), x)
-    assert all("no module called once" in one.group.frozen[0].reason for one in found)
-    found = mixtures(Net(block, block).eval(), x)
-    assert all("is called 2 times" in one.group.frozen[0].reason for one in found)
+class Undeclared(nn.Module):
+    """Sends tokens to a list, which nobody has said."""
 
-
-def test_code_that_cannot_be_traced_says_why_its_experts_stay(x):
-    block = SoftmaxThenTopK()
-    with pytest.raises(RequestError, match=r"is called 2 times.*torch\.nn\.ModuleDict"):
-        osscar.prune(Net(block, block, ByName()).eval(), x, experts=4)
-
-
-def test_experts_of_one_mixture_need_word_of_the_others(x):
-    with pytest.raises(RequestError, match=r"give experts=, 1.0 for the others"):
-        osscar.prune(net(SoftmaxThenTopK), x, groups={"blocks.0.experts": 4})
-
-
-class TwoLists(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts = nn.Linear(WIDTH, COUNT, bias=False), experts()
-        self.router, self.ffns = nn.Linear(WIDTH, COUNT, bias=False), experts()
+        self.gate, self.experts, self.num_experts = nn.Linear(WIDTH, COUNT), experts(), COUNT
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for gate, members in ((self.gate, self.experts), (self.router, self.ffns)):
-            logits = gate(x)
-            best, chosen = logits.topk(2)
-            scores = torch.zeros_like(logits).scatter(-1, chosen, best.softmax(-1))
-            for number, expert in enumerate(members):
-                y = y + scores[..., number, None] * expert(x)
-        return y
+    forward = SoftmaxThenTopK.forward
 
 
-def test_of_two_lists_in_a_block_the_first_loses_experts(x):
-    torch.manual_seed(0)
-    model = Net(TwoLists()).eval()
-    first, second = mixtures(model, x)
-    assert not first.group.frozen
-    assert "has 'blocks.0.experts' as well" in second.group.frozen[0].reason
-    with pytest.warns(UserWarning, match=r"experts stay whole in 'blocks.0.ffns.experts'"):
-        result = osscar.prune(model, x, experts=4)
-    assert [layer.name for layer in result.layers] == ["blocks.0.experts"]
+def test_a_list_that_is_not_declared_stays_and_says_how_to_declare_it(x):
+    block, call = Undeclared(), r"osscar\.mixture\('tests.*Undeclared', gate='\.\.\.', experts='exp"
+    (one,) = mixtures(Net(block).eval(), x)
+    assert one.group.frozen
+    with pytest.raises(graph.TraceError, match=call):
+        osscar.prune(Net(block).eval(), x, experts=4)
+    osscar.mixture(Undeclared, gate="gate", experts="experts")  # by a call, too
+    (one,) = mixtures(Net(block).eval(), x)
+    assert not one.group.frozen
+    assert one.last_layer == "down"
 
 
-def test_patterns_that_leave_out_every_mixture_are_named(x):
-    with pytest.raises(RequestError, match="all are left out"):
-        osscar.prune(net(SoftmaxThenTopK), x, experts=4, skip=["*experts"])
-
-
-@pytest.mark.parametrize("what", ["list", "member", "weight"])
-def test_experts_that_have_another_place_stay(what, x):
-    block, other = Masked(), Masked()
-    if what == "list":
-        other.experts = block.experts
-    elif what == "member":
-        other.experts[1] = block.experts[0]
-    else:
-        other.experts[1].down.weight = block.experts[0].down.weight
-    found = mixtures(Net(block, other).eval(), x)
-    assert all("other modules have experts" in one.group.frozen[0].reason for one in found)
-
-
-def test_parameters_of_experts_are_counted_as_prunable(x):
-    model = net(SoftmaxThenTopK)
-    gate, members = (getattr(model.blocks[0], name) for name in ("gate", "experts"))
-    expected = sum(p.numel() for own in (gate, members) for p in own.parameters())
-    assert count_owned(model, [one.group for one in mixtures(model, x)]) == expected
+@pytest.mark.parametrize(("classes", "gate"), [((3,), "gate"), ((nn.Linear,), ""), ((dict,), "g")])
+def test_what_is_no_declaration_is_refused(classes, gate):
+    with pytest.raises(OptionError):
+        osscar.mixture(*classes, gate=gate, experts="experts")
 
 
 def test_lists_that_are_no_experts_are_no_mixtures(x):

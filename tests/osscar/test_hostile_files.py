@@ -384,6 +384,7 @@ def structural_calls(wrong):
     yield lambda: osscar.shrink(net, plan, wrong)
     yield lambda: osscar.shrink(net, plan, [wrong])
     yield lambda: osscar.adapter(wrong)(print)
+    yield lambda: osscar.mixture(wrong, gate="gate", experts="experts")
     yield lambda: osscar.Study(wrong, {})
     yield lambda: osscar.Study(Path("nowhere"), wrong)
     yield lambda: osscar.prune(wrong, images, sparsity=0.5)
