@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -90,8 +91,7 @@ class ExpertList(ListInBlock):
         """Return what is added to scores for the choice, (experts,) float64, if something is."""
         if self.bias is None:
             return None
-        path, _, attribute = self.bias.rpartition(".")
-        found: Tensor = getattr(block.get_submodule(path), attribute)
+        found: Tensor = attrgetter(self.bias)(block)
         return found.flatten().double()
 
 

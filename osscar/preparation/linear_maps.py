@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -43,7 +44,7 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     The slots are those of one tensor.
     """
     name, _, parameter = slots[0].tensor.rpartition(".")
-    weight = _tensor(model, slots[0].tensor)
+    weight = attrgetter(slots[0].tensor)(model)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 3 or slots[0].dim == 0:
         return None
     module = model.get_submodule(slots[0].module)
@@ -95,12 +96,6 @@ def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
     return tuple(tuple(slots) for slots in by_tensor.values())
 
 
-def _tensor(model: nn.Module, name: str) -> object:
-    """Return a parameter, buffer or plain attribute by its qualified name."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(module), attribute)
-
-
 # ---- what cannot be refitted -------------------------------------------------------------
 
 
@@ -118,7 +113,7 @@ def readable_products(
     read: dict[str, set[int]] = {}
     wanted: set[str] = set()
     for slots in (slots for g in groups if not g.frozen for slots in _by_tensor(g)):
-        name, weight = slots[0].tensor, _tensor(model, slots[0].tensor)
+        name, weight = slots[0].tensor, attrgetter(slots[0].tensor)(model)
         read.setdefault(name, set()).add(slots[0].dim)
         real = isinstance(weight, nn.Parameter) and weight.is_floating_point()
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -154,15 +149,18 @@ def freeze_unreadable(
     products
         Weights, by name, that are observed where code multiplies by them.
     """
-
-    def reason(slots: tuple[Slot, ...]) -> str | None:
-        known = slots[0].tensor in (products or {})
-        return None if known else _reason(model, slots, elsewhere, mixtures)
-
-    return tuple(
-        group if group.frozen else _with_steps(model, _frozen(group, reason), products or {})
-        for group in groups
-    )
+    found = []
+    for group in groups:
+        if not group.frozen:
+            reasons = (
+                (slots[0].module, _reason(model, slots, elsewhere, mixtures))
+                for slots in _by_tensor(group)
+                if slots[0].tensor not in (products or {})
+            )
+            freezes = tuple(Freeze(why, "refit", name) for name, why in reasons if why is not None)
+            group = _with_steps(model, dataclasses.replace(group, frozen=freezes), products or {})
+        found.append(group)
+    return tuple(found)
 
 
 def _mixture_around(module: str, mixtures: Collection[str]) -> str | None:
@@ -190,14 +188,6 @@ def _reason(
     return _unreadable(model, slots)
 
 
-def _frozen(
-    group: CouplingGroup, reason: Callable[[tuple[Slot, ...]], str | None]
-) -> CouplingGroup:
-    reasons = ((slots[0].module, reason(slots)) for slots in _by_tensor(group))
-    freezes = tuple(Freeze(said, "refit", module) for module, said in reasons if said is not None)
-    return dataclasses.replace(group, frozen=freezes)
-
-
 def _with_steps(model: nn.Module, group: CouplingGroup, products: Collection[str]) -> CouplingGroup:
     """Note which widths kernels take that multiply all experts at once: rows of 16 bytes.
 
@@ -219,7 +209,7 @@ def _with_steps(model: nn.Module, group: CouplingGroup, products: Collection[str
 def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     """Return why a consumer cannot be refitted, or None."""
     tensor, module = slots[0].tensor, model.get_submodule(slots[0].module)
-    weight = _tensor(model, tensor)
+    weight = attrgetter(tensor)(model)
     if not isinstance(weight, nn.Parameter):
         return f"is read by a buffer, which is not refitted: {tensor!r}"
     if not weight.is_floating_point():

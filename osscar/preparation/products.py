@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -323,7 +324,7 @@ def _watching(
     other: Callable[[str], None],
 ) -> AbstractContextManager[None]:
     """Watch what each forward pass does with some tensors, in a mode of its own."""
-    own, tensors = model.forward, {id(_tensor(model, name)): name for name in names}
+    own, tensors = model.forward, {id(attrgetter(name)(model)): name for name in names}
 
     @functools.wraps(own)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -331,12 +332,6 @@ def _watching(
             return own(*args, **kwargs)
 
     return other_forwards([(model, watched)])
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), attribute)
-    return found
 
 
 @dataclass(frozen=True)

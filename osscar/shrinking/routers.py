@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -200,8 +201,7 @@ def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[N
         for group in groups:
             for slot in group.slots:
                 if slot.role is Role.PASS_THROUGH and slot.module != router_in(group):
-                    path, _, attribute = slot.tensor.rpartition(".")
-                    own = getattr(model.get_submodule(path), attribute).detach()
+                    own = attrgetter(slot.tensor)(model).detach()
                     if own.is_floating_point():
                         before.append((own, own.clone()))
                         gone = torch.tensor(group.gone, device=own.device)
