@@ -9,9 +9,6 @@ search, and the gaps and seconds of one processor of
 - classical: the perspective bound with the diagonal ``t / diag(inv(H))``, t as large as it may be;
 - the `perspective` backend with so many rounds, recomputed from its certificate, and below which
   gap its limit says that no bound by common multipliers comes.
-
-With ``--curve`` it prints instead the gaps, at many numbers of units, of `solvers.lower_curve` with
-multipliers for the given shares, relative to the losses of a plain elimination of units.
 """
 
 from __future__ import annotations
@@ -19,19 +16,15 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from solvers import SubsetProblem, lower_curve, solve
+from solvers import SubsetProblem, solve
 from solvers.bounds.perspective import Perspective
 
 ALTERNATIONS = 25
-
-_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-"""Of units removed, at which a curve is compared."""
 
 
 def classical(problem: SubsetProblem) -> float:
@@ -74,36 +67,19 @@ def together(problem: SubsetProblem, rounds: int, loss: float) -> str:
     return f"{rounds} rounds {1 - value / loss:.2%} ({seconds:.1f} s{shown})"
 
 
-def curve(problem: SubsetProblem, ratios: Sequence[float], rounds: int) -> str:
-    n, losses = problem.units, solve(problem.with_keep(1), "greedy").path
-    start = time.process_time()
-    found = lower_curve(problem, [round(n * (1 - ratio)) for ratio in ratios], rounds=rounds)
-    searched = time.process_time()
-    proved = found.verify().tolist()
-    checked = time.process_time()
-    places = {share: round(n * (1 - share)) for share in _SHARES}
-    cells = [f"{share:.0%} {1 - proved[k] / losses[k]:.1%}" for share, k in places.items()]
-    seconds = f"({searched - start:.1f} s, checked in {checked - searched:.1f})"
-    return "  ".join([f"{rounds} rounds", *cells, seconds])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("layers", nargs="+", type=Path)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     parser.add_argument("--damp", nargs="+", type=float, default=[0.01])
     parser.add_argument("--rounds", nargs="+", type=int, default=[0, Perspective.rounds])
-    parser.add_argument("--curve", action="store_true")
     options = parser.parse_args()
     for path in options.layers:
         tensors = safetensors.torch.load_file(path)
         p = len(tensors["H"])
         for damp in options.damp:
             whole = SubsetProblem.from_gram(tensors["H"], tensors["W"], keep=p, damp=damp)
-            for rounds in options.rounds if options.curve else ():
-                told = curve(whole, options.ratios, rounds)
-                print(f"{path.stem} damp {damp:g}:  gaps  {told}", flush=True)
-            for ratio in () if options.curve else options.ratios:
+            for ratio in options.ratios:
                 problem = whole.with_keep(round(p * (1 - ratio)))
                 best = solve(problem, "local_search")
                 start = time.process_time()

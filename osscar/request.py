@@ -320,8 +320,7 @@ class PruningRequest:
     certify
         Add a lower bound to every layer's solution, so that its gap is known, and verify each
         solution from its problem alone; takes several times as long as the search.  Up to 32 units
-        the bound comes from branch and bound, which may take 10 seconds a group.  With a budget,
-        also bound what is predicted of all other widths and units, or say why nothing bounds it.
+        the bound comes from branch and bound, which may take 10 seconds a group.
     bound_rounds
         How long the bound of a larger group is searched for, with `certify`: any rounds
         are never worse than none, and more usually better; each takes about a third of the time

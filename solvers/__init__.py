@@ -17,7 +17,6 @@ from solvers.experts.backends import ExpertBackend
 from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
 from solvers.experts.routing import GroupScore, RouterScores, RoutingRule
 from solvers.experts.solution import ExpertSolution, ExpertVerification, solve_experts
-from solvers.lower_curve import LowerCurve, lower_curve
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
     Backend,
@@ -54,7 +53,6 @@ __all__ = [
     "ExpertSolution",
     "ExpertVerification",
     "GroupScore",
-    "LowerCurve",
     "ProblemError",
     "RoutedTokens",
     "RouterScores",
@@ -72,7 +70,6 @@ __all__ = [
     "backend_names",
     "backends",
     "expert_candidates",
-    "lower_curve",
     "make_backend",
     "quadratic_loss",
     "refit",

@@ -9,17 +9,15 @@ from fractions import Fraction
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from graph import CouplingGroup, UnitKind
-from osscar.allocation.budget import Allocated, Bounded, Budget
+from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.expert_curves import expert_curves
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
-from osscar.allocation.lower_curves import lower_curves
 from osscar.allocation.measured import (
     FEWEST,
     Compared,
@@ -77,15 +75,12 @@ def allocate(
     asked = _Asked(prepared, request, left, form, table, curves)
     if request.has_budget and request.allocation in MEASURED:
         return _by_measured_curves(asked, measure)
-    found: Allocated = prepared.ranks.broadcast("widths", lambda: _allocated(asked))
-    if not (request.certify and found.budget):
-        return found
-    return _unbounded(found, f"--allocation {request.allocation} predicts no divergence")
+    return prepared.ranks.broadcast("widths", lambda: _allocated(asked))
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """What widths are chosen by: the arguments of `allocate`, and what lies below curves."""
+    """What widths are chosen by: the arguments of `allocate`."""
 
     prepared: Prepared
     request: PruningRequest
@@ -93,7 +88,6 @@ class _Asked:
     form: Form
     table: LatencyTable | None
     curves: Mapping[str, Curve] | None
-    lower: Mapping[str, NDArray[np.float64]] | None = None
 
 
 def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
@@ -130,88 +124,7 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
 
     if measure and units:
         curves = _measured(prepared, request, units, curves, partial(chosen, aim=False))
-    found = chosen(curves)
-    if not (measure and request.certify and found.budget):
-        return found
-    assert curves is not None
-    why = _why_unbounded(request, found.budget, of_experts)
-    if why:
-        return _unbounded(found, why)
-    lower = _lower(prepared, request, shared, curves, found.budget)
-    asked = replace(asked, curves=curves, table=table, lower=lower)
-    return ranks.broadcast("a bound", lambda: _allocated(asked))
-
-
-def bounded_again(
-    prepared: Prepared,
-    request: PruningRequest,
-    budget: Budget,
-    left: Collection[str] = (),
-    form: Form = Form.EAGER,
-) -> Bounded:
-    """Return what a budget's curves, and those that lie below them, come to as a bound.
-
-    So that the number of a log need not be believed.  The budget is bounded; the other arguments
-    are those of `allocate`.
-    """
-    assert budget.bounded is not None
-    _, _, shared = asked_groups(prepared, request, left)
-    # Groups of one width have no curve in a budget, and add nothing to a bound.
-    losses = {group.name: np.zeros(group.units + 1) for group in shared}
-    losses |= {name: np.array(curve) for name, curve in budget.curves.items()}
-    curves = {name: Curve(name, own) for name, own in losses.items()}
-    lower = {name: np.array(curve) for name, curve in budget.bounded.curves.items()}
-    asked = _Asked(prepared, request, left, form, None, curves, lower)
-    found = prepared.ranks.broadcast("a bound", lambda: _allocated(asked)).budget
-    assert found is not None
-    assert found.bounded is not None
-    return found.bounded
-
-
-def _lower(
-    prepared: Prepared,
-    request: PruningRequest,
-    shared: Sequence[CouplingGroup],
-    curves: Mapping[str, Curve],
-    budget: Budget,
-) -> dict[str, NDArray[np.float64]]:
-    """Return what lies below the curves of groups that have a choice, measured as they are."""
-    groups = [group for group in shared if group.name in budget.curves]
-    keep = {name: width.kept for name, width in budget.widths.items()}
-    lower = lower_curves(prepared, groups, keep, request)
-    # Where all choices were looked at, both may be the same, and a second pass may round otherwise.
-    return {
-        name: np.minimum(curves[name].corrected(least), curves[name].losses)
-        for name, least in lower.items()
-    }
-
-
-def _why_unbounded(
-    request: PruningRequest, budget: Budget, of_experts: Sequence[CouplingGroup]
-) -> str:
-    """Say why nothing bounds the prediction of all widths and units; empty where something does."""
-    if request.allocation != "curvature":
-        return (
-            f"--allocation {request.allocation} has curves of measured height, which no problem of "
-            "choosing units predicts"
-        )
-    if request.speedup is not None:
-        return "times are measured, and those of groups do not add up to that of a model"
-    if of_experts:
-        return "curves of experts are measured, and no problem of choosing experts predicts them"
-    if not budget.comparable:
-        return (
-            "no gradient reaches some groups, and nothing was measured of them, so that what is "
-            "predicted is no divergence"
-        )
-    if budget.lower_bound is None:
-        return f"the {budget.cost} of some weights are products of the widths of too many groups"
-    return ""
-
-
-def _unbounded(found: Allocated, why: str) -> Allocated:
-    assert found.budget is not None
-    return replace(found, budget=replace(found.budget, unbounded=why))
+    return chosen(curves)
 
 
 def _measured(
@@ -270,7 +183,7 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         sharing = Sharing(shared, request.widths, keep)
         more = partial(_more_to_prune, prepared, request, groups, keep)
         if request.allocation in MEASURED:
-            sharing = replace(sharing, curves=asked.curves, lower=asked.lower)
+            sharing = replace(sharing, curves=asked.curves)
         elif request.allocation == "fluctuation":
             scores = measure_fluctuations(prepared, shared)
             sharing = replace(sharing, scores=scores)

@@ -46,20 +46,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bounded:
-    """What no model within a limit is predicted to be below, whatever its widths and its units.
-
-    `nats` is that divergence; `curves` what no choice of k units of a group is below, over k, of
-    each group that had a choice.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    nats: float
-    curves: dict[str, tuple[float, ...]] = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Budget:
     """What the groups that share a budget came to.
 
@@ -91,11 +77,6 @@ class Budget:
     frontier
         Costs of the whole model, ascending, and the least predicted divergence at each: what other
         limits would have come to.
-    bounded
-        What bounds the prediction of every choice of widths and of units; None where that was not
-        asked for, or nothing is known of it, as `unbounded` says.
-    unbounded
-        Why there is no such bound, in a sentence; empty where there is, or none was asked for.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -111,48 +92,18 @@ class Budget:
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-    bounded: Bounded | None = None
-    unbounded: str = ""
 
     @property
     def gap(self) -> float | None:
         """How far the prediction can be above the least one within the limit, relative to it."""
-        return self._gap(self.lower_bound)
-
-    @property
-    def whole_gap(self) -> float | None:
-        """The same, above that of any choice of widths and of units."""
-        return self._gap(None if self.bounded is None else self.bounded.nats)
-
-    @property
-    def is_consistent(self) -> bool:
-        """Whether nothing that is predicted lies below what bounds it, but for rounding."""
-        if self.bounded is None:
-            return True
-        if self.predicted is None or self.bounded.curves.keys() != self.curves.keys():
-            return False
-        parts = [(self.bounded.curves[name], losses) for name, losses in self.curves.items()]
-        whole: tuple[float, ...] = (self.bounded.nats,)
-        pairs = [(whole, (self.predicted,)), *parts]
-        return all(
-            len(below) == len(losses)
-            and all(
-                0 <= low <= high * (1 + _ROUNDING) + _ROUNDING * losses[0]
-                for low, high in zip(below, losses, strict=True)
-            )
-            for below, losses in pairs
-        )
-
-    def _gap(self, bound: float | None) -> float | None:
-        if self.predicted is None or bound is None:
+        if self.predicted is None or self.lower_bound is None:
             return None
-        above = self.predicted - bound
+        above = self.predicted - self.lower_bound
         return 0.0 if above <= _ROUNDING * self.predicted else above / self.predicted
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        bounded = self.bounded
         cost, nats = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
         return {
             **data,
@@ -165,13 +116,6 @@ class Budget:
             },
             "frontier": {"cost": cost, "nats": nats},
             "gap": self.gap,
-            "bounded": None
-            if bounded is None
-            else {
-                "nats": bounded.nats,
-                "gap": self.whole_gap,
-                "curves": _at_some_points(bounded.curves),
-            },
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Bounded, Budget, Measured, Width
+from osscar.allocation.budget import Budget, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.curves import Curve
 from osscar.allocation.knapsack import choose
@@ -39,8 +38,7 @@ _FRONTIER = 24
 class Sharing:
     """Groups that share a budget by curves, by scores of their units, or evenly.
 
-    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores, and
-    `osscar.allocation.lower_curves` for what may lie below the curves.
+    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores.
     """
 
     groups: Sequence[CouplingGroup]
@@ -48,7 +46,6 @@ class Sharing:
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
     scores: Mapping[str, NDArray[np.float64]] | None = None
-    lower: Mapping[str, NDArray[np.float64]] | None = None
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return what the groups keep so that the model costs at most the limit, or the least."""
@@ -66,8 +63,6 @@ class Sharing:
         if self.curves is not None:
             by_curves = self._by_curves(self.curves, cost, limit)
             told = by_curves.prediction(found)
-            if self.lower is not None:
-                told["bounded"] = by_curves.bounded(self.lower)
             nats = {name: float(self.curves[name].losses[kept]) for name, kept in found.items()}
         widths = {
             g.name: Width(str(g.kind), g.units, found[g.name], nats.get(g.name))
@@ -286,18 +281,6 @@ class ByCurves:
             "measured": {name: _measured(c) for name, c in self.curves.items() if c.measured},
             "frontier": self.frontier(),
         }
-
-    def bounded(self, lower: Mapping[str, NDArray[np.float64]]) -> Bounded:
-        """Bound the choices of widths and of units by those of widths, on curves that lie below.
-
-        `lower`, (units + 1,), is of each group with several options; there are `classes`.
-        """
-        below = {
-            name: Curve(name, lower.get(name, np.zeros_like(curve.predicted)))
-            for name, curve in self.curves.items()
-        }
-        _, nats = dataclasses.replace(self, curves=below).exact()
-        return Bounded(nats, {name: tuple(curve.tolist()) for name, curve in lower.items()})
 
     def exact(self) -> tuple[dict[str, int], float]:
         """Solve the knapsack: costs of classes add up."""

@@ -32,7 +32,6 @@ class Stage(enum.StrEnum):
     CURVATURE = "curvature"
     CURVES = "curves"
     MEASURED = "measured curves"
-    BOUND = "bounds of all widths"
     ALLOCATION = "allocation"
     WALK = "walk"
     GRAM = "Gram matrices"

@@ -25,10 +25,8 @@ from osscar.allocation.curvature import curvature, held_batches, small_batches
 from osscar.allocation.curves import Curve, curve_samples, elimination_curve
 from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
-from osscar.allocation.lower_curves import least_predicted
 from osscar.allocation.measured import compared_samples
-from osscar.allocation.rules import can_be_listed
-from osscar.allocation.widths import asked_groups, possible_widths
+from osscar.allocation.widths import asked_groups
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
 from osscar.estimation.values import LayerClass, Span, together
@@ -104,9 +102,7 @@ def timed_stations(
     shared: tuple[CouplingGroup, ...] = ()
     if request.has_budget:
         shared = tuple(asked_groups(prepared, request, facts.skipped_names)[2])
-        options = {group.name: possible_widths(group, request.widths) for group in shared}
-        bounds = request.certify and can_be_listed(cost, options)
-        stages |= _of_budget(prepared, few, request, shared, allocating, one, bounds, clock)
+        stages |= _of_budget(prepared, few, request, shared, allocating, one, clock)
         if request.allocation in MEASURED and facts.reference is not None:
             stages[Stage.MEASURED] = _of_measuring(prepared, few, shared, one, clock)
     groups = [g for g in prepared.groups if keep.get(g.name, g.units) < g.units]
@@ -276,10 +272,9 @@ def _of_budget(
     shared: Sequence[CouplingGroup],
     allocating: float,
     one: float,
-    bounds: bool,
     clock: Clock,
 ) -> dict[Stage, Span]:
-    """Return what it takes to share a budget out, and to bound that if `bounds` says so."""
+    """Return what it takes to share a budget out."""
     samples = few.inputs.samples
     allocation = Span.about(allocating, 0.3)
     if request.allocation == "fluctuation":
@@ -294,12 +289,10 @@ def _of_budget(
     stages = {Stage.ALLOCATION: allocation}
     if request.allocation != "curvature":
         return stages
-    bounds = bounds and request.speedup is None
     most = min(prepared.inputs.samples, curve_samples(prepared))
     classes = layer_classes(prepared, shared)
     solve = {one.source for one in classes}
     curves: dict[str, float] = {}
-    bounding: dict[str, float] = {}
     with profiled(clock) as profile, _silent():
         measured = curvature(few, shared, samples=samples, seed=request.seed)
         while True:
@@ -311,16 +304,9 @@ def _of_budget(
                 began = clock()
                 elimination_curve(found.problem(DEFAULT_DAMP))
                 curves[found.group.name] = clock() - began
-                if bounds:
-                    began = clock()
-                    least_predicted(found, found.group.units // 2, request)
-                    bounding[found.group.name] = clock() - began
     if held_batches(prepared, small_batches(prepared, most)):  # once more, for the damping
         curves = {name: 2 * seconds for name, seconds in curves.items()}
     passes = profile.seconds[Stage.CURVATURE] * most / min(samples, most)
-    if bounds:  # by one more pass
-        passes *= 2
-        stages[Stage.BOUND] = over_classes(classes, bounding)
     return stages | {
         Stage.CURVATURE: Span.about(passes, 0.25),
         Stage.CURVES: over_classes(classes, curves),

@@ -206,11 +206,6 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     budget = document.get("budget")
     if budget is not None:
         yield budget_line(budget)
-        if budget.get("bounded") is not None:
-            bounded = budget["bounded"]
-            yield "bound of all models", _bound_of_all(bounded["nats"], bounded["gap"])
-        elif budget.get("unbounded"):
-            yield "bound of all models", f"none, as {budget['unbounded']}"
         if not budget["comparable"]:
             yield (
                 "gradients",
@@ -287,14 +282,6 @@ def _divergence(document: Mapping[str, Any]) -> str:
         else f", with the same likeliest {_what(document)} in {agreement:.1%}"
     )
     return f"{said}measured {measured:.4f} nats {on}{same}"
-
-
-def _bound_of_all(nats: float, gap: float) -> str:
-    """Say what no model within the budget is predicted to be below."""
-    return (
-        "within this budget no choice of widths and of whole units, refitted layer by layer, is "
-        f"predicted below {nats:.4g} nats, {gap:.1%} less than this one"
-    )
 
 
 def _when(document: Mapping[str, Any]) -> str:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
-from torch.nn.functional import pad
 
 from solvers.certificates.certificate import LEAST_DIAGONAL
 from solvers.linalg.descent import accelerated, project
@@ -84,11 +83,6 @@ class QuadraticBound:
         """The bound, with what rounding can have done to it taken off."""
         return float(self.slopes.sort().values[: self.removals].sum()) - self.offset
 
-    @property
-    def values(self) -> Tensor:
-        """The bounds for every number of ones, (n + 1,): only a sort depends on it."""
-        return pad(self.slopes.sort().values.cumsum(0), (1, 0)) - self.offset
-
 
 def scaled_diagonal(Q: Tensor, shape: Tensor, margin: float = LEAST_MARGIN) -> Tensor:
     """Return the least multiple q of ``shape o diag(Q)`` that dominates Q by a margin, (n,)."""
@@ -121,23 +115,15 @@ def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
     bound: Where to start.
     steps: The most steps; one costs a product with Q.
     """
-    x = minimizers(bound, bound.point[None], bound.q.new_tensor([bound.removals]), steps)
-    return replace(bound, point=x[0])
-
-
-def minimizers(bound: QuadraticBound, start: Tensor, totals: Tensor, steps: int) -> Tensor:
-    """Return about where the convex function is least for other numbers of ones, (b, n).
-
-    start: Where to start, (b, n).
-    totals: The numbers of ones, (b,).
-    """
+    start, total = bound.point[None], bound.q.new_tensor([bound.removals])
     weight = (1 / bound.q).expand_as(start)
 
     def step(y: Tensor) -> Tensor:
         # y - gradient(y) / (2 q), where the gradient is 2 (a + q y - Q y) - q: q y cancels.
-        return project(((y @ bound.Q - bound.a) * weight).add_(0.5), weight, totals)
+        return project(((y @ bound.Q - bound.a) * weight).add_(0.5), weight, total)
 
-    return accelerated(start, step, bound.q, steps, _POINT_TOLERANCE)
+    x = accelerated(start, step, bound.q, steps, _POINT_TOLERANCE)
+    return replace(bound, point=x[0])
 
 
 def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:

@@ -88,16 +88,6 @@ class EnumerationCertificate:
         inverses = Inverses.of(problem)
         return inverses.proved(_least_loss(inverses, removals))
 
-    def curve(self, problem: SubsetProblem) -> Tensor:
-        """Return the least loss of all supports of k units, (n + 1,), in float64.
-
-        Raises VerificationError if there are more than 20,000 supports.
-        """
-        _check_few(2**problem.units)
-        inverses = Inverses.of(problem)
-        least = [_least_loss(inverses, problem.units - k) for k in range(problem.units + 1)]
-        return inverses.all_proved(torch.tensor(least, dtype=torch.float64, device=problem.device))
-
 
 def _check_few(supports: int) -> None:
     if not supports <= _MOST_SUPPORTS:
@@ -176,16 +166,6 @@ class MultiplierCertificate:
             raise VerificationError("nothing is removed, so there is nothing to certify")
         nodes, terms = self._terms(inverses)
         return nodes.linearize(terms, self.q[None], self.point[None], removals)
-
-    def costs(self, inverses: Inverses, points: Tensor) -> Tensor:
-        """Return a bound of the cost of removing r units, (n + 1,), for every r.
-
-        It is the best of the tangents at this point and at some more, (t, n), with the same Y and
-        q: only the sort of the text above depends on r, and how tight it is on the point.
-        """
-        nodes, terms = self._terms(inverses)
-        every = torch.cat([self.point[None], points])
-        return nodes.tangents(terms, self.q[None], every).max(0).values
 
     def _terms(self, inverses: Inverses) -> tuple[ConditionedNodes, Terms]:
         """Return the node that leaves all units free, with the terms of its bound."""

@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from solvers.errors import VerificationError
 from solvers.linalg.rounding import Magnitudes, Rounding
@@ -67,16 +66,10 @@ class Inverses:
 
         Raises VerificationError if it is no finite number.
         """
-        return float(self.all_proved(torch.tensor(loss, dtype=torch.float64)))
-
-    def all_proved(self, losses: Tensor) -> Tensor:
-        """Do so with each of some.
-
-        Raises VerificationError if one is no finite number.
-        """
-        if not (bool(torch.isfinite(losses).all()) and math.isfinite(self.constant)):
-            raise VerificationError(f"the certificate proves {losses.min()}, which is no bound")
-        return self.rounding.certified(self.constant, losses - self.constant)
+        if not (math.isfinite(loss) and math.isfinite(self.constant)):
+            raise VerificationError(f"the certificate proves {loss}, which is no bound")
+        cost = torch.tensor(loss - self.constant, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, cost))
 
     def unconditioned(self) -> ConditionedNodes:
         """Return the node that leaves all units free."""
@@ -162,24 +155,6 @@ class ConditionedNodes:
         if not all(bool(torch.isfinite(part).all()) for part in bounds):
             raise VerificationError("the certificate's numbers overflow: no bound follows")
         return bounds
-
-    def tangents(self, terms: Terms, q: Tensor, points: Tensor) -> Tensor:
-        """Return bounds of the cost of removing r units, (t, f + 1), for every r, in one node.
-
-        q: (1, f).
-        points: Where the convex function is linearized, (t, f): one bound each.
-
-        Raises VerificationError if ``Diag(q) - Q`` is not positive semidefinite, or numbers
-            overflow.
-        """
-        a, Q, magnitudes = terms
-        Px = points @ _dominating(Q, q)[0]
-        sums = (2 * a - q + 2 * Px).sort(1).values.cumsum(1)
-        least = (points * Px).sum(1) + magnitudes.lost(q, points)
-        costs = pad(sums, (1, 0)) - least[:, None]
-        if not bool(torch.isfinite(costs).all()):
-            raise VerificationError("the certificate's numbers overflow: no bound follows")
-        return costs
 
     def cheapest(self, choices: Tensor) -> Tensor:
         """Return the least loss of removing the units at one of c choices of r places, (b,)."""

@@ -76,13 +76,11 @@ def weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def summary(result: PruningResult) -> dict[str, Any]:
-    bounded = None if result.budget is None else result.budget.bounded
     return {
         "support": {layer.name: list(layer.support) for layer in result.layers},
         "loss": {layer.name: layer.loss for layer in result.layers},
         "damp": [layer.damp for layer in result.layers],
         "curves": {} if result.budget is None else result.budget.curves,
-        "bounds": {} if bounded is None else bounded.curves,
         "divergence": result.divergence,
         "batch_norms": result.batch_norms,
         "skipped": [group.name for group in result.skipped],
