@@ -10,9 +10,9 @@ form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of 
 the built-in text, on code (modules of Python), on as many windows of the same form and of code
 (mixed), or on what the dense model writes itself, from its first token on.
 Baselines are uniform, on the paper's target: every group keeps the same share of its units, as if
-asked for by --heads and --neurons, or the largest one within a budget of FLOPs; FLAP has its own
-allocation.  All of them refit by least squares, but for FLAP as published, which leaves weights as
-they are and makes up by biases, where there are any.  Whatever shares a budget gets as much as
+asked for by --heads and --neurons, or the largest one within a budget of FLOPs; all of
+them refit by least squares, but for FLAP's compensation, which leaves weights as they are and makes
+up by biases, where there are any.  Whatever shares a budget gets as much as
 uniform shares come to in whole units.
 Seconds are those of the processor, so that others on the machine do not count; give
 OMP_NUM_THREADS=1 where there are any, as threads that wait for each other count, too.
@@ -45,7 +45,7 @@ from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
-FLAP = {**UNIFORM, "allocation": "fluctuation", "backend": "flap"}
+FLAP = {**UNIFORM, "backend": "flap"}
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "multistage (the paper's)": {**UNIFORM, "backend": "multistage"},
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {**UNIFORM, "backend": "wanda"},
     "magnitude": {**UNIFORM, "backend": "magnitude"},
     "flap, refitted": FLAP,
-    "flap (as published)": {**FLAP, "damp": 1e9},
+    "flap's compensation": {**FLAP, "damp": 1e9},
     # One thing at a time, from the paper's method to the default and back.
     "multistage, damping chosen": {**UNIFORM, "backend": "multistage", "damp": None},
     "uniform": {"allocation": "uniform"},
@@ -62,8 +62,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "damp 0.01": {"damp": 0.01},
     "damp 0.1": {"damp": 0.1},
     "wanda, default otherwise": {"backend": "wanda"},
-    "flap, uniform": {**UNIFORM, "backend": "flap"},
-    "fluctuation": {"allocation": "fluctuation"},
 }
 BASELINES = tuple(METHODS)[:7]
 

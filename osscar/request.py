@@ -73,7 +73,7 @@ overflow."""
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
 
-Allocation: TypeAlias = Literal["curvature", "measured", "uniform", "fluctuation"]
+Allocation: TypeAlias = Literal["curvature", "measured", "uniform"]
 """How a budget is shared out."""
 
 METHODS = MappingProxyType(
@@ -84,8 +84,6 @@ METHODS = MappingProxyType(
         "another's errors",
         "uniform": "the same share of every group, the largest within the budget; "
         "layers make up for one another's errors",
-        "fluctuation": "widths by the scores of FLAP (An et al., 2024); layers make "
-        "up for one another's errors",
     }
 )
 """What the request itself may be called, by how it shares a budget; all others are baselines."""
@@ -293,8 +291,7 @@ class PruningRequest:
         with gradients and corrected by what is measured with one group pruned at a time;
         ``measured`` the same without gradients, so that weights may lie on disk;
         ``uniform`` keeps the same share of the units of every group, as the paper does, the largest
-        within the budget; ``fluctuation`` keeps the units with the highest of FLAP's scores
-        anywhere.
+        within the budget.
     heads, neurons, channels
         What to *keep* of each group of a kind, whatever the budget: a fraction such as ``"2/3"``,
         or a count.  A kind that neither this nor a budget reaches is left alone.
@@ -479,11 +476,6 @@ class PruningRequest:
             raise RequestError(
                 "a token is sent to as many experts however many there are, so that experts save "
                 "no flops; leave experts 'auto' away, or give params or size as the budget"
-            )
-        if self.allocation == "fluctuation":
-            raise RequestError(
-                "allocation fluctuation scores units of layers, and no experts; leave experts "
-                "'auto' away, or give --allocation curvature"
             )
 
     def chosen_backend(self) -> "solvers.Backend":

@@ -15,7 +15,6 @@ from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.expert_curves import expert_curves
-from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import aimed, latency_table
 from osscar.allocation.latency_table import CostModel, LatencyTable
 from osscar.allocation.measured import (
@@ -184,9 +183,6 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         more = partial(_more_to_prune, prepared, request, groups, keep)
         if request.allocation in MEASURED:
             sharing = replace(sharing, curves=asked.curves)
-        elif request.allocation == "fluctuation":
-            scores = measure_fluctuations(prepared, shared)
-            sharing = replace(sharing, scores=scores)
         if request.speedup is None:
             found, budget = _counted(prepared, request, sharing, asked.form, more)
         else:

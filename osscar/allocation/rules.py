@@ -1,4 +1,4 @@
-"""How a budget is shared out: evenly, by what each group loses, or by scores of all units."""
+"""How a budget is shared out: evenly, or by what each group loses."""
 
 from __future__ import annotations
 
@@ -36,25 +36,17 @@ _FRONTIER = 24
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """Groups that share a budget by curves, by scores of their units, or evenly.
-
-    `others` is what other groups keep.  See `osscar.allocation.fluctuation` for the scores.
-    """
+    """Groups that share a budget by curves, or evenly; `others` is what other groups keep."""
 
     groups: Sequence[CouplingGroup]
     widths: Widths
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
-    scores: Mapping[str, NDArray[np.float64]] | None = None
 
     def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
         """Return what the groups keep so that the model costs at most the limit, or the least."""
         if self.curves is not None:
             return self._by_curves(self.curves, cost, limit).choose()
-        if self.scores is not None:
-            return _widths_by_scores(
-                self.groups, self.scores, self.widths, self.others, cost, limit
-            )
         return _uniform_widths(self.groups, self.widths, self.others, cost, limit)
 
     def budget(self, kind: Cost, cost: CostModel, limit: float, found: Mapping[str, int]) -> Budget:
@@ -148,37 +140,6 @@ class _Alike:
         while place and cost.of({**kept, **least, **self.keeping(self.options[place])}) > limit:
             place -= 1
         return self.keeping(self.options[place])
-
-
-def _widths_by_scores(
-    shared: Sequence[CouplingGroup],
-    scores: Mapping[str, NDArray[np.float64]],
-    widths: Widths,
-    keep: Mapping[str, int],
-    cost: CostModel,
-    limit: float,
-) -> dict[str, int]:
-    """Return the counts at the lowest threshold of scores within the limit, or the least ones.
-
-    One threshold, for the scores of the units of all groups: the highest stay, wherever they are.
-    `keep` is what other groups keep.
-    """
-    groups = np.repeat(np.arange(len(shared)), [group.units for group in shared])
-    ranked = np.concatenate([scores[group.name] for group in shared])
-    order = groups[np.argsort(-ranked, kind="stable")]
-    options = [possible_widths(group, widths) for group in shared]
-
-    def at(count: int) -> dict[str, int]:
-        counts = np.bincount(order[:count], minlength=len(shared))
-        found = zip(shared, options, counts, strict=True)
-        return {g.name: int(max(some[some <= k], default=some[0])) for g, some, k in found}
-
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high + 1) // 2
-        within = cost.of({**keep, **at(middle)}) <= limit
-        low, high = (middle, high) if within else (low, middle - 1)
-    return at(low)
 
 
 def _measured(curve: Curve) -> tuple[Measured, ...]:

@@ -91,7 +91,7 @@ def estimate_as_asked(
         read = 0
         if cache is not None:
             if peak + weights > cache.ceiling:  # else the weights stay in memory
-                read = weights * _passes(request, held, timed)
+                read = weights * _passes(held, timed)
             peak = min(peak + weights, cache.ceiling)
         return Estimate(
             stages=_ordered({Stage.OPEN: Span.about(opening), **timed.stages}),
@@ -190,10 +190,9 @@ def _saved_bytes(prepared: Prepared) -> int:
     return 4 * positions * sum(put_out(prepared)[0])
 
 
-def _passes(request: PruningRequest, held: int, timed: Timed) -> int:
+def _passes(held: int, timed: Timed) -> int:
     """Return how often a run reads the weights on disk: trial, proof, both models, and the walk."""
-    scores = 2 if request.allocation == "fluctuation" else 0
-    return 6 + 8 + 2 * max(1, held) + scores + timed.passes
+    return 6 + 8 + 2 * max(1, held) + timed.passes
 
 
 def _log_bytes(prepared: Prepared, timed: Timed) -> int:

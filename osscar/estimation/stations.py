@@ -23,7 +23,6 @@ from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, held_batches, small_batches
 from osscar.allocation.curves import Curve, curve_samples, elimination_curve
-from osscar.allocation.fluctuation import measure_fluctuations
 from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.measured import compared_samples
 from osscar.allocation.widths import asked_groups
@@ -143,8 +142,6 @@ def expected_keep(
     if not request.has_budget:
         return dict(allocate(prepared, request, None, left, form).keep)
     told = request
-    if request.allocation == "fluctuation":
-        told = dataclasses.replace(told, allocation="curvature")
     if request.speedup is not None:
         told = dataclasses.replace(told, speedup=None, sparsity=1 - 1 / request.speedup)
     _, _, shared = asked_groups(prepared, told, left)
@@ -277,10 +274,6 @@ def _of_budget(
     """Return what it takes to share a budget out."""
     samples = few.inputs.samples
     allocation = Span.about(allocating, 0.3)
-    if request.allocation == "fluctuation":
-        scores = _seconds(lambda: measure_fluctuations(few, shared), clock)
-        of_all = scores * prepared.inputs.samples / samples
-        allocation = together(allocation, Span.about(of_all, 0.3))
     if request.speedup is not None:  # the table's models are smaller than the dense one
         one *= min(prepared.batch_size, prepared.inputs.samples)
         table, again = table_passes() * one, max(WORTHWHILE_SECONDS, round_passes() * one)

@@ -218,7 +218,7 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.has_budget and request.allocation == "curvature":
         return (
             "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation measured, uniform or fluctuation, "
+            "and this one is read from disk; give --allocation measured or uniform, "
             "leave --max-memory away, or prune with --heads and --neurons"
         )
     if request.form == "exported":

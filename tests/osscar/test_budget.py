@@ -477,7 +477,7 @@ def test_models_without_logits_are_measured_by_projections():
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("allocation", ["curvature", "measured", "uniform", "fluctuation"])
+@pytest.mark.parametrize("allocation", ["curvature", "measured", "uniform"])
 @pytest.mark.parametrize(
     "asked",
     [
@@ -581,7 +581,7 @@ def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
     assert half.budget.reached <= 0.6 * half.budget.dense
 
 
-@pytest.mark.parametrize("allocation", ["curvature", "uniform", "fluctuation"])
+@pytest.mark.parametrize("allocation", ["curvature", "uniform"])
 def test_a_budget_out_of_reach_says_what_is_in_reach(allocation, opt):
     message = r"cannot be met: .* comes to [\d,]+ of [\d,]+ at l"
     with pytest.raises(RequestError, match=message):

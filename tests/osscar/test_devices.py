@@ -90,7 +90,6 @@ def test_a_tensor_that_is_made_on_the_host_is_seen(card):
         ("opt", {"heads": 0.5, "neurons": 0.5}),
         ("qwen2", {"heads": 0.5, "neurons": 0.5, "target": "weights", "damp": 0.1}),
         ("qwen2", {"sparsity": 0.4, "certify": True}),
-        ("opt", {"flops": 0.7, "allocation": "fluctuation"}),
     ],
     ids=str,
 )

@@ -126,7 +126,6 @@ def test_a_walk_in_one_go_has_one_pass():
         ({"sparsity": 0.3}, "curvature"),
         ({"sparsity": 0.3}, "measured"),
         ({"params": 0.8}, "uniform"),
-        ({"flops": 0.8}, "fluctuation"),
     ],
     ids=str,
 )

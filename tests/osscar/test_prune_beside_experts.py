@@ -254,7 +254,6 @@ def test_sweeps_take_experts(experts):
         ({"heads": 0.5}, "and there is none; give one, such as params="),
         ({"flops": 0.7}, "experts save no flops"),
         ({"speedup": 2.0}, "give params or size"),
-        ({"sparsity": 0.5, "allocation": "fluctuation"}, "and no experts"),
         ({"params": 0.5, "form": "exported"}, "leave modules alone"),
     ],
 )

@@ -97,7 +97,6 @@ def files(path):
     ("family", "dtype", "asked"),
     [
         ("opt", torch.float32, {"neurons": 0.5, "target": "weights"}),
-        ("opt", torch.float32, {"sparsity": 0.4, "allocation": "fluctuation"}),
         ("llama-gqa", torch.float32, {"sparsity": 0.4, "allocation": "measured"}),
         ("opt", torch.float32, {"heads": 0.5, "neurons": 0.7}),  # which its config cannot say
         ("llama-gqa", torch.bfloat16, {"heads": "2/3", "neurons": 0.5}),  # untied, with biases
