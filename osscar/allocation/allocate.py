@@ -12,11 +12,9 @@ import numpy as np
 
 from graph import CouplingGroup, UnitKind
 from osscar.allocation.budget import Allocated, Budget
-from osscar.allocation.costs import ROUNDING, Cost, count
+from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.expert_curves import expert_curves
-from osscar.allocation.latency import aimed, latency_table
-from osscar.allocation.latency_table import CostModel, LatencyTable
 from osscar.allocation.measured import (
     FEWEST,
     Compared,
@@ -26,6 +24,7 @@ from osscar.allocation.measured import (
     widths_to_measure,
 )
 from osscar.allocation.rules import Sharing
+from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
@@ -53,14 +52,13 @@ def allocate(
     curves: Mapping[str, Curve] | None = None,
     left: Collection[str] = (),
     form: Form = Form.EAGER,
-    table: LatencyTable | None = None,
     measure: bool = True,
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
     Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
-    and is saved.  `curves` of the groups that share a budget, which all ranks predict together, or
-    their `table` of times, are found where they are not given.  Without `measure`, curves stay as
+    and is saved.  `curves` of the groups that share a budget, which all ranks predict together, are
+    found where they are not given.  Without `measure`, curves stay as
     they were predicted.
 
     Raises
@@ -71,7 +69,7 @@ def allocate(
     NonFiniteError
         If the gradients that a budget needs are not finite.
     """
-    asked = _Asked(prepared, request, left, form, table, curves)
+    asked = _Asked(prepared, request, left, form, curves)
     if request.has_budget and request.allocation in MEASURED:
         return _by_measured_curves(asked, measure)
     return prepared.ranks.broadcast("widths", lambda: _allocated(asked))
@@ -85,7 +83,6 @@ class _Asked:
     request: PruningRequest
     left: Collection[str]
     form: Form
-    table: LatencyTable | None
     curves: Mapping[str, Curve] | None
 
 
@@ -95,9 +92,9 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     A group whose width moves much is measured a second time.  Without gradients, groups get equal
     shares at first, and what they lose of their own outputs is the shape of a curve.
     """
-    prepared, request, curves, table = asked.prepared, asked.request, asked.curves, asked.table
+    prepared, request, curves = asked.prepared, asked.request, asked.curves
     ranks = prepared.ranks
-    _, keep, shared = asked_groups(prepared, request, asked.left)
+    _, _, shared = asked_groups(prepared, request, asked.left)
     units = [group for group in shared if group.kind is not UnitKind.EXPERTS]
     of_experts = [group for group in shared if group.kind is UnitKind.EXPERTS]
     if curves is None and request.allocation == "curvature":
@@ -110,15 +107,11 @@ def _by_measured_curves(asked: _Asked, measure: bool) -> Allocated:
     )
     if not units:
         curves = experts
-    if request.speedup is not None and table is None and shared:
-        table = ranks.broadcast(
-            "times", lambda: latency_table(prepared, shared, keep, request.widths)
-        )
 
     def chosen(curves: Mapping[str, Curve] | None, aim: bool = True) -> Allocated:
         by = request if curves is not None else replace(request, allocation="uniform")
         every = None if curves is None else {**curves, **experts}
-        now = replace(asked, request=by, curves=every, table=table)
+        now = replace(asked, request=by, curves=every)
         return ranks.broadcast("widths", lambda: _allocated(now, aim))
 
     if measure and units:
@@ -172,7 +165,7 @@ def _why_not_measured(prepared: Prepared) -> str:
 
 
 def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
-    """Choose widths by what is known; without `aim`, those of a speed-up by the table alone."""
+    """Choose widths by what is known; without `aim`, those of a speed-up by operations alone."""
     prepared, request, left = asked.prepared, asked.request, asked.left
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
@@ -186,9 +179,7 @@ def _allocated(asked: _Asked, aim: bool = True) -> Allocated:
         if request.speedup is None:
             found, budget = _counted(prepared, request, sharing, asked.form, more)
         else:
-            found, budget = _timed(
-                prepared, request.speedup, request, sharing, asked.table, aim, more
-            )
+            found, budget = _timed(prepared, request.speedup, sharing, aim)
         keep = {**keep, **found}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
     if not keep and request.experts_alone:
@@ -244,30 +235,25 @@ def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
 
 
 def _timed(
-    prepared: Prepared,
-    wanted: float,
-    request: PruningRequest,
-    sharing: Sharing,
-    known: LatencyTable | None,
-    aim: bool,
-    more: Callable[[], str],
+    prepared: Prepared, wanted: float, sharing: Sharing, aim: bool
 ) -> tuple[dict[str, int], Budget]:
-    """Choose widths whose model was timed to be as fast as wanted, or is by the table alone."""
-    keep = sharing.others
-    table = known or latency_table(prepared, sharing.groups, keep, sharing.widths)
+    """Choose widths whose model was timed to be as fast as wanted, or has as few operations."""
+    groups = [group for group in prepared.every_group if group.kind is not UnitKind.EXPERTS]
+    cost = count(Cost.FLOPS, prepared.model, groups, prepared.sample)
+    least = cost.of({**sharing.others, **sharing.choose(cost, 0.0)}) / cost.dense
 
-    def within(limit: float) -> dict[str, int]:
-        asked = request.budget_in_words
-        return _checked(sharing.choose, Cost.TIME, table, limit, keep, asked, more)
+    def within(share: float) -> dict[str, int]:
+        return sharing.choose(cost, share * cost.dense)
 
-    if not aim:
-        found = within(1 / wanted)
-        return found, sharing.budget(Cost.TIME, table, 1 / wanted, found)
-    found, speedup = aimed(prepared, keep, wanted, within)
-    budget = sharing.budget(Cost.TIME, table, table.of(found), found)
-    # The bound is of modelled times, and says nothing of those that are measured.
+    if aim:
+        found, speedup = as_fast_as(prepared, wanted, sharing.others, least, within)
+    else:
+        found, speedup = within(max(1 / wanted, least)), wanted
+    budget = sharing.budget(Cost.FLOPS, cost, cost.of({**sharing.others, **found}), found)
+    # Bounds and frontier are of operations, and say nothing of times.
+    budget = replace(budget, lower_bound=None, frontier=())
     limit, reached = 1 / wanted, 1 / speedup
-    return found, replace(budget, limit=limit, reached=reached, lower_bound=None)
+    return found, replace(budget, cost=Cost.TIME, limit=limit, dense=1.0, reached=reached)
 
 
 def _counted(
@@ -319,9 +305,9 @@ def _counted(
 
 
 def _checked(
-    choose: Callable[[CostModel, float], dict[str, int]],
+    choose: Callable[[CountedCost, float], dict[str, int]],
     kind: Cost,
-    cost: CostModel,
+    cost: CountedCost,
     limit: float,
     keep: Mapping[str, int],
     asked: str,
@@ -332,18 +318,14 @@ def _checked(
 
     `more` says what else could be pruned.
     """
-
-    def written(value: float) -> str:
-        return f"{value:.3f}" if kind is Cost.TIME else f"{value:,.0f}"
-
     found = choose(cost, limit)
     dense = cost.dense if dense is None else dense
     form = "" if dense == cost.dense else ", as an exported program,"
     reached = cost.of({**keep, **found})
     if not reached <= limit * (1 + ROUNDING):
         raise RequestError(
-            f"{asked} cannot be met: it allows {written(limit)} {kind}, and what may be pruned "
-            f"comes to {written(reached)}{form} of {written(dense)} at least "
+            f"{asked} cannot be met: it allows {limit:,.0f} {kind}, and what may be pruned "
+            f"comes to {reached:,.0f}{form} of {dense:,.0f} at least "
             f"({reached / dense:.3f} of the dense model's); remove less, or let {more()}"
         )
     return found

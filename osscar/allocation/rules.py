@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget, Measured, Width
-from osscar.allocation.costs import ROUNDING, Cost
+from osscar.allocation.costs import ROUNDING, Cost, CountedCost
 from osscar.allocation.curves import Curve
 from osscar.allocation.knapsack import choose
-from osscar.allocation.latency_table import CostModel
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import RequestError
 from osscar.request import Widths
@@ -43,13 +42,15 @@ class Sharing:
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
 
-    def choose(self, cost: CostModel, limit: float) -> dict[str, int]:
+    def choose(self, cost: CountedCost, limit: float) -> dict[str, int]:
         """Return what the groups keep so that the model costs at most the limit, or the least."""
         if self.curves is not None:
             return self._by_curves(self.curves, cost, limit).choose()
         return _uniform_widths(self.groups, self.widths, self.others, cost, limit)
 
-    def budget(self, kind: Cost, cost: CostModel, limit: float, found: Mapping[str, int]) -> Budget:
+    def budget(
+        self, kind: Cost, cost: CountedCost, limit: float, found: Mapping[str, int]
+    ) -> Budget:
         """Report on a choice, with a prediction where there are curves."""
         told, nats = {}, {}
         if self.curves is not None:
@@ -63,7 +64,7 @@ class Sharing:
         reached = cost.of({**self.others, **found})
         return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
 
-    def _by_curves(self, curves: Mapping[str, Curve], cost: CostModel, limit: float) -> ByCurves:
+    def _by_curves(self, curves: Mapping[str, Curve], cost: CountedCost, limit: float) -> ByCurves:
         options = {group.name: possible_widths(group, self.widths) for group in self.groups}
         own = {name: curves[name] for name in options}
         return ByCurves(own, options, self.others, cost, limit)
@@ -73,7 +74,7 @@ def _uniform_widths(
     shared: Sequence[CouplingGroup],
     widths: Widths,
     keep: Mapping[str, int],
-    cost: CostModel,
+    cost: CountedCost,
     limit: float,
 ) -> dict[str, int]:
     """Return the counts of the largest share of every group within the limit, or the least ones.
@@ -110,7 +111,7 @@ class _Alike:
         return int(np.searchsorted(middles, share * self.options[-1], side="right"))
 
     def rounded(
-        self, finer: Sequence[_Alike], cost: CostModel, limit: float, kept: Mapping[str, int]
+        self, finer: Sequence[_Alike], cost: CountedCost, limit: float, kept: Mapping[str, int]
     ) -> dict[str, int]:
         """Return what these keep at the share at which all come to the limit, rounded.
 
@@ -168,7 +169,7 @@ class _Class:
         return dict(zip(self.names, self.counts[choice].tolist(), strict=True))
 
 
-def can_be_listed(cost: CostModel, options: Mapping[str, NDArray[np.int64]]) -> bool:
+def can_be_listed(cost: CountedCost, options: Mapping[str, NDArray[np.int64]]) -> bool:
     """Whether all choices of groups whose costs multiply are few enough to be listed together.
 
     `options` are the numbers of units that each group may keep.
@@ -189,7 +190,7 @@ class ByCurves:
     curves: Mapping[str, Curve]
     options: Mapping[str, NDArray[np.int64]]
     others: Mapping[str, int]
-    cost: CostModel
+    cost: CountedCost
     limit: float
 
     @cached_property

@@ -23,8 +23,8 @@ from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.curvature import curvature, held_batches, small_batches
 from osscar.allocation.curves import Curve, curve_samples, elimination_curve
-from osscar.allocation.latency import MOST_ROUNDS, round_passes, table_passes
 from osscar.allocation.measured import compared_samples
+from osscar.allocation.speedup import MOST_MODELS
 from osscar.allocation.widths import asked_groups
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import WORTHWHILE_SECONDS, Clock, Stage, profiled, timed
@@ -274,11 +274,10 @@ def _of_budget(
     """Return what it takes to share a budget out."""
     samples = few.inputs.samples
     allocation = Span.about(allocating, 0.3)
-    if request.speedup is not None:  # the table's models are smaller than the dense one
-        one *= min(prepared.batch_size, prepared.inputs.samples)
-        table, again = table_passes() * one, max(WORTHWHILE_SECONDS, round_passes() * one)
-        timing = Span(table / 3 + again, table + again, table + MOST_ROUNDS * again)
-        allocation = together(allocation, timing)
+    if request.speedup is not None:  # models are timed until one is fast enough
+        passes = 20 * one * min(prepared.batch_size, prepared.inputs.samples)
+        again = max(WORTHWHILE_SECONDS, passes)
+        allocation = together(allocation, Span(again, 3 * again, MOST_MODELS * again))
     stages = {Stage.ALLOCATION: allocation}
     if request.allocation != "curvature":
         return stages

@@ -23,7 +23,6 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
-from osscar.allocation.latency_table import LatencyTable
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -165,8 +164,8 @@ class _DenseFacts:
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.walk.batch_norm`.
-    curves, table
-        Of the groups that share a budget: by name, and of times.  None: measured when needed.
+    curves
+        Of the groups that share a budget, by name; None: measured when needed.
     """
 
     form: Form
@@ -174,7 +173,6 @@ class _DenseFacts:
     reference: Reference | None
     statistics: DenseStatistics
     curves: Mapping[str, Curve] | None = None
-    table: LatencyTable | None = None
 
     @property
     def skipped_names(self) -> frozenset[str]:
@@ -280,9 +278,7 @@ def _widths(
         _check_noted(noted, prepared, request, facts)
         return noted
     try:
-        known = allocate(
-            prepared, request, facts.curves, facts.skipped_names, facts.form, facts.table
-        )
+        known = allocate(prepared, request, facts.curves, facts.skipped_names, facts.form)
     except RequestError as error:
         also = f"; {named(facts.skipped)}" if facts.skipped else ""
         raise type(error)(f"{error}{also}") from error

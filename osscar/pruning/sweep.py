@@ -17,8 +17,6 @@ from pydantic import ConfigDict
 from torch import nn
 
 from osscar.allocation.allocate import shared_curves
-from osscar.allocation.latency import latency_table
-from osscar.allocation.widths import asked_groups
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
@@ -143,10 +141,6 @@ def prune_points(
         if any(request.allocation == "curvature" for request in requests.values()):
             curves = shared_curves(prepared, base, facts.skipped_names)
             facts = dataclasses.replace(facts, curves=curves)
-        if points[0].budget is BudgetKind.SPEEDUP:
-            _, keep, shared = asked_groups(prepared, base, facts.skipped_names)
-            table = latency_table(prepared, shared, keep, base.widths)
-            facts = dataclasses.replace(facts, table=table)
         for job in points:
             again = dataclasses.replace(each[job], model=copied(each[job].model))
             result = prune_prepared(again, requests[job], facts)

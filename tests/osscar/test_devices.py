@@ -13,7 +13,6 @@ import graph
 import osscar
 import solvers
 from benchmarks import gpu
-from osscar.allocation.latency_table import timed_pass
 from osscar.base.errors import OptionError, RequestError
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import load as loading
@@ -115,22 +114,15 @@ def test_a_language_model_is_pruned_where_it_is(family, asked, card):
 )
 def test_a_network_is_pruned_where_it_is(asked, card, monkeypatch):
     model, data = small_net(), images(12)
-    monkeypatch.setattr("osscar.allocation.allocate.aimed", aimed_at_once)
-    monkeypatch.setattr("osscar.allocation.latency_table.timed_pass", as_slow_as_it_is_large)
+    monkeypatch.setattr("osscar.allocation.speedup.time_against", as_fast_as_it_is_small)
     with card.watched():
         result = prune_as_asked(on(card, model), data, PruningRequest(**asked))
     assert {card.place(p) for p in result.model.parameters()} == {"card"}
 
 
-def aimed_at_once(prepared, fixed, wanted, choose):
-    """Choose by the table alone: how fast this network is, is another matter."""
-    return choose(1 / wanted), wanted
-
-
-def as_slow_as_it_is_large(model, modules, batch):
-    """Pass through a model, and tell times in which no other process has a share."""
-    events, seconds = timed_pass(model, modules, batch)
-    return events, [float(sum(p.numel() for p in model.parameters()))] * len(seconds)
+def as_fast_as_it_is_small(dense, other, batch):
+    """Compare two models by their parameters: no other process has a share in these."""
+    return sum(p.numel() for p in dense.parameters()) / sum(p.numel() for p in other.parameters())
 
 
 def test_an_estimate_is_made_where_the_model_is(card):

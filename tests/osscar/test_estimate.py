@@ -142,15 +142,6 @@ def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, prep
     assert gone[0] == pytest.approx(gone[1], rel=0.5)
 
 
-def test_a_speedup_is_expected_before_anything_is_timed(smaller, monkeypatch):
-    monkeypatch.setattr("osscar.allocation.allocate.latency_table", None)
-    found = estimate_as_asked(
-        smaller.model, windows(smaller, 4), PruningRequest(speedup=1.3), ticking()
-    )
-    allocation = found.stages[Stage.ALLOCATION]
-    assert allocation.low < allocation.seconds < allocation.high
-
-
 def test_more_samples_take_longer_and_more_memory(smaller):
     request = PruningRequest(sparsity=0.3, batch_size=1)
     few, many = (

@@ -1,0 +1,135 @@
+"""Widths whose model is as fast as is wanted: whole models are built, and timed.
+
+What a width saves in time depends on the device, and is not known before.  So the best widths
+within a limit on the floating-point operations are built, any units, timed beside the dense model,
+and the limit is moved until the time fits.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from graph.tracing.preserve import without_cache
+from osscar.base.devices import clock_of
+from osscar.base.errors import EquivalenceError, RequestError
+from osscar.base.timing import interleaved, seconds_of
+from osscar.data.batches import Batch
+from osscar.network.modules import copied, device_of, forward
+from osscar.preparation.prepare import Prepared
+from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
+
+_REPETITIONS = 9
+_WIDEST_SPREAD = 0.1
+"""Of the ratio of two times, beyond which nothing can be aimed at."""
+
+CLOSE = 0.02
+"""How near the timed speed-up has to come to the one that was asked for."""
+
+MOST_MODELS = 8
+"""How many are built and timed at most; the one that came nearest is taken."""
+
+
+def as_fast_as(
+    prepared: Prepared,
+    wanted: float,
+    fixed: Mapping[str, int],
+    least: float,
+    choose: Callable[[float], dict[str, int]],
+) -> tuple[dict[str, int], float]:
+    """Return widths whose model was timed to be as fast as wanted, and how fast that was.
+
+    Parameters
+    ----------
+    prepared
+        The dense model with its data, a batch of which is timed.
+    wanted
+        How many times as fast as the dense model.
+    fixed
+        What other groups keep.
+    least
+        The share of the dense model's operations with the least widths.
+    choose
+        Returns the best widths within such a share, from `least` to 1.
+
+    Raises
+    ------
+    RequestError
+        If no model is so fast, none can be built, or the device is too noisy to tell.
+    """
+    batch = prepared.batches()[0]
+    # Shares of operations, with the times of their models: one too slow, one fast enough.
+    slow, fast = (1.0, 1.0), (0.0, 0.0)
+    best: tuple[dict[str, int], float] | None = None
+    share = 1 / wanted
+    for _ in range(MOST_MODELS):
+        share = max(share, least)
+        kept = choose(share)
+        try:
+            speedup = time_against(prepared.model, _built(prepared, {**fixed, **kept}), batch)
+        except RequestError:  # a moment of noise: what is known will do
+            if best is None:
+                raise
+            break
+        if best is None or abs(speedup - wanted) < abs(best[1] - wanted):
+            best = kept, speedup
+        if abs(speedup / wanted - 1) <= CLOSE:
+            break
+        if speedup < wanted and share <= least:
+            raise RequestError(
+                f"--speedup {wanted:g} cannot be met: the smallest model that may be is "
+                f"{speedup:.2f} times as fast as the dense one; ask for less, or let more kinds of "
+                "units be pruned"
+            )
+        if speedup < wanted:
+            slow = share, 1 / speedup
+        else:
+            fast = share, 1 / speedup
+        # Interpolated, but not to the ends, as times are noisy: a bisection where these mislead.
+        part = (slow[1] - 1 / wanted) / max(slow[1] - fast[1], 1e-9)
+        share = slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
+    assert best is not None
+    return best
+
+
+def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
+    """Return how much faster than the dense model another one is on a batch: of median times.
+
+    About how far that may be off is half of the interquartile range of the single ratios, over the
+    root of their number.
+
+    Raises
+    ------
+    RequestError
+        If that is too much.
+    """
+    clock = clock_of(device_of(dense))
+    timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
+    with torch.no_grad(), without_cache(dense), without_cache(other):
+        slow, fast = interleaved(timings, _REPETITIONS, "timing")
+    ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    spread = (high - low) / 2 / len(ratios) ** 0.5 / middle
+    if not spread <= _WIDEST_SPREAD:
+        raise RequestError(
+            f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
+            f"{spread:.0%}; end what else runs on it, or ask for a share of the --flops"
+        )
+    return statistics.median(slow) / statistics.median(fast)
+
+
+def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
+    """Return a copy of the dense model that keeps the first units of each group."""
+    fewer = [(g, range(kept[g.name])) for g in prepared.groups if g.name in kept]
+    plans = (GroupPlan.of(g, tuple(some)) for g, some in fewer if len(some) < g.units)
+    smaller = copied(prepared.model)
+    try:
+        shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
+    except EquivalenceError as error:
+        raise RequestError(f"no trial model can be built to time: {error}") from error
+    return smaller

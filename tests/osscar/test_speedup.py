@@ -1,0 +1,91 @@
+"""Speed-ups: whole models are timed until one is as fast as is wanted."""
+
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.allocation import speedup
+from osscar.base import timing
+from osscar.base.errors import RequestError
+from osscar.pruning.sweep import BudgetKind, jobs, prune_points
+from osscar.request import PruningRequest
+from tests.osscar.families import tiny, tokens
+
+
+@pytest.fixture(autouse=True)
+def few_turns(monkeypatch):
+    """No turns but those that are asked for."""
+    monkeypatch.setattr(timing, "WORTHWHILE_SECONDS", 0.0)
+
+
+def seconds(model):
+    """As long as parameters say, those of attention three times as long, and some for all else."""
+    prices = ((name, p.numel()) for name, p in model.named_parameters())
+    return 5_000 + sum(3 * size if "attn" in name else size for name, size in prices)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Let models take as long as `seconds` says; return what was timed."""
+    models = []
+
+    def time_against(dense, other, batch):
+        models.append(other)
+        return seconds(dense) / seconds(other)
+
+    monkeypatch.setattr(speedup, "time_against", time_against)
+    return models
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("allocation", ["measured", "uniform"])
+@pytest.mark.parametrize("wanted", [1.2, 1.5])
+def test_a_speed_up_is_aimed_at_by_timing(timed, wanted, allocation):
+    model = tiny("opt")
+    result = osscar.prune(
+        model, tokens(8, 24), speedup=wanted, allocation=allocation, backend="wanda"
+    )
+    reached = seconds(model) / seconds(result.model)
+    # Uniform shares come to whole heads in all layers at once.
+    assert reached == pytest.approx(wanted, rel=0.03 if allocation == "measured" else 0.1)
+    assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)
+    assert result.budget.limit == pytest.approx(1 / wanted)
+    assert len(timed) <= speedup.MOST_MODELS
+
+
+def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
+    model, points = tiny("opt"), jobs(BudgetKind.SPEEDUP, (1.2, 1.5))
+    base = PruningRequest(speedup=2.0, backend="wanda", device="cpu")
+    for job, result in prune_points(model, tokens(8, 24), base, points):
+        assert seconds(model) / seconds(result.model) == pytest.approx(job.value, rel=0.03)
+
+
+def test_a_speed_up_out_of_reach_says_what_is_in_reach(timed):
+    with pytest.raises(RequestError, match=r"--speedup 50 cannot be met: .* is \d.* times as fast"):
+        osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
+
+
+class Takes(nn.Module):
+    """Takes so long by a clock of its own; one turn after the other where there are several."""
+
+    now = 0.0
+
+    def __init__(self, *turns):
+        super().__init__()
+        self.turns, self.weight = list(turns), nn.Parameter(torch.zeros(()))
+
+    def forward(self):
+        self.turns.append(self.turns.pop(0))
+        Takes.now += self.turns[-1]
+
+
+def test_a_speed_up_is_above_one_where_the_other_model_is_faster(monkeypatch):
+    monkeypatch.setattr(speedup, "clock_of", lambda device: lambda: Takes.now)
+    assert speedup.time_against(Takes(3.0), Takes(1.5), {}) == pytest.approx(2.0)
+
+
+def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch):
+    monkeypatch.setattr(speedup, "clock_of", lambda device: lambda: Takes.now)
+    with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
+        speedup.time_against(Takes(1.0, 7.0, 3.0), Takes(2.0, 5.0), {})
