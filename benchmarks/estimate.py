@@ -25,8 +25,8 @@ from benchmarks.streaming import SHAPES, write_model
 from osscar.base.memory import peak_memory
 from osscar.base.timing import profiled
 from osscar.data.tokens import load_calibration
-from osscar.estimation.estimate import estimate_as_asked
 from osscar.models.load import load_model
+from osscar.pruning.dry_run import estimate_as_asked
 from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
 
@@ -114,8 +114,8 @@ def measured(name: str) -> list[str]:
             total = clock() - began
     real = {stage: spent.seconds.get(stage, 0.0) for stage in told.stages}
     rows = [
-        f"| {name} | {stage} | {span.seconds:.2f} | {real[stage]:.2f} | | | |"
-        for stage, span in told.stages.items()
+        f"| {name} | {stage} | {seconds:.2f} | {real[stage]:.2f} | | | |"
+        for stage, seconds in told.stages.items()
     ]
     ratio, peak = told.seconds / total, peak_memory() or 1
     rows.append(

@@ -24,7 +24,7 @@ from osscar.preparation.prepare import Prepared
 from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 
-_REPETITIONS = 9
+REPETITIONS = 9
 _WIDEST_SPREAD = 0.1
 """Of the ratio of two times, beyond which nothing can be aimed at."""
 
@@ -111,7 +111,7 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     clock = clock_of(device_of(dense))
     timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
-        slow, fast = interleaved(timings, _REPETITIONS, "timing")
+        slow, fast = interleaved(timings, REPETITIONS, "timing")
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     spread = (high - low) / 2 / len(ratios) ** 0.5 / middle

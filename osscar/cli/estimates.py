@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from osscar.base.memory import in_words
 from osscar.base.timing import Stage
 from osscar.cli.common import document, out, say, write_json
 from osscar.data.batches import CalibrationData
-from osscar.estimation.estimate import estimate_as_asked, of_command
-from osscar.estimation.values import Span
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
-from osscar.report.run_tables import estimate_table, extrapolated, sizes_line
+from osscar.pruning.dry_run import estimate_as_asked, of_command
+from osscar.report.run_tables import estimate_table, sizes_line, solved_line
 from osscar.request import PruningRequest
 
 
@@ -32,28 +30,23 @@ def dry_run(
     """Print what a run will take, and write it as JSON; what came before took `seconds`."""
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
     out.print(estimate_table(found))
-    say(extrapolated(found))
+    say(solved_line(found))
     say(sizes_line(found))
     if found.limit_bytes is not None and found.least_bytes is not None:
         say(
             f"memory: the limit of {in_words(found.limit_bytes)} will do; the least that would is "
             f"{in_words(found.least_bytes)}"
         )
-    if request.has_budget:
-        say("budget: what groups keep is a guess until their curves are measured")
     content = {
         "model": loaded.source,
         "device": str(resolve_device(request.device)),
         "threads": torch.get_num_threads(),
         "dtype": str(number_format(loaded.model)).removeprefix("torch."),
         **dataclasses.asdict(found),
-        **_told(found.total),
-        "stages": [{"stage": str(stage), **_told(span)} for stage, span in found.stages.items()],
+        "seconds": found.seconds,
+        "stages": [
+            {"stage": str(stage), "seconds": taken} for stage, taken in found.stages.items()
+        ],
         "calibration": {**found.calibration, **data.describe()},
     }
-    write_json(json, document("estimate", 3, content))
-
-
-def _told(span: Span) -> dict[str, float | None]:
-    """Return a range of seconds for JSON, which knows nothing infinite."""
-    return {**span._asdict(), "high": span.high if math.isfinite(span.high) else None}
+    write_json(json, document("estimate", 4, content))

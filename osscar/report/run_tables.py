@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
-from osscar.base.printable import listed, pluralize
+from osscar.base.printable import listed
 from osscar.report.tables import decimals, in_bytes, limit_cell, new_table
 from osscar.walk.layer_step import GROWN
 
 if TYPE_CHECKING:
-    from osscar.estimation.values import Estimate, Span
+    from osscar.pruning.dry_run import Estimate
 
 
 def layers_table(
@@ -141,18 +140,12 @@ def _short(slot: Slot) -> str:
 
 def estimate_table(estimate: Estimate) -> Table:
     """Return one row for each stage, and one for the whole run."""
-    table = new_table("estimate", "stage", "seconds >", "between >")
-    for stage, span in estimate.stages.items():
-        table.add_row(str(stage), _seconds(span.seconds), between(span))
+    table = new_table("estimate", "stage", "seconds >")
+    for stage, seconds in estimate.stages.items():
+        table.add_row(str(stage), _seconds(seconds))
     table.add_section()
-    table.add_row("all", _seconds(estimate.seconds), between(estimate.total))
+    table.add_row("all", _seconds(estimate.seconds))
     return table
-
-
-def between(span: Span) -> str:
-    """Return a range of seconds; one without an end says so."""
-    end = f"to {_seconds(span.high)}" if math.isfinite(span.high) else "and up"
-    return f"{_seconds(span.low)} {end}"
 
 
 def sizes_line(estimate: Estimate) -> str:
@@ -162,17 +155,12 @@ def sizes_line(estimate: Estimate) -> str:
     return f"memory: {memory} at most; files: {read} read, {written} written"
 
 
-def extrapolated(estimate: Estimate) -> str:
-    """Say which layers were solved, and for how many others each stands."""
-    told = [
-        f"{pluralize(one.extrapolated, 'group')} with {one.rows:,} inputs from layer {one.source!r}"
-        for one in estimate.classes
-        if one.extrapolated
-    ]
-    solved = len({one.source for one in estimate.classes})
-    if not told:
-        return f"layers: all {solved} were solved"
-    return f"layers: {solved} solved; extrapolated {listed(told)}"
+def solved_line(estimate: Estimate) -> str:
+    """Say what seconds rest on, and how sure they are."""
+    return (
+        f"seconds: between half and twice as many; {estimate.solved!r} was solved, and stands for "
+        "all groups by the cube of what they read"
+    )
 
 
 def _seconds(value: float) -> str:

@@ -13,7 +13,7 @@ from osscar.report import prune_page, recovery, sweep_page
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.gap_tables import cases_table, overview_table, scores_table
 from osscar.report.page import Part, render
-from osscar.report.run_tables import estimate_table, extrapolated, sizes_line
+from osscar.report.run_tables import estimate_table, sizes_line, solved_line
 from osscar.report.summary import Summary
 
 _WIDTH = 140
@@ -35,7 +35,7 @@ _PARTS: dict[str, Callable[[Any], Iterator[Part]]] = {
     "Summary": _of_study,
     "Evaluation": lambda result: iter([evaluation_table(result, "model")]),
     "Comparison": lambda result: iter([comparison_table(result)]),
-    "Estimate": lambda it: iter([estimate_table(it), extrapolated(it), sizes_line(it)]),
+    "Estimate": lambda it: iter([estimate_table(it), solved_line(it), sizes_line(it)]),
 }
 """By the name of a class: some lie in rooms above, and all that is read is what they hold."""
 

@@ -123,7 +123,7 @@ def check_start(names: dict[str, Any]) -> None:
 
 def check_estimate(names: dict[str, Any]) -> None:
     told = names["estimate"]
-    assert 0 < told.low < told.seconds < told.high
+    assert told.seconds > 0
     assert told.peak_bytes > 0
 
 

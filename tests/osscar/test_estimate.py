@@ -1,29 +1,22 @@
 """What a run will take: counted as it counts, and told without a trace."""
 
 import copy
-import dataclasses
 import itertools
 import json
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import graph
 import osscar
-from osscar.allocation.allocate import allocate
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.timing import Profile, Stage, profiled, timed
 from osscar.cli import main
-from osscar.estimation.estimate import estimate_as_asked
-from osscar.estimation.stations import expected_keep, layer_classes, over_classes
-from osscar.estimation.values import LayerClass
 from osscar.preparation.prepare import prepare
+from osscar.pruning.dry_run import estimate_as_asked
 from osscar.pruning.prune import prune_as_asked
-from osscar.report.run_tables import extrapolated
 from osscar.request import PruningRequest
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
@@ -76,10 +69,6 @@ def ticking():
     return itertools.count().__next__
 
 
-def by_stage(estimate):
-    return {stage: span.seconds for stage, span in estimate.stages.items()}
-
-
 # ---- counted as the run counts -----------------------------------------------------------
 
 
@@ -120,28 +109,6 @@ def test_a_walk_in_one_go_has_one_pass():
         assert planned.pass_ends == (len(planned.calls) - 1,)
 
 
-@pytest.mark.parametrize(
-    ("asked", "allocation"),
-    [
-        ({"sparsity": 0.3}, "curvature"),
-        ({"sparsity": 0.3}, "measured"),
-        ({"params": 0.8}, "uniform"),
-    ],
-    ids=str,
-)
-def test_about_as_many_units_are_expected_to_leave_as_do(asked, allocation, prepared):
-    request = PruningRequest(**asked, allocation=allocation)
-    units = {group.name: group.units for group in prepared.groups}
-    gone = [
-        sum(1 - kept / units[name] for name, kept in keep.items())
-        for keep in (
-            expected_keep(prepared, request),
-            allocate(prepared, request).keep,
-        )
-    ]
-    assert gone[0] == pytest.approx(gone[1], rel=0.5)
-
-
 def test_more_samples_take_longer_and_more_memory(smaller):
     request = PruningRequest(sparsity=0.3, batch_size=1)
     few, many = (
@@ -149,8 +116,8 @@ def test_more_samples_take_longer_and_more_memory(smaller):
         for samples in (8, 128)
     )
     for stage in (Stage.WALK, Stage.GRAM):
-        assert by_stage(many)[stage] > by_stage(few)[stage]
-    assert by_stage(many)[Stage.SOLVER] == by_stage(few)[Stage.SOLVER]
+        assert many.stages[stage] > few.stages[stage]
+    assert many.stages[Stage.SOLVER] == few.stages[Stage.SOLVER]
     assert many.peak_bytes > few.peak_bytes
 
 
@@ -161,59 +128,33 @@ def test_every_restart_of_the_batches_is_paid_for():
         for asked in ({"channels": 0.5, "skip": ["blocks.*"]}, {"channels": 0.5, "residual": 0.5})
     ]
     assert found[0].passes < found[1].passes
-    assert by_stage(found[0])[Stage.WALK] < by_stage(found[1])[Stage.WALK]
+    assert found[0].stages[Stage.WALK] < found[1].stages[Stage.WALK]
 
 
 def test_the_stages_are_those_of_the_run_and_nothing_is_counted_that_is_not_asked_for():
-    budget = PruningRequest(sparsity=0.3)
+    budget = PruningRequest(sparsity=0.3, allocation="measured")
     with profiled() as profile:
         prune_as_asked(small_net(), images(8), budget)
-    shared = by_stage(estimate_as_asked(small_net(), images(8), budget, ticking()))
+    shared = estimate_as_asked(small_net(), images(8), budget).stages
     assert set(profile.seconds) == set(shared)
-    plain = by_stage(estimate_as_asked(small_net(), images(8), PruningRequest(channels=0.5)))
-    by_gradients = {Stage.CURVATURE, Stage.CURVES}
-    assert set(shared) - set(plain) == {Stage.ALLOCATION, Stage.MEASURED, *by_gradients}
-    asked = dataclasses.replace(budget, allocation="measured")
-    without = by_stage(estimate_as_asked(small_net(), images(8), asked))
-    assert set(shared) - set(without) == by_gradients
+    plain = estimate_as_asked(small_net(), images(8), PruningRequest(channels=0.5)).stages
+    assert set(shared) - set(plain) == {Stage.MEASURED}
 
 
-# ---- from one layer to others ------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    st.integers(1, 4000),
-    st.floats(1e-3, 1e3),
-)
-@settings(deadline=None)
-def test_a_layer_stands_for_others_by_their_number_and_size(classes, size, seconds):
-    """Whatever the solver's power of p is, between the square and the cube, it is in the range."""
-    classes = [
-        LayerClass(tuple(map(str, range(number))), growth * size, "0", size)
-        for number, growth in classes
-    ]
-    found = over_classes(classes, {"0": seconds})
-    assert 0 < found.low < found.seconds < found.high
-    for power in (2, 2.5, 3):
-        counted = sum(len(c.groups) * seconds * (c.rows / size) ** power for c in classes)
-        assert found.low <= counted * (1 + 1e-9)
-        assert counted <= found.high * (1 + 1e-9)
-    assert found.seconds == pytest.approx(counted) or any(c.rows > size for c in classes)
-
-
-def test_layers_of_one_size_are_a_class_and_large_ones_that_are_few_are_not_solved():
-    sizes = [40, 40, 64, 3000, 3000]
-    layers = [nn.Sequential(nn.Linear(6, size), nn.ReLU(), nn.Linear(size, 6)) for size in sizes]
+def test_groups_take_as_long_as_the_one_that_is_solved_by_the_cube_of_what_they_read():
+    layers = [nn.Sequential(nn.Linear(6, n), nn.ReLU(), nn.Linear(n, 6)) for n in (20, 40, 40)]
     with prepare(nn.Sequential(*layers), torch.randn(8, 6)) as prepared:
-        groups = {group.units: group.name for group in prepared.groups if group.units in sizes}
-        found = layer_classes(
-            prepared, [group for group in prepared.groups if group.units in sizes]
+        groups = {group.name: group.units // 2 for group in prepared.groups if group.units > 6}
+    one, three = (
+        estimate_as_asked(nn.Sequential(*layers), torch.randn(8, 6), asked, ticking())
+        for asked in (
+            PruningRequest(groups=dict([max(groups.items(), key=lambda item: item[1])])),
+            PruningRequest(groups=groups),
         )
-    assert [(one.rows, len(one.groups)) for one in found] == [(40, 2), (64, 1), (3000, 2)]
-    assert [one.source for one in found[1:]] == [groups[64]] * 2
-    assert [one.extrapolated for one in found] == [1, 0, 2]
-    assert found[2].source_rows == 64
+    )
+    assert three.solved in groups
+    ratio = three.stages[Stage.SOLVER] / one.stages[Stage.SOLVER]
+    assert ratio == pytest.approx(2 + (20 / 40) ** 3)
 
 
 def test_stages_within_others_are_counted_once():
@@ -269,21 +210,13 @@ def told(tmp_path_factory):
 
 
 def test_a_dry_run_writes_nothing_but_its_json(told):
-    assert told["schema"] == "osscar.estimate/3"
+    assert told["schema"] == "osscar.estimate/4"
     stages = [one["stage"] for one in told["stages"]]
     assert stages == [str(one) for one in Stage if str(one) in stages]
     assert {"start", "load", "report", "save"} < set(stages)
-    for name in ("seconds", "low", "high"):
-        assert told[name] == pytest.approx(sum(one[name] for one in told["stages"]))
+    assert told["seconds"] == pytest.approx(sum(one["seconds"] for one in told["stages"]))
     assert told["peak_bytes"] > told["read_bytes"] > told["written_bytes"] > 0
-    assert sum(len(one["groups"]) for one in told["classes"]) == 4
-
-
-def test_what_is_extrapolated_is_said(demo):
-    found = osscar.estimate(demo.model, windows(demo, 4), neurons=0.5)
-    [one] = found.classes
-    others = f"extrapolated 3 groups with {one.rows:,} inputs from layer {one.source!r}"
-    assert extrapolated(found) == f"layers: 1 solved; {others}"
+    assert told["solved"]
 
 
 # ---- refused -----------------------------------------------------------------------------
@@ -323,8 +256,8 @@ def test_what_cannot_follow_is_told_and_not_counted():
         osscar.estimate(Transformer(), data, sparsity=0.5, form="eager", strict=True)
     with pytest.warns(UserWarning, match="skipped, with all their units: .*heads"):
         found = osscar.estimate(Transformer(), data, sparsity=0.5, form="eager")
-    assert [name for one in found.classes for name in one.groups if "heads" in name] == []
-    assert sum(len(one.groups) for one in found.classes) == 2
+    assert "heads" not in found.solved
+    assert found.kept_share > 0.5
 
 
 def test_a_limit_of_memory_is_held_to_the_least_that_would_do(tmp_path):

@@ -1,1 +1,0 @@
-"""What a run will take, measured on a few layers."""

@@ -1,0 +1,298 @@
+"""What a pruning run will take, told before it begins: seconds by stage, memory and files.
+
+The model is opened as the run opens it, and what can follow is tried as it is there.  Then one pass
+of the dense model and one solve of a group are timed, and counted up: samples times passes, and
+groups times the cube of what they read.  Nothing is written, and the model is not changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from graph import CouplingGroup
+from osscar.allocation.allocate import allocate
+from osscar.allocation.costs import Cost, count
+from osscar.allocation.curves import curve_samples
+from osscar.allocation.measured import compared_samples
+from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
+from osscar.allocation.widths import asked_groups
+from osscar.base.devices import clock_of, resolve_device
+from osscar.base.errors import OptionError, RequestError
+from osscar.base.shown import Shown
+from osscar.base.timing import Clock, Stage, profiled, seconds_of
+from osscar.checkpoint.directory import weight_bytes
+from osscar.data.loaders import read_once
+from osscar.evaluation.forward import measuring_seconds
+from osscar.models.loaded import LoadedModel
+from osscar.network.modules import device_of, forward
+from osscar.offload.device_memory import memory_of
+from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
+from osscar.preparation.prepare import Prepared
+from osscar.pruning.feasibility import feasible_groups
+from osscar.pruning.groups import held_out, solved
+from osscar.pruning.memory import Room, check_streamed, least_memory
+from osscar.pruning.prune import prepare_for
+from osscar.request import PruningRequest, by_keywords
+from osscar.shrinking.plan import Form
+from osscar.walk.batch_norm import batch_norms
+from osscar.walk.targets import Target
+from osscar.walk.walk import walk
+
+_FEW = 8
+"""Samples with which a group is solved."""
+
+_MOST_ROWS = 2048
+"""Inputs of the group that is solved at most, if there is one so small: it takes a while itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Shown):
+    """What a run will take.
+
+    Parameters
+    ----------
+    stages
+        Seconds by stage, in the order in which they come; expect between half and twice as many.
+    peak_bytes
+        The most memory of the process, or of the card that it runs on.
+    read_bytes, written_bytes
+        Of files, in all.
+    solved
+        The group that was solved for all others.
+    settings
+        What is asked for, as `PruningRequest.to_json` has it.
+    calibration
+        How many samples of what shape there are.
+    passes
+        How often the calibration data set out through the model for the walk.
+    limit_bytes, least_bytes
+        The most memory that the run may take, and the least that would do, where the weights stay
+        on disk; else None.
+    sample_seconds, kept_share
+        A forward pass of one sample through the dense model, and about which share of the
+        parameters stays.
+    """
+
+    stages: Mapping[Stage, float]
+    peak_bytes: int
+    read_bytes: int
+    written_bytes: int
+    solved: str
+    settings: dict[str, Any] = field(repr=False)
+    calibration: dict[str, Any]
+    passes: int
+    limit_bytes: int | None
+    least_bytes: int | None
+    sample_seconds: float
+    kept_share: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(self.stages.values())
+
+
+def estimate_as_asked(
+    model: nn.Module, calibration: Any, request: PruningRequest, clock: Clock | None = None
+) -> Estimate:
+    """Tell what `osscar.prune` will take; it writes nothing, and the model is not changed.
+
+    Parameters
+    ----------
+    model, calibration
+        As `osscar.prune` takes them.
+    request
+        What will be asked for.  `osscar.estimate` takes its fields as keywords: `PruningRequest`
+        describes them.
+    clock
+        What time is; by default that of the wall.
+
+    Returns
+    -------
+    Estimate
+        Of all stages from the opening of the model to the comparison of its predictions.
+
+    Raises
+    ------
+    RequestError
+        If what to keep makes no sense for this model, or a limit of memory cannot be kept.
+    NonFiniteError, DataError, ModelError, graph.GraphError
+        As `osscar.prune`.
+
+    Examples
+    --------
+    >>> import osscar
+    >>> loaded = osscar.load_model("demo")
+    >>> calibration = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=64)
+    >>> estimate = osscar.estimate(loaded.model, calibration, sparsity=0.5)
+    >>> estimate.seconds > 0
+    True
+    """
+    if request.experts is not None:
+        raise RequestError(
+            "what it takes to prune whole experts is not estimated; on a few samples, prune itself "
+            "tells"
+        )
+    calibration = read_once(model, calibration)
+    clock = clock_of(resolve_device(request.device)) if clock is None else clock
+    began = clock()
+    with prepare_for(model, calibration, request) as prepared, profiled(clock) as profile:
+        profile.seconds[Stage.OPEN] = clock() - began
+        held = held_out(prepared, request)
+        room = check_streamed(prepared, request, max(1, held))
+        [batch, *_] = prepared.batches()
+        passing = seconds_of(partial(forward, prepared.model, batch), clock)
+        one = min(*passing(), *passing()) / prepared.inputs.count(batch)
+        began = clock()
+        form, skipped = feasible_groups(prepared, request)
+        trial = clock() - began
+        keep = _expected_keep(prepared, request, [group.name for group in skipped], form)
+        groups = [group for group in prepared.groups if group.name in keep]
+        cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
+        kept = cost.of(keep) / cost.dense
+        ends = walk(prepared, groups, target=Target(request.target))
+        reach = sum((last + 1) / len(ends.calls) for last in ends.pass_ends)
+        source, solving = _solved(prepared, request, keep, groups, room, clock)
+        samples = prepared.inputs.samples
+        times = samples / min(_FEW, samples)
+        # Gram matrices are squares of what a layer reads, at every position; problems are cubes.
+        squares, cubes = (
+            sum(_rows(prepared, g) ** p for g in groups) / _rows(prepared, source) ** p
+            for p in (2, 3)
+        )
+        streams = 2 if Target(request.target).needs_dense else 1
+        compared = max(1, held) + (samples if batch_norms(prepared.model) else 0)
+        stages = {
+            Stage.OPEN: profile.seconds[Stage.OPEN],
+            Stage.TRIAL: trial,
+            Stage.DENSE: one * compared,
+            Stage.ALLOCATION: 0.0,
+            Stage.WALK: one * samples * reach * streams,
+            Stage.GRAM: times * squares * solving[Stage.GRAM],
+            Stage.DAMPING: cubes * solving[Stage.DAMPING],
+            Stage.SOLVER: cubes * solving[Stage.SOLVER],
+            Stage.PROOF: 0.8 * trial,  # it shrinks and compares as the trial does
+            Stage.PRUNED: one * kept * compared,
+        }
+        if request.speedup is not None:
+            turns = 2 * (REPETITIONS + 1) * one * prepared.inputs.count(batch)
+            stages[Stage.ALLOCATION] += MOST_MODELS / 2 * turns
+        if request.has_budget and request.allocation != "uniform":
+            shared = asked_groups(prepared, request, [group.name for group in skipped])[2]
+            again = sum(_rows(prepared, g) ** 3 for g in shared) / _rows(prepared, source) ** 3
+            passes = curve_samples(prepared) + compared_samples(prepared) * len(shared)
+            # Whether a group is measured once or twice is not known yet.
+            stages[Stage.MEASURED] = 1.5 * (passes * one + again * solving[Stage.SOLVER])
+        cache, weights = weight_cache(prepared.model), weight_bytes(prepared.model)
+        peak, read = _peak_bytes(prepared, request, held, room), 0
+        if cache is not None:
+            if peak + weights > cache.ceiling:  # trial, proof, both models, and the walk
+                read = weights * (14 + 2 * max(1, held) + len(ends.pass_ends))
+            peak = min(peak + weights, cache.ceiling)
+        refitted = (one for group in groups for one in prepared.linear_maps(group))
+        return Estimate(
+            stages={stage: stages[stage] for stage in Stage if stage in stages},
+            peak_bytes=peak,
+            read_bytes=read,
+            written_bytes=sum(
+                one.read_weight().numel() * one.number_format.itemsize for one in refitted
+            ),
+            solved=source.name,
+            settings=json.loads(json.dumps(request.to_json())),
+            calibration=prepared.inputs.settings,
+            passes=len(ends.pass_ends),
+            limit_bytes=None if cache is None else cache.ceiling,
+            least_bytes=None if room is None else least_memory(prepared.model, room),
+            sample_seconds=one,
+            kept_share=kept,
+        )
+
+
+estimate = by_keywords(PruningRequest, estimate_as_asked)
+
+
+def of_command(found: Estimate, loaded: LoadedModel, seconds: Mapping[Stage, float]) -> Estimate:
+    """Add what the command does besides: it starts, loads, measures both models, and saves."""
+    kept, one = found.kept_share, found.sample_seconds
+    stored = weight_bytes(loaded.model, loaded.stored_dtype)
+    smaller, loading = round(kept * stored), seconds[Stage.LOAD]
+    stages = {
+        **found.stages,
+        Stage.START: seconds[Stage.START],
+        Stage.LOAD: loading,
+        Stage.REPORT: 0.0 if is_on_disk(loaded.model) else measuring_seconds([one, kept * one]),
+        Stage.SAVE: kept * loading,
+    }
+    return dataclasses.replace(
+        found,
+        stages={stage: stages[stage] for stage in Stage if stage in stages},
+        read_bytes=found.read_bytes + stored + smaller,
+        written_bytes=found.written_bytes + smaller,
+    )
+
+
+def _expected_keep(
+    prepared: Prepared, request: PruningRequest, left: Sequence[str], form: Form
+) -> dict[str, int]:
+    """Return what groups keep that lose units; equal shares of a budget, as curves are not known.
+
+    That the least widths meet the budget is checked here.
+    """
+    if request.speedup is not None:  # which is a matter of operations first
+        request = dataclasses.replace(request, speedup=None, flops=1 / request.speedup)
+    if request.has_budget:
+        request = dataclasses.replace(request, allocation="uniform")
+    return dict(allocate(prepared, request, left=left, form=form).keep)
+
+
+def _rows(prepared: Prepared, group: CouplingGroup) -> int:
+    return max(one.rows for one in prepared.linear_maps(group))
+
+
+def _solved(
+    prepared: Prepared,
+    request: PruningRequest,
+    keep: Mapping[str, int],
+    groups: Sequence[CouplingGroup],
+    room: Room | None,
+    clock: Clock,
+) -> tuple[CouplingGroup, Mapping[Stage, float]]:
+    """Solve the largest group that is not too large, on few samples; return it and the seconds."""
+    by_rows = sorted(groups, key=lambda group: _rows(prepared, group))
+    few_rows = [group for group in by_rows if _rows(prepared, group) <= _MOST_ROWS]
+    source = (few_rows or by_rows[:1])[-1]
+    samples = min(_FEW, prepared.inputs.samples)
+    few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, samples))
+    held = 1 if request.holds_out and samples > 1 else 0
+    walked = walk(few, [source], target=Target(request.target), held=held)
+    with profiled(clock) as profile, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # which few samples give rise to
+        for step in walked:
+            with room_for(few.model, 0 if room is None else room.matrices):
+                solved(step, min(keep[source.name], source.units - 1), request, 0.0)
+    return source, profile.seconds
+
+
+def _peak_bytes(prepared: Prepared, request: PruningRequest, held: int, room: Room | None) -> int:
+    """Return what is held, and the most bytes that a stage needs beside it."""
+    memory = memory_of(device_of(prepared.model))
+    try:
+        base = memory.held()
+    except OptionError:  # a system that does not tell
+        base = memory.peak() or 0
+    needs = Room.of(prepared, request, max(1, held)) if room is None else room
+    copies = 0 if is_on_disk(prepared.model) else weight_bytes(prepared.model)
+    return base + max(
+        2 * copies + needs.proof,  # the trial; the proof holds a smaller model
+        needs.batches + needs.forward + needs.sums,
+        needs.batches + needs.matrices,
+        needs.logits,
+    )
