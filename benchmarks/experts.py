@@ -87,7 +87,7 @@ def results(
         "neurons": {"heads": 1.0},
         "neurons and heads": {},
         "an eighth of the experts, neurons and heads": {"experts": 0.875},
-        "one knapsack of experts, neurons and heads": {"experts": "auto"},
+        "one budget of experts, neurons and heads": {"experts": "auto"},
     }
     for what, asked in budgets.items():
         yield what, True, osscar.prune(dense, data, params=parameters, **asked)

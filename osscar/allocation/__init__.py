@@ -1,1 +1,1 @@
-"""What each group keeps: curves, costs, and the knapsack of a budget."""
+"""What each group keeps: curves, costs, and one search over prices."""

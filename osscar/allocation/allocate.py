@@ -12,7 +12,7 @@ import numpy as np
 
 from graph import CouplingGroup, UnitKind
 from osscar.allocation.budget import Allocated, Budget
-from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count
+from osscar.allocation.costs import ROUNDING, Cost, count
 from osscar.allocation.curves import Curve, measure_curves
 from osscar.allocation.expert_curves import expert_curves
 from osscar.allocation.measured import (
@@ -23,7 +23,7 @@ from osscar.allocation.measured import (
     scaled,
     widths_to_measure,
 )
-from osscar.allocation.rules import Sharing
+from osscar.allocation.sharing import Sharing
 from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.widths import (
     about_half,
@@ -240,18 +240,18 @@ def _timed(
     """Choose widths whose model was timed to be as fast as wanted, or has as few operations."""
     groups = [group for group in prepared.every_group if group.kind is not UnitKind.EXPERTS]
     cost = count(Cost.FLOPS, prepared.model, groups, prepared.sample)
-    least = cost.of({**sharing.others, **sharing.choose(cost, 0.0)}) / cost.dense
+    fewest, _ = sharing.choose(cost, 0.0)
+    least = cost.of({**sharing.others, **fewest}) / cost.dense
 
     def within(share: float) -> dict[str, int]:
-        return sharing.choose(cost, share * cost.dense)
+        return sharing.choose(cost, share * cost.dense)[0]
 
     if aim:
         found, speedup = as_fast_as(prepared, wanted, sharing.others, least, within)
     else:
         found, speedup = within(max(1 / wanted, least)), wanted
-    budget = sharing.budget(Cost.FLOPS, cost, cost.of({**sharing.others, **found}), found)
-    # Bounds and frontier are of operations, and say nothing of times.
-    budget = replace(budget, lower_bound=None, frontier=())
+    # A bound, and what other limits come to, would be of operations, and say nothing of times.
+    budget = replace(sharing.budget(Cost.FLOPS, cost, 0.0, found, None), frontier=())
     limit, reached = 1 / wanted, 1 / speedup
     return found, replace(budget, cost=Cost.TIME, limit=limit, dense=1.0, reached=reached)
 
@@ -300,35 +300,16 @@ def _counted(
             f"{'model' if form is Form.EAGER else 'exported program'} has {cost.dense:,.0f}; ask "
             "for less to be kept"
         )
-    found = _checked(sharing.choose, kind, cost, limit, keep, asked, more, dense)
-    return found, replace(sharing.budget(kind, cost, limit, found), dense=dense)
-
-
-def _checked(
-    choose: Callable[[CountedCost, float], dict[str, int]],
-    kind: Cost,
-    cost: CountedCost,
-    limit: float,
-    keep: Mapping[str, int],
-    asked: str,
-    more: Callable[[], str],
-    dense: float | None = None,
-) -> dict[str, int]:
-    """Return what is chosen; `dense` is what the cost of the dense model is told as.
-
-    `more` says what else could be pruned.
-    """
-    found = choose(cost, limit)
-    dense = cost.dense if dense is None else dense
-    form = "" if dense == cost.dense else ", as an exported program,"
+    found, bound = sharing.choose(cost, limit)
     reached = cost.of({**keep, **found})
     if not reached <= limit * (1 + ROUNDING):
+        as_program = "" if dense == cost.dense else ", as an exported program,"
         raise RequestError(
             f"{asked} cannot be met: it allows {limit:,.0f} {kind}, and what may be pruned "
-            f"comes to {reached:,.0f}{form} of {dense:,.0f} at least "
+            f"comes to {reached:,.0f}{as_program} of {dense:,.0f} at least "
             f"({reached / dense:.3f} of the dense model's); remove less, or let {more()}"
         )
-    return found
+    return found, replace(sharing.budget(kind, cost, limit, found, bound), dense=dense)
 
 
 def _more_to_prune(

@@ -1,4 +1,4 @@
-"""One budget for all layers: curves, costs, the knapsack, and what a request comes to."""
+"""One budget for all layers: curves, costs, the search, and what a request comes to."""
 
 import copy
 import itertools
@@ -15,14 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
-from osscar.allocation import knapsack
 from osscar.allocation.allocate import MEASURED, allocate
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, count
+from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.curvature import curvature, logits_of
 from osscar.allocation.curves import curve_samples, elimination_curve, measure_curves
 from osscar.allocation.divergence import Reference
-from osscar.allocation.knapsack import choose
+from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.network.modules import count_parameters
@@ -35,82 +34,59 @@ from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.refit import refit
 from tests.osscar.families import tiny, tokens
 
-# ---- the knapsack ------------------------------------------------------------------------
+# ---- the search --------------------------------------------------------------------------
+
+
+def searched(losses, costs):
+    """Return a search over groups whose units cost as much each, with a loss for each width."""
+    units = {name: len(some) - 1 for name, some in losses.items()}
+    options = {name: np.arange(len(some)) for name, some in losses.items()}
+    return Search(options, losses, {}, CountedCost((), 0.0, costs, units))
 
 
 @st.composite
-def classes(draw):
-    """Losses and costs of a few classes, convex or not, and a budget between the extremes."""
-    losses, costs = [], []
-    for size in draw(st.lists(st.integers(1, 5), min_size=1, max_size=5)):
-        options = st.lists(st.floats(0, 8), min_size=size, max_size=size)
-        losses.append(np.array(draw(options)) * 10.0 ** draw(st.integers(-6, 2)))
-        whole = st.lists(st.integers(0, 19), min_size=size, max_size=size)
-        costs.append(np.array(draw(whole), dtype=float))
-    least, most = (sum(float(f(c)) for c in costs) for f in (np.min, np.max))
-    return losses, costs, least + draw(st.floats(0, 1)) * (most - least)
+def groups_with_losses(draw):
+    """Losses of a few groups by what they keep, convex or not, costs of a unit, and a limit."""
+    losses = {}
+    for index, units in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))):
+        falls = draw(st.lists(st.floats(0, 8), min_size=units, max_size=units))
+        curve = np.append(np.cumsum(falls)[::-1], 0.0) * 10.0 ** draw(st.integers(-6, 2))
+        losses[str(index)] = curve
+    costs = {name: float(draw(st.integers(0, 19))) for name in losses}
+    most = sum(cost * (len(losses[name]) - 1) for name, cost in costs.items())
+    return losses, costs, draw(st.floats(0, 1)) * most
 
 
-@given(classes())
+@given(groups_with_losses())
 @settings(max_examples=200, deadline=None)
-def test_the_knapsack_is_solved_as_by_trying_everything(problem):
-    """Also where little is searched, there is a bound."""
-    losses, costs, budget = problem
-    rounding = 1e-12 * sum(float(c.max()) for c in costs)  # of sums, for which there is room
+def test_widths_are_nearly_those_that_trying_everything_finds(problem):
+    losses, costs, limit = problem
+    search = searched(losses, costs)
     best = min(
-        sum(f[i] for f, i in zip(losses, options, strict=True))
-        for options in itertools.product(*(range(len(f)) for f in losses))
-        if sum(c[i] for c, i in zip(costs, options, strict=True)) <= budget + rounding
+        sum(some[k] for some, k in zip(losses.values(), counts, strict=True))
+        for counts in itertools.product(*(range(len(some)) for some in losses.values()))
+        if sum(c * k for c, k in zip(costs.values(), counts, strict=True)) <= limit * (1 + 1e-12)
     )
-    found = choose(losses, costs, budget)
-    assert found.cost <= budget + 1e-9
-    assert found.loss == pytest.approx(best, rel=1e-12, abs=1e-300)
-    assert found.lower_bound <= best * (1 + 1e-12)
-    assert found.loss - found.lower_bound <= 1e-9 * found.loss
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knapsack, "_MOST_STATES", 1)
-        found = choose(losses, costs, budget)
-    assert found.cost <= budget + 1e-9
-    assert found.lower_bound <= best * (1 + 1e-12) <= found.loss * (1 + 2e-12)
+    kept, bound = search.choose(limit)
+    assert sum(costs[name] * k for name, k in kept.items()) <= limit * (1 + 1e-9)
+    assert best <= search.loss(kept) * (1 + 1e-12) <= 1.005 * best + 1e-300
+    assert bound <= best * (1 + 1e-9)
 
 
-def test_what_cannot_be_met_says_what_can():
-    with pytest.raises(ValueError, match="least cost of any choice is 7"):
-        choose([np.array([1.0, 2.0])], [np.array([9.0, 7.0])], 6.0)
-
-
-def test_a_large_knapsack_has_a_small_gap():
+def test_a_search_over_many_widths_has_a_small_gap():
     random = np.random.default_rng(0)
-    losses = [np.sort(random.exponential(size=1536) ** 3).cumsum()[::-1] for _ in range(60)]
-    costs = [np.arange(1536.0) * random.integers(1000, 9000) for _ in range(60)]
-    found = choose(losses, costs, 0.6 * sum(c[-1] for c in costs))
-    assert found.loss - found.lower_bound < 1e-9 * found.loss
+    falls = {str(g): np.sort(random.exponential(size=1536) ** 3) for g in range(60)}
+    losses = {name: np.append(some.cumsum()[::-1], 0.0) for name, some in falls.items()}
+    search = searched(losses, {name: float(random.integers(1000, 9000)) for name in losses})
+    kept, bound = search.choose(0.6 * search.cost.dense)
+    assert search.loss(kept) - bound < 1e-4 * search.loss(kept)
 
 
-@pytest.mark.parametrize(
-    ("losses", "costs", "budget"),
-    [
-        ([[1.0, 0.0]] * 2, [[0.0, 1e308]] * 2, 1e308),
-        ([[]], [[]], 1.0),
-        ([[np.nan]], [[1.0]], 1.0),
-        ([[1.0]], [[np.inf]], np.inf),
-    ],
-)
-def test_numbers_that_cannot_be_added_up_are_refused(losses, costs, budget):
-    with pytest.raises(ValueError, match="finite"):
-        choose([np.array(f) for f in losses], [np.array(c) for c in costs], budget)
-
-
-def test_a_budget_without_end_is_no_limit():
-    found = choose([np.array([3.0, 1.0, 2.0])], [np.array([0.0, 9.0, 1.0])], np.inf)
-    assert (found.options, found.loss, found.lower_bound) == ((1,), 1.0, 1.0)
-
-
-def test_a_knapsack_whose_losses_are_its_costs_ends():
-    random = np.random.default_rng(0)
-    costs = [np.sort(random.random(50)) for _ in range(12)]
-    found = choose([c[-1] - c for c in costs], costs, 0.5 * sum(c[-1] for c in costs))
-    assert found.loss - found.lower_bound < 1e-6 * found.loss
+def test_groups_whose_losses_are_their_costs_are_searched_to_an_end():
+    losses = {str(g): np.arange(50.0)[::-1] * (g + 1) for g in range(12)}
+    search = searched(losses, {str(g): float(g + 1) for g in range(12)})
+    kept, bound = search.choose(0.5 * search.cost.dense)
+    assert search.loss(kept) - bound <= 1e-3 * search.loss(kept)
 
 
 # ---- costs -------------------------------------------------------------------------------
@@ -504,7 +480,7 @@ def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
         assert all(3 * width.kept >= width.units for width in budget.widths.values())
     if allocation in MEASURED:
         assert budget.predicted > 0
-        assert budget.gap < 1e-4
+        assert budget.gap <= 1e-3
 
 
 def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path):

