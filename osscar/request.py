@@ -73,13 +73,11 @@ overflow."""
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
 
-Allocation: TypeAlias = Literal["curvature", "measured", "uniform"]
+Allocation: TypeAlias = Literal["measured", "uniform"]
 """How a budget is shared out."""
 
 METHODS = MappingProxyType(
     {
-        "curvature": "widths of least divergence, predicted, and measured group by group; layers "
-        "make up for one another's errors",
         "measured": "widths of least divergence, measured group by group; layers make up for one "
         "another's errors",
         "uniform": "the same share of every group, the largest within the budget; "
@@ -286,10 +284,9 @@ class PruningRequest:
         Budget: how many times as fast as the dense model, above 1, a forward pass of a calibration
         batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out; another than ``curvature`` is refused where there is none.
-        ``curvature`` chooses the widths with the least divergence of the model's outputs, predicted
-        with gradients and corrected by what is measured with one group pruned at a time;
-        ``measured`` the same without gradients, so that weights may lie on disk;
+        How a budget is shared out; another than ``measured`` is refused where there is none.
+        ``measured`` chooses the widths whose model is predicted to be nearest to the dense one, by
+        what was measured with one group pruned at a time;
         ``uniform`` keeps the same share of the units of every group, as the paper does, the largest
         within the budget.
     heads, neurons, channels
@@ -374,7 +371,7 @@ class PruningRequest:
         float | None,
         Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
     ] = None
-    allocation: Allocation = "curvature"
+    allocation: Allocation = "measured"
     heads: KeepOption = None
     neurons: KeepOption = None
     channels: KeepOption = None
@@ -429,7 +426,7 @@ class PruningRequest:
                 f"at least {self.at_least} of each group stays within a budget, and there is "
                 "none; give one, such as --sparsity"
             )
-        if self.allocation != "curvature" and not budgets:
+        if self.allocation != "measured" and not budgets:
             raise RequestError(
                 f"allocation {self.allocation} says how a budget is shared out, and there is none; "
                 "give one, such as --sparsity, or leave --allocation away"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict
@@ -21,7 +21,7 @@ _POINTS = 33
 
 @dataclass(frozen=True)
 class Width:
-    """What a group that shares a budget keeps, and its part of the predicted divergence in nats."""
+    """What a group that shares a budget keeps, and its part of the predicted distance."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -33,16 +33,12 @@ class Width:
 
 @dataclass(frozen=True)
 class Measured:
-    """What predictions diverged by, in nats, with one group alone pruned to so many units.
-
-    `predicted` is what its curve said before; None where nothing predicted it.
-    """
+    """How far outputs moved with one group alone pruned to so many units."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kept: int
-    predicted: float | None
-    nats: float
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -59,23 +55,22 @@ class Budget:
         What it costs, and what it will; bytes of the dense model are those of its modules, also
         where a program is saved.
     predicted
-        The predicted divergence of the pruned model's predictions from the dense ones, in nats a
-        prediction; None where nothing predicts it.
+        The predicted distance of the pruned model from the dense one; None where nothing predicts
+        it, as with equal shares.
     lower_bound
         No choice of widths within the limit has a smaller prediction; None where costs of too many
         groups multiply, so that nothing was proved, or nothing is predicted.
-    comparable
-        Whether all groups were measured, or reached by gradients; if not, the others count by their
-        own relative loss.
+    measure
+        What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
+        error of outputs over the squares of the dense ones, where these are no scores of classes.
     curves
-        The divergence of each group that had a choice over the units kept, as predicted, and
-        through what was `measured`.
+        The distance that each group that had a choice causes alone, over the units kept.
     widths
         What each group keeps, in the order of the model.
     measured
         By group, the widths at which its curve was measured.
     frontier
-        Costs of the whole model, ascending, and the least predicted divergence at each: what other
+        Costs of the whole model, ascending, and the least predicted distance at each: what other
         limits would have come to.
     """
 
@@ -87,7 +82,7 @@ class Budget:
     reached: float
     predicted: float | None = None
     lower_bound: float | None = None
-    comparable: bool = True
+    measure: Literal["nats", "relative"] = "nats"
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
@@ -104,27 +99,24 @@ class Budget:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cost, nats = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
+        cost, distance = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
         return {
             **data,
             "cost": str(self.cost),
-            "curves": _at_some_points(self.curves),
+            "curves": {name: _at_some_points(losses) for name, losses in self.curves.items()},
             "widths": {name: dataclasses.asdict(width) for name, width in self.widths.items()},
             "measured": {
                 name: [dataclasses.asdict(one) for one in some]
                 for name, some in self.measured.items()
             },
-            "frontier": {"cost": cost, "nats": nats},
+            "frontier": {"cost": cost, "distance": distance},
             "gap": self.gap,
         }
 
 
-def _at_some_points(curves: Mapping[str, tuple[float, ...]]) -> dict[str, dict[str, list[float]]]:
-    found: dict[str, dict[str, list[float]]] = {}
-    for name, losses in curves.items():
-        kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
-        found[name] = {"kept": kept, "nats": [float(f"{losses[k]:.6g}") for k in kept]}
-    return found
+def _at_some_points(losses: Sequence[float]) -> dict[str, list[float]]:
+    kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
+    return {"kept": kept, "distance": [float(f"{losses[k]:.6g}") for k in kept]}
 
 
 @dataclass(frozen=True)

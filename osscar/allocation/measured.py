@@ -1,46 +1,57 @@
-"""How far predictions move when one group alone loses units: curves, measured by forward passes.
+"""Curves of groups, measured by forward passes, at about the widths that groups come to keep.
 
-A group is refitted on the dense stream at about the width that it was given, put into the dense
-model, and taken out again.  What samples that no refit has seen then tell of the predictions is
-what its curve has to go through.
+Widths are chosen, with equal shares at first.  A group by itself then loses as many units: it is
+refitted on the dense stream, put into the dense model, and taken out again.  Samples that no refit
+has seen tell how far outputs move.  With the curves through what was measured, widths are chosen
+anew, and groups whose widths have moved are measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from graph import CouplingGroup
-from osscar.allocation.curves import LEAST_NATS, MOST, Curve, curve_samples, summed_losses
-from osscar.allocation.divergence import Reference
-from osscar.allocation.replay import Recording
+import solvers
+from graph import CouplingGroup, UnitKind
+from osscar.allocation.curves import Curve
+from osscar.allocation.divergence import OutputReference, Reference
 from osscar.allocation.widths import possible_widths
-from osscar.base.errors import NonFiniteError
+from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.messages import warn
 from osscar.base.progress import stage
-from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.network.modules import device_of
-from osscar.offload.on_disk import is_on_disk, room_for
+from osscar.offload.on_disk import room_for
+from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.prepare import Prepared
-from osscar.request import Widths
+from osscar.request import PruningRequest, Widths
+from osscar.walk.expert_walk import ExpertStep, ExpertWalk
 from osscar.walk.layer_step import LayerStep
+from osscar.walk.targets import Target
 from osscar.walk.walk import walk
-from solvers.closed_forms.elimination import eliminate, support_after
+from solvers import SubsetProblem
+from solvers.closed_forms.elimination import Removals, eliminate, support_after
 from solvers.closed_forms.refit import refit
 
-_TOKENS = 1024
-_SAMPLES = 100
-"""Tokens of a language model, or samples of any other, on which predictions are compared."""
+_COMPARED_TOKENS, _COMPARED_SAMPLES = 1024, 100
+"""Tokens of a language model, or samples of any other, on which outputs are compared at most."""
+
+_FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
+"""The same, to which a group that is pruned alone is refitted."""
+
+FEWEST = 4
+"""One in so many samples is compared at most, so that there are as many at least."""
+
+_ROUNDS = 3
+"""How often widths are chosen, and groups measured at them."""
 
 _MATTERS = 0.01
 """Share of the sum of all losses below which ten times the loss of a group is left unmeasured."""
@@ -48,24 +59,78 @@ _MATTERS = 0.01
 _NEAR = 0.15
 """Share of a group's units: a measurement counts as one at a width that is no farther away."""
 
-MOST_BYTES = 1 << 30
-"""Memory of what blocks of the dense model put out on these samples."""
-
-FEWEST = 4
-"""At most one in so many samples is among them, so that there are as many at least."""
-
 
 def compared_samples(prepared: Prepared) -> int:
-    """Return on how many samples, the last ones, predictions are compared; 0: there are too few."""
+    """Return on how many samples, the last ones, outputs are compared; 0: there are too few."""
     length = prepared.inputs.settings.get("seqlen")
-    wanted = _SAMPLES if length is None else max(1, _TOKENS // length)
+    wanted = _COMPARED_SAMPLES if length is None else max(1, _COMPARED_TOKENS // length)
     return min(wanted, prepared.inputs.samples // FEWEST)
+
+
+def fitted_samples(prepared: Prepared) -> int:
+    """Return to how many samples, the first ones, groups are refitted."""
+    length = prepared.inputs.settings.get("seqlen")
+    wanted = _FITTED_SAMPLES if length is None else max(1, _FITTED_TOKENS // length)
+    return min(wanted, prepared.inputs.samples - compared_samples(prepared))
+
+
+def measured_curves(
+    prepared: Prepared,
+    request: PruningRequest,
+    groups: Sequence[CouplingGroup],
+    choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
+) -> tuple[dict[str, Curve], Literal["nats", "relative"]]:
+    """Return the curve of each group that shares a budget, and what they count.
+
+    That is ``nats``, the divergence of predictions, or ``relative``, the squared error of outputs
+    over the squares of the dense ones, where these are no scores.  All ranks take part, and the
+    model is as it was afterwards.
+
+    Parameters
+    ----------
+    choose
+        Returns what groups keep by some curves, or in equal shares without any.
+
+    Warns
+    -----
+    UserWarning
+        Of groups that are not measured again since weights or outputs overflow.
+
+    Raises
+    ------
+    RequestError
+        If there are too few samples.
+    NonFiniteError
+        If a group overflows that was not measured before.
+    """
+    samples = compared_samples(prepared)
+    if not samples:
+        raise RequestError(
+            f"--allocation measured compares outputs on samples that no weight is fitted to, and "
+            f"there are {prepared.inputs.samples} in all; give at least {FEWEST}, or --allocation "
+            "uniform"
+        )
+    size = 1 if prepared.inputs.tokens else prepared.batch_size
+    scores = Reference.of(prepared, samples, size)
+    reference = scores or OutputReference.of(prepared, samples, size)
+    few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
+    curves: dict[str, Curve] = {}
+    for _ in range(_ROUNDS):
+        wanted = widths_to_measure(groups, choose(curves or None), curves, request.widths)
+        some = [group for group in groups if group.name in wanted]
+        with stage("measuring curves", total=len(some)) as bar:
+            for step in _steps(few, some) if some else ():
+                _measure(step, wanted[step.group.name], request, few, reference, curves)
+                bar.advance()
+        for group in groups:  # what has no other width keeps all its units
+            curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
+    return curves, "relative" if scores is None else "nats"
 
 
 def widths_to_measure(
     groups: Sequence[CouplingGroup],
     keep: Mapping[str, int],
-    curves: Mapping[str, Curve] | None,
+    curves: Mapping[str, Curve],
     widths: Widths,
 ) -> dict[str, int]:
     """Return at which width each group is to be measured: about what it is to keep.
@@ -74,7 +139,7 @@ def widths_to_measure(
     were measured at about that width, and those whose loss is too small to matter.
     """
     share = sum(keep[group.name] for group in groups) / sum(group.units for group in groups)
-    total = sum(float(curves[name].losses[kept]) for name, kept in keep.items()) if curves else 0.0
+    total = sum(float(curve.losses[keep[name]]) for name, curve in curves.items())
     found: dict[str, int] = {}
     for group in groups:
         options = possible_widths(group, widths)
@@ -83,171 +148,124 @@ def widths_to_measure(
             continue
         kept = keep[group.name] if keep[group.name] < group.units else share * group.units
         width = int(options[np.abs(options - kept).argmin()])
-        curve = None if curves is None else curves[group.name]
+        curve = curves.get(group.name)
         if curve is not None:
-            matters = MOST * curve.losses[width] > _MATTERS * total or not curve.comparable
-            near = [abs(width - known) <= _NEAR * group.units for known in curve.measured]
-            if not matters or any(near) or (curve.measured and keep[group.name] == group.units):
+            matters = 10 * curve.losses[width] > _MATTERS * total
+            near = any(abs(width - known) <= _NEAR * group.units for known in curve.measured)
+            if not matters or near or keep[group.name] == group.units:
                 continue
         found[group.name] = width
     return found
 
 
-def scaled(curves: Mapping[str, Curve], found: Mapping[str, Measurement]) -> dict[str, Curve]:
-    """Return curves that go through what was measured.
+# ---- one group alone ---------------------------------------------------------------------
 
-    One that was not there before is the shape that came with the measurement.
+
+def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | ExpertStep]:
+    """Yield groups as the dense stream reaches them, and then mixtures."""
+    units = [group for group in groups if group.kind is not UnitKind.EXPERTS]
+    if units:
+        # Layers of a language model all read as many tokens; others differ in how well they fit.
+        held = 0 if few.inputs.tokens else few.inputs.samples // FEWEST
+        yield from walk(few, units, in_turn=False, held=held)
+    names = {group.name for group in groups} - {group.name for group in units}
+    mixtures = [one for one in few.mixtures if one.group.name in names]
+    if mixtures:
+        held = max(1, few.inputs.samples // FEWEST)
+        with called_as_mixtures(few.model, [one.listed for one in mixtures if one.listed]):
+            yield from ExpertWalk(few, mixtures, Target.WEIGHTS, held, {}, {})
+
+
+def _measure(
+    step: LayerStep | ExpertStep,
+    keep: int,
+    request: PruningRequest,
+    few: Prepared,
+    reference: Reference | OutputReference,
+    curves: dict[str, Curve],
+) -> None:
+    """Put a curve through what the model comes to with one group pruned to a width."""
+    name, known = step.group.name, step.group.name in curves
+    if isinstance(step, LayerStep):
+        without = _without_units(step, keep, request, few, shaped=not known)
+    else:
+        without = _without_experts(step, keep, request, few, shaped=not known)
+    try:
+        with without as shape, timed(Stage.MEASURED):
+            distance = reference.divergence(few.model)
+    except NonFiniteError as error:
+        alone = f"{name!r} pruned alone cannot be measured: {error}"
+        if not known:
+            raise NonFiniteError(alone) from error
+        warn(f"{alone}; its curve stays as it was")
+        return
+    curve = curves[name] if known else Curve(name, shape)
+    curves[name] = curve.through(keep, distance)
+
+
+@contextmanager
+def _without_units(
+    step: LayerStep, keep: int, request: PruningRequest, few: Prepared, shaped: bool
+) -> Iterator[NDArray[np.float64]]:
+    """Have the first rank remove units, one by one, and refit what stays, while the block runs.
+
+    Yielded is the shape of the group's curve, if that is asked for.
     """
-    made = dict(curves)
-    for name, one in found.items():
-        curve = made.get(name)
-        if curve is None:
-            assert one.losses is not None
-            curve = Curve(name, one.losses, comparable=False)
-        made[name] = curve.through(one.kept, one.nats)
-    return made
 
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What predictions diverged by, in nats, when a group alone kept so many units.
-
-    `losses`, (units + 1,), are those of the group's consumers as units left one by one, relative to
-    their own outputs; only where they are asked for.
-    """
-
-    kept: int
-    nats: float
-    losses: NDArray[np.float64] | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """The dense model on the samples that predictions are compared on.
-
-    What blocks put out is `recorded`, batch by batch, so that a pass through a model of which a
-    late layer has changed starts there.
-    """
-
-    prepared: Prepared = field(repr=False)
-    reference: Reference
-    recorded: Sequence[Recording] = field(repr=False)
-
-    @classmethod
-    def of(cls, prepared: Prepared, consumers: Collection[str], samples: int) -> Compared | None:
-        """Run the dense model on the last samples; None if it puts out no logits.
-
-        `consumers` are the modules that will change.
-        """
-        model = prepared.model
-        recorded: list[Recording] = []
-        size = 1 if prepared.inputs.tokens else prepared.batch_size
-        # Weights on disk have all the memory that there is.
-        most = 0 if is_on_disk(model) else MOST_BYTES // math.ceil(samples / size)
-
-        def recording(index: int) -> AbstractContextManager[None]:
-            recorded.append(Recording(most))
-            return recorded[-1].recording(model, consumers)
-
-        reference = Reference.of(prepared, samples, size, recording)
-        if reference is None:
-            return None
-        found = cls(prepared, reference, recorded)
-        if found.divergence(()) > LEAST_NATS:  # what blocks put out is not all that they do
-            found = cls(prepared, reference, [Recording(0) for _ in recorded])
-        return found
-
-    def divergence(self, changed: Collection[str]) -> float:
-        """Return by how much predictions diverge now that some modules have changed, in nats."""
-        model = self.prepared.model
-        return self.reference.divergence(
-            model, lambda index: self.recorded[index].replayed(model, changed)
-        )
-
-
-def measured_groups(
-    prepared: Prepared,
-    compared: Compared,
-    keep: Mapping[str, int],
-    *,
-    damp: float | None,
-    shapes: bool = False,
-) -> dict[str, Measurement]:
-    """Prune each group by itself to what it is to keep, and measure what predictions diverge by.
-
-    The model is as it was afterwards.  All ranks take part.  With `shapes`, the losses of the
-    group's consumers are told, too.
-
-    Warns
-    -----
-    UserWarning
-        Of groups that are left out since weights or predictions overflow without some units.
-
-    Raises
-    ------
-    NonFiniteError
-        If one overflows where shapes are asked for, so that nothing else is known of it.
-    """
-    groups = [group for group in prepared.groups if group.name in keep]
-    if not groups:
-        return {}
-    rest = prepared.inputs.samples - compared.reference.inputs.samples
-    inputs = prepared.inputs.part(0, min(rest, curve_samples(prepared)))
-    few = dataclasses.replace(prepared, inputs=inputs)
-    # As of curvature: layers of a language model all read as many tokens.
-    held = 0 if inputs.tokens else inputs.samples // FEWEST
-    found: dict[str, Measurement] = {}
-    with stage("measuring curves", total=len(groups)) as bar:
-        for step in walk(few, groups, in_turn=False, held=held):
-            with room_for(prepared.model, prepared.matrix_bytes):
-                variant = _variant(step, keep[step.group.name], damp, prepared.ranks, shapes)
-            weights = [W.to(device_of(prepared.model)) for W in variant.weights]
-            try:
-                with timed(Stage.MEASURED), step.tried(weights, variant.kept):
-                    nats = compared.divergence({one.name for one in step.consumers})
-                found[step.group.name] = Measurement(len(variant.kept), nats, variant.losses)
-            except NonFiniteError as error:
-                _tell_of_overflow(step.group, error, shapes)
-            bar.advance()
-    return found
-
-
-def _tell_of_overflow(group: CouplingGroup, error: NonFiniteError, shapes: bool) -> None:
-    """Warn of a group whose curve stays as predicted; raise an error where there is none."""
-    alone = f"{group.name!r} pruned alone cannot be measured: {error}"
-    if shapes:
-        raise NonFiniteError(alone) from error
-    warn(f"{alone}; its curve stays as it was")
-
-
-@dataclass(frozen=True, eq=False)
-class _Variant:
-    """A group that has lost units: weights, (p, m), of its consumers, and which units stay."""
-
-    weights: Sequence[Tensor] = field(repr=False)
-    kept: Sequence[int]
-    losses: NDArray[np.float64] | None = field(repr=False)
-
-
-def _variant(
-    step: LayerStep, keep: int, damp: float | None, ranks: Ranks, shapes: bool
-) -> _Variant:
-    """Have the first rank remove units of a group, one by one, and refit what stays."""
-
-    def make() -> _Variant:
+    def make() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
         with timed(Stage.MEASURED), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-            chosen, _ = step.regularization(keep, damp, 0.0)
-            problem = step.problem(keep, chosen)
+            damp, _ = step.regularization(keep, request.damp, 0.0)
+            problem = step.problem(keep, damp)
             gone = problem.units - keep
-            removals = eliminate(problem, problem.units - 1 if shapes else gone)
-            support = support_after(removals[:gone], problem)
-            weights, _ = refit(problem, support)
-            kept = support.tolist()
-            refits = step.refits(weights, kept)
-        losses = summed_losses(problem, removals) if shapes else None
-        return _Variant([W if ranks.alone else W.cpu() for W in refits.weights], kept, losses)
+            removals = eliminate(problem, problem.units - 1 if shaped else gone)
+            kept = support_after(removals[:gone], problem)
+            weights, _ = refit(problem, kept)
+            refits = step.refits(weights, kept.tolist())
+            shape = summed_losses(problem, removals) if shaped else np.zeros(0)
+        moved = [W if few.ranks.alone else W.cpu() for W in refits.weights]
+        return moved, kept.tolist(), shape
 
     inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
-    with memory_for(f"the problem of {step.group.name!r} with {inputs} inputs", FOR_MATRICES):
-        return ranks.broadcast("a group that was pruned by itself", make)
+    what = f"the problem of {step.group.name!r} with {inputs} inputs"
+    with memory_for(what, FOR_MATRICES), room_for(few.model, few.matrix_bytes):
+        weights, kept, shape = few.ranks.broadcast("a group that was pruned by itself", make)
+    with step.tried([W.to(device_of(few.model)) for W in weights], kept):
+        yield shape
+
+
+@contextmanager
+def _without_experts(
+    step: ExpertStep, keep: int, request: PruningRequest, few: Prepared, shaped: bool
+) -> Iterator[NDArray[np.float64]]:
+    """Route among the experts that stay, refitted, while the block runs; as of units."""
+    with timed(Stage.MEASURED), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        problem = step.problem(step.group.fewest if shaped else keep)
+        shape = np.zeros(0)
+        if shaped:  # with fewer than the router needs it is the loss of the fewest
+            history = solvers.solve_experts(problem, "greedy").history
+            risen = np.maximum.accumulate([0.0, *history[1:]]) / problem.scale
+            shape = np.concatenate([np.full(problem.keep, risen[-1]), risen[::-1]])
+        support = solvers.solve_experts(problem.with_keep(keep), "greedy").support.tolist()
+        with step.tried(support):
+            refitted = step.refit()
+            damp, refitted.correction_weight = refitted.regularization(
+                refitted.group.units, request.damp
+            )
+            units = range(refitted.group.units)
+            fit = refitted.problem(len(units), damp)
+            weights, _ = refit(fit, torch.arange(len(units)))
+            with refitted.tried(refitted.refits(weights, units).weights, units):
+                yield shape
+
+
+def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:
+    """Return the loss with k units left, (units + 1,), given how all but one left.
+
+    It is relative to that without any.
+    """
+    risen = np.maximum([risen for _, risen in removals], 0.0)
+    losses = np.concatenate([[0.0], np.cumsum(risen)])
+    whole = max(problem.empty_loss, float(losses[-1]))
+    return np.concatenate([[whole], losses[::-1]])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,17 @@ class Sharing:
     widths: Widths
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
+    measure: Literal["nats", "relative"] = "nats"
+
+    @cached_property
+    def options(self) -> dict[str, NDArray[np.int64]]:
+        """The widths that each group may have, ascending."""
+        return {group.name: possible_widths(group, self.widths) for group in self.groups}
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The least widths."""
+        return {name: int(some[0]) for name, some in self.options.items()}
 
     def choose(self, cost: CountedCost, limit: float) -> tuple[dict[str, int], float | None]:
         """Return what groups keep so that the model costs at most the limit, or the least.
@@ -38,8 +50,7 @@ class Sharing:
         """
         if self.curves is not None:
             return self._search(self.curves, cost).choose(limit)
-        options = {group.name: possible_widths(group, self.widths) for group in self.groups}
-        return equal_shares(options, self.others, cost, limit), None
+        return equal_shares(self.options, self.others, cost, limit), None
 
     def budget(
         self,
@@ -51,42 +62,37 @@ class Sharing:
     ) -> Budget:
         """Report on a choice and its bound, with a prediction where there are curves."""
         told: dict[str, Any] = {}
-        nats: dict[str, float] = {}
+        parts: dict[str, float] = {}
         if self.curves is not None:
             search = self._search(self.curves, cost)
             own = {name: self.curves[name] for name in search.options}
-            nats = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
+            parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
             told = {
                 "predicted": search.loss(found),
                 "lower_bound": bound,
-                "comparable": all(curve.in_nats for curve in own.values()),
+                "measure": self.measure,
                 "curves": {
                     name: tuple(curve.losses.tolist())
                     for name, curve in own.items()
                     if len(search.options[name]) > 1
                 },
-                "measured": {name: _measured(c) for name, c in own.items() if c.measured},
+                "measured": {
+                    name: tuple(Measured(*point) for point in sorted(curve.measured.items()))
+                    for name, curve in own.items()
+                    if curve.measured
+                },
                 "frontier": search.frontier(),
             }
         widths = {
-            g.name: Width(str(g.kind), g.units, found[g.name], nats.get(g.name))
+            g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))
             for g in self.groups
         }
         reached = cost.of({**self.others, **found})
         return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
 
     def _search(self, curves: Mapping[str, Curve], cost: CountedCost) -> Search:
-        options = {group.name: possible_widths(group, self.widths) for group in self.groups}
-        losses = {name: curves[name].losses[some] for name, some in options.items()}
-        return Search(options, losses, self.others, cost)
-
-
-def _measured(curve: Curve) -> tuple[Measured, ...]:
-    predicted = curve.predicted.tolist()
-    return tuple(
-        Measured(kept, predicted[kept] if curve.comparable else None, nats)
-        for kept, nats in sorted(curve.measured.items())
-    )
+        losses = {name: curves[name].losses[some] for name, some in self.options.items()}
+        return Search(self.options, losses, self.others, cost)
 
 
 def equal_shares(

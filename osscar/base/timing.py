@@ -29,8 +29,6 @@ class Stage(enum.StrEnum):
     OPEN = "open and trace"
     TRIAL = "trial"
     DENSE = "dense passes"
-    CURVATURE = "curvature"
-    CURVES = "curves"
     MEASURED = "measured curves"
     ALLOCATION = "allocation"
     WALK = "walk"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.allocation.curvature import as_logits
+from osscar.allocation.divergence import as_logits
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OsscarError
 from osscar.base.inputs import whole_number
 from osscar.base.memory import let_shortage_pass

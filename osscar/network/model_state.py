@@ -224,19 +224,6 @@ def model_state(model: nn.Module) -> Iterator[ModelState]:
 
 
 @contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients while the block runs."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_()
-
-
-@contextmanager
 def restored(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
     """Give every module of a model its class, attributes and tensors back after the block.
 

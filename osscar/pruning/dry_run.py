@@ -20,8 +20,7 @@ from torch import nn
 from graph import CouplingGroup
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.curves import curve_samples
-from osscar.allocation.measured import compared_samples
+from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.allocation.widths import asked_groups
 from osscar.base.devices import clock_of, resolve_device
@@ -188,7 +187,7 @@ def estimate_as_asked(
         if request.has_budget and request.allocation != "uniform":
             shared = asked_groups(prepared, request, [group.name for group in skipped])[2]
             again = sum(_rows(prepared, g) ** 3 for g in shared) / _rows(prepared, source) ** 3
-            passes = curve_samples(prepared) + compared_samples(prepared) * len(shared)
+            passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
             stages[Stage.MEASURED] = 1.5 * (passes * one + again * solving[Stage.SOLVER])
         cache, weights = weight_cache(prepared.model), weight_bytes(prepared.model)

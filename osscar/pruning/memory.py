@@ -156,7 +156,7 @@ class Room:
         )
         flow = _flow(prepared)
         streams = 2 if Target(request.target).needs_dense else 1
-        measured = request.has_budget and request.allocation == "measured"
+        measured = request.has_budget and request.allocation != "uniform"
         compared = compared_samples(prepared) if measured else 0
         kept = sum(
             min(MOST_BYTES, 4 * samples * flow.window * flow.outputs)
@@ -214,12 +214,6 @@ def needs_memory(request: PruningRequest) -> str | None:
         return (
             "--speedup times the model in memory, and this one is read from disk; give another "
             "budget, or leave --max-memory away"
-        )
-    if request.has_budget and request.allocation == "curvature":
-        return (
-            "a budget that is shared by curvature needs a backward pass through the dense model, "
-            "and this one is read from disk; give --allocation measured or uniform, "
-            "leave --max-memory away, or prune with --heads and --neurons"
         )
     if request.form == "exported":
         return (

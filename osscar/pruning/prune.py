@@ -21,7 +21,6 @@ from graph import UnitKind
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
-from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Reference
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RequestError
@@ -164,15 +163,12 @@ class _DenseFacts:
         What it predicts; None if it puts out no logits.
     statistics
         Of its batch-norm layers; see `osscar.walk.batch_norm`.
-    curves
-        Of the groups that share a budget, by name; None: measured when needed.
     """
 
     form: Form
     skipped: tuple[SkippedGroup, ...]
     reference: Reference | None
     statistics: DenseStatistics
-    curves: Mapping[str, Curve] | None = None
 
     @property
     def skipped_names(self) -> frozenset[str]:
@@ -278,7 +274,7 @@ def _widths(
         _check_noted(noted, prepared, request, facts)
         return noted
     try:
-        known = allocate(prepared, request, facts.curves, facts.skipped_names, facts.form)
+        known = allocate(prepared, request, facts.skipped_names, facts.form)
     except RequestError as error:
         also = f"; {named(facts.skipped)}" if facts.skipped else ""
         raise type(error)(f"{error}{also}") from error

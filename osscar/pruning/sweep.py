@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from pydantic import ConfigDict
 from torch import nn
 
-from osscar.allocation.allocate import shared_curves
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
@@ -87,7 +86,7 @@ def jobs(
     values: Sequence[Keep],
     *,
     baselines: bool = False,
-    allocation: Allocation = "curvature",
+    allocation: Allocation = "measured",
 ) -> tuple[Job, ...]:
     """Return the points of a sweep, the method itself first, the largest model first."""
     if not values:
@@ -128,9 +127,9 @@ def prune_points(
     """Prune a model once for each point; the model that comes in is not changed.
 
     The model is traced once, and what is known of the dense model is found once: what can follow,
-    its predictions, its batch-norm statistics and, where a point needs them, the curves of its
-    groups.  Divergences are all measured on the samples that the base request holds out; baselines
-    whose damping is given hold out none, and are fitted to these as well.
+    its predictions, and its batch-norm statistics.  Divergences are all measured on the samples
+    that the base request holds out; baselines whose damping is given hold out none, and are fitted
+    to these as well.
     """
     if not points:
         return
@@ -138,9 +137,6 @@ def prune_points(
         requests = {job: job.request(base) for job in points}
         each = {job: within_memory(prepared, request) for job, request in requests.items()}
         facts = dense_facts(prepared, base)
-        if any(request.allocation == "curvature" for request in requests.values()):
-            curves = shared_curves(prepared, base, facts.skipped_names)
-            facts = dataclasses.replace(facts, curves=curves)
         for job in points:
             again = dataclasses.replace(each[job], model=copied(each[job].model))
             result = prune_prepared(again, requests[job], facts)

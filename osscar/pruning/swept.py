@@ -131,7 +131,7 @@ def sweep(
             f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
         )
     points = jobs(
-        budget, values, baselines=baselines, allocation=asked.get("allocation", "curvature")
+        budget, values, baselines=baselines, allocation=asked.get("allocation", "measured")
     )
     base = PruningRequest(**{**asked, str(budget): points[0].value})
     if isinstance(recover, bool):

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.curvature import as_logits, holds_probabilities, table_of
-from osscar.allocation.divergence import log_probabilities, summed_divergence, thinned
+from osscar.allocation.divergence import (
+    as_logits,
+    holds_probabilities,
+    log_probabilities,
+    summed_divergence,
+    table_of,
+    thinned,
+)
 from osscar.base.errors import ModelError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import Ranks

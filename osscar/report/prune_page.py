@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from graph.groups import UnitKind
-from osscar.allocation.measured import FEWEST
 from osscar.base.printable import are, capitalized, listed, pluralize
 from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
@@ -151,7 +150,7 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     """Say in one line what was asked."""
     said = [f"{kind} {settings[kind]}" for kind in BudgetKind if settings.get(kind) is not None]
     if said:
-        said.append(f"shared out by {settings.get('allocation', 'curvature')}")
+        said.append(f"shared out by {settings.get('allocation', 'measured')}")
     if settings.get("at_least"):
         said.append(f"at least {settings['at_least']} of each group")
     if settings.get("experts") == AUTO:
@@ -206,18 +205,6 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     budget = document.get("budget")
     if budget is not None:
         yield budget_line(budget)
-        if not budget["comparable"]:
-            yield (
-                "gradients",
-                "no gradient reaches some groups, whose widths were chosen by their own relative "
-                "loss",
-            )
-        if budget.get("curves") and budget.get("measured") == {}:
-            yield (
-                "curves",
-                f"as predicted, as nothing was measured; that takes {FEWEST} samples and an output "
-                "that is known to be scores of classes",
-            )
     yield "divergence from the dense predictions", _divergence(document)
     error = document["equivalence_error"]
     yield (
@@ -265,13 +252,18 @@ def budget_line(budget: Mapping[str, Any]) -> tuple[str, str]:
 def _divergence(document: Mapping[str, Any]) -> str:
     """Say what was predicted and measured of the outputs."""
     measured, budget = document.get("divergence"), document.get("budget") or {}
-    if measured is None:
-        return (
-            "not measured, as no output is known to be scores of classes (the name `logits` says "
-            "so, or labels that fit the only output beside a loss)"
-        )
     predicted, gap = budget.get("predicted"), budget.get("gap")
     within = "" if gap is None else f" (within {gap:.1e} of the least)" if gap else " (the least)"
+    if measured is None:
+        said = (
+            ""
+            if predicted is None
+            else f"; a relative error of the outputs of {predicted:.4f} is predicted{within}"
+        )
+        return (
+            "not measured, as no output is known to be scores of classes (the name `logits` says "
+            f"so, or labels that fit the only output beside a loss){said}"
+        )
     said = "" if predicted is None else f"predicted {predicted:.4f} nats{within}, "
     data = "held-out" if document["held_out"] else "the last"
     on = f"on {data} calibration samples{_when(document)}"
@@ -293,8 +285,8 @@ def _columns(document: Mapping[str, Any]) -> Iterator[str]:
     """Say what some columns of the table of layers are."""
     if (document.get("budget") or {}).get("measured"):
         yield (
-            "Measured alone is by how much the predictions diverge with this group alone pruned "
-            "to so many units, and how many times what was predicted that is."
+            "Measured alone is how far the model is from the dense one with this group alone "
+            "pruned to so many units."
         )
     if any(layer.get("fixed") for layer in document["layers"]):
         yield (

@@ -96,8 +96,8 @@ def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Figure
     figure, axes = small_figure()
     frontier, dense = budget["frontier"], budget["dense"]
     reached, predicted = budget["reached"] / dense, budget["predicted"]
-    curve = zip(frontier["cost"], frontier["nats"], strict=True)
-    points = [(cost / dense, nats) for cost, nats in curve if nats > 0]
+    curve = zip(frontier["cost"], frontier["distance"], strict=True)
+    points = [(cost / dense, distance) for cost, distance in curve if distance > 0]
     if points:
         axes.plot(*zip(*points, strict=True), "-", color=COLORS[0], linewidth=1.2, label="least")
     if predicted:
@@ -109,10 +109,12 @@ def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Figure
         )  # fmt: skip
     axes.set_yscale("log")
     here = [value for value in (predicted, measured) if value]
-    highest = max([*here, *(nats for _, nats in points)], default=1.0)
+    highest = max([*here, *(distance for _, distance in points)], default=1.0)
     axes.set_ylim(min([*here, _LOWEST * highest]) / 3, 3 * highest)
     axes.xaxis.set_major_formatter(SHARES)
     axes.set_xlabel(f"{budget['cost']} kept")
-    axes.set_ylabel("divergence, nats")
+    axes.set_ylabel(
+        "relative error of outputs" if budget["measure"] == "relative" else "divergence, nats"
+    )
     legend(figure, 3)
     return figure

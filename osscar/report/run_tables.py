@@ -35,7 +35,8 @@ def layers_table(
         What names of groups begin with, and are shown without.
     """
     widths, measured = (dict((budget or {}).get(key) or {}) for key in ("widths", "measured"))
-    nats = {name: width["predicted"] for name, width in widths.items()}
+    unit = "relative" if (budget or {}).get("measure") == "relative" else "nats"
+    predicted = {name: width["predicted"] for name, width in widths.items()}
     columns: dict[str, list[str]] = {
         "group": [layer["name"].removeprefix(prefix) for layer in layers],
         "kept >": [f"{layer['kept']} of {layer['units']}" for layer in layers],
@@ -45,8 +46,8 @@ def layers_table(
         "gap >": ["" if one["gap"] is None else f"{one['gap']:.1%}" for one in layers],
         "limit >": [_limit(one) for one in layers],
         "certificate": [_certificate(layer) for layer in layers],
-        "predicted, nats >": [decimals(nats.get(one["name"]), 5) for one in layers],
-        "measured alone, nats": [_measured(measured.get(one["name"]) or ()) for one in layers],
+        f"predicted, {unit} >": [decimals(predicted.get(one["name"]), 5) for one in layers],
+        f"measured alone, {unit}": [_measured(measured.get(one["name"]) or ()) for one in layers],
         "status": [layer["status"].lower().replace("_", " ") for layer in layers],
         "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
         "dead >": [str(layer["dead"] or "") for layer in layers],
@@ -60,13 +61,8 @@ def layers_table(
 
 
 def _measured(points: Sequence[Mapping[str, Any]]) -> str:
-    """Say what a group was measured to cost, at which widths, and how often what was predicted."""
-    said = []
-    for point in points:
-        known = point["predicted"]
-        times = f", {point['nats'] / known:.2g}x" if known else ""
-        said.append(f"{decimals(point['nats'], 5)} with {point['kept']}{times}")
-    return "; ".join(said)
+    """Say what a group was measured to cost, and at which widths."""
+    return "; ".join(f"{decimals(one['distance'], 5)} with {one['kept']}" for one in points)
 
 
 def _bound(layer: Mapping[str, Any]) -> str:

@@ -675,7 +675,7 @@ def test_version_and_help_name_every_command_and_every_choice(run):
     status, out, _ = run("prune", "--help")
     said = " ".join(out.replace("│", " ").split())
     for choices in (
-        "[choices: curvature, measured, uniform]",
+        "[choices: measured, uniform]",
         "[choices: weights, outputs, residual]",
         "[choices: correct, estimate, keep]",
         "[choices: auto, eager, exported]",

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 import osscar
 import solvers
-from osscar.allocation.curvature import curvature
 from osscar.preparation import consumer as consumers
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.report.prune_page import prune_page
 from osscar.report.run_tables import layers_table
-from osscar.walk.gram import pulls
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.osscar.networks import small_net
@@ -262,26 +260,3 @@ def test_another_process_adopts_fixed_rows_too():
                 step.adopt(written)
                 for a, b in zip(head, prepared.model.head.parameters(), strict=True):
                     assert torch.equal(a, b)
-
-
-def test_curves_are_predicted_of_a_refit_of_all_rows():
-    model, x = joined().float(), inputs(samples=128).float()
-    with prepare(model, x) as prepared:
-        (found,) = curvature(prepared, [reading(prepared, "two")], samples=128, seed=0)
-        (one,), kept, damp = found.factors, [0, 2, 3, 6], 0.03
-        problem = found.problem(damp)
-        (W0,), A = (one.weights(found.predictions),), one.inputs.double()
-        assert not W0[:12].any()
-        pulled = damp * pulls(A.diagonal(), one.rows, 12)
-        assert torch.equal(pulled[12:], damp * pulls(A.diagonal(), one.rows)[12:])
-        used = [*range(12), *(12 + unit for unit in kept)]
-        H, G = A + torch.diag(pulled), (A + torch.diag(pulled)) @ W0
-        least = (W0 * G).sum() - (G[used] * torch.linalg.solve(H[used][:, used], G[used])).sum()
-        _, loss = solvers.refit(problem, torch.tensor(kept))
-        assert loss == pytest.approx(float(least), rel=1e-6)
-        D = torch.zeros_like(W0)
-        D[used] = torch.linalg.solve(H[used][:, used], G[used])
-        D -= W0
-        held = float((D * (one.held.inputs.double() @ D)).sum())
-        held *= found.predictions / found.held_predictions
-        assert found.held_loss(damp, torch.tensor(kept)) == pytest.approx(held, rel=1e-5)

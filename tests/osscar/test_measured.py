@@ -11,17 +11,10 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
-from osscar.allocation.allocate import MEASURED, allocate
-from osscar.allocation.curves import LEAST_NATS, MOST, Curve
-from osscar.allocation.measured import (
-    Compared,
-    Measurement,
-    compared_samples,
-    measured_groups,
-    scaled,
-    widths_to_measure,
-)
-from osscar.allocation.replay import Recording
+from osscar.allocation.allocate import allocate
+from osscar.allocation.curves import LEAST, Curve
+from osscar.allocation.divergence import OutputReference
+from osscar.allocation.measured import measured_curves, widths_to_measure
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
@@ -75,31 +68,76 @@ def by_hand(model, consumer, X, keep, damp, fresh):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def consumers_of(prepared, groups):
-    """Return the modules that read some groups."""
-    return {one.name for group in groups for one in prepared.linear_maps(group)}
+def measured(prepared, keep, **asked):
+    """Measure groups at some widths."""
+    groups = [group for group in prepared.groups if group.name in keep]
+    request = PruningRequest(sparsity=0.5, **asked)
+    return measured_curves(prepared, request, groups, lambda curves: keep)
+
+
+def halves(prepared):
+    return {g.name: max(1, g.units // 2) for g in prepared.groups if g.prunable}
 
 
 def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
     torch.manual_seed(0)
     model, data = Sum().eval(), torch.randn(80, 6)
     with prepare(model, data) as prepared, torch.no_grad():
-        groups = [group for group in prepared.groups if group.prunable]
-        keep = {group.name: group.units // 2 for group in groups}
-        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
-        found = measured_groups(prepared, compared, keep, damp=0.1)
+        keep = halves(prepared)
+        curves, measure = measured(prepared, keep, damp=0.1)
+        assert measure == "nats"
         fitted, fresh = data[:45], data[60:]  # of 60, a quarter is held out for other ends
         read = {
             8: (model.one, torch.tanh(model.first(fitted))),
             7: (model.other, torch.relu(model.second(fitted))),
         }
-        for group in groups:
-            due = by_hand(model, *read[group.units], keep[group.name], 0.1, fresh)
+        for name, kept in keep.items():
+            units = len(curves[name].shape) - 1
+            due = by_hand(model, *read[units], kept, 0.1, fresh)
             assert due > 1e-4
-            assert found[group.name].nats == pytest.approx(due, rel=1e-3)
+            assert curves[name].measured == {kept: pytest.approx(due, rel=1e-3)}
 
 
-def test_a_group_that_overflows_without_some_units_keeps_its_curve():
+class Both(nn.Module):
+    """Puts out two tensors of other sizes, of which none is known to be scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.sum = Sum()
+
+    def forward(self, x):
+        y = self.sum(x).logits
+        return {"one": 1e3 * y, "other": y[:, :2].sum(1) + 1}
+
+
+def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
+    torch.manual_seed(0)
+    data = torch.randn(80, 6)
+    with prepare(Both().eval(), data) as prepared, torch.no_grad():
+        curves, measure = measured(prepared, halves(prepared))
+        assert measure == "relative"
+        assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
+        reference = OutputReference.of(prepared, 20)
+        dense = prepared.model(data[60:])
+        prepared.model.sum.one.weight.mul_(0.5)
+        found = prepared.model(data[60:])
+        errors = [
+            ((found[k] - y).square().sum() / y.square().sum()).item() for k, y in dense.items()
+        ]
+        assert reference.divergence(prepared.model) == pytest.approx(np.mean(errors))
+
+
+def test_an_output_of_another_shape_is_wholly_in_error():
+    reference = OutputReference([{"x": torch.ones(1)}], [[torch.ones(3), torch.ones(2)]])
+
+    class Fewer(nn.Module):
+        def forward(self, x):
+            return torch.ones(3), torch.ones(1)
+
+    assert reference.divergence(Fewer()) == pytest.approx(0.5)
+
+
+def test_a_group_that_overflows_without_some_units_is_named():
     torch.manual_seed(0)
     model, data = Sum().eval(), torch.randn(80, 6)
     model.second.weight.data = model.second.weight.data[[0, 0, 1, 1, 2, 2, 3]]
@@ -108,15 +146,11 @@ def test_a_group_that_overflows_without_some_units_keeps_its_curve():
         parameter.data *= 1e-3
     model.other.weight.data = 6e4 * model.other.weight.data.sign()  # of twins, one does for both
     with prepare(model.half(), data.half()) as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
-        keep = {group.name: group.units // 2 for group in groups}
         before = copy.deepcopy(prepared.model.state_dict())
-        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
-        with pytest.warns(UserWarning, match="pruned alone cannot be measured"):
-            found = measured_groups(prepared, compared, keep, damp=0.01)
-        assert found.keys() == {"first.neurons"}
-        with pytest.raises(NonFiniteError, match="pruned alone cannot be measured"):
-            measured_groups(prepared, compared, keep, damp=0.01, shapes=True)
+        with pytest.raises(
+            NonFiniteError, match=r"'second\.neurons' pruned alone cannot be measured"
+        ):
+            measured(prepared, halves(prepared), damp=0.01)
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
@@ -129,119 +163,15 @@ BUILT = {
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_passes_that_start_late_see_what_whole_ones_do_and_leave_the_model_as_it_was(name):
+def test_models_are_left_as_they_were(name):
     build, data = BUILT[name]
     torch.manual_seed(0)
     with prepare(build().eval(), data()) as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
         before = copy.deepcopy(prepared.model.state_dict())
-        keep = {group.name: max(1, group.units // 2) for group in groups}
-        compared = Compared.of(prepared, consumers_of(prepared, groups), compared_samples(prepared))
-        late = measured_groups(prepared, compared, keep, damp=None)
-        assert all(recording.ended for recording in compared.recorded)
-        recorded = [Recording(0) for _ in compared.recorded]
-        whole = Compared(prepared, compared.reference, recorded)
-        again = measured_groups(prepared, whole, keep, damp=None)
-        assert {n: m.nats for n, m in late.items()} == {n: m.nats for n, m in again.items()}
-        assert all(one.nats > 0 for one in late.values())
+        curves, _ = measured(prepared, halves(prepared))
+        assert all(next(iter(curve.measured.values())) > 0 for curve in curves.values())
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-        assert not any("forward" in vars(module) for module in prepared.model.modules())
-
-
-class Writes(nn.Module):
-    """Writes to what it is given."""
-
-    def forward(self, x):
-        return x.add_(1)
-
-
-def test_blocks_that_write_to_what_they_are_given_run_again():
-    model = nn.Sequential(nn.Linear(2, 3), Writes(), nn.Linear(3, 2))
-    recording, x = Recording(1 << 20), torch.randn(4, 2)
-    with recording.recording(model, ["2"]):
-        due = model(x)
-    assert [name for name, _ in recording.ended] == ["0", "2"]
-    assert recording.before == {"2": 1}
-    with recording.replayed(model, ["2"]):
-        assert torch.equal(model(torch.full_like(x, torch.nan)), due)
-    assert torch.equal(model(x), due)
-    full = Recording(4 * 3 * 4)
-    with full.recording(model, ["2"]):
-        model(x)
-    assert [name for name, _ in full.ended] == ["0"]
-
-
-class Appends(nn.Module):
-    """Puts what it reads into a list that it is given."""
-
-    def forward(self, x, seen):
-        seen.append(x)
-        return torch.tanh(x)
-
-
-class Notes(nn.Module):
-    """Keeps what it reads."""
-
-    def forward(self, x, seen):
-        self.seen = [x]
-        return torch.tanh(x)
-
-
-class Answers(nn.Module):
-    """Puts out what nobody can look into."""
-
-    def forward(self, x, seen):
-        return Answer(x)
-
-
-class Answer:
-    def __init__(self, x):
-        self.x = x
-
-    def __add__(self, other):
-        self.x = self.x + other
-        return self.x
-
-
-class Skips(nn.Module):
-    """What its block has read goes on beside what it puts out."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.first, self.block, self.last = nn.Linear(2, 3), block, nn.Linear(3, 2)
-
-    def forward(self, x):
-        seen = []
-        out = self.block(self.first(x), seen)
-        (beside,) = seen or getattr(self.block, "seen", [0.5])
-        return self.last(out + beside)
-
-
-@pytest.mark.parametrize("block", [Appends, Notes, Answers])
-def test_blocks_that_do_more_than_put_something_out_run_again(block):
-    model, recording, x = Skips(block()), Recording(1 << 20), torch.randn(4, 2)
-    with recording.recording(model, ["last"]):
-        due = model(x)
-    assert [name for name, _ in recording.ended] == ["first", "last"]
-    model(torch.randn(4, 2))
-    for _ in range(2):
-        with recording.replayed(model, ["last"]):
-            assert torch.equal(model(torch.full_like(x, torch.nan)), due)
-
-
-def test_modules_that_blocks_share_are_no_blocks():
-    shared = nn.Sequential(nn.Tanh())
-    parts = [nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2)) for _ in range(3)]
-    model, x = nn.Sequential(*parts, shared[0]), torch.randn(4, 2)
-    consumers = [f"{part}.{place}" for part in range(3) for place in (0, 2)]
-    recording = Recording(1 << 20)
-    with recording.recording(model, consumers):
-        due = model(x)
-    assert [name for name, _ in recording.ended] == consumers
-    with recording.replayed(model, ["2.0"]):
-        assert torch.equal(model(torch.full_like(x, torch.nan)), due)
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ---- curves ------------------------------------------------------------------------------
@@ -257,13 +187,12 @@ def test_a_curve_goes_through_what_was_measured_and_stays_one(data):
             st.integers(1, len(rises) - 1), st.floats(1e-3, 5.0), min_size=1, max_size=3
         )
     )
-    curve = Curve("group", losses, comparable=False)
+    curve = Curve("group", losses)
     for kept, nats in points.items():
         curve = curve.through(kept, nats)
-    assert curve.in_nats
     assert (np.diff(curve.losses) <= 0).all()
     assert curve.losses[-1] == 0
-    assert curve.predicted is losses
+    assert curve.shape is losses
     for kept in points:  # fewer units never do better, whatever was measured
         assert curve.losses[kept] == pytest.approx(max(points[k] for k in points if k >= kept))
     ratio = points[max(points)] / losses[max(points)]
@@ -271,13 +200,9 @@ def test_a_curve_goes_through_what_was_measured_and_stays_one(data):
 
 
 def test_what_is_measured_of_next_to_nothing_is_not_believed():
-    losses = np.array([1.0, 1e-3, 0.0, 0.0])
-    predicted = Curve("group", losses)
-    assert predicted.through(1, 0.9).losses == pytest.approx(losses * MOST)
-    assert predicted.through(1, 0.0).losses == pytest.approx(losses / MOST)
-    assert predicted.through(2, 0.5).losses == pytest.approx(losses)  # of units that do nothing
-    shape = Curve("group", losses, comparable=False)
-    assert shape.through(1, 0.0).losses == pytest.approx(losses * LEAST_NATS / 1e-3)
+    shape = Curve("group", np.array([1.0, 1e-3, 0.0, 0.0]))
+    assert shape.through(1, 0.0).losses == pytest.approx(shape.shape * LEAST / 1e-3)
+    assert shape.through(2, 0.5).losses == pytest.approx(shape.shape)  # of units that do nothing
 
 
 def test_groups_are_measured_where_they_matter_and_were_not_before():
@@ -288,39 +213,31 @@ def test_groups_are_measured_where_they_matter_and_were_not_before():
         keep = {group.name: group.units // 2 for group in groups}
         shares = {group.name: np.linspace(1, 0, group.units + 1) for group in groups}
         curves = {name: Curve(name, share) for name, share in shares.items()}
-        assert widths_to_measure(groups, keep, None, Widths()) == keep
+        assert widths_to_measure(groups, keep, {}, Widths()) == keep
         assert widths_to_measure(groups, keep, curves, Widths()) == keep
         nothing = curves | {heads.name: Curve(heads.name, 1e-4 * shares[heads.name])}
         assert widths_to_measure(groups, keep, nothing, Widths()).keys() == {*names} - {heads.name}
-        known = scaled(curves, {heads.name: Measurement(3, 0.5)})
+        known = curves | {heads.name: curves[heads.name].through(3, 0.5)}
         assert widths_to_measure(groups, keep, known, Widths()).keys() == {*names} - {heads.name}
         moved = widths_to_measure(groups, keep | {heads.name: 5}, known, Widths())
         assert moved[heads.name] == 5
-        all_of_it = widths_to_measure(groups, keep | {heads.name: 6}, curves, Widths())
-        assert all_of_it[heads.name] == 3
+        assert heads.name not in widths_to_measure(groups, keep | {heads.name: 6}, known, Widths())
+        assert widths_to_measure(groups, keep | {heads.name: 6}, {}, Widths())[heads.name] == 3
 
 
 # ---- budgets -----------------------------------------------------------------------------
 
 
 def test_a_group_that_predictions_hardly_need_gives_up_more():
-    """What gradients say of it is put right by what is measured."""
     torch.manual_seed(0)
     model, data = Sum().eval(), torch.randn(80, 6)
     model.other.weight.data *= 0.05
     with prepare(model, data) as prepared:
-        found = {
-            allocation: allocate(prepared, PruningRequest(sparsity=0.4, allocation=allocation))
-            for allocation in ("curvature", "measured")
-        }
-    for allocation, allocated in found.items():
-        budget = allocated.budget
-        by_units = {width.units: width for width in budget.widths.values()}
-        assert by_units[7].kept < 4 < by_units[8].kept
-        assert budget.comparable
-        for name, points in budget.measured.items():
-            assert all((p.predicted is None) == (allocation == "measured") for p in points)
-            assert all(0 < p.kept < budget.widths[name].units for p in points)
+        budget = allocate(prepared, PruningRequest(sparsity=0.4)).budget
+    by_units = {width.units: width for width in budget.widths.values()}
+    assert by_units[7].kept < 4 < by_units[8].kept
+    for name, points in budget.measured.items():
+        assert all(0 < p.kept < budget.widths[name].units for p in points)
 
 
 def test_a_budget_is_met_without_gradients():
@@ -330,45 +247,30 @@ def test_a_budget_is_met_without_gradients():
             return super().forward(x)
 
     torch.manual_seed(0)
-    result = osscar.prune(
-        NoGradients().eval(), torch.randn(60, 6), sparsity=0.4, allocation="measured"
-    )
+    result = osscar.prune(NoGradients().eval(), torch.randn(60, 6), sparsity=0.4)
     assert result.budget.reached <= result.budget.limit
-    assert result.budget.comparable
+    assert result.budget.measure == "nats"
     assert result.budget.measured.keys() == result.budget.widths.keys()
     document = result.budget.to_json()
     (point, *_) = next(iter(document["measured"].values()))
-    assert point.keys() == {"kept", "predicted", "nats"}
+    assert point.keys() == {"kept", "distance"}
 
 
-@pytest.mark.parametrize("allocation", MEASURED)
-def test_a_group_that_has_to_keep_all_its_units_shares_a_budget(allocation):
+def test_a_group_that_has_to_keep_all_its_units_shares_a_budget():
     torch.manual_seed(0)
     model = Sum().eval()
     model.first, model.one = nn.Linear(6, 16), nn.Linear(16, 4)
-    asked = PruningRequest(sparsity=0.1, allocation=allocation, round_to=4, at_least=0.6)
+    asked = PruningRequest(sparsity=0.1, round_to=4, at_least=0.6)
     with prepare(model, torch.randn(80, 6)) as prepared:
         budget = allocate(prepared, asked).budget
     assert {width.units: width.kept for width in budget.widths.values()} == {16: 12, 7: 7}
-    assert budget.comparable
     (name,) = (name for name, width in budget.widths.items() if width.units == 16)
     assert budget.curves.keys() == budget.measured.keys() == {name}
 
 
-@pytest.mark.parametrize(
-    ("model", "data", "message"),
-    [
-        (Sum, lambda: torch.randn(3, 6), "there are 3 in all; give at least 4"),
-        (
-            lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
-            lambda: torch.randn(40, 6),
-            "no output of Sequential is known",
-        ),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(model, data, message):
+def test_too_few_samples_to_keep_some_apart_are_refused():
     with (
-        prepare(model().eval(), data()) as prepared,
-        pytest.raises(RequestError, match=message),
+        prepare(Sum().eval(), torch.randn(3, 6)) as prepared,
+        pytest.raises(RequestError, match="there are 3 in all; give at least 4"),
     ):
-        allocate(prepared, PruningRequest(sparsity=0.4, allocation="measured"))
+        allocate(prepared, PruningRequest(sparsity=0.4))

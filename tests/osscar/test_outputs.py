@@ -66,7 +66,7 @@ DIFFER = "two passes of Net over the same inputs differ"
 
 
 def _sweep(model):
-    points = [Job("curvature", BudgetKind.FLOPS, 0.7)]
+    points = [Job("measured", BudgetKind.FLOPS, 0.7)]
     return next(prune_points(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
 
 

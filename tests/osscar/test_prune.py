@@ -14,7 +14,6 @@ import osscar
 import solvers
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.allocation.allocate import allocate
-from osscar.allocation.curvature import curvature, held_batches, small_batches
 from osscar.base.errors import (
     AdapterError,
     DataError,
@@ -300,13 +299,6 @@ def test_samples_apart_come_to_what_samples_together_do():
     assert one.plan == other.plan
     assert one.held_out == other.held_out
     torch.testing.assert_close(one.model(x), other.model(x))
-    with prepare(model, x) as together, prepare(model, apart) as alone:
-        for prepared in (together, alone):
-            [found] = curvature(
-                prepared, [g for g in prepared.groups if g.prunable], samples=64, seed=0
-            )
-            assert found.reached
-        assert held_batches(alone, small_batches(alone, 64)) == 16
     estimated = osscar.estimate(model, apart, sparsity=0.3, device="cpu")
     assert estimated.seconds > 0
 
@@ -317,7 +309,6 @@ def test_widths_are_chosen_alike_where_gradients_are_off():
     with torch.inference_mode():
         inside.append(osscar.prune(model, x.clone(), sparsity=0.3, device="cpu"))
     outside = osscar.prune(model, x, sparsity=0.3, device="cpu")
-    assert inside[0].budget.comparable
     assert inside[0].plan == outside.plan
 
 

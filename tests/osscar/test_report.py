@@ -209,8 +209,15 @@ def test_a_divergence_is_said_in_words(value):
 
 @pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
 def test_a_run_lies_within_the_plot_of_its_budget(measured):
-    frontier = {"cost": [30, 50, 90, 100], "nats": [1.0, 0.1, 1e-12, 0.0]}
-    budget = {"frontier": frontier, "dense": 100, "reached": 50, "predicted": 0.1, "cost": "bytes"}
+    frontier = {"cost": [30, 50, 90, 100], "distance": [1.0, 0.1, 1e-12, 0.0]}
+    budget = {
+        "frontier": frontier,
+        "dense": 100,
+        "reached": 50,
+        "predicted": 0.1,
+        "cost": "bytes",
+        "measure": "nats",
+    }
     figure = prune_plots.frontier_figure(budget, measured)
     (axes,) = drawn(figure).axes
     frame = axes.get_window_extent()

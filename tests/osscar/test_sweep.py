@@ -39,9 +39,10 @@ from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
+from tests.osscar.test_costs import random_curves
 
 SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
-CURVATURE = "curvature"
+MEASURED = "measured"
 BASE = PruningRequest(sparsity=0.5, backend="greedy", device="cpu")
 
 
@@ -57,28 +58,19 @@ def assert_same(model, other):
 def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
     model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measured = []
-
-    def counted(prepared, request, left):
-        measured.append(request)
-        return shared_curves(prepared, request, left)
-
-    shared_curves = sweep_room.shared_curves
-    monkeypatch.setattr(sweep_room, "shared_curves", counted)
     points = (
-        Job(CURVATURE, SPARSITY, 0.3),
-        Job(CURVATURE, FLOPS, 0.7),
+        Job(MEASURED, SPARSITY, 0.3),
+        Job(MEASURED, FLOPS, 0.7),
         Job("wanda", SPARSITY, 0.5),
     )
     found = dict(prune_points(model, data, BASE, points))
     assert tuple(found) == points
-    assert len(measured) == 1
     for job, result in found.items():
         alone = prune_as_asked(model, data, job.request(BASE))
         assert result.plan == alone.plan
         assert result.request == alone.request
         assert_same(result.model, alone.model)
-        if job.method == CURVATURE:  # others hold nothing out when they run by themselves
+        if job.method == MEASURED:  # others hold nothing out when they run by themselves
             assert result.divergence == pytest.approx(alone.divergence, rel=1e-3)
         if kind == "opt":
             assert result.model.config.use_cache == model.config.use_cache
@@ -87,7 +79,7 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
 
 def test_baselines_are_the_methods_as_published():
     points = jobs(SPARSITY, (0.4, 0.2, 0.4), baselines=True)
-    assert points[:2] == (Job(CURVATURE, SPARSITY, 0.2), Job(CURVATURE, SPARSITY, 0.4))
+    assert points[:2] == (Job(MEASURED, SPARSITY, 0.2), Job(MEASURED, SPARSITY, 0.4))
     assert len(points) == 2 * (1 + len(BASELINES))
     request = Job("multistage", SPARSITY, 0.2).request(
         PruningRequest(sparsity=0.5, correction_weight=0.5)
@@ -149,11 +141,9 @@ def test_budgets_that_make_no_sense_are_refused(budget, values, message):
 def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
     with prepare_for(model, data, BASE) as prepared:
-        curves = sweep_room.shared_curves(prepared, BASE)
+        curves = random_curves(prepared, BASE)
         budgets = [
-            allocate(
-                prepared, Job(CURVATURE, SPARSITY, s).request(BASE), curves, measure=False
-            ).budget
+            allocate(prepared, Job(MEASURED, SPARSITY, s).request(BASE), curves=curves).budget
             for s in (0.2, 0.5, 0.8)
         ]
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
@@ -172,7 +162,7 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
             assert beyond.max() <= budget.predicted * (1 + 1e-9)
             assert budget.predicted <= within.min() * (1 + 1e-9)
     data = json.loads(json.dumps(budgets[0].to_json(), allow_nan=False))
-    assert len(data["frontier"]["cost"]) == len(data["frontier"]["nats"]) == len(costs)
+    assert len(data["frontier"]["cost"]) == len(data["frontier"]["distance"]) == len(costs)
     assert data["widths"].keys() == curves.keys()
 
 
@@ -195,7 +185,7 @@ def manifest(**more):
     return JournalManifest("osscar.sweep-asked/3", asked, Fingerprint("w", "d", outputs))
 
 
-def point(method=CURVATURE, value=0.5):
+def point(method=MEASURED, value=0.5):
     return Point(
         schema="osscar.sweep-point/8", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
@@ -213,12 +203,12 @@ def point(method=CURVATURE, value=0.5):
 def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
-        assert place.point(Job(CURVATURE, SPARSITY, 0.5)) is None
+        assert place.point(Job(MEASURED, SPARSITY, 0.5)) is None
         place.keep(point())
     again = SweepDirectory(tmp_path / "sweep")
     with again.begun(manifest()):
-        assert again.point(Job(CURVATURE, SPARSITY, 0.5)) == point()
-        assert again.point(Job(CURVATURE, SPARSITY, 0.25)) is None
+        assert again.point(Job(MEASURED, SPARSITY, 0.5)) == point()
+        assert again.point(Job(MEASURED, SPARSITY, 0.25)) is None
     with pytest.raises(JournalError, match=r"text was 'builtin' and is 'other\.txt'"):
         again.begun(manifest(text="other.txt")).__enter__()
     with pytest.raises(JournalError, match="seed was None and is 3"):
@@ -236,7 +226,7 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
         lambda text: text[:-20],
         lambda text: text.replace('"flops": 100', '"flops": "many"'),
         lambda text: text.replace('"speedup": 2.0', '"speedup": NaN'),
-        lambda text: text.replace('"method": "curvature"', '"method": "wanda"'),
+        lambda text: text.replace('"method": "measured"', '"method": "wanda"'),
         lambda text: text.replace('"value": 0.5', '"value": 0.25'),
         lambda text: text.replace('"budget": "sparsity"', '"budget": "flops"'),
     ],
@@ -245,10 +235,10 @@ def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
         place.keep(point())
-        file = tmp_path / "sweep" / "points" / "curvature-sparsity-0.5.json"
+        file = tmp_path / "sweep" / "points" / "measured-sparsity-0.5.json"
         file.write_text(damage(file.read_text()))
-        with pytest.raises(JournalError, match=r"curvature-sparsity-0\.5\.json"):
-            place.point(Job(CURVATURE, SPARSITY, 0.5))
+        with pytest.raises(JournalError, match=r"measured-sparsity-0\.5\.json"):
+            place.point(Job(MEASURED, SPARSITY, 0.5))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
@@ -284,21 +274,21 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
     out = tmp_path / "sweep"
     status, printed, err = run(*small_sweep(out, "0.6", text))
     assert status == 0, err
-    assert "curvature at sparsity 0.6: done, 1 of 1" in printed
-    kept = (out / "points" / "curvature-sparsity-0.6.json").read_text()
+    assert "measured at sparsity 0.6: done, 1 of 1" in printed
+    kept = (out / "points" / "measured-sparsity-0.6.json").read_text()
     more = ("--baselines", "--json", tmp_path / "sweep.json")
     status, printed, err = run(*small_sweep(out, "0.3,0.6", text, *more))
     assert status == 0, err
-    assert "curvature at sparsity 0.3: done, 1 of 9" in printed
-    assert "curvature at sparsity 0.6: done" not in printed
-    assert (out / "points" / "curvature-sparsity-0.6.json").read_text() == kept
+    assert "measured at sparsity 0.3: done, 1 of 9" in printed
+    assert "measured at sparsity 0.6: done" not in printed
+    assert (out / "points" / "measured-sparsity-0.6.json").read_text() == kept
     document = json.loads((out / "sweep.json").read_text())
     assert document == json.loads((tmp_path / "sweep.json").read_text())
     assert document["schema"] == "osscar.sweep/6"
     points = document["points"]
     assert len(points) == 11
     assert points[0]["method"] == "dense"
-    assert {p["method"] for p in points[1:]} == {CURVATURE, *BASELINES}
+    assert {p["method"] for p in points[1:]} == {MEASURED, *BASELINES}
     assert (out / "report.html").read_text() == sweep_page(document)
     for width in (PHONE, DESK):
         shown = seen(out / "report.html", width)
@@ -341,7 +331,6 @@ def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        (("--sparsity", "0.5"), "--allocation measured or uniform"),
         (("--speedup", "1.2"), "--speedup times"),
         (("--sparsity", "0.5", "--allocation", "uniform", "--recover"), "training needs all"),
     ],
@@ -403,10 +392,10 @@ NETS = {
 def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
     model, data = (make() for make in NETS[net])
     with prepare_for(model, data, BASE) as prepared:
-        curves = sweep_room.shared_curves(prepared, BASE)
+        curves = random_curves(prepared, BASE)
         for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
             asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]
-            budgets = [allocate(prepared, request, curves).budget for request in asked]
+            budgets = [allocate(prepared, request, curves=curves).budget for request in asked]
             assert len({budget.limit for budget in budgets}) == 1
             assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)
 
@@ -422,15 +411,15 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     assert "magnitude" in document.summary()
     assert document._repr_html_().count("<figure>") == 2
     assert (dense["limit"], dense["reached"]) == (None, None)
-    assert [p["method"] for p in points] == [CURVATURE, *BASELINES]
+    assert [p["method"] for p in points] == [MEASURED, *BASELINES]
     page = (out / "report.html").read_text()
     first, *others = (p["stages"].keys() for p in points)
-    assert {"open and trace", "trial", "curvature"} <= first  # is what all of them share
+    assert {"open and trace", "trial"} <= first  # is what all of them share
     for p, stages in zip(points, (first, *others), strict=True):
         assert {"walk", "solver and refit", "timing", "other"} <= stages
         assert sum(p["stages"].values()) >= p["prune_seconds"]
         assert p["seconds_between"][0] <= p["seconds"] <= p["seconds_between"][1]
-    assert not any("curvature" in stages for stages in others)
+    assert not any("trial" in stages for stages in others)
     for p in points:
         assert p["reached"] == p["parameters"] <= p["limit"] == points[0]["limit"]
         assert f"{p['reached'] / p['limit']:.1%}" in page
@@ -547,7 +536,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
             "recovered": None,
         }
         for number, (method, value) in enumerate(
-            [("dense", BudgetKind(budget).dense), *((CURVATURE, value) for value in values)]
+            [("dense", BudgetKind(budget).dense), *((MEASURED, value) for value in values)]
         )
     ]
     return {
@@ -662,7 +651,7 @@ def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, bu
     more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
     status, printed, err = run(*asked, *more)
     assert status == 0, err
-    assert f"curvature at {budget} 0.8: done, 1 of 1" in printed
+    assert f"measured at {budget} 0.8: done, 1 of 1" in printed
     assert "budget:" in printed
     dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert 0.7 * dense[measured] < pruned[measured] <= 0.8 * dense[measured]
