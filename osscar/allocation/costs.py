@@ -76,7 +76,7 @@ class CountedCost:
     each: Mapping[str, float] = field(repr=False)
     units: Mapping[str, int] = field(repr=False)
 
-    def of(self, kept: Mapping[str, int]) -> float:
+    def of(self, kept: Mapping[str, float]) -> float:
         """Return the cost where groups keep so many units; those not named keep all."""
         each = (price * kept.get(name, self.units[name]) for name, price in self.each.items())
         return float(self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights))

@@ -103,6 +103,8 @@ class Search:
         if self._total(kept) > limit:
             low, high = self._prices
             kept = self._at(high)
+            if self._total(kept) > limit:  # of losses that are next to nothing beside costs
+                kept = least
             for _ in range(_BISECTIONS):  # prices differ by magnitudes
                 price = math.sqrt(low * high)
                 found = self._at(price)

@@ -101,7 +101,7 @@ def equal_shares(
     cost: CountedCost,
     limit: float,
 ) -> dict[str, int]:
-    """Return the widths nearest to the largest share of every group within the limit.
+    """Return widths near the share of every group that comes to the limit, within it.
 
     The coarsest groups, such as heads, are settled first: the others, which move in finer steps,
     make up for what these leave.  Groups of the same widths stay alike.
@@ -109,22 +109,23 @@ def equal_shares(
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, some in options.items():
         alike.setdefault(tuple(some.tolist()), []).append(name)
-    finer = sorted(alike, key=len)
-
-    def at(share: float) -> dict[str, int]:
-        found = {}
-        for widths in finer:  # of two that are as near, the larger
-            nearest = min(widths, key=lambda width: (abs(width - share * widths[-1]), -width))
-            found.update(dict.fromkeys(alike[widths], nearest))
-        return found
-
     kept: dict[str, int] = {}
-    while finer:
+
+    def fits(widths: Mapping[str, float]) -> bool:
+        return cost.of({**others, **kept, **widths}) <= limit * (1 + ROUNDING)
+
+    for widths in sorted(alike, key=len):
+        left = [name for name in options if name not in kept]
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             share = (low + high) / 2
-            fits = cost.of({**others, **kept, **at(share)}) <= limit * (1 + ROUNDING)
-            low, high = (share, high) if fits else (low, share)
-        found = at(low)
-        kept.update({name: found[name] for name in alike[finer.pop(0)]})
+            within = fits({name: share * float(options[name][-1]) for name in left})
+            low, high = (share, high) if within else (low, share)
+        nearest = sorted(widths, key=lambda width: (abs(width - low * widths[-1]), -width))
+        least = {name: int(options[name][0]) for name in left}
+        for width in [*nearest, widths[0]]:  # the least, where nothing fits
+            found = dict.fromkeys(alike[widths], width)
+            if fits({**least, **found}):
+                break
+        kept.update(found)
     return {name: kept[name] for name in options}
