@@ -20,7 +20,7 @@ from graph.groups import CouplingGroup, Slot
 from graph.propagate import Propagation, propagate
 from graph.rules import PROGRAM
 from graph.tracing.export import varies
-from graph.tracing.standalone import Standalone, export_standalone
+from graph.tracing.standalone import Standalone
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,14 +195,11 @@ def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
     return replace(extent, varies=True) if varies(size) else extent
 
 
-def trace_program(
-    model: torch.nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
-) -> TracedProgram:
-    """Trace a model as `export_standalone` does, and find the axes of all of its values.
+def with_axes(standalone: Standalone) -> TracedProgram:
+    """Find the axes of all values of a program.
 
     Raises RuleError if a propagation rule is wrong.
     """
-    standalone = export_standalone(model, example, left_open)
     found = propagate(standalone.program, PROGRAM)
     groups = groups_by_axis(found, standalone.program.tensors)
     return TracedProgram(standalone, found, groups)

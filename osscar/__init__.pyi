@@ -45,7 +45,10 @@ from .preparation.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .shrinking.plan import PruningPlan as PruningPlan
 from .shrinking.program.program import ProgramModule as ProgramModule
+from .shrinking.plan import Certificate as Certificate
+from .shrinking.plan import Structure as Structure
 from .shrinking.shrink import Proof as Proof
+from .shrinking.shrink import prove as prove
 from .shrinking.shrink import shrink as shrink
 from .shrinking.program.shrink_program import (
     ShrunkProgram as ShrunkProgram,

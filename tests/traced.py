@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import graph
-from osscar.shrinking import follow
-from osscar.shrinking.shrink import could_fail_in_training, failure_in_training, rehearse
+from osscar.shrinking import follow, structural
+from osscar.shrinking.shrink import rehearse
+from osscar.shrinking.structural import DensePrograms, dense_programs
 from osscar.walk.schedule import _called_on_shapes
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -53,7 +54,8 @@ def _told(value: Any, around: tuple[int, ...] = ()) -> Hashable:
         return type(value), tuple(_told(member, around) for member in value)
     if isinstance(value, MethodType):
         raise _Unknown
-    if isinstance(value, type | FunctionType | BuiltinFunctionType | ModuleType | torch.dtype):
+    known = (type, FunctionType, BuiltinFunctionType, ModuleType, torch.dtype, DensePrograms)
+    if isinstance(value, known):
         _alive.append(value)
         return id(value)
     if isinstance(value, int | float | str | bytes | torch.device | None):
@@ -110,8 +112,9 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def once() -> Iterator[None]:
-    """Find the structure of each architecture once, while the block runs."""
+    """Find the structure of each architecture once, for one size of inputs, in this block."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structural, "_MOST_PROGRAMS", 1)
         for module, name in _places(len(sys.modules)):
             patch.setattr(module, name, _ANSWERED[name])
         yield
@@ -120,7 +123,9 @@ def once() -> Iterator[None]:
 _ASKED = {
     function.__name__: function
     for function in (
-        *(graph.trace, rehearse, could_fail_in_training, failure_in_training),
+        graph.trace,
+        rehearse,
+        dense_programs,
         _called_on_shapes,
     )
 }

@@ -49,7 +49,11 @@ class Row:
     unrefitted: Why `osscar.prune`, which refits, leaves prunable groups alone, with how many.
     frozen: Why groups may not be pruned, with how many, apart from inputs and outputs of the model.
     unread: Parts of the model whose parameters no operator reads in evaluation mode.
-    proof: Error of the proof.
+    proof: Error of the comparison of outputs.
+    proved: How many operators are equal in the programs of the smaller and of the dense model; None
+        if these could not be compared, and `unproved` says why.
+    sizes: For inputs of which sizes that holds.
+    shrink_seconds: CPU time of shrinking and proving alone.
     compared: Largest difference to the masked model that this file computes for itself.
     precision: The number format in which.
     effect: How far masking has moved the outputs: else the comparison would say nothing.
@@ -70,6 +74,10 @@ class Row:
     frozen: Mapping[str, int] = field(default_factory=dict)
     unread: Sequence[str] = field(default_factory=list)
     proof: float | None = None
+    proved: int | None = None
+    unproved: str = ""
+    sizes: Sequence[str] = field(default_factory=list)
+    shrink_seconds: float = 0.0
     compared: float | None = None
     precision: str = ""
     effect: float | None = None
@@ -129,11 +137,17 @@ def _shrunk(row: Row, prepared: Prepared, made: Made, start: float) -> Row:
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     row = dataclasses.replace(row, form=str(form), left=_counted(skipped))
     dense = copy.deepcopy(prepared.model)
+    began = time.process_time()
     smaller, proof, _ = shrunk(prepared, plan, request, form, ())
+    certificate = proof.certificate
     row = dataclasses.replace(
         row,
         parameters_after=sum(p.numel() for p in smaller.parameters()),
-        proof=proof.error,
+        proof=certificate.error,
+        proved=None if certificate.structure is None else certificate.structure.operators,
+        unproved=certificate.unproved,
+        sizes=() if certificate.structure is None else certificate.structure.sizes,
+        shrink_seconds=time.process_time() - began,
         seconds=time.process_time() - start,
     )
     # A program may keep the sizes it was traced with, but for the number of samples.

@@ -94,6 +94,7 @@ def run_export(
     dynamic: Any = None,
     *,
     training: bool = False,
+    lines: bool = False,
 ) -> torch.export.ExportedProgram:
     """Call `torch.export` on a model in eval mode, which is left as it was.
 
@@ -101,6 +102,7 @@ def run_export(
     dynamic: Which sizes of the inputs may differ from those of the example, as `torch.export` has
         it.
     training: As of `export_model`.
+    lines: Whether nodes say which lines of code called them.
     Raises TraceError if the model cannot be exported.
     """
     with (
@@ -108,7 +110,7 @@ def run_export(
         without_cache(model),
         in_mode(model, training),
         _without_idle_casts(model),
-        exporting(),
+        exporting(lines),
         torch.no_grad(),
     ):
         try:

@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.fx import config
+from torch.fx import config as fx_config
+from torch.fx.experimental import _config as size_config
 
 _EXPORT = threading.RLock()
 """Held during an export: torch replaces functions of Python and of its own meanwhile, too."""
@@ -29,10 +30,14 @@ _ASSIGNMENTS = threading.RLock()
 
 
 @contextmanager
-def exporting() -> Iterator[None]:
-    """Replace what an export needs replaced, one export of the process at a time."""
+def exporting(lines: bool) -> Iterator[None]:
+    """Replace what an export needs replaced, one export of the process at a time.
+
+    lines: Whether it is to note which lines of Python call each operator.
+    """
     with _EXPORT, ExitStack() as stack:
-        for replaced in (symbolic_lengths, _no_stack_traces, _no_warnings, _no_logs, _no_dump):
+        stack.enter_context(_stack_traces(lines))
+        for replaced in (symbolic_lengths, _no_warnings, _no_logs, _no_dump):
             stack.enter_context(replaced())
         yield
 
@@ -61,18 +66,29 @@ def symbolic_lengths() -> Iterator[None]:
 
 
 @contextmanager
-def _no_stack_traces() -> Iterator[None]:
-    """Do not note which lines of Python called each operator: nobody reads them here."""
+def _stack_traces(noted: bool) -> Iterator[None]:
+    """Note which lines of Python call each operator, or do not, which is faster."""
     switch = "do_not_emit_stack_traces"
-    before = getattr(config, switch, None)
+    before = getattr(fx_config, switch, None)
     if before is None:  # an older torch notes them in any case
         yield
         return
-    setattr(config, switch, True)
+    setattr(fx_config, switch, not noted)
     try:
         yield
     finally:
-        setattr(config, switch, before)
+        setattr(fx_config, switch, before)
+
+
+@contextmanager
+def every_size() -> Iterator[None]:
+    """Let an open size be 0 or 1, too, unless the code does something else then.
+
+    An export takes for granted that it is larger, and no guard of its program says so.  It is for
+    programs whose guards are read: torch checks those of kernels, too, before it runs one.
+    """
+    with size_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
 
 
 @contextmanager

@@ -3,32 +3,74 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from graph.errors import ExampleInputError, TraceError
 from graph.tracing.export import (
     Program,
     canonical_names,
+    concrete,
     integer_lists,
     run_export,
     tensors_of,
     varies,
 )
 from graph.tracing.inline import inlined
+from graph.tracing.patches import every_size
 
-_ANY_NUMBER = 2**31
-"""Of samples: no batch has as many."""
+LARGEST = 2**16
+"""A limit of a size beyond this is that of an index, and not one of the code."""
 
 _NO_CHANGE = ("_assert_tensor_metadata",)
 """Operators that look at the number format of the example, and compute nothing."""
+
+
+GUARDS = "_guards_fn"
+"""The module in a program that checks the sizes of its inputs."""
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """For inputs of which sizes a program holds.
+
+    shapes: Of each tensor among its arguments, by name; None for a size that is open.
+    guards: Conditions under which the code does what was traced, as Python code.
+    """
+
+    shapes: Mapping[str, tuple[int | None, ...]]
+    guards: tuple[str, ...]
+
+    def misfit(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return the name of an input of another shape; None if there is none."""
+        return next((n for n, due in self.shapes.items() if not _fits(inputs[n].shape, due)), None)
+
+    def broken(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return a condition that some inputs, by name, do not meet; None if there is none."""
+        code = (guard for guard in self.guards if not eval(guard, {"math": math}, dict(inputs)))
+        return next(code, None)
+
+
+def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
+    if len(shape) != len(due):
+        return False
+    return all(size is None or size == is_ for size, is_ in zip(due, shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -40,35 +82,78 @@ class Standalone:
     program: The same as the rules read it, sizes as in the example.
     names: Of its arguments, in order.
     structure: What its outputs, a flat list in the graph, are put together to.
+    sizes: For inputs of which sizes it holds.
+    most: The largest value of each open size that has one.
+    exact: Whether the guards say what is done for sizes of 0 and 1.
     """
 
     module: GraphModule
     program: Program
     names: tuple[str, ...]
     structure: pytree.TreeSpec
+    sizes: Sizes
+    most: Mapping[Any, int]
+    exact: bool
+
+    @cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        """The leaves of the arguments, as they were traced: tensors without values, and numbers."""
+        nodes = self.module.graph.find_nodes(op="placeholder")
+        return tuple(node.meta.get("val") for node in nodes)
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """The name of each leaf of the arguments."""
+        return tuple(str(node.target) for node in self.module.graph.find_nodes(op="placeholder"))
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the program holds for inputs of these sizes."""
+        leaves = pytree.tree_leaves({name: inputs[name] for name in self.names})
+        named = dict(zip(self.input_names, leaves, strict=True))
+        return self.sizes.misfit(named) is None and self.sizes.broken(named) is None
+
+    @property
+    def most_samples(self) -> int | None:
+        """How many samples the program holds for; None for any number."""
+        counts = [v.shape[0] for v in self.inputs if isinstance(v, Tensor) and v.dim()]
+        if any(varies(count) and expression(count) not in self.most for count in counts):
+            return None
+        found = [self.most.get(expression(count), concrete(count)) for count in counts]
+        return max((count for count in found if count is not None), default=1)
+
+
+def expression(size: Any) -> Any:
+    """Return a number of a trace as an expression of sympy."""
+    return size.node.expr if isinstance(size, _SYMBOLIC) else sympy.sympify(size)
 
 
 def export_standalone(
-    model: torch.nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
+    model: torch.nn.Module,
+    example: Mapping[str, Any],
+    left_open: Mapping[str, Collection[int]],
+    *,
+    lines: bool = False,
+    exact: bool = True,
 ) -> Standalone:
-    """Trace a model for any number of samples, and for other sizes where it is made for them.
+    """Trace a model, with sizes of its inputs left open where it is made for others.
 
     model: In evaluation mode; left as it was.
-    example: Keyword arguments of its forward pass, tensors with two samples or more.
-    left_open: Dimensions of the inputs whose sizes are left open where the model does so, 0 among
-        them.
-    Raises ExampleInputError if an argument is no tensor, or none of that name is taken.
-    Raises TraceError if it cannot be exported, or only for the number of samples in the example.
+    example: Keyword arguments of its forward pass.
+    left_open: Dimensions of the tensors in each argument whose sizes are left open where the model
+        does so.
+    lines: Whether nodes say which lines of code called them, which takes half as long again.
+    exact: Whether guards say what the code does for open sizes of 0 and 1; else it is taken for
+        granted that it does the same.
+    Raises ExampleInputError if no argument of a name is taken.
+    Raises TraceError if it cannot be exported.
     """
     inputs = _in_order(model, example)
-    auto: Any = Dim.AUTO
-    sizes = {name: dict.fromkeys(left_open.get(name, ()), auto) for name in inputs}
-    exported = run_export(model, (), inputs, sizes)
+    sizes = {name: _sizes(given, left_open.get(name, ())) for name, given in inputs.items()}
+    with every_size() if exact else nullcontext():
+        exported = run_export(model, (), inputs, sizes, lines=lines)
     unlifted = exported.module()
     graph = inlined(unlifted)
     _check_modes(unlifted)
-    arguments = [node for node in graph.nodes if node.op == "placeholder"]
-    _check_samples([node.meta["val"].shape[0] for node in arguments], exported)
     for node in list(graph.nodes):
         if any(name in str(node.target) for name in _NO_CHANGE):
             graph.erase_node(node)
@@ -77,15 +162,25 @@ def export_standalone(
         _program(model, graph, exported),
         tuple(inputs),
         exported.call_spec.out_spec,
+        _sizes_taken(graph),
+        _largest(exported),
+        exact,
     )
 
 
-def _in_order(model: torch.nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sizes(given: Any, dims: Collection[int]) -> Any:
+    """Return which sizes are left open in an argument, as `torch.export` has it."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return dict.fromkeys((dim for dim in dims if dim < leaf.dim()), Dim.AUTO)
+
+    return pytree.tree_map(of, given)
+
+
+def _in_order(model: torch.nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments in the order in which the model takes them."""
-    if not example or not all(
-        isinstance(value, Tensor) and value.dim() for value in example.values()
-    ):
-        raise ExampleInputError("a program is traced with tensors alone, each with samples")
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(**example).arguments
@@ -93,30 +188,56 @@ def _in_order(model: torch.nn.Module, example: Mapping[str, Tensor]) -> dict[str
         raise ExampleInputError(
             f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from error
-    named = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-    return named | {name: value for name, value in example.items() if name not in named}
+    named = {name: value for name, value in bound.items() if name in example}
+    return named | dict(example)
 
 
-def _check_samples(
-    numbers: Sequence[int | torch.SymInt], exported: torch.export.ExportedProgram
-) -> None:
-    """Refuse a program that does not hold for any number of samples."""
-    open_ones = [n.node.expr for n in numbers if isinstance(n, torch.SymInt) and varies(n)]
-    if not open_ones:
-        raise TraceError(
-            "its program holds for the number of samples in the example alone",
-            "",
-            "Write -1 for that number in a view, or take it from the shape of an input.",
-        )
-    ranges = exported.range_constraints
-    limits = [ranges[number].upper if number in ranges else None for number in open_ones]
-    most = max(_ANY_NUMBER if n is None or not n.is_Integer else int(n) for n in limits)
-    if most < _ANY_NUMBER:
-        raise TraceError(
-            f"its program holds for up to {most} samples: its code does something else for more",
-            "",
-            "Let the code not depend on the number of samples.",
-        )
+_KERNELS = ("_meta_registrations", "_subclasses", "_ops", "_prims", "_refs", "_decomp")
+"""Modules of torch that compute the shape of what an operator puts out."""
+
+
+def _sizes_taken(graph: Graph) -> Sizes:
+    """Return for which sizes a program holds.
+
+    Conditions of operators say which shapes they take, or how results lie in memory.  They are no
+    branches of the code, and who gives other sizes is told by the operator.
+    """
+    given = {str(n.target): n.meta.get("val") for n in graph.find_nodes(op="placeholder")}
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    named: dict[Any, str] = {}
+    guards: dict[str, None] = {}
+    for name, value in tensors.items():
+        for dim, size in enumerate(map(expression, value.shape)):
+            first = named.setdefault(size, f"{name}.shape[{dim}]")
+            if size.is_Symbol and first != f"{name}.shape[{dim}]":
+                guards[f"{name}.shape[{dim}] == {first}"] = None
+    symbols = {size: sympy.Symbol(name) for size, name in named.items() if size.is_Symbol}
+    fakes = [value for value in tensors.values() if isinstance(value, FakeTensor)]
+    env = fakes[0].fake_mode.shape_env if fakes else None
+    for guard in env.guards if env is not None else ():
+        condition = env.simplify(guard.expr)  # type: ignore[union-attr]  # there are guards
+        named_here = condition.free_symbols and condition.free_symbols <= symbols.keys()
+        if named_here and not _is_of_kernels(guard.sloc):
+            guards[PythonPrinter().doprint(condition.xreplace(symbols))] = None
+    shapes = {
+        name: tuple(None if varies(size) else concrete(size) for size in value.shape)
+        for name, value in tensors.items()
+    }
+    return Sizes(shapes, tuple(guards))
+
+
+def _is_of_kernels(place: Any) -> bool:
+    """Whether it was an operator that relied on something, and not code that calls operators."""
+    path = Path(place.framework_loc.filename) if place.framework_loc is not None else Path()
+    inside = path.parts[path.parts.index("torch") + 1 :] if "torch" in path.parts else ()
+    return bool(inside) and inside[0].removesuffix(".py").startswith(_KERNELS)
+
+
+def _largest(exported: torch.export.ExportedProgram) -> dict[Any, int]:
+    """Return the largest value of each open size that has one."""
+    found = exported.range_constraints.items()
+    known = {size: limits.upper for size, limits in found if limits.upper.is_Integer}
+    return {size: int(upper) for size, upper in known.items() if upper < LARGEST}
 
 
 def _check_modes(module: GraphModule) -> None:

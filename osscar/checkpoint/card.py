@@ -139,6 +139,8 @@ def _made(
     for seen in lineage.calibration:
         count = "" if seen.samples is None else f"{pluralize(seen.samples, 'sample')} of "
         yield "has seen", f"{count}{_short(seen.source)}"
+    for certificate in lineage.certificates:
+        yield from certificate.rows()
     yield "number format", str(number_format(model)).removeprefix("torch.")
     yield "made with", f"osscar {__version__}"
 

@@ -108,25 +108,28 @@ class ModelInputs:
         return dataclasses.replace(self, tensors=self.rows(dict(self.tensors), start, stop))
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return random inputs of two different sizes, on the model's device.
+        """Return inputs of several sizes on which outputs are compared, on the model's device.
 
-        Tokens are drawn from the vocabulary.  Other tensors become noise with the mean and spread
-        of the data where they are floating-point, and stay samples of the data where they are not.
+        The first are drawn: tokens from the vocabulary; other tensors become noise with the mean
+        and spread of the data where they are floating-point, then such noise with heavy tails, and
+        stay samples of the data where they are not.  The last are samples of the data.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
             known, seqlen = _vocabulary(model), self.tensors["input_ids"].shape[1]
             seqlen = min(seqlen, _PROOF_TOKENS)
-            shapes = (2, seqlen), (1, max(2, seqlen // 2))
+            shapes = (2, seqlen), (1, max(2, seqlen // 2)), (5, max(2, seqlen // 4))
             drawn = [torch.randint(known, shape, generator=generator) for shape in shapes]
-            return [to_model({"input_ids": ids}, model) for ids in drawn]
+            own = self.tensors["input_ids"][:2, :seqlen]
+            return [to_model({"input_ids": ids}, model) for ids in (*drawn, own)]
         if self.apart:
-            return [_noise_like(to_model(one, model), generator) for one in self.apart[:2]]
+            some = [to_model(one, model) for one in self.apart[:2]]
+            return [*(_noise_like(one, generator) for one in some), *some]
         proofs = []
-        for count in (3, 1):
+        for count, tails in ((3, False), (1, False), (7, True), (1, True)):
             rows = torch.randint(self.samples, (count,), generator=generator)
-            proofs.append(_noise_like(self._at(model, rows), generator))
-        return proofs
+            proofs.append(_noise_like(self._at(model, rows), generator, tails=tails))
+        return [*proofs, self.some(model, 2)]
 
     def count(self, batch: Batch) -> int:
         """Return how many samples there are in a batch."""
@@ -157,12 +160,17 @@ def _vocabulary(model: nn.Module) -> int:
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
-def _noise_like(batch: Batch, generator: torch.Generator) -> Batch:
-    """Return noise with the mean and spread of tensors, where these are floating-point."""
+def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False) -> Batch:
+    """Return noise with the mean and spread of tensors, where these are floating-point.
+
+    With `tails` it is that of a Cauchy distribution: one number in thirty is ten times as large.
+    """
 
     def noise(tensor: Tensor) -> Tensor:
-        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
-        return drawn * tensor.std(correction=0) + tensor.mean()
+        drawn = torch.randn(tensor.shape, generator=generator)
+        if tails:
+            drawn = drawn / torch.randn(tensor.shape, generator=generator).abs().clamp_min(0.01)
+        return drawn.to(tensor) * tensor.std(correction=0) + tensor.mean()
 
     return {n: noise(t) if t.is_floating_point() else t for n, t in batch.items()}
 

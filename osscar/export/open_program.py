@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graph.errors import GraphError
 from graph.tracing.export import run_export, varies
+from graph.tracing.standalone import LARGEST
 from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
@@ -242,9 +243,15 @@ class Traced:
         }
 
     def resized(self, axis: Axis) -> Iterator[Batch]:
-        """Yield inputs in which one axis has another size: entries of the example, repeated."""
+        """Yield inputs in which one axis has another size: entries of the example, repeated.
+
+        A size for which a guard says that the code does something else is among them.
+        """
         traced = {symbol: one.size for one in self.axes for symbol in one.symbols}
-        for size in (max(2, axis.size // 2) if axis.dim else 1, axis.size + 1):
+        limits = (self.program.range_constraints.get(symbol) for symbol in axis.symbols)
+        most = {int(limit.upper) for limit in limits if limit and limit.upper.is_Integer}
+        beyond = {size + 1 for size in most if size < LARGEST}
+        for size in sorted({1, max(2, axis.size // 2), axis.size + 1, 4 * axis.size + 1} | beyond):
             changed = {**traced, **dict.fromkeys(axis.symbols, size)}
             yield {
                 name: _cut(tensor, [_at(size, changed) for size in self.shapes[name]])

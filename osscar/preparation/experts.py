@@ -40,7 +40,6 @@ from osscar.preparation.declared import (
 )
 from osscar.preparation.expert_lists import ExpertList, joined
 from osscar.preparation.routing import Routed, last_layers
-from osscar.shrinking.equivalence import finer_precision, in_format_of
 from osscar.shrinking.follow import is_list
 from osscar.shrinking.plan import PruningPlan
 from osscar.shrinking.routers import (
@@ -56,6 +55,7 @@ from osscar.shrinking.routers import (
 )
 from osscar.shrinking.shrink import rehearse
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structural import DensePrograms
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
@@ -165,8 +165,7 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
     ]
     if plans:
         try:
-            with finer_precision(model, example):
-                rehearse(model, PruningPlan(tuple(plans)), [in_format_of(example, model)])
+            rehearse(model, PruningPlan(tuple(plans)), [example], DensePrograms((), "experts"))
         except OsscarError as error:
             raise ModelError(
                 "a model that is declared to have mixtures (osscar.mixture) cannot do without some "

@@ -54,6 +54,7 @@ from osscar.shrinking.equivalence import (
     proved_unchanged,
 )
 from osscar.shrinking.fold import Folded, fold, unfold
+from osscar.shrinking.structural import DensePrograms, dense_programs
 from osscar.shrinking.structure import remember_structure
 
 
@@ -104,6 +105,12 @@ class Prepared:
     def residual(self) -> frozenset[str]:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
+
+    @cached_property
+    def programs(self) -> DensePrograms:
+        """The programs of the model, with all its units; to be asked for before any leaves."""
+        self.untouched.put_back()  # what passes keep for the next would be traced as numbers
+        return dense_programs(self.model, self.example)
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:

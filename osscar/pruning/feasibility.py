@@ -9,14 +9,14 @@ name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from graph import CouplingGroup, DependencyGraph
@@ -29,10 +29,9 @@ from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
-from osscar.shrinking.equivalence import Inputs, finer_precision
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
 from osscar.shrinking.program.shrink_program import ProgramTrial
-from osscar.shrinking.shrink import Feasibility, could_fail_in_training, rehearse
+from osscar.shrinking.shrink import Feasibility, rehearse
 
 _MOST_TOLD = 8
 
@@ -126,7 +125,6 @@ def _chosen(
     if form is Form.EAGER:
         going = [group for group in groups if group.name not in trial.reasons]
         _warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
-    _warn_of_training(trial)
     return form, left
 
 
@@ -167,34 +165,26 @@ def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator
     with (
         stage("trying what can follow"),
         model_state(model),
-        finer_precision(model, prepared.example),
     ):
-        inputs = prepared.inputs.proofs(model, request.seed)
-        yield _Trial(_rehearsal(model, form, inputs, prepared.example))
+        yield _Trial(model, _rehearsal(prepared, form, request.seed))
 
 
-def _rehearsal(
-    model: nn.Module, form: Form, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
-) -> Callable[[PruningPlan], str]:
-    """Return what shrinks a model on trial, which is then as it was, and tells of training."""
+def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPlan], object]:
+    """Return what shrinks a model on trial and proves it; the model is then as it was."""
+    model = prepared.model
+    inputs = prepared.inputs.proofs(model, seed)
     if form is Form.EAGER:
-        training = could_fail_in_training(model, inputs[0])
-        return lambda plan: rehearse(model, plan, inputs[:1], training=training)
+        programs = prepared.programs
+        return lambda plan: rehearse(model, plan, inputs[:1], programs)
     try:
-        trial = ProgramTrial(model, example, inputs)
+        return ProgramTrial(model, prepared.example, inputs).proved
     except AdapterError as error:
         failure = error.with_traceback(None)
 
-        def fail(plan: PruningPlan) -> str:
+        def fail(plan: PruningPlan) -> None:
             raise failure
 
         return fail
-
-    def prove(plan: PruningPlan) -> str:
-        trial.proved(plan)
-        return ""  # a program is one of evaluation
-
-    return prove
 
 
 def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
@@ -213,19 +203,10 @@ def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
 
 
 class _Trial(Feasibility):
-    """Finds, by halving, groups that can go together.
+    """Finds groups that can go together, and notes whether it is modules that cannot."""
 
-    `rehearse` shrinks and proves a model, and puts it back; it raises where that fails, and says
-    how what it has shrunk fails in training.
-    """
-
-    def __init__(self, rehearse: Callable[[PruningPlan], str]) -> None:
-        super().__init__(self._attempted)
-        self.rehearse = rehearse
-        self.in_training = ""
-        """How the largest model that went so far fails in training."""
-        self.of_modules = False
-        """Whether a module could not follow, rather than outputs differ."""
+    of_modules = False
+    """Whether a module could not follow, rather than outputs differ."""
 
     def leave_all(self, reasons: dict[str, str]) -> None:
         """Leave groups alone that modules are known not to follow."""
@@ -237,19 +218,8 @@ class _Trial(Feasibility):
         super().leave(plan, failure)
         self.of_modules = self.of_modules or isinstance(failure, AdapterError)
 
-    def _attempted(self, plan: PruningPlan) -> None:
-        self.in_training = self.rehearse(plan)
-
 
 # ---- in words ----------------------------------------------------------------------------
-
-
-def _warn_of_training(trial: _Trial) -> None:
-    if trial.in_training:
-        warn(
-            "the smaller model may not run in training, as the dense one does: "
-            f"{trial.in_training}; it can be used, but for tuning leave these layers out (--skip)"
-        )
 
 
 def _warn_of_unread(

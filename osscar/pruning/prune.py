@@ -212,7 +212,7 @@ def prune_prepared(
         layers=tuple(record.report for record in committed.records),
         parameters_before=before,
         parameters_after=count_parameters(smaller),
-        equivalence_error=proof.error,
+        certificate=proof.certificate,
         batch_norms=batch_norms,
         budget=widths.budget,
         divergence=None if likeness is None else likeness.nats,

@@ -28,7 +28,7 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.request import PruningRequest
 from osscar.shrinking.lineage import Computed, data_record, lineage_of
-from osscar.shrinking.plan import Form, PruningPlan
+from osscar.shrinking.plan import Certificate, Form, PruningPlan
 
 if TYPE_CHECKING:
     from osscar.recovery.recover import Recovery
@@ -132,8 +132,9 @@ class PruningResult(Shown):
         One report for each group that lost units, in execution order, experts before all else.
     parameters_before, parameters_after
         Tied parameters counted once.
-    equivalence_error
-        Largest relative difference between the outputs of the shrunk and of the masked model.
+    certificate
+        How the smaller model is known to be the dense one without these units: what was proved of
+        its program, and how far its outputs are from those of the masked model.
     batch_norms
         How many batch-norm layers got new statistics after the proof.
     budget
@@ -167,7 +168,7 @@ class PruningResult(Shown):
     layers: tuple[LayerReport, ...]
     parameters_before: int
     parameters_after: int
-    equivalence_error: float
+    certificate: Certificate
     batch_norms: int
     budget: Budget | None
     divergence: float | None
@@ -221,7 +222,7 @@ class PruningResult(Shown):
             "divergence": self.divergence,
             "agreement": self.agreement,
             "held_out": self.held_out,
-            "equivalence_error": self.equivalence_error,
+            "certificate": dataclasses.asdict(self.certificate),
             "batch_norms": self.batch_norms,
             "summed_relative_loss": self.loss,
             "seconds": self.seconds,

@@ -9,7 +9,6 @@ from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
-from osscar.shrinking.equivalence import finer_precision
 from osscar.shrinking.plan import Form, PruningPlan
 from osscar.shrinking.program.shrink_program import shrink_program
 from osscar.shrinking.shrink import Proof, shrink
@@ -48,8 +47,9 @@ def shrunk(
         with timed(Stage.PROOF):
             made = shrink_program(work, plan, prepared.inputs.proofs(work, seed), prepared.example)
         return made.model, made.proof, batch_norms
-    with timed(Stage.PROOF), finer_precision(work, prepared.example):
-        proof = shrink(work, plan, prepared.inputs.proofs(work, seed))
+    with timed(Stage.PROOF):
+        inputs = prepared.inputs.proofs(work, seed)
+        proof = shrink(work, plan, inputs, programs=prepared.programs)
     batch_norms = renewed(proof.plan)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)

@@ -27,6 +27,7 @@ from osscar.report.tables import (
     share,
 )
 from osscar.request import AUTO, BudgetKind, PruningRequest
+from osscar.shrinking.plan import Certificate
 from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
@@ -206,11 +207,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if budget is not None:
         yield budget_line(budget)
     yield "divergence from the dense predictions", _divergence(document)
-    error = document["equivalence_error"]
-    yield (
-        "proof",
-        f"the smaller model's outputs equal the masked model's to {error:.1e} of the largest",
-    )
+    yield from Certificate.from_json(document["certificate"]).rows()
     if document.get("form") == "exported":
         chosen = settings["form"] == "auto"
         why = ", since more of it could follow than of the modules" if chosen else ""

@@ -1,7 +1,8 @@
-"""The proof that a shrunk model computes what it should: the masked model's outputs, and no others.
+"""Outputs of two models are compared: of the masked and of the smaller one, mostly.
 
 A model is *masked* when whatever reads the removed units is zero.  Units that nothing reads can
-leave, so the shrunk model has to give the same outputs, up to rounding.
+leave, so the smaller model has to give the same outputs, up to rounding.  That its code does so for
+all inputs is what programs prove (`osscar.shrinking.structural`); outputs are a check of kernels.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import inspect
 import linecache
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
@@ -27,7 +28,7 @@ from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_
 from osscar.base.memory import let_shortage_pass
 from osscar.network.modules import fresh, graphics_cards, number_format
 from osscar.network.predictions import known_prediction
-from osscar.offload.interleaved import run_interleaved
+from osscar.offload.on_disk import OnDisk
 from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -38,10 +39,53 @@ _FINER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-"""Relative to the largest output: rounding alone, since products are summed in another order.
-Models round to float32 inside (normalization, rotary position) even when they run in float64, and
-thirty pruned layers amplify that a thousandfold."""
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What rounding alone may do to outputs of a number format.
+
+    Products are summed in another order, models round to float32 inside (normalization, rotary
+    position) even when they run in float64, and thirty pruned layers amplify that a thousandfold.
+
+    Parameters
+    ----------
+    tolerance
+        Largest difference within a column, relative to the largest value of the column.
+    least
+        A column counts as having values at least so large, relative to the whole output.
+    ties
+        Share of whole numbers that may differ, as the fractions that they are rounded from or
+        chosen by are equal up to rounding.
+    """
+
+    tolerance: float
+    least: float
+    ties: float
+
+
+_ROUNDING = {
+    torch.float64: _Rounding(1e-4, 1e-4, 1e-5),
+    torch.float32: _Rounding(1e-3, 1e-1, 1e-3),
+    torch.float16: _Rounding(1e-2, 1.0, 1e-2),
+    torch.bfloat16: _Rounding(5e-2, 1.0, 5e-2),
+}
+
+
+class Match(NamedTuple):
+    """How outputs of two models are alike.
+
+    Parameters
+    ----------
+    error
+        Largest difference, relative to the largest value of its column.
+    ties
+        Whole numbers that differ, as what they come from is equal up to rounding.
+    """
+
+    error: float
+    ties: int
+
 
 _PIECE = 1 << 20
 """Numbers that are compared at once."""
@@ -75,13 +119,19 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 def comparable(result: Any) -> list[Tensor]:
     """Return the outputs that are real or complex numbers; where there are none, all of them."""
+    tensors = all_outputs(result)
+    return [tensor for tensor in tensors if _is_number(tensor)] or tensors
+
+
+def all_outputs(result: Any) -> list[Tensor]:
+    """Return the tensors that a model puts out, of which there has to be one."""
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     if not tensors:
         raise EquivalenceError(
             f"nothing can be compared: the model returned a {type(result).__name__} without a "
             "tensor; let its forward return one, or a tuple or dict of them"
         )
-    return [tensor for tensor in tensors if _is_number(tensor)] or tensors
+    return tensors
 
 
 def _is_number(tensor: Tensor) -> bool:
@@ -96,26 +146,37 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     its own format, with the same value. A model whose code or kernels know only its own format
     keeps that, if an `example` to try it on is given.
     """
+    before = [(tensor, tensor.dtype, tensor.data) for _, tensor in _tensors(model)]
+    in_memory = Counter(_memory(data) for *_, data in before)
+    shared = {id(tensor): data for tensor, _, data in before if in_memory[_memory(data)] > 1}
     formats = {name: tensor.dtype for name, tensor in _tensors(model)}
+    del before
     own = number_format(model)
     # What a model in half precision keeps in float32, such as frequencies, is as fine already.
     done = {_FINER.get(own, own)} if own is not None else set()
+
+    def put_back() -> None:
+        for name, tensor in _tensors(model):
+            data = shared.get(id(tensor))
+            tensor.data = tensor.data.to(formats.get(name, tensor.dtype)) if data is None else data
+        forget_derived(model)
+
     try:
         for _, tensor in _tensors(model):
             if tensor.dtype not in done:
                 tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
         forget_derived(model)
         if example is not None and not runs(model, in_format_of(example, model)):
-            _return_to(model, formats)
+            put_back()
         yield
     finally:
-        _return_to(model, formats)
+        put_back()
 
 
-def _return_to(model: nn.Module, formats: Mapping[str, torch.dtype]) -> None:
-    for name, tensor in _tensors(model):
-        tensor.data = tensor.data.to(formats.get(name, tensor.dtype))
-    forget_derived(model)
+def _memory(tensor: Tensor) -> object:
+    """Return what tensors have in common that share their memory."""
+    own = isinstance(tensor, OnDisk) or tensor.layout is not torch.strided
+    return id(tensor) if own else tensor.untyped_storage()._cdata
 
 
 _I = TypeVar("_I", bound=Inputs)
@@ -127,6 +188,13 @@ def in_format_of(inputs: _I, model: nn.Module) -> _I:
     return pytree.tree_map_only(  # type: ignore[no-any-return]
         Tensor, lambda t: t.to(kind) if kind and t.is_floating_point() else t, inputs
     )
+
+
+def by_name(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """Return inputs by the names of a model's arguments."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    return inspect.signature(model.forward).bind(*inputs).arguments
 
 
 def runs(model: nn.Module, example: Inputs) -> bool:
@@ -152,28 +220,43 @@ def prove_equal(
     *,
     tolerance: float | None = None,
     names: tuple[str, str] = _NAMES,
-) -> float:
+) -> Match:
     """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
-    Return the largest difference, relative to the largest output; by default the tolerance is that
-    of the number format, and `names` are what both are in an error.
+    Each output is compared by itself, and each of its columns (an entry of its last dimension, or
+    of its second) relative to its own size.  By default the tolerance is that of the number format;
+    `names` are what both are in an error.
     """
-    worst, compared = 0.0, False
+    worst, ties, compared = 0.0, 0, False
     one, other = names
+    kinds: list[torch.dtype] = []
     for a, b in zip(masked, shrunk, strict=True):
         if a.shape != b.shape:
             raise EquivalenceError(
                 f"{other} puts out {tuple(b.shape)}, {one} {tuple(a.shape)}, so that a size is "
                 "kept that did not follow"
             )
-        allowed = _TOLERANCE.get(a.dtype, 1e-4) if tolerance is None else tolerance
+        if not a.numel():
+            continue
+        if not _is_number(a):
+            differing = int((a != b).sum())
+            coarsest = max((_rounding_of(kind).ties for kind in kinds), default=0.0)
+            if differing > max(1.0 if kinds else 0.0, coarsest * a.numel()):
+                raise EquivalenceError(
+                    f"{other}'s output is another one than {one}'s at {differing / a.numel():.1%} "
+                    f"of its {a.dtype} entries, which have to be equal"
+                )
+            ties, compared = ties + differing, True
+            continue
+        kinds.append(a.dtype)
         error = _difference(a, b, names)
         if error is None:
             continue
+        allowed = _rounding_of(a.dtype).tolerance if tolerance is None else tolerance
         if not error <= allowed:
             raise EquivalenceError(
-                f"{other}'s output differs from {one}'s by {error:.2e} of its largest value "
-                f"(tolerance {allowed:.0e})"
+                f"{other}'s output differs from {one}'s by {error:.2e} of the largest value of a "
+                f"column (tolerance {allowed:.0e})"
             )
         worst, compared = max(worst, error), True
     if not compared:
@@ -181,18 +264,25 @@ def prove_equal(
             "nothing can be compared: every output of the model is empty, or nowhere finite; "
             "prove it on other inputs"
         )
-    return worst
+    return Match(worst, ties)
+
+
+def _rounding_of(kind: torch.dtype) -> _Rounding:
+    return _ROUNDING.get(kind, _ROUNDING[torch.float64])
 
 
 def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Return how far two passes are apart, relative to the largest output of each kind.
+    """Return how far two passes are apart, as `prove_equal` measures it.
 
     It is infinite where shapes, whole numbers, or the places of infinities differ.
     """
     if [one.shape for one in first] != [one.shape for one in second]:
         return math.inf
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.numel()]
+    if not all(torch.equal(a, b) for a, b in pairs if not _is_number(a)):
+        return math.inf
     try:
-        found = [_difference(a, b) for a, b in zip(first, second, strict=True)]
+        found = [_difference(a, b) for a, b in pairs if _is_number(a)]
     except EquivalenceError:
         return math.inf
     return max((error for error in found if error is not None), default=0.0)
@@ -205,35 +295,37 @@ def rounding(outputs: Sequence[Tensor]) -> float:
 
 
 def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float | None:
-    """Return the largest difference, relative to the largest value; None if there is no value."""
-    one, other = names
-    if not a.numel():
-        return None
-    if not _is_number(a):
-        if not torch.equal(a, b):
-            share = float((a != b).double().mean())
-            raise EquivalenceError(
-                f"{other}'s output is another one than {one}'s at {share:.1%} of its {a.dtype} "
-                "entries, which have to be equal"
-            )
-        return 0.0
-    worst = largest = 0.0
-    some = False
+    """Return the largest difference, relative to the largest value of its column.
+
+    None if no value is finite.
+    """
+    a, b = (t.reshape(len(t) if t.dim() > 1 else 1, -1, *t.shape[2:][-1:]) for t in (a, b))
+    apart: dict[int, Tensor] = {}
+    sizes: dict[int, Tensor] = {}
+    largest, some = 0.0, False
     # In pieces, since logits are large, and each step of the comparison copies them.
-    for x, y in zip(*(torch.split(t.flatten(), _PIECE) for t in (a, b)), strict=True):
+    rows = max(1, _PIECE // a[0].numel())
+    for x, y in zip(*(torch.split(t, rows) for t in (a, b)), strict=True):
         x, y = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (x, y))
         finite = torch.isfinite(x)
         # Masks put out infinity on purpose: it has to stay where it is, and its sign, too.
         same = torch.equal(finite, torch.isfinite(y))
         if not same or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+            one, other = names
             raise EquivalenceError(
                 f"{other}'s output is infinite, or not a number, at other places than {one}'s"
             )
-        if bool(finite.any()):
-            x, y, some = x[finite], y[finite], True
-            worst = max(worst, float((x - y).abs().max()))
-            largest = max(largest, float(x.abs().max()))
-    return worst / (largest or 1.0) if some else None
+        some = some or bool(finite.any())
+        size, gap = (t.abs().where(finite, 0.0) for t in (x, x - y))
+        largest = max(largest, float(size.max()))
+        for dim in range(1, x.dim()):
+            others = [d for d in range(x.dim()) if d != dim]
+            for found, values in ((apart, gap), (sizes, size)):
+                most = values.amax(others)
+                found[dim] = torch.maximum(found.get(dim, most), most)
+    least = _rounding_of(a.dtype).least * largest
+    errors = [(apart[dim] / sizes[dim].clamp_min(least or 1.0)).max() for dim in apart]
+    return float(max(errors)) if some else None
 
 
 # ---- modules that cannot follow ----------------------------------------------------------
@@ -297,28 +389,30 @@ def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
 def proof_outputs(
     model: nn.Module, inputs: Sequence[Inputs], *, keeping: bool = False
 ) -> list[Tensor]:
-    """Return every output that can be compared, on every input, one after another.
+    """Return every tensor that a model puts out, on every input, one after another.
 
-    These are those of floating-point or complex numbers, and where a model has none, all. A model
-    that draws random numbers draws the same ones each time. With `keeping`, the logits on the first
-    input come last, of a pass that keeps keys and values, or a state, and has just begun: of models
-    that keep some, and whose inputs do not say so themselves. What is kept is no output: it changes
-    with the heads, as it should.
+    A model that draws random numbers draws the same ones each time.  With `keeping`, the logits on
+    the first input come last, of a pass that keeps keys and values, or a state, and of one that
+    goes on from it with the last sample of each row: of models that keep some, and whose inputs do
+    not say so themselves.  What is kept is no output: it changes with the heads, as it should.
     """
     first = inputs[0] if inputs else ()
-    once_more = (
-        [{**first, "use_cache": True}]
-        if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model)
-        else []
-    )
-    passes = [partial(call, model, one) for one in (*inputs, *once_more)]
+    with torch.random.fork_rng(graphics_cards(model)):
+        torch.manual_seed(0)
+        outputs = [output for one in inputs for output in all_outputs(call(model, one))]
+        if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model):
+            outputs += _kept_outputs(model, first)
+    return outputs
 
-    def run() -> list[Tensor]:
-        found = run_interleaved(model, passes)
-        outputs = [output for one in found[: len(inputs)] for output in comparable(one)]
-        return [*outputs, *map(_first, found[len(inputs) :])]
 
-    return _without_chance(model, run)
+def _kept_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the logits of a pass that keeps keys and values, and of one that goes on from it."""
+    begun = call(model, {**inputs, "use_cache": True})
+    kept, tokens = getattr(begun, "past_key_values", None), inputs.get("input_ids")
+    if kept is None or tokens is None or set(inputs) != {"input_ids"}:
+        return [_first(begun)]
+    step = {"input_ids": tokens[:, -1:], "past_key_values": kept, "use_cache": True}
+    return [_first(begun), _first(call(model, step))]
 
 
 def outputs_or_none(model: nn.Module, example: Inputs) -> list[Tensor]:
@@ -336,7 +430,7 @@ def computes(model: nn.Module, example: Inputs, expected: Sequence[Tensor]) -> b
     """Whether a model puts out what is expected, which is something."""
     found = outputs_or_none(model, example)
     try:
-        return len(expected) == len(found) and math.isfinite(prove_equal(expected, found))
+        return len(expected) == len(found) and math.isfinite(prove_equal(expected, found).error)
     except EquivalenceError:
         return False
 
@@ -358,62 +452,3 @@ def proved_unchanged(model: nn.Module, example: Inputs, names: tuple[str, str]) 
 def _first(result: Any) -> Tensor:
     known = known_prediction(result)
     return comparable(result)[0] if known is None else known
-
-
-def _without_chance(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Run with a random generator of its own, and with noise that fits any width."""
-    devices = graphics_cards(model)
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        before = _generators(devices)
-        found = run()
-        if all(map(torch.equal, before, _generators(devices))):
-            return found
-        torch.manual_seed(0)
-        with _SteadyNoise():
-            return run()
-
-
-def _generators(devices: Iterable[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-_ONES_AND_ZEROS = frozenset({"bernoulli", "bernoulli_"})
-_ALIKE = frozenset(
-    {
-        *("rand", "randn", "rand_like", "randn_like", "normal_", "uniform_"),
-        *("cauchy_", "exponential_", "geometric_", "log_normal_", "random_"),
-    }
-)
-
-
-class _SteadyNoise(TorchDispatchMode):
-    """Draw each random tensor anew, and give all of its elements the same value.
-
-    A shrunk model draws fewer numbers than the masked one, and so others for the units that stay.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.drawn = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **options)
-        self.drawn += 1
-        torch.manual_seed(self.drawn)
-        name, found = func.overloadpacket.__name__, func(*args, **options)
-        if name in _ONES_AND_ZEROS and found.is_floating_point():
-            # Their mean: a mask of dropout that happens to be zero would hide what comes before it.
-            default = args[0] if name == "bernoulli" else 0.5
-            mean = args[1] if len(args) > 1 else options.get("p", default)
-            return found.copy_(mean) if isinstance(mean, Tensor) else found.fill_(mean)
-        if name in _ALIKE:
-            like, *others = args
-            one = like.new_empty(1) if isinstance(like, Tensor) else [1]
-            torch.manual_seed(self.drawn)
-            return found.fill_(func(one, *others, **options).item())
-        return found

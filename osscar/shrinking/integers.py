@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError
 from osscar.base.memory import let_shortage_pass
-from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, explained
+from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, Match, explained
 from osscar.shrinking.follow import is_list, nearby
 from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
-_MOST_AT_ONCE = 3
+_MOST_AT_ONCE = 2
 _MOST_ATTEMPTS = 1000
 """Forward passes of one search: sets of many numbers are more than anyone would wait for."""
 _MOST_STEPS = 8
@@ -56,7 +56,7 @@ class IntegerSearch:
 
     model: nn.Module
     plan: PruningPlan
-    check: Callable[[], float]
+    check: Callable[[], Match]
     found: dict[tuple[str, str], _Sizes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,34 +67,34 @@ class IntegerSearch:
             for name in nearby(self.model, group):
                 self.near.setdefault(name, []).append(group)
 
-    def run(self) -> tuple[float, tuple[Integer, ...]]:
+    def run(self) -> tuple[Match, tuple[Integer, ...]]:
         """Prove, and as long as a module fails, let its numbers follow.
 
         Return what `check` returned in the end, and the numbers that had to be found.
         """
         outcome = self._attempt()
         for _ in range(_MOST_STEPS):
-            if isinstance(outcome, float):
+            if isinstance(outcome, Match):
                 break
             outcome = self._mended(outcome)
-        if not isinstance(outcome, float):
+        if not isinstance(outcome, Match):
             raise self._said(outcome)
         return outcome, tuple(Integer(*place, value) for place, value in self.found.items())
 
-    def _attempt(self) -> float | Exception:
+    def _attempt(self) -> Match | Exception:
         try:
             return self.check()
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
             let_shortage_pass(error)
             return error
 
-    def _counted(self) -> tuple[float | Exception, int]:
+    def _counted(self) -> tuple[Match | Exception, int]:
         """Return the outcome of an attempt, and after how many calls of operators."""
         with _Calls() as calls:
             outcome = self._attempt()
         return outcome, calls.number
 
-    def _mended(self, failure: Exception) -> float | Exception:
+    def _mended(self, failure: Exception) -> Match | Exception:
         """Return the outcome of the first set of candidates that gets past a failure.
 
         If none does, that of the set which comes furthest.
@@ -110,7 +110,7 @@ class IntegerSearch:
                 break
             before = self._follow(kind, names)
             outcome, calls = self._counted()
-            if isinstance(outcome, float) or self._is_past(outcome, culprit):
+            if isinstance(outcome, Match) or self._is_past(outcome, culprit):
                 self.refusal = None
                 return self._attempt()  # as it runs when nobody counts
             if culprit is not None and calls > most:

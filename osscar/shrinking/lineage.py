@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from osscar.base.json_files import STRICT
 from osscar.network.modules import device_of, number_format, sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.shrinking.plan import PruningPlan
+from osscar.shrinking.plan import Certificate, PruningPlan
 from osscar.shrinking.seen import Calibration
 
 LINEAGE = "osscar_lineage"
@@ -55,6 +55,8 @@ class Lineage:
     ----------
     plans
         What was removed, the oldest first; empty where a stock config says it.
+    certificates
+        How the smaller model of each plan is known to be right, the oldest first.
     listed
         How many of these, the oldest first, are in the shapes that the config lists.
     origin
@@ -80,6 +82,7 @@ class Lineage:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     plans: tuple[PruningPlan, ...] = ()
+    certificates: tuple[Certificate, ...] = ()
     listed: int = 0
     origin: Origin | None = None
     source: str = ""

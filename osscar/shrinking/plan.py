@@ -245,6 +245,72 @@ class PruningPlan:
             raise CheckpointError(f"the pruning plan cannot be read: {error.reason}") from error
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What was found equal in the programs of a smaller model and of the dense one without units.
+
+    Parameters
+    ----------
+    operators, numbers, tensors
+        How many calls of operators, numbers in their arguments, and parameters and buffers.
+    sizes
+        The sizes of inputs for which it holds, a condition for each pair of programs.
+    """
+
+    operators: int
+    numbers: int
+    tensors: int
+    sizes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How a smaller model is known to be the dense one without the units that a plan removes.
+
+    Parameters
+    ----------
+    error
+        Largest difference between outputs of the smaller and of the masked model, relative to the
+        largest value of the column.
+    ties
+        Whole numbers among the outputs that differ, as what they come from is equal up to rounding.
+    structure
+        What is equal in the programs of both; None if programs could not be compared.
+    unproved
+        Why they could not.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    error: float
+    ties: int = 0
+    structure: Structure | None = None
+    unproved: str = ""
+
+    @classmethod
+    def from_json(cls, data: Any) -> Certificate:
+        """Read what `dataclasses.asdict` made of one."""
+        return validated(data, cls, "the certificate")
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Say what was proved of the program, and what was compared of outputs."""
+        found = self.structure
+        ties = f"; {self.ties} whole numbers differ by rounding" if self.ties else ""
+        program = ("not proved, but compared", self.unproved)
+        if found is not None:
+            program = (
+                "proved",
+                "the smaller model's program is the dense model's without these units "
+                f"({found.operators:,} operators, {found.numbers:,} numbers and {found.tensors:,} "
+                f"tensors are equal), for {'; '.join(found.sizes)}",
+            )
+        return program, (
+            "outputs",
+            f"equal those of the masked model to {self.error:.1e} of a column's largest "
+            f"value{ties}",
+        )
+
+
 def experts_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
     """Return what plans, one after the other, have left of mixtures: of each one plan for all.
 

@@ -9,53 +9,64 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graph.groups import UnitKind
-from graph.tracing.export import failing_module, in_mode
-from graph.tracing.preserve import preserved
-from graph.training import decides_by_training, same_draws
+from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
-from osscar.network.fake import on_shapes
-from osscar.network.kernels import computable_mixtures
 from osscar.network.model_state import restored
-from osscar.network.modules import evaluating
+from osscar.network.modules import copied, evaluating, graphics_cards, number_format
 from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Place
-from osscar.shrinking.equivalence import Inputs, call, explained, proof_outputs, prove_equal
+from osscar.shrinking.equivalence import (
+    Inputs,
+    Match,
+    by_name,
+    finer_precision,
+    in_format_of,
+    proof_outputs,
+    prove_equal,
+)
 from osscar.shrinking.fold import fold, unfold
+from osscar.shrinking.follow import nearby
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import GroupPlan, PruningPlan, check_plan
+from osscar.shrinking.plan import Certificate, Form, GroupPlan, PruningPlan, Structure, check_plan
 from osscar.shrinking.routers import without_experts
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structural import (
+    DensePrograms,
+    StructureError,
+    Unproved,
+    dense_programs,
+    named_tensors,
+)
 from osscar.shrinking.structure import remember_structure
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A model was shrunk, and this is how far it is from the masked one.
+    """A model was shrunk, and this is what was proved and compared.
 
     Parameters
     ----------
     plan
         What was removed, with the numbers of modules that had to be found.
-    error
-        Largest difference between outputs, relative to the largest output.
+    certificate
+        What was proved, and what was compared.
     """
 
     plan: PruningPlan
-    error: float
+    certificate: Certificate
 
 
 def shrink(
@@ -64,8 +75,13 @@ def shrink(
     inputs: Sequence[Inputs],
     *,
     tolerance: float | None = None,
+    programs: DensePrograms | None = None,
 ) -> Proof:
     """Remove units from a model, in place, and prove that nothing else has changed.
+
+    The program of the smaller model is compared with that of the dense one without these units, and
+    its outputs with those of the masked model, in the next finer number format if the model runs in
+    it.
 
     Parameters
     ----------
@@ -75,10 +91,18 @@ def shrink(
         What stays.
     inputs
         On which the shrunk model is compared with the masked one, best of more than one size: each
-        a tuple of positional arguments or a dict of keyword arguments.
+        a tuple of positional arguments or a dict of keyword arguments.  The dense model is exported
+        with the first of them.
     tolerance
-        Largest difference allowed, relative to the largest output; by default that of the number
-        format.
+        Largest difference allowed, relative to the largest value of a column; by default that of
+        the number format.
+    programs
+        Of the dense model; by default it is exported.
+
+    Returns
+    -------
+    Proof
+        Its certificate says whether programs could be compared.
 
     Raises
     ------
@@ -87,17 +111,25 @@ def shrink(
     OptionError
         If plan, inputs or tolerance are none.
     EquivalenceError
-        If the outputs differ; `AdapterError` if a module cannot follow.
+        If the programs or the outputs differ; `AdapterError` if a module cannot follow.
     """
     check_request(plan, inputs, tolerance)
-    with evaluating(model), restored(model, on_error=True):
+    with (
+        torch.random.fork_rng(graphics_cards(model)),
+        evaluating(model),
+        restored(model, on_error=True),
+    ):
         remember_structure(model, inputs[0])
         expected = _expected(model, plan, inputs)
+        if programs is None:
+            programs = dense_programs(model, by_name(model, inputs[0]))
         try:
-            return _proved(model, plan, expected, tolerance)
+            return _proved(model, plan, expected, tolerance, programs)
         except EquivalenceError as error:
-            attempt = partial(rehearse, model, inputs=inputs, tolerance=tolerance)
-            found = Feasibility(attempt, _MOST_TRIALS, _MOST_SECONDS)
+            attempt = partial(
+                rehearse, model, inputs=inputs, programs=programs, tolerance=tolerance
+            )
+            found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
             raise type(error)(f"{error}; nothing was written. {_blamed(found)}") from error
 
@@ -106,40 +138,107 @@ def rehearse(
     model: nn.Module,
     plan: PruningPlan,
     inputs: Sequence[Inputs],
+    programs: DensePrograms,
     *,
     tolerance: float | None = None,
-    training: bool = False,
-) -> str:
-    """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back.
-
-    Return how the smaller model fails in training, as far as shapes tell; nothing if it does not,
-    or was not run.
-    """
+) -> None:
+    """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with restored(model):
-        _proved(model, plan, _expected(model, plan, inputs), tolerance)
-        return failure_in_training(model, inputs[0]) if training else ""
+        _proved(model, plan, _expected(model, plan, inputs), tolerance, programs)
 
 
-_Distance: TypeAlias = Callable[[nn.Module, float | None], float]
+def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
+    """Prove again that the code of a pruned model computes what the dense one does without units.
+
+    Programs of both are compared; weights are not, which may have been refitted or trained since.
+
+    Parameters
+    ----------
+    model
+        As `osscar.prune` returned it, or `osscar.load`, whose modules were shrunk.
+    dense
+        The model that it was pruned from; it is not changed.
+    example
+        Inputs that both take, two samples or more.
+
+    Returns
+    -------
+    Structure
+        What is equal, and for which sizes of inputs.
+
+    Raises
+    ------
+    ModelError
+        If nothing was removed from the modules of the model, or programs cannot be compared.
+    StructureError
+        If the code computes something else.
+    """
+    plans = lineage_of(model).plans
+    if not plans or any(plan.form is not Form.EAGER for plan in plans):
+        raise ModelError(
+            "no units were removed from the modules of this model, as far as it knows; give one "
+            "that osscar.prune or osscar.load returned (an exported program is right as it is made)"
+        )
+    work = copied(dense)
+    with (
+        torch.random.fork_rng(graphics_cards(model)),
+        evaluating(model),
+        evaluating(work),
+        torch.no_grad(),
+    ):
+        for number, plan in enumerate(plans, 1):
+            fold(work, plan.tensors)
+            programs = dense_programs(work, by_name(work, example))
+            slice_units(work, plan)
+            made = model if number == len(plans) else work
+            try:
+                structure = programs.prove(made, plan)
+            except Unproved as reason:
+                raise ModelError(f"the programs cannot be compared: {reason}") from reason
+    return structure
 
 
-def _expected(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Distance:
-    """Fold the weights that a plan cuts, and return what compares with the masked model."""
+_Distance: TypeAlias = Callable[[nn.Module, float | None], Match]
+
+
+def _expected(
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]
+) -> tuple[_Distance, bool]:
+    """Fold the weights that a plan cuts, and return what compares with the masked model.
+
+    It says besides whether that ran in the next finer number format.
+    """
     fold_named(model, plan, inputs)
-    return distance_from_masked(model, plan, inputs, keeping=True)
+    own = number_format(model)
+    with finer_precision(model, inputs[0]):
+        return distance_from_masked(model, plan, inputs, keeping=True), number_format(model) != own
 
 
 def _proved(
-    model: nn.Module, plan: PruningPlan, expected: _Distance, tolerance: float | None
+    model: nn.Module,
+    plan: PruningPlan,
+    expected: tuple[_Distance, bool],
+    tolerance: float | None,
+    programs: DensePrograms,
 ) -> Proof:
     """Shrink a prepared model and prove it; if that fails, it is as it was."""
     with restored(model, on_error=True):
+        before = dict(named_tensors(model))
         slice_units(model, plan)
-        check = partial(expected, model, tolerance)
-        error, found = IntegerSearch(model, plan, check).run()
+        distance, finer = expected
+        with finer_precision(model) if finer else nullcontext():
+            check = partial(distance, model, tolerance)
+            match, found = IntegerSearch(model, plan, check).run()
         plan = replace(plan, integers=plan.integers + found)
-        note(model, plans=(*lineage_of(model).plans[:-1], plan))
-        return Proof(plan, error)
+        try:
+            structure, unproved = programs.prove(model, plan, before), ""
+        except Unproved as reason:
+            structure, unproved = None, str(reason)
+        certificate = Certificate(match.error, match.ties, structure, unproved)
+        known = lineage_of(model)
+        certificates = (*known.certificates, certificate)
+        note(model, plans=(*known.plans[:-1], plan), certificates=certificates)
+        return Proof(plan, certificate)
 
 
 # ---- the masked model --------------------------------------------------------------------
@@ -195,22 +294,23 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
 
 def distance_from_masked(
     model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
-) -> Callable[[nn.Module, float | None], float]:
+) -> _Distance:
     """Run a model without the units that a plan removes, and return what tells how far others are.
 
     That takes a smaller model and a tolerance, as `prove_equal` does.  With `keeping`, a pass that
     keeps its state is compared, too, if the model can run one.
     """
+    given = [in_format_of(one, model) for one in inputs]
     with masked(model, plan):
         try:
-            outputs = proof_outputs(model, inputs, keeping=keeping)
+            outputs = proof_outputs(model, given, keeping=keeping)
         except Exception as error:  # of the user's forward: not the shrunk model's fault
             let_shortage_pass(error)
-            keeping, outputs = False, _outputs_before(model, inputs)
+            keeping, outputs = False, _outputs_before(model, given)
     prove_equal(outputs, outputs)  # that there is something to compare
 
-    def distance(smaller: nn.Module, tolerance: float | None) -> float:
-        found = proof_outputs(smaller, inputs, keeping=keeping)
+    def distance(smaller: nn.Module, tolerance: float | None) -> Match:
+        found = proof_outputs(smaller, given, keeping=keeping)
         return prove_equal(outputs, found, tolerance=tolerance)
 
     return distance
@@ -248,57 +348,25 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
         fold(model, plan.tensors)
 
 
-# ---- in training -------------------------------------------------------------------------
-
-
-def failure_in_training(model: nn.Module, inputs: Inputs) -> str:
-    """Say how a model fails in training; nothing if it does not.
-
-    Its own modules are in training, and layers of torch in evaluation. Nothing is computed, so that
-    code which changes weights or keeps averages changes none.
-    """
-    with (
-        preserved(model),
-        in_mode(model, training=True),
-        computable_mixtures(model),
-        same_draws(),
-        torch.no_grad(),
-        on_shapes() as fake,
-    ):
-        try:
-            call(model, pytree.tree_map_only(Tensor, fake.from_tensor, inputs))
-        except Exception as error:  # the model may be anyone's code
-            let_shortage_pass(error)
-            return str(explained(error, model))
-    return ""
-
-
-def could_fail_in_training(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether there is code for training that runs now, and can be tried once more.
-
-    Models that are read from disk cannot: they are those of families whose code is known.
-    """
-    on_disk = any(isinstance(parameter, OnDisk) for parameter in model.parameters())
-    return not on_disk and decides_by_training(model) and not failure_in_training(model, inputs)
-
-
 # ---- which groups can go -----------------------------------------------------------------
 
 
 class Feasibility:
-    """Finds, by halving, groups that can go together.
+    """Finds groups that can go together.
 
-    `attempt` shrinks and proves a model, and puts it back; it raises where that fails. After so
-    many trials or seconds, groups that are not cleared stay.
+    `attempt` shrinks and proves a model, and puts it back; it raises where that fails.  Groups near
+    the modules that are to blame are left out first, and what is not clear then is found by
+    halving.  After so many trials or seconds, groups that are not cleared stay.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         attempt: Callable[[PruningPlan], object],
         trials: float = math.inf,
         seconds: float = math.inf,
     ) -> None:
-        self.attempt = attempt
+        self.model, self.attempt = model, attempt
         self.trials, self.deadline = trials, time.monotonic() + seconds
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
@@ -325,10 +393,31 @@ class Feasibility:
             for plan in more:
                 self.leave(plan, failure)
             return list(going)
+        blamed = self._blamed(failure, more)
+        if blamed:
+            for plan, error in blamed:
+                self.leave(plan, error)
+            left = {plan.name for plan, _ in blamed}
+            others = [plan for plan in more if plan.name not in left]
+            return self.grown(going, others) if others else list(going)
         middle = len(more) // 2
         grown = self.grown(going, more[:middle])
         all_went = len(grown) == len(going) + middle
         return self.grown(grown, more[middle:], failure if all_went else None)
+
+    def _blamed(
+        self, failure: Exception, more: Sequence[GroupPlan]
+    ) -> list[tuple[GroupPlan, Exception]]:
+        """Return groups with what their modules do, where no other group is near these."""
+        if not isinstance(failure, StructureError):
+            return []
+        near = {plan.name: set(nearby(self.model, plan)) for plan in more}
+        found: dict[str, tuple[GroupPlan, Exception]] = {}
+        for module, error in failure.by_module.items():
+            those = [plan for plan in more if module in near[plan.name]]
+            if len(those) == 1:
+                found.setdefault(those[0].name, (those[0], error))
+        return list(found.values())
 
     def failure(self, plans: Sequence[GroupPlan]) -> Exception | None:
         """Return how groups fail together, or None if they can go."""

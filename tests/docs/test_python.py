@@ -200,7 +200,7 @@ def check_architecture(names: dict[str, Any]) -> None:
 def check_module(names: dict[str, Any]) -> None:
     assert "Attention" in str(names["told"])
     assert names["model"].layout == [3, 8]
-    assert names["proof"].error < 1e-5
+    assert names["proof"].certificate.error < 1e-5
 
 
 def check_forms(names: dict[str, Any]) -> None:

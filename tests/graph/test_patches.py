@@ -16,13 +16,13 @@ import pytest
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.fx import config
+from torch.fx.experimental import _config as size_config
 from torch.overrides import TorchFunctionMode
 
 import graph
-from graph.extents import trace_program
 from graph.tracing.export import varies
 from graph.tracing.patches import ModeDepths, assignments_told, enter_again
+from graph.tracing.standalone import export_standalone
 
 
 class Lengths(nn.Module):
@@ -49,7 +49,7 @@ def _state() -> list[Any]:
     loggers = [name for name in logging.root.manager.loggerDict if name.startswith("torch")]
     return [
         (builtins.len, builtins.max, builtins.min, sys.stderr, nn.Module.to, nn.Module.__setattr__),
-        config.do_not_emit_stack_traces,
+        size_config.backed_size_oblivious,
         {name for name in loggers if logging.getLogger(name).level == logging.CRITICAL},
         ModeDepths.now(),
     ]
@@ -77,8 +77,8 @@ def test_exports_in_several_threads_leave_nothing_replaced() -> None:
 
 
 def test_a_program_that_has_taken_a_length_holds_for_any_number_of_samples() -> None:
-    traced = trace_program(Lengths().eval(), EXAMPLE, {"x": (0,)})
-    assert traced.standalone.module(torch.randn(5, 3, 4)).shape == (5, 4)
+    traced = export_standalone(Lengths().eval(), EXAMPLE, {"x": (0,)})
+    assert traced.module(torch.randn(5, 3, 4)).shape == (5, 4)
 
 
 def test_torch_still_makes_a_number_of_a_length() -> None:
@@ -90,6 +90,18 @@ def test_torch_still_makes_a_number_of_a_length() -> None:
     assert not varies(given.meta["val"].shape[0]), (
         "torch.export leaves the length of a tensor open now: delete symbolic_lengths"
     )
+
+
+def test_torch_still_takes_for_granted_that_open_sizes_are_none_or_one() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.shape[0] == 1 else x
+
+    auto: Any = torch.export.Dim.AUTO
+    exported = torch.export.export(Single(), (), EXAMPLE, dynamic_shapes={"x": {0: auto}})
+    told = [guard for guard in exported._guards_code if "[0]" in guard]
+    assert not told, "a guard says so now: delete every_size"
+    assert export_standalone(Single(), EXAMPLE, {"x": (0,)}).sizes.guards == ("x.shape[0] != 1",)
 
 
 def test_torch_still_prints_the_errors_that_it_raises(capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ _OF_STRUCTURE = frozenset(
     f"test_{what}"
     for what in (
         *("alibi", "changed_code", "equivalence", "experts", "forms", "feasibility", "programs"),
-        *("shrinking", "unread", "user_code"),
+        *("shrinking", "structural", "unread", "user_code"),
     )
 )
 """Files about how structure is found, and what can follow: nothing is remembered there."""

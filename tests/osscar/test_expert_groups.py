@@ -224,7 +224,7 @@ def test_a_mixture_of_ones_own_loses_experts_and_is_saved(tmp_path):
         assert one.routing.rule.scale == 0.7
         dense = copy.deepcopy(model)
         plan = PruningPlan((GroupPlan.of(one.group, (0, 2, 3)),))
-        assert shrink(model, plan, [(x,)]).error < 1e-6
+        assert shrink(model, plan, [(x,)]).certificate.error < 1e-6
         assert (model(x) - dense(x)).abs().max() > 1e-2
         assert model.gate.score.out_features == 3
         save(model, tmp_path / "smaller", example_inputs=(x,))
@@ -271,7 +271,7 @@ def test_a_model_loses_experts_and_is_proved(family):
     with InDouble():
         proof = shrink(model, plan, [example(), {"input_ids": tokens()[2:5]}])
     # LFM2 adds a millionth to the sum that it divides weights by.
-    assert proof.error < (1e-5 if family == "lfm2-moe" else 1e-10)
+    assert proof.certificate.error < (1e-5 if family == "lfm2-moe" else 1e-10)
     assert not proof.plan.integers
     with torch.no_grad():
         smaller = model(**example()).logits
@@ -298,7 +298,7 @@ def test_layers_may_keep_different_experts_and_neurons_leave_with_them():
         )
     )
     with InDouble():
-        assert shrink(model, plan, [example()]).error < 1e-10
+        assert shrink(model, plan, [example()]).certificate.error < 1e-10
     one, other = (layer.mlp for layer in model.model.layers)
     assert one.experts.down_proj.shape == (2, 32, 20)
     assert (one.experts.num_experts, one.gate.num_experts) == (2, 2)

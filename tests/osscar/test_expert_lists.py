@@ -133,7 +133,7 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     result = osscar.prune(model, x, experts=4)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [one.kept for one in result.layers] == [4, 4]
-    assert result.equivalence_error < 1e-10  # in double precision
+    assert result.certificate.error < 1e-10  # in double precision
     name = NAMES.get(kind, "experts")
     for layer, dense, small in zip(result.layers, model.blocks, result.model.blocks, strict=True):
         own, kept = getattr(small, name), [getattr(dense, name)[e] for e in layer.support]

@@ -105,7 +105,7 @@ def test_both_forms_compute_the_same_where_both_follow():
     assert one.parameters_after == other.parameters_after
     assert far_apart(one.model(data), other.model(data)) < 1e-5
     # In float32 a wrong slice of little effect would pass for rounding.
-    assert one.equivalence_error < 1e-12
+    assert one.certificate.error < 1e-12
     assert {p.dtype for m in (one.model, other.model) for p in m.parameters()} == {torch.float32}
 
 
@@ -296,7 +296,7 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
     def fail(*_args):
         raise graph.TraceError("no program", "", "")
 
-    monkeypatch.setattr(program, "trace_program", fail)
+    monkeypatch.setattr(program, "export_standalone", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read, and was not kept: .*no program"):
         osscar.save(made, tmp_path / "small")
     assert not list(tmp_path.iterdir())
@@ -494,7 +494,7 @@ def test_a_model_of_images_whose_code_cannot_follow_becomes_a_program(tmp_path):
     result = osscar.prune(dense, data, sparsity=0.4, strict=True, **OFTEN)
     assert result.form is Form.EXPORTED
     assert {layer.kind for layer in result.layers} == {"heads", "neurons"}
-    assert result.equivalence_error < 1e-12
+    assert result.certificate.error < 1e-12
     again = osscar.load(result.save(tmp_path / "program").path)
     assert_close(logits(again(data)), logits(result.model(data)))
 

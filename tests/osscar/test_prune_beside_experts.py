@@ -59,7 +59,7 @@ def test_experts_neurons_and_heads_leave_in_one_run(family, tmp_path):
     model = mixture(family)
     asked = {"heads": 0.5} if family != "deepseek-v3" else {}
     result = osscar.prune(model, tokens(), experts=3, neurons=0.5, **asked)
-    assert result.equivalence_error < 1e-5
+    assert result.certificate.error < 1e-5
     kinds = [layer.kind for layer in result.layers]
     assert kinds[:2] == ["experts"] * 2
     assert set(kinds[2:]) == {"neurons", *asked}
@@ -223,7 +223,7 @@ def test_a_budget_takes_experts_and_a_run_goes_on(tmp_path):
     model, request = mixture("mixtral"), some_budget(params=0.7, heads=1.0, neurons=36)
     result = prune_as_asked(model, tokens(24), request, RunLog(tmp_path / "log"))
     assert result.parameters_after == result.budget.reached <= result.budget.limit
-    assert result.equivalence_error < 1e-5
+    assert result.certificate.error < 1e-5
     assert {width.kind for width in result.budget.widths.values()} == {"experts"}
     assert all(result.budget.measured.values())
     assert 0.2 < result.budget.predicted / result.divergence < 5
@@ -321,7 +321,7 @@ def test_lists_of_experts_share_a_budget_that_counts_them(kind):
     assert set(kept) == {experts, "neurons"}
     assert result.parameters_after == result.budget.reached <= 0.6 * result.parameters_before
     assert result.budget.gap == 0.0
-    assert result.equivalence_error < 1e-10
+    assert result.certificate.error < 1e-10
     inner = [group for group in result.skipped if "experts." in group.name]
     assert len(inner) == (COUNT if kind is Masked else 0)  # the others cannot be traced
 

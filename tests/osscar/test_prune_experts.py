@@ -67,7 +67,7 @@ def test_experts_leave_and_what_is_saved_is_read_by_transformers(family, tmp_pat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = osscar.prune(model, tokens(), experts=kept)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert result.equivalence_error < 1e-5
+    assert result.certificate.error < 1e-5
     assert [(one.kind, one.kept, len(one.support)) for one in result.layers] == [
         ("experts", kept, kept)
     ] * 2

@@ -105,7 +105,7 @@ def test_pruned_and_refitted(name, tmp_path):
     module = smaller.recurrent if hasattr(smaller, "recurrent") else smaller.cell
     assert smaller.enter.out_features == module.input_size == 6
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    assert result.equivalence_error < 1e-6
+    assert result.certificate.error < 1e-6
     x = torch.randn(5, 9, 5)
     error = float((smaller(x) - net(x)).square().mean())
     # Cutting the same units out without a refit is worse.
@@ -170,7 +170,7 @@ def test_embeddings_lose_what_a_layer_reads():
     net = Text().eval()
     result = osscar.prune(net, {"ids": torch.randint(0, 20, (64, 6))}, residual=0.5)
     assert result.model.get_parameter("recurrent.weight_ih_l0").shape[1] == 6
-    assert result.equivalence_error < 1e-6
+    assert result.certificate.error < 1e-6
 
 
 def test_weights_that_other_code_or_cells_read_are_left_alone():

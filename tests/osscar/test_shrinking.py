@@ -222,7 +222,7 @@ def test_more_numbers_than_are_tried_at_once_follow_one_after_the_other() -> Non
     (layer,) = result.layers
     kept = layer.kept
     assert found == {"sections": kept, "all": 5 * kept, "joint": 5 * kept + 7, "doubled": 10 * kept}
-    assert result.equivalence_error < 1e-12
+    assert result.certificate.error < 1e-12
 
 
 class OfConfig(nn.Module):
@@ -245,7 +245,7 @@ def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own
     net = nn.Sequential(OfConfig(config), OfConfig(config))
     keep = {"0.neurons": 4, "1.neurons": 7}
     result = osscar.prune(net, torch.randn(64, 6), groups=keep, form="eager", strict=True)
-    assert result.equivalence_error < 1e-12
+    assert result.certificate.error < 1e-12
     first, second = result.model
     assert (first.config.intermediate_size, second.config.intermediate_size) == (4, 7)
     assert config.intermediate_size == 10
@@ -334,7 +334,7 @@ def test_a_proof_takes_the_path_that_the_model_takes() -> None:
     model, x = BeforeEncoder().eval(), torch.randn(2, 6, 8)
     group = next(g for g in graph.trace(model, (x,)).prunable if g.name.startswith("block"))
     plan = PruningPlan((GroupPlan.of(group, tuple(range(12))),))
-    assert shrink(model, plan, [(x,)]).error < 1e-6
+    assert shrink(model, plan, [(x,)]).certificate.error < 1e-6
 
 
 class Decoder(nn.Module):
@@ -421,7 +421,7 @@ def test_what_modules_remember_of_their_parameters_is_made_anew() -> None:
     data = torch.randn(64, 5)
     net(data)  # so that it remembers
     result = osscar.prune(net, data, neurons=0.5, form="eager", strict=True)
-    assert result.equivalence_error < 1e-12  # in float64, although it remembered float32
+    assert result.certificate.error < 1e-12  # in float64, although it remembered float32
     pruned = result.model
     with torch.no_grad():
         found = pruned(data)
@@ -441,7 +441,7 @@ def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
     def follow(module: Stubborn, group: GroupPlan) -> None:
         module.sizes = {name: group.scaled(size) for name, size in module.sizes.items()}
 
-    assert shrink(model, plan, inputs).error < 1e-6
+    assert shrink(model, plan, inputs).certificate.error < 1e-6
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -126,7 +126,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         (BudgetKind.SPEEDUP, (1.0,), "speedup is 1.0"),
         (BudgetKind.PARAMS, (0.5, 1000), "counts and shares"),
         (BudgetKind.PARAMS, (0,), "cannot keep 0 units"),
-        (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as --size 0.3"),
+        (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as size=0.3"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(budget, values, message):

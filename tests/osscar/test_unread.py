@@ -17,7 +17,7 @@ from osscar.network.modules import count_parameters
 from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest
-from tests.graph.test_training import Auxiliary, Drawn
+from tests.graph.test_training import Auxiliary
 
 
 class Optional(nn.Module):
@@ -143,32 +143,6 @@ class Moving(Auxiliary):
             with torch.no_grad():
                 self.teacher.weight.mul_(0.9).add_(self.stem.weight, alpha=0.1)
         return self.head(self.body(self.stem(x).relu()).relu().mean((2, 3)))
-
-
-def asked(kind: type[Auxiliary]) -> dict[str, int]:
-    return {"stem.channels": 3} | ({"also.channels": 4} if kind is Skipping else {})
-
-
-@pytest.mark.parametrize("kind", [Literal, Skipping, Moving])
-def test_what_fails_in_training_is_told_before_anything_is_solved(kind: type[Auxiliary]) -> None:
-    torch.manual_seed(0)
-    dense = kind()
-    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    with pytest.warns(UserWarning, match="may not run in training") as caught:
-        result = osscar.prune(dense, images(), groups=asked(kind), form="eager")
-    assert sum("in training" in str(one.message) for one in caught) == 1
-    dense.train()(images()[:3])
-    with pytest.raises(RuntimeError):
-        result.model.train()(images()[:3])
-    if kind is not Moving:  # which that call has just changed
-        assert all(torch.equal(before[name], now) for name, now in dense.state_dict().items())
-
-
-@pytest.mark.filterwarnings("error:.*in training")
-def test_code_for_training_that_follows_or_cannot_be_tried_is_not_blamed() -> None:
-    torch.manual_seed(0)
-    tried(Auxiliary(), images(), sparsity=0.5, form="eager")
-    tried(Drawn(), images(), sparsity=0.5, form="eager")
 
 
 def test_what_an_optional_input_leads_to_is_named() -> None:

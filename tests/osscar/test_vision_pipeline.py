@@ -119,7 +119,7 @@ def test_statistics_are_renewed_after_the_proof_unless_they_are_to_be_kept(prune
     model, _, kept = pruned
     corrected = osscar.prune(model, images(), sparsity=0.5, **OPTIONS)
     assert (kept.batch_norms, corrected.batch_norms) == (0, 8)
-    assert corrected.equivalence_error == kept.equivalence_error
+    assert corrected.certificate.error == kept.certificate.error
     channels = corrected.plan.groups[0].kept
     old = model.blocks[0].norm1.running_mean[list(channels)]
     assert torch.equal(kept.model.blocks[0].norm1.running_mean, old)
@@ -225,12 +225,14 @@ def test_calibration_data_of_a_wrong_form_are_refused(calibration, message):
         as_inputs(small_net(), calibration)
 
 
-def test_proof_inputs_look_like_the_data_and_have_two_sizes():
+def test_outputs_are_compared_on_noise_like_the_data_on_heavy_tails_and_on_data():
     data = images(16) * 3 + 5
-    first, second = as_inputs(small_net(), data).proofs(small_net(), seed=3)
-    assert (len(first["x"]), len(second["x"])) == (3, 1)
-    assert first["x"].mean() == pytest.approx(5.0, abs=0.5)
-    assert not torch.equal(first["x"][:1], second["x"])
+    found = [one["x"] for one in as_inputs(small_net(), data).proofs(small_net(), seed=3)]
+    assert [len(one) for one in found] == [3, 1, 7, 1, 2]
+    assert found[0].mean() == pytest.approx(5.0, abs=0.5)
+    assert not torch.equal(found[0][:1], found[1])
+    assert (found[2] - 5).abs().max() > 5 * (found[0] - 5).abs().max()
+    assert torch.equal(found[4], data[:2])
 
 
 # ---- vision transformers -----------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from osscar.base.errors import ModelError, first_line
+from graph.tracing.standalone import Sizes
+from osscar.base.errors import ModelError
 
 Shapes: TypeAlias = Mapping[str, Sequence[int | None]]
 """By the names of the inputs, their sizes; None for one that may be any."""
@@ -23,45 +24,32 @@ _OTHERWISE = (
 
 
 class InputSizes(nn.Module):
-    """Refuses inputs of sizes that a program does not take, before it computes anything.
-
-    `guards` check what `torch.export` found that the program relies on besides.
-    """
+    """Refuses inputs of sizes that a program does not take, before it computes anything."""
 
     _is_impure = True
     """Lets torch keep it in a graph in which nobody reads what it returns."""
 
-    def __init__(self, shapes: Shapes, guards: nn.Module | None) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.guards = guards
+        self.sizes = sizes
 
     def forward(self, *inputs: Tensor) -> None:
         """Check the inputs of the program."""
-        for (name, due), given in zip(self.shapes.items(), inputs, strict=True):
-            if not _fits(given.shape, due):
-                raise ModelError(
-                    f"{name} is of {_written(given.shape)}, and the exported program takes "
-                    f"{_written(due)}, since it was traced with these sizes; {_OTHERWISE}"
-                )
-        if self.guards is None:
-            return
-        try:
-            self.guards(*inputs)
-        except AssertionError as error:
-            those = zip(self.shapes, inputs, strict=True)
-            sizes = ", ".join(f"{name} of {_written(given.shape)}" for name, given in those)
-            condition = first_line(error).removeprefix("Guard failed: ")
+        given = dict(zip(self.sizes.shapes, inputs, strict=True))
+        wrong = self.sizes.misfit(given)
+        if wrong is not None:
+            raise ModelError(
+                f"{wrong} is of {_written(given[wrong].shape)}, and the exported program takes "
+                f"{_written(self.sizes.shapes[wrong])}, since it was traced with these sizes; "
+                f"{_OTHERWISE}"
+            )
+        condition = self.sizes.broken(given)
+        if condition is not None:
+            sizes = ", ".join(f"{name} of {_written(one.shape)}" for name, one in given.items())
             raise ModelError(
                 f"the exported program does not hold for {sizes}, but where {condition}; "
                 f"{_OTHERWISE}"
-            ) from error
-
-
-def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
-    if len(shape) != len(due):
-        return False
-    return all(size is None or size == is_ for size, is_ in zip(due, shape, strict=True))
+            )
 
 
 def _written(shape: Sequence[int | None]) -> str:

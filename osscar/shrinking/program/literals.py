@@ -66,9 +66,9 @@ class Sizes:
     def compute(self, node: Node) -> None:
         """Note what a number becomes that the program computes; nothing for other nodes."""
         value = self.origins[node].meta.get("val")
-        if not isinstance(value, _NUMBERS):
+        if not isinstance(value, NUMBERS):
             return
-        if node.target in _OF_TENSORS:
+        if node.target in OF_TENSORS:
             tensor, *dim = cast(tuple[Any, ...], node.args)
             extents = self.of(tensor)[0]
             self.computed[node] = math.prod(e.kept for e in ([extents[d] for d in dim] or extents))
@@ -85,8 +85,8 @@ class Sizes:
         return known and self.computed[node] != _before(self.origins[node].meta["val"])
 
 
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-_OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
 def _before(value: Any) -> Any:

@@ -8,8 +8,9 @@ and the outputs have to be those of the masked model.
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import graph
-from graph.extents import Staying, TracedProgram, trace_program
-from graph.tracing.export import concrete, varies
+from graph.extents import Extent, Staying, TracedProgram, with_axes
+from graph.tracing.export import varies
 from graph.tracing.preserve import without_cache
+from graph.tracing.standalone import GUARDS, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.fake import on_shapes
@@ -34,11 +36,8 @@ from osscar.shrinking.attention import expose_attention
 from osscar.shrinking.lineage import LINEAGE, lineage_of
 from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
 from osscar.shrinking.program.input_sizes import InputSizes
-from osscar.shrinking.program.literals import Sizes, refusal, rewrite
+from osscar.shrinking.program.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
 from osscar.shrinking.structure import hand_on_structure
-
-_GUARDS = "_guards_fn"
-"""The module in a program that checks the sizes of its inputs."""
 
 
 class ProgramModule(GraphModule):
@@ -101,36 +100,74 @@ def trace_dense(
     try:
         with without_cache(model), followed_mixtures(model), restored(model):
             expose_attention(model)  # a plan may name the heads that it has then
-            return trace_program(model, example, left_open)
+            found = export_standalone(model, example, left_open)
+            if not found.takes({name: tensor[:1] for name, tensor in example.items()}):
+                # Its code asks whether there is one sample.  Whoever has one is not left without.
+                found = export_standalone(model, example, left_open, exact=False)
+            traced = with_axes(found)
     except Exception as error:  # the model may be anyone's code, and torch puts it together
         let_shortage_pass(error)
         raise AdapterError(
             f"there is no exported program to shrink: {first_line(error)}"
         ) from error
+    most = traced.standalone.most_samples
+    if most is not None:
+        raise AdapterError(
+            f"there is no exported program to shrink: it holds for up to {most} samples, since the "
+            "code does something else for more; write -1 for that number in a view, or take it "
+            "from the shape of an input"
+        )
+    return traced
 
 
-def input_shapes(traced: TracedProgram) -> dict[str, tuple[int | None, ...]]:
-    """Return the sizes of a program's inputs; None for those that may vary."""
-    arguments = (node for node in traced.standalone.program.nodes if node.op == "placeholder")
-    return {
-        name: tuple(None if varies(size) else concrete(size) for size in node.meta["val"].shape)
-        for name, node in zip(traced.standalone.names, arguments, strict=True)
-    }
+@dataclass(frozen=True, eq=False)
+class ShrunkGraph:
+    """The graph of a traced program without some units.
+
+    `origins` has for each node that was traced the node that it is a copy of, and `staying` what
+    stays of each value. The value of a node, of which the sizes are known, is ``meta["val"]``.
+    """
+
+    graph: Graph
+    origins: Mapping[Node, Node]
+    traced: TracedProgram
+    staying: Staying
+
+    def tensor_name(self, node: Node) -> str | None:
+        """Return the name of the parameter or buffer that a node reads, if it is one."""
+        origin = self.origins.get(node)
+        return None if origin is None else self.traced.standalone.program.holders.get(origin.name)
+
+    def written(self, node: Node) -> Any:
+        """Return what a node reads that is written in the code: a tensor or a graph."""
+        held = attrgetter(str(node.target))(self.traced.standalone.module)
+        return _cut(held, self.staying, None) if isinstance(held, Tensor) else held
 
 
-def smaller(traced: TracedProgram, plan: PruningPlan) -> ProgramModule:
-    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one."""
+def staying_of(traced: TracedProgram, plan: PruningPlan) -> Staying:
+    """Return what stays of the values of a program."""
     kept = {_axis_of(traced, group): group.kept for group in plan.groups}
-    staying = Staying(traced, kept, _unread(traced, plan))
+    return Staying(traced, kept, _unread(traced, plan))
+
+
+def shrunk_graph(traced: TracedProgram, plan: PruningPlan) -> ShrunkGraph:
+    """Remove units from a program: every size in it follows, or the plan is refused."""
+    staying = staying_of(traced, plan)
     program, copies = Graph(), dict[Node, Node]()
     program.output(program.graph_copy(traced.standalone.module.graph, copies))
     origins = {node: origin for origin, node in copies.items()}
     sizes = Sizes(staying, origins)
     for node in list(origins):
         rewrite(node, sizes)
-    _finish(program, traced)
-    made = ProgramModule(_attributes(program, traced, staying), program)
-    _ShapeCheck(made, staying, {node.name: origin for node, origin in origins.items()}).check()
+    made = ShrunkGraph(program, origins, traced, staying)
+    _ShapeCheck(made).check()
+    return made
+
+
+def smaller(shrunk: ShrunkGraph) -> ProgramModule:
+    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one."""
+    _finish(shrunk.graph, shrunk.traced)
+    made = ProgramModule(_attributes(shrunk.graph, shrunk.traced, shrunk.staying), shrunk.graph)
     for node in made.graph.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
     made.eval()
@@ -170,9 +207,9 @@ def _finish(program: Graph, traced: TracedProgram) -> None:
     They are checked first.
     """
     arguments = program.find_nodes(op="placeholder")
-    if not program.find_nodes(op="call_module", target=_GUARDS):
+    if not program.find_nodes(op="call_module", target=GUARDS):
         with program.inserting_after(arguments[-1]):
-            program.call_module(_GUARDS, tuple(arguments))
+            program.call_module(GUARDS, tuple(arguments))
     names, structure = traced.standalone.names, traced.standalone.structure
     _, inputs = pytree.tree_flatten((names, {}))
     program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
@@ -188,9 +225,8 @@ def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict
         if node.op not in ("get_attr", "call_module"):
             continue
         target = str(node.target)
-        if target == _GUARDS:
-            guards = copy.deepcopy(getattr(module, _GUARDS, None))
-            attributes[target] = InputSizes(input_shapes(traced), guards)
+        if target == GUARDS:
+            attributes[target] = InputSizes(traced.standalone.sizes)
             continue
         held = attrgetter(target)(module)
         if isinstance(held, Tensor):
@@ -211,43 +247,93 @@ def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:
 
 
 class _ShapeCheck(Interpreter):
-    """Runs a program without values, and compares every shape with what the axes tell."""
+    """Runs a program without values, and compares every shape with what the axes tell.
 
-    def __init__(self, module: GraphModule, staying: Staying, origins: Mapping[str, Node]) -> None:
-        super().__init__(module)
+    Sizes that are open are those of the example: operators make numbers of some of them when they
+    run, as they do not when they are traced.
+    """
+
+    def __init__(self, shrunk: ShrunkGraph) -> None:
+        super().__init__(shrunk.traced.standalone.module, graph=shrunk.graph)
         self.extra_traceback = False
-        self.staying, self.origins = staying, origins
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.shrunk, self.mode = shrunk, FakeTensorMode(allow_non_fake_inputs=True)
 
     def check(self) -> None:
-        """Run the program on the shapes of the example."""
-        arguments = [node for node in self.origins.values() if node.op == "placeholder"]
+        """Run the program on the shapes of the example; the value of each node is noted."""
+        arguments = self.shrunk.graph.find_nodes(op="placeholder")
         self.run(*map(self._example, arguments), enable_io_processing=False)
 
-    def _example(self, origin: Node) -> Tensor:
-        traced = origin.meta["val"]
-        shape = [extent.size for extent in self.staying.of(origin)[0]]
+    def _example(self, node: Node) -> Any:
+        traced = self.shrunk.origins[node].meta.get("val")
+        if not isinstance(traced, Tensor):
+            return traced
+        shape = [extent.size for extent in self.shrunk.staying.of(self.shrunk.origins[node])[0]]
         with self.mode:
             return torch.empty(shape, dtype=traced.dtype, device=traced.device)
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
-        if n.target == _GUARDS or n.op == "output":
+        if n.target == GUARDS or n.op == "output":
             return None
+        shape = self._shape_of_tensor(n)
         try:
             with on_shapes(self.mode), torch.no_grad():
                 result = super().run_node(n)
+                if shape is not None:
+                    result = torch.empty(shape, dtype=result.dtype, device=result.device)
         except Exception as error:  # whatever an operator raises when sizes do not fit
             let_shortage_pass(error)
             raise refusal(n, first_line(error)) from error
-        origin = self.origins.get(n.name)
+        origin = self.shrunk.origins.get(n)
         if origin is not None:
             self._compare(n, result, origin)
+        n.meta["val"] = self._open(n) if isinstance(result, NUMBERS) else result
         return result
+
+    def _open(self, node: Node) -> Any:
+        """Return a number that a node computes, for all sizes that are open."""
+        origin = self.shrunk.origins.get(node)
+        if origin is not None and not node.all_input_nodes:
+            return origin.meta["val"]
+        if node.target in OF_TENSORS:
+            tensor, *dims = node.args
+            before = self.shrunk.origins[tensor]  # type: ignore[index]
+            extents = self.shrunk.staying.of(before)[0]
+            sizes = before.meta["val"].shape
+            left = [_part(extents[d], sizes[d]) for d in dims or range(len(sizes))]  # type: ignore[index]
+            return math.prod(left)
+        known = torch.fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+        changed = any(
+            str(one.meta["val"]) != str(self.shrunk.origins[one].meta["val"])
+            for one in node.all_input_nodes
+            if one in self.shrunk.origins
+        )
+        if origin is not None and not changed:
+            return origin.meta["val"]
+        return node.target(*known[0], **known[1])  # type: ignore[operator]
+
+    def _shape_of_tensor(self, node: Node) -> tuple[int, ...] | None:
+        """Return the shape of what is left of the tensor that a node reads, if it reads one."""
+        if node.op != "get_attr":
+            return None
+        name = self.shrunk.tensor_name(node)
+        if name is not None:
+            return tuple(extent.kept for extent in self.shrunk.staying.of_tensor(name))
+        held = attrgetter(str(node.target))(self.module)
+        return tuple(held.shape) if isinstance(held, Tensor) else None
 
     def _compare(self, node: Node, result: Any, origin: Node) -> None:
         tensors = result if isinstance(result, tuple | list) else (result,)
         shapes = [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]
-        due = [tuple(extent.kept for extent in dims) for dims in self.staying.of(origin)]
+        due = [tuple(extent.kept for extent in dims) for dims in self.shrunk.staying.of(origin)]
         if shapes != due:
             raise refusal(node, f"it makes {shapes} where {due} is due")
+
+
+def _part(extent: Extent, size: int | torch.SymInt) -> Any:
+    """Return how much of a size stays."""
+    if extent.whole:
+        return size
+    if not varies(size) or extent.ratio is None:
+        return extent.kept
+    return size * extent.ratio.numerator // extent.ratio.denominator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,26 +13,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.extents import TracedProgram
-from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.base.messages import warn
 from osscar.network.model_state import restored
-from osscar.network.modules import evaluating, number_format
-from osscar.shrinking.equivalence import Inputs, finer_precision, in_format_of, runs
+from osscar.network.modules import evaluating
+from osscar.shrinking.equivalence import Inputs, by_name, in_format_of, runs
 from osscar.shrinking.fold import fold
 from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import Form, PruningPlan, TracedInput, check_plan, check_traced
+from osscar.shrinking.plan import (
+    Certificate,
+    Form,
+    PruningPlan,
+    TracedInput,
+    check_plan,
+    check_traced,
+)
 from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
 from osscar.shrinking.program.program import (
     ProgramModule,
-    input_shapes,
+    shrunk_graph,
     smaller,
     trace_dense,
 )
 from osscar.shrinking.shrink import Proof, check_request, distance_from_masked, fold_named
 from osscar.shrinking.slice import slice_units
+from osscar.shrinking.structural import by_construction
 from osscar.shrinking.structure import hand_on_structure, remember_structure
 
 
@@ -65,8 +71,8 @@ def shrink_program(
     """Make a smaller model of a model's exported program, and prove that nothing else has changed.
 
     It works where the code of modules cannot follow: whatever sizes that code computes are numbers
-    in the program, and these follow their axes.  The proof is that of `osscar.shrink`, in the
-    model's number format and in the next finer one.
+    in the program, and these follow their axes.  It is right by construction; its
+    outputs are compared with those of the masked model, in the model's number format.
 
     Parameters
     ----------
@@ -100,11 +106,9 @@ def shrink_program(
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
-        with preserved(model):  # what passes keep for the next would be traced as numbers
-            finer = _proved_finer(model, plan, inputs, example, tolerance)
         trial = ProgramTrial(model, example, inputs)
         try:
-            program, error = trial.proved(plan, tolerance)
+            program, proof = trial.proved(plan, tolerance)
         except EquivalenceError as failure:
             raise type(failure)(f"{failure}; {_WAY_OUT}") from failure
         plan = dataclasses.replace(plan, traced=trial.traced)
@@ -115,7 +119,10 @@ def shrink_program(
                 "are the resolution of images for attention, which is not left open; calibrate on "
                 "the sizes that it will meet, or keep to the modules (--form eager)"
             )
-        return ShrunkProgram(_noted(program, model, plan), Proof(plan, max(error, finer)))
+        made = _noted(program, model, plan)
+        certificates = (*lineage_of(model).certificates, proof.certificate)
+        note(made, certificates=certificates)
+        return ShrunkProgram(made, dataclasses.replace(proof, plan=plan))
 
 
 _WAY_OUT = (
@@ -143,7 +150,7 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
     example = in_format_of({given.name: given.example() for given in plan.traced}, model)
     varies = {given.name: given.varies for given in plan.traced}
     with evaluating(model):
-        program = smaller(trace_dense(model, example, varies), plan)
+        program = smaller(shrunk_graph(trace_dense(model, example, varies), plan))
     return _noted(program, model, plan)
 
 
@@ -168,25 +175,6 @@ def _check_example(example: object) -> None:
             f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
             "each with two samples or more"
         )
-
-
-def _proved_finer(
-    model: nn.Module,
-    plan: PruningPlan,
-    inputs: Sequence[Inputs],
-    example: Mapping[str, Tensor],
-    tolerance: float | None,
-) -> float:
-    """Prove the same on a trace in the next finer number format, if the model runs in it.
-
-    Numbers of a format are written into a trace, so that it cannot be run in another one.
-    """
-    own = number_format(model)
-    with finer_precision(model):
-        with preserved(model):
-            if number_format(model) == own or not runs(model, in_format_of(example, model)):
-                return 0.0
-        return ProgramTrial(model, example, inputs).proved(plan, tolerance)[1]
 
 
 class ProgramTrial:
@@ -223,7 +211,7 @@ class ProgramTrial:
         def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
             return runs(self.model, self._of_shapes(shapes))
 
-        return sizes_given_up(input_shapes(self.program), self.example, taken)
+        return sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
 
     def _form(
         self, varies: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
@@ -252,7 +240,7 @@ class ProgramTrial:
                 failure = error
                 continue
             dense = program.standalone.module
-            if all(runs(dense, _named(self.model, one)) for one in self.inputs):
+            if all(runs(dense, by_name(self.model, one)) for one in self.inputs):
                 found = varies, program
         if found is None:
             raise failure or AdapterError(
@@ -263,7 +251,7 @@ class ProgramTrial:
 
     def _of_other_size(self) -> list[Mapping[str, Tensor]]:
         """Return a sample of half or twice the size, if model and program take that."""
-        open_sizes = input_shapes(self.program)
+        open_sizes = self.program.standalone.sizes.shapes
         if all(size is not None for sizes in open_sizes.values() for size in sizes[1:]):
             return []
         for numerator, denominator in ((1, 2), (2, 1)):
@@ -287,12 +275,14 @@ class ProgramTrial:
 
     def proved(
         self, plan: PruningPlan, tolerance: float | None = None
-    ) -> tuple[ProgramModule, float]:
+    ) -> tuple[ProgramModule, Proof]:
         """Return the smaller program, and how far it is from the masked model."""
-        made = smaller(self.program, plan)
+        shrunk = shrunk_graph(self.program, plan)
+        structure = by_construction(shrunk)
+        made = smaller(shrunk)
         expected = distance_from_masked(self.model, plan, self.inputs, keeping=False)
         try:
-            return made, expected(made, tolerance)
+            match = expected(made, tolerance)
         except EquivalenceError:
             raise
         except Exception as error:  # whatever an operator or a guard raises
@@ -300,19 +290,13 @@ class ProgramTrial:
             raise AdapterError(
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error
+        return made, Proof(plan, Certificate(match.error, match.ties, structure))
 
 
 def _attends(program: TracedProgram) -> bool:
     """Whether there is attention in a program."""
     names = [str(node.target) for node in program.standalone.module.graph.nodes]
     return any("softmax" in name or "scaled_dot_product" in name for name in names)
-
-
-def _named(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return inputs by the names of a model's arguments."""
-    if isinstance(inputs, Mapping):
-        return inputs
-    return inspect.signature(model.forward).bind(*inputs).arguments
 
 
 def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,0 +1,572 @@
+"""The proof that a smaller model is the dense one without some units: its program says so.
+
+The exported program of the dense model, from which a plan takes units, is right by construction:
+every size in it follows its axis, or the plan is refused (`osscar.shrinking.program`).  The smaller
+model is right if its own program is that one, operator by operator, tensor by tensor, and number by
+number.  A difference is a place where code makes a number of a width that is pruned.
+
+What is assumed: that the exported program is what the code does, for all sizes of the inputs that
+its guards let pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from graph.errors import GraphError
+from graph.extents import Staying, TracedProgram, with_axes
+from graph.groups import UnitKind
+from graph.tracing.export import canonical_names, module_of, varies
+from graph.tracing.preserve import without_cache
+from graph.tracing.standalone import GUARDS, Sizes, Standalone, export_standalone, expression
+from osscar.base.errors import AdapterError, EquivalenceError, first_line
+from osscar.network.kernels import followed_mixtures
+from osscar.network.model_state import restored
+from osscar.offload.on_disk import OnDisk, shapes_only
+from osscar.shrinking.attention import expose_attention
+from osscar.shrinking.equivalence import runs
+from osscar.shrinking.plan import Integer, PruningPlan, Structure
+from osscar.shrinking.program.program import ShrunkGraph, shrunk_graph, staying_of
+
+_MOST_PROGRAMS = 3
+"""Programs of one model, each for other sizes of its inputs."""
+
+_EVERY, _SAMPLES = range(32), range(1)
+"""Dimensions of the inputs whose sizes are left open."""
+
+
+class StructureError(EquivalenceError):
+    """A smaller model's program is another one than that of the dense model without its units.
+
+    `by_module` are the errors of each module whose code makes a difference, by its name.
+    """
+
+    def __init__(self, message: str, by_module: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.by_module = {name: EquivalenceError(what) for name, what in (by_module or {}).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class DenseProgram:
+    """The program of a dense model, for the sizes of inputs that its guards let pass.
+
+    `example` are the inputs that it was traced with, and `left_open` the dimensions of each whose
+    sizes were left open.  `limited_by` are inputs that the model takes, for which it does not hold.
+    """
+
+    traced: TracedProgram
+    example: Mapping[str, Any]
+    left_open: Mapping[str, Collection[int]]
+    limited_by: tuple[Mapping[str, Any], ...] = ()
+
+
+_Widths: TypeAlias = tuple[tuple[tuple[str, int], ...], tuple[Integer, ...]]
+"""How many units each group keeps, and the numbers of modules that follow: code sees no more."""
+
+
+@dataclass(frozen=True, eq=False)
+class DensePrograms:
+    """The programs of a dense model; where there is none, `refusal` says why.
+
+    `proved` are smaller models that were proved already, with the names of the tensors that their
+    programs read.
+    """
+
+    programs: tuple[DenseProgram, ...]
+    refusal: str = ""
+    proved: dict[_Widths, tuple[Structure, frozenset[str]]] = field(default_factory=dict)
+
+    def prove(
+        self, model: nn.Module, plan: PruningPlan, before: Mapping[str, Tensor] | None = None
+    ) -> Structure:
+        """Prove that a model is the dense one without the units that a plan removes.
+
+        Parameters
+        ----------
+        model
+            In evaluation mode; it is left as it was.
+        before
+            The tensors of the dense model by name, if those of the smaller one are parts of them,
+            bit by bit; they are not compared otherwise.
+
+        Raises
+        ------
+        StructureError
+            If it is another one; `Unproved` if no program tells.
+        """
+        if not self.programs:
+            raise Unproved(f"the dense model cannot be exported: {self.refusal}")
+        if any(group.kind is UnitKind.EXPERTS for group in plan.groups):
+            raise Unproved("whole experts leave, and no program says to which others tokens go")
+        widths = tuple((group.name, len(group.kept)) for group in plan.groups), plan.integers
+        if widths not in self.proved:
+            found = [_compared(one, model, plan) for one in self.programs]
+            sizes = tuple(size for one in found for size in one.result().sizes)
+            names = frozenset(found[0].tensors)
+            self.proved[widths] = replace(found[0].result(), sizes=sizes), names
+        structure, names = self.proved[widths]
+        if before is not None:
+            _compare_values(model, names, before, staying_of(self.programs[0].traced, plan))
+        return structure
+
+
+def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DensePrograms:
+    """Export a model in evaluation mode, which is left as it was.
+
+    Sizes of inputs are left open as far as the model lets them be.  Where it takes other sizes for
+    which that program does not hold, it is exported for these, too.
+    """
+    try:
+        first = _first_program(model, example)
+    except GraphError as error:
+        return DensePrograms((), first_line(error))
+    found, others = [first], list[Mapping[str, Any]]()
+    for other in _other_sizes(first):
+        if first.traced.standalone.takes(other):
+            continue
+        known = any(one.traced.standalone.takes(other) for one in found[1:])
+        if not known and len(found) < _MOST_PROGRAMS:
+            try:
+                traced = _traced(model, other, first.left_open)
+                found.append(DenseProgram(traced, other, first.left_open))
+            except GraphError:
+                if not runs(model, other):
+                    continue
+        others.append(other)
+    first = replace(first, limited_by=tuple(others))
+    rest = (replace(one, limited_by=(example,)) for one in found[1:])
+    return DensePrograms((first, *rest))
+
+
+class Unproved(Exception):
+    """A reason why programs cannot be compared."""
+
+
+def _first_program(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram:
+    """Export a model with every size open, or else the number of samples alone, or none.
+
+    Where attention looks at images, what is computed from an open resolution (windows, padding)
+    takes minutes to trace, so that it is not left open.
+    """
+    images = any(leaf.dim() > 3 for leaf in _tensors(example))
+    found: DenseProgram | None = None
+    failure: GraphError | None = None
+    for dims in (_SAMPLES, _EVERY, ()) if images else (_EVERY, _SAMPLES, ()):
+        if found is not None and (dims != _EVERY or _attends(found.traced)):
+            break
+        left_open = dict.fromkeys(example, dims)
+        try:
+            found = DenseProgram(_traced(model, example, left_open), example, left_open)
+        except GraphError as error:
+            failure = failure or error
+    if found is None:
+        assert failure is not None
+        raise failure
+    return found
+
+
+def _traced(
+    model: nn.Module, example: Mapping[str, Any], left_open: Mapping[str, Collection[int]]
+) -> TracedProgram:
+    return with_axes(_exported(model, example, left_open))
+
+
+def _exported(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    left_open: Mapping[str, Collection[int]],
+    *,
+    lines: bool = False,
+) -> Standalone:
+    with (
+        restored(model),
+        shapes_only(model, example) as small,
+        without_cache(model),
+        followed_mixtures(model),
+    ):
+        expose_attention(model)
+        return export_standalone(model, small, left_open, lines=lines)
+
+
+def _attends(traced: TracedProgram) -> bool:
+    names = [str(node.target) for node in traced.standalone.module.graph.nodes]
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# ---- sizes of inputs ---------------------------------------------------------------------
+
+
+def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
+    """Yield inputs of which one size is another: one that is open, or of images that are not.
+
+    Dimensions that have to be alike are of one size.
+    """
+    standalone = program.traced.standalone
+    leaves, form = pytree.tree_flatten({name: program.example[name] for name in standalone.names})
+    places: dict[Any, list[tuple[int, int]]] = {}
+    for index, value in enumerate(standalone.inputs):
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if varies(size) or (dim > 1 and value.dim() > 3):
+                places.setdefault(expression(size), []).append((index, dim))
+    for size, those in places.items():
+        index, dim = those[0]
+        count, most = leaves[index].shape[dim], standalone.most.get(size)
+        others = (1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,)
+        for other in others if most is None else (most + 1, *others):
+            changed = list(leaves)
+            for index, dim in those:
+                entries = torch.arange(other, device=leaves[index].device) % count
+                changed[index] = changed[index].index_select(dim, entries)
+            yield pytree.tree_unflatten(changed, form)
+
+
+# ---- node by node ------------------------------------------------------------------------
+
+
+def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comparison:
+    """Compare the program of a model with that of the dense one without units."""
+    try:
+        due = shrunk_graph(dense.traced, plan)
+    except AdapterError as error:
+        raise Unproved(f"the dense program cannot lose these units: {error}") from error
+    try:
+        made = _exported(model, dense.example, dense.left_open)
+    except GraphError as error:
+        raise Unproved(f"the smaller model cannot be exported: {first_line(error)}") from error
+    names = canonical_names(model)
+    found = _Comparison(due, made, dense.limited_by, names)
+    try:
+        found.run()
+    except StructureError:  # once more, to say in which lines of code
+        made = _exported(model, dense.example, dense.left_open, lines=True)
+        _Comparison(shrunk_graph(dense.traced, plan), made, dense.limited_by, names).run()
+        raise
+    return found
+
+
+def _compare_values(
+    model: nn.Module, names: Iterable[str], before: Mapping[str, Tensor], staying: Staying
+) -> None:
+    """Compare tensors with what stays of the dense ones, bit by bit.
+
+    What lies on disk is a part of the same file.
+    """
+    after = dict(named_tensors(model))
+    canonical = canonical_names(model)
+    for name in sorted(names):
+        whole = before[name].detach()
+        if isinstance(whole, OnDisk) or whole.is_meta:
+            continue
+        for dim, extent in enumerate(staying.of_tensor(name)):
+            if extent.stays is not None:
+                positions = extent.stays.nonzero().flatten().to(whole.device)
+                whole = whole.index_select(dim, positions)
+        if not _same_tensors(whole, after[canonical.get(name, name)]):
+            raise StructureError(
+                f"{name!r} of the smaller model has other values than the dense one's"
+            )
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a model by the first of their names."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+class _Comparison:
+    """Finds the first operator that differs, and all numbers and tensors before it."""
+
+    def __init__(
+        self,
+        due: ShrunkGraph,
+        made: Standalone,
+        limited_by: Sequence[Mapping[str, Any]],
+        names: Mapping[str, str],
+    ) -> None:
+        self.due, self.made, self.limited_by, self.names = due, made, limited_by, names
+        self.pairs: dict[Node, Node] = {}
+        """For each value of the smaller model's program, that of the dense one's."""
+        self.symbols: dict[sympy.Basic, sympy.Basic] = {}
+        """What the open sizes of the smaller model's program are in that of the dense one."""
+        self.fixed: dict[sympy.Basic, sympy.Basic] = {}
+        """Open sizes of the dense program that the other one has a number for."""
+        self.operators = self.numbers = 0
+        self.tensors: set[str] = set()
+        self.differences: list[tuple[Node, str]] = []
+
+    def run(self) -> None:
+        """Compare inputs, operators in the order in which they run, and outputs."""
+        for theirs, ours in zip(self.due.traced.standalone.inputs, self.made.inputs, strict=True):
+            if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
+                for size, other in zip(theirs.shape, ours.shape, strict=True):
+                    self._bind(expression(size), expression(other))
+        if self.due.traced.standalone.structure != self.made.structure:
+            raise StructureError("the smaller model puts out another structure than the dense one")
+        self._graphs(self.due.graph, self.made.module.graph)
+        if self.differences:
+            raise _as_error(self.differences)
+
+    def _bind(self, size: sympy.Basic, other: sympy.Basic) -> None:
+        """Note that a size of an input of both programs is the same."""
+        if other.is_Symbol and other not in self.symbols:
+            self.symbols[other] = size
+        elif size.is_Symbol and size != (known := other.xreplace(self.symbols)):
+            self.fixed[size] = known
+
+    def _graphs(self, due: Graph, made: Graph) -> None:
+        """Compare two graphs, which lose what nobody reads."""
+        for one in (due, made):
+            one.eliminate_dead_code(_has_effect)
+        inputs = (one.find_nodes(op="placeholder") for one in (made, due))
+        self.pairs.update(zip(*inputs, strict=True))
+        steps, others = _steps(due), _steps(made)
+        for step, other in zip(steps, others, strict=False):
+            if step.target != other.target:
+                self.differences.append(
+                    (other, f"it calls {other.target}, and {step.target} is due")
+                )
+                return
+            self.operators += 1
+            self.pairs[other] = step
+            self._same(_arguments(step), _arguments(other), other)
+        if len(steps) != len(others):
+            last = others[-1] if others else made.output_node()
+            self.differences.append(
+                (last, f"it calls {len(others)} operators, and {len(steps)} are due")
+            )
+            return
+        last = made.output_node()
+        self._same(due.output_node().args, last.args, last)
+
+    def _same(self, due: Any, made: Any, node: Node) -> None:
+        """Compare an argument of a call, and note where it differs."""
+        if isinstance(due, list | tuple) and isinstance(made, list | tuple):
+            if len(due) != len(made):
+                self._differ(node, due, made)
+            for one, other in zip(due, made, strict=False):
+                self._same(one, other, node)
+        elif isinstance(due, Mapping) and isinstance(made, Mapping) and due.keys() == made.keys():
+            for key in due:
+                self._same(due[key], made[key], node)
+        elif isinstance(due, slice) and isinstance(made, slice):
+            parts = attrgetter("start", "stop", "step")
+            self._same(parts(due), parts(made), node)
+        elif _is_number(due) and _is_number(made):
+            self.numbers += 1
+            if not self._equal(due, made):
+                self._differ(node, due, made)
+        elif isinstance(due, Node) and isinstance(made, Node):
+            self._same_values(due, made, node)
+        elif type(due) is not type(made) or due != made:
+            self._differ(node, due, made)
+
+    def _same_values(self, due: Node, made: Node, node: Node) -> None:
+        """Compare two values that are no numbers: results of operators, or what is read."""
+        due, made = _through_copies(due), _through_copies(made)
+        if "get_attr" not in (due.op, made.op):
+            if self.pairs.get(made) is not due:
+                self._differ(node, due, made)
+            return
+        # Tensors that shared their memory are one tensor now, by the first of their names.
+        name, dense = self.made.program.holders.get(made.name), self.due.tensor_name(due)
+        if due.op != made.op or name != (dense and self.names.get(dense, dense)):
+            self._differ(node, dense or due, name or made)
+            return
+        if name is not None:
+            self.tensors.add(dense or name)
+            sizes = tuple(due.meta["val"].shape), tuple(made.meta["val"].shape)
+            if sizes[0] != sizes[1]:
+                self._differ(node, f"{name} of {sizes[0]}", f"of {sizes[1]}")
+            return
+        held, other = self.due.written(due), attrgetter(str(made.target))(self.made.module)
+        if isinstance(held, GraphModule) and isinstance(other, GraphModule):
+            self._graphs(held.graph, other.graph)
+            return
+        self.numbers += 1
+        if not _same_tensors(held, other):
+            self._differ(node, "other numbers", "these, which the code writes down,")
+
+    def _equal(self, due: Any, made: Any) -> bool:
+        """Whether two numbers are the same for all sizes of the inputs."""
+        if isinstance(due, Node) and isinstance(made, Node) and self._computed_alike(due, made):
+            return True
+        one, other = (x.meta["val"] if isinstance(x, Node) else x for x in (due, made))
+        if isinstance(one, _PLAIN) and isinstance(other, _PLAIN):
+            return type(one) is type(other) and (one == other or (one != one and other != other))
+        first = expression(one).xreplace(self.fixed)
+        second = expression(other).xreplace(self.symbols).xreplace(self.fixed)
+        return bool(first == second or sympy.simplify(first - second) == 0)
+
+    def _computed_alike(self, due: Node, made: Node) -> bool:
+        """Whether two numbers are computed by the same steps, of the same values."""
+        if due.target != made.target or due.op != made.op or due.kwargs or made.kwargs:
+            return False
+        for one, other in zip(due.args, made.args, strict=True):
+            if _is_number(one) and _is_number(other):
+                if not self._equal(one, other):
+                    return False
+            elif not isinstance(other, Node) or self.pairs.get(other) is not one:
+                return False
+        return True
+
+    def _differ(self, node: Node, due: Any, made: Any) -> None:
+        self.differences.append(
+            (node, f"it computes with {_shown(made)}, and {_shown(due)} is due")
+        )
+
+    def result(self) -> Structure:
+        """Return what was found equal."""
+        sizes = _sizes_in_words(self.due.traced.standalone, self.made, self.limited_by)
+        return Structure(self.operators, self.numbers, len(self.tensors), (sizes,))
+
+
+def by_construction(shrunk: ShrunkGraph) -> Structure:
+    """Return what a program consists of that is the dense one without some units."""
+    numbers = [
+        leaf
+        for node in shrunk.graph.nodes
+        if node.op.startswith("call_")
+        for leaf in pytree.tree_leaves((node.args, node.kwargs))
+        if _is_number(leaf)
+    ]
+    names = {shrunk.tensor_name(node) for node in shrunk.graph.find_nodes(op="get_attr")} - {None}
+    program = shrunk.traced.standalone
+    sizes = _sizes_in_words(program, program, ())
+    sizes += "" if program.exact else ", of two samples or more"
+    return Structure(len(_steps(shrunk.graph)), len(numbers), len(names), (sizes,))
+
+
+def _sizes_in_words(
+    dense: Standalone, made: Standalone, limited_by: Sequence[Mapping[str, Any]]
+) -> str:
+    """Say for inputs of which sizes two programs hold.
+
+    Of the dense program's guards those count that keep out inputs which the model takes.
+    """
+    shapes = list[str]()
+    for name, shape in dense.sizes.shapes.items():
+        pairs = zip(shape, made.sizes.shapes[name], strict=True)
+        sizes = ("any" if pair == (None, None) else str(pair[1] or pair[0]) for pair in pairs)
+        shapes.append(f"{name} ({', '.join(sizes)})")
+    leaves = (pytree.tree_leaves({n: one[n] for n in dense.names}) for one in limited_by)
+    kept_out = [dict(zip(dense.input_names, found, strict=True)) for found in leaves]
+    limits = [
+        guard
+        for guard in dense.sizes.guards
+        if any(Sizes({}, (guard,)).broken(inputs) for inputs in kept_out)
+    ]
+    limits += [guard for guard in made.sizes.guards if guard not in dense.sizes.guards]
+    return " where ".join((", ".join(shapes), *([" and ".join(limits)] if limits else [])))
+
+
+_PLAIN = (int, float, complex)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_COPIES = frozenset({"aten.clone.default", "aten.contiguous.default", "aten.alias.default"})
+_IDLE = ("sym_constrain_range", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
+"""Operators that look at values, and compute nothing."""
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether a node does something even if nobody reads its result."""
+    writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return writes or node.op in ("placeholder", "output")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or a node that computes one."""
+    if isinstance(value, Node):
+        return isinstance(value.meta.get("val"), (*_PLAIN, *_SYMBOLIC))
+    return isinstance(value, (*_PLAIN, *_SYMBOLIC))
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, with those that have their defaults."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
+    due = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in due), node.args, strict=False))
+    return {argument.name: argument.default_value for argument in due} | given | node.kwargs
+
+
+def _steps(graph: Graph) -> list[Node]:
+    """Return the calls of operators that compute no numbers of sizes."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op.startswith("call_")
+        and not _is_number(node)
+        and node.target != GUARDS
+        and not any(name in str(node.target) for name in _IDLE)
+        and _through_copies(node) is node
+    ]
+
+
+def _through_copies(node: Node) -> Node:
+    """Return the value that a node is a copy of, in another order in memory at most.
+
+    Whether code makes one depends on sizes.  Where anything in a program is written to, a copy is a
+    value of its own.
+    """
+    if not any(_has_effect(one) and one.op.startswith("call_") for one in node.graph.nodes):
+        while str(node.target) in _COPIES:
+            node = node.all_input_nodes[0]
+    return node
+
+
+def _same_tensors(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and (one.shape, one.dtype) == (other.shape, other.dtype)
+        and _same_bits(one.detach(), other.detach())
+    )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, of which some may be none."""
+    if one.layout is not torch.strided:
+        one, other = one.to_dense(), other.to_dense()
+    return torch.equal(one, other) or bool(
+        ((one == other) | ((one != one) & (other != other))).all()
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Node) and _is_number(value):
+        value = value.meta["val"]
+    return f"the result of {value.target}" if isinstance(value, Node) else f"{value}"
+
+
+def _as_error(differences: Sequence[tuple[Node, str]]) -> StructureError:
+    """Say what differs first, and what does in each module."""
+    by_module: dict[str, str] = {}
+    for node, what in differences:
+        name = module_of(node)
+        place = f"module {name!r}" if name else "the model"
+        said = f"{place} makes a number of a width that is pruned: in {_line_of(node)}{what}"
+        by_module.setdefault(name, said)
+    return StructureError(next(iter(by_module.values())), by_module)
+
+
+def _line_of(node: Node) -> str:
+    """Return the line of code that called an operator."""
+    frames = re.findall(r'File "(.*)", line (\d+), in .*\n\s*(.*)', node.stack_trace or "")
+    if not frames:
+        return f"a call of {node.target} "
+    file, number, code = frames[-1]
+    return f"`{code.strip()}` ({os.path.basename(file)}, line {number}) "

@@ -1,0 +1,342 @@
+"""A smaller model is right for all inputs, not for those alone on which outputs are compared.
+
+Each network here computes something of the width of a layer that is pruned, mostly where inputs
+that are drawn do not show it.  It may be refused, its program may be shrunk, or its modules: what
+comes out has to be right on all inputs, against a model in which the units are masked by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graph
+import osscar
+from osscar.base.errors import EquivalenceError, ModelError
+from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
+from osscar.shrinking.structural import StructureError, dense_programs
+
+UNITS, KEPT = 20, 10
+
+
+class Net(nn.Module):
+    """Two layers; `after` is what a network makes of their output and of the width between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, UNITS), nn.Linear(UNITS, 7)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        h = torch.relu(self.a(x))
+        return self.after(self.b(h), x, h.shape[-1])
+
+    def after(self, y: Tensor, x: Tensor, w: int) -> Tensor | tuple[Tensor, ...]:
+        return y
+
+
+def is_rare(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True) > 50
+
+
+class LongInputs(Net):
+    def after(self, y, x, w):
+        return y * (UNITS / w) if x.shape[1] > 16 else y
+
+
+class LargeBatches(Net):
+    def after(self, y, x, w):
+        return y / w**0.5 if x.shape[0] > 4 else y
+
+
+class OneSample(Net):
+    def after(self, y, x, w):
+        return y * w if x.shape[0] == 1 else y
+
+
+class Clamped(Net):
+    def after(self, y, x, w):
+        return y.clamp(-2 * w**0.5, 2 * w**0.5)
+
+
+class RareScale(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), y / w, y)
+
+
+class RareRoll(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), y.roll(w % 3, -1), y)
+
+
+class LargeOutputs(Net):
+    def after(self, y, x, w):
+        return torch.where(y.abs() > 100, y.tanh() * w, y)
+
+
+class BesidePixels(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = nn.Linear(6, 4)
+
+    def after(self, y, x, w):
+        return torch.cat([self.box(x).sigmoid() * 1280, y / w**0.5], -1)
+
+
+class WholeNumbers(Net):
+    def after(self, y, x, w):
+        return y, (y * 100 / w).round().long()
+
+
+class LengthOfAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = [f"unit {index}" for index in range(UNITS)]
+
+    def after(self, y, x, w):
+        return y / len(self.names)
+
+
+class BufferOfTheWidth(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(UNITS**-0.5))
+
+    def after(self, y, x, w):
+        return y * self.scale
+
+
+@dataclasses.dataclass
+class Config:
+    intermediate_size: int = UNITS
+
+
+class FromItsConfig(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))) / self.config.intermediate_size
+
+
+class CountThatFollows(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_features = UNITS
+
+    def after(self, y, x, w):
+        return y / self.hidden_features
+
+
+class TensorOfTheWidth(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = torch.tensor(float(UNITS))
+
+    def after(self, y, x, w):
+        return y / self.width
+
+
+class Index(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), y[..., w % 7].unsqueeze(-1), y)
+
+
+class Masked(Net):
+    def after(self, y, x, w):
+        return y.masked_fill((torch.arange(7) < w // 4) & is_rare(x), 0.0)
+
+
+class Temperature(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), (y / w**0.5).softmax(-1), y)
+
+
+class Window(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), F.avg_pool1d(y, 2 * (w // 8) + 1, 1, w // 8), y)
+
+
+class Positions(Net):
+    def after(self, y, x, w):
+        return y + torch.arange(x.shape[1])[:, None].clamp_min(16).sub(16) / w
+
+
+class Plain(Net):
+    pass
+
+
+NETS = [
+    *(LongInputs, LargeBatches, OneSample, Clamped, RareScale, RareRoll, LargeOutputs),
+    *(BesidePixels, WholeNumbers, LengthOfAList, BufferOfTheWidth, FromItsConfig),
+    *(CountThatFollows, TensorOfTheWidth, Index, Masked, Temperature, Window, Positions, Plain),
+]
+SIZES = [(2, 5), (1, 5), (9, 5), (3, 16), (3, 33), (1, 1)]
+
+
+def masked_by_hand(net: Net, smaller: nn.Module, kept: list[int]) -> Net:
+    """Return the dense network with the refitted weights, and zeros where units have left."""
+    made = copy.deepcopy(net)
+    with torch.no_grad():
+        weight = torch.zeros_like(made.b.weight)
+        weight[:, kept] = smaller.get_parameter("b.weight")
+        made.b.weight.copy_(weight)
+        made.b.bias.copy_(smaller.get_parameter("b.bias"))
+    return made
+
+
+def flat(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.sampled(6, [LongInputs, RareScale, FromItsConfig, CountThatFollows, Plain])
+@pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
+def test_what_is_accepted_is_right_on_all_inputs(kind):
+    torch.manual_seed(0)
+    net = kind().double().eval()
+    try:
+        result = osscar.prune(net, torch.randn(32, 5, 6, dtype=torch.float64), neurons=KEPT)
+    except EquivalenceError as error:
+        assert "of a width that is pruned" in str(error)  # noqa: PT017
+        return
+    assert result.certificate.structure is not None
+    (group,) = result.plan.groups
+    masked = masked_by_hand(net, result.model, list(group.kept))
+    compared = 0
+    for shape in SIZES:
+        for size in (1.0, 100.0):
+            x = size * torch.randn(*shape, 6, dtype=torch.float64)
+            try:
+                found = result.model(x)
+            except ModelError:  # a program that says for which sizes it holds
+                assert result.form is Form.EXPORTED
+                continue
+            compared += 1
+            for one, other in zip(flat(masked(x)), flat(found), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert compared > 4
+
+
+def plan_of(net: nn.Module) -> PruningPlan:
+    (group,) = graph.trace(net, (torch.randn(2, 5, 6),)).prunable
+    return PruningPlan((GroupPlan.of(group, tuple(range(0, UNITS, 2))),))
+
+
+def test_modules_that_make_numbers_of_a_width_are_named_with_the_line():
+    net, x = RareScale().eval(), torch.randn(2, 5, 6)
+    with pytest.raises(EquivalenceError, match=r"self\.after\(self\.b\(h\), x, .*10.*20"):
+        shrink(net, plan_of(net), [(x,)])
+    assert net.a.out_features == UNITS
+
+
+def test_the_certificate_says_what_is_equal_and_for_which_sizes():
+    net, x = Plain().eval(), torch.randn(2, 5, 6)
+    found = shrink(net, plan_of(net), [(x,)]).certificate.structure
+    assert (found.operators, found.tensors) == (3, 4)
+    assert found.sizes == ("x (any, any, 6)",)
+
+
+class BranchOnLength(Net):
+    """Does something else for long inputs, which is right for any width."""
+
+    def after(self, y, x, w):
+        return y.flip(1) if x.shape[1] > 16 else y
+
+
+def test_both_sides_of_a_branch_on_a_size_are_proved():
+    net, x = BranchOnLength().eval(), torch.randn(2, 5, 6)
+    found = shrink(net, plan_of(net), [(x,)]).certificate.structure
+    assert found.sizes == (
+        "x (any, any, 6) where x.shape[1] <= 16",
+        "x (any, any, 6) where x.shape[1] > 16",
+    )
+
+
+def tampered(net: Net, how: str) -> Net:
+    """Return a smaller network in which one thing is wrong that shapes do not show."""
+    with torch.no_grad():
+        if how == "a row of another unit":
+            net.a.weight[0].copy_(net.a.weight[1])
+        elif how == "a bias":
+            net.b.bias[0] += 1e-3
+        elif how == "another nonlinearity":
+            net.forward = lambda x: net.b(torch.nn.functional.gelu(net.a(x)))
+        elif how == "layers in another order":
+            net.forward = lambda x: torch.relu(net.b(net.a(x)))
+    return net
+
+
+@pytest.mark.parametrize(
+    "how", ["a row of another unit", "a bias", "another nonlinearity", "layers in another order"]
+)
+def test_whatever_is_changed_beside_the_units_is_seen(how):
+    net, x = Plain().eval(), torch.randn(2, 5, 6)
+    plan, before = plan_of(net), dict(copy.deepcopy(net).named_parameters())
+    programs, again = (dense_programs(net, {"x": x}) for _ in range(2))
+    shrink(net, plan, [(x,)], programs=programs)
+    programs.prove(net, plan, before)
+    with pytest.raises(StructureError):
+        again.prove(tampered(net, how), plan, before)
+
+
+class Blocks(nn.Module):
+    """Four blocks alike, of which code of one uses its width."""
+
+    def __init__(self, culprits: tuple[int, ...]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(index in culprits) for index in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, culprit: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.culprit = nn.Linear(6, UNITS), nn.Linear(UNITS, 6), culprit
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        y = self.down(h)
+        return torch.where(is_rare(x), y / h.shape[-1], y) if self.culprit else y
+
+
+@pytest.mark.parametrize("culprits", [(2,), (0, 1, 2, 3)])
+def test_groups_are_left_out_for_what_their_own_modules_do(culprits):
+    net = Blocks(culprits).eval()
+    data = torch.randn(16, 5, 6)
+    if len(culprits) == 4:
+        with pytest.raises(EquivalenceError) as caught:
+            osscar.prune(net, data, neurons=0.5, form="eager")
+        assert all(f"blocks.{i}'" in str(caught.value) for i in culprits)
+        return
+    with pytest.warns(UserWarning, match=r"skipped.*blocks\.2"):
+        result = osscar.prune(net, data, neurons=0.5, form="eager")
+    assert [one.name for one in result.skipped] == ["blocks.2.neurons"]
+    assert "y / h.shape[-1]" in result.skipped[0].reason
+    assert len(result.layers) == 3
+
+
+class Untraceable(Net):
+    """Its code looks at values, which no export can follow once a layer is smaller."""
+
+    def after(self, y, x, w):
+        if w < UNITS and float(y.detach().sum()) > 1e9:
+            return y + 1
+        return y
+
+
+def test_what_cannot_be_exported_any_more_is_compared_and_says_so():
+    net, x = Untraceable().eval(), torch.randn(2, 5, 6)
+    certificate = shrink(net, plan_of(net), [(x,)]).certificate
+    assert certificate.structure is None
+    assert "cannot be exported" in certificate.unproved
+    assert certificate.rows()[0][0] == "not proved, but compared"
