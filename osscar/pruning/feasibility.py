@@ -175,6 +175,7 @@ def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPl
     inputs = prepared.inputs.proofs(model, seed)
     if form is Form.EAGER:
         programs = prepared.programs
+        prepared.untouched.put_back()  # what passes keep for the next would be another program
         return lambda plan: rehearse(model, plan, inputs[:1], programs)
     try:
         return ProgramTrial(model, prepared.example, inputs).proved

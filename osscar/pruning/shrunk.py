@@ -43,7 +43,8 @@ def shrunk(
 
     if form is Form.EXPORTED:
         batch_norms = renewed(PruningPlan(()))
-        prepared.untouched.put_back(work)
+    prepared.untouched.put_back(work)
+    if form is Form.EXPORTED:
         with timed(Stage.PROOF):
             made = shrink_program(work, plan, prepared.inputs.proofs(work, seed), prepared.example)
         return made.model, made.proof, batch_norms

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from osscar.base.errors import EquivalenceError, ModelError, OptionError, Osscar
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
-from osscar.network.model_state import restored
+from osscar.network.model_state import ModelState, restored
 from osscar.network.modules import copied, evaluating, graphics_cards, number_format
 from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Place
@@ -120,11 +119,12 @@ def shrink(
         restored(model, on_error=True),
     ):
         remember_structure(model, inputs[0])
-        expected = _expected(model, plan, inputs)
         if programs is None:
+            fold_named(model, plan, inputs)
             programs = dense_programs(model, by_name(model, inputs[0]))
+        masked = _Masked.of(model, plan, inputs)
         try:
-            return _proved(model, plan, expected, tolerance, programs)
+            return _proved(model, plan, masked, tolerance, programs)
         except EquivalenceError as error:
             attempt = partial(
                 rehearse, model, inputs=inputs, programs=programs, tolerance=tolerance
@@ -144,7 +144,7 @@ def rehearse(
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with restored(model):
-        _proved(model, plan, _expected(model, plan, inputs), tolerance, programs)
+        _proved(model, plan, _Masked.of(model, plan, inputs), tolerance, programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
@@ -198,37 +198,44 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
     return structure
 
 
-_Distance: TypeAlias = Callable[[nn.Module, float | None], Match]
+@dataclass(frozen=True)
+class _Masked:
+    """What the masked model puts out.
 
-
-def _expected(
-    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]
-) -> tuple[_Distance, bool]:
-    """Fold the weights that a plan cuts, and return what compares with the masked model.
-
-    It says besides whether that ran in the next finer number format.
+    `distance` tells how far another model is from it, in the next finer number format if `finer`,
+    and `untouched` is what modules held before any pass.
     """
-    fold_named(model, plan, inputs)
-    own = number_format(model)
-    with finer_precision(model, inputs[0]):
-        return distance_from_masked(model, plan, inputs, keeping=True), number_format(model) != own
+
+    untouched: ModelState
+    distance: Callable[[nn.Module, float | None], Match]
+    finer: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Masked:
+        """Fold the weights that a plan cuts, and run the model without what it removes."""
+        fold_named(model, plan, inputs)
+        untouched, own = ModelState(model), number_format(model)
+        with untouched.watching(), finer_precision(model, inputs[0]):
+            distance = distance_from_masked(model, plan, inputs, keeping=True)
+            return cls(untouched, distance, number_format(model) != own)
 
 
 def _proved(
     model: nn.Module,
     plan: PruningPlan,
-    expected: tuple[_Distance, bool],
+    masked: _Masked,
     tolerance: float | None,
     programs: DensePrograms,
 ) -> Proof:
-    """Shrink a prepared model and prove it; if that fails, it is as it was."""
+    """Shrink a model and prove it; if that fails, it is as it was."""
     with restored(model, on_error=True):
-        before = dict(named_tensors(model))
+        before, untouched = dict(named_tensors(model)), masked.untouched
         slice_units(model, plan)
-        distance, finer = expected
-        with finer_precision(model) if finer else nullcontext():
-            check = partial(distance, model, tolerance)
+        with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
+            check = partial(masked.distance, model, tolerance)
             match, found = IntegerSearch(model, plan, check).run()
+        # What passes keep for the next would be another program.
+        untouched.put_back(kept={(number.module, number.attribute) for number in found})
         plan = replace(plan, integers=plan.integers + found)
         try:
             structure, unproved = programs.prove(model, plan, before), ""
@@ -294,7 +301,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
 
 def distance_from_masked(
     model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
-) -> _Distance:
+) -> Callable[[nn.Module, float | None], Match]:
     """Run a model without the units that a plan removes, and return what tells how far others are.
 
     That takes a smaller model and a tolerance, as `prove_equal` does.  With `keeping`, a pass that

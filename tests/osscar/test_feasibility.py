@@ -214,9 +214,9 @@ def tries(monkeypatch):
     """The plans that are tried, in this order."""
     tried = []
 
-    def rehearse(model, plan, inputs, **others):
+    def rehearse(model, plan, inputs, programs):
         tried.append([group.name for group in plan.groups])
-        return original(model, plan, inputs, **others)
+        return original(model, plan, inputs, programs)
 
     original = feasibility_room.rehearse
     monkeypatch.setattr(feasibility_room, "rehearse", rehearse)
