@@ -110,8 +110,8 @@ def _glibc() -> tuple[ctypes.CDLL, ...]:
 _ON_DISK = "(where they do already, a smaller one keeps fewer of them in memory)"
 
 FOR_BATCHES = (
-    "give smaller batches (--batch-size), shorter or fewer windows (--seqlen, --samples), --device "
-    f"cpu where that has more memory, or --max-memory, with which weights stay on disk {_ON_DISK}"
+    "give smaller batches, shorter or fewer samples, a machine or a card with more memory, or "
+    f"`osscar prune --max-memory`, with which weights stay on disk {_ON_DISK}"
 )
 """What helps where data run through a model."""
 

@@ -17,9 +17,9 @@ from osscar.base.signals import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import out as screen
 from osscar.cli.options import (
-    Against,
     Backend,
     BackendOptions,
+    Dense,
     Device,
     EvalOptions,
     GapOptions,
@@ -45,7 +45,7 @@ else:
     Shared = request_options(
         PruningRequest,
         *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
-        *("experts", "strict", "device"),
+        *("experts", "skip", "form", "batch_norm", "strict", "device"),
     )
 
 _ALL = Parameter(name="*")
@@ -174,7 +174,7 @@ def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOpt
 
     Language models: perplexity over non-overlapping windows of the text; speed is told apart for
     reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
-    and top-5 where there are labels, and images per second.  With --against the models take turns,
+    and top-5 where there are labels, and images per second.  With --dense the models take turns,
     and for images agreement and divergence are measured, which need no labels.  Models that read
     anything else: the same where they put out scores of classes, and how far each output is from
     the dense model's.
@@ -192,13 +192,13 @@ def inspect(
         bool,
         Parameter(name="--all", help="Also list frozen groups inside the units of others."),
     ] = False,
-    against: Against = None,
+    dense: Dense = None,
     image_size: ImageSize = None,
     json: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the coupling groups of a model as a table."""
-    _run("inspect", model, svg, all_groups, against, image_size, json, trust_remote_code)
+    _run("inspect", model, svg, all_groups, dense, image_size, json, trust_remote_code)
 
 
 @app.command
@@ -220,7 +220,7 @@ def export(
         str | None,
         Parameter(help="Number format of the matrices in gguf: f16 (the default), f32 or bf16."),
     ] = None,
-    against: Annotated[
+    dense: Annotated[
         str | None,
         Parameter(
             help="For onnx and pt2: code that builds the dense model, where the directory holds a "
@@ -242,7 +242,7 @@ def export(
     To gguf LLaMA, Mistral, SmolLM2, Qwen2 and Qwen3 are written; to onnx and pt2 any model that
     torch can trace. The file is read back and compared with the model before it takes its place.
     """
-    _run("export", directory, format, out, dtype, against, inputs, overwrite, json)
+    _run("export", directory, format, out, dtype, dense, inputs, overwrite, json)
 
 
 @app.command

@@ -23,7 +23,8 @@ from osscar.cli.saving import saved_line
 from osscar.data.text import load_text
 from osscar.data.tokens import load_calibration
 from osscar.evaluation.evaluate import compare
-from osscar.models.load import load_model
+from osscar.models.language import load_language_model
+from osscar.models.names import DEMO
 from osscar.pruning.prune import prune
 from osscar.report.evaluation_tables import comparison_table
 from osscar.report.prune_page import prune_page, run_lines
@@ -44,7 +45,13 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
         ours = _made_by_demo(where)
         path = check_output(where, overwrite=ours, inputs=(json,))
         with quiet():
-            dense = load_model("demo", device="cpu")
+            dense = load_language_model(
+                DEMO,  # whatever directory of that name there is
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                trust_remote_code=False,
+                max_memory=None,
+            )
             note(dense.model, source=_SOURCE)
             windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")

@@ -30,8 +30,8 @@ _NO_MODEL = 0.5
 def run(model: str, options: EvalOptions) -> None:
     """Measure quality, speed, size and memory."""
     text, images, inputs = options.text, options.images, options.inputs
-    against, weights = options.against, options.weights
-    check_json_path(options.json, inputs=(model, against, text, images, inputs, weights))
+    dense, weights = options.dense, options.weights
+    check_json_path(options.json, inputs=(model, dense, text, images, inputs, weights))
     stated = stated_preprocessing(options)
     load: dict[str, Any] = {
         "device": options.device,
@@ -39,12 +39,12 @@ def run(model: str, options: EvalOptions) -> None:
         "trust_remote_code": options.trust_remote_code,
     }
     sort = kind_of(model)
-    elsewhere = against is not None and kind_of(against).takes_weights and not sort.takes_weights
+    elsewhere = dense is not None and kind_of(dense).takes_weights and not sort.takes_weights
     with quiet():
         loaded = load_model(
             model,
             weights=None if elsewhere else weights,
-            dense=against if sort is ModelKind.CODE_DIRECTORY else None,
+            dense=dense if sort is ModelKind.CODE_DIRECTORY else None,
             preprocessing=stated,
             **load,
         )
@@ -68,8 +68,8 @@ def run(model: str, options: EvalOptions) -> None:
             "path": loaded.path,
         }
         comparison = None
-        if against is not None:
-            comparison = _comparison(loaded, against, data, weights, load, how)
+        if dense is not None:
+            comparison = _comparison(loaded, dense, data, weights, load, how)
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     if comparison is None:
@@ -79,11 +79,11 @@ def run(model: str, options: EvalOptions) -> None:
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
     numbers = evaluation.numbers()
     if comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
-        say("nothing is known of its quality: that takes labels, or --against the dense model")
+        say("nothing is known of its quality: that takes labels, or --dense the dense model")
     measured = {"model": evaluation} if comparison is None else vars(comparison)
     content = {
         "name": model,
-        "against": None if comparison is None else against,
+        "dense_name": None if comparison is None else dense,
         **_source(data, text, images, inputs),
         "computed": dataclasses.asdict(computed),
         **{
@@ -96,35 +96,35 @@ def run(model: str, options: EvalOptions) -> None:
 
 def _comparison(
     loaded: LoadedModel,
-    against: str,
+    dense: str,
     data: TextSet | SampleSet,
     weights: Path | None,
     load: dict[str, Any],
     options: dict[str, Any],
 ) -> Comparison | None:
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
-    sort = kind_of(against)
+    sort = kind_of(dense)
     if (sort is ModelKind.LANGUAGE) != isinstance(data, TextSet):
         reads = "text" if isinstance(data, TextSet) else "no text"
         raise ModelError(
-            f"{against!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
+            f"{dense!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
             "that it was pruned from"
         )
-    dense = load_model(against, weights=weights if sort.takes_weights else None, **load)
-    if dense.drawn > _NO_MODEL:
+    original = load_model(dense, weights=weights if sort.takes_weights else None, **load)
+    if original.drawn > _NO_MODEL:
         warn(
-            f"no comparison: {against} without weights is no dense model, and numbers beside its "
+            f"no comparison: {dense} without weights is no dense model, and numbers beside its "
             "own would say nothing"
         )
         return None
-    if not may_come_from(loaded.model, dense.model):
+    if not may_come_from(loaded.model, original.model):
         warn(
-            f"{against} is not the dense model that this one was pruned from: its weights are "
+            f"{dense} is not the dense model that this one was pruned from: its weights are "
             "others; give the same weights to measure what pruning changed"
         )
     if isinstance(data, TextSet):
-        data.check_same_tokens(dense.tokenizer)
-    return compare(loaded.model, dense.model, data, dense_path=dense.path, **options)
+        data.check_same_tokens(original.tokenizer)
+    return compare(loaded.model, original.model, data, dense_path=original.path, **options)
 
 
 def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedModel) -> str:

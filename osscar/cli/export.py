@@ -27,7 +27,7 @@ def run(
     format: str,
     out: Path | None,
     dtype: str | None,
-    against: str | None,
+    dense: str | None,
     inputs: str | None,
     overwrite: bool,
     json: Path | None,
@@ -38,7 +38,7 @@ def run(
         raise OptionError(f"--format is {format!r:.60}; give gguf, onnx or pt2")
     written: Exported | _Traced
     if format == "gguf":
-        for option, given in (("--against", against), ("--inputs", inputs)):
+        for option, given in (("--dense", dense), ("--inputs", inputs)):
             if given is not None:
                 raise OptionError(f"{option} is for onnx and pt2; leave it away")
         with quiet():
@@ -48,11 +48,11 @@ def run(
         if dtype is not None:
             raise OptionError("--dtype is for gguf; leave it away")
         with quiet():
-            dense, example, _ = (None,) * 3 if against is None else user_code.build(against)
+            built, example, _ = (None,) * 3 if dense is None else user_code.build(dense)
             written = _TRACED[format](
                 directory,
                 out,
-                dense=dense,
+                dense=built,
                 example_inputs=example if inputs is None else inputs,
                 overwrite=overwrite,
             )
@@ -61,7 +61,7 @@ def run(
     if isinstance(written, Exported) and written.padding:
         say(
             f"{written.padding} neurons of zeros were added, so that each layer has a multiple of "
-            "32 and llama.cpp can quantize it; prune with --round-to 32 to keep real ones instead"
+            "32 and llama.cpp can quantize it; `osscar prune --round-to 32` keeps real ones instead"
         )
     if isinstance(written, ExportedOnnx):
         for verb, tensors in (("takes", written.inputs), ("returns", written.outputs)):
@@ -71,7 +71,7 @@ def run(
             which = pluralize(written.unaligned_convolutions, "convolution")
             say(
                 f"{which} with a number of filters that is no multiple of 4: ONNX Runtime is "
-                "slower at these on CPUs; prune with --round-to 4"
+                "slower at these on CPUs; `osscar prune --round-to 4` leaves none"
             )
         if written.weights is not None:
             say(f"its weights are in {written.weights.name} beside it: move both together")

@@ -101,7 +101,7 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
 def _described(model: str, options: GapOptions) -> dict[str, Any]:
     """Return how the problems of a model are posed, as its study keeps it."""
     stated = stated_preprocessing(options)
-    names = ("samples", "seqlen", "seed", "damp", "groups", "query_heads")
+    names = ("dense", "samples", "seqlen", "seed", "dtype", "damp", "groups", "query_heads")
     return {
         **{"model": model, "calibration": options.calibration or "built-in text"},
         **{name: getattr(options, name) for name in names},

@@ -22,7 +22,7 @@ def run(
     model: str,
     svg: Path | None,
     all_groups: bool,
-    against: str | None,
+    dense: str | None,
     image_size: str | None,
     json: Path | None,
     trust_remote_code: bool,
@@ -35,7 +35,7 @@ def run(
         loaded = load_model(
             model,
             pretrained=False,
-            dense=against,
+            dense=dense,
             device="cpu",
             trust_remote_code=trust_remote_code,
             preprocessing=stated,

@@ -115,6 +115,8 @@ def opened(
         loaded = load_model(
             model,
             weights=options.weights,
+            dense=options.dense,
+            dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
             preprocessing=stated_preprocessing(options),
             **more,

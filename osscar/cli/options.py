@@ -29,7 +29,7 @@ Report = Annotated[
     Path | None,
     Parameter(help="Also write the page that lies in the output as `report.html` here."),
 ]
-Against = Annotated[
+Dense = Annotated[
     str | None,
     Parameter(
         help="Code that builds the dense model, where MODEL is a directory that holds a pruned "
@@ -38,7 +38,6 @@ Against = Annotated[
 ]
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
-_Dtype = Annotated[str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")]
 Backend = Annotated[
     str, Parameter(help="`osscar backends` lists them; or file.py:Class of your own.")
 ]
@@ -71,6 +70,9 @@ class OpenOptions:
     weights: Path | None = None
     """Weights for a model of torchvision or timm, or code of your own: .safetensors, or a state
     dict."""
+    dtype: Annotated[
+        str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
+    ] = "auto"
     trust_remote_code: Trust = False
 
 
@@ -78,6 +80,7 @@ class OpenOptions:
 class DataOptions(OpenOptions):
     """How a model is opened and calibrated."""
 
+    dense: Dense = None
     calibration: str | None = None
     """Plain text file, Hugging Face dataset, or "self", which is text that the model itself writes
     (by default built-in text); for images a directory or an .npz file; for anything else FILE.npz
@@ -93,7 +96,6 @@ class DataOptions(OpenOptions):
 class RunOptions(DataOptions):
     """What runs that prune have in common."""
 
-    dtype: _Dtype = "auto"
     json: Json = None
     max_memory: str | None = None
     """Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
@@ -107,7 +109,6 @@ class PruneOptions(RunOptions):
 
     out: Path | None = None
     """Where the smaller model goes.  [required]"""
-    against: Against = None
     overwrite: bool = False
     """Replace the checkpoint that is there."""
     restart: bool = False
@@ -129,7 +130,6 @@ class PruneOptions(RunOptions):
 class RecoverOptions(OpenOptions):
     """What `osscar recover` takes beside the request."""
 
-    dtype: _Dtype = "auto"
     json: Json = None
     text: str | None = None
     """Plain text file or Hugging Face dataset to train on; by default built-in text."""
@@ -193,7 +193,6 @@ class SweepOptions(RunOptions):
 class EvalOptions(OpenOptions):
     """What `osscar eval` takes."""
 
-    dtype: _Dtype = "auto"
     json: Json = None
     text: str | None = None
     """Plain text to score; by default the built-in held-out text."""
@@ -205,7 +204,7 @@ class EvalOptions(OpenOptions):
     entry for each argument of the model's `forward`, and perhaps `labels`."""
     samples: _Count = None
     """Score only so many of these, drawn at random."""
-    against: str | None = None
+    dense: str | None = None
     """The dense model, to be measured side by side; code of your own also rebuilds the pruned
     one."""
     windows: int | None = None

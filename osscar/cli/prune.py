@@ -140,9 +140,7 @@ class _Job:
                 request.seed,
                 room,
                 says=self.ranks.first,
-                dense=options.against,
                 device=request.device,
-                dtype=options.dtype,
                 max_memory=limit_of(self.model, options, request),
             )
 
@@ -155,7 +153,7 @@ class _Job:
             if not isinstance(data, CalibrationSet):
                 raise OptionError(
                     f"{loaded.source} reads no text, which --recover-text is for; leave it away, "
-                    "or recover what was pruned with osscar recover, on --images or --inputs"
+                    "or recover what was pruned with `osscar recover`, on images or inputs"
                 )
             windows, seed = samples_for(self.recovery, windows=True), self.recovery.seed
             data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
@@ -213,10 +211,10 @@ class _Job:
             return  # a program cannot generate, which is part of what text is scored with
         if score is not None and score.reason:
             return  # what keeps the dense model from being scored would keep the smaller one
-        if options.against is not None:
+        if options.dense is not None:
             given = {"weights": "FILE", **given}  # of the dense model, of which this run reads none
-        against = options.against or self.model
-        say_next(to_evaluate(where, data, given, against if fits else None))
+        dense = options.dense or self.model
+        say_next(to_evaluate(where, data, given, dense if fits else None))
 
     def _made(
         self, model: nn.Module, data: CalibrationData, trains_on: CalibrationData, logs: _Logs

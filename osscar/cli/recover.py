@@ -31,7 +31,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.recovery.log import RecoveryLog
-from osscar.recovery.memory import Memory, in_options
+from osscar.recovery.memory import Memory, way_in_words
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
@@ -249,7 +249,7 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
 def tell_memory(needed: Memory, way: RecoveryRequest) -> None:
     """Print what a recovery needs, before it starts, and what was chosen so that it fits."""
     said = f"memory: about {in_words(needed.total)} besides what the process has"
-    say(f"{said} ({in_options(way)})")
+    say(f"{said} ({way_in_words(way)})")
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ def saved_line(saved: SavedCheckpoint, where: Path) -> str:
 
 
 def to_evaluate(
-    where: Path, data: CalibrationData, given: Mapping[str, Any], against: str | None
+    where: Path, data: CalibrationData, given: Mapping[str, Any], dense: str | None
 ) -> str:
     """Return the command that scores what was written.
 
@@ -84,7 +84,7 @@ def to_evaluate(
         Tells of what kind those have to be that it is scored on.
     given
         The options that are not as by default.
-    against
+    dense
         The dense model, where it can be compared.
     """
     options: dict[str, Any] = {"text": "FILE"}
@@ -92,7 +92,7 @@ def to_evaluate(
         options = {"inputs": "FILE"}
     elif isinstance(data, ImageSet):
         options = {"images": "PATH"}
-    if against is not None:
-        options["against"] = against
+    if dense is not None:
+        options["dense"] = dense
     options |= {name: given[name] for name in _AS_OPENED if name in given}
     return command_line("osscar", "eval", where, options=options)

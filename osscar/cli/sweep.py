@@ -34,7 +34,6 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             base.seed,
             lambda loaded: Sweep(place, base, points, None, recover=recover).check(loaded.model),
             device=base.device,
-            dtype=options.dtype,
             max_memory=limit_of(model, options, base),
         )
         score = loaded.held_out(

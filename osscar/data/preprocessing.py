@@ -412,7 +412,7 @@ def check_stated(preprocessing: AnyPreprocessing, source: str = "a model") -> No
             raise OptionError(
                 f"{source} was calibrated with images by the transform of {preprocessing.source} "
                 f"({preprocessing.steps}), which nothing brings; give the code that returns it "
-                f"(--against), or {_HOW_TO_STATE['mean and std']}"
+                f"(--dense), or {_HOW_TO_STATE['mean and std']}"
             )
         return
     missing = preprocessing.missing()

@@ -148,8 +148,8 @@ def load_calibration(
     if spec == SELF and not is_path:
         raise OptionError(
             "'self' stands for what a model writes, which calibrates it and nothing else "
-            "(--calibration self, or load_model(..).calibration('self')); give a text, or ./self "
-            "if that is a file"
+            "(`osscar prune --calibration self`, or load_model(..).calibration('self')); give a "
+            "text, or ./self if that is a file"
         )
     characters = samples * seqlen * _CHARACTERS_PER_TOKEN
     if rows:

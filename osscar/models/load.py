@@ -15,13 +15,14 @@ from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import CheckpointError, OptionError
 from osscar.base.inputs import file_name
 from osscar.base.memory import FOR_MODELS, memory_for
+from osscar.base.messages import warn
 from osscar.checkpoint.admission import stored_in
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
-from osscar.data.preprocessing import OPTIONS, as_preprocessing
+from osscar.data.preprocessing import as_preprocessing
 from osscar.models.language import load_language_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.modules import load_module
-from osscar.models.names import REGISTERED, ModelKind, check_no_program, kind_of
+from osscar.models.names import REGISTERED, ModelKind, check_no_program, hides_model, kind_of
 from osscar.offload.device_memory import memory_of
 
 
@@ -42,9 +43,9 @@ def load_model(
     Parameters
     ----------
     name
-        Of a language model: ``"demo"``, the embedded one; a packaged one such as
-        ``"smollm2-135m"``; a directory with a checkpoint, pruned by OSSCAR or not; or a Hugging
-        Face id.  The first that fits is taken (write ``./demo`` for a directory of that name).  Of
+        Of a language model: a directory with a checkpoint, pruned by OSSCAR or not; ``"demo"``, the
+        embedded one; a packaged one such as ``"smollm2-135m"``; or a Hugging Face id.  The first
+        that fits is taken, with a warning where a directory bears the name of another model.  Of
         any other: ``torchvision:NAME``, ``timm:NAME``; the directory or id of an image classifier
         of transformers; ``module:function`` or ``file.py:function``, code of your own that returns
         a model, (model, example inputs), or (model, example inputs, transform); or a directory that
@@ -102,22 +103,28 @@ def load_model(
     -----
     UserWarning
         If weights are left out or were drawn, the config was edited since OSSCAR saved the model,
-        the tokenizer has far fewer tokens than the model, or images are prepared in another way
-        than the model brings.
+        the tokenizer has far fewer tokens than the model, images are prepared in another way than
+        the model brings, or the directory bears the name of another model.
     """
     text = file_name(name, "the model", "its name or directory")
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
+    if hides_model(text):
+        warn(
+            f"{text!r} is the directory of that name here, and not the model; for that, go to "
+            "another directory"
+        )
+        text = f"./{text}"
     _check_directory(text)
     kind = kind_of(text)
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY
     for given, fits, why in (
         (dense, own_code, "is no pruned model of your own code, so nothing else builds it; leave "
-         "--against away"),
+         "--dense away"),
         (weights, kind.takes_weights, "has weights of its own; leave --weights away"),
-        (stated, not of_text, f"reads text, not images; leave {OPTIONS} away"),
+        (stated, not of_text, "reads text, not images; leave away what is stated of these"),
         (max_memory, of_text, "is no language model of transformers, and no other is read from "
          "disk; leave --max-memory away"),
     ):  # fmt: skip

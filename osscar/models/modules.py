@@ -103,8 +103,8 @@ def _from_directory(
             given = "" if dense is None else f", not {dense!r}"
             raise ModelError(
                 f"{path} holds a model of your own code, which a checkpoint does not contain: say "
-                "what builds the dense one (--against module:function of `osscar prune`, `eval` "
-                f"and `inspect`, --dense of `osscar recover`, or dense= of osscar.load){given}"
+                "what builds the dense one (--dense module:function, or dense= of "
+                f"osscar.load){given}"
             )
         built, example, brought = user_code.build(dense)
     model = checkpoint.load(path, dense=built, dtype=dtype)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from osscar.base.errors import CheckpointError, FileError, ModelError
 from osscar.base.json_files import read_object
-from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
+from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
 from osscar.models.wheels import PACKAGED_MODELS
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -28,7 +28,7 @@ _IMAGE_CLASSIFIER = "ForImageClassification"
 DEMO = "demo"
 
 REGISTERED = (DEMO, *PACKAGED_MODELS)
-"""Names that stand for what comes with OSSCAR, whatever directories there are."""
+"""Names that stand for what comes with OSSCAR."""
 
 
 class ModelKind(Enum):
@@ -68,7 +68,7 @@ def kind_of(name: str | Path) -> ModelKind:
     >>> kind_of("torchvision:resnet18"), kind_of("net.py:build").takes_weights
     (<ModelKind.TORCHVISION: 'a model of torchvision'>, True)
     """
-    text = str(name)
+    text = f"./{name}" if hides_model(str(name)) else str(name)
     if not text or text in REGISTERED:
         return ModelKind.LANGUAGE
     for prefix, kind in LIBRARIES.items():
@@ -92,6 +92,12 @@ def kind_of(name: str | Path) -> ModelKind:
     if f"{origin.library}:" in LIBRARIES:
         return ModelKind.LIBRARY_DIRECTORY
     return _of_transformers(path)
+
+
+def hides_model(name: str) -> bool:
+    """Tell whether a directory with a checkpoint bears the name of another model, and wins."""
+    known = name in REGISTERED or name.startswith(tuple(LIBRARIES))
+    return known and os.path.isdir(name) and is_checkpoint(Path(name))
 
 
 def _of_transformers(path: Path) -> ModelKind:

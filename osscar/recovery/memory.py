@@ -141,8 +141,8 @@ def fitting(
     way, least = min(found, key=lambda one: one[1].total)
     raise NoMemoryError(
         f"the recovery of {type(model).__name__} needs {in_words(found[0][1].total)} besides what "
-        f"the process has, at the least {in_words(least.total)} ({in_options(way)}), and there are "
-        f"{in_words(space)} for it; give more (--max-memory, of the whole process), shorter or "
+        f"the process has, at the least {in_words(least.total)} ({way_in_words(way)}), and there "
+        f"are {in_words(space)} for it; give more (--max-memory, of the whole process), shorter or "
         "smaller samples, or a machine with more memory"
     )
 
@@ -162,11 +162,11 @@ def _ways(request: RecoveryRequest, model: nn.Module, at_once: int) -> Iterator[
         yield replace(way, lora=_RANK)
 
 
-def in_options(way: RecoveryRequest) -> str:
-    """Say in which way a recovery trains, in the options that ask for it."""
-    adapters = "" if way.lora is None else f", --lora {way.lora}"
-    checkpointing = ", --checkpointing" if way.checkpointing else ""
-    return f"--micro-batch-size {way.micro_batch_size}{checkpointing}{adapters}"
+def way_in_words(way: RecoveryRequest) -> str:
+    """Say how a recovery trains, as far as memory depends on it."""
+    adapters = "" if way.lora is None else f", adapters of rank {way.lora}"
+    checkpointing = ", checkpointing" if way.checkpointing else ""
+    return f"micro-batches of {way.micro_batch_size}{checkpointing}{adapters}"
 
 
 def needed(training: Training) -> Memory:

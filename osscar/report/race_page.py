@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def race_page(
         return gap_below(best[record.instance].loss, record) if recomputed else 1.0
 
     count = len(best)
-    found, closed, said = (times(records, done, seconds) for done in (hit, proved, on_its_word))
+    found, closed, said = (times(records, done) for done in (hit, proved, on_its_word))
     profiles = (profile(found, count), profile(closed, count))
     curves = (anytime(records, excess, count), anytime(records, below, count))
     pictures = [
@@ -80,8 +80,9 @@ def race_page(
         instances=pluralize(count, "instance"),
         left=len(names) - count,
         pictures=pictures,
-        scores=_scores(backends, found, closed, said, count),
+        scores=_scores(backends, found, closed, said, count, seconds),
         records=_records_table(records, best),
+        seconds=seconds,
         counted=pluralize(len(records), "run"),
         settings=Settings(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
@@ -100,19 +101,20 @@ def _scores(
     closed: dict[str, dict[str, float]],
     said: dict[str, dict[str, float]],
     count: int,
+    limit: float,
 ) -> Table:
+    def of(done: dict[str, float]) -> str:
+        late = sum(took > limit for took in done.values())
+        return f"{len(done)} of {count}{f', {late} late' if late else ''}"
+
     rows = []
     for backend in backends:
         hits, proofs = found.get(backend, {}), closed.get(backend, {})
-        word = said.get(backend, {}).keys() - proofs.keys()
-        told = (_of(hits, count), _total(hits), _of(proofs, count), _total(proofs))
-        rows.append((backend, *told, _of(word, count) if word else ""))
+        word = {name: took for name, took in said.get(backend, {}).items() if name not in proofs}
+        told = (of(hits), _total(hits), of(proofs), _total(proofs))
+        rows.append((backend, *told, of(word) if word else ""))
     columns = ("backend", "best known loss found >", "seconds of these >", "proved >")
     return new_table("", *columns, "seconds of these >", "by its word alone >", rows=rows)
-
-
-def _of(done: Collection[str], count: int) -> str:
-    return f"{len(done)} of {count}"
 
 
 def _total(times: dict[str, float]) -> str:

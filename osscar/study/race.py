@@ -185,14 +185,15 @@ def _closed(record: Record) -> bool:
     return loss is not None and gap_below(loss, record) <= PROVED
 
 
-def times(
-    records: Sequence[Record], done: Callable[[Record], bool], seconds: float
-) -> dict[str, dict[str, float]]:
-    """Return, by backend and instance, when the first run that is `done` ended within the time."""
+def times(records: Sequence[Record], done: Callable[[Record], bool]) -> dict[str, dict[str, float]]:
+    """Return, by backend and instance, after how many seconds the first run that is `done` ended.
+
+    Those that ended after the limit of the race are among them: a backend need not have one.
+    """
     found: dict[str, dict[str, float]] = {record.backend: {} for record in records}
     for record in records:
         took, mine = record.seconds, found[record.backend]
-        if took is not None and took <= seconds and done(record):
+        if took is not None and done(record):
             mine[record.instance] = min(took, mine.get(record.instance, took))
     return found
 

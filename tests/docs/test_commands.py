@@ -156,7 +156,7 @@ def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
             yield SMALL_GROUPS
         elif words[1] == "sweep" and before in ("--sparsity", "--flops"):
             yield word.split(",")[0]
-        elif before in ("--against", "--dense") and word in SMALL:
+        elif before in ("--dense", "--dense") and word in SMALL:
             yield from SMALL[word]
         else:
             yield from SMALL.get(word, (word,))

@@ -176,7 +176,7 @@ def check_yolo(names: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.from_numpy(names["boxes"]), expected, rtol=1e-3, atol=1e-3)
         again = osscar.load("tuned", dense=names["build"]()[0])
         assert_close(again(x)[0], expected)
-    app(["export", "tuned", "--format", "onnx", "--against", "yolo.py:build"])
+    app(["export", "tuned", "--format", "onnx", "--dense", "yolo.py:build"])
     session = names["onnxruntime"].InferenceSession("tuned.onnx")
     raw = session.run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(raw[0]), expected, rtol=1e-3, atol=1e-3)

@@ -1,8 +1,9 @@
 """What the tests of the product share."""
 
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from osscar.base import progress
 from osscar.cli import main
+from osscar.cli.commands import app
 from tests.traced import once
 
 _OF_STRUCTURE = frozenset(
@@ -56,6 +58,25 @@ def no_lines_for_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_untold", 0.0)
 
 
+def lacking(arguments: Sequence[str], said: str) -> set[str]:
+    """Return the options that a command names as its own, and does not have."""
+    command = app[arguments[0]] if arguments and arguments[0].isalpha() else app
+    commands = [command, *(command[name] for name in command if name.isalpha())]
+    known = {
+        name
+        for one in commands
+        if one.default_command
+        for argument in one.assemble_argument_collection()
+        for name in argument.names
+    }
+    rest = re.sub(r"osscar [\w-]+ [^`;\n]*", "", said)  # what other commands have
+    return (
+        {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)}
+        - known
+        - {"--help", "--version", *arguments}
+    )
+
+
 @pytest.fixture
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -68,6 +89,7 @@ def run(
         with pytest.raises(SystemExit) as stop:
             main()
         captured = capsys.readouterr()
+        assert not lacking(sys.argv[1:], captured.out + captured.err)
         assert stop.value.code is not None
         return int(stop.value.code), captured.out, captured.err
 

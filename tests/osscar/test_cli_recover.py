@@ -96,7 +96,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert recovery["data"]["seqlen"] == 32  # as when it was pruned
     assert "as many as its " in recovery["data"]["source"]
     assert f"of text.txt, {recovery['data']['source'].partition(', ')[2]}, seed 0" in out
-    way = "besides what the process has (--micro-batch-size 1)"
+    way = "besides what the process has (micro-batches of 1)"
     for line in (way, *recovery_lines(recovery), "saved: small-recovered (", "next:"):
         assert line in out
     assert Path("page.html").read_text() == Path("small-recovered/report.html").read_text()
@@ -335,7 +335,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     recovery = report("small-recovered")["recovery"]
     assert recovery["after"] < recovery["before"]
     assert (recovery["samples"], recovery["held_out"]) == (35, 5)
-    evaluate = ("eval", "small-recovered", "--against", "net.py:build", f"--{kind}", "data.npz")
+    evaluate = ("eval", "small-recovered", "--dense", "net.py:build", f"--{kind}", "data.npz")
     status, _, err = run(*evaluate)
     assert status == 2
     assert "calibrated or recovered this model" in err

@@ -117,7 +117,7 @@ def test_code_of_ones_own_with_several_inputs_and_outputs(
     assert run("prune", "mine.py:two", *asked, "--out", "small")[0] == 0
     for form in EITHER:
         assert run("export", "small", "--format", form)[0] == 2  # it is not known what builds it
-        status, _, err = run("export", "small", "--format", form, "--against", "mine.py:two")
+        status, _, err = run("export", "small", "--format", form, "--dense", "mine.py:two")
         assert status == 0, err
     again = osscar.load("small", dense=build("mine.py:two")[0])
     x = {"tokens": torch.ones(5, 6).long(), "features": torch.randn(5, 4)}
@@ -416,7 +416,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--format", "tflite"), "--format is 'tflite'; give gguf, onnx or pt2"),
         (("--format", "onnx", "--dtype", "f16"), "--dtype is for gguf"),
         (("--format", "gguf", "--inputs", "x.npz"), "--inputs is for onnx and pt2"),
-        (("--format", "gguf", "--against", "a.py:b"), "--against is for onnx and pt2"),
+        (("--format", "gguf", "--dense", "a.py:b"), "--dense is for onnx and pt2"),
         (("--format", "onnx"), "no directory with a checkpoint"),
     ],
 )

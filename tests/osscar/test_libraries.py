@@ -145,7 +145,7 @@ def test_a_detector_is_pruned_and_compared_on_the_command_line(run, tmp_path):
     assert status == 0, err
     status, out, err = run(
         *("eval", tmp_path / "smaller", "--images", tmp_path / "test"),
-        *("--against", *dense, "--device", "cpu"),
+        *("--dense", *dense, "--device", "cpu"),
     )
     assert status == 0, err
     assert "squared error of cls_logits" in out

@@ -42,6 +42,7 @@ from osscar.checkpoint.manifest import Manifest
 from osscar.models import wheels
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
+from osscar.models.names import ModelKind, kind_of
 from osscar.models.wheels import PACKAGED_MODELS, PackagedModel, fetch
 from osscar.network.modules import check_finite_weights
 from osscar.shrinking.lineage import Lineage, Origin
@@ -85,14 +86,20 @@ def test_the_demo_is_a_small_stock_checkpoint():
 
 
 class TestDirectories:
-    def test_registered_names_win_unless_written_as_a_path(self, checkpoint, monkeypatch):
+    @pytest.mark.parametrize("name", ["demo", *PACKAGED_MODELS, "torchvision:resnet18", "timm:vit"])
+    def test_a_directory_wins_over_a_model_of_its_name(self, name, checkpoint, monkeypatch):
         loaded = load_model(checkpoint)
         assert loaded.path == checkpoint
         assert str(checkpoint) in loaded.source
         monkeypatch.chdir(checkpoint.parent)
-        checkpoint.rename("demo")
-        assert load_model("demo").path == DEMO_DIRECTORY
-        assert load_model("./demo").path == Path("demo")
+        before = kind_of(name)
+        Path(name).mkdir()
+        assert kind_of(name) is before  # it holds no model
+        Path(name).rmdir()
+        checkpoint.rename(name)
+        with pytest.warns(UserWarning, match=f"'{name}' is the directory of that name here"):
+            assert load_model(name).path == Path(name)
+        assert kind_of(name) is ModelKind.LANGUAGE
 
     def test_what_is_no_checkpoint(self, checkpoint, tmp_path):
         with pytest.raises(CheckpointError, match=r"neither osscar\.json nor config\.json"):

@@ -149,7 +149,7 @@ def prune(function, *options, out="small"):
 
 def evaluate(function, *options):
     return (
-        *("eval", "small", "--images", "images.npz:test", "--against", f"net.py:{function}"),
+        *("eval", "small", "--images", "images.npz:test", "--dense", f"net.py:{function}"),
         *("--device", "cpu", "--json", "eval.json", *options),
     )
 
@@ -194,7 +194,7 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     status, out, err = run(*evaluate("build"))
     assert (status, said in out, "warning" in err) == (0, True, False), err
     assert json.loads((place / "eval.json").read_text())["preprocessing"].items() >= known.items()
-    again = ("prune", "small", "--against", "net.py:build", *prune("build", out="smaller")[2:])
+    again = ("prune", "small", "--dense", "net.py:build", *prune("build", out="smaller")[2:])
     status, out, err = run(*again)
     assert (status, said in out) == (0, True), err
     stated = Preprocessing(crop=(8, 10), mean=0, std=1)

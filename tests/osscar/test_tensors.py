@@ -120,10 +120,10 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert report["divergence"] is not None
     assert report["dense"]["samples"] == 50
     assert "of 50 labelled calibration samples" in out
-    assert f"osscar eval small --inputs FILE --against {code('sound')}" in out
+    assert f"osscar eval small --inputs FILE --dense {code('sound')}" in out
     assert report["calibration"]["seen"]["count"] == report["calibration"]["samples"] == 50
 
-    scored = ("small", "--against", code("sound"), "--json", "eval.json")
+    scored = ("small", "--dense", code("sound"), "--json", "eval.json")
     status, out, err = run("eval", *scored, "--inputs", "data.npz:test")
     assert status == 0, err
     assert "60 labelled samples scored, 'output' as scores of classes" in out
@@ -177,11 +177,11 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     assert status == 0, err
     assert "not measured, as no output is known to be scores of classes" in out
     np.savez("test.npz", **pairs(40, 1))
-    status, out, err = run("eval", "s0", "--inputs", "test.npz", "--against", code("two"))
+    status, out, err = run("eval", "s0", "--inputs", "test.npz", "--dense", code("two"))
     assert status == 0, err
     assert "40 samples without labels scored, 'output' as scores of classes" in out
     assert run("export", "s0", "--format", "pt2")[0] == 2
-    status, out, err = run("export", "s0", "--format", "pt2", "--against", code("two"))
+    status, out, err = run("export", "s0", "--format", "pt2", "--dense", code("two"))
     assert status == 0, err
     status, out, err = run("eval", code("two"), "--inputs", "test.npz")
     assert status == 0, err

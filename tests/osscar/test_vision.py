@@ -170,7 +170,7 @@ def test_the_command_that_is_printed_compares_with_the_same_dense_model(run, own
     assert "mine.py:drawn returns freshly initialized weights" in err
     assert "no comparison" in err
     alone = json.loads(Path("e.json").read_text())
-    assert alone["against"] is None
+    assert alone["dense_name"] is None
     assert "dense" not in alone
     assert alone["model"]["quality"]["top1"] == compared["model"]["quality"]["top1"]
 
@@ -237,7 +237,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     assert {layer["name"]: layer["kept"] for layer in written["layers"]}["stem.0.channels"] == 6
 
     evaluate = ("eval", out_dir, "--device", "cpu", "--images")
-    status, out, err = run(*evaluate, test, "--against", code, "--json", report)
+    status, out, err = run(*evaluate, test, "--dense", code, "--json", report)
     assert status == 0, err
     for expected in ("top-1", "images/s", "FLOPs an image", "agreement with dense", "KL"):
         assert expected in out
@@ -249,21 +249,21 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     again = ("prune", out_dir, "--out", tmp_path / "smaller", "--calibration", train, *FAST)
     for words, message in (
         (
-            (*evaluate, train, "--against", code),
+            (*evaluate, train, "--dense", code),
             ":train calibrated or recovered this model",
         ),
-        ((*evaluate, test), "--against module:function"),
-        ((*evaluate, test, "--against", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
+        ((*evaluate, test), "--dense module:function"),
+        ((*evaluate, test, "--dense", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
         (
-            (*evaluate, test, "--against", code, "--weights", tmp_path / "w.pt"),
+            (*evaluate, test, "--dense", code, "--weights", tmp_path / "w.pt"),
             "no file of weights",
         ),
-        ((*again, "--device", "cpu"), "--against module:function"),
-        (("inspect", code, "--against", code), "leave --against away"),
+        ((*again, "--device", "cpu"), "--dense module:function"),
+        (("inspect", code, "--dense", code), "leave --dense away"),
     ):
         status, _, err = run(*words)
         assert (status, message in err.replace("\n", " ")) == (2, True), err
-    status, out, err = run("inspect", out_dir, "--against", code)
+    status, out, err = run("inspect", out_dir, "--dense", code)
     assert status == 0, err
     assert "channels, residual" in out
 
@@ -297,7 +297,7 @@ def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp
     assert loaded.preprocessing.crop == 224
     assert loaded.classes == ()
     evaluate = ("eval", out_dir, "--images", f"{archive}:test", "--samples", 2, "--device", "cpu")
-    status, out, err = run(*evaluate, "--against", name, "--weights", weights)
+    status, out, err = run(*evaluate, "--dense", name, "--weights", weights)
     assert status == 0, err
     assert "agreement with dense" in out
 
@@ -322,7 +322,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     (tmp_path / "bad" / "osscar.json").write_text("{ 3")
     train, test = f"{archive}:train", f"{archive}:test"
     prune = ("prune", code, "--out", tmp_path / "out", "--sparsity", "0.5", "--calibration")
-    evaluate = ("eval", code, "--images", test, "--device", "cpu", "--against")
+    evaluate = ("eval", code, "--images", test, "--device", "cpu", "--dense")
     for words, message in (
         (prune[:-1], "give --calibration a directory of images, an .npz file"),
         ((*prune, tmp_path / "nowhere"), "file of that name; images are a directory, or"),
@@ -340,7 +340,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
         ((*evaluate, "demo"), "'demo' is a language model, and"),
         ((*evaluate, "torchvision:resnet"), "has no model 'resnet'"),
         (
-            ("eval", "demo", "--windows", 1, "--against", "torchvision:resnet18"),
+            ("eval", "demo", "--windows", 1, "--dense", "torchvision:resnet18"),
             "'torchvision:resnet18' is a model of torchvision, and",
         ),
     ):
@@ -369,7 +369,7 @@ def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
             load_model(name)
     with pytest.raises(OptionError, match="weights of its own"):
         load_model("demo", weights=tmp_path / "w.pt")
-    with pytest.raises(OptionError, match="leave against= away"):
+    with pytest.raises(OptionError, match="leave dense= away"):
         load_model(code, dense=code)
 
 

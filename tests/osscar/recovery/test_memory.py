@@ -173,7 +173,7 @@ def test_what_is_asked_for_stays():
 
 @needs_peft
 def test_a_limit_that_nothing_fits_is_an_error_that_tells_the_least():
-    with pytest.raises(NoMemoryError, match=r"needs 132B .* least 12B \(micro_batch_size=1, "):
+    with pytest.raises(NoMemoryError, match=r"needs 132B .* least 12B \(micro-batches of 1, "):
         ways(11)
 
 
