@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,20 @@ def are(count: int) -> str:
 def capitalized(text: str) -> str:
     """Return a text as a sentence begins."""
     return text[:1].upper() + text[1:]
+
+
+def published(source: str) -> str:
+    """Return a source as files name it that are handed on: without the folders of this machine.
+
+    Examples
+    --------
+    >>> published("directory /home/me/small"), published("text.txt")
+    ('directory small', 'text.txt')
+    """
+    name = source.removeprefix("directory ")
+    if not (Path(name).is_absolute() or name.startswith("~")):
+        return source
+    return f"{source.removesuffix(name)}{Path(name).name}"
 
 
 def printable(text: str, keep: str = "") -> str:

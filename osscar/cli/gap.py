@@ -12,6 +12,7 @@ from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
+from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import (
     check_input,
@@ -101,11 +102,17 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
 def _described(model: str, options: GapOptions) -> dict[str, Any]:
     """Return how the problems of a model are posed, as its study keeps it."""
     stated = stated_preprocessing(options)
-    names = ("dense", "samples", "seqlen", "seed", "dtype", "damp", "groups", "query_heads")
+    names = ("samples", "seqlen", "seed", "dtype", "damp", "groups", "query_heads")
     return {
-        **{"model": model, "calibration": options.calibration or "built-in text"},
+        **{
+            "model": published(model),
+            "calibration": published(options.calibration or "built-in text"),
+        },
         **{name: getattr(options, name) for name in names},
-        "weights": None if options.weights is None else str(options.weights),
+        **{
+            name: None if given is None else published(str(given))
+            for name, given in (("dense", options.dense), ("weights", options.weights))
+        },
         **({} if stated is None else {"preprocessing": stated.record()}),
     }
 

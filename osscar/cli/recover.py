@@ -14,7 +14,7 @@ from osscar.base.errors import CheckpointError, ModelError, OutputError
 from osscar.base.files import resolved, write_text
 from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.memory import in_words
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, published
 from osscar.base.ranks import Ranks, together
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
@@ -219,8 +219,8 @@ class _Job:
     ) -> dict[str, Any]:
         """Return what is known of the recovery, as ``docs/json.md`` describes it."""
         content = {
-            "model": self.name,
-            "dense": source,
+            "model": published(self.name),
+            "dense": published(source),
             "computed": dataclasses.asdict(Computed.of(recovery.model)),
             "parameters": count_parameters(recovery.model),
             "recovery": recovery.document(),

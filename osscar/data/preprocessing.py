@@ -19,7 +19,7 @@ from osscar.base.errors import DataError, OptionError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.json_files import STRICT
 from osscar.base.optional import import_torchvision
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, published
 
 _DRAWS = 8
 """Times that a transform is called once more, as it may draw from a generator of its own."""
@@ -318,7 +318,7 @@ class OwnTransform:
 
     def record(self) -> dict[str, Any]:
         """Return where it comes from, as JSON-able data."""
-        return {"transform": self.source, "steps": self.steps}
+        return {"transform": published(self.source), "steps": self.steps}
 
     def sentence(self) -> str:
         """Say what is done to an image."""

@@ -28,7 +28,7 @@ from osscar.base.memory import (
     memory_for,
 )
 from osscar.base.messages import warn
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, published
 from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
@@ -81,7 +81,7 @@ def load_language_model(
     _check_context(model, found.source)
     note(
         model,
-        source=lineage_of(model).source or found.source,
+        source=lineage_of(model).source or published(found.source),
         stored_dtype=str(stored).removeprefix("torch."),
     )
     with memory_for(f"the weights of {text} on {device}", FOR_MODELS):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from osscar.base.errors import ModelError
+from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
@@ -58,7 +59,7 @@ def load_module(
     model = in_evaluation(model.to(device))
     note(
         model,
-        source=lineage_of(model).source or loaded.source,
+        source=lineage_of(model).source or published(loaded.source),
         classes=loaded.classes,
         preprocessing=None if known is None else known.record(),
         stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),

@@ -16,7 +16,7 @@ import solvers
 from osscar import __version__
 from osscar.allocation.budget import Budget
 from osscar.base.errors import first_line
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, published
 from osscar.base.shown import Shown
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.directory import SavedCheckpoint
@@ -266,7 +266,7 @@ class PruningResult(Shown):
         known = lineage_of(dense).source or type(dense).__name__
         return {
             **self.record(),
-            "model": known if source is None else source,
+            "model": known if source is None else published(source),
             "classes": list(classes),
             "calibration": {**self.calibration, **data_record(calibration)},
             "dense": None if score is None else dataclasses.asdict(score),

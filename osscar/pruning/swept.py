@@ -16,7 +16,7 @@ from osscar import __version__
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, published
 from osscar.base.progress import stage
 from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
@@ -205,7 +205,7 @@ class Sweep:
             document = {
                 "schema": "osscar.sweep/6",
                 "osscar_version": __version__,
-                "model": source or lineage.source or type(model).__name__,
+                "model": published(source or "") or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},
                 "dense": None if dense is None else dataclasses.asdict(dense),
                 "scored": scored,
@@ -310,10 +310,10 @@ def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
     if score is None:
         return {"images": None}
     if isinstance(score, TextSet):
-        given: dict[str, Any] = {"text": score.source, "windows": score.windows}
+        given: dict[str, Any] = {"text": published(score.source), "windows": score.windows}
         return {**given, "seqlen": score.seqlen, "scored_sha256": digest(score.text)}
     what = "images" if isinstance(score, ImageSet) else "inputs"
-    return {what: score.source, "scored_sha256": digest(repr(score.fingerprints()))}
+    return {what: published(score.source), "scored_sha256": digest(repr(score.fingerprints()))}
 
 
 def _entry(point: Point) -> dict[str, Any]:

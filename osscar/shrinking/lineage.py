@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar.base.json_files import STRICT
+from osscar.base.printable import published
 from osscar.network.modules import device_of, number_format, sha256_of
 from osscar.offload.on_disk import values_of
 from osscar.shrinking.plan import Certificate, PruningPlan
@@ -112,7 +113,10 @@ def note(model: nn.Module, **known: Any) -> None:
 
 def data_record(calibration: Any) -> dict[str, Any]:
     """Return what reports say of a set of calibration data; nothing of plain tensors."""
-    return calibration.describe() if hasattr(calibration, "describe") else {}
+    if not hasattr(calibration, "describe"):
+        return {}
+    told = calibration.describe()
+    return {**told, "source": published(told["source"])}
 
 
 def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:

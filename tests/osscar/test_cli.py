@@ -115,6 +115,8 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     assert report == {key: value for key, value in printed.items() if key != "saved"}
     assert report["settings"]["neurons"] == "0.5"
     assert len(report["layers"]) == 4
+    for file in (*out_dir.glob("*.json"), out_dir / "report.html", out_dir / "README.md"):
+        assert str(tmp_path) not in file.read_text()
 
     other = tmp_path / "other.txt"
     other.write_text(PROSE.replace("fox", "cat"))
