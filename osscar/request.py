@@ -275,7 +275,7 @@ class PruningRequest:
     params
         Budget: what to *keep* of the model's parameters, a fraction or a count.
     size
-        Budget: what the weights of the model take on disk, as it is saved: a fraction of what those
+        Budget: what to *keep* of the bytes that the weights take on disk: a fraction of what those
         of the dense model would as modules, whatever the form, a size such as ``"200MB"``, or a
         number of bytes.
     flops

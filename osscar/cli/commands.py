@@ -6,6 +6,7 @@ Nothing here loads torch, so that help comes at once.
 from __future__ import annotations
 
 import importlib
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -33,6 +34,7 @@ from osscar.cli.options import (
     request_options,
 )
 from osscar.recovery.request import RecoveryRequest
+from osscar.report.stages import longest_stages
 from osscar.request import BOUND_ROUNDS, PruningRequest
 
 if TYPE_CHECKING:
@@ -52,16 +54,25 @@ _ALL = Parameter(name="*")
 """Spreads a group of options out among those of the command."""
 
 
+_TIMED = ("demo", "prune", "recover", "sweep", "gap", "export")
+"""Commands that tell how long they took, reading and saving included."""
+
+
 def _run(command: str, *arguments: Any) -> None:
     """Load the module of a command, which loads torch, and call what it names (by default `run`).
 
     From then on there is something to clean up where a signal ends the process.
     """
     module, _, function = command.partition(".")
-    with timed(Stage.START):
-        loaded = importlib.import_module(f"osscar.cli.{module}")
-    with handling(unwinds):
-        getattr(loaded, function or "run")(*arguments)
+    began = time.perf_counter()
+    with profiled() as spent:
+        with timed(Stage.START):
+            loaded = importlib.import_module(f"osscar.cli.{module}")
+        with handling(unwinds):
+            getattr(loaded, function or "run")(*arguments)
+    if command in _TIMED:
+        whole = time.perf_counter() - began
+        screen.print(f"took {whole:.1f} s{longest_stages(spent.of(whole))}", highlight=False)
 
 
 def _version() -> str:
@@ -117,9 +128,10 @@ def prune(
     Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
     channels of all layers share so that the model's outputs change least, or say with --heads,
     --neurons and --channels what every layer keeps of each, and with --experts what every mixture
-    keeps of its experts.  Under grouped-query attention a head is a key-value head with its query
-    heads.  What is done is kept in OUT.run until the smaller
-    model is saved: a run that was killed goes on when the same command is given again.
+    keeps of its experts.  --sparsity alone says what to remove; all others say what to keep, and a
+    line says it in numbers before the work begins.  Under grouped-query attention a head is a
+    key-value head with its query heads.  What is done is kept in OUT.run until the smaller model is
+    saved: a run that was killed goes on when the same command is given again.
     """
     with profiled() as spent:
         _run("prune", model, options, asked, spent)

@@ -64,7 +64,7 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
             )  # fmt: skip
         evaluation = document("eval", 3, dataclasses.asdict(comparison))
         content = {**report, "evaluation": evaluation}
-        write_text(saved.path / PAGE_FILE, prune_page(content))
+        write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))
     out.print(
         f"pruned the embedded OPT model to {_SPARSITY:.0%} of what its heads and neurons hold, "
         f"chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"

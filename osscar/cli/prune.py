@@ -36,7 +36,7 @@ from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough, samples_for
-from osscar.report.prune_page import prune_page, run_lines
+from osscar.report.prune_page import prune_page, run_lines, verdict
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest
 
@@ -222,7 +222,8 @@ class _Job:
         """Prune a model, and recover the smaller one if that is asked for."""
         ranks = self.ranks
         log = logs.pruning if ranks.first else None
-        result = prune_as_asked(model, data, self.request, log, ranks)
+        tell = say if ranks.first else (lambda line: None)
+        result = prune_as_asked(model, data, self.request, log, ranks, tell)
         if self.recovery is None:
             return result, None
         training = logs.recovery if ranks.first else None
@@ -254,7 +255,7 @@ class _Job:
         """Measure what a saved model takes, and return the document of its run with that."""
         with timed(Stage.REPORT):
             whole = {**content, **measured(loaded.model, smaller, data)}
-            renew_report(saved, whole, prune_page(whole))
+            renew_report(saved, whole, prune_page(whole, saved.path.name))
             self._write_copies(whole, saved)
         return whole
 
@@ -263,7 +264,7 @@ class _Job:
         where = {**dataclasses.asdict(saved), "path": str(saved.path)}
         write_json(self.options.json, {**content, "saved": where})
         if self.options.report is not None:
-            write_text(self.options.report, prune_page(content))
+            write_text(self.options.report, prune_page(content, saved.path.name))
 
 
 def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
@@ -275,5 +276,7 @@ def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> No
         out.print(line)
     if content["recovery"] is not None:
         tell_recovery(content["recovery"])
+    if lost := verdict(content):
+        out.print(f"verdict: {lost}", style="bold yellow", highlight=False)
     out.print(saved_line(saved, where))
     say(f"report: {where / PAGE_FILE}")

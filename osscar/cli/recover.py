@@ -16,6 +16,7 @@ from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.memory import in_words
 from osscar.base.printable import pluralize, published
 from osscar.base.ranks import Ranks, together
+from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, is_checkpoint
@@ -125,7 +126,7 @@ class _Job:
                 path,
                 tokenizer=smaller.companion,
                 report=content,
-                page=recover_page(content),
+                page=recover_page(content, path.name),
                 picture=self._picture(),
                 overwrite=options.overwrite,
             )
@@ -223,6 +224,7 @@ class _Job:
             "dense": published(source),
             "computed": dataclasses.asdict(Computed.of(recovery.model)),
             "parameters": count_parameters(recovery.model),
+            "own_code": builder_of(recovery.model) is None,
             "recovery": recovery.document(),
             "before": before,
         }
@@ -233,7 +235,7 @@ class _Job:
         where = {**dataclasses.asdict(saved), "path": str(saved.path)}
         write_json(self.options.json, {**content, "saved": where})
         if self.options.report is not None:
-            write_text(self.options.report, recover_page(content))
+            write_text(self.options.report, recover_page(content, saved.path.name))
 
 
 def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.pruning.experts import kept_in, prune_experts, skipped_mixtures
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
+from osscar.pruning.goal import goal
 from osscar.pruning.groups import Committed, held_out, prune_groups
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
@@ -52,6 +53,7 @@ def prune_as_asked(
     request: PruningRequest,
     log: RunLog | None = None,
     ranks: Ranks = ALONE,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> PruningResult:
     """Prune a model in one shot; the model that comes in is not changed.
 
@@ -73,6 +75,8 @@ def prune_as_asked(
         ranks, the first has it.
     ranks
         The processes that are asked for the same, and share out the work.
+    tell
+        Is told in a line what will be kept and removed, once that is known.
 
     Returns
     -------
@@ -120,7 +124,7 @@ def prune_as_asked(
         prepared = within_memory(prepared, request)
         with _begun(log, prepared, request) as records:
             facts = dense_facts(prepared, request)
-            result = prune_prepared(prepared, request, facts, log, records)
+            result = prune_prepared(prepared, request, facts, log, records, tell)
     finish(result, model, calibration, prepared)
     seconds = time.perf_counter() - start
     return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))
@@ -196,10 +200,11 @@ def prune_prepared(
     facts: _DenseFacts,
     log: RunLog | None = None,
     records: Sequence[LayerRecord] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> PruningResult:
     """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does."""
     start, before = time.perf_counter(), count_parameters(prepared.model)
-    widths = _widths(prepared, request, facts, log)
+    widths = _widths(prepared, request, facts, log, tell)
     committed = _walked(prepared, widths.keep, request, records, log)
     plan = PruningPlan(tuple(record.plan for record in committed.records))
     smaller, proof, batch_norms = shrunk(prepared, plan, request, facts.form, facts.statistics)
@@ -264,7 +269,11 @@ prune = by_keywords(PruningRequest, prune_as_asked)
 
 @timed(Stage.ALLOCATION)
 def _widths(
-    prepared: Prepared, request: PruningRequest, facts: _DenseFacts, log: RunLog | None
+    prepared: Prepared,
+    request: PruningRequest,
+    facts: _DenseFacts,
+    log: RunLog | None,
+    tell: Callable[[str], None],
 ) -> Allocated:
     """Decide what groups keep; a run that goes on has decided it."""
     noted: Allocated | None = prepared.ranks.broadcast(
@@ -274,6 +283,7 @@ def _widths(
         _check_noted(noted, prepared, request, facts)
         return noted
     try:
+        tell(goal(prepared, request, facts.skipped_names))
         known = allocate(prepared, request, facts.skipped_names, facts.form)
     except RequestError as error:
         also = f"; {named(facts.skipped)}" if facts.skipped else ""

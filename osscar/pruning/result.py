@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lazy_loader
@@ -19,6 +20,7 @@ from osscar.base.errors import first_line
 from osscar.base.printable import pluralize, published
 from osscar.base.shown import Shown
 from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
 from osscar.evaluation.dense import DenseScore
@@ -230,6 +232,7 @@ class PruningResult(Shown):
             "stages": dict(self.stages),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "form": str(self.form),
+            "own_code": builder_of(self.model) is None,
             "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
             "skipped": [dataclasses.asdict(group) for group in self.skipped],
             "folded": list(self.folded),
@@ -296,7 +299,7 @@ class PruningResult(Shown):
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=page.prune_page(document) if is_run else None,
+            page=page.prune_page(document, Path(directory).name) if is_run else None,
             picture=page.kept_picture(document) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,

@@ -72,7 +72,7 @@ def split(
         raise DataError(
             f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: to decide what is "
             f"kept takes {deciding}, {len(training)} share nothing with those, and a step has "
-            f"{size}; give more, or to `osscar recover` a smaller --batch-size or --held-out"
+            f"{size}; give more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
         )
     return training, held
 

@@ -27,6 +27,21 @@ def render(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(version=__version__, **content)
 
 
+def loading(document: Mapping[str, Any], directory: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the model in a directory is loaded, and what can be done with it.
+
+    `data` are those that pruned or recovered it: others have to be of their sort.
+    """
+    text, own = "seqlen" in data, document["own_code"]
+    given = "--text FILE" if text else "--images PATH" if "images" in data else "--inputs FILE"
+    export = f"osscar export {directory} --format onnx{' --dense DENSE' if own else ''}"
+    steps = ["eval"] if document.get("recovery") else ["eval", "recover"]
+    if text and document.get("form") == "exported":
+        steps = []  # a program can neither generate nor be refitted
+    commands = [f"osscar {step} {directory} --dense DENSE {given}" for step in steps]
+    return {"directory": directory, "own_code": own, "commands": [*commands, export]}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a result was made with, by name, in three parts: asked, as by default, and known."""

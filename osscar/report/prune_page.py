@@ -11,7 +11,7 @@ from osscar.preparation.consumer import MOST_ROWS
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture, png_of
 from osscar.report.names import common_prefix, without_prefix
-from osscar.report.page import Part, Settings, render, told
+from osscar.report.page import Part, Settings, loading, render, told
 from osscar.report.prune_plots import depth_figure, frontier_figure
 from osscar.report.recovery import recovery_section, recovery_settings
 from osscar.report.run_tables import layers_table, skipped_table
@@ -43,7 +43,7 @@ _QUALITY = ("perplexity", "top-1")
 """Rows of an evaluation that the sentence at the top repeats."""
 
 
-def prune_page(document: Mapping[str, Any]) -> str:
+def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
     """Return the page of a run.
 
     Parameters
@@ -51,6 +51,8 @@ def prune_page(document: Mapping[str, Any]) -> str:
     document
         An ``osscar.prune/5``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
         What it does not hold is left out.
+    directory
+        The name of the directory that holds the model.
     """
     computed = {f"computed: {key}": v for key, v in document.get("computed", {}).items()}
     recovery = document.get("recovery")
@@ -61,6 +63,7 @@ def prune_page(document: Mapping[str, Any]) -> str:
     return render(
         "prune.html.j2",
         document=document,
+        loaded=loading(document, directory, document["calibration"]),
         answer=_answer(document),
         asked_shortly=_in_words(document["settings"]),
         compared=new_table("", "", "dense >", "pruned >", "ratio >", rows=_rows(document)),
@@ -140,11 +143,18 @@ def _what(document: Mapping[str, Any]) -> str:
     return "token" if "seqlen" in document["calibration"] else "class"
 
 
+def _several(document: Mapping[str, Any]) -> str:
+    return "tokens" if _what(document) == "token" else "classes"
+
+
 def _meaning(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the divergence comes to, in a sentence, if it is known."""
     divergence = document.get("divergence")
     if divergence is not None:
         yield divergence_in_words(divergence, _what(document))
+    lost = verdict(document)
+    if lost:
+        yield f"{capitalized(lost)}."
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:
@@ -164,6 +174,30 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     if settings.get("groups"):
         said.append(pluralize(len(settings["groups"]), "group") + " by name")
     return f"{', '.join(said)}; backend {settings['backend']}"
+
+
+MUCH_NATS, MUCH_AGREEMENT = 0.2, 0.8
+"""A divergence above, or a share of likeliest predictions below which much was lost.
+
+At 0.2 nats the perplexity on text of the dense model's is 1.22 times its own.
+"""
+
+
+def verdict(document: Mapping[str, Any]) -> str:
+    """Say in one sentence that much was lost, and what to do; nothing where it was not.
+
+    A recovery that measures divergence decides by what it has come to.
+    """
+    recovery = document.get("recovery") or {}
+    nats_lost, same = document.get("divergence"), document.get("agreement")
+    remedies = "recover (osscar recover, or --recover), calibrate on more data, or remove less"
+    if recovery:
+        nats_lost = recovery["after"] if recovery["measure"] == "nats" else nats_lost
+        same, remedies = None, "recover on more data, or remove less"
+    if nats_lost is None or (nats_lost <= MUCH_NATS and (same is None or same >= MUCH_AGREEMENT)):
+        return ""
+    agree = "" if same is None else f"{same:.1%} of likeliest {_several(document)} agree, "
+    return f"{agree}{nats_lost:.2g} nats from the dense model: much was lost: {remedies}"
 
 
 def run_lines(document: Mapping[str, Any]) -> Iterator[str]:
@@ -199,7 +233,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     before, after = document["parameters_before"], document["parameters_after"]
     yield (
         "size",
-        f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer) in "
+        f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer), pruned in "
         f"{document['seconds']:.1f} s{longest_stages(document['stages'])}; "
         f"summed relative loss {document['summed_relative_loss']:.4f}",
     )

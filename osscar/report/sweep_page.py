@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -342,6 +341,10 @@ def _figure(
 ) -> Figure:
     """Draw a measure over something, a line a method, which bears its name at its end."""
     figure, axes = small_figure()
+    dense = next(point for point in points if point["method"] == _DENSE)
+    level = 0.0 if measure.name == _HELD_OUT else measure.of(dense)
+    log = _spans_decades(measure, points)
+    start = [] if level is None or (log and not level) else [(across(dense), level)]
     ends = []
     for method, color in _colors(points).items():
         mine = [point for point in points if point["method"] == method]
@@ -350,17 +353,23 @@ def _figure(
             for of in (measure.of, measure.recovered)
         )
         if recovered:
-            axes.plot(*zip(*one_shot, strict=True), ".--", color=color, linewidth=0.8, alpha=0.6)
+            dashed = zip(*start, *one_shot, strict=True)
+            axes.plot(*dashed, ".--", color=color, linewidth=0.8, alpha=0.6)
         if shown := recovered or one_shot:
-            axes.plot(*zip(*shown, strict=True), "o-", color=color, markersize=3.5, linewidth=1)
+            solid = zip(*start, *shown, strict=True)
+            axes.plot(*solid, "o-", color=color, markersize=3.5, linewidth=1)
             ends.append((*shown[-1], method, color))
         if shown and between:
             lows, highs = zip(*map(between, mine), strict=True)
             levels = [y for _, y in shown]
             axes.hlines(levels, lows, highs, color=color, linewidth=3, alpha=0.2)
     if predicted:
-        axes.plot(*zip(*predicted, strict=True), ":", color=COLORS[0], linewidth=1.2)
-    _dense_level(axes, points, measure, across)
+        axes.plot(*zip(*start, *predicted, strict=True), ":", color=COLORS[0], linewidth=1.2)
+    if start:
+        axes.plot(*start[0], "k*", markersize=8, zorder=3)
+        axes.axhline(start[0][1], color="k", linewidth=0.6, alpha=0.4)
+    if log:
+        axes.set_yscale("log")
     axes.margins(x=0.06, y=0.08)
     if measure.written.endswith("%"):
         axes.yaxis.set_major_formatter(SHARES)
@@ -370,15 +379,7 @@ def _figure(
     return figure
 
 
-def _dense_level(
-    axes: Axes, points: Sequence[Point], measure: _Measure, across: Callable[[Point], float]
-) -> None:
-    """Draw the dense model, and choose a scale on which all can be told apart."""
-    dense = next(point for point in points if point["method"] == _DENSE)
-    level = measure.of(dense)
-    if level:
-        axes.plot([across(dense)], [level], "k*", markersize=8)
-        axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
+def _spans_decades(measure: _Measure, points: Sequence[Point]) -> bool:
+    """Tell whether a scale has to be logarithmic for all points to be told apart."""
     values = [v for p in points for v in (measure.of(p), measure.recovered(p)) if v]
-    if not measure.more_is_better and values and max(values) > 10 * min(values):
-        axes.set_yscale("log")
+    return not measure.more_is_better and bool(values) and max(values) > 10 * min(values)

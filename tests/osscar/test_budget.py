@@ -21,9 +21,12 @@ from osscar.allocation.measured import summed_losses
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
+from osscar.evaluation.size import count_owned
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
+from osscar.pruning.goal import goal
+from osscar.report.tables import engineering
 from osscar.request import PruningRequest as Asked
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate
@@ -466,3 +469,31 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
 def test_only_what_rounding_parts_from_its_bound_is_the_least(predicted, bound, gap):
     budget = Budget(Cost.PARAMETERS, 1.0, 1.0, 1.0, predicted=predicted, lower_bound=bound)
     assert budget.gap == pytest.approx(gap, nan_ok=True)
+
+
+# ---- what is told of it beforehand ---------------------------------------------------------
+
+
+def test_what_is_kept_and_removed_is_told_in_numbers_beforehand():
+    model = tiny("opt")
+    dense = count_parameters(model)
+    with prepare(model, tokens(8, 24)) as prepared:
+        owned = count_owned(prepared.model, [one for one in prepared.groups if one.prunable])
+
+        def told(**asked):
+            return goal(prepared, Asked(**asked), ())
+
+        for kept, asked in (
+            (0.3 * dense, {"params": 0.3}),
+            (dense - 7, {"params": dense - 7}),
+            (dense - 0.3 * owned, {"sparsity": 0.3}),
+        ):
+            kept, of, gone = map(engineering, (kept, dense, dense - kept))
+            assert told(**asked) == f"keeps {kept} of {of} parameters, removes {gone}"
+        assert told(flops=0.3) == "keeps 30% of the operations, removes 70%"
+        assert told(size="20KB") == "keeps 20KB of the bytes that the weights take on disk"
+        assert told(speedup=2.0) == "is to be 2 times as fast as the dense model"
+    result = osscar.prune(model, tokens(8, 24), heads=0.5, neurons=0.25, backend="magnitude")
+    with prepare(model, tokens(8, 24)) as prepared:
+        found = goal(prepared, Asked(heads=0.5, neurons=0.25), ())
+    assert found.startswith(f"keeps {engineering(result.parameters_after)} of ")

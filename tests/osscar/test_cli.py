@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from osscar.cli import main
 from osscar.data.prose import Split, builtin_text
 from osscar.evaluation.forward import measure_forward
 from osscar.models.language import DEMO_DIRECTORY
+from osscar.report.tables import engineering
 from osscar.shrinking.lineage import note, weights_digest
 from tests.osscar.families import framing_tokenizer, tiny
 
@@ -104,15 +106,20 @@ def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
 
 def test_prune_then_eval_then_inspect(run, text, tmp_path):
     out_dir = tmp_path / "small"
+    began = time.perf_counter()
     status, out, err = run(
         *small_prune(text, out_dir, "--neurons", "0.5", "--json", tmp_path / "p")
     )
     assert status == 0, err
+    took = float(re.search(r"^took ([\d.]+) s \(", out, re.MULTILINE)[1])
     assert "320 of 640" in out
     assert "from_pretrained of transformers" in out
     report = json.loads((out_dir / "osscar_report.json").read_text())
     printed = json.loads((tmp_path / "p").read_text())
     assert report == {key: value for key, value in printed.items() if key != "saved"}
+    assert report["seconds"] < took <= time.perf_counter() - began + 0.1
+    before, after = (engineering(report[f"parameters_{one}"]) for one in ("before", "after"))
+    assert f"keeps {after} of {before} parameters, removes " in out
     assert report["settings"]["neurons"] == "0.5"
     assert len(report["layers"]) == 4
     for file in (*out_dir.glob("*.json"), out_dir / "report.html", out_dir / "README.md"):

@@ -341,7 +341,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     assert "calibrated or recovered this model" in err
     status, _, err = run("recover", "small", "--dense", "demo", *train[2:], "--out", "other")
     assert status == 2
-    assert "--dense of `osscar recover`" in " ".join(err.split())
+    assert "(--dense module:function" in " ".join(err.split())
     status, _, err = run("recover", "small", *train[:-2], "--out", "other")
     assert status == 2
     assert "reads no text: give --images" in err
@@ -453,6 +453,7 @@ def document(**changed):
     computed = {"dtype": "float32", "device": "cpu"}
     return {
         **{"model": "small", "dense": "large", "computed": computed, "parameters": 9876},
+        "own_code": False,
         **{"recovery": {**recovery, **changed}, "before": None},
     }
 

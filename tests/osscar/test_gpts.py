@@ -122,7 +122,7 @@ def test_from_training_to_onnx_runtime(name, positions, run, tmp_path, monkeypat
     assert 0 < report["divergence"] < 1
 
     def quality(directory):
-        asked = ("--inputs", "test.npz", "--against", spec, *weights, "--json", "eval.json")
+        asked = ("--inputs", "test.npz", "--dense", spec, *weights, "--json", "eval.json")
         command("eval", directory, *asked)
         found = json.loads((tmp_path / "eval.json").read_text())
         return found["dense"]["quality"], found["model"]["quality"]
@@ -145,7 +145,7 @@ def test_from_training_to_onnx_runtime(name, positions, run, tmp_path, monkeypat
     assert recovery["measure"] == "nats"
     assert recovery["after"] < recovery["before"]
 
-    command("export", "recovered", "--format", "onnx", "--against", spec)
+    command("export", "recovered", "--format", "onnx", "--dense", spec)
     small = osscar.load("recovered", dense=model)
     session = onnxruntime.InferenceSession("recovered.onnx", providers=["CPUExecutionProvider"])
     for count in (2, 5):

@@ -1,6 +1,7 @@
 """Pages of pruning runs and studies as a browser shows them, and what is refused."""
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -15,11 +16,13 @@ import solvers
 from osscar.allocation.divergence import Reference
 from osscar.preparation.prepare import prepare
 from osscar.report.gap_page import write_report
-from osscar.report.prune_page import prune_page
+from osscar.report.page import loading
+from osscar.report.prune_page import prune_page, verdict
 from osscar.report.summary import summarize
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from tests.osscar.browser import DESK, PHONE, seen, seen_at
+from tests.osscar.conftest import lacking
 from tests.osscar.families import tiny, tokens
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -63,11 +66,9 @@ def check_shown(shown, *, pictures):
 @pytest.mark.usefixtures("drawn")
 def test_the_page_of_a_run_shows_its_numbers(document, tmp_path):
     on_phone, on_desk = seen_at(written(tmp_path, document), PHONE, DESK)
-    # A shadow that stays lies under one that moves away where there is more to see.
-    assert on_phone["scrolled"]
-    assert all("local" in one and "scroll" in one for one in on_phone["scrolled"])
-    for shown in (on_phone, on_desk):
-        check_numbers(document, check_shown(shown, pictures=2))
+    assert not on_phone["scrolled"]  # no table is wider than the window
+    assert "3 of 6" in check_shown(on_phone, pictures=2)
+    check_numbers(document, check_shown(on_desk, pictures=2))
 
 
 def check_numbers(document, text):
@@ -193,6 +194,39 @@ def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path):
         assert line in text
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+def test_the_page_says_how_its_directory_is_loaded_and_what_comes_next(document, own_code):
+    page = html.unescape(prune_page({**document, "own_code": own_code}, "mine"))
+    assert ('osscar.load("mine", dense=dense)' if own_code else 'osscar.load("mine")') in page
+    commands = re.findall(r"osscar (\w+) mine (--.*?)(?:<|\n)", page)
+    assert [command for command, _ in commands] == ["eval", "recover", "export"]
+    for command, options in commands:
+        assert not lacking([command], options)
+    recovered = {**document, "recovery": {**document, "recovery": None}}
+    assert " recover mine" not in str(loading(recovered, "mine", document["calibration"]))
+
+
+@pytest.mark.parametrize(
+    ("nats", "agreement", "after", "said"),
+    [
+        (0.2, 0.8, None, ""),
+        (None, None, None, ""),
+        (0.1, 0.586, None, "58.6% of likeliest tokens agree, 0.1 nats from the dense model: much"),
+        (0.21, 0.9, None, "90.0% of likeliest tokens agree, 0.21 nats from the dense model: much"),
+        (0.9, 0.5, 0.1, ""),
+        (0.9, 0.5, 0.3, "0.3 nats from the dense model: much was lost: recover on more data, or"),
+    ],
+)
+def test_much_is_said_to_be_lost_beyond_the_stated_thresholds(
+    document, nats, agreement, after, said
+):
+    recovery = None if after is None else {"measure": "nats", "after": after}
+    known = {"divergence": nats, "agreement": agreement, "recovery": recovery}
+    found = verdict({**document, **known})
+    assert found.startswith(said)
+    assert bool(found) is bool(said)
+
+
 def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
     given = {"name": "x", "shape": [2, 9, 6], "dtype": "float32", "varies": [0, 1, 2]}
     words = "the exported program takes 9 alone along dimension 1 of x, where the dense model takes"
@@ -268,7 +302,7 @@ def test_prune_writes_a_page_and_may_replace_its_own_alone(run, text, tmp_path):
     assert f"report: {out / 'report.html'}" in printed
     page = (out / "report.html").read_text()
     assert elsewhere.read_text() == page
-    assert prune_page(json.loads((out / "osscar_report.json").read_text())) == page
+    assert prune_page(json.loads((out / "osscar_report.json").read_text()), "small") == page
     assert "report.html" in json.loads((out / "osscar.json").read_text())["files"]
     status, _, err = run(*small_prune(out, text, "--overwrite"))
     assert status == 0, err
@@ -349,17 +383,21 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
         "2 of 3 problems are solved to proven optimality; in the other the answer is within "
         f"{float(f'{100 * still.gap:.2g}'):g}% of the optimum."
     )
-    for shown in seen_at(page, PHONE, DESK):
+    on_phone, on_desk = seen_at(page, PHONE, DESK)
+    # A shadow that stays lies under one that moves away where there is more to see of a picture.
+    assert on_phone["scrolled"]
+    assert all("local" in one and "scroll" in one for one in on_phone["scrolled"])
+    for shown in (on_phone, on_desk):
         text = check_shown(shown, pictures=3)
         assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
-        lines = text.splitlines()
-        (heads,) = (line for line in lines if line.startswith("heads\t50%"))
-        assert heads.split("\t")[2:4] == ["2", "2"]
-        (neurons,) = (line for line in lines if line.startswith("neurons\t50%"))
-        assert neurons.split("\t")[2:6] == ["1", "0", f"{still.gap:.2%}", f"{still.gap:.2%}"]
         asked = text.index("What was asked")
         assert asked > text.index("Every solve")
         assert "a model" in text[asked:]
+    lines = on_desk["text"].splitlines()
+    (heads,) = (line for line in lines if line.startswith("heads\t50%"))
+    assert heads.split("\t")[2:4] == ["2", "2"]
+    (neurons,) = (line for line in lines if line.startswith("neurons\t50%"))
+    assert neurons.split("\t")[2:6] == ["1", "0", f"{still.gap:.2%}", f"{still.gap:.2%}"]
 
 
 def test_answers_say_how_many_are_proved():

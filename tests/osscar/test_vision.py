@@ -596,7 +596,7 @@ def test_python_saves_all_that_the_command_line_does(code, archive, tmp_path):
     assert again.preprocessing == loaded.preprocessing != IMAGENET
     lineage = lineage_of(again.model)
     assert lineage == lineage_of(result.model)
-    assert lineage.source == code
+    assert lineage.source == Path(code).name
     with pytest.raises(DataError, match=r"about 100% of .* calibrated or recovered this model"):
         refuse_overlap(images, lineage.calibration)
     file = tmp_path / "small" / "osscar.json"
