@@ -16,12 +16,14 @@ from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
 from osscar.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
+from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.shrinking.lineage import Computed, lineage_of, may_come_from
 from osscar.shrinking.seen import refuse_overlap
+from osscar.shrinking.shrink import prove
 
 _NO_MODEL = 0.5
 """Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
@@ -32,6 +34,8 @@ def run(model: str, options: EvalOptions) -> None:
     text, images, inputs = options.text, options.images, options.inputs
     dense, weights = options.dense, options.weights
     check_json_path(options.json, inputs=(model, dense, text, images, inputs, weights))
+    if options.prove and dense is None:
+        raise OptionError("--prove compares with the dense model: give it, --dense MODEL")
     stated = stated_preprocessing(options)
     load: dict[str, Any] = {
         "device": options.device,
@@ -67,9 +71,14 @@ def run(model: str, options: EvalOptions) -> None:
             "batch_size": options.batch_size,
             "path": loaded.path,
         }
-        comparison = None
+        comparison, structure = None, None
         if dense is not None:
-            comparison = _comparison(loaded, dense, data, weights, load, how)
+            original = load_model(
+                dense, weights=weights if kind_of(dense).takes_weights else None, **load
+            )
+            comparison = _comparison(loaded, original, dense, data, how)
+            if options.prove:
+                structure = prove(loaded.model, original.model, example_for(original.model))
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     if comparison is None:
@@ -77,6 +86,8 @@ def run(model: str, options: EvalOptions) -> None:
     else:
         out.print(comparison_table(comparison, Path(model).name))
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
+    if structure is not None:
+        say(f"proved again: {structure.sentence()}")
     numbers = evaluation.numbers()
     if comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
         say("nothing is known of its quality: that takes labels, or --dense the dense model")
@@ -86,6 +97,7 @@ def run(model: str, options: EvalOptions) -> None:
         "dense_name": None if comparison is None else dense,
         **_source(data, text, images, inputs),
         "computed": dataclasses.asdict(computed),
+        "structure": None if structure is None else dataclasses.asdict(structure),
         **{
             name: dataclasses.asdict(one) if isinstance(one, Evaluation) else one
             for name, one in measured.items()
@@ -96,10 +108,9 @@ def run(model: str, options: EvalOptions) -> None:
 
 def _comparison(
     loaded: LoadedModel,
+    original: LoadedModel,
     dense: str,
     data: TextSet | SampleSet,
-    weights: Path | None,
-    load: dict[str, Any],
     options: dict[str, Any],
 ) -> Comparison | None:
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
@@ -110,7 +121,6 @@ def _comparison(
             f"{dense!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
             "that it was pruned from"
         )
-    original = load_model(dense, weights=weights if sort.takes_weights else None, **load)
     if original.drawn > _NO_MODEL:
         warn(
             f"no comparison: {dense} without weights is no dense model, and numbers beside its "

@@ -207,6 +207,9 @@ class EvalOptions(OpenOptions):
     dense: str | None = None
     """The dense model, to be measured side by side; code of your own also rebuilds the pruned
     one."""
+    prove: bool = False
+    """Prove again that the model's code computes what that of --dense does without the units that
+    were removed."""
     windows: int | None = None
     """Score only the first N windows; by default the full text."""
     seqlen: int | None = None

@@ -262,6 +262,14 @@ class Structure:
     tensors: int
     sizes: tuple[str, ...]
 
+    def sentence(self) -> str:
+        """Say it."""
+        return (
+            "the smaller model's program is the dense model's without these units "
+            f"({self.operators:,} operators, {self.numbers:,} numbers and {self.tensors:,} "
+            f"tensors are equal), for {'; '.join(self.sizes)}"
+        )
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -298,12 +306,7 @@ class Certificate:
         ties = f"; {self.ties} whole numbers differ by rounding" if self.ties else ""
         program = ("not proved, but compared", self.unproved)
         if found is not None:
-            program = (
-                "proved",
-                "the smaller model's program is the dense model's without these units "
-                f"({found.operators:,} operators, {found.numbers:,} numbers and {found.tensors:,} "
-                f"tensors are equal), for {'; '.join(found.sizes)}",
-            )
+            program = ("proved", found.sentence())
         return program, (
             "outputs",
             f"equal those of the masked model to {self.error:.1e} of a column's largest "

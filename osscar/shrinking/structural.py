@@ -39,8 +39,8 @@ from osscar.shrinking.equivalence import runs
 from osscar.shrinking.plan import Integer, PruningPlan, Structure
 from osscar.shrinking.program.program import ShrunkGraph, shrunk_graph, staying_of
 
-_MOST_PROGRAMS = 3
-"""Programs of one model, each for other sizes of its inputs."""
+_MOST_PROGRAMS = 2
+"""Exports of one model, each for other sizes of its inputs."""
 
 _EVERY, _SAMPLES = range(32), range(1)
 """Dimensions of the inputs whose sizes are left open."""
@@ -131,12 +131,13 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
         first = _first_program(model, example)
     except GraphError as error:
         return DensePrograms((), first_line(error))
-    found, others = [first], list[Mapping[str, Any]]()
+    found, others, exports = [first], list[Mapping[str, Any]](), 1
     for other in _other_sizes(first):
         if first.traced.standalone.takes(other):
             continue
         known = any(one.traced.standalone.takes(other) for one in found[1:])
-        if not known and len(found) < _MOST_PROGRAMS:
+        if not known and exports < _MOST_PROGRAMS:
+            exports += 1
             try:
                 traced = _traced(model, other, first.left_open)
                 found.append(DenseProgram(traced, other, first.left_open))

@@ -82,6 +82,26 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return osscar.export_onnx(net(), out, example_inputs=torch.randn(2, 4)).path
 
 
+class FlipsLargeBatches(nn.Module):
+    """Does something else for more than four samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.leave(torch.relu(self.enter(x)))
+        return y.flip(1) if x.shape[0] > 4 else y
+
+
+def test_a_size_is_open_only_as_far_as_the_code_does_the_same(tmp_path: Path) -> None:
+    model, x = FlipsLargeBatches().eval(), torch.randn(6, 4)
+    file = osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x[:2]).path
+    torch.testing.assert_close(run_file(file, x=x[:2])[0], model(x[:2]))
+    with pytest.raises(Exception, match="dimension"):
+        run_file(file, x=x)
+
+
 # ---- models of each sort -----------------------------------------------------------------
 
 

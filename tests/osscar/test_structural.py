@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import EquivalenceError, ModelError
+from osscar.shrinking.lineage import lineage_of
 from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
-from osscar.shrinking.shrink import shrink
+from osscar.shrinking.shrink import masked, shrink
 from osscar.shrinking.structural import StructureError, dense_programs
+from tests.osscar.families import tiny
 
 UNITS, KEPT = 20, 10
 
@@ -340,3 +342,33 @@ def test_what_cannot_be_exported_any_more_is_compared_and_says_so():
     assert certificate.structure is None
     assert "cannot be exported" in certificate.unproved
     assert certificate.rows()[0][0] == "not proved, but compared"
+
+
+def test_a_saved_model_is_proved_again_from_the_two_models(tmp_path):
+    torch.manual_seed(0)
+    net, data = Plain().eval(), torch.randn(32, 5, 6)
+    saved = osscar.prune(net, data, neurons=KEPT).save(tmp_path / "small")
+    again = osscar.load(saved.path, dense=net)
+    assert lineage_of(again).certificates[-1].structure is not None
+    assert osscar.prove(again, net, {"x": data[:2]}).operators == 3
+    again.forward = lambda x: again.b(torch.relu(again.a(x))) / again.a.out_features
+    with pytest.raises(StructureError, match=r"aten\.div"):
+        osscar.prove(again, net, {"x": data[:2]})
+    with pytest.raises(ModelError, match="no units were removed"):
+        osscar.prove(net, net, {"x": data[:2]})
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_with_a_cache_is_that_of_the_masked_model(cache):
+    model = tiny("llama-gqa").eval()
+    ids = torch.arange(10).view(2, 5) + 3
+    how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    groups = graph.trace(model, {"input_ids": ids}).prunable
+    plan = PruningPlan(tuple(GroupPlan.of(g, tuple(range(0, g.units, 2))) for g in groups))
+    with masked(model, plan):
+        expected = torch.stack(model.generate(ids, **how).logits)
+    certificate = shrink(model, plan, [{"input_ids": ids}]).certificate
+    assert certificate.structure is not None
+    found = torch.stack(model.generate(ids, **how).logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
