@@ -56,7 +56,7 @@ def test_a_batch_is_named_with_the_module(error):
     model.model.decoder.layers[1].fc1.register_forward_pre_hook(full)
     said = refusal(model)
     assert "calibration batch 0 in 'model.decoder.layers.1.fc1'" in said
-    assert all(option in said for option in ("batch_size=", "samples=", "max_memory="))
+    assert all(way in said for way in ("smaller batches", "fewer samples", "--max-memory")), said
 
 
 @one
