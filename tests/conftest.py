@@ -45,6 +45,14 @@ def timed_briefly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_program() -> Iterator[None]:
+    """Export models for inputs of one size, but in the tests that are about sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("osscar.shrinking.structural._MOST_PROGRAMS", 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
     """Hear of Ctrl+C in the background, too, where a shell has jobs ignore it: tests send it."""
     before = signal.getsignal(signal.SIGINT)

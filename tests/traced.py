@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import graph
-from osscar.shrinking import follow, structural
+from osscar.shrinking import follow
 from osscar.shrinking.shrink import rehearse
 from osscar.shrinking.structural import DensePrograms, dense_programs
 from osscar.walk.schedule import _called_on_shapes
@@ -112,9 +112,8 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def once() -> Iterator[None]:
-    """Find the structure of each architecture once, for one size of inputs, in this block."""
+    """Find the structure of each architecture once, while the block runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structural, "_MOST_PROGRAMS", 1)
         for module, name in _places(len(sys.modules)):
             patch.setattr(module, name, _ANSWERED[name])
         yield

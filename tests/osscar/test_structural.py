@@ -27,6 +27,11 @@ from tests.osscar.families import tiny
 UNITS, KEPT = 20, 10
 
 
+@pytest.fixture(autouse=True)
+def as_many_programs_as_users_have(monkeypatch):
+    monkeypatch.setattr("osscar.shrinking.structural._MOST_PROGRAMS", 2)
+
+
 class Net(nn.Module):
     """Two layers; `after` is what a network makes of their output and of the width between."""
 
@@ -197,7 +202,7 @@ def flat(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.sampled(6, [LongInputs, RareScale, FromItsConfig, CountThatFollows, Plain])
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
 def test_what_is_accepted_is_right_on_all_inputs(kind):
     torch.manual_seed(0)
