@@ -46,9 +46,10 @@ def timed_briefly() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_program() -> Iterator[None]:
-    """Export models for inputs of one size, but in the tests that are about sizes."""
+    """Export models for inputs of one size alone, but in the tests that are about sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("osscar.shrinking.structural._MOST_PROGRAMS", 1)
+        for name, value in {"_MOST_PROGRAMS": 1, "_EVERY": (), "_SAMPLES": ()}.items():
+            patch.setattr(f"osscar.shrinking.structural.{name}", value)
         yield
 
 

@@ -28,8 +28,10 @@ UNITS, KEPT = 20, 10
 
 
 @pytest.fixture(autouse=True)
-def as_many_programs_as_users_have(monkeypatch):
-    monkeypatch.setattr("osscar.shrinking.structural._MOST_PROGRAMS", 2)
+def sizes_are_open(monkeypatch):
+    """Leave sizes open, and export for others, as for users."""
+    for name, value in {"_MOST_PROGRAMS": 2, "_EVERY": range(32), "_SAMPLES": range(1)}.items():
+        monkeypatch.setattr(f"osscar.shrinking.structural.{name}", value)
 
 
 class Net(nn.Module):
