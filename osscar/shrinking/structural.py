@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -29,18 +30,20 @@ from graph.extents import Staying, TracedProgram, with_axes
 from graph.groups import UnitKind
 from graph.tracing.export import canonical_names, module_of, varies
 from graph.tracing.preserve import without_cache
-from graph.tracing.standalone import GUARDS, Sizes, Standalone, export_standalone, expression
+from graph.tracing.standalone import GUARDS, Standalone, export_standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
 from osscar.offload.on_disk import OnDisk, shapes_only
 from osscar.shrinking.attention import expose_attention
-from osscar.shrinking.equivalence import runs
 from osscar.shrinking.plan import Integer, PruningPlan, Structure
 from osscar.shrinking.program.program import ShrunkGraph, shrunk_graph, staying_of
 
 _MOST_PROGRAMS = 2
 """Exports of one model, each for other sizes of its inputs."""
+
+_NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
+"""A number in a guard, and no index."""
 
 _EVERY, _SAMPLES = range(32), range(1)
 """Dimensions of the inputs whose sizes are left open."""
@@ -62,13 +65,12 @@ class DenseProgram:
     """The program of a dense model, for the sizes of inputs that its guards let pass.
 
     `example` are the inputs that it was traced with, and `left_open` the dimensions of each whose
-    sizes were left open.  `limited_by` are inputs that the model takes, for which it does not hold.
+    sizes were left open.
     """
 
     traced: TracedProgram
     example: Mapping[str, Any]
     left_open: Mapping[str, Collection[int]]
-    limited_by: tuple[Mapping[str, Any], ...] = ()
 
 
 _Widths: TypeAlias = tuple[tuple[tuple[str, int], ...], tuple[Integer, ...]]
@@ -131,23 +133,16 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
         first = _first_program(model, example)
     except GraphError as error:
         return DensePrograms((), first_line(error))
-    found, others, exports = [first], list[Mapping[str, Any]](), 1
+    found, exports = [first], 1
     for other in _other_sizes(first):
-        if first.traced.standalone.takes(other):
-            continue
-        known = any(one.traced.standalone.takes(other) for one in found[1:])
-        if not known and exports < _MOST_PROGRAMS:
+        if exports == _MOST_PROGRAMS:
+            break
+        if not any(one.traced.standalone.takes(other) for one in found):
             exports += 1
-            try:
+            with suppress(GraphError):  # the model may not take such inputs
                 traced = _traced(model, other, first.left_open)
                 found.append(DenseProgram(traced, other, first.left_open))
-            except GraphError:
-                if not runs(model, other):
-                    continue
-        others.append(other)
-    first = replace(first, limited_by=tuple(others))
-    rest = (replace(one, limited_by=(example,)) for one in found[1:])
-    return DensePrograms((first, *rest))
+    return DensePrograms(tuple(found))
 
 
 class Unproved(Exception):
@@ -215,7 +210,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
     """Yield inputs of which one size is another: one that is open, or of images that are not.
 
-    Dimensions that have to be alike are of one size.
+    Dimensions that have to be alike are of one size.  Numbers in guards are tried first.
     """
     standalone = program.traced.standalone
     leaves, form = pytree.tree_flatten({name: program.example[name] for name in standalone.names})
@@ -224,11 +219,14 @@ def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if varies(size) or (dim > 1 and value.dim() > 3):
                 places.setdefault(expression(size), []).append((index, dim))
+    numbers = {
+        int(number) for guard in standalone.sizes.guards for number in _NUMBER.findall(guard)
+    }
+    told = sorted({number + more for number in numbers for more in (0, 1)} - {0})
     for size, those in places.items():
         index, dim = those[0]
-        count, most = leaves[index].shape[dim], standalone.most.get(size)
-        others = (1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,)
-        for other in others if most is None else (most + 1, *others):
+        count = leaves[index].shape[dim]
+        for other in (*told, 1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,):
             changed = list(leaves)
             for index, dim in those:
                 entries = torch.arange(other, device=leaves[index].device) % count
@@ -250,12 +248,12 @@ def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comp
     except GraphError as error:
         raise Unproved(f"the smaller model cannot be exported: {first_line(error)}") from error
     names = canonical_names(model)
-    found = _Comparison(due, made, dense.limited_by, names)
+    found = _Comparison(due, made, names)
     try:
         found.run()
     except StructureError:  # once more, to say in which lines of code
         made = _exported(model, dense.example, dense.left_open, lines=True)
-        _Comparison(shrunk_graph(dense.traced, plan), made, dense.limited_by, names).run()
+        _Comparison(shrunk_graph(dense.traced, plan), made, names).run()
         raise
     return found
 
@@ -292,14 +290,8 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class _Comparison:
     """Finds the first operator that differs, and all numbers and tensors before it."""
 
-    def __init__(
-        self,
-        due: ShrunkGraph,
-        made: Standalone,
-        limited_by: Sequence[Mapping[str, Any]],
-        names: Mapping[str, str],
-    ) -> None:
-        self.due, self.made, self.limited_by, self.names = due, made, limited_by, names
+    def __init__(self, due: ShrunkGraph, made: Standalone, names: Mapping[str, str]) -> None:
+        self.due, self.made, self.names = due, made, names
         self.pairs: dict[Node, Node] = {}
         """For each value of the smaller model's program, that of the dense one's."""
         self.symbols: dict[sympy.Basic, sympy.Basic] = {}
@@ -307,6 +299,8 @@ class _Comparison:
         self.fixed: dict[sympy.Basic, sympy.Basic] = {}
         """Open sizes of the dense program that the other one has a number for."""
         self.operators = self.numbers = 0
+        self.see_through = False
+        """Whether a copy is the value that it is one of."""
         self.tensors: set[str] = set()
         self.differences: list[tuple[Node, str]] = []
 
@@ -333,9 +327,12 @@ class _Comparison:
         """Compare two graphs, which lose what nobody reads."""
         for one in (due, made):
             one.eliminate_dead_code(_has_effect)
+        self.see_through = not any(_minds_copies(node) for one in (due, made) for node in one.nodes)
         inputs = (one.find_nodes(op="placeholder") for one in (made, due))
         self.pairs.update(zip(*inputs, strict=True))
-        steps, others = _steps(due), _steps(made)
+        steps, others = (
+            [node for node in _steps(one) if self._seen(node) is node] for one in (due, made)
+        )
         for step, other in zip(steps, others, strict=False):
             if step.target != other.target:
                 self.differences.append(
@@ -376,9 +373,15 @@ class _Comparison:
         elif type(due) is not type(made) or due != made:
             self._differ(node, due, made)
 
+    def _seen(self, node: Node) -> Node:
+        """Return the value that a node is a copy of, if copies can be seen through."""
+        while self.see_through and str(node.target) in _COPIES:
+            node = node.all_input_nodes[0]
+        return node
+
     def _same_values(self, due: Node, made: Node, node: Node) -> None:
         """Compare two values that are no numbers: results of operators, or what is read."""
-        due, made = _through_copies(due), _through_copies(made)
+        due, made = self._seen(due), self._seen(made)
         if "get_attr" not in (due.op, made.op):
             if self.pairs.get(made) is not due:
                 self._differ(node, due, made)
@@ -432,7 +435,7 @@ class _Comparison:
 
     def result(self) -> Structure:
         """Return what was found equal."""
-        sizes = _sizes_in_words(self.due.traced.standalone, self.made, self.limited_by)
+        sizes = _sizes_in_words(self.due.traced.standalone, self.made)
         return Structure(self.operators, self.numbers, len(self.tensors), (sizes,))
 
 
@@ -447,32 +450,23 @@ def by_construction(shrunk: ShrunkGraph) -> Structure:
     ]
     names = {shrunk.tensor_name(node) for node in shrunk.graph.find_nodes(op="get_attr")} - {None}
     program = shrunk.traced.standalone
-    sizes = _sizes_in_words(program, program, ())
+    sizes = _sizes_in_words(program, program)
     sizes += "" if program.exact else ", of two samples or more"
     return Structure(len(_steps(shrunk.graph)), len(numbers), len(names), (sizes,))
 
 
-def _sizes_in_words(
-    dense: Standalone, made: Standalone, limited_by: Sequence[Mapping[str, Any]]
-) -> str:
-    """Say for inputs of which sizes two programs hold.
-
-    Of the dense program's guards those count that keep out inputs which the model takes.
-    """
-    shapes = list[str]()
-    for name, shape in dense.sizes.shapes.items():
-        pairs = zip(shape, made.sizes.shapes[name], strict=True)
-        sizes = ("any" if pair == (None, None) else str(pair[1] or pair[0]) for pair in pairs)
-        shapes.append(f"{name} ({', '.join(sizes)})")
-    leaves = (pytree.tree_leaves({n: one[n] for n in dense.names}) for one in limited_by)
-    kept_out = [dict(zip(dense.input_names, found, strict=True)) for found in leaves]
-    limits = [
-        guard
-        for guard in dense.sizes.guards
-        if any(Sizes({}, (guard,)).broken(inputs) for inputs in kept_out)
-    ]
-    limits += [guard for guard in made.sizes.guards if guard not in dense.sizes.guards]
-    return " where ".join((", ".join(shapes), *([" and ".join(limits)] if limits else [])))
+def _sizes_in_words(dense: Standalone, made: Standalone) -> str:
+    """Say for which inputs two programs hold."""
+    given = list[str]()
+    for name, value in zip(dense.input_names, dense.inputs, strict=True):
+        if isinstance(value, Tensor):
+            pairs = zip(dense.sizes.shapes[name], made.sizes.shapes[name], strict=True)
+            sizes = ("any" if pair == (None, None) else str(pair[1] or pair[0]) for pair in pairs)
+            given.append(f"{name} ({', '.join(sizes)})")
+        else:
+            given.append(f"{name} = {value}")
+    guards = tuple(dict.fromkeys((*dense.sizes.guards, *made.sizes.guards)))
+    return " where ".join((", ".join(given), *([" and ".join(guards)] if guards else [])))
 
 
 _PLAIN = (int, float, complex)
@@ -513,20 +507,16 @@ def _steps(graph: Graph) -> list[Node]:
         and not _is_number(node)
         and node.target != GUARDS
         and not any(name in str(node.target) for name in _IDLE)
-        and _through_copies(node) is node
     ]
 
 
-def _through_copies(node: Node) -> Node:
-    """Return the value that a node is a copy of, in another order in memory at most.
+def _minds_copies(node: Node) -> bool:
+    """Whether an operator can tell a copy from the value: it writes, or reads the order in memory.
 
-    Whether code makes one depends on sizes.  Where anything in a program is written to, a copy is a
-    value of its own.
+    Whether code makes a copy depends on sizes; elsewhere it is the value.
     """
-    if not any(_has_effect(one) and one.op.startswith("call_") for one in node.graph.nodes):
-        while str(node.target) in _COPIES:
-            node = node.all_input_nodes[0]
-    return node
+    reads = any(name in str(node.target) for name in ("as_strided", "_reshape_alias", "view.dtype"))
+    return reads or (_has_effect(node) and node.op.startswith("call_"))
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

@@ -267,6 +267,52 @@ def test_both_sides_of_a_branch_on_a_size_are_proved():
     )
 
 
+class AtOneLength(Net):
+    def after(self, y, x, w):
+        return y / w if x.shape[1] == 23 else y
+
+
+class ByAnotherProduct(Net):
+    def after(self, y, x, w):
+        return y / w if x.shape[0] * x.shape[1] > 170 else y
+
+
+@pytest.mark.parametrize("kind", [AtOneLength, ByAnotherProduct])
+def test_sizes_that_were_not_proved_are_not_claimed(kind):
+    net, x = kind().eval(), torch.randn(2, 5, 6)
+    try:
+        found = shrink(net, plan_of(net), [(x,)]).certificate.structure
+    except EquivalenceError:
+        return
+    assert all(" where " in size for size in found.sizes)
+
+
+class WithNumber(Net):
+    def forward(self, x, k=0):
+        h = torch.relu(self.a(x))
+        return self.b(h) / h.shape[-1] if k > 4 else self.b(h)
+
+
+def test_arguments_that_are_no_tensors_are_part_of_the_claim():
+    net, inputs = WithNumber().eval(), {"x": torch.randn(2, 5, 6), "k": 3}
+    (group,) = graph.trace(net, inputs).prunable
+    plan = PruningPlan((GroupPlan.of(group, tuple(range(0, UNITS, 2))),))
+    assert shrink(net, plan, [inputs]).certificate.structure.sizes == ("x (any, any, 6), k = 3",)
+
+
+class ReadsMemory(Net):
+    def after(self, y, x, w):
+        t = y.transpose(1, 2)
+        t = t.contiguous() if w < UNITS else t
+        return torch.where(is_rare(x), torch.as_strided(t, (7,), (1,)), y)
+
+
+def test_copies_count_where_the_order_in_memory_is_read():
+    net, x = ReadsMemory().eval(), torch.randn(2, 5, 6)
+    with pytest.raises(EquivalenceError):
+        shrink(net, plan_of(net), [(x,)])
+
+
 def tampered(net: Net, how: str) -> Net:
     """Return a smaller network in which one thing is wrong that shapes do not show."""
     with torch.no_grad():
