@@ -73,9 +73,7 @@ def run(model: str, options: EvalOptions) -> None:
         }
         comparison, structure = None, None
         if dense is not None:
-            original = load_model(
-                dense, weights=weights if kind_of(dense).takes_weights else None, **load
-            )
+            original = _original(loaded, dense, data, weights, load)
             comparison = _comparison(loaded, original, dense, data, how)
             if options.prove:
                 structure = prove(loaded.model, original.model, example_for(original.model))
@@ -106,6 +104,24 @@ def run(model: str, options: EvalOptions) -> None:
     write_json(options.json, document("eval", 3, content))
 
 
+def _original(
+    loaded: LoadedModel,
+    dense: str,
+    data: TextSet | SampleSet,
+    weights: Path | None,
+    load: dict[str, Any],
+) -> LoadedModel:
+    """Load the dense model of a pruned one, which reads what that reads."""
+    sort = kind_of(dense)
+    if (sort is ModelKind.LANGUAGE) != isinstance(data, TextSet):
+        reads = "text" if isinstance(data, TextSet) else "no text"
+        raise ModelError(
+            f"{dense!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
+            "that it was pruned from"
+        )
+    return load_model(dense, weights=weights if sort.takes_weights else None, **load)
+
+
 def _comparison(
     loaded: LoadedModel,
     original: LoadedModel,
@@ -114,13 +130,6 @@ def _comparison(
     options: dict[str, Any],
 ) -> Comparison | None:
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
-    sort = kind_of(dense)
-    if (sort is ModelKind.LANGUAGE) != isinstance(data, TextSet):
-        reads = "text" if isinstance(data, TextSet) else "no text"
-        raise ModelError(
-            f"{dense!r} is {sort.value}, and {loaded.source} reads {reads}; give the dense model "
-            "that it was pruned from"
-        )
     if original.drawn > _NO_MODEL:
         warn(
             f"no comparison: {dense} without weights is no dense model, and numbers beside its "

@@ -60,7 +60,8 @@ def no_lines_for_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lacking(arguments: Sequence[str], said: str) -> set[str]:
     """Return the options that a command names as its own, and does not have."""
-    command = app[arguments[0]] if arguments and arguments[0].isalpha() else app
+    name = arguments[0] if arguments else ""
+    command = app[name] if name.isalpha() and name in set(app) else app
     commands = [command, *(command[name] for name in command if name.isalpha())]
     known = {
         name
