@@ -678,7 +678,7 @@ def test_version_and_help_name_every_command_and_every_choice(run):
     for choices in (
         "[choices: measured, uniform]",
         "[choices: weights, residual]",
-        "[choices: correct, estimate, keep]",
+        "[choices: correct, keep]",
         "[choices: auto, eager, exported]",
     ):
         assert choices in said
