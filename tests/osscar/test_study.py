@@ -594,10 +594,7 @@ def test_proofs_are_told_from_the_solvers_word(tmp_path):
     summary = summarize(records)
     assert summary.cases[0].proof == "recomputed"
     assert "every proof was recomputed" in summary.headline[0]
-    assert (
-        '<td class="wrap">recomputed</td>'
-        in write_report(study, checked, records, summary).read_text()
-    )
+    assert ">recomputed</td>" in write_report(study, checked, records, summary).read_text()
     with (study.directory / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert lines[0]["recomputed_bound"] == ""
@@ -674,7 +671,7 @@ def test_without_its_certificate_a_proof_is_only_as_recorded(study):
     assert summary.cases[0].proof is ProofBasis.RECORDED
     assert "0 of the proofs were recomputed, 1 are as recorded" in summary.headline[0]
     page = write_report(study, design, study.run(design), summary).read_text()
-    assert '<td class="wrap">as recorded</td>' in page
+    assert ">as recorded</td>" in page
 
 
 def test_what_is_optimal_within_windows_is_recomputed_from_their_trees(tmp_path):
