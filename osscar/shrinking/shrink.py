@@ -114,8 +114,8 @@ def shrink(
     """
     check_request(plan, inputs, tolerance)
     with (
-        torch.random.fork_rng(graphics_cards(model)),
         evaluating(model),
+        torch.random.fork_rng(graphics_cards(model)),
         restored(model, on_error=True),
     ):
         remember_structure(model, inputs[0])
