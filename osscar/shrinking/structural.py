@@ -42,6 +42,9 @@ from osscar.shrinking.program.program import ShrunkGraph, shrunk_graph, staying_
 _MOST_PROGRAMS = 2
 """Exports of one model, each for other sizes of its inputs."""
 
+_MOST_NUMBERS = 2**24
+"""In an input of another size than the example."""
+
 _NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
 """A number in a guard, and no index."""
 
@@ -226,7 +229,9 @@ def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
     for size, those in places.items():
         index, dim = those[0]
         count = leaves[index].shape[dim]
-        for other in (*told, 1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,):
+        largest = _MOST_NUMBERS * count // max(1, *(leaves[i].numel() for i, _ in those))
+        others = (*told, 1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,)
+        for other in (other for other in others if other <= largest):
             changed = list(leaves)
             for index, dim in those:
                 entries = torch.arange(other, device=leaves[index].device) % count
