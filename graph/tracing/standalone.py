@@ -155,7 +155,8 @@ def export_standalone(
     graph = inlined(unlifted)
     _check_modes(unlifted)
     for node in list(graph.nodes):
-        if any(name in str(node.target) for name in _NO_CHANGE):
+        # Guards are those of `Sizes`: torch's are of kernels, too, and would refuse single samples.
+        if node.target == GUARDS or any(name in str(node.target) for name in _NO_CHANGE):
             graph.erase_node(node)
     return Standalone(
         GraphModule(unlifted, graph),
