@@ -165,11 +165,13 @@ class OpenProgram:
             except Exception as error:  # the model may be anyone's code
                 let_shortage_pass(error)
                 continue
-            tried = True
             try:
                 _prove(expected, run(inputs), names)
+            except AssertionError:  # of a guard, which the file holds: it refuses such inputs
+                continue
             except (EquivalenceError, ModelError):
                 return False
+            tried = True
         return tried
 
 
