@@ -61,10 +61,12 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
     terms = TermsBatch.of(root, sides)
     share = torch.rand(terms.units.shape, generator=torch.Generator().manual_seed(seed)).double()
     bound = bound_nodes(terms, share, torch.full_like(share, 1.25), share, steps=8)
-    longer = bound_nodes(terms, share, torch.full_like(share, 1.25), bound.point, steps=300)
+    longer = bound
+    for _ in range(12):  # each ends where a step brings a thousandth
+        longer = bound_nodes(terms, share, torch.full_like(share, 1.25), longer.point, steps=300)
     slack = 1e-9 * problem.scale
     assert bool((longer.cost <= bound.most + slack).all())
-    assert bool((longer.cost > longer.most - 1e-2 * problem.scale).all())
+    assert bool((longer.cost > longer.most - 1e-3 * problem.scale).all())
     values = terms.certified(bound.cost)
     rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
     for index, row in enumerate(sides):
