@@ -337,7 +337,7 @@ class PruningRequest:
     batch_size
         Samples that run through the model at once; by default 8 windows, or 64 of anything else.
     seed
-        Of the random inputs of the equivalence proof.
+        Random seed for the inputs on which outputs of the smaller model are compared.
     form
         What becomes smaller: ``eager``, the model's own modules, whose code has to work with fewer
         units; ``exported``, its exported program, in which every size is known (see
