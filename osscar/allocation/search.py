@@ -34,6 +34,9 @@ from osscar.allocation.costs import ROUNDING, CountedCost
 _GAP = 1e-3
 """Of the loss, above which the integer program is solved, and to which."""
 
+_HIGHS = 1e-5
+"""By which its bound of numbers near one may be too high: HiGHS prunes to tolerances of 1e-6."""
+
 _NODES = 2000
 """Of its search tree, at most: a clock would not come to the same widths twice."""
 
@@ -266,5 +269,5 @@ class Search:
             if self._total(chosen) <= limit and self.loss(chosen) < known:
                 kept = self._spent({name: chosen[name] for name in self.options}, limit)
         if found.mip_dual_bound is not None:
-            bound = max(bound, float(found.mip_dual_bound) * known)
+            bound = max(bound, (float(found.mip_dual_bound) - _HIGHS) * known)
         return kept, bound

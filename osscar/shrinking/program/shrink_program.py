@@ -239,8 +239,8 @@ class ProgramTrial:
             except AdapterError as error:
                 failure = error
                 continue
-            dense = program.standalone.module
-            if all(runs(dense, by_name(self.model, one)) for one in self.inputs):
+            dense, named = program.standalone, [by_name(self.model, one) for one in self.inputs]
+            if all(dense.takes(one) and runs(dense.module, one) for one in named):
                 found = varies, program
         if found is None:
             raise failure or AdapterError(
@@ -266,7 +266,7 @@ class ProgramTrial:
                 for name, sizes in open_sizes.items()
             }
             one = self._of_shapes(shapes)
-            if runs(self.model, one) and runs(self.dense, one):
+            if runs(self.model, one) and self.program.standalone.takes(one):
                 return [one]
         return []
 
