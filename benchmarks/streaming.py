@@ -47,7 +47,7 @@ PHASES = (
     ("solvers", "solve", "solver"),
     ("osscar.models.load", "load_language_model", "opening"),
     ("graph", "trace", "opening"),
-    ("osscar.shrinking.equivalence", "outputs_or_none", "opening"),
+    ("osscar.proof.equivalence", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
     ("osscar.walk.walk", "learned_calls", "opening"),
     ("osscar.pruning.prune", "feasible_groups", "trial"),

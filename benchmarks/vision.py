@@ -31,7 +31,7 @@ from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
-from osscar.shrinking.plan import PruningPlan
+from osscar.proof.plan import PruningPlan
 from osscar.walk.batch_norm import BatchNormMode, dense_statistics, renew_statistics
 
 BACKENDS = ("magnitude", "multistage", "local_search")

@@ -43,14 +43,14 @@ from .pruning.result import LayerReport as LayerReport, PruningResult as Pruning
 from .pruning.feasibility import SkippedGroup as SkippedGroup
 from .preparation.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
-from .shrinking.plan import PruningPlan as PruningPlan
-from .shrinking.program.program import ProgramModule as ProgramModule
-from .shrinking.plan import Certificate as Certificate
-from .shrinking.plan import Structure as Structure
+from .proof.plan import PruningPlan as PruningPlan
+from .proof.program.program import ProgramModule as ProgramModule
+from .proof.plan import Certificate as Certificate
+from .proof.plan import Structure as Structure
 from .shrinking.shrink import Proof as Proof
 from .shrinking.shrink import prove as prove
 from .shrinking.shrink import shrink as shrink
-from .shrinking.program.shrink_program import (
+from .shrinking.shrink_program import (
     ShrunkProgram as ShrunkProgram,
     shrink_program as shrink_program,
 )

@@ -49,7 +49,7 @@ def one_program() -> Iterator[None]:
     """Export models for inputs of one size alone, but in the tests that are about sizes."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_MOST_PROGRAMS": 1, "_EVERY": (), "_SAMPLES": ()}.items():
-            patch.setattr(f"osscar.shrinking.structural.{name}", value)
+            patch.setattr(f"osscar.proof.structural.{name}", value)
         yield
 
 

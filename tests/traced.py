@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import graph
+from osscar.proof.structural import DensePrograms, dense_programs
 from osscar.shrinking import follow
 from osscar.shrinking.shrink import rehearse
-from osscar.shrinking.structural import DensePrograms, dense_programs
 from osscar.walk.schedule import _called_on_shapes
 
 _TABLES = ("_parameters", "_buffers", "_modules")

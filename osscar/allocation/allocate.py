@@ -30,9 +30,9 @@ from osscar.allocation.widths import (
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form
 from osscar.request import PruningRequest, parse_keep, parse_size_kept
-from osscar.shrinking.plan import Form
-from osscar.shrinking.program.shrink_program import dense_program
+from osscar.shrinking.shrink_program import dense_program
 
 
 def allocate(

@@ -27,8 +27,8 @@ from osscar.checkpoint.formats import entry_bytes, header_bytes, saved_format, w
 from osscar.data.batches import Batch
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk
+from osscar.proof.plan import Form
 from osscar.shrinking.follow import is_list
-from osscar.shrinking.plan import Form
 
 
 class Cost(enum.StrEnum):

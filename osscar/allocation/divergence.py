@@ -24,7 +24,7 @@ from osscar.network.predictions import (
 )
 from osscar.preparation.failures import batch_named
 from osscar.preparation.prepare import Prepared
-from osscar.shrinking.equivalence import comparable
+from osscar.proof.equivalence import comparable
 
 
 class Likeness(NamedTuple):

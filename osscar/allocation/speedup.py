@@ -21,7 +21,7 @@ from osscar.base.timing import interleaved, seconds_of
 from osscar.data.batches import Batch
 from osscar.network.modules import copied, device_of, forward
 from osscar.preparation.prepare import Prepared
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 
 REPETITIONS = 9

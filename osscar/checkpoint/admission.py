@@ -29,7 +29,7 @@ from osscar.checkpoint.hf_config import COUNTS, SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.checkpoint.stored import INDEX_FILE, WEIGHTS_FILE, Stored, read_stored
 from osscar.network.modules import number_kind
-from osscar.shrinking.lineage import Origin, Scalar
+from osscar.proof.lineage import Origin, Scalar
 
 # ---- the numbers in a config -------------------------------------------------------------
 

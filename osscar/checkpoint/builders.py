@@ -31,8 +31,8 @@ from osscar.checkpoint.admission import check_config, check_tensors, stored_in, 
 from osscar.checkpoint.hf_config import SHAPES, architecture, class_of, is_any_shape
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest
 from osscar.network.detectors import DetectorNetwork
-from osscar.shrinking.lineage import Origin, Scalar, lineage_of, note
-from osscar.shrinking.program.program import ProgramModule
+from osscar.proof.lineage import Origin, Scalar, lineage_of, note
+from osscar.proof.program.program import ProgramModule
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from osscar import __version__
 from osscar.base.printable import pluralize, printable
 from osscar.network.modules import count_parameters, number_format
-from osscar.shrinking.lineage import Lineage
+from osscar.proof.lineage import Lineage
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"

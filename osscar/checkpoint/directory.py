@@ -86,9 +86,8 @@ from osscar.network.modules import (
     number_format,
 )
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
-from osscar.shrinking.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
-from osscar.shrinking.fold import fold, is_foldable
-from osscar.shrinking.lineage import (
+from osscar.proof.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
+from osscar.proof.lineage import (
     FORMATS,
     LINEAGE,
     Lineage,
@@ -96,10 +95,11 @@ from osscar.shrinking.lineage import (
     lineage_of,
     stored_dtype,
 )
-from osscar.shrinking.plan import Form, PruningPlan
-from osscar.shrinking.program.program import ProgramModule
-from osscar.shrinking.program.shrink_program import replayed
-from osscar.shrinking.structure import remember_structure, structure_of, without_values
+from osscar.proof.plan import Form, PruningPlan
+from osscar.proof.program.program import ProgramModule
+from osscar.proof.structure import remember_structure, structure_of, without_values
+from osscar.shrinking.fold import fold, is_foldable
+from osscar.shrinking.shrink_program import replayed
 
 M = TypeVar("M", bound=nn.Module)
 

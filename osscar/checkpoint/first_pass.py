@@ -14,7 +14,7 @@ from osscar.base.memory import let_shortage_pass
 from osscar.network.modules import context_length, device_of
 from osscar.network.predictions import named_logits
 from osscar.offload.on_disk import is_on_disk
-from osscar.shrinking.equivalence import call
+from osscar.proof.equivalence import call
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

@@ -24,9 +24,9 @@ from osscar.checkpoint.builders import TransformersOrigin, builder_of
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.streamed import header_of
 from osscar.network.modules import number_format
-from osscar.shrinking.lineage import stored_dtype
-from osscar.shrinking.plan import Form
-from osscar.shrinking.program.program import ProgramModule
+from osscar.proof.lineage import stored_dtype
+from osscar.proof.plan import Form
+from osscar.proof.program.program import ProgramModule
 
 M = TypeVar("M", bound=nn.Module)
 

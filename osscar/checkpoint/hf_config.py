@@ -25,9 +25,9 @@ from transformers.models.auto import modeling_auto
 
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
+from osscar.proof.lineage import lineage_of, note
+from osscar.proof.plan import GroupPlan, PruningPlan, experts_left
 from osscar.shrinking.follow import counts
-from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import GroupPlan, PruningPlan, experts_left
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""

@@ -13,7 +13,7 @@ from osscar import __version__
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.files import write_json
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
-from osscar.shrinking.lineage import Lineage
+from osscar.proof.lineage import Lineage
 
 MANIFEST_FILE = "osscar.json"
 REPORT_FILE = "osscar_report.json"

@@ -40,7 +40,7 @@ from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import Place, Slice
 from osscar.offload.sources import Source, as_bytes
 from osscar.offload.weight_cache import WeightCache
-from osscar.shrinking.lineage import LINEAGE
+from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
 _FORMATS = {

@@ -25,11 +25,11 @@ from osscar.data.tokens import load_calibration
 from osscar.evaluation.evaluate import compare
 from osscar.models.language import load_language_model
 from osscar.models.names import DEMO
+from osscar.proof.lineage import note
 from osscar.pruning.prune import prune
 from osscar.report.evaluation_tables import comparison_table
 from osscar.report.prune_page import prune_page, run_lines
 from osscar.report.run_tables import layers_table
-from osscar.shrinking.lineage import note
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256

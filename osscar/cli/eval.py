@@ -20,9 +20,9 @@ from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
+from osscar.proof.lineage import Computed, lineage_of, may_come_from
+from osscar.proof.seen import refuse_overlap
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
-from osscar.shrinking.lineage import Computed, lineage_of, may_come_from
-from osscar.shrinking.seen import refuse_overlap
 from osscar.shrinking.shrink import prove
 
 _NO_MODEL = 0.5

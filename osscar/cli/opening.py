@@ -24,10 +24,10 @@ from osscar.evaluation.dense import DenseScore, score_dense
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
+from osscar.proof.lineage import Computed
 from osscar.pruning.memory import needs_memory
 from osscar.report.evaluation_tables import dense_sentence, dense_warning
 from osscar.request import PruningRequest
-from osscar.shrinking.lineage import Computed
 
 _SHOWN_WARNINGS = 3
 

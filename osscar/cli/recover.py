@@ -31,6 +31,7 @@ from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
+from osscar.proof.lineage import Computed, weights_digest
 from osscar.recovery.log import RecoveryLog
 from osscar.recovery.memory import Memory, way_in_words
 from osscar.recovery.recover import Recovery, recover_as_asked
@@ -38,7 +39,6 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
-from osscar.shrinking.lineage import Computed, weights_digest
 
 LOG = "recover"
 """Ends the name of the directory that holds the log of a recovery."""

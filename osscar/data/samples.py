@@ -14,7 +14,7 @@ from osscar.base.errors import DataError
 from osscar.base.files import short_hash
 from osscar.base.inputs import safe_repr
 from osscar.base.printable import pluralize
-from osscar.shrinking.seen import Seen
+from osscar.proof.seen import Seen
 
 IGNORED = -100
 """The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""

@@ -24,7 +24,7 @@ from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.network.modules import context_length
-from osscar.shrinking.seen import Fingerprints, fingerprints_of_runs
+from osscar.proof.seen import Fingerprints, fingerprints_of_runs
 
 DEFAULT_SEQLEN = 512
 

@@ -23,7 +23,7 @@ from osscar.base.printable import pluralize
 from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import has_columns, named_generator
 from osscar.data.text import as_words, check_tokenizer, encode, read_text, special_tokens
-from osscar.shrinking.seen import Fingerprints, Seen, fingerprints_of_runs
+from osscar.proof.seen import Fingerprints, Seen, fingerprints_of_runs
 
 _BUILTIN = "builtin"
 

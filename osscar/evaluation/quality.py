@@ -40,7 +40,7 @@ from osscar.network.predictions import (
 )
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.repeatable import check_repeatable
-from osscar.shrinking.equivalence import call
+from osscar.proof.equivalence import call
 
 ROWS_AT_ONCE = 128
 """Positions whose logits are float32 at a time: 25 MB with a vocabulary of 49,152."""

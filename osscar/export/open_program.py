@@ -37,10 +37,10 @@ from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.predictions import ALONE, named_tensors
 from osscar.offload.on_disk import is_on_disk
-from osscar.shrinking.equivalence import call, comparable, prove_equal
-from osscar.shrinking.lineage import Input, lineage_of
-from osscar.shrinking.program.program import ProgramModule, example_of, open_sizes
-from osscar.shrinking.structure import structure_of
+from osscar.proof.equivalence import call, comparable, prove_equal
+from osscar.proof.lineage import Input, lineage_of
+from osscar.proof.program.program import ProgramModule, example_of, open_sizes
+from osscar.proof.structure import structure_of
 
 LeftOpen: TypeAlias = Mapping[str, Sequence[int]]
 """The dimensions of each input whose sizes are left open."""

@@ -16,7 +16,7 @@ from osscar.data.preprocessing import AnyPreprocessing, OwnTransform, Preprocess
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import hub_is_reachable
 from osscar.models.preprocessing import of_the_run, recorded_example
-from osscar.shrinking.lineage import lineage_of, stored_dtype
+from osscar.proof.lineage import lineage_of, stored_dtype
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 

@@ -43,7 +43,7 @@ from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
 from osscar.offload.weight_cache import WeightCache
-from osscar.shrinking.lineage import LINEAGE, lineage_of, note
+from osscar.proof.lineage import LINEAGE, lineage_of, note
 
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 

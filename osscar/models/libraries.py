@@ -20,7 +20,7 @@ from osscar.data.preprocessing import AnyPreprocessing, OwnTransform, Preprocess
 from osscar.models.loaded import LoadedModel
 from osscar.models.weights import fill, read_state, renamed
 from osscar.network.detectors import DetectorNetwork
-from osscar.shrinking.lineage import lineage_of, stored_dtype
+from osscar.proof.lineage import lineage_of, stored_dtype
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},

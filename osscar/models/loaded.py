@@ -21,7 +21,7 @@ from osscar.data.tokens import SELF, CalibrationSet, load_calibration
 from osscar.data.written import self_written
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
-from osscar.shrinking.lineage import lineage_of
+from osscar.proof.lineage import lineage_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -22,7 +22,7 @@ from osscar.models.names import LIBRARIES, ModelKind, kind_of
 from osscar.models.preprocessing import image_of, of_the_run, recorded_example, resolved
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
-from osscar.shrinking.lineage import lineage_of, note, stored_dtype
+from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 
 def load_module(

@@ -15,7 +15,7 @@ from osscar.base.json_files import validated
 from osscar.base.messages import warn
 from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
-from osscar.shrinking.lineage import Input, Lineage
+from osscar.proof.lineage import Input, Lineage
 
 _LARGEST_EXAMPLE = 2**28
 """Entries of an example that is made from what a directory records."""

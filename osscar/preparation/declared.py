@@ -32,9 +32,8 @@ from osscar.preparation.expert_lists import (
     run_with,
     silence,
 )
-from osscar.shrinking.follow import full_name
-from osscar.shrinking.plan import GroupPlan
-from osscar.shrinking.routers import (
+from osscar.proof.plan import GroupPlan
+from osscar.proof.routers import (
     TOLERANCE,
     Call,
     SeenRoutes,
@@ -45,6 +44,7 @@ from osscar.shrinking.routers import (
     rule_of,
     without_experts,
 )
+from osscar.shrinking.follow import full_name
 from solvers import RoutingRule
 
 _NOTHING = 1e-10

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from osscar.base.errors import ModelError
 from osscar.network.hooks import hooks, other_forwards
 from osscar.preparation.routing import sum_over
-from osscar.shrinking.routers import Call, logits_of, tied
+from osscar.proof.routers import Call, logits_of, tied
 from solvers import RoutingRule
 
 MOST_TIED = 0.01

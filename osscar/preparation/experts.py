@@ -3,7 +3,7 @@
 A mixture is a module that is called with tokens, their experts and weights (`routing.Routed`), and
 a router, which put these out.  Of both, an expert owns its entry in every dimension that is as long
 as there are experts.  Experts may leave where that is seen to be all: the router follows a rule
-that is known (`osscar.shrinking.routers`), with all experts and with fewer; what the mixture puts
+that is known (`osscar.proof.routers`), with all experts and with fewer; what the mixture puts
 out is the sum over experts; and with fewer experts it is the sum over these.
 """
 
@@ -40,9 +40,8 @@ from osscar.preparation.declared import (
 )
 from osscar.preparation.expert_lists import ExpertList, joined
 from osscar.preparation.routing import Routed, last_layers
-from osscar.shrinking.follow import is_list
-from osscar.shrinking.plan import PruningPlan
-from osscar.shrinking.routers import (
+from osscar.proof.plan import PruningPlan
+from osscar.proof.routers import (
     TOLERANCE,
     Call,
     Places,
@@ -53,9 +52,10 @@ from osscar.shrinking.routers import (
     in_double,
     router_of,
 )
+from osscar.proof.structural import DensePrograms
+from osscar.shrinking.follow import is_list
 from osscar.shrinking.shrink import rehearse
 from osscar.shrinking.slice import slice_units
-from osscar.shrinking.structural import DensePrograms
 
 _NOT_ROUTED = (
     "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "

@@ -24,7 +24,7 @@ from osscar.network.model_state import model_state
 from osscar.network.modules import device_of, sha256_of
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
-from osscar.shrinking.equivalence import proof_outputs, rounding
+from osscar.proof.equivalence import proof_outputs, rounding
 
 _VALUES = 256
 """Numbers of the outputs that are kept."""

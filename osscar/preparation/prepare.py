@@ -20,6 +20,7 @@ from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.network.attention import expose_attention, exposed
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import ModelState
 from osscar.network.modules import (
@@ -45,17 +46,16 @@ from osscar.preparation.products import Product
 from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
 from osscar.preparation.routing import sound_mixtures
-from osscar.shrinking.attention import expose_attention, exposed
-from osscar.shrinking.equivalence import (
+from osscar.proof.equivalence import (
     call,
     comparable,
     computes,
     outputs_or_none,
     proved_unchanged,
 )
+from osscar.proof.structural import DensePrograms, dense_programs
+from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import Folded, fold, unfold
-from osscar.shrinking.structural import DensePrograms, dense_programs
-from osscar.shrinking.structure import remember_structure
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import ModelError
 from osscar.network.model_state import model_state
-from osscar.shrinking.equivalence import Inputs, call, comparable, distance, rounding
+from osscar.proof.equivalence import Inputs, call, comparable, distance, rounding
 
 _ROUNDING = 1e-3
 """How far apart two passes may be, relative to the largest output: kernels that add up in no fixed

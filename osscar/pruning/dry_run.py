@@ -35,12 +35,12 @@ from osscar.network.modules import device_of, forward
 from osscar.offload.device_memory import memory_of
 from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form
 from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.groups import held_out, solved
 from osscar.pruning.memory import Room, check_streamed, least_memory
 from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest, by_keywords
-from osscar.shrinking.plan import Form
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk

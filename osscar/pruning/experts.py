@@ -21,13 +21,13 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import GroupPlan
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.groups import Committed, blaming_refits, held_out, replay, warn_of_refits
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
 from osscar.shrinking.follow import is_list
-from osscar.shrinking.plan import GroupPlan
 from osscar.walk.expert_walk import ExpertStep, ExpertWalk, Losses, last_matrices
 from osscar.walk.layer_step import DenseTensors, LayerStep, Refits, dense_tensors
 from osscar.walk.targets import Target

@@ -28,10 +28,10 @@ from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
-from osscar.shrinking.program.shrink_program import ProgramTrial
 from osscar.shrinking.shrink import Feasibility, rehearse
+from osscar.shrinking.shrink_program import ProgramTrial
 
 _MOST_TOLD = 8
 

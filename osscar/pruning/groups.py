@@ -22,10 +22,10 @@ from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import GroupPlan
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import GroupPlan
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk

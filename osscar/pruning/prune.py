@@ -32,6 +32,8 @@ from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
+from osscar.proof.lineage import note_calibration, note_dense
+from osscar.proof.plan import Form, PruningPlan
 from osscar.pruning.experts import kept_in, prune_experts, skipped_mixtures
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.goal import goal
@@ -41,8 +43,6 @@ from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.request import PruningRequest, by_keywords
-from osscar.shrinking.lineage import note_calibration, note_dense
-from osscar.shrinking.plan import Form, PruningPlan
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 from osscar.walk.expert_walk import routed
 

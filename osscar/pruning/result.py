@@ -27,10 +27,10 @@ from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.forward import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
+from osscar.proof.lineage import Computed, data_record, lineage_of
+from osscar.proof.plan import Certificate, Form, PruningPlan
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.request import PruningRequest
-from osscar.shrinking.lineage import Computed, data_record, lineage_of
-from osscar.shrinking.plan import Certificate, Form, PruningPlan
 
 if TYPE_CHECKING:
     from osscar.recovery.recover import Recovery

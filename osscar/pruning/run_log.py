@@ -34,9 +34,9 @@ from osscar.data.batches import ModelInputs
 from osscar.network.modules import sha256_of
 from osscar.offload.on_disk import values_of
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.proof.plan import GroupPlan
 from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import GroupPlan
 from solvers.storage import as_new_files
 
 ALLOCATION = "allocation.json"

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form, PruningPlan
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import Form, PruningPlan
-from osscar.shrinking.program.shrink_program import shrink_program
 from osscar.shrinking.shrink import Proof, shrink
+from osscar.shrinking.shrink_program import shrink_program
 from osscar.walk.batch_norm import DenseStatistics, renew_statistics
 
 

@@ -22,6 +22,7 @@ from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.network.modules import copied
 from osscar.preparation.fingerprint import JournalManifest
+from osscar.proof.plan import Form
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import (
     dense_facts,
@@ -44,7 +45,6 @@ from osscar.request import (
     parse_keep,
     parse_size_kept,
 )
-from osscar.shrinking.plan import Form
 
 
 @dataclass(frozen=True)

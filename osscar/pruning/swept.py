@@ -29,6 +29,9 @@ from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score as score_quality
 from osscar.preparation.repeatable import check_repeatable
+from osscar.proof.lineage import data_record, lineage_of
+from osscar.proof.plan import Form
+from osscar.proof.seen import Calibration, refuse_overlap
 from osscar.pruning.memory import check_can_stream
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import run_manifest
@@ -48,9 +51,6 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
 from osscar.report.sweep_page import sweep_page
 from osscar.request import BudgetKind, PruningRequest
-from osscar.shrinking.lineage import data_record, lineage_of
-from osscar.shrinking.plan import Form
-from osscar.shrinking.seen import Calibration, refuse_overlap
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 

@@ -34,6 +34,7 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.proof.lineage import data_record, may_come_from, note_calibration
 from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
 from osscar.recovery.memory import CHOSEN, Memory
@@ -44,7 +45,6 @@ from osscar.recovery.target import Measure
 from osscar.recovery.training import kept_point
 from osscar.recovery.weights import as_it_came, give_own_weights
 from osscar.request import by_keywords
-from osscar.shrinking.lineage import data_record, may_come_from, note_calibration
 
 
 class _Pruned(Protocol):

@@ -17,13 +17,13 @@ from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.network.model_state import ModelState
 from osscar.network.modules import copied, device_of
+from osscar.proof.program.program import ProgramModule
 from osscar.recovery.memory import CHOSEN, Memory, fitting, needed, room
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import shifted, split, step_size
 from osscar.recovery.target import HeldOut, Target, in_batches
 from osscar.recovery.training import Training
 from osscar.recovery.weights import formats, shared_weights, trainable
-from osscar.shrinking.program.program import ProgramModule
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ from osscar.base.ranks import Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
 from osscar.network.modules import device_of, forward, fresh
 from osscar.preparation.failures import failures_named
+from osscar.proof.equivalence import comparable
 from osscar.recovery.request import Loss
-from osscar.shrinking.equivalence import comparable
 
 Measure: TypeAlias = Literal["nats", "relative", "loss"]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import OptionError
 from osscar.network.modules import copied, device_of, in_evaluation
+from osscar.proof.program.program import ProgramModule
 from osscar.recovery.adapters import adaptable, add_adapters
 from osscar.recovery.request import RecoveryRequest
-from osscar.shrinking.program.program import ProgramModule
 
 
 def shared_weights(model: nn.Module, dense: nn.Module) -> frozenset[str]:

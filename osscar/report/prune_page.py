@@ -8,6 +8,8 @@ from typing import Any
 from graph.groups import UnitKind
 from osscar.base.printable import are, capitalized, listed, pluralize
 from osscar.preparation.consumer import MOST_ROWS
+from osscar.proof.plan import Certificate
+from osscar.proof.program.input_sizes import fixed_in_words
 from osscar.report.evaluation_tables import comparison_rows, dense_remarks
 from osscar.report.figures import picture, png_of
 from osscar.report.names import common_prefix, without_prefix
@@ -27,8 +29,6 @@ from osscar.report.tables import (
     share,
 )
 from osscar.request import AUTO, BudgetKind, PruningRequest
-from osscar.shrinking.plan import Certificate
-from osscar.shrinking.program.input_sizes import fixed_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
 

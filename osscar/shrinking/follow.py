@@ -3,7 +3,7 @@
 Layers show the sizes of their weights (`refresh`).  Attention and feed-forward modules keep counts
 of heads and neurons under names that are common to all families (`follow`).  Modules whose code
 derives a size from something that does not change get a class of their own
-(`osscar.shrinking.attention`).  What none of this covers, a user covers with `adapter`.
+(`osscar.network.attention`).  What none of this covers, a user covers with `adapter`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from graph.groups import Role, Slot, UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
+from osscar.network.attention import is_extended, rewrite
 from osscar.network.modules import is_deformable
-from osscar.shrinking.attention import leave_nested_tensors, rewrite_cut
-from osscar.shrinking.plan import GroupPlan
+from osscar.proof.plan import GroupPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
 """Changes one module so that it works without the units that a plan removes.
@@ -84,7 +84,7 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
 
 def mend(model: nn.Module, group: GroupPlan) -> None:
     """Let every module near a group follow; the tensors are sliced already."""
-    leave_nested_tensors(model, group)
+    _leave_nested_tensors(model, group)
     for name in nearby(model, group):
         module = model.get_submodule(name)
         found = _find(module)
@@ -93,7 +93,25 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
         else:
             _follow_in_config(module, group)
             follow(module, group)
-            rewrite_cut(module, group)
+            if group.kind is UnitKind.HEADS or not is_extended(module):
+                # Whatever it has lost: originals take the widths of heads from that of the stream,
+                # and some insist on the one that they were built with.
+                rewrite(module)
+
+
+def _leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
+    """Keep torch's encoders around attention that loses something from packing padded sequences.
+
+    Only the fused path of full width reads what they pack.
+    """
+    for name in {slot.module for slot in group.slots}:
+        within = group.kind is UnitKind.HEADS
+        while name:
+            within = within or isinstance(model.get_submodule(name), nn.MultiheadAttention)
+            name = name.rpartition(".")[0]
+            around = model.get_submodule(name)
+            if isinstance(around, nn.TransformerEncoder) and within:
+                rewrite(around)
 
 
 def nearby(model: nn.Module, group: GroupPlan) -> list[str]:

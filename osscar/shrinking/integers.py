@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError
 from osscar.base.memory import let_shortage_pass
-from osscar.shrinking.equivalence import ROWS_OF_16_BYTES, Match, explained
+from osscar.proof.equivalence import ROWS_OF_16_BYTES, Match, explained
+from osscar.proof.plan import GroupPlan, Integer, PruningPlan
 from osscar.shrinking.follow import is_list, nearby
-from osscar.shrinking.plan import GroupPlan, Integer, PruningPlan
 
 _MOST_AT_ONCE = 2
 _MOST_ATTEMPTS = 1000

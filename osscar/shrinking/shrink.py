@@ -1,55 +1,44 @@
-"""Shrink and prove in one step, all or nothing; where that fails, say which groups are to blame.
-
-What a smaller model is proved against, in whichever form it is, are the masked model's outputs.
-Masking zeroes what reads the removed units, and the model keeps its shape.
-"""
+"""Shrink and prove in one step, all or nothing; where that fails, say which groups are to blame."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from graph.groups import UnitKind
-from graph.tracing.export import failing_module
-from osscar.base.errors import EquivalenceError, ModelError, OptionError, OsscarError, first_line
+from osscar.base.errors import EquivalenceError, ModelError, OptionError, first_line
 from osscar.base.inputs import safe_repr
-from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState, restored
 from osscar.network.modules import copied, evaluating, graphics_cards, number_format
-from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place
-from osscar.shrinking.equivalence import (
+from osscar.proof.equivalence import (
     Inputs,
     Match,
     by_name,
     finer_precision,
-    in_format_of,
-    proof_outputs,
     prove_equal,
 )
-from osscar.shrinking.fold import fold, unfold
-from osscar.shrinking.follow import nearby
-from osscar.shrinking.integers import IntegerSearch
-from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import Certificate, Form, GroupPlan, PruningPlan, Structure, check_plan
-from osscar.shrinking.routers import without_experts
-from osscar.shrinking.slice import slice_units
-from osscar.shrinking.structural import (
+from osscar.proof.lineage import lineage_of, note
+from osscar.proof.masking import distance_from_masked, outputs_before
+from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure, check_plan
+from osscar.proof.structural import (
     DensePrograms,
     StructureError,
     Unproved,
     dense_programs,
     named_tensors,
 )
-from osscar.shrinking.structure import remember_structure
+from osscar.proof.structure import remember_structure
+from osscar.shrinking.fold import fold, unfold
+from osscar.shrinking.follow import nearby
+from osscar.shrinking.integers import IntegerSearch
+from osscar.shrinking.slice import slice_units
 
 
 @dataclass(frozen=True)
@@ -269,86 +258,15 @@ def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | Non
         raise OptionError(f"tolerance is {safe_repr(tolerance)}; give a number from 0, or None")
 
 
-@contextmanager
-def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
-    """Zero what reads the units that a plan removes, and put it back afterwards.
-
-    Experts that are removed compute what they did, and no token is sent to them.
-    """
-    experts = [group for group in plan.groups if group.kind is UnitKind.EXPERTS]
-    zeroed = [group for group in plan.groups if group.kind is not UnitKind.EXPERTS]
-    before: list[tuple[Tensor, Tensor, int, Tensor]] = []
-    on_disk: list[tuple[OnDisk, Place]] = []
-    try:
-        for group in zeroed:
-            for slot in group.consumers:
-                path, _, attribute = slot.tensor.rpartition(".")
-                weight = getattr(model.get_submodule(path), attribute)
-                index = torch.tensor(slot.indices(group.gone), device=weight.device)
-                if isinstance(weight, OnDisk):
-                    on_disk.append((weight, weight.place))
-                    weight.place = weight.place.zeroed(slot.dim, index)
-                    continue
-                weight = weight.detach()
-                before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
-                weight.index_fill_(slot.dim, index, 0.0)
-        with without_experts(model, experts):
-            yield
-    finally:
-        for weight, index, dim, values in reversed(before):
-            weight.index_copy_(dim, index, values)
-        for parameter, place in reversed(on_disk):
-            parameter.place = place
-
-
-def distance_from_masked(
-    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
-) -> Callable[[nn.Module, float | None], Match]:
-    """Run a model without the units that a plan removes, and return what tells how far others are.
-
-    That takes a smaller model and a tolerance, as `prove_equal` does.  With `keeping`, a pass that
-    keeps its state is compared, too, if the model can run one.
-    """
-    given = [in_format_of(one, model) for one in inputs]
-    with masked(model, plan):
-        try:
-            outputs = proof_outputs(model, given, keeping=keeping)
-        except Exception as error:  # of the user's forward: not the shrunk model's fault
-            let_shortage_pass(error)
-            keeping, outputs = False, _outputs_before(model, given)
-    prove_equal(outputs, outputs)  # that there is something to compare
-
-    def distance(smaller: nn.Module, tolerance: float | None) -> Match:
-        found = proof_outputs(smaller, given, keeping=keeping)
-        return prove_equal(outputs, found, tolerance=tolerance)
-
-    return distance
-
-
-def _outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """Return what a model puts out before anything is done to it."""
-    try:
-        return proof_outputs(model, inputs)
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        name = failing_module(error.__traceback__, model)
-        raise ModelError(
-            f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
-            f"the inputs of the proof, before anything is removed: {first_line(error):.300}"
-        ) from error
-
-
 def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:
     """Fold the normalized weights that a plan cuts, and prove that nothing changes."""
     folded = fold(model, plan.tensors)
     if folded:
-        found = _outputs_before(model, inputs)
+        found = outputs_before(model, inputs)
         unfold(folded)
         names = ("the model", "the model with plain weights where they were normalized")
         try:
-            prove_equal(_outputs_before(model, inputs), found, names=names)
+            prove_equal(outputs_before(model, inputs), found, names=names)
         except EquivalenceError as error:
             raise EquivalenceError(
                 f"{error}: code of its own reads {folded[0].tensor!r}; leave what cuts it out, or "

@@ -1,6 +1,6 @@
 """Physical removal: slice what the units own, and let the modules around it follow.
 
-That the result is right is proved, not assumed: see `osscar.shrinking.equivalence`.
+That the result is right is proved, not assumed: see `osscar.proof.equivalence`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from osscar.base.messages import warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
+from osscar.proof.lineage import lineage_of, note
+from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
+from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
-from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
-from osscar.shrinking.structure import remember_structure
 
 
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:

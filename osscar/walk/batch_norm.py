@@ -14,7 +14,7 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
 from osscar.preparation.routing import reads
-from osscar.shrinking.plan import PruningPlan
+from osscar.proof.plan import PruningPlan
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""

@@ -28,7 +28,7 @@ from osscar.preparation.expert_lists import MOST_TIED, called_as_mixtures
 from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.routing import ListedMixture, Routed, afresh, output_of
-from osscar.shrinking.routers import Call, tied
+from osscar.proof.routers import Call, tied
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import DenseTensors, LayerStep

@@ -14,8 +14,9 @@ import graph
 from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.row import half_of, owned
 from graph import DependencyGraph
-from osscar.shrinking.equivalence import proof_outputs
-from osscar.shrinking.shrink import Proof, masked, shrink
+from osscar.proof.equivalence import proof_outputs
+from osscar.proof.masking import masked
+from osscar.shrinking.shrink import Proof, shrink
 
 TOLERANCE = 1e-4
 """Of the largest output, in float32."""

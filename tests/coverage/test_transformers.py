@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
-from osscar.shrinking.equivalence import proof_outputs
+from osscar.proof.equivalence import proof_outputs
 from tests import collected
 
 from .measure import LEAST_EFFECT, Coverage, measure, shrink_by_half
@@ -68,7 +68,7 @@ import sys
 import torch
 import transformers
 import osscar
-from osscar.shrinking.equivalence import proof_outputs
+from osscar.proof.equivalence import proof_outputs
 
 for directory in sys.argv[1:]:
     inputs = torch.load(f"{directory}.inputs", weights_only=True)

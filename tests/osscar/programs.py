@@ -12,7 +12,7 @@ from torch import nn
 
 import graph
 import osscar
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.proof.plan import GroupPlan, PruningPlan
 from tests.osscar.test_feasibility import Gated, Generator, MaxOut, OptionA, Transformer
 
 

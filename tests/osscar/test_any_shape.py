@@ -21,7 +21,7 @@ from osscar.checkpoint.hf_config import MODELLING_FILE
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
 from osscar.offload.weight_cache import WeightCache
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.proof.plan import GroupPlan, PruningPlan
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2)

@@ -16,8 +16,8 @@ from osscar.base.errors import CheckpointError, EquivalenceError
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import MANIFEST_FILE
-from osscar.shrinking.equivalence import proof_outputs
-from osscar.shrinking.lineage import lineage_of
+from osscar.proof.equivalence import proof_outputs
+from osscar.proof.lineage import lineage_of
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import transformers_case
 

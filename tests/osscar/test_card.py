@@ -9,7 +9,7 @@ from torch import nn
 import osscar
 from osscar.base.errors import OutputError
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE
-from osscar.shrinking.lineage import note
+from osscar.proof.lineage import note
 from tests.osscar.families import tiny, tokens
 
 

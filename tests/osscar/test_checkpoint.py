@@ -18,8 +18,8 @@ from osscar.checkpoint.place import Run
 from osscar.data.prose import Split, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.seen import Calibration, refuse_overlap
+from osscar.proof.lineage import lineage_of
+from osscar.proof.seen import Calibration, refuse_overlap
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2, 16, seed=9)

@@ -22,8 +22,8 @@ from osscar.cli import main
 from osscar.data.prose import Split, builtin_text
 from osscar.evaluation.forward import measure_forward
 from osscar.models.language import DEMO_DIRECTORY
+from osscar.proof.lineage import note, weights_digest
 from osscar.report.tables import engineering
-from osscar.shrinking.lineage import note, weights_digest
 from tests.osscar.families import framing_tokenizer, tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200

@@ -26,8 +26,8 @@ from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest as Asked
-from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net

@@ -17,8 +17,9 @@ from osscar.checkpoint.directory import save
 from osscar.network.double import InDouble
 from osscar.preparation.experts import mixtures_in
 from osscar.preparation.prepare import prepare
-from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.shrink import masked, shrink
+from osscar.proof.masking import masked
+from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.shrinking.shrink import shrink
 from solvers import GroupScore, RouterScores, RoutingRule
 from tests.osscar.families import framing_tokenizer, tokens
 from tests.osscar.mixtures import MIXTURES, ROUTERS, mixture

@@ -15,8 +15,8 @@ from osscar.base.errors import NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.preparation.routing import Routed
+from osscar.proof.masking import masked
 from osscar.request import PruningRequest
-from osscar.shrinking.shrink import masked
 from osscar.walk.residual import streams
 from osscar.walk.walk import walk
 from tests.osscar.families import tokens

@@ -16,6 +16,7 @@ from osscar.allocation.widths import asked_groups
 from osscar.base.errors import AdapterError, EquivalenceError, JournalError, RequestError
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
+from osscar.proof.plan import Form
 from osscar.pruning import feasibility as feasibility_room
 from osscar.pruning import prune as pruning_room
 from osscar.pruning.feasibility import feasible_groups
@@ -23,7 +24,6 @@ from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, jobs, prune_points
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import Form
 from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net

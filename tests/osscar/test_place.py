@@ -18,7 +18,7 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import place as runs
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
 from osscar.checkpoint.place import Run, check_output, replacing
-from osscar.shrinking.lineage import Lineage
+from osscar.proof.lineage import Lineage
 from tests.osscar.forked import forked
 
 PRELUDE = """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from osscar.checkpoint import place, place as runs
 from osscar.checkpoint.manifest import Manifest
-from osscar.shrinking.lineage import Lineage
+from osscar.proof.lineage import Lineage
 
 proved = lambda: None
 

@@ -18,7 +18,7 @@ from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import OwnTransform, Preprocessing
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
-from osscar.shrinking.lineage import lineage_of
+from osscar.proof.lineage import lineage_of
 from tests.osscar.networks import plain
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")

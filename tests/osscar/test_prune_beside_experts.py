@@ -20,13 +20,13 @@ from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
+from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.proof.routers import routed_among
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import jobs, prune_points
 from osscar.report.prune_page import prune_page
 from osscar.request import BudgetKind, PruningRequest
-from osscar.shrinking.plan import GroupPlan, PruningPlan
-from osscar.shrinking.routers import routed_among
 from osscar.shrinking.shrink import shrink
 from osscar.walk.targets import correction
 from solvers import BackendError

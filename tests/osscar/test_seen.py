@@ -11,7 +11,7 @@ import torch
 import osscar
 from osscar.base.errors import DataError
 from osscar.data.prose import Split, builtin_text
-from osscar.shrinking.seen import Calibration, Seen, fingerprints_of_runs, refuse_overlap
+from osscar.proof.seen import Calibration, Seen, fingerprints_of_runs, refuse_overlap
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError
-from osscar.shrinking.equivalence import proof_outputs
+from osscar.proof.equivalence import proof_outputs
+from osscar.proof.lineage import lineage_of
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.follow import adapter
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.coverage.zoo import Inputs, torchvision_case, transformers_case

@@ -40,12 +40,12 @@ from osscar.offload.places import Place, Slice
 from osscar.offload.sources import Chain, Source, as_bytes
 from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.pruning.memory import _LEAST, Room
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
 from osscar.walk.walk import walk

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import EquivalenceError, ModelError
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.plan import Form, GroupPlan, PruningPlan
-from osscar.shrinking.shrink import masked, shrink
-from osscar.shrinking.structural import StructureError, dense_programs
+from osscar.proof.lineage import lineage_of
+from osscar.proof.masking import masked
+from osscar.proof.plan import Form, GroupPlan, PruningPlan
+from osscar.proof.structural import StructureError, dense_programs
+from osscar.shrinking.shrink import shrink
 from tests.osscar.families import tiny
 
 UNITS, KEPT = 20, 10
@@ -31,7 +32,7 @@ UNITS, KEPT = 20, 10
 def sizes_are_open(monkeypatch):
     """Leave sizes open, and export for others, as for users."""
     for name, value in {"_MOST_PROGRAMS": 2, "_EVERY": range(32), "_SAMPLES": range(1)}.items():
-        monkeypatch.setattr(f"osscar.shrinking.structural.{name}", value)
+        monkeypatch.setattr(f"osscar.proof.structural.{name}", value)
 
 
 class Net(nn.Module):

@@ -16,6 +16,7 @@ from osscar.allocation.allocate import allocate
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
+from osscar.proof.plan import Form
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.pruning.prune import prepare_for, prune_as_asked
 from osscar.pruning.sweep import (
@@ -34,7 +35,6 @@ from osscar.report.figures import picture
 from osscar.report.prune_page import budget_line
 from osscar.report.sweep_page import recovered_line, sweep_page, sweep_table
 from osscar.request import PruningRequest
-from osscar.shrinking.plan import Form
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import tiny, tokens

@@ -22,8 +22,8 @@ from osscar.data.tensors import holds_images
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.preparation.fingerprint import Fingerprint
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.seen import Seen
+from osscar.proof.lineage import lineage_of
+from osscar.proof.seen import Seen
 
 FAST = ("--neurons", "0.5", "--backend", "magnitude")
 CODE = """

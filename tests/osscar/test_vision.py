@@ -37,9 +37,9 @@ from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import fill, read_state
+from osscar.proof.lineage import lineage_of
+from osscar.proof.seen import Calibration, Seen, refuse_overlap
 from osscar.report.evaluation_tables import dense_sentence, dense_warning
-from osscar.shrinking.lineage import lineage_of
-from osscar.shrinking.seen import Calibration, Seen, refuse_overlap
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")

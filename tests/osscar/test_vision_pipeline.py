@@ -14,7 +14,7 @@ from osscar.base.errors import (
     RequestError,
 )
 from osscar.data.batches import as_inputs
-from osscar.shrinking.plan import PruningPlan
+from osscar.proof.plan import PruningPlan
 from osscar.walk.batch_norm import (
     dense_statistics,
     renew_statistics,

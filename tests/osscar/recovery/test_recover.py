@@ -26,14 +26,14 @@ from osscar.base.ranks import ALONE
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
 from osscar.data.tokens import CalibrationSet
+from osscar.proof.lineage import lineage_of, note_dense
+from osscar.proof.program.program import ProgramModule
+from osscar.proof.seen import Calibration
 from osscar.recovery import recover as recovering
 from osscar.recovery import samples as drawing
 from osscar.recovery import setup
 from osscar.recovery.target import HeldOut, Target, in_batches
 from osscar.recovery.training import Training
-from osscar.shrinking.lineage import lineage_of, note_dense
-from osscar.shrinking.program.program import ProgramModule
-from osscar.shrinking.seen import Calibration
 from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
 from tests.osscar.networks import plain, small_net
 from tests.osscar.recovery.cases import ADAPTED, FORMS, LONG

@@ -1,7 +1,7 @@
 """The proof that a smaller model is the dense one without some units: its program says so.
 
 The exported program of the dense model, from which a plan takes units, is right by construction:
-every size in it follows its axis, or the plan is refused (`osscar.shrinking.program`).  The smaller
+every size in it follows its axis, or the plan is refused (`osscar.proof.program`).  The smaller
 model is right if its own program is that one, operator by operator, tensor by tensor, and number by
 number.  A difference is a place where code makes a number of a width that is pruned.
 
@@ -32,12 +32,12 @@ from graph.tracing.export import canonical_names, module_of, varies
 from graph.tracing.preserve import without_cache
 from graph.tracing.standalone import GUARDS, Standalone, export_standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
+from osscar.network.attention import expose_attention
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
 from osscar.offload.on_disk import OnDisk, shapes_only
-from osscar.shrinking.attention import expose_attention
-from osscar.shrinking.plan import Integer, PruningPlan, Structure
-from osscar.shrinking.program.program import ShrunkGraph, shrunk_graph, staying_of
+from osscar.proof.plan import Integer, PruningPlan, Structure
+from osscar.proof.program.program import ShrunkGraph, shrunk_graph, staying_of
 
 _MOST_PROGRAMS = 2
 """Exports of one model, each for other sizes of its inputs."""

@@ -15,8 +15,8 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import published
 from osscar.network.modules import device_of, number_format, sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.shrinking.plan import Certificate, PruningPlan
-from osscar.shrinking.seen import Calibration
+from osscar.proof.plan import Certificate, PruningPlan
+from osscar.proof.seen import Calibration
 
 LINEAGE = "osscar_lineage"
 """The attribute of a model that holds its `Lineage`."""

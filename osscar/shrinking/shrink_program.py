@@ -19,10 +19,10 @@ from osscar.base.memory import let_shortage_pass
 from osscar.base.messages import warn
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
-from osscar.shrinking.equivalence import Inputs, by_name, in_format_of, runs
-from osscar.shrinking.fold import fold
-from osscar.shrinking.lineage import lineage_of, note
-from osscar.shrinking.plan import (
+from osscar.proof.equivalence import Inputs, by_name, in_format_of, runs
+from osscar.proof.lineage import lineage_of, note
+from osscar.proof.masking import distance_from_masked
+from osscar.proof.plan import (
     Certificate,
     Form,
     PruningPlan,
@@ -30,17 +30,18 @@ from osscar.shrinking.plan import (
     check_plan,
     check_traced,
 )
-from osscar.shrinking.program.input_sizes import fixed_in_words, sizes_given_up
-from osscar.shrinking.program.program import (
+from osscar.proof.program.input_sizes import fixed_in_words, sizes_given_up
+from osscar.proof.program.program import (
     ProgramModule,
     shrunk_graph,
     smaller,
     trace_dense,
 )
-from osscar.shrinking.shrink import Proof, check_request, distance_from_masked, fold_named
+from osscar.proof.structural import by_construction
+from osscar.proof.structure import hand_on_structure, remember_structure
+from osscar.shrinking.fold import fold
+from osscar.shrinking.shrink import Proof, check_request, fold_named
 from osscar.shrinking.slice import slice_units
-from osscar.shrinking.structural import by_construction
-from osscar.shrinking.structure import hand_on_structure, remember_structure
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from osscar.network.double import InDouble
 from osscar.network.hooks import hooks
 from osscar.network.modules import copied
 from osscar.offload.on_disk import OnDisk, values_of
-from osscar.shrinking.plan import GroupPlan
+from osscar.proof.plan import GroupPlan
 from solvers import GroupScore, RouterScores, RoutingRule, SolverError
 
 TOLERANCE = 1e-5

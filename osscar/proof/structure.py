@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from osscar.base.errors import ModelError
 from osscar.network.modules import copied, device_of
 from osscar.offload.on_disk import is_on_disk
-from osscar.shrinking.equivalence import Inputs
-from osscar.shrinking.lineage import lineage_of
+from osscar.proof.equivalence import Inputs
+from osscar.proof.lineage import lineage_of
 
 _STRUCTURE = "osscar_structure"
 """The attribute of a model that holds its `_DenseStructure`."""

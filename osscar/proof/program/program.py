@@ -2,7 +2,7 @@
 
 What is traced has no code left: parameters, and operators with numbers in them.  The axes of all of
 its values say which of those numbers are sizes, and what becomes of them (see
-`osscar.shrinking.program.literals`).  Every value then has to have the shape that the axes tell,
+`osscar.proof.program.literals`).  Every value then has to have the shape that the axes tell,
 and the outputs have to be those of the masked model.
 """
 
@@ -29,15 +29,15 @@ from graph.tracing.preserve import without_cache
 from graph.tracing.standalone import GUARDS, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
+from osscar.network.attention import expose_attention
 from osscar.network.fake import on_shapes
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
-from osscar.shrinking.attention import expose_attention
-from osscar.shrinking.lineage import LINEAGE, lineage_of
-from osscar.shrinking.plan import GroupPlan, PruningPlan, TracedInput
-from osscar.shrinking.program.input_sizes import InputSizes
-from osscar.shrinking.program.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
-from osscar.shrinking.structure import hand_on_structure
+from osscar.proof.lineage import LINEAGE, lineage_of
+from osscar.proof.plan import GroupPlan, PruningPlan, TracedInput
+from osscar.proof.program.input_sizes import InputSizes
+from osscar.proof.program.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
+from osscar.proof.structure import hand_on_structure
 
 
 class ProgramModule(GraphModule):

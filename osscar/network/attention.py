@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graph.groups import UnitKind
 from osscar.base.errors import ModelError
-from osscar.shrinking.plan import GroupPlan
 
 
 class AnyHeads:
@@ -47,7 +45,7 @@ class _MultiheadAttention(AnyHeads):
 
     def adopt(self) -> None:
         """Keep torch from taking a fused path that assumes full width."""
-        if _is_extended(self):
+        if is_extended(self):
             raise ModelError(
                 "a MultiheadAttention with add_bias_kv or add_zero_attn cannot lose heads; "
                 "leave its heads out of what is pruned"
@@ -177,7 +175,7 @@ _REWRITTEN: Mapping[type[nn.Module], type[AnyHeads]] = {
 """What is mixed in when heads leave, or something else of a module's weights."""
 
 
-def _rewrite(module: nn.Module) -> None:
+def rewrite(module: nn.Module) -> None:
     """Change the class of a module, in place, if it is among those that need another one."""
     mixin = _mixin(module)
     if mixin is not None:
@@ -202,7 +200,7 @@ def _mixed(mixin: type[AnyHeads], original: type[nn.Module]) -> type[nn.Module]:
     return type(name, (mixin, original), {"__doc__": mixin.__doc__})
 
 
-def _is_extended(module: object) -> bool:
+def is_extended(module: object) -> bool:
     """Whether attention of torch adds keys of its own, for which there is no other forward pass."""
     return isinstance(module, nn.MultiheadAttention) and (
         module.bias_k is not None or module.add_zero_attn
@@ -212,7 +210,7 @@ def _is_extended(module: object) -> bool:
 def expose_attention(model: nn.Module) -> None:
     """Let fused attention call its output layer as a module, which can be observed then."""
     for name in exposed(model):
-        _rewrite(model.get_submodule(name))
+        rewrite(model.get_submodule(name))
 
 
 def exposed(model: nn.Module) -> list[str]:
@@ -220,30 +218,5 @@ def exposed(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if _mixin(module) and not _is_extended(module)  # which keeps all heads
+        if _mixin(module) and not is_extended(module)  # which keeps all heads
     ]
-
-
-def rewrite_cut(module: nn.Module, group: GroupPlan) -> None:
-    """Change the class of an attention, in place, whose own weights a group has cut.
-
-    Whatever it has lost: the originals take the widths of heads from that of the stream, and some
-    insist on the one that they were built with.
-    """
-    if group.kind is UnitKind.HEADS or not _is_extended(module):
-        _rewrite(module)
-
-
-def leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
-    """Keep torch's encoders around attention that loses something from packing padded sequences.
-
-    Only the fused path of full width reads what they pack.
-    """
-    for name in {slot.module for slot in group.slots}:
-        within = group.kind is UnitKind.HEADS
-        while name:
-            within = within or isinstance(model.get_submodule(name), nn.MultiheadAttention)
-            name = name.rpartition(".")[0]
-            around = model.get_submodule(name)
-            if isinstance(around, nn.TransformerEncoder) and within:
-                _rewrite(around)

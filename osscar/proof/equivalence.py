@@ -2,7 +2,7 @@
 
 A model is *masked* when whatever reads the removed units is zero.  Units that nothing reads can
 leave, so the smaller model has to give the same outputs, up to rounding.  That its code does so for
-all inputs is what programs prove (`osscar.shrinking.structural`); outputs are a check of kernels.
+all inputs is what programs prove (`osscar.proof.structural`); outputs are a check of kernels.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_line
 from osscar.base.memory import let_shortage_pass
+from osscar.network.attention import AnyHeads
 from osscar.network.modules import fresh, graphics_cards, number_format
 from osscar.network.predictions import known_prediction
 from osscar.offload.on_disk import OnDisk
-from osscar.shrinking.attention import AnyHeads
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""

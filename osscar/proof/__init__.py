@@ -1,0 +1,1 @@
+"""What is removed of a model, and the proof that nothing else has changed."""
