@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -37,7 +38,12 @@ from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
 from osscar.offload.on_disk import OnDisk, shapes_only
 from osscar.proof.plan import Integer, PruningPlan, Structure
-from osscar.proof.program.program import ShrunkGraph, shrunk_graph, staying_of
+from osscar.proof.program.program import (
+    ShrunkGraph,
+    shrunk_graph,
+    staying_of,
+    traced_as_open,
+)
 
 _MOST_PROGRAMS = 2
 """Exports of one model, each for other sizes of its inputs."""
@@ -47,9 +53,6 @@ _MOST_NUMBERS = 2**24
 
 _NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
 """A number in a guard, and no index."""
-
-_EVERY, _SAMPLES = range(32), range(1)
-"""Dimensions of the inputs whose sizes are left open."""
 
 
 class StructureError(EquivalenceError):
@@ -133,9 +136,10 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
     which that program does not hold, it is exported for these, too.
     """
     try:
-        first = _first_program(model, example)
+        left_open, traced = traced_as_open(partial(_traced, model, example), example)
     except GraphError as error:
         return DensePrograms((), first_line(error))
+    first = DenseProgram(traced, example, left_open)
     found, exports = [first], 1
     for other in _other_sizes(first):
         if exports == _MOST_PROGRAMS:
@@ -150,29 +154,6 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
 
 class Unproved(Exception):
     """A reason why programs cannot be compared."""
-
-
-def _first_program(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram:
-    """Export a model with every size open, or else the number of samples alone, or none.
-
-    Where attention looks at images, what is computed from an open resolution (windows, padding)
-    takes minutes to trace, so that it is not left open.
-    """
-    images = any(leaf.dim() > 3 for leaf in _tensors(example))
-    found: DenseProgram | None = None
-    failure: GraphError | None = None
-    for dims in (_SAMPLES, _EVERY, ()) if images else (_EVERY, _SAMPLES, ()):
-        if found is not None and (dims != _EVERY or _attends(found.traced)):
-            break
-        left_open = dict.fromkeys(example, dims)
-        try:
-            found = DenseProgram(_traced(model, example, left_open), example, left_open)
-        except GraphError as error:
-            failure = failure or error
-    if found is None:
-        assert failure is not None
-        raise failure
-    return found
 
 
 def _traced(
@@ -196,11 +177,6 @@ def _exported(
     ):
         expose_attention(model)
         return export_standalone(model, small, left_open, lines=lines)
-
-
-def _attends(traced: TracedProgram) -> bool:
-    names = [str(node.target) for node in traced.standalone.module.graph.nodes]
-    return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

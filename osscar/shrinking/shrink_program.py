@@ -36,6 +36,7 @@ from osscar.proof.program.program import (
     shrunk_graph,
     smaller,
     trace_dense,
+    traced_as_open,
 )
 from osscar.proof.structural import by_construction
 from osscar.proof.structure import hand_on_structure, remember_structure
@@ -192,7 +193,7 @@ class ProgramTrial:
         self.example = in_format_of(example, model)
         self.inputs = [in_format_of(one, model) for one in inputs]
         check_traced(self._form({}, {}))
-        self.varies, self.program = self._traced()
+        self.left_open, self.program = traced_as_open(self._traced, self.example)
         self.inputs += self._of_other_size()
 
     @property
@@ -203,7 +204,7 @@ class ProgramTrial:
     @property
     def traced(self) -> tuple[TracedInput, ...]:
         """The form of the inputs that the model was traced with."""
-        return self._form(self.varies, self._fixed)
+        return self._form(self.left_open, self._fixed)
 
     @cached_property
     def _fixed(self) -> dict[str, tuple[int, ...]]:
@@ -215,40 +216,28 @@ class ProgramTrial:
         return sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
 
     def _form(
-        self, varies: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
+        self, left_open: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
     ) -> tuple[TracedInput, ...]:
         return tuple(
-            TracedInput.of(name, tensor, varies.get(name, ()), fixed.get(name, ()))
+            TracedInput.of(
+                name,
+                tensor,
+                (dim for dim in left_open.get(name, ()) if dim < tensor.dim()),
+                fixed.get(name, ()),
+            )
             for name, tensor in self.example.items()
         )
 
-    def _traced(self) -> tuple[Mapping[str, range], TracedProgram]:
-        """Trace with every size left open, or else the number of samples alone.
-
-        Where attention looks at images, what is computed from an open resolution (windows, padding)
-        takes minutes to trace, so that it is not left open.
-        """
-        images = any(tensor.dim() > 3 for tensor in self.example.values())
-        found: tuple[Mapping[str, range], TracedProgram] | None = None
-        failure: Exception | None = None
-        for most in (1, None) if images else (None, 1):
-            if found is not None and (not images or _attends(found[1])):
-                break
-            varies = {name: range(t.dim())[:most] for name, t in self.example.items()}
-            try:
-                program = trace_dense(self.model, self.example, varies)
-            except AdapterError as error:
-                failure = error
-                continue
-            dense, named = program.standalone, [by_name(self.model, one) for one in self.inputs]
-            if all(dense.takes(one) and runs(dense.module, one) for one in named):
-                found = varies, program
-        if found is None:
-            raise failure or AdapterError(
+    def _traced(self, left_open: Mapping[str, range]) -> TracedProgram:
+        """Trace the model; the program has to take the inputs of the proof."""
+        program = trace_dense(self.model, self.example, left_open)
+        dense, named = program.standalone, [by_name(self.model, one) for one in self.inputs]
+        if not all(dense.takes(one) and runs(dense.module, one) for one in named):
+            raise AdapterError(
                 "the exported program does not take the inputs of the proof, but only those of the "
                 "sizes of the example"
             )
-        return found
+        return program
 
     def _of_other_size(self) -> list[Mapping[str, Tensor]]:
         """Return a sample of half or twice the size, if model and program take that."""
@@ -292,12 +281,6 @@ class ProgramTrial:
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error
         return made, Proof(plan, Certificate(match.error, match.ties, structure))
-
-
-def _attends(program: TracedProgram) -> bool:
-    """Whether there is attention in a program."""
-    names = [str(node.target) for node in program.standalone.module.graph.nodes]
-    return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
 def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from osscar.base.errors import EquivalenceError, ModelError
 from osscar.proof.lineage import lineage_of
 from osscar.proof.masking import masked
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
+from osscar.proof.program.program import traced_as_open
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking.shrink import shrink
 from tests.osscar.families import tiny
@@ -31,8 +32,8 @@ UNITS, KEPT = 20, 10
 @pytest.fixture(autouse=True)
 def sizes_are_open(monkeypatch):
     """Leave sizes open, and export for others, as for users."""
-    for name, value in {"_MOST_PROGRAMS": 2, "_EVERY": range(32), "_SAMPLES": range(1)}.items():
-        monkeypatch.setattr(f"osscar.proof.structural.{name}", value)
+    monkeypatch.setattr("osscar.proof.structural._MOST_PROGRAMS", 2)
+    monkeypatch.setattr("osscar.proof.structural.traced_as_open", traced_as_open)
 
 
 class Net(nn.Module):

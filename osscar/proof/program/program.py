@@ -9,7 +9,7 @@ and the outputs have to be those of the masked model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -87,6 +87,43 @@ def _traced(program: ProgramModule) -> tuple[TracedInput, ...]:
             "osscar.prune, osscar.shrink_program or osscar.load returned"
         )
     return plans[-1].traced
+
+
+_EVERY, _SAMPLES = range(32), range(1)
+"""Dimensions of the inputs whose sizes are left open."""
+
+
+def traced_as_open(
+    trace: Callable[[Mapping[str, range]], TracedProgram], example: Mapping[str, Any]
+) -> tuple[Mapping[str, range], TracedProgram]:
+    """Trace a model with every size open, or else the number of samples alone, or none.
+
+    Where attention looks at images, what is computed from an open resolution (windows, padding)
+    takes minutes to trace, so that it is not left open.  `trace` takes the dimensions of each input
+    that are left open, which are returned with what it found; its first error is raised if it never
+    succeeds.
+    """
+    images = any(leaf.dim() > 3 for leaf in pytree.tree_leaves(example) if hasattr(leaf, "dim"))
+    found: tuple[Mapping[str, range], TracedProgram] | None = None
+    failure: Exception | None = None
+    for dims in (_SAMPLES, _EVERY, range(0)) if images else (_EVERY, _SAMPLES, range(0)):
+        if found is not None and (dims != _EVERY or _attends(found[1])):
+            break
+        left_open = dict.fromkeys(example, dims)
+        try:
+            found = left_open, trace(left_open)
+        except (graph.GraphError, AdapterError) as error:
+            failure = failure or error
+    if found is None:
+        assert failure is not None
+        raise failure
+    return found
+
+
+def _attends(traced: TracedProgram) -> bool:
+    """Whether there is attention in a program."""
+    names = [str(node.target) for node in traced.standalone.module.graph.nodes]
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
 def trace_dense(
