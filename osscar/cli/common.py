@@ -170,19 +170,25 @@ def _covers(used: Path, place: Path) -> bool:
 
 
 @contextmanager
-def way_back(kept: Callable[[], str]) -> Iterator[None]:
+def way_back(kept: Callable[[], str], *, restarts: bool = False) -> Iterator[None]:
     """Say how to go on where someone interrupts the block, or where it cannot write.
 
-    What is kept by then, and where, is for `kept` to say.
+    What is kept by then, and where, is for `kept` to say; if that says nothing, nothing is.  A
+    command that `restarts` goes on without the option that says so.
     """
+
+    def told() -> str:
+        if found := kept():
+            without = " without --restart" if restarts else ""
+            return f"{found}; give the same command again{without} to go on"
+        return "nothing was done that could be kept; give the same command again to begin anew"
+
     try:
         yield
     except KeyboardInterrupt as error:
-        error.add_note(f"{kept()}; give the same command again to go on")
+        error.add_note(told())
         raise
     except BusyError:
         raise
     except (OutputError, RanksError) as error:
-        raise type(error)(
-            f"{error}. {capitalized(kept())}; give the same command again to go on"
-        ) from error
+        raise type(error)(f"{error}. {capitalized(told())}") from error

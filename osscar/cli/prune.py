@@ -90,10 +90,9 @@ class _Logs:
 
     @property
     def kept(self) -> str:
-        """What a run that ends now leaves, in words."""
-        training = self.recovers and self.recovery.done
-        also = f", and {self.recovery.kept}" if training else ""
-        return f"{self.pruning.kept}{also}"
+        """What a run that ends now leaves, in words; nothing if that is nothing."""
+        logs = (self.pruning, self.recovery) if self.recovers else (self.pruning,)
+        return ", and ".join(filter(None, (log.kept for log in logs)))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -184,27 +183,28 @@ class _Job:
             read = (self.model, options.calibration, options.weights, options.recover_text)
             used = (*read, options.json, options.report)
             check_output(path, overwrite=options.overwrite, inputs=used)
-        with way_back(lambda: logs.kept), logs.held() if ranks.first else nullcontext(), quiet():
+        with logs.held() if ranks.first else nullcontext(), quiet():
             if options.restart and ranks.first:
                 logs.remove()
-            loaded, data = self.load(path)
-            trains_on = self._trains_on(loaded, data)
-            score = tell_dense(loaded, data) if ranks.first else None
-            result, recovery = self._made(loaded.model, data, trains_on, logs)
-            if not ranks.first:
-                return  # the first alone writes and prints
-            content = result.document(
-                loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
-                recovery=recovery, measure=False,
-            )  # fmt: skip
-            logs.pruning.note(words, content)
-            tokenizer, companion = loaded.tokenizer, loaded.companion
-            fits = not is_on_disk(loaded.model)
-            with timed(Stage.SAVE):
-                saved = result.save(
-                    path, tokenizer=companion, report=content, overwrite=options.overwrite
-                )
-            content = self._measured(content, saved, loaded, lambda: result.model, data)
+            with way_back(lambda: logs.kept, restarts=options.restart):
+                loaded, data = self.load(path)
+                trains_on = self._trains_on(loaded, data)
+                score = tell_dense(loaded, data) if ranks.first else None
+                result, recovery = self._made(loaded.model, data, trains_on, logs)
+                if not ranks.first:
+                    return  # the first alone writes and prints
+                content = result.document(
+                    loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
+                    recovery=recovery, measure=False,
+                )  # fmt: skip
+                logs.pruning.note(words, content)
+                tokenizer, companion = loaded.tokenizer, loaded.companion
+                fits = not is_on_disk(loaded.model)
+                with timed(Stage.SAVE):
+                    saved = result.save(
+                        path, tokenizer=companion, report=content, overwrite=options.overwrite
+                    )
+                content = self._measured(content, saved, loaded, lambda: result.model, data)
             logs.remove()
         _tell(content, saved, where)
         if result.form == "exported" and tokenizer is not None:

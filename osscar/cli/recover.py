@@ -105,32 +105,33 @@ class _Job:
         if ranks.first:
             self._check_output(path)
         before = self._report()
-        with way_back(lambda: log.kept), log.held() if ranks.first else nullcontext(), quiet():
+        with log.held() if ranks.first else nullcontext(), quiet():
             if options.restart and ranks.first:
                 log.remove()
-            smaller, dense, data = self._load()
-            if ranks.first:
-                needed = weight_bytes(smaller.model, smaller.stored_dtype)
-                check_output(path, overwrite=options.overwrite, needed_bytes=needed)
-                tell_data(smaller, data)
-            own_log = log if ranks.first else None
-            recovery = recover_as_asked(
-                smaller.model, dense.model, data, self.request, own_log, ranks, tell_memory
-            )
-            if not ranks.first:
-                return  # the first alone writes and prints
-            content = self._document(recovery, dense.source, before)
-            log.note(words, content)
-            saved = save(
-                recovery.model,
-                path,
-                tokenizer=smaller.companion,
-                report=content,
-                page=recover_page(content, path.name),
-                picture=self._picture(),
-                overwrite=options.overwrite,
-            )
-            self._write_copies(content, saved)
+            with way_back(lambda: log.kept, restarts=options.restart):
+                smaller, dense, data = self._load()
+                if ranks.first:
+                    needed = weight_bytes(smaller.model, smaller.stored_dtype)
+                    check_output(path, overwrite=options.overwrite, needed_bytes=needed)
+                    tell_data(smaller, data)
+                own_log = log if ranks.first else None
+                recovery = recover_as_asked(
+                    smaller.model, dense.model, data, self.request, own_log, ranks, tell_memory
+                )
+                if not ranks.first:
+                    return  # the first alone writes and prints
+                content = self._document(recovery, dense.source, before)
+                log.note(words, content)
+                saved = save(
+                    recovery.model,
+                    path,
+                    tokenizer=smaller.companion,
+                    report=content,
+                    page=recover_page(content, path.name),
+                    picture=self._picture(),
+                    overwrite=options.overwrite,
+                )
+                self._write_copies(content, saved)
             log.remove()
         tell_recovery(content["recovery"])
         out.print(saved_line(saved, self.where))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from osscar.base.errors import OptionError
-from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, out, say, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
@@ -27,7 +26,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
     base = asked_with(shared, **{str(budget): points[0].value})
     recover = recovery_asked_with(options, base)
     place = SweepDirectory(options.out)
-    with quiet():
+    with way_back(lambda: place.kept), quiet():
         loaded, data = opened(
             model,
             options,
@@ -44,13 +43,12 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             seqlen=options.seqlen,
         )
         swept = Sweep(place, base, points, score, loaded.classes, recover, _tell)
-        with way_back(lambda: f"{pluralize(len(place.done), 'point')} kept in {options.out}"):
-            document = swept.run(
-                loaded.model,
-                data,
-                source=loaded.source,
-                scored_dense=lambda: tell_dense(loaded, data),
-            )
+        document = swept.run(
+            loaded.model,
+            data,
+            source=loaded.source,
+            scored_dense=lambda: tell_dense(loaded, data),
+        )
     out.print(sweep_table(document))
     if document["skipped"]:
         out.print(skipped_table(document["skipped"]))

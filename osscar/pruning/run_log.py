@@ -151,13 +151,10 @@ class RunLog(SavingJournal[JournalManifest]):
 
     @property
     def kept(self) -> str:
-        """What a run that ends now leaves, in words."""
-        return (
-            f"{pluralize(self.committed, 'group')} {are(self.committed)} done and "
-            f"kept in {self.directory}"
-            if self.committed
-            else "no group was done yet"
-        )
+        """What a run that ends now leaves, in words; nothing if that is nothing."""
+        groups = self.committed
+        where = f"done and kept in {self.directory}"
+        return f"{pluralize(groups, 'group')} {are(groups)} {where}" if groups else ""
 
     def _place(self, index: int) -> Path:
         return self.directory / f"{index:05}.safetensors"

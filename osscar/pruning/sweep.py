@@ -20,6 +20,7 @@ from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
+from osscar.base.printable import are, pluralize
 from osscar.network.modules import copied
 from osscar.preparation.fingerprint import JournalManifest
 from osscar.proof.plan import Form
@@ -274,6 +275,13 @@ class SweepDirectory(Journal[JournalManifest]):
             self.begin(manifest)
             self.make(_POINTS)
             yield
+
+    @property
+    def kept(self) -> str:
+        """What a sweep that ends now leaves, in words; nothing if that is nothing."""
+        points = len(self.done)
+        where = f"kept in {self.directory}"
+        return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
 
     def point(self, job: Job) -> Point | None:
         """Return a point that was finished; None if it was not."""

@@ -94,9 +94,9 @@ class RecoveryLog(SavingJournal[JournalManifest]):
 
     @property
     def kept(self) -> str:
-        """What a recovery that ends now leaves, in words."""
+        """What a recovery that ends now leaves, in words; nothing if that is nothing."""
         if not self.done:
-            return "no step was kept yet"
+            return ""
         steps = int(self.done[-1].stem)
         words = "step is" if steps == 1 else f"{steps} steps are"
         return f"the first {words} kept in {self.directory}"

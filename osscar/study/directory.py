@@ -26,6 +26,7 @@ from osscar.base.files import atomic_write, digest, file_digest, resolved
 from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
+from osscar.base.printable import pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
@@ -132,10 +133,12 @@ class Study:
 
     @property
     def kept(self) -> str:
-        """What a study that ends now leaves, in words."""
+        """What a study that ends now leaves, in words; nothing if that is nothing."""
         if not self.instances:
-            return "nothing was captured yet"
-        return f"what was solved is kept in {self.directory}"
+            return ""
+        solved = len(list((self.directory / RECORDS).glob("*.json")))
+        problems = pluralize(len(self.instances), "problem")
+        return f"{problems} and {pluralize(solved, 'answer')} are kept in {self.directory}"
 
     def affordable_jobs(self) -> int:
         """Return how many processes may solve at once: as many as cores, if memory allows."""

@@ -44,9 +44,20 @@ class Case:
         """
         if not (root / "out").exists():
             return self.before is None
-        due = [self.result] + ([] if self.before is None else [content(self.before)])
-        found = _unmeasured(content(root / "out"))
-        return found in map(_unmeasured, due)
+        old = self.before is not None and content(root / "out") == content(self.before)
+        return old or self.is_done(root)
+
+    def is_done(self, root: Path) -> bool:
+        """Whether the output is what was asked for; what is measured after the save may be missing.
+
+        A study is done once all of its files are there.
+        """
+        if not (root / "out").exists():
+            return False
+        found = content(root / "out")
+        if not self.keeps_old:
+            return found == self.result
+        return _unmeasured(found) == _unmeasured(self.result)
 
     @property
     def keeps_old(self) -> bool:

@@ -23,7 +23,10 @@ from osscar.data.prose import Split, builtin_text
 from osscar.evaluation.forward import measure_forward
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
+from osscar.pruning.run_log import RunLog
+from osscar.pruning.sweep import SweepDirectory
 from osscar.report.tables import engineering
+from osscar.study.directory import Study
 from tests.osscar.families import framing_tokenizer, tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -182,6 +185,49 @@ def test_no_figure_of_a_report_loses_a_run(run, text, tmp_path, monkeypatch):
     assert json.loads((out_dir / "osscar_report.json").read_text())["unmeasured"] == said
     assert said in (out_dir / "report.html").read_text()
     assert (out_dir / "model.safetensors").read_bytes() == saved
+
+
+@pytest.mark.parametrize(
+    ("command", "stops", "at", "said"),
+    [
+        ("prune", RunLog.append, 0, None),
+        ("prune", RunLog.append, 1, "1 group is done and kept in {}; AGAIN to go on"),
+        (
+            *("restart", RunLog.append, 2),
+            "2 groups are done and kept in {}; AGAIN without --restart to go on",
+        ),
+        ("sweep", SweepDirectory.keep, 0, None),
+        ("sweep", SweepDirectory.keep, 1, "1 point is kept in {}; AGAIN to go on"),
+        ("gap", Study.run, 0, "1 problem and 0 answers are kept in {}; AGAIN to go on"),
+        ("gap", Study.capture, 0, None),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(run, text, tmp_path, monkeypatch, command, stops, at, said):
+    place, calls = tmp_path / "out", []
+
+    def stopped(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        return stops(*arguments, **more)
+
+    owner = {"RunLog": RunLog, "SweepDirectory": SweepDirectory, "Study": Study}
+    name, _, method = stops.__qualname__.partition(".")
+    monkeypatch.setattr(owner[name], method, stopped)
+    small = small_prune(text, place, "--neurons", "0.5")
+    windows = ("--windows", 1, "--seqlen", 32, "--samples", 6)
+    asked = {
+        "prune": small,
+        "restart": (*small, "--restart"),
+        "sweep": ("sweep", "demo", "--out", place, "--sparsity", "0.3", *windows),
+        "gap": ("gap", "demo", "--out", place, "--groups", "*.0.*heads", *windows),
+    }
+    status, _, err = run(*asked[command])
+    kept = place.with_name("out.run") if command in ("prune", "restart") else place
+    expected = said or "nothing was done that could be kept; AGAIN to begin anew"
+    expected = expected.format(kept).replace("AGAIN", "give the same command again")
+    assert (status, err.splitlines()[-1]) == (130, f"interrupted: {expected}")
+    assert kept.exists() == (said is not None)
 
 
 def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monkeypatch):
