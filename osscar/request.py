@@ -275,34 +275,33 @@ class PruningRequest:
     params
         Budget: what to *keep* of the model's parameters, a fraction or a count.
     size
-        Budget: what to *keep* of the bytes that the weights take on disk: a fraction of what those
-        of the dense model would as modules, whatever the form, a size such as ``"200MB"``, or a
-        number of bytes.
+        Budget: what to *keep* of the bytes that the weights take on disk: a fraction, a size such
+        as ``"200MB"``, or a number of bytes.  A fraction is of the dense model saved as modules,
+        whatever the form.
     flops
         Budget: the share to *keep*, in (0, 1), of its floating-point operations on one sample.
     speedup
         Budget: how many times as fast as the dense model, above 1, a forward pass of a calibration
         batch shall be; timed on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out; another than ``measured`` is refused where there is none.
-        ``measured`` chooses the widths whose model is predicted to be nearest to the dense one, by
-        what was measured with one group pruned at a time;
-        ``uniform`` keeps the same share of the units of every group, as the paper does, the largest
-        within the budget.
+        How a budget is shared out.  ``measured`` chooses the widths whose model is predicted to be
+        nearest to the dense one, by what was measured with one group pruned at a time; ``uniform``
+        keeps the same share of every group, as the paper does: the largest that the budget allows.
+        Without a budget only ``measured`` is taken.
     heads, neurons, channels
         What to *keep* of each group of a kind, whatever the budget: a fraction such as ``"2/3"``,
         or a count.  A kind that neither this nor a budget reaches is left alone.
     residual
         What to *keep* of residual streams, such as the channels that shortcuts add up.  They run
-        through many layers, and nothing else touches them.
+        through many layers, and no other option removes any of them.
     experts
-        What to *keep* of the experts of each mixture: a fraction, or a count; or ``auto``: a budget
-        of parameters or bytes is shared by experts, too.  Tokens are routed among those that stay,
-        and all else is removed from the model without the others.
+        What to *keep* of the experts of each mixture: a fraction, a count, or ``auto``, which lets
+        experts share a budget of parameters or bytes.  Tokens are routed among the experts that
+        stay; units of other kinds are removed after the experts.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
-        Kept width (units times rows a unit) is rounded to a multiple of this.
+        Each kept width (units times rows per unit) is rounded to a multiple of this.
     at_least
         What every group that shares a budget keeps at least: a fraction of its units, or a count.
     skip
@@ -316,22 +315,22 @@ class PruningRequest:
         solution from its problem alone; takes several times as long as the search.  Up to 32 units
         the bound comes from branch and bound, which may take 10 seconds a group.
     bound_rounds
-        How long the bound of a larger group is searched for, with `certify`: any rounds
-        are never worse than none, and more usually better; each takes about a third of the time
-        that none takes.
+        With `certify`: rounds of the search for the bound of a larger group.  More rounds usually
+        give a better bound, and never a worse one than no rounds; each takes about a third of the
+        time of the bound without rounds.
     damp
         Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by
         default it is chosen for each layer by calibration samples that no weight is fitted to.
     target
-        What a layer is to reproduce: ``weights``, what its dense weights make of the pruned inputs
-        (the paper's); ``residual``, what it puts out in the dense model, and what the residual
-        stream, to which that is added, has lost.
+        What a layer is to reproduce.  ``weights``: what its dense weights make of the pruned
+        inputs, as in the paper.  ``residual``: what it puts out in the dense model, plus what the
+        residual stream that it is added to has lost before it.
     correction_weight
-        Share of what ``residual`` adds to the target of ``weights``, in [0, 1]; by default it is
-        chosen like `damp`.
+        Share, in [0, 1], of what the target ``residual`` adds to the target ``weights``; by default
+        it is chosen as `damp` is.
     batch_norm
-        Whether the dense model's running statistics are ``correct``-ed by what pruning changed, or
-        ``keep`` their values.
+        ``correct`` moves the dense model's running statistics by what pruning has changed; ``keep``
+        leaves them as they are.
     device
         ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
     batch_size

@@ -251,8 +251,9 @@ def export(
 ) -> None:
     """Write a model for llama.cpp, ONNX Runtime or torch.export, whatever its layers' widths.
 
-    To gguf LLaMA, Mistral, SmolLM2, Qwen2 and Qwen3 are written; to onnx and pt2 any model that
-    torch can trace. The file is read back and compared with the model before it takes its place.
+    To gguf LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE are
+    written; to onnx and pt2 any model that torch can trace. The file is read back and compared with
+    the model before it takes its place.
     """
     _run("export", directory, format, out, dtype, dense, inputs, overwrite, json)
 
@@ -266,7 +267,9 @@ def gap(
             help="One model as for `osscar prune`, or problem files (.npz, .safetensors).",
         ),
     ],
-    out: Annotated[Path, Parameter(help="Where the study lies, or goes on.")],
+    out: Annotated[
+        Path, Parameter(help="Directory of the study; one that is there is gone on with.")
+    ],
     options: Annotated[GapOptions, _ALL] = GapOptions(),
 ) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps.
@@ -292,7 +295,7 @@ def solve(
         bool, Parameter(help="Add a lower bound where the backend gives none.")
     ] = False,
     bound_rounds: Annotated[
-        int, Parameter(help="How long that bound is searched for; never worse than 0.")
+        int, Parameter(help="Rounds of the search for that bound; never a worse one than with 0.")
     ] = BOUND_ROUNDS,
     list_problem: Annotated[
         bool, Parameter(help="Show what the file holds and who can take it.")

@@ -63,10 +63,10 @@ class OpenOptions:
     """Mean of pixels / 255 that is subtracted from images: one number a channel, separated by
     commas, or one for all.  [default: what the model brings]"""
     std: str | None = None
-    """Deviation of pixels / 255 by which images are divided, alike."""
+    """Standard deviation of pixels / 255 by which images are divided, given as --mean is."""
     image_size: ImageSize = None
     no_normalize: bool = False
-    """Images are pixels / 255 as they are."""
+    """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
     """Weights for a model of torchvision or timm, or code of your own: .safetensors, or a state
     dict."""
@@ -98,9 +98,9 @@ class RunOptions(DataOptions):
 
     json: Json = None
     max_memory: str | None = None
-    """Most memory of a run, such as 8GB, for a language model in a directory that is larger: its
-    weights stay on disk, and each is read when it is needed.  With --device cuda it is the
-    card's memory.  [default: what is free there, if the model does not fit in it]"""
+    """Most memory that a run may take, such as 8GB.  The weights of a language model in a directory
+    then stay on disk, and each is read when it is needed.  With --device cuda it is the card's
+    memory.  [default: what is free there, if the model does not fit in it]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,8 @@ class PruneOptions(RunOptions):
     recover_text: str | None = None
     """With --recover: train on this text or dataset.  [default: the calibration data]"""
     recover_steps: _Count = None
-    """With --recover: steps of the optimizer, at most.  [default: as many as `osscar recover`]"""
+    """With --recover: optimizer steps; stops earlier if the held-out loss rises.  [default: as many
+    as `osscar recover`]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ class RecoverOptions(OpenOptions):
     """Samples of any other kind to train on: FILE.npz or FILE.safetensors, with an entry for each
     argument of the model's `forward`."""
     samples: _Count = None
-    """Windows (default as many as the steps take, none of them twice), images or samples (default
+    """Windows (by default as many as the steps take, each once), images or samples (by default
     all), drawn at random."""
     seqlen: int | None = None
     """Tokens in a window.  [default: as many as when it was pruned]"""
@@ -170,11 +171,11 @@ class SweepOptions(RunOptions):
     """Or how many times as fast as the dense model a forward pass of a calibration batch shall be,
     timed on this device."""
     out: Path = Path("osscar-sweep")
-    """Where the sweep lies, or goes on."""
+    """Directory of the sweep; one that is there is gone on with."""
     text: str | None = None
     """Plain text to score; by default the built-in held-out text."""
     images: str | None = None
-    """Images to score, as for `osscar eval`; without, only divergence is."""
+    """Images to score, as for `osscar eval`; without them only divergence is measured."""
     inputs: str | None = None
     """Samples of any other kind to score, as for `osscar eval`."""
     windows: int | None = None
@@ -186,7 +187,8 @@ class SweepOptions(RunOptions):
     """Also train each pruned model towards the dense one, on the calibration data, and measure it
     before and after."""
     recover_steps: _Count = None
-    """With --recover: steps of the optimizer, at most.  [default: as many as `osscar recover`]"""
+    """With --recover: optimizer steps; stops earlier if the held-out loss rises.  [default: as many
+    as `osscar recover`]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +242,12 @@ class GapOptions(DataOptions):
     exact_units: int = 64
     """Give problems of at most this many units to exact backends."""
     units: int | None = None
-    """Draw windows of this many units from larger problems, the rest held."""
+    """Draw windows of this many units from larger problems, whose other units are held."""
     windows: int = 3
     """Windows for each problem and sparsity."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for the root bound: never worse than none, and more usually better."""
+    """Rounds of the search for the root bound.  More rounds usually give a better bound, and never
+    a worse one than no rounds."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
@@ -336,10 +339,15 @@ def _option(one: dataclasses.Field[Any], words: str) -> Any:
 
 
 def _help(documented: type) -> dict[str, str]:
-    """Return what the docstring of a class says of each parameter."""
+    """Return what the docstring of a class says of each parameter, which it names as options."""
     _, _, text = (inspect.getdoc(documented) or "").partition("Parameters\n----------\n")
     entries = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
-    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+    said = {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+    option = re.compile(rf"(?<!`)`({'|'.join(said)})`(?!`)")
+    return {
+        name: option.sub(lambda found: f"--{found[1].replace('_', '-')}", words)
+        for name, words in said.items()
+    }
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -36,47 +36,48 @@ class RecoveryRequest:
     Parameters
     ----------
     steps
-        Of the optimizer, at most: fewer if the held-out samples get worse.
+        Optimizer steps; stops earlier if the held-out loss rises.
     batch_size
         Samples in a step; by default 4 windows, or 64 of anything else.
     micro_batch_size
-        Samples that run through both models at once; the gradients of a step's add up.  By default
-        1 window on a CPU without `mixed_precision`, and all of a step elsewhere.  Samples of a list
-        run alone, always.
+        Samples that run through both models at once; the gradients of one step are added up.  By
+        default 1 window on a CPU without `mixed_precision`, and all samples of a step elsewhere.
+        Samples of a list always run alone.
     learning_rate
-        At its height; by default the one below the best of a few, each tried for two steps.
+        Learning rate at its height.  By default a few are tried for two steps each, and the one
+        below the best is taken.
     train
-        Which weights are trained: ``all``; ``pruned``, those which lost rows or columns; or
-        ``norms``, scales and biases, vectors all of them.  What a model freezes stays, unless it
+        Which weights are trained: ``all``; ``pruned``, those that lost rows or columns; or
+        ``norms``, the vectors: scales and biases.  What a model freezes stays frozen, unless it
         freezes everything.
     lora
-        The rank of adapters that are trained in the place of matrices, all else as it is, and
-        merged into these at the end; needs peft (``pip install 'osscar[recover]'``).
+        Rank of adapters that are trained in place of all weights, and merged into the matrices at
+        the end; needs peft (``pip install 'osscar[recover]'``).
     checkpointing
-        Whether blocks of the model are computed again in the backward pass, which takes a third
-        more time and keeps less in memory.
+        Compute blocks of the model again in the backward pass, which takes a third more time and
+        less memory.
     max_memory
         The most memory that the process may take, such as ``8GB``, or a number of bytes; by default
-        all that is free.  If the recovery needs more, the first of these that
-        helps is done: smaller micro-batches, where their size is not given; `checkpointing`, too;
-        adapters of rank 16, too, where all weights would be trained.
+        all that is free.  If the recovery needs more, it takes smaller micro-batches, where their
+        size is not given; if that is not enough, also `checkpointing`; and at last also adapters of
+        rank 16, where all weights would be trained.
     held_out
         Samples that train nothing: they decide when to stop, and which step is kept.  By default an
         eighth of all, at most 8 windows, or 128 of anything else.
     augment
-        What is done to samples of the training, by chance: ``none``, or, by default of images,
-        ``flip-shift``: mirrored, and shifted by at most an eighth of their width, their edge
-        repeated.
+        How training samples are changed at random.  ``flip-shift``, the default of images, mirrors
+        them and shifts them by at most an eighth of their width, their edge repeated; ``none``
+        leaves them as they are.
     loss
         A function of what the smaller and the dense model put out for the same batch, which returns
         a mean over its samples; by default the divergence of their predictions where there are
         logits, and the relative squared error of all outputs elsewhere.
     mixed_precision
-        Number format of matrix products in training, ``bf16``, or ``no``: the model's own.
+        Number format of matrix products in training: ``bf16``, or ``no`` for the model's own.
     device
         ``auto``, ``cpu`` or ``cuda``.
     seed
-        Of the order of the samples, and of what is done to images.
+        Seed of the order of the samples, and of what `augment` draws.
 
     Raises
     ------

@@ -25,7 +25,9 @@ from osscar.models.language import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import SweepDirectory
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.tables import engineering
+from osscar.request import PruningRequest
 from osscar.study.directory import Study
 from tests.osscar.families import framing_tokenizer, tiny
 
@@ -719,15 +721,24 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         *("demo", "prune", "sweep", "eval", "inspect", "export", "gap", "solve"),
         *("instances", "backends"),
     }
-    status, out, _ = run("prune", "--help")
-    said = " ".join(out.replace("│", " ").split())
-    for choices in (
+    fields = {*PruningRequest.__dataclass_fields__, *RecoveryRequest.__dataclass_fields__}
+    named = {name for name in fields if "_" in name}
+    said = {}
+    for command in ("prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve"):
+        status, out, _ = run(command, "--help")
+        said[command] = " ".join(out.replace("│", " ").split())
+        assert not named & set(re.findall(r"\w+", said[command])), "options as Python has them"
+        assert not re.search(r"-ed\b", said[command]), "an ending behind the name of a choice"
+    for words in (
         "[choices: measured, uniform]",
         "[choices: weights, residual]",
         "[choices: correct, keep]",
         "[choices: auto, eager, exported]",
+        "With --certify: rounds",
+        "chosen as --damp is",
     ):
-        assert choices in said
+        assert words in said["prune"]
+    assert "without --mixed-precision" in said["recover"]
 
 
 def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monkeypatch):

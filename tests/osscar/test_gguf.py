@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 import osscar
-import osscar.cli
+import osscar.cli.commands
 from osscar.base.errors import (
     CheckpointError,
     EquivalenceError,
@@ -48,7 +49,7 @@ from osscar.base.errors import (
     OutputError,
 )
 from osscar.checkpoint.directory import save
-from osscar.export.gguf import Graph, export_gguf
+from osscar.export.gguf import _FAMILIES, Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
 from osscar.preparation.experts import mixtures_in
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -598,6 +599,16 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     with pytest.raises(SystemExit) as stop:
         osscar.cli.main()
     return int(stop.value.code or 0)
+
+
+def test_help_and_docs_name_the_families_that_are_written() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "howto" / "formats.md").read_text()
+    lists = re.findall(r"LLaMA,[^.|(`]*?OLMoE", f"{osscar.cli.commands.export.__doc__} {docs}")
+    assert len(lists) == 3
+    written = {name.removesuffix("ForCausalLM").lower() for name in _FAMILIES} | {"smollm2"}
+    for said in lists:
+        names = re.split(r"(?:, | and | or )(?:and mixtures of )?", " ".join(said.split()))
+        assert {name.replace("-", "").lower() for name in names} == written
 
 
 def test_the_command_writes_the_file(
