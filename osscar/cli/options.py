@@ -69,7 +69,7 @@ class OpenOptions:
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
     """Weights for a model of torchvision or timm, or code of your own: .safetensors, or a state
-    dict."""
+    dict, alone or as the only one among the entries of a file."""
     dtype: Annotated[
         str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
     ] = "auto"

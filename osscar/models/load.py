@@ -52,7 +52,8 @@ def load_model(
         `osscar.save` wrote.
     weights
         A ``.safetensors`` file, or a state dict that ``torch.load`` reads with ``weights_only``,
-        for a model of torchvision, timm or your own code.  Those of libraries are fetched without.
+        alone or as the only one among the entries of a dictionary, for a model of torchvision, timm
+        or your own code.  Those of libraries are fetched without.
     pretrained
         Whether a library's model without a file gets its weights at all, and code of your own is
         called twice to warn of weights that it draws.
@@ -102,9 +103,10 @@ def load_model(
     Warns
     -----
     UserWarning
-        If weights are left out or were drawn, the config was edited since OSSCAR saved the model,
-        the tokenizer has far fewer tokens than the model, images are prepared in another way than
-        the model brings, or the directory bears the name of another model.
+        If weights are left out or were drawn, or are one entry of their file, the config was edited
+        since OSSCAR saved the model, the tokenizer has far fewer tokens than the model, images are
+        prepared in another way than the model brings, or the directory bears the name of another
+        model.
     """
     text = file_name(name, "the model", "its name or directory")
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")

@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line
-from osscar.base.inputs import check_regular, file_name
-from osscar.base.printable import pluralize
+from osscar.base.inputs import check_regular, file_name, safe_repr
+from osscar.base.messages import warn
+from osscar.base.printable import listed, pluralize
 from osscar.network.modules import number_kind
 
 _OLD_DENSENET_NAME = re.compile(
@@ -26,8 +27,13 @@ _OLD_DENSENET_NAME = re.compile(
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights without unpickling anything but tensors.
 
-    It is ``.safetensors``, or a state dict that ``torch.save`` wrote, alone or as ``state_dict`` or
-    ``model`` in a dictionary. A ModelError says that it is missing or holds something else.
+    It is ``.safetensors``, or a state dict that ``torch.save`` wrote: alone, or as an entry of a
+    dictionary, with a warning that names the entry.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, or holds no state dict or several.
     """
     name = file_name(path, "the file of weights", "its path")
     try:
@@ -44,16 +50,42 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             f"the weights in {str(path)!r} cannot be read: {_unreadable(error)}; give a "
             ".safetensors file, or a state dict that torch.load reads with weights_only=True"
         ) from error
-    for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
-    ):
-        raise ModelError(
-            f"{str(path)!r} is not a state dict, which has tensors by name; save "
-            "model.state_dict() to it"
-        )
+    state = _only_state(state, name)
     return renamed({key.removeprefix("module."): tensor for key, tensor in state.items()})
+
+
+def _only_state(content: Any, name: str) -> Mapping[str, Tensor]:
+    """Return the state dict that a file holds, and say so where it is one entry of several."""
+    if _is_state(content):
+        return content
+    entries = content if isinstance(content, dict) else {}
+    states = {key: entry for key, entry in entries.items() if _is_state(entry)}
+    if not states:
+        raise ModelError(
+            f"{name!r} is not a state dict, which has tensors by name; save model.state_dict() to "
+            "it"
+        )
+    names = [safe_repr(key) for key in states]
+    if len(states) > 1:
+        raise ModelError(
+            f"{name!r} holds several state dicts, {listed(names)}; save the one that is meant to a "
+            f"file of its own: torch.save(torch.load({name!r})[{names[0]}], 'weights.pt')"
+        )
+    others = [safe_repr(key) for key in entries if key not in states]
+    rest = f", and not {listed(others)}" if others else ""
+    warn(f"of {name!r} the entry {names[0]} is read{rest}")
+    ((_, state),) = states.items()
+    return state
+
+
+def _is_state(content: Any) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(
+            isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in content.items()
+        )
+    )
 
 
 def _unreadable(error: Exception) -> str:

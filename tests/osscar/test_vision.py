@@ -436,6 +436,31 @@ def test_files_that_hold_no_weights_are_refused_unpickled_in_our_own_words(tmp_p
         read_state(tmp_path / "none.pt")
 
 
+def test_a_state_dict_among_other_entries_is_read_and_named(tmp_path, recwarn):
+    file, state = tmp_path / "w.pt", small_net().state_dict()
+    optimizer = {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]}
+    for entries, said in (
+        (state, ""),
+        ({"model": state}, "of '{}' the entry 'model' is read"),
+        (
+            {"net": state, "optimizer": optimizer, "best": torch.zeros(1), "epoch": 3},
+            "of '{}' the entry 'net' is read, and not 'optimizer', 'best', 'epoch'",
+        ),
+    ):
+        torch.save(entries, file)
+        found = read_state(file)
+        assert all(torch.equal(found[key], state[key]) for key in state)
+        assert [str(one.message) for one in recwarn] == [said.format(file)] * bool(said)
+        recwarn.clear()
+    torch.save({"model": state, "ema": state, "epoch": 3}, file)
+    said = rf"several state dicts, 'model', 'ema'; .*torch.load\('{file}'\)\['model'\]"
+    with pytest.raises(ModelError, match=said):
+        read_state(file)
+    torch.save({"optimizer": optimizer, "epoch": 3}, file)
+    with pytest.raises(ModelError, match="is not a state dict"):
+        read_state(file)
+
+
 def test_a_directory_of_unknown_code_is_loaded_with_the_dense_model(tmp_path):
     model, data = small_net(), torch.rand(60, 3, SIDE, SIDE)
     options = {"backend": "magnitude", "device": "cpu", "form": "eager"}
