@@ -36,15 +36,17 @@ Size: TypeAlias = int | tuple[int, int]
 
 OPTIONS = "--mean, --std, --image-size and --no-normalize (preprocessing= in Python)"
 _HOW_TO_STATE = {
-    "mean and std": "--mean and --std (one number a channel, or one for all) or --no-normalize "
+    "mean and std": "--mean and --std (one number a channel, or one for all), or --no-normalize "
     "(pixels / 255 as they are)",
     "size": "--image-size (PIXELS or HxW)",
-    "number of channels": "example inputs in the code (or --image-size CxHxW)",
+    "number of channels": "--image-size CxHxW",
 }
-_OR_BRING = (
-    "or let the code return (model, example, transform); in Python give "
-    "preprocessing=osscar.Preprocessing(...)"
-)
+_EXAMPLES = {
+    "mean and std": ("--mean 0.5 --std 0.25", "mean=0.5, std=0.25"),
+    "size": ("--image-size 32", "crop=32"),
+    "number of channels": ("--image-size 3x32x32", "crop=32, channels=3"),
+}
+"""On the command line, and in Python; those of channels also state the size."""
 
 
 @dataclass(frozen=True)
@@ -417,10 +419,14 @@ def check_stated(preprocessing: AnyPreprocessing, source: str = "a model") -> No
         return
     missing = preprocessing.missing()
     if missing:
-        options = ", ".join(_HOW_TO_STATE[name] for name in missing)
+        named = [one for one in missing if one != "size" or "number of channels" not in missing]
+        options, keywords = zip(*(_EXAMPLES[name] for name in named), strict=True)
         raise OptionError(
-            f"nothing states the {' and '.join(missing)} of the images that {source} reads: "
-            f"give {options}; {_OR_BRING}"
+            f"nothing states the {' and '.join(missing)} of the images that {source} reads. "
+            f"Give {'; and '.join(_HOW_TO_STATE[name] for name in named)}, as in its training. "
+            f"Example: `osscar prune MODEL {' '.join(options)} ...`. In Python: "
+            f"`preprocessing=osscar.Preprocessing({', '.join(keywords)})`. Code of your own can "
+            "return (model, example, transform) instead."
         )
 
 

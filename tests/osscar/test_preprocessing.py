@@ -1,6 +1,7 @@
 """What is done to images: stated, brought by code, recorded, shown by an example, or refused."""
 
 import json
+import re
 import sys
 import warnings
 
@@ -171,10 +172,15 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
     ):
         status, _, err = run(*arguments)
         assert status == 2
-        assert "nothing states the mean and std of the images that net.py:build reads" in err
+        assert "nothing states the mean and std of the images that net.py:build reads. " in err
         for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
             assert way in err
+        assert max(len(sentence.split()) for sentence in re.split(r"[.:] ", err)) <= 25
+        options = re.search(r"Example: `osscar prune MODEL (.+) \.\.\.`", err)[1].split()
     assert not (place / "small").exists()
+    assert run(*prune("build", *options))[0] == 0
+    stated = re.search(r"osscar\.Preprocessing\((.+?)\)`", err)[1]
+    assert eval(f"Preprocessing({stated})").missing() == ["size", "number of channels"]
 
 
 def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
@@ -398,6 +404,7 @@ def test_a_model_of_one_channel_gets_grayscale_images(place):
 def test_the_size_of_images_is_never_assumed(run, place):
     status, _, err = run(*prune("alone", "--no-normalize"))
     assert (status, "nothing states the size and number of channels" in err) == (2, True), err
+    assert "`osscar prune MODEL --image-size 3x32x32 ...`" in err
     status, _, err = run("inspect", "net.py:alone")
     assert (status, "give --image-size CxHxW" in err) == (2, True), err
     status, out, err = run("inspect", "net.py:alone", "--image-size", "3x12x12")
