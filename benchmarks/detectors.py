@@ -138,6 +138,7 @@ def row(name: str) -> dict[str, str]:
         "share": f"{result.parameters_after / result.parameters_before:.2f}x",
         "operations, at least": f"{least:.2f}x ({with_residual:.2f}x)",
         "skipped": str(len(result.skipped)),
+        "program": "proved" if result.certificate.structure else result.certificate.unproved,
         "proof": f"{result.certificate.error:.0e}",
         "gradients": trained(result.model),
         "ONNX": f"{exported(result.model):.0e}",

@@ -17,6 +17,7 @@ def test_a_detector_is_pruned_trained_and_exported(name, monkeypatch, tmp_path):
         pytest.importorskip("ultralytics")
     found = row(name)
     assert float(found["share"].rstrip("x")) < 0.8
+    assert found["program"] == "proved"
     assert float(found["proof"]) < 1e-9
     assert float(found["ONNX"]) < 1e-3
     reached, count = map(int, found["gradients"].split(" of "))

@@ -24,6 +24,7 @@ from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.program.program import traced_as_open
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking.shrink import shrink
+from tests.osscar.detector import detector
 from tests.osscar.families import tiny
 
 UNITS, KEPT = 20, 10
@@ -427,3 +428,12 @@ def test_generation_with_a_cache_is_that_of_the_masked_model(cache):
     assert certificate.structure is not None
     found = torch.stack(model.generate(ids, **how).logits)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_many_outputs_of_a_detector_are_proved_for_images_of_any_size():
+    model, images = detector(), torch.randn(3, 3, 64, 64)
+    groups = graph.trace(model, (images,)).prunable
+    plan = PruningPlan(tuple(GroupPlan.of(g, tuple(range(0, g.units, 2))) for g in groups))
+    certificate = shrink(model, plan, [(images,)]).certificate
+    assert certificate.structure is not None
+    assert certificate.structure.sizes == ("x (any, 3, any, any)",)
