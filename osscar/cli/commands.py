@@ -6,6 +6,7 @@ Nothing here loads torch, so that help comes at once.
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from cyclopts import App, Parameter
 from osscar import __version__
 from osscar.base.signals import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
+from osscar.cli.common import err
 from osscar.cli.common import out as screen
 from osscar.cli.options import (
     Backend,
@@ -66,6 +68,8 @@ def _run(command: str, *arguments: Any) -> None:
     module, _, function = command.partition(".")
     began = time.perf_counter()
     with profiled() as spent:
+        if "torch" not in sys.modules:
+            err.print("progress: loading torch, which takes seconds", highlight=False)
         with timed(Stage.START):
             loaded = importlib.import_module(f"osscar.cli.{module}")
         with handling(unwinds):

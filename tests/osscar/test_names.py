@@ -26,3 +26,19 @@ def test_importing_and_asking_for_help_load_no_numerics():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("command", [["prune", "demo"], ["sweep", "demo"], ["backends"]])
+def test_a_command_says_what_it_does_before_it_loads_torch(command):
+    script = (
+        "import sys, osscar.cli\n"
+        "class Ends:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit(7)\n"
+        "sys.meta_path.insert(0, Ends())\n"
+        f"sys.argv = ['osscar', *{command}]\n"
+        "osscar.cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = "progress: loading torch, which takes seconds\n"
+    assert (ended.returncode, ended.stderr, ended.stdout) == (7, said, "")
