@@ -90,7 +90,8 @@ _INTRODUCTION = """# Coverage
 Every model below has random weights and is traced, and loses half of the units of *every* prunable
 group. What becomes smaller, its modules or its exported program, is what `--form auto` chooses; a
 group that neither can do without stays as it is, and is named with the cause. The rest is proved
-as `osscar.prune` proves it, and compared once more by code that shares nothing with the proof: the
+as `osscar.prune` proves it, [by its program](mathematics.md#what-is-proved-of-a-smaller-model), and
+compared once more by code that shares nothing with the proof: the
 dense model, in which whatever reads a removed unit is zero, against the smaller one, on other
 random inputs and in float64 (float32 where code or kernels know nothing else).
 
@@ -127,8 +128,11 @@ _LEGEND = """
 - **prunable**: coupling groups that may be pruned, of all groups; **share**: of the parameters,
   those that belong to one.
 - **smaller**: parameters after the cut, as a share of those before; **form**: what became smaller.
+- **program**: whether the smaller model's program was *proved* to be the dense one without those
+  units, or outputs alone could be *compared*. An exported program is right as it is made.
 - **apart**: largest difference in the independent comparison, relative to the largest output.
-- **s**: CPU seconds of tracing, grouping, trying, shrinking and proving.
+- **s**: CPU seconds of tracing, grouping, trying, shrinking and proving; of these **proof**,
+  seconds of shrinking and proving.
 - **Torch-Pruning**: parameters left, as a share; or what it raises.
 - **what is missing**: failures and groups skipped, with the cause; then what may not be pruned,
   and why, apart from inputs and outputs of the model. `N x` counts groups; the operator that froze
@@ -143,8 +147,8 @@ def _table(*columns: str) -> str:
 
 
 _HEADER = _table(
-    *("model", " parameters", " prunable", " share", " smaller", "form", " apart", " s"),
-    *("Torch-Pruning", "what is missing"),
+    *("model", " parameters", " prunable", " share", " smaller", "form", "program", " apart"),
+    *(" s", " proof", "Torch-Pruning", "what is missing"),
 )
 _SUMMARY = _table(
     *(
@@ -155,7 +159,8 @@ _SUMMARY = _table(
         " pruned, nothing skipped",
         " pruned, some skipped",
     ),
-    *(" nothing prunable", " failed", " slowest, s", " Torch-Pruning runs, of those it was given"),
+    *(" nothing prunable", " failed", " proved", " compared", " slowest, s"),
+    " Torch-Pruning runs, of those it was given",
 )
 
 _MOST_REASONS = 3
@@ -215,6 +220,8 @@ def _summed(title: str, listed: int, entries: Sequence[Entry]) -> str:
         count[Outcome.SOME_LEFT],
         count[Outcome.NOTHING],
         count[Outcome.FAILED],
+        sum(row.proved is not None for row in rows),
+        sum(bool(row.unproved) for row in rows),
         f"{max((row.seconds for row in rows), default=0):.0f}",
         f"{sum(p.parameters_after is not None for p in peers)} of {len(peers)}",
     )
@@ -257,8 +264,10 @@ def _line(entry: Entry) -> str:
         f"{row.share:.1%}",
         _smaller(row),
         row.form,
+        "proved" if row.proved is not None else "compared" if row.unproved else "",
         _power(row.compared) + (" (float32)" if row.precision == "float32" else ""),
         f"{row.seconds:.1f}",
+        f"{row.shrink_seconds:.1f}" if row.shrink_seconds else "",
         _peer(entry.peer, row.parameters),
         _plain("; ".join(_missing(row))) or "nothing",
     )
@@ -285,12 +294,21 @@ def _peer(peer: Peer | None, parameters: int) -> str:
 
 def _missing(row: Row) -> list[str]:
     failure = [f"**{row.failure}**"] if row.failure else []
+    unproved = [f"**compared, not proved**: {row.unproved}"] if row.unproved else []
     left = [f"**skipped**: {_times(row.left)}"] if row.left else []
     refit = [f"not refitted by `osscar.prune`: {_times(row.unrefitted)}"] if row.unrefitted else []
     idle = row.effect is not None and row.effect < _LEAST_EFFECT
     moved = ["masking moves the outputs too little for the comparison to tell"] if idle else []
     unread = [f"not run in evaluation mode: {', '.join(row.unread)}"] if row.unread else []
-    return [*failure, *moved, *left, *refit, *([_times(row.frozen)] if row.frozen else []), *unread]
+    return [
+        *failure,
+        *unproved,
+        *moved,
+        *left,
+        *refit,
+        *([_times(row.frozen)] if row.frozen else []),
+        *unread,
+    ]
 
 
 def _times(reasons: Mapping[str, int]) -> str:
