@@ -87,6 +87,12 @@ def say(text: str) -> None:
     out.print(printable(text), highlight=False)
 
 
+def say_verdict(lost: str) -> None:
+    """Print in a sentence how much was lost, if much was."""
+    if lost:
+        out.print(f"verdict: {lost}", style="bold yellow", highlight=False)
+
+
 def say_next(*commands: str) -> None:
     """Print commands to go on with, each in one line, however narrow a terminal is."""
     out.print("next:", style="bold")

@@ -18,7 +18,7 @@ from osscar.base.timing import Profile, Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, load, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.place import check_output
-from osscar.cli.common import check_json_path, out, say, say_next, way_back, write_json
+from osscar.cli.common import check_json_path, out, say, say_next, say_verdict, way_back, write_json
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_with
@@ -276,7 +276,6 @@ def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> No
         out.print(line)
     if content["recovery"] is not None:
         tell_recovery(content["recovery"])
-    if lost := verdict(content):
-        out.print(f"verdict: {lost}", style="bold yellow", highlight=False)
+    say_verdict(verdict(content))
     out.print(saved_line(saved, where))
     say(f"report: {where / PAGE_FILE}")

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from osscar.base.errors import OptionError
-from osscar.cli.common import check_json_path, out, say, way_back, write_json
+from osscar.cli.common import check_json_path, out, say, say_verdict, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
-from osscar.pruning.result import PruningResult
-from osscar.pruning.sweep import Point, SweepDirectory, jobs
+from osscar.pruning.sweep import SweepDirectory, jobs
 from osscar.pruning.swept import PAGE_FILE, Sweep
-from osscar.report.prune_page import budget_line
 from osscar.report.run_tables import skipped_table
-from osscar.report.sweep_page import recovered_line, sweep_table
+from osscar.report.sweep_page import sweep_table, sweep_verdict
 from osscar.request import BudgetKind
 
 
@@ -42,7 +40,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             windows=options.windows,
             seqlen=options.seqlen,
         )
-        swept = Sweep(place, base, points, score, loaded.classes, recover, _tell)
+        swept = Sweep(place, base, points, score, loaded.classes, recover, say)
         document = swept.run(
             loaded.model,
             data,
@@ -52,16 +50,9 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
     out.print(sweep_table(document))
     if document["skipped"]:
         out.print(skipped_table(document["skipped"]))
+    say_verdict(sweep_verdict(document))
     say(f"report: {options.out / PAGE_FILE}")
     write_json(options.json, document)
-
-
-def _tell(progress: str, result: PruningResult, point: Point) -> None:
-    say(progress)
-    if result.budget is not None:
-        say(": ".join(budget_line(vars(result.budget))))
-    if point.recovered is not None:
-        say(recovered_line(vars(point.recovered)))
 
 
 def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:

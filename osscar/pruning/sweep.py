@@ -7,7 +7,7 @@ command goes on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,14 +123,18 @@ def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | i
 
 
 def prune_points(
-    model: nn.Module, calibration: Any, base: PruningRequest, points: Sequence[Job]
+    model: nn.Module,
+    calibration: Any,
+    base: PruningRequest,
+    points: Sequence[Job],
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Generator[tuple[Job, PruningResult]]:
     """Prune a model once for each point; the model that comes in is not changed.
 
     The model is traced once, and what is known of the dense model is found once: what can follow,
     its predictions, and its batch-norm statistics.  Divergences are all measured on the samples
     that the base request holds out; baselines whose damping is given hold out none, and are fitted
-    to these as well.
+    to these as well.  What each point keeps and removes is told before its work begins.
     """
     if not points:
         return
@@ -140,9 +144,13 @@ def prune_points(
         facts = dense_facts(prepared, base)
         for job in points:
             again = dataclasses.replace(each[job], model=copied(each[job].model))
-            result = prune_prepared(again, requests[job], facts)
+            result = prune_prepared(again, requests[job], facts, tell=_telling_of(job, tell))
             finish(result, model, calibration, prepared)
             yield job, result
+
+
+def _telling_of(job: Job, tell: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda line: tell(f"{job}: {line}")
 
 
 # ---- the directory of a sweep ------------------------------------------------------------
@@ -215,11 +223,12 @@ class Point:
     Limit and what was reached are of the whole model, in what the budget is counted in; None of the
     dense model.  Operations and seconds, a median with its quartiles, are those of one sample, and
     the speed-up is over the dense model in turns.  Quality has what was scored, by the names that
-    evaluations have for it.  Divergences are in nats, None where unknown, the loss is a sum of
-    relative ones, and seconds of pruning leave out what the points share.  Widths are those of
-    groups that lost units.  All of that is of the model in one shot; a recovery changes no width,
-    and so no speed.  Stages are the seconds since the point before: the first one that a run makes
-    has what all of its points share.
+    evaluations have for it.  Divergences are in nats, and agreement is the share of likeliest
+    predictions that are the dense model's on the same samples; both are None where unknown.  The
+    loss is a sum of relative ones, and seconds of pruning leave out what the points share.  Widths
+    are those of groups that lost units.  All of that is of the model in one shot; a recovery
+    changes no width, and so no speed.  Stages are the seconds since the point before: the first one
+    that a run makes has what all of its points share.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -239,6 +248,7 @@ class Point:
     speedup: float
     quality: Quality
     divergence: float | None
+    agreement: float | None
     predicted: float | None
     loss: float
     prune_seconds: float

@@ -49,7 +49,8 @@ from osscar.pruning.sweep import (
 from osscar.recovery.recover import check_trainable, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
-from osscar.report.sweep_page import sweep_page
+from osscar.report.prune_page import budget_line
+from osscar.report.sweep_page import recovered_line, sweep_page
 from osscar.request import BudgetKind, PruningRequest
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
@@ -154,8 +155,8 @@ class Sweep:
     classes: Sequence[str] = ()
     recover: RecoveryRequest | None = None
     """What is asked of the recovery of each point; None if there is to be none."""
-    told: Callable[[str, PruningResult, Point], None] = lambda progress, result, point: None
-    """Hears of each point that is done."""
+    tell: Callable[[str], None] = lambda line: None
+    """Hears of each point, in lines."""
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model of which a point cannot be made, or recovered."""
@@ -230,7 +231,7 @@ class Sweep:
         todo = [job for job in self.points if self.place.point(job) is None]
         with (
             stage("sweep", total=len(todo)) as bar,
-            closing(prune_points(dense, calibration, self.base, todo)) as pruned,
+            closing(prune_points(dense, calibration, self.base, todo, self.tell)) as pruned,
         ):
             for number in range(1, len(todo) + 1):
                 with _lap() as stages:
@@ -239,7 +240,11 @@ class Sweep:
                     point = self._point(job, result, dense, sample, recovered)
                 point = dataclasses.replace(point, stages=stages)
                 self.place.keep(point)
-                self.told(f"{job}: done, {number} of {len(todo)}", result, point)
+                self.tell(f"{job}: done, {number} of {len(todo)}")
+                if result.budget is not None:
+                    self.tell(": ".join(budget_line(vars(result.budget))))
+                if point.recovered is not None:
+                    self.tell(recovered_line(vars(point.recovered)))
                 bar.advance()
         found = (self.place.point(job) for job in (unpruned, *self.points))
         return [point for point in found if point is not None]
@@ -286,6 +291,7 @@ class Sweep:
             speedup=before["seconds"] / after["seconds"],
             quality=self._quality(model, dense),
             divergence=0.0 if result is None else result.divergence,
+            agreement=1.0 if result is None else result.agreement,
             predicted=None if budget is None else budget.predicted,
             loss=0.0 if result is None else result.loss,
             prune_seconds=0.0 if result is None else result.seconds,

@@ -14,6 +14,7 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.report.evaluation_tables import dense_remarks
 from osscar.report.figures import COLORS, SHARES, label_lines, picture, small_figure
 from osscar.report.page import Part, Settings, render, told
+from osscar.report.prune_page import verdict
 from osscar.report.run_tables import skipped_table
 from osscar.report.stages import stages_table, summed_stages
 from osscar.report.tables import engineering, new_table, share
@@ -51,7 +52,7 @@ class _Measure(NamedTuple):
         """Return it for a point in one shot; None where it is not known."""
         recovered = point["recovered"]
         held_out = {} if recovered is None else {_HELD_OUT: recovered["before"]}
-        return self._among({**point, **held_out}, point["quality"])
+        return self._among({"divergence": point["divergence"], **held_out}, point["quality"])
 
     def recovered(self, point: Point) -> float | None:
         """Return it for a point after its recovery; None where it is not known."""
@@ -206,7 +207,7 @@ def _spent(point: Point) -> str:
 def parts(document: Mapping[str, Any]) -> Iterator[Part]:
     """Yield what a sweep shows of itself."""
     points, varied = document["points"], _varied(document)
-    yield _answer(points, varied)
+    yield _answer(document)
     yield sweep_table(document)
     yield from dense_remarks(document)
     yield from _pictures(points, varied)
@@ -222,7 +223,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     return render(
         "sweep.html.j2",
         model=document["model"],
-        answer=_answer(points, varied),
+        answer=_answer(document),
         recovered=next((p["recovered"] for p in points if p["recovered"] is not None), None),
         remarks=list(dense_remarks(document)),
         points=sweep_table(document),
@@ -236,8 +237,26 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     )
 
 
-def _answer(points: Sequence[Point], varied: _Varied) -> str:
-    """Say in a sentence what the method itself comes to, and how far the baselines are."""
+def sweep_verdict(document: Mapping[str, Any]) -> str:
+    """Say in a sentence from which point of the method itself on much was lost; nothing if none."""
+    varied, lost = _varied(document), []
+    for point in document["points"]:
+        of_run = {"recovery": point["recovered"], "calibration": document["calibration"]}
+        said = verdict({**point, **of_run}) if point["method"] in METHODS else ""
+        if said:
+            lost.append((varied.text(point), said))
+    if not lost:
+        return ""
+    (first, said), *others = lost
+    also = (
+        f"; much was also lost with {_listed((text for text, _ in others), ',')}" if others else ""
+    )
+    return f"with {varied.kind} {first}: {said}{also}"
+
+
+def _answer(document: Mapping[str, Any]) -> str:
+    """Say what the method itself comes to, how far the baselines are, and what was too much."""
+    points, varied, lost = document["points"], _varied(document), sweep_verdict(document)
     dense = next(point for point in points if point["method"] == _DENSE)
     mine = [point for point in points if point["method"] in METHODS]
     known = _known(points)
@@ -259,7 +278,9 @@ def _answer(points: Sequence[Point], varied: _Varied) -> str:
     )
     begins = measure.text(measure.of(dense))  # nothing where it is that of a comparison with it
     goes = f"goes from {begins} to" if begins else "comes to"
-    return f"{measure.title} {goes} {listed}.{against}{_after_recovery(known, told, others)}"
+    too_much = f" {capitalized(lost)}." if lost else ""
+    recovered = _after_recovery(known, told, others)
+    return f"{measure.title} {goes} {listed}.{against}{recovered}{too_much}"
 
 
 def _after_recovery(

@@ -33,7 +33,7 @@ from osscar.pruning.sweep import (
 from osscar.recovery.recover import recover_as_asked
 from osscar.report.figures import picture
 from osscar.report.prune_page import budget_line
-from osscar.report.sweep_page import recovered_line, sweep_page, sweep_table
+from osscar.report.sweep_page import recovered_line, sweep_page, sweep_table, sweep_verdict
 from osscar.request import PruningRequest
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
@@ -190,7 +190,8 @@ def point(method=MEASURED, value=0.5):
         schema="osscar.sweep-point/8", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
         seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
-        divergence=None, predicted=None, loss=0.25, prune_seconds=1.0, widths={"a": 3},
+        divergence=None, agreement=None, predicted=None, loss=0.25, prune_seconds=1.0,
+        widths={"a": 3},
         skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
         recovered=Recovered(
             quality={"perplexity": 3.1}, measure="nats", before=0.5, after=0.25, kept=8, steps=64,
@@ -568,6 +569,16 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     assert "Skipped groups" in page
     assert "a size &lt;in&gt; it" in page
     assert page.count("<figure>") == 3
+    assert "much was lost" not in page
+    assert sweep_verdict(document) == ""
+    document["points"][2]["divergence"] = 0.5
+    lost = f"{told}: 0.5 nats from the dense model: much was lost: recover"
+    assert sweep_verdict(document).startswith(lost)
+    document["points"][1]["agreement"] = 0.586
+    first, then = sweep_verdict(document), f"much was also lost with {texts[2]}"
+    assert first.startswith(f"with {budget} {texts[1]}: 58.6% of likeliest classes agree, 0.1 nats")
+    assert first.endswith(then)
+    assert then in sweep_page(document)
 
 
 def recovered_sweep():
@@ -652,9 +663,16 @@ def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, bu
     more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
     status, printed, err = run(*asked, *more)
     assert status == 0, err
-    assert f"measured at {budget} 0.8: done, 1 of 1" in printed
+    begun, done = (f"measured at {budget} 0.8: {word}" for word in ("keeps ", "done, 1 of 1"))
+    assert 0 <= printed.find(begun) < printed.find(done)
     assert "budget:" in printed
-    dense, pruned = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    lost = sweep_verdict(document)
+    assert [line for line in printed.splitlines() if "verdict" in line] == [
+        f"verdict: {lost}"
+    ] * bool(lost)
+    dense, pruned = document["points"]
+    assert 0.5 < pruned["agreement"] < dense["agreement"] == 1
     assert 0.7 * dense[measured] < pruned[measured] <= 0.8 * dense[measured]
     # Points of another budget are another sweep.
     status, _, err = run(*small_sweep(tmp_path / "sweep", "0.3", text))
