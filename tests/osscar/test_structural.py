@@ -180,6 +180,22 @@ class Positions(Net):
         return y + torch.arange(x.shape[1])[:, None].clamp_min(16).sub(16) / w
 
 
+class Strides(Net):
+    """Reads numbers out of tensors, as detectors do with their strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("strides", torch.tensor([8.0, 16.0]))
+
+    def after(self, y, x, w):
+        return y * torch.full((7,), self.strides[1], dtype=x.dtype)
+
+
+class ReadOutOfTheWidth(Net):
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), y * torch.full((7,), torch.tensor(float(w))), y)
+
+
 class Plain(Net):
     pass
 
@@ -188,6 +204,7 @@ NETS = [
     *(LongInputs, LargeBatches, OneSample, Clamped, RareScale, RareRoll, LargeOutputs),
     *(BesidePixels, WholeNumbers, LengthOfAList, BufferOfTheWidth, FromItsConfig),
     *(CountThatFollows, TensorOfTheWidth, Index, Masked, Temperature, Window, Positions, Plain),
+    *(Strides, ReadOutOfTheWidth),
 ]
 SIZES = [(2, 5), (1, 5), (9, 5), (3, 16), (3, 33), (1, 1)]
 
@@ -248,7 +265,9 @@ def test_modules_that_make_numbers_of_a_width_are_named_with_the_line():
 
 
 def test_the_certificate_says_what_is_equal_and_for_which_sizes():
-    net, x = Plain().eval(), torch.randn(2, 5, 6)
+    net, x = Strides().eval(), torch.randn(2, 5, 6)
+    assert shrink(net, plan_of(net), [(x,)]).certificate.structure is not None
+    net = Plain().eval()
     found = shrink(net, plan_of(net), [(x,)]).certificate.structure
     assert (found.operators, found.tensors) == (3, 4)
     assert found.sizes == ("x (any, any, 6)",)

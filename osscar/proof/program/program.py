@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -293,7 +294,10 @@ class _ShapeCheck(Interpreter):
     def __init__(self, shrunk: ShrunkGraph) -> None:
         super().__init__(shrunk.traced.standalone.module, graph=shrunk.graph)
         self.extra_traceback = False
-        self.shrunk, self.mode = shrunk, FakeTensorMode(allow_non_fake_inputs=True)
+        self.shrunk, self.mode = (
+            shrunk,
+            FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
+        )
 
     def check(self) -> None:
         """Run the program on the shapes of the example; the value of each node is noted."""
