@@ -79,7 +79,10 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
                 records = study.run(design, jobs, executor=cluster)
             stages = spent.of(time.perf_counter() - began)
             summary = summarize(records, study.trivial)
-            report = write_report(study, design, records, summary, jobs=jobs, stages=stages)
+            usual = {one.name for one in dataclasses.fields(options)} - {*given(options)}
+            report = write_report(
+                study, design, records, summary, jobs=jobs, stages=stages, usual=usual
+            )
         out.print(cases_table(summary.layers))
         if any(case.limit_gap is not None for case in summary.layers):
             say(f"limit: {LIMIT_IN_WORDS}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def write_report(
     *,
     jobs: int = 1,
     stages: Mapping[str, float] | None = None,
+    usual: Collection[str] = (),
 ) -> Path:
     """Draw the plots and write the page into the study's directory; return where it lies.
 
@@ -51,6 +52,8 @@ def write_report(
         Processes that solved at once, which the times depend on.
     stages
         Seconds of this run by stage, where they are known.
+    usual
+        Entries of the study's source, and perhaps ``jobs``, that nobody has asked for.
 
     Raises
     ------
@@ -73,19 +76,22 @@ def write_report(
         still_open=open_table(summary.still_open, prefix),
         refused=refused_table(summary.refused, prefix),
         records=records_table(records, prefix),
-        settings=_settings(study, design, jobs),
+        settings=_settings(study, design, jobs, usual),
     )
     write_text(study.directory / REPORT_FILE, text)
     return study.directory / REPORT_FILE
 
 
-def _settings(study: Study, design: StudyDesign, jobs: int) -> Settings:
-    source, usual = dict(study.source), type(design)()
+def _settings(study: Study, design: StudyDesign, jobs: int, usual: Collection[str]) -> Settings:
+    source, default = dict(study.source), type(design)()
     problems = source.get("problems")
     if isinstance(problems, list) and all(isinstance(one, Mapping) for one in problems):
         del source["problems"]
         source["problem files"] = [one.get("file") for one in problems]
-    found = Settings(source) | Settings({"processes at once": jobs})
+    asked = {name: value for name, value in source.items() if name not in usual}
+    found = Settings(asked, {name: value for name, value in source.items() if name in usual})
+    processes = {"processes at once": jobs}
+    found |= Settings(default=processes) if "jobs" in usual else Settings(processes)
     said: dict[str, tuple[str, Any]] = {
         "sparsities": ("share of units removed", [share(one) for one in design.sparsities]),
         "backends": ("backends", list(design.backends)),
@@ -101,6 +107,6 @@ def _settings(study: Study, design: StudyDesign, jobs: int) -> Settings:
         ),
     }
     for field, (name, value) in said.items():
-        is_usual = getattr(design, field) == getattr(usual, field)
+        is_usual = getattr(design, field) == getattr(default, field)
         found |= Settings(default={name: value}) if is_usual else Settings({name: value})
     return found

@@ -88,8 +88,8 @@ def overview_table(summary: Summary) -> Table:
                     f"{max(closed):.2g}" if closed else "",
                 )
 
-    columns = ("units", "removed >", "problems >", "proved optimal >", "median gap else >")
-    return new_table("", *columns, "widest >", "slowest proof, s >", rows=overviews())
+    columns = ("units", "removed >", "problems >", "proved optimal >", "median gap of others >")
+    return new_table("", *columns, "widest gap >", "slowest proof, s >", rows=overviews())
 
 
 def open_table(cases: Sequence[Case], prefix: str = "") -> Table:

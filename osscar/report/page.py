@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 
 import jinja2
 from markupsafe import Markup, escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from osscar import __version__
-from osscar.base.printable import printable
+from osscar.base.printable import pluralize, printable
 from osscar.report.tables import decimals, new_table
 
 Part: TypeAlias = str | Table | Mapping[str, object]
@@ -80,7 +80,7 @@ class Settings:
         """Yield a heading and a table with a row for each that says something, part by part."""
         parts = {
             "What was asked": self.asked,
-            "What was not, and is as by default": self.default,
+            "As by default": self.default,
             "What it was made of": self.known,
         }
         for heading, part in parts.items():
@@ -117,7 +117,9 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    environment.filters.update(number=decimals, breakable=_breakable, rows=_rows)
+    environment.filters.update(
+        number=decimals, breakable=_breakable, columns=_columns, rows=_rows, pluralize=pluralize
+    )
     return environment
 
 
@@ -134,12 +136,21 @@ def _breakable(name: str) -> Markup:
     return text
 
 
-def _rows(table: Table) -> Iterator[list[tuple[str, Any]]]:
+def _columns(table: Table) -> list[Column]:
+    """Return the columns of a table in which anything stands."""
+    return [
+        column
+        for column in table.columns
+        if not table.row_count or any(str(cell) for cell in column.cells)
+    ]
+
+
+def _rows(columns: Sequence[Column]) -> Iterator[list[tuple[str, Any]]]:
     """Yield the rows of a table, each cell with its class: a number, a name, or words."""
-    for row in zip(*(column.cells for column in table.columns), strict=True):
+    for row in zip(*(column.cells for column in columns), strict=True):
         yield [
             ("n", cell.plain)
             if column.justify == "right"
             else ("wrap" if index else "name", _breakable(cell.plain))
-            for index, (column, cell) in enumerate(zip(table.columns, row, strict=True))
+            for index, (column, cell) in enumerate(zip(columns, row, strict=True))
         ]

@@ -58,7 +58,7 @@ def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
     recovery = document.get("recovery")
     settings = Settings({"model": document["model"]})
     settings |= Settings.of(document["settings"], PruningRequest)
-    settings |= recovery_settings(recovery) if recovery else Settings()
+    settings |= recovery_settings(recovery, "recovery") if recovery else Settings()
     prefix = common_prefix([*_groups(document)])
     return render(
         "prune.html.j2",

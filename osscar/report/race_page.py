@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from osscar.base.printable import pluralize
+from osscar.base.printable import listed, pluralize
 from osscar.report.figures import COLORS, SHARES, picture, tall_figure
 from osscar.report.page import Settings, render
 from osscar.report.tables import decimals, new_table, percent
@@ -77,17 +77,40 @@ def race_page(
     ]
     return render(
         "race.html.j2",
+        answer=_answer(backends, found, closed, count, seconds),
         instances=pluralize(count, "instance"),
         left=len(names) - count,
         pictures=pictures,
         scores=_scores(backends, found, closed, said, count, seconds),
         records=_records_table(records, best),
+        late=any((record.seconds or 0.0) > seconds for record in records),
         seconds=seconds,
-        counted=pluralize(len(records), "run"),
         settings=Settings(
             {"backends": list(backends), "seconds": seconds, "instances": list(names)}
         ),
     )
+
+
+def _answer(
+    backends: Sequence[str],
+    found: dict[str, dict[str, float]],
+    closed: dict[str, dict[str, float]],
+    count: int,
+    limit: float,
+) -> str:
+    """Say who found the best known loss most often, and who proved most."""
+
+    def most(done: dict[str, dict[str, float]], what: str) -> str:
+        high = max(map(len, done.values()), default=0)
+        first = [
+            f"{backend} ({_counted(done[backend], count, limit)})"
+            for backend in backends
+            if high and len(done.get(backend, {})) == high
+        ]
+        return f"{what}: {listed(first) or 'none'}"
+
+    often, proofs = "Found the best known loss most often", "proved the most"
+    return f"{most(found, often)}; {most(closed, proofs)}."
 
 
 def _excess(loss: float, best: Best) -> float:
@@ -103,18 +126,20 @@ def _scores(
     count: int,
     limit: float,
 ) -> Table:
-    def of(done: dict[str, float]) -> str:
-        late = sum(took > limit for took in done.values())
-        return f"{len(done)} of {count}{f', {late} late' if late else ''}"
-
     rows = []
     for backend in backends:
         hits, proofs = found.get(backend, {}), closed.get(backend, {})
         word = {name: took for name, took in said.get(backend, {}).items() if name not in proofs}
-        told = (of(hits), _total(hits), of(proofs), _total(proofs))
-        rows.append((backend, *told, of(word) if word else ""))
-    columns = ("backend", "best known loss found >", "seconds of these >", "proved >")
-    return new_table("", *columns, "seconds of these >", "by its word alone >", rows=rows)
+        known = [_counted(done, count, limit) for done in (hits, proofs, word)]
+        told = (known[0], _total(hits), known[1], _total(proofs))
+        rows.append((backend, *told, known[2] if word else ""))
+    columns = ("backend", "best known loss found >", "seconds to find >", "proved >")
+    return new_table("", *columns, "seconds to prove >", "by its word alone >", rows=rows)
+
+
+def _counted(done: dict[str, float], count: int, limit: float) -> str:
+    late = sum(took > limit for took in done.values())
+    return f"{len(done)} of {count}{f', {late} late' if late else ''}"
 
 
 def _total(times: dict[str, float]) -> str:

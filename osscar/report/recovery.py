@@ -118,10 +118,14 @@ def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def recovery_settings(recovery: Mapping[str, Any]) -> Settings:
-    """Return what was asked of a recovery, what is as by default, and what is known of its data."""
-    found = Settings.of(recovery["settings"], RecoveryRequest, "recovery: ", recovery["chosen"])
-    return found | Settings(known=told(recovery["data"], "recovery data:"))
+def recovery_settings(recovery: Mapping[str, Any], name: str = "") -> Settings:
+    """Return what was asked of a recovery, what is as by default, and what is known of its data.
+
+    The name tells its settings from those of something else beside them.
+    """
+    prefix = f"{name}: " if name else ""
+    found = Settings.of(recovery["settings"], RecoveryRequest, prefix, recovery["chosen"])
+    return found | Settings(known=told(recovery["data"], f"{name} data:".strip()))
 
 
 def recovery_figure(recovery: Mapping[str, Any]) -> Figure:

@@ -474,16 +474,16 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
             "1,234 weights (pruned) on 9 samples",
             "at a learning rate of 0.0005, found by trying a few",
             "at step 4, since the model's outputs were not finite there",
-            "recovery: steps\n16",
+            "steps\n16",
         ):
             assert expected in text
-        asked, default, known = (text.index(one) for one in ("asked", "as by default", "made of"))
+        asked, default, known = (text.index(one) for one in ("asked", "As by default", "made of"))
         for where, expected in (
-            (asked, "recovery: train\npruned"),
-            (default, "recovery: seed\n0"),
-            (default, "recovery: micro batch size\n4"),
-            (default, "recovery: augment\nnone"),
-            (known, "recovery data: source\n"),
+            (asked, "train\npruned"),
+            (default, "seed\n0"),
+            (default, "micro batch size\n4"),
+            (default, "augment\nnone"),
+            (known, "data: source\n"),
         ):
             begin = text.index(expected)
             assert where < begin

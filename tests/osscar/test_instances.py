@@ -247,6 +247,11 @@ def test_a_race_tells_of_what_improves(
     page = (tmp_path / "race" / "race.html").read_text()
     assert "greedy" in page
     assert "1 of 2, 1 late" in page
+    assert "Answers are late that came after the 1e-06 s" in page
+    assert (
+        "loss most often: greedy (2 of 2, 2 late); proved the most: enumerate (1 of 2, 1 late)."
+        in page
+    )
     sent = json.loads((tmp_path / "race" / f"{EASY}.json").read_text())
     assert sent["support"] == list(one.best.support)
     assert sent["lower_bound"] == pytest.approx(one.best.loss)
@@ -422,7 +427,8 @@ def test_an_interrupted_race_keeps_its_runs_and_goes_on(
     app(command)
     assert len(set(solved)) == len(solved) == 5
     page = (place / "race.html").read_text()
-    assert "So far" not in page
+    assert "most often: greedy (1 of 2); proved the most: none." in page
+    assert not any(words in page for words in ("So far", "Answers are late", "by its word alone"))
     assert "A race on 2 instances" in page
 
 

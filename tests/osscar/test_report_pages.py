@@ -14,6 +14,7 @@ import osscar
 import osscar.report.prune_page as prune_page_room
 import solvers
 from osscar.allocation.divergence import Reference
+from osscar.base.printable import pluralize
 from osscar.preparation.prepare import prepare
 from osscar.report.gap_page import write_report
 from osscar.report.page import loading
@@ -361,14 +362,14 @@ def problem(units, name, seed):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    study = Study(tmp_path_factory.mktemp("study") / "study", {"model": "a model"})
+    study = Study(tmp_path_factory.mktemp("study") / "study", {"model": "a model", "seed": 0})
     named = [("heads", problem(6, f"layers.{i}.heads", i)) for i in range(2)]
     study.capture([*named, ("neurons", problem(30, "layers.0.neurons", 3))])
     backends = ("wanda", "greedy", "local_search", "perspective", "enumerate")
     design = StudyDesign(sparsities=(0.5,), backends=backends, exact_units=8)
     records = study.run(design, 1)
     summary = summarize(records)
-    return summary, write_report(study, design, records, summary)
+    return summary, write_report(study, design, records, summary, usual=("seed", "jobs"))
 
 
 @pytest.mark.usefixtures("drawn")
@@ -390,9 +391,11 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
     for shown in (on_phone, on_desk):
         text = check_shown(shown, pictures=3)
         assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
-        asked = text.index("What was asked")
-        assert asked > text.index("Every solve")
-        assert "a model" in text[asked:]
+        asked, default = (text.index(one) for one in ("What was asked", "As by default"))
+        assert text.index("Every solve") < asked < default
+        assert "a model" in text[asked:default]
+        assert all(one in text[default:] for one in ("seed\n0", "processes at once\n1"))
+        assert pluralize(len(summary.headline), "finding") in text
     lines = on_desk["text"].splitlines()
     (heads,) = (line for line in lines if line.startswith("heads\t50%"))
     assert heads.split("\t")[2:4] == ["2", "2"]
