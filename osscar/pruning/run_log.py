@@ -18,32 +18,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
-import safetensors
-import safetensors.torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.budget import Allocated
 from osscar.base.errors import FileError, JournalError
-from osscar.base.files import atomic_write, digest
+from osscar.base.files import digest
 from osscar.base.journal import REPORT, SavingJournal
-from osscar.base.json_files import MEGABYTE, STRICT, parse_json
+from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
-from osscar.network.modules import sha256_of
-from osscar.offload.on_disk import values_of
+from osscar.network.records import read_record, write_record
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.plan import GroupPlan
 from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
-from solvers.storage import as_new_files
 
 ALLOCATION = "allocation.json"
 _MOST_OF_ALLOCATION = 512 * MEGABYTE
 """Bytes: a curve has a number for each unit of the model."""
-_RECORD = "record"
-"""The key under which a record file keeps everything but its tensors."""
 
 
 def run_manifest(
@@ -75,12 +69,8 @@ class _Words:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    run: str
-    index: int
     plan: GroupPlan
     report: LayerReport
-    weights: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -161,27 +151,16 @@ class RunLog(SavingJournal[JournalManifest]):
 
     def append(self, index: int, record: LayerRecord) -> None:
         """Write the record of the group that was committed as number `index`."""
-        weights = dict(enumerate(record.weights))
-        sha256 = sha256_of((str(i), W) for i, W in weights.items())
-        words = _Words(self._run, index, record.plan, record.report, len(weights), sha256)
-        text = json.dumps(dataclasses.asdict(words))
-        tensors = {str(i): values_of(W).contiguous().cpu() for i, W in weights.items()}
-        with atomic_write(self._place(index)) as partial, as_new_files(partial):
-            safetensors.torch.save_file(tensors, partial, {_RECORD: text})
+        weights = {f"{number:05}": one for number, one in enumerate(record.weights)}
+        words = _Words(record.plan, record.report)
+        write_record(self._place(index), words, weights, self._run)
 
     def _read(self, index: int) -> LayerRecord:
         place = self._place(index)
         try:
-            with safetensors.safe_open(place, "pt") as file:
-                text = (file.metadata() or {}).get(_RECORD, "")
-                words = parse_json(text, _Words, place)
-                if (words.run, words.index) != (self._run, index):
-                    raise FileError(place, "it is a record of another run, or of another group")
-                weights = tuple(file.get_tensor(str(i)) for i in range(words.weights))
-                if words.digest != sha256_of((str(i), W) for i, W in enumerate(weights)):
-                    raise FileError(place, "its weights are not those that were written")
-            return LayerRecord(words.plan, words.report, weights)
-        except (OSError, safetensors.SafetensorError, FileError) as error:
+            words, weights = read_record(place, _Words, self._run)
+        except FileError as error:
             raise JournalError(
-                f"{place} cannot be read: {error}; begin anew with --restart"
+                f"{place} cannot be read: {error.reason}; begin anew with --restart"
             ) from error
+        return LayerRecord(words.plan, words.report, tuple(weights.values()))
