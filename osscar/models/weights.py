@@ -23,6 +23,9 @@ _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
 )
 
+_WRAPPERS = re.compile(r"^(?:_orig_mod\.)?module\.|\b_orig_mod\.")
+"""What names have of a model that was trained in parallel, or compiled."""
+
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights without unpickling anything but tensors.
@@ -51,7 +54,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             ".safetensors file, or a state dict that torch.load reads with weights_only=True"
         ) from error
     state = _only_state(state, name)
-    return renamed({key.removeprefix("module."): tensor for key, tensor in state.items()})
+    return renamed({_WRAPPERS.sub("", key): tensor for key, tensor in state.items()})
 
 
 def _only_state(content: Any, name: str) -> Mapping[str, Tensor]:

@@ -387,8 +387,10 @@ def test_without_a_connection_both_ways_to_get_weights_are_named(monkeypatch):
 def test_weights_come_from_safetensors_and_from_state_dicts(code, tmp_path):
     other = small_net(seed=5)
     torch.save({"state_dict": other.state_dict()}, tmp_path / "w.pt")
-    save_file({f"module.{k}": v for k, v in other.state_dict().items()}, tmp_path / "w.safetensors")
-    for file in ("w.pt", "w.safetensors"):
+    for wrapped in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        there = {f"{wrapped}{key}": tensor for key, tensor in other.state_dict().items()}
+        save_file(there, tmp_path / f"{wrapped}safetensors")
+    for file in ("w.pt", *(path.name for path in tmp_path.glob("*.safetensors"))):
         loaded = load_model(code, weights=tmp_path / file)
         state = loaded.model.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
