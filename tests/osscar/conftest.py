@@ -70,7 +70,7 @@ def lacking(arguments: Sequence[str], said: str) -> set[str]:
         for argument in one.assemble_argument_collection()
         for name in argument.names
     }
-    rest = re.sub(r"osscar [\w-]+ [^`;\n]*", "", said)  # what other commands have
+    rest = re.sub(r"osscar [\w-]+ (?:'[^']*'|[^`;\n'])*", "", said)  # what other commands have
     return (
         {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)}
         - known

@@ -120,7 +120,7 @@ def test_weights_can_be_saved_in_half_precision(tmp_path):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("max_memory", [None, "2GB"])
+@pytest.mark.parametrize("max_memory", [None, "6GB"])
 def test_models_stored_in_half_precision_that_look_closely_can_be_saved(
     dtype, max_memory, tmp_path
 ):

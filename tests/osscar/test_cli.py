@@ -95,7 +95,8 @@ def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
     status, out, err = run("demo", "--out", tmp_path / "smaller")
     assert status == 0, err
     printed = [line.rstrip() for line in out.splitlines()][: len(shown)]
-    of_this_machine = ("prefill", "decode", "peak memory", "proof:", "saved:")
+    # Tests prove for inputs of one size alone, and README.md shows a proof for any.
+    of_this_machine = ("prefill", "decode", "peak memory", "proved:", "saved:")
     for line, ours in zip(shown, printed, strict=True):
         if line.strip().startswith(of_this_machine):
             assert ours.split()[0] == line.split()[0]
@@ -105,7 +106,11 @@ def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
         line, ours = (re.sub(r"(optimal +)\d+\.\d\d", r"\1", one) for one in (line, ours))
         assert NUMBER.sub("#", line).split() == NUMBER.sub("#", ours).split()
         numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(x)] for x in (line, ours))
-        assert next(numbers) == pytest.approx(next(numbers), rel=0.02)
+        of_readme = next(numbers)
+        # The last of two digits may be rounded up on one processor, and down on another.
+        last = [10.0 ** -len(n.partition(".")[2]) for n in NUMBER.findall(line)]
+        for due, found, step in zip(of_readme, next(numbers), last, strict=True):
+            assert found == pytest.approx(due, rel=0.02, abs=1.01 * step if step < 1e-3 else 0)
 
 
 def test_prune_then_eval_then_inspect(run, text, tmp_path):
@@ -320,7 +325,7 @@ def test_every_command_reads_what_transformers_saved(run, text, tmp_path, monkey
     assert status == 2
     assert "error: llama.cpp cannot run the model: it is a OPTForCausalLM" in err
     lineage = json.loads((again / "osscar.json").read_text())["lineage"]
-    assert lineage["source"] == f"directory {tuned}, pruned on data that are not known"
+    assert lineage["source"] == f"directory {tuned.name}, pruned on data that are not known"
     status, _, err = run("eval", again, *scored, "--text", text)
     assert status == 2
     assert "calibrated or recovered this model" in err

@@ -320,7 +320,7 @@ def test_lists_of_experts_share_a_budget_that_counts_them(kind):
     (experts,) = (name for name in kept if name.endswith("experts"))
     assert set(kept) == {experts, "neurons"}
     assert result.parameters_after == result.budget.reached <= 0.6 * result.parameters_before
-    assert result.budget.gap == 0.0
+    assert result.budget.gap < 2e-5  # the tolerance of the integer program
     assert result.certificate.error < 1e-10
     inner = [group for group in result.skipped if "experts." in group.name]
     assert len(inner) == (COUNT if kind is Masked else 0)  # the others cannot be traced

@@ -1,5 +1,6 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -132,7 +133,12 @@ def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(t
                     plans.append(GroupPlan.of(one.group, tuple(kept)))
         shrink(model, PruningPlan(tuple(plans)), [{"input_ids": windows(2)}])
         save(model, tmp_path / name)
-    assert files(tmp_path / "streamed") == files(tmp_path / "plain")
+    written = [files(tmp_path / name) for name in ("plain", "streamed")]
+    notes = [json.loads(one.pop("osscar.json")) for one in written]
+    assert written[0] == written[1]
+    for note in notes:  # how far outputs of the proof are apart may depend on where weights lie
+        assert note["lineage"]["certificates"][0].pop("error") < 1e-5
+    assert notes[0] == notes[1]
 
 
 @pytest.mark.parametrize(
