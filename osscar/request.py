@@ -281,19 +281,18 @@ class PruningRequest:
     flops
         Budget: the share to *keep*, in (0, 1), of its floating-point operations on one sample.
     speedup
-        Budget: how many times as fast as the dense model, above 1, a forward pass of a calibration
-        batch shall be; timed on this device, where nothing else should run meanwhile.
+        Budget: the speed of a forward pass of one calibration batch, as a multiple of the dense
+        model's, above 1.  It is timed on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out.  ``measured`` chooses the widths whose model is predicted to be
-        nearest to the dense one, by what was measured with one group pruned at a time; ``uniform``
-        keeps the same share of every group, as the paper does: the largest that the budget allows.
-        Without a budget only ``measured`` is taken.
+        How a budget is shared out.  ``measured`` prunes one group at a time, measures how far the
+        model's outputs move, and chooses the widths of least predicted distance.  ``uniform`` keeps
+        the same share of every group, the largest that the budget allows, as the paper does.
     heads, neurons, channels
-        What to *keep* of each group of a kind, whatever the budget: a fraction such as ``"2/3"``,
-        or a count.  A kind that neither this nor a budget reaches is left alone.
+        What every group of this kind *keeps*, whatever the budget: a fraction such as ``"2/3"``, or
+        a count.  Without this and without a budget, groups of the kind keep all their units.
     residual
-        What to *keep* of residual streams, such as the channels that shortcuts add up.  They run
-        through many layers, and no other option removes any of them.
+        What residual streams *keep*, such as the channels that shortcuts add up.  They run through
+        many layers, and no other option removes any of them.
     experts
         What to *keep* of the experts of each mixture: a fraction, a count, or ``auto``, which lets
         experts share a budget of parameters or bytes.  Tokens are routed among the experts that
@@ -305,8 +304,8 @@ class PruningRequest:
     at_least
         What every group that shares a budget keeps at least: a fraction of its units, or a count.
     skip
-        Patterns, as of `fnmatch`, for the names of groups that are left alone whatever else is
-        asked; each has to match one.
+        Names of groups that keep all their units, or patterns of `fnmatch` such as ``h.0.*``; each
+        has to match a group.
     backend, backend_options
         A registered name, or ``file.py:Class`` of your own, with its options; or a backend object.
         Of experts, one that takes a `solvers.ExpertProblem`.
@@ -319,15 +318,16 @@ class PruningRequest:
         give a better bound, and never a worse one than no rounds; each takes about a third of the
         time of the bound without rounds.
     damp
-        Weight of the proximal term, relative to each entry on the Gram matrix's diagonal; by
-        default it is chosen for each layer by calibration samples that no weight is fitted to.
+        How strongly weights are pulled towards the dense ones: the weight of the proximal term,
+        relative to each diagonal entry of the Gram matrix.  By default held-out calibration samples
+        choose it for each layer.
     target
-        What a layer is to reproduce.  ``weights``: what its dense weights make of the pruned
-        inputs, as in the paper.  ``residual``: what it puts out in the dense model, plus what the
-        residual stream that it is added to has lost before it.
+        What a layer is fitted to.  ``weights``: the output of its dense weights on the pruned
+        inputs, as in the paper.  ``residual``: its output in the dense model, plus what earlier
+        layers have lost of the residual stream that this output is added to.
     correction_weight
-        Share, in [0, 1], of what the target ``residual`` adds to the target ``weights``; by default
-        it is chosen as `damp` is.
+        Share, in [0, 1], of what the target ``residual`` adds to the target ``weights``.  By
+        default held-out calibration samples choose it for each layer.
     batch_norm
         ``correct`` moves the dense model's running statistics by what pruning has changed; ``keep``
         leaves them as they are.
@@ -422,17 +422,17 @@ class PruningRequest:
             )
         if self.at_least is not None and not budgets:
             raise RequestError(
-                f"at least {self.at_least} of each group stays within a budget, and there is "
-                "none; give one, such as --sparsity"
+                f"at-least is {self.at_least}, which is for groups that share a budget, and no "
+                "budget is given; give one, such as --sparsity"
             )
         if self.allocation != "measured" and not budgets:
             raise RequestError(
-                f"allocation {self.allocation} says how a budget is shared out, and there is none; "
-                "give one, such as --sparsity, or leave --allocation away"
+                f"allocation is {self.allocation}, which is for a budget, and none is given; give "
+                "one, such as --sparsity, or leave --allocation away"
             )
         if self.form == "exported" and self.speedup is not None:
             raise RequestError(
-                "a speedup is timed on modules, so that it does not go with form 'exported': give "
+                "a speedup is timed on modules, so that it does not go with form 'exported'; give "
                 "flops, params or sparsity as the budget"
             )
 
@@ -440,38 +440,40 @@ class PruningRequest:
         """Refuse what does not go with experts that leave whole."""
         if self.speedup is not None:
             raise RequestError(
-                "a speedup is timed with widths of layers alone, and does not go with experts; "
-                "give params or size as the budget"
+                "a speedup is timed on models that keep all their experts, so that it does not go "
+                "with experts; give params or size as the budget"
             )
         if self.form == "exported":
             raise RequestError(
-                "form 'exported' does not go with experts, which leave modules alone"
+                "form 'exported' does not go with experts: whole experts are removed from modules "
+                "only; give form 'eager' or 'auto'"
             )
         if not self.experts_alone and not isinstance(self.backend, str):
             raise RequestError(
-                f"backend is {safe_repr(self.backend)}, which chooses experts or units of layers, "
-                "and this run removes both; give a name that both have, such as 'local_search'"
+                f"backend is {safe_repr(self.backend)}, which chooses either experts or units of "
+                "layers, and this run removes both; give a name that stands for a backend of each, "
+                "such as 'local_search'"
             )
         if self.experts == AUTO:
             self._check_auto()
         elif self.experts_alone and (self.certify or self.round_to != 1):
             given = "certify" if self.certify else "round_to"
             raise RequestError(
-                f"{given} does not go with experts alone: no bound is known for which of them "
-                "stay, and each mixture keeps what is asked"
+                f"{given} does not go with experts alone: no lower bound is known for a choice of "
+                f"experts, and their count is not rounded; leave {given} away"
             )
 
     def _check_auto(self) -> None:
         """Refuse budgets of which experts can take no part."""
         if not self.has_budget:
             raise RequestError(
-                "experts 'auto' lets a budget take experts, too, and there is none; give one, such "
-                "as --params 0.75, or what each mixture keeps, such as --experts 0.75"
+                "experts is 'auto', which needs a budget; give one, such as --params 0.75, or what "
+                "each mixture keeps, such as --experts 0.75"
             )
         if self.flops is not None:
             raise RequestError(
-                "a token is sent to as many experts however many there are, so that experts save "
-                "no flops; leave experts 'auto' away, or give params or size as the budget"
+                "fewer experts save no flops, since each token is sent to as many as before; give "
+                "params or size as the budget, or leave experts 'auto' away"
             )
 
     def chosen_backend(self) -> "solvers.Backend":

@@ -129,13 +129,13 @@ def prune(
 ) -> None:
     """Prune a model in one shot, prove the result, and save it.
 
-    Give a budget (--sparsity, --params, --size, --flops or --speedup), which heads, neurons and
-    channels of all layers share so that the model's outputs change least, or say with --heads,
-    --neurons and --channels what every layer keeps of each, and with --experts what every mixture
-    keeps of its experts.  --sparsity alone says what to remove; all others say what to keep, and a
-    line says it in numbers before the work begins.  Under grouped-query attention a head is a
-    key-value head with its query heads.  What is done is kept in OUT.run until the smaller model is
-    saved: a run that was killed goes on when the same command is given again.
+    Give a budget (--sparsity, --params, --size, --flops or --speedup): heads, neurons and channels
+    of all layers share it so that the model's outputs change least.  Or say what every layer keeps
+    (--heads, --neurons, --channels), and every mixture of its experts (--experts).  --sparsity says
+    what to remove, all others say what to keep; a line tells it in numbers before the work
+    begins.  Under grouped-query attention a head is a key-value head with its query heads.  Groups
+    that are done are kept in OUT.run until the smaller model is saved: give the same command again
+    to go on with a run that was killed.
     """
     with profiled() as spent:
         _run("prune", model, options, asked, spent)
@@ -158,10 +158,10 @@ def recover(
 ) -> None:
     """Train a pruned model for some minutes towards the outputs of its dense one, and save it.
 
-    Shapes stay as they are.  A part of the data trains nothing: it decides when to stop, and which
-    step is kept, so that the model is never worse on it; labels are not used.  Where the training
-    stands is kept in OUT.recover until the model is saved: one that was killed goes on when the
-    same command is given again.
+    Shapes do not change, and labels are not used.  Held-out samples train nothing: they decide when
+    to stop, and which step is kept, so that the model is never worse on them.  The state of the
+    training is kept in OUT.recover until the model is saved: give the same command again to go on
+    with one that was killed.
     """
     _run("recover", directory, dense, options, asked)
 
@@ -176,9 +176,9 @@ def sweep(
 ) -> None:
     """Prune to several budgets in one run, and show quality against speed.
 
-    Give a list of one sort of budget: --sparsity, --params, --size, --flops or --speedup.  What is
-    measured of the dense model serves all of them.  Each point is kept once it is done: the same
-    command goes on where it was stopped, and more budgets, or --baselines, extend it.  With
+    Give a list for one kind of budget: --sparsity, --params, --size, --flops or --speedup.  The
+    dense model is measured once for all of them.  Each point is kept once it is done: the same
+    command goes on where it was stopped, and more budgets, or --baselines, extend the sweep.  With
     --recover each point is measured in one shot, and again after training on the calibration data.
     """
     _run("sweep", model, options, shared)
@@ -188,12 +188,11 @@ def sweep(
 def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOptions()) -> None:
     """Measure quality, speed, size and memory.
 
-    Language models: perplexity over non-overlapping windows of the text; speed is told apart for
-    reading a prompt (prefill) and writing token by token (decode).  Models that read images: top-1
-    and top-5 where there are labels, and images per second.  With --dense the models take turns,
-    and for images agreement and divergence are measured, which need no labels.  Models that read
-    anything else: the same where they put out scores of classes, and how far each output is from
-    the dense model's.
+    Language models: perplexity over non-overlapping windows of the text, and the speed of reading a
+    prompt (prefill) and of writing token by token (decode).  Models that read images: top-1 and
+    top-5 where there are labels, and images per second.  All other models: the same, if they put
+    out scores of classes.  With --dense the two models are timed in turns, and of all but language
+    models agreement, divergence and the distance of each output are measured, without labels.
     """
     _run("eval", model, options)
 
@@ -271,9 +270,7 @@ def gap(
             help="One model as for `osscar prune`, or problem files (.npz, .safetensors).",
         ),
     ],
-    out: Annotated[
-        Path, Parameter(help="Directory of the study; one that is there is gone on with.")
-    ],
+    out: Annotated[Path, Parameter(help="Directory of the study; an existing study goes on.")],
     options: Annotated[GapOptions, _ALL] = GapOptions(),
 ) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps.

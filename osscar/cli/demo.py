@@ -109,5 +109,7 @@ def _made_by_demo(directory: Path) -> bool:
     except OSError:
         return False  # such as a name that is too long, which is said when it is written
     if manifest is None or manifest.lineage.source != _SOURCE:
-        raise OutputError(f"{directory} holds a checkpoint that is no demo's; give another --out")
+        raise OutputError(
+            f"{directory} holds a checkpoint that `osscar demo` did not write; give another --out"
+        )
     return True

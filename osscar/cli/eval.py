@@ -132,8 +132,8 @@ def _comparison(
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
     if original.drawn > _NO_MODEL:
         warn(
-            f"no comparison: {dense} without weights is no dense model, and numbers beside its "
-            "own would say nothing"
+            f"no comparison: most weights of {dense} are freshly drawn, so that it is no dense "
+            "model; give --weights"
         )
         return None
     if not may_come_from(loaded.model, original.model):

@@ -47,7 +47,9 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
     read = (*sources, options.calibration, options.weights)
     check_json_path(options.json, inputs=read, written=(directory,))
     if options.ray is not None and options.jobs is not None:
-        raise OptionError("--jobs are processes of this machine, and --ray has others; give one")
+        raise OptionError(
+            "--jobs counts processes of this machine, and --ray solves on a cluster; give one"
+        )
     design = StudyDesign(
         sparsities=_numbers(options.sparsity),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),

@@ -27,7 +27,7 @@ Model = Annotated[
 Json = Annotated[Path | None, Parameter(help="Also write what is printed, as JSON, to this file.")]
 Report = Annotated[
     Path | None,
-    Parameter(help="Also write the page that lies in the output as `report.html` here."),
+    Parameter(help="Also write `report.html`, the page in the output, to this file."),
 ]
 Dense = Annotated[
     str | None,
@@ -112,11 +112,11 @@ class PruneOptions(RunOptions):
     overwrite: bool = False
     """Replace the checkpoint that is there."""
     restart: bool = False
-    """Begin anew where a run that was killed would go on."""
+    """Begin anew instead of going on with a run that was killed."""
     report: Report = None
     dry_run: bool = False
-    """Tell what the run will take, stage by stage, and write nothing but --json FILE: time,
-    memory and disk, from few samples and one layer of each class."""
+    """Estimate the time, memory and disk of the run, stage by stage, from one pass of the dense
+    model and one group that is solved.  Writes nothing but --json FILE."""
     recover: bool = False
     """Train the smaller model towards the dense one before it is saved, as `osscar recover` does:
     on the calibration data, without labels."""
@@ -150,7 +150,7 @@ class RecoverOptions(OpenOptions):
     overwrite: bool = False
     """Replace the checkpoint that is there."""
     restart: bool = False
-    """Begin anew where a run that was killed would go on."""
+    """Begin anew instead of going on with a run that was killed."""
     report: Report = None
 
 
@@ -162,16 +162,16 @@ class SweepOptions(RunOptions):
     """Shares to *remove* of the parameters that heads, neurons and channels own, separated by
     commas."""
     params: str | None = None
-    """Or parameters of the model to *keep*: fractions, or counts, separated by commas."""
+    """Parameters of the model to *keep*: fractions, or counts, separated by commas."""
     size: str | None = None
-    """Or shares to *keep* of what its weights take on disk."""
+    """Shares to *keep* of the bytes that the weights take on disk."""
     flops: str | None = None
-    """Or shares of its floating-point operations to *keep*."""
+    """Shares to *keep* of the floating-point operations on one sample."""
     speedup: str | None = None
-    """Or how many times as fast as the dense model a forward pass of a calibration batch shall be,
-    timed on this device."""
+    """Speeds of a forward pass of one calibration batch, as multiples of the dense model's, timed
+    on this device."""
     out: Path = Path("osscar-sweep")
-    """Directory of the sweep; one that is there is gone on with."""
+    """Directory of the sweep; an existing sweep goes on."""
     text: str | None = None
     """Plain text to score; by default the built-in held-out text."""
     images: str | None = None
@@ -242,7 +242,8 @@ class GapOptions(DataOptions):
     exact_units: int = 64
     """Give problems of at most this many units to exact backends."""
     units: int | None = None
-    """Draw windows of this many units from larger problems, whose other units are held."""
+    """Draw windows of this many units from larger problems; all others stay or go as `local_search`
+    has them."""
     windows: int = 3
     """Windows for each problem and sparsity."""
     bound_rounds: int = BOUND_ROUNDS
@@ -258,7 +259,7 @@ class GapOptions(DataOptions):
     """Processes that solve at once; by default one for each core, fewer where problems are so
     large that half of the memory would not hold them."""
     ray: str | None = None
-    """Solve on a Ray cluster: `auto` for the one that this machine belongs to, HOST:PORT, or
+    """Solve on a Ray cluster: `auto` (the cluster of this machine), HOST:PORT, or
     `local`.  [default: processes of this machine]"""
 
 

@@ -50,7 +50,7 @@ def run(model: str, options: PruneOptions, asked: Any, spent: Profile) -> None:
     """Prune, or tell what that will take."""
     with together() as ranks:
         if options.dry_run and not ranks.alone:
-            raise OptionError("--dry-run tells what one process will take; leave torchrun away")
+            raise OptionError("--dry-run estimates a run of one process; start it without torchrun")
         if options.out is None and not options.dry_run:
             raise OptionError("give --out, the directory that the smaller model goes to")
         read = (model, options.calibration, options.weights, options.recover_text)
@@ -125,7 +125,7 @@ class _Job:
         def room(loaded: LoadedModel) -> None:
             if options.recover and is_on_disk(loaded.model):
                 raise OptionError(
-                    "--recover trains the model, and its weights stay on disk (--max-memory); "
+                    "--recover needs the weights in memory, and --max-memory keeps them on disk; "
                     "leave one of them away"
                 )
             if path is not None and self.ranks.first:

@@ -55,8 +55,8 @@ def run(
     problem, target = _opened(file, keep, device, json)
     if keep is None and problem.keep == problem.units:
         raise OptionError(
-            f"{file} keeps all of its {pluralize(problem.units, 'unit')}, as problems of "
-            "studies do, so that nothing is to be chosen; say with --keep how many stay"
+            f"{file} keeps all of its {pluralize(problem.units, 'unit')}, so that there is nothing "
+            "to choose; say with --keep how many stay"
         )
     with quiet():
         solution = solvers.solve(

@@ -593,7 +593,7 @@ def test_options_reach_the_backend_and_what_they_made_is_not_taken_for_a_demo(ru
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("keep me")
     for place, why in (
-        ("mine", "holds a checkpoint that is no demo's; give another --out"),
+        ("mine", "holds a checkpoint that `osscar demo` did not write; give another --out"),
         ("other", "not empty"),
         ("x" * 300, "File name too long"),
     ):
@@ -740,7 +740,6 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         "[choices: correct, keep]",
         "[choices: auto, eager, exported]",
         "With --certify: rounds",
-        "chosen as --damp is",
     ):
         assert words in said["prune"]
     assert "without --mixed-precision" in said["recover"]

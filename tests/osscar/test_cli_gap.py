@@ -226,7 +226,7 @@ PROBLEM_FILES = ("--out", "study", "--backends", "greedy,enumerate", "--sparsity
         (("--groups", "*"), "--groups is for models"),
         (("--query-heads",), "--query-heads is for models"),
         (("missing.npz",), "missing.npz"),
-        (("--ray", "auto", "--jobs", "2"), "--jobs are processes of this machine, and --ray has"),
+        (("--ray", "auto", "--jobs", "2"), "--jobs counts processes of this machine, and --ray"),
     ],
 )
 def test_what_is_not_for_files_of_problems_is_refused(run, file, monkeypatch, options, words):

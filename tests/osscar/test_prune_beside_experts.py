@@ -250,11 +250,11 @@ def test_sweeps_take_experts(experts):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({}, "and there is none; give one, such as params="),
-        ({"heads": 0.5}, "and there is none; give one, such as params="),
+        ({}, "needs a budget; give one, such as params="),
+        ({"heads": 0.5}, "needs a budget; give one, such as params="),
         ({"flops": 0.7}, "experts save no flops"),
         ({"speedup": 2.0}, "give params or size"),
-        ({"params": 0.5, "form": "exported"}, "leave modules alone"),
+        ({"params": 0.5, "form": "exported"}, "removed from modules only"),
     ],
 )
 def test_budgets_that_cannot_take_experts_are_refused(asked, message):

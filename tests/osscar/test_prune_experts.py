@@ -250,7 +250,10 @@ def test_experts_that_no_token_reaches_are_named_and_leave():
         ({"experts": 0.75, "certify": True}, "certify does not go with experts alone"),
         ({"experts": 0.75, "round_to": 8}, "round_to does not go with experts alone"),
         ({"experts": 0.75, "neurons": 0.5, "form": "exported"}, "form 'exported' does not go"),
-        ({"experts": 0.75, "allocation": "uniform"}, "how a budget is shared out, and there is no"),
+        (
+            {"experts": 0.75, "allocation": "uniform"},
+            "allocation is uniform, which is for a budget",
+        ),
         ({"experts": 1}, "'model.layers.0.mlp.experts' would keep 1 of its 4 .* needs 2 at least"),
         ({"experts": 5}, "would keep 5 of its 4"),
         ({"experts": 0.9}, "nothing would be removed: .* of the 4 of .* can keep 2 to 4"),

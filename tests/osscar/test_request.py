@@ -237,7 +237,7 @@ def test_help_and_signature_name_every_field():
 
 
 def test_an_allocation_without_a_budget_is_refused_and_not_passed_over():
-    with pytest.raises(RequestError, match=r"allocation uniform .* there is none"):
+    with pytest.raises(RequestError, match=r"allocation is uniform, .* none is given"):
         Asked(neurons=0.5, allocation="uniform")
     assert Asked(neurons=0.5, params=0.9, allocation="uniform").allocation == "uniform"
 
