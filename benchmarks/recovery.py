@@ -1,7 +1,7 @@
 """Recovery: what some minutes of training towards the dense model give back.
 
     python -m benchmarks.recovery DIRECTORY --data DATA --tasks smollm2 --steps 8 16 32 64 128
-    python -m benchmarks.recovery DIRECTORY --data DATA --tasks resnet20 --train all pruned norms
+    python -m benchmarks.recovery DIRECTORY --data DATA --tasks resnet20 --lora 0 16
     python -m benchmarks.recovery DIRECTORY --data DATA --tasks resnet20 --steptime
 
 Models, data and methods are those of `benchmarks/quality.py`.  Each pruned model is kept in
@@ -68,7 +68,8 @@ class Row:
 
     pruned: quality.Row
     steps: int
-    train: str
+    lora: int
+    """Rank of adapters; 0: all weights."""
     learning_rate: float | None
     mixed_precision: str
 
@@ -80,16 +81,15 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Fields of the request; ``lora-16`` trains adapters of rank 16."""
+        """Fields of the request."""
         fields = {key: value for key, value in vars(self).items() if key != "pruned"}
-        kind, _, rank = self.train.partition("-")
-        return {**fields, "train": "all", "lora": int(rank)} if kind == "lora" else fields
+        return {**fields, "lora": self.lora or None}
 
     @property
     def words(self) -> dict[str, Any]:
         """What tells it from others, for its file."""
         model = {key: getattr(self.pruned, key) for key in ("task", "setting", "method")}
-        return {**model, **self.asked, "train": self.train}
+        return {**model, **self.asked, "lora": self.lora}
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = quality.parser_of(__doc__)
     parser.set_defaults(methods=["default", PAPER])
     parser.add_argument("--steps", nargs="*", type=int, default=[64])
-    parser.add_argument("--train", nargs="*", default=["all"])
+    parser.add_argument("--lora", nargs="*", type=int, default=[0])
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--steptime", action="store_true", help="only compare seconds a step")
@@ -132,8 +132,8 @@ def asked(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.tasks:
         told.samples = [SAMPLES.get(name)]
         models = quality.asked(name, TASKS[name], told)
-        for model, steps, train in itertools.product(models, arguments.steps, arguments.train):
-            yield Row(model, steps, train, arguments.learning_rate, arguments.mixed_precision)
+        for model, steps, lora in itertools.product(models, arguments.steps, arguments.lora):
+            yield Row(model, steps, lora, arguments.learning_rate, arguments.mixed_precision)
 
 
 def apart(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def table(directory: Path) -> list[str]:
     rows.sort(
         key=lambda r: (
             *(r["task"], order[r["setting"]], methods.index(r["method"])),
-            *(r["train"], r["steps"]),
+            *(r["lora"], r["steps"]),
         )
     )
     theirs = {removed(row): excess(row, "before") for row in rows if row["method"] == PAPER}
@@ -267,8 +267,9 @@ def cells(row: Mapping[str, Any], theirs: float | None) -> list[str]:
     """Return a row of the table, given the excess of the paper's method in one shot."""
     found, name = row["recovery"], next(iter(row["after"]))
     form = "{:.2f}" if name == "perplexity" else "{:.1%}"
+    trained = f"rank {row['lora']}" if row["lora"] else "all"
     return [
-        *(row["task"], row["setting"], row["method"], row["train"]),
+        *(row["task"], row["setting"], row["method"], trained),
         *(str(found["points"][-1]["step"]), f"{found['learning_rate']:g}", str(found["kept"])),
         *(form.format(row["before"][name]), form.format(row["after"][name])),
         "" if theirs is None else f"{excess(row, 'after') / theirs:.0%}",

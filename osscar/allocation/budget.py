@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict
 
 from osscar.allocation.costs import Cost
+from osscar.allocation.divergence import Measure
 from osscar.base.json_files import STRICT
 
 _ROUNDING = 1e-9
@@ -82,7 +83,7 @@ class Budget:
     reached: float
     predicted: float | None = None
     lower_bound: float | None = None
-    measure: Literal["nats", "relative"] = "nats"
+    measure: Measure = "nats"
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.base.errors import NonFiniteError
+from osscar.base.errors import NonFiniteError, OptionError
+from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.batches import Batch, ModelInputs
-from osscar.network.modules import forward, fresh
+from osscar.data.batches import Batch, ModelInputs, to_model
+from osscar.network.modules import device_of, forward, fresh
 from osscar.network.predictions import (
     known_prediction,
     named_logits,
     place_of_classes,
     reads_sequences,
 )
-from osscar.preparation.failures import batch_named
+from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
 from osscar.proof.equivalence import comparable
 
+Measure: TypeAlias = Literal["nats", "relative", "loss"]
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""Of what a smaller and the dense model put out for the same batch: a mean over its samples."""
+
 
 class Likeness(NamedTuple):
-    """How like the dense model's predictions others are.
+    """How like the dense model another is.
 
-    `nats` is the mean Kullback-Leibler divergence from them, and `agreement` the share of
-    predictions whose likeliest class is the dense one's.
+    `distance` is a mean over predictions, or samples, and `agreement` the share of predictions
+    whose likeliest class is the dense one's; of a model without predictions that is 0.
     """
 
-    nats: float
+    distance: float
     agreement: float
 
 
@@ -43,112 +50,172 @@ MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
-    """What the dense model predicts on some samples.
+class Distance:
+    """How far a model is from the dense one, by what it puts out.
 
-    `logarithms` are log-probabilities, (predictions, classes), for each of them, and `rows` which
-    of its predictions these are.  Ranks share out the samples; those here are this one's.
+    Parameters
+    ----------
+    inputs
+        What both read.
+    measure
+        ``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the squared error
+        of each output over its square, a mean over outputs; or ``loss``, that of the caller.
+    loss
+        Of what a model and the dense one put out for the same batch: a mean over its samples.
+    probabilities
+        Whether it is these that the models put out, and not logits.
+    powers
+        Of each output, what the square of the dense one's is on a sample.
     """
 
-    batches: Sequence[Batch] = field(repr=False)
-    logarithms: Sequence[Tensor] = field(repr=False)
-    rows: Sequence[slice] = field(repr=False)
-    inputs: ModelInputs = field(repr=False)
-    """Of all ranks."""
-    ranks: Ranks = ALONE
+    inputs: ModelInputs
+    measure: Measure
+    loss: Loss | None = None
+    probabilities: bool = False
+    powers: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, prepared: Prepared, samples: int, batch_size: int = 1) -> Reference | None:
-        """Run the dense model on the last samples; None if it puts out no logits."""
-        last = prepared.inputs.part(-samples)
-        batches = last.batches(prepared.model, batch_size)
-        mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
-        logarithms: list[Tensor] = []
-        rows: list[slice] = []
-        for index, batch in enumerate(mine):
-            found = _logarithms(prepared.model, batch, prepared.inputs, index)
-            if found is None:
-                break
-            rows.append(thinned(found, len(batches)))
-            logarithms.append(found[rows[-1]].clone())
-        if prepared.ranks.any("the dense predictions", len(logarithms) < len(mine)):
-            return None
-        return cls(mine, logarithms, rows, last, prepared.ranks)
+    @torch.no_grad()
+    def of(
+        cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, loss: Loss | None = None
+    ) -> Distance:
+        """Look at what the dense model puts out for a batch."""
+        if loss is not None:
+            return cls(inputs, "loss", loss)
+        table = table_of(_run(dense, batch), batch, inputs)
+        if table is None:
+            return cls(inputs, "relative")
+        return cls(inputs, "nats", probabilities=holds_probabilities(table))
 
-    def divergence(self, model: nn.Module) -> float:
-        """Return the mean Kullback-Leibler divergence from the dense predictions, in nats."""
-        return self.likeness(model).nats
+    def outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """Return what is compared of a model's outputs: log-probabilities, tensors, or all."""
+        result = _run(model, batch)
+        if self.measure == "loss":
+            return result
+        if self.measure == "relative":
+            return comparable(result)
+        table = table_of(result, batch, self.inputs)
+        return table if table is None else log_probabilities(as_logits(table, self.probabilities))
 
-    def likeness(self, model: nn.Module) -> Likeness:
-        """Compare what a model predicts with what the dense one does."""
-        total, same, count = 0.0, 0, 0
-        kept = zip(self.batches, self.logarithms, self.rows, strict=True)
-        for index, (batch, dense, rows) in enumerate(kept):
-            found = _logarithms(model, batch, self.inputs, index)
-            assert found is not None
-            total += float(summed_divergence(dense, found[rows]))
-            same += int((dense.argmax(-1) == found[rows].argmax(-1)).sum())
-            count += len(dense)
-        sums = torch.tensor([total, same, count], dtype=torch.float64)
-        self.ranks.all_reduce("the divergence", [sums])
-        total, agreeing, predictions = sums.tolist()
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                "the pruned model's logits are NaN or infinite where the dense model's are not; "
-                "use --dtype float32, or a higher --damp"
-            )
-        return Likeness(total / predictions, agreeing / predictions)
+    def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
+        """Return a sum of distances, and over how many predictions or samples it is.
+
+        An output of another shape, such as of boxes of which fewer are found, is wholly in error.
+        """
+        if self.loss is not None:
+            # What it writes to the dense model's outputs must not stay in those that are kept.
+            loss = self.loss(found, fresh(dense))
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+                raise OptionError(
+                    f"the loss returned {safe_repr(loss):.80}; let it return a tensor with one "
+                    "number"
+                )
+            return loss.reshape(()) * samples, samples
+        if self.measure == "nats":
+            return summed_divergence(dense, found), len(dense)
+        pairs = zip(found, dense, self.powers, strict=True)
+        errors = [_square(b - a if a.shape == b.shape else a) / power for b, a, power in pairs]
+        return torch.stack(errors).mean(), samples
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    batch = to_model(batch, model)
+    with failures_named(model, batch), without_cache(model):
+        return forward(model, batch)
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Return the sum of squares; those of half precision would overflow."""
+    finer = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return finer.abs().square().sum().double()
 
 
 @dataclass(frozen=True, eq=False)
-class OutputReference:
-    """What the dense model puts out on some samples, where that is no scores of classes.
+class Reference:
+    """What the dense model puts out on some samples, and so how far other models are.
 
-    `expected` are the tensors of each batch that hold real or complex numbers.  Ranks share out the
-    samples; those here are this one's.
+    Ranks share the batches out: here are those of this one.  Of the predictions of each batch
+    `rows` are kept; None stands for all that the model puts out.
     """
 
+    distance: Distance
     batches: Sequence[Batch] = field(repr=False)
-    expected: Sequence[Sequence[Tensor]] = field(repr=False)
+    expected: Sequence[Any] = field(repr=False)
+    rows: Sequence[slice | None] = field(repr=False)
     ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, prepared: Prepared, samples: int, batch_size: int = 1) -> OutputReference:
-        """Run the dense model on the last samples."""
-        batches = prepared.inputs.part(-samples).batches(prepared.model, batch_size)
-        mine = [batches[i] for i in prepared.ranks.share([1.0] * len(batches))]
-        outputs = [_outputs(prepared.model, batch, index) for index, batch in enumerate(mine)]
-        return cls(mine, fresh(outputs), prepared.ranks)
+    @torch.no_grad()
+    def of(
+        cls,
+        distance: Distance,
+        dense: nn.Module,
+        batches: Sequence[Batch],
+        ranks: Ranks = ALONE,
+    ) -> Reference:
+        """Run the dense model on the samples."""
+        mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
+        expected, rows = list[Any](), list[slice | None]()
+        for batch in mine:
+            found = distance.outputs(dense, batch)
+            kept = thinned(found, len(batches)) if distance.measure == "nats" else None
+            expected.append(fresh(found) if kept is None else found[kept].clone())
+            rows.append(kept)
+        if distance.measure == "relative":
+            count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
+            squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))
+            for outputs in expected:
+                squares += torch.stack([_square(one) for one in outputs])
+            ranks.all_reduce("the squares of outputs", [squares])
+            samples = sum(map(distance.inputs.count, batches))
+            # What is always zero has no size that an error could be relative to.
+            powers = tuple(square / samples or 1.0 for square in squares.tolist())
+            distance = dataclasses.replace(distance, powers=powers)
+        return cls(distance, mine, expected, rows, ranks)
+
+    @classmethod
+    def of_last(cls, prepared: Prepared, samples: int, batch_size: int = 1) -> Reference:
+        """Run a prepared model, which is still dense, on its last samples."""
+        model, last = prepared.model, prepared.inputs.part(-samples)
+        batches = last.batches(model, batch_size)
+        return cls.of(Distance.of(model, last, batches[0]), model, batches, prepared.ranks)
 
     def divergence(self, model: nn.Module) -> float:
-        """Return the squared error of each output over its square, a mean over outputs.
+        """Return the mean distance of a model, which has to be finite."""
+        return self.likeness(model).distance
 
-        One of another shape, such as of boxes of which fewer are found, is wholly in error.
+    def likeness(self, model: nn.Module) -> Likeness:
+        """Compare what a model puts out with what the dense one does.
+
+        Raises
+        ------
+        NonFiniteError
+            If it is NaN or infinite.
         """
-        # Of each output: squares of errors, and of what the dense model puts out.
-        count = self.ranks.broadcast("how many outputs there are", lambda: len(self.expected[0]))
-        sums = torch.zeros(count, 2, dtype=torch.float64)
-        for index, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
-            pairs = zip(expected, _outputs(model, batch, index), strict=True)
-            for place, (a, b) in enumerate(pairs):
-                error = b.double() - a.double() if a.shape == b.shape else a.double()
-                both = [one.square().sum().cpu() for one in (error, a.double())]
-                sums[place] += torch.stack(both)
-        self.ranks.all_reduce("the distance of outputs", [sums])
-        errors = [error / size for error, size in sums.tolist() if size > 0]
-        distance = math.fsum(errors) / max(1, len(errors))
-        if not math.isfinite(distance):
+        found = self.compared(model)
+        if not math.isfinite(found.distance):
+            what = "logits are" if self.distance.measure == "nats" else "outputs are"
             raise NonFiniteError(
-                "the pruned model puts out what is NaN or infinite where the dense one does not; "
+                f"the pruned model's {what} NaN or infinite where the dense model's are not; "
                 "use --dtype float32, or a higher --damp"
             )
-        return distance
+        return found
 
-
-def _outputs(model: nn.Module, batch: Batch, index: int) -> list[Tensor]:
-    with torch.no_grad(), without_cache(model), batch_named(model, index):
-        found = comparable(forward(model, batch))
-    return [torch.view_as_real(one) if one.is_complex() else one for one in found]
+    @torch.no_grad()
+    def compared(self, model: nn.Module) -> Likeness:
+        """Return the same, whether it is finite or not."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch, expected, rows in zip(self.batches, self.expected, self.rows, strict=True):
+            found = self.distance.outputs(model, batch)
+            found = found if rows is None else found[rows]
+            samples, same = self.distance.inputs.count(batch), 0.0
+            total, count = self.distance.summed(found, expected, samples)
+            if self.distance.measure == "nats":
+                same = float((expected.argmax(-1) == found.argmax(-1)).sum())
+            sums += torch.tensor([float(total), same, count], dtype=torch.float64)
+        self.ranks.all_reduce("the distance from the dense model", [sums])
+        total, same, count = sums.tolist()
+        return Likeness(total / count, same / count)
 
 
 def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
@@ -205,12 +272,6 @@ def holds_probabilities(table: Tensor) -> bool:
 def _sum_to_one(rows: Tensor) -> bool:
     sums = rows.float().sum(-1)
     return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
-
-
-def _logarithms(model: nn.Module, batch: Batch, inputs: ModelInputs, index: int) -> Tensor | None:
-    with torch.no_grad(), without_cache(model), batch_named(model, index):
-        logits = logits_of(forward(model, batch), batch, inputs)
-    return None if logits is None else log_probabilities(logits)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

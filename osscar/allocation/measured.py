@@ -12,7 +12,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 import solvers
 from graph import CouplingGroup, UnitKind
 from osscar.allocation.curves import Curve
-from osscar.allocation.divergence import OutputReference, Reference
+from osscar.allocation.divergence import Measure, Reference
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.memory import FOR_MATRICES, memory_for
@@ -79,7 +78,7 @@ def measured_curves(
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
-) -> tuple[dict[str, Curve], Literal["nats", "relative"]]:
+) -> tuple[dict[str, Curve], Measure]:
     """Return the curve of each group that shares a budget, and what they count.
 
     That is ``nats``, the divergence of predictions, or ``relative``, the squared error of outputs
@@ -111,8 +110,7 @@ def measured_curves(
             "uniform"
         )
     size = 1 if prepared.inputs.tokens else prepared.batch_size
-    scores = Reference.of(prepared, samples, size)
-    reference = scores or OutputReference.of(prepared, samples, size)
+    reference = Reference.of_last(prepared, samples, size)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     curves: dict[str, Curve] = {}
     for _ in range(_ROUNDS):
@@ -124,7 +122,7 @@ def measured_curves(
                 bar.advance()
         for group in groups:  # what has no other width keeps all its units
             curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
-    return curves, "relative" if scores is None else "nats"
+    return curves, reference.distance.measure
 
 
 def widths_to_measure(
@@ -181,7 +179,7 @@ def _measure(
     keep: int,
     request: PruningRequest,
     few: Prepared,
-    reference: Reference | OutputReference,
+    reference: Reference,
     curves: dict[str, Curve],
 ) -> None:
     """Put a curve through what the model comes to with one group pruned to a width."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from graph import CouplingGroup
 from osscar.allocation.budget import Budget, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost
 from osscar.allocation.curves import Curve
+from osscar.allocation.divergence import Measure
 from osscar.allocation.search import Search
 from osscar.allocation.widths import possible_widths
 from osscar.request import Widths
@@ -30,7 +31,7 @@ class Sharing:
     widths: Widths
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
-    measure: Literal["nats", "relative"] = "nats"
+    measure: Measure = "nats"
 
     @cached_property
     def options(self) -> dict[str, NDArray[np.int64]]:

@@ -22,7 +22,7 @@ from osscar.cli.common import check_json_path, out, say, say_next, say_verdict, 
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_with
-from osscar.cli.recover import LOG, tell_data, tell_memory, tell_recovery
+from osscar.cli.recover import LOG, tell_data, tell_recovery
 from osscar.cli.saving import beside, finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
 from osscar.data.tokens import CalibrationSet
@@ -227,9 +227,7 @@ class _Job:
         if self.recovery is None:
             return result, None
         training = logs.recovery if ranks.first else None
-        recovery = recover_as_asked(
-            result, model, trains_on, self.recovery, training, ranks, tell_memory
-        )
+        recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks, tell)
         return dataclasses.replace(result, model=recovery.model), recovery
 
     def _completed(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:

@@ -13,7 +13,6 @@ import torch
 from osscar.base.errors import CheckpointError, ModelError, OutputError
 from osscar.base.files import resolved, write_text
 from osscar.base.json_files import MEGABYTE, read_json
-from osscar.base.memory import in_words
 from osscar.base.printable import pluralize, published
 from osscar.base.ranks import Ranks, together
 from osscar.checkpoint.builders import builder_of
@@ -33,7 +32,6 @@ from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.proof.lineage import Computed, weights_digest
 from osscar.recovery.log import RecoveryLog
-from osscar.recovery.memory import Memory, way_in_words
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
@@ -116,7 +114,7 @@ class _Job:
                     tell_data(smaller, data)
                 own_log = log if ranks.first else None
                 recovery = recover_as_asked(
-                    smaller.model, dense.model, data, self.request, own_log, ranks, tell_memory
+                    smaller.model, dense.model, data, self.request, own_log, ranks, say
                 )
                 if not ranks.first:
                     return  # the first alone writes and prints
@@ -247,12 +245,6 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
     else:
         what = f"{pluralize(len(data), data.sample_name)} of {data.source}"
     say(f"recovery: {what}; {Computed.of(loaded.model).sentence()}")
-
-
-def tell_memory(needed: Memory, way: RecoveryRequest) -> None:
-    """Print what a recovery needs, before it starts, and what was chosen so that it fits."""
-    said = f"memory: about {in_words(needed.total)} besides what the process has"
-    say(f"{said} ({way_in_words(way)})")
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:

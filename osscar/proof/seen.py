@@ -67,16 +67,18 @@ class Seen:
         return float(np.isin(mine, known).mean()) if len(mine) else 0.0
 
 
-def fingerprints_of_runs(tokens: Tensor) -> npt.NDArray[np.uint64]:
-    """Return a hash of each run of 32 tokens in a row; of fewer, of all of them.
+def fingerprints_of_runs(tokens: Tensor, run: int = RUN) -> npt.NDArray[np.uint64]:
+    """Return a hash of each run of so many tokens in a row; of fewer, of all of them.
 
     Parameters
     ----------
     tokens
         Token ids, (..., tokens) int64; runs do not go on from one row to the next.
+    run
+        Tokens of a run.
     """
     values = _mixed(tokens.cpu().numpy().astype(np.uint64))
-    length = min(RUN, values.shape[-1])
+    length = min(run, values.shape[-1])
     count = values.shape[-1] - length + 1
     total = np.zeros((*values.shape[:-1], count), np.uint64)
     for offset in range(length):

@@ -21,7 +21,7 @@ from graph import UnitKind
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
-from osscar.allocation.divergence import Reference
+from osscar.allocation.divergence import Distance, Reference
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -189,7 +189,11 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
             "what can follow", lambda: feasible_groups(prepared, request)
         )
     with timed(Stage.DENSE):
-        reference = Reference.of(prepared, max(1, held_out(prepared, request)))
+        model, last = prepared.model, prepared.inputs.part(-max(1, held_out(prepared, request)))
+        batches = last.batches(model, 1)
+        distance = Distance.of(model, last, batches[0])
+        scores = distance.measure == "nats"
+        reference = Reference.of(distance, model, batches, ranks) if scores else None
         statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
     return _DenseFacts(form, (*whole, *skipped), reference, statistics)
 
@@ -220,7 +224,7 @@ def prune_prepared(
         certificate=proof.certificate,
         batch_norms=batch_norms,
         budget=widths.budget,
-        divergence=None if likeness is None else likeness.nats,
+        divergence=None if likeness is None else likeness.distance,
         agreement=None if likeness is None else likeness.agreement,
         held_out=held_out(prepared, request),
         seconds=time.perf_counter() - start,

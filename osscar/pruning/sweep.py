@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from pydantic import ConfigDict
 from torch import nn
 
+from osscar.allocation.divergence import Measure
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.journal import Journal
@@ -35,7 +36,6 @@ from osscar.pruning.prune import (
 from osscar.pruning.result import PruningResult
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.target import Measure
 from osscar.request import (
     BASELINES,
     METHODS,

@@ -255,7 +255,7 @@ class Sweep:
         """Recover a pruned model, and measure what comes of it; None if that is not asked for."""
         if self.recover is None:
             return None
-        recovery = recover_as_asked(result, dense, calibration, self.recover)
+        recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
         return Recovered.of(recovery, self._quality(recovery.model, dense))
 
     def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:

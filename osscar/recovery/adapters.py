@@ -5,7 +5,6 @@ They are peft's; once merged, nothing of them is left in a model but other value
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import warnings
@@ -33,8 +32,8 @@ def adaptable(model: nn.Module) -> list[str]:
     A matrix that several modules share is none, as a head is that is tied to an embedding, and none
     that the model freezes, unless it freezes everything.
     """
-    learning = [id(one) for one in model.parameters() if one.requires_grad]
-    free = set(learning or map(id, model.parameters()))
+    weights = list(model.parameters())
+    free = {id(one) for one in weights if one.requires_grad} or set(map(id, weights))
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     read = {
         inner for one in model.modules() if isinstance(one, _READERS) for inner in one.modules()
@@ -42,11 +41,8 @@ def adaptable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name
-        and module not in read
-        and _is_plain(module)
-        and uses[id(module.weight)] == 1
-        and id(module.weight) in free
+        if name and module not in read and _is_plain(module)
+        if uses[id(module.weight)] == 1 and id(module.weight) in free
     ]
 
 
@@ -71,22 +67,17 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -
     MissingDependency
         If peft is not installed.
     OptionError
-        If there is no such matrix, or none of so high a rank.
+        If there is no such matrix.
     """
     if not names:
         raise OptionError(
             f"lora is {rank}, and {type(model).__name__} has no modules with matrices that "
             "adapters could stand beside; leave it away"
         )
-    highest = max(min(model.get_parameter(f"{name}.weight").flatten(1).shape) for name in names)
-    if rank > highest:
-        raise OptionError(
-            f"lora is {rank}, and no matrix of {type(model).__name__} has a rank above {highest}; "
-            "give at most that"
-        )
     if not has_peft():
         raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")
-    peft = importlib.import_module("peft")
+    import peft
+
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))
     )
@@ -96,12 +87,13 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -
         peft.inject_adapter_in_model(config, model)
 
 
-def adapted(model: nn.Module) -> list[Any]:
-    """Return the modules of a model that have adapters; none of one to which none were added."""
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """Return the modules of a model that have adapters, by name."""
     if not hasattr(model, "peft_config"):
-        return []
-    kind = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-    return [module for module in model.modules() if isinstance(module, kind)]
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: one for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)}
 
 
 @contextmanager
@@ -117,15 +109,12 @@ def as_saved(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[N
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     before = [(tensor, tensor.data) for _, tensor in named]
-    due, layers = {id(tensor): formats[name] for name, tensor in named}, adapted(model)
+    layers = _adapted(model).values()
     try:
         for layer in layers:
-            weight = layer.get_base_layer().weight
-            weight.data = weight.data.clone()
-            layer.merge()
-            weight.data = weight.data.to(due[id(weight)])
-        for _, tensor in named:
-            tensor.data = tensor.data.to(due[id(tensor)])
+            _merge(layer)
+        for name, tensor in named:
+            tensor.data = tensor.data.to(formats[name])
         yield
     finally:
         for layer in layers:
@@ -136,9 +125,15 @@ def as_saved(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[N
 
 def merge_adapters(model: nn.Module) -> None:
     """Add what adapters have learned to the matrices, in place, and take the adapters away."""
-    layers = adapted(model)
-    for name, module in list(model.named_modules()):
-        if module in layers:
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
+    for name, layer in _adapted(model).items():
+        _merge(layer)
+        model.set_submodule(name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _merge(layer: Any) -> None:
+    """Add what an adapter has learned to a copy of its matrix, which another model may share."""
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()
+    layer.merge()

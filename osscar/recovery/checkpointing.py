@@ -7,8 +7,8 @@ recovery trains in evaluation mode.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,25 +31,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
             if isinstance(holder, nn.ModuleList | nn.Sequential):
                 classes = Counter(map(type, holder))
                 found |= {one for one in holder if classes[type(one)] > 1 and any(one.children())}
-    return list(_outermost(model, found))
+    inner = {below for one in found for below in one.modules() if below is not one}
+    return [one for one in model.modules() if one in found - inner]
 
 
-def _outermost(module: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
-    for child in module.children():
-        if child in found:
-            yield child
-        else:
-            yield from _outermost(child, found)
-
-
-@contextmanager
-def checkpointing(model: nn.Module) -> Iterator[None]:
+def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Let each block of a model keep only what it is given, in the passes of a `with` block.
 
     Raises
     ------
     OptionError
-        If the model repeats no blocks, or if one writes to what it is given.
+        If the model repeats no blocks, or, in a pass, if one writes to what it is given.
     """
     repeated = blocks(model)
     if not repeated:
@@ -57,8 +49,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
             f"checkpointing is asked for, and {type(model).__name__} repeats no blocks that could "
             "be computed again; leave it away"
         )
-    with other_forwards([(block, _checkpointed(block)) for block in repeated]):
-        yield
+    return other_forwards([(block, _checkpointed(block)) for block in repeated])
 
 
 def _checkpointed(block: nn.Module) -> Callable[..., Any]:

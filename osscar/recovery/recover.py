@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from osscar import __version__
+from osscar.allocation.divergence import Measure
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
@@ -27,23 +28,17 @@ from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
-from osscar.network.modules import (
-    check_finite_weights,
-    check_usable,
-    sha256_of,
-)
+from osscar.network.modules import check_finite_weights, check_usable, device_of, sha256_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
-from osscar.recovery.adapters import merge_adapters
 from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
-from osscar.recovery.memory import CHOSEN, Memory
+from osscar.recovery.memory import CHOSEN, way_in_words, way_that_fits
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
 from osscar.recovery.setup import Setup
-from osscar.recovery.target import Measure
-from osscar.recovery.training import kept_point
-from osscar.recovery.weights import as_it_came, give_own_weights
+from osscar.recovery.training import Training, kept_point
+from osscar.recovery.weights import as_it_came
 from osscar.request import by_keywords
 
 
@@ -78,8 +73,6 @@ class Recovery(Shown):
         Wall time.
     stages
         The same by stage; ``other`` is what no stage counts.
-    memory
-        What it was told to need.
     request
         What was asked for.
     chosen
@@ -97,7 +90,6 @@ class Recovery(Shown):
     trained: int
     seconds: float
     stages: Mapping[str, float]
-    memory: Memory
     request: RecoveryRequest
     chosen: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -126,22 +118,13 @@ class Recovery(Shown):
 
     def document(self) -> dict[str, Any]:
         """Return what is known of it, as ``docs/json.md`` describes it."""
+        told = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        del told["model"], told["request"]
         return {
+            **told,
             "settings": self.request.to_json(),
-            "chosen": dict(self.chosen),
-            "data": dict(self.data),
-            "measure": self.measure,
             "points": [dataclasses.asdict(point) for point in self.points],
-            "kept": self.kept,
-            "before": self.before,
-            "after": self.after,
-            "learning_rate": self.learning_rate,
-            "samples": self.samples,
-            "held_out": self.held_out,
-            "trained": self.trained,
-            "seconds": self.seconds,
-            "stages": dict(self.stages),
-            "memory_bytes": self.memory.total,
+            **{name: getattr(self, name) for name in ("kept", "before", "after")},
         }
 
 
@@ -152,7 +135,7 @@ def recover_as_asked(
     request: RecoveryRequest,
     log: RecoveryLog | None = None,
     ranks: Ranks = ALONE,
-    told: Callable[[Memory, RecoveryRequest], None] = lambda memory, way: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Recovery:
     """Train a smaller model towards its dense one; neither is changed.
 
@@ -174,8 +157,8 @@ def recover_as_asked(
         ranks, the first has it.
     ranks
         The processes that are asked for the same, and share out the samples of each step.
-    told
-        Told what memory is needed, and in which way it is trained, before that begins.
+    tell
+        Hears of it, in a line, where another way to train than was asked for had to be chosen.
 
     Returns
     -------
@@ -223,17 +206,14 @@ def recover_as_asked(
     ):
         with timed(Stage.TEACHER):
             setup = Setup.of(model, dense, data, request, ranks)
-            way, memory = setup.chosen(None if log is None else log.way())
-            training = setup.checked(way)
-        told(memory, way)
+            way = _way(setup, log, tell)
+            training = Training.of(setup, way)
+            before = training.first_distance()
         with _begun(log, setup, way) as known:
-            rate = request.learning_rate if known is None else known.rate
+            rate = request.learning_rate if known is None else known.progress.rate
             rate = training.found_rate() if rate is None else rate
-            points = training.run(request.steps, rate, log, known)
-        trained = sum(weight.numel() for weight in training.weights().values())
-        give_own_weights(training.model, training.dense)
-        if way.lora is not None:
-            merge_adapters(training.model)
+            points = training.run(before, rate, log, known)
+        trained = sum(weight.numel() for weight in training.weights.values())
         work = as_it_came(training.model, model)
     note_calibration(work, data, setup.inputs.settings)
     seconds = time.perf_counter() - start
@@ -241,18 +221,14 @@ def recover_as_asked(
         model=work,
         points=points,
         learning_rate=rate,
-        measure=training.held.target.measure,
-        samples=len(training.samples),
+        measure=setup.distance.measure,
+        samples=len(setup.samples),
         held_out=len(setup.deciding),
         trained=trained,
         seconds=seconds,
         stages=spent.of(seconds),
-        memory=memory,
         request=request,
-        chosen={
-            **{name: getattr(way, name) for name in CHOSEN},
-            "augment": "flip-shift" if setup.shifts else "none",
-        },
+        chosen={**_chosen(way), "augment": "flip-shift" if setup.shifts else "none"},
         data={**setup.inputs.settings, **data_record(data)},
     )
 
@@ -282,24 +258,53 @@ def _check(model: nn.Module, dense: nn.Module) -> None:
         )
 
 
+def _way(setup: Setup, log: RecoveryLog | None, tell: Callable[[str], None]) -> RecoveryRequest:
+    """Return the way to train, on all ranks as the first decides.
+
+    It is the one that was chosen before, whatever is free by now, so that a run which goes on ends
+    with the same bytes.
+    """
+    request, alone = setup.request, dataclasses.replace(setup, ranks=ALONE)
+
+    def decided() -> Mapping[str, Any]:
+        before = None if log is None else log.way()
+        if before is not None:
+            return before
+        way = way_that_fits(
+            *(request, setup.model, setup.at_once, device_of(setup.dense)),
+            lambda way: Training.of(alone, way).try_step(),
+        )
+        if way != dataclasses.replace(request, micro_batch_size=setup.at_once):
+            tell(f"memory: there is none for more than {way_in_words(way)}")
+        return _chosen(way)
+
+    return dataclasses.replace(request, **setup.ranks.broadcast("the way to train", decided))
+
+
+def _chosen(way: RecoveryRequest) -> dict[str, Any]:
+    return {name: getattr(way, name) for name in CHOSEN}
+
+
 @contextmanager
 def _begun(
     log: RecoveryLog | None, setup: Setup, way: RecoveryRequest
 ) -> Iterator[Standing | None]:
     """Begin a recovery, or go on with one, on all ranks; yield where it stands."""
-    ranks, request, dense = setup.ranks, setup.request, setup.teacher
+    ranks, dense = setup.ranks, setup.dense
     if log is None and ranks.alone:
         yield None
         return
     versions = {name: version(name) for name in ("torch", "transformers")}
     tensors = (*dense.named_parameters(), *dense.named_buffers())
-    asked: dict[str, Any] = {**request.to_json(), **versions, "osscar": __version__}
+    asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
     del asked["max_memory"]  # what it has led to is the way
-    asked[WAY] = {name: getattr(way, name) for name in CHOSEN}
-    asked["dense"] = sha256_of(tensors)
-    made = Fingerprint.of(setup.model, setup.inputs, 1)
-    manifest = JournalManifest("osscar.recovery-log/1", asked, made)
+    asked |= {WAY: _chosen(way), "dense": sha256_of(tensors)}
+    manifest = JournalManifest(
+        "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
+    )
     manifest.check_alike(ranks)
-    with nullcontext() if log is None else log.begun(manifest):
+    with nullcontext() if log is None else log.held():
+        if log is not None:
+            log.begin(manifest)
         last = None if log is None else log.last()
         yield ranks.broadcast("where the recovery stands", lambda: last)

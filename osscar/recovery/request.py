@@ -1,18 +1,14 @@
 """What a recovery is asked: one declaration, as `osscar.request` is for pruning."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import parse_size, safe_repr
 from osscar.request import Range, as_text, checked, count_from
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-Loss: TypeAlias = "Callable[[Any, Any], Tensor]"
-"""Of what the smaller and the dense model put out for the same batch: a mean over its samples."""
+    from osscar.allocation.divergence import Loss
 
 
 def _loss(name: str, value: Any) -> Any:
@@ -46,21 +42,18 @@ class RecoveryRequest:
     learning_rate
         Learning rate at its height.  By default a few are tried for two steps each, and the one
         below the best is taken.
-    train
-        Which weights are trained: ``all``; ``pruned``, those that lost rows or columns; or
-        ``norms``, the vectors: scales and biases.  What a model freezes stays frozen, unless it
-        freezes everything.
     lora
         Rank of adapters that are trained in place of all weights, and merged into the matrices at
-        the end; needs peft (``pip install 'osscar[recover]'``).
+        the end; needs peft (``pip install 'osscar[recover]'``).  What a model freezes stays as it
+        is either way, unless it freezes everything.
     checkpointing
         Compute blocks of the model again in the backward pass, which takes a third more time and
         less memory.
     max_memory
         The most memory that the process may take, such as ``8GB``, or a number of bytes; by default
-        all that is free.  If the recovery needs more, it takes smaller micro-batches, where their
-        size is not given; if that is not enough, also `checkpointing`; and at last also adapters of
-        rank 16, where all weights would be trained.
+        nine tenths of what is free.  If a step takes more, micro-batches get smaller, where their
+        size is not given; if that is not enough, blocks are computed again (`checkpointing`); and
+        at last adapters of rank 16 are trained in the place of weights.
     held_out
         Samples that train nothing: they decide when to stop, and which step is kept.  By default an
         eighth of all, at most 8 windows, or 128 of anything else.
@@ -91,8 +84,9 @@ class RecoveryRequest:
     learning_rate: Annotated[
         float | None, Range(float, lambda rate: 0 < rate <= 1, "a number above 0, at most 1")
     ] = None
-    train: Literal["all", "pruned", "norms"] = "all"
-    lora: Annotated[int | None, count_from(1)] = None
+    lora: Annotated[
+        int | None, Range(int, lambda rank: 1 <= rank <= 4096, "a rank from 1 to 4096")
+    ] = None
     checkpointing: bool = False
     max_memory: Annotated[str | int | None, _memory] = None
     held_out: Annotated[int | None, count_from(1)] = None
@@ -104,11 +98,6 @@ class RecoveryRequest:
 
     def __post_init__(self) -> None:
         checked(self)
-        if self.lora is not None and self.train != "all":
-            raise OptionError(
-                f"train is {self.train!r} and lora {self.lora}, whose adapters are trained in the "
-                "place of weights; give one of the two"
-            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data; a loss of the caller's is named."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from osscar.base.errors import DataError
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.samples import named_generator
+from osscar.proof.seen import RUN, fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest
 
 _STEP = {True: 4, False: 64}
@@ -20,12 +22,6 @@ _DECIDING = {True: 8, False: 128}
 
 _SHIFT = 8
 """Images are shifted by a share of their width of at most one over this."""
-
-_OVERLAP = 4
-"""So many tokens with which one window ends and another begins are taken for an overlap."""
-
-_SPECIAL = 4
-"""The most tokens that a tokenizer puts around a text on either side."""
 
 
 def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
@@ -50,8 +46,9 @@ def split(
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the samples that train, and those that decide.
 
-    Those that decide are of windows the last ones, none of whose text is in a window that trains,
-    and of anything else drawn at random.
+    Those that decide are of windows the last ones, and no window trains that has 32 tokens in a row
+    in common with one of them (half a window, if that is less); of anything else they are drawn at
+    random.
     """
     samples = inputs.batches(model, 1)
     deciding = request.held_out or min(_DECIDING[inputs.tokens], max(1, len(samples) // 8))
@@ -60,13 +57,17 @@ def split(
         drawn = named_generator("held out", request.seed)
         order = torch.randperm(len(samples), generator=drawn).tolist()
     trained = max(0, len(samples) - deciding)
-    held = [samples[index] for index in sorted(order[trained:])]
-    training = [samples[index] for index in sorted(order[:trained])]
+    training, held = (
+        [samples[index] for index in sorted(some)] for some in (order[:trained], order[trained:])
+    )
     if inputs.tokens:
-        text = _text_of(samples)
-        apart = [text[index] for index in order[trained:]]
-        known = [any(_share(text[index], one) for one in apart) for index in order[:trained]]
-        training = [one for one, shared in zip(training, known, strict=True) if not shared]
+        run = max(1, min(RUN, samples[0]["input_ids"].shape[1] // 2))
+        known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in held])
+        training = [
+            one
+            for one in training
+            if not np.isin(fingerprints_of_runs(one["input_ids"], run), known).any()
+        ]
     size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
@@ -77,24 +78,11 @@ def split(
     return training, held
 
 
-def _text_of(samples: Sequence[Batch]) -> Tensor:
-    """Return the tokens of windows without the special ones, with which all begin and end."""
-    windows = torch.cat([one["input_ids"] for one in samples])
-    same, length = (windows == windows[0]).all(0).int(), windows.shape[1]
-    most = min(_SPECIAL, (length - 1) // 2)
-    before, after = (int(side[:most].cumprod(0).sum()) for side in (same, same.flip(0)))
-    return windows[:, before : length - after]
-
-
-def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two windows share text: of one length, one of them ends as the other begins."""
-    return _begins_in(one, other) or _begins_in(other, one)
-
-
-def _begins_in(second: Tensor, first: Tensor) -> bool:
-    least = min(_OVERLAP, len(first))
-    starts = (first.unfold(0, least, 1) == second[:least]).all(1).nonzero().flatten()
-    return any(torch.equal(first[at:], second[: len(first) - at]) for at in starts.tolist())
+def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:
+    """Return batches of so many samples, of batches of one."""
+    starts = range(0, len(samples), at_once)
+    some = [samples[start : start + at_once] for start in starts]
+    return [{name: torch.cat([one[name] for one in each]) for name in each[0]} for each in some]
 
 
 def shifted(sample: Batch, turn: int, seed: int) -> Batch:

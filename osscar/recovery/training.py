@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+from torch.utils._pytree import tree_leaves
 
-from osscar.base.errors import JournalError, ModelError, first_line
+from osscar.allocation.divergence import Reference
+from osscar.base.errors import ModelError, NonFiniteError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.base.progress import stage
-from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
 from osscar.recovery.adapters import as_saved
 from osscar.recovery.checkpointing import checkpointing
-from osscar.recovery.log import Point, RecoveryLog, Standing
-from osscar.recovery.target import HeldOut, in_batches
-
-Schedule: TypeAlias = Callable[[torch.optim.Optimizer], LambdaLR]
+from osscar.recovery.log import Point, Progress, RecoveryLog, Standing
+from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import in_batches, shifted
+from osscar.recovery.setup import Setup
+from osscar.recovery.weights import formats, trainable
 
 _WARMUP, _FLOOR = 0.1, 0.1
 """The share of the steps in which the rate rises; the share of its height at which it ends."""
@@ -50,85 +49,113 @@ _RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 _PROBE = 2
 """Learning rates that are tried one after the other, and steps with each of them."""
 
-_RECURRENT = {f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-"""Operators of programs with recurrent layers."""
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What a training is made of.
+    """A training in one of the ways to train.
 
     Parameters
     ----------
+    setup
+        What all ways have in common.
+    way
+        The request with what was chosen.
     model
-        Trained in place, in evaluation mode: a step neither draws nor averages anything.  What
-        takes no gradient stays as it is.
+        The copy that is trained in place, in evaluation mode: a step neither draws nor averages
+        anything.  What takes no gradient stays as it is.
     state
         What passes write on it, which is put back after each: a cache would be of older weights.
-    formats
-        The number formats in which its tensors come back, and are judged.
-    dense
-        What it is trained towards, on the same device.
-    samples
-        That it is trained on, one a batch.
     held
-        Those that decide.
-    ranks
-        Share out the samples of a step.
-    size, at_once
-        Samples of a step, of all ranks, and of a pass of one of them.
-    precision
-        Number format of matrix products; None: the models' own.
-    seed
-        Of the order of the samples.
-    augmented
-        Changes a sample, given the number of its turn.
-    checkpointing
-        Whether blocks are computed again in the backward pass.
+        What the dense model says of the samples that decide.
     """
 
+    setup: Setup
+    way: RecoveryRequest
     model: nn.Module
     state: ModelState
-    formats: Mapping[str, torch.dtype]
-    dense: nn.Module
-    samples: Sequence[Batch] = field(repr=False)
-    held: HeldOut = field(repr=False)
-    ranks: Ranks
-    size: int
-    at_once: int
-    precision: torch.dtype | None
-    seed: int
-    augmented: Callable[[Batch, int], Batch] = lambda sample, _: sample
-    checkpointing: bool = False
+    held: Reference
 
+    @classmethod
+    def of(cls, setup: Setup, way: RecoveryRequest) -> Training:
+        """Copy the model, and run both models on the samples that decide.
+
+        Raises
+        ------
+        ModelError
+            If what the two put out differs in form.
+        """
+        dense, at_once = setup.dense, way.micro_batch_size or setup.at_once
+        model, batches = (
+            trainable(setup.model, dense, way),
+            in_batches(setup.deciding, at_once),
+        )
+        state = ModelState(model)
+        with state.watching(), torch.no_grad():
+            first = [setup.distance.outputs(one, batches[0]) for one in (model, dense)]
+        state.put_back()
+        mine, due = map(_shapes, first)
+        if mine != due and way.loss is None:
+            raise ModelError(
+                f"the smaller model puts out {mine} where the dense one puts out {due}, so that "
+                f"it does not come from this {type(dense).__name__}; give the dense model that it "
+                "was pruned from"
+            )
+        held = Reference.of(setup.distance, dense, batches, setup.ranks)
+        return cls(setup, way, model, state, held)
+
+    @cached_property
     def weights(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, by name."""
+        """What is trained, by name."""
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+
+    @cached_property
+    def formats(self) -> dict[str, torch.dtype]:
+        """The number formats in which its tensors come back, and are judged."""
+        return formats(self.model, self.setup.model)
 
     @timed(Stage.HELD_OUT)
     def distance(self) -> float | None:
-        """Return how far the model is that would be saved now."""
+        """Return how far the model is that would be saved now; None where it is not finite."""
         with as_saved(self.model, self.formats):
-            found = self.held.distance(self.model)
+            found = self.held.compared(self.model).distance
         self.state.put_back()
-        return found
+        return found if math.isfinite(found) else None
 
-    def try_passes(self) -> None:
-        """Run two micro-batches of the largest sample as a step of this process does."""
-        share = -(-self.size // self.ranks.size)
-        largest = max(self.samples, key=lambda one: sum(x.numel() for x in one.values()))
-        alone = dataclasses.replace(self, ranks=ALONE)
-        optimizer = _Optimizer(alone, 1.0, partial(LambdaLR, lr_lambda=_tried))
-        for batch in in_batches([largest] * min(share, 2 * self.at_once), self.at_once):
-            optimizer.add_gradients(batch, self.size)
+    def try_step(self) -> None:
+        """Make a step with all that a run keeps: of the largest sample, in two micro-batches."""
+        setup, at_once = self.setup, self.way.micro_batch_size or self.setup.at_once
+        largest = max(setup.samples, key=lambda one: sum(x.numel() for x in one.values()))
+        kept = self._values(), _Optimizer(self)
+        kept[1].step([largest] * min(setup.size, 2 * at_once), _RATES[0])
+        self.distance()
+
+    def first_distance(self) -> float:
+        """Return how far the model is as it came.
+
+        Raises
+        ------
+        NonFiniteError
+            If that is not finite.
+        """
+        found = self.distance()
+        if found is not None:
+            return found
+        if self.way.loss is not None:
+            raise NonFiniteError(
+                "the loss is not finite on the held-out samples, before any training; let it "
+                "return a finite number"
+            )
+        of_dense = self.held.compared(self.setup.dense).distance
+        which = "smaller" if math.isfinite(of_dense) else "dense"
+        raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
 
     @timed(Stage.TRAINING)
     def run(
         self,
-        steps: int,
+        before: float,
         rate: float,
         log: RecoveryLog | None = None,
         known: Standing | None = None,
@@ -137,8 +164,8 @@ class Training:
 
         Parameters
         ----------
-        steps
-            Of the optimizer.
+        before
+            How far the model is as it came.
         rate
             The learning rate at its height.
         log
@@ -152,9 +179,11 @@ class Training:
             The first is the model as it came, and each look at the held-out samples adds one; see
             `kept_point`.
         """
-        points = [Point(0, None, self.distance(), 0.0)] if known is None else list(known.points)
-        optimizer = _Optimizer(self, rate, partial(_cosine, steps=steps, done=points[-1].step))
-        best = self._values() if known is None else optimizer.restore(known)
+        optimizer, steps = _Optimizer(self), self.way.steps
+        if known is None:
+            points, best = [Point(0, None, before, 0.0)], self._values()
+        else:
+            points, best = list(known.progress.points), optimizer.restore(known)
         began, losses = time.perf_counter() - points[-1].seconds, list[float]()
         every = math.ceil(steps / _CHECKS)
         with stage("recover", total=steps) as bar:
@@ -164,17 +193,21 @@ class Training:
                     continue
                 if _is_over(points):
                     break
-                losses.append(optimizer.step(samples))
+                losses.append(optimizer.step(samples, rate * _schedule(step, steps)))
                 if step % every and step < steps:
                     continue
-                loss = _finite(sum(losses) / len(losses))
+                loss = sum(losses) / len(losses)
                 losses = []
-                points.append(Point(step, loss, self.distance(), time.perf_counter() - began))
-                if kept_point(points) is points[-1]:
+                seen = loss if math.isfinite(loss) else None
+                points.append(Point(step, seen, self.distance(), time.perf_counter() - began))
+                kept = kept_point(points)
+                if kept is points[-1]:
                     best = self._values()
                 if log is not None:
-                    log.keep(Standing(rate, tuple(points), optimizer.tensors(best)))
-                bar.describe(_in_words(points))
+                    log.keep(Standing(Progress(rate, tuple(points)), optimizer.tensors(best)))
+                bar.describe(
+                    f"recover: loss {loss:.4g}, held out {before:.4g} to {kept.held_out:.4g}"
+                )
         self._set(best)
         return tuple(points)
 
@@ -186,13 +219,12 @@ class Training:
         has led, until two in a row are farther off than the first.  What is best for two steps is
         too high for many, so that the rate below is returned.  The model is left as it was.
         """
-        before, found = self._values(), list[float]()
-        optimizer = _Optimizer(self, 1.0, partial(LambdaLR, lr_lambda=_tried))
+        before, optimizer, found = self._values(), _Optimizer(self), list[float]()
         steps = self._steps(_PROBE * len(_RATES))
         with stage("recover: learning rate", total=len(_RATES)) as bar:
-            for _ in _RATES:
+            for rate in _RATES:
                 for samples in itertools.islice(steps, _PROBE):
-                    optimizer.step(samples)
+                    optimizer.step(samples, rate)
                 distance = self.distance()
                 found.append(math.inf if distance is None else distance)
                 bar.advance()
@@ -206,88 +238,85 @@ class Training:
 
         They depend on the seed alone, so that a run which goes on sees what it would have seen.
         """
-        generator = torch.Generator().manual_seed(self.seed)
+        setup, seed = self.setup, self.way.seed
+        generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for step in range(steps):
-            while len(order) < self.size:
-                order += torch.randperm(len(self.samples), generator=generator).tolist()
-            now, order = order[: self.size], order[self.size :]
-            first = step * self.size
-            yield [self.augmented(self.samples[one], first + turn) for turn, one in enumerate(now)]
+            while len(order) < setup.size:
+                order += torch.randperm(len(setup.samples), generator=generator).tolist()
+            now, order = [setup.samples[one] for one in order[: setup.size]], order[setup.size :]
+            first = step * setup.size
+            yield [shifted(x, first + i, seed) for i, x in enumerate(now)] if setup.shifts else now
 
     def _values(self) -> dict[str, Tensor]:
         return {
             name: weight.detach().to(self.formats[name], copy=True)
-            for name, weight in self.weights().items()
+            for name, weight in self.weights.items()
         }
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self.weights().items():
+        for name, weight in self.weights.items():
             weight.copy_(values[name])
 
 
 class _Optimizer:
-    """AdamW, one step at a time, on a schedule of learning rates.
+    """AdamW, one step at a time.
 
     It holds weights of half precision, such as those of a program, in float32, in which small steps
     count.
     """
 
-    def __init__(self, training: Training, rate: float, schedule: Schedule) -> None:
-        self._training, self._weights = training, training.weights()
+    def __init__(self, training: Training) -> None:
+        self._training, self._weights = training, training.weights
         self._finer = {name: _finer(weight) for name, weight in self._weights.items()}
-        groups = [{"params": [*self._finer.values()], "initial_lr": rate}]
         # No weight decay: zero is not where the weights belong.
-        self._adam = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
-        self._schedule = schedule(self._adam)
+        self._adam = torch.optim.AdamW(self._finer.values(), weight_decay=0.0, fused=True)
         # cuDNN's recurrent layers go back in training mode alone.
-        self._recurrent = any(
-            isinstance(module, nn.RNNBase) or bool(_RECURRENT & _operators(module))
-            for module in training.model.modules()
-        )
+        self._recurrent = any(map(_is_recurrent, training.model.modules()))
 
-    def step(self, samples: Sequence[Batch]) -> float:
+    def step(self, samples: Sequence[Batch], rate: float) -> float:
         """Make a step on samples, which the processes share out; return its loss."""
-        training, ranks = self._training, self._training.ranks
-        total = torch.zeros((), dtype=torch.float64, device=device_of(training.model))
-        for batch in in_batches(samples[ranks.rank :: ranks.size], training.at_once):
-            total += self.add_gradients(batch, len(samples))
+        setup, way = self._training.setup, self._training.way
+        total = torch.zeros((), dtype=torch.float64, device=device_of(setup.dense))
+        mine = samples[setup.ranks.rank :: setup.ranks.size]
+        for batch in in_batches(mine, way.micro_batch_size or setup.at_once):
+            total += self._add_gradients(batch, len(samples))
         gradients = [self._gradient(name) for name in self._weights]
-        ranks.all_reduce("the gradients of a step", [*gradients, total])
+        setup.ranks.all_reduce("the gradients of a step", [*gradients, total])
         nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
+        self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._adam.zero_grad()
-        self._schedule.step()
         with torch.no_grad():
             for name, weight in self._weights.items():
                 if weight is not self._finer[name]:
                     weight.copy_(self._finer[name])
         return float(total)
 
-    def add_gradients(self, batch: Batch, samples: int) -> Tensor:
+    def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
         """Go forward and backward on a part of so many samples; return its part of the loss."""
-        training, target = self._training, self._training.held.target
+        training, way, dense = self._training, self._training.way, self._training.setup.dense
+        target, model = training.held.distance, training.model
         mine = target.inputs.count(batch)
-        kind = device_of(training.model).type
-        again = checkpointing(training.model) if training.checkpointing else nullcontext()
         with (
-            again,
-            torch.autocast(kind, training.precision, training.precision is not None),
+            checkpointing(model) if way.checkpointing else nullcontext(),
+            torch.autocast(device_of(dense).type, torch.bfloat16, way.mixed_precision == "bf16"),
             torch.backends.cudnn.flags(enabled=not self._recurrent),
         ):
             with torch.no_grad():
-                dense = target.outputs(training.dense, batch)
-            found = target.outputs(training.model, batch)
-        distance, count = target.distance(found, dense, mine)
+                due = target.outputs(dense, batch)
+            found = target.outputs(model, batch)
+        distance, count = target.summed(found, due, mine)
         loss = distance / count * (mine / samples)
         try:
             torch.autograd.backward(loss)
         except RuntimeError as error:
             let_shortage_pass(error)
             raise ModelError(
-                f"no gradients flow through {type(training.model).__name__}: {first_line(error)}; "
-                "leave no_grad and detach out of its forward, and of the loss"
+                f"no gradients flow through {type(model).__name__}: {first_line(error)}; leave "
+                "no_grad and detach out of its forward, and of the loss, and let it return scores "
+                "or other real numbers"
             ) from error
         training.state.put_back()
         return loss.detach().double()
@@ -313,14 +342,7 @@ class _Optimizer:
     @torch.no_grad()
     def restore(self, known: Standing) -> dict[str, Tensor]:
         """Go on from where a training stood; return the best values so far."""
-        tensors, step = known.tensors, float(known.points[-1].step)
-        due = {
-            f"{kind}.{name}": weight.shape
-            for name, weight in self._finer.items()
-            for kind in ("value", *_MOMENTS, "best")
-        }
-        if {name: tensor.shape for name, tensor in tensors.items()} != due:
-            raise JournalError(f"the log holds weights of another form; {RecoveryLog.otherwise}")
+        tensors, step = known.tensors, float(known.progress.points[-1].step)
         for name, weight in self._finer.items():
             weight.copy_(tensors[f"value.{name}"])
             self._weights[name].copy_(weight)
@@ -329,10 +351,18 @@ class _Optimizer:
         return {name: tensors[f"best.{name}"].to(one.device) for name, one in self._weights.items()}
 
 
-def _operators(module: nn.Module) -> set[str]:
-    """Return the names of the operators of a program; none of another module."""
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether a module, or a program, is a recurrent layer or has one."""
     nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
-    return {str(node.target) for node in nodes}
+    operators = {f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+    return isinstance(module, nn.RNNBase) or any(str(node.target) in operators for node in nodes)
+
+
+def _shapes(outputs: Any) -> list[list[int]] | str:
+    """Return the shapes of what is compared of a model's outputs."""
+    if outputs is None:
+        return "no scores of classes"
+    return [list(one.shape) for one in tree_leaves(outputs) if isinstance(one, Tensor)]
 
 
 def _finer(weight: nn.Parameter) -> nn.Parameter:
@@ -340,21 +370,16 @@ def _finer(weight: nn.Parameter) -> nn.Parameter:
     return weight if weight.dtype == kind else nn.Parameter(weight.detach().to(kind))
 
 
-def _cosine(optimizer: torch.optim.Optimizer, *, steps: int, done: int) -> LambdaLR:
-    """Let the rate rise to its height and fall again, from where a training stands."""
-    schedule: LambdaLR = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-        optimizer,
-        math.ceil(_WARMUP * steps),
-        steps,
-        min_lr_rate=_FLOOR,
-        last_epoch=done - 1,
-    )
-    return schedule
+def _schedule(step: int, steps: int) -> float:
+    """Return the share of its height that the rate has in a step, of 1 to `steps`.
 
-
-def _tried(step: int) -> float:
-    """Return the rate that is tried in a step."""
-    return _RATES[min(step // _PROBE, len(_RATES) - 1)]
+    It rises in the first tenth, and falls on a cosine to a tenth (Loshchilov and Hutter, 2017).
+    """
+    warm = math.ceil(_WARMUP * steps)
+    if step <= warm:
+        return step / warm
+    fallen = (step - warm) / (steps - warm)
+    return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
 
 
 def kept_point(points: Sequence[Point]) -> Point:
@@ -367,12 +392,3 @@ def _is_over(points: Sequence[Point]) -> bool:
     last = [math.inf if one.held_out is None else one.held_out for one in points[-_RISES - 1 :]]
     rising = len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
     return rising or last[-1] == math.inf
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _in_words(points: Sequence[Point]) -> str:
-    loss, first, best = points[-1].loss, points[0].held_out, kept_point(points).held_out
-    return f"recover: loss {loss or math.nan:.4g}, held out {first:.4g} to {best:.4g}"

@@ -2,79 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import OptionError
 from osscar.network.modules import copied, device_of, in_evaluation
 from osscar.proof.program.program import ProgramModule
-from osscar.recovery.adapters import adaptable, add_adapters
+from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
 from osscar.recovery.request import RecoveryRequest
 
 
-def shared_weights(model: nn.Module, dense: nn.Module) -> frozenset[str]:
-    """Return the names of the weights that pruning has left as they are in the dense model."""
-    others = dict(dense.named_parameters())
-    return frozenset(
-        name
-        for name, weight in model.named_parameters()
-        if name in others
-        and others[name].dtype == weight.dtype
-        and torch.equal(others[name], weight.to(others[name].device))
-    )
-
-
-def trainable(
-    model: nn.Module,
-    dense: nn.Module,
-    alike: frozenset[str],
-    device: torch.device,
-    request: RecoveryRequest,
-) -> nn.Module:
+def trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> nn.Module:
     """Return a copy in which gradients flow to what is trained, in a format for small steps.
 
-    What is not trained, and `alike`, are the dense model's tensors.
+    It lies where the dense model does.  What is not trained are the tensors of the model itself, if
+    these are there, too.
     """
-    others = dict(dense.named_parameters())
-    trained = _trained(model, others, request)
+    device = device_of(dense)
+    trained = _trained(model) if request.lora is None else frozenset[str]()
     program = isinstance(model, ProgramModule)  # whose number formats are in its code
 
-    def moved(tensor: Tensor) -> Tensor:
+    def moved(tensor: Tensor, copy: bool) -> Tensor:
         half = tensor.dtype in (torch.float16, torch.bfloat16) and not program
-        return tensor.detach().to(device, torch.float32 if half else tensor.dtype, copy=True)
+        return tensor.detach().to(device, torch.float32 if half else tensor.dtype, copy=copy)
 
-    instead: dict[int, Tensor] = {id(one): moved(one) for one in model.buffers()}
+    instead: dict[int, Tensor] = {id(one): moved(one, True) for one in model.buffers()}
     for name, weight in model.named_parameters():
-        same = name in alike - trained and (program or weight.dtype == torch.float32)
-        values = others[name].detach() if same else moved(weight)
-        instead[id(weight)] = nn.Parameter(values, requires_grad=name in trained)
+        mine = name in trained
+        instead[id(weight)] = nn.Parameter(moved(weight, mine), requires_grad=mine)
     work = in_evaluation(copied(model, instead))
     if request.lora is not None:
         add_adapters(work, adaptable(model), request.lora, request.seed)
-    elif not trained:
-        raise OptionError(f"train is {request.train!r}, and the model has no such weights")
     return work
 
 
-def _trained(
-    model: nn.Module, others: Mapping[str, Tensor], request: RecoveryRequest
-) -> frozenset[str]:
-    """Return the names of the weights that are trained themselves."""
-    chosen: Callable[[str, Tensor], bool] = {
-        "all": lambda name, weight: request.lora is None,
-        "pruned": lambda name, weight: name not in others or others[name].shape != weight.shape,
-        "norms": lambda name, weight: weight.ndim <= 1,
-    }[request.train]
+def _trained(model: nn.Module) -> frozenset[str]:
+    """Return the names of the weights that can be trained, of those that the model lets learn."""
     weights = dict(model.named_parameters())
     learning = {name for name, weight in weights.items() if weight.requires_grad} or set(weights)
-    return frozenset(
-        name
-        for name in learning
-        if weights[name].is_floating_point() and chosen(name, weights[name])
-    )
+    return frozenset(name for name in learning if weights[name].is_floating_point())
 
 
 def formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
@@ -83,25 +49,21 @@ def formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
     return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in _tensors(work)}
 
 
-def give_own_weights(model: nn.Module, dense: nn.Module) -> None:
-    """Copy the weights that a model shares with the dense one."""
-    others = {weight.data_ptr() for weight in dense.parameters()}
-    for weight in model.parameters():
-        if weight.data_ptr() in others:
-            weight.data = weight.data.clone()
+def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
+    """Make a trained copy a model like the one that it was made of, with weights of its own.
 
-
-def as_it_came(model: nn.Module, before: nn.Module) -> nn.Module:
-    """Give a model the number formats, flags, modes and place of the one that it was made of."""
-    model.to(device_of(before))
-    for (_, mine), (_, other) in zip(_tensors(model), _tensors(before), strict=True):
-        mine.data = mine.data.to(other.dtype)
+    Adapters are merged; number formats, flags, modes and place are as they were.
+    """
+    merge_adapters(work)
+    work.to(device_of(model))
+    for (_, mine), (_, other) in zip(_tensors(work), _tensors(model), strict=True):
+        mine.data = mine.data.to(other.dtype, copy=mine.data_ptr() == other.data_ptr())
         mine.requires_grad_(other.requires_grad)
         mine.grad = None
-    for module, first in zip(model.modules(), before.modules(), strict=True):
+    for module, first in zip(work.modules(), model.modules(), strict=True):
         module.training = first.training
-    forget_derived(model)
-    return model
+    forget_derived(work)
+    return work
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -41,8 +41,7 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     settings, points = recovery["settings"], recovery["points"]
     yield f"held out: {_outcome(recovery)}"
     rank = recovery["chosen"]["lora"]
-    which = f"adapters, rank {rank}" if rank else settings["train"]
-    weights = "weights" if which == "all" else f"weights ({which})"
+    weights = f"weights (adapters, rank {rank})" if rank else "weights"
     trained = pluralize(recovery["samples"], "sample")
     found = "" if settings["learning_rate"] else ", found by trying a few"
     yield (

@@ -16,7 +16,7 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.divergence import Reference, logits_of
+from osscar.allocation.divergence import Distance, Reference, logits_of
 from osscar.allocation.measured import summed_losses
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
@@ -449,12 +449,13 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
     class Puts(nn.Module):
         def __init__(self, out):
             super().__init__()
-            self.out = out
+            self.out = nn.Parameter(out)
 
         def forward(self, x):
             return self.out
 
-    reference = Reference([batch], [dense], [torch.arange(4)], ModelInputs(batch))
+    distance = Distance(ModelInputs(batch), "nats")
+    reference = Reference(distance, [batch], [dense], [slice(None)])
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     terms = (dense.exp() * (dense - other))[:, 1:]
     assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))

@@ -96,8 +96,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert recovery["data"]["seqlen"] == 32  # as when it was pruned
     assert "as many as its " in recovery["data"]["source"]
     assert f"of text.txt, {recovery['data']['source'].partition(', ')[2]}, seed 0" in out
-    way = "besides what the process has (micro-batches of 1)"
-    for line in (way, *recovery_lines(recovery), "saved: small-recovered (", "next:"):
+    for line in (*recovery_lines(recovery), "saved: small-recovered (", "next:"):
         assert line in out
     assert Path("page.html").read_text() == Path("small-recovered/report.html").read_text()
 
@@ -146,7 +145,7 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
 
 def test_where_nothing_was_better_the_model_is_as_it_came(run, small, tiny):
     (small / "osscar_report.json").unlink()
-    asked = ("--samples", 6, *TRAINING, "--learning-rate", 1, "--train", "norms", "--out", "new")
+    asked = ("--samples", 6, *TRAINING, "--learning-rate", 1, "--out", "new")
     status, out, err = run("recover", "small", "--dense", tiny, *asked)
     assert status == 0, err
     assert "was the nearest, on 1 sample" in out
@@ -168,7 +167,7 @@ BAD = [
     (["small", "--json", "small/x.json"], "which the command reads"),
     (["small", "--report", "small/report.html"], "which the command reads"),
     (["small", "--steps", "0"], "steps is 0"),
-    (["small", "--train", "some"], '"some" for --train'),
+    (["small", "--augment", "some"], '"some" for --augment'),
     (["small", "--loss", "mine"], "loss"),
     (["small", "--learning-rate", "2"], "learning-rate is 2"),
     (["small", "--samples", "2", "--batch-size", "2"], "2 samples are too few"),
@@ -251,7 +250,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
 
     def ended(log, standing):
         keep(log, standing)
-        if standing.points[-1].step == 2:
+        if standing.progress.points[-1].step == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RecoveryLog, "keep", ended)
@@ -262,13 +261,16 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
     assert Path("out.recover").exists()
 
     if command[0] == "recover":
-        status, _, err = run(*asked("out"), "--train", "norms")
+        status, _, err = run(*asked("out"), "--mixed-precision", "bf16")
         assert status == 2
-        assert "train was 'all' and is 'norms'" in err
+        assert "mixed-precision was 'no' and is 'bf16'" in err
     taken = []
-    monkeypatch.setattr(
-        RecoveryLog, "keep", lambda log, one: taken.append(one.points[-1].step) or keep(log, one)
-    )
+
+    def noted(log, standing):
+        taken.append(standing.progress.points[-1].step)
+        keep(log, standing)
+
+    monkeypatch.setattr(RecoveryLog, "keep", noted)
     status, _, err = run(*asked("out"))
     assert status == 0, err
     assert taken == [3, 4]
@@ -439,7 +441,6 @@ def document(**changed):
     recovery = {
         "settings": {
             "steps": 16,
-            "train": "pruned",
             "lora": None,
             "learning_rate": None,
             "seed": 0,
@@ -471,7 +472,7 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
         for expected in (
             *("small, recovered", "9,876 parameters", "not finite", "<b>text</b>.txt"),
             "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
-            "1,234 weights (pruned) on 9 samples",
+            "1,234 weights on 9 samples",
             "at a learning rate of 0.0005, found by trying a few",
             "at step 4, since the model's outputs were not finite there",
             "steps\n16",
@@ -479,7 +480,7 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
             assert expected in text
         asked, default, known = (text.index(one) for one in ("asked", "As by default", "made of"))
         for where, expected in (
-            (asked, "train\npruned"),
+            (asked, "steps\n16"),
             (default, "seed\n0"),
             (default, "micro batch size\n4"),
             (default, "augment\nnone"),
@@ -500,7 +501,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
         "the weights are those that it came with"
     )
     assert third == "stopped: after 2 of 16 steps, since the held-out samples got worse and worse"
-    asked = {"steps": 2, "train": "all", "lora": 4, "learning_rate": 0.1}
+    asked = {"steps": 2, "lora": 4, "learning_rate": 0.1}
     given = document(settings=asked, chosen={"lora": 4})["recovery"]
     lines = list(recovery_lines({**given, "points": POINTS[:2], "learning_rate": 0.1}))
     assert lines[1] == (

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.curves import LEAST, Curve
-from osscar.allocation.divergence import OutputReference
+from osscar.allocation.divergence import Distance, Reference
 from osscar.allocation.measured import measured_curves, widths_to_measure
 from osscar.base.errors import NonFiniteError, RequestError
+from osscar.data.batches import ModelInputs
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
 from tests.osscar.families import tiny, tokens
@@ -117,7 +118,7 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
         curves, measure = measured(prepared, halves(prepared))
         assert measure == "relative"
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
-        reference = OutputReference.of(prepared, 20)
+        reference = Reference.of_last(prepared, 20)
         dense = prepared.model(data[60:])
         prepared.model.sum.one.weight.mul_(0.5)
         found = prepared.model(data[60:])
@@ -128,13 +129,15 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
 
 
 def test_an_output_of_another_shape_is_wholly_in_error():
-    reference = OutputReference([{"x": torch.ones(1)}], [[torch.ones(3), torch.ones(2)]])
+    batch = {"x": torch.ones(1)}
+    distance = Distance(ModelInputs(batch), "relative", powers=(3.0, 2.0))
+    reference = Reference(distance, [batch], [[torch.ones(3), torch.ones(2)]], [None])
 
-    class Fewer(nn.Module):
+    class Fewer(nn.Linear):
         def forward(self, x):
             return torch.ones(3), torch.ones(1)
 
-    assert reference.divergence(Fewer()) == pytest.approx(0.5)
+    assert reference.divergence(Fewer(1, 1)) == pytest.approx(0.5)
 
 
 def test_a_group_that_overflows_without_some_units_is_named():

@@ -146,12 +146,12 @@ def test_stages_are_those_of_the_whole_run(document):
 def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
     model, calibration = tiny("opt"), tokens()
     with prepare(model, calibration) as prepared:
-        reference = Reference.of(prepared, 2)
+        reference = Reference.of_last(prepared, 2)
         assert reference.likeness(prepared.model) == (pytest.approx(0, abs=1e-9), 1.0)
         bias = torch.zeros(model.config.vocab_size)
         bias[0] = 1e4
         hook = prepared.model.lm_head.register_forward_hook(lambda _, __, logits: logits + bias)
-        dense = torch.cat(list(reference.logarithms))
+        dense = torch.cat(list(reference.expected))
         share = float((dense.argmax(-1) == 0).double().mean())
         assert reference.likeness(prepared.model).agreement == pytest.approx(share)
         hook.remove()

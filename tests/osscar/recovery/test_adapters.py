@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -147,11 +146,11 @@ def test_adapters_go_on_to_the_same_bytes(dense, smaller, windows, tmp_path, mon
     log = RecoveryLog(tmp_path / "log")
     steps, step = [], training._Optimizer.step
 
-    def killed(self, samples):
-        if len(steps) == 3:
+    def killed(self, samples, rate):
+        if len(steps) == 4:  # the first is a trial
             raise KeyboardInterrupt
         steps.append(samples)
-        return step(self, samples)
+        return step(self, samples, rate)
 
     monkeypatch.setattr(training._Optimizer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -170,12 +169,6 @@ def test_what_has_nothing_to_adapt_is_refused():
         add_adapters(nn.BatchNorm2d(3), [], 4, seed=0)
 
 
-def test_a_rank_above_that_of_all_matrices_is_refused_before_it_takes_memory(dense):
-    with pytest.raises(OptionError, match=r"lora is 10000000000000, and no matrix .* above 16; "):
-        add_adapters(dense, adaptable(dense), 10**13, seed=0)
-    assert not hasattr(dense, "peft_config")
-
-
 def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense, smaller, windows):
     everywhere = adaptable(smaller)
     partly = copy.deepcopy(smaller)
@@ -188,13 +181,7 @@ def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense
     assert adaptable(partly.requires_grad_(False)) == everywhere
 
 
-def test_adapters_are_trained_in_the_place_of_weights():
-    with pytest.raises(OptionError, match="train is 'norms' and lora 4"):
-        RecoveryRequest(lora=4, train="norms")
-
-
 def test_peft_may_be_missing(monkeypatch):
     monkeypatch.setattr(adapters, "has_peft", lambda: False)
-    monkeypatch.setattr(importlib, "import_module", None)
     with pytest.raises(MissingDependency, match=r"osscar\[recover\]"):
         add_adapters(nn.Sequential(nn.Linear(2, 2)), ["0"], 2, seed=0)

@@ -1,11 +1,10 @@
-"""What a recovery needs in memory, the ways that need less, and gradient checkpointing."""
+"""The way to train that fits into memory, and gradient checkpointing."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+import sys
 
 import numpy as np
 import pytest
@@ -13,144 +12,39 @@ import torch
 from torch import Tensor, nn
 
 import osscar
+from osscar.allocation.divergence import Likeness, Reference
 from osscar.base.errors import NoMemoryError, OptionError
+from osscar.base.memory import give_back, resident_memory
 from osscar.network.modules import copied
-from osscar.offload.device_memory import DeviceMemory
-from osscar.recovery import memory
 from osscar.recovery.checkpointing import blocks, checkpointing
-from osscar.recovery.memory import Memory, fitting
+from osscar.recovery.memory import way_that_fits
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.target import HeldOut
+from osscar.recovery.training import Training
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def smaller(dense: nn.Module, windows: Tensor) -> nn.Module:
-    return osscar.prune(dense, windows, sparsity=0.3).model
-
-
-@pytest.fixture
-def told(dense: nn.Module, smaller: nn.Module, windows: Tensor) -> Callable[..., Memory]:
-    def call(**asked: Any) -> Memory:
-        heard = list[Memory]()
-        request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", **asked)
-        result = recover_as_asked(
-            smaller, dense, windows, request, told=lambda memory, way: heard.append(memory)
-        )
-        assert heard == [result.memory]
-        return result.memory
-
-    return call
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(one.nbytes for one in tensors)
-
-
-# ---- what is needed ----------------------------------------------------------------------
-
-
-def test_of_all_weights_there_are_a_copy_gradients_moments_and_the_best(told, smaller):
-    found, all_of_them = told(), size(*smaller.parameters())
-    assert found.weights == all_of_them + size(*smaller.buffers())
-    assert (found.best, found.gradients, found.moments) == (
-        all_of_them,
-        all_of_them,
-        2 * all_of_them,
-    )
-    assert found.shared == 0
-    assert found.held_out == 2 * 16 * 64 * 4  # predictions of two windows
-
-
-def test_what_is_not_trained_is_shared_where_pruning_has_left_it(told, smaller, dense):
-    others = dict(dense.named_parameters())
-    vectors = [one for one in smaller.parameters() if one.ndim <= 1]
-    alike = [
-        one
-        for name, one in smaller.named_parameters()
-        if one.ndim > 1 and torch.equal(one, others[name])
-    ]
-    assert alike
-    found = told(train="norms")
-    assert found.gradients == size(*vectors)
-    assert found.shared == size(*alike)
-    assert found.weights + found.shared == told().weights
-
-
-@needs_peft
-def test_passes_are_counted_alike_on_shapes_and_on_values(told, monkeypatch):
-    on_shapes = told(lora=2).passes
-
-    def refused() -> None:
-        raise RuntimeError("branches on values")
-
-    monkeypatch.setattr(memory, "on_shapes", refused)
-    assert told(lora=2).passes == pytest.approx(on_shapes, rel=0.05)
-
-
-def test_tensors_are_counted_as_long_as_they_live():
-
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(8, 1000))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
-
-    live = memory._Live()
-    model, x = Product(), torch.ones(4, 8)
-    with live:
-        one = model(x)
-        two = one + 1
-        del one
-        three = two * 2
-        del two
-        four = three.view(-1)[:10]
-    assert live.most == 2 * 4 * 4000
-    assert live._now == 4 * 4000
-    del three, four
-    gc.collect()
-    assert live._now == 0
-
-
-def test_more_at_once_need_more_and_checkpointing_less(told):
-    four, one = told(micro_batch_size=4), told(micro_batch_size=1)
-    assert 3 * one.passes < four.passes < 4.2 * one.passes
-    assert told(micro_batch_size=4, checkpointing=True).passes < 0.9 * four.passes
-
+from tests.osscar.recovery.perturbed import bytes_of, perturbed
 
 # ---- ways that need less -----------------------------------------------------------------
 
 
-def ways(space: int | None, **asked: Any) -> RecoveryRequest:
-    """Choose among trainings that need 4 bytes a sample, and 100 of weights or 10 of adapters."""
+def way(space: int, **asked: object) -> RecoveryRequest:
+    """Choose among steps that need 4 bytes a sample, and 100 of weights or 10 of adapters."""
 
-    def needs(way: RecoveryRequest) -> Memory:
+    def try_step(way: RecoveryRequest) -> None:
         passes = 4 * (way.micro_batch_size or 0) // (2 if way.checkpointing else 1)
-        weights = 100 if way.lora is None else 10
-        return Memory(weights, 0, 0, 0, 0, passes, 0, 0)
+        if passes + (100 if way.lora is None else 10) > space:
+            raise MemoryError(f"of {space} bytes")
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "needed", needs)
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
-        return fitting(
-            RecoveryRequest(**asked),
-            model,
-            asked.get("micro_batch_size", 8),
-            space,
-            lambda way: way,
-        )[0]
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
+    request = RecoveryRequest(**asked)
+    at_once = request.micro_batch_size or 8
+    return way_that_fits(request, model, at_once, torch.device("cpu"), try_step)
 
 
 @pytest.mark.parametrize(
     ("space", "micro", "checkpointed", "lora"),
     [
-        (None, 8, False, None),
         (132, 8, False, None),
         (131, 4, False, None),
         (104, 1, False, None),
@@ -159,56 +53,86 @@ def ways(space: int | None, **asked: Any) -> RecoveryRequest:
     ],
 )
 def test_the_first_way_that_fits_is_taken(space, micro, checkpointed, lora):
-    way = ways(space)
-    assert (way.micro_batch_size, way.checkpointing, way.lora) == (micro, checkpointed, lora)
+    found = way(space)
+    assert (found.micro_batch_size, found.checkpointing, found.lora) == (micro, checkpointed, lora)
 
 
 @needs_peft
 def test_what_is_asked_for_stays():
-    way = ways(103, micro_batch_size=8)
-    assert (way.micro_batch_size, way.checkpointing, way.lora) == (8, True, 16)
-    with pytest.raises(NoMemoryError):
-        ways(101, train="norms")
+    found = way(103, micro_batch_size=8)
+    assert (found.micro_batch_size, found.checkpointing, found.lora) == (8, True, 16)
+    with pytest.raises(NoMemoryError, match=r"with micro-batches of 8, checkpointing, .*: of 11 b"):
+        way(11, micro_batch_size=8)
 
 
-@needs_peft
-def test_a_limit_that_nothing_fits_is_an_error_that_tells_the_least():
-    with pytest.raises(NoMemoryError, match=r"needs 132B .* least 12B \(micro-batches of 1, "):
-        ways(11)
+def test_what_nobody_asked_for_may_not_work_and_all_else_is_raised():
+    tried = []
+
+    def try_step(way: RecoveryRequest) -> None:
+        tried.append(way)
+        if way.checkpointing:
+            raise OptionError("a block writes to what it is given")
+        raise MemoryError
+
+    model, cpu = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU())), "cpu"
+    with pytest.raises(NoMemoryError, match="Sequential, with micro-batches of 1: "):
+        way_that_fits(RecoveryRequest(), model, 2, torch.device(cpu), try_step)
+    assert [one.checkpointing for one in tried] == [False, False, True]
+    with pytest.raises(OptionError, match="a block writes"):
+        way_that_fits(RecoveryRequest(checkpointing=True), model, 2, torch.device(cpu), try_step)
+
+
+class Wide(nn.Module):
+    """Makes 40 MB for each sample between small matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 1), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x).expand(-1, 10**7).sigmoid().mean(1, keepdim=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has in memory")
+def test_a_limit_of_the_process_is_kept_and_what_was_chosen_is_said():
+    """A step of 8 samples makes 1 GB at least, and of one 120 MB."""
+    torch.manual_seed(0)
+    dense, data, said = Wide(), torch.randn(24, 8), list[str]()
+    gc.collect()
+    give_back()
+    request = RecoveryRequest(steps=1, batch_size=8, learning_rate=1e-3, device="cpu")
+    limited = dataclasses.replace(request, max_memory=resident_memory() + 500 * 10**6)
+    result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
+    chosen = result.chosen["micro_batch_size"]
+    assert chosen in (1, 2, 4)
+    assert said == [f"memory: there is none for more than micro-batches of {chosen}"]
+    assert result.request == limited
+    given = dataclasses.replace(request, micro_batch_size=chosen)
+    again = recover_as_asked(perturbed(dense), dense, data, given, tell=said.append)
+    assert bytes_of(again.model) == bytes_of(result.model)  # the steps that were tried left nothing
+    assert len(said) == 1
+    with pytest.raises(NoMemoryError, match=r"micro-batches of 1.*: it takes more than .* in all"):
+        recover_as_asked(dense, dense, data, dataclasses.replace(request, max_memory="100MB"))
 
 
 def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
     dense, data = small_net(), images(24)
-    smaller = osscar.prune(dense, data, backend="magnitude", channels=0.5).model
-    sizes, distance = set[int](), HeldOut.distance
+    sizes, compared, try_step = set[int](), Reference.compared, Training.try_step
 
-    def watched(self: HeldOut, model: nn.Module) -> float | None:
-        sizes.update(map(self.target.inputs.count, self.batches))
-        return distance(self, model)
+    def watched(self: Reference, model: nn.Module) -> Likeness:
+        sizes.update(map(self.distance.inputs.count, self.batches))
+        return compared(self, model)
 
-    monkeypatch.setattr(HeldOut, "distance", watched)
-    monkeypatch.setattr(
-        memory, "needed", lambda training: Memory(0, 0, 0, 0, 0, training.at_once, 0, 0)
-    )
-    monkeypatch.setattr(DeviceMemory, "held", lambda self: 0)
+    def tried(self: Training) -> None:
+        if (self.way.micro_batch_size or 0) > 2:
+            raise MemoryError
+        try_step(self)
+
+    monkeypatch.setattr(Reference, "compared", watched)
+    monkeypatch.setattr(Training, "try_step", tried)
     asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
-    recover_as_asked(smaller, dense, data, RecoveryRequest(**asked, max_memory=2))
+    osscar.recover(perturbed(dense), dense, data, **asked)
     assert sizes == {2}
-
-
-@pytest.mark.slow
-@needs_peft
-def test_a_limit_is_kept_and_said(dense, smaller, windows, told, monkeypatch):
-    usual, least = told().total, told(checkpointing=True, lora=16).total
-    monkeypatch.setattr(DeviceMemory, "held", lambda self: 0)
-    request = RecoveryRequest(steps=1, learning_rate=1e-4, device="cpu", max_memory=usual - 1)
-    result = recover_as_asked(smaller, dense, windows, request)
-    assert result.memory.total < usual
-    assert result.request == request
-    assert result.document()["chosen"]["checkpointing"] is True
-    assert result.document()["memory_bytes"] == result.memory.total
-    with pytest.raises(NoMemoryError, match="besides what the process has"):
-        recover_as_asked(smaller, dense, windows, replace(request, max_memory=least // 2))
 
 
 def test_a_limit_is_a_size():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 import re
@@ -18,7 +17,7 @@ from osscar.data.samples import named_generator
 from osscar.recovery import training as loop
 from osscar.recovery.log import Point
 from osscar.recovery.setup import Setup
-from osscar.recovery.training import kept_point
+from osscar.recovery.training import Training, kept_point
 from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.perturbed import perturbed
 
@@ -48,6 +47,7 @@ def test_each_step_moves_and_eight_looks_are_taken(steps, monkeypatch):
     recovery = osscar.recover(
         perturbed(net()), net(), numbers(), steps=steps, learning_rate=1e-3, **CPU
     )
+    del rates[0]  # of the step that is tried
     taken = [point.step for point in recovery.points]
     every = math.ceil(steps / 8)
     assert taken == sorted({*range(0, steps + 1, every), steps})
@@ -79,7 +79,7 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
         nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-    asked = {"batch_size": 5, "held_out": 2, **CPU}
+    asked = {"steps": 4, "batch_size": 5, "held_out": 2, **CPU}
     for micro in (1, 2, 5, 9):
         standings = []
 
@@ -87,7 +87,7 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
             def keep(self, standing, standings=standings):
                 standings.append({n: t.clone() for n, t in standing.tensors.items()})
 
-        set_up(smaller, dense, data, micro_batch_size=micro, **asked).run(4, 1e-3, Log())
+        set_up(smaller, dense, data, micro_batch_size=micro, **asked).run(1.0, 1e-3, Log())
         for name, weight in mine.named_parameters():
             found = standings[1][f"value.{name}"]
             torch.testing.assert_close(found, weight.detach(), rtol=1e-5, atol=1e-6)
@@ -95,23 +95,24 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
 
 def set_up(smaller, dense, data, **asked):
     request = osscar.RecoveryRequest(**asked)
-    return Setup.of(smaller, dense, data, request).training(request)
+    return Training.of(Setup.of(smaller, dense, data, request), request)
 
 
 def test_each_pass_takes_every_sample_once_in_an_order_of_its_own():
-    training = set_up(net(), net(), numbers(12), batch_size=4, held_out=2, seed=3, **CPU)
-    samples = [{"input": torch.tensor([index])} for index in range(10)]
+    data = torch.arange(12.0)[:, None].expand(-1, 6)
 
     def drawn(steps, seed=3):
-        other = dataclasses.replace(training, samples=samples, seed=seed)
-        return [[int(one["input"]) for one in step] for step in other._steps(steps)]
+        asked = {"batch_size": 4, "seed": seed, **CPU}
+        training = set_up(net(), net(), data, held_out=2, **asked)
+        return [[int(one["input"][0, 0]) for one in step] for step in training._steps(steps)]
 
     flat = [*itertools.chain(*drawn(10))]
     assert [len(step) for step in drawn(10)] == [4] * 10
     assert drawn(3) == drawn(10)[:3]
     assert drawn(10, seed=4) != drawn(10)
     passes = [flat[start : start + 10] for start in range(0, 40, 10)]
-    assert [sorted(one) for one in passes] == [[*range(10)]] * 4
+    assert [sorted(one) for one in passes] == [sorted(passes[0])] * 4
+    assert len(set(passes[0])) == 10
     assert len({tuple(one) for one in passes}) == 4
 
 
@@ -158,7 +159,7 @@ def test_rates_that_diverge_end_the_range_test(monkeypatch):
     smaller = perturbed(net())
     recovery = osscar.recover(smaller, net(), numbers(), steps=1, **CPU)
     assert recovery.learning_rate == 1e-3
-    assert len(tried) == 1 + 3 + 2  # before, three rates, before and after the only step
+    assert len(tried) == 1 + 1 + 3 + 1  # of the step that is tried, before, three rates, after
     assert recovery.after <= recovery.before
 
 
