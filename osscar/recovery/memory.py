@@ -36,7 +36,7 @@ def way_that_fits(
     model: nn.Module,
     at_once: int,
     device: torch.device,
-    try_step: Callable[[RecoveryRequest], None],
+    try_steps: Callable[[RecoveryRequest], None],
 ) -> RecoveryRequest:
     """Return the first of the ways to train of which a step fits into memory, as a request.
 
@@ -50,8 +50,8 @@ def way_that_fits(
         Samples of a pass where nothing else is asked for.
     device
         Where it is trained.
-    try_step
-        Makes a step as a request has it, and leaves nothing of it.
+    try_steps
+        Makes steps as a request has it, and leaves nothing of them.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def way_that_fits(
     for way in _ways(request, model, at_once):
         try:
             with nullcontext() if limit is None else _Limit(memory, limit):
-                try_step(way)
+                try_steps(way)
             return way
         except (RuntimeError, MemoryError, OsscarError) as error:
             if isinstance(error, OptionError) and short:

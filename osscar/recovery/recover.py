@@ -178,7 +178,7 @@ def recover_as_asked(
     NoMemoryError
         If it needs more memory than it may take, in whatever way it is trained.
     OptionError
-        If the model has no blocks to checkpoint, or no such weights as are to be trained.
+        If the model has no blocks to checkpoint, or no matrices that adapters could stand beside.
     JournalError
         If the log is of another recovery.
 
@@ -272,7 +272,7 @@ def _way(setup: Setup, log: RecoveryLog | None, tell: Callable[[str], None]) -> 
             return before
         way = way_that_fits(
             *(request, setup.model, setup.at_once, device_of(setup.dense)),
-            lambda way: Training.of(alone, way).try_step(),
+            lambda way: Training.of(alone, way).try_steps(),
         )
         if way != dataclasses.replace(request, micro_batch_size=setup.at_once):
             tell(f"memory: there is none for more than {way_in_words(way)}")

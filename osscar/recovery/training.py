@@ -49,7 +49,7 @@ _RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 _PROBE = 2
 """Learning rates that are tried one after the other, and steps with each of them."""
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
 
@@ -87,11 +87,8 @@ class Training:
         ModelError
             If what the two put out differs in form.
         """
-        dense, at_once = setup.dense, way.micro_batch_size or setup.at_once
-        model, batches = (
-            trainable(setup.model, dense, way),
-            in_batches(setup.deciding, at_once),
-        )
+        dense, model = setup.dense, trainable(setup.model, setup.dense, way)
+        batches = in_batches(setup.deciding, way.micro_batch_size or setup.at_once)
         state = ModelState(model)
         with state.watching(), torch.no_grad():
             first = [setup.distance.outputs(one, batches[0]) for one in (model, dense)]
@@ -105,6 +102,11 @@ class Training:
             )
         held = Reference.of(setup.distance, dense, batches, setup.ranks)
         return cls(setup, way, model, state, held)
+
+    @property
+    def at_once(self) -> int:
+        """Samples of a pass."""
+        return self.way.micro_batch_size or self.setup.at_once
 
     @cached_property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -124,13 +126,18 @@ class Training:
         self.state.put_back()
         return found if math.isfinite(found) else None
 
-    def try_step(self) -> None:
-        """Make a step with all that a run keeps: of the largest sample, in two micro-batches."""
-        setup, at_once = self.setup, self.way.micro_batch_size or self.setup.at_once
-        largest = max(setup.samples, key=lambda one: sum(x.numel() for x in one.values()))
-        kept = self._values(), _Optimizer(self)
-        kept[1].step([largest] * min(setup.size, 2 * at_once), _RATES[0])
+    def try_steps(self) -> None:
+        """Make two steps of the largest sample, with all that a run keeps in memory, and a look.
+
+        In the second the optimizer has its moments, and a pass the gradients of the one before.
+        """
+        size, samples = self.setup.size, self.setup.samples
+        largest = max(samples, key=lambda one: sum(x.numel() for x in one.values()))
+        best, optimizer = self._values(), _Optimizer(self)
+        for passes in (1, 2):
+            optimizer.step([largest] * min(size, passes * self.at_once), _RATES[0])
         self.distance()
+        _copy(best, self.weights)
 
     def first_distance(self) -> float:
         """Return how far the model is as it came.
@@ -183,7 +190,7 @@ class Training:
         if known is None:
             points, best = [Point(0, None, before, 0.0)], self._values()
         else:
-            points, best = list(known.progress.points), optimizer.restore(known)
+            points, best = list(known.progress.points), optimizer.restore(known.tensors)
         began, losses = time.perf_counter() - points[-1].seconds, list[float]()
         every = math.ceil(steps / _CHECKS)
         with stage("recover", total=steps) as bar:
@@ -202,13 +209,13 @@ class Training:
                 points.append(Point(step, seen, self.distance(), time.perf_counter() - began))
                 kept = kept_point(points)
                 if kept is points[-1]:
-                    best = self._values()
+                    _copy(self.weights, best)
                 if log is not None:
                     log.keep(Standing(Progress(rate, tuple(points)), optimizer.tensors(best)))
                 bar.describe(
                     f"recover: loss {loss:.4g}, held out {before:.4g} to {kept.held_out:.4g}"
                 )
-        self._set(best)
+        _copy(best, self.weights)
         return tuple(points)
 
     @timed(Stage.RATE)
@@ -230,7 +237,7 @@ class Training:
                 bar.advance()
                 if min(found[-2:]) > found[0]:
                     break
-        self._set(before)
+        _copy(before, self.weights)
         return _RATES[max(0, found.index(min(found)) - 1)]
 
     def _steps(self, steps: int) -> Iterator[list[Batch]]:
@@ -249,15 +256,17 @@ class Training:
             yield [shifted(x, first + i, seed) for i, x in enumerate(now)] if setup.shifts else now
 
     def _values(self) -> dict[str, Tensor]:
+        """Return copies of what is trained, as it would be saved."""
         return {
             name: weight.detach().to(self.formats[name], copy=True)
             for name, weight in self.weights.items()
         }
 
-    @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(values[name])
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(values[name])
 
 
 class _Optimizer:
@@ -277,10 +286,10 @@ class _Optimizer:
 
     def step(self, samples: Sequence[Batch], rate: float) -> float:
         """Make a step on samples, which the processes share out; return its loss."""
-        setup, way = self._training.setup, self._training.way
+        setup = self._training.setup
         total = torch.zeros((), dtype=torch.float64, device=device_of(setup.dense))
         mine = samples[setup.ranks.rank :: setup.ranks.size]
-        for batch in in_batches(mine, way.micro_batch_size or setup.at_once):
+        for batch in in_batches(mine, self._training.at_once):
             total += self._add_gradients(batch, len(samples))
         gradients = [self._gradient(name) for name in self._weights]
         setup.ranks.all_reduce("the gradients of a step", [*gradients, total])
@@ -331,23 +340,20 @@ class _Optimizer:
 
     def tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all that a training goes on from, by name, beside the best values so far."""
-        values = {f"value.{name}": weight.detach() for name, weight in self._finer.items()}
-        moments = {
-            f"{moment}.{name}": self._adam.state[weight][moment]
-            for name, weight in self._finer.items()
-            for moment in _MOMENTS
-        }
-        return {**values, **moments, **{f"best.{name}": one for name, one in best.items()}}
-
-    @torch.no_grad()
-    def restore(self, known: Standing) -> dict[str, Tensor]:
-        """Go on from where a training stood; return the best values so far."""
-        tensors, step = known.tensors, float(known.progress.points[-1].step)
+        found = {f"best.{name}": tensor for name, tensor in best.items()}
         for name, weight in self._finer.items():
-            weight.copy_(tensors[f"value.{name}"])
-            self._weights[name].copy_(weight)
-            moments = {moment: tensors[f"{moment}.{name}"].to(weight) for moment in _MOMENTS}
-            self._adam.state[weight] = {"step": torch.tensor(step).to(weight.device), **moments}
+            found[f"value.{name}"] = weight.detach()
+            found |= {f"{kind}.{name}": self._adam.state[weight][kind] for kind in _KEPT}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Go on from where a training stood; return the best values so far."""
+        values = {name: tensors[f"value.{name}"] for name in self._finer}
+        _copy(values, self._finer)
+        _copy(values, self._weights)
+        for name, weight in self._finer.items():
+            kept = {kind: tensors[f"{kind}.{name}"].to(weight.device) for kind in _KEPT}
+            self._adam.state[weight] = kept
         return {name: tensors[f"best.{name}"].to(one.device) for name, one in self._weights.items()}
 
 

@@ -114,7 +114,7 @@ def test_a_recovery_goes_on_in_the_way_that_it_began_whatever_memory_is_free(
     with pytest.raises(JournalError, match="micro-batch-size was None and is 1"):
         recover_as_asked(smaller, dense, data, other, log)
     monkeypatch.undo()
-    monkeypatch.setattr(Training, "try_step", None)  # as none is tried anew
+    monkeypatch.setattr(Training, "try_steps", None)  # as none is tried anew
     assert told(recover_as_asked(smaller, dense, data, request, log)) == whole
 
 

@@ -117,7 +117,7 @@ def test_a_limit_of_the_process_is_kept_and_what_was_chosen_is_said():
 
 def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
     dense, data = small_net(), images(24)
-    sizes, compared, try_step = set[int](), Reference.compared, Training.try_step
+    sizes, compared, try_step = set[int](), Reference.compared, Training.try_steps
 
     def watched(self: Reference, model: nn.Module) -> Likeness:
         sizes.update(map(self.distance.inputs.count, self.batches))
@@ -129,7 +129,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
         try_step(self)
 
     monkeypatch.setattr(Reference, "compared", watched)
-    monkeypatch.setattr(Training, "try_step", tried)
+    monkeypatch.setattr(Training, "try_steps", tried)
     asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
     osscar.recover(perturbed(dense), dense, data, **asked)
     assert sizes == {2}
