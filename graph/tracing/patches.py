@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import itertools
 import logging
 import sys
 import threading
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.fx import config as fx_config
 from torch.fx.experimental import _config as size_config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _EXPORT = threading.RLock()
 """Held during an export: torch replaces functions of Python and of its own meanwhile, too."""
@@ -89,6 +91,29 @@ def every_size() -> Iterator[None]:
     """
     with size_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
+
+
+_MOST_QUESTIONS = 200
+"""About open sizes: language models ask 20 to 110, and code that pads to windows or chunks 500."""
+
+
+@contextmanager
+def few_questions() -> Iterator[None]:
+    """Give up an export whose code asks too much about open sizes: it would take minutes."""
+    name, asked = "_evaluate_expr", itertools.count(1)
+    original = getattr(ShapeEnv, name)
+
+    def counted(env: ShapeEnv, *args: Any, **options: Any) -> Any:
+        if next(asked) > _MOST_QUESTIONS:
+            raise RuntimeError(f"the code asks more than {_MOST_QUESTIONS} questions about sizes")
+        return original(env, *args, **options)
+
+    with _EXPORT:
+        setattr(ShapeEnv, name, counted)
+        try:
+            yield
+        finally:
+            setattr(ShapeEnv, name, original)
 
 
 @contextmanager

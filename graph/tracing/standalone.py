@@ -31,7 +31,7 @@ from graph.tracing.export import (
     varies,
 )
 from graph.tracing.inline import inlined
-from graph.tracing.patches import every_size
+from graph.tracing.patches import every_size, few_questions
 
 LARGEST = 2**16
 """A limit of a size beyond this is that of an index, and not one of the code."""
@@ -149,7 +149,7 @@ def export_standalone(
     """
     inputs = _in_order(model, example)
     sizes = {name: _sizes(given, left_open.get(name, ())) for name, given in inputs.items()}
-    with every_size() if exact else nullcontext():
+    with few_questions(), every_size() if exact else nullcontext():
         exported = run_export(model, (), inputs, sizes, lines=lines)
     unlifted = exported.module()
     graph = inlined(unlifted)

@@ -20,6 +20,7 @@ from torch.fx.experimental import _config as size_config
 from torch.overrides import TorchFunctionMode
 
 import graph
+from graph.errors import TraceError
 from graph.tracing.export import varies
 from graph.tracing.patches import ModeDepths, assignments_told, enter_again
 from graph.tracing.standalone import export_standalone
@@ -102,6 +103,16 @@ def test_torch_still_takes_for_granted_that_open_sizes_are_none_or_one() -> None
     told = [guard for guard in exported._guards_code if "[0]" in guard]
     assert not told, "a guard says so now: delete every_size"
     assert export_standalone(Single(), EXAMPLE, {"x": (0,)}).sizes.guards == ("x.shape[0] != 1",)
+
+
+def test_an_export_whose_code_asks_without_end_about_open_sizes_is_given_up() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + sum(x.shape[0] % n == 1 for n in range(2, 400))
+
+    with pytest.raises(TraceError, match="more than 200 questions about sizes"):
+        export_standalone(Asking(), EXAMPLE, {"x": (0,)})
+    assert export_standalone(Asking(), EXAMPLE, {}).sizes.guards == ()
 
 
 def test_torch_still_prints_the_errors_that_it_raises(capfd: pytest.CaptureFixture[str]) -> None:
