@@ -18,8 +18,12 @@ _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 _SOUND = Row(parameters=100, traced=True, groups=4, prunable=2, share=0.9, form="eager")
 _ROWS = {
-    "whole": dataclasses.replace(_SOUND, parameters_after=50, compared=3e-16, seconds=1.0),
-    "low": dataclasses.replace(_SOUND, parameters_after=80, compared=0.0, share=0.2),
+    "whole": dataclasses.replace(
+        _SOUND, parameters_after=50, proved=12, compared=3e-16, seconds=1.0
+    ),
+    "low": dataclasses.replace(
+        _SOUND, parameters_after=80, unproved="no program", compared=0.0, share=0.2
+    ),
     "left": dataclasses.replace(_SOUND, parameters_after=70, compared=0.0, left={"a | b": 3}),
     "frozen": Row(parameters=100, traced=True, groups=4, frozen={"cause (`aten.x`)": 4}),
     "wrong": dataclasses.replace(_SOUND, parameters_after=50, compared=1.0, failure="it <differs>"),
@@ -40,9 +44,10 @@ def test_a_page() -> None:
     assert "- `absent`: ValueError: no" in text
     assert "a / b" in text
     assert "it &lt;differs>" in text
-    assert all(line.count("|") == 11 for line in text.splitlines() if line[:3] == "| `")
+    assert "**compared, not proved**: no program" in text
+    assert all(line.count("|") == 13 for line in text.splitlines() if line[:3] == "| `")
     (line,) = re.findall(r"^\| hand-written networks \| (.*) \|$", text, re.MULTILINE)
-    assert line.split(" | ") == ["9", "6", "5", "2", "1", "1", "1", "1", "1 of 6"]
+    assert line.split(" | ") == ["9", "6", "5", "2", "1", "1", "1", "1", "1", "1", "1 of 6"]
     for entry in _entries():
         assert Entry.from_json(json.loads(json.dumps(dataclasses.asdict(entry)))) == entry
     outcomes = {entry.name: entry.outcome for entry in _entries() if entry.row}

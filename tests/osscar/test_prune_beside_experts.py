@@ -287,7 +287,7 @@ def test_backends_choose_both():
         PruningRequest(experts=2, neurons=0.5, backend="reap")
     with pytest.raises(BackendError, match="wanda"):
         PruningRequest(experts=2, neurons=0.5, backend="wanda")
-    with pytest.raises(RequestError, match="give a name that both have"):
+    with pytest.raises(RequestError, match="give a name that stands for a backend of each"):
         PruningRequest(experts=2, neurons=0.5, backend=Greedy())
     assert PruningRequest(experts=2, neurons=0.5, backend="greedy").chosen_backend()
 
