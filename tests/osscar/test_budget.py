@@ -354,7 +354,7 @@ def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
         ({"size": True}, "cannot read True"),
         ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
         ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
-        ({"heads": 0.5, "at_least": 0.5}, "there is none; give one, such as sparsity="),
+        ({"heads": 0.5, "at_least": 0.5}, "no budget is given; give one, such as sparsity="),
         ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of measured, unif"),
         ({"neurons": 1, "target": None}, "target is None; give one of weights, residual"),
         (
