@@ -385,7 +385,7 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
     [
         (("--recover-steps", "3"), "--recover-steps is 3 without --recover; give"),
         (("--recover-text", "text.txt"), "--recover-text is 'text.txt' without --recover"),
-        (("--recover", "--max-memory", "1GB"), "--recover trains the model"),
+        (("--recover", "--max-memory", "1GB"), "--recover needs the weights in memory"),
         (("--recover", "--recover-text", "missing.txt"), "missing.txt"),
         (
             ("--recover", "--recover-text", "text.txt", "--json", "text.txt"),
