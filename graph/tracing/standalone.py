@@ -36,14 +36,10 @@ from graph.tracing.patches import every_size, few_questions
 LARGEST = 2**16
 """A limit of a size beyond this is that of an index, and not one of the code."""
 
-_NO_CHANGE = ("_assert_tensor_metadata",)
-"""Operators that look at the number format of the example, and compute nothing."""
-
-
 GUARDS = "_guards_fn"
 """The module in a program that checks the sizes of its inputs."""
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,8 @@ class Sizes:
 
 
 def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
-    if len(shape) != len(due):
-        return False
-    return all(size is None or size == is_ for size, is_ in zip(due, shape, strict=True))
+    pairs = zip(due, shape, strict=False)
+    return len(shape) == len(due) and all(size in (None, given) for size, given in pairs)
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Standalone:
 
 def expression(size: Any) -> Any:
     """Return a number of a trace as an expression of sympy."""
-    return size.node.expr if isinstance(size, _SYMBOLIC) else sympy.sympify(size)
+    return size.node.expr if isinstance(size, SYMBOLIC) else sympy.sympify(size)
 
 
 def export_standalone(
@@ -156,7 +151,8 @@ def export_standalone(
     _check_modes(unlifted)
     for node in list(graph.nodes):
         # Guards are those of `Sizes`: torch's are of kernels, too, and would refuse single samples.
-        if node.target == GUARDS or any(name in str(node.target) for name in _NO_CHANGE):
+        # Number formats are asserted as they were in the example.
+        if node.target == GUARDS or "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)
     return Standalone(
         GraphModule(unlifted, graph),

@@ -39,7 +39,7 @@ def check_finite_weights(
         Naming the first parameter with NaN or infinity in it, or buffer with NaN.
     """
     weights = {id(tensor) for tensor in (*model.parameters(), *_statistics(model))}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in named_tensors(model):
         real = tensor.is_floating_point() and tensor.layout is torch.strided
         if isinstance(tensor, OnDisk) or tensor.is_meta or not real or not tensor.numel():
             continue  # what lies on disk is checked when it is first read
@@ -52,6 +52,11 @@ def check_finite_weights(
             raise NonFiniteError(
                 f"{bad} of {tensor.numel()} values of {name!r} are NaN or infinite", remedy
             )
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a model by the first of their names."""
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _statistics(model: nn.Module) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import AnyHeads
-from osscar.network.modules import fresh, graphics_cards, number_format
+from osscar.network.modules import fresh, graphics_cards, named_tensors, number_format
 from osscar.network.predictions import known_prediction
 from osscar.offload.on_disk import OnDisk
 
@@ -146,23 +146,23 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     its own format, with the same value. A model whose code or kernels know only its own format
     keeps that, if an `example` to try it on is given.
     """
-    before = [(tensor, tensor.dtype, tensor.data) for _, tensor in _tensors(model)]
+    before = [(tensor, tensor.dtype, tensor.data) for _, tensor in named_tensors(model)]
     in_memory = Counter(_memory(data) for *_, data in before)
     shared = {id(tensor): data for tensor, _, data in before if in_memory[_memory(data)] > 1}
-    formats = {name: tensor.dtype for name, tensor in _tensors(model)}
+    formats = {name: tensor.dtype for name, tensor in named_tensors(model)}
     del before
     own = number_format(model)
     # What a model in half precision keeps in float32, such as frequencies, is as fine already.
     done = {_FINER.get(own, own)} if own is not None else set()
 
     def put_back() -> None:
-        for name, tensor in _tensors(model):
+        for name, tensor in named_tensors(model):
             data = shared.get(id(tensor))
             tensor.data = tensor.data.to(formats.get(name, tensor.dtype)) if data is None else data
         forget_derived(model)
 
     try:
-        for _, tensor in _tensors(model):
+        for _, tensor in named_tensors(model):
             if tensor.dtype not in done:
                 tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
         forget_derived(model)
@@ -205,10 +205,6 @@ def runs(model: nn.Module, example: Inputs) -> bool:
         let_shortage_pass(error)
         return False
     return True
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 _NAMES = ("the masked one", "the shrunk model")

@@ -31,11 +31,12 @@ from graph.extents import Staying, TracedProgram, with_axes
 from graph.groups import UnitKind
 from graph.tracing.export import canonical_names, module_of, varies
 from graph.tracing.preserve import without_cache
-from graph.tracing.standalone import GUARDS, Standalone, export_standalone, expression
+from graph.tracing.standalone import SYMBOLIC, Standalone, export_standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.network.attention import expose_attention
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
+from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk, shapes_only
 from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program.program import (
@@ -179,10 +180,6 @@ def _exported(
         return export_standalone(model, small, left_open, lines=lines)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 # ---- sizes of inputs ---------------------------------------------------------------------
 
 
@@ -260,12 +257,6 @@ def _compare_values(
             raise StructureError(
                 f"{name!r} of the smaller model has other values than the dense one's"
             )
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a model by the first of their names."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 class _Comparison:
@@ -451,7 +442,6 @@ def _sizes_in_words(dense: Standalone, made: Standalone) -> str:
 
 
 _PLAIN = (int, float, complex)
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _COPIES = frozenset({"aten.clone.default", "aten.contiguous.default", "aten.alias.default"})
 _IDLE = ("sym_constrain_range", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
 """Operators that look at values, and compute nothing."""
@@ -465,9 +455,8 @@ def _has_effect(node: Node) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a number, or a node that computes one."""
-    if isinstance(value, Node):
-        return isinstance(value.meta.get("val"), (*_PLAIN, *_SYMBOLIC))
-    return isinstance(value, (*_PLAIN, *_SYMBOLIC))
+    known = value.meta.get("val") if isinstance(value, Node) else value
+    return isinstance(known, (*_PLAIN, *SYMBOLIC))
 
 
 def _arguments(node: Node) -> dict[str, Any]:
@@ -486,7 +475,6 @@ def _steps(graph: Graph) -> list[Node]:
         for node in graph.nodes
         if node.op.startswith("call_")
         and not _is_number(node)
-        and node.target != GUARDS
         and not any(name in str(node.target) for name in _IDLE)
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
             known = _DenseStructure(_with_zeros(model, torch.device("meta")), device_of(model))
     if known is not None:
         if known.inputs is None and inputs is not None:
-            forms = pytree.tree_map_only(Tensor, _on_meta, inputs)
+            form = partial(torch.empty_like, device="meta")
+            forms = pytree.tree_map_only(Tensor, form, inputs)
             known = dataclasses.replace(known, inputs=forms)
         setattr(model, _STRUCTURE, known)
 
@@ -92,10 +94,6 @@ def hand_on_structure(model: nn.Module, made: nn.Module) -> None:
     known = structure_of(model)
     if known is not None:
         setattr(made, _STRUCTURE, known)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _with_zeros(model: nn.Module, device: torch.device) -> nn.Module:

@@ -16,7 +16,13 @@ from osscar.base.errors import EquivalenceError, ModelError, OptionError, first_
 from osscar.base.inputs import safe_repr
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState, restored
-from osscar.network.modules import copied, evaluating, graphics_cards, number_format
+from osscar.network.modules import (
+    copied,
+    evaluating,
+    graphics_cards,
+    named_tensors,
+    number_format,
+)
 from osscar.proof.equivalence import (
     Inputs,
     Match,
@@ -32,7 +38,6 @@ from osscar.proof.structural import (
     StructureError,
     Unproved,
     dense_programs,
-    named_tensors,
 )
 from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import fold, unfold

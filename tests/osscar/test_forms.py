@@ -176,20 +176,6 @@ def test_batch_norm_is_renewed_in_a_program():
     assert float((ratio - 1).abs().max()) > 1e-3
 
 
-def test_nothing_follows_as_a_program_either():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.enter, self.leave = nn.Linear(8, 12), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.leave(torch.tanh(self.enter(x))[:, [4, 5, 6, 7]])
-
-    net = Listed().eval()
-    with pytest.raises(EquivalenceError, match=r"lists positions by number"):
-        osscar.prune(net, torch.randn(24, 8), sparsity=0.5, form="exported", **OFTEN)
-
-
 @pytest.mark.parametrize("form", ["Graph", "", None, 3])
 def test_no_other_form(form):
     with pytest.raises(OptionError, match="form is"):

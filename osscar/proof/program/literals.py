@@ -22,6 +22,7 @@ from torch.fx import Node
 from graph.extents import Extent, Extents, Staying
 from graph.rules.table import aten
 from graph.tracing.export import module_of
+from graph.tracing.standalone import SYMBOLIC
 from osscar.base.errors import AdapterError
 
 Number: TypeAlias = int | Node
@@ -85,7 +86,7 @@ class Sizes:
         return known and self.computed[node] != _before(self.origins[node].meta["val"])
 
 
-NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+NUMBERS = (int, float, *SYMBOLIC)
 OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
 
@@ -343,10 +344,6 @@ def _normalized_by_group(call: _Call) -> None:
         call.replace("num_groups", channels.kept // members)
 
 
-def _numbered(call: _Call) -> None:
-    call.sizes.cut(call.node)
-
-
 def _looked_up(call: _Call) -> None:
     for extent, index in zip(call.input("self"), call.argument("indices"), strict=False):
         if index is not None and not extent.whole:
@@ -385,7 +382,7 @@ _RULES: Mapping[str, Rule] = {
     "torchvision.deform_conv2d": _deformed,
     "aten.group_norm": _normalized_by_group,
     "aten.index": _looked_up,
-    **dict.fromkeys(aten("arange eye linspace logspace"), _numbered),
+    **dict.fromkeys(aten("arange eye linspace logspace"), lambda call: call.sizes.cut(call.node)),
     **dict.fromkeys(
         aten(
             "as_strided empty_strided new_empty_strided _reshape_alias native_group_norm view.dtype"
