@@ -22,8 +22,10 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from graph.errors import GraphError
@@ -122,7 +124,7 @@ class DensePrograms:
         if widths not in self.proved:
             found = [_compared(one, model, plan) for one in self.programs]
             sizes = tuple(size for one in found for size in one.result().sizes)
-            names = frozenset(found[0].tensors)
+            names = frozenset[str]().union(*(one.tensors for one in found))
             self.proved[widths] = replace(found[0].result(), sizes=sizes), names
         structure, names = self.proved[widths]
         if before is not None:
@@ -369,9 +371,12 @@ class _Comparison:
             if sizes[0] != sizes[1]:
                 self._differ(node, f"{name} of {sizes[0]}", f"of {sizes[1]}")
             return
-        held, other = self.due.written(due), attrgetter(str(made.target))(self.made.module)
+        held = self.due.written(due)
+        other = attrgetter(str(made.target))(made.graph.owning_module)
         if isinstance(held, GraphModule) and isinstance(other, GraphModule):
+            outside = self.see_through
             self._graphs(held.graph, other.graph)
+            self.see_through = outside
             return
         self.numbers += 1
         if not _same_tensors(held, other):
@@ -383,13 +388,18 @@ class _Comparison:
             return True
         one, other = (x.meta["val"] if isinstance(x, Node) else x for x in (due, made))
         if isinstance(one, _PLAIN) and isinstance(other, _PLAIN):
-            return type(one) is type(other) and (one == other or (one != one and other != other))
+            return repr(one) == repr(other)  # -0.0 is not 0.0, and 1 is not 1.0
         first = expression(one).xreplace(self.fixed)
         second = expression(other).xreplace(self.symbols).xreplace(self.fixed)
-        return bool(first == second or sympy.simplify(first - second) == 0)
+        if free_unbacked_symbols(second):  # a number read from a tensor, whose name tells nothing
+            return False
+        conditions = isinstance(first, Boolean) or isinstance(second, Boolean)
+        return bool(first == second or (not conditions and sympy.simplify(first - second) == 0))
 
     def _computed_alike(self, due: Node, made: Node) -> bool:
         """Whether two numbers are computed by the same steps, of the same values."""
+        if made in self.pairs:
+            return self.pairs[made] is due
         if due.target != made.target or due.op != made.op or due.kwargs or made.kwargs:
             return False
         for one, other in zip(due.args, made.args, strict=True):
@@ -443,8 +453,6 @@ def _sizes_in_words(dense: Standalone, made: Standalone) -> str:
 
 _PLAIN = (int, float, complex)
 _COPIES = frozenset({"aten.clone.default", "aten.contiguous.default", "aten.alias.default"})
-_IDLE = ("sym_constrain_range", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
-"""Operators that look at values, and compute nothing."""
 
 
 def _has_effect(node: Node) -> bool:
@@ -469,14 +477,20 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 
 def _steps(graph: Graph) -> list[Node]:
-    """Return the calls of operators that compute no numbers of sizes."""
+    """Return the calls of operators that do something, but those that compute numbers of sizes."""
     return [
         node
         for node in graph.nodes
         if node.op.startswith("call_")
-        and not _is_number(node)
-        and not any(name in str(node.target) for name in _IDLE)
+        and (node.users or _has_effect(node))
+        and not _is_of_sizes(node)
     ]
+
+
+def _is_of_sizes(node: Node) -> bool:
+    """Whether a node computes a number, and looks at no value of a tensor."""
+    reads = not all(map(_is_number, node.all_input_nodes)) and "sym_" not in str(node.target)
+    return _is_number(node) and not reads
 
 
 def _minds_copies(node: Node) -> bool:
@@ -489,20 +503,15 @@ def _minds_copies(node: Node) -> bool:
 
 
 def _same_tensors(one: Any, other: Any) -> bool:
-    return (
-        isinstance(one, Tensor)
-        and isinstance(other, Tensor)
-        and (one.shape, one.dtype) == (other.shape, other.dtype)
-        and _same_bits(one.detach(), other.detach())
+    """Whether two tensors hold the same bits: NaN is NaN, and -0.0 is not 0.0."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    bits = (
+        tensor.detach().to_dense().resolve_conj().resolve_neg().contiguous().flatten()
+        for tensor in (one, other)
     )
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, of which some may be none."""
-    if one.layout is not torch.strided:
-        one, other = one.to_dense(), other.to_dense()
-    return torch.equal(one, other) or bool(
-        ((one == other) | ((one != one) & (other != other))).all()
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(
+        *(tensor.view(torch.uint8) for tensor in bits)
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.program.program import traced_as_open
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking.shrink import shrink
+from osscar.shrinking.slice import slice_units
 from tests.osscar.detector import detector
 from tests.osscar.families import tiny
 
@@ -196,6 +198,35 @@ class ReadOutOfTheWidth(Net):
         return torch.where(is_rare(x), y * torch.full((7,), torch.tensor(float(w))), y)
 
 
+class ReadFromOneOfTwo(Net):
+    """Reads a number from one tensor or another, both of which are computed in any case."""
+
+    def after(self, y, x, w):
+        least, most = x.amin(), x.amax()
+        number = (most if w == UNITS else least).item()
+        return torch.where(is_rare(x), y * number, y + 0 * least + 0 * most)
+
+
+class ReadBeforeItIsWritten(Net):
+    def after(self, y, x, w):
+        count = torch.zeros_like(x.sum())
+        early = count.item()
+        count.add_(1)
+        late = count.item()
+        return torch.where(is_rare(x), y * early + late if w == UNITS else y * late + early, y)
+
+
+class SignOfZero(Net):
+    def after(self, y, x, w):
+        zero = torch.full((7,), math.copysign(0.0, w - UNITS + 1))
+        return torch.where(is_rare(x), torch.atan2(y * 0, zero), y)
+
+
+class BranchOfTheProgram(Net):
+    def after(self, y, x, w):
+        return torch.cond(x.shape[0] > w // 4, lambda y: y * 2, lambda y: y + 1, (y,))
+
+
 class Plain(Net):
     pass
 
@@ -204,7 +235,8 @@ NETS = [
     *(LongInputs, LargeBatches, OneSample, Clamped, RareScale, RareRoll, LargeOutputs),
     *(BesidePixels, WholeNumbers, LengthOfAList, BufferOfTheWidth, FromItsConfig),
     *(CountThatFollows, TensorOfTheWidth, Index, Masked, Temperature, Window, Positions, Plain),
-    *(Strides, ReadOutOfTheWidth),
+    *(Strides, ReadOutOfTheWidth, ReadFromOneOfTwo, ReadBeforeItIsWritten, SignOfZero),
+    BranchOfTheProgram,
 ]
 SIZES = [(2, 5), (1, 5), (9, 5), (3, 16), (3, 33), (1, 1)]
 
@@ -289,6 +321,21 @@ def test_both_sides_of_a_branch_on_a_size_are_proved():
     )
 
 
+def test_values_are_compared_that_only_inputs_of_other_sizes_read():
+    class Longer(BranchOnLength):
+        def after(self, y, x, w):
+            return y * self.scale if x.shape[1] > 16 else y
+
+    net, x = Longer(), torch.randn(2, 5, 6)
+    net.register_buffer("scale", torch.ones(7))
+    plan, before = plan_of(net.eval()), dict(copy.deepcopy(net).state_dict())
+    programs = dense_programs(net, {"x": x})
+    shrink(net, plan, [(x,)], programs=programs)
+    net.scale[0] = 2
+    with pytest.raises(StructureError, match="'scale' of the smaller model has other values"):
+        programs.prove(net, plan, before)
+
+
 class AtOneLength(Net):
     def after(self, y, x, w):
         return y / w if x.shape[1] == 23 else y
@@ -333,6 +380,34 @@ def test_copies_count_where_the_order_in_memory_is_read():
     net, x = ReadsMemory().eval(), torch.randn(2, 5, 6)
     with pytest.raises(EquivalenceError):
         shrink(net, plan_of(net), [(x,)])
+
+
+class Nested(Net):
+    """Branches within a branch, and outside of both a write that tells a copy from the value."""
+
+    divisor, copied = 3, True
+
+    def after(self, y, x, w):
+        def inner(y):
+            return torch.cond(y.amax() > 5, lambda y: y / self.divisor, lambda y: y * 2, (y,))
+
+        made = torch.cond(x.amax() > 50, lambda y: y * 3, inner, (y,))
+        other = y.clone()
+        other.view(-1).add_(1)
+        return torch.where(is_rare(x), made + (other if self.copied else y), made) + 0 * other
+
+
+@pytest.mark.parametrize("change", [{}, {"divisor": 4}, {"copied": False}])
+def test_branches_that_a_program_contains_are_compared(change):
+    net, x = Nested().eval(), torch.randn(2, 5, 6)
+    programs, plan = dense_programs(net, {"x": x}), plan_of(net)
+    slice_units(net, plan)
+    vars(net).update(change)
+    if change:
+        with pytest.raises(StructureError):
+            programs.prove(net, plan)
+    else:
+        assert programs.prove(net, plan).tensors == 4
 
 
 def tampered(net: Net, how: str) -> Net:

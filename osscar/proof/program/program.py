@@ -178,7 +178,8 @@ class ShrunkGraph:
 
     def written(self, node: Node) -> Any:
         """Return what a node reads that is written in the code: a tensor or a graph."""
-        held = attrgetter(str(node.target))(self.traced.standalone.module)
+        owner = node.graph.owning_module or self.traced.standalone.module
+        held = attrgetter(str(node.target))(owner)
         return _cut(held, self.staying, None) if isinstance(held, Tensor) else held
 
 
