@@ -15,6 +15,7 @@ from osscar import __version__
 from osscar.base.printable import pluralize, printable
 from osscar.network.modules import count_parameters, number_format
 from osscar.proof.lineage import Lineage
+from osscar.proof.structure import structure_of
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
@@ -59,13 +60,14 @@ def model_card(
     recovery, pruning = _parts(report)
     after, removed = count_parameters(model), list(_removed(lineage))
     before = pruning.get("parameters_before", after)
+    structure = structure_of(model)
     library = "transformers" if isinstance(model, PreTrainedModel) else "pytorch"
     card = ModelCard.from_template(
         ModelCardData(library_name=library, tags=["pruned", "osscar"]),
         template_path=str(_TEMPLATE),
         source=_short(lineage.source),
         gone=f"{1 - after / before:.1%}" if after < before else "",
-        name=type(model).__name__,
+        name=type(model if structure is None or not own_code else structure.model).__name__,
         stock=stock,
         own_code=own_code,
         auto=auto,

@@ -441,8 +441,7 @@ def _dense(
     """Return a dense model to shrink, built as the origin says."""
     if origin is None:
         raise CheckpointError(
-            f"{path} holds a model of code that is not known here; build the dense model and give "
-            "it: osscar.load(directory, dense=model)"
+            f"{path} holds a model of your own code; build the dense model and give it (--dense)"
         )
     try:
         structure(origin.build, stored, path, pruned=True)

@@ -43,7 +43,7 @@ def run(
         if loaded.example is None:
             raise OptionError(
                 f"nothing tells what {loaded.source} reads: let the code return (model, example "
-                "inputs), or give --image-size CxHxW, such as 3x32x32"
+                "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
             )
         with prepare(loaded.model, loaded.example, copy=False) as prepared:
             experts = (mixture.group for mixture in prepared.mixtures)

@@ -30,6 +30,7 @@ _RIGHT_ANSWERS = ("label", "target")
 
 _DECODED = "decoder_input_ids"
 
+_LABELS = (LABELS, "label")
 _SPANS = frozenset({"start_positions", "end_positions"})
 """The same of answers to questions."""
 
@@ -112,13 +113,17 @@ def main_argument(model: nn.Module) -> str:
     return next(iter(needed), "") or str(getattr(model, "main_input_name", ""))
 
 
-def _of_mapping(model: nn.Module, given: Mapping[str, Any], row: bool) -> NamedBatch:
+def _of_mapping(
+    model: nn.Module, given: Mapping[str, Any], row: bool, *, scored: bool = False
+) -> NamedBatch:
+    """Read entries by name; where labels to score by are beside them, targets are inputs."""
     takes = accepted_arguments(model)
     inputs, labels, left_out = dict[str, Tensor](), None, list[str]()
+    scored = scored or any(name in given and name not in takes for name in _LABELS)
     for name, value in given.items():
-        if is_answer(model, name):
+        if is_answer(model, name) and not (scored and name in takes):
             one = _tensor(value, row)
-            if name in (LABELS, "label") and one is not None and is_labels(one):
+            if name in _LABELS and one is not None and is_labels(one):
                 labels = one
             else:
                 left_out.append(name)
@@ -159,7 +164,7 @@ def _of_sequence(model: nn.Module, given: Any, row: bool) -> NamedBatch:
 
 def _batch_of_inputs(model: nn.Module, inputs: Any, row: bool) -> NamedBatch:
     if isinstance(inputs, Mapping):
-        return _of_mapping(model, inputs, row)
+        return _of_mapping(model, inputs, row, scored=True)
     args = [_needed_tensor(e, row, f"the input {i}") for i, e in enumerate(inputs)]
     return NamedBatch(_named(model, args))
 

@@ -17,7 +17,7 @@ from osscar.base.errors import DataError
 from osscar.base.inputs import whole_number
 from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
-from osscar.data.batches import samples_apart
+from osscar.data.batches import accepted_arguments, needed_arguments, samples_apart
 from osscar.data.entries import (
     NamedBatch,
     is_answer,
@@ -211,7 +211,12 @@ def _holds_batches(model: nn.Module, batches: list[Any]) -> bool:
     if any(is_answer(model, name) for one in batches if isinstance(one, Mapping) for name in one):
         return True
     tuples = [one for one in batches if isinstance(one, tuple | list) and one]
-    return any(split_labels(model, list(one))[1] is not None for one in tuples)
+    takes, needed = accepted_arguments(model), len(needed_arguments(model)) or 1
+    return any(
+        split_labels(model, list(one))[1] is not None
+        or any(is_answer(model, name) for name in takes[needed : len(one)])
+        for one in tuples
+    )
 
 
 @dataclass(frozen=True)

@@ -297,8 +297,9 @@ class LoadedModel:
         OptionError
             If the caller stated what is done to an image.
         """
-        self._check_no_images_stated(spec)
-        return load_tensors(spec, self.model, self.stated)
+        found = load_tensors(spec, self.model, self.stated)
+        self._check_no_images_stated(spec)  # of a file that is there
+        return found
 
     def _check_no_images_stated(self, source: str | Path) -> None:
         if self.states_images:

@@ -33,7 +33,8 @@ def loading(document: Mapping[str, Any], directory: str, data: Mapping[str, Any]
     `data` are those that pruned or recovered it: others have to be of their sort.
     """
     text, own = "seqlen" in data, document["own_code"]
-    given = "--text FILE" if text else "--images PATH" if "images" in data else "--inputs FILE"
+    images = data.get("preprocessing") is not None
+    given = "--text FILE" if text else "--images PATH" if images else "--inputs FILE"
     export = f"osscar export {directory} --format onnx{' --dense DENSE' if own else ''}"
     steps = ["eval"] if document.get("recovery") else ["eval", "recover"]
     if text and document.get("form") == "exported":

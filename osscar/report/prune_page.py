@@ -251,7 +251,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "inputs", fixed
     if document["batch_norms"]:
         norms = pluralize(document["batch_norms"], "layer")
-        yield "batch norm", f"the statistics of {norms} are new ({settings['batch_norm']})"
+        yield "batch norm", f"running statistics of {norms} were corrected"
     folded = document.get("folded")
     if folded:
         yield (

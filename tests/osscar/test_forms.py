@@ -499,8 +499,9 @@ def test_a_program_of_code_that_transformers_lacks_needs_its_dense_model(of_tran
     kind, config = own.built_by
     own.built_by = type("Own", (kind,), {}), config  # a name that no directory leads to
     path = osscar.save(own, tmp_path / "small").path
-    with pytest.raises(CheckpointError, match=r"build the dense model and give it: osscar\.load"):
+    with pytest.raises(CheckpointError, match=r"build the dense model and give it \(dense=\)"):
         osscar.load(path)
+    assert "a LlamaForCausalLM of your own code" in (path / "README.md").read_text()
     again = osscar.load(path, dense=tiny("llama-gqa", seed=3, layers=1))
     windows = tokens(2, 24)
     assert_close(again(input_ids=windows).logits, own(input_ids=windows).logits)

@@ -27,6 +27,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Seen
 from tests.osscar.families import VOCABULARY, tiny, tokens
+from tests.osscar.gpts import nano
 from tests.osscar.networks import plain, small_net
 
 MAGNITUDE = {"neurons": 0.5, "backend": "magnitude", "device": "cpu"}
@@ -351,6 +352,20 @@ def test_images_of_transformers_come_with_labels_and_one_by_one():
         assert torch.equal(found.labels, y)
     with pytest.raises(DataError, match=r"can do without .labels., so that nobody knows"):
         load_batches([(x, torch.randn(8, 4))], model)
+
+
+def test_targets_of_a_gpt_of_ones_own_are_inputs_beside_labels_alone():
+    model, _ = nano()
+    x, y = torch.randint(12, (2, 8, 10))
+    with pytest.raises(DataError, match=r"can do without .targets., so that nobody knows"):
+        load_batches([(x[:4], y[:4]), (x[4:], y[4:])], model)
+    for batch in ({"idx": x, "targets": y, "labels": y}, ({"idx": x, "targets": y}, y)):
+        found = load_batches([batch], model)
+        assert set(found.tensors) == {"idx", "targets"}
+        assert torch.equal(found.labels, y)
+    found = load_batches([{"idx": x, "targets": y}], model)
+    assert set(found.tensors) == {"idx"}
+    assert "without targets" in found.source
 
 
 # ---- images ------------------------------------------------------------------------------

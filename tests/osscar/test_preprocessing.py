@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.errors import DataError, FileError, ModelError, OptionError
 from osscar.base.optional import import_torchvision
 from osscar.cli import main
 from osscar.data.batches import as_inputs
@@ -281,6 +281,8 @@ def test_tensors_are_refused_where_something_is_stated_of_images(place):
             OptionError, match=r"fed as they are, and no images; leave preprocessing="
         ):
             read()
+    with pytest.raises(FileError, match="no_such"):  # and not for what is said of images
+        loaded.calibration("no_such", samples=None, seqlen=None, seed=0)
 
 
 # ---- brought by code ---------------------------------------------------------------------

@@ -228,7 +228,8 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     status, out, err = run(*prune, "--sparsity", 0.5, "--residual", "0.75", "--json", report,
                            "--backend", "magnitude", "--device", "cpu")  # fmt: skip
     assert status == 0, err
-    assert "batch norm: the statistics of 8 layers are new (correct)" in out
+    assert "osscar eval small --dense DENSE --images PATH" in (out_dir / "report.html").read_text()
+    assert "batch norm: running statistics of 8 layers were corrected" in out
     written = json.loads(report.read_text())
     assert written["batch_norms"] == 8
     assert written["settings"]["residual"] == "0.75"
