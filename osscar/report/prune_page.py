@@ -117,7 +117,8 @@ def _answer(document: Mapping[str, Any]) -> str:
         dense, pruned = forward["dense"], forward["pruned"]
         if dense["flops"]:
             said.append(f"{share(1 - pruned['flops'] / dense['flops'])} fewer operations")
-        if pruned["seconds"]:
+        spans = sorted((dense["seconds_between"], pruned["seconds_between"]))
+        if pruned["seconds"] and spans[0][1] < spans[1][0]:  # more than turns differ by
             said.append(f"{dense['seconds'] / pruned['seconds']:.2f} times the speed")
     sentence = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
     for label, before, after, _ in _rows(document):
