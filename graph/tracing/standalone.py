@@ -65,7 +65,8 @@ class Sizes:
 
 def _fits(shape: Sequence[int], due: Sequence[int | None]) -> bool:
     pairs = zip(due, shape, strict=False)
-    return len(shape) == len(due) and all(size in (None, given) for size, given in pairs)
+    # Not by `in`, of which torch.compile makes something else for a size that is open.
+    return len(shape) == len(due) and all(size is None or size == given for size, given in pairs)
 
 
 @dataclass(frozen=True)

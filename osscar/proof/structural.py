@@ -99,7 +99,12 @@ class DensePrograms:
     proved: dict[_Widths, tuple[Structure, frozenset[str]]] = field(default_factory=dict)
 
     def prove(
-        self, model: nn.Module, plan: PruningPlan, before: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        before: Mapping[str, Tensor] | None = None,
+        *,
+        anew: bool = False,
     ) -> Structure:
         """Prove that a model is the dense one without the units that a plan removes.
 
@@ -110,6 +115,8 @@ class DensePrograms:
         before
             The tensors of the dense model by name, if those of the smaller one are parts of them,
             bit by bit; they are not compared otherwise.
+        anew
+            Whether code may tell which units stay, and not only how many, as an adapter can.
 
         Raises
         ------
@@ -121,7 +128,7 @@ class DensePrograms:
         if any(group.kind is UnitKind.EXPERTS for group in plan.groups):
             raise Unproved("whole experts leave, and no program says to which others tokens go")
         widths = tuple((group.name, len(group.kept)) for group in plan.groups), plan.integers
-        if widths not in self.proved:
+        if anew or widths not in self.proved:
             found = [_compared(one, model, plan) for one in self.programs]
             sizes = tuple(size for one in found for size in one.result().sizes)
             names = frozenset[str]().union(*(one.tensors for one in found))

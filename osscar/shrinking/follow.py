@@ -26,7 +26,7 @@ from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 from osscar.network.attention import is_extended, rewrite
 from osscar.network.modules import is_deformable
-from osscar.proof.plan import GroupPlan
+from osscar.proof.plan import GroupPlan, PruningPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
 """Changes one module so that it works without the units that a plan removes.
@@ -124,6 +124,12 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
     whole = group.kind is UnitKind.EXPERTS
     layers = [name for name in inner if whole or not any(model.get_submodule(name).children())]
     return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
+
+
+def adapted(model: nn.Module, plan: PruningPlan) -> bool:
+    """Whether an adapter has changed a module, which may be done by which units stay."""
+    names = (name for group in plan.groups for name in nearby(model, group))
+    return any(_find(model.get_submodule(name)) is not None for name in names)
 
 
 def is_list(slot: Slot) -> bool:

@@ -23,6 +23,7 @@ from osscar.network.modules import (
     named_tensors,
     number_format,
 )
+from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import (
     Inputs,
     Match,
@@ -41,7 +42,7 @@ from osscar.proof.structural import (
 )
 from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import fold, unfold
-from osscar.shrinking.follow import nearby
+from osscar.shrinking.follow import adapted, nearby
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.slice import slice_units
 
@@ -226,6 +227,8 @@ def _proved(
     """Shrink a model and prove it; if that fails, it is as it was."""
     with restored(model, on_error=True):
         before, untouched = dict(named_tensors(model)), masked.untouched
+        for name, buffer in model.named_buffers():  # which adapters may change in place
+            before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
         slice_units(model, plan)
         with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
             check = partial(masked.distance, model, tolerance)
@@ -234,7 +237,8 @@ def _proved(
         untouched.put_back(kept={(number.module, number.attribute) for number in found})
         plan = replace(plan, integers=plan.integers + found)
         try:
-            structure, unproved = programs.prove(model, plan, before), ""
+            anew = adapted(model, plan)
+            structure, unproved = programs.prove(model, plan, before, anew=anew), ""
         except Unproved as reason:
             structure, unproved = None, str(reason)
         certificate = Certificate(match.error, match.ties, structure, unproved)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
 from osscar.network.operations import count_flops
+from osscar.proof.plan import Form
 from tests.osscar import gpts
 
 KERNELS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
@@ -39,11 +40,10 @@ def test_what_one_kernel_traces_another_runs(kernel, contiguous, tmp_path):
     """Kernels differ in strides: what one returns need not be copied before a view, or must be."""
     model, idx = _of_attention(contiguous), gpts.drawn(["idx"], 48, 0)[0]["idx"]
     with sdpa_kernel(kernel):
-        result = osscar.prune(model, idx, flops=0.6, device="cpu")
+        result = osscar.prune(model, idx, flops=0.6, form="exported", device="cpu")
         archive = osscar.export_pt2(result.model, tmp_path / "smaller.pt2")
         result.save(tmp_path / "smaller")
         again = osscar.load(tmp_path / "smaller", dense=model)
-    assert result.form == "exported"
     found, counts = [], set()
     for other in KERNELS:
         with sdpa_kernel(other), torch.no_grad():
@@ -165,3 +165,15 @@ def test_tokens_without_labels_are_pruned_and_what_is_not_known_is_said(run, tmp
     words = " ".join(out.split())
     assert "not measured, as no output is known to be scores of classes" in words
     assert not re.search(r"\b1 of 64\b", words)
+
+
+def test_modules_become_smaller_where_a_budget_takes_nothing_that_only_the_program_can_lose():
+    torch.manual_seed(0)
+    model, _ = gpts.nano()
+    inputs, labels = gpts.drawn(["idx"], 32, 0)
+    few, many = (osscar.prune(model, inputs, flops=left, device="cpu") for left in (0.9, 0.5))
+    assert [group.kind for group in few.plan.groups] == ["neurons"]
+    assert few.form is Form.EAGER
+    assert few.model(inputs["idx"], labels)[1] is not None  # by the network's own code
+    assert "heads" in {group.kind for group in many.plan.groups}
+    assert many.form is Form.EXPORTED

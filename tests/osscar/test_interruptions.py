@@ -151,7 +151,9 @@ def _check_end(case: Case, root: Path, ended: Ended, victim: Victim, number: int
     if ended.status == -signal.SIGKILL:
         return
     line = _last_word(ended)
-    if not case.is_done(root):
+    if victim == Victim.WORKER:
+        assert "what was solved is kept: give the same command again" in line
+    elif not case.is_done(root):
         logs = ("out.run", "out.recover") if case.keeps_old else ("out",)
         goes_on = any((root / name).exists() for name in logs)
         assert ("same command again to go on" in line) == goes_on, line

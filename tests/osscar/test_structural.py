@@ -24,6 +24,7 @@ from osscar.proof.masking import masked
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.program.program import traced_as_open
 from osscar.proof.structural import StructureError, dense_programs
+from osscar.shrinking import follow
 from osscar.shrinking.shrink import shrink
 from osscar.shrinking.slice import slice_units
 from tests.osscar.detector import detector
@@ -380,6 +381,42 @@ def test_copies_count_where_the_order_in_memory_is_read():
     net, x = ReadsMemory().eval(), torch.randn(2, 5, 6)
     with pytest.raises(EquivalenceError):
         shrink(net, plan_of(net), [(x,)])
+
+
+class Scaled(Net):
+    """Reads a number of its own and a buffer, which adapters of the tests change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.register_buffer("t", torch.ones(7))
+
+    def after(self, y, x, w):
+        return torch.where(is_rare(x), y * self.t * self.factor, y)
+
+
+def by_which_units_stay(module, group):
+    module.factor = 1.0 if group.kept[0] == 0 else 2.0
+
+
+def in_place(module, group):
+    module.t.mul_(2)
+
+
+@pytest.mark.parametrize("change", [by_which_units_stay, in_place])
+def test_what_an_adapter_changes_is_compared_for_the_units_that_stay(change, monkeypatch):
+    monkeypatch.setitem(follow._ADAPTERS, f"{Scaled.__module__}.{Scaled.__qualname__}", change)
+    net, x = Scaled().eval(), torch.randn(2, 5, 6)
+    programs = dense_programs(net, {"x": x})
+    (group,) = graph.trace(net, (x,)).prunable
+    refused = 0
+    for first in (0, 1):
+        plan = PruningPlan((GroupPlan.of(group, tuple(range(first, UNITS, 2))),))
+        try:
+            shrink(copy.deepcopy(net), plan, [(x,)], programs=programs)
+        except EquivalenceError:
+            refused += 1
+    assert refused == (2 if change is in_place else 1)
 
 
 class Nested(Net):
