@@ -227,6 +227,7 @@ def _proved(
     """Shrink a model and prove it; if that fails, it is as it was."""
     with restored(model, on_error=True):
         before, untouched = dict(named_tensors(model)), masked.untouched
+        untouched.put_back()
         for name, buffer in model.named_buffers():  # which adapters may change in place
             before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
         slice_units(model, plan)
