@@ -242,7 +242,9 @@ class Search:
         paid = [part.losses + price * part.costs for part in self._parts]
         slack = (known - bound) * (1 + 1e-9)
         left = [
-            np.flatnonzero((own - own.min() <= slack) & (part.costs <= room))
+            np.flatnonzero(
+                (own - own.min() <= slack) & (part.costs <= room) & (part.losses <= known)
+            )
             for own, part in zip(paid, self._parts, strict=True)
         ]
         if not all(map(len, left)):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -57,6 +57,7 @@ def groups_with_losses(draw):
 
 
 @given(groups_with_losses())
+@example(({"0": np.array([1.0, 5e-324, 0.0])}, {"0": 2.0}, 2.0))
 @settings(max_examples=200, deadline=None)
 def test_widths_are_nearly_those_that_trying_everything_finds(problem):
     losses, costs, limit = problem

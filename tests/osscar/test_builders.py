@@ -91,7 +91,7 @@ def test_a_model_of_ones_own_is_read_into_a_dense_one(tmp_path: Path) -> None:
     model = Own().eval()
     shrink_by_half(model, inputs)
     save(model, tmp_path / "small", example_inputs=inputs[0])
-    with pytest.raises(CheckpointError, match="dense=model"):
+    with pytest.raises(CheckpointError, match=r"\(dense=\)"):
         osscar.load(tmp_path / "small")
     dense = Own()
     again = osscar.load(tmp_path / "small", dense=dense)
