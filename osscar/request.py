@@ -341,7 +341,8 @@ class PruningRequest:
         What becomes smaller: ``eager``, the model's own modules, whose code has to work with fewer
         units; ``exported``, its exported program, in which every size is known (see
         `osscar.ProgramModule`); ``auto``, the modules, and the program where more
-        can follow there, unless the model can generate text or is timed for a speedup.
+        can follow there and some of that leaves, unless the model can generate text or is timed for
+        a speedup.
     strict
         Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
         is written in the code around it; by default such groups are skipped, and named.

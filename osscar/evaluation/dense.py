@@ -40,7 +40,10 @@ class DenseScore:
     samples
         How many labelled images or tensors, or windows, were scored.
     predictions
-        How many labels these have; None of windows.
+        How many of their labels were scored; None of windows.
+    positions
+        How many labels each has, if more than one was given: the last alone is scored where the
+        model puts out scores of its last position.
     seqlen
         Tokens in a window; None of images.
     chance
@@ -58,6 +61,7 @@ class DenseScore:
     sample: str
     samples: int
     predictions: int | None = None
+    positions: int | None = None
     seqlen: int | None = None
     chance: float | None = None
     near_chance: bool = False
@@ -122,7 +126,10 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
     by_chance = float(bdtrc(round(top1 * predictions) - 1, predictions, most))
     # Of so few that even getting all of them right would be no proof, nothing is said.
     near = by_chance > _SIGNIFICANCE >= most**predictions
-    return DenseScore("top1", top1, data.sample_name, n, predictions, None, most, near)
+    positions = data.labels.shape[1] if data.labels.ndim > 1 else None
+    return DenseScore(
+        "top1", top1, data.sample_name, n, predictions, positions, chance=most, near_chance=near
+    )
 
 
 def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:

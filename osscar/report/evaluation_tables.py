@@ -76,7 +76,9 @@ def dense_sentence(score: Mapping[str, Any]) -> str:
         samples = pluralize(score["samples"], f"labelled calibration {score['sample']}")
         each = score.get("predictions") or score["samples"]
         of = "" if each == score["samples"] else f"{each:,} predictions in "
-        return f"dense model: top-1 {score['value']:.1%} of {of}{samples}"
+        last = each == score["samples"] and (score["positions"] or 1) > 1
+        alone = f", at the last of {score['positions']} labels each" if last else ""
+        return f"dense model: top-1 {score['value']:.1%} of {of}{samples}{alone}"
     windows = pluralize(score["samples"], "calibration window")
     return f"dense model: perplexity {score['value']:,.1f} on {windows} of {score['seqlen']} tokens"
 

@@ -12,8 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
+from osscar.data.tensors import TensorSet
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form
+from osscar.report.evaluation_tables import dense_sentence
 from tests.osscar import gpts
 
 KERNELS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
@@ -177,3 +179,15 @@ def test_modules_become_smaller_where_a_budget_takes_nothing_that_only_the_progr
     assert few.model(inputs["idx"], labels)[1] is not None  # by the network's own code
     assert "heads" in {group.kind for group in many.plan.groups}
     assert many.form is Form.EXPORTED
+
+
+def test_of_labels_of_a_window_it_is_said_that_the_last_alone_is_scored():
+    inputs, labels = gpts.drawn(["idx", "targets"], 8, 0)
+    whole = "8 labelled calibration samples"
+    for reads, words in (
+        (["idx"], f"of {whole}, at the last of 10 labels each"),
+        (["idx", "targets"], f"of 80 predictions in {whole}"),
+    ):
+        data = TensorSet("tokens", {name: inputs[name] for name in reads}, labels)
+        score = osscar.score_dense(gpts.nano()[0].eval(), data)
+        assert dense_sentence(vars(score)).endswith(words)
