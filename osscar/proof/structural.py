@@ -32,17 +32,14 @@ from graph.errors import GraphError
 from graph.extents import Staying, TracedProgram, with_axes
 from graph.groups import UnitKind
 from graph.tracing.export import canonical_names, module_of, varies
-from graph.tracing.preserve import without_cache
-from graph.tracing.standalone import SYMBOLIC, Standalone, export_standalone, expression
+from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
-from osscar.network.attention import expose_attention
-from osscar.network.kernels import followed_mixtures
-from osscar.network.model_state import restored
 from osscar.network.modules import named_tensors
-from osscar.offload.on_disk import OnDisk, shapes_only
+from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program.program import (
     ShrunkGraph,
+    exported,
     shrunk_graph,
     staying_of,
     traced_as_open,
@@ -169,24 +166,7 @@ class Unproved(Exception):
 def _traced(
     model: nn.Module, example: Mapping[str, Any], left_open: Mapping[str, Collection[int]]
 ) -> TracedProgram:
-    return with_axes(_exported(model, example, left_open))
-
-
-def _exported(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    left_open: Mapping[str, Collection[int]],
-    *,
-    lines: bool = False,
-) -> Standalone:
-    with (
-        restored(model),
-        shapes_only(model, example) as small,
-        without_cache(model),
-        followed_mixtures(model),
-    ):
-        expose_attention(model)
-        return export_standalone(model, small, left_open, lines=lines)
+    return with_axes(exported(model, example, left_open))
 
 
 # ---- sizes of inputs ---------------------------------------------------------------------
@@ -231,7 +211,7 @@ def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comp
     except AdapterError as error:
         raise Unproved(f"the dense program cannot lose these units: {error}") from error
     try:
-        made = _exported(model, dense.example, dense.left_open)
+        made = exported(model, dense.example, dense.left_open)
     except GraphError as error:
         raise Unproved(f"the smaller model cannot be exported: {first_line(error)}") from error
     names = canonical_names(model)
@@ -239,7 +219,7 @@ def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comp
     try:
         found.run()
     except StructureError:  # once more, to say in which lines of code
-        made = _exported(model, dense.example, dense.left_open, lines=True)
+        made = exported(model, dense.example, dense.left_open, lines=True)
         _Comparison(shrunk_graph(dense.traced, plan), made, names).run()
         raise
     return found

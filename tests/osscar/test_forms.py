@@ -279,7 +279,7 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
     net, data = dense_of("generator")
     made = smaller_program(net, data, "up.channels").model
 
-    def fail(*_args):
+    def fail(*given, **options):
         raise graph.TraceError("no program", "", "")
 
     monkeypatch.setattr(program, "export_standalone", fail)

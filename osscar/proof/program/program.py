@@ -27,13 +27,14 @@ import graph
 from graph.extents import Extent, Staying, TracedProgram, with_axes
 from graph.tracing.export import varies
 from graph.tracing.preserve import without_cache
-from graph.tracing.standalone import GUARDS, export_standalone
+from graph.tracing.standalone import GUARDS, Standalone, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
 from osscar.network.fake import on_shapes
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import restored
+from osscar.offload.on_disk import shapes_only
 from osscar.proof.lineage import LINEAGE, lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan, TracedInput
 from osscar.proof.program.input_sizes import InputSizes
@@ -127,6 +128,25 @@ def _attends(traced: TracedProgram) -> bool:
     return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
+def exported(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    left_open: Mapping[str, Collection[int]],
+    *,
+    lines: bool = False,
+    exact: bool = True,
+) -> Standalone:
+    """Export a model in evaluation mode, which is then as it was; see `export_standalone`."""
+    with (
+        restored(model),
+        shapes_only(model, example) as small,
+        without_cache(model),
+        followed_mixtures(model),
+    ):
+        expose_attention(model)  # a plan may name the heads that it has then
+        return export_standalone(model, small, left_open, lines=lines, exact=exact)
+
+
 def trace_dense(
     model: nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
 ) -> TracedProgram:
@@ -136,13 +156,11 @@ def trace_dense(
     does so; the example has two samples or more.
     """
     try:
-        with without_cache(model), followed_mixtures(model), restored(model):
-            expose_attention(model)  # a plan may name the heads that it has then
-            found = export_standalone(model, example, left_open)
-            if not found.takes({name: tensor[:1] for name, tensor in example.items()}):
-                # Its code asks whether there is one sample.  Whoever has one is not left without.
-                found = export_standalone(model, example, left_open, exact=False)
-            traced = with_axes(found)
+        found = exported(model, example, left_open)
+        if not found.takes({name: tensor[:1] for name, tensor in example.items()}):
+            # Its code asks whether there is one sample.  Whoever has one is not left without.
+            found = exported(model, example, left_open, exact=False)
+        traced = with_axes(found)
     except Exception as error:  # the model may be anyone's code, and torch puts it together
         let_shortage_pass(error)
         raise AdapterError(
