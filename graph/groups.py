@@ -22,8 +22,16 @@ class UnitKind(enum.StrEnum):
     CHANNELS = "channels"
     HIDDEN = "hidden"
     EXPERTS = "experts"
-    """Of a mixture: no trace finds them, since each token decides which ones compute."""
+    """Of a mixture, to which a router sends tokens."""
     OTHER = "other"
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router decides, token by token, which units compute.
+
+        No trace finds such units, and fewer of them save no operations.
+        """
+        return self is UnitKind.EXPERTS
 
 
 class Role(enum.StrEnum):

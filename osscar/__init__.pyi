@@ -41,7 +41,7 @@ from .request import PruningRequest as PruningRequest
 from .pruning.swept import SweepResult as SweepResult, sweep as sweep
 from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
 from .pruning.feasibility import SkippedGroup as SkippedGroup
-from .preparation.declared import mixture as mixture
+from .experts.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan
 from .proof.program.program import ProgramModule as ProgramModule

@@ -211,7 +211,7 @@ def _more_to_prune(
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
     residual = prepared.residual
-    experts = any(mixture.group.prunable for mixture in prepared.mixtures)
+    experts = any(one.group.prunable for one in prepared.routed)
     if experts and request.experts is None and request.flops is None and request.speedup is None:
         return "experts leave, too (--experts auto)"
     streams = [

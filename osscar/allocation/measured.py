@@ -27,12 +27,13 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.messages import warn
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
+from osscar.experts.find import mixtures_of
+from osscar.experts.lists import called_as_mixtures
+from osscar.experts.walk import ExpertStep, ExpertWalk
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
-from osscar.preparation.expert_lists import called_as_mixtures
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest, Widths
-from osscar.walk.expert_walk import ExpertStep, ExpertWalk
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
@@ -167,7 +168,7 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
         held = 0 if few.inputs.tokens else few.inputs.samples // FEWEST
         yield from walk(few, units, in_turn=False, held=held)
     names = {group.name for group in groups} - {group.name for group in units}
-    mixtures = [one for one in few.mixtures if one.group.name in names]
+    mixtures = [one for one in mixtures_of(few) if one.group.name in names]
     if mixtures:
         held = max(1, few.inputs.samples // FEWEST)
         with called_as_mixtures(few.model, [one.listed for one in mixtures if one.listed]):

@@ -46,8 +46,7 @@ def run(
                 "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
             )
         with prepare(loaded.model, loaded.example, copy=False) as prepared:
-            experts = (mixture.group for mixture in prepared.mixtures)
-            groups, residual = (*prepared.groups, *experts), prepared.residual
+            groups, residual = prepared.every_group, prepared.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     out.print(groups_table(shown, residual))
     for group in shown:

@@ -35,7 +35,7 @@ from osscar.preparation.products import (
     station,
 )
 from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
-from osscar.preparation.routing import ListedMixture, Mixture, Routed
+from osscar.preparation.routing import Mixture, Routed
 
 MOST_ROWS = 4096
 """Rows of a consumer whose fixed inputs are refitted: with more, these keep their weights."""
@@ -395,38 +395,6 @@ class ExpertMap(LinearMap):
 
     def _view(self, weight: Tensor) -> Tensor:
         return weight[self.expert].movedim(self.mixture.dim - 1, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class _MemberMap(ExpertMap):
-    """What one expert adds to the output of a mixture whose experts are a list of modules.
-
-    `module` is the last layer of that expert, while calls are those of the list.
-    """
-
-    mixture: ListedMixture
-
-    @property
-    def holder(self) -> str:
-        """The last layer of the expert."""
-        return f"{self.name}.{self.expert}.{self.mixture.parameter}".removesuffix(".")
-
-    @property
-    def parameters(self) -> tuple[str, str]:
-        """The last matrix of the expert; biases stay."""
-        return "weight", ""
-
-    def _view(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-
-def member_maps(name: str, mixture: ListedMixture) -> tuple[LinearMap, ...]:
-    """Return the last layers of experts that are a list of modules, one an expert."""
-    return tuple(
-        _MemberMap(name, layer, 1, [[i] for i in range(layer.in_features)], False, mixture, expert)
-        for expert in range(mixture.count)
-        for layer in [mixture.last(expert)]
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import graph
-from graph import CouplingGroup, Freeze, UnitKind
+from graph import CouplingGroup
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import EquivalenceError
 from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.kinds import Found, rooms
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.kernels import followed_mixtures
 from osscar.network.model_state import ModelState
@@ -30,11 +30,8 @@ from osscar.network.modules import (
     graphics_cards,
     in_evaluation,
 )
-from osscar.offload.on_disk import is_on_disk, shapes_only
-from osscar.preparation.consumer import ExpertMap, LinearMap
-from osscar.preparation.declared import calls_of, declared_in, stood_in_for, undeclared
-from osscar.preparation.expert_lists import joined
-from osscar.preparation.experts import ExpertMixture, is_named, mixtures_in
+from osscar.offload.on_disk import shapes_only
+from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import failures_named
 from osscar.preparation.linear_maps import (
     freeze_unreadable,
@@ -82,24 +79,23 @@ class Prepared:
     """Names of the weights that the user's model computes at every call, and that are plain."""
     products: Mapping[str, Product] = field(default_factory=dict, repr=False)
     """The weights, by name, that are observed where code multiplies by them."""
-    find_mixtures: Callable[[], tuple[ExpertMixture, ...]] = field(default=tuple, repr=False)
-    """Looks for `mixtures` once, for this and for all that is made of it with other data."""
-    kept_experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Of the mixtures that have lost experts, by the name of the module: those to which tokens are
-    still sent, and whose matrices are refitted."""
+    find_routed: Callable[[], tuple[Found, ...]] = field(default=tuple, repr=False)
+    """Looks for `routed` once, for this and for all that is made of it with other data."""
+    idle: frozenset[str] = frozenset()
+    """Consumers, by their labels, to which no token is sent any more: they are not refitted."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
     matrix_bytes: int = 0
     """What the problem of a layer needs beside weights that lie on disk."""
 
     @property
-    def mixtures(self) -> tuple[ExpertMixture, ...]:
-        """Its mixtures of experts, whose experts are groups beside `groups`.
+    def routed(self) -> tuple[Found, ...]:
+        """What is known of groups beside `groups`, which no trace finds.
 
-        They are not refitted as these are.  They are found when they are first asked for, by
-        running parts of the model on trial: before it is pruned.
+        They are found when they are first asked for, by running parts of the model on trial: before
+        it is pruned.
         """
-        return self.find_mixtures()
+        return self.find_routed()
 
     @cached_property
     def residual(self) -> frozenset[str]:
@@ -114,20 +110,16 @@ class Prepared:
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:
-        """Its groups, those of experts last."""
-        return (*self.groups, *(one.group for one in self.mixtures))
+        """Its groups, those that no trace finds last."""
+        return (*self.groups, *(one.group for one in self.routed))
 
     def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
         """Return the consumers of a group, in execution order; see `linear_maps`.
 
-        Experts that have left read nothing.
+        Those that are `idle` are left out.
         """
-        return tuple(
-            one
-            for one in linear_maps(self.model, group, self.products)
-            if not isinstance(one, ExpertMap)
-            or one.expert in self.kept_experts.get(one.name, (one.expert,))
-        )
+        every = linear_maps(self.model, group, self.products)
+        return tuple(one for one in every if one.label not in self.idle)
 
     @property
     def sample(self) -> Batch:
@@ -234,7 +226,9 @@ def _prepared(
         in_programs=in_programs,
         folded=tuple(one.tensor for one in plain),
         products=products,
-        find_mixtures=cache(partial(mixtures_in, model, example)),
+        find_routed=cache(
+            lambda: tuple(one for room in rooms() for one in room.find(model, example))
+        ),
         ranks=ranks,
     )
 
@@ -268,55 +262,19 @@ def _followable(
     return folded
 
 
-_OPAQUE = (
-    "it enters {!r}, whose code gives experts the tokens that are sent to them: shapes depend on "
-    "values there, so that it cannot be traced"
-)
-_SENT = (
-    "belongs to experts that the code of {!r} gives the tokens that are sent to them: shapes "
-    "depend on values there, so that it cannot be traced; whole experts may leave (experts=)"
-)
-
-
 def _traced(
     model: nn.Module, example: Batch, small: Batch, programs: bool
 ) -> tuple[graph.DependencyGraph, dict[str, str], tuple[CouplingGroup, ...]]:
     """Find the groups, and those that only a program can lose units of, by name with the reason.
 
-    Last come groups that are frozen, for the neurons of experts in code that cannot be traced.
+    Last come groups that are frozen, in code that cannot be traced.
     """
     try:
         return *_traced_whole(model, small, programs), ()
     except graph.TraceError as error:
-        blocks = {} if is_on_disk(model) else declared_in(model)
-        if not blocks:
-            lists = [name for name, _ in model.named_modules() if is_named(name)]
-            said = "".join(undeclared(model, name) for name in lists[:1])
-            raise graph.TraceError(error.reason, error.module, error.hint + said) from error
-    calls = calls_of(model, example, list(blocks))
-    with stood_in_for(model, {name: y for name, [(_, y), *_] in calls.items()}):
-        traced = graph.trace(model, small, opaque=list(blocks))
-    groups = tuple(_opaque_named(group, blocks) for group in traced.groups)
-    traced = dataclasses.replace(traced, groups=groups)
-    untraced = (
-        CouplingGroup(
-            f"{joined(block, told.experts)}.neurons", UnitKind.NEURONS, 1, (), 0,
-            (Freeze(_SENT.format(block or "the model"), "", block),),
-        )
-        for block, told in blocks.items()
-    )  # fmt: skip
-    return traced, {}, tuple(untraced)
-
-
-def _opaque_named(group: CouplingGroup, blocks: Collection[str]) -> CouplingGroup:
-    """Say what is in the way of a group that enters code which was not traced."""
-    frozen = (
-        dataclasses.replace(freeze, reason=_OPAQUE.format(freeze.module or "the model"))
-        if freeze.module in blocks
-        else freeze
-        for freeze in group.frozen
-    )
-    return dataclasses.replace(group, frozen=tuple(frozen))
+        for room in rooms():
+            traced, untraced = room.traced_around(model, example, small, error)
+        return traced, {}, untraced
 
 
 def _traced_whole(

@@ -33,7 +33,6 @@ from osscar.preparation.products import (
     watched_products,
 )
 from osscar.preparation.recurrent import RECURRENT, input_gates
-from osscar.shrinking.fold import is_foldable
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
@@ -234,75 +233,6 @@ class Mixture:
             _, expert, taken = x.taken(self.count)
             parts += taken.double()[:, None] * bias.double()[expert.long()]
         return visits.token, parts
-
-
-def sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum over experts, a list of modules, of what they make of tokens, times weights.
-
-    The arguments behind the list are those of `Routed`.
-    """
-    parts = [
-        (token, expert(hidden[token]) * weights[token, place, None])
-        for number, expert in enumerate(experts)
-        for token, place in [(chosen == number).nonzero(as_tuple=True)]
-        if len(token)
-    ]
-    outputs = parts[0][1].shape[1] if parts else hidden.shape[1]
-    y = hidden.new_zeros(len(hidden), outputs)
-    for token, part in parts:
-        y.index_add_(0, token, part.to(y))
-    return y
-
-
-@dataclass(frozen=True, eq=False)
-class ListedMixture(Mixture):
-    """A mixture whose experts are a list of modules, each with a last matrix of its own.
-
-    `parameter` is the name of the layer, in every expert, that puts out what the expert does.
-    """
-
-    @property
-    def count(self) -> int:
-        """How many experts there are."""
-        return len(self.module)  # type: ignore[arg-type]
-
-    def last(self, expert: int) -> nn.Linear:
-        """Return the last layer of an expert."""
-        found = self.module[expert].get_submodule(self.parameter)  # type: ignore[index]
-        assert isinstance(found, nn.Linear)
-        return found
-
-    def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
-        """Return what each expert's last layer reads, (visits, p)."""
-        X = hidden.new_zeros(len(hidden), self.last(0).in_features)
-        for number, expert in enumerate(self.module.children()):
-            rows = (experts[:, 0] == number).nonzero().flatten()
-            if len(rows):
-                seen = last_layers(expert, hidden[rows])[self.parameter]
-                X[rows] = seen.to(X)
-        return X
-
-
-def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """Return which linear layers put out what an expert does, with what each of them reads."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def look(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        seen.setdefault(name, []).append((x.detach(), y))
-
-    linear = [
-        name
-        for name, inner in expert.named_modules()
-        if isinstance(inner, nn.Linear) and not is_foldable(inner)  # its weight can be replaced
-    ]
-    with hooks(expert, linear, after=look):
-        y = expert(hidden)
-    return {
-        name: calls[0][0]
-        for name, calls in seen.items()
-        if len(calls) == 1 and calls[0][1].shape == y.shape and torch.equal(calls[0][1], y)
-    }
 
 
 @torch.no_grad()

@@ -6,34 +6,32 @@ Masking zeroes what reads the removed units, and the model keeps its shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from graph.groups import UnitKind
 from graph.tracing.export import failing_module
 from osscar.base.errors import ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
+from osscar.kinds import room_of
 from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Place
 from osscar.proof.equivalence import Inputs, Match, in_format_of, proof_outputs, prove_equal
 from osscar.proof.plan import PruningPlan
-from osscar.proof.routers import without_experts
 
 
 @contextmanager
 def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     """Zero what reads the units that a plan removes, and put it back afterwards.
 
-    Experts that are removed compute what they did, and no token is sent to them.
+    Units that are routed compute what they did, and no token is sent to those that are removed.
     """
-    experts = [group for group in plan.groups if group.kind is UnitKind.EXPERTS]
-    zeroed = [group for group in plan.groups if group.kind is not UnitKind.EXPERTS]
+    routed = [group for group in plan.groups if group.kind.routed]
     before: list[tuple[Tensor, Tensor, int, Tensor]] = []
     on_disk: list[tuple[OnDisk, Place]] = []
     try:
-        for group in zeroed:
+        for group in (group for group in plan.groups if not group.kind.routed):
             for slot in group.consumers:
                 path, _, attribute = slot.tensor.rpartition(".")
                 weight = getattr(model.get_submodule(path), attribute)
@@ -45,7 +43,10 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
                 weight = weight.detach()
                 before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
                 weight.index_fill_(slot.dim, index, 0.0)
-        with without_experts(model, experts):
+        with ExitStack() as masks:
+            for kind in dict.fromkeys(group.kind for group in routed):
+                own = [group for group in routed if group.kind is kind]
+                masks.enter_context(room_of(kind).masked(model, own))
             yield
     finally:
         for weight, index, dim, values in reversed(before):

@@ -17,9 +17,11 @@ from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
+from osscar.experts.find import ExpertMixture, mixtures_of
+from osscar.experts.last_layers import last_matrices
+from osscar.experts.walk import ExpertStep, ExpertWalk, Losses
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.consumer import LinearMap
-from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.pruning.feasibility import SkippedGroup
@@ -28,7 +30,6 @@ from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
 from osscar.shrinking.follow import is_list
-from osscar.walk.expert_walk import ExpertStep, ExpertWalk, Losses, last_matrices
 from osscar.walk.layer_step import DenseTensors, LayerStep, Refits, dense_tensors
 from osscar.walk.targets import Target
 
@@ -53,7 +54,7 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
     if is_on_disk(prepared.model):
         raise RequestError("experts are chosen in memory; leave --max-memory away")
     skipped, asked = [], {group.name for group in asked_groups(prepared, request)[0]}
-    reached = [one for one in prepared.mixtures if one.group.name in asked]
+    reached = [one for one in mixtures_of(prepared) if one.group.name in asked]
     for mixture in reached:
         group = mixture.group
         reason = group.frozen[0].reason if group.frozen else ""
@@ -65,7 +66,7 @@ def skipped_mixtures(prepared: Prepared, request: PruningRequest) -> tuple[Skipp
     none = len(skipped) == len(reached)
     if none or (skipped and request.strict):
         reasons = listed([f"{one.name!r}: {one.reason}" for one in skipped], 8, "; ")
-        missing = "all are left out (--skip)" if prepared.mixtures else "this model has none"
+        missing = "all are left out (--skip)" if mixtures_of(prepared) else "this model has none"
         raise RequestError(
             f"experts of {'no mixture' if none else pluralize(len(skipped), 'mixture')} can leave"
             f"{': ' if none else ' not: '}{reasons or missing}"
@@ -100,7 +101,7 @@ def prune_experts(
 
     Arguments are as of `osscar.pruning.groups.prune_groups`, and so is what is returned and raised.
     """
-    mixtures = {one.group.name: one for one in prepared.mixtures if one.group.name in keep}
+    mixtures = {one.group.name: one for one in mixtures_of(prepared) if one.group.name in keep}
     if not mixtures:
         return Committed()
     done, dense = list(records), dict[str, DenseTensors]()

@@ -30,6 +30,8 @@ from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
+from osscar.experts.find import mixtures_of
+from osscar.experts.walk import routed
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
@@ -44,7 +46,6 @@ from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
 from osscar.request import PruningRequest, by_keywords
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
-from osscar.walk.expert_walk import routed
 
 
 def prune_as_asked(
@@ -245,7 +246,7 @@ def _walked(
     """Let experts leave, and then all else, on the stream of the model without these experts."""
     if request.experts is None:
         return prune_groups(prepared, keep, request, records, log)
-    mixtures = {one.group.name: one for one in prepared.mixtures}
+    mixtures = {one.group.name: one for one in mixtures_of(prepared)}
     experts = {name: kept for name, kept in keep.items() if name in mixtures}
     others = {name: kept for name, kept in keep.items() if name not in mixtures}
     of_experts = [record for record in records if record.plan.name in mixtures]
@@ -254,8 +255,13 @@ def _walked(
     if not others:
         return committed
     kept = kept_in(committed.records)
-    staying = {mixtures[name].experts: some for name, some in kept.items()}
-    without = dataclasses.replace(prepared, kept_experts=staying)
+    gone = {
+        f"{mixtures[name].experts}[{expert}]"
+        for name, some in kept.items()
+        for expert in range(mixtures[name].group.units)
+        if expert not in some
+    }
+    without = dataclasses.replace(prepared, idle=frozenset(gone))
     with routed(prepared.model, [mixtures[name] for name in kept], kept):
         return prune_groups(without, others, request, of_others, log, committed)
 

@@ -14,8 +14,8 @@ import osscar
 from graph import UnitKind
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.checkpoint.directory import save
+from osscar.experts.find import mixtures_in
 from osscar.network.double import InDouble
-from osscar.preparation.experts import mixtures_in
 from osscar.preparation.prepare import prepare
 from osscar.proof.masking import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -287,7 +287,7 @@ def test_a_model_loses_experts_and_is_proved(family):
 def test_layers_may_keep_different_experts_and_neurons_leave_with_them():
     model = mixture("mixtral", kernel="eager").double()
     with prepare(model, tokens()) as prepared:
-        first, second = prepared.mixtures
+        first, second = prepared.routed
         # No budget of today takes them.
         assert all(group.kind is not UnitKind.EXPERTS for group in prepared.groups)
         neurons = next(g for g in prepared.groups if g.name == f"{first.experts}.neurons")

@@ -15,8 +15,8 @@ import osscar
 from osscar.allocation.costs import Cost, count
 from osscar.base.errors import ModelError, OptionError, RequestError
 from osscar.evaluation.size import count_disk_bytes
-from osscar.preparation.expert_lists import called_as_mixtures
-from osscar.preparation.experts import mixtures_in
+from osscar.experts.find import mixtures_in
+from osscar.experts.lists import called_as_mixtures
 from osscar.preparation.prepare import prepare
 from solvers import RouterScores, RoutingRule
 from tests.osscar.expert_lists import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import osscar
 from osscar.base.errors import ModelError
-from osscar.walk import expert_walk
+from osscar.experts import walk as expert_walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 

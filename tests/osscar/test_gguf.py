@@ -49,9 +49,9 @@ from osscar.base.errors import (
     OutputError,
 )
 from osscar.checkpoint.directory import save
+from osscar.experts.find import mixtures_in
 from osscar.export.gguf import _FAMILIES, Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
-from osscar.preparation.experts import mixtures_in
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from tests.docs.json_schema import missing, undescribed

@@ -18,10 +18,10 @@ from osscar.allocation.curves import Curve
 from osscar.allocation.measured import compared_samples, measured_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
+from osscar.experts.routers import routed_among
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.proof.routers import routed_among
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import jobs, prune_points
@@ -98,7 +98,7 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
         return correction(dense, pruned, *streams)
 
     monkeypatch.setattr("osscar.walk.walk.correction", noted)
-    monkeypatch.setattr("osscar.walk.expert_walk.correction", noted)
+    monkeypatch.setattr("osscar.experts.walk.correction", noted)
     model, dense = mixture("mixtral"), []
     modules = [MIXTURE.format(layer) for layer in (0, 1)]
     for name in modules:
@@ -177,14 +177,14 @@ def test_a_curve_goes_through_what_predictions_diverge_by():
     model = mixture("mixtral")
     with prepare(model, tokens()) as prepared:
         state = {name: value.clone() for name, value in prepared.model.state_dict().items()}
-        groups = [one.group for one in prepared.mixtures]
+        groups = [one.group for one in prepared.routed]
         request = some_budget(params=0.7, damp=1e9)
         keep = {group.name: 3 for group in groups}
         curves, measure = measured_curves(prepared, request, groups, lambda curves: keep)
         curve = curves[groups[0].name]
         assert all(torch.equal(state[n], v) for n, v in prepared.model.state_dict().items())
         last = tokens()[-compared_samples(prepared) :]
-    router = prepared.mixtures[0].router
+    router = prepared.routed[0].router
     with torch.no_grad():
         dense = model(input_ids=last).logits.log_softmax(-1)
     by_hand = []
@@ -347,7 +347,7 @@ def test_bytes_of_experts_have_their_buffers():
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(Scaled() for _ in range(COUNT))
     with prepare(Scorer(block).eval(), torch.randn(4, 2, WIDTH)) as prepared:
-        (group,) = (one.group for one in prepared.mixtures)
+        (group,) = (one.group for one in prepared.routed)
         cost = count(Cost.BYTES, prepared.model, prepared.every_group, prepared.sample)
     own = sum(tensor.numel() for tensor in Scaled().state_dict().values()) + WIDTH  # of the router
     entries = cost.each[group.name]  # of what a file says of its tensors

@@ -15,13 +15,13 @@ from torch.testing import assert_close
 import osscar
 from osscar.allocation.widths import count_kept_experts
 from osscar.base.errors import JournalError, NonFiniteError, RequestError
-from osscar.preparation.experts import mixtures_in
-from osscar.proof.routers import routed_among
+from osscar.experts import walk as expert_walk
+from osscar.experts.find import mixtures_in
+from osscar.experts.routers import routed_among
+from osscar.experts.walk import ExpertStep, ExpertWalk
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest, parse_keep
-from osscar.walk import expert_walk
-from osscar.walk.expert_walk import ExpertStep, ExpertWalk
 from osscar.walk.layer_step import LayerStep
 from solvers import BackendError
 from tests.osscar.families import framing_tokenizer, tokens

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError
+from osscar.experts.routers import Call, logits_of, tied
 from osscar.network.hooks import hooks, other_forwards
-from osscar.preparation.routing import sum_over
-from osscar.proof.routers import Call, logits_of, tied
 from solvers import RoutingRule
 
 MOST_TIED = 0.01
@@ -180,6 +179,24 @@ class _RuleRouter(nn.Module):
         """
         experts, weights = self.rule.route(logits.double(), None, bias)
         return logits, experts, weights.to(beside)
+
+
+def sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over experts, a list of modules, of what they make of tokens, times weights.
+
+    The arguments behind the list are those of `Routed`.
+    """
+    parts = [
+        (token, expert(hidden[token]) * weights[token, place, None])
+        for number, expert in enumerate(experts)
+        for token, place in [(chosen == number).nonzero(as_tuple=True)]
+        if len(token)
+    ]
+    outputs = parts[0][1].shape[1] if parts else hidden.shape[1]
+    y = hidden.new_zeros(len(hidden), outputs)
+    for token, part in parts:
+        y.index_add_(0, token, part.to(y))
+    return y
 
 
 @contextmanager

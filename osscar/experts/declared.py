@@ -1,11 +1,11 @@
 """Which blocks send tokens to a list of modules: declared by the user, and checked by trial.
 
-See `osscar.preparation.expert_lists` for how such a block is run.
+See `osscar.experts.lists` for how such a block is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 
-from graph.groups import Role, Slot, UnitKind
+import graph
+from graph import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, OptionError, OsscarError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
-from osscar.network.double import InDouble
-from osscar.network.hooks import hooks, other_forwards
-from osscar.network.modules import copied, forward
-from osscar.preparation.expert_lists import (
+from osscar.experts.lists import (
     ExpertList,
     ListInBlock,
     called_as_mixtures,
@@ -32,8 +30,7 @@ from osscar.preparation.expert_lists import (
     run_with,
     silence,
 )
-from osscar.proof.plan import GroupPlan
-from osscar.proof.routers import (
+from osscar.experts.routers import (
     TOLERANCE,
     Call,
     SeenRoutes,
@@ -44,6 +41,11 @@ from osscar.proof.routers import (
     rule_of,
     without_experts,
 )
+from osscar.network.double import InDouble
+from osscar.network.hooks import hooks, other_forwards
+from osscar.network.modules import copied, forward
+from osscar.offload.on_disk import is_on_disk
+from osscar.proof.plan import GroupPlan
 from osscar.shrinking.follow import full_name
 from solvers import RoutingRule
 
@@ -179,6 +181,61 @@ def stood_in_for(model: nn.Module, blocks: Mapping[str, Any]) -> Iterator[None]:
 
     with other_forwards([(model.get_submodule(n), partial(forward, y)) for n, y in blocks.items()]):
         yield
+
+
+_OPAQUE = (
+    "it enters {!r}, whose code gives experts the tokens that are sent to them: shapes depend on "
+    "values there, so that it cannot be traced"
+)
+_SENT = (
+    "belongs to experts that the code of {!r} gives the tokens that are sent to them: shapes "
+    "depend on values there, so that it cannot be traced; whole experts may leave (experts=)"
+)
+
+
+def traced_around(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    small: Mapping[str, Any],
+    error: graph.TraceError,
+) -> tuple[graph.DependencyGraph, tuple[CouplingGroup, ...]]:
+    """Trace a model around its declared blocks, or raise the error that it cannot be traced with.
+
+    Last come frozen groups for the neurons of the experts in these blocks.
+    """
+    blocks = {} if is_on_disk(model) else declared_in(model)
+    if not blocks:
+        lists = [name for name, _ in model.named_modules() if is_named(name)]
+        said = "".join(undeclared(model, name) for name in lists[:1])
+        raise graph.TraceError(error.reason, error.module, error.hint + said) from error
+    calls = calls_of(model, example, list(blocks))
+    with stood_in_for(model, {name: y for name, [(_, y), *_] in calls.items()}):
+        traced = graph.trace(model, small, opaque=list(blocks))
+    groups = tuple(_opaque_named(group, blocks) for group in traced.groups)
+    untraced = (
+        CouplingGroup(
+            f"{joined(block, told.experts)}.neurons", UnitKind.NEURONS, 1, (), 0,
+            (Freeze(_SENT.format(block or "the model"), "", block),),
+        )
+        for block, told in blocks.items()
+    )  # fmt: skip
+    return replace(traced, groups=groups), tuple(untraced)
+
+
+def _opaque_named(group: CouplingGroup, blocks: Collection[str]) -> CouplingGroup:
+    """Say what is in the way of a group that enters code which was not traced."""
+    frozen = (
+        replace(freeze, reason=_OPAQUE.format(freeze.module or "the model"))
+        if freeze.module in blocks
+        else freeze
+        for freeze in group.frozen
+    )
+    return replace(group, frozen=tuple(frozen))
+
+
+def is_named(name: str) -> bool:
+    """Whether a module has the name of a mixture; others are found by how they are called."""
+    return name.rpartition(".")[2] == "experts"
 
 
 def expert_list(

@@ -3,7 +3,7 @@
 A mixture is a module that is called with tokens, their experts and weights (`routing.Routed`), and
 a router, which put these out.  Of both, an expert owns its entry in every dimension that is as long
 as there are experts.  Experts may leave where that is seen to be all: the router follows a rule
-that is known (`osscar.proof.routers`), with all experts and with fewer; what the mixture puts
+that is known (`osscar.experts.routers`), with all experts and with fewer; what the mixture puts
 out is the sum over experts; and with fewer experts it is the sum over these.
 """
 
@@ -21,15 +21,12 @@ from torch.utils import _pytree as pytree
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.network.double import InDouble
-from osscar.network.hooks import hooks
-from osscar.network.model_state import restored
-from osscar.network.modules import count_parameters, forward
-from osscar.preparation.declared import (
+from osscar.experts.declared import (
     alike,
     calls_of,
     declared_in,
     expert_list,
+    is_named,
     list_slots,
     plan_of,
     router_slots,
@@ -38,10 +35,9 @@ from osscar.preparation.declared import (
     trial_experts,
     undeclared,
 )
-from osscar.preparation.expert_lists import ExpertList, joined
-from osscar.preparation.routing import Routed, last_layers
-from osscar.proof.plan import PruningPlan
-from osscar.proof.routers import (
+from osscar.experts.last_layers import last_layers
+from osscar.experts.lists import ExpertList, joined
+from osscar.experts.routers import (
     TOLERANCE,
     Call,
     Places,
@@ -52,6 +48,13 @@ from osscar.proof.routers import (
     in_double,
     router_of,
 )
+from osscar.network.double import InDouble
+from osscar.network.hooks import hooks
+from osscar.network.model_state import restored
+from osscar.network.modules import count_parameters, forward
+from osscar.preparation.prepare import Prepared
+from osscar.preparation.routing import Routed
+from osscar.proof.plan import PruningPlan
 from osscar.proof.structural import DensePrograms
 from osscar.shrinking.follow import is_list
 from osscar.shrinking.shrink import rehearse
@@ -172,6 +175,11 @@ def mixtures_in(model: nn.Module, example: Mapping[str, Any]) -> tuple[ExpertMix
                 f"of their experts: {first_line(error)}"
             ) from error
     return mixtures
+
+
+def mixtures_of(prepared: Prepared) -> tuple[ExpertMixture, ...]:
+    """Return the mixtures of a model that is prepared."""
+    return tuple(one for one in prepared.routed if isinstance(one, ExpertMixture))
 
 
 def _unshared(model: nn.Module, mixtures: Sequence[ExpertMixture]) -> tuple[ExpertMixture, ...]:
@@ -305,11 +313,6 @@ def _frozen(model: nn.Module, name: str, reason: str, router: str = "") -> Exper
     freeze = Freeze(reason, "", name)
     group = CouplingGroup(_called(name), UnitKind.EXPERTS, units, (), 0, (freeze,))
     return ExpertMixture(group, name, router)
-
-
-def is_named(name: str) -> bool:
-    """Whether a module has the name of a mixture; others are found by how they are called."""
-    return name.rpartition(".")[2] == "experts"
 
 
 def _called(name: str) -> str:

@@ -17,18 +17,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graph import CouplingGroup, UnitKind
+from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.timing import Stage, timed
+from osscar.experts.find import ExpertMixture, mixtures_of
+from osscar.experts.last_layers import last_matrices
+from osscar.experts.lists import MOST_TIED, called_as_mixtures
+from osscar.experts.routers import Call, tied
 from osscar.network.hooks import hooks
-from osscar.preparation.consumer import LinearMap, member_maps
-from osscar.preparation.expert_lists import MOST_TIED, called_as_mixtures
-from osscar.preparation.experts import ExpertMixture
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.routing import ListedMixture, Routed, afresh, output_of
-from osscar.proof.routers import Call, tied
+from osscar.preparation.routing import Routed, afresh, output_of
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import DenseTensors, LayerStep
@@ -44,33 +44,6 @@ _AT_ONCE = 1 << 22
 
 _BLOCK = 4096
 """Tokens in a block of a problem, about."""
-
-
-def last_matrices(
-    prepared: Prepared, mixture: ExpertMixture
-) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
-    """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
-    module = prepared.model.get_submodule(mixture.experts)
-    if isinstance(module, nn.ModuleList):
-        return _last_layers(prepared, mixture, module)
-    for group in prepared.groups:
-        if not group.frozen and any(slot.module == mixture.experts for slot in group.consumers):
-            maps = prepared.linear_maps(group)
-            if len(maps) == mixture.group.units:
-                return group, maps
-    return None
-
-
-def _last_layers(
-    prepared: Prepared, mixture: ExpertMixture, experts: nn.ModuleList
-) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
-    """Return what the last layers of experts read that are a list of modules, as neurons."""
-    name = mixture.last_layer
-    if name is None:
-        return None
-    maps = member_maps(mixture.experts, ListedMixture(mixture.experts, experts, name, 1))
-    neurons = f"{mixture.group.name}.neurons"
-    return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
 
 
 @contextmanager
@@ -136,7 +109,7 @@ class ExpertWalk(Walk):
     ) -> None:
         self._mixtures = {one.group.name: one for one in mixtures}
         names = {*kept, *self._mixtures}
-        self._routed = [one for one in prepared.mixtures if one.group.name in names]
+        self._routed = [one for one in mixtures_of(prepared) if one.group.name in names]
         self._kept = dict(kept)
         self._routes: dict[tuple[str, int], _Routes] = {}
         """By router and batch."""

@@ -1,0 +1,129 @@
+"""The last matrices of experts: of stacked ones, and of those that are a list of modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graph import CouplingGroup, UnitKind
+from osscar.network.hooks import hooks
+from osscar.preparation.consumer import ExpertMap, LinearMap
+from osscar.preparation.routing import Mixture
+from osscar.shrinking.fold import is_foldable
+
+if TYPE_CHECKING:
+    from osscar.experts.find import ExpertMixture
+    from osscar.preparation.prepare import Prepared
+
+
+@dataclass(frozen=True, eq=False)
+class ListedMixture(Mixture):
+    """A mixture whose experts are a list of modules, each with a last matrix of its own.
+
+    `parameter` is the name of the layer, in every expert, that puts out what the expert does.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.module)  # type: ignore[arg-type]
+
+    def last(self, expert: int) -> nn.Linear:
+        """Return the last layer of an expert."""
+        found = self.module[expert].get_submodule(self.parameter)  # type: ignore[index]
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+        """Return what each expert's last layer reads, (visits, p)."""
+        X = hidden.new_zeros(len(hidden), self.last(0).in_features)
+        for number, expert in enumerate(self.module.children()):
+            rows = (experts[:, 0] == number).nonzero().flatten()
+            if len(rows):
+                seen = last_layers(expert, hidden[rows])[self.parameter]
+                X[rows] = seen.to(X)
+        return X
+
+
+def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+    """Return which linear layers put out what an expert does, with what each of them reads."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def look(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        seen.setdefault(name, []).append((x.detach(), y))
+
+    linear = [
+        name
+        for name, inner in expert.named_modules()
+        if isinstance(inner, nn.Linear) and not is_foldable(inner)  # its weight can be replaced
+    ]
+    with hooks(expert, linear, after=look):
+        y = expert(hidden)
+    return {
+        name: calls[0][0]
+        for name, calls in seen.items()
+        if len(calls) == 1 and calls[0][1].shape == y.shape and torch.equal(calls[0][1], y)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _MemberMap(ExpertMap):
+    """What one expert adds to the output of a mixture whose experts are a list of modules.
+
+    `module` is the last layer of that expert, while calls are those of the list.
+    """
+
+    mixture: ListedMixture
+
+    @property
+    def holder(self) -> str:
+        """The last layer of the expert."""
+        return f"{self.name}.{self.expert}.{self.mixture.parameter}".removesuffix(".")
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """The last matrix of the expert; biases stay."""
+        return "weight", ""
+
+    def _view(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+
+def member_maps(name: str, mixture: ListedMixture) -> tuple[LinearMap, ...]:
+    """Return the last layers of experts that are a list of modules, one an expert."""
+    return tuple(
+        _MemberMap(name, layer, 1, [[i] for i in range(layer.in_features)], False, mixture, expert)
+        for expert in range(mixture.count)
+        for layer in [mixture.last(expert)]
+    )
+
+
+def last_matrices(
+    prepared: Prepared, mixture: ExpertMixture
+) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
+    """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
+    module = prepared.model.get_submodule(mixture.experts)
+    if isinstance(module, nn.ModuleList):
+        return _last_layers(prepared, mixture, module)
+    for group in prepared.groups:
+        if not group.frozen and any(slot.module == mixture.experts for slot in group.consumers):
+            maps = prepared.linear_maps(group)
+            if len(maps) == mixture.group.units:
+                return group, maps
+    return None
+
+
+def _last_layers(
+    prepared: Prepared, mixture: ExpertMixture, experts: nn.ModuleList
+) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
+    """Return what the last layers of experts read that are a list of modules, as neurons."""
+    name = mixture.last_layer
+    if name is None:
+        return None
+    maps = member_maps(mixture.experts, ListedMixture(mixture.experts, experts, name, 1))
+    neurons = f"{mixture.group.name}.neurons"
+    return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
