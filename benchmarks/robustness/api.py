@@ -198,7 +198,7 @@ def honest_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "shrink": (
             osscar.shrink,
-            {"model": net, "plan": plan, "inputs": [(images,)], "tolerance": None},
+            {"model": net, "plan": plan, "inputs": [(images,)]},
         ),
         "slice_units": (osscar.slice_units, {"model": net, "plan": plan}),
         "adapter": (

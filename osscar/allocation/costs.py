@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from graph import CouplingGroup, Role, UnitKind
 from osscar.checkpoint.formats import entry_bytes, header_bytes, saved_format, written_tensors
 from osscar.data.batches import Batch
+from osscar.network.modules import named_tensors
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import Form
@@ -147,7 +148,7 @@ def count(
 
     `program` is its exported program, on its own tensors, if that is what becomes smaller.
     """
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in tensors.items()}
     taken = _taken(model, groups, names, cost)
     prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)

@@ -33,7 +33,7 @@ from osscar.network.predictions import (
     LOGITS,
     known_output,
     named_logits,
-    named_tensors,
+    named_outputs,
     place_of_classes,
     reads_sequences,
     scored_output,
@@ -371,7 +371,7 @@ def _arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
 
 def _classifies(result: Any, count: int) -> bool:
     """Whether a model that reads images puts out a matrix with a row for each, among others."""
-    tensors = [x for _, x in named_tensors(result) if x.is_floating_point()]
+    tensors = [x for _, x in named_outputs(result) if x.is_floating_point()]
     return not tensors or any(x.ndim == 2 and len(x) == count for x in tensors)
 
 
@@ -420,7 +420,7 @@ class _Outputs:
         kind = type(model).__name__
         found = {
             name: one
-            for name, one in named_tensors(result)
+            for name, one in named_outputs(result)
             if one.is_floating_point() or one.is_complex()
         }
         if not found:

@@ -24,7 +24,7 @@ from graph.groups import Role
 from osscar.base.errors import ModelError
 from osscar.network.double import InDouble
 from osscar.network.hooks import hooks
-from osscar.network.modules import copied
+from osscar.network.modules import copied, named_tensors
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.proof.plan import GroupPlan
 from solvers import GroupScore, RouterScores, RoutingRule, SolverError
@@ -328,7 +328,7 @@ def _tokens(call: Call) -> int:
 
 def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
     """Return what has one number for each expert: tensors of a module, and arguments of it."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = dict(named_tensors(module))
     given = pytree.tree_leaves(call)
     own |= {f"argument {i}": leaf for i, leaf in enumerate(given) if isinstance(leaf, Tensor)}
     return {n: values_of(t) for n, t in own.items() if t.is_floating_point() and t.numel() == count}

@@ -35,7 +35,7 @@ from osscar.data.batches import (
 from osscar.data.tensors import load_tensors
 from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
-from osscar.network.predictions import ALONE, named_tensors
+from osscar.network.predictions import ALONE, named_outputs
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
 from osscar.proof.lineage import Input, lineage_of
@@ -92,7 +92,7 @@ class OpenProgram:
         """
         with evaluating(self.model):
             result = call(self.model, self.example)
-        names = [name for name, _ in named_tensors(result)]
+        names = [name for name, _ in named_outputs(result)]
         leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
         for leaf in leaves:
             if not isinstance(leaf, Tensor):

@@ -106,7 +106,7 @@ def place_of_classes(
     return None
 
 
-def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_outputs(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in what a model returned, with where they are."""
     if isinstance(result, Tensor):
         yield place or ALONE, result
@@ -114,9 +114,9 @@ def named_tensors(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
         names = getattr(result, "_fields", range(len(result)))
         members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
         for name, member in members:
-            yield from named_tensors(member, f"{place}.{name}" if place else str(name))
+            yield from named_outputs(member, f"{place}.{name}" if place else str(name))
 
 
 def _fractions(result: Any) -> dict[str, Tensor]:
-    found = {name: one for name, one in named_tensors(result) if one.is_floating_point()}
+    found = {name: one for name, one in named_outputs(result) if one.is_floating_point()}
     return {name: one for name, one in found.items() if one.ndim} or found

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from osscar.base.errors import FileError
+from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write, digest
 from osscar.base.json_files import parse_json
 from osscar.network.modules import sha256_of
@@ -40,8 +40,17 @@ def write_record(path: Path, words: Any, tensors: Mapping[str, Tensor], run: str
 def read_record(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Tensor]]:
     """Return what `write_record` wrote, tensors in the order of their names.
 
-    Raises FileError if it cannot be read, is a part of something else, or was changed.
+    Raises JournalError if it cannot be read, is a part of something else, or was changed.
     """
+    try:
+        return _read(path, schema, run)
+    except FileError as error:
+        raise JournalError(
+            f"{path} cannot be read: {error.reason}; begin anew with --restart"
+        ) from error
+
+
+def _read(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}

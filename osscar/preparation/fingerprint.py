@@ -21,7 +21,7 @@ from osscar.base.json_files import STRICT
 from osscar.base.ranks import Ranks
 from osscar.data.batches import ModelInputs
 from osscar.network.model_state import model_state
-from osscar.network.modules import device_of, sha256_of
+from osscar.network.modules import device_of, named_tensors, sha256_of
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import proof_outputs, rounding
@@ -114,7 +114,7 @@ class Fingerprint:
         # Of these a divergence is measured.
         labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])
         return cls(
-            sha256_of([*model.named_buffers(), *model.named_parameters()]),
+            sha256_of(named_tensors(model)),
             sha256_of(chain([("labelled", labelled)], data)),
             DenseOutputs.of(model, inputs),
         )

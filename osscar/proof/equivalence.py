@@ -213,15 +213,13 @@ _NAMES = ("the masked one", "the shrunk model")
 def prove_equal(
     masked: Iterable[Tensor],
     shrunk: Iterable[Tensor],
-    *,
-    tolerance: float | None = None,
     names: tuple[str, str] = _NAMES,
 ) -> Match:
     """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
     Each output is compared by itself, and each of its columns (an entry of its last dimension, or
-    of its second) relative to its own size.  By default the tolerance is that of the number format;
-    `names` are what both are in an error.
+    of its second) relative to its own size; the tolerance is that of the number format.  `names`
+    are what both are in an error.
     """
     worst, ties, compared = 0.0, 0, False
     one, other = names
@@ -248,7 +246,7 @@ def prove_equal(
         error = _difference(a, b, names)
         if error is None:
             continue
-        allowed = _rounding_of(a.dtype).tolerance if tolerance is None else tolerance
+        allowed = _rounding_of(a.dtype).tolerance
         if not error <= allowed:
             raise EquivalenceError(
                 f"{other}'s output differs from {one}'s by {error:.2e} of the largest value of a "

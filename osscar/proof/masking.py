@@ -57,11 +57,10 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
 
 def distance_from_masked(
     model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
-) -> Callable[[nn.Module, float | None], Match]:
+) -> Callable[[nn.Module], Match]:
     """Run a model without the units that a plan removes, and return what tells how far others are.
 
-    That takes a smaller model and a tolerance, as `prove_equal` does.  With `keeping`, a pass that
-    keeps its state is compared, too, if the model can run one.
+    With `keeping`, a pass that keeps its state is compared, too, if the model can run one.
     """
     given = [in_format_of(one, model) for one in inputs]
     with masked(model, plan):
@@ -72,9 +71,8 @@ def distance_from_masked(
             keeping, outputs = False, outputs_before(model, given)
     prove_equal(outputs, outputs)  # that there is something to compare
 
-    def distance(smaller: nn.Module, tolerance: float | None) -> Match:
-        found = proof_outputs(smaller, given, keeping=keeping)
-        return prove_equal(outputs, found, tolerance=tolerance)
+    def distance(smaller: nn.Module) -> Match:
+        return prove_equal(outputs, proof_outputs(smaller, given, keeping=keeping))
 
     return distance
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.budget import Allocated
-from osscar.base.errors import FileError, JournalError
+from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import MEGABYTE, STRICT
@@ -156,11 +156,5 @@ class RunLog(SavingJournal[JournalManifest]):
         write_record(self._place(index), words, weights, self._run)
 
     def _read(self, index: int) -> LayerRecord:
-        place = self._place(index)
-        try:
-            words, weights = read_record(place, _Words, self._run)
-        except FileError as error:
-            raise JournalError(
-                f"{place} cannot be read: {error.reason}; begin anew with --restart"
-            ) from error
+        words, weights = read_record(self._place(index), _Words, self._run)
         return LayerRecord(words.plan, words.report, tuple(weights.values()))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from osscar.base.errors import MissingDependency, OptionError
-from osscar.network.modules import graphics_cards
+from osscar.network.modules import graphics_cards, named_tensors
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -107,7 +107,7 @@ def as_saved(model: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[N
     formats
         The number formats in which parameters and buffers are saved, by name.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = named_tensors(model)
     before = [(tensor, tensor.data) for _, tensor in named]
     layers = _adapted(model).values()
     try:

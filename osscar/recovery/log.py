@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.base.errors import FileError, JournalError
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT
 from osscar.network.records import read_record, write_record
@@ -103,12 +102,7 @@ class RecoveryLog(SavingJournal[JournalManifest]):
         """Return where the recovery stands; None if it has not come so far."""
         if not self.done:
             return None
-        try:
-            return Standing(*read_record(self.done[-1], Progress, self._run))
-        except FileError as error:
-            raise JournalError(
-                f"{error.path} cannot be read: {error.reason}; {self.otherwise}"
-            ) from error
+        return Standing(*read_record(self.done[-1], Progress, self._run))
 
     def keep(self, standing: Standing) -> None:
         """Keep where the recovery stands; what was kept before goes."""

@@ -28,7 +28,13 @@ from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
-from osscar.network.modules import check_finite_weights, check_usable, device_of, sha256_of
+from osscar.network.modules import (
+    check_finite_weights,
+    check_usable,
+    device_of,
+    named_tensors,
+    sha256_of,
+)
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
@@ -295,10 +301,9 @@ def _begun(
         yield None
         return
     versions = {name: version(name) for name in ("torch", "transformers")}
-    tensors = (*dense.named_parameters(), *dense.named_buffers())
     asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
     del asked["max_memory"]  # what it has led to is the way
-    asked |= {WAY: _chosen(way), "dense": sha256_of(tensors)}
+    asked |= {WAY: _chosen(way), "dense": sha256_of(named_tensors(dense))}
     manifest = JournalManifest(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
     )

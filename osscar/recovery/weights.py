@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_derived
-from osscar.network.modules import copied, device_of, in_evaluation
+from osscar.network.modules import copied, device_of, in_evaluation, named_tensors
 from osscar.proof.program.program import ProgramModule
 from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
 from osscar.recovery.request import RecoveryRequest
@@ -45,8 +45,8 @@ def _trained(model: nn.Module) -> frozenset[str]:
 
 def formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
     """Return the number formats in which a copy comes back; adapters have their own."""
-    due = {name: tensor.dtype for name, tensor in _tensors(model)}
-    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in _tensors(work)}
+    due = {name: tensor.dtype for name, tensor in named_tensors(model)}
+    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in named_tensors(work)}
 
 
 def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
@@ -56,7 +56,7 @@ def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
     """
     merge_adapters(work)
     work.to(device_of(model))
-    for (_, mine), (_, other) in zip(_tensors(work), _tensors(model), strict=True):
+    for (_, mine), (_, other) in zip(named_tensors(work), named_tensors(model), strict=True):
         mine.data = mine.data.to(other.dtype, copy=mine.data_ptr() == other.data_ptr())
         mine.requires_grad_(other.requires_grad)
         mine.grad = None
@@ -64,7 +64,3 @@ def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
         module.training = first.training
     forget_derived(work)
     return work
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]

@@ -68,7 +68,6 @@ def shrink(
     plan: PruningPlan,
     inputs: Sequence[Inputs],
     *,
-    tolerance: float | None = None,
     programs: DensePrograms | None = None,
 ) -> Proof:
     """Remove units from a model, in place, and prove that nothing else has changed.
@@ -87,9 +86,6 @@ def shrink(
         On which the shrunk model is compared with the masked one, best of more than one size: each
         a tuple of positional arguments or a dict of keyword arguments.  The dense model is exported
         with the first of them.
-    tolerance
-        Largest difference allowed, relative to the largest value of a column; by default that of
-        the number format.
     programs
         Of the dense model; by default it is exported.
 
@@ -103,11 +99,11 @@ def shrink(
     ModelError
         If the plan does not fit the model, or the model cannot run on the inputs.
     OptionError
-        If plan, inputs or tolerance are none.
+        If plan or inputs are none.
     EquivalenceError
         If the programs or the outputs differ; `AdapterError` if a module cannot follow.
     """
-    check_request(plan, inputs, tolerance)
+    check_request(plan, inputs)
     with (
         evaluating(model),
         torch.random.fork_rng(graphics_cards(model)),
@@ -119,13 +115,11 @@ def shrink(
             programs = dense_programs(model, by_name(model, inputs[0]))
         masked = _Masked.of(model, plan, inputs)
         try:
-            return _proved(model, plan, masked, tolerance, programs)
+            return _proved(model, plan, masked, programs)
         except EquivalenceError as error:
             if not isinstance(error, StructureError):  # who is to blame shows without programs
                 programs = DensePrograms((), "outputs differ")
-            attempt = partial(
-                rehearse, model, inputs=inputs, programs=programs, tolerance=tolerance
-            )
+            attempt = partial(rehearse, model, inputs=inputs, programs=programs)
             found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
             raise type(error)(f"{error}; nothing was written. {_blamed(found)}") from error
@@ -136,12 +130,10 @@ def rehearse(
     plan: PruningPlan,
     inputs: Sequence[Inputs],
     programs: DensePrograms,
-    *,
-    tolerance: float | None = None,
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with restored(model):
-        _proved(model, plan, _Masked.of(model, plan, inputs), tolerance, programs)
+        _proved(model, plan, _Masked.of(model, plan, inputs), programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
@@ -204,7 +196,7 @@ class _Masked:
     """
 
     untouched: ModelState
-    distance: Callable[[nn.Module, float | None], Match]
+    distance: Callable[[nn.Module], Match]
     finer: bool
 
     @classmethod
@@ -221,7 +213,6 @@ def _proved(
     model: nn.Module,
     plan: PruningPlan,
     masked: _Masked,
-    tolerance: float | None,
     programs: DensePrograms,
 ) -> Proof:
     """Shrink a model and prove it; if that fails, it is as it was."""
@@ -232,7 +223,7 @@ def _proved(
             before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
         slice_units(model, plan)
         with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
-            check = partial(masked.distance, model, tolerance)
+            check = partial(masked.distance, model)
             match, found = IntegerSearch(model, plan, check).run()
         # What passes keep for the next would be another program.
         untouched.put_back(kept={(number.module, number.attribute) for number in found})
@@ -252,7 +243,7 @@ def _proved(
 # ---- the masked model --------------------------------------------------------------------
 
 
-def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | None) -> None:
+def check_request(plan: object, inputs: Sequence[Inputs]) -> None:
     """Refuse what no model can be shrunk by, or proved on."""
     check_plan(plan)
     are_inputs = isinstance(inputs, list | tuple) and all(
@@ -263,9 +254,6 @@ def check_request(plan: object, inputs: Sequence[Inputs], tolerance: float | Non
             f"the inputs of the proof are {safe_repr(inputs)}; give a list of tuples of positional "
             "arguments, or of dicts of keyword arguments, at least one"
         )
-    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):
-        raise OptionError(f"tolerance is {safe_repr(tolerance)}; give a number from 0, or None")
 
 
 def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:

@@ -66,8 +66,6 @@ def shrink_program(
     plan: PruningPlan,
     inputs: Sequence[Inputs],
     example: Mapping[str, Tensor],
-    *,
-    tolerance: float | None = None,
 ) -> ShrunkProgram:
     """Make a smaller model of a model's exported program, and prove that nothing else has changed.
 
@@ -88,28 +86,25 @@ def shrink_program(
     example
         What the model is traced with: keyword arguments of its forward pass, tensors of two samples
         or more.
-    tolerance
-        Largest difference allowed, relative to the largest output; by default that of the number
-        format.
 
     Raises
     ------
     ModelError
         If the plan does not fit the model, or the model cannot run on the inputs.
     OptionError
-        If plan, inputs, example or tolerance are none.
+        If plan, inputs or example are none.
     EquivalenceError
         If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
         follow.
     """
-    check_request(plan, inputs, tolerance)
+    check_request(plan, inputs)
     _check_example(example)
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
         trial = ProgramTrial(model, example, inputs)
         try:
-            program, proof = trial.proved(plan, tolerance)
+            program, proof = trial.proved(plan)
         except EquivalenceError as failure:
             raise type(failure)(f"{failure}; {_WAY_OUT}") from failure
         plan = dataclasses.replace(plan, traced=trial.traced)
@@ -261,16 +256,14 @@ class ProgramTrial:
     def _of_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         return {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
 
-    def proved(
-        self, plan: PruningPlan, tolerance: float | None = None
-    ) -> tuple[ProgramModule, Proof]:
+    def proved(self, plan: PruningPlan) -> tuple[ProgramModule, Proof]:
         """Return the smaller program, and how far it is from the masked model."""
         shrunk = shrunk_graph(self.program, plan)
         structure = by_construction(shrunk)
         made = smaller(shrunk)
         expected = distance_from_masked(self.model, plan, self.inputs, keeping=False)
         try:
-            match = expected(made, tolerance)
+            match = expected(made)
         except EquivalenceError:
             raise
         except Exception as error:  # whatever an operator or a guard raises

@@ -18,9 +18,6 @@ from osscar.proof.equivalence import proof_outputs
 from osscar.proof.masking import masked
 from osscar.shrinking.shrink import Proof, shrink
 
-TOLERANCE = 1e-4
-"""Of the largest output, in float32."""
-
 LEAST_EFFECT = 1e-4
 """How far masking has to move the outputs, as a share of the largest, for the proof to mean
 anything."""
@@ -56,7 +53,7 @@ def shrink_by_half(model: nn.Module, inputs: list[Inputs]) -> tuple[DependencyGr
     with masked(model, plan):
         pairs = zip(dense, proof_outputs(model, inputs[:1]), strict=True)
     effect = max(_difference(a, b) for a, b in pairs)
-    return dependencies, shrink(model, plan, inputs, tolerance=TOLERANCE), effect
+    return dependencies, shrink(model, plan, inputs), effect
 
 
 def measure(model: nn.Module, inputs: list[Inputs]) -> Coverage:
