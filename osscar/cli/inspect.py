@@ -59,14 +59,18 @@ def run(
     if hidden:
         frozen = pluralize(hidden, "frozen group")
         say(f"{frozen} inside the units of others {are(hidden)} not shown; --all does")
-    prunable, total = count_owned(loaded.model, groups), count_parameters(loaded.model)
-    say(f"{prunable / total:.1%} of {total:,} parameters lie in prunable groups")
+    budgeted = [group for group in groups if group.name not in residual]
+    prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)
+    beside = count_owned(loaded.model, groups) - prunable
+    more = f"; --residual reaches another {beside / total:.1%}" if beside else ""
+    say(f"a budget reaches {prunable / total:.1%} of {total:,} parameters{more}")
     if svg is not None:
         say(f"drawing: {prepared.traced.draw(svg)}")
     content = {
         "model": loaded.source,
         "parameters": total,
         "prunable_parameters": prunable,
+        "residual_parameters": beside,
         "groups": [dataclasses.asdict(group) for group in groups],
     }
     write_json(json, document("inspect", 1, content))
