@@ -129,9 +129,9 @@ def test_stages_are_those_of_the_whole_run(document):
     stages = document["stages"]
     assert {
         "open and trace",
-        "trial",
-        "measured curves",
-        "walk",
+        "trial shrink",
+        "loss curves",
+        "calibration passes",
         "solver and refit",
     } <= stages.keys()
     assert [*stages][-1] == "other"

@@ -415,12 +415,12 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     assert [p["method"] for p in points] == [MEASURED, *BASELINES]
     page = (out / "report.html").read_text()
     first, *others = (p["stages"].keys() for p in points)
-    assert {"open and trace", "trial"} <= first  # is what all of them share
+    assert {"open and trace", "trial shrink"} <= first  # is what all of them share
     for p, stages in zip(points, (first, *others), strict=True):
-        assert {"walk", "solver and refit", "timing", "other"} <= stages
+        assert {"calibration passes", "solver and refit", "timing", "other"} <= stages
         assert sum(p["stages"].values()) >= p["prune_seconds"]
         assert p["seconds_between"][0] <= p["seconds"] <= p["seconds_between"][1]
-    assert not any("trial" in stages for stages in others)
+    assert not any("trial shrink" in stages for stages in others)
     for p in points:
         assert p["reached"] == p["parameters"] <= p["limit"] == points[0]["limit"]
         assert f"{p['reached'] / p['limit']:.1%}" in page
@@ -531,7 +531,7 @@ def shown_sweep(budget, values, dense_parameters=1000):
             **{"method": method, "value": value, "parameters": 1000 - 100 * number},
             **{"limit": 800.0 if number else None, "reached": 900.0 - 100 * number},
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
-            **{"seconds_between": [0.4, 0.625], "stages": {"walk": 1.5, "other": 0.5}},
+            **{"seconds_between": [0.4, 0.625], "stages": {"calibration passes": 1.5, "other": 0.5}},
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
             "recovered": None,
