@@ -65,6 +65,9 @@ class ProgramModule(GraphModule):
         copy.built_by = self.built_by
         return copy
 
+    def _get_name(self) -> str:
+        return ProgramModule.__name__  # each program of torch has a class of its own, GraphModule
+
 
 def example_of(program: ProgramModule) -> dict[str, Tensor]:
     """Return zeros like the inputs that a program was traced with, by name."""
