@@ -19,7 +19,7 @@ closer to its diagonal than A is, and the bound is never worse (Schur's product 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -156,17 +156,6 @@ class RemovalTerms:
             torch.arange(problem.units, device=problem.device),
             sum(roundings[1:], roundings[0]).twice,
         )
-
-    def keeping(self, kept: Tensor) -> RemovalTerms:
-        """Return the terms of the other units where some, (k,) int64 places, stay."""
-        free = torch.ones(len(self.units), dtype=torch.bool, device=self.units.device)
-        free[kept] = False
-        places = torch.nonzero(free).flatten()
-        parts = []
-        for c in self.consumers:
-            rows = unit_rows(places, c.width)
-            parts.append(replace(c, A=c.A[rows[:, None], rows], W=c.W[rows]))
-        return replace(self, consumers=tuple(parts), units=self.units[places])
 
     def certified(self, cost: float) -> float:
         """Turn a lower bound of the cost into one of the exact loss.

@@ -65,7 +65,7 @@ class Highs(MixedInteger):
             seen.add(point.tobytes())
             for cut in search.cuts_at(point):
                 model.add(cut)
-        return search.answer_by_cuts(bound, "HiGHS", timed_out=search.seconds_left <= 0)
+        return search.answer(bound, "HiGHS", timed_out=search.seconds_left <= 0)
 
 
 def _tighten_relaxation(model: _Model, search: Search) -> float:

@@ -137,11 +137,10 @@ class Search(Incumbent):
         kept = np.sort(np.argsort(point, kind="stable")[: self.problem.keep])
         self.offer(torch.from_numpy(kept).to(self.problem.device))
 
-    def answer(self, cost: float, proof: str, iterations: int, *, timed_out: bool) -> Selection:
-        """Turn a solver's bound of the cost into an answer with a bound of the loss.
+    def answer(self, cost: float, solver: str, *, timed_out: bool) -> Selection:
+        """Turn the bound of a master problem that a solver solved into an answer.
 
         cost: In units of `Search.unit`.
-        proof, iterations: What proved it, and what it took.
         timed_out: Whether the time limit ended the search; if not, and a gap is left, rounding
             hides it.
         """
@@ -156,17 +155,12 @@ class Search(Incumbent):
             self.support,
             Status.OPTIMAL if closed else left_open,
             lower_bound=lower,
-            bound_from=proof,
-            iterations=iterations,
+            bound_from=f"outer approximation by {solver}, {self.cuts} cuts",
+            iterations=self.cuts,
             history=tuple(self.history),
             gap_tolerance=self.limits.gap_tolerance,
             certificate=certificate,
         )
-
-    def answer_by_cuts(self, cost: float, solver: str, *, timed_out: bool) -> Selection:
-        """Turn the bound of a master problem that a solver solved into an answer."""
-        proof = f"outer approximation by {solver}, {self.cuts} cuts"
-        return self.answer(cost, proof, self.cuts, timed_out=timed_out)
 
     def root_cut(self) -> Cut:
         """Return the cut of the root relaxation."""

@@ -531,7 +531,10 @@ def shown_sweep(budget, values, dense_parameters=1000):
             **{"method": method, "value": value, "parameters": 1000 - 100 * number},
             **{"limit": 800.0 if number else None, "reached": 900.0 - 100 * number},
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
-            **{"seconds_between": [0.4, 0.625], "stages": {"calibration passes": 1.5, "other": 0.5}},
+            **{
+                "seconds_between": [0.4, 0.625],
+                "stages": {"calibration passes": 1.5, "other": 0.5},
+            },
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
             "recovered": None,

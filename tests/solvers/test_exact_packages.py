@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from solvers import BackendError, Status, backend_class, solve
-from solvers.exact.gurobi import licence_errors
+from solvers.exact.gurobi import _licence_errors
 from solvers.exact.outer_approximation import MixedInteger, Search
-from solvers.exact.perspective_miqp import PerspectiveProgram
-from tests.solvers.instances import INSTANCES, Data, build, random_data
+from tests.solvers.instances import INSTANCES, build, random_data
 
 
 def needs(name):
@@ -20,19 +19,8 @@ def needs(name):
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-FORMULATIONS = {"perspective": "perspective program", "outer_approximation": "outer approximation"}
-
 exact = pytest.mark.parametrize(
-    ("backend", "choice"),
-    [
-        pytest.param("highs", {}, id="highs", marks=needs("highs")),
-        *(
-            pytest.param(
-                "gurobi", {"formulation": name}, id=f"gurobi-{name}", marks=needs("gurobi")
-            )
-            for name in FORMULATIONS
-        ),
-    ],
+    "backend", [pytest.param(name, marks=needs(name)) for name in ("highs", "gurobi")]
 )
 
 
@@ -60,54 +48,10 @@ def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
         assert point @ slopes - constant == pytest.approx(cost, abs=1e-8 * costs.max())
 
 
-@pytest.mark.parametrize(
-    "name", ["scalar", "correlated", "dead", "wide_output", "ragged", "ragged_consumers"]
-)
-def test_the_perspective_program_has_the_cost_of_every_support_worth_a_look(name):
-    instance = INSTANCES[name]
-    problem = instance.problem
-    search = Search(problem, MixedInteger(10.0))
-    program = PerspectiveProgram.of(search)
-    free = program.terms.units.tolist()
-    everything = set(range(problem.units))
-    for removed in combinations(range(problem.units), search.removals):
-        cost = (instance.loss(everything - set(removed)) - search.terms.constant) / search.unit
-        if not set(removed) <= set(free):
-            assert cost > 1
-            continue
-        x = np.array([float(unit in removed) for unit in free])
-        whole = split = 0.0
-        for consumer in program.consumers:
-            y = consumer.best_change(x)
-            u = y - consumer.V * x[consumer.unit, None]
-            whole += (u * (consumer.K @ u)).sum()
-            split += (u * (consumer.rest @ u)).sum() + consumer.per_unit(y, len(x)).sum()
-            split += consumer.per_unit(consumer.V, len(x)) @ x
-            assert cost > 1 + 1e-9 or (np.abs(y) <= consumer.reach[:, None]).all()
-        assert [whole, split] == pytest.approx([cost, cost], rel=1e-6, abs=1e-8)
-    for consumer in program.consumers:
-        assert np.linalg.eigvalsh(consumer.rest)[0] > 0
-        assert consumer.split.min() > 0
-
-
-@needs("gurobi")
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_both_formulations_equal_enumeration(formulation):
-    for name in ("correlated", "nearly_singular", "ties", "ragged_consumers", "sparse"):
-        instance = INSTANCES[name]
-        solution = solve(instance.problem, "gurobi", formulation=formulation)
-        slack = 1e-8 * instance.problem.scale
-        assert solution.status is Status.OPTIMAL
-        assert solution.bound_from.startswith(FORMULATIONS[formulation])
-        assert solution.loss == pytest.approx(instance.optimum(), abs=slack)
-        assert solution.lower_bound <= instance.optimum() + slack
-        solution.verify()
-
-
 @exact
-def test_a_time_limit_is_a_status_with_a_valid_bound(backend, choice):
+def test_a_time_limit_is_a_status_with_a_valid_bound(backend):
     instance = hard()
-    solution = solve(instance.problem, backend, time_limit=0.0, **choice)
+    solution = solve(instance.problem, backend, time_limit=0.0)
     optimum = solve(instance.problem, "enumerate").loss
     assert solution.status is Status.TIME_LIMIT
     assert 0 < solution.lower_bound <= optimum * (1 + 1e-9)
@@ -116,21 +60,21 @@ def test_a_time_limit_is_a_status_with_a_valid_bound(backend, choice):
 
 
 @exact
-def test_a_loose_gap_tolerance_ends_the_search_early(backend, choice):
+def test_a_loose_gap_tolerance_ends_the_search_early(backend):
     instance = hard()
-    solution = solve(instance.problem, backend, gap_tolerance=0.6, **choice)
+    solution = solve(instance.problem, backend, gap_tolerance=0.6)
     assert solution.status is Status.OPTIMAL
     assert 1e-4 < solution.gap <= 0.6
     solution.verify()
 
 
 @exact
-def test_the_worst_start_still_reaches_the_optimum(backend, choice):
+def test_the_worst_start_still_reaches_the_optimum(backend):
     problem = build("trap", [random_data(0, 10, 5, samples=20)], 5).problem
     best = solve(problem, "enumerate")
     worst = tuple(best.removed.tolist())
     assert solve(problem, "local_search", start=worst).loss > 1.1 * best.loss
-    solution = solve(problem, backend, start=worst, **choice)
+    solution = solve(problem, backend, start=worst)
     assert solution.status is Status.OPTIMAL
     assert torch.equal(solution.support, best.support)
     assert solution.history[0] > 1.1 * best.loss
@@ -151,37 +95,11 @@ def size_limit():
 
 
 @needs("gurobi")
-def test_a_perspective_program_beyond_the_licence_says_so_and_auto_does_without(size_limit):
-    problem = build("large", [random_data(3, 20, 12)], 10).problem
-    message = (
-        r"perspective program of \d+ variables exceeds the licence, which takes 200 variables .*"
-        "full licence, or use formulation='outer_approximation', branch_and_bound or highs"
-    )
-    with pytest.raises(BackendError, match=message):
-        solve(problem, "gurobi", formulation="perspective", time_limit=0.0)
-    assert solve(problem, "gurobi", time_limit=0.0).bound_from.startswith("outer approximation")
-
-
-@needs("gurobi")
-def test_copies_told_apart_by_damping_alone_go_to_outer_approximation():
-    data = random_data(1256, 3, 1)
-    X, W0 = np.repeat(data.X, 2, axis=1), np.repeat(data.W0, 2, axis=0)
-    problem = build("copies", [Data(X, X @ W0, W0)], 3, damp=1e-7).problem
-    best = solve(problem, "enumerate")
-    for formulation in ("auto", "perspective"):
-        solution = solve(problem, "gurobi", formulation=formulation)
-        assert solution.loss == pytest.approx(best.loss)
-        assert 0 < solution.lower_bound <= best.loss
-        solution.verify()
-    assert solve(problem, "gurobi").bound_from.startswith("outer approximation")
-
-
-@needs("gurobi")
 def test_a_licence_limit_names_the_limit_and_what_to_use_instead(size_limit):
-    message = "model of 2001 units exceeds the licence, which takes 2000 variables .* or use highs"
+    message = "of 2001 units exceeds the licence, which takes 2000 variables .* or use branch_and"
     with (
         pytest.raises(BackendError, match=message),
-        licence_errors("model of 2001 units", "2000 variables", "highs"),
+        _licence_errors("outer approximation of 2001 units"),
     ):
         raise size_limit
 

@@ -15,7 +15,6 @@ from solvers import (
     Status,
     SubsetProblem,
     VerificationError,
-    refit_loss,
     solve,
 )
 from solvers.bounds.quadratic import is_definite, scaled_diagonal
@@ -119,15 +118,6 @@ def test_bound_is_attached_to_heuristics_on_request():
     exact = solve(problem, "enumerate", bound=True)
     assert isinstance(exact.certificate, EnumerationCertificate)
     assert exact.status is Status.OPTIMAL
-
-
-def test_units_that_stay_leave_the_terms():
-    problem = random_problem(4, 7, 2, 3, 4, consumers=2)
-    node = RemovalTerms.of(problem).keeping(torch.tensor([5, 0]))
-    assert node.units.tolist() == [1, 2, 3, 4, 6]
-    cost = float(node.costs(torch.tensor([[0, 1, 4]]))[0])
-    loss = refit_loss(problem, torch.tensor([0, 3, 4, 5]))
-    assert node.constant + cost == pytest.approx(loss, rel=1e-10)
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(2, 30), share=st.floats(0.01, 0.99))

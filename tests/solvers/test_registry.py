@@ -157,7 +157,6 @@ BAD_OPTIONS = [
     ("cvxpy", {"relaxation": "linear"}, "choose semidefinite or second_order"),
     ("cvxpy", {"rounds": 0}, "rounds is 0"),
     ("cvxpy", {"solver": "NONE_SUCH"}, "'NONE_SUCH' is not installed; choose from .*CLARABEL"),
-    ("gurobi", {"formulation": "conic"}, "'conic'; choose from auto, perspective, outer_appr"),
     *((b, {"threads": t}, f"threads is {t}; give 1 to") for b in SOLVERS[1:] for t in (-5, 10**30)),
     *((b, limits, "time_limit is .* and gap_tolerance") for b in SOLVERS for limits in BAD_LIMITS),
 ]
