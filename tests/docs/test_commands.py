@@ -47,7 +47,6 @@ PARSED = {
     "osscar export smaller --format onnx": "takes a directory; test_export.py runs it",
     "osscar export tuned": "takes a model of ultralytics; test_python.py runs it",
     "osscar export recovered": "takes a LLaMA, and the demo is an OPT; test_gguf.py runs it",
-    "python -m benchmarks.robustness": "takes minutes of attacks and kills",
     "python benchmarks/quality.py": "takes hours, on text that is not shipped",
     "python -m benchmarks.recovery": "takes hours, on data that are not shipped",
     "python -m benchmarks.joined": "takes minutes of training, on images that are not shipped",
