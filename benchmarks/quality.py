@@ -7,8 +7,8 @@ that the same command goes on where it was stopped.  Ends with a Markdown table 
 
 Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
 form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source), on
-the built-in text, on code (modules of Python), on as many windows of the same form and of code
-(mixed), or on what the dense model writes itself, from its first token on.
+the built-in text, on code (modules of Python), or on as many windows of the same form and of code
+(mixed).
 Baselines are uniform, on the paper's target: every group keeps the same share of its units, as if
 asked for by --heads and --neurons, or the largest one within a budget of FLOPs; all of
 them refit by least squares, but for FLAP's compensation, which leaves weights as they are and makes
@@ -127,8 +127,6 @@ class Text(Subject):
         samples = samples or 32
         length = min(512, self.model.config.max_position_embeddings)
         asked = {"samples": samples, "seqlen": length, "seed": seed}
-        if source == "self-written":
-            return self.loaded.calibration("self", **asked)
         if source == "code":
             return text_windows(self.loaded.tokenizer, python_code(), **asked, source=source)
         if source == "mixed":
@@ -232,7 +230,7 @@ def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
 
 
 SHARES = (0.2, 0.3, 0.4, 0.5)
-SOURCES = ("same form", "shifted", "built-in", "code", "mixed", "self-written")
+SOURCES = ("same form", "shifted", "built-in", "code", "mixed")
 TASKS = {
     "smollm2": Task(
         lambda a: Text("smollm2-135m", a),

@@ -82,9 +82,9 @@ class DataOptions(OpenOptions):
 
     dense: Dense = None
     calibration: str | None = None
-    """Plain text file, Hugging Face dataset, or "self", which is text that the model itself writes
-    (by default built-in text); for images a directory or an .npz file; for anything else FILE.npz
-    or FILE.safetensors, with an entry for each argument of the model's `forward`."""
+    """Plain text file or Hugging Face dataset (by default built-in text); for images a directory or
+    an .npz file; for anything else FILE.npz or FILE.safetensors, with an entry for each argument of
+    the model's `forward`."""
     samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
     """Calibration windows (default 32), images or samples (default 256)."""
     seqlen: int | None = None

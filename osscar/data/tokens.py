@@ -27,8 +27,6 @@ from osscar.proof.seen import Fingerprints, Seen, fingerprints_of_runs
 
 _BUILTIN = "builtin"
 
-SELF = "self"
-"""In the place of a text: what the model writes itself."""
 
 _CHARACTERS_PER_TOKEN = 16
 """Characters read from a dataset for every token wanted: about four times what windows need."""
@@ -137,7 +135,7 @@ def load_calibration(
         If the text is missing, unreadable, or shorter than one window, or a number is out of range;
         or if this Python lacks the built-in text.
     OptionError
-        If something is of a wrong type, or the text is ``"self"``, which takes a model.
+        If something is of a wrong type.
     MissingDependency
         If a dataset is asked for and ``datasets`` is not installed.
     """
@@ -145,12 +143,6 @@ def load_calibration(
     is_path, rows = isinstance(spec, Path), has_columns(spec)
     if spec is not None and not rows:
         spec = file_name(spec, "the calibration text", "a file, a dataset, or None")
-    if spec == SELF and not is_path:
-        raise OptionError(
-            "'self' stands for what a model writes, which calibrates it and nothing else "
-            "(`osscar prune --calibration self`, or load_model(..).calibration('self')); give a "
-            "text, or ./self if that is a file"
-        )
     characters = samples * seqlen * _CHARACTERS_PER_TOKEN
     if rows:
         source = f"a {type(spec).__name__}"

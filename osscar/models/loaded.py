@@ -17,8 +17,7 @@ from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, P
 from osscar.data.samples import SampleSet, columns_of
 from osscar.data.tensors import TensorSet, holds_images, load_tensors
 from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
-from osscar.data.tokens import SELF, CalibrationSet, load_calibration
-from osscar.data.written import self_written
+from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
 from osscar.proof.lineage import lineage_of
@@ -97,10 +96,10 @@ class LoadedModel:
         ----------
         spec
             For a language model as `osscar.load_calibration` takes it, None being the built-in
-            text, or ``"self"``: what the model writes itself.  For any other a directory of images,
-            or an ``.npz`` file, or ``FILE.npz:PART`` for a part of one; or a file of tensors, as
-            `osscar.load_tensors` takes it.  Or what is at hand: a ``datasets.Dataset`` of text, a
-            data set of images of PIL, or anything that `osscar.load_batches` takes.
+            text.  For any other a directory of images, or an ``.npz`` file, or ``FILE.npz:PART``
+            for a part of one; or a file of tensors, as `osscar.load_tensors` takes it.  Or what is
+            at hand: a ``datasets.Dataset`` of text, a data set of images of PIL, or anything that
+            `osscar.load_batches` takes.
         samples
             How many; by default 32 windows, or 256 images or samples.
         seqlen
@@ -119,8 +118,6 @@ class LoadedModel:
         OptionError
             If a length is given for what is no text, nothing states what is done to an image, or
             something does and the data are tensors.
-        ModelError
-            If the model is to write text, and cannot.
         MissingDependency
             If ``datasets`` is needed and not installed.
         """
@@ -129,10 +126,7 @@ class LoadedModel:
         if self.tokenizer is not None:
             samples = DEFAULT_WINDOWS if samples is None else samples
             length = self._window_length() if seqlen is None else seqlen
-            asked: dict[str, Any] = {"samples": samples, "seqlen": length, "seed": seed}
-            if spec == SELF:
-                return self_written(self.model, self.tokenizer, **asked)
-            return load_calibration(spec, self.tokenizer, **asked)
+            return load_calibration(spec, self.tokenizer, samples=samples, seqlen=length, seed=seed)
         if seqlen is not None:
             raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
         if spec is None:

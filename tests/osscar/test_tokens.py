@@ -16,15 +16,11 @@ import osscar
 from osscar.base.errors import (
     DataError,
     MissingDependency,
-    ModelError,
-    NonFiniteError,
-    OptionError,
 )
 from osscar.data import prose as topics
 from osscar.data.prose import Split, builtin_text, split_paragraphs, topic_split
 from osscar.data.text import encode, read_text
 from osscar.data.tokens import load_calibration, text_windows
-from osscar.data.written import self_written
 from osscar.models.language import DEMO_DIRECTORY
 from tests.osscar.families import framing_tokenizer
 
@@ -268,82 +264,3 @@ class TestBuiltinText:
                 load_calibration(None, tokenizer)
         finally:
             topics._split_topics.cache_clear()
-
-
-class TestSelfWritten:
-    """Text that a model writes: drawn from its plain predictions, by the seed alone."""
-
-    def test_seed_decides_the_text_and_no_random_state(self):
-        loaded = osscar.load_model("demo")
-        settings = loaded.model.generation_config
-        torch.manual_seed(0)
-        first = loaded.calibration("self", samples=3, seqlen=16, seed=1)
-        drawn = torch.rand(3)
-        torch.manual_seed(0)
-        assert torch.equal(torch.rand(3), drawn)
-        again, other = (
-            loaded.calibration("self", samples=3, seqlen=16, seed=seed) for seed in (1, 2)
-        )
-        assert first.tokens.shape == (3, 16)
-        assert torch.equal(first.tokens, again.tokens)
-        assert not torch.equal(first.tokens, other.tokens)
-        assert first.begins_with == "<s>"
-        assert loaded.model.generation_config is settings
-
-    def test_predictions_are_neither_sharpened_nor_ended(self):
-        """The log-probability of what is drawn is, in the mean, minus the entropy."""
-        loaded = osscar.load_model("demo")
-        loaded.model.generation_config.update(temperature=0.3, repetition_penalty=2.0)
-        tokens = loaded.calibration("self", samples=24, seqlen=96, seed=0).tokens
-        with torch.no_grad():
-            logarithms = loaded.model(tokens).logits[:, :-1].log_softmax(-1)
-        entropy = -(logarithms.exp() * logarithms).sum(-1).mean()
-        surprise = -logarithms.gather(-1, tokens[:, 1:, None]).mean()
-        assert abs(float(surprise - entropy)) < 0.1
-
-    def test_a_model_that_writes_none_is_refused(self, tokenizer):
-        with pytest.raises(ModelError, match="Linear writes no text by itself"):
-            self_written(torch.nn.Linear(2, 2), tokenizer)
-
-    def test_the_name_alone_is_no_text(self, tokenizer):
-        with pytest.raises(OptionError, match="stands for what a model writes"):
-            load_calibration("self", tokenizer)
-
-    @pytest.mark.parametrize(
-        ("seqlen", "message"),
-        [(1, "has room for none that the model writes"), (1000, "1000 tokens and the model takes")],
-    )
-    def test_a_window_has_room_for_what_is_written(self, seqlen, message):
-        loaded = osscar.load_model("demo")
-        with pytest.raises(DataError, match=message):
-            loaded.calibration("self", samples=1, seqlen=seqlen, seed=0)
-
-    def test_what_the_tokenizer_lacks_is_not_drawn(self):
-        loaded = osscar.load_model("demo")
-        loaded.tokenizer.__class__ = type(
-            "Few", (type(loaded.tokenizer),), {"__len__": lambda self: 50}
-        )
-        tokens = loaded.calibration("self", samples=4, seqlen=32, seed=0).tokens
-        assert int(tokens.max()) < 50
-
-    def test_predictions_that_are_not_finite_are_told(self):
-        loaded = osscar.load_model("demo")
-        settings = loaded.model.generation_config
-        with torch.no_grad():
-            loaded.model.lm_head.weight[7] = torch.nan
-        with pytest.raises(NonFiniteError, match="after 1 token of text that it wrote have NaN"):
-            loaded.calibration("self", samples=1, seqlen=8, seed=0)
-        assert loaded.model.generation_config is settings
-
-    def test_a_model_that_is_trained_writes_without_dropout(self):
-        loaded = osscar.load_model("demo")
-        due = loaded.calibration("self", samples=2, seqlen=16, seed=0).tokens
-        loaded.model.train()
-        assert torch.equal(loaded.calibration("self", samples=2, seqlen=16, seed=0).tokens, due)
-        assert loaded.model.training
-
-    def test_a_model_whose_code_fails_is_named(self, monkeypatch):
-        loaded = osscar.load_model("demo")
-        monkeypatch.setattr(type(loaded.model), "generate", lambda self, *_, **__: 1 / 0)
-        with pytest.raises(ModelError, match="fails to write text: ZeroDivisionError"):
-            loaded.calibration("self", samples=1, seqlen=8, seed=0)
