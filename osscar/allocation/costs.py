@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph import CouplingGroup, Role, UnitKind
-from osscar.checkpoint.formats import entry_bytes, header_bytes, saved_format, written_tensors
+from osscar.checkpoint.formats import saved_format, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.modules import named_tensors
 from osscar.network.operations import products
 from osscar.offload.on_disk import OnDisk
-from osscar.proof.plan import Form
 from osscar.shrinking.follow import is_list
 
 
@@ -69,7 +68,7 @@ class CountedCost:
     """A cost that is counted, over every tensor that groups own a part of.
 
     `fixed` does not depend on them, and `each` is what one unit of a group costs besides, such as
-    its attention scores, or what a file says of its tensors.
+    its attention scores.
     """
 
     weights: tuple[_Weight, ...] = field(repr=False)
@@ -155,7 +154,7 @@ def count(
     each: Mapping[str, float] = {}
     rest = 0.0
     if cost is Cost.BYTES:
-        prices, each, rest = _stored_bytes(model, names, groups, program)
+        prices, rest = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
         prices, each, rest = _operations(model, tensors, groups, example)
     lists = _in_lists(model, groups, names, cost)
@@ -187,29 +186,16 @@ def _weight(
 
 
 def _stored_bytes(
-    model: nn.Module,
-    names: Mapping[int, str],
-    groups: Sequence[CouplingGroup],
-    program: nn.Module | None,
-) -> tuple[dict[str, float], dict[str, float], float]:
+    model: nn.Module, names: Mapping[int, str], program: nn.Module | None
+) -> tuple[dict[str, float], float]:
     """Return the bytes of an entry of each tensor as `save` writes it, and of the rest.
 
-    These are the numbers in the code of a program, and what the file says of tensors: those of each
-    unit of a group that is a list of modules, and all others.
+    The rest are the numbers in the code of a program.
     """
     format_of, saved = saved_format(model), model if program is None else program
     written = [(t, format_of(name, t).itemsize) for name, t in written_tensors(saved).items()]
     prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
-    rest = sum(t.numel() * size for t, size in written if id(t) not in names)
-    form = Form.EAGER if program is None else Form.EXPORTED
-    each = {
-        group.name: float(entry_bytes(saved, f"{slot.module}.0", format_of))
-        for group in groups
-        for slot in group.slots
-        if is_list(slot)
-    }
-    rest += header_bytes(saved, form, format_of)
-    return prices, each, rest - sum(each[g.name] * g.units for g in groups if g.name in each)
+    return prices, float(sum(t.numel() * size for t, size in written if id(t) not in names))
 
 
 def _taken(
