@@ -9,9 +9,7 @@ import difflib
 import enum
 import inspect
 import math
-import numbers
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,14 +24,14 @@ from typing import (
     TypeAlias,
     TypeVar,
     cast,
-    get_args,
-    get_origin,
     overload,
 )
 
 import lazy_loader
+from annotated_types import Gt, Interval
 
-from osscar.base.errors import OptionError, OsscarError, RequestError
+from osscar.base.errors import OptionError, RequestError
+from osscar.base.fields import Read, bare, check_fields, count_from
 from osscar.base.inputs import parse_size, safe_repr
 
 if TYPE_CHECKING:
@@ -62,13 +60,13 @@ _BESIDE = (*PRUNED_KINDS, "residual", "groups")
 """What may be removed beside experts, a budget aside."""
 
 _NUMBER = re.compile(
-    r"[+-]?(\d{1,18}/\d{1,18}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?)"
+    r"\d{1,18}/0*[1-9]\d{0,17}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?"
 )
-_LARGEST_COUNT = 10**18
-_LARGEST = sys.float_info.max
-_LARGEST_DAMP = 1e9
-"""Refits are the dense weights to nine digits then, as FLAP leaves them; far beyond it products
-overflow."""
+
+SHARE = Interval(gt=0, lt=1)
+DAMP = Interval(ge=0, le=1e9)
+"""Refits are the dense weights to nine digits at its end, as FLAP leaves them; far beyond it
+products overflow."""
 
 Keep: TypeAlias = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
@@ -143,124 +141,73 @@ class Widths:
         return math.ceil(self.at_least * units)
 
 
-@dataclass(frozen=True)
-class Range:
-    """Which numbers a field takes, beside its type: stands in its annotation."""
+def parse_keep(value: Keep) -> Fraction | int:
+    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts.
 
-    kind: type[float] | type[int]
-    """What they are made: of numpy, or fractions, there are others."""
-    takes: Callable[[Any], bool]
-    """Whether one is within the range; NaN is in none."""
-    advice: str
-    """What to give instead."""
-    error: type[OsscarError] = OptionError
-
-    def __call__(self, name: str, value: Any) -> Any:
-        """Return a value of the field; refuse what is out of range, or no number."""
-        number = numbers.Integral if self.kind is int else numbers.Real
-        if not (isinstance(value, number) and not isinstance(value, bool) and self.takes(value)):
-            raise self.error(f"{name.replace('_', '-')} is {safe_repr(value)}; give {self.advice}")
-        return self.kind(value)  # type: ignore[call-overload]
+    Raises
+    ------
+    ValueError
+        If it is neither; the message says what is.
+    """
+    text = str(value).strip()
+    if _NUMBER.fullmatch(text):  # of so few digits that anyone can compute with it
+        kept = int(text) if text.isdecimal() else Fraction(text)
+        if kept >= 1 if isinstance(kept, int) else 0 < kept <= 1:
+            return kept
+    raise ValueError(
+        "give a fraction above 0 and at most 1, such as 0.7 or 2/3, or a count from 1, below 10^18"
+    )
 
 
-def count_from(least: int, error: type[OsscarError] = OptionError) -> Range:
-    """Return the range of whole numbers that tensors can hold, from one on."""
-    advice = f"a whole number from {least}, below 2^63"
-    return Range(int, lambda count: least <= count < 2**63, advice, error)
-
-
-def _share(verb: str) -> Range:
-    advice = f"the share to {verb}, a number above 0 and below 1"
-    return Range(float, lambda share: 0 < share < 1, advice, RequestError)
-
-
-_DAMP = Range(
-    float,
-    lambda damp: 0 <= damp <= _LARGEST_DAMP,
-    f"a number from 0 to {_LARGEST_DAMP:g}, such as 0.01 or 1",
-)
-
-
-def check_damp(damp: Any) -> None:
-    """Refuse a damping that no refit can have, as `PruningRequest` does."""
-    _DAMP("damp", damp)
-
-
-def _keep(name: str, value: Any) -> Any:
-    """Read what to keep, as `parse_keep` does, or a size."""
-    if name == "experts" and value == AUTO:
-        return value
+def parse_size_kept(value: Keep) -> Fraction | int:
+    """Read what weights may take: a fraction of the dense model's, or bytes, as in ``"200MB"``."""
     try:
-        (parse_size_kept if name == "size" else parse_keep)(value)
-    except RequestError as error:
-        if name != "at_least":
-            raise
-        raise RequestError(f"at-least: {error}") from error
+        sized = isinstance(value, str) and value.strip()[-1:].isalpha()
+        return parse_size(value) if sized else parse_keep(value)
+    except (OptionError, ValueError) as error:
+        raise ValueError(
+            "give a fraction of the dense model's, above 0 and at most 1, such as 0.7, or a size "
+            "such as 200MB or 1.5GiB"
+        ) from error
+
+
+def _keep(value: Any) -> Any:
+    parse_keep(value)
     return value
 
 
-def _groups(name: str, value: Any) -> Any:
-    """Read what to keep of groups by name."""
-    if not isinstance(value, Mapping):
-        raise RequestError(
-            f"groups is {safe_repr(value)}; give a mapping of names to what to keep, such as "
-            "{'h.0.neurons': 0.5}"
+def _size(value: Any) -> Any:
+    parse_size_kept(value)
+    return value
+
+
+def _experts(value: Any) -> Any:
+    return value if value == AUTO else _keep(value)
+
+
+def _groups(value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(
+            "give a mapping of names of groups to what to keep, such as {'h.0.neurons': 0.5}"
         )
-    if not all(isinstance(group, str) for group in value):
-        raise RequestError(f"groups is {safe_repr(value)}; its keys are names of groups")
     for keep in value.values():
         parse_keep(keep)
     return value
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    """Read patterns for the names of groups."""
-    if not isinstance(value, list | tuple) or not all(isinstance(p, str) and p for p in value):
-        raise RequestError(
-            f"skip is {safe_repr(value)}; give a list of patterns for names of groups, such as "
-            "['h.0.*']"
-        )
+def _patterns(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise ValueError("give a list of patterns for names of groups, such as ['h.0.*']")
     return tuple(value)
 
 
-def _mapping(name: str, value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is {safe_repr(value)}; give a mapping")
-    return value
-
-
-def as_text(name: str, value: Any) -> str:
-    """Return what a field of text is given as text."""
-    return str(value)  # such as a torch.device
-
-
-def checked(request: Any) -> None:
-    """Make each field of a dataclass what its annotation says, or refuse its value.
-
-    An annotation has a function of name and value, such as a `Range`, or is a `Literal`.
-    """
-    for one in dataclasses.fields(request):
-        value = getattr(request, one.name)
-        if value is not None or one.default is not None:
-            object.__setattr__(request, one.name, _read(one.type, one.name, value))
-
-
-def _read(taken: Any, name: str, value: Any) -> Any:
-    if get_origin(taken) is Annotated:
-        read: Callable[[str, Any], Any] = get_args(taken)[1]
-        return read(name, value)
-    if get_origin(taken) is Literal:
-        if not (isinstance(value, str) and value in get_args(taken)):
-            choices = ", ".join(get_args(taken))
-            raise OptionError(f"{name} is {safe_repr(value)}; give one of {choices}")
-        return str(value)
-    if taken is bool and not isinstance(value, bool):
-        raise OptionError(f"{name} is {safe_repr(value)}; give True or False")
-    return value
-
-
-KeepOption: TypeAlias = Annotated[Keep | None, _keep]
+KeepOption: TypeAlias = Annotated[Keep | None, Read(_keep)]
 """What to keep, or None."""
+
+
+def is_keep(annotation: Any) -> bool:
+    """Whether a field is what to keep: text then says whether a number is a count."""
+    return bool(bare(annotation) == Keep | None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,10 +296,10 @@ class PruningRequest:
 
     Raises
     ------
-    RequestError
-        If nothing is to be removed, or what to keep makes no sense.
     OptionError
-        If a number that steers the run is out of range, or of a wrong type.
+        If a value is out of range, or of a wrong type.
+    RequestError
+        If nothing is to be removed, or values contradict each other.
     BackendError
         If the backend does not exist, cannot run here, or has no such option.
 
@@ -363,42 +310,37 @@ class PruningRequest:
     Fraction(2, 3)
     """
 
-    sparsity: Annotated[float | None, _share("remove")] = None
+    sparsity: Annotated[float | None, SHARE] = None
     params: KeepOption = None
-    size: KeepOption = None
-    flops: Annotated[float | None, _share("keep")] = None
-    speedup: Annotated[
-        float | None,
-        Range(float, lambda ratio: 1 < ratio <= _LARGEST, "a finite number above 1", RequestError),
-    ] = None
+    size: Annotated[Keep | None, Read(_size)] = None
+    flops: Annotated[float | None, SHARE] = None
+    speedup: Annotated[float | None, Gt(1)] = None
     allocation: Allocation = "measured"
     heads: KeepOption = None
     neurons: KeepOption = None
     channels: KeepOption = None
     residual: KeepOption = None
-    experts: KeepOption = None
-    groups: Annotated[Mapping[str, Keep], _groups] = field(default_factory=dict)
-    round_to: Annotated[int, count_from(1, RequestError)] = 1
+    experts: Annotated[Keep | None, Read(_experts)] = None
+    groups: Annotated[Mapping[str, Keep], Read(_groups)] = field(default_factory=dict)
+    round_to: Annotated[int, count_from(1)] = 1
     at_least: KeepOption = None
-    skip: Annotated[Sequence[str], _patterns] = ()
+    skip: Annotated[Sequence[str], Read(_patterns)] = ()
     backend: "str | solvers.Backend | solvers.ExpertBackend" = "local_search"
-    backend_options: Annotated[Mapping[str, Any], _mapping] = field(default_factory=dict)
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
     bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
-    damp: Annotated[float | None, _DAMP] = None
+    damp: Annotated[float | None, DAMP] = None
     target: Literal["weights", "residual"] = "residual"
-    correction_weight: Annotated[
-        float | None, Range(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
-    ] = None
+    correction_weight: Annotated[float | None, Interval(ge=0, le=1)] = None
     batch_norm: Literal["correct", "keep"] = "correct"
-    device: Annotated[str, as_text] = "auto"
+    device: Annotated[str, Read(str)] = "auto"
     batch_size: Annotated[int | None, count_from(1)] = None
     seed: Annotated[int, count_from(0)] = 0
     form: Literal["auto", "eager", "exported"] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
-        checked(self)
+        check_fields(self)
         self._check_what_to_keep()
         if not self.experts_alone:
             self.chosen_backend()
@@ -553,30 +495,23 @@ class PruningRequest:
 
         A backend object is named after its class, and cannot be made of that name again.
         """
-        data = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        for one in dataclasses.fields(self):
-            if one.type == KeepOption and data[one.name] is not None:
-                data[one.name] = str(data[one.name])
+        data = {
+            one.name: str(value) if is_keep(one.type) and value is not None else value
+            for one in dataclasses.fields(self)
+            for value in [getattr(self, one.name)]
+        }
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
         data["skip"] = list(self.skip)
-        if isinstance(self.backend, str):
-            data["backend_options"] = {k: _plain(v) for k, v in self.backend_options.items()}
-        else:
+        options = self.backend_options
+        if not isinstance(self.backend, str):
             data["backend"] = type(self.backend).__name__
-            known = dataclasses.is_dataclass(self.backend)
-            data["backend_options"] = (
-                {k: repr(v) for k, v in vars(self.backend).items()} if known else {}
-            )
+            options = vars(self.backend) if dataclasses.is_dataclass(self.backend) else {}
+            options = {name: repr(value) for name, value in options.items()}
+        data["backend_options"] = {  # numbers of numpy have Python's own as their item
+            name: value.item() if hasattr(value, "item") else value
+            for name, value in options.items()
+        }
         return data
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of another library as Python's own, which JSON knows."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    return (
-        float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
-    )
 
 
 # ---- as keywords -------------------------------------------------------------------------
@@ -617,11 +552,10 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
     """
     of_run = list(inspect.signature(run).parameters.values())
     first = of_run[: [one.name for one in of_run].index("request")]
-    fields = []
-    for one in inspect.signature(request).parameters.values():
-        ranged = get_origin(one.annotation) is Annotated
-        bare = get_args(one.annotation)[0] if ranged else one.annotation
-        fields.append(one.replace(annotation=bare))
+    fields = [
+        one.replace(annotation=bare(one.annotation))
+        for one in inspect.signature(request).parameters.values()
+    ]
     signature = inspect.Signature([*first, *fields])
 
     def keywords(*args: Any, **asked: Any) -> Any:
@@ -650,42 +584,3 @@ def _described(doc: str) -> str:
     found = re.search(r"Parameters\n-+\n(.*?)\n\n\w+\n---", doc, re.DOTALL)
     lines = found[1].splitlines() if found else []
     return "\n".join(f"    {line}".rstrip() for line in lines)
-
-
-def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
-    unreadable = "as what to keep; give a fraction such as 0.7 or 2/3, or a count"
-    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        raise RequestError(f"cannot read {safe_repr(value)} {unreadable}")
-    if isinstance(value, numbers.Real) and not abs(value) < _LARGEST_COUNT:
-        raise RequestError(
-            f"cannot read {safe_repr(value)} {unreadable} below {_LARGEST_COUNT:.0e}"
-        )
-    text = str(value).strip()
-    # Digits are counted before anyone computes with them: 1e-99999999 takes hours.
-    if not isinstance(value, numbers.Real) and not _NUMBER.fullmatch(text):
-        raise RequestError(f"cannot read {text[:60]!r} {unreadable}")
-    if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", text):
-        if int(text) < 1:
-            raise RequestError(f"cannot keep {text} units; keep at least 1")
-        return int(text)
-    try:
-        fraction = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"cannot read {text!r} {unreadable}") from None
-    if not 0 < fraction <= 1:
-        raise RequestError(f"cannot keep the fraction {text}; give one above 0 and at most 1")
-    return fraction
-
-
-def parse_size_kept(value: Keep) -> Fraction | int:
-    """Read what weights may take: a fraction of the dense model's, or bytes, as in ``"200MB"``."""
-    if isinstance(value, str) and value.strip()[-1:].isalpha():
-        try:
-            return parse_size(value)
-        except OptionError as error:
-            raise RequestError(
-                f"cannot read {safe_repr(value)} as a size; give one such as 200MB or 1.5GiB, or a "
-                "fraction of the dense model's"
-            ) from error
-    return parse_keep(value)

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 
 from osscar.base.errors import OptionError
+from osscar.base.fields import bare
 from osscar.base.inputs import safe_repr
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import BOUND_ROUNDS, KeepOption, PruningRequest
+from osscar.request import BOUND_ROUNDS, PruningRequest, is_keep
 
 Model = Annotated[
     str,
@@ -335,8 +336,7 @@ def recovery_asked_with(
 
 
 def _option(one: dataclasses.Field[Any], words: str) -> Any:
-    kept = one.type == KeepOption  # text says whether a number is a count
-    return Annotated[str | None if kept else one.type, Parameter(help=words)]
+    return Annotated[str | None if is_keep(one.type) else bare(one.type), Parameter(help=words)]
 
 
 def _help(documented: type) -> dict[str, str]:

@@ -1,28 +1,13 @@
 """What a recovery is asked: one declaration, as `osscar.request` is for pruning."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from osscar.base.errors import OptionError
-from osscar.base.inputs import parse_size, safe_repr
-from osscar.request import Range, as_text, checked, count_from
+from annotated_types import Interval
 
-if TYPE_CHECKING:
-    from osscar.allocation.divergence import Loss
-
-
-def _loss(name: str, value: Any) -> Any:
-    if not callable(value):
-        raise OptionError(
-            f"{name} is {safe_repr(value)}; give a function of what the smaller and the dense "
-            "model put out for the same batch"
-        )
-    return value
-
-
-def _memory(name: str, value: Any) -> Any:
-    size = parse_size(value)
-    return value if isinstance(value, str) else size
+from osscar.base.fields import Read, check_fields, count_from
+from osscar.base.inputs import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +66,19 @@ class RecoveryRequest:
     steps: Annotated[int, count_from(1)] = 64
     batch_size: Annotated[int | None, count_from(1)] = None
     micro_batch_size: Annotated[int | None, count_from(1)] = None
-    learning_rate: Annotated[
-        float | None, Range(float, lambda rate: 0 < rate <= 1, "a number above 0, at most 1")
-    ] = None
-    lora: Annotated[
-        int | None, Range(int, lambda rank: 1 <= rank <= 4096, "a rank from 1 to 4096")
-    ] = None
+    learning_rate: Annotated[float | None, Interval(gt=0, le=1)] = None
+    lora: Annotated[int | None, Interval(ge=1, le=4096)] = None
     checkpointing: bool = False
-    max_memory: Annotated[str | int | None, _memory] = None
+    max_memory: Annotated[str | int | None, Read(parse_size)] = None
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] | None = None
-    loss: Annotated["Loss | None", _loss] = None
+    loss: Callable[..., Any] | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
-    device: Annotated[str, as_text] = "auto"
+    device: Annotated[str, Read(str)] = "auto"
     seed: Annotated[int, count_from(0)] = 0
 
     def __post_init__(self) -> None:
-        checked(self)
+        check_fields(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data; a loss of the caller's is named."""

@@ -15,13 +15,14 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import JournalError, OptionError
+from osscar.base.fields import checked, count_from
 from osscar.base.files import atomic_write, digest, file_digest, resolved
 from osscar.base.inputs import file_name
 from osscar.base.journal import Journal
@@ -30,7 +31,6 @@ from osscar.base.printable import pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
-from osscar.request import count_from
 from osscar.study.design import StudyDesign
 from osscar.study.jobs import (
     RECORDS,
@@ -228,7 +228,7 @@ class Study:
         """
         if not isinstance(design, StudyDesign):
             raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
-        count_from(1)("jobs", jobs)
+        checked("jobs", Annotated[int, count_from(1)], jobs)
 
         @timed(Stage.SOLVES)
         def solved(tasks: Sequence[Task]) -> list[Record]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from graph import CouplingGroup, UnitKind
 from osscar.base.errors import ModelError, RequestError
+from osscar.base.fields import checked
 from osscar.base.progress import stage
 from osscar.preparation.prepare import prepare
-from osscar.request import check_damp
+from osscar.request import DAMP
 from osscar.walk.walk import walk
 from solvers import Consumer, SubsetProblem
 
@@ -42,7 +43,7 @@ def model_problems(
         Under grouped-query attention, let each query head be a unit, although only whole groups of
         them can be removed physically: a harder problem over more units.
     """
-    check_damp(damp)
+    checked("damp", Annotated[float, DAMP], damp)
     with prepare(model, calibration) as prepared:
         groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:

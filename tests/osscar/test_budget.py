@@ -341,35 +341,6 @@ def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
     assert found.model[0].out_channels == 2
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"sparsity": 0.5, "params": 0.5}, "sparsity and params are budgets"),
-        ({"flops": 1.0}, "flops is 1.0; give the share to keep"),
-        ({"flops": float("nan")}, "flops is nan"),
-        ({"params": 0}, "cannot keep 0 units"),
-        ({"params": "much"}, "cannot read 'much'"),
-        ({"size": "much"}, "cannot read 'much' as a size; give one such as 200MB"),
-        ({"size": "-1MB"}, "cannot read '-1MB' as a size"),
-        ({"size": 0}, "cannot keep 0 units"),
-        ({"size": True}, "cannot read True"),
-        ({"size": "100MB", "params": 0.5}, "params and size are budgets"),
-        ({"sparsity": 0.5, "at_least": 1.5}, "at-least: cannot keep the fraction"),
-        ({"heads": 0.5, "at_least": 0.5}, "no budget is given; give one, such as sparsity="),
-        ({"neurons": 1, "allocation": "fair"}, "allocation is 'fair'; give one of measured, unif"),
-        ({"neurons": 1, "target": None}, "target is None; give one of weights, residual"),
-        (
-            {"neurons": 1, "correction_weight": 1.5},
-            "correction-weight is 1.5; give a share from 0 to 1",
-        ),
-        ({"neurons": 1, "correction_weight": float("nan")}, "correction-weight is nan"),
-    ],
-)
-def test_contradictions_and_options_out_of_range_are_refused(asked, message):
-    with pytest.raises(osscar.OsscarError, match=message):
-        Asked(**asked)
-
-
 # ---- what is not in a layer --------------------------------------------------------------
 
 

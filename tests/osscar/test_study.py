@@ -335,43 +335,6 @@ def test_a_model_is_captured_densely(tmp_path):
     torch.testing.assert_close(H, expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"sparsities": (0.0,)}, "sparsity is 0.0"),
-        ({"sparsities": (1.0,)}, "sparsity is 1.0"),
-        ({"sparsities": (float("nan"),)}, "sparsity is nan"),
-        ({"sparsities": ()}, "at least one"),
-        ({"backends": ()}, "at least one"),
-        ({"sparsities": "0.5"}, "sparsities is '0.5'"),
-        ({"sparsities": 0.5}, "sparsities is 0.5"),
-        ({"sparsities": (True,)}, "sparsity is True"),
-        ({"sparsities": ("0.5",)}, "sparsity is '0.5'"),
-        ({"sparsities": (0.5, 0.5)}, "0.5 twice"),
-        ({"backends": "greedy"}, "backends is 'greedy'"),
-        ({"backends": (5,)}, "backend is 5"),
-        ({"backends": ("greedy", "greedy")}, "greedy twice"),
-        ({"window_units": 1}, "window-units is 1"),
-        ({"window_units": 2.5}, "window-units is 2.5"),
-        ({"windows": 0}, "windows is 0"),
-        ({"windows": 1.5}, "windows is 1.5"),
-        ({"exact_units": 0}, "exact-units is 0"),
-        ({"exact_units": 2.5}, "exact-units is 2.5"),
-        ({"seed": "x"}, "seed is 'x'"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is 92233"),
-        ({"time_limit": "x"}, "time-limit is 'x'"),
-        ({"gap_tolerance": None}, "gap-tolerance is None"),
-        ({"time_limit": 0.0}, "time-limit is 0"),
-        ({"time_limit": float("inf")}, "time-limit is inf"),
-        ({"gap_tolerance": 1.0}, "gap-tolerance is 1.0"),
-    ],
-)
-def test_a_plan_refuses_what_makes_no_sense(fields, words):
-    with pytest.raises(OptionError, match=re.escape(words)):
-        StudyDesign(**fields)
-
-
 def test_an_unknown_backend_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(solvers.BackendError, match="no backend 'nonsense'"):
         StudyDesign(backends=("nonsense",))
@@ -404,7 +367,7 @@ def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path):
         assert not study.directory.exists()
     with pytest.raises(JournalError, match="holds no problem yet"):
         study.run(QUICK)
-    for jobs in (0, 1.5, True, "2"):
+    for jobs in (0, 1.5, True, "x"):
         with pytest.raises(OptionError, match="jobs is"):
             study.run(QUICK, jobs=jobs)
     assert not study.directory.exists()

@@ -101,7 +101,7 @@ def test_residual_channels_can_be_asked_for_alone():
         osscar.prune(model, images(), residual=2, **PLAIN)
     with pytest.raises(RequestError, match="no group of heads"):
         osscar.prune(model, images(), heads=2, **PLAIN)
-    with pytest.raises(OptionError, match="batch_norm is 'maybe'; give one of correct"):
+    with pytest.raises(OptionError, match="batch-norm is 'maybe'; it should be 'correct'"):
         osscar.prune(model, images(), sparsity=0.5, batch_norm="maybe", **OPTIONS)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,13 +132,6 @@ def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
     asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
     osscar.recover(perturbed(dense), dense, data, **asked)
     assert sizes == {2}
-
-
-def test_a_limit_is_a_size():
-    with pytest.raises(OptionError, match="no size of memory"):
-        RecoveryRequest(max_memory="much")
-    assert type(RecoveryRequest(max_memory=np.int64(10**9)).to_json()["max_memory"]) is int
-    assert RecoveryRequest(max_memory="1GB").max_memory == "1GB"
 
 
 # ---- gradient checkpointing --------------------------------------------------------------
