@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from osscar.base.errors import BusyError, FileError, OutputError
 from osscar.base.inputs import check_regular, file_name, read_bytes
 
@@ -244,6 +242,8 @@ def file_lock(place: Path, work: Path) -> Iterator[bool]:
         If it cannot be written.
     """
     holder = _holder(place)  # now: some versions of filelock empty the file when they try it
+    import filelock  # here, since help needs none, and it takes 40 ms to load
+
     lock = filelock.FileLock(place, timeout=0)
     with contextlib.ExitStack() as held:
         try:

@@ -1,22 +1,22 @@
 """What commands are given: groups of options, which the command line reads, and commands take."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from cyclopts import Parameter, validators
+from cyclopts import Group, Parameter, validators
 
 from osscar.base.errors import OptionError
 from osscar.base.fields import bare
 from osscar.base.inputs import safe_repr
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BOUND_ROUNDS, PruningRequest, is_keep
+
+T = TypeVar("T")
 
 Model = Annotated[
     str,
@@ -55,8 +55,37 @@ ImageSize = Annotated[
 ]
 _Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 
+_GROUPS = {
+    "Budget": "sparsity params size flops speedup allocation round_to at_least",
+    "What to keep": "heads neurons channels residual experts skip groups query_heads",
+    "Solver": "backend backend_options backends certify bound_rounds damp target correction_weight "
+    "batch_norm baselines exact_units time_limit gap_tolerance jobs ray",
+    "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
+    "recover recover_text recover_steps",
+    "Data": "calibration text images inputs samples units windows held_out seqlen batch_size seed",
+    "Images": "mean std image_size no_normalize",
+    "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
+    "Output": "out overwrite restart report json dry_run",
+}
+"""Under which titles help shows the options of commands that have many, in this order."""
+
+_GROUP_OF = {
+    name: Parameter(group=Group(title, sort_key=place))
+    for place, (title, names) in enumerate(_GROUPS.items())
+    for name in names.split()
+}
+
+
+def _in_groups(options: type[T]) -> type[T]:
+    """Let help show the fields of a class under the titles of `_GROUPS`."""
+    for name, annotation in options.__annotations__.items():
+        if name in _GROUP_OF:
+            options.__annotations__[name] = Annotated[annotation, _GROUP_OF[name]]
+    return options
+
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class OpenOptions:
     """How a model is opened, and what is done to images."""
 
@@ -78,6 +107,7 @@ class OpenOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class DataOptions(OpenOptions):
     """How a model is opened and calibrated."""
 
@@ -94,6 +124,7 @@ class DataOptions(OpenOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class RunOptions(DataOptions):
     """What runs that prune have in common."""
 
@@ -105,6 +136,7 @@ class RunOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class PruneOptions(RunOptions):
     """What `osscar prune` takes beside the request."""
 
@@ -129,6 +161,7 @@ class PruneOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class RecoverOptions(OpenOptions):
     """What `osscar recover` takes beside the request."""
 
@@ -156,6 +189,7 @@ class RecoverOptions(OpenOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class SweepOptions(RunOptions):
     """What `osscar sweep` takes beside what its points share."""
 
@@ -193,6 +227,7 @@ class SweepOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class EvalOptions(OpenOptions):
     """What `osscar eval` takes."""
 
@@ -223,6 +258,7 @@ class EvalOptions(OpenOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+@_in_groups
 class GapOptions(DataOptions):
     """How `osscar gap` poses the problems of a model, and what it does with each."""
 
@@ -299,7 +335,7 @@ def request_options(request: type[Any], *names: str) -> type[Any]:
         kw_only=True,
     )
     options.__module__ = __name__  # for Python 3.11, which names the module of dataclasses
-    return options
+    return _in_groups(options)
 
 
 def asked_with(options: Any, **more: Any) -> Any:

@@ -743,6 +743,17 @@ def test_version_and_help_name_every_command_and_every_choice(run):
     ):
         assert words in said["prune"]
     assert "without --mixed-precision" in said["recover"]
+    titles = [
+        "Arguments",
+        "Budget",
+        "What to keep",
+        "Solver",
+        "Training",
+        "Data",
+        "Images",
+        "Model",
+    ]
+    assert re.findall(r"╭─ ([\w ]+) ─", said["prune"]) == [*titles, "Output"]
 
 
 def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monkeypatch):
