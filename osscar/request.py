@@ -234,9 +234,12 @@ class PruningRequest:
         How a budget is shared out.  ``measured`` prunes one group at a time, measures how far the
         model's outputs move, and chooses the widths of least predicted distance.  ``uniform`` keeps
         the same share of every group, the largest that the budget allows, as the paper does.
-    heads, neurons, channels
-        What every group of this kind *keeps*, whatever the budget: a fraction such as ``"2/3"``, or
-        a count.  Without this and without a budget, groups of the kind keep all their units.
+    heads
+        Heads to keep in each layer, whatever the budget: a fraction such as ``"2/3"``, or a count.
+    neurons
+        Neurons to keep in each feed-forward layer, likewise.
+    channels
+        Channels to keep in each convolution, likewise.
     residual
         What residual streams *keep*, such as the channels that shortcuts add up.  They run through
         many layers, and no other option removes any of them.
