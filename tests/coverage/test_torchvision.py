@@ -10,9 +10,16 @@ from .zoo import torchvision_case
 pytest.importorskip("torchvision")
 
 _QUICK = (
-    *("alexnet", "convnext_tiny", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2"),
+    *(
+        "squeezenet1_1",
+        "alexnet",
+        "convnext_tiny",
+        "efficientnet_b0",
+        "googlenet",
+        "mnasnet0_5",
+        "mobilenet_v2",
+    ),
     *("mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5"),
-    "squeezenet1_1",
 )
 """One or two small models of most families."""
 

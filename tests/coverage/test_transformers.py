@@ -115,7 +115,7 @@ def _save(name: str, directory: Path) -> Saved:
     return Saved(coverage, written.stock, written.with_code, proof_outputs(model, inputs))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_shrunk_proved_saved_and_reloaded(
     family: str, saved: dict[str, Saved | Exception]
@@ -142,6 +142,7 @@ def test_written_out_attention_is_shrunk_too(name: str) -> None:
     assert coverage.effect > LEAST_EFFECT
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "llama-multi-query", "gpt2", "bloom", "falcon-grouped"])
 def test_numbers_off_the_traced_path_follow_too(name: str) -> None:
     """A mask, or another implementation of attention, reads what the traced path does not."""
@@ -157,12 +158,13 @@ def test_numbers_off_the_traced_path_follow_too(name: str) -> None:
         torch.testing.assert_close(proof_outputs(model, [padded]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_generation_with_a_cache_follows() -> None:
-    for name in ("llama-multi-query", "bloom", "falcon-grouped", "t5"):
-        case = transformers_case(name)
-        model = case.build()
-        shrink_by_half(model, case.make_inputs())
-        assert _generated(model, use_cache=True) == _generated(model, use_cache=False)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", ["llama-multi-query", "bloom", "falcon-grouped", "t5"])
+def test_generation_with_a_cache_follows(name: str) -> None:
+    case = transformers_case(name)
+    model = case.build()
+    shrink_by_half(model, case.make_inputs())
+    assert _generated(model, use_cache=True) == _generated(model, use_cache=False)
 
 
 def _generated(model: nn.Module, *, use_cache: bool) -> list[list[int]]:

@@ -103,6 +103,7 @@ def to_run() -> dict[str, list[Command]]:
 
 
 TO_RUN = to_run()
+LONG = ("README.md", "docs/vision.md")
 
 
 @pytest.fixture(scope="session")
@@ -166,13 +167,10 @@ def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
         yield from FEWER[words[1]]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow) if page == "README.md" else page
-        for page in TO_RUN
-    ],
+    [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in TO_RUN],
 )
 def test_the_commands_of_a_page_run(
     page: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,

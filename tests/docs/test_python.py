@@ -28,6 +28,7 @@ SMALL = {
     '"epochs": 100': '"epochs": 1, "batch": 4, "workers": 0, "device": "cpu"',
 }
 YOLO = "docs/howto/yolo.md"
+LONG = ("README.md", "docs/after.md", YOLO)
 
 PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
@@ -62,7 +63,7 @@ def test_every_page_with_python_is_run() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow) if page == YOLO else page
+        pytest.param(page, marks=pytest.mark.slow) if page in LONG else page
         for page in PAGES_WITH_PYTHON
     ],
 )

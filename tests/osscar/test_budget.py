@@ -22,12 +22,14 @@ from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.evaluation.size import count_owned
-from osscar.network.modules import count_parameters
+from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.pruning.goal import goal
 from osscar.report.tables import engineering
 from osscar.request import PruningRequest as Asked
+from osscar.shrinking.slice import slice_units
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate
 from solvers.closed_forms.refit import refit
@@ -153,12 +155,14 @@ def opt():
 @pytest.mark.parametrize("cost", [Cost.PARAMETERS, Cost.FLOPS])
 def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
     model, data = subject
-    counts = {}
     with prepare(model, data) as prepared:
         found = count(cost, prepared.model, prepared.groups, prepared.sample)
-        for index, group in enumerate(g for g in prepared.groups if g.prunable and g.units > 1):
-            counts[group.name] = max(1, group.units // (2 + index % 2))
-        sample = prepared.sample
+        groups = [group for group in prepared.groups if group.prunable and group.units > 1]
+        counts = {g.name: max(1, g.units // (2 + index % 2)) for index, g in enumerate(groups)}
+        sample, smaller = prepared.sample, copied(prepared.model)
+    slice_units(
+        smaller, PruningPlan(tuple(GroupPlan.of(g, tuple(range(counts[g.name]))) for g in groups))
+    )
 
     def measured(network):
         return (
@@ -166,9 +170,6 @@ def test_costs_are_those_of_the_model_that_is_really_smaller(subject, cost):
         )
 
     assert found.dense == pytest.approx(measured(model))
-    smaller = osscar.prune(
-        model, data, groups=counts, backend="magnitude", correction_weight=0.0
-    ).model
     assert found.of(counts) == pytest.approx(measured(smaller))
     name = next(iter(counts))
     fewer = {**counts, name: counts[name] - 1}
@@ -242,10 +243,11 @@ def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
 
 
 def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path):
-    first = osscar.prune(tiny("opt"), tokens(8, 24), neurons=0.9, backend="wanda")
+    first = osscar.prune(tiny("opt", layers=1), tokens(8, 24), neurons=0.9, backend="wanda")
     size = osscar.save(first.model, tmp_path / "first", dtype=torch.bfloat16).bytes
     model = osscar.load(tmp_path / "first").float()
-    result = osscar.prune(model, tokens(8, 24), size=f"{0.8 * size:.0f}B", backend="wanda")
+    asked = {"size": f"{0.8 * size:.0f}B", "allocation": "uniform", "backend": "wanda"}
+    result = osscar.prune(model, tokens(8, 24), **asked)
     saved = result.save(tmp_path / "second")
     assert result.budget.cost is Cost.BYTES
     assert saved.bytes <= result.budget.reached <= 0.8 * size

@@ -20,12 +20,12 @@ import osscar
 import osscar.checkpoint.directory
 from osscar.cli import main
 from osscar.data.prose import Split, builtin_text
-from osscar.evaluation.forward import measure_forward
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import SweepDirectory
 from osscar.recovery.request import RecoveryRequest
+from osscar.report.prune_page import run_lines
 from osscar.report.tables import engineering
 from osscar.request import PruningRequest
 from osscar.study.directory import Study
@@ -55,22 +55,18 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("osscar.data.text.builtin_text", lambda part: builtin_text(part)[:3000])
-    monkeypatch.setattr("osscar.cli.demo._SAMPLES", 8)
+    monkeypatch.setattr("osscar.cli.demo._SAMPLES", 32)
     monkeypatch.setattr("osscar.cli.demo._SEQLEN", 128)
     # Nothing falls where it was not asked to, and a demo that fails leaves nothing at all.
     assert run("demo", "--backend", "no such backend")[0] == 2
     assert list(temporary.iterdir()) == []
-    status, out, err = run("demo", "--backend", "magnitude")
+    status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json")
     assert status == 0, err
-    assert list(work.iterdir()) == []
+    assert [file.name for file in work.iterdir()] == ["demo.json"]
     (place,) = temporary.glob("*/smaller")
-    assert f"saved: {place} (" in out
-    # A second demo replaces what one made.
-    monkeypatch.setattr("osscar.cli.demo._SAMPLES", 32)
-    status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json", "--out", place)
-    assert status == 0, err
-    for expected in ("perplexity", "tokens/s", "loss by layer", "saved:", "next:", "dead"):
+    for expected in ("perplexity", "tokens/s", "loss by layer", "next:", "dead"):
         assert expected in out
+    assert f"saved: {place} (" in out
     document = json.loads((work / "demo.json").read_text())
     assert document["schema"] == "osscar.prune/5"
     assert document["settings"]["sparsity"] == 0.5
@@ -83,6 +79,13 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
     model = osscar.load(place)
     assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
+    # Another demo may replace what one made.
+    monkeypatch.setattr("osscar.cli.demo.load_language_model", _interrupted)
+    assert run("demo", "--out", place)[0] == 130
+
+
+def _interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -131,6 +134,7 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     assert f"keeps {after} of {before} parameters, removes " in out
     assert report["settings"]["neurons"] == "0.5"
     assert len(report["layers"]) == 4
+    assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
     for file in (*out_dir.glob("*.json"), out_dir / "report.html", out_dir / "README.md"):
         assert str(tmp_path) not in file.read_text()
 
@@ -163,33 +167,23 @@ def test_no_figure_of_a_report_loses_a_run(run, text, tmp_path, monkeypatch):
     """A model is saved before it is measured, whatever becomes of that."""
     out_dir, copy = tmp_path / "small", tmp_path / "copy.json"
     asked = small_prune(text, out_dir, "--neurons", "0.5", "--json", copy)
-
-    def ends(how):
-        def instead(*_):
-            raise how
-
-        monkeypatch.setattr("osscar.pruning.result.measure_forward", instead)
-
-    ends(KeyboardInterrupt())
+    monkeypatch.setattr("osscar.pruning.result.measure_forward", _interrupted)
     assert run(*asked)[0] == 130
     saved = (out_dir / "model.safetensors").read_bytes()
     assert "milliseconds on" not in (out_dir / "README.md").read_text()
     assert not copy.exists()
-    monkeypatch.setattr("osscar.pruning.result.measure_forward", measure_forward)
+
+    def fails(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr("osscar.pruning.result.measure_forward", fails)
     status, out, err = run(*asked)
     assert (status, "before this run began" in out) == (0, True), err
-    report = json.loads((out_dir / "osscar_report.json").read_text())
-    assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
-    assert report.items() <= json.loads(copy.read_text()).items()
-    assert "milliseconds on" in (out_dir / "README.md").read_text()
-    assert (out_dir / "model.safetensors").read_bytes() == saved
-
-    ends(RuntimeError("no kernel"))
-    status, out, err = run(*asked, "--overwrite")
-    assert status == 0, err
     said = "a forward pass of both models (RuntimeError: no kernel)"
-    assert f"not measured: {said}" in out
-    assert json.loads((out_dir / "osscar_report.json").read_text())["unmeasured"] == said
+    report = json.loads((out_dir / "osscar_report.json").read_text())
+    assert report["unmeasured"] == said
+    assert f"not measured: {said}" in "\n".join(run_lines(report))
+    assert report.items() <= json.loads(copy.read_text()).items()
     assert said in (out_dir / "report.html").read_text()
     assert (out_dir / "model.safetensors").read_bytes() == saved
 
@@ -223,10 +217,11 @@ def test_an_interrupt_says_what_is_kept(run, text, tmp_path, monkeypatch, comman
     monkeypatch.setattr(owner[name], method, stopped)
     small = small_prune(text, place, "--neurons", "0.5")
     windows = ("--windows", 1, "--seqlen", 32, "--samples", 6)
+    uniform = ("--allocation", "uniform", "--backend", "magnitude")
     asked = {
         "prune": small,
         "restart": (*small, "--restart"),
-        "sweep": ("sweep", "demo", "--out", place, "--sparsity", "0.3", *windows),
+        "sweep": ("sweep", "demo", "--out", place, "--sparsity", "0.3", *uniform, *windows),
         "gap": ("gap", "demo", "--out", place, "--groups", "*.0.*heads", *windows),
     }
     status, _, err = run(*asked[command])
@@ -272,26 +267,21 @@ def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monk
     assert "the two models have other tokenizers" in err
 
 
-def test_an_edited_config_is_refused_or_told(run, text, tmp_path):
-    small = tmp_path / "small"
-    status, out, err = run(*small_prune(text, small, "--heads", "0.5"))
-    assert status == 0, err
-    assert "trust_remote_code" in out
-    file = small / "config.json"
+def test_an_edited_config_is_refused_or_told(run, tmp_path):
+    dense, tokens = osscar.load_model("demo", device="cpu"), torch.arange(128).view(2, 64)
+    result = osscar.prune(dense.model, tokens, heads=0.5, backend="magnitude")
+    small = result.save(tmp_path / "small", tokenizer=dense.tokenizer)
+    file = small.path / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "num_attention_heads": 16}))
-    status, out, err = run("inspect", small)
-    assert (status, out) == (2, "")
-    assert "has num_attention_heads 16 where 8 was saved" in err
-    file.write_text(json.dumps({**config, "activation_function": "gelu"}))
-    status, out, err = run("inspect", small)
-    assert status == 0
-    assert "warning: " in err
-    assert "activation_function 'gelu' where 'relu' was saved" in err
-    file.write_text(json.dumps({**config, "dropout": -1}))
-    status, out, err = run("inspect", small)
-    assert (status, out) == (2, "")
-    assert "has dropout -1, where a share from 0 to 1 is needed" in err
+    for change, status, said in (
+        ({"num_attention_heads": 16}, 2, "has num_attention_heads 16 where 8 was saved"),
+        ({"activation_function": "gelu"}, 0, "activation_function 'gelu' where 'relu' was saved"),
+        ({"dropout": -1}, 2, "has dropout -1, where a share from 0 to 1 is needed"),
+    ):
+        file.write_text(json.dumps({**config, **change}))
+        found = run("inspect", small.path)
+        assert found[0] == status
+        assert ("warning: " in found[2], said in found[2]) == (status == 0, True)
 
 
 def saved_by_transformers(place, model):
@@ -375,6 +365,7 @@ def test_certify_shows_gaps_and_what_proofs_rest_on(run, text, tmp_path):
     )
     assert status == 0, err
     assert "gap" in out
+    assert "trust_remote_code" in out
     layers = json.loads((tmp_path / "a.json").read_text())["layers"]
     assert all(layer["gap"] is not None for layer in layers)
     proved = sum(layer["proved_optimal"] for layer in layers)
@@ -384,19 +375,14 @@ def test_certify_shows_gaps_and_what_proofs_rest_on(run, text, tmp_path):
 
 
 BAD = [
-    (["--sparsity", "1.5"], "sparsity is 1.5"),
     (["--sparsity", "0"], "sparsity is 0"),
     (["--sparsity", "0.999"], "cannot be met"),
     (["--neurons", "641"], "cannot keep 641 units"),
-    (["--neurons", "1e-99999999"], "neurons is '1e-99999999'"),
     (["--neurons", "1" * 5000], "neurons is '1111"),
     (["--samples", "1000000", "--seqlen", "1" * 400, "--neurons", "0.5"], "can be held"),
-    (["--heads", "nine"], "heads is 'nine'"),
-    ([], "nothing to prune"),
     (["--neurons", "0.5", "--backend", "magic"], "there is no backend 'magic'"),
     (["--neurons", "0.5", "--option", "stages=3"], "has no option stages"),
     (["--neurons", "0.5", "--option", "stages"], "is not NAME=VALUE"),
-    (["--neurons", "0.5", "--damp", "-1"], "damp is -1"),
     (["--neurons", "0.5", "--batch-size", "0"], "batch-size is 0"),
     (["--neurons", "0.5", "--samples", "0"], "not 0 of 64"),
     (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
@@ -414,7 +400,6 @@ BAD = [
     (["--neurons", "0.5", "--device", "tpu"], "tpu"),
     (["--neurons", "0.5", "--dtype", "int8"], "int8"),
     (["--neurons", "0.5", "--json", "/nowhere/x.json"], "/nowhere/x.json"),
-    (["--neurons", "0.5", "--round-to", "0"], "round-to is 0"),
 ]
 
 
@@ -768,10 +753,6 @@ def test_being_terminated_leaves_nothing_half_written(run, text, tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) is before
     # What was solved is kept, in plain sight, and nothing else.
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "out.run"}
-    monkeypatch.undo()
-    status, _, _ = run(*small_prune(text, tmp_path / "out", "--neurons", 0.5))
-    assert status == 0
-    assert {path.name for path in tmp_path.iterdir()} == {text.name, "out"}
 
 
 def test_two_files_of_one_name_are_refused_as_what_is_written(run, tmp_path):

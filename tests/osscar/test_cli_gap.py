@@ -292,6 +292,7 @@ def test_gap_names_problems_without_a_choice(run, file, monkeypatch):
     assert not (file.parent / "alone").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_says_how_to_go_on(tmp_path):
     """The study, as a terminal interrupts it: with all processes that it has started."""
     generator = torch.Generator().manual_seed(0)

@@ -127,7 +127,6 @@ def as_fast_as_it_is_small(dense, other, batch):
 
 def test_an_estimate_is_made_where_the_model_is(card):
     with card.watched():
-        osscar.estimate(on(card, tiny("qwen2", layers=1)), tokens(5), sparsity=0.4)
         osscar.estimate(on(card, small_net()), images(12), channels=0.5)
 
 
@@ -150,7 +149,7 @@ class Full(DeviceMemory):
 @pytest.mark.parametrize("holding", [True, False], ids=["kept", "read anew"])
 @pytest.mark.parametrize(("family", "asked"), STREAMED, ids=str)
 def test_a_streamed_model_is_pruned_where_it_is(family, asked, holding, card, tmp_path):
-    dense = written(tmp_path / "dense", family)
+    dense = written(tmp_path / "dense", family, layers=1)
     request = PruningRequest(**asked, device="cpu", batch_size=3)
     plain = prune_as_asked(osscar.load_model(dense, device="cpu").model, tokens(), request)
     with card.watched():

@@ -18,6 +18,7 @@ from osscar.proof.plan import Form
 from osscar.report.evaluation_tables import dense_sentence
 from tests.osscar import gpts
 
+MAGNITUDE = {"backend": "magnitude", "device": "cpu"}
 KERNELS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 
 
@@ -30,6 +31,7 @@ def _of_attention(contiguous):
     return gpts.GPT(gpts.Config(), build, last_alone=True).eval()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kernel", "contiguous"),
     [
@@ -42,7 +44,7 @@ def test_what_one_kernel_traces_another_runs(kernel, contiguous, tmp_path):
     """Kernels differ in strides: what one returns need not be copied before a view, or must be."""
     model, idx = _of_attention(contiguous), gpts.drawn(["idx"], 48, 0)[0]["idx"]
     with sdpa_kernel(kernel):
-        result = osscar.prune(model, idx, flops=0.6, form="exported", device="cpu")
+        result = osscar.prune(model, idx, heads=0.5, neurons=0.5, form="exported", **MAGNITUDE)
         archive = osscar.export_pt2(result.model, tmp_path / "smaller.pt2")
         result.save(tmp_path / "smaller")
         again = osscar.load(tmp_path / "smaller", dense=model)
@@ -88,11 +90,12 @@ def _trained(build):
     return model.eval(), list(example)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "positions"),
     [
-        ("nano", 1),
         ("nano_with_targets", gpts.LENGTH),
+        ("nano", 1),
         ("mini", gpts.LENGTH),
         ("translator", gpts.LENGTH),
     ],

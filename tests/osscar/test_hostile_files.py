@@ -165,7 +165,7 @@ def test_weights(name, tmp_path, examples):
     check()
 
 
-@MANY
+@settings(MANY, max_examples=30)
 @given(st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode)))
 def test_texts(tmp_path, data):
     file = tmp_path / "a.txt"

@@ -87,7 +87,7 @@ def test_each_group_leaves_alone(case):
         assert far_apart(without_units(net, plan)(x), made_(x)) < EXACT
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_networks(data):
     net = random_network(data).double()
@@ -292,7 +292,7 @@ def test_it_is_compiled():
         assert far_apart(result.model(x), compiled(x)) < EXACT
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
     reason="needs onnx, onnxscript and onnxruntime: pip install 'osscar[onnx]'",

@@ -109,7 +109,7 @@ def two(request, tmp_path_factory):
     return place
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_come_to_what_one_process_does(name, two):
     check_same(CASES[name], [two / f"{name}.{rank}" for rank in range(2)])
@@ -242,6 +242,7 @@ def test_a_rank_that_differs_is_named_with_what_differs():
             own.check_alike(Three())
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     run = command(*PRUNE, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "said.json"))
     log = tmp_path / "out.run"

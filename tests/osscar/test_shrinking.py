@@ -117,6 +117,7 @@ def test_layers_show_their_new_sizes() -> None:
     assert (model.grouped.num_groups, model.grouped.num_channels) == (2, 4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["deberta", "deberta-v2"])
 def test_heads_whose_scores_are_gathered_leave(family: str) -> None:
     model = transformers_case(family).build().double()
@@ -531,9 +532,9 @@ def test_bias_keys_are_refused() -> None:
 # ---- twice, and on -----------------------------------------------------------------------
 
 _TWICE = [
+    *map(transformers_case, ("llama-multi-query", "phi3", "t5")),
     pytest.param(torchvision_case("resnet18"), marks=_TORCHVISION),
     pytest.param(torchvision_case("regnet_x_400mf"), marks=_TORCHVISION),
-    *map(transformers_case, ("llama-multi-query", "phi3", "t5")),
 ]
 
 
@@ -607,7 +608,7 @@ def _shrunk(name: str) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
 _EXPORTED = ["encoder", "llama"]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _EXPORTED)
 def test_a_shrunk_model_compiles(name: str) -> None:
     model, inputs = _shrunk(name)
@@ -634,7 +635,7 @@ def test_a_shrunk_model_compiles_to_machine_code(
         torch.testing.assert_close(compiled(*inputs[0]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("onnxscript") is None or find_spec("onnx") is None,
     reason="the export to ONNX needs onnx and onnxscript: pip install 'osscar[onnx]'",

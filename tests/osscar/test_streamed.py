@@ -57,9 +57,9 @@ PLENTY = "64GB"
 CPU = torch.device("cpu")
 
 
-def written(path, family, *, dtype=torch.float32, shards=None):
+def written(path, family, *, dtype=torch.float32, shards=None, layers=2):
     """Save a tiny model with a tokenizer; as several files of so many bytes, if that is said."""
-    return stored(path, tiny(family).to(dtype), shards=shards)
+    return stored(path, tiny(family, layers=layers).to(dtype), shards=shards)
 
 
 def stored(path, model, *, shards=None):
@@ -204,7 +204,8 @@ def test_weights_that_were_tried_leave_the_dense_ones_where_they_lie(tmp_path):
 
 
 def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
-    result = pruned(written(tmp_path / "dense", "opt"), PLENTY, heads=0.5, neurons=0.7)
+    dense = written(tmp_path / "dense", "opt", layers=1)
+    result = pruned(dense, PLENTY, heads=0.5, neurons=0.7)
     cache = weight_cache(result.model)
     monkeypatch.setattr(system_memory, "resident_memory", lambda: 10**9)
     cache.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
@@ -227,7 +228,7 @@ def test_what_was_written_is_held_to_what_is_in_the_file(tmp_path):
 
 
 def test_a_pruned_checkpoint_streams_too(tmp_path):
-    dense = written(tmp_path / "dense", "opt")
+    dense = written(tmp_path / "dense", "opt", layers=1)
     result = pruned(dense, None, heads=0.5, neurons=0.5)
     tokenizer = osscar.load_model(dense).tokenizer
     assert not result.save(tmp_path / "pruned", tokenizer=tokenizer).stock
@@ -328,7 +329,7 @@ def test_room_is_made_before_sums_are_begun(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error:TypedStorage")
 def test_a_log_holds_values_and_no_parameters_on_disk(tmp_path):
-    dense, log = written(tmp_path / "dense", "opt"), RunLog(tmp_path / "log")
+    dense, log = written(tmp_path / "dense", "opt", layers=1), RunLog(tmp_path / "log")
     loaded = osscar.load_model(dense, device="cpu", max_memory=PLENTY)
     request = PruningRequest(neurons=0.5, target="weights", backend="greedy", device="cpu")
     with log.held():
@@ -438,7 +439,7 @@ def swept(allocation):
 
 
 def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
-    dense = written(tmp_path / "dense", "opt")
+    dense = written(tmp_path / "dense", "opt", layers=1)
     base = PruningRequest(sparsity=0.2, allocation="uniform", backend="greedy", device="cpu")
     found = []
     for memory in (None, PLENTY):
@@ -468,7 +469,7 @@ def test_a_limit_of_a_few_bytes_is_told_as_it_was_given(tmp_path):
 
 
 def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
-    dense = written(tmp_path / "dense", "opt")
+    dense = written(tmp_path / "dense", "opt", layers=1)
     with pytest.raises(RequestError, match="fc2") as refused:
         pruned(dense, "100MB", neurons=0.5)
     least = str(refused.value).partition("at least ")[2].split()[0]
@@ -517,6 +518,7 @@ print(resident_memory() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="allocators of others behave otherwise")
 def test_what_is_freed_between_what_stays_is_not_kept_by_the_process():
     found = subprocess.run(

@@ -56,7 +56,7 @@ def assert_same(model, other):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["opt", "images"])
 def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
-    model, data = (tiny("opt"), tokens()) if kind == "opt" else (small_net(), images())
+    model, data = (tiny("opt", layers=1), tokens()) if kind == "opt" else (small_net(), images())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     points = (
         Job(MEASURED, SPARSITY, 0.3),
@@ -664,9 +664,10 @@ def test_a_point_that_exceeds_its_budget_is_marked():
 def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, budget, measured):
     asked = ("sweep", "demo", f"--{budget}", "0.8", "--out", tmp_path / "sweep", "--text", text)
     more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
-    status, printed, err = run(*asked, *more)
+    uniform = ("--allocation", "uniform")
+    status, printed, err = run(*asked, *more, *uniform)
     assert status == 0, err
-    begun, done = (f"measured at {budget} 0.8: {word}" for word in ("keeps ", "done, 1 of 1"))
+    begun, done = (f"uniform at {budget} 0.8: {word}" for word in ("keeps ", "done, 1 of 1"))
     assert 0 <= printed.find(begun) < printed.find(done)
     assert "budget:" in printed
     document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
@@ -678,6 +679,6 @@ def test_a_sweep_over_costs_says_what_each_point_came_to(run, text, tmp_path, bu
     assert 0.5 < pruned["agreement"] < dense["agreement"] == 1
     assert 0.7 * dense[measured] < pruned[measured] <= 0.8 * dense[measured]
     # Points of another budget are another sweep.
-    status, _, err = run(*small_sweep(tmp_path / "sweep", "0.3", text))
+    status, _, err = run(*small_sweep(tmp_path / "sweep", "0.3", text, *uniform))
     assert status == 2
     assert f"budget was '{budget}' and is 'sparsity'" in err

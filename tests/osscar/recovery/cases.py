@@ -177,7 +177,9 @@ ADAPTED = "bfloat16 with adapters"
 FORMS = {
     "tied embeddings": Form(lambda: tiny("qwen2"), _windows),
     "per-layer shapes": Form(
-        lambda: tiny("llama-gqa"), _windows, _pruned(sparsity=0.4, at_least=4, backend="magnitude")
+        lambda: tiny("llama-gqa"),
+        _windows,
+        _pruned(groups={"model.layers.0.mlp.neurons": 12}, backend="magnitude"),
     ),
     "a program": Form(
         lambda: made(CASES["generator"][0]).float(), lambda: torch.randn(24, 8), _program
