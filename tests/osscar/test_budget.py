@@ -242,18 +242,6 @@ def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
         assert budget.gap <= 1e-3
 
 
-def test_a_size_is_that_of_the_weights_as_they_are_saved(tmp_path):
-    first = osscar.prune(tiny("opt", layers=1), tokens(8, 24), neurons=0.9, backend="wanda")
-    size = osscar.save(first.model, tmp_path / "first", dtype=torch.bfloat16).bytes
-    model = osscar.load(tmp_path / "first").float()
-    asked = {"size": f"{0.8 * size:.0f}B", "allocation": "uniform", "backend": "wanda"}
-    result = osscar.prune(model, tokens(8, 24), **asked)
-    saved = result.save(tmp_path / "second")
-    assert result.budget.cost is Cost.BYTES
-    assert saved.bytes <= result.budget.reached <= 0.8 * size
-    assert 0.8 * 0.8 * size <= saved.bytes
-
-
 def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -261,32 +249,7 @@ def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
     with prepare(net, torch.randn(4, 3, 8, 8)) as prepared:
         cost = count(Cost.BYTES, prepared.model, prepared.groups, prepared.sample)
     entries = sum(4 * p.numel() for p in net.parameters()) + 2 * 8 * 4 + 8  # and an int64
-    assert entries < cost.dense < entries + 9 * 200  # what the file says of nine tensors
-
-
-def test_a_size_counts_tensors_in_their_own_formats_and_what_programs_keep(tmp_path):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    net[0] = net[0].to(torch.bfloat16)
-    with torch.no_grad():
-        net = nn.Sequential(Half(net[0]), *net[1:]).eval()
-    data = torch.randn(64, 8)
-    dense = sum(p.numel() * p.itemsize for p in net.parameters())
-    asked = {"size": int(0.7 * dense), "allocation": "uniform", "backend": "wanda"}
-    result = osscar.prune(net, data, **asked)
-    assert osscar.save(result.model, tmp_path / "saved").bytes <= 0.7 * dense
-
-
-class Half(nn.Module):
-    """A layer in half precision before others."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-        self.register_buffer("table", torch.ones(500), persistent=False)
-
-    def forward(self, x):
-        return self.layer(x.to(self.layer.weight.dtype)).float() * self.table.mean()
+    assert cost.dense == entries
 
 
 def test_uniform_shares_do_not_miss_a_budget_for_what_is_kept_at_least(opt):
