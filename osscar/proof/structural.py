@@ -79,7 +79,7 @@ class DenseProgram:
     left_open: Mapping[str, Collection[int]]
 
 
-_Widths: TypeAlias = tuple[tuple[tuple[str, int], ...], tuple[Integer, ...]]
+_Widths: TypeAlias = tuple[frozenset[tuple[str, int]], frozenset[Integer]]
 """How many units each group keeps, and the numbers of modules that follow: code sees no more."""
 
 
@@ -124,7 +124,7 @@ class DensePrograms:
             raise Unproved(f"the dense model cannot be exported: {self.refusal}")
         if any(group.kind is UnitKind.EXPERTS for group in plan.groups):
             raise Unproved("whole experts leave, and no program says to which others tokens go")
-        widths = tuple((group.name, len(group.kept)) for group in plan.groups), plan.integers
+        widths = frozenset((g.name, len(g.kept)) for g in plan.groups), frozenset(plan.integers)
         if anew or widths not in self.proved:
             found = [_compared(one, model, plan) for one in self.programs]
             sizes = tuple(size for one in found for size in one.result().sizes)
