@@ -15,13 +15,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pyte
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked ``sampled(n)``, mark all cases as slow but n, and those that are named."""
+    """Of a test marked ``sampled(n)``, mark all cases as slow but n, and those that are named.
+
+    So are examples of a docstring that two functions share.
+    """
     named = {argument.rpartition("::")[2] for argument in config.args}
     cases = defaultdict(list)
     for item in items:
         mark = item.get_closest_marker("sampled")
         if mark is not None and item.get_closest_marker("slow") is None:
             cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    shown = set()
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            examples = tuple(example.source for example in item.dtest.examples)
+            if examples in shown and item.name not in named:
+                item.add_marker("slow")
+            shown.add(examples)
     for (_, count), found in cases.items():
         always = sample([values_of(item) for item in found], count)
         for place, item in enumerate(found):

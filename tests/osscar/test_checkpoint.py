@@ -21,6 +21,7 @@ from osscar.network.modules import copied
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Calibration, refuse_overlap
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
+from tests.osscar.interrupted_cases import tiny_model
 
 IDS = tokens(2, 16, seed=9)
 
@@ -307,12 +308,12 @@ def test_damaged_files_beside_it_are_errors_of_ours(directory):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "listed"])
 def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_path):
-    loaded = osscar.load_model("demo", device="cpu")
+    loaded = osscar.load_model(tiny_model(tmp_path / "dense"), device="cpu")
     windows = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=32)
     result = osscar.prune(loaded.model, windows, backend="magnitude", device="cpu", **keep)
     saved = result.save(tmp_path / "small", tokenizer=loaded.tokenizer)
     lineage = lineage_of(osscar.load(saved.path))
-    assert lineage.source == "embedded demo model (OPT)"
+    assert lineage.source == "directory dense"
     assert lineage.stored_dtype == str(loaded.stored_dtype).removeprefix("torch.")
     assert lineage.calibration == (Calibration.of(windows.describe()),)
     assert lineage.calibration[0].seen == windows.seen
@@ -339,7 +340,7 @@ def test_nothing_of_a_report_is_believed(planned, directory):
 
 
 def test_the_model_itself_can_be_saved_where_its_config_fits(tmp_path):
-    model = pruned("llama-gqa", heads="2/3", neurons="0.5")
+    model = pruned("llama-gqa", neurons="0.5")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(again.eval(), IDS), logits(model, IDS))
@@ -348,7 +349,7 @@ def test_the_model_itself_can_be_saved_where_its_config_fits(tmp_path):
 def test_a_model_with_a_short_context_is_pruned_and_saved(tmp_path):
     config = GPT2Config(vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_inner=40, n_positions=8)
     model = AutoModelForCausalLM.from_config(config).eval()
-    result = osscar.prune(model, tokens(4, 8), sparsity=0.5, backend="magnitude", device="cpu")
+    result = osscar.prune(model, tokens(4, 8), neurons=0.5, backend="magnitude", device="cpu")
     assert checkpoint.save(result.model, tmp_path / "small").path.is_dir()
 
 

@@ -234,6 +234,7 @@ def test_options_are_the_fields_of_the_request():
 # ---- that were ended ---------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "command", [("recover", "small", "--dense"), ("prune",)], ids=["recover", "prune"]
 )

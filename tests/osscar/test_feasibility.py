@@ -388,7 +388,7 @@ def test_one_trial_is_enough_where_all_can_follow(kind, tries):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_few_trials_find_what_cannot_follow(tries):
-    depth = 8
+    depth = 4
     found = tried(built(lambda: Transformer(depth)), words(), sparsity=0.5)
     assert left_of(found) == [f"blocks.{i}.attn.heads" for i in range(depth)]
     assert len(tries) <= 2 * depth + 1
@@ -450,6 +450,9 @@ def test_the_widths_that_are_tried(asked, kept):
 # ---- runs that go on, and sweeps ---------------------------------------------------------
 
 
+HALF = {"heads": "1/2", "neurons": "1/2", "device": "cpu"}
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing may catch it."""
 
@@ -471,7 +474,7 @@ def killed(log, request, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
-    request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
+    request, log = PruningRequest(**HALF), RunLog(tmp_path / "log")
     whole = prune_as_asked(built(Transformer), words(), request)
     killed(log, request, monkeypatch)
     again = prune_as_asked(built(Transformer), words(), request, log)
@@ -484,7 +487,7 @@ def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
-    request, log = PruningRequest(sparsity=0.5, device="cpu"), RunLog(tmp_path / "log")
+    request, log = PruningRequest(**HALF), RunLog(tmp_path / "log")
     with monkeypatch.context() as patch:
         patch.setattr(pruning_room, "feasible_groups", lambda *_: (Form.EAGER, ()))
         killed(log, request, patch)
@@ -496,7 +499,7 @@ def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
 def test_a_sweep_tries_once(tries):
     base = PruningRequest(sparsity=0.3, device="cpu")
     points = (
-        *jobs(BudgetKind.SPARSITY, (0.3, 0.6)),
+        *jobs(BudgetKind.SPARSITY, (0.3, 0.6), allocation="uniform"),
         Job("wanda", BudgetKind.SPARSITY, 0.5),
     )
     found = dict(prune_points(built(Transformer), words(), base, points))
@@ -551,7 +554,8 @@ def run(monkeypatch, capsys, tmp_path):
             "images.npz",
             "--no-normalize",
         )
-        arguments = (*arguments, "--sparsity", 0.5, "--out", "small", "--device", "cpu", *more)
+        shared = ("--sparsity", 0.5, "--allocation", "uniform")
+        arguments = (*arguments, *shared, "--out", "small", "--device", "cpu", *more)
         monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()

@@ -443,7 +443,8 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
 
 def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
     model, data, out = small_net(), images(32), tmp_path / "sweep"
-    asked = {"sparsity": [0.6], "backend": "magnitude", "device": "cpu", "seed": 3}
+    asked = {"sparsity": [0.6], "allocation": "uniform", "backend": "magnitude"}
+    asked |= {"device": "cpu", "seed": 3}
     few = osscar.RecoveryRequest(steps=4, learning_rate=1e-3, device="cpu")
     document = osscar.sweep(model, data, out, recover=few, **asked)
     assert json.loads((out / "sweep.json").read_text()) == document
@@ -500,7 +501,8 @@ def test_images_are_scored_by_agreement_in_one_shot_and_recovered(run, tmp_path)
     status, printed, err = run(
         *("sweep", f"{code}:net", "--sparsity", "0.4", "--out", tmp_path / "sweep"),
         *("--calibration", tmp_path / "a.npz", "--images", tmp_path / "b.npz"),
-        *("--backend", "magnitude", "--device", "cpu", "--recover", "--recover-steps", 2),
+        *("--allocation", "uniform", "--backend", "magnitude", "--device", "cpu"),
+        *("--recover", "--recover-steps", 2),
     )
     assert status == 0, err
     document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
