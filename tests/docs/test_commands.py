@@ -42,7 +42,7 @@ PARSED = {
     "osscar prune torchvision:ssdlite320": "takes a minute; test_libraries.py runs it",
     "osscar prune MODEL --experts": "takes a mixture; test_prune_experts.py runs it",
     "osscar eval smaller --images others/": "takes a detector; test_libraries.py runs it",
-    "python3 -m osscar demo": "tests/osscar/test_cli.py runs it, twice",
+    "python3 -m osscar demo": "tests/osscar/test_cli.py runs it",
     "osscar export smaller --format gguf": "takes a LLaMA; test_gguf.py runs it",
     "osscar export smaller --format onnx": "takes a directory; test_export.py runs it",
     "osscar export tuned": "takes a model of ultralytics; test_python.py runs it",
