@@ -162,7 +162,7 @@ def random_network(data: st.DataObject) -> nn.Module:
     return model
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_whatever_is_prunable_is_sound(data: st.DataObject) -> None:
     model = random_network(data)
