@@ -113,9 +113,9 @@ class DataOptions(OpenOptions):
 
     dense: Dense = None
     calibration: str | None = None
-    """Plain text file or Hugging Face dataset (by default built-in text); for images a directory or
-    an .npz file; for anything else FILE.npz or FILE.safetensors, with an entry for each argument of
-    the model's `forward`."""
+    """What the model will read: a plain text file or a Hugging Face dataset (the demo has its own
+    text); for images a directory or an .npz file; for anything else FILE.npz or FILE.safetensors,
+    with an entry for each argument of the model's `forward`."""
     samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
     """Calibration windows (default 32), images or samples (default 256)."""
     seqlen: int | None = None
@@ -167,7 +167,7 @@ class RecoverOptions(OpenOptions):
 
     json: Json = None
     text: str | None = None
-    """Plain text file or Hugging Face dataset to train on; by default built-in text."""
+    """Plain text file or Hugging Face dataset to train on, like what the model will read."""
     images: str | None = None
     """Images to train on, whose labels are not used: a directory, or FILE.npz with `images`
     (FILE.npz:train for `train_images`)."""

@@ -187,6 +187,8 @@ class _Job:
                 f"{self.name} holds the same weights as {self.dense}, so that there is nothing to "
                 "recover; give a directory that `osscar prune` wrote"
             )
+        if smaller.tokenizer is not None:
+            dense.check_text(options.text, "--text")
         data = smaller.training(
             text=options.text,
             images=options.images,

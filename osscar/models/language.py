@@ -38,7 +38,7 @@ from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO, HUB_ID, REGISTERED, hub_is_reachable
+from osscar.models.names import DEMO, DEMO_SOURCE, HUB_ID, REGISTERED, hub_is_reachable
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
@@ -137,7 +137,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, source: str) -> No
 
 def _find(name: str) -> _Found:
     if name == DEMO:
-        return _Found(str(DEMO_DIRECTORY), "embedded demo model (OPT)", DEMO_DIRECTORY)
+        return _Found(str(DEMO_DIRECTORY), DEMO_SOURCE, DEMO_DIRECTORY)
     if name in PACKAGED_MODELS:
         packaged = PACKAGED_MODELS[name]
         path = fetch(packaged)

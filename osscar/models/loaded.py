@@ -18,6 +18,7 @@ from osscar.data.samples import SampleSet, columns_of
 from osscar.data.tensors import TensorSet, holds_images, load_tensors
 from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
 from osscar.data.tokens import CalibrationSet, load_calibration
+from osscar.models.names import DEMO_SOURCE
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
 from osscar.proof.lineage import lineage_of
@@ -95,11 +96,11 @@ class LoadedModel:
         Parameters
         ----------
         spec
-            For a language model as `osscar.load_calibration` takes it, None being the built-in
-            text.  For any other a directory of images, or an ``.npz`` file, or ``FILE.npz:PART``
-            for a part of one; or a file of tensors, as `osscar.load_tensors` takes it.  Or what is
-            at hand: a ``datasets.Dataset`` of text, a data set of images of PIL, or anything that
-            `osscar.load_batches` takes.
+            For a language model as `osscar.load_calibration` takes it; None, which is the built-in
+            text, only for the demo.  For any other a directory of images, or an ``.npz`` file, or
+            ``FILE.npz:PART`` for a part of one; or a file of tensors, as `osscar.load_tensors`
+            takes it.  Or what is at hand: a ``datasets.Dataset`` of text, a data set of images of
+            PIL, or anything that `osscar.load_batches` takes.
         samples
             How many; by default 32 windows, or 256 images or samples.
         seqlen
@@ -124,6 +125,7 @@ class LoadedModel:
         if not (spec is None or isinstance(spec, str | Path)):
             return self._at_hand(spec, samples, seqlen, seed)
         if self.tokenizer is not None:
+            self.check_text(spec, "--calibration")
             samples = DEFAULT_WINDOWS if samples is None else samples
             length = self._window_length() if seqlen is None else seqlen
             return load_calibration(spec, self.tokenizer, samples=samples, seqlen=length, seed=seed)
@@ -294,6 +296,14 @@ class LoadedModel:
         found = load_tensors(spec, self.model, self.stated)
         self._check_no_images_stated(spec)  # of a file that is there
         return found
+
+    def check_text(self, text: Any, option: str) -> None:
+        """Refuse to do without a text; only the demo has its own."""
+        if text is None and self.source != DEMO_SOURCE:
+            raise DataError(
+                f"give {option} a text like what {self.source} will read, such as train.txt; "
+                "'builtin' is documentation of Python, with which most models get far worse"
+            )
 
     def _check_no_images_stated(self, source: str | Path) -> None:
         if self.states_images:

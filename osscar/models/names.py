@@ -26,6 +26,7 @@ _IMAGE_CLASSIFIER = "ForImageClassification"
 """How transformers ends the names of such classes."""
 
 DEMO = "demo"
+DEMO_SOURCE = "embedded demo model (OPT)"
 
 REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR."""

@@ -106,7 +106,7 @@ def tiny_model(place: Path) -> Path:
 def pruning(model: Path, *more: str) -> tuple[str, ...]:
     return (
         *("prune", str(model), "--samples", "8", "--seqlen", "32", "--backend", "wanda"),
-        *("--device", "cpu", *more),
+        *("--calibration", "builtin", "--device", "cpu", *more),
     )
 
 

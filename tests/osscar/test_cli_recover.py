@@ -131,7 +131,19 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
 
 
 def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
-    recover = ("recover", "small", "--dense", tiny, "--samples", 6, *TRAINING, "--out", "small")
+    recover = (
+        "recover",
+        "small",
+        "--dense",
+        tiny,
+        "--text",
+        "builtin",
+        "--samples",
+        6,
+        *TRAINING,
+        "--out",
+        "small",
+    )
     before, old = contents(small), report(small)
     status, _, err = run(*recover)
     assert status == 2
@@ -145,7 +157,7 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
 
 def test_where_nothing_was_better_the_model_is_as_it_came(run, small, tiny):
     (small / "osscar_report.json").unlink()
-    asked = ("--samples", 6, *TRAINING, "--learning-rate", 1, "--out", "new")
+    asked = ("--text", "builtin", "--samples", 6, *TRAINING, "--learning-rate", 1, "--out", "new")
     status, out, err = run("recover", "small", "--dense", tiny, *asked)
     assert status == 0, err
     assert "was the nearest, on 1 sample" in out
@@ -211,7 +223,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(crowded)
     before = contents(crowded)
-    status, _, err = run("recover", "--dense", tiny, *TRAINING, *arguments)
+    text = () if "--text" in arguments else ("--text", "builtin")
+    status, _, err = run("recover", "--dense", tiny, *TRAINING, *text, *arguments)
     assert status == 2
     assert err.startswith("error: ")
     assert message in " ".join(err.split())
@@ -221,7 +234,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": NaN}'])
 def test_a_report_that_cannot_go_along_is_named(run, small, tiny, content):
     (small / "osscar_report.json").write_text(content)
-    status, _, err = run("recover", "small", "--dense", tiny, *TRAINING)
+    status, _, err = run("recover", "small", "--dense", tiny, "--text", "builtin", *TRAINING)
     assert status == 2
     assert "osscar_report.json" in err
 
@@ -241,7 +254,7 @@ def test_options_are_the_fields_of_the_request():
 def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, command, monkeypatch):
     def asked(out):
         if command[0] == "recover":
-            return (*command, tiny, "--samples", 6, "--out", out, *TRAINING)
+            return (*command, tiny, "--text", "builtin", "--samples", 6, "--out", out, *TRAINING)
         more = ("--neurons", "0.25", "--recover", "--recover-steps", 4, "--out", out)
         return pruning(tiny, *map(str, more))
 
@@ -281,7 +294,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
 
 
 def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch):
-    asked = ("recover", "small", "--dense", tiny, "--samples", 6, *TRAINING)
+    asked = ("recover", "small", "--dense", tiny, "--text", "builtin", "--samples", 6, *TRAINING)
 
     def full(*given, **more):
         raise OutputError("the disk is full")

@@ -200,7 +200,7 @@ class TestDirectories:
 
     def test_windows_are_as_long_as_the_model_takes(self, checkpoint):
         save_tiny(checkpoint, n_positions=48)
-        data = load_model(checkpoint).calibration(None, samples=2, seqlen=None, seed=0)
+        data = load_model(checkpoint).calibration("builtin", samples=2, seqlen=None, seed=0)
         assert data.seqlen == 48
         assert load_model("demo").calibration(None, samples=1, seqlen=None, seed=0).seqlen == 512
 
