@@ -15,12 +15,12 @@ from tests.osscar.programs import far_apart, refitted_without_units
 MODELS = {
     # 6 heads are no power of two, for which slopes are made in two ways.
     "mpt": lambda: hf.MptConfig(
-        d_model=48, n_heads=6, n_layers=2, vocab_size=64, max_seq_len=64, use_cache=False
+        d_model=48, n_heads=6, n_layers=1, vocab_size=64, max_seq_len=64, use_cache=False
     ),
     "falcon": lambda: hf.FalconConfig(
         vocab_size=64,
         hidden_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=6,
         alibi=True,
         eos_token_id=1,

@@ -105,6 +105,7 @@ def test_a_pruned_model_is_what_transformers_reads(family, max_memory, tmp_path)
     _assert_alike(again.model, theirs)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_model_that_was_converted_by_hand_can_be_saved(dtype, tmp_path):
     path = _dense(CONFIGS["gemma3"](), tmp_path / "dense", torch.float32)

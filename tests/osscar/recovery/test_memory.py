@@ -82,25 +82,25 @@ def test_what_nobody_asked_for_may_not_work_and_all_else_is_raised():
 
 
 class Wide(nn.Module):
-    """Makes 40 MB for each sample between small matrices."""
+    """Makes 20 MB for each sample between small matrices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(8, 1), nn.Linear(1, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.enter(x).expand(-1, 10**7).sigmoid().mean(1, keepdim=True))
+        return self.leave(self.enter(x).expand(-1, 5 * 10**6).sigmoid().mean(1, keepdim=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has in memory")
 def test_a_limit_of_the_process_is_kept_and_what_was_chosen_is_said():
-    """A step of 8 samples makes 1 GB at least, and of one 120 MB."""
+    """A step of 8 samples makes 500 MB at least, and of one 60 MB."""
     torch.manual_seed(0)
     dense, data, said = Wide(), torch.randn(24, 8), list[str]()
     gc.collect()
     give_back()
     request = RecoveryRequest(steps=1, batch_size=8, learning_rate=1e-3, device="cpu")
-    limited = dataclasses.replace(request, max_memory=resident_memory() + 500 * 10**6)
+    limited = dataclasses.replace(request, max_memory=resident_memory() + 250 * 10**6)
     result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
     chosen = result.chosen["micro_batch_size"]
     assert chosen in (1, 2, 4)
