@@ -6,7 +6,7 @@ asks for a kind by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
@@ -17,8 +17,16 @@ from torch import nn
 from graph import CouplingGroup, DependencyGraph, TraceError, UnitKind
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from osscar import experts
+    from osscar.preparation.consumer import LinearMap
+    from osscar.preparation.prepare import Prepared
     from osscar.proof.plan import GroupPlan
+    from osscar.request import PruningRequest
+    from osscar.walk.layer_step import DenseTensors, Solved
+    from osscar.walk.targets import Target
 
 
 class Found(Protocol):
@@ -29,11 +37,34 @@ class Found(Protocol):
         """The group, which is frozen where its units cannot leave."""
 
 
+class Step(Protocol):
+    """A group that all batches have reached, as `osscar.walk.layer_step.LayerStep` is of others."""
+
+    @property
+    def group(self) -> CouplingGroup:
+        """The group."""
+
+    @property
+    def consumers(self) -> tuple[LinearMap, ...]:
+        """What is refitted."""
+
+    def solve(self, keep: int, request: PruningRequest) -> Solved:
+        """Choose the units that stay, and commit the refit."""
+
+    def alone(
+        self, keep: int, damp: float | None, shaped: bool
+    ) -> AbstractContextManager[NDArray[np.float64]]:
+        """Let the model run with this group pruned while the block does.
+
+        Yielded is the shape of its curve, if that is asked for.
+        """
+
+
 class Room(Protocol):
     """What a room does for groups of its kind."""
 
-    def find(self, model: nn.Module, example: Mapping[str, Any]) -> Sequence[Found]:
-        """Run a model in evaluation mode, and return its groups, in its own order."""
+    def groups_in(self, prepared: Prepared) -> Sequence[Found]:
+        """Return the groups of a model that is prepared, in its own order."""
 
     def traced_around(
         self,
@@ -50,6 +81,27 @@ class Room(Protocol):
 
     def masked(self, model: nn.Module, groups: Sequence[GroupPlan]) -> AbstractContextManager[None]:
         """Let a model run without the units that plans remove while the block does."""
+
+    def without(
+        self, prepared: Prepared, kept: Mapping[str, Sequence[int]]
+    ) -> AbstractContextManager[Prepared]:
+        """Let a model run among the units that stay of groups, by name, while the block does."""
+
+    def steps(
+        self,
+        prepared: Prepared,
+        groups: Sequence[CouplingGroup],
+        *,
+        target: Target = ...,
+        held: int = 0,
+        committed: Mapping[str, DenseTensors] | None = None,
+    ) -> Iterable[Any]:
+        """Yield a `Step` for each group; arguments are those of `osscar.walk.walk.walk`."""
+
+    def consumers(
+        self, prepared: Prepared, group: CouplingGroup, kept: Sequence[int]
+    ) -> Sequence[LinearMap]:
+        """Return what is refitted where these units of a group stay."""
 
 
 _ROOMS = {UnitKind.EXPERTS: "osscar.experts"}

@@ -453,6 +453,11 @@ class PruningRequest:
         return (*PRUNED_KINDS, "experts") if self.experts == AUTO else PRUNED_KINDS
 
     @property
+    def routed(self) -> bool:
+        """Whether units that are routed may leave (`graph.UnitKind.routed`)."""
+        return self.experts is not None
+
+    @property
     def experts_alone(self) -> bool:
         """Whether experts are all that is to be removed."""
         others = self.has_budget or any(getattr(self, name) for name in _BESIDE)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from graph import CouplingGroup, UnitKind
+from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count
 from osscar.allocation.curves import Curve
@@ -23,7 +23,7 @@ from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
-    possible_experts,
+    possible_counts,
     why_frozen,
     why_out_of_reach,
 )
@@ -131,11 +131,7 @@ def _limit(prepared: Prepared, request: PruningRequest, sharing: Sharing, form: 
         kind = Cost.FLOPS
     elif request.size is not None:
         kind = Cost.BYTES
-    # Experts that all stay are no group here: neurons of each may leave, not of all alike.
-    leaving = {*sharing.others, *sharing.least}
-    groups = [
-        g for g in prepared.every_group if g.kind is not UnitKind.EXPERTS or g.name in leaving
-    ]
+    groups = prepared.groups_with({*sharing.others, *sharing.least})
     cost = count(kind, prepared.model, groups, prepared.sample)
     dense = cost.dense
     if (
@@ -211,9 +207,9 @@ def _more_to_prune(
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
     residual = prepared.residual
-    experts = any(one.group.prunable for one in prepared.routed)
-    if experts and request.experts is None and request.flops is None and request.speedup is None:
-        return "experts leave, too (--experts auto)"
+    kinds = {one.group.kind for one in prepared.routed if one.group.prunable}
+    if kinds and not request.routed and request.flops is None and request.speedup is None:
+        return " and ".join(f"{kind} leave, too (--{kind} auto)" for kind in kinds)
     streams = [
         group.name
         for group in groups
@@ -231,16 +227,12 @@ def _why_nothing(
     prepared: Prepared, request: PruningRequest, groups: Sequence[CouplingGroup]
 ) -> str:
     """Say why no group loses a unit."""
-    if request.experts_alone:
-        one = next(group for group in groups if group.kind is UnitKind.EXPERTS and group.prunable)
-        return (
-            "nothing would be removed: every mixture keeps all its experts; of the "
-            f"{one.units} of {one.name!r}, {possible_experts(one)}"
-        )
     skipped = len([group for group in prepared.groups if group not in groups])
     rest = f" but the {skipped} that are skipped" if skipped else ""
+    routed = [group for group in groups if group.kind.routed and group.prunable]
     return why_frozen(prepared.groups) or (
         f"nothing would be removed: every group{rest} keeps all its units; ask for "
         f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
         f"{', or skip less' if request.skip else ''}"
+        + "".join(f"; of the {g.units} of {g.name!r}, {possible_counts(g)}" for g in routed[:1])
     )

@@ -207,7 +207,7 @@ def _taken(
     """
     taken: dict[str, list[tuple[int, str, int]]] = {}
     for group in groups:
-        resent = cost is Cost.FLOPS and group.kind is UnitKind.EXPERTS
+        resent = cost is Cost.FLOPS and group.kind.routed
         for slot in group.slots:
             if (resent and slot.role is Role.CONSUMER) or is_list(slot):
                 continue

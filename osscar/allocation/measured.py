@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import solvers
-from graph import CouplingGroup, UnitKind
+from graph import CouplingGroup
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Measure, Reference
 from osscar.allocation.widths import possible_widths
@@ -27,15 +26,12 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.messages import warn
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
-from osscar.experts.find import mixtures_of
-from osscar.experts.lists import called_as_mixtures
-from osscar.experts.walk import ExpertStep, ExpertWalk
+from osscar.kinds import Step, room_of
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest, Widths
 from osscar.walk.layer_step import LayerStep
-from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removals, eliminate, support_after
@@ -160,23 +156,20 @@ def widths_to_measure(
 # ---- one group alone ---------------------------------------------------------------------
 
 
-def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | ExpertStep]:
-    """Yield groups as the dense stream reaches them, and then mixtures."""
-    units = [group for group in groups if group.kind is not UnitKind.EXPERTS]
+def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | Step]:
+    """Yield groups as the dense stream reaches them, and then those that are routed."""
+    units = [group for group in groups if not group.kind.routed]
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
         held = 0 if few.inputs.tokens else few.inputs.samples // FEWEST
         yield from walk(few, units, in_turn=False, held=held)
-    names = {group.name for group in groups} - {group.name for group in units}
-    mixtures = [one for one in mixtures_of(few) if one.group.name in names]
-    if mixtures:
-        held = max(1, few.inputs.samples // FEWEST)
-        with called_as_mixtures(few.model, [one.listed for one in mixtures if one.listed]):
-            yield from ExpertWalk(few, mixtures, Target.WEIGHTS, held, {}, {})
+    for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
+        own = [group for group in groups if group.kind is kind]
+        yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // FEWEST))
 
 
 def _measure(
-    step: LayerStep | ExpertStep,
+    step: LayerStep | Step,
     keep: int,
     request: PruningRequest,
     few: Prepared,
@@ -185,10 +178,11 @@ def _measure(
 ) -> None:
     """Put a curve through what the model comes to with one group pruned to a width."""
     name, known = step.group.name, step.group.name in curves
-    if isinstance(step, LayerStep):
-        without = _without_units(step, keep, request, few, shaped=not known)
-    else:
-        without = _without_experts(step, keep, request, few, shaped=not known)
+    without = (
+        _without_units(step, keep, request.damp, few, shaped=not known)
+        if isinstance(step, LayerStep)
+        else step.alone(keep, request.damp, shaped=not known)
+    )
     try:
         with without as shape, timed(Stage.MEASURED):
             distance = reference.divergence(few.model)
@@ -204,7 +198,7 @@ def _measure(
 
 @contextmanager
 def _without_units(
-    step: LayerStep, keep: int, request: PruningRequest, few: Prepared, shaped: bool
+    step: LayerStep, keep: int, damp: float | None, few: Prepared, shaped: bool
 ) -> Iterator[NDArray[np.float64]]:
     """Have the first rank remove units, one by one, and refit what stays, while the block runs.
 
@@ -214,8 +208,7 @@ def _without_units(
     def make() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
         with timed(Stage.MEASURED), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-            damp, _ = step.regularization(keep, request.damp, 0.0)
-            problem = step.problem(keep, damp)
+            problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
             gone = problem.units - keep
             removals = eliminate(problem, problem.units - 1 if shaped else gone)
             kept = support_after(removals[:gone], problem)
@@ -231,32 +224,6 @@ def _without_units(
         weights, kept, shape = few.ranks.broadcast("a group that was pruned by itself", make)
     with step.tried([W.to(device_of(few.model)) for W in weights], kept):
         yield shape
-
-
-@contextmanager
-def _without_experts(
-    step: ExpertStep, keep: int, request: PruningRequest, few: Prepared, shaped: bool
-) -> Iterator[NDArray[np.float64]]:
-    """Route among the experts that stay, refitted, while the block runs; as of units."""
-    with timed(Stage.MEASURED), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        problem = step.problem(step.group.fewest if shaped else keep)
-        shape = np.zeros(0)
-        if shaped:  # with fewer than the router needs it is the loss of the fewest
-            history = solvers.solve_experts(problem, "greedy").history
-            risen = np.maximum.accumulate([0.0, *history[1:]]) / problem.scale
-            shape = np.concatenate([np.full(problem.keep, risen[-1]), risen[::-1]])
-        support = solvers.solve_experts(problem.with_keep(keep), "greedy").support.tolist()
-        with step.tried(support):
-            refitted = step.refit()
-            damp, refitted.correction_weight = refitted.regularization(
-                refitted.group.units, request.damp
-            )
-            units = range(refitted.group.units)
-            fit = refitted.problem(len(units), damp)
-            weights, _ = refit(fit, torch.arange(len(units)))
-            with refitted.tried(refitted.refits(weights, units).weights, units):
-                yield shape
 
 
 def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from graph import CouplingGroup, UnitKind
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.preparation.prepare import Prepared
-from osscar.request import PRUNED_KINDS, PruningRequest, Widths, parse_keep
+from osscar.request import PruningRequest, Widths, parse_keep
 
 _MOST_TOLD = 4
 
@@ -27,23 +27,27 @@ def asked_groups(
 ) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
     """Return the groups within reach, what some keep by name or kind, and those with a budget."""
     residual = prepared.residual
-    every = prepared.groups if request.experts is None else prepared.every_group
-    _check_experts(prepared, request)
-    groups = _reachable(every, request, residual, left)
+    _check_routed(prepared, request)
+    groups = _reachable(reached_groups(prepared, request), request, residual, left)
     shared = [group for group in groups if shares(group, request, residual)]
     return groups, _kept_by_name(groups, request, residual), shared
 
 
-def _check_experts(prepared: Prepared, request: PruningRequest) -> None:
+def reached_groups(prepared: Prepared, request: PruningRequest) -> tuple[CouplingGroup, ...]:
+    """Return the groups that a request is about: those that are routed are looked for if asked."""
+    return prepared.every_group if request.routed else prepared.groups
+
+
+def _check_routed(prepared: Prepared, request: PruningRequest) -> None:
     """Refuse whole experts of one mixture where it is not said what the others keep."""
     others = set(request.groups) - {group.name for group in prepared.groups}
-    if not others or request.experts is not None:
+    if not others or request.routed:
         return
     for group in prepared.every_group:
         if group.name in others:
             raise RequestError(
-                f"{group.name!r} are whole experts, which leave where it is said what all mixtures "
-                "keep: give --experts, 1.0 for the others to stay whole"
+                f"{group.name!r} are {group.kind}, which leave where it is said what all groups of "
+                f"this kind keep: give --{group.kind}, 1.0 for the others to stay whole"
             )
 
 
@@ -89,11 +93,7 @@ def _kept_by_name(
             else request.fraction_or_count(group.kind, group.name in residual)
         )
         if asked is not None and group.prunable and group.units > 1:
-            kept[group.name] = (
-                count_kept_experts(group, asked)
-                if group.kind is UnitKind.EXPERTS
-                else count_kept(group, asked, request.round_to)
-            )
+            kept[group.name] = count_kept(group, asked, request.round_to)
     return kept
 
 
@@ -117,9 +117,9 @@ def _check_kinds(
     streams = [group for group in groups if group.name in residual]
     if request.residual is not None:
         _check_some("residual channels", streams)
-    for kind in PRUNED_KINDS:
-        if request.of_kind(kind) is not None:
-            _check_some(kind, [g for g in groups if g.kind == kind and g not in streams])
+    for kind in UnitKind:
+        if getattr(request, kind, None) is not None:
+            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
 
 
 def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
@@ -143,6 +143,8 @@ def _frozen_message(group: CouplingGroup) -> str:
 
 def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
     """Return the units that a group keeps of a count or a share, at a width that is rounded."""
+    if group.kind.routed:
+        return _count_exactly(group, asked)
     if isinstance(asked, int):
         if asked > group.units:
             raise RequestError(
@@ -167,25 +169,19 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
 
 
-def count_kept_experts(group: CouplingGroup, asked: Fraction | int) -> int:
-    """Return how many experts of a mixture stay of a count or a share.
-
-    Raises
-    ------
-    RequestError
-        If the router could not choose among so many.
-    """
-    count = asked if isinstance(asked, int) else count_kept(group, asked, 1)
+def _count_exactly(group: CouplingGroup, asked: Fraction | int) -> int:
+    """Return the units that stay of a count or a share, among which a router has to choose."""
+    count = asked if isinstance(asked, int) else math.floor(asked * group.units + Fraction(1, 2))
     if count % group.step or not group.fewest <= count <= group.units:
         raise RequestError(
-            f"{group.name!r} would keep {count} of its {group.units} experts; its router needs "
-            f"{group.fewest} at least: {possible_experts(group)}"
+            f"{group.name!r} would keep {count} of its {group.units} {group.kind}; its router "
+            f"needs {group.fewest} at least: {possible_counts(group)}"
         )
     return count
 
 
-def possible_experts(group: CouplingGroup) -> str:
-    """Say how many experts of a mixture can stay."""
+def possible_counts(group: CouplingGroup) -> str:
+    """Say how many units of a group that is routed can stay."""
     if group.step == 1:
         return f"it can keep {group.fewest} to {group.units}"
     several = range(group.fewest, group.units + 1, group.step)
@@ -198,7 +194,7 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
 
     Kernels may ask for longer steps.
     """
-    if group.kind is UnitKind.EXPERTS:
+    if group.kind.routed:
         round_to = 1  # which is about widths of matrices
     width = min((slot.width for slot in group.slots), default=1)
     step = math.lcm(round_to // math.gcd(round_to, width), group.step)

@@ -168,8 +168,8 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
     for plan in plans:
         heads = [group for group in plan.groups if group.kind is UnitKind.HEADS]
         neurons = [group for group in plan.groups if group.kind is UnitKind.NEURONS]
-        experts = [group for group in plan.groups if group.kind is UnitKind.EXPERTS]
-        if len(heads) + len(neurons) + len(experts) < len(plan.groups):
+        routed = [group for group in plan.groups if group.kind.routed]
+        if len(heads) + len(neurons) + len(routed) < len(plan.groups):
             return None
         shares = {Fraction(len(group.kept), group.units) for group in heads}
         if len(shares) > 1 or not _change_widths(config, neurons, changes):

@@ -1,7 +1,10 @@
 """Whole experts as a kind of group: what `osscar.kinds.Room` asks of one."""
 
 from osscar.experts.declared import traced_around as traced_around
-from osscar.experts.find import mixtures_in as find
+from osscar.experts.find import groups_in as groups_in
 from osscar.experts.routers import without_experts as masked
+from osscar.experts.walk import ExpertWalk as steps
+from osscar.experts.walk import consumers as consumers
+from osscar.experts.walk import without as without
 
-__all__ = ["find", "masked", "traced_around"]
+__all__ = ["consumers", "groups_in", "masked", "steps", "traced_around", "without"]

@@ -31,23 +31,18 @@ from osscar.experts.lists import (
     silence,
 )
 from osscar.experts.routers import (
-    TOLERANCE,
     Call,
     SeenRoutes,
     biases_in,
-    by_expert,
     draw_tensors,
     drawn_call,
     rule_of,
-    without_experts,
 )
 from osscar.network.double import InDouble
 from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import copied, forward
 from osscar.offload.on_disk import is_on_disk
-from osscar.proof.plan import GroupPlan
 from osscar.shrinking.follow import full_name
-from solvers import RoutingRule
 
 _NOTHING = 1e-10
 """The share of a token's largest weight, in double precision, below which others are none."""
@@ -295,9 +290,9 @@ def _expert_list(
             f"the modules of {told.experts!r} do not put out a row for each row that {told.gate!r} "
             "reads"
         )
-    names = joined(block, told.experts), joined(block, told.gate)
-    found = _routed(ListInBlock(block, *names, count, y.shape[1]), own, call, len(tokens))
-    _check(own, found, call)
+    one = ListInBlock(block, told.gate, told.experts, count, y.shape[1])
+    found = _routed(one, own, call, len(tokens))
+    _check_sum(own, found, call)
     return found, tokens
 
 
@@ -346,7 +341,7 @@ def _routed(one: ListInBlock, block: nn.Module, call: Call, tokens: int) -> Expe
             "out than to add it up, so that none can leave"
         )
     try:
-        rule, bias = rule_of(seen, [copy.get_submodule(one.relative(one.gate)), copy])
+        rule, bias = rule_of(seen, [copy.get_submodule(one.gate), copy])
     except ModelError as error:
         raise ModelError(f"its code with the gate {error}") from error
     return ExpertList(**vars(one), rule=rule, bias=bias)
@@ -363,7 +358,7 @@ def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
         for p in experts.parameters()
     }
     copy = copied(block, blank).double()
-    draw_tensors(copy.get_submodule(one.relative(one.gate)), one.count)
+    draw_tensors(copy.get_submodule(one.gate), one.count)
     for tensor in tensors_of(copy, one.count, recurse=False).values():
         if tensor.is_floating_point() and tensor.numel() == one.count:
             generator = torch.Generator().manual_seed(1)
@@ -400,10 +395,9 @@ def _seen(one: ListInBlock, copy: nn.Module, call: Call) -> SeenRoutes:
             "different numbers of them"
         )
     experts = taken.nonzero()[:, 1].view(-1, counts.pop())
-    gate = one.relative(one.gate)
     biases = {
-        joined(gate, n): t
-        for n, t in biases_in(copy.get_submodule(gate), ((), {}), one.count).items()
+        joined(one.gate, n): t
+        for n, t in biases_in(copy.get_submodule(one.gate), ((), {}), one.count).items()
     }
     own = tensors_of(copy, one.count, recurse=False)
     biases |= {n: t for n, t in own.items() if t.numel() == one.count}
@@ -452,67 +446,26 @@ def router_slots(model: nn.Module, router: str, count: int, order: int = 0) -> l
 
 
 def list_slots(model: nn.Module, one: ExpertList, order: int = 0) -> list[Slot]:
-    """Return where the experts of a list lie, in a model that may be the block alone."""
-    rows = router_slots(model, one.gate, one.count, order)
+    """Return where the experts of a list lie."""
+    gate, experts = (joined(one.block, name) for name in (one.gate, one.experts))
+    rows = router_slots(model, gate, one.count, order)
     own = slots_in(model, one.block, one.count, Role.PRODUCER, recurse=False, order=order)
-    return [*rows, *own, *slots_in(model, one.experts, one.count, Role.CONSUMER, order=order)]
+    return [*rows, *own, *slots_in(model, experts, one.count, Role.CONSUMER, order=order)]
 
 
-def plan_of(slots: Sequence[Slot], kept: Sequence[int], name: str = "experts") -> GroupPlan:
-    """Return a plan by which some experts stay."""
-    return GroupPlan(name, UnitKind.EXPERTS, slots[0].units, tuple(kept), tuple(slots))
+# ---- whether it is the sum ---------------------------------------------------------------
 
 
-def trial_experts(rule: RoutingRule, count: int) -> list[int]:
-    """Return experts among which a router can choose: the last ones of each group, about half."""
-    size, fewest = count // rule.groups, rule.fewest // rule.groups
-    if fewest >= size:
-        raise ModelError(
-            f"the router needs {rule.fewest} experts, which are all that there are: none can leave"
-        )
-    stays = max(fewest, size // 2)
-    return [g * size + i for g in range(rule.groups) for i in range(size - stays, size)]
-
-
-# ---- whether it is all -------------------------------------------------------------------
-
-
-def _check(block: nn.Module, one: ExpertList, call: Call) -> None:
-    """Refuse a block that does not put out the sum over experts, or does not route by the rule.
-
-    It has to once the logits of some experts are at minus infinity, too.
-    """
-    inner = replace(one, block="", experts=one.relative(one.experts), gate=one.relative(one.gate))
+def _check_sum(block: nn.Module, one: ExpertList, call: Call) -> None:
+    """Refuse a block that does not put out the sum over experts of what they make of the tokens."""
     args, kwargs = call
-    expected = first_tensor(block.forward(*args, **kwargs))
-    with called_as_mixtures(block, [inner]):
+    expected = first_tensor(block.forward(*args, **kwargs)).double()
+    with called_as_mixtures(block, [replace(one, block="")]):
         found = first_tensor(block.forward(*args, **kwargs))
-    error = torch.linalg.vector_norm(found.double() - expected.double())
-    size = torch.linalg.vector_norm(expected.double())
-    if not bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * size):
+    error, size = (torch.linalg.vector_norm(y) for y in (found.double() - expected, expected))
+    if not bool(error <= torch.finfo(found.dtype).eps ** 0.5 * size):
         raise ModelError(
-            f"it does not put out the sum of what experts make of the rows that {inner.gate!r} "
+            f"it does not put out the sum of what experts make of the rows that {one.gate!r} "
             "reads, times weights: they may be given other rows, such as without the norm before "
             "it (let one module route: torch.nn.Sequential(norm, gate)), or rows times weights"
-        )
-    _check_masked(
-        inner, block, call, plan_of(list_slots(block, inner), trial_experts(one.rule, one.count))
-    )
-
-
-def _check_masked(one: ExpertList, block: nn.Module, call: Call, plan: GroupPlan) -> None:
-    """Refuse code that does not follow the rule among experts once others are masked."""
-    copy = _drawn_copy(one, block)
-    given = drawn_call(call, one.count, len(plan.kept))
-    whole = _seen(one, copy, given)
-    with without_experts(copy, [plan]):
-        masked = _seen(one, copy, given)
-    bias = None if one.bias is None else whole.biases[one.bias].flatten()
-    ours = by_expert(*one.rule.route(whole.logits, plan.kept, bias))
-    theirs = by_expert(masked.experts, masked.weights)
-    error = (ours[1] - theirs[1]).abs().max() if ours[0].shape == theirs[0].shape else torch.inf
-    if not torch.equal(ours[0], theirs[0]) or not error <= TOLERANCE * ours[1].abs().max():
-        raise ModelError(
-            "it does not route among the others once the logits of some experts are at minus "
-            "infinity"
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graph import CouplingGroup, UnitKind
 from osscar.network.hooks import hooks
 from osscar.preparation.consumer import ExpertMap, LinearMap
+from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.routing import Mixture
 from osscar.shrinking.fold import is_foldable
 
@@ -93,37 +94,25 @@ class _MemberMap(ExpertMap):
         return weight.T
 
 
-def member_maps(name: str, mixture: ListedMixture) -> tuple[LinearMap, ...]:
-    """Return the last layers of experts that are a list of modules, one an expert."""
-    return tuple(
-        _MemberMap(name, layer, 1, [[i] for i in range(layer.in_features)], False, mixture, expert)
-        for expert in range(mixture.count)
-        for layer in [mixture.last(expert)]
-    )
-
-
 def last_matrices(
     prepared: Prepared, mixture: ExpertMixture
 ) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
     """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
-    module = prepared.model.get_submodule(mixture.experts)
-    if isinstance(module, nn.ModuleList):
-        return _last_layers(prepared, mixture, module)
-    for group in prepared.groups:
-        if not group.frozen and any(slot.module == mixture.experts for slot in group.consumers):
-            maps = prepared.linear_maps(group)
-            if len(maps) == mixture.group.units:
-                return group, maps
-    return None
-
-
-def _last_layers(
-    prepared: Prepared, mixture: ExpertMixture, experts: nn.ModuleList
-) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
-    """Return what the last layers of experts read that are a list of modules, as neurons."""
-    name = mixture.last_layer
-    if name is None:
+    name, experts = mixture.experts, prepared.model.get_submodule(mixture.experts)
+    if not isinstance(experts, nn.ModuleList):
+        groups = (group for group in prepared.groups if not group.frozen)
+        reading = (g for g in groups if any(slot.module == name for slot in g.consumers))
+        found = ((g, linear_maps(prepared.model, g, prepared.products)) for g in reading)
+        return next((one for one in found if len(one[1]) == mixture.group.units), None)
+    if mixture.last_layer is None:
         return None
-    maps = member_maps(mixture.experts, ListedMixture(mixture.experts, experts, name, 1))
-    neurons = f"{mixture.group.name}.neurons"
-    return CouplingGroup(neurons, UnitKind.NEURONS, len(maps[0].owned), (), 0), maps
+    listed = ListedMixture(name, experts, mixture.last_layer, 1)
+    layers = [listed.last(expert) for expert in range(listed.count)]
+    owned = [[i] for i in range(layers[0].in_features)]
+    neurons = CouplingGroup(
+        f"{mixture.group.name}.neurons", UnitKind.NEURONS, len(owned), (), removable=0
+    )
+    return neurons, tuple(
+        _MemberMap(name, layer, 1, owned, False, listed, expert)
+        for expert, layer in enumerate(layers)
+    )

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,10 @@ class ListInBlock:
 
     Parameters
     ----------
-    block, experts, gate
-        The names of the block, of the list, which it has, and of the module whose logits route.
+    block
+        Its name in the model.
+    gate, experts
+        What the block calls the module whose logits route, and the list.
     count
         How many experts there are.
     outputs
@@ -50,20 +52,14 @@ class ListInBlock:
     """
 
     block: str
-    experts: str
     gate: str
+    experts: str
     count: int
     outputs: int
 
-    def relative(self, name: str) -> str:
-        """Return how the block calls a module in it."""
-        return name[len(self.block) + 1 :] if self.block else name
-
     def experts_in(self, block: nn.Module) -> nn.ModuleList:
         """Return the experts of a block."""
-        found = block.get_submodule(self.relative(self.experts))
-        assert isinstance(found, nn.ModuleList)
-        return found
+        return cast(nn.ModuleList, block.get_submodule(self.experts))
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def run_with(
 
     experts = one.experts_in(block)
     mute = [(expert, partial(put_out, row)) for expert, row in zip(experts, rows, strict=True)]
-    with other_forwards(mute), hooks(block, [one.relative(one.gate)], after=note):
+    with other_forwards(mute), hooks(block, [one.gate], after=note):
         y = own(*call[0], **call[1])
     if len(seen) != 1:
         raise ModelError(f"the gate is called {len(seen)} times for the tokens of a call")
@@ -259,7 +255,7 @@ def _check_routes(
     if int(off.sum()) > MOST_TIED * len(off):
         raise ModelError(
             f"the code of {one.block or 'the model'!r} sends {int(off.sum())} of {len(off)} tokens "
-            f"to other experts of {one.experts!r}, or with other weights, than the logits of "
-            f"{one.gate!r} say: what changes them cannot be told without some experts; leave it "
-            "out (--skip)"
+            f"to other experts of {joined(one.block, one.experts)!r}, or with other weights, than "
+            f"the logits of {one.gate!r} say: what changes them cannot be told without some "
+            "experts; leave it out (--skip)"
         )

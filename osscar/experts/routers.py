@@ -101,18 +101,17 @@ class Router:
     places: Places
     bias: str | None
 
-    def logits(self, module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
-        """Return the logits of `count` experts, (tokens, experts), of a call of the module."""
-        return _told_logits(module, call, y, count)
+    def scores(
+        self, module: nn.Module, call: Call, y: Any, count: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a call of the module chooses among `count` experts by, in double precision.
 
-    def routes(self, y: Any) -> tuple[Tensor, Tensor]:
-        """Return the experts and weights, (tokens, k) each, of what the module puts out."""
-        leaves = pytree.tree_leaves(y)
-        return leaves[self.places.experts], leaves[self.places.weights]
-
-    def choice_bias(self, module: nn.Module, call: Call, count: int) -> Tensor | None:
-        """Return what is added to scores for the choice, (experts,), if something is."""
-        return None if self.bias is None else biases_in(module, call, count)[self.bias].flatten()
+        These are logits, (tokens, experts), and what is added to scores, (experts,), if anything.
+        """
+        bias = None if self.bias is None else biases_in(module, call, count)[self.bias].flatten()
+        return _told_logits(
+            module, call, y, count
+        ).double(), None if bias is None else bias.double()
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
         """Return what the module would put out if of `count` experts it had those that are kept.
@@ -120,9 +119,7 @@ class Router:
         Experts keep their numbers.
         """
         leaves, form = pytree.tree_flatten(y)
-        bias = self.choice_bias(module, call, count)
-        bias = None if bias is None else bias.double()
-        logits = self.logits(module, call, y, count).double()
+        logits, bias = self.scores(module, call, y, count)
         experts, weights = self.rule.route(logits, kept, bias)
         for place, found in ((self.places.experts, experts), (self.places.weights, weights)):
             leaves[place] = found.to(leaves[place])

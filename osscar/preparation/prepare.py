@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -107,6 +108,13 @@ class Prepared:
         """The programs of the model, with all its units; to be asked for before any leaves."""
         self.untouched.put_back()  # what passes keep for the next would be traced as numbers
         return dense_programs(self.model, self.example)
+
+    def groups_with(self, names: Collection[str]) -> list[CouplingGroup]:
+        """Return its groups, with those alone that no trace finds that are named.
+
+        One that keeps all units is no group for others: its experts may lose neurons one by one.
+        """
+        return [*self.groups, *(one.group for one in self.routed if one.group.name in names)]
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:
@@ -215,7 +223,7 @@ def _prepared(
         products = readable_products(model, example, traced.groups, elsewhere, summed)
     groups = freeze_unreadable(model, traced.groups, elsewhere, summed, products) + untraced
     plain = unfold(folded, groups)
-    return Prepared(
+    prepared = Prepared(
         model=model,
         inputs=inputs,
         traced=traced,
@@ -226,11 +234,10 @@ def _prepared(
         in_programs=in_programs,
         folded=tuple(one.tensor for one in plain),
         products=products,
-        find_routed=cache(
-            lambda: tuple(one for room in rooms() for one in room.find(model, example))
-        ),
         ranks=ranks,
     )
+    find = cache(lambda: tuple(one for room in rooms() for one in room.groups_in(prepared)))
+    return dataclasses.replace(prepared, find_routed=find)
 
 
 def _followable(

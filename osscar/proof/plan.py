@@ -321,7 +321,7 @@ def experts_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
     """
     found: dict[str, GroupPlan] = {}
     for group in (group for plan in plans for group in plan.groups):
-        if group.kind is UnitKind.EXPERTS:
+        if group.kind.routed:
             units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))
             found[group.name] = dataclasses.replace(group, units=units, kept=kept)
     return list(found.values())

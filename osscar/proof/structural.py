@@ -30,7 +30,6 @@ from torch.utils import _pytree as pytree
 
 from graph.errors import GraphError
 from graph.extents import Staying, TracedProgram, with_axes
-from graph.groups import UnitKind
 from graph.tracing.export import canonical_names, module_of, varies
 from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
@@ -122,7 +121,7 @@ class DensePrograms:
         """
         if not self.programs:
             raise Unproved(f"the dense model cannot be exported: {self.refusal}")
-        if any(group.kind is UnitKind.EXPERTS for group in plan.groups):
+        if any(group.kind.routed for group in plan.groups):
             raise Unproved("whole experts leave, and no program says to which others tokens go")
         widths = frozenset((g.name, len(g.kept)) for g in plan.groups), frozenset(plan.integers)
         if anew or widths not in self.proved:

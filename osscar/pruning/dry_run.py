@@ -135,7 +135,7 @@ def estimate_as_asked(
     >>> estimate.seconds > 0
     True
     """
-    if request.experts is not None:
+    if request.routed:
         raise RequestError(
             "what it takes to prune whole experts is not estimated; on a few samples, prune itself "
             "tells"

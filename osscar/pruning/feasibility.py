@@ -9,9 +9,10 @@ name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,15 +22,19 @@ from transformers import PreTrainedModel
 
 from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.allocate import provisional
-from osscar.base.errors import AdapterError, EquivalenceError
+from osscar.allocation.widths import asked_groups
+from osscar.base.errors import AdapterError, EquivalenceError, RequestError
 from osscar.base.json_files import STRICT
 from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
+from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
+from osscar.proof.structural import DensePrograms
 from osscar.request import PruningRequest
+from osscar.shrinking.follow import is_list
 from osscar.shrinking.shrink import Feasibility, rehearse
 from osscar.shrinking.shrink_program import ProgramTrial
 
@@ -71,11 +76,88 @@ def feasible_groups(
         If no group can follow, or the request is strict and one cannot; `AdapterError` where it is
         modules that cannot.
     """
-    keep = provisional(prepared, request)
-    groups = [group for group in prepared.groups if keep.get(group.name, group.units) < group.units]
+    keep, asked = provisional(prepared, request), asked_groups(prepared, request)[0]
+    going = [group for group in asked if keep.get(group.name, group.units) < group.units]
+    # Of kinds that are traced, nobody has asked for what is frozen.
+    reasons = {one.name: one.frozen[0].reason for one in asked if one.kind.routed and one.frozen}
+    tried = len(going) + len(reasons)
+    routed = [group for group in going if group.kind.routed]
+    reasons |= _routed_left(prepared, request, routed, keep)
+    inside = _in_members(prepared, [group for group in routed if group.name not in reasons])
+    traced = [group for group in going if not group.kind.routed and group.name not in inside]
+    form, trial = _traced_left(prepared, request, traced, keep)
+    reasons |= trial.reasons
+    left = _skipped(asked, reasons)
+    # Of modules nobody expects to lose what only programs can.
+    refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
+    if (refused and request.strict) or len(left) == tried > 0:
+        raise (AdapterError if trial.of_modules else EquivalenceError)(
+            _refusal(left, tried, request)
+        )
+    if refused:
+        warn(f"{named(refused)}; the report, or skipped of the result, says why")
+    if form is Form.EAGER:
+        chosen = [group for group in traced if group.name not in reasons]
+        _warn_of_unread(prepared.model, prepared.traced, prepared.groups, chosen)
+    return form, (*left, *_skipped(prepared.groups, inside))
+
+
+def _skipped(
+    groups: Sequence[CouplingGroup], reasons: Mapping[str, str]
+) -> tuple[SkippedGroup, ...]:
+    """Return those of some groups that there is a reason to skip, by name."""
+    return tuple(
+        SkippedGroup(group.name, str(group.kind), group.units, reasons[group.name])
+        for group in groups
+        if group.name in reasons
+    )
+
+
+def _routed_left(
+    prepared: Prepared,
+    request: PruningRequest,
+    groups: Sequence[CouplingGroup],
+    keep: Mapping[str, int],
+) -> dict[str, str]:
+    """Return why routed groups cannot go, by name.
+
+    They are tried by themselves: no program says to which other units tokens go.
+    """
+    for kind in {group.kind for group in groups}:
+        if not prepared.ranks.alone:
+            raise RequestError(f"{kind} are chosen by one process; run it without ranks")
+        if is_on_disk(prepared.model):
+            raise RequestError(f"{kind} are chosen in memory; leave --max-memory away")
+    model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, request.seed)
+    attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
+    trial = _Trial(model, attempt)
+    if groups:
+        with stage("trying what can follow"), model_state(model):
+            trial.grown([], _arbitrary(groups, [keep[group.name] for group in groups]))
+    return trial.reasons
+
+
+def _in_members(prepared: Prepared, going: Sequence[CouplingGroup]) -> dict[str, str]:
+    """Return the groups that lie in modules of a list of which some leave, with a reason."""
+    lists = [slot.module for group in going for slot in group.slots if is_list(slot)]
+    return {
+        group.name: f"its expert of {name!r} may leave"
+        for group in prepared.groups
+        for name in lists
+        if group.prunable and all(slot.tensor.startswith(f"{name}.") for slot in group.slots)
+    }
+
+
+def _traced_left(
+    prepared: Prepared,
+    request: PruningRequest,
+    groups: Sequence[CouplingGroup],
+    keep: Mapping[str, int],
+) -> tuple[Form, _Trial]:
+    """Return the form of the model, and the trial that knows which groups cannot follow in it."""
     forms = _forms_to_try(prepared.model, request)
     if not groups:
-        return forms[0], ()
+        return forms[0], _Trial(prepared.model, lambda plan: None)
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     possible = {
         form: [
@@ -88,7 +170,7 @@ def feasible_groups(
         with _trying(prepared, request, form) as trial:
             together[form] = trial.failure(possible[form]) if possible[form] else None
         if together[form] is None and len(possible[form]) == len(plans):
-            return _chosen(prepared, form, trial, groups)
+            return form, trial
     trials: dict[Form, _Trial] = {}
     for form in forms:
         with _trying(prepared, request, form) as trials[form]:
@@ -97,35 +179,7 @@ def feasible_groups(
             if together[form] is not None:
                 trials[form].grown([], possible[form], together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
-    trial = trials[form]
-    left = tuple(
-        SkippedGroup(group.name, str(group.kind), group.units, trial.reasons[group.name])
-        for group in groups
-        if group.name in trial.reasons
-    )
-    # Of modules nobody expects to lose what only programs can.
-    refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
-    if (refused and request.strict) or len(left) == len(groups):
-        raise (AdapterError if trial.of_modules else EquivalenceError)(
-            _refusal(left, len(groups), request)
-        )
-    if refused:
-        warn(f"{named(refused)}; the report, or skipped of the result, says why")
-    return _chosen(prepared, form, trial, groups, left)
-
-
-def _chosen(
-    prepared: Prepared,
-    form: Form,
-    trial: _Trial,
-    groups: Sequence[CouplingGroup],
-    left: tuple[SkippedGroup, ...] = (),
-) -> tuple[Form, tuple[SkippedGroup, ...]]:
-    """Warn of what the smaller model may not be used for."""
-    if form is Form.EAGER:
-        going = [group for group in groups if group.name not in trial.reasons]
-        _warn_of_unread(prepared.model, prepared.traced, prepared.groups, going)
-    return form, left
+    return form, trials[form]
 
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -143,7 +197,7 @@ def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]
     """
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
-    stays = generates or request.speedup is not None or request.experts is not None
+    stays = generates or request.speedup is not None or request.routed
     return FORMS["eager" if choice == "auto" and stays else choice]
 
 
@@ -189,12 +243,22 @@ def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPl
 
 
 def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
-    """Plan to keep units of each group that are drawn, so that no two groups agree by design."""
+    """Plan to keep units of each group that are drawn, so that no two groups agree by design.
+
+    Where a router chooses groups of units, as many stay in each.
+    """
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randperm(group.units, generator=generator).tolist() for group in groups]
+
+    def drawn(group: CouplingGroup, kept: int) -> Iterator[int]:
+        parts = group.step if group.kind.routed else 1
+        size = group.units // parts
+        for part in range(parts):
+            units = torch.randperm(size, generator=generator)[: kept // parts]
+            yield from (units.sort().values + part * size).tolist()
+
     return [
-        GroupPlan.of(group, tuple(sorted(units[:kept])))
-        for group, units, kept in zip(groups, drawn, keep, strict=True)
+        GroupPlan.of(group, tuple(drawn(group, kept)))
+        for group, kept in zip(groups, keep, strict=True)
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from fractions import Fraction
 
-from graph import UnitKind
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.widths import asked_groups
 from osscar.preparation.prepare import Prepared
@@ -26,11 +25,7 @@ def goal(prepared: Prepared, request: PruningRequest, left: Collection[str]) -> 
     if request.size is not None:
         return f"keeps {request.size} of the bytes that the weights take on disk"
     leaving = {*keep, *(group.name for group in shared)}
-    groups = [
-        one for one in prepared.every_group
-        if one.kind is not UnitKind.EXPERTS or one.name in leaving
-    ]  # fmt: skip
-    cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+    cost = count(Cost.PARAMETERS, prepared.model, prepared.groups_with(leaving), prepared.sample)
     kept = cost.of(keep)
     if request.sparsity is not None:
         kept -= request.sparsity * (kept - cost.of({**keep, **{one.name: 0 for one in shared}}))

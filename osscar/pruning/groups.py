@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from torch import nn
 
 import solvers
 from graph import CouplingGroup
+from osscar.allocation.widths import reached_groups
 from osscar.base.errors import JournalError, NonFiniteError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.messages import warn
@@ -19,6 +22,7 @@ from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
+from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
@@ -26,7 +30,7 @@ from osscar.proof.plan import GroupPlan
 from osscar.pruning.result import LayerReport
 from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
-from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, dense_tensors
+from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from solvers.exact.branch_and_bound import BranchAndBound
@@ -46,64 +50,103 @@ _EXACT_SECONDS = 10.0
 """How long branch and bound may take for one bound; what it has by then is valid."""
 
 
-@dataclass(frozen=True, eq=False)
-class Committed:
-    """What a walk has committed: its records, and the dense tensors of modules, by name."""
-
-    records: tuple[LayerRecord, ...] = ()
-    dense: Mapping[str, DenseTensors] = field(default_factory=dict)
-
-
 def prune_groups(
     prepared: Prepared,
     keep: Mapping[str, int],
     request: PruningRequest,
     records: Sequence[LayerRecord],
     log: RunLog | None,
-    before: Committed = Committed(),
-) -> Committed:
-    """Solve and refit each group where the walk stops; the model keeps its shape.
+) -> tuple[LayerRecord, ...]:
+    """Solve and refit each group where a walk stops; the model keeps its shape.
 
-    `keep` has the groups that lose units.  `records` are what was committed of them, which is
-    written again; the log keeps what is committed now.  An earlier walk has come `before`, and is
-    part of what is returned.
+    Groups that are routed come first, and all others on the stream of the model without the units
+    of these that leave.  `keep` has the groups that lose units.  `records` are what was committed
+    of them, which is written again; the log keeps what is committed now.
 
     Raises
     ------
     JournalError
         If the records are not of this model and request.
     """
-    groups = {group.name: group for group in prepared.groups if group.name in keep}
-    done, dense = [*before.records, *records], dict(before.dense)
-    with stage("pruning", total=len(groups)) as bar:
-        for record in records:
-            group = groups.pop(record.plan.name, None)
-            replayed = replay(group, prepared.linear_maps, record, keep)
-            for module, tensors in replayed.items():
-                dense.setdefault(module, tensors)  # of a consumer of two groups, the first
-            bar.advance()
-        began = time.perf_counter()
-        with timed(Stage.WALK):
-            walked = walk(
-                prepared,
-                list(groups.values()),
-                target=Target(request.target),
-                held=held_out(prepared, request),
-                committed=dense,
-            )
-        for step in blaming_refits(walked, done):
-            bar.describe(f"pruning {step.group.name}")
-            with room_for(prepared.model, prepared.matrix_bytes):
-                record = _prune_group(step, keep[step.group.name], request, began, prepared.ranks)
-            done.append(record)
-            if log is not None:
-                log.append(len(done) - 1, done[-1])
-            bar.advance()
+    groups = [group for group in reached_groups(prepared, request) if group.name in keep]
+    run = _Run(request, keep, log)
+    with ExitStack() as around:
+        for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
+            own = [group for group in groups if group.kind is kind]
+            groups = [group for group in groups if group.kind is not kind]
+            names, room = {group.name for group in own}, room_of(kind)
+            known = [record for record in records if record.plan.name in names]
+            records = [record for record in records if record.plan.name not in names]
+            with room.without(prepared, _kept_in(known)) as now:
+                run.prune(now, own, known, room.steps, room.consumers, last=not groups)
+            prepared = around.enter_context(room.without(prepared, _kept_in(run.done)))
+        run.prune(prepared, groups, records, walk, lambda now, group, _: now.linear_maps(group))
+    return tuple(run.done)
+
+
+def _kept_in(records: Iterable[LayerRecord]) -> dict[str, tuple[int, ...]]:
+    """Return which units stay of each group, by name."""
+    return {record.plan.name: record.plan.kept for record in records}
+
+
+@dataclass(eq=False)
+class _Run:
+    """The records of a run so far, and the dense tensors of what they were written to, by name."""
+
+    request: PruningRequest
+    keep: Mapping[str, int]
+    log: RunLog | None
+    done: list[LayerRecord] = field(default_factory=list)
+    dense: dict[str, DenseTensors] = field(default_factory=dict)
+
+    def prune(
+        self,
+        prepared: Prepared,
+        groups: Sequence[CouplingGroup],
+        records: Sequence[LayerRecord],
+        walk: Callable[..., Iterable[LayerStep | Step]],
+        consumers: Callable[[Prepared, CouplingGroup, tuple[int, ...]], Sequence[LinearMap]],
+        *,
+        last: bool = True,
+    ) -> None:
+        """Write records again, and solve the other groups of a walk.
+
+        Unless it is the `last`, another one passes the dense weights once more.
+        """
+        if not groups and not records:
+            return
+        left, before = {group.name: group for group in groups}, len(self.done)
+        with stage("pruning", total=len(left)) as bar:
+            for record in records:
+                group = left.pop(record.plan.name, None)
+                for module, tensors in _replay(
+                    group, partial(consumers, prepared), record, self.keep
+                ).items():
+                    self.dense.setdefault(module, tensors)  # of two groups, the first found it so
+                self.done.append(record)
+                bar.advance()
             began = time.perf_counter()
-    if prepared.ranks.first:
-        own = [record.report for record in done[len(before.records) :]]
-        warn_of_refits(own, prepared.model)
-    return Committed(tuple(done), dense)
+            with timed(Stage.WALK):
+                walked = walk(
+                    prepared,
+                    list(left.values()),
+                    target=Target(self.request.target),
+                    held=held_out(prepared, self.request),
+                    committed=self.dense,
+                )
+            for step in blaming_refits(walked, self.done):
+                bar.describe(f"pruning {step.group.name}")
+                if not last:
+                    self.dense.update(dense_tensors(step.consumers))
+                with room_for(prepared.model, prepared.matrix_bytes):
+                    keep = self.keep[step.group.name]
+                    self.done.append(_prune_group(step, keep, self.request, began, prepared.ranks))
+                if self.log is not None:
+                    self.log.append(len(self.done) - 1, self.done[-1])
+                bar.advance()
+                began = time.perf_counter()
+        if prepared.ranks.first:
+            warn_of_refits([record.report for record in self.done[before:]], prepared.model)
 
 
 def held_out(prepared: Prepared, request: PruningRequest) -> int:
@@ -177,16 +220,13 @@ def _why_grown(model: nn.Module) -> str:
     )
 
 
-def replay(
+def _replay(
     group: CouplingGroup | None,
-    refitted: Callable[[CouplingGroup], Sequence[LinearMap]],
+    consumers: Callable[[CouplingGroup, tuple[int, ...]], Sequence[LinearMap]],
     record: LayerRecord,
     keep: Mapping[str, int],
 ) -> dict[str, DenseTensors]:
-    """Write what was committed before into the dense model; return what was there, by module.
-
-    `refitted` says which matrices a record of a group, known to fit, holds.
-    """
+    """Write what was committed before into the dense model; return what was there, by module."""
     name, kept = record.plan.name, record.plan.kept
     sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
     same = group is not None and GroupPlan.of(group, kept) == record.plan
@@ -195,21 +235,21 @@ def replay(
             f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
             "what this model and request come to; begin anew with --restart"
         )
-    consumers = refitted(group)
-    forms = [(each.number_format, one.shape) for each in consumers for one in each.read()]
+    maps = consumers(group, kept)
+    forms = [(each.number_format, one.shape) for each in maps for one in each.read()]
     if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
         raise JournalError(
             f"the log of the run holds weights of another form for {name!r}; begin anew with "
             "--restart"
         )
-    dense, written = dense_tensors(consumers), iter(record.weights)
-    for consumer in consumers:
+    dense, written = dense_tensors(maps), iter(record.weights)
+    for consumer in maps:
         consumer.write([next(written) for _ in range(1 + consumer.has_bias)])
     return dense
 
 
 def _prune_group(
-    step: LayerStep, keep: int, request: PruningRequest, began: float, ranks: Ranks
+    step: LayerStep | Step, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> LayerRecord:
     """Have the first rank solve one group, and commit the refitted weights on all."""
 
@@ -220,21 +260,62 @@ def _prune_group(
         there = tuple(values_of(weight).cpu() for weight in record.weights)
         return dataclasses.replace(record, weights=there)
 
-    inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
+    inputs = " and ".join(dict.fromkeys(str(consumer.rows) for consumer in step.consumers))
     with memory_for(f"the problem of {step.group.name!r} with {inputs} inputs", FOR_MATRICES):
         record = ranks.broadcast("what became of a group", make)
-    if not step.committed:
+    if isinstance(step, LayerStep) and not step.committed:
         step.adopt(record.weights)
     return record
 
 
-def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) -> LayerRecord:
+def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: float) -> LayerRecord:
     """Solve one group, and commit the refitted weights."""
-    group, backend = step.group, request.chosen_backend()
+    group = step.group
+    found = (
+        _solved_units(step, keep, request)
+        if isinstance(step, LayerStep)
+        else step.solve(keep, request)
+    )
+    layer, refits = found.layer, found.refits
+    report = LayerReport(
+        **vars(found.record),
+        name=group.name,
+        kind=str(group.kind),
+        units=group.units,
+        kept=len(found.record.support),
+        dead=found.dead,
+        damp=found.damp,
+        correction_weight=layer.correction_weight,
+        positions=layer.positions,
+        unread=len(layer.unread),
+        held=refits.held,
+        unrefitted=refits.unrefitted,
+        tied=refits.tied,
+        fixed=sum(gram.linear_map.fixed_inputs[0] for gram in layer.known),
+        fixed_dense=sum(gram.linear_map.fixed_inputs[1] for gram in layer.known),
+        growth=refits.growth,
+        measure_seconds=found.measured - began,
+        solve_seconds=time.perf_counter() - found.measured,
+        refitted_loss=found.refitted_loss,
+        choosing=found.choosing,
+    )
+    if report.dead == group.units:
+        warn(
+            f"{group.name}: none of its {group.units} units varies on the calibration data, so "
+            "that which of them stay is chance; give data such as the model is made for"
+        )
+    plan = GroupPlan.of(group, found.record.support)
+    written = (one.to(each.number_format) for each in layer.consumers for one in each.read())
+    return LayerRecord(plan, report, tuple(written))
+
+
+def _solved_units(step: LayerStep, keep: int, request: PruningRequest) -> Solved:
+    """Choose the units that stay by the problem of the layers that read them, and commit these."""
+    backend = request.chosen_backend()
     corrected = Target(request.target).needs_dense
     with timed(Stage.DAMPING):
-        correction_weight = request.correction_weight if corrected else 0.0
-        damp, step.correction_weight = step.regularization(keep, request.damp, correction_weight)
+        weight = request.correction_weight if corrected else 0.0
+        damp, step.correction_weight = step.regularization(keep, request.damp, weight)
     with timed(Stage.SOLVER):
         problem = step.problem(keep, damp)
         measured = time.perf_counter()
@@ -245,34 +326,8 @@ def solved(step: LayerStep, keep: int, request: PruningRequest, began: float) ->
         kept = solution.support.tolist()
         refits = step.refits(solution.weights, kept)
         step.commit(refits.weights, kept)
-    report = LayerReport(
-        **vars(solution.record(verification)),
-        name=group.name,
-        kind=str(group.kind),
-        units=group.units,
-        kept=problem.keep,
-        dead=len(problem.dead),
-        damp=damp,
-        correction_weight=step.correction_weight,
-        positions=step.positions,
-        unread=len(step.unread),
-        held=refits.held,
-        unrefitted=refits.unrefitted,
-        tied=refits.tied,
-        fixed=sum(gram.linear_map.fixed_inputs[0] for gram in step.known),
-        fixed_dense=sum(gram.linear_map.fixed_inputs[1] for gram in step.known),
-        growth=refits.growth,
-        measure_seconds=measured - began,
-        solve_seconds=time.perf_counter() - measured,
-    )
-    if report.dead == group.units:
-        warn(
-            f"{group.name}: none of its {group.units} units varies on the calibration data, so "
-            "that which of them stay is chance; give data such as the model is made for"
-        )
-    plan = GroupPlan.of(group, tuple(kept))
-    written = (one.to(each.number_format) for each in step.consumers for one in each.read())
-    return LayerRecord(plan, report, tuple(written))
+    record = solution.record(verification)
+    return Solved(record, step, refits, damp, len(problem.dead), measured)
 
 
 # ---- certificates ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
 from osscar.allocation.divergence import Distance, Reference
+from osscar.allocation.widths import reached_groups
 from osscar.base.devices import resolve_device
 from osscar.base.errors import JournalError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -30,16 +31,13 @@ from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
-from osscar.experts.find import mixtures_of
-from osscar.experts.walk import routed
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
-from osscar.pruning.experts import kept_in, prune_experts, skipped_mixtures
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.goal import goal
-from osscar.pruning.groups import Committed, held_out, prune_groups
+from osscar.pruning.groups import held_out, prune_groups
 from osscar.pruning.memory import check_streamed
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
@@ -185,7 +183,6 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
     """Try what can follow, and run the dense model."""
     ranks = prepared.ranks
     with timed(Stage.TRIAL):
-        whole = () if request.experts is None else skipped_mixtures(prepared, request)
         form, skipped = ranks.broadcast(
             "what can follow", lambda: feasible_groups(prepared, request)
         )
@@ -196,7 +193,7 @@ def dense_facts(prepared: Prepared, request: PruningRequest) -> _DenseFacts:
         scores = distance.measure == "nats"
         reference = Reference.of(distance, model, batches, ranks) if scores else None
         statistics = dense_statistics(prepared.model, prepared.batches(), request.batch_norm, ranks)
-    return _DenseFacts(form, (*whole, *skipped), reference, statistics)
+    return _DenseFacts(form, skipped, reference, statistics)
 
 
 def prune_prepared(
@@ -210,8 +207,8 @@ def prune_prepared(
     """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does."""
     start, before = time.perf_counter(), count_parameters(prepared.model)
     widths = _widths(prepared, request, facts, log, tell)
-    committed = _walked(prepared, widths.keep, request, records, log)
-    plan = PruningPlan(tuple(record.plan for record in committed.records))
+    committed = prune_groups(prepared, widths.keep, request, records, log)
+    plan = PruningPlan(tuple(record.plan for record in committed))
     smaller, proof, batch_norms = shrunk(prepared, plan, request, facts.form, facts.statistics)
     with timed(Stage.PRUNED):
         reference = facts.reference
@@ -219,7 +216,7 @@ def prune_prepared(
     return PruningResult(
         model=smaller,
         plan=proof.plan,
-        layers=tuple(record.report for record in committed.records),
+        layers=tuple(record.report for record in committed),
         parameters_before=before,
         parameters_after=count_parameters(smaller),
         certificate=proof.certificate,
@@ -234,36 +231,6 @@ def prune_prepared(
         skipped=facts.skipped,
         folded=prepared.folded,
     )
-
-
-def _walked(
-    prepared: Prepared,
-    keep: Mapping[str, int],
-    request: PruningRequest,
-    records: Sequence[LayerRecord],
-    log: RunLog | None,
-) -> Committed:
-    """Let experts leave, and then all else, on the stream of the model without these experts."""
-    if request.experts is None:
-        return prune_groups(prepared, keep, request, records, log)
-    mixtures = {one.group.name: one for one in mixtures_of(prepared)}
-    experts = {name: kept for name, kept in keep.items() if name in mixtures}
-    others = {name: kept for name, kept in keep.items() if name not in mixtures}
-    of_experts = [record for record in records if record.plan.name in mixtures]
-    of_others = [record for record in records if record.plan.name not in mixtures]
-    committed = prune_experts(prepared, experts, request, of_experts, log)
-    if not others:
-        return committed
-    kept = kept_in(committed.records)
-    gone = {
-        f"{mixtures[name].experts}[{expert}]"
-        for name, some in kept.items()
-        for expert in range(mixtures[name].group.units)
-        if expert not in some
-    }
-    without = dataclasses.replace(prepared, idle=frozenset(gone))
-    with routed(prepared.model, [mixtures[name] for name in kept], kept):
-        return prune_groups(without, others, request, of_others, log, committed)
 
 
 def finish(pruned: PruningResult, model: nn.Module, calibration: Any, prepared: Prepared) -> None:
@@ -310,7 +277,7 @@ def _check_noted(
     budget = noted.budget
     units = {
         group.name: group.units
-        for group in (prepared.groups if request.experts is None else prepared.every_group)
+        for group in reached_groups(prepared, request)
         if group.prunable and group.name not in facts.skipped_names
     }
     curves = {} if budget is None else budget.curves

@@ -63,7 +63,7 @@ class Job:
         if self.method in METHODS:
             asked["allocation"] = self.method
             return dataclasses.replace(base, **asked)
-        if base.experts is not None:
+        if base.routed:
             raise RequestError(
                 f"the baseline {self.method} removes no experts; leave --baselines away, or "
                 "--experts"

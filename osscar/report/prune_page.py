@@ -165,8 +165,7 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         said.append(f"shared out by {settings.get('allocation', 'measured')}")
     if settings.get("at_least"):
         said.append(f"at least {settings['at_least']} of each group")
-    if settings.get("experts") == AUTO:
-        said.append("also by experts")
+    said += [f"also by {kind}" for kind in _KEEPS if settings.get(kind) == AUTO]
     said += [
         f"keep {settings[kind]} of the {kind}"
         for kind in _KEEPS
@@ -210,7 +209,7 @@ def run_lines(document: Mapping[str, Any]) -> Iterator[str]:
 def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what became of the model, each line with its kind."""
     layers, settings = document["layers"], document["settings"]
-    dead = sum(layer["dead"] for layer in layers if layer["kind"] != UnitKind.EXPERTS)
+    dead = sum(layer["dead"] for layer in layers if not UnitKind(layer["kind"]).routed)
     if dead:
         were = "was" if dead == 1 else "were"
         units = f"{pluralize(dead, 'unit')} {were} dead"
@@ -418,7 +417,7 @@ def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _whole(document: Mapping[str, Any]) -> str:
     """Say what losses are relative to."""
-    own = {layer["kind"] == "experts" for layer in document["layers"]}
+    own = {UnitKind(layer["kind"]).routed for layer in document["layers"]}
     if own == {True}:
         return "what the mixture puts out"
     also = ", and that of experts relative to what the mixture puts out" if True in own else ""

@@ -121,8 +121,9 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
     what holds them and their router is.
     """
     inner = [name for slot in group.slots for name in (slot.module, _holder(slot))]
-    whole = group.kind is UnitKind.EXPERTS
-    layers = [name for name in inner if whole or not any(model.get_submodule(name).children())]
+    layers = [
+        name for name in inner if group.kind.routed or not any(model.get_submodule(name).children())
+    ]
     return list(dict.fromkeys((*inner, *(name.rpartition(".")[0] for name in layers))))
 
 
@@ -212,7 +213,7 @@ def follow_around(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
 
     It counts those of every mixture, so that all have to keep the same number.
     """
-    experts = [group for group in groups if group.kind is UnitKind.EXPERTS]
+    experts = [group for group in groups if group.kind.routed]
     sizes = {(group.units, len(group.kept)) for group in experts}
     if len(sizes) != 1:
         return

@@ -19,7 +19,7 @@ from osscar.offload.on_disk import put_back
 from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
-from solvers import SubsetProblem
+from solvers import SolutionRecord, SubsetProblem
 
 GROWN = 100.0
 """How many times as large as the largest dense weight of a layer that of a refit may be, without
@@ -55,6 +55,25 @@ class Refits:
     """At how many positions that were held out this was seen; at the consumer with the fewest."""
     tied: tuple[str, ...] = ()
     """The consumers whose weight is read in another way, too, and keeps what it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """A group that was solved, and whose refit was committed."""
+
+    record: SolutionRecord
+    """Of the choice of units."""
+    layer: LayerStep
+    """What was refitted."""
+    refits: Refits
+    damp: float
+    dead: int
+    """How many units nothing was known of."""
+    measured: float
+    """When the problem was posed, by `time.perf_counter`."""
+    refitted_loss: float | None = None
+    choosing: int | None = None
+    """As of the report of a group that is routed."""
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import osscar
 from graph import UnitKind
-from osscar.base.errors import EquivalenceError, ModelError
+from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.checkpoint.directory import save
 from osscar.experts.find import mixtures_in
 from osscar.network.double import InDouble
@@ -141,24 +141,36 @@ def changed(model, name, forward):
     return model
 
 
-def test_a_router_that_counts_experts_in_its_code_is_told():
-    def forward(self, hidden):
-        logits = nn.functional.linear(hidden, self.weight)
-        weights, chosen = logits.softmax(1).topk(2)
-        return logits, weights, chosen.clamp(min=4 - len(self.weight))
-
-    said = reasons(changed(mixture("mixtral"), "MixtralTopKRouter", forward))
-    assert all("does not compute with fewer experts" in reason for reason in said)
+def counting(self, hidden):
+    """Route as a router whose code counts all experts."""
+    logits = nn.functional.linear(hidden, self.weight)
+    weights, chosen = logits.softmax(1).topk(2)
+    return logits, weights, chosen.clamp(min=4 - len(self.weight))
 
 
-def test_a_mixture_that_is_no_sum_over_experts_is_told():
-    def forward(self, hidden, experts, weights):
-        down, up = self.down_proj[experts], self.gate_up_proj[experts].chunk(2, 2)[0]
-        h = torch.einsum("td,tkfd->tkf", hidden, up).relu()
-        return torch.einsum("tkf,tkdf,tk->td", h, down, weights).tanh()
+def no_sum(self, hidden, experts, weights):
+    """Return what is no sum over experts."""
+    down, up = self.down_proj[experts], self.gate_up_proj[experts].chunk(2, 2)[0]
+    h = torch.einsum("td,tkfd->tkf", hidden, up).relu()
+    return torch.einsum("tkf,tkdf,tk->td", h, down, weights).tanh()
 
-    said = reasons(changed(mixture("mixtral"), "MixtralExperts", forward))
-    assert all("does not put out the sum over experts" in reason for reason in said)
+
+@pytest.mark.parametrize(
+    ("name", "forward", "kind", "words"),
+    [
+        (
+            "MixtralTopKRouter",
+            counting,
+            EquivalenceError,
+            "none of 2 groups can follow: .* differs",
+        ),
+        ("MixtralExperts", no_sum, RequestError, "the last matrices of its experts are not seen"),
+    ],
+)
+def test_code_that_cannot_do_with_fewer_experts_is_refused(name, forward, kind, words):
+    model = changed(mixture("mixtral"), name, forward)
+    with pytest.raises(kind, match=words):
+        osscar.prune(model, tokens(), experts=2)
 
 
 class Own(nn.Module):

@@ -1,0 +1,266 @@
+"""Where a walk stops before a mixture: who stays is chosen, and these are refitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import solvers
+from graph import CouplingGroup
+from osscar.base.errors import ModelError
+from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.messages import warn
+from osscar.base.printable import listed, pluralize
+from osscar.base.timing import Stage, timed
+from osscar.experts.find import ExpertMixture
+from osscar.preparation.consumer import LinearMap
+from osscar.preparation.routing import Routed, output_of
+from osscar.request import PruningRequest
+from osscar.walk.gram import GramAccumulator
+from osscar.walk.layer_step import LayerStep, Refits, Solved
+from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
+
+if TYPE_CHECKING:
+    from osscar.experts.walk import ExpertWalk
+
+MOST_TOKENS = 1 << 15
+"""Tokens that choose who stays, drawn where there are more."""
+
+_AT_ONCE = 1 << 22
+"""Numbers that experts put out at a time."""
+
+_BLOCK = 4096
+"""Tokens in a block of a problem, about."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Relative errors of what a mixture puts out."""
+
+    fitted: float
+    """On the samples that weights are fitted to."""
+    held_out: float | None
+    """On the others, if there are any."""
+
+    @property
+    def telling(self) -> float:
+        """The one by which weights are judged."""
+        return self.fitted if self.held_out is None else self.held_out
+
+
+@dataclass(eq=False)
+class ExpertStep:
+    """A mixture that all batches have reached: it can be solved and refitted."""
+
+    _walk: ExpertWalk = field(repr=False)
+    mixture: ExpertMixture
+    neurons: CouplingGroup = field(repr=False)
+    """The units of the experts' last matrices."""
+    consumers: tuple[LinearMap, ...] = field(repr=False)
+    """These matrices, one an expert."""
+
+    @property
+    def group(self) -> CouplingGroup:
+        """The experts."""
+        return self.mixture.group
+
+    @property
+    def _module(self) -> nn.Module:
+        return self._walk._model.get_submodule(self.mixture.experts)
+
+    # ---- who stays -----------------------------------------------------------------------
+
+    def solve(self, keep: int, request: PruningRequest) -> Solved:
+        """Choose the experts that stay, and commit the refit of these."""
+        arrivals = (run.arrived for run in self._walk._runs)
+        sent = {e for one in arrivals if one is not None for e in one.x.experts.flatten().tolist()}
+        unreached = [expert for expert in range(self.group.units) if expert not in sent]
+        if unreached:
+            warn(
+                f"no calibration token is sent to {pluralize(len(unreached), 'expert')} of "
+                f"{self.group.name!r}: {listed([*map(str, unreached)], 8)}; give more samples"
+            )
+        with timed(Stage.GRAM):
+            problem = self.problem(keep)
+        measured = time.perf_counter()
+        with timed(Stage.SOLVER):
+            solution = solvers.solve_experts(problem, request.chosen_expert_backend())
+            record = solution.record(solution.verify())
+        choosing = sum(len(block.energy) for block in problem.tokens)
+        del problem, solution
+        self.commit(record.support)
+        with timed(Stage.WALK):
+            before, layer = self.losses(), self._refitted()
+        weight = request.correction_weight
+        if weight is None and not any(gram.held_rows for gram in layer.known):
+            weight = 1.0  # targets are what was lost with the experts
+        with timed(Stage.DAMPING):
+            damp, refits = _refits(layer, request.damp, weight)
+        with timed(Stage.WALK), layer.tried(refits.weights, range(layer.group.units)):
+            after = self.losses()
+        # What is no worse for each expert can be for their sum.
+        if after.telling <= before.telling:
+            layer.commit(refits.weights)
+        else:
+            labels = tuple(gram.linear_map.label for gram in layer.known)
+            refits, after = dataclasses.replace(refits, unrefitted=labels, growth=1.0), before
+        record = dataclasses.replace(record, relative_loss=before.fitted)
+        dead = len(unreached)
+        return Solved(record, layer, refits, damp, dead, measured, after.fitted, choosing)
+
+    @contextmanager
+    def alone(self, keep: int, damp: float | None, shaped: bool) -> Iterator[NDArray[np.float64]]:
+        """Route among the experts that stay, refitted, while the block runs.
+
+        Yielded is the shape of the group's curve, if that is asked for: the loss with so many
+        experts left, which with fewer than the router needs is that of the fewest.
+        """
+        with timed(Stage.MEASURED), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
+            problem = self.problem(self.group.fewest if shaped else keep)
+            shape = np.zeros(0)
+            if shaped:
+                history = solvers.solve_experts(problem, "greedy").history
+                risen = np.maximum.accumulate([0.0, *history[1:]]) / problem.scale
+                shape = np.concatenate([np.full(problem.keep, risen[-1]), risen[::-1]])
+            support = solvers.solve_experts(problem.with_keep(keep), "greedy").support.tolist()
+            with self._tried(support):
+                layer = self._refitted()
+                _, refits = _refits(layer, damp, None)
+                with layer.tried(refits.weights, range(layer.group.units)):
+                    yield shape
+
+    @torch.no_grad()
+    def problem(self, keep: int) -> ExpertProblem:
+        """Pose the problem of which experts stay, on samples that are not held out."""
+        rule, walk, drawn = self.mixture.rule, self._walk, self._drawn()
+        tokens = sum(map(len, drawn.values()))
+        bias = walk.scores[self.mixture.router, min(drawn)].bias
+        needed = ExpertProblem.memory(rule, self.group.units, keep, tokens, bias)
+        what = f"the problem of {self.group.name!r} with {tokens} tokens ({needed:,} bytes)"
+        with memory_for(what, FOR_MATRICES):
+            blocks = tuple(_in_blocks(self._parts(drawn, keep)))
+            try:
+                return ExpertProblem(rule, blocks, keep, bias, self.group.name)
+            except ProblemError as error:
+                raise ModelError(
+                    f"the experts of {self.group.name!r} cannot be chosen: {error}; leave the "
+                    "mixture out (--skip)"
+                ) from error
+
+    def _drawn(self) -> dict[int, Tensor]:
+        """Return which tokens choose who stays, in order, by batch; all where they are few."""
+        walk = self._walk
+        fitted = [run for run in walk._runs if run.index < walk._held_from]
+        counts = [len(run.arrived.x.hidden) for run in fitted if run.arrived is not None]
+        chance = torch.Generator().manual_seed(0)
+        chosen = torch.zeros(sum(counts), dtype=torch.bool)
+        chosen[torch.randperm(len(chosen), generator=chance)[:MOST_TOKENS]] = True
+        own = zip(fitted, torch.split(chosen, counts), strict=True)
+        return {run.index: torch.nonzero(some).flatten() for run, some in own if some.any()}
+
+    def _parts(self, drawn: Mapping[int, Tensor], keep: int) -> Iterator[RoutedTokens]:
+        """Yield what the drawn tokens of each batch say of the experts that they can reach."""
+        for run, x, y in self._walk.here():
+            if run.index not in drawn:
+                continue
+            scores = self._walk.scores[self.mixture.router, run.index]
+            rows = drawn[run.index].to(y.device)
+            reached = expert_candidates(self.mixture.rule, scores.logits[rows], keep, scores.bias)
+            some = max(1, _AT_ONCE // (reached.shape[1] * y.shape[1]))
+            given = scores.logits[rows], x.hidden[rows], reached, y[rows]
+            for logits, hidden, experts, target in zip(
+                *(torch.split(tensor, some) for tensor in given), strict=True
+            ):
+                yield RoutedTokens.from_outputs(logits, self._outputs(x, hidden, experts), target)
+
+    def _outputs(self, x: Routed, hidden: Tensor, experts: Tensor) -> Tensor:
+        """Return what experts, (tokens, r), put out for tokens, (tokens, r, d)."""
+        each = hidden.repeat_interleave(experts.shape[1], 0)
+        one = torch.ones(len(each), 1, dtype=x.weights.dtype, device=each.device)
+        y: Tensor = self._module.forward(each, experts.flatten()[:, None].to(x.experts), one)
+        return y.view(*experts.shape, y.shape[1])
+
+    # ---- among those that stay -----------------------------------------------------------
+
+    @torch.no_grad()
+    def commit(self, kept: Sequence[int]) -> None:
+        """Route the batches among the experts that stay."""
+        walk = self._walk
+        walk.kept[self.group.name] = tuple(kept)
+        for run in walk._runs:
+            assert run.arrived is not None
+            logits, bias = walk.scores.pop((self.mixture.router, run.index))
+            experts, weights = self.mixture.rule.route(logits, kept, bias)
+            x: Routed = run.arrived.x
+            there = Routed(x.hidden, experts.to(x.experts), weights.to(x.weights))
+            run.arrived = dataclasses.replace(run.arrived, x=there)
+
+    @contextmanager
+    def _tried(self, kept: Sequence[int]) -> Iterator[None]:
+        """Route the batches among some experts while the block runs, and as before afterwards."""
+        walk = self._walk
+        arrived, scores = [run.arrived for run in walk._runs], dict(walk.scores)
+        self.commit(kept)
+        try:
+            yield
+        finally:
+            del walk.kept[self.group.name]
+            walk.scores.update(scores)
+            for run, one in zip(walk._runs, arrived, strict=True):
+                run.arrived = one
+
+    def losses(self) -> Losses:
+        """Return the error of what the mixture puts out now, relative to what it is to put out."""
+        error, size = [0.0, 0.0], [0.0, 0.0]
+        for run, x, y in self._walk.here():
+            held = run.index >= self._walk._held_from
+            error[held] += float((y - output_of(self._module, x).double()).square().sum())
+            size[held] += float(y.square().sum())
+        fitted, held_out = (e / s if s else e for e, s in zip(error, size, strict=True))
+        return Losses(fitted, held_out if size[1] else None)
+
+    def _refitted(self) -> LayerStep:
+        """Return what the last matrices of those that stay read of the tokens that they now get."""
+        walk, kept = self._walk, set(self._walk.kept[self.group.name])
+        held = walk._held_from < len(walk._batches)
+        maps = [one for expert, one in enumerate(self.consumers) if expert in kept]
+        what = f"Gram matrices of {pluralize(len(maps), 'expert')} of {self.group.name!r}"
+        with memory_for(what, FOR_MATRICES):
+            grams = [GramAccumulator(one, held=held, corrections=True) for one in maps]
+        for run, x, y in walk.here():
+            D = y - output_of(self._module, x).double()
+            with timed(Stage.GRAM):
+                for gram in grams:
+                    gram.add_call(x, D, held=run.index >= walk._held_from)
+        return LayerStep(self.neurons, tuple(grams))
+
+
+def _refits(layer: LayerStep, damp: float | None, weight: float | None) -> tuple[float, Refits]:
+    """Return the damping of the last matrices, of which all units stay, and their refit."""
+    units = range(layer.group.units)
+    damp, layer.correction_weight = layer.regularization(len(units), damp, weight)
+    refitted, _ = solvers.refit(layer.problem(len(units), damp), torch.tensor(units))
+    return damp, layer.refits(refitted, units)
+
+
+def _in_blocks(parts: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
+    """Join tokens of a problem to blocks of some thousands."""
+    block: list[RoutedTokens] = []
+    for part in parts:
+        block.append(part)
+        if sum(len(one.energy) for one in block) >= _BLOCK:
+            yield RoutedTokens.joined(block)
+            block = []
+    if block:
+        yield RoutedTokens.joined(block)
