@@ -142,7 +142,7 @@ def test_written_out_attention_is_shrunk_too(name: str) -> None:
     assert coverage.effect > LEAST_EFFECT
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llama", "llama-multi-query", "gpt2", "bloom", "falcon-grouped"])
 def test_numbers_off_the_traced_path_follow_too(name: str) -> None:
     """A mask, or another implementation of attention, reads what the traced path does not."""

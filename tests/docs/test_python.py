@@ -58,7 +58,7 @@ def test_every_page_with_python_is_run() -> None:
     assert set(PAGES_WITH_PYTHON) == set(CHECKS)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:.*rank-deficient")
 @pytest.mark.parametrize(
     "page",

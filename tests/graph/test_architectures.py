@@ -77,7 +77,7 @@ _WRITTEN_OUT = (
 CASES = [*((name, None) for name in EXPECTED), *((name, "eager") for name in _WRITTEN_OUT)]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_transformers(name: str, attention: str | None) -> None:
     case = transformers_case(name, attention)

@@ -24,7 +24,7 @@ from tests.coverage.zoo import transformers_case
 IMAGES = [(torch.randn(2, 3, 32, 32),), (torch.randn(1, 3, 48, 48),)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def resnet() -> nn.Module:
     pytest.importorskip("torchvision")
     torch.manual_seed(0)
@@ -136,6 +136,7 @@ def test_what_was_written_wrongly_is_noticed_without_inputs(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["bert", "bloom", "distilbert", "t5", "falcon-grouped", "vit"])
 def test_neurons_alone_leave_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
     case = transformers_case(family)

@@ -329,6 +329,7 @@ def build():
 """
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["images", "inputs"])
 def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     run, kind, tmp_path, monkeypatch

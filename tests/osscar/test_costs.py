@@ -357,7 +357,7 @@ def stored(directory):
     return sum(tensor.nbytes for tensor in load_file(file).values())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", SAVED)
 def test_the_tensors_of_a_file_have_the_bytes_that_were_promised(case, tmp_path):
     torch.manual_seed(0)

@@ -298,6 +298,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
         osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x)
 
 
+@pytest.mark.slow
 def test_weights_beside_a_file_leave_with_it_if_it_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,6 +243,7 @@ def asked_of(network):
     return dict.fromkeys(kinds.get(network, ("neurons",)), "1/2")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("name", CASES)
 def test_what_cannot_follow_is_skipped_and_all_else_is_pruned(name):

@@ -229,6 +229,7 @@ def test_attention_of_torch_that_lost_heads_is_read_back(form, tmp_path):
     assert_close(again(**data), result.model(**data))
 
 
+@pytest.mark.slow
 def test_a_program_of_an_encoder_that_lost_heads_is_read_back(tmp_path):
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True, norm_first=True).eval()

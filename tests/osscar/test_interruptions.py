@@ -161,6 +161,7 @@ def _check_end(case: Case, root: Path, ended: Ended, victim: Victim, number: int
     assert hidden(root, case.shown) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(plan, tmp_path):
     root = tmp_path / "root"
     plan.begin(root)

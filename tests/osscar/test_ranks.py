@@ -115,6 +115,7 @@ def test_two_ranks_come_to_what_one_process_does(name, two):
     check_same(CASES[name], [two / f"{name}.{rank}" for rank in range(2)])
 
 
+@pytest.mark.slow
 def test_a_rank_without_any_batch_changes_nothing(tmp_path):
     for process in scenario(lambda place: cases(place, ["two batches"]), 3, tmp_path):
         assert process.status == 0, process.stderr

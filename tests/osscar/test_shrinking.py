@@ -63,6 +63,7 @@ _LITERALS = {"padded": r"F\.pad", "einsum": "view", "independent-halves": "split
 """Networks whose code holds numbers that no module keeps, and the call that fails."""
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", [name for name in PRUNABLE if name not in _LITERALS])
 def test_hand_written_networks_shrink(name: str) -> None:
     network, inputs, _ = PRUNABLE[name]
@@ -445,6 +446,7 @@ def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
     assert shrink(model, plan, inputs).certificate.error < 1e-6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}], ids=str)
 def test_multihead_attention_of_torch(batch_first: bool, options: dict[str, int]) -> None:

@@ -257,7 +257,7 @@ def flat(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
 def test_what_is_accepted_is_right_on_all_inputs(kind):
     torch.manual_seed(0)
@@ -567,6 +567,7 @@ def test_generation_with_a_cache_is_that_of_the_masked_model():
         torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_many_outputs_of_a_detector_are_proved_for_images_of_any_size():
     model, images = detector(), torch.randn(3, 3, 64, 64)
     groups = graph.trace(model, (images,)).prunable

@@ -250,6 +250,7 @@ def test_several_processes_give_the_same_rows(solved, study):
     assert [dataclasses.replace(r, seconds=None, iterations=0) for r in together] == strip
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
     for index in range(6):
         problem(16, index, name=f"p{index}").save(tmp_path / f"p{index}.npz")

@@ -84,6 +84,7 @@ def held(model):
 MARKS = {**dict.fromkeys(LONG, pytest.mark.slow), ADAPTED: needs_peft}
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, ())) for one in FORMS])
 def test_only_weights_change_and_never_for_the_worse(name):
     form = FORMS[name]
