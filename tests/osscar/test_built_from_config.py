@@ -134,6 +134,7 @@ def test_an_engine_that_knows_the_config_alone_computes_the_same(
     assert seen == [0, 1]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["opt", "llama-gqa"])
 def test_an_engine_with_one_number_of_heads_is_not_given_others(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
