@@ -125,6 +125,7 @@ def masked(model: TCN, plan: PruningPlan) -> TCN:
 FOLDED = tuple(f"blocks.{block}.{layer}.weight" for block in range(3) for layer in ("one", "two"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_all_channels_are_pruned_and_the_model_keeps_its_normalization(name: str) -> None:
     model = tcn(name)
@@ -195,6 +196,7 @@ def test_a_class_that_normalizes_by_itself_reads_what_was_pruned(tmp_path: Path)
             torch.testing.assert_close(again(**others).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_codec_with_normalization_is_pruned_saved_and_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = DacConfig(

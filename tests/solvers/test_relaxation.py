@@ -60,7 +60,7 @@ def plain_limit(problem, mean, second):
     responses=st.sampled_from([1, 4, 40]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_common_multipliers_exceed_the_limit(seed, width, responses, consumers):
     """For moments of removals drawn at random: feasible, whatever the code thinks of them."""
     n, keep = 6, 1 + seed % 4
@@ -202,6 +202,7 @@ def test_the_effort_of_a_bound():
     assert Perspective().rounds == Effort().rounds
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_many_rounds_leave_moments_that_sum_up(n):
     """Each mixture of moments rounds their sum."""
