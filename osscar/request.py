@@ -10,7 +10,7 @@ import enum
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -344,83 +344,73 @@ class PruningRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_what_to_keep()
+        for wrong, advice in self._contradictions():
+            if wrong:
+                raise RequestError(advice)
         if not self.experts_alone:
             self.chosen_backend()
         if self.experts is not None:
             self.chosen_expert_backend()
 
-    def _check_what_to_keep(self) -> None:
-        """Refuse what each field may say, but not beside the others."""
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """Yield what each field may say, but not beside the others, and what to do about it."""
         budgets = [name for name in BudgetKind if getattr(self, name) is not None]
-        if len(budgets) > 1:
-            raise RequestError(
-                f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them"
-            )
-        named = (self.heads, self.neurons, self.channels, self.residual, self.experts)
-        if self.experts is not None:
-            self._check_experts()
-        if not budgets and not self.groups and all(keep is None for keep in named):
-            raise RequestError(
-                "nothing to prune: give a budget (--sparsity, --params, --size, --flops or "
-                "--speedup), or what to keep with --heads, --neurons, --channels, --residual or "
-                "--experts"
-            )
-        if self.at_least is not None and not budgets:
-            raise RequestError(
-                f"at-least is {self.at_least}, which is for groups that share a budget, and no "
-                "budget is given; give one, such as --sparsity"
-            )
-        if self.allocation != "measured" and not budgets:
-            raise RequestError(
-                f"allocation is {self.allocation}, which is for a budget, and none is given; give "
-                "one, such as --sparsity, or leave --allocation away"
-            )
-        if self.form == "exported" and self.speedup is not None:
-            raise RequestError(
-                "a speedup is timed on modules, so that it does not go with form 'exported'; give "
-                "flops, params or sparsity as the budget"
-            )
-
-    def _check_experts(self) -> None:
-        """Refuse what does not go with experts that leave whole."""
-        if self.speedup is not None:
-            raise RequestError(
-                "a speedup is timed on models that keep all their experts, so that it does not go "
-                "with experts; give params or size as the budget"
-            )
-        if self.form == "exported":
-            raise RequestError(
-                "form 'exported' does not go with experts: whole experts are removed from modules "
-                "only; give form 'eager' or 'auto'"
-            )
-        if not self.experts_alone and not isinstance(self.backend, str):
-            raise RequestError(
-                f"backend is {safe_repr(self.backend)}, which chooses either experts or units of "
-                "layers, and this run removes both; give a name that stands for a backend of each, "
-                "such as 'local_search'"
-            )
-        if self.experts == AUTO:
-            self._check_auto()
-        elif self.experts_alone and (self.certify or self.round_to != 1):
-            given = "certify" if self.certify else "round_to"
-            raise RequestError(
-                f"{given} does not go with experts alone: no lower bound is known for a choice of "
-                f"experts, and their count is not rounded; leave {given} away"
-            )
-
-    def _check_auto(self) -> None:
-        """Refuse budgets of which experts can take no part."""
-        if not self.has_budget:
-            raise RequestError(
-                "experts is 'auto', which needs a budget; give one, such as --params 0.75, or what "
-                "each mixture keeps, such as --experts 0.75"
-            )
-        if self.flops is not None:
-            raise RequestError(
-                "fewer experts save no flops, since each token is sent to as many as before; give "
-                "params or size as the budget, or leave experts 'auto' away"
-            )
+        experts, auto = self.experts is not None, self.experts == AUTO
+        yield (
+            len(budgets) > 1,
+            f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them",
+        )
+        yield (
+            not (experts or budgets or any(getattr(self, name) for name in _BESIDE)),
+            "nothing to prune: give a budget (--sparsity, --params, --size, --flops or --speedup), "
+            "or what to keep with --heads, --neurons, --channels, --residual or --experts",
+        )
+        yield (
+            self.at_least is not None and not budgets,
+            f"at-least is {self.at_least}, which is for groups that share a budget, and no budget "
+            "is given; give one, such as --sparsity",
+        )
+        yield (
+            self.allocation != "measured" and not budgets,
+            f"allocation is {self.allocation}, which is for a budget, and none is given; give one, "
+            "such as --sparsity, or leave --allocation away",
+        )
+        yield (
+            self.speedup is not None and self.form == "exported",
+            "a speedup is timed on modules, so that it does not go with form 'exported'; give "
+            "flops, params or sparsity as the budget",
+        )
+        yield (
+            self.speedup is not None and experts,
+            "a speedup is timed on models that keep all their experts, so that it does not go with "
+            "experts; give params or size as the budget",
+        )
+        yield (
+            experts and self.form == "exported",
+            "form 'exported' does not go with experts: whole experts are removed from modules "
+            "only; give form 'eager' or 'auto'",
+        )
+        yield (
+            experts and not self.experts_alone and not isinstance(self.backend, str),
+            f"backend is {safe_repr(self.backend)}, which chooses either experts or units of "
+            "layers, and this run removes both; give a name that stands for a backend of each, "
+            "such as 'local_search'",
+        )
+        yield (
+            auto and not budgets,
+            "experts is 'auto', which needs a budget; give one, such as --params 0.75, or what "
+            "each mixture keeps, such as --experts 0.75",
+        )
+        yield (
+            auto and self.flops is not None,
+            "fewer experts save no flops, since each token is sent to as many as before; give "
+            "params or size as the budget, or leave experts 'auto' away",
+        )
+        yield (
+            self.experts_alone and (self.certify or self.round_to != 1),
+            f"{'certify' if self.certify else 'round_to'} does not go with experts alone: no lower "
+            "bound is known for a choice of experts, and their count is not rounded; leave it away",
+        )
 
     def chosen_backend(self) -> "solvers.Backend":
         """Return the backend with its options."""

@@ -262,17 +262,22 @@ def room_for(model: nn.Module, needed: int, *, beside: bool = False) -> Iterator
         yield
 
 
-_WIDE = 3
-"""Tensors as wide as the widest weight that a forward pass holds at once: logits, most often."""
+WIDE = 5
+"""Tensors, as wide as the widest layer, that a forward pass holds at once."""
 
-_SMALL = 128 << 20
+SMALL = 128 << 20
 """Bytes for all else."""
+
+
+def pass_bytes(model: nn.Module, positions: int) -> int:
+    """Return what a forward pass of so many positions needs; its logits are widest, most often."""
+    widest = max((size for p in model.parameters() for size in p.shape), default=0)
+    return 4 * WIDE * positions * widest + SMALL
 
 
 def room_for_pass(model: nn.Module, positions: int) -> AbstractContextManager[None]:
     """Leave room for a forward pass of so many positions, as `room_for` does."""
-    widest = max((size for p in model.parameters() for size in p.shape), default=0)
-    return room_for(model, 4 * _WIDE * positions * widest + _SMALL)
+    return room_for(model, pass_bytes(model, positions))
 
 
 @contextmanager

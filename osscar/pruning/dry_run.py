@@ -24,21 +24,20 @@ from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.allocation.widths import asked_groups
 from osscar.base.devices import clock_of, resolve_device
-from osscar.base.errors import OptionError, RequestError
+from osscar.base.errors import RequestError
 from osscar.base.shown import Shown
 from osscar.base.timing import Clock, Stage, profiled, seconds_of
 from osscar.checkpoint.directory import weight_bytes
 from osscar.data.loaders import read_once
 from osscar.evaluation.forward import measuring_seconds
 from osscar.models.loaded import LoadedModel
-from osscar.network.modules import device_of, forward
-from osscar.offload.device_memory import memory_of
+from osscar.network.modules import forward
 from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
 from osscar.pruning.feasibility import feasible_groups
 from osscar.pruning.groups import held_out, solved
-from osscar.pruning.memory import Room, check_streamed, least_memory
+from osscar.pruning.memory import forecast
 from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest, by_keywords
 from osscar.walk.batch_norm import batch_norms
@@ -143,55 +142,56 @@ def estimate_as_asked(
     calibration = read_once(model, calibration)
     clock = clock_of(resolve_device(request.device)) if clock is None else clock
     began = clock()
-    with prepare_for(model, calibration, request) as prepared, profiled(clock) as profile:
-        profile.seconds[Stage.OPEN] = clock() - began
-        held = held_out(prepared, request)
-        room = check_streamed(prepared, request, max(1, held))
+    with prepare_for(model, calibration, request) as prepared:
+        opening = clock() - began
+        held, samples = held_out(prepared, request), prepared.inputs.samples
+        needs = forecast(prepared, request, max(1, held))
         [batch, *_] = prepared.batches()
         passing = seconds_of(partial(forward, prepared.model, batch), clock)
         one = min(*passing(), *passing()) / prepared.inputs.count(batch)
         began = clock()
         form, skipped = feasible_groups(prepared, request)
         trial = clock() - began
-        keep = _expected_keep(prepared, request, [group.name for group in skipped], form)
+        left = [group.name for group in skipped]
+        keep = _expected_keep(prepared, request, left, form)
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         kept = cost.of(keep) / cost.dense
-        ends = walk(prepared, groups, target=Target(request.target))
+        target = Target(request.target)
+        ends = walk(prepared, groups, target=target)
         reach = sum((last + 1) / len(ends.calls) for last in ends.pass_ends)
-        source, solving = _solved(prepared, request, keep, groups, room, clock)
-        samples = prepared.inputs.samples
-        times = samples / min(_FEW, samples)
-        # Gram matrices are squares of what a layer reads, at every position; problems are cubes.
-        squares, cubes = (
-            sum(_rows(prepared, g) ** p for g in groups) / _rows(prepared, source) ** p
-            for p in (2, 3)
-        )
-        streams = 2 if Target(request.target).needs_dense else 1
+        source, solving = _solved(prepared, request, keep, groups, needs.matrices, clock)
+
+        def times(some: Sequence[CouplingGroup], power: int) -> float:
+            """Return how many times as long some groups take as the one that was solved."""
+            return sum((_rows(prepared, each) / _rows(prepared, source)) ** power for each in some)
+
         compared = max(1, held) + (samples if batch_norms(prepared.model) else 0)
+        cubes = times(groups, 3)
         stages = {
-            Stage.OPEN: profile.seconds[Stage.OPEN],
+            Stage.OPEN: opening,
             Stage.TRIAL: trial,
             Stage.DENSE: one * compared,
             Stage.ALLOCATION: 0.0,
-            Stage.WALK: one * samples * reach * streams,
-            Stage.GRAM: times * squares * solving[Stage.GRAM],
+            Stage.WALK: one * samples * reach * (2 if target.needs_dense else 1),
+            # Gram matrices are squares of what a layer reads, at every position.
+            Stage.GRAM: samples / min(_FEW, samples) * times(groups, 2) * solving[Stage.GRAM],
             Stage.DAMPING: cubes * solving[Stage.DAMPING],
             Stage.SOLVER: cubes * solving[Stage.SOLVER],
             Stage.PROOF: 0.8 * trial,  # it shrinks and compares as the trial does
             Stage.PRUNED: one * kept * compared,
         }
-        if request.speedup is not None:
-            turns = 2 * (REPETITIONS + 1) * one * prepared.inputs.count(batch)
-            stages[Stage.ALLOCATION] += MOST_MODELS / 2 * turns
+        if request.speedup is not None:  # about half of the most models, each timed beside this one
+            turns = MOST_MODELS / 2 * 2 * (REPETITIONS + 1)
+            stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
         if request.has_budget and request.allocation != "uniform":
-            shared = asked_groups(prepared, request, [group.name for group in skipped])[2]
-            again = sum(_rows(prepared, g) ** 3 for g in shared) / _rows(prepared, source) ** 3
+            shared = asked_groups(prepared, request, left)[2]
             passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
-            stages[Stage.MEASURED] = 1.5 * (passes * one + again * solving[Stage.SOLVER])
+            again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
+            stages[Stage.MEASURED] = 1.5 * again
         cache, weights = weight_cache(prepared.model), weight_bytes(prepared.model)
-        peak, read = _peak_bytes(prepared, request, held, room), 0
+        peak, read = needs.least, 0
         if cache is not None:
             if peak + weights > cache.ceiling:  # trial, proof, both models, and the walk
                 read = weights * (14 + 2 * max(1, held) + len(ends.pass_ends))
@@ -209,7 +209,7 @@ def estimate_as_asked(
             calibration=prepared.inputs.settings,
             passes=len(ends.pass_ends),
             limit_bytes=None if cache is None else cache.ceiling,
-            least_bytes=None if room is None else least_memory(prepared.model, room),
+            least_bytes=None if cache is None else needs.least,
             sample_seconds=one,
             kept_share=kept,
         )
@@ -261,7 +261,7 @@ def _solved(
     request: PruningRequest,
     keep: Mapping[str, int],
     groups: Sequence[CouplingGroup],
-    room: Room | None,
+    matrix_bytes: int,
     clock: Clock,
 ) -> tuple[CouplingGroup, Mapping[Stage, float]]:
     """Solve the largest group that is not too large, on few samples; return it and the seconds."""
@@ -275,23 +275,6 @@ def _solved(
     with profiled(clock) as profile, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # which few samples give rise to
         for step in walked:
-            with room_for(few.model, 0 if room is None else room.matrices):
+            with room_for(few.model, matrix_bytes):
                 solved(step, min(keep[source.name], source.units - 1), request, 0.0)
     return source, profile.seconds
-
-
-def _peak_bytes(prepared: Prepared, request: PruningRequest, held: int, room: Room | None) -> int:
-    """Return what is held, and the most bytes that a stage needs beside it."""
-    memory = memory_of(device_of(prepared.model))
-    try:
-        base = memory.held()
-    except OptionError:  # a system that does not tell
-        base = memory.peak() or 0
-    needs = Room.of(prepared, request, max(1, held)) if room is None else room
-    copies = 0 if is_on_disk(prepared.model) else weight_bytes(prepared.model)
-    return base + max(
-        2 * copies + needs.proof,  # the trial; the proof holds a smaller model
-        needs.batches + needs.forward + needs.sums,
-        needs.batches + needs.matrices,
-        needs.logits,
-    )

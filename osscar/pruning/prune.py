@@ -32,13 +32,14 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.modules import count_parameters
+from osscar.offload.on_disk import weight_cache
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
 from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
 from osscar.pruning.goal import goal
 from osscar.pruning.groups import held_out, prune_groups
-from osscar.pruning.memory import check_streamed
+from osscar.pruning.memory import forecast
 from osscar.pruning.result import PruningResult
 from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
 from osscar.pruning.shrunk import put_back, shrunk
@@ -146,10 +147,10 @@ def prepare_for(
 
 def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
     """Return the same with what is to be left free in memory, should its weights lie on disk."""
-    room = check_streamed(prepared, request, max(1, held_out(prepared, request)))
-    if room is None:
+    if weight_cache(prepared.model) is None:
         return prepared
-    return dataclasses.replace(prepared, matrix_bytes=room.matrices)
+    needs = forecast(prepared, request, max(1, held_out(prepared, request)))
+    return dataclasses.replace(prepared, matrix_bytes=needs.matrices)
 
 
 @dataclass(frozen=True, eq=False)
