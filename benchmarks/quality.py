@@ -166,7 +166,7 @@ class Images(Subject):
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         if source != "same form":
-            raise SystemExit(f"--sources {source!r} is of text; leave it away for images")
+            raise SystemExit(f"--sources {source!r} is of text; omit it for images")
         return self.loaded.calibration(self.train, samples=samples or 256, seqlen=None, seed=seed)
 
     def score(self, model: Any) -> dict[str, float]:

@@ -373,7 +373,7 @@ class PruningRequest:
         yield (
             self.allocation != "measured" and not budgets,
             f"allocation is {self.allocation}, which is for a budget, and none is given; give one, "
-            "such as --sparsity, or leave --allocation away",
+            "such as --sparsity, or omit --allocation",
         )
         yield (
             self.speedup is not None and self.form == "exported",
@@ -404,12 +404,12 @@ class PruningRequest:
         yield (
             auto and self.flops is not None,
             "fewer experts save no flops, since each token is sent to as many as before; give "
-            "params or size as the budget, or leave experts 'auto' away",
+            "params or size as the budget, or omit experts 'auto'",
         )
         yield (
             self.experts_alone and (self.certify or self.round_to != 1),
             f"{'certify' if self.certify else 'round_to'} does not go with experts alone: no lower "
-            "bound is known for a choice of experts, and their count is not rounded; leave it away",
+            "bound is known for a choice of experts, and their count is not rounded; omit it",
         )
 
     def chosen_backend(self) -> "solvers.Backend":

@@ -238,7 +238,7 @@ def why_out_of_reach(
         return (
             f"{request.budget_in_words} is shared by what nothing else names, and nothing is left "
             "for it: what to keep of heads, neurons, channels or single groups is given for all "
-            "of them; leave one of these away, or the budget"
+            "of them; omit one of these, or the budget"
         )
     if not others:
         return why_frozen(groups) or (

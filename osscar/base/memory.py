@@ -39,7 +39,7 @@ def resident_memory() -> int:
     except (OSError, ValueError, IndexError):
         raise OptionError(
             "this system does not tell how much memory a process has, so that no limit can be "
-            "kept; leave --max-memory away"
+            "kept; omit --max-memory"
         ) from None
 
 

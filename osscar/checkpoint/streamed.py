@@ -63,7 +63,7 @@ _FORMATS = {
 }
 """Number formats by the names of safetensors, in the order in which it writes them."""
 
-_ELSEWHERE = "leave --max-memory away to read it whole"
+_ELSEWHERE = "omit --max-memory to read it whole"
 
 
 # ---- reading -----------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def run(model: str, options: EvalOptions) -> None:
         say_preprocessing(data)
         if options.samples is not None:
             if isinstance(data, TextSet):
-                raise OptionError(f"{model} reads text, not images: leave --samples away")
+                raise OptionError(f"{model} reads text, not images: omit --samples")
             data = data.sample(options.samples, seed=0)
         refuse_overlap(data, lineage_of(loaded.model).calibration)
         how: dict[str, Any] = {

@@ -40,13 +40,13 @@ def run(
     if format == "gguf":
         for option, given in (("--dense", dense), ("--inputs", inputs)):
             if given is not None:
-                raise OptionError(f"{option} is for onnx and pt2; leave it away")
+                raise OptionError(f"{option} is for onnx and pt2; omit it")
         with quiet():
             written = export_gguf(directory, out, dtype=dtype or "f16", overwrite=overwrite)
         how = [f"{written.dtype}; llama.cpp calls it {written.architecture!r}"]
     else:
         if dtype is not None:
-            raise OptionError("--dtype is for gguf; leave it away")
+            raise OptionError("--dtype is for gguf; omit it")
         with quiet():
             built, example, _ = (None,) * 3 if dense is None else user_code.build(dense)
             written = _TRACED[format](

@@ -146,7 +146,7 @@ def _refuse_options_of_models(options: GapOptions) -> None:
     for name, value in given(options).items():
         if name in _POSING and (name, value) != ("device", "cpu"):
             raise OptionError(
-                f"--{name.replace('_', '-')} is for models; leave it away: problem files are "
+                f"--{name.replace('_', '-')} is for models; omit it: problem files are "
                 "solved as they are, on the CPU"
             )
 

@@ -126,7 +126,7 @@ class _Job:
             if options.recover and is_on_disk(loaded.model):
                 raise OptionError(
                     "--recover needs the weights in memory, and --max-memory keeps them on disk; "
-                    "leave one of them away"
+                    "omit one of them"
                 )
             if path is not None and self.ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
@@ -151,7 +151,7 @@ class _Job:
         if text is not None:
             if not isinstance(data, CalibrationSet):
                 raise OptionError(
-                    f"{loaded.source} reads no text, which --recover-text is for; leave it away, "
+                    f"{loaded.source} reads no text, which --recover-text is for; omit it, "
                     "or recover what was pruned with `osscar recover`, on images or inputs"
                 )
             windows, seed = samples_for(self.recovery, windows=True), self.recovery.seed

@@ -200,7 +200,7 @@ class Preprocessing:
             if self.normalizes:
                 raise DataError(
                     f"the example of {source} is torch.uint8, so the model takes pixels from 0 to "
-                    "255 as they are; leave --mean and --std away, or give a float example"
+                    "255 as they are; omit --mean and --std, or give a float example"
                 )
             return
         if self.mean is None or self.std is None:

@@ -185,7 +185,7 @@ def _streamed(
     if trust_remote_code:
         raise OptionError(
             "code that a checkpoint brings along is not run on a model that is read from disk; "
-            "leave --trust-remote-code or --max-memory away"
+            "omit --trust-remote-code or --max-memory"
         )
     return read_streamed(found.path, cache, dtype)
 

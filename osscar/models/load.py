@@ -123,12 +123,12 @@ def load_model(
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY
     for given, fits, why in (
-        (dense, own_code, "is no pruned model of your own code, so nothing else builds it; leave "
-         "--dense away"),
-        (weights, kind.takes_weights, "has weights of its own; leave --weights away"),
-        (stated, not of_text, "reads text, not images; leave away what is stated of these"),
+        (dense, own_code, "is no pruned model of your own code, so nothing else builds it; omit "
+         "--dense"),
+        (weights, kind.takes_weights, "has weights of its own; omit --weights"),
+        (stated, not of_text, "reads text, not images; omit what is stated of these"),
         (max_memory, of_text, "is no language model of transformers, and no other is read from "
-         "disk; leave --max-memory away"),
+         "disk; omit --max-memory"),
     ):  # fmt: skip
         if given is not None and not fits:
             raise OptionError(f"{text!r} {why}")

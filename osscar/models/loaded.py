@@ -130,7 +130,7 @@ class LoadedModel:
             length = self._window_length() if seqlen is None else seqlen
             return load_calibration(spec, self.tokenizer, samples=samples, seqlen=length, seed=seed)
         if seqlen is not None:
-            raise OptionError(f"{self.source} reads no text, which --seqlen is for; leave it away")
+            raise OptionError(f"{self.source} reads no text, which --seqlen is for; omit it")
         if spec is None:
             raise DataError(
                 f"{self.source} reads no text: give --calibration a directory of images, an .npz "
@@ -151,7 +151,7 @@ class LoadedModel:
         if seqlen is not None:
             raise OptionError(
                 f"seqlen is {seqlen}, and a {type(data).__name__} has samples of its own length; "
-                "leave it away"
+                "omit it"
             )
         if has_images(data):
             images = self.images(data)
@@ -208,7 +208,7 @@ class LoadedModel:
                 overlapping=False,
             )
         if text is not None or seqlen is not None:
-            raise OptionError(f"{self.source} reads no text: leave text and --seqlen away")
+            raise OptionError(f"{self.source} reads no text: omit text and --seqlen")
         data = self._samples(images, inputs)
         if data is None:
             raise DataError(
@@ -252,9 +252,7 @@ class LoadedModel:
             self._check_text_alone(images, inputs)
             return load_text(text, self.tokenizer, windows=windows, seqlen=seqlen)
         if text is not None or windows is not None or seqlen is not None:
-            raise OptionError(
-                f"{self.source} reads no text: leave --text, --windows and --seqlen away"
-            )
+            raise OptionError(f"{self.source} reads no text: omit --text, --windows and --seqlen")
         return self._samples(images, inputs)
 
     def _window_length(self) -> int:
@@ -262,9 +260,7 @@ class LoadedModel:
 
     def _check_text_alone(self, images: object, inputs: object) -> None:
         if images is not None or inputs is not None:
-            raise OptionError(
-                f"{self.source} reads text, not images: leave --images and --inputs away"
-            )
+            raise OptionError(f"{self.source} reads text, not images: omit --images and --inputs")
 
     def _samples(self, images: str | Path | None, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one sort or the other; None if none are given."""
@@ -308,8 +304,7 @@ class LoadedModel:
     def _check_no_images_stated(self, source: str | Path) -> None:
         if self.states_images:
             raise OptionError(
-                f"{source} is for tensors, which are fed as they are, and no images; leave "
-                f"{OPTIONS} away"
+                f"{source} is for tensors, which are fed as they are, and no images; omit {OPTIONS}"
             )
 
     def images(self, spec: Any) -> ImageSet:

@@ -49,7 +49,7 @@ def resolved(
     if stated is not None and isinstance(brought, OwnTransform) and brought.function is not None:
         raise OptionError(
             f"{source} brings what is done to an image, the transform of {brought.source}; "
-            f"leave {OPTIONS} away"
+            f"omit {OPTIONS}"
         )
     known = _merged(stated, "as stated", brought, f"{source} brings") or Preprocessing()
     known = known.fitted(image, source)

@@ -117,8 +117,8 @@ def memory_of(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         return _CardMemory(numbered(device))
     raise OptionError(
-        f"how much memory {str(device)!r} has is not known; give --device cpu or cuda, or leave "
-        "--max-memory away"
+        f"how much memory {str(device)!r} has is not known; give --device cpu or cuda, or omit "
+        "--max-memory"
     )
 
 

@@ -83,8 +83,8 @@ class OnDisk(nn.Parameter):
         if _writes_to(func, args, options):
             name = getattr(func, "__name__", func)
             raise ModelError(
-                f"code of the model writes to a weight ({name!r}), which is read from disk; leave "
-                "--max-memory away"
+                f"code of the model writes to a weight ({name!r}), which is read from disk; omit "
+                "--max-memory"
             )
         return func(*_with_values(args), **_with_values(options))
 

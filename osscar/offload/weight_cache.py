@@ -123,5 +123,5 @@ def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
     if values._version != version:
         raise ModelError(
             f"code of the model writes to {place.slice.name!r} while it runs, which is "
-            "read from disk; leave --max-memory away"
+            "read from disk; omit --max-memory"
         )

@@ -18,6 +18,7 @@ from osscar.preparation.convolutions import windows_of
 from osscar.preparation.products import Product, products_of
 from osscar.preparation.recurrent import RECURRENT, WEIGHT, directions
 from osscar.preparation.routing import Mixture
+from osscar.proof.lineage import stored_dtype
 
 _READ_ELSEWHERE = (
     "is read by {!r}, which other code than that of {!r} reads, too, or its bias, in a way that "
@@ -191,13 +192,15 @@ def _reason(
 def _with_steps(model: nn.Module, group: CouplingGroup, products: Collection[str]) -> CouplingGroup:
     """Note which widths kernels take that multiply all experts at once: rows of 16 bytes.
 
-    The model may run another kernel now, and what is saved of it is run by any.
+    The model may run another kernel now, or in another number format than that of its files; what
+    is saved of it is run by any, in that format.
     """
     read = {} if group.frozen else mixtures_of(model, [group])
     found = [mixture for name, mixture in read.items() if name not in products]
     if not found:
         return group
-    step = max(_KERNEL_BYTES // one.weight.element_size() for one in found)
+    saved = stored_dtype(model).itemsize
+    step = max(_KERNEL_BYTES // min(one.weight.element_size(), saved) for one in found)
     if step >= group.units:
         module = found[0].name
         return dataclasses.replace(

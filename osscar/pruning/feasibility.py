@@ -127,7 +127,7 @@ def _routed_left(
         if not prepared.ranks.alone:
             raise RequestError(f"{kind} are chosen by one process; run it without ranks")
         if is_on_disk(prepared.model):
-            raise RequestError(f"{kind} are chosen in memory; leave --max-memory away")
+            raise RequestError(f"{kind} are chosen in memory; omit --max-memory")
     model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = _Trial(model, attempt)

@@ -185,12 +185,12 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.speedup is not None:
         return (
             "--speedup times the model in memory, and this one is read from disk; give another "
-            "budget, or leave --max-memory away"
+            "budget, or omit --max-memory"
         )
     if request.form == "exported":
         return (
             "the exported program of a model is shrunk in memory, and this model is read from "
-            "disk; leave --form exported or --max-memory away"
+            "disk; omit --form exported or --max-memory"
         )
     return None
 

@@ -65,8 +65,7 @@ class Job:
             return dataclasses.replace(base, **asked)
         if base.routed:
             raise RequestError(
-                f"the baseline {self.method} removes no experts; leave --baselines away, or "
-                "--experts"
+                f"the baseline {self.method} removes no experts; omit --baselines, or --experts"
             )
         return dataclasses.replace(
             base,

@@ -72,7 +72,7 @@ def add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -
     if not names:
         raise OptionError(
             f"lora is {rank}, and {type(model).__name__} has no modules with matrices that "
-            "adapters could stand beside; leave it away"
+            "adapters could stand beside; omit it"
         )
     if not has_peft():
         raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")

@@ -47,7 +47,7 @@ def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     if not repeated:
         raise OptionError(
             f"checkpointing is asked for, and {type(model).__name__} repeats no blocks that could "
-            "be computed again; leave it away"
+            "be computed again; omit it"
         )
     return other_forwards([(block, _checkpointed(block)) for block in repeated])
 
@@ -62,7 +62,7 @@ def _checkpointed(block: nn.Module) -> Callable[..., Any]:
         if [tensor._version for tensor in given] != versions:
             raise OptionError(
                 f"{type(block).__name__} writes to what it is given, so that it cannot be computed "
-                "again: leave checkpointing away"
+                "again: omit checkpointing"
             )
         return result
 

@@ -72,7 +72,7 @@ class Setup:
         """Split the samples, and look at what the dense model puts out for one."""
         images = isinstance(data, ImageSet)
         if request.augment == "flip-shift" and not images:
-            raise OptionError("augment is 'flip-shift', and the data are no images; leave it away")
+            raise OptionError("augment is 'flip-shift', and the data are no images; omit it")
         inputs = as_inputs(dense, data)
         if not isinstance(model, ProgramModule):  # which cannot be asked for a vocabulary
             as_inputs(model, data)

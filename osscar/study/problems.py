@@ -67,6 +67,6 @@ def _split_heads(model: nn.Module, consumer: Consumer) -> Consumer:
     if not isinstance(heads, int) or heads % units or width % (heads // units):
         raise ModelError(
             f"cannot divide {units} groups of {width} rows into {heads} query heads; "
-            "leave --query-heads away"
+            "omit --query-heads"
         )
     return replace(consumer, rows=consumer.rows.reshape(heads, -1))

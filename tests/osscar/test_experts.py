@@ -15,6 +15,7 @@ from osscar.base.errors import NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.preparation.routing import Routed
+from osscar.proof.lineage import note
 from osscar.proof.masking import masked
 from osscar.request import PruningRequest
 from osscar.walk.residual import streams
@@ -279,8 +280,11 @@ def test_numbers_that_overflow_in_one_expert_name_it():
 
 
 def test_widths_are_those_that_kernels_take():
-    for dtype, step in ((torch.float32, 4), (torch.bfloat16, 8)):
-        with prepare(mixture("mixtral").to(dtype), tokens()) as prepared:
+    full, half = torch.float32, torch.bfloat16
+    for dtype, saved, step in ((full, None, 4), (half, None, 8), (full, "bfloat16", 8)):
+        model = mixture("mixtral").to(dtype)
+        note(model, stored_dtype=saved)
+        with prepare(model, tokens()) as prepared:
             assert {group.step for group in of_experts(prepared)} == {step}
             keep = provisional(prepared, PruningRequest(neurons=21))
         assert set(keep.values()) == {{4: 20, 8: 24}[step]}

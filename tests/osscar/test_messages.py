@@ -18,12 +18,12 @@ from tests.osscar.families import tiny, tokens
 @pytest.mark.parametrize(
     ("message", "in_python"),
     [
-        ("leave --max-memory away", "leave max_memory= away"),
+        ("omit --max-memory", "omit max_memory="),
         ("give --dtype float32, or raise --damp", "give dtype=float32, or raise damp="),
         ("--size 1.50GB cannot be met", "size=1.50GB cannot be met"),
         ("leave it out (--skip 'h.0.*').", "leave it out (skip='h.0.*')."),
         ("give --inputs FILE (example_inputs= in Python), two", "give example_inputs=, two"),
-        ("leave --mean and --std (preprocessing= in Python) away", "leave preprocessing= away"),
+        ("omit --mean and --std (preprocessing= in Python)", "omit preprocessing="),
         ("begin anew with --restart", "begin anew with --restart"),
         ("run `osscar prune --max-memory 8GB`", "run `osscar prune --max-memory 8GB`"),
     ],

@@ -278,7 +278,7 @@ def test_tensors_are_refused_where_something_is_stated_of_images(place):
         lambda: loaded.held_out(inputs="tensors.npz"),
     ):
         with pytest.raises(
-            OptionError, match=r"fed as they are, and no images; leave preprocessing="
+            OptionError, match=r"fed as they are, and no images; omit preprocessing="
         ):
             read()
     with pytest.raises(FileError, match="no_such"):  # and not for what is said of images
@@ -312,7 +312,7 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     status, _, err = run(*evaluate("build"))
     assert (status, "(<function function>), which nothing brings" in err) == (2, True), err
     stated = Preprocessing(mean=0, std=1)
-    with pytest.raises(OptionError, match="leave preprocessing= away"):
+    with pytest.raises(OptionError, match="omit preprocessing="):
         load_model("small", dense="net.py:own", preprocessing=stated)
     with pytest.warns(UserWarning, match="by another transform than directory small brings"):
         load_model("small", dense="net.py:build", preprocessing=stated)
@@ -370,7 +370,7 @@ def test_a_model_of_uint8_gets_pixels_as_they_are(place):
     assert as_inputs(loaded.model, images).example(loaded.model)["x"].dtype is torch.uint8
     (found,) = score([loaded.model], loaded.images("images.npz:test"))
     assert found.top1 is not None
-    with pytest.raises(DataError, match="pixels from 0 to 255 as they are; leave mean="):
+    with pytest.raises(DataError, match="pixels from 0 to 255 as they are; omit mean="):
         load_model("net.py:bytes_", preprocessing=Preprocessing(mean=0.5, std=0.5))
     scaled = load_model("net.py:scaled", preprocessing=Preprocessing(mean=0, std=1 / 255))
     torch.testing.assert_close(scaled.images("images.npz:test").tensor(), pixels() * 255)

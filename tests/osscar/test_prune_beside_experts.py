@@ -246,7 +246,7 @@ def test_sweeps_take_experts(experts):
     assert [result.parameters_after <= job.value * 43_488 for job, result in points] == [True] * 2
     assert points[1][1].parameters_after < points[0][1].parameters_after
     baseline = jobs(BudgetKind.PARAMS, [0.8], baselines=True)
-    with pytest.raises(RequestError, match="leave baselines= away"):
+    with pytest.raises(RequestError, match="omit baselines="):
         list(prune_points(mixture("mixtral"), tokens(), base, baseline))
 
 

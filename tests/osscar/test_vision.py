@@ -260,7 +260,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
             "no file of weights",
         ),
         ((*again, "--device", "cpu"), "--dense module:function"),
-        (("inspect", code, "--dense", code), "leave --dense away"),
+        (("inspect", code, "--dense", code), "omit --dense"),
     ):
         status, _, err = run(*words)
         assert (status, message in err.replace("\n", " ")) == (2, True), err
@@ -332,10 +332,10 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
         ((*prune, train, "--weights", archive), "cannot be read"),
         ((*prune, train, "--samples", 0), "cannot draw 0 images"),
         ((*prune, train, "--heads", "0.5"), "no group of heads"),
-        (("eval", code, "--text", "x"), "reads no text: leave --text"),
+        (("eval", code, "--text", "x"), "reads no text: omit --text"),
         (("eval", code), "give --images"),
         (("eval", "demo", "--images", archive), "reads text, not images"),
-        (("eval", "demo", "--samples", 3), "reads text, not images: leave --samples"),
+        (("eval", "demo", "--samples", 3), "reads text, not images: omit --samples"),
         (("eval", tmp_path / "empty", "--images", archive), "not a checkpoint"),
         (("eval", tmp_path / "bad", "--images", archive), "not the description of a checkpoint"),
         ((*evaluate, "demo"), "'demo' is a language model, and"),
@@ -370,7 +370,7 @@ def test_names_tell_which_sort_of_model_they_stand_for(tmp_path, code):
             load_model(name)
     with pytest.raises(OptionError, match="weights of its own"):
         load_model("demo", weights=tmp_path / "w.pt")
-    with pytest.raises(OptionError, match="leave dense= away"):
+    with pytest.raises(OptionError, match="omit dense="):
         load_model(code, dense=code)
 
 
