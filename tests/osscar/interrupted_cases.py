@@ -132,7 +132,18 @@ def both_case(model: Path, place: Path) -> Case:
 
 def recovering(model: Path, smaller: Path, *more: str) -> tuple[str, ...]:
     return (
-        *("recover", str(smaller), "--dense", str(model), "--samples", "6", "--seqlen", "32"),
+        *(
+            "recover",
+            str(smaller),
+            "--dense",
+            str(model),
+            "--text",
+            "builtin",
+            "--samples",
+            "6",
+            "--seqlen",
+            "32",
+        ),
         *("--steps", "4", "--batch-size", "2", "--device", "cpu", *more),
     )
 
