@@ -60,7 +60,7 @@ _BESIDE = (*PRUNED_KINDS, "residual", "groups")
 """What may be removed beside experts, a budget aside."""
 
 _NUMBER = re.compile(
-    r"\d{1,18}/0*[1-9]\d{0,17}|(\d{1,18}\.?\d{0,18}|\.\d{1,18})([eE][+-]?\d{1,3})?"
+    r"\d{1,40}/0*[1-9]\d{0,39}|(\d{1,18}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d{1,3})?"
 )
 
 SHARE = Interval(gt=0, lt=1)
@@ -149,7 +149,10 @@ def parse_keep(value: Keep) -> Fraction | int:
     ValueError
         If it is neither; the message says what is.
     """
-    text = str(value).strip()
+    try:
+        text = str(value).strip()
+    except ValueError:  # of more digits than Python writes
+        text = ""
     if _NUMBER.fullmatch(text):  # of so few digits that anyone can compute with it
         kept = int(text) if text.isdecimal() else Fraction(text)
         if kept >= 1 if isinstance(kept, int) else 0 < kept <= 1:
@@ -182,7 +185,7 @@ def _size(value: Any) -> Any:
 
 
 def _experts(value: Any) -> Any:
-    return value if value == AUTO else _keep(value)
+    return value if isinstance(value, str) and value == AUTO else _keep(value)
 
 
 def _groups(value: Any) -> Any:
@@ -190,8 +193,11 @@ def _groups(value: Any) -> Any:
         raise ValueError(
             "give a mapping of names of groups to what to keep, such as {'h.0.neurons': 0.5}"
         )
-    for keep in value.values():
-        parse_keep(keep)
+    for name, keep in value.items():
+        try:
+            parse_keep(keep)
+        except ValueError as error:
+            raise ValueError(f"{name!r} has {safe_repr(keep)}: {error}") from error
     return value
 
 
@@ -408,8 +414,8 @@ class PruningRequest:
         )
         yield (
             self.experts_alone and (self.certify or self.round_to != 1),
-            f"{'certify' if self.certify else 'round_to'} does not go with experts alone: no lower "
-            "bound is known for a choice of experts, and their count is not rounded; omit it",
+            f"{'--certify' if self.certify else '--round-to'} does not go with experts alone: no "
+            "lower bound is known for a choice of experts, and their count is not rounded; omit it",
         )
 
     def chosen_backend(self) -> "solvers.Backend":

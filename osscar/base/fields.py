@@ -69,13 +69,23 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
     """
     from pydantic import ValidationError
 
+    if getattr(value, "shape", None) == ():  # a number of numpy or torch
+        value = value.item()
     try:
         return _adapter(annotation).validate_python(value, strict=isinstance(value, bool) or None)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         option = ".".join(map(str, (name.replace("_", "-"), *found["loc"])))
         should = found["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        should = _WORDS.get(found["type"], should)
         raise OptionError(f"{option} is {safe_repr(found['input'])}; {should}") from error
+
+
+_WORDS = {
+    "too_short": "give at least one",
+    "int_parsing_size": "it should be a whole number below 2^63",
+}
+"""In the place of what pydantic says."""
 
 
 def bare(annotation: Any) -> Any:

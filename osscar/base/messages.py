@@ -19,7 +19,7 @@ _COMMAND_ALONE = ("restart", "json", "report", "dry-run")
 _NAME = r"(?<![\w-])--[a-z][a-z-]*[a-z]"
 _VALUE = (
     r" (?:'[^']*'|\d[\w./-]*|[A-Z]{2,}\w*|auto|cpu|cuda|b?float\d+|eager|exported|keep|measured"
-    r"|self|uniform)(?![\w:])"
+    r"|uniform)(?![\w:])"
 )
 _OPTION = re.compile(
     r"(?P<code>`[^`]*`)"

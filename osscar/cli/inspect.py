@@ -16,6 +16,7 @@ from osscar.models.load import load_model
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.report.run_tables import groups_table
+from osscar.request import PRUNED_KINDS
 
 
 def run(
@@ -59,9 +60,11 @@ def run(
     if hidden:
         frozen = pluralize(hidden, "frozen group")
         say(f"{frozen} inside the units of others {are(hidden)} not shown; --all does")
-    budgeted = [group for group in groups if group.name not in residual]
+    shared = [group for group in groups if group.kind in PRUNED_KINDS and group.units > 1]
+    budgeted = [group for group in shared if group.name not in residual]
     prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)
-    beside = count_owned(loaded.model, groups) - prunable
+    streams = [group for group in groups if group.name in residual]
+    beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
     more = f"; --residual reaches another {beside / total:.1%}" if beside else ""
     say(f"a budget reaches {prunable / total:.1%} of {total:,} parameters{more}")
     if svg is not None:

@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from osscar.base.errors import OptionError
 from osscar.base.fields import Read, check_fields, count_from
 from osscar.base.inputs import parse_size
+
+
+def _memory(value: Any) -> int:
+    try:
+        return parse_size(value)
+    except OptionError as error:
+        raise ValueError("give a size such as 8GB or 512MiB") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +77,7 @@ class RecoveryRequest:
     learning_rate: Annotated[float | None, Interval(gt=0, le=1)] = None
     lora: Annotated[int | None, Interval(ge=1, le=4096)] = None
     checkpointing: bool = False
-    max_memory: Annotated[str | int | None, Read(parse_size)] = None
+    max_memory: Annotated[str | int | None, Read(_memory)] = None
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] | None = None
     loss: Callable[..., Any] | None = None

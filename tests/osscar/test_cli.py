@@ -159,7 +159,11 @@ def test_prune_then_eval_then_inspect(run, text, tmp_path):
     assert "320" in out
     assert "frozen: hidden" in out
     assert ElementTree.parse(tmp_path / "g.svg").getroot().tag.endswith("svg")
-    groups = json.loads((tmp_path / "i").read_text())["groups"]
+    told = json.loads((tmp_path / "i").read_text())
+    groups = told["groups"]
+    reached = f"a budget reaches {told['prunable_parameters'] / told['parameters']:.1%} of "
+    assert reached in " ".join(out.split())
+    assert told["residual_parameters"] == 0
     assert sum(not g["frozen"] for g in groups) == 8
 
 

@@ -69,6 +69,8 @@ def allocate(groups, asked):
         ("512", 512),
         (512, 512),
         ("1.0", Fraction(1)),
+        (1 / 768, Fraction(str(1 / 768))),
+        (Fraction(0.001), Fraction(0.001)),
     ],
 )
 def test_what_to_keep_is_a_fraction_or_a_count(text, value):
@@ -105,7 +107,7 @@ BAD = [
     (Asked, "speedup", (1.0, NAN, INF, 10**400), "it should be "),
     *((Asked, name, NO_KEEP, "give a fraction") for name in ("params", "neurons", "at_least")),
     (Asked, "size", (*NO_KEEP, "much", "-1MB", "0MB"), "give a fraction .* or a size such as"),
-    (Asked, "experts", ("most", 0), "give a fraction"),
+    (Asked, "experts", ("most", 0, 10**5000), "give a fraction"),
     (Asked, "groups", (["0.heads"], {1: 0.5}), "give a mapping of names"),
     (Asked, "groups", ({"0.heads": True}, {"0.heads": None}), "give a fraction"),
     (Asked, "allocation", ("fair", None), "it should be 'measured' or 'uniform'"),
@@ -123,10 +125,12 @@ BAD = [
     (RecoveryRequest, "max_memory", ("much", 0, True), "give "),
     (RecoveryRequest, "augment", ("mirror",), "it should be 'flip-shift' or 'none'"),
     (RecoveryRequest, "loss", (3, "mse"), "it should be callable"),
-    (StudyDesign, "sparsities", ("0.5", 0.5, ()), "uple"),
+    (StudyDesign, "sparsities", ("0.5", 0.5), "uple"),
+    (StudyDesign, "sparsities", ((),), "give at least one"),
     (StudyDesign, "sparsities.0", ((0.0,), (1,), (NAN,), (True,)), "it should be "),
     (StudyDesign, "sparsities", ((0.5, 0.5),), "give each once"),
-    (StudyDesign, "backends", ("greedy", ()), "uple"),
+    (StudyDesign, "backends", ("greedy",), "uple"),
+    (StudyDesign, "backends", ((),), "give at least one"),
     (StudyDesign, "backends.0", ((5,),), "it should be a valid string"),
     (StudyDesign, "backends", (("greedy", "greedy"),), "give each once"),
     (StudyDesign, "window_units", (1, 2.5), "it should be "),
@@ -239,6 +243,9 @@ def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
     }
     told |= {"heads": "2/3", "neurons": "7", "channels": "0.5"}
     assert data == {**Asked(sparsity=0.5).to_json(), **told}
+    for true in (np.True_, torch.tensor(True)):
+        with pytest.raises(OptionError, match="damp is True; it should be a valid number"):
+            Asked(sparsity=0.5, damp=true)
     assert Asked(**data) == Asked(**told)
     asked = RecoveryRequest(max_memory=np.int64(10**9), steps=np.int32(3)).to_json()
     assert json.loads(json.dumps(asked)) == RecoveryRequest(max_memory="1GB", steps=3).to_json()
