@@ -85,6 +85,9 @@ def tiny(
     torch.manual_seed(seed)
     config = FAMILIES[family]()
     config.num_hidden_layers = layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = kinds[:layers]
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
