@@ -316,8 +316,10 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
 def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
     dense, found = DEMO_DIRECTORY, []
     for name, limit in (("plain", ()), ("streamed", ("--max-memory", "64GB"))):
-        asked = ("--allocation", "uniform", "--windows", 1, *limit, "--json", tmp_path / name)
-        command = list(small_sweep(tmp_path / f"{name}-sweep", "0.5", text, *asked))
+        asked = ("--calibration", "builtin", "--allocation", "uniform", "--windows", 1, *limit)
+        command = list(
+            small_sweep(tmp_path / f"{name}-sweep", "0.5", text, *asked, "--json", tmp_path / name)
+        )
         command[1] = dense
         status, printed, err = run(*command)
         assert status == 0, err
