@@ -204,8 +204,8 @@ def test_experts_that_no_token_reaches_are_named_and_leave():
     ("asked", "message"),
     [
         ({"experts": 0.75, "speedup": 1.5}, "does not go with experts; give params or size"),
-        ({"experts": 0.75, "certify": True}, "certify does not go with experts alone"),
-        ({"experts": 0.75, "round_to": 8}, "round_to does not go with experts alone"),
+        ({"experts": 0.75, "certify": True}, "certify= does not go with experts alone"),
+        ({"experts": 0.75, "round_to": 8}, "round_to= does not go with experts alone"),
         ({"experts": 0.75, "neurons": 0.5, "form": "exported"}, "form 'exported' does not go"),
         (
             {"experts": 0.75, "allocation": "uniform"},
