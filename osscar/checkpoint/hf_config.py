@@ -187,6 +187,8 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
 
 def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> bool:
     """Note the new head counts; False if the config has no single count and width."""
+    if _PER_LAYER in config.to_dict():  # whose layers have head fields of their own
+        return False
     heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return False
