@@ -25,6 +25,9 @@ from solvers.linalg.rounding import Rounding
 _MARGIN = 1e-7
 """Exceeds ``n^2 eps``, to which the rounding of the eigenvalues and of the entries of Q amounts."""
 
+_ROUNDING = 2.0**-24
+"""Share of a number by which its float32 may be off."""
+
 _NEVER = -1e6
 _TOLERANCE = 1e-3
 
@@ -251,7 +254,10 @@ def bound_nodes(
     ordered = slopes.sort(1).values
     offset = (x * Px).sum(1) + magnitudes.lost(torch.where(free, q, 0.0), x)
     cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - offset
-    most = (torch.where(free, slopes, 0.0) * x).sum(1) - offset
+    # The value at a point of the polytope is such a limit.  x is one but for the rounding of its
+    # entries, and slopes are the gradient.
+    at = torch.where(free, slopes, 0.0) * x
+    most = at.sum(1) + _ROUNDING * at.abs().sum(1) - offset
     return BoundBatch(cost, most, slopes, ordered, q, x, growth)
 
 

@@ -65,8 +65,7 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
     for _ in range(12):  # each ends where a step brings a thousandth
         longer = bound_nodes(terms, share, torch.full_like(share, 1.25), longer.point, steps=300)
     slack = 1e-9 * problem.scale
-    rounded = 1e-7 * problem.scale  # points are float32 numbers
-    assert bool((longer.cost <= bound.most + rounded).all())
+    assert bool((longer.cost <= bound.most + slack).all())
     assert bool((longer.cost > longer.most - 1e-3 * problem.scale).all())
     values = terms.certified(bound.cost)
     rises = {REMOVED: bound.if_removed(terms), KEPT: bound.if_kept(terms)}
