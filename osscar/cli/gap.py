@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from osscar.base.errors import OptionError
+from osscar.base.fields import checked
 from osscar.base.files import file_digest
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
@@ -31,6 +32,7 @@ from osscar.report.gap_page import write_report
 from osscar.report.gap_tables import cases_table, scores_table
 from osscar.report.summary import summarize
 from osscar.report.tables import LIMIT_IN_WORDS
+from osscar.request import SHARE
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
 from osscar.study.directory import Study
@@ -177,9 +179,12 @@ def _fingerprint(file: Path) -> dict[str, str]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(dict.fromkeys(float(part) for part in _names(text)))
+        numbers = [float(part) for part in _names(text)]
     except ValueError:
-        raise OptionError(f"--sparsity {text!r} is not a list such as 0.25,0.5,0.75") from None
+        numbers = []
+    if not numbers:
+        raise OptionError(f"--sparsity {text!r} is not a list such as 0.25,0.5,0.75")
+    return tuple(dict.fromkeys(checked("--sparsity", Annotated[float, SHARE], x) for x in numbers))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -168,7 +168,8 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
     ("arguments", "words"),
     [
         (("gap", "demo", "--sparsity", "many"), "is not a list such as"),
-        (("gap", "demo", "--sparsity", "1.5"), "sparsities.0 is 1.5"),
+        (("gap", "demo", "--sparsity", "1.5"), "--sparsity is 1.5"),
+        (("gap", "demo", "--sparsity", ","), "is not a list such as"),
         (("gap", "demo", "--backends", "nonsense"), "no backend 'nonsense'"),
         (("gap", "demo", "--groups", "nothing*"), "osscar inspect"),
         (("gap", "demo", "--damp", "-1"), "damp"),
