@@ -38,8 +38,9 @@ from .pruning.prune import prune as prune
 from .recovery.recover import Recovery as Recovery, recover as recover
 from .recovery.request import RecoveryRequest as RecoveryRequest
 from .request import PruningRequest as PruningRequest
+from .walk.layer_report import LayerReport as LayerReport
 from .pruning.swept import SweepResult as SweepResult, sweep as sweep
-from .pruning.result import LayerReport as LayerReport, PruningResult as PruningResult
+from .pruning.result import PruningResult as PruningResult
 from .pruning.feasibility import SkippedGroup as SkippedGroup
 from .experts.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter

@@ -14,11 +14,12 @@ import solvers
 from osscar.base.errors import OptionError
 from osscar.base.files import atomic_write, make_directory, write_json, write_text
 from osscar.base.json_files import STRICT, read_json
+from osscar.base.numbers import decimals, percent
 from osscar.cli.common import check_json_path, document, out, say, way_back
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
 from osscar.report.race_page import race_page
-from osscar.report.tables import decimals, new_table, percent
+from osscar.report.tables import new_table
 from osscar.study.jobs import RECORDS
 from osscar.study.library import Best, library
 from osscar.study.race import TOLERANCE, best_known, race, race_study, without_refuted

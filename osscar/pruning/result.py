@@ -13,7 +13,6 @@ import lazy_loader
 import torch
 from torch import nn
 
-import solvers
 from osscar import __version__
 from osscar.allocation.budget import Budget
 from osscar.base.errors import first_line
@@ -31,6 +30,7 @@ from osscar.proof.lineage import Computed, data_record, lineage_of
 from osscar.proof.plan import Certificate, Form, PruningPlan
 from osscar.pruning.feasibility import SkippedGroup
 from osscar.request import PruningRequest
+from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
     from osscar.recovery.recover import Recovery
@@ -40,83 +40,6 @@ else:  # a run has better use for the memory of matplotlib than to hold it from 
 
 _SCHEMA = "osscar.prune/5"
 """Of the document of a run, as ``docs/json.md`` describes it."""
-
-
-@dataclass(frozen=True, repr=False)
-class LayerReport(solvers.SolutionRecord):
-    """What happened to one coupling group: its solution's record, and what else is known.
-
-    `loss` is the mean squared change of what the consumer computes, with the proximal term, after
-    the refit; if several layers read the group, the sum over them, each relative to its own scale.
-
-    Parameters
-    ----------
-    name, kind, units, kept
-        The group, and how many of its units stayed.
-    dead
-        Units whose inputs were zero on all calibration data; they are removed first.
-    damp
-        Weight of the proximal term.
-    correction_weight
-        How much of what the target adds to that of ``weights`` counts.
-    positions
-        Of the calibration data at which its weights were fitted; where several consumers read the
-        group, such as experts to each of which some tokens are sent, at the one with the fewest.
-    unread
-        Consumers that read nothing at any position: experts to which no token was sent.  They keep
-        the weights of the units that stay.
-    held
-        At how many positions that were held out its refit was compared with the dense weights of
-        the units that stay; where several consumers read the group, at the one with the fewest.
-    unrefitted
-        The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
-    tied
-        The consumers that keep those, since other code reads the same weight in another way, as
-        the decoder of an autoencoder does with the weight of its encoder.
-    fixed
-        Inputs of its consumers that no unit owns, and that were refitted, too.
-    fixed_dense
-        The same that keep their weights, since the consumer has too many rows for more.
-    growth
-        The largest weight that was written over the largest dense one, of the consumer of which
-        that is most.
-    measure_seconds, solve_seconds
-        Wall time of the walk to this group with its Gram matrices, and of the solver with the
-        refit and, if asked for, the verification.
-    refitted_loss
-        Of experts: relative error of the mixture's output after the refit; `relative_loss` is
-        before.  Both are shares of the squared norm of the target, on all tokens that weights are
-        fitted to; None for others.
-    choosing
-        Of experts: the tokens by which they were chosen, of which `loss` and its bounds tell; None
-        for others.
-    """
-
-    name: str
-    kind: str
-    units: int
-    kept: int
-    dead: int
-    damp: float
-    correction_weight: float
-    positions: int
-    unread: int
-    held: int
-    unrefitted: tuple[str, ...]
-    tied: tuple[str, ...]
-    fixed: int
-    fixed_dense: int
-    growth: float
-    measure_seconds: float
-    solve_seconds: float
-    refitted_loss: float | None = None
-    choosing: int | None = None
-
-    def __repr__(self) -> str:
-        return (
-            f"LayerReport({self.name!r}, {self.kept} of {self.units} {self.kind}, "
-            f"relative loss {self.relative_loss:.4g}, {self.status})"
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -32,8 +32,8 @@ from osscar.data.batches import ModelInputs
 from osscar.network.records import read_record, write_record
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.plan import GroupPlan
-from osscar.pruning.result import LayerReport
 from osscar.request import PruningRequest
+from osscar.walk.layer_report import LayerReport
 
 ALLOCATION = "allocation.json"
 _MOST_OF_ALLOCATION = 512 * MEGABYTE

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from osscar.base.numbers import engineering, in_bytes
 from osscar.base.printable import capitalized, pluralize
-from osscar.report.tables import engineering, in_bytes, new_table
+from osscar.report.tables import new_table
 
 if TYPE_CHECKING:
     from osscar.evaluation.evaluate import Comparison, Evaluation

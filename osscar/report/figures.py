@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from osscar.report.tables import share
+from osscar.base.numbers import share
 
 STYLE: Any = {
     "font.size": 9,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osscar.base.files import write_text
+from osscar.base.numbers import share
 from osscar.report.gap_tables import (
     cases_table,
     open_table,
@@ -20,7 +21,7 @@ from osscar.report.page import Settings, render
 from osscar.report.plots import draw_plots
 from osscar.report.stages import stages_table
 from osscar.report.summary import Summary
-from osscar.report.tables import LIMIT_IN_WORDS, share
+from osscar.report.tables import LIMIT_IN_WORDS
 from osscar.study.records import Record
 
 if TYPE_CHECKING:

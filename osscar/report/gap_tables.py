@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from osscar.base.numbers import decimals, percent, share
 from osscar.report.summary import HIT, Case, Summary
-from osscar.report.tables import decimals, limit_cell, new_table, percent, share
+from osscar.report.tables import limit_cell, new_table
 from osscar.study.records import WINDOW, Record
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from markupsafe import Markup, escape
 from rich.table import Column, Table
 
 from osscar import __version__
+from osscar.base.numbers import decimals
 from osscar.base.printable import pluralize, printable
-from osscar.report.tables import decimals, new_table
+from osscar.report.tables import new_table
 
 Part: TypeAlias = str | Table | Mapping[str, object]
 """Of what a result shows of itself: a sentence, a table, or a picture."""

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 import solvers
 from osscar.base.files import atomic_write
+from osscar.base.numbers import share
 from osscar.report.figures import COLORS, ROOM_ABOVE, SHARES, STYLE, picture, svg_of
 from osscar.report.names import common_prefix
 from osscar.report.summary import HIT, Case, Summary
-from osscar.report.tables import share
 
 _COLUMNS = 6
 _NARROW = 4.8

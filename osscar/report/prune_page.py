@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from graph.groups import UnitKind
+from osscar.base.numbers import engineering, in_bytes, share
 from osscar.base.printable import are, capitalized, listed, pluralize
 from osscar.preparation.consumer import MOST_ROWS
 from osscar.proof.plan import Certificate
@@ -19,15 +20,7 @@ from osscar.report.recovery import recovery_section, recovery_settings
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.report.stages import longest_stages, stages_table
 from osscar.report.summary import proofs_in_words
-from osscar.report.tables import (
-    LIMIT_IN_WORDS,
-    divergence_in_words,
-    engineering,
-    in_bytes,
-    nats,
-    new_table,
-    share,
-)
+from osscar.report.tables import divergence_in_words, nats, new_table
 from osscar.request import AUTO, BudgetKind, PruningRequest
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_step import GROWN
@@ -228,8 +221,6 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         rests = f"; {proofs_in_words(proofs)}" if proofs else ""
         choices = pluralize(len(layers), "choice")
         yield "proofs", f"{len(proofs)} of {choices} {are(len(proofs))} proved optimal{rests}"
-    if any(layer.get("bound_limit") is not None for layer in layers):
-        yield "limit", LIMIT_IN_WORDS
     before, after = document["parameters_before"], document["parameters_after"]
     yield (
         "size",

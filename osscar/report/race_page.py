@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from osscar.base.numbers import decimals, percent
 from osscar.base.printable import listed, pluralize
 from osscar.report.figures import COLORS, SHARES, picture, tall_figure
 from osscar.report.page import Settings, render
-from osscar.report.tables import decimals, new_table, percent
+from osscar.report.tables import new_table
 from osscar.study.library import Best, Library
 from osscar.study.race import (
     TOLERANCE,

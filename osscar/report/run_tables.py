@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from graph.groups import CouplingGroup, Slot
+from osscar.base.columns import columns
+from osscar.base.numbers import decimals, in_bytes
 from osscar.base.printable import listed
-from osscar.report.tables import decimals, in_bytes, limit_cell, new_table
-from osscar.walk.layer_step import GROWN
+from osscar.report.tables import new_table
+from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
     from osscar.pruning.dry_run import Estimate
@@ -37,51 +39,21 @@ def layers_table(
     widths, measured = (dict((budget or {}).get(key) or {}) for key in ("widths", "measured"))
     unit = "relative" if (budget or {}).get("measure") == "relative" else "nats"
     predicted = {name: width["predicted"] for name, width in widths.items()}
-    columns: dict[str, list[str]] = {
-        "group": [layer["name"].removeprefix(prefix) for layer in layers],
-        "kept >": [f"{layer['kept']} of {layer['units']}" for layer in layers],
-        "loss >": [decimals(layer["relative_loss"]) for layer in layers],
-        "refitted >": [decimals(layer.get("refitted_loss")) for layer in layers],
-        "bound >": [_bound(layer) for layer in layers],
-        "gap >": ["" if one["gap"] is None else f"{one['gap']:.1%}" for one in layers],
-        "limit >": [_limit(one) for one in layers],
-        "certificate": [_certificate(layer) for layer in layers],
-        f"predicted, {unit} >": [decimals(predicted.get(one["name"]), 5) for one in layers],
-        f"measured alone, {unit}": [_measured(measured.get(one["name"]) or ()) for one in layers],
-        "status": [layer["status"].lower().replace("_", " ") for layer in layers],
-        "seconds >": [f"{layer['solve_seconds']:.2f}" for layer in layers],
-        "dead >": [str(layer["dead"] or "") for layer in layers],
-        "fixed >": [str(layer.get("fixed") or "") for layer in layers],
-        "unrefitted >": [str(len(layer["unrefitted"]) or "") for layer in layers],
-        "tied >": [str(len(layer.get("tied", ())) or "") for layer in layers],
-        "growth >": [f"{g:,.3g}x" if (g := layer["growth"]) > GROWN else "" for layer in layers],
+    rows = [
+        {**one, "predicted": predicted.get(one["name"]), "measured": measured.get(one["name"], ())}
+        for one in layers
+    ]
+    found: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        **columns(LayerReport),
+        f"predicted, {unit} >": lambda one: decimals(one["predicted"], 5),
+        f"measured alone, {unit}": lambda one: "; ".join(
+            f"{decimals(at['distance'], 5)} with {at['kept']}" for at in one["measured"]
+        ),
     }
-    shown = {name: cells for name, cells in columns.items() if any(cells) or name == "group"}
+    cells = {title: [text(row) for row in rows] for title, text in found.items()}
+    cells["group"] = [row["name"].removeprefix(prefix) for row in rows]
+    shown = {title: found for title, found in cells.items() if any(found) or title == "group"}
     return new_table("loss by layer", *shown, rows=zip(*shown.values(), strict=True))
-
-
-def _measured(points: Sequence[Mapping[str, Any]]) -> str:
-    """Say what a group was measured to cost, and at which widths."""
-    return "; ".join(f"{decimals(one['distance'], 5)} with {one['kept']}" for one in points)
-
-
-def _bound(layer: Mapping[str, Any]) -> str:
-    bound = layer["relative_bound"]
-    return "" if bound is None else decimals(max(0.0, bound))
-
-
-def _limit(layer: Mapping[str, Any]) -> str:
-    limit = layer.get("bound_limit")
-    if limit is None or not layer["loss"] > 0:
-        return ""
-    return limit_cell(1 - limit / layer["loss"], digits=1)
-
-
-def _certificate(layer: Mapping[str, Any]) -> str:
-    if layer["lower_bound"] is None:
-        return ""
-    known = "optimal" if layer["proved_optimal"] else "bounded"
-    return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
 
 
 def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:

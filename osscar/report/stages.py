@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
+from osscar.base.numbers import share
 from osscar.base.timing import OTHER, Stage
-from osscar.report.tables import new_table, share
+from osscar.report.tables import new_table
 
 _TOLD = 3
 """Stages that a line tells of."""

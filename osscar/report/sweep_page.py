@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from osscar.allocation.costs import ROUNDING
+from osscar.base.numbers import engineering, share
 from osscar.base.printable import capitalized, pluralize
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.evaluation_tables import dense_remarks
@@ -17,7 +18,7 @@ from osscar.report.page import Part, Settings, render, told
 from osscar.report.prune_page import verdict
 from osscar.report.run_tables import skipped_table
 from osscar.report.stages import stages_table, summed_stages
-from osscar.report.tables import engineering, new_table, share
+from osscar.report.tables import new_table
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 
 Point: TypeAlias = Mapping[str, Any]

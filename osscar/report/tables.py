@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from osscar.base.numbers import percent
 from osscar.base.printable import printable
 
 _AIRY, _TIGHT = (0, 1, 0, 1), (0, 1, 0, 0)
@@ -116,29 +117,8 @@ def _plain(cell: RenderableType | None) -> RenderableType | None:
     return Text(printable(cell)) if isinstance(cell, str) else cell
 
 
-# ---- numbers as people read them ---------------------------------------------------------
-
 _MOST_NATS = 700.0
 """Of more, the exponential is no number."""
-
-_PREFIXES = ("", "k", "M", "G", "T")
-
-
-def share(value: float, digits: int = 3) -> str:
-    """Return a share in per cent, with so many digits and no more than it has.
-
-    Examples
-    --------
-    >>> share(0.025), share(0.5), share(1 / 3)
-    ('2.5%', '50%', '33.3%')
-    """
-    return f"{float(f'{100 * value:.{digits}g}'):g}%"
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """Return a share in per cent with so many decimals; nothing for one that is not known."""
-    return "" if value is None else f"{value:.{digits}%}"
-
 
 LIMIT_IN_WORDS = (
     "the gap that every root bound leaves, however long it is searched for; none known where it "
@@ -150,15 +130,6 @@ LIMIT_IN_WORDS = (
 def limit_cell(gap: float | None, digits: int = 2) -> str:
     """Return the least gap that a root bound can leave; a limit of zero tells nothing."""
     return "none known" if gap is not None and gap <= 0 else percent(gap, digits)
-
-
-def decimals(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many decimals, or in powers of ten where those would be zeros."""
-    if value is None:
-        return ""
-    if value and math.isfinite(value) and abs(value) < 10.0**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits}f}"
 
 
 def nats(value: float) -> str:
@@ -183,18 +154,3 @@ def divergence_in_words(value: float, what: str) -> str:
         f"A divergence of {nats(value)} nats means: a {what} drawn as the dense model predicts is, "
         f"in the geometric mean, {times} less likely here than there."
     )
-
-
-def in_bytes(count: int | None) -> str:
-    """Return a size in MB or GB; nothing for one that is not known."""
-    if count is None:
-        return ""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def engineering(value: float) -> str:
-    """Return a large number with a prefix, such as ``"3.77 M"``."""
-    if value <= 0:
-        return "0"
-    power = max(0, min(int(math.log10(value)) // 3, len(_PREFIXES) - 1))
-    return f"{value / 1000**power:.2f} {_PREFIXES[power]}"

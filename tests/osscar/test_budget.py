@@ -20,6 +20,7 @@ from osscar.allocation.divergence import Distance, Reference, logits_of
 from osscar.allocation.measured import summed_losses
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
+from osscar.base.numbers import engineering
 from osscar.data.batches import ModelInputs
 from osscar.evaluation.size import count_owned
 from osscar.network.modules import copied, count_parameters
@@ -27,7 +28,6 @@ from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.pruning.goal import goal
-from osscar.report.tables import engineering
 from osscar.request import PruningRequest as Asked
 from osscar.shrinking.slice import slice_units
 from solvers import SubsetProblem

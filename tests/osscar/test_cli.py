@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
 import osscar.checkpoint.directory
+from osscar.base.numbers import engineering
 from osscar.cli import main
 from osscar.data.prose import Split, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
@@ -26,7 +27,6 @@ from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import SweepDirectory
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import run_lines
-from osscar.report.tables import engineering
 from osscar.request import PruningRequest
 from osscar.study.directory import Study
 from tests.osscar.families import framing_tokenizer, tiny

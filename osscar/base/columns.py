@@ -1,0 +1,47 @@
+"""Fields of dataclasses that tables show: each carries its title and how its value is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class Column:
+    """How tables show a field, as ``Annotated[float, Column("loss >", decimals)]``.
+
+    Parameters
+    ----------
+    title
+        Heads the column; one that ends in ``>`` holds numbers.
+    value
+        Writes the value of the field.
+    row
+        Writes it in its stead, and is given all fields by name.
+    """
+
+    title: str
+    value: Callable[[Any], str] = str
+    row: Callable[[Mapping[str, Any]], str] | None = None
+
+    def text(self, name: str, row: Mapping[str, Any]) -> str:
+        """Return the cell of the field of this name; empty for a value that is not known."""
+        if self.row is not None:
+            return self.row(row)
+        return "" if row.get(name) is None else self.value(row[name])
+
+
+def columns(of: type[Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Return by title what writes each cell, of the fields that a class itself declares, in order.
+
+    Cells are written of mappings, such as JSON holds them.
+    """
+    hints = get_type_hints(of, include_extras=True)
+    return {
+        shown.title: partial(shown.text, name)
+        for name in of.__annotations__
+        for shown in getattr(hints[name], "__metadata__", ())
+        if isinstance(shown, Column)
+    }

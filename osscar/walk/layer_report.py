@@ -1,0 +1,120 @@
+"""What happened to one group of a run: every number that tables, pages and JSON tell of it.
+
+A field that is annotated with a `Column` is a column of the table of layers, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from osscar.base.columns import Column
+from osscar.base.numbers import decimals
+from osscar.walk.layer_step import GROWN
+from solvers import SolutionRecord
+
+
+def _kept(layer: Mapping[str, Any]) -> str:
+    return f"{layer['kept']} of {layer['units']}"
+
+
+def _bound(bound: float) -> str:
+    return decimals(max(0.0, bound))
+
+
+def _certificate(layer: Mapping[str, Any]) -> str:
+    if layer["lower_bound"] is None:
+        return ""
+    known = "optimal" if layer["proved_optimal"] else "bounded"
+    return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
+
+
+def _count(count: int) -> str:
+    return str(count or "")
+
+
+def _growth(times: float) -> str:
+    return f"{times:,.3g}x" if times > GROWN else ""
+
+
+@dataclass(frozen=True, repr=False)
+class LayerReport(SolutionRecord):
+    """What happened to one coupling group: its solution's record, and what else is known.
+
+    `loss` is the mean squared change of what the consumer computes, with the proximal term, after
+    the refit; if several layers read the group, the sum over them, each relative to its own scale.
+
+    Parameters
+    ----------
+    name, kind, units, kept
+        The group, and how many of its units stayed.
+    dead
+        Units whose inputs were zero on all calibration data; they are removed first.
+    damp
+        Weight of the proximal term.
+    correction_weight
+        How much of what the target adds to that of ``weights`` counts.
+    positions
+        Of the calibration data at which its weights were fitted; where several consumers read the
+        group, such as experts to each of which some tokens are sent, at the one with the fewest.
+    unread
+        Consumers that read nothing at any position: experts to which no token was sent.  They keep
+        the weights of the units that stay.
+    held
+        At how many positions that were held out its refit was compared with the dense weights of
+        the units that stay; where several consumers read the group, at the one with the fewest.
+    unrefitted
+        The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
+    tied
+        The consumers that keep those, since other code reads the same weight in another way, as
+        the decoder of an autoencoder does with the weight of its encoder.
+    fixed
+        Inputs of its consumers that no unit owns, and that were refitted, too.
+    fixed_dense
+        The same that keep their weights, since the consumer has too many rows for more.
+    growth
+        The largest weight that was written over the largest dense one, of the consumer of which
+        that is most.
+    measure_seconds, solve_seconds
+        Wall time of the walk to this group with its Gram matrices, and of the solver with the
+        refit and, if asked for, the verification.
+    refitted_loss
+        Of experts: relative error of the mixture's output after the refit; `relative_loss` is
+        before.  Both are shares of the squared norm of the target, on all tokens that weights are
+        fitted to; None for others.
+    choosing
+        Of experts: the tokens by which they were chosen, of which `loss` and its bounds tell; None
+        for others.
+    """
+
+    name: Annotated[str, Column("group")]
+    kind: str
+    units: int
+    kept: Annotated[int, Column("kept >", row=_kept)]
+    relative_loss: Annotated[float, Column("loss >", decimals)]
+    refitted_loss: Annotated[float | None, Column("refitted >", decimals)]
+    relative_bound: Annotated[float | None, Column("bound >", _bound)]
+    gap: Annotated[float | None, Column("gap >", "{:.1%}".format)]
+    recomputed_bound: Annotated[float | None, Column("certificate", row=_certificate)]
+    status: Annotated[str, Column("status", lambda name: name.lower().replace("_", " "))]
+    solve_seconds: Annotated[float, Column("seconds >", "{:.2f}".format)]
+    measure_seconds: float
+    dead: Annotated[int, Column("dead >", _count)]
+    damp: float
+    correction_weight: float
+    positions: int
+    unread: int
+    held: int
+    fixed: Annotated[int, Column("fixed >", _count)]
+    fixed_dense: Annotated[int, Column("fixed, dense >", _count)]
+    unrefitted: Annotated[tuple[str, ...], Column("unrefitted", ", ".join)]
+    tied: Annotated[tuple[str, ...], Column("tied", ", ".join)]
+    growth: Annotated[float, Column("growth >", _growth)]
+    choosing: int | None
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerReport({self.name!r}, {self.kept} of {self.units} {self.kind}, "
+            f"relative loss {self.relative_loss:.4g}, {self.status})"
+        )
