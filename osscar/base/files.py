@@ -43,20 +43,25 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
     """Give an empty directory beside a path, for what is to become that path (OSError).
 
     It bears the machine and the process, so that two never write to the same.  It goes when the
-    block ends, and what processes of this machine have left that were killed goes before.
+    block ends, and what killed processes have left goes before (`remove_abandoned`).
     """
-    start, machine = f".{target.name}.", re.escape(socket.gethostname())
-    for left in target.parent.glob(f"{glob.escape(start)}*{PARTIAL}"):
-        found = re.fullmatch(rf"{machine}-(\d{{1,9}}){PARTIAL}", left.name.removeprefix(start))
-        if found is not None and not _is_running(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    place = target.with_name(f"{start}{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    remove_abandoned(target)
+    place = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     shutil.rmtree(place, ignore_errors=True)
     try:
         place.mkdir()
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the temporary siblings of a path that killed processes of this machine have left."""
+    start, machine = f".{target.name}.", re.escape(socket.gethostname())
+    for left in target.parent.glob(f"{glob.escape(start)}*{PARTIAL}"):
+        found = re.fullmatch(rf"{machine}-(\d{{1,9}}){PARTIAL}", left.name.removeprefix(start))
+        if found is not None and not _is_running(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:

@@ -52,24 +52,6 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def ends_tidily() -> Iterator[None]:
-    """Let a request to end unwind the block, where it would end the process on the spot.
-
-    The process ends by that signal all the same, once everything in the block is cleaned up.
-    """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield  # someone else, such as the command line, knows what to do
-        return
-    try:
-        with handling(unwinds, (signal.SIGTERM,)):
-            yield
-    except KeyboardInterrupt as error:
-        if error.args == (signal.SIGTERM,):
-            signal.raise_signal(signal.SIGTERM)
-        raise
-
-
-@contextmanager
 def handling(
     handler: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None,
     numbers: tuple[signal.Signals, ...] = ENDING,

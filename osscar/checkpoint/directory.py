@@ -42,6 +42,7 @@ from osscar.checkpoint.admission import (
     stored_in,
     structure,
 )
+from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import (
     Builder,
     TransformersOrigin,
@@ -68,7 +69,6 @@ from osscar.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from osscar.checkpoint.place import check_output, replacing
 from osscar.checkpoint.regrouped import Part, parts_in_files
 from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
 from osscar.checkpoint.streamed import (
@@ -190,7 +190,7 @@ def save(
         model = cast(copied(model), dtype)
     model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
-    with replacing(path, overwrite=overwrite) as new:
+    with atomic_directory(path, overwrite=overwrite) as new:
         with system_errors():
             _write(
                 model, lineage, new, example_inputs,

@@ -14,9 +14,9 @@ import torch
 from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
+from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import PAGE_FILE, is_checkpoint, read_manifest
-from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, document, out, say, say_next, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line

@@ -15,15 +15,15 @@ from osscar.base.errors import OptionError
 from osscar.base.files import resolved, write_text
 from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
+from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import SavedCheckpoint, load, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
-from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, out, say, say_next, say_verdict, way_back, write_json
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_with
 from osscar.cli.recover import LOG, tell_data, tell_recovery
-from osscar.cli.saving import beside, finished, saved_line, to_evaluate
+from osscar.cli.saving import finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
 from osscar.data.tokens import CalibrationSet
 from osscar.models.loaded import LoadedModel
@@ -81,12 +81,12 @@ class _Logs:
     @functools.cached_property
     def pruning(self) -> RunLog:
         """Of the groups that are done."""
-        return RunLog(beside(self.path, "run"))
+        return RunLog(self.path.with_name(f"{self.path.name}.run"))
 
     @functools.cached_property
     def recovery(self) -> RecoveryLog:
         """Of the steps that are done."""
-        return RecoveryLog(beside(self.path, LOG))
+        return RecoveryLog(self.path.with_name(f"{self.path.name}.{LOG}"))
 
     @property
     def kept(self) -> str:

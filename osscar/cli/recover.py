@@ -15,15 +15,15 @@ from osscar.base.files import resolved, write_text
 from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.printable import pluralize, published
 from osscar.base.ranks import Ranks, together
+from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, is_checkpoint
-from osscar.checkpoint.place import check_output
 from osscar.cli.common import check_json_path, document, out, say, say_next, way_back, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
 from osscar.cli.options import RecoverOptions, asked_with, given
-from osscar.cli.saving import beside, finished, saved_line, to_evaluate
+from osscar.cli.saving import finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
 from osscar.data.tokens import CalibrationSet
 from osscar.models.load import load_model
@@ -91,7 +91,7 @@ class _Job:
     def run(self, path: Path, words: dict[str, str], given: Mapping[str, Any]) -> None:
         """Recover into a directory, as `osscar.cli.prune` prunes into one."""
         options, ranks = self.options, self.ranks
-        log = RecoveryLog(beside(path, LOG))
+        log = RecoveryLog(path.with_name(f"{path.name}.{LOG}"))
         if ranks.broadcast(
             "whether it is saved already",
             lambda: (

@@ -8,9 +8,9 @@ from typing import Any
 
 from osscar.base.journal import SavingJournal
 from osscar.base.printable import command_line
+from osscar.checkpoint.atomic_directory import finish_killed
 from osscar.checkpoint.directory import SavedCheckpoint, describe
 from osscar.checkpoint.manifest import REPORT_FILE
-from osscar.checkpoint.place import cannot_move, finish_killed, prefix
 from osscar.cli.common import say
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
@@ -18,13 +18,6 @@ from osscar.data.tensors import TensorSet
 
 _AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 """Options without which `osscar eval` would open or score another model."""
-
-
-def beside(path: Path, kind: str) -> Path:
-    """Return where a log lies: beside the output, or in it if nothing can be there."""
-    if cannot_move(path):
-        return path / f"{prefix(path)}{kind}"
-    return path.with_name(f"{path.name}.{kind}")
 
 
 def finished(

@@ -250,14 +250,12 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import transformers
 
     from osscar.checkpoint import directory
-    from osscar.checkpoint import place as runs
     from osscar.pruning import shrunk
     from osscar.recovery.training import _Optimizer
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
 
-    yield runs, "_exchanged", False
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False
     yield Coroutine, "advance", True
     yield LayerStep, "commit", True

@@ -14,7 +14,6 @@ import osscar
 from osscar.base.errors import CheckpointError, DataError, EquivalenceError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from osscar.checkpoint.place import Run
 from osscar.data.prose import Split, builtin_text
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.network.modules import copied
@@ -185,7 +184,7 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
         raise failure
 
     if place == "rename":
-        monkeypatch.setattr(Run, "swap", fail)
+        monkeypatch.setattr("osscar.checkpoint.atomic_directory._swap", fail)
     else:
         monkeypatch.setattr(type(model), "save_pretrained", fail)
     with pytest.raises(error):

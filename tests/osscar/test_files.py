@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import signal
@@ -34,7 +33,7 @@ from osscar.base.files import (
     write_text,
 )
 from osscar.base.json_files import STRICT, read_json, validated
-from osscar.base.signals import ends_tidily, handling, uninterrupted, unwinds
+from osscar.base.signals import handling, uninterrupted, unwinds
 from tests.osscar.forked import PATIENCE
 
 
@@ -242,24 +241,6 @@ def test_signals_wait_for_short_blocks() -> None:
     thread.start()
     thread.join()
     assert done == [True, True]
-
-
-def test_a_request_to_end_unwinds_the_block_and_then_ends_the_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_tidied, args=(str(tmp_path / "x"),))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGTERM
-    assert (tmp_path / "x").read_text() == "tidied"
-
-
-def _tidied(file: str) -> None:
-    with ends_tidily():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            Path(file).write_text("tidied")
-    Path(file).write_text("went on")
 
 
 def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported() -> None:

@@ -1,0 +1,187 @@
+"""Where a checkpoint goes: what may be replaced there, and how a directory takes its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from osscar.base.errors import CheckpointError, OutputError
+from osscar.base.files import (
+    PARTIAL,
+    fsync,
+    reason_of,
+    remedy,
+    remove_abandoned,
+    resolved,
+    temporary_sibling,
+)
+from osscar.base.printable import listed
+from osscar.base.signals import uninterrupted
+from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, REPORT_FILE, read_manifest
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_CHECKPOINT_FILES = (
+    *_WEIGHTS,
+    *("*.safetensors.index.json", "pytorch_model.bin.index.json"),
+    *(CONFIG_FILE, "generation_config.json", MANIFEST_FILE, REPORT_FILE),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json", "modeling_pruned.py"),
+)
+"""All that a directory may hold in order to be replaced, beside what its own manifest lists."""
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty directory, which takes the place of `path` once the block has succeeded.
+
+    What was at `path` stays whole until then; if the block fails, nothing is left behind.  A
+    directory that is replaced has another name between two renames: a process that is killed there
+    leaves it under that name, and `finish_killed` gives it its own again.
+
+    Raises
+    ------
+    OutputError
+        If the disk refuses, or something that must not be replaced has come to `path` meanwhile.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        finish_killed(path)
+        with temporary_sibling(path) as new:
+            yield new
+            _check_replaceable(path, overwrite)
+            for written in (*new.rglob("*"), new):
+                fsync(written)
+            with uninterrupted():
+                _swap(new, path)
+        with suppress(OSError):  # it is done, whatever a loss of power may undo
+            fsync(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {reason_of(error)}; it was left as it was{remedy(error)}"
+        ) from error
+
+
+def _swap(new: Path, path: Path) -> None:
+    old = _replaced(path)
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)  # fails where another process has filled it meanwhile
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    """Return what a directory is called while another takes its place."""
+    return path.with_name(f".{path.name}.osscar-replaced")
+
+
+def finish_killed(path: Path) -> None:
+    """Put back or remove what killed processes have left beside an output (OSError)."""
+    old = _replaced(path)
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    remove_abandoned(path)
+
+
+# ---- what may be written -----------------------------------------------------------------
+
+
+def check_output(
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str] | None] = (),
+    needed_bytes: int = 0,
+) -> Path:
+    """Return the output directory as a path, if it may and can be written (OutputError).
+
+    What killed processes have left beside it is put in order first.  `inputs` are files and
+    directories that must not be replaced (names that are no paths do no harm), and `needed_bytes`
+    is how much is going to be written, at most.
+    """
+    path = resolved(directory)
+    try:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; give a directory")
+        for need in _existing((os.curdir, *inputs)):
+            if path == need or path in need.parents:
+                raise OutputError(f"{path} would replace {need}, which is in use; give another")
+        if path.is_mount():
+            raise OutputError(f"{path} is a mount point and cannot be renamed; give a path in it")
+        finish_killed(path)
+        _check_replaceable(path, overwrite)
+        _check_writable(path, needed_bytes)
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(directory)!r}: {reason_of(error)}") from error
+    return path
+
+
+def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]:
+    """Yield those names that can be paths; whoever reads the others will say what is wrong."""
+    for name in inputs:
+        with suppress(OutputError):
+            if name is not None:
+                yield resolved(name)
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    """Refuse a directory that holds anything, or anything that must not go."""
+    there = list(path.iterdir()) if path.is_dir() else []
+    if not there:
+        return
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        manifest = None
+    written = frozenset(() if manifest is None else manifest.files)
+    foreign = sorted(entry.name for entry in there if not _is_known(entry, written))
+    weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)
+    ours = (path / MANIFEST_FILE).is_file() or (weights and (path / CONFIG_FILE).is_file())
+    if foreign or not ours:
+        lost = f", which would be lost: {listed(foreign)}" if foreign else ""
+        raise OutputError(
+            f"{path} is not empty: it holds something other than a checkpoint{lost}; give another "
+            "directory, or move that away"
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{path} is not empty: a checkpoint is there; give another directory, or --overwrite "
+            "(overwrite=True in Python) to replace it"
+        )
+
+
+def _is_known(entry: Path, written: frozenset[str]) -> bool:
+    if entry.is_dir():  # tokenizers write no other
+        return entry.name in written and entry.name == "additional_chat_templates"
+    return entry.name in written or any(fnmatchcase(entry.name, kind) for kind in _CHECKPOINT_FILES)
+
+
+def _check_writable(path: Path, needed_bytes: int) -> None:
+    """Make a directory beside the output, and compare free bytes with needed ones."""
+    parent = next(above for above in path.parents if above.exists())
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {path}: {parent} is a file; give another directory")
+    try:
+        with uninterrupted():
+            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=parent))
+    except OSError as error:
+        reason = f"{reason_of(error)}{remedy(error)}"
+        raise OutputError(f"cannot write to {parent}: {reason}") from error
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise OutputError(
+            f"cannot write {path}: it may take {needed_bytes / 1e6:,.0f} MB, and {parent} has "
+            f"{free / 1e6:,.0f} MB left; make room, or give another directory"
+        )

@@ -1,0 +1,240 @@
+"""Where checkpoints go: nothing of anyone's is lost, whatever happens in the middle of a save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from osscar.base.errors import OutputError
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.atomic_directory import atomic_directory, check_output
+from osscar.checkpoint.manifest import Manifest
+from osscar.proof.lineage import Lineage
+from tests.osscar.forked import forked
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def write(path: Path, text: str = "new") -> None:
+    """Write what counts as a checkpoint."""
+    (path / "model.safetensors").write_text(text)
+    Manifest.of(False, Lineage()).write(path)
+
+
+# ---- what may be replaced ----------------------------------------------------------------
+
+
+def test_a_directory_that_holds_anything_else_is_never_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    for foreign in (".git", "src", "thesis.tex", "README.md", "config.yaml"):
+        for marked in (False, True):
+            target.mkdir()
+            (target / "config.json").write_text("{}")
+            (target / "model.safetensors").write_text("")
+            if marked:
+                write(target)
+            if "." in foreign[1:]:
+                (target / foreign).write_text("years of work")
+            else:
+                (target / foreign).mkdir()
+                (target / foreign / "inside").write_text("years of work")
+            before = sorted(target.rglob("*"))
+            with pytest.raises(OutputError, match=f"would be lost: {foreign}; give another dir"):
+                check_output(target, overwrite=True)
+            with pytest.raises(OutputError, match="would be lost"):
+                checkpoint.save(model(), target, overwrite=True)
+            assert sorted(target.rglob("*")) == before
+            shutil.rmtree(target)
+
+
+def test_names_alone_do_not_make_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        with pytest.raises(OutputError, match="something other than a checkpoint"):
+            check_output(tmp_path / name, overwrite=True)
+
+
+def test_checkpoints_of_others_and_all_that_a_tokenizer_wrote_can_be_replaced(
+    tmp_path: Path,
+) -> None:
+    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert check_output(tmp_path, overwrite=True) == tmp_path.resolve()
+    (tmp_path / "codes.of.a.tokenizer").write_text("")
+    with pytest.raises(OutputError, match=r"codes\.of\.a\.tokenizer"):
+        check_output(tmp_path, overwrite=True)
+    Manifest.of(True, Lineage(), ("codes.of.a.tokenizer",)).write(tmp_path)
+    check_output(tmp_path, overwrite=True)
+
+
+# ---- replacing ---------------------------------------------------------------------------
+
+
+def test_a_directory_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        with atomic_directory(target, overwrite=True) as new:
+            assert (target / "model.safetensors").is_file() == (text == "second")
+            check_output(target, overwrite=True)  # of another process, which leaves this one alone
+            write(new, text)
+        assert (target / "model.safetensors").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the check", "before the rename"])
+def test_what_another_process_has_written_meanwhile_is_not_replaced(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "model", Path.rename
+
+    def fill() -> None:
+        target.mkdir()
+        write(target, "first")
+
+    def filled(self: Path, to: Path) -> Path:
+        if to == target and not target.exists():
+            fill()
+        return rename(self, to)
+
+    if late:
+        monkeypatch.setattr(Path, "rename", filled)
+    second = atomic_directory(target, overwrite=False)
+    write(second.__enter__(), "second")
+    if not late:
+        fill()
+    with pytest.raises(OutputError, match="not empty"):
+        second.__exit__(None, None, None)
+    assert (target / "model.safetensors").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+MOMENTS = {
+    "writing": "proved = die",
+    "before": "module._swap = die",
+    "between": "Path.rename = lambda self, to: die() if to == target else rename(self, to)",
+    "after": "fsync = module.fsync\nmodule.fsync = lambda path: "
+    "die() if (target / MANIFEST_FILE).exists() and path == target.parent else fsync(path)",
+    "cleaning": "rmtree = module.shutil.rmtree\nmodule.shutil.rmtree = lambda path, **options: "
+    "die() if path.name.endswith('replaced') and path.exists() else rmtree(path, **options)",
+}
+SAVE = """
+import os, signal
+from pathlib import Path
+
+from osscar.checkpoint import atomic_directory as module
+from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
+from osscar.proof.lineage import Lineage
+
+proved, rename = lambda: None, Path.rename
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+MOMENT
+with module.atomic_directory(target, overwrite=True) as new:
+    (new / "model.safetensors").write_text("new")
+    proved()
+    Manifest.of(False, Lineage()).write(new)
+"""
+
+
+@pytest.mark.parametrize("before", ["old", None])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_save_leaves_one_whole_checkpoint_and_the_next_start_finds_it(
+    moment: str, before: str | None, tmp_path: Path
+) -> None:
+    target = tmp_path / "model"
+    if before is not None:
+        target.mkdir()
+        write(target, before)
+    alike = tmp_path / ".model.osscar-of-mine"
+    alike.mkdir()
+    code = compile(SAVE.replace("MOMENT", MOMENTS[moment]), "<a save>", "exec")
+    status = forked(lambda: exec(code, {"target": target}), tmp_path).wait()
+    assert status == (0 if (moment, before) == ("cleaning", None) else -signal.SIGKILL)
+    check_output(target, overwrite=True)
+    expected = "new" if moment in ("after", "cleaning") else before
+    assert (target.is_dir() and (target / "model.safetensors").read_text()) == (expected or False)
+    assert {path.name for path in tmp_path.iterdir()} == {alike.name} | (
+        {"model"} if expected else set()
+    )
+
+
+# ---- found at the start ------------------------------------------------------------------
+
+
+def test_a_path_through_a_file_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file"):
+        check_output(tmp_path / "file" / "deep" / "model", overwrite=False)
+
+
+def test_a_mount_point_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(OutputError, match="is a mount point and cannot be renamed; give a path in"):
+        check_output(tmp_path / "volume", overwrite=False)
+    check_output(tmp_path / "volume" / "model", overwrite=False)
+
+
+def test_a_place_that_cannot_be_written_is_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(OutputError, match=f"cannot write to {tmp_path}: Read-only file system"):
+        check_output(tmp_path / "not" / "there", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_found_at_the_start_with_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"may take 1,000,000,000,000,000 MB, and .* MB left"):
+        check_output(tmp_path / "model", overwrite=False, needed_bytes=10**21)
+    check_output(tmp_path / "model", overwrite=False, needed_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.weight_bytes(model()) == 4 * (3 * 4 + 4 + 4 * 2 + 2)
+    assert checkpoint.weight_bytes(model(), torch.bfloat16) == 2 * (3 * 4 + 4 + 4 * 2 + 2)
+
+
+# ---- modes --------------------------------------------------------------------------------
+
+
+def test_all_files_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    for umask in (0o022, 0o077, 0o007):
+        path, before = tmp_path / f"{umask}", os.umask(umask)
+        try:
+            checkpoint.save(model(), path, report={})
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~umask}
+
+
+def test_overwriting_is_named_only_where_it_would_help(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"other than a checkpoint.*mine\.txt") as refused:
+        check_output(tmp_path / "notes", overwrite=False)
+    assert "overwrite" not in str(refused.value)
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(OutputError, match=r"or overwrite=True to replace"):
+        check_output(tmp_path / "model", overwrite=False)
