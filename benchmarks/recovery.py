@@ -9,7 +9,7 @@ DIRECTORY, and each row, a recovery of one of them, is written to a file of its 
 the same command goes on where it was stopped.  Ends with a Markdown table of all rows there.
 
 Text is calibrated and recovered on the first half of `wikitext2-raw-test.txt`, and scored on the
-second: a step has 4 windows of 512 tokens, of at most 256, and 8 more decide.  Images are
+second: a step has 4 windows of 512 tokens, of at most 256, and 8 more are held out.  Images are
 recovered on all that there are to train, without their labels.
 
 Each row has a process of its own, whose greatest resident size the operating system tells once it
@@ -50,7 +50,7 @@ from osscar.data.batches import as_inputs
 from osscar.recovery.training import Training
 
 STEP, WINDOWS, DECIDING = 4, 256, 8
-"""Windows in a step; those that train at most; those that decide."""
+"""Windows in a step; those that train at most; those that are held out."""
 
 IMAGES, STEP_IMAGES = 1000, 64
 """All that there are to train, and those of a step."""
@@ -73,7 +73,7 @@ class Row:
     lora: int
     """Rank of adapters; 0: all weights."""
     learning_rate: float | None
-    mixed_precision: str
+    mixed_precision: str | None
 
     @property
     def key(self) -> str:
@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="*", type=int, default=[64])
     parser.add_argument("--lora", nargs="*", type=int, default=[0])
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--mixed-precision", default="no")
+    parser.add_argument("--mixed-precision")
     parser.add_argument("--steptime", action="store_true", help="only compare seconds a step")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--prune", action="store_true", help=argparse.SUPPRESS)
@@ -200,11 +200,11 @@ def step_times(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
     passes = samples[: STEP if text else 1]
     asked = {**row.asked, "steps": 1, "learning_rate": 1e-5, "held_out": 1}
     clock = Clock()
-    clock.watch("osscar.recovery.training", "_Optimizer.step", "step")
+    clock.watch("osscar.recovery.training", "Training.step", "step")
     found: dict[str, list[float]] = {"step": [], "dense": [], "smaller": []}
     for _ in range(TURNS):
         clock.phases.clear()
-        with mock.patch.object(Training, "try_steps"):  # whose steps are not asked for here
+        with mock.patch.object(Training, "try_step"):  # whose steps are not asked for here
             recovery = osscar.recover(
                 smaller, subject.model, data, device=arguments.device, **asked
             )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -179,6 +180,13 @@ class Reference:
         model, last = prepared.model, prepared.inputs.part(-samples)
         batches = last.batches(model, batch_size)
         return cls.of(Distance.of(model, last, batches[0]), model, batches, prepared.ranks)
+
+    def part(self, batches: Sequence[Batch]) -> Reference:
+        """Return the same on some of its batches alone."""
+        mine = [any(one is other for other in batches) for one in self.batches]
+        expected, rows = list(compress(self.expected, mine)), list(compress(self.rows, mine))
+        kept = list(compress(self.batches, mine))
+        return dataclasses.replace(self, batches=kept, expected=expected, rows=rows)
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean distance of a model, which has to be finite."""

@@ -38,7 +38,6 @@ class Stage(enum.StrEnum):
     PROOF = "shrink and prove"
     PRUNED = "pruned passes"
     TEACHER = "recovery: dense passes"
-    RATE = "recovery: learning rate"
     TRAINING = "recovery: training"
     HELD_OUT = "recovery: held-out samples"
     SOLVES = "solving problems"

@@ -158,10 +158,9 @@ def recover(
 ) -> None:
     """Train a pruned model for some minutes towards the outputs of its dense one, and save it.
 
-    Shapes do not change, and labels are not used.  Held-out samples train nothing: they decide when
-    to stop, and which step is kept, so that the model is never worse on them.  The state of the
-    training is kept in OUT.recover until the model is saved: give the same command again to go on
-    with one that was killed.
+    Shapes do not change, and labels are not used.  Held-out samples decide which step is kept, so
+    that the model is never worse on them.  A command that was killed goes on if it is given again:
+    the state of the training is kept in OUT.recover until the model is saved.
     """
     _run("recover", directory, dense, options, asked)
 

@@ -156,8 +156,7 @@ class PruneOptions(RunOptions):
     recover_text: str | None = None
     """With --recover: train on this text or dataset.  [default: the calibration data]"""
     recover_steps: _Count = None
-    """With --recover: optimizer steps; stops earlier if the held-out loss rises.  [default: as many
-    as `osscar recover`]"""
+    """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +221,7 @@ class SweepOptions(RunOptions):
     """Also train each pruned model towards the dense one, on the calibration data, and measure it
     before and after."""
     recover_steps: _Count = None
-    """With --recover: optimizer steps; stops earlier if the held-out loss rises.  [default: as many
-    as `osscar recover`]"""
+    """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,10 +32,10 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.pruning.prune import prune_as_asked
 from osscar.pruning.result import PruningResult, measured
 from osscar.pruning.run_log import RunLog
-from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough, samples_for
+from osscar.recovery.training import RecoveryLog
 from osscar.report.prune_page import prune_page, run_lines, verdict
 from osscar.report.run_tables import layers_table, skipped_table
 from osscar.request import PruningRequest

@@ -31,10 +31,10 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.proof.lineage import Computed, weights_digest
-from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
+from osscar.recovery.training import RecoveryLog
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
 

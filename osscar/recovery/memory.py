@@ -1,127 +1,189 @@
-"""The way to train that fits into memory: a step is tried, and where it takes too much a lesser."""
+"""How a model is trained in the memory that there is.
+
+A step is tried as is asked.  If it takes too much memory, micro-batches are halved, then
+activations are checkpointed (Chen et al., 2016), then adapters are trained.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from osscar.base.errors import NoMemoryError, OptionError, OsscarError, first_line
 from osscar.base.inputs import parse_size
 from osscar.base.memory import in_words, is_shortage
+from osscar.network.hooks import other_forwards
+from osscar.network.modules import device_of
 from osscar.offload.device_memory import DeviceMemory, memory_of
-from osscar.recovery.adapters import adaptable, has_peft
-from osscar.recovery.checkpointing import blocks
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import Setup
+from osscar.recovery.weights import adaptable, has_peft
 
-CHOSEN = ("micro_batch_size", "checkpointing", "lora")
-"""The fields of a request in which ways to train differ."""
+T = TypeVar("T")
+
+CHOSEN = ("micro_batch_size", "checkpointing", "lora", "mixed_precision")
+"""The fields of a request that are chosen here unless they are given."""
 
 _RANK = 16
-"""Of the adapters that are trained where the weights themselves do not fit."""
+"""Rank of the adapters that are trained if the weights do not fit."""
 
 _USED = 0.9
-"""The share of what is free that a step may take: another process may take some, and an operator
-has made its result before anybody looks."""
+"""The share of free memory that a step may take: other processes may take some, and memory is
+looked at after each operator, which has made its result by then."""
 
 
-def way_that_fits(
-    request: RecoveryRequest,
-    model: nn.Module,
-    at_once: int,
-    device: torch.device,
-    try_steps: Callable[[RecoveryRequest], None],
-) -> RecoveryRequest:
-    """Return the first of the ways to train of which a step fits into memory, as a request.
+def precision_of(device: torch.device) -> Literal["bf16", "no"]:
+    """Return ``bf16`` if a device has instructions that multiply bfloat16, else ``no``."""
+    if device.type == "cuda":
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if found else "no"
 
-    Parameters
-    ----------
-    request
-        What is asked for.
-    model
-        What is to be trained.
-    at_once
-        Samples of a pass where nothing else is asked for.
-    device
-        Where it is trained.
-    try_steps
-        Makes steps as a request has it, and leaves nothing of them.
+
+def first_that_fits(
+    setup: Setup, build: Callable[[RecoveryRequest], T], tell: Callable[[str], None]
+) -> T:
+    """Return what `build` makes of the first way to train of which a step fits into memory.
+
+    `build` tries the step.  `tell` gets a line if that is not the first way of all.  If a model's
+    code cannot run in bfloat16, float32 is taken, unless bfloat16 was asked for.
 
     Raises
     ------
     NoMemoryError
-        If none fits.
-    OptionError
-        If the model cannot be trained as is asked.
+        If no way fits.
     """
-    memory = memory_of(device)
+    asked, memory = setup.request, memory_of(device_of(setup.dense))
     memory.give_back()
-    free = memory.available() if request.max_memory is None else None
+    free = memory.available() if asked.max_memory is None else None
     limit = None if free is None else memory.held() + int(_USED * free)
-    if request.max_memory is not None:
+    if asked.max_memory is not None:
         memory.give_back_at_once()
-        limit = parse_size(request.max_memory)
-    short = ""
-    for way in _ways(request, model, at_once):
+        limit = parse_size(asked.max_memory)
+    ways, short = _ways(setup, asked.mixed_precision or precision_of(device_of(setup.dense))), ""
+    while (way := next(ways, None)) is not None:
         try:
             with nullcontext() if limit is None else _Limit(memory, limit):
-                try_steps(way)
-            return way
+                built = build(way)
+            if short:
+                tell(f"memory: trains with {_in_words(way)}, as more does not fit")
+            return built
         except (RuntimeError, MemoryError, OsscarError) as error:
-            if isinstance(error, OptionError) and short:
-                continue  # nobody has asked for this way
-            if not is_shortage(error):
+            if is_shortage(error):
+                short = f"{_in_words(way)}: {first_line(error):.200}"
+            elif way.mixed_precision == "bf16" and asked.mixed_precision is None:
+                ways = _ways(setup, "no")
+            elif not (short and isinstance(error, OptionError)):  # of what was not asked for
                 raise
-            short = f"{way_in_words(way)}: {first_line(error):.200}"
         gc.collect()
         memory.give_back()
     raise NoMemoryError(
-        f"there is no memory for a step of the recovery of {type(model).__name__}, with {short}; "
-        "give more (--max-memory, of the whole process), shorter or smaller samples, or a machine "
-        "with more memory"
+        f"there is no memory for a step of the recovery of {type(setup.model).__name__}, with "
+        f"{short}; give more (--max-memory, of the whole process), shorter or smaller samples, or "
+        "a machine with more memory"
     )
 
 
-def _ways(request: RecoveryRequest, model: nn.Module, at_once: int) -> Iterator[RecoveryRequest]:
-    """Yield what is asked for, and ways that take less and less memory."""
-    way = replace(request, micro_batch_size=at_once)
+def _ways(setup: Setup, precision: Literal["bf16", "no"]) -> Iterator[RecoveryRequest]:
+    """Yield what is asked for, and ways to train that take less and less memory."""
+    asked, inputs = setup.request, setup.inputs
+    # A CPU multiplies several windows in float32 no faster than one after the other.
+    alone = inputs.tokens and device_of(setup.dense).type == "cpu" and precision == "no"
+    at_once = 1 if inputs.apart else asked.micro_batch_size or (1 if alone else setup.size)
+    way = replace(asked, mixed_precision=precision, micro_batch_size=at_once)
     yield way
-    while request.micro_batch_size is None and at_once > 1:
+    while asked.micro_batch_size is None and at_once > 1:
         at_once //= 2
         way = replace(way, micro_batch_size=at_once)
         yield way
-    if not way.checkpointing and blocks(model):
+    if not way.checkpointing and blocks(setup.model):
         way = replace(way, checkpointing=True)
         yield way
-    if way.lora is None and has_peft() and adaptable(model):
+    if way.lora is None and has_peft() and adaptable(setup.model):
         yield replace(way, lora=_RANK)
 
 
-def way_in_words(way: RecoveryRequest) -> str:
-    """Say how a recovery trains, as far as memory depends on it."""
+def _in_words(way: RecoveryRequest) -> str:
     adapters = "" if way.lora is None else f", adapters of rank {way.lora}"
-    checkpointing = ", checkpointing" if way.checkpointing else ""
-    return f"micro-batches of {way.micro_batch_size}{checkpointing}{adapters}"
+    checkpointed = ", checkpointed activations" if way.checkpointing else ""
+    return f"micro-batches of {way.micro_batch_size}{checkpointed}{adapters}"
 
 
 class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Ends a pass at the first operator after which a device has more than a limit in use."""
+    """Ends a pass after the first operator that leaves a device with more than a limit in use."""
 
     def __init__(self, memory: DeviceMemory, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._memory, self._limit = memory, limit
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and look at what is in use."""
         result = func(*args, **(kwargs or {}))
         if self._memory.excess(0, self._limit) > 0:
             raise NoMemoryError(f"it takes more than {in_words(self._limit)} in all")
         return result
+
+
+# ---- activations that are computed again -------------------------------------------------
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model repeats, none of which is inside another.
+
+    They are those that transformers declares, else the members of one class in a list or sequence.
+    """
+    found = {one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)}
+    if not found:
+        for holder in model.modules():
+            if isinstance(holder, nn.ModuleList | nn.Sequential):
+                classes = Counter(map(type, holder))
+                found |= {one for one in holder if classes[type(one)] > 1 and any(one.children())}
+    inner = {below for one in found for below in one.modules() if below is not one}
+    return [one for one in model.modules() if one in found - inner]
+
+
+def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
+    """Let each block of a model keep only its inputs for the backward pass, in a `with` block.
+
+    transformers' own checkpointing needs training mode; a recovery trains in evaluation mode.
+
+    Raises
+    ------
+    OptionError
+        If the model repeats no blocks, or, in a pass, if one writes to its inputs.
+    """
+    repeated = blocks(model)
+    if not repeated:
+        raise OptionError(
+            f"checkpointing is asked for, and {type(model).__name__} repeats no blocks; omit it"
+        )
+    return other_forwards([(block, _checkpointed(block)) for block in repeated])
+
+
+def _checkpointed(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        versions = [tensor._version for tensor in inputs]
+        result = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if [tensor._version for tensor in inputs] != versions:
+            raise OptionError(
+                f"{type(block).__name__} writes to its inputs, so that its activations cannot be "
+                "computed again; omit checkpointing"
+            )
+        return result
+
+    return call

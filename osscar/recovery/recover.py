@@ -1,4 +1,4 @@
-"""Recovery in one run: split the samples, find a rate, train, keep the best, and say how it went.
+"""Recovery in one run: split the samples, train, keep the best weights, and say how it went.
 
 What is minimized is the divergence of the smaller model's predictions from the dense one's
 (distillation: Hinton, Vinyals and Dean, 2015, at temperature 1), over the weights that pruning has
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.divergence import Measure
-from osscar.base.errors import ModelError
+from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
@@ -28,32 +28,19 @@ from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
-from osscar.network.modules import (
-    check_finite_weights,
-    check_usable,
-    device_of,
-    named_tensors,
-    sha256_of,
-)
+from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
-from osscar.recovery.log import WAY, Point, RecoveryLog, Standing
-from osscar.recovery.memory import CHOSEN, way_in_words, way_that_fits
+from osscar.recovery.memory import CHOSEN, first_that_fits
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import samples_for
-from osscar.recovery.setup import Setup
-from osscar.recovery.training import Training, kept_point
-from osscar.recovery.weights import as_it_came
+from osscar.recovery.samples import Setup, samples_for
+from osscar.recovery.training import Point, Progress, RecoveryLog, Training, nearest
+from osscar.recovery.weights import as_it_came, trainable
 from osscar.request import by_keywords
 
-
-class _Pruned(Protocol):
-    """What `osscar.prune` returns."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The smaller model."""
+_WAY = "way"
+"""The entry of a log's manifest with the way to train that was chosen: fields of a request."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,16 +50,18 @@ class Recovery(Shown):
     Parameters
     ----------
     model
-        Of the same widths as before; with the weights that it came with where nothing was better.
+        Of the same widths as before.
     points
-        The model as it came, and each look at the held-out samples.
-    learning_rate
-        At its height.
+        The checks on a part of the held-out samples; the first is the model as it came.
+    kept
+        The step whose weights the model has; 0 are those that it came with.
+    before, after
+        Distance from the dense model on all held-out samples, of the model as it came, and of this.
     measure
-        What `Point.held_out` is: ``nats`` a prediction, a ``relative`` squared error, or a ``loss``
-        of the caller's.
+        What a distance is: ``nats`` a prediction, a ``relative`` squared error, or a ``loss`` of
+        the caller's.
     samples, held_out
-        How many samples trained, and how many decided.
+        How many samples trained, and how many were held out.
     trained
         How many parameters were trained.
     seconds
@@ -82,14 +71,16 @@ class Recovery(Shown):
     request
         What was asked for.
     chosen
-        The way to train that was chosen, and what was done to samples: fields of a request.
+        How it was trained where the request leaves that open: fields of a request.
     data
         What reports say of the samples.
     """
 
     model: nn.Module
     points: tuple[Point, ...]
-    learning_rate: float
+    kept: int
+    before: float
+    after: float
     measure: Measure
     samples: int
     held_out: int
@@ -100,6 +91,11 @@ class Recovery(Shown):
     chosen: Mapping[str, Any]
     data: Mapping[str, Any]
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate at the end, which is lower than at first if the held-out loss rose."""
+        return self.points[-1].rate
+
     def __repr__(self) -> str:
         held = pluralize(self.held_out, "held-out sample")
         return (
@@ -107,35 +103,20 @@ class Recovery(Shown):
             f"on {held}; step {self.kept} of {self.points[-1].step} kept; {self.seconds:.1f} s)"
         )
 
-    @property
-    def kept(self) -> int:
-        """The step whose weights the model has; 0 are those that it came with."""
-        return kept_point(self.points).step
-
-    @property
-    def before(self) -> float:
-        """The distance from the dense model on held-out samples, of the model as it came."""
-        return self.points[0].held_out or 0.0
-
-    @property
-    def after(self) -> float:
-        """The same of the model that was kept."""
-        return kept_point(self.points).held_out or 0.0
-
     def document(self) -> dict[str, Any]:
         """Return what is known of it, as ``docs/json.md`` describes it."""
         told = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         del told["model"], told["request"]
         return {
             **told,
+            "learning_rate": self.learning_rate,
             "settings": self.request.to_json(),
             "points": [dataclasses.asdict(point) for point in self.points],
-            **{name: getattr(self, name) for name in ("kept", "before", "after")},
         }
 
 
 def recover_as_asked(
-    smaller: nn.Module | _Pruned,
+    smaller: Any,
     dense: nn.Module,
     data: Any,
     request: RecoveryRequest,
@@ -152,19 +133,19 @@ def recover_as_asked(
     dense
         The model that it was pruned from.
     data
-        In any of the forms that `osscar.prune` takes, without labels.  A part of it trains nothing,
-        and decides.  Of a loader or a data set as many samples are read, and kept, as let each step
-        have others; all of them, and again, where there are fewer.
+        In any of the forms that `osscar.prune` takes, without labels.  A part of it is held out.
+        Of a loader or a data set as many samples are read, and kept in memory, as the steps need;
+        if it has fewer, they are used again.
     request
         What is asked for.  `osscar.recover` takes its fields as keywords: `RecoveryRequest`
         describes them.
     log
-        Keeps where it stands, so that a run which was killed goes on where it stopped; of several
-        ranks, the first has it.
+        Keeps the state of the training, so that a run which was killed goes on; of several ranks,
+        the first has it.
     ranks
         The processes that are asked for the same, and share out the samples of each step.
     tell
-        Hears of it, in a line, where another way to train than was asked for had to be chosen.
+        Is called with a line if less memory had to be used than was asked for.
 
     Returns
     -------
@@ -178,13 +159,13 @@ def recover_as_asked(
     DataError
         If the models cannot read the data, or there are too few of them.
     NonFiniteError
-        If weights are not finite, or what a model puts out on the held-out samples.
+        If weights are not finite, or outputs on the held-out samples.
     MissingDependency
         If peft is needed, and not installed.
     NoMemoryError
-        If it needs more memory than it may take, in whatever way it is trained.
+        If no way to train fits into memory.
     OptionError
-        If the model has no blocks to checkpoint, or no matrices that adapters could stand beside.
+        If the model has no blocks to checkpoint, or no matrices for adapters.
     JournalError
         If the log is of another recovery.
 
@@ -200,7 +181,13 @@ def recover_as_asked(
     """
     start = time.perf_counter()
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
-    _check(model, dense)
+    for one in (model, dense):
+        check_trainable(one)
+    if not may_come_from(model, dense):
+        raise ModelError(
+            f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "
+            "others; give the dense model that it came from"
+        )
     windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
     data = read_once(dense, data, windows=windows, samples=samples)
     with (
@@ -211,30 +198,40 @@ def recover_as_asked(
         profiled() as spent,
     ):
         with timed(Stage.TEACHER):
-            setup = Setup.of(model, dense, data, request, ranks)
-            way = _way(setup, log, tell)
-            training = Training.of(setup, way)
-            before = training.first_distance()
-        with _begun(log, setup, way) as known:
-            rate = request.learning_rate if known is None else known.progress.rate
-            rate = training.found_rate() if rate is None else rate
-            points = training.run(before, rate, log, known)
-        trained = sum(weight.numel() for weight in training.weights.values())
-        work = as_it_came(training.model, model)
+            setup = Setup(model, dense, data, request)
+            training = _training(setup, log, ranks, tell)
+            before = training.distance(training.held_out)
+        if before is None:
+            raise NonFiniteError(
+                f"the {'loss' if request.loss else 'distance of the two models'} is not finite on "
+                "the held-out samples, before any training"
+            )
+        with _begun(log, setup, training.way, ranks) as known:
+            points = training.run(log, known)
+        work, kept, after = training.model, nearest(points).step, before
+        if kept:
+            found = training.distance(training.held_out)
+            if found is None or found > before:  # which the part of them did not tell
+                work, kept = trainable(model, setup.dense, training.way), 0
+            else:
+                after = found
+        work = as_it_came(work, model)
     note_calibration(work, data, setup.inputs.settings)
     seconds = time.perf_counter() - start
     return Recovery(
         model=work,
         points=points,
-        learning_rate=rate,
+        kept=kept,
+        before=before,
+        after=after,
         measure=setup.distance.measure,
         samples=len(setup.samples),
-        held_out=len(setup.deciding),
-        trained=trained,
+        held_out=len(setup.held_out),
+        trained=sum(weight.numel() for weight in training.weights.values()),
         seconds=seconds,
         stages=spent.of(seconds),
         request=request,
-        chosen={**_chosen(way), "augment": "flip-shift" if setup.shifts else "none"},
+        chosen={**_chosen(training.way), "augment": "flip-shift" if setup.shifts else "none"},
         data={**setup.inputs.settings, **data_record(data)},
     )
 
@@ -253,38 +250,28 @@ def check_trainable(model: nn.Module) -> None:
     check_finite_weights(model)
 
 
-def _check(model: nn.Module, dense: nn.Module) -> None:
-    """Refuse models that cannot be trained, or that do not belong together."""
-    for one in (model, dense):
-        check_trainable(one)
-    if not may_come_from(model, dense):
-        raise ModelError(
-            f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "
-            "others; give the dense model that it came from"
-        )
+def _training(
+    setup: Setup, log: RecoveryLog | None, ranks: Ranks, tell: Callable[[str], None]
+) -> Training:
+    """Set up the training in a way that fits into memory, which the first rank finds.
 
-
-def _way(setup: Setup, log: RecoveryLog | None, tell: Callable[[str], None]) -> RecoveryRequest:
-    """Return the way to train, on all ranks as the first decides.
-
-    It is the one that was chosen before, whatever is free by now, so that a run which goes on ends
-    with the same bytes.
+    A run that goes on trains as before, whatever memory is free, and ends with the same bytes.
     """
-    request, alone = setup.request, dataclasses.replace(setup, ranks=ALONE)
 
-    def decided() -> Mapping[str, Any]:
-        before = None if log is None else log.way()
-        if before is not None:
-            return before
-        way = way_that_fits(
-            *(request, setup.model, setup.at_once, device_of(setup.dense)),
-            lambda way: Training.of(alone, way).try_steps(),
-        )
-        if way != dataclasses.replace(request, micro_batch_size=setup.at_once):
-            tell(f"memory: there is none for more than {way_in_words(way)}")
-        return _chosen(way)
+    def build(way: RecoveryRequest) -> Training:
+        training = Training(setup, way)
+        training.try_step()
+        return training
 
-    return dataclasses.replace(request, **setup.ranks.broadcast("the way to train", decided))
+    manifest = None if log is None else log.manifest()
+    tried = first_that_fits(setup, build, tell) if manifest is None and ranks.first else None
+    if tried is not None and ranks.alone:
+        return tried
+    chosen: Any = None if manifest is None else manifest.asked[_WAY]
+    if tried is not None:
+        chosen, tried = _chosen(tried.way), None  # which would take memory beside the next
+    chosen = ranks.broadcast("the way to train", lambda: chosen)
+    return Training(setup, dataclasses.replace(setup.request, **chosen), ranks)
 
 
 def _chosen(way: RecoveryRequest) -> dict[str, Any]:
@@ -293,17 +280,16 @@ def _chosen(way: RecoveryRequest) -> dict[str, Any]:
 
 @contextmanager
 def _begun(
-    log: RecoveryLog | None, setup: Setup, way: RecoveryRequest
-) -> Iterator[Standing | None]:
-    """Begin a recovery, or go on with one, on all ranks; yield where it stands."""
-    ranks, dense = setup.ranks, setup.dense
+    log: RecoveryLog | None, setup: Setup, way: RecoveryRequest, ranks: Ranks
+) -> Iterator[tuple[Progress, Mapping[str, Tensor]] | None]:
+    """Begin a recovery, or go on with one, on all ranks; yield its last state."""
     if log is None and ranks.alone:
         yield None
         return
     versions = {name: version(name) for name in ("torch", "transformers")}
     asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
     del asked["max_memory"]  # what it has led to is the way
-    asked |= {WAY: _chosen(way), "dense": sha256_of(named_tensors(dense))}
+    asked |= {_WAY: _chosen(way), "dense": sha256_of(named_tensors(setup.dense))}
     manifest = JournalManifest(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
     )

@@ -6,16 +6,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from osscar.base.errors import OptionError
 from osscar.base.fields import Read, check_fields, count_from
 from osscar.base.inputs import parse_size
-
-
-def _memory(value: Any) -> int:
-    try:
-        return parse_size(value)
-    except OptionError as error:
-        raise ValueError("give a size such as 8GB or 512MiB") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,45 +17,44 @@ class RecoveryRequest:
     Parameters
     ----------
     steps
-        Optimizer steps; stops earlier if the held-out loss rises.
+        Optimizer steps.  Training stops earlier if the held-out loss rises three times in a row.
     batch_size
-        Samples in a step; by default 4 windows, or 64 of anything else.
+        Samples in an optimizer step; by default 4 windows of text, or 64 of anything else.
     micro_batch_size
-        Samples that run through both models at once; the gradients of one step are added up.  By
-        default 1 window on a CPU without `mixed_precision`, and all samples of a step elsewhere.
-        Samples of a list always run alone.
+        Samples that run through both models at once; the gradients of a step are added up.  By
+        default all samples of the step, and 1 window on a CPU that trains in float32.  Samples of a
+        list always run one at a time.
     learning_rate
-        Learning rate at its height.  By default a few are tried for two steps each, and the one
-        below the best is taken.
+        Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
+        Falls to a tenth whenever the held-out loss rises above that before the training.
     lora
-        Rank of adapters that are trained in place of all weights, and merged into the matrices at
-        the end; needs peft (``pip install 'osscar[recover]'``).  What a model freezes stays as it
-        is either way, unless it freezes everything.
+        Rank of adapters that are trained instead of the weights, and merged into them at the end;
+        needs peft (``pip install 'osscar[recover]'``).
     checkpointing
-        Compute blocks of the model again in the backward pass, which takes a third more time and
-        less memory.
+        Compute the activations of each block again in the backward pass, which takes a third more
+        time and less memory.
     max_memory
-        The most memory that the process may take, such as ``8GB``, or a number of bytes; by default
-        nine tenths of what is free.  If a step takes more, micro-batches get smaller, where their
-        size is not given; if that is not enough, blocks are computed again (`checkpointing`); and
-        at last adapters of rank 16 are trained in the place of weights.
+        Memory that the process may take, such as ``8GB``, or a number of bytes; by default nine
+        tenths of what is free.  If a step needs more, micro-batches are halved, then activations
+        are checkpointed, then adapters of rank 16 are trained.
     held_out
-        Samples that train nothing: they decide when to stop, and which step is kept.  By default an
-        eighth of all, at most 8 windows, or 128 of anything else.
+        Samples that are held out: they decide which step is kept, and are not trained on.  By
+        default an eighth of all, at most 8 windows of text, or 128 of anything else.
     augment
-        How training samples are changed at random.  ``flip-shift``, the default of images, mirrors
-        them and shifts them by at most an eighth of their width, their edge repeated; ``none``
-        leaves them as they are.
+        How training images are changed at random: ``flip-shift``, the default, mirrors them and
+        shifts them by at most an eighth of their width, with their edge repeated; ``none`` leaves
+        them as they are.
     loss
-        A function of what the smaller and the dense model put out for the same batch, which returns
-        a mean over its samples; by default the divergence of their predictions where there are
-        logits, and the relative squared error of all outputs elsewhere.
+        A function of the outputs of the smaller and of the dense model for one batch, which returns
+        a mean over its samples.  By default the divergence of their predictions if the models
+        return logits, else the relative squared error of all outputs.
     mixed_precision
-        Number format of matrix products in training: ``bf16``, or ``no`` for the model's own.
+        Number format of matrix products in training: ``bf16``, or ``no`` for that of the weights.
+        By default ``bf16`` if the processor multiplies bfloat16, else ``no``.
     device
         ``auto``, ``cpu`` or ``cuda``.
     seed
-        Seed of the order of the samples, and of what `augment` draws.
+        Seed of the order of the samples, and of `augment`.
 
     Raises
     ------
@@ -77,11 +68,11 @@ class RecoveryRequest:
     learning_rate: Annotated[float | None, Interval(gt=0, le=1)] = None
     lora: Annotated[int | None, Interval(ge=1, le=4096)] = None
     checkpointing: bool = False
-    max_memory: Annotated[str | int | None, Read(_memory)] = None
+    max_memory: Annotated[str | int | None, Read(parse_size)] = None
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] | None = None
     loss: Callable[..., Any] | None = None
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["bf16", "no"] | None = None
     device: Annotated[str, Read(str)] = "auto"
     seed: Annotated[int, count_from(0)] = 0
 

@@ -1,4 +1,4 @@
-"""What trains a model and what decides: samples that share nothing, and how many a step takes."""
+"""What a recovery trains on, and what is held out."""
 
 from __future__ import annotations
 
@@ -9,60 +9,66 @@ import numpy as np
 import torch
 from torch import nn
 
-from osscar.base.errors import DataError
+from osscar.allocation.divergence import Distance
+from osscar.base.devices import resolve_device
+from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.images import ImageSet
 from osscar.data.samples import named_generator
+from osscar.network.modules import copied, device_of
+from osscar.proof.program.program import ProgramModule
 from osscar.proof.seen import RUN, fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest
 
-_STEP = {True: 4, False: 64}
-_DECIDING = {True: 8, False: 128}
-"""Windows, or samples of anything else, in a step, and those that decide at most, by default."""
+STEP = {True: 4, False: 64}
+"""Samples in an optimizer step: windows of text (True), or anything else (False)."""
+
+HELD_OUT_SHARE = 1 / 8
+HELD_OUT_MOST = {True: 8, False: 128}
+"""The share of all samples that is held out, and how many at most."""
+
+CHECKED = {True: 2, False: 32}
+"""Held-out samples on which each check during the training is made; the last is made on all."""
 
 _SHIFT = 8
-"""Images are shifted by a share of their width of at most one over this."""
+"""Images are shifted by at most their width over this."""
 
 
 def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
-    """Return how many windows, or other samples, it takes if each trains once, or decides."""
-    size = request.batch_size or _STEP[windows]
-    deciding = request.held_out or _DECIDING[windows]
-    return request.steps * size + deciding
+    """Return how many windows, or other samples, let each train once or be held out."""
+    size = request.batch_size or STEP[windows]
+    return request.steps * size + (request.held_out or HELD_OUT_MOST[windows])
 
 
 def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
-    """Refuse data that are too few (DataError), for whoever does other work before a recovery."""
+    """Refuse too few data (DataError), before the pruning that precedes a recovery."""
     split(as_inputs(dense, data), dense, request)
-
-
-def step_size(inputs: ModelInputs, training: int, request: RecoveryRequest) -> int:
-    """Return how many of so many samples that train a step takes."""
-    return request.batch_size or min(_STEP[inputs.tokens], training)
 
 
 def split(
     inputs: ModelInputs, model: nn.Module, request: RecoveryRequest
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the samples that train, and those that decide.
+    """Return the samples that train, and those that are held out, one a batch.
 
-    Those that decide are of windows the last ones, and no window trains that has 32 tokens in a row
-    in common with one of them (half a window, if that is less); of anything else they are drawn at
-    random.
+    Of windows of text the last are held out, and a window that has 32 tokens in a row in common
+    with one of them (half a window, if that is less) does not train.  Of anything else they are
+    drawn at random.
     """
     samples = inputs.batches(model, 1)
-    deciding = request.held_out or min(_DECIDING[inputs.tokens], max(1, len(samples) // 8))
+    most = min(HELD_OUT_MOST[inputs.tokens], max(1, int(HELD_OUT_SHARE * len(samples))))
+    held = request.held_out or most
     order = list(range(len(samples)))
     if not inputs.tokens:
         drawn = named_generator("held out", request.seed)
         order = torch.randperm(len(samples), generator=drawn).tolist()
-    trained = max(0, len(samples) - deciding)
-    training, held = (
+    trained = max(0, len(samples) - held)
+    training, held_out = (
         [samples[index] for index in sorted(some)] for some in (order[:trained], order[trained:])
     )
     if inputs.tokens:
         run = max(1, min(RUN, samples[0]["input_ids"].shape[1] // 2))
-        known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in held])
+        known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in held_out])
         training = [
             one
             for one in training
@@ -71,25 +77,42 @@ def split(
     size = request.batch_size or 1
     if len(training) < size:
         raise DataError(
-            f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: to decide what is "
-            f"kept takes {deciding}, {len(training)} share nothing with those, and a step has "
-            f"{size}; give more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
+            f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: {held} {are(held)} "
+            f"held out, {len(training)} share nothing with those, and a step has {size}; give "
+            "more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
         )
-    return training, held
+    return training, held_out
+
+
+class Setup:
+    """Both models and all samples: what does not depend on how the smaller model is trained."""
+
+    def __init__(
+        self, model: nn.Module, dense: nn.Module, data: Any, request: RecoveryRequest
+    ) -> None:
+        images = isinstance(data, ImageSet)
+        if request.augment == "flip-shift" and not images:
+            raise OptionError("augment is 'flip-shift', and the data are no images; omit it")
+        self.model, self.request, self.inputs = model, request, as_inputs(dense, data)
+        if not isinstance(model, ProgramModule):  # which has no vocabulary to be checked
+            as_inputs(model, data)
+        device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
+        self.dense = dense if device_of(dense) == device else copied(dense).to(device)
+        self.shifts = images and request.augment != "none"
+        self.samples, self.held_out = split(self.inputs, self.dense, request)
+        self.size = request.batch_size or min(STEP[self.inputs.tokens], len(self.samples))
+        self.distance = Distance.of(self.dense, self.inputs, self.held_out[0], request.loss)
 
 
 def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:
-    """Return batches of so many samples, of batches of one."""
+    """Join samples to batches of so many."""
     starts = range(0, len(samples), at_once)
     some = [samples[start : start + at_once] for start in starts]
     return [{name: torch.cat([one[name] for one in each]) for name in each[0]} for each in some]
 
 
 def shifted(sample: Batch, turn: int, seed: int) -> Batch:
-    """Mirror and shift an image as chance has it in this turn.
-
-    Its edge fills what is left free: a border of one colour is nothing that a model knows.
-    """
+    """Mirror and shift an image at random, in another way each turn; its edge fills the gap."""
     generator = named_generator(f"image {turn}", seed)
     ((name, image),) = sample.items()
     height, width = image.shape[-2:]

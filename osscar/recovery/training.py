@@ -1,4 +1,7 @@
-"""The training loop of a recovery; held-out samples decide what is kept."""
+"""The training loop of a recovery: AdamW on the distance from the dense model.
+
+Held-out samples decide which weights are kept.
+"""
 
 from __future__ import annotations
 
@@ -8,378 +11,50 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from osscar.allocation.divergence import Reference
-from osscar.base.errors import ModelError, NonFiniteError, first_line
+from osscar.base.errors import ModelError, first_line
+from osscar.base.journal import REPORT, SavingJournal
+from osscar.base.json_files import STRICT
 from osscar.base.memory import let_shortage_pass
+from osscar.base.printable import are, pluralize
 from osscar.base.progress import stage
+from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
-from osscar.recovery.adapters import as_saved
-from osscar.recovery.checkpointing import checkpointing
-from osscar.recovery.log import Point, Progress, RecoveryLog, Standing
+from osscar.network.records import read_record, write_record
+from osscar.preparation.fingerprint import JournalManifest
+from osscar.recovery.memory import checkpointing
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import in_batches, shifted
-from osscar.recovery.setup import Setup
-from osscar.recovery.weights import formats, trainable
+from osscar.recovery.samples import CHECKED, Setup, in_batches, shifted
+from osscar.recovery.weights import as_saved, formats, trainable
+
+# ---- the learning rate -------------------------------------------------------------------
+
+LEARNING_RATE = {True: 2e-4, False: 1e-3}
+"""Peak learning rate for windows of text (True), and for anything else (False)."""
 
 _WARMUP, _FLOOR = 0.1, 0.1
-"""The share of the steps in which the rate rises; the share of its height at which it ends."""
+"""The share of the steps in which the rate rises, and the share of its peak at which it ends."""
 
-_CLIP = 1.0
-"""The largest norm of a gradient."""
-
-_CHECKS = 8
-"""Times that the held-out samples are looked at, evenly spread over the steps."""
-
-_RISES = 3
-"""So many looks in a row, each farther from the dense model than the one before, end a training: a
-single one may be farther as long as the learning rate is high."""
-
-_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-_PROBE = 2
-"""Learning rates that are tried one after the other, and steps with each of them."""
-
-_KEPT = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each weight."""
+_LOWER = 0.1
+"""By what the peak is multiplied when the held-out loss rises above that before the training."""
 
 
-@dataclass(frozen=True, eq=False)
-class Training:
-    """A training in one of the ways to train.
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate of a step, of 1 to `steps`, as a share of its peak.
 
-    Parameters
-    ----------
-    setup
-        What all ways have in common.
-    way
-        The request with what was chosen.
-    model
-        The copy that is trained in place, in evaluation mode: a step neither draws nor averages
-        anything.  What takes no gradient stays as it is.
-    state
-        What passes write on it, which is put back after each: a cache would be of older weights.
-    held
-        What the dense model says of the samples that decide.
-    """
-
-    setup: Setup
-    way: RecoveryRequest
-    model: nn.Module
-    state: ModelState
-    held: Reference
-
-    @classmethod
-    def of(cls, setup: Setup, way: RecoveryRequest) -> Training:
-        """Copy the model, and run both models on the samples that decide.
-
-        Raises
-        ------
-        ModelError
-            If what the two put out differs in form.
-        """
-        dense, model = setup.dense, trainable(setup.model, setup.dense, way)
-        batches = in_batches(setup.deciding, way.micro_batch_size or setup.at_once)
-        state = ModelState(model)
-        with state.watching(), torch.no_grad():
-            first = [setup.distance.outputs(one, batches[0]) for one in (model, dense)]
-        state.put_back()
-        mine, due = map(_shapes, first)
-        if mine != due and way.loss is None:
-            raise ModelError(
-                f"the smaller model puts out {mine} where the dense one puts out {due}, so that "
-                f"it does not come from this {type(dense).__name__}; give the dense model that it "
-                "was pruned from"
-            )
-        held = Reference.of(setup.distance, dense, batches, setup.ranks)
-        return cls(setup, way, model, state, held)
-
-    @property
-    def at_once(self) -> int:
-        """Samples of a pass."""
-        return self.way.micro_batch_size or self.setup.at_once
-
-    @cached_property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
-
-    @cached_property
-    def formats(self) -> dict[str, torch.dtype]:
-        """The number formats in which its tensors come back, and are judged."""
-        return formats(self.model, self.setup.model)
-
-    @timed(Stage.HELD_OUT)
-    def distance(self) -> float | None:
-        """Return how far the model is that would be saved now; None where it is not finite."""
-        with as_saved(self.model, self.formats):
-            found = self.held.compared(self.model).distance
-        self.state.put_back()
-        return found if math.isfinite(found) else None
-
-    def try_steps(self) -> None:
-        """Make two steps of the largest sample, with all that a run keeps in memory, and a look.
-
-        In the second the optimizer has its moments, and a pass the gradients of the one before.
-        """
-        size, samples = self.setup.size, self.setup.samples
-        largest = max(samples, key=lambda one: sum(x.numel() for x in one.values()))
-        best, optimizer = self._values(), _Optimizer(self)
-        for passes in (1, 2):
-            optimizer.step([largest] * min(size, passes * self.at_once), _RATES[0])
-        self.distance()
-        _copy(best, self.weights)
-
-    def first_distance(self) -> float:
-        """Return how far the model is as it came.
-
-        Raises
-        ------
-        NonFiniteError
-            If that is not finite.
-        """
-        found = self.distance()
-        if found is not None:
-            return found
-        if self.way.loss is not None:
-            raise NonFiniteError(
-                "the loss is not finite on the held-out samples, before any training; let it "
-                "return a finite number"
-            )
-        of_dense = self.held.compared(self.setup.dense).distance
-        which = "smaller" if math.isfinite(of_dense) else "dense"
-        raise NonFiniteError(f"the {which} model's outputs on held-out samples are not finite")
-
-    @timed(Stage.TRAINING)
-    def run(
-        self,
-        before: float,
-        rate: float,
-        log: RecoveryLog | None = None,
-        known: Standing | None = None,
-    ) -> tuple[Point, ...]:
-        """Train, and leave the model as it was where it was best.
-
-        Parameters
-        ----------
-        before
-            How far the model is as it came.
-        rate
-            The learning rate at its height.
-        log
-            Keeps where it stands, so that a run which was killed goes on.
-        known
-            Where the run stood that it goes on with.
-
-        Returns
-        -------
-        tuple of Point
-            The first is the model as it came, and each look at the held-out samples adds one; see
-            `kept_point`.
-        """
-        optimizer, steps = _Optimizer(self), self.way.steps
-        if known is None:
-            points, best = [Point(0, None, before, 0.0)], self._values()
-        else:
-            points, best = list(known.progress.points), optimizer.restore(known.tensors)
-        began, losses = time.perf_counter() - points[-1].seconds, list[float]()
-        every = math.ceil(steps / _CHECKS)
-        with stage("recover", total=steps) as bar:
-            for step, samples in enumerate(self._steps(steps), 1):
-                bar.advance()
-                if step <= points[-1].step:
-                    continue
-                if _is_over(points):
-                    break
-                losses.append(optimizer.step(samples, rate * _schedule(step, steps)))
-                if step % every and step < steps:
-                    continue
-                loss = sum(losses) / len(losses)
-                losses = []
-                seen = loss if math.isfinite(loss) else None
-                points.append(Point(step, seen, self.distance(), time.perf_counter() - began))
-                kept = kept_point(points)
-                if kept is points[-1]:
-                    _copy(self.weights, best)
-                if log is not None:
-                    log.keep(Standing(Progress(rate, tuple(points)), optimizer.tensors(best)))
-                bar.describe(
-                    f"recover: loss {loss:.4g}, held out {before:.4g} to {kept.held_out:.4g}"
-                )
-        _copy(best, self.weights)
-        return tuple(points)
-
-    @timed(Stage.RATE)
-    def found_rate(self) -> float:
-        """Return the rate below that at which, of a few rising ones, the model is nearest.
-
-        A range test (Smith, Cyclical Learning Rates, 2017): each rate begins where the one before
-        has led, until two in a row are farther off than the first.  What is best for two steps is
-        too high for many, so that the rate below is returned.  The model is left as it was.
-        """
-        before, optimizer, found = self._values(), _Optimizer(self), list[float]()
-        steps = self._steps(_PROBE * len(_RATES))
-        with stage("recover: learning rate", total=len(_RATES)) as bar:
-            for rate in _RATES:
-                for samples in itertools.islice(steps, _PROBE):
-                    optimizer.step(samples, rate)
-                distance = self.distance()
-                found.append(math.inf if distance is None else distance)
-                bar.advance()
-                if min(found[-2:]) > found[0]:
-                    break
-        _copy(before, self.weights)
-        return _RATES[max(0, found.index(min(found)) - 1)]
-
-    def _steps(self, steps: int) -> Iterator[list[Batch]]:
-        """Yield the samples of each step, of passes over all of them, each in an order of its own.
-
-        They depend on the seed alone, so that a run which goes on sees what it would have seen.
-        """
-        setup, seed = self.setup, self.way.seed
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        for step in range(steps):
-            while len(order) < setup.size:
-                order += torch.randperm(len(setup.samples), generator=generator).tolist()
-            now, order = [setup.samples[one] for one in order[: setup.size]], order[setup.size :]
-            first = step * setup.size
-            yield [shifted(x, first + i, seed) for i, x in enumerate(now)] if setup.shifts else now
-
-    def _values(self) -> dict[str, Tensor]:
-        """Return copies of what is trained, as it would be saved."""
-        return {
-            name: weight.detach().to(self.formats[name], copy=True)
-            for name, weight in self.weights.items()
-        }
-
-
-@torch.no_grad()
-def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
-    for name, tensor in to.items():
-        tensor.copy_(values[name])
-
-
-class _Optimizer:
-    """AdamW, one step at a time.
-
-    It holds weights of half precision, such as those of a program, in float32, in which small steps
-    count.
-    """
-
-    def __init__(self, training: Training) -> None:
-        self._training, self._weights = training, training.weights
-        self._finer = {name: _finer(weight) for name, weight in self._weights.items()}
-        # No weight decay: zero is not where the weights belong.
-        self._adam = torch.optim.AdamW(self._finer.values(), weight_decay=0.0, fused=True)
-        # cuDNN's recurrent layers go back in training mode alone.
-        self._recurrent = any(map(_is_recurrent, training.model.modules()))
-
-    def step(self, samples: Sequence[Batch], rate: float) -> float:
-        """Make a step on samples, which the processes share out; return its loss."""
-        setup = self._training.setup
-        total = torch.zeros((), dtype=torch.float64, device=device_of(setup.dense))
-        mine = samples[setup.ranks.rank :: setup.ranks.size]
-        for batch in in_batches(mine, self._training.at_once):
-            total += self._add_gradients(batch, len(samples))
-        gradients = [self._gradient(name) for name in self._weights]
-        setup.ranks.all_reduce("the gradients of a step", [*gradients, total])
-        nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
-        self._adam.zero_grad()
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                if weight is not self._finer[name]:
-                    weight.copy_(self._finer[name])
-        return float(total)
-
-    def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
-        """Go forward and backward on a part of so many samples; return its part of the loss."""
-        training, way, dense = self._training, self._training.way, self._training.setup.dense
-        target, model = training.held.distance, training.model
-        mine = target.inputs.count(batch)
-        with (
-            checkpointing(model) if way.checkpointing else nullcontext(),
-            torch.autocast(device_of(dense).type, torch.bfloat16, way.mixed_precision == "bf16"),
-            torch.backends.cudnn.flags(enabled=not self._recurrent),
-        ):
-            with torch.no_grad():
-                due = target.outputs(dense, batch)
-            found = target.outputs(model, batch)
-        distance, count = target.summed(found, due, mine)
-        loss = distance / count * (mine / samples)
-        try:
-            torch.autograd.backward(loss)
-        except RuntimeError as error:
-            let_shortage_pass(error)
-            raise ModelError(
-                f"no gradients flow through {type(model).__name__}: {first_line(error)}; leave "
-                "no_grad and detach out of its forward, and of the loss, and let it return scores "
-                "or other real numbers"
-            ) from error
-        training.state.put_back()
-        return loss.detach().double()
-
-    def _gradient(self, name: str) -> Tensor:
-        """Return a gradient where the optimizer takes it: of experts without tokens it is zero."""
-        weight, finer = self._weights[name], self._finer[name]
-        found = torch.zeros_like(finer) if weight.grad is None else weight.grad.to(finer.dtype)
-        weight.grad = None
-        finer.grad = found.to_dense() if found.is_sparse else found
-        return finer.grad
-
-    def tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all that a training goes on from, by name, beside the best values so far."""
-        found = {f"best.{name}": tensor for name, tensor in best.items()}
-        for name, weight in self._finer.items():
-            found[f"value.{name}"] = weight.detach()
-            found |= {f"{kind}.{name}": self._adam.state[weight][kind] for kind in _KEPT}
-        return found
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Go on from where a training stood; return the best values so far."""
-        values = {name: tensors[f"value.{name}"] for name in self._finer}
-        _copy(values, self._finer)
-        _copy(values, self._weights)
-        for name, weight in self._finer.items():
-            kept = {kind: tensors[f"{kind}.{name}"].to(weight.device) for kind in _KEPT}
-            self._adam.state[weight] = kept
-        return {name: tensors[f"best.{name}"].to(one.device) for name, one in self._weights.items()}
-
-
-def _is_recurrent(module: nn.Module) -> bool:
-    """Whether a module, or a program, is a recurrent layer or has one."""
-    nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
-    operators = {f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-    return isinstance(module, nn.RNNBase) or any(str(node.target) in operators for node in nodes)
-
-
-def _shapes(outputs: Any) -> list[list[int]] | str:
-    """Return the shapes of what is compared of a model's outputs."""
-    if outputs is None:
-        return "no scores of classes"
-    return [list(one.shape) for one in tree_leaves(outputs) if isinstance(one, Tensor)]
-
-
-def _finer(weight: nn.Parameter) -> nn.Parameter:
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    return weight if weight.dtype == kind else nn.Parameter(weight.detach().to(kind))
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Return the share of its height that the rate has in a step, of 1 to `steps`.
-
-    It rises in the first tenth, and falls on a cosine to a tenth (Loshchilov and Hutter, 2017).
+    It rises linearly in the first tenth of the steps, then falls on a cosine to a tenth (Loshchilov
+    and Hutter, 2017).
     """
     warm = math.ceil(_WARMUP * steps)
     if step <= warm:
@@ -388,13 +63,319 @@ def _schedule(step: int, steps: int) -> float:
     return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
 
 
-def kept_point(points: Sequence[Point]) -> Point:
-    """Return the point nearest to the dense model, the first of several."""
-    return min(points, key=lambda one: math.inf if one.held_out is None else one.held_out)
+# ---- checks, and the log that keeps them ---------------------------------------------------
+
+_CHECKS = 8
+"""Checks on held-out samples, evenly spread over the steps."""
+
+_RISES = 3
+"""So many rises of the held-out loss in a row end a training."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A check on held-out samples.
+
+    Parameters
+    ----------
+    step
+        Optimizer steps so far; 0 is the model as it came.
+    rate
+        Peak learning rate of the steps since the last check.
+    loss
+        Mean training loss of the steps since the last check; None at first.
+    held_out
+        Distance from the dense model on a few of the held-out samples (`CHECKED`).  None stands for
+        what is not finite, here and in `loss`.
+    seconds
+        Since the training began.
+    """
+
+    step: int
+    rate: float
+    loss: float | None
+    held_out: float | None
+    seconds: float
+
+    @property
+    def distance(self) -> float:
+        """Distance on held-out samples; infinite if it is not finite."""
+        return math.inf if self.held_out is None else self.held_out
+
+
+def nearest(points: Sequence[Point]) -> Point:
+    """Return the check with the lowest distance, the first of several."""
+    return min(points, key=lambda one: one.distance)
 
 
 def _is_over(points: Sequence[Point]) -> bool:
-    """Whether it is of no use to go on."""
-    last = [math.inf if one.held_out is None else one.held_out for one in points[-_RISES - 1 :]]
-    rising = len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
-    return rising or last[-1] == math.inf
+    """Whether the held-out loss has risen often enough."""
+    last = [one.distance for one in points[-_RISES - 1 :]]
+    return len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: its checks so far."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    points: tuple[Point, ...]
+
+
+class RecoveryLog(SavingJournal[JournalManifest]):
+    """The state of a training, in a directory: one that is killed goes on to the same bytes."""
+
+    what = "recovery"
+    manifest_file = "log.json"
+    schema = JournalManifest
+    done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
+    other_files = (REPORT,)
+    otherwise = "begin anew with --restart"
+
+    @property
+    def kept(self) -> str:
+        """What a recovery that ends now leaves, in words; nothing if that is nothing."""
+        steps = int(self.done[-1].stem) if self.done else 0
+        return f"{pluralize(steps, 'step')} {are(steps)} kept in {self.directory}" if steps else ""
+
+    def last(self) -> tuple[Progress, dict[str, Tensor]] | None:
+        """Return the last state that was kept; None if there is none."""
+        return read_record(self.done[-1], Progress, self.what) if self.done else None
+
+    def keep(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the state of a training in the place of the last one."""
+        before = self.done
+        place = self.directory / f"{progress.points[-1].step:08}.safetensors"
+        write_record(place, progress, tensors, self.what)
+        for old in before:
+            old.unlink(missing_ok=True)
+
+
+# ---- the loop ----------------------------------------------------------------------------
+
+_CLIP = 1.0
+"""The largest norm of a gradient."""
+
+
+class Training:
+    """A training of a copy of the smaller model, in one of the ways to train.
+
+    Parameters
+    ----------
+    setup
+        Both models, and all samples.
+    way
+        The request, with what was chosen.
+    ranks
+        Share out the samples of a step, and those that are held out.
+
+    Raises
+    ------
+    ModelError
+        If the two models' outputs differ in shape.
+    """
+
+    def __init__(self, setup: Setup, way: RecoveryRequest, ranks: Ranks = ALONE) -> None:
+        self.setup, self.way, self.ranks = setup, way, ranks
+        self.at_once = way.micro_batch_size or setup.size
+        # In evaluation mode a step neither draws nor averages anything.
+        self.model = trainable(setup.model, setup.dense, way)
+        self.formats = formats(self.model, setup.model)
+        self.weights = {n: one for n, one in self.model.named_parameters() if one.requires_grad}
+        # Half precision, which a program may have, is trained in float32: small steps count there.
+        finer = {
+            n: torch.promote_types(one.dtype, torch.float32) for n, one in self.weights.items()
+        }
+        self._finer = {
+            name: one if one.dtype == finer[name] else nn.Parameter(one.detach().to(finer[name]))
+            for name, one in self.weights.items()
+        }
+        # No weight decay: zero is not where the weights belong.
+        self._adam = torch.optim.AdamW(self._finer.values(), weight_decay=0.0, fused=True)
+        # cuDNN's recurrent layers have a backward pass in training mode alone.
+        self._cudnn = not any(map(_is_recurrent, self.model.modules()))
+        few = CHECKED[setup.inputs.tokens]
+        checked = in_batches(setup.held_out[:few], self.at_once)
+        batches = [*checked, *in_batches(setup.held_out[few:], self.at_once)]
+        # What passes write on the model is put back after each: a cache would be of older weights.
+        self._state = ModelState(self.model)
+        with self._state.watching(), torch.no_grad():
+            both = [setup.distance.outputs(x, batches[0]) for x in (self.model, setup.dense)]
+        self._state.put_back()
+        mine, due = (
+            [list(x.shape) for x in tree_leaves(one) if torch.is_tensor(x)] for one in both
+        )
+        if mine != due and way.loss is None:
+            raise ModelError(
+                f"the smaller model's scores or outputs have the shapes {mine}, and the dense "
+                f"one's {due}; give the dense model that it was pruned from"
+            )
+        self.held_out = Reference.of(setup.distance, setup.dense, batches, ranks)
+        self.checked = self.held_out.part(checked)
+
+    @timed(Stage.HELD_OUT)
+    def distance(self, reference: Reference) -> float | None:
+        """Return the distance of the model that would be saved now; None if it is not finite."""
+        with as_saved(self.model, self.formats):
+            found = reference.compared(self.model).distance
+        self._state.put_back()
+        return found if math.isfinite(found) else None
+
+    def try_step(self) -> None:
+        """Make a step that takes as much memory as any will, and undo it.
+
+        It has the largest sample, the moments of the optimizer, and, if steps have several passes,
+        a pass beside the gradients of another.
+        """
+        best = self._values()
+        largest = max(self.setup.samples, key=lambda one: sum(x.numel() for x in one.values()))
+        self.step([], 0.0, ALONE)
+        self.step([largest] * min(self.setup.size, 2 * self.at_once), 0.0, ALONE)
+        self._go_back(best)
+
+    @timed(Stage.TRAINING)
+    def run(
+        self,
+        log: RecoveryLog | None = None,
+        known: tuple[Progress, Mapping[str, Tensor]] | None = None,
+    ) -> tuple[Point, ...]:
+        """Train, and leave the model with the weights of its nearest check; return all checks.
+
+        If a check finds the model farther from the dense one than it was at first, training goes
+        back to the weights of the nearest check, with a lower learning rate.  `log` keeps the state
+        at each check, and `known` is the last that it has kept.
+        """
+        steps = self.way.steps
+        if known is None:
+            rate = self.way.learning_rate or LEARNING_RATE[self.setup.inputs.tokens]
+            points, best = [Point(0, rate, None, self.distance(self.checked), 0.0)], self._values()
+        else:
+            points, best = list(known[0].points), self._restore(known[1])
+        began, losses = time.perf_counter() - points[-1].seconds, list[float]()
+        with stage("recover", total=steps) as bar:
+            for step, samples in enumerate(self._steps(), 1):
+                bar.advance()
+                if step <= points[-1].step:
+                    continue
+                if _is_over(points):
+                    break
+                risen = points[-1].distance > points[0].distance
+                rate = points[-1].rate * (_LOWER if risen else 1.0)
+                losses.append(self.step(samples, rate * schedule(step, steps), self.ranks))
+                if step % math.ceil(steps / _CHECKS) and step < steps:
+                    continue
+                loss, losses = sum(losses) / len(losses), []
+                seconds, seen = time.perf_counter() - began, loss if math.isfinite(loss) else None
+                points.append(Point(step, rate, seen, self.distance(self.checked), seconds))
+                if nearest(points) is points[-1]:
+                    _copy(self.weights, best)
+                elif points[-1].distance > points[0].distance:
+                    self._go_back(best)
+                if log is not None:
+                    log.keep(Progress(tuple(points)), self._tensors(best))
+                first, kept = points[0].distance, nearest(points).distance
+                bar.describe(f"recover: loss {loss:.4g}, held out {first:.4g} to {kept:.4g}")
+        _copy(best, self.weights)
+        return tuple(points)
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yield the samples of each step, of passes over all of them, each in an order of its own.
+
+        They depend on the seed alone, so that a run which goes on sees what it would have seen.
+        """
+        setup, seed = self.setup, self.way.seed
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        for step in range(self.way.steps):
+            while len(order) < setup.size:
+                order += torch.randperm(len(setup.samples), generator=generator).tolist()
+            now, order = [setup.samples[one] for one in order[: setup.size]], order[setup.size :]
+            first = step * setup.size
+            yield [shifted(x, first + i, seed) for i, x in enumerate(now)] if setup.shifts else now
+
+    def step(self, samples: Sequence[Batch], rate: float, ranks: Ranks) -> float:
+        """Make an optimizer step on samples, which the ranks share out; return its loss."""
+        total = torch.zeros((), dtype=torch.float64, device=device_of(self.setup.dense))
+        for batch in in_batches(samples[ranks.rank :: ranks.size], self.at_once):
+            total += self._add_gradients(batch, len(samples))
+        for name, finer in self._finer.items():
+            # Experts without tokens have no gradient, and embeddings may have a sparse one.
+            weight = self.weights[name]
+            found = torch.zeros_like(finer) if weight.grad is None else weight.grad.to(finer.dtype)
+            weight.grad, finer.grad = None, found.to_dense() if found.is_sparse else found
+        gradients = [one.grad for one in self._finer.values() if one.grad is not None]
+        ranks.all_reduce("the gradients of a step", [*gradients, total])
+        nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        self._adam.zero_grad()
+        _copy(self._finer, self.weights)
+        return float(total)
+
+    def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
+        """Go forward and backward on a part of so many samples; return its part of the loss."""
+        way, distance, dense = self.way, self.held_out.distance, self.setup.dense
+        with (
+            checkpointing(self.model) if way.checkpointing else nullcontext(),
+            torch.autocast(device_of(dense).type, torch.bfloat16, way.mixed_precision == "bf16"),
+            torch.backends.cudnn.flags(enabled=self._cudnn),
+        ):
+            with torch.no_grad():
+                due = distance.outputs(dense, batch)
+            found = distance.outputs(self.model, batch)
+        mine = distance.inputs.count(batch)
+        total, count = distance.summed(found, due, mine)
+        loss = total / count * (mine / samples)
+        try:
+            torch.autograd.backward(loss)
+        except RuntimeError as error:
+            let_shortage_pass(error)
+            raise ModelError(
+                f"no gradients flow through {type(self.model).__name__}: {first_line(error)}; "
+                "leave no_grad and detach out of its forward, and of the loss, and let it return "
+                "scores or other real numbers"
+            ) from error
+        self._state.put_back()
+        return loss.detach().double()
+
+    def _values(self) -> dict[str, Tensor]:
+        """Return copies of the weights, in the formats in which they would be saved."""
+        named = self.weights.items()
+        return {name: one.detach().to(self.formats[name], copy=True) for name, one in named}
+
+    def _go_back(self, values: Mapping[str, Tensor]) -> None:
+        """Set the weights, and forget the moments of the optimizer."""
+        _copy(values, self._finer)
+        _copy(values, self.weights)
+        self._adam.state.clear()
+
+    def _tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return all tensors from which a training goes on, beside the best values so far."""
+        found = {f"best.{name}": tensor for name, tensor in best.items()}
+        for name, weight in self._finer.items():
+            found[f"value.{name}"] = weight.detach()
+            found |= {f"{kind}.{name}": x for kind, x in self._adam.state[weight].items()}
+        return found
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Go on from tensors that were kept; return the best values so far."""
+        self._go_back({name: tensors[f"value.{name}"] for name in self._finer})
+        for name, weight in self._finer.items():
+            kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
+            self._adam.state[weight] = {k: tensors[f"{k}.{name}"].to(weight.device) for k in kinds}
+        return {name: tensors[f"best.{name}"].to(one.device) for name, one in self.weights.items()}
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        if tensor is not values[name]:
+            tensor.copy_(values[name])
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether a module, or a program, is a recurrent layer or has one."""
+    nodes = module.graph.nodes if isinstance(module, GraphModule) else ()
+    operators = {f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+    return isinstance(module, nn.RNNBase) or any(str(node.target) in operators for node in nodes)

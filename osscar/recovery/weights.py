@@ -1,25 +1,47 @@
-"""The copy of a model that is trained, and how it becomes a model like the one that came in."""
+"""The copy of a model that is trained, with adapters or without, and what is saved of it.
+
+Adapters (LoRA: Hu et al., 2021) are peft's; once merged, nothing of them is left but other values.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.preserve import forget_derived
-from osscar.network.modules import copied, device_of, in_evaluation, named_tensors
+from osscar.base.errors import MissingDependency, OptionError
+from osscar.network.modules import (
+    copied,
+    device_of,
+    graphics_cards,
+    in_evaluation,
+    named_tensors,
+)
 from osscar.proof.program.program import ProgramModule
-from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
 from osscar.recovery.request import RecoveryRequest
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of those inside them, and do not always call these."""
 
 
 def trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> nn.Module:
     """Return a copy in which gradients flow to what is trained, in a format for small steps.
 
-    It lies where the dense model does.  What is not trained are the tensors of the model itself, if
-    these are there, too.
+    It is on the dense model's device.  Weights that are not trained are those of the model itself
+    if they are on that device already.
     """
-    device = device_of(dense)
-    trained = _trained(model) if request.lora is None else frozenset[str]()
+    device, free = device_of(dense), _not_frozen(model)
     program = isinstance(model, ProgramModule)  # whose number formats are in its code
 
     def moved(tensor: Tensor, copy: bool) -> Tensor:
@@ -27,8 +49,8 @@ def trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> n
         return tensor.detach().to(device, torch.float32 if half else tensor.dtype, copy=copy)
 
     instead: dict[int, Tensor] = {id(one): moved(one, True) for one in model.buffers()}
-    for name, weight in model.named_parameters():
-        mine = name in trained
+    for weight in model.parameters():
+        mine = request.lora is None and id(weight) in free and weight.is_floating_point()
         instead[id(weight)] = nn.Parameter(moved(weight, mine), requires_grad=mine)
     work = in_evaluation(copied(model, instead))
     if request.lora is not None:
@@ -36,25 +58,22 @@ def trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> n
     return work
 
 
-def _trained(model: nn.Module) -> frozenset[str]:
-    """Return the names of the weights that can be trained, of those that the model lets learn."""
-    weights = dict(model.named_parameters())
-    learning = {name for name, weight in weights.items() if weight.requires_grad} or set(weights)
-    return frozenset(name for name in learning if weights[name].is_floating_point())
-
-
-def formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the number formats in which a copy comes back; adapters have their own."""
-    due = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in named_tensors(work)}
+def _not_frozen(model: nn.Module) -> set[int]:
+    """Return the parameters that take gradients, by `id`; all if the model freezes everything."""
+    weights = list(model.parameters())
+    return {id(one) for one in weights if one.requires_grad} or set(map(id, weights))
 
 
 def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
     """Make a trained copy a model like the one that it was made of, with weights of its own.
 
-    Adapters are merged; number formats, flags, modes and place are as they were.
+    Adapters are merged; number formats, flags, modes and device are as they were.
     """
-    merge_adapters(work)
+    for name, layer in _adapted(work).items():
+        _merge(layer)
+        work.set_submodule(name, layer.get_base_layer())
+    if hasattr(work, "peft_config"):
+        del work.peft_config
     work.to(device_of(model))
     for (_, mine), (_, other) in zip(named_tensors(work), named_tensors(model), strict=True):
         mine.data = mine.data.to(other.dtype, copy=mine.data_ptr() == other.data_ptr())
@@ -64,3 +83,107 @@ def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
         module.training = first.training
     forget_derived(work)
     return work
+
+
+def formats(work: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the number formats in which tensors of a trained copy are saved, by name."""
+    due = {name: tensor.dtype for name, tensor in named_tensors(model)}
+    return {n: due.get(n.replace(".base_layer.", "."), one.dtype) for n, one in named_tensors(work)}
+
+
+@contextmanager
+def as_saved(work: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Let a trained copy be what is saved of it in the block: adapters merged, numbers rounded."""
+    named = named_tensors(work)
+    before = [(tensor, tensor.data) for _, tensor in named]
+    layers = _adapted(work).values()
+    try:
+        for layer in layers:
+            _merge(layer)
+        for name, tensor in named:
+            tensor.data = tensor.data.to(formats[name])
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+        for tensor, data in before:
+            tensor.data = data
+
+
+# ---- adapters ----------------------------------------------------------------------------
+
+
+def has_peft() -> bool:
+    """Whether the package that makes adapters is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Return the names of the modules to which adapters can be added.
+
+    A matrix that several modules share has none, such as a head that is tied to an embedding, nor
+    one that the model freezes, unless it freezes everything.
+    """
+    free = _not_frozen(model)
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    read = {
+        inner for one in model.modules() if isinstance(one, _READERS) for inner in one.modules()
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and module not in read and _is_plain(module)
+        if uses[id(module.weight)] == 1 and id(module.weight) in free
+    ]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear map, or a convolution of a kind that peft supports."""
+    if type(module) in _CONVOLUTIONS:
+        ones = {module.groups, *module.dilation}  # type: ignore[misc]
+        return ones == {1} and module.padding_mode == "zeros"
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def add_adapters(model: nn.Module, names: list[str], rank: int, seed: int) -> None:
+    """Add adapters to modules, in place; nothing else takes gradients then.
+
+    Raises
+    ------
+    MissingDependency
+        If peft is not installed.
+    OptionError
+        If there is no such module.
+    """
+    if not names:
+        raise OptionError(
+            f"lora is {rank}, and {type(model).__name__} has no modules to which adapters could be "
+            "added; omit it"
+        )
+    if not has_peft():
+        raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))
+    )
+    with torch.random.fork_rng(graphics_cards(model)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model)
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """Return the modules of a model that have adapters, by name."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: one for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)}
+
+
+def _merge(layer: Any) -> None:
+    """Add an adapter's product to a copy of its matrix, which another model may share."""
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()
+    layer.merge()

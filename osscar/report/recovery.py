@@ -43,18 +43,18 @@ def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
     rank = recovery["chosen"]["lora"]
     weights = f"weights (adapters, rank {rank})" if rank else "weights"
     trained = pluralize(recovery["samples"], "sample")
-    found = "" if settings["learning_rate"] else ", found by trying a few"
+    bf16 = recovery["chosen"]["mixed_precision"] == "bf16"
     yield (
-        f"training: {recovery['trained']:,} {weights} on {trained}, at a learning rate of "
-        f"{recovery['learning_rate']:g}{found}"
+        f"training: {recovery['trained']:,} {weights} on {trained}, matrix products in "
+        f"{'bfloat16' if bf16 else 'the format of the weights'}"
     )
-    last = points[-1]
-    if last["held_out"] is None:
-        yield f"stopped: at step {last['step']}, since the model's outputs were not finite there"
-    elif last["step"] < settings["steps"]:
+    first, last = points[0]["rate"], points[-1]["rate"]
+    lowered = "" if first == last else f", lowered to {last:g} as the held-out loss rose"
+    yield f"learning rate: {first:g}{lowered}"
+    if points[-1]["step"] < settings["steps"]:
         yield (
-            f"stopped: after {last['step']} of {settings['steps']} steps, since the held-out "
-            "samples got worse and worse"
+            f"stopped: after {points[-1]['step']} of {settings['steps']} steps, as the held-out "
+            "loss rose again and again"
         )
 
 
@@ -106,8 +106,8 @@ def _number(value: float | None) -> str:
 def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
     """Return what pages show of a recovery."""
     caption = (
-        "How far the smaller model is from the dense one, before and in the course of the "
-        "training. Held-out samples train nothing; the step at which they are nearest is kept."
+        "Distance of the smaller model from the dense one during the training, on a part of the "
+        "held-out samples. The nearest step is kept if it is nearer on all of them, too."
     )
     return {
         "sentences": [f"{capitalized(line)}." for line in recovery_lines(recovery)],
@@ -139,8 +139,9 @@ def recovery_figure(recovery: Mapping[str, Any]) -> Figure:
             [point["step"] for point in losses], [point["loss"] for point in losses],
             "--", color=figures.COLORS[1], linewidth=1, label="training",
         )  # fmt: skip
+    kept = next(point for point in recovery["points"] if point["step"] == recovery["kept"])
     axes.plot(
-        [recovery["kept"]], [recovery["after"]], "o", color=figures.COLORS[2], markersize=9,
+        [kept["step"]], [kept["held_out"]], "o", color=figures.COLORS[2], markersize=9,
         markerfacecolor="none", markeredgewidth=1.5, label="kept",
     )  # fmt: skip
     top = max([*held, *(point["loss"] for point in losses)])

@@ -731,7 +731,7 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         "With --certify: rounds",
     ):
         assert words in said["prune"]
-    assert "without --mixed-precision" in said["recover"]
+    assert "the samples, and of --augment" in said["recover"]
     titles = [
         "Arguments",
         "Budget",

@@ -16,8 +16,8 @@ import osscar.cli.recover
 from osscar.base.errors import OutputError
 from osscar.data.prose import Split, builtin_text
 from osscar.data.tokens import text_windows
-from osscar.recovery.log import RecoveryLog
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.training import RecoveryLog
 from osscar.report.recover_page import recover_page
 from osscar.report.recovery import recovery_lines, recovery_table
 from tests.docs.json_schema import missing, undescribed
@@ -92,7 +92,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert document["before"] == report("small")
     recovery = document["recovery"]
     assert 0 < recovery["after"] < recovery["before"]
-    assert recovery["settings"]["learning_rate"] == recovery["learning_rate"] == 1e-3
+    assert recovery["settings"]["learning_rate"] == recovery["points"][0]["rate"] == 1e-3
     assert recovery["data"]["seqlen"] == 32  # as when it was pruned
     assert "as many as its " in recovery["data"]["source"]
     assert f"of text.txt, {recovery['data']['source'].partition(', ')[2]}, seed 0" in out
@@ -157,7 +157,8 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
 
 def test_where_nothing_was_better_the_model_is_as_it_came(run, small, tiny):
     (small / "osscar_report.json").unlink()
-    asked = ("--text", "builtin", "--samples", 6, *TRAINING, "--learning-rate", 1, "--out", "new")
+    asked = ("--text", "builtin", "--samples", 6, *TRAINING, "--steps", 2, "--out", "new")
+    asked = (*asked, "--learning-rate", 1)
     status, out, err = run("recover", "small", "--dense", tiny, *asked)
     assert status == 0, err
     assert "was the nearest, on 1 sample" in out
@@ -262,27 +263,27 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
     assert status == 0, err
     keep = RecoveryLog.keep
 
-    def ended(log, standing):
-        keep(log, standing)
-        if standing.progress.points[-1].step == 2:
+    def ended(log, progress, tensors):
+        keep(log, progress, tensors)
+        if progress.points[-1].step == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RecoveryLog, "keep", ended)
     status, _, err = run(*asked("out"))
     assert status == 130
-    assert "the first 2 steps are kept in" in err
+    assert "2 steps are kept in" in err
     assert not Path("out").exists()
     assert Path("out.recover").exists()
 
     if command[0] == "recover":
         status, _, err = run(*asked("out"), "--mixed-precision", "bf16")
         assert status == 2
-        assert "mixed-precision was 'no' and is 'bf16'" in err
+        assert "mixed-precision was None and is 'bf16'" in err
     taken = []
 
-    def noted(log, standing):
-        taken.append(standing.progress.points[-1].step)
-        keep(log, standing)
+    def noted(log, progress, tensors):
+        taken.append(progress.points[-1].step)
+        keep(log, progress, tensors)
 
     monkeypatch.setattr(RecoveryLog, "keep", noted)
     status, _, err = run(*asked("out"))
@@ -303,7 +304,7 @@ def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch
         patch.setattr(osscar.cli.recover, "save", full)
         status, _, err = run(*asked)
     assert status == 2
-    assert "the disk is full. The first 4 steps are kept in" in err
+    assert "the disk is full. 4 steps are kept in" in err
     assert Path("small-recovered.recover").exists()
     status, _, err = run(*asked, "--seed", 1)
     assert status == 2
@@ -445,25 +446,22 @@ def test_windows_that_may_not_overlap_share_no_token(tiny):
     assert all(b - a >= 32 for a, b in pairwise(starts))
 
 
+BF16 = {"mixed_precision": "bf16"}
 POINTS = [
-    {"step": 0, "loss": None, "held_out": 0.4, "seconds": 0.0},
-    {"step": 2, "loss": 0.5, "held_out": 0.2, "seconds": 1.0},
-    {"step": 4, "loss": None, "held_out": None, "seconds": 2.0},
+    {"step": 0, "rate": 1e-3, "loss": None, "held_out": 0.4, "seconds": 0.0},
+    {"step": 2, "rate": 1e-3, "loss": 0.5, "held_out": 0.2, "seconds": 1.0},
+    {"step": 4, "rate": 1e-3, "loss": None, "held_out": None, "seconds": 2.0},
+    {"step": 6, "rate": 1e-4, "loss": 0.5, "held_out": 0.3, "seconds": 2.0},
 ]
 
 
 def document(**changed):
     recovery = {
-        "settings": {
-            "steps": 16,
-            "lora": None,
-            "learning_rate": None,
-            "seed": 0,
-        },
-        "chosen": {"lora": None, "micro_batch_size": 4, "augment": "none"},
+        "settings": {"steps": 16, "lora": None, "learning_rate": None, "seed": 0},
+        "chosen": {"lora": None, "micro_batch_size": 4, "augment": "none", **BF16},
         "data": {"source": "<b>text</b>.txt", "seen": {"count": 2, "least": ""}},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
-        **{"learning_rate": 5e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
+        **{"learning_rate": 1e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
         "stages": {"recovery: training": 2.0, "other": 0.5},
     }
     computed = {"dtype": "float32", "device": "cpu"}
@@ -488,8 +486,9 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
             *("small, recovered", "9,876 parameters", "not finite", "<b>text</b>.txt"),
             "0.4000 nats a prediction from the dense model became 0.2000 by step 2, on 2 samples",
             "1,234 weights on 9 samples",
-            "at a learning rate of 0.0005, found by trying a few",
-            "at step 4, since the model's outputs were not finite there",
+            "matrix products in bfloat16",
+            "rate: 0.001, lowered to 0.0001 as the held-out loss rose",
+            "after 6 of 16 steps, as the held-out loss rose again and again",
             "steps\n16",
         ):
             assert expected in text
@@ -510,22 +509,22 @@ def test_the_page_shows_the_curve_and_fits(tmp_path):
 def test_what_a_recovery_came_to_is_told_as_it_was():
     unit = "of the squared outputs"
     nothing = document(kept=0, after=0.4, measure="relative", points=POINTS[:2])["recovery"]
-    first, second, third = recovery_lines(nothing)
+    first, *_, last = recovery_lines(nothing)
     assert first == (
         f"held out: 0.4000 {unit} from the dense model was the nearest, on 2 samples, in 2.5 s; "
         "the weights are those that it came with"
     )
-    assert third == "stopped: after 2 of 16 steps, since the held-out samples got worse and worse"
-    asked = {"steps": 2, "lora": 4, "learning_rate": 0.1}
-    given = document(settings=asked, chosen={"lora": 4})["recovery"]
-    lines = list(recovery_lines({**given, "points": POINTS[:2], "learning_rate": 0.1}))
-    assert lines[1] == (
-        "training: 1,234 weights (adapters, rank 4) on 9 samples, at a learning rate of 0.1"
-    )
-    assert len(lines) == 2
+    assert last == "stopped: after 2 of 16 steps, as the held-out loss rose again and again"
+    chosen = {"lora": 4, "mixed_precision": "no"}
+    given = document(settings={"steps": 2}, chosen=chosen)["recovery"]
+    _, *lines = recovery_lines({**given, "points": POINTS[:2]})
+    assert lines == [
+        "training: 1,234 weights (adapters, rank 4) on 9 samples, matrix products in the format of "
+        "the weights",
+        "learning rate: 0.001",
+    ]
     kept = recovery_table(given).columns[-1]
-    assert [str(cell) for cell in kept.cells] == ["", "yes", ""]
-    assert second.startswith("training: ")
+    assert [str(cell) for cell in kept.cells] == ["", "yes", "", ""]
     close = [{**POINTS[1], "held_out": one} for one in (0.003512, 0.00349, 0.0034897, 3.49e-7, 0.0)]
     told = recovery_table({**given, "points": close}).columns[2]
     assert [*map(str, told.cells)] == ["0.003512", "0.003490", "0.003490", "3.490e-07", "0.000"]

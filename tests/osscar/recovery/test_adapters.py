@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,9 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import MissingDependency, OptionError
-from osscar.network.modules import copied
-from osscar.recovery import adapters, training
-from osscar.recovery.adapters import adaptable, add_adapters, merge_adapters
-from osscar.recovery.log import RecoveryLog
-from osscar.recovery.recover import Recovery, recover_as_asked
-from osscar.recovery.request import RecoveryRequest
+from osscar.recovery import weights
+from osscar.recovery.recover import Recovery
+from osscar.recovery.weights import adaptable, add_adapters
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
 
@@ -32,15 +30,9 @@ def smaller(dense: nn.Module, windows: torch.Tensor) -> nn.Module:
     return model
 
 
-def recovered(
-    smaller: nn.Module,
-    dense: nn.Module,
-    data: torch.Tensor,
-    log: RecoveryLog | None = None,
-    **asked,
-) -> Recovery:
-    request = RecoveryRequest(**{"steps": 8, "learning_rate": 1e-2, "device": "cpu", **asked})
-    return recover_as_asked(smaller, dense, data, request, log)
+def recovered(smaller: nn.Module, dense: nn.Module, data: torch.Tensor, **asked: Any) -> Recovery:
+    default = {"steps": 8, "learning_rate": 1e-2, "device": "cpu", "mixed_precision": "no"}
+    return osscar.recover(smaller, dense, data, **{**default, **asked})
 
 
 @needs_peft
@@ -96,27 +88,6 @@ def test_only_matrices_that_a_module_has_alone_and_multiplies_by_are_adapted():
 
 
 @needs_peft
-def test_merged_matrices_do_what_the_adapters_did():
-    torch.manual_seed(0)
-    model, x = Convolutions().eval(), torch.randn(2, 3, 8, 8)
-    before = model(x)
-    work = copied(model)
-    add_adapters(work, adaptable(work), 2, seed=0)
-    assert torch.equal(work(x), before)
-    names = {name for name, one in work.named_parameters() if one.requires_grad}
-    assert {name.split(".lora_")[0] for name in names} == {"plain", "head"}
-    with torch.no_grad():
-        for one in work.parameters():
-            if one.requires_grad:
-                one.normal_()
-    adapted = work(x)
-    assert not torch.allclose(adapted, before, atol=1e-2)
-    merge_adapters(work)
-    torch.testing.assert_close(work(x), adapted, rtol=1e-4, atol=1e-4)
-    assert list(work.state_dict()) == list(model.state_dict())
-
-
-@needs_peft
 def test_adapters_begin_as_the_seed_has_it():
     drawn = torch.get_rng_state()
     first, second, third = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
@@ -140,35 +111,6 @@ def test_a_convolutional_network_recovers_with_adapters():
     assert list(result.model.state_dict()) == list(smaller.state_dict())
 
 
-@needs_peft
-def test_adapters_go_on_to_the_same_bytes(dense, smaller, windows, tmp_path, monkeypatch):
-    whole = recovered(smaller, dense, windows, lora=2)
-    log = RecoveryLog(tmp_path / "log")
-    steps, step = [], training._Optimizer.step
-
-    def killed(self, samples, rate):
-        if len(steps) == 5:  # two are tried
-            raise KeyboardInterrupt
-        steps.append(samples)
-        return step(self, samples, rate)
-
-    monkeypatch.setattr(training._Optimizer, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        recovered(smaller, dense, windows, log, lora=2)
-    monkeypatch.setattr(training._Optimizer, "step", step)
-    again = recovered(smaller, dense, windows, log, lora=2)
-    assert [(p.step, p.held_out) for p in again.points] == [
-        (p.step, p.held_out) for p in whole.points
-    ]
-    found = again.model.state_dict()
-    assert all(torch.equal(one, found[name]) for name, one in whole.model.state_dict().items())
-
-
-def test_what_has_nothing_to_adapt_is_refused():
-    with pytest.raises(OptionError, match="lora is 4, and BatchNorm2d has no modules"):
-        add_adapters(nn.BatchNorm2d(3), [], 4, seed=0)
-
-
 def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense, smaller, windows):
     everywhere = adaptable(smaller)
     partly = copy.deepcopy(smaller)
@@ -181,7 +123,9 @@ def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense
     assert adaptable(partly.requires_grad_(False)) == everywhere
 
 
-def test_peft_may_be_missing(monkeypatch):
-    monkeypatch.setattr(adapters, "has_peft", lambda: False)
+def test_what_cannot_be_adapted_is_refused(monkeypatch):
+    with pytest.raises(OptionError, match="lora is 4, and BatchNorm2d has no modules"):
+        add_adapters(nn.BatchNorm2d(3), [], 4, seed=0)
+    monkeypatch.setattr(weights, "has_peft", lambda: False)
     with pytest.raises(MissingDependency, match=r"osscar\[recover\]"):
         add_adapters(nn.Sequential(nn.Linear(2, 2)), ["0"], 2, seed=0)

@@ -1,4 +1,4 @@
-"""The way to train that fits into memory, and gradient checkpointing."""
+"""The way to train that fits into memory, and checkpointed activations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import osscar
 from osscar.allocation.divergence import Likeness, Reference
-from osscar.base.errors import NoMemoryError, OptionError
+from osscar.base.errors import DataError, NoMemoryError, OptionError
 from osscar.base.memory import give_back, resident_memory
 from osscar.network.modules import copied
-from osscar.recovery.checkpointing import blocks, checkpointing
-from osscar.recovery.memory import way_that_fits
+from osscar.recovery import memory
+from osscar.recovery.memory import blocks, checkpointing, first_that_fits
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
@@ -27,18 +27,18 @@ from tests.osscar.recovery.perturbed import bytes_of, perturbed
 # ---- ways that need less -----------------------------------------------------------------
 
 
-def way(space: int, **asked: object) -> RecoveryRequest:
+def way(space: int, said: list[str], **asked: object) -> RecoveryRequest:
     """Choose among steps that need 4 bytes a sample, and 100 of weights or 10 of adapters."""
 
-    def try_step(way: RecoveryRequest) -> None:
+    def build(way: RecoveryRequest) -> RecoveryRequest:
         passes = 4 * (way.micro_batch_size or 0) // (2 if way.checkpointing else 1)
         if passes + (100 if way.lora is None else 10) > space:
             raise MemoryError(f"of {space} bytes")
+        return way
 
     model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
-    request = RecoveryRequest(**asked)
-    at_once = request.micro_batch_size or 8
-    return way_that_fits(request, model, at_once, torch.device("cpu"), try_step)
+    setup = Setup(model, model, torch.zeros(64, 2), RecoveryRequest(batch_size=8, **asked))
+    return first_that_fits(setup, build, said.append)
 
 
 @pytest.mark.parametrize(
@@ -51,34 +51,21 @@ def way(space: int, **asked: object) -> RecoveryRequest:
         pytest.param(101, 1, True, 16, marks=needs_peft),
     ],
 )
-def test_the_first_way_that_fits_is_taken(space, micro, checkpointed, lora):
-    found = way(space)
+def test_the_first_way_that_fits_is_taken_and_told(space, micro, checkpointed, lora):
+    said: list[str] = []
+    found = way(space, said)
     assert (found.micro_batch_size, found.checkpointing, found.lora) == (micro, checkpointed, lora)
+    more = ", checkpointed activations" * checkpointed + ", adapters of rank 16" * bool(lora)
+    line = f"memory: trains with micro-batches of {micro}{more}, as more does not fit"
+    assert said == ([] if space == 132 else [line])
 
 
 @needs_peft
 def test_what_is_asked_for_stays():
-    found = way(103, micro_batch_size=8)
+    found = way(103, [], micro_batch_size=8)
     assert (found.micro_batch_size, found.checkpointing, found.lora) == (8, True, 16)
-    with pytest.raises(NoMemoryError, match=r"with micro-batches of 8, checkpointing, .*: of 11 b"):
-        way(11, micro_batch_size=8)
-
-
-def test_what_nobody_asked_for_may_not_work_and_all_else_is_raised():
-    tried = []
-
-    def try_step(way: RecoveryRequest) -> None:
-        tried.append(way)
-        if way.checkpointing:
-            raise OptionError("a block writes to what it is given")
-        raise MemoryError
-
-    model, cpu = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU())), "cpu"
-    with pytest.raises(NoMemoryError, match="Sequential, with micro-batches of 1: "):
-        way_that_fits(RecoveryRequest(), model, 2, torch.device(cpu), try_step)
-    assert [one.checkpointing for one in tried] == [False, False, True]
-    with pytest.raises(OptionError, match="a block writes"):
-        way_that_fits(RecoveryRequest(checkpointing=True), model, 2, torch.device(cpu), try_step)
+    with pytest.raises(NoMemoryError, match=r"with micro-batches of 8, checkpointed .*: of 11 byt"):
+        way(11, [], micro_batch_size=8)
 
 
 class Wide(nn.Module):
@@ -93,48 +80,89 @@ class Wide(nn.Module):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has in memory")
-def test_a_limit_of_the_process_is_kept_and_what_was_chosen_is_said():
-    """A step of 8 samples makes 500 MB at least, and of one 60 MB."""
+def test_a_step_that_takes_more_than_it_may_is_made_in_smaller_parts():
     torch.manual_seed(0)
-    dense, data, said = Wide(), torch.randn(24, 8), list[str]()
+    dense, data = Wide(), torch.randn(40, 8)
+    asked = {"steps": 3, "batch_size": 32, "device": "cpu", "mixed_precision": "no"}
+    request = RecoveryRequest(held_out=2, learning_rate=1e-2, **asked)
     gc.collect()
     give_back()
-    request = RecoveryRequest(steps=1, batch_size=8, learning_rate=1e-3, device="cpu")
-    limited = dataclasses.replace(request, max_memory=resident_memory() + 250 * 10**6)
+    limit = resident_memory() + 400 * 10**6
+    said: list[str] = []
+    limited = dataclasses.replace(request, max_memory=limit)
     result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
     chosen = result.chosen["micro_batch_size"]
     assert chosen in (1, 2, 4)
-    assert said == [f"memory: there is none for more than micro-batches of {chosen}"]
-    assert result.request == limited
+    assert said == [f"memory: trains with micro-batches of {chosen}, as more does not fit"]
     given = dataclasses.replace(request, micro_batch_size=chosen)
     again = recover_as_asked(perturbed(dense), dense, data, given, tell=said.append)
-    assert bytes_of(again.model) == bytes_of(result.model)  # the steps that were tried left nothing
+    assert bytes_of(again.model) == bytes_of(result.model)  # the step that was tried left nothing
     assert len(said) == 1
     with pytest.raises(NoMemoryError, match=r"micro-batches of 1.*: it takes more than .* in all"):
         recover_as_asked(dense, dense, data, dataclasses.replace(request, max_memory="100MB"))
 
 
-def test_held_out_samples_run_as_many_at_once_as_fit(monkeypatch):
-    dense, data = small_net(), images(24)
-    sizes, compared, try_step = set[int](), Reference.compared, Training.try_steps
+def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monkeypatch):
+    dense, data = small_net(), images(90)
+    sizes, compared, try_step = list[list[int]](), Reference.compared, Training.try_step
 
     def watched(self: Reference, model: nn.Module) -> Likeness:
-        sizes.update(map(self.distance.inputs.count, self.batches))
+        sizes.append([*map(self.distance.inputs.count, self.batches)])
         return compared(self, model)
 
     def tried(self: Training) -> None:
-        if (self.way.micro_batch_size or 0) > 2:
+        if (self.way.micro_batch_size or 0) > 8:
             raise MemoryError
         try_step(self)
 
     monkeypatch.setattr(Reference, "compared", watched)
-    monkeypatch.setattr(Training, "try_steps", tried)
-    asked = {"steps": 1, "learning_rate": 1e-4, "held_out": 8, "batch_size": 8, "device": "cpu"}
-    osscar.recover(perturbed(dense), dense, data, **asked)
-    assert sizes == {2}
+    monkeypatch.setattr(Training, "try_step", tried)
+    asked = {"steps": 2, "learning_rate": 1e-4, "held_out": 42, "batch_size": 16, "device": "cpu"}
+    recovery = recover_as_asked(perturbed(dense), dense, data, RecoveryRequest(**asked))
+    assert recovery.kept > 0
+    all_of_them, few = [8] * 4 + [8, 2], [8] * 4
+    assert sizes == [all_of_them, few, few, few, all_of_them]
 
 
-# ---- gradient checkpointing --------------------------------------------------------------
+# ---- number formats ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiplies", ["bf16", "no"])
+def test_bfloat16_is_the_default_where_it_is_multiplied_and_runs(multiplies, monkeypatch):
+    monkeypatch.setattr(memory, "precision_of", lambda device: multiplies)
+    seen, code = set(), {}
+
+    class Seen(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            found = super().forward(input)
+            if found.requires_grad:
+                seen.add(found.dtype)
+            if code["refuses"] and found.dtype is torch.bfloat16:
+                raise RuntimeError("expected m1 and m2 to have the same dtype")
+            return found
+
+    for refuses, asked, due in (
+        (False, None, multiplies),
+        (True, None, "no"),
+        (False, "no", "no"),
+        (False, "bf16", "bf16"),
+    ):
+        seen.clear()
+        code["refuses"] = refuses
+        request = RecoveryRequest(steps=1, device="cpu", mixed_precision=asked)
+        dense = nn.Sequential(Seen(6, 3))
+        recovery = recover_as_asked(perturbed(dense), dense, torch.randn(24, 6), request)
+        assert recovery.chosen["mixed_precision"] == due
+        assert seen == {torch.bfloat16 if due == "bf16" else torch.float32}
+        words = "bfloat16" if due == "bf16" else "the format of the weights"
+        assert f"matrix products in {words}" in recovery.summary()
+    code["refuses"] = True
+    request = dataclasses.replace(request, mixed_precision="bf16")
+    with pytest.raises(DataError, match="expected m1 and m2"):
+        recover_as_asked(perturbed(dense), dense, torch.randn(24, 6), request)
+
+
+# ---- checkpointed activations ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["transformers", "convolutions"])
@@ -165,19 +193,24 @@ class Overwrites(nn.Module):
         return self.inner(x.mul_(2))
 
 
-def test_a_block_that_writes_to_its_input_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), Overwrites(), Overwrites())
-    with (
-        pytest.raises(OptionError, match="Overwrites writes to what it is given"),
-        checkpointing(model),
-    ):
-        model(torch.ones(2, 4))
-    assert "forward" not in vars(model[1])
+def test_a_block_that_writes_to_its_input_is_refused_if_it_was_asked_for(monkeypatch):
+    model, data = nn.Sequential(nn.Linear(4, 4), Overwrites(), Overwrites()), torch.randn(24, 4)
+    request = RecoveryRequest(steps=1, checkpointing=True, mixed_precision="no", device="cpu")
+    with pytest.raises(OptionError, match="Overwrites writes to its inputs"):
+        recover_as_asked(model, model, data, request)
+    with pytest.raises(OptionError, match="Linear repeats no blocks"):
+        recover_as_asked(nn.Linear(4, 4), nn.Linear(4, 4), data, request)
+    tried, original = [], Training.try_step
 
+    def short(self: Training) -> None:
+        tried.append(self.way.checkpointing)
+        if not self.way.checkpointing:
+            raise MemoryError
+        original(self)
 
-def test_a_model_without_blocks_is_refused():
-    with (
-        pytest.raises(OptionError, match="Linear repeats no blocks"),
-        checkpointing(nn.Linear(2, 2)),
-    ):
-        pass
+    monkeypatch.setattr(Training, "try_step", short)
+    request = dataclasses.replace(request, checkpointing=False, batch_size=1)
+    monkeypatch.setattr(memory, "has_peft", lambda: False)
+    with pytest.raises(NoMemoryError, match="Sequential, with micro-batches of 1: "):
+        recover_as_asked(model, model, data, request)
+    assert tried == [False, True]

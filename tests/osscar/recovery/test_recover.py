@@ -40,13 +40,14 @@ from tests.osscar.recovery.perturbed import bytes_of, perturbed, raw
 
 HELD = 2
 OFTEN = {"steps": 3, "learning_rate": 1e-3, "held_out": HELD, "batch_size": 4, "device": "cpu"}
+EXACT = {**OFTEN, "mixed_precision": "no"}
 
 
 FEW = {"steps": 8, "learning_rate": 1e-4}
 """What makes a model better that has hardly lost anything."""
 
 
-def recomputed(model, dense, data, seed=0):
+def recomputed(model, dense, data, at_once, seed=0):
     """The distance on the samples that decide, drawn anew."""
     dense, model = copy.deepcopy(dense).eval(), copy.deepcopy(model).eval()
     inputs = as_inputs(dense, data)
@@ -54,7 +55,6 @@ def recomputed(model, dense, data, seed=0):
     if not inputs.tokens:
         order = torch.randperm(len(samples), generator=named_generator("held out", seed))
         samples = [samples[index] for index in order.tolist()]
-    at_once = 1 if inputs.tokens or inputs.apart else OFTEN["batch_size"]
     deciding = drawing.in_batches(samples[-HELD:], at_once)
     distance = Distance.of(dense, inputs, deciding[0])
     return Reference.of(distance, dense, deciding).divergence(model)
@@ -99,12 +99,10 @@ def test_only_weights_change_and_never_for_the_worse(name):
     assert {b: found[b] for b in buffers} == {b: before[b] for b in buffers}
     assert lineage_of(recovery.model).plans == lineage_of(smaller).plans
     assert recovery.after <= recovery.before
-    assert recovery.before == pytest.approx(recomputed(smaller, dense, data), rel=1e-6)
-    assert recovery.after == pytest.approx(recomputed(recovery.model, dense, data), rel=1e-6)
-    if recovery.kept == 0:
-        assert found == before
-    else:
-        assert found != before
+    at_once = recovery.chosen["micro_batch_size"]
+    for model, due in ((smaller, recovery.before), (recovery.model, recovery.after)):
+        assert recomputed(model, dense, data, at_once) == pytest.approx(due, rel=1e-6)
+    assert (found == before) == (recovery.kept == 0)
     copy.deepcopy(recovery.model)  # nothing hangs on a graph
 
 
@@ -133,7 +131,7 @@ def test_no_rate_makes_a_model_worse(seed, rate, noise, kind, steps):
     smaller = perturbed(dense, noise, seed)
     asked = {**OFTEN, "learning_rate": rate, "steps": steps, "seed": seed}
     recovery = osscar.recover(smaller, dense, data, **asked)
-    found = recomputed(recovery.model, dense, data, seed)
+    found = recomputed(recovery.model, dense, data, 4, seed)
     assert found == pytest.approx(recovery.after, rel=1e-3)  # of outputs that are all but the same
     assert recovery.after <= recovery.before
     assert recovery.points[-1].step <= steps
@@ -155,27 +153,6 @@ def test_most_of_what_was_lost_comes_back(kind):
     recovery = osscar.recover(smaller, dense, data, **asked)
     assert recovery.after < share * recovery.before
     assert recovery.kept > 10
-
-
-def test_a_loss_that_is_not_finite_from_some_step_on_ends_the_training():
-    """The weights are then no numbers, and what was best before is kept."""
-    dense, data = net(), numbers(64)
-    steps = []
-
-    def loss(found, due):
-        if found.requires_grad:
-            steps.append(1)
-        broken = len(steps) > 20 and found.requires_grad
-        return (found - due).square().mean() * (torch.nan if broken else 1.0)
-
-    smaller = perturbed(dense)
-    asked = {**OFTEN, "steps": 64, "loss": loss, "learning_rate": 0.01}
-    recovery = osscar.recover(smaller, dense, data, **asked)
-    assert [point.step for point in recovery.points] == [0, 8, 16, 24]
-    assert (recovery.points[-1].held_out, recovery.points[-1].loss) == (None, None)
-    assert recovery.kept in (8, 16)
-    assert recovery.after < recovery.before
-    assert all(bool(weight.isfinite().all()) for weight in recovery.model.parameters())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -217,15 +194,6 @@ def test_a_model_that_does_what_the_dense_one_does_is_not_made_better(kind, rate
         assert 0.0 <= recovery.before < (1e-11 if kind == torch.float32 else 1e-4)
         assert recovery.kept == 0 or kind == torch.bfloat16
         assert (smaller is other) or (recovery.kept, recovery.before) == (0, 0.0)
-
-
-def test_where_the_range_test_finds_only_worse_the_model_comes_back_as_it_was():
-    dense, data = net(), numbers()
-    asked = {**OFTEN, "learning_rate": None}
-    smaller = copy.deepcopy(dense)
-    recovery = osscar.recover(smaller, dense, data, **asked)
-    assert bytes_of(recovery.model) == bytes_of(smaller)
-    assert recovery.learning_rate == 1e-5
 
 
 # ---- which weights -----------------------------------------------------------------------
@@ -310,8 +278,8 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
 def test_too_few_samples_are_refused_in_numbers():
     dense = net()
     for count, asked, message in (
-        (1, {}, "1 sample is too few: to decide what is kept takes 1, 0 share nothing with those"),
-        (4, {"held_out": 9}, "4 samples are too few: to decide what is kept takes 9"),
+        (1, {}, "1 sample is too few: 1 is held out, 0 share nothing with those"),
+        (4, {"held_out": 9}, "4 samples are too few: 9 are held out"),
         (8, {"held_out": 2, "batch_size": 7}, "6 share nothing with those, and a step has 7"),
     ):
         with pytest.raises(DataError, match=message):
@@ -330,7 +298,7 @@ def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path,
 
     class Spy(Training):
         def run(self, *rest):
-            samples = [one for step in self._steps(4) for one in step]
+            samples = [one for step in self._steps() for one in step]
             seen.append(torch.cat([next(iter(one.values())) for one in samples]))
             return super().run(*rest)
 
@@ -342,7 +310,7 @@ def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path,
         (loaded, {"augment": "none"}),
         (dict(inputs.tensors), {}),
     ):
-        osscar.recover(perturbed(dense), dense, data, **{**OFTEN, "steps": 1, **asked})
+        osscar.recover(perturbed(dense), dense, data, **{**OFTEN, "steps": 4, **asked})
     first, again, other, none, tensors = seen
     assert torch.equal(first, again)
     assert torch.equal(none, tensors)
@@ -436,19 +404,19 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(6, 4)),
         net,
         ModelError,
-        r"puts out \[\[2, 4\]\] where the dense one puts out \[\[2, 3\]\]",
+        r"have the shapes \[\[2, 4\]\], and the dense one's \[\[2, 3\]\]; give the dense",
     ),
     "fewer outputs": (
         lambda: _same_names(Once),
         lambda: Twice(*net()),
         ModelError,
-        r"puts out \[\[2, 3\]\] where the dense one puts out \[\[2, 3\], \[2, 3\]\]",
+        r"have the shapes \[\[2, 3\]\], and the dense one's \[\[2, 3\], \[2, 3\]\]",
     ),
     "no scores": (
         lambda: nn.Linear(6, 3),
         lambda: Scores(*net()),
         ModelError,
-        "puts out no scores of classes where",
+        r"have the shapes \[\], and the dense one's \[\[2, 3\]\]",
     ),
     "other inputs": (
         lambda: nn.Sequential(nn.Linear(5, 3)),
@@ -462,13 +430,13 @@ REFUSED = {
         lambda: _same_names(Infinite),
         net,
         NonFiniteError,
-        "the smaller model's outputs on held",
+        "distance of the two models is not finite on the held-out samples",
     ),
     "infinite dense outputs": (
         net,
         lambda: _same_names(Infinite),
         NonFiniteError,
-        "the dense model's outputs on held",
+        "distance of the two models is not finite on the held-out samples",
     ),
     "no gradients": (
         lambda: _same_names(Cut),
@@ -539,7 +507,7 @@ def test_a_dense_model_of_another_vocabulary_is_refused():
     smaller.resize_token_embeddings(90)
     with pytest.raises(DataError, match="the model knows 0 to 89"):
         osscar.recover(smaller, tiny("opt"), tokens(8), **OFTEN)
-    with pytest.raises(ModelError, match=r"puts out \[\[24, 90\]\] where"):
+    with pytest.raises(ModelError, match=r"shapes \[\[24, 90\]\], and"):
         osscar.recover(smaller, tiny("opt"), tokens(8) % 90, **OFTEN)
 
 
@@ -565,7 +533,7 @@ def test_a_module_with_a_model_in_it_is_the_model_itself():
 def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
     form = FORMS[name]
     expected = osscar.recover(*form.made(), **OFTEN).model
-    other = osscar.recover(*form.made(), **{**OFTEN, "mixed_precision": "bf16"}).model
+    other = osscar.recover(*form.made(), **EXACT).model
     with around():
         smaller, dense, data = form.made()
         found = osscar.recover(smaller, dense, data, **OFTEN).model

@@ -12,9 +12,9 @@ import safetensors.torch
 
 from osscar.base.errors import OutputError
 from osscar.base.ranks import ALONE, Ranks, together
-from osscar.recovery.log import RecoveryLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.training import RecoveryLog
 from tests.osscar.recovery.cases import FORMS, Form
 from tests.osscar.test_ranks import ended
 
@@ -26,8 +26,8 @@ CASES: Mapping[str, Form] = {name: FORMS[name] for name in ("graphs", "experts o
 
 def recovered(case: str, log: RecoveryLog | None = None, ranks: Ranks = ALONE) -> Recovery:
     smaller, dense, data = CASES[case].made()
-    asked = {} if case == "graphs" else {"learning_rate": 1e-3}
-    request = RecoveryRequest(steps=5, batch_size=3, held_out=2, device="cpu", **asked)
+    asked = {"learning_rate": 1e-3, "device": "cpu", "mixed_precision": "no"}
+    request = RecoveryRequest(steps=5, batch_size=3, held_out=2, **asked)
     return recover_as_asked(smaller, dense, data, request, log, ranks)
 
 
@@ -70,11 +70,11 @@ def with_log(directory: Path, *, full: bool) -> None:
     kept: list[int] = []
 
     class Full(RecoveryLog):
-        def keep(self, standing):
+        def keep(self, *state):
             if kept:
                 raise OutputError("no space left")
             kept.append(1)
-            super().keep(standing)
+            super().keep(*state)
 
     with together() as ranks:
         log = (Full if full else RecoveryLog)(directory / "log") if ranks.first else None
