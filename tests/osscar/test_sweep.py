@@ -478,7 +478,7 @@ def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
         (
             osscar.RecoveryRequest(held_out=8),
             DataError,
-            "8 samples are too few: to decide what",
+            "8 samples are too few: 8 are held out",
         ),
     ],
 )
