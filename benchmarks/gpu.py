@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import solvers
 from benchmarks.scale import layer
-from osscar.base.devices import clock_of
 from osscar.base.memory import available_memory
 from osscar.base.timing import Stage, profiled
 from osscar.data.tokens import load_calibration
@@ -62,15 +62,14 @@ class Solved:
 
 def solved(p: int, device: torch.device, backend: str, seed: int = 0) -> Solved:
     """Solve one made-up layer of p inputs and p / 4 outputs, half of the inputs to go."""
-    clock = clock_of(device)
     H, W0 = (matrix.to(device) for matrix in layer(p, max(1, p // 4), seed))
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)
-    began = clock()
+    began = timer()
     problem = solvers.SubsetProblem.from_gram(H, W0, keep=p // 2, overwrite=True)
     solution = solvers.solve(problem, backend)
-    seconds = clock() - began
+    seconds = timer() - began
     peak = torch.cuda.max_memory_allocated(device) if on_card else 0
     support = frozenset(solution.support.tolist())
     return Solved(seconds, support, solution.relative_loss, peak)
@@ -184,7 +183,7 @@ def pruned(task: Task, device: torch.device) -> Pruned:
     """Run one task on one device."""
     model, data = task.make()
     request = PruningRequest(**task.asked, device=str(device))
-    with profiled(clock_of(device)) as spent:
+    with profiled(timer) as spent:
         result = prune_as_asked(model.to(device), data, request)
     return Pruned(spent.seconds, [layer.support for layer in result.layers])
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import gguf
@@ -62,7 +62,7 @@ def images(steps: Sequence[int], repetitions: int) -> None:
     torch.manual_seed(0)
     model, samples = mobilenet_v2().eval(), torch.randn(8, 3, 224, 224)
     sizes = dict[int, float]()
-    timings = list[Callable[[], list[float]]]()
+    timers = list[Timer]()
     with tempfile.TemporaryDirectory() as place:
         for step in steps:
             smaller = pruned(model, samples, "channels", step).model
@@ -71,16 +71,10 @@ def images(steps: Sequence[int], repetitions: int) -> None:
             session = _session(file.path)
             for count in (1, 8):
                 here = samples[:count]
-                timings.append(partial(_timed, smaller, here))
-                timings.append(
-                    partial(
-                        _timed,
-                        partial(session.run, None),
-                        {session.get_inputs()[0].name: here.numpy()},
-                    )
-                )
+                feed = {session.get_inputs()[0].name: here.numpy()}
+                timers += [Timer(partial(smaller, here)), Timer(partial(session.run, None, feed))]
         with torch.inference_mode():
-            seconds = interleaved(timings, repetitions, "Timing")
+            seconds = interleaved(timers, repetitions, "Timing")
     medians = np.array([statistics.median(one) for one in seconds]).reshape(len(steps), -1) * 1e3
     printed(
         {step: (sizes[step], *row) for step, row in zip(steps, medians, strict=True)},
@@ -94,12 +88,6 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options)
-
-
-def _timed(function: Callable[[Any], object], given: object) -> list[float]:
-    began = time.perf_counter()
-    function(given)
-    return [time.perf_counter() - began]
 
 
 # ---- text --------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ def timed_briefly() -> Iterator[None]:
         for function in (evaluate, compare):
             patch.setitem(function.__kwdefaults__, "repetitions", 1)
             patch.setitem(function.__kwdefaults__, "new_tokens", 4)
-        patch.setattr("osscar.evaluation.forward._REPETITIONS", 2)
+        patch.setattr("osscar.evaluation.speed._REPETITIONS", 2)
         patch.setattr("osscar.base.timing.WORTHWHILE_SECONDS", 0.0)
-        patch.setattr("osscar.evaluation.forward._SECONDS", 0.0)
+        patch.setattr("osscar.evaluation.speed._SECONDS", 0.0)
         yield
 
 

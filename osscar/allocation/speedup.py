@@ -10,16 +10,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from timeit import Timer
 
 import torch
 from torch import nn
+from torch.utils.benchmark import timer
 
 from graph.tracing.preserve import without_cache
-from osscar.base.devices import clock_of
 from osscar.base.errors import EquivalenceError, RequestError
-from osscar.base.timing import interleaved, seconds_of
+from osscar.base.timing import interleaved
 from osscar.data.batches import Batch
-from osscar.network.modules import copied, device_of, forward
+from osscar.network.modules import copied, forward
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
@@ -108,10 +109,9 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     RequestError
         If that is too much.
     """
-    clock = clock_of(device_of(dense))
-    timings = [seconds_of(partial(forward, model, batch), clock) for model in (dense, other)]
+    timers = [Timer(partial(forward, model, batch), timer=timer) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
-        slow, fast = interleaved(timings, REPETITIONS, "timing")
+        slow, fast = interleaved(timers, REPETITIONS, "timing")
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     spread = (high - low) / 2 / len(ratios) ** 0.5 / middle

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import platform
-import time
 from pathlib import Path
 
 import torch
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.base.timing import Clock
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,15 +82,3 @@ def _processor() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def clock_of(device: torch.device) -> Clock:
-    """Return a clock that waits for what a device has been given to do."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,41 +116,26 @@ WORTHWHILE_SECONDS = 2.0
 """Fast functions are timed more often than asked, for so long."""
 
 
-def seconds_of(function: Callable[[], object], clock: Clock) -> Callable[[], list[float]]:
-    """Return what calls a function once, and returns the seconds that it took."""
-
-    def timing() -> list[float]:
-        began = clock()
-        function()
-        return [clock() - began]
-
-    return timing
-
-
 def interleaved(
-    timings: Sequence[Callable[[], list[float]]],
+    timers: Sequence[timeit.Timer],
     repetitions: int,
     description: str,
     *,
     worthwhile: float | None = None,
 ) -> list[list[float]]:
-    """Collect the seconds that each timing reports, over as many repetitions as are worth it.
+    """Return the seconds of each timer in each turn, after a warm-up.
 
-    A timing does once what is timed, and returns the seconds of the steps that it took. They are
-    repeated so often at the least, and for so many seconds (`WORTHWHILE_SECONDS` by default) at the
-    least. The description is what a progress bar says.
+    There are at least so many turns, and as many as fit into so many seconds (`WORTHWHILE_SECONDS`
+    by default).  The description is what a progress bar says.
     """
-    seconds: list[list[float]] = [[] for _ in timings]
-    for timing in timings:
-        timing()  # warm-up: allocations, thread pools, kernels chosen at first use
+    for timer in timers:
+        timer.timeit(1)  # warm-up: allocations, thread pools, kernels chosen at first use
     least = WORTHWHILE_SECONDS if worthwhile is None else worthwhile
-    order = list(range(len(timings)))
-    began, done = time.perf_counter(), 0
+    turns: list[list[float]] = []
+    began = time.perf_counter()
     with stage(description) as bar:
-        while done < repetitions or time.perf_counter() - began < least:
-            for index in order:
-                seconds[index] += timings[index]()
-            order.reverse()
-            done += 1
+        while len(turns) < repetitions or time.perf_counter() - began < least:
+            order = -1 if len(turns) % 2 else 1
+            turns.append([timer.timeit(1) for timer in timers[::order]][::order])
             bar.advance()
-    return seconds
+    return [list(seconds) for seconds in zip(*turns, strict=True)]

@@ -14,7 +14,7 @@ from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.data.loaders import read_once
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.tokens import CalibrationSet
-from osscar.evaluation.quality import score
+from osscar.evaluation.quality import SampleQuality, TextQuality, score
 from osscar.network.modules import check_usable
 from osscar.offload.on_disk import is_on_disk
 
@@ -104,9 +104,21 @@ def score_dense(
     calibration = read_once(model, calibration)
     if isinstance(calibration, SampleSet) and calibration.labels is not None:
         return _score_labelled(model, calibration, classes)
-    if isinstance(calibration, CalibrationSet) and calibration.seqlen > 1:
-        return _score_windows(model, calibration)
-    return None
+    if not isinstance(calibration, CalibrationSet) or calibration.seqlen < 2:
+        return None
+    few = dataclasses.replace(calibration, tokens=calibration.tokens[:_WINDOWS])
+    found: TextQuality = score([model], few)[0]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = int(embeddings.weight.shape[0])
+    return DenseScore(
+        "perplexity",
+        found.perplexity,
+        "window",
+        found.windows,
+        seqlen=found.seqlen,
+        chance=vocabulary,
+        near_chance=found.perplexity > _CHANCE_SHARE * vocabulary,
+    )
 
 
 def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -> DenseScore | None:
@@ -115,33 +127,22 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
     assert data.labels is not None
     known, n = data.labels[data.labels != IGNORED], len(data)
     try:
-        quality = score([model], data, classes=classes)[0]
+        found: SampleQuality = score([model], data, classes=classes)[0]
     except (DataError, ModelError, NonFiniteError) as error:
         # Labels may mean something else than its classes, and some classes be shut off by infinity.
         return DenseScore("top1", None, data.sample_name, n, reason=str(error))
-    top1, predictions = quality.top1, quality.predictions
-    if top1 is None:
+    if found.top1 is None:
         return None
-    most = int(known.bincount().max()) / len(known)
-    by_chance = float(bdtrc(round(top1 * predictions) - 1, predictions, most))
-    # Of so few that even getting all of them right would be no proof, nothing is said.
-    near = by_chance > _SIGNIFICANCE >= most**predictions
-    positions = data.labels.shape[1] if data.labels.ndim > 1 else None
+    predictions, most = found.predictions, int(known.bincount().max()) / len(known)
+    by_chance = float(bdtrc(round(found.top1 * predictions) - 1, predictions, most))
     return DenseScore(
-        "top1", top1, data.sample_name, n, predictions, positions, chance=most, near_chance=near
-    )
-
-
-def _score_windows(model: Any, calibration: CalibrationSet) -> DenseScore:
-    few = dataclasses.replace(calibration, tokens=calibration.tokens[:_WINDOWS])
-    (quality,) = score([model], few)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    return DenseScore(
-        "perplexity",
-        quality.perplexity,
-        "window",
-        quality.windows,
-        seqlen=quality.seqlen,
-        chance=vocabulary,
-        near_chance=quality.perplexity > _CHANCE_SHARE * vocabulary,
+        "top1",
+        found.top1,
+        data.sample_name,
+        n,
+        predictions,
+        positions=data.labels.shape[1] if data.labels.ndim > 1 else None,
+        chance=most,
+        # Of so few that even getting all of them right would be no proof, nothing is said.
+        near_chance=by_chance > _SIGNIFICANCE >= most**predictions,
     )

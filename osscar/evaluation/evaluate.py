@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import nn
 from osscar.base.inputs import whole_number
 from osscar.base.shown import Shown
 from osscar.data.loaders import read_once
-from osscar.evaluation.quality import task_of
+from osscar.data.samples import SampleSet
+from osscar.evaluation.quality import SAMPLES_AT_ONCE, Windows, arguments, score, score_windows
 from osscar.evaluation.size import (
     Footprint,
     count_disk_bytes,
@@ -22,6 +22,7 @@ from osscar.evaluation.size import (
     read_peak_memory,
     reset_peak_memory,
 )
+from osscar.evaluation.speed import measure_speed, sample_speeds
 from osscar.network.modules import count_parameters, device_of, evaluating
 from osscar.network.operations import count_flops
 
@@ -61,12 +62,7 @@ class Evaluation(Shown):
 
     def numbers(self) -> dict[str, Any]:
         """Return all that was measured by its name."""
-        parts: tuple[Any, ...] = (self.quality, self.speed, self.footprint)
-        return {
-            field.name: getattr(part, field.name)
-            for part in parts
-            for field in dataclasses.fields(part)
-        }
+        return {**vars(self.quality), **vars(self.speed), **vars(self.footprint)}
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,15 @@ class Comparison(Shown):
     def of(cls, model: Evaluation, dense: Evaluation) -> Comparison:
         """Divide one evaluation by another."""
         mine, theirs = model.numbers(), dense.numbers()
-        ratios = {name: _ratio(mine[name], theirs[name]) for name in _COMPARED if name in mine}
-        return cls(model, dense, ratios)
-
-
-def _ratio(mine: float | None, dense: float | None) -> float | None:
-    return mine / dense if mine is not None and dense else None
+        return cls(
+            model,
+            dense,
+            {
+                name: mine[name] / theirs[name] if mine[name] is not None and theirs[name] else None
+                for name in _COMPARED
+                if name in mine
+            },
+        )
 
 
 def evaluate(
@@ -133,12 +132,12 @@ def evaluate(
     Raises
     ------
     DataError
-        If the model does not take the data, an image cannot be decoded, or the labels are not its
+        If the model fails on the data, an image cannot be decoded, or the labels are not its
         classes.
     ModelError
-        If the model fails on the data, puts out nothing that could be scored, or two passes over
-        the same data differ; or if it is asked about text and is no causal language model, has no
-        key-value cache, or lacks tokens of it.
+        If the model puts out nothing that could be scored, or two passes over the same data differ;
+        or if it is asked about text and is no causal language model, has no key-value cache, or
+        lacks tokens of it.
     NonFiniteError
         If an output is NaN or infinite; of text the message says in which window.
     OptionError
@@ -192,26 +191,35 @@ def _evaluate_all(
 ) -> list[Evaluation]:
     whole_number(new_tokens, "the number of new tokens", 1)
     whole_number(repetitions, "the number of repetitions", 1)
-    models = [model for model, _ in candidates]
+    models: list[Any] = [model for model, _ in candidates]
     data = read_once(models[-1], data, whole=True)
-    task = task_of(models, data, classes, batch_size)
-    measured: list[tuple[Any, int | None]] = []
+    dense = models[-1] if len(models) > 1 else None
+    qualities, peaks, flops = list[Any](), list[int | None](), list[float]()
+    speeds: Sequence[Any]
     with evaluating(*models), torch.no_grad():
-        for some in [models] if task.together else [[model] for model in models]:
-            device = device_of(some[0])
-            reset_peak_memory(device)
-            qualities = task.score(some, models[-1] if len(models) > 1 else None)
-            peak = read_peak_memory(device)
-            measured += [(quality, peak) for quality in qualities]
-        examples = [task.example(model) for model in models]
-        flops = [
-            count_flops(model, batch) / samples
-            for model, (batch, samples) in zip(models, examples, strict=True)
-        ]
-        speeds = task.speeds(models, repetitions, new_tokens)
+        if isinstance(data, SampleSet):
+            reset_peak_memory(device_of(models[0]))
+            qualities = score(models, data, dense=dense, classes=classes, batch_size=batch_size)
+            peaks = [read_peak_memory(device_of(models[0]))] * len(models)
+            ones = [arguments(model, next(data.batches(1))) for model in models]
+            flops = [count_flops(model, one) for model, one in zip(models, ones, strict=True)]
+            size = SAMPLES_AT_ONCE if batch_size is None else batch_size
+            batches = [arguments(model, next(data.batches(size))) for model in models]
+            samples = 1 if data.alone else min(size, len(data))
+            speeds = sample_speeds(models, batches, samples, repetitions)
+        else:
+            text = Windows.of(models, data)
+            for model in models:
+                reset_peak_memory(device_of(model))
+                qualities.append(score_windows(model, text, batch_size))
+                peaks.append(read_peak_memory(device_of(model)))
+            prompt = text.windows[0]
+            rows = [{"input_ids": prompt[None].to(device_of(model))} for model in models]
+            flops = [count_flops(m, row) / len(prompt) for m, row in zip(models, rows, strict=True)]
+            speeds = measure_speed(models, prompt, new_tokens=new_tokens, repetitions=repetitions)
     return [
         Evaluation(
-            sample=task.sample,
+            sample=data.sample_name if isinstance(data, SampleSet) else "token",
             quality=quality,
             speed=speed,
             footprint=Footprint(
@@ -224,7 +232,7 @@ def _evaluate_all(
             device=str(device_of(model)),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
-        for (model, path), (quality, peak), speed, operations in zip(
-            candidates, measured, speeds, flops, strict=True
+        for (model, path), quality, peak, speed, operations in zip(
+            candidates, qualities, peaks, speeds, flops, strict=True
         )
     ]

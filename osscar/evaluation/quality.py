@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osscar.allocation.divergence import as_logits
-from osscar.base.errors import DataError, ModelError, NonFiniteError, OsscarError
+from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.base.inputs import whole_number
-from osscar.base.memory import let_shortage_pass
 from osscar.base.messages import warn
 from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
@@ -26,8 +24,6 @@ from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.tensors import SampleList, TensorSet
 from osscar.data.text import TextSet
 from osscar.data.tokens import CalibrationSet
-from osscar.evaluation.forward import forward_seconds
-from osscar.evaluation.speed import Speed, measure_speed
 from osscar.network.modules import check_usable, evaluating
 from osscar.network.predictions import (
     LOGITS,
@@ -39,14 +35,17 @@ from osscar.network.predictions import (
     scored_output,
 )
 from osscar.offload.on_disk import room_for_pass
+from osscar.preparation.failures import failures_named
 from osscar.preparation.repeatable import check_repeatable
 from osscar.proof.equivalence import call
+
+WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 4, 32
 
 ROWS_AT_ONCE = 128
 """Positions whose logits are float32 at a time: 25 MB with a vocabulary of 49,152."""
 
 _FEW_TOKENS, _FEW_SAMPLES = 32, 2
-"""That tell whether two passes are alike."""
+"""On which two passes are compared, as their outputs have to be the same."""
 
 _TOP = 5
 
@@ -120,15 +119,6 @@ class SampleQuality:
     errors: Mapping[str, float | None]
 
 
-@dataclass(frozen=True)
-class SampleSpeed:
-    """Samples per second of one model, in forward passes over one batch."""
-
-    samples_per_second: float
-    batch_size: int
-    repetitions: int
-
-
 def score(
     models: Sequence[nn.Module],
     data: Any,
@@ -142,108 +132,104 @@ def score(
     Outputs of images and tensors are compared with those of the `dense` model.  By default 4
     windows, or 32 images or samples, run at once.
     """
-    everyone = [*models, *(() if dense is None or dense in models else (dense,))]
-    return task_of(everyone, data, classes, batch_size).score(models, dense)
-
-
-def task_of(
-    models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int | None
-) -> Task:
-    """Return what models are asked about data, which they have been found to read."""
     for model in models:
         check_usable(model)
-    for kind, task in _TASKS.items():
-        if isinstance(data, kind):
-            size = task.batch_size if batch_size is None else batch_size
-            return task(
-                models, data, classes, whole_number(size, "the batch size (--batch-size)", 1)
-            )
-    raise DataError(
-        f"the data are a {type(data).__name__}; give what osscar.load_text, osscar.load_images, "
-        "osscar.load_tensors, osscar.load_batches or osscar.load_calibration returns"
-    )
+    if isinstance(data, SampleSet):
+        return _score_samples(models, data, dense, classes, batch_size)
+    text = Windows.of(models, data)
+    return [score_windows(model, text, batch_size) for model in models]
+
+
+def _batch_size(asked: int | None, default: int) -> int:
+    return default if asked is None else whole_number(asked, "the batch size (--batch-size)", 1)
 
 
 # ---- text --------------------------------------------------------------------------------
 
 
-class _Text:
-    """Windows of text, which are scored by each model alone."""
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens, (tokens,) int64, of which so many at the beginning are special."""
 
-    batch_size = 4
-    sample = "token"
-    together = False
+    windows: tuple[Tensor, ...]
+    special_tokens: int = 0
 
-    def __init__(
-        self, models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int
-    ) -> None:
+    @classmethod
+    def of(cls, models: Sequence[Any], data: Any) -> Windows:
+        """Return windows of a `TextSet` or a `CalibrationSet` that all of the models can read.
+
+        Raises
+        ------
+        DataError
+            If the data are neither.
+        ModelError
+            If a model is no language model of transformers, or has no such tokens.
+        """
+        if not isinstance(data, TextSet | CalibrationSet):
+            raise DataError(
+                f"the data are a {type(data).__name__}; give what osscar.load_text, "
+                "osscar.load_images, osscar.load_tensors, osscar.load_batches or "
+                "osscar.load_calibration returns"
+            )
         for model in models:
+            check_usable(model)
             if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
                 raise ModelError(
                     f"{type(model).__name__} is no language model of transformers; score it on "
                     "what osscar.load_images or osscar.load_tensors returns"
                 )
-        self.rows, self.special_tokens = batch_size, 0
         if isinstance(data, CalibrationSet):
-            self.windows = tuple(data.tokens)
             for model in models:
                 as_inputs(model, data)
-        else:
-            self.windows, self.special_tokens = data.cut(models), len(data.before)
-            for model in models:
-                self._check_vocabulary(model, int(data.tokens.max()))
-
-    @staticmethod
-    def _check_vocabulary(model: Any, largest: int) -> None:
-        known = model.get_input_embeddings().num_embeddings
+            return cls(tuple(data.tokens))
+        largest = int(data.tokens.max())
+        known: int = min(model.get_input_embeddings().num_embeddings for model in models)
         if largest >= known:
             raise ModelError(
                 f"the tokenizer gives token {largest} but the model knows only {known}; "
                 "use the tokenizer that belongs to the model"
             )
-
-    def score(self, models: Sequence[nn.Module], dense: nn.Module | None) -> list[TextQuality]:
-        return [self._score(model) for model in models]
-
-    def _score(self, model: Any) -> TextQuality:
-        windows, context = self.windows, max(1, self.special_tokens)
-        whole = [one for one in windows if len(one) == len(windows[0])]
-        batches = [
-            *torch.split(torch.stack(whole), self.rows),
-            *(one[None] for one in windows[len(whole) :]),
-        ]
-        total, done = 0.0, 0
-        with evaluating(model), torch.inference_mode():
-            check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
-            check_causal(model, "the model")
-            for batch in track(batches, "Scoring"):
-                batch = batch.to(model.device)
-                with room_for_pass(model, batch.numel()):
-                    logits = named_logits(model(input_ids=batch, use_cache=False))
-                    if logits is None:
-                        raise ModelError(
-                            f"{type(model).__name__} returns no logits; give a model that predicts "
-                            "the next token"
-                        )
-                    for window, of_window in zip(batch, logits, strict=True):
-                        place = f"window {done}"
-                        total += _negative_log_likelihood(of_window, window, context, place)
-                        done += 1
-        tokens = sum(len(one) - context for one in windows)
-        perplexity = _exponential(total / tokens)
-        return TextQuality(perplexity, tokens, done, len(windows[0]), self.special_tokens)
-
-    def example(self, model: nn.Module) -> tuple[Batch, int]:
-        first = self.windows[0]
-        return {"input_ids": first[None].to(next(model.parameters()).device)}, len(first)
-
-    def speeds(self, models: Sequence[Any], repetitions: int, new_tokens: int) -> Sequence[Speed]:
-        return measure_speed(
-            models, self.windows[0], new_tokens=new_tokens, repetitions=repetitions
-        )
+        return cls(data.cut(models), len(data.before))
 
 
-def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, place: str) -> float:
+def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> TextQuality:
+    """Return the perplexity of a language model; special tokens, or else the first, are not scored.
+
+    Raises
+    ------
+    ModelError
+        If it puts out no logits, reads ahead, or two passes differ.
+    NonFiniteError
+        If logits are NaN or infinite.
+    """
+    windows, context = text.windows, max(1, text.special_tokens)
+    whole = [one for one in windows if len(one) == len(windows[0])]
+    batches = [
+        *torch.split(torch.stack(whole), _batch_size(batch_size, WINDOWS_AT_ONCE)),
+        *(one[None] for one in windows[len(whole) :]),
+    ]
+    total, done = 0.0, 0
+    with evaluating(model), torch.inference_mode():
+        check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
+        check_causal(model, "the model")
+        for batch in track(batches, "Scoring"):
+            batch = batch.to(model.device)
+            with room_for_pass(model, batch.numel()):
+                logits = named_logits(model(input_ids=batch, use_cache=False))
+                if logits is None:
+                    raise ModelError(
+                        f"{type(model).__name__} returns no logits; give a model that predicts "
+                        "the next token"
+                    )
+                for window, of_window in zip(batch, logits, strict=True):
+                    total += _negative_log_likelihood(of_window, window, context, f"window {done}")
+                    done += 1
+    tokens = sum(len(one) - context for one in windows)
+    perplexity = _exponential(total / tokens)
+    return TextQuality(perplexity, tokens, done, len(windows[0]), text.special_tokens)
+
+
+def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, where: str) -> float:
     """Return the sum over the tokens but the first ones, a few positions at a time in float32."""
     total = 0.0
     for start in range(context - 1, len(window) - 1, ROWS_AT_ONCE):
@@ -252,7 +238,7 @@ def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, place
         loss = F.cross_entropy(rows, targets, reduction="sum").item()
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"the model's logits are NaN or infinite in {place}, tokens {start} to "
+                f"the model's logits are NaN or infinite in {where}, tokens {start} to "
                 f"{start + len(targets) - 1}; use --dtype float32, or check its weights"
             )
         total += loss
@@ -272,131 +258,66 @@ def _exponential(mean: float) -> float:
 # ---- images and tensors ------------------------------------------------------------------
 
 
-class _Samples:
-    """Images or tensors, on which outputs are compared with the dense model's."""
-
-    batch_size = 32
-    together = True
-
-    def __init__(
-        self, models: Sequence[nn.Module], data: Any, classes: Sequence[str], batch_size: int
-    ) -> None:
-        self.models, self.data, self.classes, self.rows = models, data, classes, batch_size
-        self.sample, self.alone = data.sample_name, data.alone
-        if isinstance(data, TensorSet | SampleList):
-            for model in models:
-                as_inputs(model, data)
-
-    def score(self, models: Sequence[nn.Module], dense: nn.Module | None) -> list[SampleQuality]:
-        tallies = [_Tally() for _ in models]
-        labels: Tensor | None = None
-        done = 0
-        with evaluating(*self.models), torch.inference_mode():
-            for batch in self.data.batches(self.rows):
-                if not done:
-                    self._check_repeatable(batch)
-                count = self._count(batch)
-                rows = slice(done, done + count)
-                raw = None if self.data.labels is None else self.data.labels[rows]
-                found = {id(m): self._outputs(m, batch, count, raw) for m in self.models}
-                if not done:
-                    scores = found[id(models[0])].scores
-                    if scores is not None:
-                        labels = self.data.class_labels(self.classes, scores.shape[1])
-                known = None if labels is None else labels[rows]
-                for tally, model in zip(tallies, models, strict=True):
-                    theirs = None if dense is None or dense is model else found[id(dense)]
-                    tally.add(found[id(model)], theirs, known)
-                done += count
-        return [tally.quality(done) for tally in tallies]
-
-    def _count(self, batch: Any) -> int:
-        if self.alone:
-            return 1
-        return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
-
-    def _check_repeatable(self, batch: Any) -> None:
-        first = slice(None if self.alone else _FEW_SAMPLES)
-        few = batch[first] if isinstance(batch, Tensor) else {n: t[first] for n, t in batch.items()}
-        for model in self.models:
-            given = _arguments(model, few)
-            with _failures_named(model, given):
-                check_repeatable(model, given)
-
-    def _outputs(self, model: nn.Module, batch: Any, count: int, labels: Tensor | None) -> _Outputs:
-        given = _arguments(model, batch)
-        with _failures_named(model, given):
-            result = call(model, given)
-        if isinstance(self.data, ImageSet):  # of a classifier there is a class for each image
-            known = torch.zeros(count) if labels is None else labels
-            classifies = _classifies(result, count)
-            if labels is not None and not classifies:
-                warn(
-                    f"{type(model).__name__} puts out no scores of classes, so that the labels of "
-                    "images are left out"
-                )
-            labels = known if classifies else None
-        return _Outputs.of(model, result, count, labels, reads_sequences(given.values()))
-
-    def example(self, model: nn.Module) -> tuple[Batch, int]:
-        batch = _arguments(model, next(self.data.batches(1)))
-        return batch, 1
-
-    def speeds(
-        self, models: Sequence[nn.Module], repetitions: int, new_tokens: int
-    ) -> Sequence[SampleSpeed]:
-        batches = [_arguments(model, next(self.data.batches(self.rows))) for model in models]
-        rows = 1 if self.alone else min(self.rows, len(self.data))
-        return [
-            SampleSpeed(rows / seconds, rows, repetitions)
-            for seconds in forward_seconds(models, batches, repetitions)
-        ]
-
-
-Task: TypeAlias = _Text | _Samples
-"""What models are asked about data of one kind: a `score`, an `example` and `speeds`.
-
-`sample` is what operations are counted for, and `together` whether models run side by side.
-"""
-
-_TASKS: dict[type, type[Task]] = {TextSet: _Text, CalibrationSet: _Text, SampleSet: _Samples}
-"""By the type of data."""
-
-
-def _arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
-    """Return a batch by the names of a model's arguments, as its weights are."""
+def arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
+    """Return a batch by the names of a model's arguments, in the format of its weights."""
     named = named_inputs(model, (batch,)) if isinstance(batch, Tensor) else batch
     return to_model(named, model)
 
 
-def _classifies(result: Any, count: int) -> bool:
-    """Whether a model that reads images puts out a matrix with a row for each, among others."""
-    tensors = [x for _, x in named_outputs(result) if x.is_floating_point()]
-    return not tensors or any(x.ndim == 2 and len(x) == count for x in tensors)
-
-
-@contextmanager
-def _failures_named(model: nn.Module, given: Batch) -> Iterator[None]:
-    """Say so where a model fails in the block, on what is to be scored."""
-    try:
-        yield
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        what = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
-        raise ModelError(
-            f"{type(model).__name__} fails on {what}: {type(error).__name__}: {error}; give data "
-            "that it reads"
-        ) from error
+def _score_samples(
+    models: Sequence[nn.Module],
+    data: SampleSet,
+    dense: nn.Module | None,
+    classes: Sequence[str],
+    batch_size: int | None,
+) -> list[SampleQuality]:
+    rows = _batch_size(batch_size, SAMPLES_AT_ONCE)
+    runs = [*models, *(() if dense is None or dense in models else (dense,))]
+    if isinstance(data, TensorSet | SampleList):
+        for model in runs:
+            as_inputs(model, data)
+    tallies = [_Tally() for _ in models]
+    labels: Tensor | None = None
+    done = 0
+    with evaluating(*runs), torch.inference_mode():
+        for batch in data.batches(rows):
+            tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
+            count = 1 if data.alone else len(tensors[0])
+            given = None if data.labels is None else data.labels[done : done + count]
+            found: dict[nn.Module, _Outputs] = {}
+            for model in runs:
+                named = arguments(model, batch)
+                with failures_named(model, named):
+                    if not done:
+                        few = slice(None if data.alone else _FEW_SAMPLES)
+                        check_repeatable(model, {name: one[few] for name, one in named.items()})
+                    result = call(model, named)
+                if given is not None and isinstance(data, ImageSet):
+                    tensors = [one for _, one in named_outputs(result) if one.is_floating_point()]
+                    if not any(one.ndim == 2 and len(one) == count for one in tensors):
+                        warn(
+                            f"{type(model).__name__} puts out no scores of classes, so that the "
+                            "labels of images are left out"
+                        )
+                        given = None
+                sequences = reads_sequences(named.values())
+                found[model] = _outputs(model, result, count, given, sequences)
+            first = found[models[0]].scores
+            if not done and first is not None:
+                labels = data.class_labels(classes, first.shape[1])
+            known = None if labels is None else labels[done : done + count]
+            for tally, model in zip(tallies, models, strict=True):
+                theirs = None if dense is None or dense is model else found[dense]
+                tally.add(found[model], theirs, known)
+            done += count
+    return [tally.quality(done) for tally in tallies]
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a model puts out of numbers with fractions, in double precision on the CPU, by name.
+    """The floating-point outputs of a model by name, in double precision on the CPU.
 
-    `scores`, (predictions, classes), are of the one that is taken as scores of classes, which is
-    called `classes_in`; None if there is none.
+    `scores`, (predictions, classes), are those of the output `classes_in`; None if there is none.
     """
 
     model: str
@@ -404,58 +325,47 @@ class _Outputs:
     classes_in: str | None = None
     scores: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        result: Any,
-        count: int,
-        labels: Tensor | None,
-        sequences: bool = False,
-    ) -> _Outputs:
-        """Take what a model returned for some samples, of which labels are known or not.
 
-        Of sequences each position may have scores of classes.
-        """
-        kind = type(model).__name__
-        found = {
-            name: one
-            for name, one in named_outputs(result)
-            if one.is_floating_point() or one.is_complex()
-        }
-        if not found:
-            raise ModelError(
-                f"{kind} returned a {type(result).__name__} without a floating-point tensor; let "
-                "its forward return one, or a dictionary or tuple of them"
-            )
-        for name, one in found.items():
+def _outputs(
+    model: nn.Module, result: Any, count: int, labels: Tensor | None, sequences: bool
+) -> _Outputs:
+    """Take what a model returned for so many samples, of which labels are known or not.
+
+    Of sequences each position may have scores of classes.
+    """
+    kind = type(model).__name__
+    exact: dict[str, Tensor] = {}
+    for name, one in named_outputs(result):
+        if one.is_floating_point() or one.is_complex():
             if not bool(torch.isfinite(one).all()):
                 raise NonFiniteError(f"{name!r} of {kind} is NaN or infinite; check its weights")
-        exact = {
-            name: one.to("cpu", torch.complex128 if one.is_complex() else torch.float64)
-            for name, one in found.items()
-        }
-        place: int | None = -1
-        if labels is None:
-            name, known = known_output(result)
-            dimensions = (2, 3) if sequences and name == LOGITS else (2,)
-            if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
-                return cls(kind, exact)
-        else:
-            name, scored = scored_output(result, count, kind)
-            place = place_of_classes(scored.shape, labels.shape, sequences=sequences)
-        if place is None:
-            assert labels is not None
-            there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in found.items())
+            exact[name] = one.to("cpu", torch.promote_types(one.dtype, torch.float64))
+    if not exact:
+        raise ModelError(
+            f"{kind} returned a {type(result).__name__} without a floating-point tensor; let "
+            "its forward return one, or a dictionary or tuple of them"
+        )
+    if labels is None:
+        name, known = known_output(result)
+        dimensions = (2, 3) if sequences and name == LOGITS else (2,)
+        if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
+            return _Outputs(kind, exact)
+        place = -1
+    else:
+        name, scored = scored_output(result, count, kind)
+        found = place_of_classes(scored.shape, labels.shape, sequences=sequences)
+        if found is None:
+            there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
             wanted: list[Any] = [count, *labels.shape[1:]]
             wanted.insert(len(wanted) if sequences else 1, "classes")
             raise ModelError(
                 f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
-                f"classes would be {tuple(wanted)}, named {LOGITS!r} where "
-                "there are other outputs; let the model put out these, or score it on a TensorSet "
-                "without labels"
+                f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
+                "outputs; let the model put out these, or score it on samples without labels"
             )
-        return cls(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
+        place = found
+    scores = exact[name].movedim(place, -1).flatten(0, -2)
+    return _Outputs(kind, exact, name, scores)
 
 
 class _Tally:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from graph.groups import CouplingGroup
-from osscar.base.inputs import file_name
 from osscar.base.memory import peak_memory
 
 
@@ -85,5 +84,5 @@ def count_disk_bytes(path: str | Path | None) -> int | None:
     """Sum the sizes of the safetensors files in a directory, or give None if there are none."""
     if path is None:
         return None
-    files = list(Path(file_name(path, "the model's directory", "a path")).glob("*.safetensors"))
+    files = list(Path(path).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None

@@ -1,28 +1,105 @@
-"""How fast language models are, timed side by side (`osscar.base.timing`).
-
-Medians are over the repetitions for prefill, over every single token for decoding.
-"""
+"""How fast models are, timed in turns (`osscar.base.timing.interleaved`); medians are taken."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
+from timeit import Timer
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.benchmark import timer
 from transformers import PreTrainedModel
 
-from osscar.base.devices import clock_of
+from graph.tracing.preserve import without_cache
 from osscar.base.errors import ModelError, OptionError
-from osscar.base.timing import Clock, interleaved, seconds_of
+from osscar.base.timing import interleaved
+from osscar.evaluation.size import count_parameter_bytes
+from osscar.network.modules import count_parameters, evaluating, forward
+from osscar.network.operations import count_flops
+from osscar.offload.on_disk import room_for_pass
+
+_REPETITIONS = 5
+_SECONDS = 0.5
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the key-value cache, newest name first."""
+
+
+def _forward_timer(model: nn.Module, batch: Mapping[str, Tensor]) -> Timer:
+    return Timer(partial(forward, model, batch), timer=timer)
+
+
+# ---- one forward pass --------------------------------------------------------------------
+
+
+def measure_forward(
+    models: Sequence[nn.Module], batch: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Return size, operations and seconds of models on the same batch, timed in turns.
+
+    Seconds are a median, and ``seconds_between`` the quartiles: half of the turns lie in there.
+    """
+    given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
+    positions = max((leaf.numel() for leaf in given), default=0)
+    with torch.no_grad(), evaluating(*models), ExitStack() as stack:
+        for model in models:
+            stack.enter_context(without_cache(model))
+            stack.enter_context(room_for_pass(model, positions))
+        flops = [count_flops(model, batch) for model in models]
+        timers = [_forward_timer(model, batch) for model in models]
+        turns = interleaved(timers, _REPETITIONS, "Timing", worthwhile=_SECONDS)
+    found = []
+    for model, operations, seconds in zip(models, flops, turns, strict=True):
+        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+        found.append(
+            {
+                "parameters": count_parameters(model),
+                "parameter_bytes": count_parameter_bytes(model),
+                "flops": operations,
+                "seconds": median,
+                "seconds_between": [lower, upper],
+            }
+        )
+    return found
+
+
+def measuring_seconds(passes: Sequence[float]) -> float:
+    """Return about how long `measure_forward` takes, of models whose passes take so long."""
+    once = sum(passes)
+    counted_and_warm = 2 * once
+    return counted_and_warm + max(_REPETITIONS * once, _SECONDS)
+
+
+@dataclass(frozen=True)
+class SampleSpeed:
+    """Samples per second of one model, in forward passes over one batch."""
+
+    samples_per_second: float
+    batch_size: int
+    repetitions: int
+
+
+def sample_speeds(
+    models: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    samples: int,
+    repetitions: int,
+) -> list[SampleSpeed]:
+    """Time each model on its own batch of so many samples."""
+    timers = list(map(_forward_timer, models, batches))
+    turns = interleaved(timers, repetitions, "Timing")
+    medians = map(statistics.median, turns)
+    return [SampleSpeed(samples / seconds, samples, repetitions) for seconds in medians]
+
+
+# ---- reading and writing text ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,7 +107,7 @@ class Speed:
     """Tokens per second of one model.
 
     Prefill reads a prompt in one forward pass that fills the key-value cache; decoding writes one
-    token at a time with the cache, for each sequence.
+    token at a time with the cache.
     """
 
     prefill_tokens_per_second: float
@@ -47,67 +124,56 @@ def measure_speed(
     new_tokens: int = 32,
     repetitions: int = 5,
 ) -> list[Speed]:
-    """Time models on the same prompt, (tokens,), interleaved, after a warm-up of each.
+    """Time models in turns on the same prompt, (tokens,).
 
     At most half as many new tokens are decoded as the prompt has, which is cut by as many: prompt
     and new tokens together stay within the models' context.
     """
-    if len(prompt) < 2 or new_tokens < 1 or repetitions < 1:
-        raise OptionError(
-            f"timing needs a prompt of at least 2 tokens, 1 new token and 1 repetition, not "
-            f"{len(prompt)}, {new_tokens} and {repetitions}"
-        )
+    if len(prompt) < 2:
+        raise OptionError(f"timing needs a prompt of at least 2 tokens, not {len(prompt)}")
     new_tokens = min(new_tokens, len(prompt) // 2)
-    runs = [_Run(model, prompt[None].to(model.device), new_tokens) for model in models]
-    prefill = interleaved([run.time_prefill for run in runs], repetitions, "Timing prefill")
-    decode = interleaved([run.time_decode for run in runs], repetitions, "Timing decode")
+    tasks = [_Decoding(model, prompt[None].to(model.device), new_tokens) for model in models]
+    prefill = [Timer(partial(task.read, task.prompt), timer=timer) for task in tasks]
+    decode = [Timer(task.write, setup=task.read_before, timer=timer) for task in tasks]
+    with torch.inference_mode():
+        read = interleaved(prefill, repetitions, "Timing prefill")
+        written = interleaved(decode, repetitions, "Timing decode")
     return [
         Speed(
-            prefill_tokens_per_second=len(prompt) / statistics.median(read),
-            decode_tokens_per_second=1 / statistics.median(written),
+            prefill_tokens_per_second=len(prompt) / statistics.median(reading),
+            decode_tokens_per_second=new_tokens / statistics.median(writing),
             prompt_tokens=len(prompt),
             new_tokens=new_tokens,
-            repetitions=len(read),
+            repetitions=len(reading),
         )
-        for read, written in zip(prefill, decode, strict=True)
+        for reading, writing in zip(read, written, strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One model at its task."""
+@dataclass
+class _Decoding:
+    """One model that goes on with a prompt, (1, tokens); `output` is that of its last pass."""
 
     model: PreTrainedModel
     prompt: Tensor
     new_tokens: int
+    output: Any = field(default=None, repr=False)
 
-    @torch.inference_mode()
-    def time_prefill(self) -> list[float]:
-        return seconds_of(partial(self._read, self.prompt), self._clock)()
-
-    @torch.inference_mode()
-    def time_decode(self) -> list[float]:
-        output = self._read(self.prompt[:, : self.prompt.shape[1] - self.new_tokens])
-        ends = [self._clock()]
-        for _ in range(self.new_tokens):
-            output = self._write(output)
-            ends.append(self._clock())
-        return [end - began for began, end in itertools.pairwise(ends)]
-
-    @property
-    def _clock(self) -> Clock:
-        return clock_of(self.prompt.device)
-
-    def _read(self, prompt: Tensor) -> Any:
+    def read(self, prompt: Tensor) -> Any:
         # like generation, skip the output layer at all positions but the last
         accepted = inspect.signature(self.model.forward).parameters
         last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         return self.model(input_ids=prompt, use_cache=True, **last_only)
 
-    def _write(self, output: Any) -> Any:
-        token = output.logits[:, -1:].argmax(-1)
-        for name in CACHE_NAMES:
-            if getattr(output, name, None) is not None:
-                cache = {name: getattr(output, name)}
-                return self.model(input_ids=token, use_cache=True, **cache)
-        raise ModelError(f"{type(self.model).__name__} has no key-value cache to decode with")
+    def read_before(self) -> None:
+        self.output = self.read(self.prompt[:, : -self.new_tokens])
+
+    def write(self) -> None:
+        for _ in range(self.new_tokens):
+            token = self.output.logits[:, -1:].argmax(-1)
+            found = ((name, getattr(self.output, name, None)) for name in CACHE_NAMES)
+            cache = next(((name, one) for name, one in found if one is not None), None)
+            if cache is None:
+                kind = type(self.model).__name__
+                raise ModelError(f"{kind} has no key-value cache to decode with")
+            self.output = self.model(input_ids=token, use_cache=True, **dict([cache]))

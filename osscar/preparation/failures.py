@@ -53,7 +53,7 @@ def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> AbstractCon
         let_shortage_pass(error)
         forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in batch.items())
         return (
-            f"{type(model).__name__} fails on the calibration data ({forms}): "
+            f"{type(model).__name__} fails on the data ({forms}): "
             f"{type(error).__name__}: {error}; give data of the form and type that it reads"
         )
 

@@ -13,9 +13,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from timeit import Timer
 from typing import Any
 
 from torch import nn
+from torch.utils.benchmark import timer
 
 from graph import CouplingGroup
 from osscar.allocation.allocate import allocate
@@ -23,13 +25,12 @@ from osscar.allocation.costs import Cost, count
 from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.allocation.widths import asked_groups
-from osscar.base.devices import clock_of, resolve_device
 from osscar.base.errors import RequestError
 from osscar.base.shown import Shown
-from osscar.base.timing import Clock, Stage, profiled, seconds_of
+from osscar.base.timing import Clock, Stage, profiled
 from osscar.checkpoint.directory import weight_bytes
 from osscar.data.loaders import read_once
-from osscar.evaluation.forward import measuring_seconds
+from osscar.evaluation.speed import measuring_seconds
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import forward
 from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
@@ -140,15 +141,15 @@ def estimate_as_asked(
             "tells"
         )
     calibration = read_once(model, calibration)
-    clock = clock_of(resolve_device(request.device)) if clock is None else clock
+    clock = timer if clock is None else clock
     began = clock()
     with prepare_for(model, calibration, request) as prepared:
         opening = clock() - began
         held, samples = held_out(prepared, request), prepared.inputs.samples
         needs = forecast(prepared, request, max(1, held))
         [batch, *_] = prepared.batches()
-        passing = seconds_of(partial(forward, prepared.model, batch), clock)
-        one = min(*passing(), *passing()) / prepared.inputs.count(batch)
+        passing = Timer(partial(forward, prepared.model, batch), timer=clock)
+        one = min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
         began = clock()
         form, skipped = feasible_groups(prepared, request)
         trial = clock() - began

@@ -23,7 +23,7 @@ from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
 from osscar.evaluation.dense import DenseScore
-from osscar.evaluation.forward import measure_forward
+from osscar.evaluation.speed import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.lineage import Computed, data_record, lineage_of

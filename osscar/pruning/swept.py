@@ -26,8 +26,8 @@ from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
 from osscar.evaluation.dense import DenseScore
-from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score as score_quality
+from osscar.evaluation.speed import measure_forward
 from osscar.preparation.repeatable import check_repeatable
 from osscar.proof.lineage import data_record, lineage_of
 from osscar.proof.plan import Form

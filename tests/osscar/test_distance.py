@@ -198,7 +198,5 @@ def test_the_gradient_is_that_of_finite_differences(data):
 def test_data_on_which_a_model_fails_are_named():
     model = nn.Linear(4, 3)
     inputs = ModelInputs({"input": torch.randn(3, 5)})
-    with pytest.raises(
-        DataError, match=r"Linear fails on the calibration data \(input torch.float"
-    ):
+    with pytest.raises(DataError, match=r"Linear fails on the data \(input torch.float"):
         Distance.of(model, inputs, inputs.batches(model, 1)[0])

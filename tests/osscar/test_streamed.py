@@ -31,8 +31,8 @@ from osscar.checkpoint import regrouped
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.regrouped import parts_in_files
 from osscar.checkpoint.streamed import check_written, write_weights
-from osscar.evaluation.forward import measure_forward
 from osscar.evaluation.quality import score
+from osscar.evaluation.speed import measure_forward
 from osscar.models import load as loading
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory

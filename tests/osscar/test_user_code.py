@@ -220,7 +220,7 @@ def test_sparse_matrices_are_no_obstacle():
 
 def test_models_and_data_that_do_not_go_together_are_refused():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(osscar.OsscarError, match=r"fails on the calibration data .*int64"):
+    with pytest.raises(osscar.OsscarError, match=r"fails on the data .*int64"):
         osscar.prune(net, torch.randint(5, (32, 4)), sparsity=0.5, device="cpu")
     net.stream = sys.stdout
     with pytest.raises(ModelError, match="Sequential cannot be copied"):

@@ -422,7 +422,7 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(5, 3)),
         net,
         DataError,
-        "Sequential fails on the calibration data",
+        "Sequential fails on the data",
     ),
     "NaN in the smaller": (lambda: broken(net()), net, NonFiniteError, "'0.weight' are NaN"),
     "NaN in the dense": (net, lambda: broken(net()), NonFiniteError, "'0.weight' are NaN"),
@@ -492,7 +492,7 @@ def test_weights_on_disk_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (torch.randn(24, 7), "fails on the calibration data"),
+        (torch.randn(24, 7), "fails on the data"),
         (torch.full((24, 6), torch.nan), "NaN or infinite entries"),
         ("a text", "cannot calibrate on a str"),
     ],
