@@ -15,16 +15,19 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 import osscar
 from benchmarks.resnet20 import MEAN, STD, ResNet20
-from osscar.base.files import cache_directory, write_text
+from osscar.base.files import cache_directory, file_digest, write_text
 from osscar.data.prose import Split, builtin_text
 from osscar.data.text import encode
+from osscar.network.double import InDouble
 from osscar.study.library import (
     DIRECTORY,
     FORMAT,
@@ -32,14 +35,9 @@ from osscar.study.library import (
     Best,
     Library,
     LibraryInstance,
-    Recipe,
     Source,
-    gram_tensors,
-    inputs_of,
     library,
     posed,
-    source_digest,
-    weight_of,
 )
 from osscar.study.problems import model_problems
 from solvers import Consumer, SubsetProblem, solve
@@ -55,28 +53,33 @@ TINY = 1e-9
 TOKENS = {"demo": 32, "smollm2-135m": 16}
 """Windows of 512 tokens of the built-in calibration text, by model."""
 
-SHIPPED, UNSHIPPED = "demo-heads", "mixture-mlp"
-"""The source of a language model that is small enough to ship; and one that is not, of weights that
-nobody else has, so that only windows of it are instances."""
+SHIPPED = (
+    "demo-heads",
+    "demo-mlp",
+    "resnet20-c16",
+    "resnet20-c32",
+    "resnet20-c64",
+    "resnet20-stem",
+)
+"""Sources that are small enough to ship; of the others, windows are instances."""
 
 HELD = cache_directory() / "instances"
-"""Where sources that are not shipped lie, those that have recipes as `Library.file` puts them."""
+"""Where sources that are not shipped lie."""
+
+BITS = 15
+"""Of the magnitude of what a layer reads: 2^14 products of two stay below 2^44."""
+
+AT_ONCE = 4
+"""Windows of tokens that a model reads in one call."""
 
 MAPS = {
-    SHIPPED: ("demo", ["model.decoder.layers.1.self_attn.out_proj"], 8, "the heads of layer 1"),
+    "demo-heads": (
+        "demo",
+        ["model.decoder.layers.1.self_attn.out_proj"],
+        8,
+        "the heads of layer 1",
+    ),
     "demo-mlp": ("demo", ["model.decoder.layers.1.fc2"], 640, "the neurons of layer 1"),
-    **{
-        f"smollm2-{name}": (
-            "smollm2-135m",
-            [f"model.layers.{i}.self_attn.o_proj" for i in layers],
-            9 * len(layers),
-            f"the query heads of {words}",
-        )
-        for name, layers, words in (
-            ("l15-heads", (15,), "layer 15"),
-            ("heads18", (14, 15), "layers 14 and 15"),
-        )
-    },
     **{
         f"smollm2-l{i}-mlp": (
             "smollm2-135m",
@@ -116,14 +119,13 @@ def build(options: argparse.Namespace) -> None:
     instances: dict[str, LibraryInstance] = {}
     HELD.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Path] = {}
-    for name, words, units, tensors, recipe in gram_sources(options):
-        shipped = recipe is None and name != UNSHIPPED
-        whole[name] = (DIRECTORY if shipped else HELD) / f"{name}.safetensors"
+    for name, words, units, tensors in gram_sources(options):
+        whole[name] = (DIRECTORY if name in SHIPPED else HELD) / f"{name}.safetensors"
         write(whole[name], {"format": FORMAT}, tensors)
         print(name, flush=True)
-        if name == UNSHIPPED:
+        if name not in SHIPPED:
             continue
-        sources[name] = described(words, units, whole[name], recipe)
+        sources[name] = described(words, units, whole[name])
         for removed, damp in CASES:
             keep = units - round(removed * units)
             label = f"{name}-k{keep}" + (f"-d{damp:g}" if damp != CASES[0][1] else "")
@@ -142,7 +144,7 @@ def build(options: argparse.Namespace) -> None:
             f"the {n} units of {layer} closest to changing sides with {removed:.0%} of it removed, "
             f"damping {damp:g} included"
         )
-        sources[name] = described(words, n, path, None)
+        sources[name] = described(words, n, path)
         label = f"{name}-k{window.keep}"
         instances[label] = started(dataclasses.replace(window, name=label), name, damp)
         print(name, window.keep, flush=True)
@@ -157,8 +159,8 @@ def build(options: argparse.Namespace) -> None:
     )
 
 
-def described(words: str, units: int, path: Path, recipe: Recipe | None) -> Source:
-    header, tensors = read(path)
+def described(words: str, units: int, path: Path) -> Source:
+    _, tensors = read(path)
     weights = [tensor for key, tensor in tensors.items() if key.endswith(".W0")]
     return Source(
         words=words,
@@ -166,8 +168,7 @@ def described(words: str, units: int, path: Path, recipe: Recipe | None) -> Sour
         rows=sum(len(W) for W in weights),
         outputs=sum(W.shape[1] for W in weights),
         consumers=len(weights),
-        sha256=source_digest(header, tensors),
-        recipe=recipe,
+        sha256=file_digest(path),
     )
 
 
@@ -185,8 +186,8 @@ def started(problem: SubsetProblem, source: str, damp: float) -> LibraryInstance
 
 def gram_sources(
     options: argparse.Namespace,
-) -> Iterator[tuple[str, str, int, dict[str, torch.Tensor], Recipe | None]]:
-    """Yield names, words, units, tensors and recipes; those that ship have no recipe."""
+) -> Iterator[tuple[str, str, int, dict[str, torch.Tensor]]]:
+    """Yield names, words, units and tensors."""
     if options.resnet is not None:
         yield from of_resnet(options.resnet, options.images)
     if options.mixture is not None:
@@ -197,12 +198,11 @@ def gram_sources(
 
 
 def of_language(name: str, windows: int) -> Iterator[tuple]:
-    """Yield what one pass over the built-in text gives, of all recipes of a model."""
+    """Yield what one pass over the built-in text gives, for all maps of a model."""
     loaded = osscar.load_model(name, dtype="float32", device="cpu")
     model = loaded.model
     ids = encode(loaded.tokenizer, builtin_text(Split.CALIBRATION))[: windows * 512]
-    tokens, file = ids.view(windows, 512), f"tokens-{name}.npy"
-    np.save(DIRECTORY / file, tokens.numpy().astype("uint16"))
+    tokens = ids.view(windows, 512)
     mine = {key: one for key, one in MAPS.items() if one[0] == name}
     modules = sorted({module for one in mine.values() for module in one[1]})
     maps = [model.get_submodule(module) for module in modules]
@@ -210,14 +210,66 @@ def of_language(name: str, windows: int) -> Iterator[tuple]:
     read_of = dict(zip(modules, inputs_of(model.double(), maps, tokens), strict=True))
     for key, (_, names, units, words) in mine.items():
         tensors = gram_tensors([read_of[m] for m in names], [weights[m] for m in names], units)
-        shipped = key == SHIPPED
-        yield (
-            key,
-            f"{words} of {name}",
-            units,
-            tensors,
-            None if shipped else Recipe(name, tuple(names), file),
-        )
+        yield key, f"{words} of {name}", units, tensors
+
+
+def gram_tensors(X: Sequence[Tensor], weights: Sequence[Tensor], units: int) -> dict[str, Tensor]:
+    """Return the tensors of a source of linear maps whose outputs are added up.
+
+    X: What each reads, (positions, inputs) float64.
+    weights: Of each, (inputs, outputs) float32.
+    """
+    H, W = exact_gram(torch.cat(list(X), 1)), torch.cat(list(weights))
+    return {"0.H": H, "0.W0": W, "0.rows": torch.arange(len(W)).view(units, -1)}
+
+
+def weight_of(linear: Any) -> Tensor:
+    """Return a linear map's weights, (inputs, outputs) float32, as a copy."""
+    weight: Tensor = linear.weight
+    return weight.detach().T.float().clone(memory_format=torch.contiguous_format)
+
+
+class _Reached(Exception):
+    """The last map has been reached: what comes after it need not be computed."""
+
+
+def inputs_of(model: nn.Module, maps: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
+    """Return what each map reads of all tokens, (positions, inputs) float64."""
+    seen: dict[nn.Module, list[Tensor]] = {one: [] for one in maps}
+
+    def keep(module: nn.Module, args: Any) -> None:
+        seen[module].append(args[0].flatten(0, -2))
+        if all(len(found) == len(seen[module]) for found in seen.values()):
+            raise _Reached
+
+    hooks = [one.register_forward_pre_hook(keep) for one in maps]
+    try:
+        parts = torch.split(tokens, AT_ONCE)
+        with InDouble(), torch.no_grad():
+            for part in parts:
+                try:
+                    model(input_ids=part, use_cache=False)
+                except _Reached:
+                    continue
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(found) for found in seen.values()]
+
+
+def exact_gram(X: Tensor) -> Tensor:
+    """Return ``X'X/N`` of X rounded to 16 bits, in float32: the same bits in whatever order.
+
+    X: (N, p) float64, of at most 2^22 positions.  Each column is rounded to multiples of the power
+    of two that makes its largest magnitude a number of `BITS` bits.
+    """
+    largest = X.abs().amax(0)
+    # Of zeros nothing is to be rounded.  frexp is exact, where a logarithm is not.
+    exponent = torch.where(largest > 0, torch.frexp(largest).exponent, BITS) - BITS
+    step = torch.ldexp(torch.ones_like(largest), exponent)
+    whole = torch.round(X / step)
+    sums = whole.T @ whole
+    return (sums * step * step[:, None] / len(X)).float()
 
 
 def of_resnet(weights: Path, images: Path) -> Iterator[tuple]:
@@ -235,7 +287,7 @@ def of_resnet(weights: Path, images: Path) -> Iterator[tuple]:
         name, words = wanted[group.name]
         # Those of later stages also read other groups: their terms are no Gram matrices.
         consumers = [one for one in problem.consumers if one.scale is None]
-        yield name, words, problem.units, walked(consumers), None
+        yield name, words, problem.units, walked(consumers)
 
 
 def of_mixture(directory: Path) -> Iterator[tuple]:
@@ -245,7 +297,7 @@ def of_mixture(directory: Path) -> Iterator[tuple]:
         loaded.model, data, damp=TINY, wanted="model.layers.1.mlp.experts.neurons".__eq__
     ):
         words = f"{group.kind} of layer 1 of a mixture of eight experts"
-        yield UNSHIPPED, words, problem.units, walked(problem.consumers), None
+        yield "mixture-mlp", words, problem.units, walked(problem.consumers)
 
 
 def walked(consumers: Sequence[Consumer]) -> dict[str, torch.Tensor]:

@@ -24,12 +24,21 @@ from osscar.study.answers import save_certificate
 from osscar.study.library import (
     CERTIFICATES,
     DIRECTORY,
+    PROVED,
+    TOLERANCE,
     Best,
     Library,
     library,
 )
-from osscar.study.race import TOLERANCE, better, limited
-from solvers import BackendError, Solution, SubsetProblem, refit, solve
+from solvers import (
+    BackendError,
+    Solution,
+    SolutionRecord,
+    SubsetProblem,
+    backend_class,
+    refit,
+    solve,
+)
 from solvers.bounds.perspective import Perspective
 from solvers.closed_forms.windows import borderline_window
 from solvers.exact.window_search import WindowSearch
@@ -95,6 +104,33 @@ def improve(patterns: list[str], backends: list[str], seconds: float, rounds: in
         keep_best(name, best)
 
 
+def limited(backend: str, seconds: float) -> dict[str, float]:
+    """Return the options with which a backend ends in about that time; none where it has no limit.
+
+    That of `window_search` is for one window.
+    """
+    options = {one.name: one.default for one in dataclasses.fields(backend_class(backend))}
+    if "time_limit" not in options:
+        return {}
+    return {"time_limit": seconds / max(options.get("windows", 1), 1)}
+
+
+def better(best: Best, found: SolutionRecord) -> Best:
+    """Return the best that is known once a verified solution was found."""
+    loss, took, by = found.relative_loss, round(found.seconds, 3), found.backend
+    if loss < best.loss * (1 - TOLERANCE):
+        best = dataclasses.replace(
+            best, support=found.support, loss=loss, found_by=by, found_in=took
+        )
+    if found.recomputed_bound is not None and found.relative_bound is not None:
+        bound = min(found.relative_bound, best.loss)
+        if bound > best.bound * (1 + TOLERANCE):
+            best = dataclasses.replace(
+                best, bound=bound, bound_by=by, bound_in=took, certificate=""
+            )
+    return dataclasses.replace(best, proved=best.gap <= PROVED)
+
+
 def keep_best(name: str, best: Best) -> None:
     """Write the best of an instance into the index, which another process may have changed."""
     library.cache_clear()
@@ -122,7 +158,7 @@ def compare_searches(patterns: list[str]) -> None:
 
     What improves a best known value goes into the index.
     """
-    for name in library().matching(patterns):
+    for name in library().chosen(patterns or ["*"]):
         problem = library().problem(name)
         base = solve(problem)
         rivals = {
@@ -190,11 +226,10 @@ def instance_rows(known: Library) -> list[str]:
 
 
 def source_rows(known: Library) -> list[str]:
-    rows = ["| source | what | units | rows | consumers | outputs | file |"]
-    rows.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    rows = ["| source | what | units | rows | consumers | outputs |"]
+    rows.append("| --- | --- | ---: | ---: | ---: | ---: |")
     rows += [
-        f"| `{name}` | {one.words} | {one.units} | {one.rows} | {one.consumers} | {one.outputs} "
-        f"| {'made' if one.recipe else 'shipped'} |"
+        f"| `{name}` | {one.words} | {one.units} | {one.rows} | {one.consumers} | {one.outputs} |"
         for name, one in known.sources.items()
     ]
     return rows

@@ -54,7 +54,7 @@ def main() -> None:
     code = importlib.import_module("prune_algo")
     known = library()
     print(f"| instance | best known | {' | '.join(NAMES)} |")
-    for name in known.matching(options.patterns, shipped=not options.patterns):
+    for name in known.chosen(options.patterns or ["*"]):
         one = known.instances[name]
         if known.sources[one.source].consumers > 1:
             continue

@@ -266,7 +266,8 @@ def gap(
         str,
         Parameter(
             name="MODEL_OR_PROBLEM",
-            help="One model as for `osscar prune`, or problem files (.npz, .safetensors).",
+            help="One model as for `osscar prune`, or problem files (.npz, .safetensors) and names "
+            "or patterns of instances (`osscar instances list`).",
         ),
     ],
     out: Annotated[Path, Parameter(help="Directory of the study; an existing study goes on.")],
@@ -274,9 +275,9 @@ def gap(
 ) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps.
 
-    The problems of a model are posed on its dense activations, group by group. Run the same command
-    again to go on with a study that was interrupted, or with more sparsities or backends to extend
-    it.
+    The problems of a model are posed on its dense activations, group by group. Answers to instances
+    are also compared with the best that is known. Run the same command again to go on with a study
+    that was interrupted, or with more sparsities or backends to extend it.
     """
     _run("gap", sources, out, options)
 
@@ -332,10 +333,7 @@ def make(
     out: Annotated[Path, Parameter(help="The directory to write to.")] = Path("instances"),
     json: Json = None,
 ) -> None:
-    """Write instances as problem files, which `osscar solve` and anybody's code can read.
-
-    What does not lie in the package is made from public weights, and compared with its digest.
-    """
+    """Write instances as problem files, which `osscar solve` and anybody's code can read."""
     _run("instances.make", names, out, json)
 
 
@@ -348,23 +346,6 @@ def check(
 ) -> None:
     """Recompute a solution's loss, and compare it with the best that is known."""
     _run("instances.check", solution, json)
-
-
-@instances.command
-def race(
-    *names: Annotated[
-        str, Parameter(help="Names or patterns; by default all that lie in the package.")
-    ],
-    backends: Annotated[str, Parameter(help="Backends, separated by commas; also file.py:Class.")],
-    time: Annotated[float, Parameter(help="Seconds for one backend on one instance.")] = 60.0,
-    out: Annotated[Path, Parameter(help="The directory of the page and the runs.")] = Path("race"),
-    json: Json = None,
-) -> None:
-    """Run backends against each other, and write a page of who found what by when.
-
-    Each run is kept as it ends: the same command goes on where it was interrupted.
-    """
-    _run("instances.run_race", names, backends, time, out, json)
 
 
 for _place, _name in enumerate(

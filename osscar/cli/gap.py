@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ from osscar.cli.common import (
     way_back,
     write_json,
 )
+from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, given
 from osscar.data.batches import as_inputs
@@ -36,6 +39,7 @@ from osscar.request import SHARE
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
 from osscar.study.directory import Study
+from osscar.study.library import library
 from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
@@ -53,7 +57,7 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
             "--jobs counts processes of this machine, and --ray solves on a cluster; give one"
         )
     design = StudyDesign(
-        sparsities=_numbers(options.sparsity),
+        sparsities=None if options.sparsity is None else _numbers(options.sparsity),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),
         exact_units=options.exact_units,
         window_units=options.units,
@@ -63,10 +67,10 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         gap_tolerance=options.gap_tolerance,
         seed=options.seed,
     )
-    are_files = _are_problems(sources)
-    if are_files:
+    problems = _problems(sources)
+    if problems:
         _refuse_options_of_models(options)
-        source: dict[str, Any] = {"problems": [_fingerprint(Path(file)) for file in sources]}
+        source: dict[str, Any] = {"problems": [one.described for one in problems]}
     else:
         source = _described(sources[0], options)
     study = Study(directory, source)
@@ -75,12 +79,12 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         with quiet(), study.locked(), ray as cluster:
             began = time.perf_counter()
             with profiled() as spent:
-                if not are_files:
+                if not problems:
                     _capture_model(study, sources[0], options)
                 elif not study.instances:
-                    study.capture(_file_problems(sources))
+                    study.capture(("units", one.load()) for one in problems)
                 jobs = cluster.workers if cluster else options.jobs or study.affordable_jobs()
-                records = study.run(design, jobs, executor=cluster)
+                records = study.run(design, jobs, solve=cluster.solve if cluster else None)
             stages = spent.of(time.perf_counter() - began)
             summary = summarize(records, study.trivial)
             usual = {one.name for one in dataclasses.fields(options)} - {*given(options)}
@@ -94,6 +98,9 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         say(summary.answer)
         for sentence in summary.headline:
             say(f"- {sentence}")
+        if problems:
+            for case in summary.layers:
+                tell_known(case.records, directory)
         say(f"report: {report}")
         content = {
             **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
@@ -153,28 +160,48 @@ def _refuse_options_of_models(options: GapOptions) -> None:
             )
 
 
-def _are_problems(sources: Sequence[str]) -> bool:
+@dataclass(frozen=True)
+class _Problem:
+    """A problem file, or an instance of the library."""
+
+    described: dict[str, Any]
+    """Its name, and what tells whether it is still the same."""
+    load: Callable[[], SubsetProblem]
+
+
+def _problems(sources: Sequence[str]) -> list[_Problem]:
+    """Return the problems that are meant: files, and patterns of instances; none means a model."""
     if not sources:
-        raise OptionError("give a model, or problem files")
-    files = [source.endswith(_PROBLEM_SUFFIXES) for source in sources]
-    if any(files) and not all(files):
-        raise OptionError("give either one model or problem files, not both")
-    if not any(files) and len(sources) > 1:
-        raise OptionError(f"give one model, not {len(sources)}: {', '.join(sources)}")
-    return all(files)
-
-
-def _file_problems(sources: Sequence[str]) -> Iterator[tuple[str, SubsetProblem]]:
+        raise OptionError("give a model, problem files, or names of instances")
+    known, found = library(), dict[str, _Problem]()
+    models = []
     for source in sources:
-        problem = SubsetProblem.load(source)
-        named = dataclasses.replace(problem, name=problem.name or Path(source).stem)
-        yield "units", named
+        if source.endswith(_PROBLEM_SUFFIXES):
+            file = Path(source)
+            check_input(file)
+            described = {"file": file.name, "sha256": file_digest(file)}
+            found[source] = _Problem(described, partial(_load, file))
+        elif names := known.matching(source):
+            for name in names:
+                one = known.instances[name]
+                sha256 = known.sources[one.source].sha256
+                posed = {"file": name, "sha256": sha256, "keep": one.keep, "damp": one.damp}
+                found[name] = _Problem(posed, partial(known.problem, name))
+        else:
+            models.append(source)
+    if models and found:
+        raise OptionError(
+            f"give either one model or problems: {models[0]!r} is neither a problem file nor an "
+            "instance (`osscar instances list`)"
+        )
+    if len(models) > 1:
+        raise OptionError(f"give one model, not {len(models)}: {', '.join(models)}")
+    return list(found.values())
 
 
-def _fingerprint(file: Path) -> dict[str, str]:
-    """Return a problem file's name and what tells whether it is still the same."""
-    check_input(file)
-    return {"file": file.name, "sha256": file_digest(file)}
+def _load(file: Path) -> SubsetProblem:
+    problem = SubsetProblem.load(file)
+    return dataclasses.replace(problem, name=problem.name or file.stem)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

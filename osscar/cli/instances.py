@@ -12,21 +12,17 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.files import atomic_write, make_directory, write_json, write_text
+from osscar.base.files import atomic_write, make_directory, write_json
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.numbers import decimals, percent
-from osscar.cli.common import check_json_path, document, out, say, way_back
+from osscar.cli.common import check_json_path, document, out, say
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
-from osscar.report.race_page import race_page
 from osscar.report.tables import new_table
 from osscar.study.jobs import RECORDS
-from osscar.study.library import Best, library
-from osscar.study.race import TOLERANCE, best_known, race, race_study, without_refuted
+from osscar.study.library import TOLERANCE, library
 from osscar.study.records import Record
 from solvers import SubsetProblem
-
-REPORT_FILE = "race.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +52,22 @@ def list_instances(json: Path | None) -> None:
             (
                 *(name, str(one.keep), str(source.units), str(source.rows), f"{one.damp:g}"),
                 *(decimals(best.loss, 6), percent(best.gap) if best.bound_by else ""),
-                *(best.bound_by if best.proved else "", "made" if source.recipe else "shipped"),
+                best.bound_by if best.proved else "",
             )
         )
-    out.print(new_table("", *columns, "file", rows=rows))
+    out.print(new_table("", *columns, rows=rows))
     proved = sum(one.best.proved for one in known.instances.values())
     say(f"{len(rows)} instances, {proved} of them proved; gaps are of the best known values")
     write_document(json, document("instances", 1, dataclasses.asdict(known)))
 
 
 def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
-    """Write instances as problem files, their sources made where they have to be."""
+    """Write instances as problem files."""
     check_json_path(json, written=(directory,))
     if not names:
-        raise OptionError("name instances, or give '*' for all, of which some take minutes to make")
+        raise OptionError("name instances, or give '*' for all")
     known = library()
-    chosen = known.matching(names)
+    chosen = known.chosen(names)
     make_directory(directory)
     for name in chosen:
         path = directory / f"{name}.safetensors"
@@ -100,7 +96,7 @@ def check(file: Path, json: Path | None) -> None:
             f"{min(loss, best.loss):.9g} is known: the bound is wrong"
         )
     say(f"{answer.instance}: relative loss {loss:.9g}; the best known is {best.loss:.9g}")
-    say(_compared(loss, best.loss, best.proved))
+    say(f"it {best.compared(loss)}")
     if bound is not None and bound > best.bound * (1 + TOLERANCE):
         say(
             f"the lower bound {bound:.9g} would be better than the best known, {best.bound:.9g}; "
@@ -128,69 +124,26 @@ def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:
     return solvers.refit(problem, torch.tensor(units))[1] / problem.scale
 
 
-def _compared(loss: float, best: float, proved: bool) -> str:
-    if loss < best * (1 - TOLERANCE):
-        return f"improves the best known value by {1 - loss / best:.4%}: please send it"
-    if loss <= best * (1 + TOLERANCE):
-        return "as good as the best known" + (", which is proved optimal" if proved else "")
-    return f"{loss / best - 1:.4%} above the best known"
+def tell_known(records: Sequence[Record], directory: Path) -> None:
+    """Say how answers to an instance compare with the best known; write what is better, to be sent.
 
-
-def run_race(
-    names: Sequence[str], backends: str, seconds: float, directory: Path, json: Path | None
-) -> None:
-    """Run backends on instances, and write the page."""
-    check_json_path(json, written=(directory,))
-    if not 0 < seconds < 1e6:
-        raise OptionError(f"--time is {seconds}; give seconds above 0")
-    entrants = list(dict.fromkeys(part.strip() for part in backends.split(",") if part.strip()))
-    if not entrants:
-        raise OptionError("--backends is empty; give names, separated by commas")
-    known = library()
-    # What is to be made first takes minutes: only where it was asked for by name.
-    chosen = known.matching(names, shipped=not names)
-    study = race_study(directory, known, chosen)
-    path, done = directory / REPORT_FILE, list[Record]()
-    with way_back(lambda: study.kept), quiet():
-        for records in race(study, known, entrants, seconds, _tell):
-            best = best_known(known, records)
-            records = without_refuted(records, best, _tell)
-            for name, one in best.items():
-                _keep_improvement(name, known.instances[name].best, one, directory)
-            done += records
-            write_text(path, race_page(known, chosen, entrants, done, seconds))
-    say(f"report: {path}")
-    content = {"seconds": seconds, "records": [dataclasses.asdict(record) for record in done]}
-    write_document(json, document("race", 1, content))
-
-
-def _tell(record: Record) -> None:
-    if record.error:
-        say(f"{record.instance}: {record.backend}: {record.error}")
+    Answers to other problems, or with another number of units, are compared with nothing.
+    """
+    name, one = records[0].instance, library().instances.get(records[0].instance)
+    if one is None or records[0].keep != one.keep:
         return
-    loss, bound = record.relative_loss, record.relative_bound
-    below = "" if bound is None else f", bound {bound:.6f}"
-    say(f"{record.instance}: {record.backend}: loss {loss:.6f}{below}, {record.seconds:.2f} s")
-
-
-def _keep_improvement(name: str, before: Best, now: Best, directory: Path) -> None:
-    """Say that a best known value was improved, if it was, and write the solution to be sent."""
-    told, by, bound = [], [], None
-    if now.loss < before.loss:
-        by.append(now.found_by)
-        told.append(
-            f"{now.found_by} improves the best known loss of {name}: {now.loss:.9g} instead of "
-            f"{before.loss:.9g}"
-        )
-    if now.bound > before.bound and not before.proved:
-        by.append(now.bound_by)
-        bound = now.bound
-        told.append(
-            f"{now.bound_by} improves the best known bound of {name}: {bound:.9g} instead of "
-            f"{before.bound:.9g}, by a certificate in {directory / RECORDS}"
-        )
-    if told:
+    best, answers = one.best, [(r.relative_loss, r) for r in records if r.relative_loss is not None]
+    loss, found = min(answers, key=lambda pair: pair[0])
+    say(f"{name}: {found.backend} {best.compared(loss)}")
+    by = [found.backend] if loss < best.loss * (1 - TOLERANCE) else []
+    bounds = [(r.relative_bound or 0.0, r) for r in records if r.recomputed_bound is not None]
+    bound, prover = max(bounds, key=lambda pair: pair[0], default=(0.0, found))
+    if bound > best.bound * (1 + TOLERANCE) and not best.proved:
+        say(f"{name}: {prover.backend} proves {bound:.9g}, where {best.bound:.9g} was known")
+        by.append(prover.backend)
+    if by:
         path = directory / f"{name}.json"
-        found = SolutionFile(name, now.support, bound, " and ".join(dict.fromkeys(by)))
-        write_json(path, dataclasses.asdict(found))
-        say(f"{'; '.join(told)}; {path} is the solution to send")
+        words = " and ".join(dict.fromkeys(by))
+        better = SolutionFile(name, found.support, bound if bound > best.bound else None, words)
+        write_json(path, dataclasses.asdict(better))
+        say(f"{path} is the solution to send; what proves a bound is in {directory / RECORDS}")

@@ -269,8 +269,9 @@ class GapOptions(DataOptions):
     device: str = "auto"
     """Where the model runs: auto, cpu or cuda. Solves run on the CPU."""
     json: Json = None
-    sparsity: str = "0.25,0.5,0.75"
-    """Shares of the units to remove, separated by commas."""
+    sparsity: str | None = None
+    """Shares of the units to remove, separated by commas; by default what a problem itself says, or
+    0.25,0.5,0.75 where it does not say, as problems of models do not."""
     backends: str | None = None
     """Backends, separated by commas, also file.py:Class; by default the heuristics, the root bound
     and `branch_and_bound`."""

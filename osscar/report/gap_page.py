@@ -22,6 +22,7 @@ from osscar.report.plots import draw_plots
 from osscar.report.stages import stages_table
 from osscar.report.summary import Summary
 from osscar.report.tables import LIMIT_IN_WORDS
+from osscar.study.design import SPARSITIES
 from osscar.study.records import Record
 
 if TYPE_CHECKING:
@@ -85,16 +86,19 @@ def write_report(
 
 def _settings(study: Study, design: StudyDesign, jobs: int, usual: Collection[str]) -> Settings:
     source, default = dict(study.source), type(design)()
-    problems = source.get("problems")
-    if isinstance(problems, list) and all(isinstance(one, Mapping) for one in problems):
-        del source["problems"]
-        source["problem files"] = [one.get("file") for one in problems]
+    if "problems" in source:
+        source["problems"] = [one["file"] for one in source["problems"]]
     asked = {name: value for name, value in source.items() if name not in usual}
     found = Settings(asked, {name: value for name, value in source.items() if name in usual})
     processes = {"processes at once": jobs}
     found |= Settings(default=processes) if "jobs" in usual else Settings(processes)
     said: dict[str, tuple[str, Any]] = {
-        "sparsities": ("share of units removed", [share(one) for one in design.sparsities]),
+        "sparsities": (
+            "share of units removed",
+            [share(one) for one in design.sparsities or SPARSITIES]
+            if design.sparsities or "problems" not in study.source
+            else "as each problem says, or 25%, 50% and 75%",
+        ),
         "backends": ("backends", list(design.backends)),
         "exact_units": ("exact backends on", f"problems of at most {design.exact_units} units"),
         "time_limit": ("limit of an exact solve", f"{design.time_limit:g} s"),

@@ -28,6 +28,9 @@ _LEGEND_ENTRY = 1.7
 """Inches that an entry of a legend takes."""
 
 _LONGEST_NAME = 40
+_SHORTEST = 1e-3
+"""Seconds below which times are not told apart."""
+
 _FLOOR = 1e-7
 """Where excesses that count as zero are drawn on a logarithmic axis."""
 
@@ -38,6 +41,8 @@ _CAPTIONS = {
     "curves": "Loss of the best answer, and the lower bound that no choice of units can beat, "
     "against the share of units removed. Both are relative to the loss of removing everything. The "
     "true optimum lies in the shaded band. Panels of one kind of units share their scale.",
+    "profiles": "Performance profiles: the share of all problems on which a backend found the best "
+    "loss of this study within so many times the seconds of the fastest that did.",
     "ratios": "What heuristics lose against proven optima, one dot a problem.",
 }
 
@@ -56,6 +61,7 @@ def draw_plots(summary: Summary, directory: Path) -> list[dict[str, object]]:
             "gaps": _gaps([case for case in summary.layers if case.gap is not None]),
             "curves": _curves(summary.layers),
             "ratios": _ratios(summary.closed),
+            "profiles": _profiles(summary.layers),
         }
         for name, figure in figures.items():
             if figure is not None:
@@ -263,6 +269,32 @@ def _ratios(closed: Sequence[Case]) -> Figure | None:
     axes.set_xlabel(
         f"loss above the proven optimum, relative to it\n(at the left edge: below {HIT:g})"
     )
+    return figure
+
+
+def _profiles(cases: Sequence[Case]) -> Figure | None:
+    """Draw performance profiles (Dolan and More, 2002) of the time to the best loss."""
+    ratios: dict[str, list[float]] = {r.backend: [] for case in cases for r in case.answers}
+    if len(cases) < 2 or len(ratios) < 2:
+        return None
+    for case in cases:
+        hits = {r.backend: r.seconds or 0.0 for r in case.answers if case.excess(r) <= HIT}
+        fastest = max(min(hits.values()), _SHORTEST)
+        for backend, seconds in hits.items():
+            ratios[backend].append(max(seconds / fastest, 1.0))
+    widest = max([2.0, *(ratio for mine in ratios.values() for ratio in mine)])
+    figure, (axes,) = _subplots(1, 1, width=_NARROW, height=3.8)
+    for index, (backend, mine) in enumerate(ratios.items()):
+        x = [*sorted(mine), widest]
+        y = [(i + 1) / len(cases) for i in range(len(mine))] + [len(mine) / len(cases)]
+        look: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1.2, "label": backend}
+        axes.plot(x, y, color=COLORS[index % len(COLORS)], **look)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(SHARES)
+    axes.set_xlabel("times the seconds of the fastest")
+    axes.set_ylabel("best loss found")
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

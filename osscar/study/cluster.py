@@ -1,4 +1,4 @@
-"""A Ray cluster as an executor: its tasks are made elsewhere where a worker is lost."""
+"""A Ray cluster that solves the jobs of a study; those of a lost worker are solved again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import logging
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from osscar.base.errors import JournalError, MissingDependency
 from osscar.base.signals import handling
-from osscar.study.jobs import Task
+from osscar.study.jobs import KILLED, Task, solve_task
+from osscar.study.records import Record
 
 _RETRIES = 3
 """How many workers a task may cost; one that takes more memory than there is would end them all."""
@@ -24,55 +24,44 @@ _PATIENCE = 5
 """Seconds that a machine has to answer at all; Ray itself tries for minutes."""
 
 
-class RayExecutor(Executor):
-    """A Ray cluster, to which this process is connected; see `connected`.
-
-    A task has a core of its own, and the memory that its problem takes.
-    """
+class RayCluster:
+    """A Ray cluster, to which this process is connected; see `connected`."""
 
     def __init__(self, ray: Any) -> None:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.workers = int(sum(resources.get("CPU", 0) for resources in alive))
         """How many cores it has."""
         self._memory = max((resources.get("memory", 0.0) for resources in alive), default=0.0)
-        self._lost = ray.exceptions.RayError
-        self._remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_outcome)
+        self._ray = ray
 
-    def submit(
-        self, function: Callable[..., Any], /, *arguments: Any, **options: Any
-    ) -> Future[Any]:
-        """Hand out a call; its future is broken where it costs one worker after the other."""
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        needed = max((one.memory for one in arguments if isinstance(one, Task)), default=0)
-        remote = self._remote.options(memory=min(needed, self._memory))
-        called = remote.remote(function, arguments, options).future()
-        called.add_done_callback(lambda done: self._settle(future, done))
-        return future
+    def solve(self, tasks: Sequence[Task]) -> Iterator[Record]:
+        """Solve all tasks, each with a core and the memory of its problem, as cores are free.
 
-    def _settle(self, future: Future[Any], done: Future[Any]) -> None:
-        error = done.exception()
-        found, raised = (None, error) if error is not None else done.result()
-        if isinstance(raised, self._lost):
-            raised = BrokenExecutor(f"{type(raised).__name__}, after {_RETRIES + 1} workers")
-        if raised is not None:
-            future.set_exception(raised)
-        else:
-            future.set_result(found)
+        Workers see the study's directory under the same name.
 
-
-def _outcome(
-    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Any, Exception | None]:
-    """Call a function on a worker; Ray would wrap what it raises in an exception of its own."""
-    try:
-        return function(*arguments, **options), None
-    except Exception as error:
-        return None, error
+        Raises
+        ------
+        JournalError
+            If a task costs one worker after the other.
+        """
+        ray = self._ray
+        remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(solve_task)
+        running = [
+            remote.options(memory=min(task.memory, self._memory)).remote(task) for task in tasks
+        ]
+        while running:
+            done, running = ray.wait(running)
+            try:
+                records: list[Record] = ray.get(done)
+            except ray.exceptions.RayTaskError as error:  # Ray wraps what a task raises
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise JournalError(KILLED) from error
+            yield from records
 
 
 @contextmanager
-def connected(address: str) -> Iterator[RayExecutor]:
+def connected(address: str) -> Iterator[RayCluster]:
     """Connect to a cluster while the block runs; what it has not done by then is stopped.
 
     The address is ``auto`` for the cluster that this machine belongs to, ``HOST:PORT``, or
@@ -94,9 +83,9 @@ def connected(address: str) -> Iterator[RayExecutor]:
             "or give its HOST:PORT"
         ) from error
     try:
-        executor = RayExecutor(ray)
-        if not executor.workers:
+        cluster = RayCluster(ray)
+        if not cluster.workers:
             raise JournalError(f"the Ray cluster at {address!r} has no core that is free for tasks")
-        yield executor
+        yield cluster
     finally:
         ray.shutdown()

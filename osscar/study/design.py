@@ -10,8 +10,10 @@ from osscar.base.errors import OptionError
 from osscar.base.fields import check_fields, count_from
 from osscar.base.inputs import safe_repr
 from osscar.request import BOUND_ROUNDS, SHARE
+from osscar.study.records import Instance
 
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
+SPARSITIES = (0.25, 0.5, 0.75)
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
 
 
@@ -22,7 +24,8 @@ class StudyDesign:
     Parameters
     ----------
     sparsities
-        Shares of the units to remove, each above 0 and below 1.
+        Shares of the units to remove, each above 0 and below 1; None solves a problem that says how
+        many units stay as it says, and others at `SPARSITIES`.
     backends
         Registered names, or ``file.py:Class`` of your own; those that prove optimality run only on
         problems of `exact_units` units or fewer.
@@ -46,7 +49,7 @@ class StudyDesign:
         If a backend does not exist.
     """
 
-    sparsities: Annotated[tuple[Annotated[float, SHARE], ...], MinLen(1)] = (0.25, 0.5, 0.75)
+    sparsities: Annotated[tuple[Annotated[float, SHARE], ...], MinLen(1)] | None = None
     backends: Annotated[tuple[str, ...], MinLen(1)] = DEFAULT_BACKENDS
     exact_units: Annotated[int, count_from(1)] = 64
     window_units: Annotated[int | None, count_from(2)] = None
@@ -59,20 +62,21 @@ class StudyDesign:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("sparsities", "backends"):
-            values: tuple[Any, ...] = getattr(self, name)
+            values: tuple[Any, ...] = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise OptionError(f"{name} is {safe_repr(values)}; give each once")
         for backend in self.backends:  # before anything is solved that the last one cannot
             solvers.make_backend(backend)
 
-    def keep(self, units: int, sparsity: float) -> int:
-        """Return how many of `units` stay: at least one, and at least one goes."""
-        return max(1, min(units - 1, units - round(sparsity * units)))
+    def keeps(self, instance: Instance) -> dict[int, tuple[float, ...]]:
+        """Return the numbers of units that stay, each with the sparsities that come to it.
 
-    def keeps(self, units: int) -> dict[int, tuple[float, ...]]:
-        """Return the numbers of units that stay, each with the sparsities that come to it."""
-        found: dict[int, tuple[float, ...]] = {}
-        for sparsity in self.sparsities:
-            keep = self.keep(units, sparsity)
+        At least one unit stays, and at least one goes.
+        """
+        units, found = instance.units, dict[int, tuple[float, ...]]()
+        if self.sparsities is None and instance.keep < units:
+            return {instance.keep: (1 - instance.keep / units,)}
+        for sparsity in self.sparsities or SPARSITIES:
+            keep = max(1, min(units - 1, units - round(sparsity * units)))
             found[keep] = (*found.get(keep, ()), sparsity)
         return found

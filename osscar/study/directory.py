@@ -10,18 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from pydantic import ConfigDict
 
 import solvers
-from osscar.base.errors import JournalError, OptionError
+from osscar.base.errors import JournalError
 from osscar.base.fields import checked, count_from
 from osscar.base.files import atomic_write, digest, file_digest, resolved
 from osscar.base.inputs import file_name
@@ -37,16 +36,16 @@ from osscar.study.jobs import (
     Task,
     affordable_jobs,
     load_problem,
-    solve_all,
+    solve_here,
     solve_task,
 )
 from osscar.study.records import (
     ROOT_BOUND,
     WINDOW,
     Instance,
-    Options,
     Record,
     window_name,
+    without_refuted,
     write_csv,
 )
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
@@ -57,6 +56,9 @@ _INDEX = "problems.json"
 _SUFFIX = ".safetensors"
 _READABLE_NAME = 80
 """Characters of a problem's name that go into the name of its file."""
+
+Solve: TypeAlias = Callable[[Sequence[Task]], Iterator[Record]]
+"""Solves tasks, and gives their records as they come."""
 
 _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
@@ -106,8 +108,6 @@ class Study:
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
         self.directory = Path(file_name(directory, "the study", "its directory"))
-        if not isinstance(source, Mapping):
-            raise OptionError(f"the source is a {type(source).__name__}; give a mapping")
         self.source = dict(source)
         self._journal = _StudyJournal(self.directory)
         self._journal.refuse_foreign()
@@ -198,8 +198,8 @@ class Study:
         self._journal.check(self._manifest(dense))
 
     def run(
-        self, design: StudyDesign, jobs: int = 1, *, executor: Executor | None = None
-    ) -> tuple[Record, ...]:
+        self, design: StudyDesign, jobs: int = 1, *, solve: Solve | None = None
+    ) -> list[Record]:
         """Solve what has not been solved yet, and return all records of the design.
 
         What earlier runs have recorded is recomputed: losses from their supports, bounds from their
@@ -210,15 +210,12 @@ class Study:
         design
             What to solve.
         jobs
-            Solves at once; processes of this machine share out its cores evenly.
-        executor
-            Whose workers solve instead of processes of this machine, such as those of a Ray cluster
-            (`osscar.study.cluster.connected`); they see the directory under the same name.
+            Processes of this machine that solve at once; they share out its cores evenly.
+        solve
+            Solves elsewhere instead, such as `osscar.study.cluster.RayCluster.solve`.
 
         Raises
         ------
-        OptionError
-            If `jobs` is not positive.
         JournalError
             If nothing has been captured, a file of the study is damaged or has been replaced, a
             record claims what is not true, or a worker was killed; what was solved until then is
@@ -226,15 +223,13 @@ class Study:
         OutputError
             If another process is at work in the directory, or it cannot be written.
         """
-        if not isinstance(design, StudyDesign):
-            raise OptionError(f"the design is a {type(design).__name__}; give a StudyDesign")
         checked("jobs", Annotated[int, count_from(1)], jobs)
 
         @timed(Stage.SOLVES)
         def solved(tasks: Sequence[Task]) -> list[Record]:
             records: dict[tuple[str, int, str], Record] = {}
             with stage("solving", total=len(tasks)) as bar:
-                for record in solve_all(tasks, jobs, executor):
+                for record in solve_here(tasks, jobs) if solve is None else solve(tasks):
                     records[record.instance, record.keep, record.backend] = record
                     bar.advance()
             return [records[task.instance.name, task.keep, task.backend] for task in tasks]
@@ -244,34 +239,15 @@ class Study:
             if not layers:
                 raise JournalError(f"{self.directory} holds no problem yet; capture some first")
             self._journal.make(RECORDS)
-            records = solved(
-                [
-                    task
-                    for layer in layers
-                    for task in self._tasks(design, layer, design.keeps(layer.units))
-                ]
-            )
+            whole = ((layer, design.keeps(layer)) for layer in layers)
+            records = solved([task for one in whole for task in self._tasks(design, *one)])
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 tasks = [task for layer in large for task in self._window_tasks(design, layer)]
                 records += solved(tasks)
+            records = without_refuted(records)
             write_csv(self.directory / _RESULTS_FILE, records)
-        return tuple(records)
-
-    def solve(self, instance: Instance, keep: int, backend: str, options: Options) -> Record:
-        """Solve one captured problem, or recompute what an earlier run has recorded of it.
-
-        Raises
-        ------
-        JournalError, OutputError
-            As of `run`.
-        """
-        with self.locked():
-            self._journal.make(RECORDS)
-            removed = (1 - keep / instance.units,)
-            return solve_task(
-                Task(self.directory.absolute(), instance, keep, removed, backend, options)
-            )
+        return records
 
     def _tasks(
         self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]
@@ -296,7 +272,7 @@ class Study:
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
         assert design.window_units is not None
-        for keep, sparsities in design.keeps(layer.units).items():
+        for keep, sparsities in design.keeps(layer).items():
             generator = torch.Generator().manual_seed(design.seed)
             incumbent = solve_task(Task(self.directory, layer, keep, sparsities, _INCUMBENT))
             if incumbent.error:
@@ -332,7 +308,8 @@ class Study:
         path = self.directory / file
         with atomic_write(path) as partial:
             problem.save(partial)
-        return Instance(problem.name, kind, file, problem.units, problem.width, file_digest(path))
+        units, keep, width = problem.units, problem.keep, problem.width
+        return Instance(problem.name, kind, file, units, keep, width, file_digest(path))
 
     def _problems(self) -> _Problems:
         found = self._journal.read(_INDEX, _Problems, limit=_LONGEST_INDEX)

@@ -1,7 +1,6 @@
-"""The solves of a study: what one is, and who makes them.
+"""The jobs of a study: one problem for one backend each, solved here, in processes, or elsewhere.
 
-Whoever solves writes the answer into the study's directory as soon as it is known: this process,
-others of this machine, or the workers of any `concurrent.futures.Executor`.
+Whoever solves writes the answer into the study's directory as soon as it is known.
 """
 
 from __future__ import annotations
@@ -12,16 +11,8 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -33,12 +24,18 @@ import torch
 import solvers
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import digest, file_digest, write_json
+from osscar.base.memory import available_memory
 from osscar.base.signals import handling
 from osscar.study.answers import answered, claimed, save_certificate
 from osscar.study.records import Instance, Options, ProofBasis, Record, read_record
 
 RECORDS = "records"
 """The part of a study's directory that holds one file a record, and the certificates."""
+
+KILLED = (
+    "a worker was killed, perhaps for want of memory; what was solved is kept: give the same "
+    "command again, with fewer --jobs, or on machines with more memory"
+)
 
 _ASKED = ("instance", "kind", "file", "units", "width", "keep", "backend", "options")
 """The fields of a record that its task decides, and that do not change as a study is extended."""
@@ -50,12 +47,7 @@ _PROCESS_BYTES = 400 * 2**20
 """What a process takes before it has read a problem."""
 
 _SMALL_UNITS = 16
-_START_SECONDS = 3.0
-"""Problems of so few units are solved in this process for about as long as it takes to start
-others: many a study ends before they would be there."""
-
-_AHEAD = 2
-"""Tasks that are handed out for each worker, so that none waits for the next."""
+"""Problems of so few units are solved sooner than other processes would have started."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +118,13 @@ def _memory_of(problem: int) -> int:
 
 
 def affordable_jobs(largest: int) -> int:
-    """Return how many processes may solve at once: one a core, in half of the memory at most.
+    """Return how many processes may solve at once: one a core, in half of the free memory at most.
 
     One thread each beats one process with all threads: most steps of a solve are too small to
     share, and on two cores a study took 0.55 of the time.  The largest problem file has so many
     bytes.
     """
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every platform
-        return 1
+    memory = available_memory() or 0
     return max(1, min(cores(), memory // 2 // _memory_of(largest)))
 
 
@@ -149,59 +138,27 @@ def cores() -> int:
 # ---- who solves --------------------------------------------------------------------------
 
 
-def solve_all(tasks: Sequence[Task], jobs: int, executor: Executor | None) -> Iterator[Record]:
-    """Solve all tasks, so many at once, and give the records as they come, each written by then.
+def solve_here(tasks: Sequence[Task], jobs: int) -> Iterator[Record]:
+    """Solve all tasks in so many processes of this machine, and give the records as they come.
 
-    The workers of an executor see the directory; without one, processes of this machine solve, or
-    for one job this process.
+    This process solves for one job, and where all problems are small.
+
+    Raises
+    ------
+    JournalError
+        If a process was killed.
     """
-    if executor is not None:
-        yield from _completed(tasks, executor, _AHEAD * jobs)
-    elif jobs == 1:
+    if jobs == 1 or all(task.instance.units <= _SMALL_UNITS for task in tasks):
         yield from map(solve_task, tasks)
-    else:
-        threads = max(1, cores() // jobs)
-        left, end = list(tasks), time.monotonic() + _START_SECONDS
-        for task in [task for task in tasks if task.instance.units <= _SMALL_UNITS]:
-            if time.monotonic() < end:
-                left.remove(task)
-                yield _solved_with(threads, task)
-        if left:
-            with _processes(min(jobs, len(left)), threads) as pool:
-                yield from _completed(left, pool, len(left))
-
-
-def _solved_with(threads: int, task: Task) -> Record:
-    """Solve in this process with as many threads as workers have, so that times compare."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return solve_task(task)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _completed(tasks: Sequence[Task], executor: Executor, ahead: int) -> Iterator[Record]:
-    """Yield the records of all tasks, as they come; so many are handed out at a time."""
-    running: set[Future[Record]] = set()
-    left = list(tasks)
-    try:
-        while left or running:
-            room = ahead - len(running)
-            with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
-                running |= {executor.submit(solve_task, task) for task in left[:room]}
-            left = left[room:]
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+        return
+    with _processes(min(jobs, len(tasks)), max(1, cores() // jobs)) as pool:
+        with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
+            running = [pool.submit(solve_task, task) for task in tasks]
+        try:
+            for future in as_completed(running):
                 yield future.result()
-    except BrokenExecutor as error:
-        raise JournalError(
-            "a worker was killed, perhaps for want of memory; what was solved is kept: give the "
-            "same command again, with fewer --jobs, or on machines with more memory"
-        ) from error
-    finally:
-        for future in running:
-            future.cancel()
+        except BrokenExecutor as error:
+            raise JournalError(KILLED) from error
 
 
 @contextmanager

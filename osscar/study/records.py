@@ -18,12 +18,16 @@ from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import command_line
+from solvers import Status
 
 WINDOW = "window"
 """The kind of a problem that is a part of a larger one."""
 
 ROOT_BOUND = "perspective"
 """The backend that bounds problems of any size, and knows what such bounds cannot exceed."""
+
+_REFUTED = 1e-6
+"""Share of a loss by which a bound has to lie above it to be wrong."""
 
 Options: TypeAlias = Mapping[str, int | float | str | bool | None]
 
@@ -53,6 +57,8 @@ class Instance:
     file: str
     """Where it lies, relative to the study's directory."""
     units: int
+    keep: int
+    """How many units stay, as the problem itself says; all where it does not say."""
     width: int
     """The rows of the widest unit."""
     sha256: str
@@ -148,6 +154,34 @@ class Record:
             "device": "cpu",  # where studies solve, and where all backends can
         }
         return command_line("osscar", "solve", self.file, options=options)
+
+
+def without_refuted(records: Sequence[Record]) -> list[Record]:
+    """Return the records, without the bounds that lie above a loss that another one has.
+
+    A bound without a certificate is its backend's word, which its own answer cannot refute.
+    """
+    least: dict[tuple[str, int], float] = {}
+    for record in records:
+        if record.loss is not None:
+            posed = record.instance, record.keep
+            least[posed] = min(record.loss, least.get(posed, record.loss))
+    found = []
+    for record in records:
+        bound, loss = record.lower_bound, least.get((record.instance, record.keep))
+        if bound is not None and loss is not None and bound > loss * (1 + _REFUTED):
+            record = dataclasses.replace(
+                record,
+                lower_bound=None,
+                relative_bound=None,
+                recomputed_bound=None,
+                gap=None,
+                status=Status.FEASIBLE.name,
+                proof=ProofBasis.NONE,
+                error=f"its bound {bound:.9g} is wrong: a support of loss {loss:.9g} is known",
+            )
+        found.append(record)
+    return found
 
 
 def window_name(layer: str, keep: int, units: int, seed: int, index: int) -> str:

@@ -174,7 +174,7 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
         (("gap", "demo", "--groups", "nothing*"), "osscar inspect"),
         (("gap", "demo", "--damp", "-1"), "damp"),
         (("gap", "demo", "other"), "give one model, not 2"),
-        (("gap", "demo", "nine.npz"), "either one model or problem files"),
+        (("gap", "demo", "demo-heads-k4"), "either one model or problems: 'demo' is neither"),
         (("gap", "missing.npz", "--samples", "3"), "--samples is for models"),
         (("gap", "there-is-no-such-model"), "there-is-no-such-model"),
         (("gap", "demo", "--time-limit", "nan"), "time-limit is nan"),

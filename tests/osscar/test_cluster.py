@@ -13,15 +13,15 @@ import tempfile
 import threading
 import time
 import types
-from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 from osscar.base.errors import JournalError, MissingDependency
-from osscar.study import cluster
+from osscar.study.cluster import RayCluster, connected
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
+from osscar.study.jobs import solve_task
 from tests.osscar.interrupted_cases import _problem
 from tests.osscar.interruptions import content
 
@@ -41,82 +41,76 @@ def _study(place: Path) -> Study:
     return study
 
 
-def test_any_executor_solves_a_study_to_the_same_files(tmp_path, monkeypatch):
-    study, alone = _study(tmp_path / "here"), _study(tmp_path / "there")
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(1) as executor:
-        records = Study(Path("here"), study.source).run(DESIGN, 2, executor=executor)
-    alone.run(DESIGN)
-    assert content(study.directory) == content(alone.directory)
-    assert not [record.error for record in records if record.error]
-
-
-def test_a_worker_that_is_lost_ends_the_study_and_what_was_solved_is_kept(tmp_path):
-    class Lossy(ThreadPoolExecutor):
-        def submit(self, function, /, *arguments, **options):
-            future = super().submit(function, *arguments, **options)
-            if arguments[0].backend != "greedy":
-                wait([future])
-                future = Future()
-                future.set_exception(BrokenExecutor())
-            return future
-
-    study = _study(tmp_path / "study")
-    with Lossy(1) as executor, pytest.raises(JournalError, match=r"a worker was killed.*is kept"):
-        study.run(DESIGN, executor=executor)
-    assert list((study.directory / "records").glob("*.json"))
-    assert all(not record.error for record in study.run(DESIGN))
-
-
-def test_a_call_on_ray_is_a_future():
-    """What it returned or raised, or that its worker was lost; with the memory that it takes."""
+class Ray:
+    """Solves in this process; workers that are given certain problems are lost."""
 
     class RayError(Exception):
         pass
 
-    class Ray:
-        exceptions = types.SimpleNamespace(RayError=RayError)
+    class RayTaskError(RayError):
+        def __init__(self, cause):
+            self.cause = cause
 
-        @staticmethod
-        def nodes():
-            resources = ({"CPU": 3.0, "memory": 10.0}, {"CPU": 1.0, "memory": 7.0}, {"CPU": 8.0})
-            alive = (True, True, False)
-            return [{"Resources": r, "Alive": a} for r, a in zip(resources, alive, strict=True)]
+    def __init__(self, lost=()):
+        self.exceptions, self.lost, self.asked = self, lost, []
 
-        def remote(self, **options):
-            asked.append(options)
-            return lambda function: Remote(function)
+    def nodes(self):
+        resources = ({"CPU": 3.0, "memory": 10.0}, {"CPU": 1.0, "memory": 7.0}, {"CPU": 8.0})
+        alive = (True, True, False)
+        return [{"Resources": r, "Alive": a} for r, a in zip(resources, alive, strict=True)]
 
-    class Remote:
-        def __init__(self, function):
-            self.function = function
+    def remote(self, **options):
+        self.asked.append(options)
+        return lambda function: self
 
-        def options(self, **options):
-            asked.append(options)
-            return self
+    def options(self, **options):
+        self.asked.append(options)
+        return types.SimpleNamespace(remote=lambda task: task)
 
-        def remote(self, *arguments):
-            done = Future()
-            if arguments[0] is os._exit:
-                done.set_exception(RayError())
-            else:
-                done.set_result(self.function(*arguments))
-            return types.SimpleNamespace(future=lambda: done)
+    def wait(self, tasks):
+        return tasks[:1], tasks[1:]
 
-    asked = []
-    executor = cluster.RayExecutor(Ray())
-    assert executor.workers == 4
-    assert executor.submit(divmod, 7, 2).result() == (3, 1)
-    assert isinstance(executor.submit(divmod, 7, 0).exception(), ZeroDivisionError)
-    assert isinstance(executor.submit(os._exit, 1).exception(), BrokenExecutor)
-    assert asked[:2] == [{"num_cpus": 1, "max_retries": 3}, {"memory": 0}]
+    def get(self, tasks):
+        if tasks[0].backend in self.lost:
+            raise self.RayError
+        try:
+            return [solve_task(task) for task in tasks]
+        except JournalError as error:
+            raise self.RayTaskError(error) from error
+
+
+def test_a_cluster_solves_a_study_to_the_same_files(tmp_path, monkeypatch):
+    study, alone = _study(tmp_path / "here"), _study(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    ray = Ray()
+    cluster = RayCluster(ray)
+    assert cluster.workers == 4
+    records = Study(Path("here"), study.source).run(DESIGN, solve=cluster.solve)
+    alone.run(DESIGN)
+    assert content(study.directory) == content(alone.directory)
+    assert not [record.error for record in records if record.error]
+    assert ray.asked[:2] == [{"num_cpus": 1, "max_retries": 3}, {"memory": 10.0}]
+
+
+def test_what_a_task_raises_and_a_lost_worker_end_the_study_and_what_was_solved_is_kept(tmp_path):
+    study = _study(tmp_path / "study")
+    with pytest.raises(JournalError, match=r"a worker was killed.*is kept"):
+        study.run(DESIGN, solve=RayCluster(Ray(lost=["branch_and_bound"])).solve)
+    records = list((study.directory / "records").glob("*.json"))
+    assert records
+    good = records[0].read_text()
+    records[0].write_text("{")
+    with pytest.raises(JournalError, match="is not a record of a study"):
+        study.run(DESIGN, solve=RayCluster(Ray()).solve)
+    records[0].write_text(good)
+    assert all(not record.error for record in study.run(DESIGN))
 
 
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with (
         pytest.raises(MissingDependency, match=r"pip install 'osscar\[ray\]'"),
-        cluster.connected("auto"),
+        connected("auto"),
     ):
         pass
 
@@ -194,7 +188,7 @@ def _kill(pid: int) -> None:
 
 def _at_work(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_outcome")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::solve_task")
     except OSError:
         return False
 

