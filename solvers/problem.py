@@ -539,7 +539,7 @@ class SubsetProblem:
         return replace(self, keep=keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the problem to ``.npz`` or ``.safetensors``, so that anyone can re-solve it.
+        """Write the problem to ``.safetensors``, so that anyone can re-solve it.
 
         Parameters
         ----------
@@ -571,7 +571,7 @@ class SubsetProblem:
         Parameters
         ----------
         path
-            A ``.npz`` or ``.safetensors`` file.
+            A ``.safetensors`` file.
 
         Raises
         ------

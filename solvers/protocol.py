@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
@@ -91,11 +91,11 @@ class Selection:
     bound_from: str = ""
     bound_limit: float = math.inf
     iterations: int = 0
-    history: tuple[float, ...] = ()
-    path: tuple[float, ...] = ()
+    history: tuple[float, ...] = field(default=(), repr=False)
+    path: tuple[float, ...] = field(default=(), repr=False)
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    certificate: Certificate | None = None
-    windows: tuple[WindowCertificate, ...] = ()
+    certificate: Certificate | None = field(default=None, repr=False)
+    windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
 
 
 class BackendKind(enum.StrEnum):

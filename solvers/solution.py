@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificates.tree_certificate import Certificate
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, Status, WindowCertificate
+from solvers.protocol import Selection
 from solvers.verification import Verification, verify
 
 _ROUNDING = 1e-9
@@ -73,18 +72,24 @@ class SolutionRecord:
     seconds: float
 
 
-class Choice:
-    """What follows from any choice of units: of a `Solution`, and of one of whole experts."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice(Selection):
+    """A backend's selection for a problem, with what follows from any choice of units.
 
-    problem: Any
+    Parameters
+    ----------
+    problem, backend
+        What was solved, and the name of the backend.
+    loss
+        ``E(support)``; divide by ``problem.scale`` for the relative loss.
+    seconds
+        Wall time of the selection and of the refit.
+    """
+
+    problem: Any = field(repr=False)
     backend: str
-    support: Tensor
     loss: float
-    status: Status
-    lower_bound: float
-    bound_from: str
-    iterations: int
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def relative_loss(self) -> float:
@@ -131,62 +136,20 @@ class Choice:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Solution(Choice):
-    """A support with its refitted weights, and the certificate that comes with it.
+    """A backend's selection with its refitted weights.
 
     Parameters
     ----------
-    problem
-        What was solved.
-    backend
-        The name of the backend.
-    support
-        The units that stay, (k,) int64, sorted.
+    problem, backend, loss, seconds
+        As of `Choice`; all else is as of the `Selection`, its support sorted.
     weights
         For each consumer the refitted weights, (p, m) float64, zero on removed rows.
-    loss
-        ``E(support)``; divide by ``problem.scale`` for the relative loss.
-    status
-        How the solve ended.
-    lower_bound, bound_from
-        No support has a lower loss than this, and what proved it.
-    bound_limit
-        What no bound of that kind can exceed, however long it is searched for; inf where that is
-        not known.
-    iterations
-        Removals, swaps, nodes: whatever the backend counts.
-    history
-        Loss after each improvement, as the backend saw it.
-    path
-        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
-        it; else empty.
-    seconds
-        Wall time of the selection and of the refit.
-    gap_tolerance
-        Up to which relative gap the backend calls its answer optimal.
-    certificate
-        Evidence from which `lower_bound` can be recomputed, or None.
-    windows
-        Evidence for ``WINDOW_OPTIMAL``, one for each window.
     """
 
     problem: SubsetProblem = field(repr=False)
-    backend: str
-    support: Tensor
     weights: tuple[Tensor, ...] = field(repr=False)
-    loss: float
-    status: Status
-    lower_bound: float = -math.inf
-    bound_from: str = ""
-    bound_limit: float = math.inf
-    iterations: int = 0
-    history: tuple[float, ...] = field(default=(), repr=False)
-    path: tuple[float, ...] = field(default=(), repr=False)
-    seconds: float = 0.0
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    certificate: Certificate | None = field(default=None, repr=False)
-    windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
 
     def verify(self) -> Verification:
         """Recompute in float64, from the problem alone, what this solution claims.

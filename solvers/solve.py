@@ -111,7 +111,7 @@ def solve(
         weights=weights,
         loss=loss,
         seconds=time.perf_counter() - start,
-        **{field.name: getattr(selection, field.name) for field in dataclasses.fields(Selection)},
+        **vars(selection),
     )
 
 

@@ -266,7 +266,7 @@ def gap(
         str,
         Parameter(
             name="MODEL_OR_PROBLEM",
-            help="One model as for `osscar prune`, or problem files (.npz, .safetensors) and names "
+            help="One model as for `osscar prune`, or problem files (.safetensors) and names "
             "or patterns of instances (`osscar instances list`).",
         ),
     ],
@@ -284,7 +284,7 @@ def gap(
 
 @app.command
 def solve(
-    file: Annotated[Path, Parameter(help="A problem file (.npz or .safetensors).")],
+    file: Annotated[Path, Parameter(help="A problem file (.safetensors).")],
     /,
     *,
     backend: Backend = "local_search",

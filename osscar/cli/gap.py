@@ -43,7 +43,7 @@ from osscar.study.library import library
 from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
-_PROBLEM_SUFFIXES = (".npz", ".safetensors")
+_PROBLEM_SUFFIX = ".safetensors"
 _POSING = ("groups", "query_heads", "damp", "device", *DataOptions.__dataclass_fields__)
 """Options that mean nothing to problem files."""
 
@@ -176,7 +176,7 @@ def _problems(sources: Sequence[str]) -> list[_Problem]:
     known, found = library(), dict[str, _Problem]()
     models = []
     for source in sources:
-        if source.endswith(_PROBLEM_SUFFIXES):
+        if source.endswith(_PROBLEM_SUFFIX):
             file = Path(source)
             check_input(file)
             described = {"file": file.name, "sha256": file_digest(file)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from solvers.errors import BackendError, ProblemError, VerificationError
 from solvers.experts.backends import MOST_SETS, ROUNDING, ExpertBackend, best_of_all, set_count
@@ -55,36 +54,11 @@ class ExpertVerification:
     not_recomputed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertSolution(Choice):
-    """The experts that stay, and what is claimed of them.
-
-    Parameters
-    ----------
-    problem, backend
-        What was solved, and by what.
-    support
-        The experts that stay, (keep,) int64, sorted.
-    loss
-        E(support); divide by ``problem.scale`` for the relative loss.
-    status
-        How the solve ended.
-    lower_bound, bound_from
-        No set has a lower loss than this, and what proved it; -inf without one.
-    iterations, history, seconds
-        What the backend counts, the losses on its way, and the wall time.
-    """
+    """The experts that stay, and what is claimed of them: a `Choice` for an `ExpertProblem`."""
 
     problem: ExpertProblem = field(repr=False)
-    backend: str
-    support: Tensor
-    loss: float
-    status: Status
-    lower_bound: float = -math.inf
-    bound_from: str = ""
-    iterations: int = 0
-    history: tuple[float, ...] = field(default=(), repr=False)
-    seconds: float = 0.0
 
     def verify(self) -> ExpertVerification:
         """Recompute, from the problem alone, what this solution claims.
@@ -190,15 +164,7 @@ def solve_experts(
             raise BackendError(
                 f"backend {name!r} answered with what is no selection: {error}"
             ) from error
+    seconds = time.perf_counter() - start
     return ExpertSolution(
-        problem,
-        name,
-        selection.support,
-        loss,
-        selection.status,
-        selection.lower_bound,
-        selection.bound_from,
-        selection.iterations,
-        selection.history,
-        time.perf_counter() - start,
+        problem=problem, backend=name, loss=loss, seconds=seconds, **vars(selection)
     )

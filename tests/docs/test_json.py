@@ -23,7 +23,7 @@ def problem(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     W0 = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-    path = tmp_path / "problem.npz"
+    path = tmp_path / "problem.safetensors"
     solvers.SubsetProblem.from_gram(X.T @ X / 60, W0, keep=4, name="small").save(path)
     return path
 

@@ -175,7 +175,7 @@ def _problem(units: int) -> solvers.SubsetProblem:
 
 
 def _studying(place: Path, jobs: int) -> tuple[str, ...]:
-    files = [place / f"p{units}.npz" for units in (18, 20)]
+    files = [place / f"p{units}.safetensors" for units in (18, 20)]
     for units, file in zip((18, 20), files, strict=True):
         _problem(units).save(file)
     return (

@@ -695,11 +695,11 @@ def test_what_never_ends_is_not_read(run, text, tmp_path, monkeypatch, place):
     status, _, err = run("eval", "demo", "--text", place)
     assert (status, "is a pipe or a device" in err) == (2, True)
     assert run("eval", "model")[0] == 2
-    os.mkfifo("p.npz")
+    os.mkfifo("p.safetensors")
     os.mkfifo("w.pt")
     for arguments in (
-        ("solve", "p.npz"),
-        ("gap", "p.npz", "--out", "study"),
+        ("solve", "p.safetensors"),
+        ("gap", "p.safetensors", "--out", "study"),
         ("eval", "torchvision:resnet18", "--images", ".", "--weights", "w.pt"),
     ):
         status, _, err = run(*arguments)

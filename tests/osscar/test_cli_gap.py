@@ -26,8 +26,8 @@ def file(tmp_path):
     X = torch.randn(100, 9, generator=generator, dtype=torch.float64)
     W0 = torch.randn(9, 4, generator=generator, dtype=torch.float64)
     problem = solvers.SubsetProblem.from_gram(X.T @ X / 100, W0, keep=5, name="nine")
-    problem.save(tmp_path / "nine.npz")
-    return tmp_path / "nine.npz"
+    problem.save(tmp_path / "nine.safetensors")
+    return tmp_path / "nine.safetensors"
 
 
 def untimed(said):
@@ -131,7 +131,7 @@ def test_solve_asks_how_many_stay_where_a_file_does_not_say(run, tmp_path):
     problem = solvers.SubsetProblem.from_gram(torch.eye(6, dtype=torch.float64),
                                               torch.ones(6, 2, dtype=torch.float64), keep=6,
                                               name="whole")  # fmt: skip
-    file = tmp_path / "whole.npz"
+    file = tmp_path / "whole.safetensors"
     problem.save(file)
     status, out, err = run("solve", file)
     assert (status, out) == (2, "")
@@ -156,11 +156,11 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
     units = [[row] for row in range(9)]
     consumer = damped_by_input(Symmetric.of(H), W0, units=units, damp=0.1, positions=60)
     by_input = solvers.SubsetProblem((consumer,), 5)
-    alike.save(tmp_path / "alike.npz")
-    by_input.save(tmp_path / "by-input.npz")
-    said = run("solve", tmp_path / "alike.npz", "--list-problem")[1]
+    alike.save(tmp_path / "alike.safetensors")
+    by_input.save(tmp_path / "by-input.safetensors")
+    said = run("solve", tmp_path / "alike.safetensors", "--list-problem")[1]
     assert f"damping {damping:.3g} of all inputs alike" in said
-    said = run("solve", tmp_path / "by-input.npz", "--list-problem")[1]
+    said = run("solve", tmp_path / "by-input.safetensors", "--list-problem")[1]
     assert "damping, if any, is in H, input by input" in said
 
 
@@ -175,7 +175,7 @@ def test_list_problem_tells_damping_of_all_inputs_from_that_in_the_matrix(run, t
         (("gap", "demo", "--damp", "-1"), "damp"),
         (("gap", "demo", "other"), "give one model, not 2"),
         (("gap", "demo", "demo-heads-k4"), "either one model or problems: 'demo' is neither"),
-        (("gap", "missing.npz", "--samples", "3"), "--samples is for models"),
+        (("gap", "demo-heads-k4", "--samples", "3"), "--samples is for models"),
         (("gap", "there-is-no-such-model"), "there-is-no-such-model"),
         (("gap", "demo", "--time-limit", "nan"), "time-limit is nan"),
     ],
@@ -210,8 +210,8 @@ def test_solve_refuses_bad_input(run, file, arguments, words):
 
 
 def test_solve_refuses_files_that_are_no_problem(run, tmp_path):
-    (tmp_path / "text.npz").write_text("not an archive")
-    for name in ("text.npz", "missing.npz", "text.txt"):
+    (tmp_path / "text.safetensors").write_text("not an archive")
+    for name in ("text.safetensors", "missing.safetensors", "text.txt"):
         status, _, err = run("solve", tmp_path / name)
         assert status == 2
         assert name in err
@@ -226,7 +226,7 @@ PROBLEM_FILES = ("--out", "study", "--backends", "greedy,enumerate", "--sparsity
         (("--device", "cuda"), "--device is for models"),
         (("--groups", "*"), "--groups is for models"),
         (("--query-heads",), "--query-heads is for models"),
-        (("missing.npz",), "missing.npz"),
+        (("missing.safetensors",), "missing.safetensors"),
         (("--ray", "auto", "--jobs", "2"), "--jobs counts processes of this machine, and --ray"),
     ],
 )
@@ -241,9 +241,15 @@ def test_what_is_not_for_files_of_problems_is_refused(run, file, monkeypatch, op
 def test_json_never_replaces_what_is_read_or_written(run, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     before = file.read_bytes()
-    os.link(file, "hard.npz")
-    os.symlink(file, "soft.npz")
-    for place in ("nine.npz", file, "../" + file.parent.name + "/nine.npz", "hard.npz", "soft.npz"):
+    os.link(file, "hard.safetensors")
+    os.symlink(file, "soft.safetensors")
+    for place in (
+        "nine.safetensors",
+        file,
+        "../" + file.parent.name + "/nine.safetensors",
+        "hard.safetensors",
+        "soft.safetensors",
+    ):
         for arguments in (("solve", file), ("solve", file, "--list-problem"),
                           ("gap", file, *PROBLEM_FILES)):  # fmt: skip
             status, _, err = run(*arguments, "--json", place)
@@ -263,7 +269,7 @@ def named(file, name, units=9):
     if units == 1:
         H, W0 = torch.eye(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
         problem = solvers.SubsetProblem.from_gram(H, W0, keep=1)
-    other = file.with_name(f"other-{units}.npz")
+    other = file.with_name(f"other-{units}.safetensors")
     solvers.SubsetProblem(problem.consumers, problem.keep, name).save(other)
     return other
 
@@ -300,13 +306,13 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path):
     X = torch.randn(400, 56, generator=generator, dtype=torch.float64)
     W0 = torch.randn(56, 4, generator=generator, dtype=torch.float64)
     problem = solvers.SubsetProblem.from_gram(X.T @ X / 400, W0, keep=28, name="hard")
-    problem.save(tmp_path / "hard.npz")
+    problem.save(tmp_path / "hard.safetensors")
 
     def study():
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = [
-            *("osscar", "gap", "hard.npz", "--out", "study", "--jobs", "2"),
+            *("osscar", "gap", "hard.safetensors", "--out", "study", "--jobs", "2"),
             *("--backends", "greedy,branch_and_bound", "--sparsity", "0.4,0.5,0.6"),
             *("--time-limit", "3600"),
         ]
@@ -327,7 +333,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path):
 def test_the_names_of_problems_do_not_steer_the_terminal(run, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     header, tensors = storage.read(file)
-    forged = file.with_name("forged.npz")
+    forged = file.with_name("forged.safetensors")
     storage.write(forged, {**header, "name": "\x1b]0;owned\x07\x1b[2Jname\r"}, tensors)
     for arguments in (("solve", forged), ("solve", forged, "--list-problem"),
                       ("gap", forged, *PROBLEM_FILES)):  # fmt: skip

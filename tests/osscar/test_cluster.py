@@ -197,7 +197,7 @@ def _at_work(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_study_on_ray_is_that_of_one_machine_though_a_worker_is_killed(ray_cluster, tmp_path):
     address, head = ray_cluster
-    problems = [tmp_path / f"p{units}.npz" for units in UNITS]
+    problems = [tmp_path / f"p{units}.safetensors" for units in UNITS]
     for units, file in zip(UNITS, problems, strict=True):
         _problem(units).save(file)
     arguments = (

@@ -420,7 +420,7 @@ def test_places_that_cannot_be(name, tmp_path, monkeypatch):
             graph.trace(small_net(), {"x": torch.rand(2, 3, 12, 12)}).draw(name)
         with pytest.raises(solvers.SolverError):
             random_problem(129, 7, 1, 3, 3, spread=1.0).save(
-                name + (b".npz" if isinstance(name, bytes) else ".npz")
+                name + (b".safetensors" if isinstance(name, bytes) else ".safetensors")
             )
     assert not list(tmp_path.iterdir())
 

@@ -276,8 +276,8 @@ def test_several_processes_give_the_same_rows(solved, study):
 @pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
     for index in range(6):
-        problem(16, index, name=f"p{index}").save(tmp_path / f"p{index}.npz")
-    files = [str(tmp_path / f"p{index}.npz") for index in range(6)]
+        problem(16, index, name=f"p{index}").save(tmp_path / f"p{index}.safetensors")
+    files = [str(tmp_path / f"p{index}.safetensors") for index in range(6)]
     command = [
         *("osscar", "gap", *files, "--out", str(tmp_path / "study"), "--jobs", "1"),
         *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7"),
@@ -400,7 +400,7 @@ def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path):
 
 
 def captured(directory, *problems, kind="units"):
-    study = Study(directory, {"problems": [p.name for p in problems]})
+    study = Study(directory, {"problems": [{"file": p.name} for p in problems]})
     study.capture([(kind, p) for p in problems])
     return study
 

@@ -49,7 +49,14 @@ def worse() -> Solution:
     """A swap optimum, which no exchange refutes, with seven times the loss of the optimum."""
     support = torch.tensor([1, 2, 6])
     weights, loss = refit(problem(), support)
-    return Solution(problem(), "forged", support, weights, loss, Status.FEASIBLE)
+    return Solution(
+        problem=problem(),
+        backend="forged",
+        support=support,
+        weights=weights,
+        loss=loss,
+        status=Status.FEASIBLE,
+    )
 
 
 def false(**claims) -> Solution:

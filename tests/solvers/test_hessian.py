@@ -63,8 +63,8 @@ def test_a_consumer_of_either_is_the_same(panel, tmp_path, monkeypatch):
     assert held.to("cpu") is held
     problem = SubsetProblem((held,), 3, "half")
     assert problem.dead.tolist() == both(dead=[5])[0].dead.tolist()
-    problem.save(tmp_path / "half.npz")
-    assert torch.equal(SubsetProblem.load(tmp_path / "half.npz").consumers[0].H, dense.H)
+    problem.save(tmp_path / "half.safetensors")
+    assert torch.equal(SubsetProblem.load(tmp_path / "half.safetensors").consumers[0].H, dense.H)
 
 
 def copies(consumer):

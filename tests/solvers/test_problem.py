@@ -112,9 +112,11 @@ def test_an_indefinite_hessian_is_refused(tmp_path):
     problem = SubsetProblem((consumer,), keep=2)
     with pytest.raises(ProblemError, match="consumer 0: H is not positive definite"):
         solve(problem, "greedy")
-    problem.save(tmp_path / "bad.npz")
-    with pytest.raises(ProblemError, match=r"bad.npz: consumer 0: H is not positive definite"):
-        SubsetProblem.load(tmp_path / "bad.npz")
+    problem.save(tmp_path / "bad.safetensors")
+    with pytest.raises(
+        ProblemError, match=r"bad.safetensors: consumer 0: H is not positive definite"
+    ):
+        SubsetProblem.load(tmp_path / "bad.safetensors")
 
 
 @dataclass(frozen=True)

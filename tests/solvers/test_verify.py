@@ -35,7 +35,14 @@ def on(instance, support, **claims) -> Solution:
     support = torch.tensor(support)
     weights, loss = refit(instance.problem, support)
     claims = {"status": Status.FEASIBLE, **claims}
-    return Solution(instance.problem, "planted", support, weights, loss, **claims)
+    return Solution(
+        problem=instance.problem,
+        backend="planted",
+        support=support,
+        weights=weights,
+        loss=loss,
+        **claims,
+    )
 
 
 def worst(instance) -> list[int]:
@@ -111,7 +118,15 @@ def test_losses_far_below_the_scale_are_told_apart():
     weights, loss = refit(problem, support)
     assert best.loss == pytest.approx(1e-10, rel=1e-4)
     assert loss == pytest.approx(1e-9, rel=1e-4)
-    planted = Solution(problem, "planted", support, weights, loss, Status.OPTIMAL, loss)
+    planted = Solution(
+        problem=problem,
+        backend="planted",
+        support=support,
+        weights=weights,
+        loss=loss,
+        status=Status.OPTIMAL,
+        lower_bound=loss,
+    )
     refused(planted, r"bound .* is refuted by an exchange")
     unbounded = {"status": Status.SWAP_OPTIMAL, "lower_bound": -math.inf}
     refused(planted, "not a swap optimum", **unbounded)
