@@ -6,24 +6,26 @@
 
 ``best`` runs backends, and writes what is better into the index, with the certificates that are
 small enough to ship.  ``table`` writes what the index has into docs/instances.md.  ``search``
-measures what lies beyond the swap optimum.  `benchmarks.instance_sources` builds the instances.
+measures what lies beyond the swap optimum.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from benchmarks.instance_sources import save
+from osscar.base.files import write_text
 from osscar.study.answers import save_certificate
 from osscar.study.library import (
     CERTIFICATES,
     DIRECTORY,
+    INDEX,
     PROVED,
     TOLERANCE,
     Best,
@@ -137,6 +139,16 @@ def keep_best(name: str, best: Best) -> None:
     known = library()
     changed = dataclasses.replace(known.instances[name], best=best)
     save(dataclasses.replace(known, instances={**known.instances, name: changed}))
+
+
+def save(known: Library) -> None:
+    """Write the index with a line for each source and each instance, as differences are read."""
+    whole = dataclasses.asdict(known)
+    parts = [f'"format": {json.dumps(known.format)}']
+    for key in ("sources", "instances"):
+        lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in whole[key].items())
+        parts.append(f'"{key}": {{\n' + ",\n".join(lines) + "\n}")
+    write_text(INDEX, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def certified(name: str, found: Solution) -> str:

@@ -98,8 +98,9 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         say(summary.answer)
         for sentence in summary.headline:
             say(f"- {sentence}")
-        if problems:
-            for case in summary.layers:
+        instances = {one.described["file"] for one in problems if "damp" in one.described}
+        for case in summary.layers:
+            if case.best.instance in instances:
                 tell_known(case.records, directory)
         say(f"report: {report}")
         content = {

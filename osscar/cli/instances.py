@@ -127,10 +127,11 @@ def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:
 def tell_known(records: Sequence[Record], directory: Path) -> None:
     """Say how answers to an instance compare with the best known; write what is better, to be sent.
 
-    Answers to other problems, or with another number of units, are compared with nothing.
+    Answers with another number of units are compared with nothing.
     """
-    name, one = records[0].instance, library().instances.get(records[0].instance)
-    if one is None or records[0].keep != one.keep:
+    name = records[0].instance
+    one = library().instances[name]
+    if records[0].keep != one.keep:
         return
     best, answers = one.best, [(r.relative_loss, r) for r in records if r.relative_loss is not None]
     loss, found = min(answers, key=lambda pair: pair[0])

@@ -8,16 +8,14 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import sys
-import time
 
 import pytest
 import torch
 
 import osscar
 import solvers
-from osscar.base.errors import BusyError, JournalError, OptionError, OutputError
+from osscar.base.errors import JournalError, OptionError, OutputError
 from osscar.cli import main
 from osscar.report.gap_page import write_report
 from osscar.report.gap_tables import scores_table
@@ -29,7 +27,6 @@ from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
-from tests.osscar.forked import PATIENCE, forked
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")
@@ -273,36 +270,6 @@ def test_several_processes_give_the_same_rows(solved, study):
     assert [dataclasses.replace(r, seconds=None, iterations=0) for r in together] == strip
 
 
-@pytest.mark.slow
-def test_a_killed_study_goes_on(tmp_path):
-    for index in range(6):
-        problem(16, index, name=f"p{index}").save(tmp_path / f"p{index}.safetensors")
-    files = [str(tmp_path / f"p{index}.safetensors") for index in range(6)]
-    command = [
-        *("osscar", "gap", *files, "--out", str(tmp_path / "study"), "--jobs", "1"),
-        *("--backends", "greedy,enumerate", "--sparsity", "0.3,0.5,0.7"),
-    ]
-
-    def run():
-        sys.argv = command
-        main()
-
-    records = tmp_path / "study" / "records"
-    process = forked(run, tmp_path)
-    end = time.monotonic() + PATIENCE
-    while len(list(records.glob("*.json"))) < 5 and time.monotonic() < end:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    kept = {file.name: file.read_bytes() for file in records.glob("*.json")}
-    assert len(kept) >= 5
-    again = forked(run, tmp_path)
-    assert again.wait() == 0, again.stderr
-    after = {file.name: file.read_bytes() for file in records.glob("*.json")}
-    assert len(after) == 6 * 3 * 2
-    assert all(after[name] == content for name, content in kept.items())
-
-
 @pytest.mark.usefixtures("drawn")
 def test_the_report_is_one_page_with_everything_in_it(solved):
     study, records = solved
@@ -360,25 +327,6 @@ def test_a_model_is_captured_densely(tmp_path):
     expected = X.T @ X / len(X)
     expected.diagonal().mul_(1.01)
     torch.testing.assert_close(H, expected, rtol=1e-5, atol=1e-8)
-
-
-def test_an_unknown_backend_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(solvers.BackendError, match="no backend 'nonsense'"):
-        StudyDesign(backends=("nonsense",))
-
-
-def test_other_problems_in_the_same_directory_are_refused(study):
-    with pytest.raises(JournalError, match="model was 'made up' and is 'another'"):
-        Study(study.directory, {"model": "another"})
-
-
-def test_a_directory_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(JournalError, match=r"holds 'notes\.txt' and no study"):
-        Study(tmp_path, {"model": "x"})
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(JournalError, match="holds no study"):
-        Study(tmp_path / "notes.txt", {"model": "x"})
 
 
 def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path):
@@ -440,16 +388,6 @@ def test_rows_of_two_problems_are_never_mixed(solved, done):
             done.run(extended)
         path.write_bytes(before)
     assert done.run(extended)
-
-
-def test_one_process_at_a_time_writes_to_a_study(study):
-    with (
-        study.locked(),
-        pytest.raises(BusyError, match="another process is at work"),
-        Study(study.directory, study.source).locked(),
-    ):
-        pass
-    assert Study(study.directory, study.source).run(QUICK)
 
 
 def test_a_backend_that_cannot_run_is_refused_at_once(monkeypatch):
