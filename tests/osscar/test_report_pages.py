@@ -388,7 +388,7 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
     assert on_phone["scrolled"]
     assert all("local" in one and "scroll" in one for one in on_phone["scrolled"])
     for shown in (on_phone, on_desk):
-        text = check_shown(shown, pictures=3)
+        text = check_shown(shown, pictures=4)
         assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
         asked, default = (text.index(one) for one in ("What was asked", "As by default"))
         assert text.index("Every solve") < asked < default
