@@ -354,7 +354,7 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
         (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
         (
             ("--sparsity", "0.5", "--recover", "--samples", 1),
-            "1 sample is too few: to decide what is kept takes 1",
+            "1 sample is too few: 1 is held out",
         ),
         (("--sparsity", ","), "needs budgets"),
         (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
