@@ -11,9 +11,9 @@ from osscar.base.numbers import engineering, in_bytes, share
 from osscar.base.printable import pluralize
 from osscar.cli.common import _PlainConsole, out
 from osscar.evaluation.evaluate import Comparison, Evaluation
-from osscar.evaluation.quality import SampleQuality, SampleSpeed, TextQuality
+from osscar.evaluation.quality import SampleQuality, TextQuality
 from osscar.evaluation.size import Footprint
-from osscar.evaluation.speed import Speed
+from osscar.evaluation.speed import SampleSpeed, Speed
 from osscar.report import figures, plots, prune_page, prune_plots
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.report.names import common_prefix
