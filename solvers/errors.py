@@ -46,7 +46,11 @@ def warn(message: str) -> None:
     )
 
 
+_SHORTAGES = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA out of memory")
+"""In errors of torch on a CPU, of cuBLAS, cuDNN and the like, and of the CUDA runtime."""
+
+
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
-    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = isinstance(error, RuntimeError) and any(one in str(error) for one in _SHORTAGES)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -8,6 +8,7 @@ medians are taken.  A ratio of two medians then says more about what is timed th
 from __future__ import annotations
 
 import enum
+import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,15 @@ from osscar.base.progress import stage
 
 Clock = Callable[[], float]
 """Returns seconds from some beginning."""
+
+
+def clock() -> float:
+    """Return seconds from some beginning, once a card has done what it was given to do."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
 
 # ---- the stages of a run -----------------------------------------------------------------
 
@@ -56,7 +66,7 @@ OTHER = "other"
 class Profile:
     """Seconds by stage; those of a stage within another count for the inner one alone."""
 
-    clock: Clock = time.perf_counter
+    clock: Clock = clock
     seconds: dict[Stage, float] = field(default_factory=dict)
     _running: list[Stage] = field(default_factory=list, repr=False)
     _since: float = 0.0
@@ -87,7 +97,7 @@ _profiles: list[Profile] = []
 
 
 @contextmanager
-def profiled(clock: Clock = time.perf_counter) -> Iterator[Profile]:
+def profiled(clock: Clock = clock) -> Iterator[Profile]:
     """Yield the profile of the block, stage by stage, as it goes on."""
     profile = Profile(clock)
     _profiles.append(profile)

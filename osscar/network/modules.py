@@ -20,6 +20,7 @@ from osscar.offload.on_disk import OnDisk, values_of
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
+HALVES = (torch.bfloat16, torch.float16)
 
 DAMAGED = "the checkpoint is damaged, get it anew"
 """What is said of weights that were read and are not finite."""
@@ -178,6 +179,18 @@ def device_of(model: nn.Module) -> torch.device:
 def graphics_cards(model: nn.Module) -> list[torch.device]:
     """Return the devices besides the CPU whose random numbers a model may draw."""
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+@contextmanager
+def drawing_alike(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Let a model draw the same random numbers each time; what others draw is left alone."""
+    cards = graphics_cards(model)
+    with torch.random.fork_rng(cards):
+        torch.default_generator.manual_seed(seed)
+        for card in cards:
+            with torch.cuda.device(card):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def fresh(inputs: T) -> T:

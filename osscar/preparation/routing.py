@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
 from osscar.network.hooks import hooks
-from osscar.network.modules import forward, is_deformable
+from osscar.network.modules import HALVES, forward, is_deformable
 from osscar.preparation.products import (
     Several,
     deformed,
@@ -327,6 +327,24 @@ def output_of(module: nn.Module, x: Any) -> Any:
     if isinstance(module, RECURRENT):
         return input_gates(module, x)
     return x.output(module) if isinstance(x, Several) else module.forward(x)
+
+
+def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
+    """Return `output_of`, in float32 where a module computes in half precision.
+
+    Outputs of two streams differ by little, which half precision would round away.  `y` is what the
+    module has put out already, if that is known.
+    """
+    if not (isinstance(x, Tensor) and x.dtype in HALVES):
+        return output_of(module, x) if y is None or isinstance(module, RECURRENT) else y
+    before = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, data in before:
+            parameter.data = data.float()
+        return output_of(module, x.float())
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 def afresh(x: Any) -> Any:

@@ -27,7 +27,7 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import AnyHeads
-from osscar.network.modules import fresh, graphics_cards, named_tensors, number_format
+from osscar.network.modules import drawing_alike, fresh, named_tensors, number_format
 from osscar.network.predictions import known_prediction
 from osscar.offload.on_disk import OnDisk
 
@@ -391,8 +391,7 @@ def proof_outputs(
     not say so themselves.  What is kept is no output: it changes with the heads, as it should.
     """
     first = inputs[0] if inputs else ()
-    with torch.random.fork_rng(graphics_cards(model)):
-        torch.manual_seed(0)
+    with drawing_alike(model):
         outputs = [output for one in inputs for output in all_outputs(call(model, one))]
         if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model):
             outputs += _kept_outputs(model, first)

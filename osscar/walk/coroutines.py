@@ -29,7 +29,6 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     *(
         (partial(getattr(torch, f"{get}_autocast_{what}"), device), partial(put, device))
         for device in ("cpu", "cuda")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import ModelError, NonFiniteError
-from osscar.network.modules import device_of
+from osscar.network.modules import HALVES, device_of
 from osscar.preparation.consumer import LinearMap
-from solvers.linalg.symmetric import PANEL_ROWS, Symmetric
+from solvers.linalg.symmetric import Symmetric, panel_rows
 
 CONSTANT = 1e-12
 """Share of an input's energy below which its variance is rounding."""
@@ -32,7 +32,6 @@ _POSITIONS = 1024
 """Summed up in float64 at a time: a whole batch in float64 can take more than the Gram matrix."""
 
 _EXACT_POSITIONS = 256
-_HALVES = (torch.bfloat16, torch.float16)
 
 _OUTPUTS = 256
 """Columns of weights whose errors are compared at a time."""
@@ -48,7 +47,7 @@ def inner(A: Tensor, B: Tensor) -> float:
 def sum_bytes(linear_map: LinearMap, *, corrections: bool) -> int:
     """Return the memory of the sums of a consumer."""
     p = linear_map.rows
-    numbers = p * (p + 1) // 2 + p * PANEL_ROWS // 2
+    numbers = p * (p + 1) // 2 + p * panel_rows(device_of(linear_map.module)) // 2
     return 8 * (numbers + (p * linear_map.outputs if corrections else 0))
 
 
@@ -83,7 +82,7 @@ class Sums:
         self.energy += energy
         self.positions += len(X)
         self.rows += len(X)
-        if D is None and not self.centered and X.dtype in _HALVES:
+        if D is None and not self.centered and X.dtype in HALVES:
             for some in torch.split(X, _EXACT_POSITIONS):
                 self._sums().add_gram(some.float())
                 self.inputs += some.sum(0, dtype=torch.float64)

@@ -39,6 +39,6 @@ def correction(
     """
     D = dense - pruned
     if dense_stream is not None and pruned_stream is not None:
-        change = dense_stream - pruned_stream
+        change = dense_stream.to(D.dtype) - pruned_stream.to(D.dtype)
         D = D + (change if D.is_nested else change.reshape(D.shape))
     return D

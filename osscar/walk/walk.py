@@ -35,7 +35,7 @@ from osscar.preparation.failures import batch_named
 from osscar.preparation.prepare import Prepared
 from osscar.preparation.products import holder, is_station
 from osscar.preparation.recurrent import RECURRENT
-from osscar.preparation.routing import afresh, output_of, reads
+from osscar.preparation.routing import afresh, exact_output, reads
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
 from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
@@ -188,7 +188,7 @@ class Walk:
         for other in beside:
             dense, output = self._bring(other, call), arrival.output
             if stood_there:  # another group that the consumer reads may have been committed since
-                output = output_of(holder(self._model, arrival.module), arrival.x)
+                output = exact_output(holder(self._model, arrival.module), arrival.x)
             assert dense.output is not None
             assert output is not None
             D = correction(dense.output, output, dense.stream, arrival.stream)
@@ -269,7 +269,7 @@ class Walk:
             elif run is not None and name in self._names:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
                 needed, module = self._target.needs_dense, holder(self._model, name)
-                output = output_of(module, x) if needed else None
+                output = exact_output(module, x) if needed else None
                 suspend(Arrival(name, x, output, run.keeper.take(name)))
 
         def after(name: str, x: Any, y: Tensor) -> None:
@@ -277,7 +277,7 @@ class Walk:
             if run is None or not run.dense:
                 return
             module = holder(self._model, name)
-            output = output_of(module, x) if isinstance(module, RECURRENT) else y
+            output = exact_output(module, x, y)
             if not is_station(name):
                 self._exchange(name)
             if name in self._names:

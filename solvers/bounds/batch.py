@@ -253,7 +253,8 @@ def bound_nodes(
     slopes = torch.where(free, 2 * (a + Px) - q, torch.inf)
     ordered = slopes.sort(1).values
     offset = (x * Px).sum(1) + magnitudes.lost(torch.where(free, q, 0.0), x)
-    cost = ordered.cumsum(1).gather(1, r[:, None] - 1)[:, 0] - offset
+    least = torch.arange(ordered.shape[1], device=r.device) < r[:, None]
+    cost = torch.where(least, ordered, 0.0).sum(1) - offset
     # The value at a point of the polytope is such a limit.  x is one but for the rounding of its
     # entries, and slopes are the gradient.
     at = torch.where(free, slopes, 0.0) * x

@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from solvers.closed_forms.aligned import Aligned, unit_rows
-from solvers.closed_forms.pivot import block_scores, solve_spd
 from solvers.problem import Consumer, SubsetProblem
 
 _PENDING_ROWS = 64
@@ -34,6 +34,9 @@ _CACHED = 2
 
 _MORE = 16
 """Units whose rows are read along with those of one that leaves against expectation."""
+
+_AT_ONCE = 8
+"""Units that leave before anybody looks which: a card is waited for once in so many removals."""
 
 _CANCELS_AT = 1e-2
 """Share of a unit's K below which its row is multiplied out anew: two digits have cancelled."""
@@ -52,6 +55,8 @@ _NO_DIGITS = 1e-4
 
 Removals = list[tuple[int, float]]
 """The units that left, one after the other, and by how much the loss rose with each."""
+
+_Mark: TypeAlias = tuple[Tensor, Tensor, int, Tensor]
 
 
 def eliminate(problem: SubsetProblem, count: int) -> Removals:
@@ -117,19 +122,50 @@ class _Elimination:
         for part in self._parts:
             part.cache_rows(likely)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
-            for _ in range(steps):
-                losses = self._losses()
-                index = int(losses.argmin())
-                removed.append((int(self._units[index]), float(losses[index])))
-                for part in self._parts:
-                    if not part.is_cached(index):
-                        part.cache_more([index, *self._cheapest(losses, min(_MORE, count))])
-                    part.remove(index)
-                self._penalty[index] = torch.inf
+            while len(removed) < steps:
+                removed += self._some(min(_AT_ONCE, steps - len(removed)), count)
         for part in self._parts:
             part.apply()
         self._compact()
         return removed
+
+    def _some(self, steps: int, count: int) -> Removals:
+        """Let a few units leave, and look afterwards whether the rows of all were at hand.
+
+        If not, they come back, the missing rows are read, and they leave once more.
+        """
+        while True:
+            penalty, marks = self._penalty.clone(), [part.mark() for part in self._parts]
+            losses, places = [], []
+            for _ in range(steps):
+                loss, index = self._losses().min(0)
+                losses.append(loss)
+                places.append(index[None])
+                for part in self._parts:
+                    part.remove(places[-1])
+                self._penalty.index_fill_(0, places[-1], torch.inf)
+            at, lost = torch.cat(places), torch.stack(losses)
+            ready = torch.stack([part.at_hand[at] for part in self._parts]).all(0)
+            failed = torch.stack([part.failed for part in self._parts]).any().expand(steps)
+            told = torch.stack([at, self._units[at], lost, ready, failed]).tolist()  # the one wait
+            missing = [int(index) for index, hand in zip(told[0], told[3], strict=True) if not hand]
+            if not missing:
+                break
+            self._penalty = penalty
+            more = self._cheapest(self._losses_at(marks), min(_MORE, count))
+            for part in self._parts:
+                part.cache_more([missing[0], *more])
+        if any(told[4]):
+            raise torch.linalg.LinAlgError("a block of the inverse is not positive definite")  # type: ignore[attr-defined]
+        for part in self._parts:
+            part.at_hand.index_fill_(0, at, False)
+        return [(int(unit), loss) for unit, loss in zip(told[1], told[2], strict=True)]
+
+    def _losses_at(self, marks: Sequence[_Mark]) -> Tensor:
+        """Return what removals cost where some parts were marked, and go back there."""
+        for part, mark in zip(self._parts, marks, strict=True):
+            part.go_back(mark)
+        return self._losses()
 
     def _cheapest(self, losses: Tensor, count: int) -> list[int]:
         """Return the places of some units that are left, of which there may be fewer."""
@@ -139,7 +175,10 @@ class _Elimination:
         return places
 
     def _losses(self) -> Tensor:
-        return sum((part.losses() for part in self._parts), start=self._penalty)
+        losses = self._penalty
+        for part in self._parts:
+            losses = part.add_losses(losses)
+        return losses
 
     def _compact(self) -> None:
         left = torch.nonzero(self._penalty == 0).flatten()
@@ -197,7 +236,10 @@ class _ConsumerElimination:
         self.A.invert()
         self.K_blocks = self._diagonal()
         self.cache = self._read(units[:0])
-        self.slot: dict[int, int] = {}
+        self.at_hand = torch.zeros(len(units), dtype=torch.bool, device=units.device)
+        """Which units have rows in the cache, and have not left."""
+        self.failed = self.at_hand.new_zeros(())
+        """Whether a block that is to be positive definite was not."""
 
     def _refit(self, G: Tensor) -> Tensor:
         """Return the refit, in the place of G; A holds its factor."""
@@ -215,18 +257,18 @@ class _ConsumerElimination:
 
     def begin(self, steps: int, gone: Tensor) -> None:
         """Make room for `steps` removals; `gone` marks the units that left before."""
-        w, shape = self.width, (steps * self.width, len(self.W))
-        self.Z, self.Q, self.a = (self.W.new_empty(shape) for _ in range(3))
-        self.V = self.W.new_empty(steps * w, self.W.shape[1])
-        self.filled = 0
-        unscored = torch.eye(w, dtype=torch.float64, device=self.W.device)
+        w = self.width
+        self.pending = self.W.new_empty(3, steps * w, len(self.W))
+        self.left: list[Tensor] = []
+        self.failed = torch.zeros_like(self.failed)
         self.K_blocks = self._diagonal()
-        if w == 1:
-            self.unscored, self.A_blocks = unscored[0, 0], self.A.diagonal()
-        else:
-            self.unscored, self.A_blocks = unscored, self.A.diagonal_blocks(w)
+        self.A_blocks = self.A.diagonal() if w == 1 else self.A.diagonal_blocks(w)
         # Units that are gone count no more; this keeps their scores finite.
-        self.A_blocks[gone] = self.unscored
+        self.unscored = torch.eye(w, dtype=torch.float64, device=self.W.device).view(
+            self.A_blocks[:1].shape
+        )
+        gone = gone.view(-1, *(1 for _ in self.A_blocks.shape[1:]))
+        self.A_blocks = torch.where(gone, self.unscored, self.A_blocks)
 
     def _diagonal(self) -> Tensor:
         """Return the diagonal blocks of K, (n,) or (n, w, w)."""
@@ -241,58 +283,78 @@ class _ConsumerElimination:
         known = torch.nonzero(torch.isin(self.cache.units, units)).flatten()
         new = units[~torch.isin(units, self.cache.units)].sort().values
         self.cache = self.cache.only(known, self.width).joined(self._read(new))
-        self.slot = {unit: place for place, unit in enumerate(self.cache.units.tolist())}
-
-    def is_cached(self, unit: int) -> bool:
-        """Return whether the rows of a unit are at hand."""
-        return unit in self.slot
+        self.at_hand = torch.zeros_like(self.rows[:: self.width], dtype=torch.bool)
+        self._find(self.cache.units)
 
     def cache_more(self, units: Sequence[int]) -> None:
         """Have the rows of some more units, since to read them W is gone through once."""
-        new = [unit for unit in dict.fromkeys(units) if not self.is_cached(unit)]
-        first = len(self.cache.units)
-        self.cache = self.cache.joined(self._read(self.cache.units.new_tensor(new)))
-        self.slot |= {unit: first + place for place, unit in enumerate(new)}
+        wanted = self.cache.units.new_tensor([*dict.fromkeys(units)])
+        new = wanted[~self.at_hand[wanted]]
+        self.cache = self.cache.joined(self._read(new))
+        self._find(new)
+
+    def _find(self, new: Tensor) -> None:
+        """Note where the rows of each unit are, of which some are new."""
+        self.place = torch.zeros_like(self.at_hand, dtype=torch.int64)
+        self.place[self.cache.units] = torch.arange(len(self.cache.units), device=new.device)
+        self.at_hand[new] = True
 
     def _read(self, units: Tensor) -> _RowCache:
         """Return the rows of some units."""
         rows = unit_rows(units, self.width)
         W = self.W[rows]
         sizes = W.square().sum(1).view(-1, self.width).sum(1)
-        return _RowCache(units, sizes, self.A.rows(rows), W @ self.W.T)
+        return _RowCache(units, sizes, torch.stack([W @ self.W.T, self.A.rows(rows)]))
 
-    def losses(self) -> Tensor:
-        """Return the loss of removing each unit, (units,); meaningless for those removed.
+    def add_losses(self, losses: Tensor) -> Tensor:
+        """Add the loss of removing each unit to others, (units,); meaningless for those removed.
 
         ``tr(W_i' inv(A_ii) W_i) = tr(inv(A_ii) K_ii)``, as of optimal brain surgeons (Hassibi and
         Stork, NeurIPS 1992), a block at a time.
         """
         if self.width == 1:
-            scores: Tensor = self.K_blocks / self.A_blocks
-            return scores
-        return block_scores(self.A_blocks, self.K_blocks)
+            return torch.addcdiv(losses, self.K_blocks, self.A_blocks)
+        solved = self._solved(self.A_blocks, self.K_blocks)
+        return losses + solved.diagonal(dim1=-2, dim2=-1).sum(-1)
 
-    def remove(self, index: int) -> None:
-        """Bring the rows of a unit up to date, and add what its removal changes."""
-        w, t = self.width, self.filled
-        own, new = slice(index * w, (index + 1) * w), slice(t, t + w)
-        Z, Q, a, V = self.Z[:t], self.Q[:t], self.a[:t], self.V[:t]
-        A_rows, K_rows = self._stale_rows(index)
-        # Bring the unit's own rows up to date: A_J - (Z'a)_J, and K_J - (Z'Q)_J - (Q'Z)_J.
-        A_rows = torch.addmm(A_rows, a[:, own].T, Z, alpha=-1)
-        K_rows = torch.addmm(K_rows, Z[:, own].T, Q, alpha=-1)
-        K_rows.addmm_(Q[:, own].T, Z, alpha=-1)
-        Z_new = solve_spd(A_rows[:, own], A_rows)
-        Q_new = K_rows.addmm_(K_rows[:, own].clone(), Z_new, alpha=-0.5)
-        torch.addmm(self.W[own], Z[:, own].T, V, alpha=-1, out=self.V[new])
-        self.Z[new], self.Q[new], self.a[new] = Z_new, Q_new, A_rows
-        self.filled = t + w
-        self._update_blocks(Z_new, Q_new, A_rows)
-        self.A_blocks[index] = self.unscored
+    def _solved(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return ``inv(A) B`` of blocks, (..., w, w); whether all are definite is noted."""
+        factor, info = torch.linalg.cholesky_ex(A)
+        self.failed = self.failed | (info > 0).any()
+        return torch.cholesky_solve(B, factor)
 
-    def _stale_rows(self, index: int) -> tuple[Tensor, Tensor]:
-        place, w = self.slot.pop(index), self.width
-        return self.cache.A[place * w : (place + 1) * w], self.cache.K[place * w : (place + 1) * w]
+    def mark(self) -> _Mark:
+        """Return what removals change until they are applied."""
+        return self.A_blocks.clone(), self.K_blocks.clone(), len(self.left), self.failed
+
+    def go_back(self, mark: _Mark) -> None:
+        """Take back what was removed since a mark."""
+        self.A_blocks, self.K_blocks, count, self.failed = mark
+        del self.left[count:]
+
+    def remove(self, index: Tensor) -> None:
+        """Bring the rows of a unit, (1,) int64, up to date, and add what its removal changes.
+
+        The numbers are meaningless where the unit is not `at_hand`.
+        """
+        w, t = self.width, len(self.left) * self.width
+        own, new = unit_rows(index, w), slice(t, t + w)
+        before = self.pending[:, :t]  # Q, Z and a of what left earlier
+        columns = before.index_select(2, own).mT
+        stale = self.cache.rows.index_select(1, unit_rows(self.place[index], w))
+        # K_J - (Z'Q)_J and A_J - (a'Z)_J at once, in the places of Q and a; K also lacks (Q'Z)_J.
+        rows = torch.baddbmm(stale, columns[1:], before[:2], alpha=-1, out=self.pending[::2, new])
+        Q_new, Z_new, a_new = self.pending[:, new]
+        Q_new.addmm_(columns[0], before[1], alpha=-1)
+        K_own, A_own = rows.index_select(2, own)
+        if w == 1:
+            torch.div(a_new, A_own, out=Z_new)
+        else:
+            Z_new.copy_(self._solved(A_own, a_new))
+        Q_new.addmm_(K_own, Z_new, alpha=-0.5)
+        self.left.append(own)
+        self._update_blocks(Z_new, Q_new, a_new)
+        self.A_blocks.index_copy_(0, index, self.unscored)
 
     def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
         w = self.width
@@ -307,20 +369,24 @@ class _ConsumerElimination:
 
     def apply(self) -> None:
         """Apply the pending removals; what is left in the removed rows is rounding."""
-        w = self.width
-        Z, Q, a, V = (x[: self.filled] for x in (self.Z, self.Q, self.a, self.V))
+        w, gone = self.width, torch.cat(self.left)
+        Q, Z, a = self.pending[:, : len(gone)]
         self.A.subtract(Z.T, a)
+        # Each V is W_J less what the removals before it have taken: V_J = W_J - sum (Z'V)_J.
+        step = torch.arange(len(gone), device=gone.device) // w
+        before = torch.where(step[:, None] > step, Z.index_select(1, gone).T, 0.0)
+        V = torch.linalg.solve_triangular(before, self.W[gone], upper=False, unitriangular=True)
         self.W.addmm_(Z.T, V, alpha=-1)
         # Rows at hand stay so for the next batch, but those whose K has cancelled: what is left of
         # them is the rounding of what was there.
-        waiting = torch.tensor([*self.slot.values()], dtype=torch.int64, device=self.W.device)
         sizes = self._sizes()[self.cache.units]
         largest = torch.maximum(self.cache.sizes, sizes)
-        sound = sizes >= _CANCELS_AT * largest
-        self.cache = replace(self.cache, sizes=largest).only(waiting[sound[waiting]], w)
+        sound = self.at_hand[self.cache.units] & (sizes >= _CANCELS_AT * largest)
+        self.cache = replace(self.cache, sizes=largest).only(torch.nonzero(sound).flatten(), w)
         own = unit_rows(self.cache.units, w)
-        self.cache.A.addmm_(a[:, own].T, Z, alpha=-1)
-        self.cache.K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
+        K, A = self.cache.rows
+        A.addmm_(a[:, own].T, Z, alpha=-1)
+        K.addmm_(Z[:, own].T, Q, alpha=-1).addmm_(Q[:, own].T, Z, alpha=-1)
 
     def _sizes(self) -> Tensor:
         """Return the traces of the blocks of K, (n,)."""
@@ -336,7 +402,7 @@ class _ConsumerElimination:
         self.G_signs = self.G_signs[rows]
         cache = self.cache
         self.cache = _RowCache(
-            torch.searchsorted(left, cache.units), cache.sizes, cache.A[:, rows], cache.K[:, rows]
+            torch.searchsorted(left, cache.units), cache.sizes, cache.rows[:, :, rows]
         )
 
     def drift(self, units: Tensor) -> float:
@@ -361,7 +427,7 @@ class _ConsumerElimination:
         worst = [error.abs().max(), (lost / sizes[units]).max()]
         cached = self.cache.units[:_DIRECTIONS]
         if len(cached):
-            found = self.cache.K[: self.width * len(cached) : self.width]
+            found = self.cache.rows[0, : self.width * len(cached) : self.width]
             scale = sizes[cached][:, None] * sizes.repeat_interleave(self.width)
             exact = self.W[cached * self.width] @ self.W.T
             worst.append(((found - exact) / scale).abs().max())
@@ -374,26 +440,24 @@ class _RowCache:
 
     units: (u,) int64.
     sizes: The traces of their blocks of K when these were multiplied out, (u,).
-    A, K: Their rows, (u w, n w).
+    rows: Their rows of K and of A, (2, u w, n w).
     """
 
     units: Tensor
     sizes: Tensor
-    A: Tensor
-    K: Tensor
+    rows: Tensor
 
     def only(self, places: Tensor, width: int) -> _RowCache:
         """Return those at some places."""
         rows = unit_rows(places, width)
-        return _RowCache(self.units[places], self.sizes[places], self.A[rows], self.K[rows])
+        return _RowCache(self.units[places], self.sizes[places], self.rows[:, rows])
 
     def joined(self, other: _RowCache) -> _RowCache:
         """Return these and others."""
         return _RowCache(
             torch.cat([self.units, other.units]),
             torch.cat([self.sizes, other.sizes]),
-            torch.cat([self.A, other.A]),
-            torch.cat([self.K, other.K]),
+            torch.cat([self.rows, other.rows], 1),
         )
 
 

@@ -18,6 +18,14 @@ from torch import Tensor
 PANEL_ROWS = 256
 """Enough for products to run at full speed; a matrix of fewer rows is held whole."""
 
+_ON_CARD = 8
+"""Times as many rows on a card, which is waited for once a panel where rows are looked up."""
+
+
+def panel_rows(device: torch.device) -> int:
+    """Return how many rows a panel on a device has."""
+    return PANEL_ROWS if device.type == "cpu" else _ON_CARD * PANEL_ROWS
+
 
 class Symmetric:
     """A symmetric matrix, or the lower triangle that a factorization leaves in its place.
@@ -36,7 +44,7 @@ class Symmetric:
         cut: A row at which a panel starts: where a part ends that is factorized alone.
         width: Rows that stay in one panel; divides `cut` and `rows`.
         """
-        return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width)])
+        return cls([like.new_empty(b - a, b) for a, b in _edges(rows, cut, width, like.device)])
 
     @classmethod
     def of(cls, matrix: Tensor, *, width: int = 1) -> Symmetric:
@@ -178,7 +186,7 @@ class Symmetric:
     def keep_only(self, rows: Tensor, *, width: int = 1) -> None:
         """Drop all rows and columns but some, sorted; memory is given back on the way."""
         old, self._panels = list(self.spans()), []
-        for start, stop in _edges(len(rows), 0, width):
+        for start, stop in _edges(len(rows), 0, width, rows.device):
             self._panels.append(_picked(old, rows, start, stop))
             last = int(rows[stop - 1])
             old = [(first, source) for first, source in old if first + len(source) > last]
@@ -186,7 +194,7 @@ class Symmetric:
     def part(self, rows: Tensor) -> Symmetric:
         """Return a copy of some rows and columns, sorted."""
         spans = list(self.spans())
-        edges = _edges(len(rows), 0, 1)
+        edges = _edges(len(rows), 0, 1, rows.device)
         return Symmetric([_picked(spans, rows, start, stop) for start, stop in edges])
 
     def split(self, cut: int) -> tuple[Symmetric, Tensor, Symmetric]:
@@ -353,9 +361,9 @@ def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: i
     return panel
 
 
-def _edges(rows: int, cut: int, width: int) -> list[tuple[int, int]]:
+def _edges(rows: int, cut: int, width: int, device: torch.device) -> list[tuple[int, int]]:
     """Return where panels start and end."""
-    step = max(1, PANEL_ROWS // width) * width
+    step = max(1, panel_rows(device) // width) * width
     starts = {*range(0, cut, step), *range(cut, rows, step)}
     return list(pairwise([*sorted(starts), rows]))
 

@@ -24,7 +24,10 @@ OF_CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 6576668672 bytes. Error code 12 (Cannot allocate memory)"
 )
-each = pytest.mark.parametrize("error", [OF_CUDA, OF_CPU, MemoryError()], ids=str)
+OF_LIBRARY = RuntimeError(
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+)
+each = pytest.mark.parametrize("error", [OF_CUDA, OF_CPU, OF_LIBRARY, MemoryError()], ids=str)
 one = pytest.mark.parametrize("error", [OF_CUDA], ids=str)
 
 

@@ -12,6 +12,7 @@ import solvers
 from osscar.data.batches import ModelInputs
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
+from osscar.preparation.routing import exact_output
 from osscar.walk import regularization
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
@@ -313,3 +314,20 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
             assert energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W[::2] = 0
             step.commit([W])
+
+
+# ---- half precision ----------------------------------------------------------------------
+
+
+def test_outputs_that_are_compared_are_not_rounded_to_half_precision():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 32).bfloat16(), torch.randn(10, 64).bfloat16()
+    before = [parameter.clone() for parameter in layer.parameters()]
+    with torch.no_grad():
+        found = exact_output(layer, x, layer(x))
+        assert torch.equal(found, copy.deepcopy(layer).float()(x.float()))
+        whole = layer.double()
+        assert torch.equal(exact_output(whole, x.double()), whole(x.double()))
+    assert found.dtype == torch.float32
+    layer.bfloat16()
+    assert all(map(torch.equal, before, layer.parameters()))

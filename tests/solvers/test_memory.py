@@ -284,7 +284,7 @@ def test_lost_digits_are_noticed(name):
     elif name == "K":
         part.begin(1, front._penalty > 0)
         part.cache_rows(torch.arange(30))
-        part.cache.K.mul_(1 + 1e-5)
+        part.cache.rows[0].mul_(1 + 1e-5)
     else:
         part.W.mul_(1 + 1e-5)
     assert front.drifted()

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -64,6 +65,20 @@ class ProgramModule(GraphModule):
         hand_on_structure(self, copy)
         copy.built_by = self.built_by
         return copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
+        """Change parameters and buffers; what the program makes by itself moves to their device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.parameters()).device
+
+        def moved(argument: Any) -> Any:
+            return device if isinstance(argument, torch.device) else argument
+
+        for part in (one for one in self.modules() if isinstance(one, GraphModule)):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = map_aggregate((node.args, node.kwargs), moved)
+            part.recompile()
+        return self
 
     def _get_name(self) -> str:
         return ProgramModule.__name__  # each program of torch has a class of its own, GraphModule
