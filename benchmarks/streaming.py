@@ -38,7 +38,7 @@ from osscar.data.batches import as_inputs
 PHASES = (
     ("osscar.offload.places", "Place.read", "input"),
     ("osscar.offload.sources", "Scratch.append", "output"),
-    ("osscar.checkpoint.directory", "write_weights", "output"),
+    ("osscar.checkpoint.directory", "write_tensors", "output"),
     ("osscar.pruning.run_log", "RunLog.append", "output"),
     ("osscar.walk.gram", "GramAccumulator.add", "gram"),
     ("osscar.walk.layer_step", "LayerStep.regularization", "damping"),

@@ -22,15 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from osscar.base.errors import CheckpointError, FileError
+from osscar.base.errors import CheckpointError
 from osscar.base.json_files import STRICT, validated
 from osscar.base.messages import warn
 from osscar.base.optional import import_timm, import_torchvision
 from osscar.checkpoint import modeling_pruned
-from osscar.checkpoint.admission import check_config, check_tensors, stored_in, structure
 from osscar.checkpoint.hf_config import SHAPES, architecture, class_of, is_any_shape
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest
+from osscar.checkpoint.validation import check_config, check_tensors, structure
 from osscar.network.detectors import DetectorNetwork
+from osscar.network.tensor_files import read_headers
 from osscar.proof.lineage import Origin, Scalar, lineage_of, note
 from osscar.proof.program.program import ProgramModule
 
@@ -74,12 +75,7 @@ class TransformersOrigin:
     @classmethod
     def _of_shapes(cls, path: Path, described: Mapping[str, Any]) -> TransformersOrigin:
         """Read a config that lists shapes; what makes these is ours, and not the file beside it."""
-        try:
-            validated(described[SHAPES], _Shapes, path / CONFIG_FILE)
-        except FileError as error:
-            raise CheckpointError(
-                f"{error.path} lists shapes that are none: {error.reason}; get the checkpoint anew"
-            ) from error
+        validated(described[SHAPES], _Shapes, f"{SHAPES} in {path / CONFIG_FILE}")
         names = described.get("architectures")
         name = names[0] if isinstance(names, list) and names else None
         try:
@@ -113,7 +109,7 @@ class TransformersOrigin:
 
     def check_stock(self, path: Path) -> None:
         """Compare what the config asks for with the weights, before any of it is allocated."""
-        stored = stored_in(path)
+        stored = read_headers(path)
         if stored is not None:  # else whoever loads them will say so
             own = dataclasses.replace(self, config=copy.deepcopy(self.config))
             pruned = is_any_shape(self.config)
@@ -158,7 +154,6 @@ class _Shapes:
 
     tensors: dict[str, list[NonNegativeInt]]
     numbers: dict[str, dict[str, Any]]
-    counts: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def _keep_formats(model: PreTrainedModel) -> None:

@@ -10,7 +10,6 @@ transformers a file of code, by which it reads them without this project (see
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,16 +34,8 @@ from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.base.messages import warn
-from osscar.checkpoint.admission import (
-    check_tensors,
-    check_unchanged,
-    config_fields,
-    stored_in,
-    structure,
-)
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import (
-    Builder,
     TransformersOrigin,
     builder_of,
     builder_of_whole,
@@ -52,7 +43,13 @@ from osscar.checkpoint.builders import (
 )
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card, renewed_card
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
-from osscar.checkpoint.formats import cast, saved_format, written_tensors
+from osscar.checkpoint.formats import (
+    cast,
+    memory_of,
+    saved_format,
+    tensors_of,
+    written_tensors,
+)
 from osscar.checkpoint.hf_config import (
     CODE,
     DESCRIPTION_ERRORS,
@@ -69,21 +66,24 @@ from osscar.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from osscar.checkpoint.regrouped import Part, parts_in_files
-from osscar.checkpoint.stored import WEIGHTS_FILE, Stored
-from osscar.checkpoint.streamed import (
-    check_written,
-    read_streamed,
-    write_weights,
-)
+from osscar.checkpoint.regrouped import parts_in_files
+from osscar.checkpoint.streamed import read_streamed
+from osscar.checkpoint.validation import check_tensors, readable, structure
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
     context_length,
     copied,
     evaluating,
-    give_own_storage,
     number_format,
+)
+from osscar.network.tensor_files import (
+    WEIGHTS_FILE,
+    Part,
+    StoredTensor,
+    check_written,
+    read_headers,
+    write_tensors,
 )
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.proof.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
@@ -95,16 +95,12 @@ from osscar.proof.lineage import (
     lineage_of,
     stored_dtype,
 )
-from osscar.proof.plan import Form, PruningPlan
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.plan import PruningPlan
 from osscar.proof.structure import remember_structure, structure_of, without_values
 from osscar.shrinking.fold import fold, is_foldable
 from osscar.shrinking.shrink_program import replayed
 
 M = TypeVar("M", bound=nn.Module)
-
-_FORM = "form"
-"""What a file of weights says of a program: that it is one."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,6 @@ def save(
     """
     check_usable(model)
     _check_dtype(dtype)
-    _check_companions(tokenizer, report)
     lineage = lineage_of(model)
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -275,10 +270,7 @@ def _write(
         stock=config is not None, auto=auto, own_code=builder is None, picture=picture is not None,
     )  # fmt: skip
     write_text(path / CARD_FILE, card)
-    origin = None if builder is None else builder.origin
-    if isinstance(builder, TransformersOrigin):
-        origin = dataclasses.replace(builder.origin, options=config_fields(path))
-    lineage = dataclasses.replace(lineage, origin=origin)
+    lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
     files = tuple(sorted(file.name for file in path.iterdir()))
     Manifest.of(config is not None, lineage, files).write(path)
     # As the umask says: the writer of safetensors keeps what it writes to its user.
@@ -326,8 +318,10 @@ def load(
     Raises
     ------
     CheckpointError
-        If the directory does not hold such a model, its weights are not what it says, its config
-        has another count of heads or layers than when it was saved, or a language model cannot run.
+        If the directory does not hold such a model, its weights are not what it says, or a language
+        model cannot run.
+    FileError
+        If a file in it is damaged.
     OptionError
         If an argument is of a wrong type.
     ModelError
@@ -338,45 +332,48 @@ def load(
     Warns
     -----
     UserWarning
-        If another field of the config was edited; or if there is no ``osscar.json``, as after
-        ``save_pretrained`` of transformers, so that what the model has seen is not known.
+        If there is no ``osscar.json``, as after ``save_pretrained`` of transformers, so that what
+        the model has seen is not known.
     """
     name = file_name(directory, "the checkpoint", "the directory that holds it")
     _check_dtype(dtype)
     if dense is not None:
         check_usable(dense)
-    try:
+    with readable(name):
         path = Path(name).expanduser()
         manifest = read_manifest(path)
-        if manifest is not None:
-            check_unchanged(path, manifest.lineage.origin)
         whole = builder_of_whole(path, manifest)
         if whole is not None:
             return _checked(whole.read_stock(path, dtype), manifest, path)
         assert manifest is not None  # whose plan it is
-        stored = stored_in(path)
+        stored = read_headers(path) or {}
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
             model = copied(dense) if dtype is None else cast(copied(dense), dtype)
             remember_structure(model)
         else:
-            builder = read_builder(manifest.lineage.origin, path)
-            model = _dense(builder, stored or {}, path, dtype)
-        fold(model, stored or {})  # what the pruned model has as a plain weight
+            model = _original(manifest, stored, path, dtype)
+        fold(model, stored)  # what the pruned model has as a plain weight
         for plan in manifest.lineage.replayed:
             model = _carried_out(model, plan, path)
-        check_tensors(model, stored or {}, path)
-    except DESCRIPTION_ERRORS as error:
-        raise CheckpointError(
-            f"{name} is not a checkpoint that can be read: {first_line(error):.500}"
-        ) from error
-    try:
-        _check_form(model, path / WEIGHTS_FILE)
-        give_own_storage(model)
-        safetensors.torch.load_model(model, path / WEIGHTS_FILE)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"the weights in {path} do not fit its plan: {error}") from error
+        check_tensors(model, stored, path)
+        _fill(model, path)
     return _checked(model.eval(), manifest, path)
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    """Give a model the weights in a directory; each tensor is stored under one of its names."""
+    state = safetensors.torch.load_file(path / WEIGHTS_FILE)
+    own = tensors_of(model)
+    filled = {memory_of(tensor) for name, tensor in own.items() if name in state}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lacking = [name for name in missing if memory_of(own[name]) not in filled]
+    for what, names in (("lacks", lacking), ("has", unexpected)):
+        if names:
+            raise CheckpointError(
+                f"the weights in {path} do not fit its plan: the file {what} {names[0]!r}; get the "
+                "checkpoint anew"
+            )
 
 
 def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
@@ -390,39 +387,10 @@ def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
         ) from error
 
 
-def _check_form(model: nn.Module, file: Path) -> None:
-    """Refuse a plan that shrinks modules where it was a program whose weights were written.
-
-    Their shapes would fit, and the first forward pass would fail.
-    """
-    with safetensors.safe_open(file, "pt") as weights:
-        form = (weights.metadata() or {}).get(_FORM)
-    if form == Form.EXPORTED and not isinstance(model, ProgramModule):
-        raise CheckpointError(
-            f"{file} holds the weights of an exported program, and the plan beside it is one of "
-            "modules: it does not tell what the program was traced with; get the checkpoint anew"
-        )
-
-
 def _check_dtype(dtype: object) -> None:
     known = isinstance(dtype, torch.dtype) and dtype in FORMATS.values()
     if dtype is not None and not known:
         raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FORMATS)} of torch")
-
-
-def _check_companions(tokenizer: Any, report: Any) -> None:
-    """Refuse what cannot be written beside the weights, before they are."""
-    if tokenizer is not None and not hasattr(type(tokenizer), "save_pretrained"):
-        raise OptionError(
-            f"the tokenizer is {safe_repr(tokenizer)}; give one of transformers, or an image "
-            "processor, or None"
-        )
-    try:
-        if report is not None and not isinstance(report, Mapping):
-            raise TypeError(f"it is {safe_repr(report)}, not a dict")
-        json.dumps(report, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(f"the report cannot be written as JSON: {error}") from error
 
 
 def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Module:
@@ -435,23 +403,17 @@ def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Modu
     return model
 
 
-def _dense(
-    origin: Builder | None, stored: Mapping[str, Stored], path: Path, dtype: torch.dtype | None
+def _original(
+    manifest: Manifest, stored: Mapping[str, StoredTensor], path: Path, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return a dense model to shrink, built as the origin says."""
-    if origin is None:
+    """Return the model before pruning, to be cut, built as the manifest says."""
+    builder = read_builder(manifest.lineage.origin, path)
+    if builder is None:
         raise CheckpointError(
             f"{path} holds a model of your own code; build the dense model and give it (--dense)"
         )
-    try:
-        structure(origin.build, stored, path, pruned=True)
-        return origin.build(dtype)
-    except OsscarError:
-        raise
-    except Exception as error:  # whatever a library's builder makes of options that are none
-        raise CheckpointError(
-            f"{path} names a model that {origin.origin.library} cannot build: {first_line(error)}"
-        ) from error
+    structure(builder.build, stored, path, pruned=True)
+    return builder.build(dtype)
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
@@ -459,7 +421,7 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
     config.architectures = [type(model).__name__]
     if is_on_disk(model):
         TransformersOrigin(type(model), config).write(model, path)
-        _write_tied_once(model, path, parts_in_files(model))
+        _save_one_by_one(model, path, parts_in_files(model))
         return
     original = model.config
     model.config = config
@@ -469,42 +431,19 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.config = original
 
 
-def _write_tied_once(
-    model: PreTrainedModel, path: Path, parts: Mapping[str, Sequence[Part]] | None = None
-) -> None:
-    """Write weights that lie on disk, and compare the file with them."""
-    tensors, file = _tied_once(model), path / WEIGHTS_FILE
-    check_written(write_weights(tensors, file, {"format": "pt"}, parts), file)
-
-
 def _save_planned(model: nn.Module, path: Path) -> None:
     builder = builder_of(model)
     if builder is not None:
         builder.write(model, path)
-    file, metadata = path / WEIGHTS_FILE, {"format": "pt"}
-    if isinstance(model, ProgramModule):
-        metadata[_FORM] = str(Form.EXPORTED)
-    if isinstance(model, PreTrainedModel) and is_on_disk(model):
-        _write_tied_once(model, path)
-    elif isinstance(model, PreTrainedModel):
-        safetensors.torch.save_file(_tied_once(model), str(file), metadata)
-    else:
-        give_own_storage(model)
-        safetensors.torch.save_model(model, str(file), metadata)
-        _order_metadata(file)
+    _save_one_by_one(model, path)
 
 
-def _tied_once(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return all tensors, tied ones under the name by which the model without its head knows them.
-
-    That model has to find them too.
-    """
-    tensors = model.state_dict(keep_vars=True)
-    inner = f"{model.base_model_prefix}."
-    once: dict[int, str] = {}
-    for name in sorted(tensors, key=lambda name: not name.startswith(inner)):
-        once.setdefault(id(tensors[name]), name)
-    return {name: tensors[name].detach().contiguous() for name in once.values()}
+def _save_one_by_one(
+    model: nn.Module, path: Path, parts: Mapping[str, Sequence[Part]] | None = None
+) -> None:
+    file = path / WEIGHTS_FILE
+    tensors = written_tensors(model)
+    check_written(write_tensors(file, tensors, {"format": "pt"}, parts), file)
 
 
 def _list_shapes(
@@ -528,21 +467,6 @@ def _list_shapes(
         return None
     named = [name for name in getattr(config, CODE) if name not in ("AutoConfig", "AutoModel")]
     return str(named[0]) if named else "AutoModel"
-
-
-def _order_metadata(path: Path) -> None:
-    """Put what a file of safetensors says in order, so that equal models are equal files.
-
-    Its writer says which tensors are shared, in an order that it draws.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # spaces may follow; what is longer was written in another way
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 def _read_again(model: nn.Module, path: Path) -> nn.Module:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.checkpoint.admission import EmptyOnMeta
 from osscar.checkpoint.builders import TransformersOrigin, builder_of
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
+from osscar.checkpoint.validation import EmptyOnMeta
 from osscar.network.modules import number_format
+from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 from osscar.proof.program.program import ProgramModule
 
@@ -118,8 +119,26 @@ def _alike(old: Tensor, new: Tensor) -> bool:
 
 
 def written_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers that `save` writes of a model or program, each once."""
+    """Return the parameters and buffers that `save` writes of a model or program, each once.
+
+    Tied ones have the name by which the model of transformers without its head knows them.
+    """
+    tensors = tensors_of(model)
+    inner = f"{getattr(model, 'base_model_prefix', '')}."
+    once: dict[object, str] = {}
+    for name in sorted(tensors, key=lambda name: (not name.startswith(inner), name)):
+        once.setdefault(memory_of(tensors[name]), name)
+    return {name: tensors[name] for name in sorted(once.values())}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in a model's state by name, tied ones under each of their names."""
     state = model.state_dict(keep_vars=True)
-    named = ((name, state[name]) for name in sorted(state, reverse=True))
-    tensors = {id(t): (name, t) for name, t in named if isinstance(t, Tensor)}
-    return dict(sorted(tensors.values(), key=lambda named: named[0]))
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def memory_of(tensor: Tensor) -> object:
+    """Return what two tensors have in common if they are the same values in memory or on disk."""
+    if tensor.is_meta or isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()

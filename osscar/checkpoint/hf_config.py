@@ -9,7 +9,6 @@ does not name the family, whose layers would all be built in one width.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -48,11 +47,6 @@ _WIDTH_FIELDS = (
     "expert_ffn_hidden_size",
 )
 """What configs call the number of FFN neurons, and of those of each expert and of shared ones."""
-
-
-COUNTS = re.compile(r"(^|[_.])heads?([_.]|$)|layers?$")
-"""Names of fields that count heads or layers, or give the width of a head: weights of the same
-shapes are cut in another way by other numbers."""
 
 SHAPES = "osscar_shapes"
 CODE = "auto_map"
@@ -247,19 +241,9 @@ def any_shape_config(model: PreTrainedModel) -> Any:
         return None
     if _tensors(dense, model) or _numbers(dense, model):
         return None
-    # As pairs, which a search for the field that is replaced everywhere does not find.
-    fields = sorted(config.to_dict().items())
-    shapes["counts"] = [[name, value] for name, value in fields if _is_count(name, value)]
     setattr(config, SHAPES, shapes)
     setattr(config, CODE, dict(_auto_map(kind, dense.config)))
     return config
-
-
-def _is_count(name: str, value: Any) -> bool:
-    """Tell whether a field has to be as it is for the shapes to be those of the model."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int | list) and bool(COUNTS.search(name))
 
 
 def _auto_map(kind: Any, config: Any) -> Iterator[tuple[str, str]]:

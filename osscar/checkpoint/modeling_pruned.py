@@ -38,13 +38,6 @@ class Pruned:
     """The architecture."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        told = config.to_dict()
-        for name, count in config.osscar_shapes.get("counts", ()):
-            if told.get(name) != count:
-                raise ValueError(
-                    f"config.json has {name} {told.get(name)!r}, and its osscar_shapes are those "
-                    f"of a model with {count!r}; set it back"
-                )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         resize(self, config.osscar_shapes)
         refuse_one_count(self, config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.base.memory import let_shortage_pass
+from osscar.network.tensor_files import Part
 from osscar.offload.places import Slice
 from osscar.offload.sources import Chain
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor in a file that is a stretch of one of the model."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """How many numbers."""
-        return math.prod(self.shape)
 
 
 def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:

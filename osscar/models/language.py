@@ -29,7 +29,6 @@ from osscar.base.memory import (
 )
 from osscar.base.messages import warn
 from osscar.base.printable import pluralize, published
-from osscar.checkpoint.admission import check_config, check_unchanged, stored_in
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
@@ -37,11 +36,13 @@ from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
+from osscar.checkpoint.validation import check_config
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, DEMO_SOURCE, HUB_ID, REGISTERED, hub_is_reachable
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
+from osscar.network.tensor_files import read_headers
 from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE, lineage_of, note
 
@@ -69,8 +70,6 @@ def load_language_model(
     elif found.path is not None and _is_pruned(found, manifest):
         model, stored = load(found.path, dtype=dtype), _stored_format(found)
     else:
-        if found.path is not None and manifest is not None:
-            check_unchanged(found.path, manifest.lineage.origin)
         model, stored = _load_stock(found, trust_remote_code is True, dtype)
         if manifest is not None:
             setattr(model, LINEAGE, manifest.lineage)
@@ -194,7 +193,7 @@ def _stored_format(found: _Found) -> torch.dtype:
     """Return the number format of a directory's weights, whichever it is read in."""
     assert found.path is not None
     config = TransformersOrigin.of_directory(found.path).config
-    return number_format_of(config, stored_in(found.path) or {})
+    return number_format_of(config, read_headers(found.path) or {})
 
 
 def _load_stock(

@@ -12,17 +12,17 @@ import torch
 import transformers
 
 from osscar.base.devices import resolve_device, resolve_dtype
-from osscar.base.errors import CheckpointError, OptionError
+from osscar.base.errors import CheckpointError, FileError, OptionError
 from osscar.base.inputs import file_name
 from osscar.base.memory import FOR_MODELS, memory_for
 from osscar.base.messages import warn
-from osscar.checkpoint.admission import stored_in
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.data.preprocessing import as_preprocessing
 from osscar.models.language import load_language_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.modules import load_module
 from osscar.models.names import REGISTERED, ModelKind, check_no_program, hides_model, kind_of
+from osscar.network.tensor_files import read_headers
 from osscar.offload.device_memory import memory_of
 
 
@@ -96,17 +96,16 @@ def load_model(
         a limit of memory for one that is not read from disk, preprocessing for one that reads text
         or brings its own function; or the limit is no size.
     FileError
-        If a file of a model that stays on disk is cut off.
+        If a file of a directory is damaged or cut off.
     MissingDependency
         If torchvision, or what reads a packaged model, is needed and not installed.
 
     Warns
     -----
     UserWarning
-        If weights are left out or were drawn, or are one entry of their file, the config was edited
-        since OSSCAR saved the model, the tokenizer has far fewer tokens than the model, images are
-        prepared in another way than the model brings, or the directory bears the name of another
-        model.
+        If weights are left out or were drawn, or are one entry of their file, the tokenizer has far
+        fewer tokens than the model, images are prepared in another way than the model brings, or
+        the directory bears the name of another model.
     """
     text = file_name(name, "the model", "its name or directory")
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
@@ -207,8 +206,8 @@ def fitting_memory(
         return None
     try:
         path = Path(name).expanduser()
-        stored = (stored_in(path) if path.is_dir() else None) or {}
-    except (OSError, RuntimeError, ValueError, CheckpointError):
+        stored = (read_headers(path) if path.is_dir() else None) or {}
+    except (OSError, RuntimeError, ValueError, FileError):
         return None  # whoever loads the model will say so
     kept_as = resolve_dtype(dtype, target)  # None: as stored
     needed = _COPIES * sum(

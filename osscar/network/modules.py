@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -128,24 +127,6 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
             f"{type(model).__name__} cannot be copied: {first_line(error)}; take what is no "
             "parameter, buffer or plain value out of its attributes"
         ) from error
-
-
-def give_own_storage(model: nn.Module) -> None:
-    """Copy tensors that are parts of a larger storage which no other tensor of the model shares.
-
-    `torch.hann_window` returns such a part, and safetensors neither writes nor fills one.
-    """
-    tensors = [t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
-    strided = [
-        tensor
-        for tensor in tensors
-        if tensor.layout is torch.strided and not (isinstance(tensor, OnDisk) or tensor.is_meta)
-    ]
-    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in strided)
-    for tensor in strided:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() > tensor.nbytes and storages[storage.data_ptr()] == 1:
-            tensor.data = tensor.data.clone()
 
 
 def _on_graphs(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
-from osscar.network.records import read_record, write_record
+from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest

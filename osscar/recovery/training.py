@@ -31,7 +31,7 @@ from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
-from osscar.network.records import read_record, write_record
+from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.fingerprint import JournalManifest
 from osscar.recovery.memory import checkpointing
 from osscar.recovery.request import RecoveryRequest

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import graph
 import osscar
-from osscar.base.errors import CheckpointError
+from osscar.base.errors import CheckpointError, FileError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.hf_config import MODELLING_FILE
@@ -190,86 +189,12 @@ def edited(directory, place, **changes):
     return place
 
 
-COUNTS = [
-    ("gpt2", {"n_head": 12}, "n_head 12.* 6"),
-    ("gpt2", {"n_layer": 3}, "n_layer 3.* 2"),
-    ("opt", {"num_attention_heads": 12}, "num_attention_heads 12.* 6"),
-    ("opt", {"num_attention_heads": 3}, "num_attention_heads 3.* 6"),
-    (
-        "llama-gqa",
-        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16},
-        "head_dim 16.* 8",
-    ),
-    ("qwen3", {"num_key_value_heads": 1}, "num_key_value_heads 1.* 3"),
-]
-"""Counts that cut weights of the same shapes in another way, or none of them does."""
-
-
-def test_a_count_that_contradicts_the_shapes_is_refused(written, tmp_path):
-    for number, (family, changes, named) in enumerate(COUNTS):
-        model, path = written[family]
-        directory = edited(path, tmp_path / str(number), **changes)
-        with pytest.raises(CheckpointError, match=named):
-            osscar.load(directory)
-        with pytest.raises(CheckpointError, match=named):
-            read_streamed(directory, WeightCache(10**9, torch.device("cpu")))
-        with pytest.raises(ValueError, match=named):
-            getattr(modeling_pruned, type(model).__name__).from_pretrained(directory)
-
-
-def test_a_count_that_is_replaced_throughout_the_file_is_refused(written, tmp_path):
-    _, path = written["opt"]
-    directory = edited(path, tmp_path / "model")
-    file = directory / "config.json"
-    pretty = json.dumps(json.loads(file.read_text()), indent=2)
-    assert '"num_attention_heads": 6' in pretty
-    file.write_text(pretty.replace('"num_attention_heads": 6', '"num_attention_heads": 12'))
-    with pytest.raises(ValueError, match=r"num_attention_heads 12, .* 6"):
-        modeling_pruned.OPTForCausalLM.from_pretrained(directory)
-
-
-def test_a_count_that_contradicts_a_stock_checkpoint_is_refused(tmp_path):
-    model = osscar.prune(tiny("llama-mha"), tokens(), heads=4, backend="magnitude").model
-    saved = checkpoint.save(model, tmp_path / "small")
-    assert saved.stock
-    other = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    with pytest.raises(CheckpointError, match="head_dim 16 where 8 was saved"):
-        osscar.load(edited(saved.path, tmp_path / "other", **other))
-
-
-EDITS = [
-    ("llama-gqa", {"hidden_act": "relu"}, "hidden_act 'relu' where 'silu' was saved"),
-    ("llama-gqa", {"rms_norm_eps": 0.1}, "rms_norm_eps 0.1 where 1e-06"),
-    (
-        "llama-gqa",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-        "rope_parameters.rope_theta 500.0 where 10000.0",
-    ),
-    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False where True"),
-    ("qwen3", {"sliding_window": 2}, "sliding_window 2 where none"),
-]
-
-
-def test_an_edit_that_may_be_meant_is_told_and_no_other(written, tmp_path):
-    for number, (family, changes, told) in enumerate(EDITS):
-        directory = edited(written[family][1], tmp_path / str(number), **changes)
-        with pytest.warns(UserWarning, match=told):
-            osscar.load(directory)
-    _, path = written["opt"]
-    changes = {"dropout": 0.3, "transformers_version": "9", "use_cache": False, "init_std": 1.0}
-    directory = edited(path, tmp_path / "model", **changes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        osscar.load(directory)
-        osscar.load(path)
-
-
 def test_the_file_is_small_and_needs_torch_and_transformers_alone():
     source = MODELLING_FILE.read_text()
     imported = {line.split()[1].partition(".")[0] for line in source.splitlines()
                 if line.startswith(("import ", "from "))}  # fmt: skip
     assert imported == {"__future__", "copy", "torch", "transformers", "typing"}
-    assert len(source.splitlines()) < 160
+    assert len(source.splitlines()) < 150
 
 
 def test_nothing_but_architectures_is_made():
@@ -433,15 +358,13 @@ def test_tables_of_shapes_that_are_none_are_errors_of_ours(written, tmp_path):
     whole = json.loads((directory / "config.json").read_text())
     shapes, name = whole["osscar_shapes"], "model.layers.1.mlp.up_proj.weight"
     for changes, message in (
-        (None, "should be an object"),
+        (None, r"osscar_shapes in .*config\.json: .*should be an object"),
         ([1], "should be an object"),
-        ({**shapes, "tensors": {name: "x"}}, rf"lists shapes that are none: tensors.*{name}.*'x'"),
-        ({**shapes, "tensors": {name: [8, 1.5]}}, rf"none: tensors.*{name}.*1\.5"),
-        ({**shapes, "tensors": {name: [8, -1]}}, rf"none: tensors.*{name}.*-1"),
-        ({"numbers": {}}, "none: tensors"),
-        ({"tensors": {}}, "none: numbers"),
-        ({**shapes, "counts": 5}, "none: counts.* 5"),
-        ({**shapes, "counts": [3]}, "none: counts.* 3"),
+        ({**shapes, "tensors": {name: "x"}}, rf"tensors.*{name}.*'x'"),
+        ({**shapes, "tensors": {name: [8, 1.5]}}, rf"tensors.*{name}.*1\.5"),
+        ({**shapes, "tensors": {name: [8, -1]}}, rf"tensors.*{name}.*-1"),
+        ({"numbers": {}}, "tensors: field required"),
+        ({"tensors": {}}, "numbers: field required"),
         ({**shapes, "tensors": {name: [3]}}, rf"'{name}' a shape that it cannot have: \[3\]"),
         (
             {**shapes, "tensors": {"model.layers.1.forward": [3]}},
@@ -451,21 +374,9 @@ def test_tables_of_shapes_that_are_none_are_errors_of_ours(written, tmp_path):
         ({**shapes, "numbers": {"model.layers.1": {"forward": 3}}}, "only whole numbers"),
     ):
         (directory / "config.json").write_text(json.dumps({**whole, "osscar_shapes": changes}))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises((CheckpointError, FileError), match=message):
             osscar.load(directory)
     for names in (["NoSuchForCausalLM"], ["torch"], [], None):
         (directory / "config.json").write_text(json.dumps({**whole, "architectures": names}))
         with pytest.raises(CheckpointError, match="lists shapes of the architecture"):
             osscar.load(directory)
-
-
-def test_other_counts_of_heads_in_a_table_than_were_saved_are_refused(written, tmp_path):
-    """Weights of the same shapes would be cut in another way by them."""
-    directory = edited(written["opt"][1], tmp_path / "model")
-    config = json.loads((directory / "config.json").read_text())
-    numbers = config["osscar_shapes"]["numbers"].values()
-    counts = next(of for of in numbers if "num_heads" in of)
-    saved, counts["num_heads"] = counts["num_heads"], 1
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=rf"self_attn\.num_heads 1 where {saved} was saved"):
-        osscar.load(directory)

@@ -271,23 +271,6 @@ def test_what_text_results_rest_on_is_printed_and_kept(run, text, tmp_path, monk
     assert "the two models have other tokenizers" in err
 
 
-def test_an_edited_config_is_refused_or_told(run, tmp_path):
-    dense, tokens = osscar.load_model("demo", device="cpu"), torch.arange(128).view(2, 64)
-    result = osscar.prune(dense.model, tokens, heads=0.5, backend="magnitude")
-    small = result.save(tmp_path / "small", tokenizer=dense.tokenizer)
-    file = small.path / "config.json"
-    config = json.loads(file.read_text())
-    for change, status, said in (
-        ({"num_attention_heads": 16}, 2, "has num_attention_heads 16 where 8 was saved"),
-        ({"activation_function": "gelu"}, 0, "activation_function 'gelu' where 'relu' was saved"),
-        ({"dropout": -1}, 2, "has dropout -1, where a share from 0 to 1 is needed"),
-    ):
-        file.write_text(json.dumps({**config, **change}))
-        found = run("inspect", small.path)
-        assert found[0] == status
-        assert ("warning: " in found[2], said in found[2]) == (status == 0, True)
-
-
 def saved_by_transformers(place, model):
     """A directory with a model and the tokenizer of the demo, without osscar.json."""
     model.save_pretrained(place)

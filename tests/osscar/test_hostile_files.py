@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import graph
 import osscar
 import solvers
-from osscar.base.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
+from osscar.base.errors import FileError, ModelError, OsscarError, OutputError
 from osscar.base.files import file_digest
 from osscar.base.inputs import panics_are_errors
 from osscar.base.json_files import read_object
@@ -208,7 +208,7 @@ def test_configs(checkpoint, examples):
     for content in NO_OBJECTS:
         file.write_bytes(content)
         for reader in (load_model, osscar.load):
-            with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            with pytest.raises(FileError, match=r"config\.json: it "):
                 reader(checkpoint)
 
 
@@ -374,8 +374,6 @@ def structural_calls(wrong):
     yield lambda: osscar.load(DEMO_DIRECTORY, dense=wrong)
     yield lambda: osscar.save(wrong, "out")
     yield lambda: osscar.save(net, wrong)
-    yield lambda: osscar.save(net, "out", tokenizer=wrong)
-    yield lambda: osscar.save(net, "out", report=wrong)
     yield lambda: osscar.save(net, "out", dtype=wrong)
     yield lambda: osscar.slice_units(wrong, plan)
     yield lambda: osscar.slice_units(net, wrong)

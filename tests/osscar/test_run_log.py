@@ -15,7 +15,7 @@ from osscar.base.errors import JournalError
 from osscar.base.files import digest
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
-from osscar.network.records import write_record
+from osscar.network.tensor_files import write_record
 from osscar.preparation.fingerprint import JournalManifest
 from osscar.pruning import run_log
 from osscar.pruning.prune import prune_as_asked

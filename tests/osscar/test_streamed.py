@@ -30,12 +30,12 @@ from osscar.base.memory import available_memory, resident_memory
 from osscar.checkpoint import regrouped
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.regrouped import parts_in_files
-from osscar.checkpoint.streamed import check_written, write_weights
 from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_forward
 from osscar.models import load as loading
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import fitting_memory
+from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL, OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place, Slice
 from osscar.offload.sources import Chain, Source, as_bytes
@@ -217,7 +217,7 @@ def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
 def test_what_was_written_is_held_to_what_is_in_the_file(tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-    digests = write_weights(tensors, file, {"format": "pt"})
+    digests = write_tensors(file, tensors, {"format": "pt"})
     check_written(digests, file)
     assert all(map(torch.equal, load_file(file).values(), tensors.values()))
     with file.open("r+b") as out:
@@ -269,6 +269,7 @@ ONE_LAYER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, OPTConfig
 from osscar.pruning.groups import prune_groups
+from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL
 from osscar.pruning.memory import MemoryNeeds
 from osscar.pruning.prune import prepare_for

@@ -15,11 +15,11 @@ from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForC
 
 import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError
-from osscar.checkpoint.admission import structure
 from osscar.checkpoint.builders import TorchvisionOrigin
-from osscar.checkpoint.stored import Stored, read_header, read_stored
+from osscar.checkpoint.validation import structure
 from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
+from osscar.network.tensor_files import StoredTensor, read_header, read_headers
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
 
@@ -48,7 +48,7 @@ def edit(path: Path, **changes: object) -> None:
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim")
+SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "ffn_dim")
 
 
 @READERS
@@ -57,36 +57,25 @@ def test_a_size_that_is_not_that_of_the_weights(checkpoint, reader):
     whole = file.read_text()
     for name, value in itertools.product(SIZES, (0, -1, 10**9)):
         edit(checkpoint, **{name: value})
-        with pytest.raises((CheckpointError, ModelError)) as caught:
+        with pytest.raises((CheckpointError, ModelError)):
             pytest.fail(f"{name} {value} was read: {reader(checkpoint)}")
-        assert value > 0 or f"has {name} {value}" in str(caught.value)
         file.write_text(whole)
 
 
 REFUSED = [
     *(
-        ({name: value}, f"has {name} {value}, where a s")
-        for name, value in (
-            *(("dropout", -1), ("attention_dropout", 1.5)),
-            *(("layerdrop", -0.1), ("layer_norm_eps", -1e-5)),
-        )
-    ),
-    *(
-        (changes, "more than any model has")
+        (changes, "more than any model")
         for changes in (
             {"num_labels": 2_000_000},
-            {"num_labels": 10**10},
             {"text_config": {"num_labels": 10**10}},
             {"encoder_layers": 10**8},
-            {"num_experts": 2**50},
         )
     ),
-    ({"num_hidden_layers": 9_999}, r"asks for more than .* modules and tensors"),
+    ({"num_hidden_layers": 9_999}, "asks for more than .* modules"),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
     ({"transformers_weights": "../other.bin"}, "another file of weights"),
-    ({"return_dict": False}, "no logits"),
-    ({"attn_implementation": "somebody/kernel"}, "code of somebody else's"),
-    ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code of somebody else's"),
+    ({"attn_implementation": "somebody/kernel"}, "code that would be fetched"),
+    ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code that would be fetched"),
 ]
 """Configs of no model, of one that cannot be pruned, or of one that would have code fetched."""
 
@@ -140,18 +129,18 @@ def test_tables_that_are_computed_count_too(checkpoint, reader):
     GPTJForCausalLM(config).save_pretrained(checkpoint)
     assert reader(checkpoint)
     edit(checkpoint, n_positions=2**33)
-    with pytest.raises(CheckpointError, match=r"asks for a table '.*embed_positions'"):
+    with pytest.raises(CheckpointError, match=r"asks for .* numbers, and the weights are"):
         reader(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf"])
 def test_a_model_that_nobody_could_hold(tmp_path, name):
     pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
-    weights = {"a": Stored("F32", (1000, 1000))}
+    weights = {"a": StoredTensor(torch.float32, (1000, 1000))}
     built = TorchvisionOrigin(name)
     assert structure(built.build, weights, tmp_path, pruned=True).training
     built = TorchvisionOrigin(name, {"num_classes": 10**11})
-    with pytest.raises(CheckpointError, match=r"a 'weight' of \w+ of \(100000000000,"):
+    with pytest.raises(CheckpointError, match=r"asks for .* numbers, and the weights"):
         structure(built.build, weights, tmp_path, pruned=True)
 
 
@@ -166,7 +155,7 @@ def test_weights_that_are_no_real_numbers(checkpoint, reader, name):
     tensor = weights.get(name, torch.ones(2, 2))
     for kind in (torch.complex64, torch.int64, torch.int8, torch.bool):
         safetensors.torch.save_file({**weights, name: tensor.to(kind)}, file, {"format": "pt"})
-        with pytest.raises(CheckpointError, match=rf"'{name}' is (C64|I64|I8|BOOL) "):
+        with pytest.raises(CheckpointError, match=rf"'{name}' is torch\.(complex|int|bool)"):
             reader(checkpoint)
 
 
@@ -179,7 +168,7 @@ def test_a_planned_checkpoint_of_other_numbers(tmp_path, kind):
     name = next(name for name in weights if name.endswith("weight"))
     weights[name] = weights[name].to(kind)
     safetensors.torch.save_file(weights, file)
-    with pytest.raises(CheckpointError, match=f"'{name}' is (C64|I64)"):
+    with pytest.raises(CheckpointError, match=rf"'{name}' is torch\.(complex|int)64"):
         osscar.load(tmp_path / "a", dense=small_net())
 
 
@@ -238,21 +227,21 @@ def test_headers_that_make_no_sense(tmp_path, data):
 def test_a_header_that_does(tmp_path):
     tensors = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.ones(0)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    assert read_stored(tmp_path) == {
-        "a": Stored("F32", (2, 3)),
-        "b": Stored("BF16", ()),
-        "c": Stored("F32", (0,)),
+    assert read_headers(tmp_path) == {
+        "a": StoredTensor(torch.float32, (2, 3)),
+        "b": StoredTensor(torch.bfloat16, ()),
+        "c": StoredTensor(torch.float32, (0,)),
     }
 
 
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("../other/model.safetensors", "no file of weights beside it"),
-        ("/etc/passwd", "no file of weights beside it"),
-        ("..", "no file of weights beside it"),
-        ("model.bin", "no file of weights beside it"),
-        ("a\0.safetensors", "no file of weights beside it"),
+        ("../other/model.safetensors", "should match pattern"),
+        ("/etc/passwd", "should match pattern"),
+        ("..", "should match pattern"),
+        ("model.bin", "should match pattern"),
+        ("a\0.safetensors", "should match pattern"),
         ("missing.safetensors", "cannot be read"),
         (3, "string"),
     ],
@@ -265,7 +254,7 @@ def test_an_index_that_leads_elsewhere(checkpoint, place, reason):
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     for reader in (load_model, osscar.load):
-        with pytest.raises(CheckpointError, match=reason):
+        with pytest.raises(FileError, match=reason):
             reader(checkpoint)
 
 

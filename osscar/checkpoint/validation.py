@@ -1,0 +1,192 @@
+"""Whether a checkpoint asks for what it holds, before anything of it is allocated.
+
+A library builds whatever a config says.  So the model is built on the device 'meta' first, where
+tensors have no memory, and compared with the tensors that the headers of the weights name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from osscar.base.errors import CheckpointError, first_line
+from osscar.base.json_files import read_object
+from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
+from osscar.checkpoint.manifest import CONFIG_FILE
+from osscar.network.tensor_files import StoredTensor
+
+
+@contextmanager
+def readable(path: object) -> Iterator[None]:
+    """Raise what libraries make of a damaged description as a CheckpointError."""
+    try:
+        yield
+    except DESCRIPTION_ERRORS as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: {first_line(error):.500}"
+        ) from error
+
+
+# ---- the config --------------------------------------------------------------------------
+
+_REFUSED = {
+    "quantization_config": "its weights are quantized, which cannot be pruned: dequantize it first",
+    "transformers_weights": "it names another file of weights; rename that to model.safetensors",
+}
+_KERNEL = re.compile(r"_implementation$")
+_LISTED = re.compile(r"(layers?|blocks?|stages?|depths?|hidden_groups|labels)$")
+_MOST_LISTED = 10**6
+"""Configs make lists with an entry for each layer and label, before any model is built."""
+
+
+def check_config(path: Path) -> dict[str, Any]:
+    """Return what ``config.json`` in a directory says.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is one of an adapter or of quantized weights, names code that would
+        be fetched, or asks for more layers or labels than memory holds names of.
+    FileError
+        If it is damaged.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
+    config = read_object(file)
+    for name, why in _REFUSED.items():
+        if config.get(name) is not None:
+            raise CheckpointError(f"{file} has a {name}: {why}")
+    for name, value in _fields(config):
+        if isinstance(value, str) and "/" in value and _KERNEL.search(name):
+            raise CheckpointError(
+                f"{file} has {name} {value!r:.60}, code that would be fetched and run; remove it"
+            )
+        if isinstance(value, int) and value > _MOST_LISTED and _LISTED.search(name):
+            raise CheckpointError(f"{file} has {name} {value}, more than any model; get it anew")
+    return config
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is no container, with the key that is nearest to it."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from _fields(inside, key)
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _fields(inside, name)
+    else:
+        yield name, value
+
+
+# ---- the tensors of a model --------------------------------------------------------------
+
+_MOST_COMPUTED = 2**28
+"""Numbers in tables that are computed and not stored, such as masks and positions."""
+
+_MOST_CUT = 64
+"""How many times smaller a pruned model may be than the original, which has to be built."""
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Give tensors that wait for weights no memory, and compute with all others."""
+
+    _WAITING = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        return func(*args, **(options | {"device": "meta"} if func in self._WAITING else options))
+
+
+def structure(
+    build: Callable[[], nn.Module],
+    stored: Mapping[str, StoredTensor],
+    path: Path,
+    *,
+    pruned: bool,
+    computed: bool = False,
+) -> nn.Module:
+    """Build a model without memory for its weights; refuse one that is much more than is stored.
+
+    `pruned` tells whether the weights are those of a smaller model than this, `computed` whether
+    what the model computes, such as rotary frequencies, has values: what waits for weights is on
+    the device 'meta', or all of it.
+    """
+    elements = sum(tensor.elements for tensor in stored.values())
+    refusal = (
+        f"{path} is not a checkpoint that can be read: its config asks for {{}}, and the weights "
+        f"are {elements:,} numbers in {len(stored):,} tensors; get the checkpoint anew"
+    )
+    with _at_most(1000 + 20 * len(stored), refusal):
+        try:
+            with torch.device("meta"):
+                model = build()
+        except NotImplementedError:  # RegNet computes its widths with tensors, which need values
+            with EmptyOnMeta():
+                model = build()
+    numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if numbers > _MOST_COMPUTED + 2 * elements * (_MOST_CUT if pruned else 1):
+        raise CheckpointError(refusal.format(f"{numbers:,} numbers"))
+    if computed:
+        with EmptyOnMeta():
+            model = build()
+    return model
+
+
+@contextmanager
+def _at_most(allowed: int, refusal: str) -> Iterator[None]:
+    """Let this thread give modules to others so many times in the block."""
+    thread, registered = threading.get_ident(), itertools.count(1)
+
+    def given(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread and next(registered) > allowed:
+            raise CheckpointError(refusal.format(f"more than {allowed:,} modules"))
+
+    hook = register_module_module_registration_hook(given)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path) -> None:
+    """Refuse weights that are of other shapes than a model's, or of another kind of number.
+
+    The model may be on 'meta'.  Names that it does not know are left to whoever fills it.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    for name, tensor in stored.items():
+        mine = next((own[n] for n in names_of(name, prefix) if n in own), None)
+        if mine is not None and (
+            (tuple(mine.shape), _kind(mine.dtype)) != (tensor.shape, _kind(tensor.dtype))
+        ):
+            raise CheckpointError(
+                f"the weights in {path} do not fit its config: {name!r} is {tensor.dtype} "
+                f"{tensor.shape}, where {mine.dtype} {tuple(mine.shape)} is due; get the "
+                "checkpoint anew, or, if it was written by save_pretrained of a pruned model, "
+                "write it with osscar.save"
+            )
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
+
+
+def names_of(name: str, prefix: str) -> tuple[str, ...]:
+    """Return what a tensor may be called in the model: with the name of its base, or without."""
+    return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))

@@ -1,0 +1,240 @@
+"""Files of tensors, in the format of safetensors: headers, weights one by one, and records."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import torch
+from pydantic import ConfigDict, StringConstraints
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from osscar.base.errors import EquivalenceError, FileError, JournalError
+from osscar.base.files import atomic_write, digest, reason_of
+from osscar.base.inputs import check_regular
+from osscar.base.json_files import MEGABYTE, parse_json, read_json
+from osscar.network.modules import sha256_of
+from osscar.offload.on_disk import values_of
+from osscar.offload.places import Slice
+from osscar.offload.sources import Source, as_bytes
+
+T = TypeVar("T")
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_LONGEST_INDEX = 100 * MEGABYTE
+
+_FORMATS = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Number formats by the names of safetensors, in the order in which it writes them."""
+
+# ---- reading -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, whose values begin at the byte `offset`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path = field(default=Path(), compare=False)
+    offset: int = field(default=0, compare=False)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes."""
+        return self.elements * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors in a file by name, without their values (FileError)."""
+    try:
+        check_regular(path)
+        with safe_open(path, "pt"):  # which refuses headers that make no sense for the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise FileError(path, f"it cannot be read: {reason_of(error)}") from error
+    except SafetensorError as error:
+        raise FileError(
+            path, f"it is cut off, or no safetensors file ({error}); get it anew"
+        ) from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, tensor in header.items():
+        if tensor["dtype"] not in _FORMATS:
+            raise FileError(
+                path, f"it holds {name!r:.60} as {tensor['dtype']}; dequantize it first"
+            )
+        begin = 8 + length + tensor["data_offsets"][0]
+        found[name] = StoredTensor(_FORMATS[tensor["dtype"]], tuple(tensor["shape"]), path, begin)
+    return found
+
+
+@dataclass(frozen=True)
+class _Index:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    weight_map: dict[str, Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+\.safetensors$")]]
+    """The file beside the index that holds each tensor."""
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor] | None:
+    """Return the tensors of a checkpoint in a directory by name, without their values (FileError).
+
+    None is returned where none are in safetensors.
+    """
+    if (directory / WEIGHTS_FILE).exists():
+        return read_header(directory / WEIGHTS_FILE)
+    if not (directory / INDEX_FILE).exists():
+        return None
+    names = read_json(directory / INDEX_FILE, _Index, limit=_LONGEST_INDEX).weight_map.values()
+    # Libraries read all that is in the files, also where the index names only a part of it.
+    headers = [read_header(directory / name) for name in sorted(set(names))]
+    return {name: stored for header in headers for name, stored in header.items()}
+
+
+def slices(stored: Mapping[str, StoredTensor]) -> dict[str, Slice]:
+    """Open the files of stored tensors, each once, and return where their values lie."""
+    sources = {file: Source(file) for file in {tensor.file for tensor in stored.values()}}
+    return {
+        name: Slice(sources[one.file], one.offset, one.shape, one.dtype, name)
+        for name, one in stored.items()
+    }
+
+
+# ---- writing -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file that is a stretch of one of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    parts: Mapping[str, Sequence[Part]] | None = None,
+) -> dict[str, bytes]:
+    """Write a file with the bytes that safetensors would write, one tensor in memory at a time.
+
+    Tensors that are named in `parts` are written as these.  Return the SHA-256 of the bytes of
+    each tensor in the file, by name.
+
+    Raises
+    ------
+    KeyError
+        If safetensors has no name for a number format.
+    """
+    written = {n: (parts or {}).get(n, (Part(n, tuple(t.shape)),)) for n, t in tensors.items()}
+    names = {dtype: name for name, dtype in _FORMATS.items()}
+    stored = {
+        part.name: StoredTensor(tensors[name].dtype, part.shape)
+        for name, own in written.items()
+        for part in own
+    }
+    order = sorted(stored, key=lambda name: ([*names].index(stored[name].dtype), name))
+    ends = list(itertools.accumulate(stored[name].nbytes for name in order))
+    offsets = {n: (end - stored[n].nbytes, end) for n, end in zip(order, ends, strict=True)}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, span in offsets.items():
+        dtype, shape = names[stored[name].dtype], list(stored[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": list(span)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digests: dict[str, bytes] = {}
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(written, key=lambda name: offsets[written[name][0].name]):
+            values, done = as_bytes(values_of(tensors[name]).contiguous().cpu()), 0
+            for part in written[name]:
+                own = values[done : done + stored[part.name].nbytes]
+                out.seek(8 + len(text) + offsets[part.name][0])
+                out.write(own)
+                digests[part.name] = hashlib.sha256(own).digest()
+                done += len(own)
+    return digests
+
+
+def check_written(digests: Mapping[str, bytes], file: Path) -> None:
+    """Read a file that was written back, tensor by tensor, and compare (EquivalenceError)."""
+    for name, values in slices(read_header(file)).items():
+        if values.digest() != digests[name]:
+            raise EquivalenceError(f"{name!r} was not read back as it was written")
+
+
+# ---- records -----------------------------------------------------------------------------
+
+_WORDS, _DIGEST = "words", "sha256"
+"""The entries of a record's header."""
+
+
+def write_record(path: Path, words: Any, tensors: Mapping[str, Tensor], run: str) -> None:
+    """Write a dataclass and tensors; once this returns, they are on the disk.
+
+    `run` says what they are a part of: who reads them has to say the same.
+    """
+    text = json.dumps(dataclasses.asdict(words))
+    header = {_WORDS: text, _DIGEST: _digest(path, run, text, tensors)}
+    with atomic_write(path) as partial:
+        write_tensors(partial, tensors, header)
+
+
+def read_record(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Tensor]]:
+    """Return what `write_record` wrote, tensors in the order of their names.
+
+    Raises JournalError if it cannot be read, is a part of something else, or was changed.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        text = header.get(_WORDS, "")
+        if header.get(_DIGEST) != _digest(path, run, text, tensors):
+            raise FileError(
+                path, "it is a part of something else, or was changed since it was written"
+            )
+        return parse_json(text, schema, path), tensors
+    except (OSError, SafetensorError, FileError) as error:
+        reason = error.reason if isinstance(error, FileError) else error
+        raise JournalError(f"{path} cannot be read: {reason}; begin anew with --restart") from error
+
+
+def _digest(path: Path, run: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+    return digest(json.dumps([path.name, run, text]) + sha256_of(sorted(tensors.items())))
