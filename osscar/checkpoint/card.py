@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from osscar.proof.structure import structure_of
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
 
-_TEMPLATE, _SCORES = (Path(__file__).with_name(f"{name}.md.j2") for name in ("card", "scores"))
+_TEMPLATE = jinja2.Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
 _HEADING = "## Scores"
 
 _ASKED = (
@@ -57,14 +56,12 @@ def model_card(
     picture
         Whether `PICTURE_FILE` lies beside it.
     """
-    recovery, pruning = _parts(report)
+    _, pruning = _parts(report)
     after, removed = count_parameters(model), list(_removed(lineage))
     before = pruning.get("parameters_before", after)
     structure = structure_of(model)
-    library = "transformers" if isinstance(model, PreTrainedModel) else "pytorch"
-    card = ModelCard.from_template(
-        ModelCardData(library_name=library, tags=["pruned", "osscar"]),
-        template_path=str(_TEMPLATE),
+    card: str = _TEMPLATE.render(
+        library="transformers" if isinstance(model, PreTrainedModel) else "pytorch",
         source=_short(lineage.source),
         gone=f"{1 - after / before:.1%}" if after < before else "",
         name=type(model if structure is None or not own_code else structure.model).__name__,
@@ -75,27 +72,28 @@ def model_card(
         removed=removed,
         kinds=" and ".join(kind for kind, *_ in removed) or "units",
         made=list(_made(model, lineage, pruning)),
-        recovery=recovery,
+        **_scores(report),
     )
-    return f"{card}\n{_scores(report)}"
+    return card
 
 
 def renewed_card(card: str, report: Mapping[str, Any]) -> str:
     """Return a model card with the scores of another report."""
-    return f"{card[: card.index(_HEADING)]}{_scores(report)}"
+    scores = _TEMPLATE.blocks["scores"](_TEMPLATE.new_context(_scores(report)))
+    return card[: card.index(_HEADING)] + "".join(scores)
 
 
-def _scores(report: Mapping[str, Any]) -> str:
+def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the last section of a card says."""
     recovery, pruning = _parts(report)
     held = pruning.get("held_out")
-    scores = jinja2.Template(_SCORES.read_text(encoding="utf-8")).render(
-        heading=_HEADING,
-        forward=_forward(pruning.get("forward")),
-        divergence=pruning.get("divergence"),
-        judged=pluralize(held, "held-out sample") if held else "calibration data",
-        recovery=recovery,
-    )
-    return f"{scores}\n"
+    return {
+        "heading": _HEADING,
+        "forward": _forward(pruning.get("forward")),
+        "divergence": pruning.get("divergence"),
+        "judged": pluralize(held, "held-out sample") if held else "calibration data",
+        "recovery": recovery,
+    }
 
 
 def _parts(report: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:

@@ -168,7 +168,7 @@ def export_gguf(
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
     target = checked_target(given, "GGUF", _is_gguf, overwrite=overwrite)
     graph = Graph(load(source), dtype, library)
-    fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size)
+    fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size, library)
     with atomic_write(target) as partial:
         _write(partial, source.name, graph, fields)
         _check_written(partial, graph, fields)
