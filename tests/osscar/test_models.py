@@ -32,6 +32,7 @@ import osscar
 from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import (
     CheckpointError,
+    FileError,
     MissingDependency,
     ModelError,
     NonFiniteError,
@@ -155,7 +156,7 @@ class TestDirectories:
         ):
             load_model(checkpoint)
         (checkpoint / "model.safetensors").write_bytes(b"not safetensors")
-        with pytest.raises(CheckpointError, match="no safetensors file"):
+        with pytest.raises(FileError, match="no safetensors file"):
             load_model(checkpoint)
 
     def test_an_unsupported_architecture(self, checkpoint):
