@@ -31,12 +31,6 @@ MEGABYTE = 2**20
 _LARGEST = 2**63
 """Whole numbers lie below it and above its negative: tensors hold no others."""
 
-_MOST_DIGITS = 40
-"""Of a whole number in a file that is not ours."""
-
-_DEEPEST = 200
-"""Objects and lists in one another."""
-
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
 
@@ -68,7 +62,7 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
     some families write it (``time_step_limit`` of Mamba), and so are large numbers
     (``model_max_length`` of tokenizers is 1e30). NaN and a key that stands there twice are refused.
     """
-    found = _parsed(_read_text(path, limit), path, parse_constant=_infinite, parse_int=_short)
+    found = _parsed(_read_text(path, limit), path, parse_constant=_infinite)
     if not isinstance(found, dict):
         raise FileError(path, f"it holds a {type(found).__name__}, not an object")
     return found
@@ -98,7 +92,6 @@ def _parsed(text: str, path: str | os.PathLike[str], **numbers: Any) -> Any:
         found = json.loads(text, object_pairs_hook=_distinct, **numbers)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()
-        _check_depth(found)
         return found
 
 
@@ -117,16 +110,6 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise FileError(path, "it is not JSON: it escapes half of a surrogate pair") from error
     except ValueError as error:
         raise FileError(path, str(error)) from error
-
-
-def _check_depth(found: Any) -> None:
-    level: list[Any] = [[found]]
-    for _ in range(_DEEPEST):
-        inside = (x.values() if isinstance(x, dict) else x for x in level)
-        level = [x for values in inside for x in values if isinstance(x, dict | list)]
-        if not level:
-            return
-    raise RecursionError
 
 
 @cache
@@ -158,12 +141,6 @@ def _finite(text: str) -> float:
 
 def _infinite(text: str) -> float:
     return float(text) if text != "NaN" else _refused(text)
-
-
-def _short(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise ValueError(f"{text:.{_SHOWN}} has {len(text)} digits")
-    return int(text)
 
 
 def _moderate(text: str) -> int:
