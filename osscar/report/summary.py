@@ -47,7 +47,7 @@ class Case:
     @property
     def sparsities(self) -> tuple[float, ...]:
         """The shares of units to remove that come to this number of kept units."""
-        return self.records[0].sparsities or (self.records[0].sparsity,)
+        return self.records[0].sparsities
 
     @cached_property
     def bound(self) -> float | None:

@@ -24,13 +24,6 @@ from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.protocol import DEFAULT_GAP_TOLERANCE, WindowCertificate
 from solvers.storage import read, write
 
-_SAID = tuple(
-    sorted(
-        {f.name for f in dataclasses.fields(solvers.SolutionRecord)} - {"backend", "proved_optimal"}
-    )
-)
-"""The fields of a solution's own record that a study's record has under the same names."""
-
 
 def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -> Solution:
     """Return the solution that a record stands for, with newly refitted weights."""
@@ -74,10 +67,11 @@ def answered(asked: Record, solution: Solution, certificate: str, unproved: Proo
     what its bound rests on if there is no certificate.
     """
     said = solution.record(solution.verify())
+    fields = {field.name for field in dataclasses.fields(Record)}
     rests_on = unproved if said.recomputed_bound is None else ProofBasis.RECOMPUTED
     return dataclasses.replace(
         asked,
-        **{name: getattr(said, name) for name in _SAID},
+        **{name: value for name, value in vars(said).items() if name in fields},
         proof=ProofBasis.NONE if said.lower_bound is None else rests_on,
         gap_tolerance=solution.gap_tolerance,
         certificate=certificate,

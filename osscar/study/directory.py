@@ -35,7 +35,6 @@ from osscar.study.jobs import (
     RECORDS,
     Task,
     affordable_jobs,
-    load_problem,
     solve_here,
     solve_task,
 )
@@ -43,6 +42,7 @@ from osscar.study.records import (
     ROOT_BOUND,
     WINDOW,
     Instance,
+    Options,
     Record,
     window_name,
     without_refuted,
@@ -232,7 +232,9 @@ class Study:
                 for record in solve_here(tasks, jobs) if solve is None else solve(tasks):
                     records[record.instance, record.keep, record.backend] = record
                     bar.advance()
-            return [records[task.instance.name, task.keep, task.backend] for task in tasks]
+            return [
+                records[task.asked.instance, task.asked.keep, task.asked.backend] for task in tasks
+            ]
 
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
@@ -253,10 +255,7 @@ class Study:
         self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]
     ) -> Iterator[Task]:
         """Yield what is to be solved of a problem at numbers of kept units."""
-        limits = {
-            "time_limit": design.time_limit,
-            "gap_tolerance": design.gap_tolerance,
-        }
+        limits = {"time_limit": design.time_limit, "gap_tolerance": design.gap_tolerance}
         for keep, sparsities in keeps.items():
             for name in design.backends:
                 backend = solvers.backend_class(name)
@@ -267,20 +266,32 @@ class Study:
                 options = {k: v for k, v in limits.items() if exact and k in known}
                 if name == ROOT_BOUND:
                     options["rounds"] = design.bound_rounds
-                yield Task(self.directory.absolute(), instance, keep, sparsities, name, options)
+                yield self._task(instance, keep, sparsities, name, options)
+
+    def _task(
+        self,
+        instance: Instance,
+        keep: int,
+        sparsities: tuple[float, ...],
+        backend: str,
+        options: Options,
+    ) -> Task:
+        asked = instance.asked(keep, sparsities, backend, options)
+        return Task(self.directory.absolute(), instance.sha256, asked)
 
     def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
         assert design.window_units is not None
         for keep, sparsities in design.keeps(layer).items():
             generator = torch.Generator().manual_seed(design.seed)
-            incumbent = solve_task(Task(self.directory, layer, keep, sparsities, _INCUMBENT))
+            task = self._task(layer, keep, sparsities, _INCUMBENT, {})
+            incumbent = solve_task(task)
             if incumbent.error:
                 continue
             support = torch.tensor(incumbent.support)
             for index in range(design.windows):
                 name = window_name(layer.name, keep, design.window_units, design.seed, index)
-                whole = load_problem(self.directory, layer).with_keep(keep)
+                whole = task.problem
                 units = (
                     random_window(whole, support, design.window_units, generator)
                     if index

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from multiprocessing import connection
 from pathlib import Path
@@ -27,7 +27,7 @@ from osscar.base.files import digest, file_digest, write_json
 from osscar.base.memory import available_memory
 from osscar.base.signals import handling
 from osscar.study.answers import answered, claimed, save_certificate
-from osscar.study.records import Instance, Options, ProofBasis, Record, read_record
+from osscar.study.records import ProofBasis, Record, read_record
 
 RECORDS = "records"
 """The part of a study's directory that holds one file a record, and the certificates."""
@@ -52,22 +52,20 @@ _SMALL_UNITS = 16
 
 @dataclass(frozen=True)
 class Task:
-    """One solve that is to be made: of a problem in a study's directory, by a backend."""
+    """A job: a record in which nothing is answered yet, and where its problem and answer lie."""
 
     directory: Path
-    instance: Instance
-    keep: int
-    sparsities: tuple[float, ...]
-    """The shares to remove that come to `keep`."""
-    backend: str
-    options: Options = field(default_factory=dict)
+    """That of the study."""
+    sha256: str
+    """Of the problem's file."""
+    asked: Record
 
     @cached_property
     def file(self) -> Path:
         """Where its record goes: the name depends on what the problem is, not only on its name."""
-        instance = self.instance
-        options = sorted(self.options.items())
-        key = (instance.name, instance.sha256, self.keep, self.backend, options)
+        asked = self.asked
+        options = sorted(asked.options.items())
+        key = (asked.instance, self.sha256, asked.keep, asked.backend, options)
         return self.directory / RECORDS / f"{digest(json.dumps(key))[:20]}.json"
 
     @property
@@ -78,39 +76,29 @@ class Task:
     @property
     def memory(self) -> int:
         """How many bytes a process takes that solves it."""
-        return _memory_of((self.directory / self.instance.file).stat().st_size)
+        return _memory_of((self.directory / self.asked.file).stat().st_size)
 
-    @cached_property
-    def asked(self) -> Record:
-        """Its record, with nothing answered."""
-        instance = self.instance
-        return Record(
-            instance=instance.name,
-            kind=instance.kind,
-            file=instance.file,
-            units=instance.units,
-            width=instance.width,
-            keep=self.keep,
-            sparsity=self.sparsities[0],
-            sparsities=self.sparsities,
-            backend=self.backend,
-            options=self.options,
+    @property
+    def problem(self) -> solvers.SubsetProblem:
+        """What is to be solved; the file read last stays in memory, as jobs come by problem."""
+        return load_problem(self.directory / self.asked.file, self.sha256).with_keep(
+            self.asked.keep
         )
 
     def read(self) -> Record | None:
         """Return its record, or None where it has not been solved."""
         if not self.file.exists():
             return None
-        record, asked = read_record(self.file), self.asked
+        record = read_record(self.file)
         for name in _ASKED:
-            found, expected = getattr(record, name), getattr(asked, name)
+            found, expected = getattr(record, name), getattr(self.asked, name)
             if found != expected:
                 raise JournalError(
                     f"{self.file} is the record of another solve: {name} is {found!r}, not "
                     f"{expected!r}; delete it"
                 )
         # The shares are those asked for today: the same `keep` may have come from another then.
-        return dataclasses.replace(record, sparsity=asked.sparsity, sparsities=asked.sparsities)
+        return dataclasses.replace(record, sparsities=self.asked.sparsities)
 
 
 def _memory_of(problem: int) -> int:
@@ -148,7 +136,7 @@ def solve_here(tasks: Sequence[Task], jobs: int) -> Iterator[Record]:
     JournalError
         If a process was killed.
     """
-    if jobs == 1 or all(task.instance.units <= _SMALL_UNITS for task in tasks):
+    if jobs == 1 or all(task.asked.units <= _SMALL_UNITS for task in tasks):
         yield from map(solve_task, tasks)
         return
     with _processes(min(jobs, len(tasks)), max(1, cores() // jobs)) as pool:
@@ -199,49 +187,42 @@ def solve_task(task: Task) -> Record:
     What a backend cannot take is a record with an error.  So is what went wrong in a solve, but
     that record is not written: the next run tries again, perhaps with a licence, or with a defect
     mended.
+
+    Of a record that was there, everything is true afterwards that can be told from the problem: its
+    loss is that of its support, and its bound that of its certificate.  A bound without one stays
+    as it was recorded, which the record then says; so do times and counts.
     """
-    problem = load_problem(task.directory, task.instance).with_keep(task.keep)
-    done = task.read()
+    asked, problem, done = task.asked, task.problem, task.read()
     if done is not None and not done.error:
-        return _recomputed(task, done, problem)
-    backend = solvers.make_backend(task.backend, **task.options)
+        try:
+            solution = claimed(done, problem, task.certificate_file)
+            return answered(asked, solution, done.certificate, ProofBasis.RECORDED)
+        except (solvers.SolverError, JournalError, FileError) as error:
+            raise JournalError(
+                f"{task.file} is the record of an answer that is not true: {error}; delete it"
+            ) from error
+    backend = solvers.make_backend(asked.backend, **asked.options)
     refusal = backend.capabilities.refusal(problem)
     if refusal is not None:
-        record = dataclasses.replace(task.asked, error=f"{task.backend} {refusal}")
+        record = dataclasses.replace(asked, error=f"{asked.backend} {refusal}")
     else:
         try:
-            solution = solvers.solve(problem, task.backend, options=dict(task.options))
+            solution = solvers.solve(problem, asked.backend, options=dict(asked.options))
             certificate = save_certificate(task.certificate_file, solution)
-            record = answered(task.asked, solution, certificate, ProofBasis.WORD)
+            record = answered(asked, solution, certificate, ProofBasis.WORD)
         except solvers.ProblemError as error:
-            record = dataclasses.replace(task.asked, error=str(error))
+            record = dataclasses.replace(asked, error=str(error))
         except solvers.SolverError as error:
-            return dataclasses.replace(task.asked, error=str(error))
+            return dataclasses.replace(asked, error=str(error))
     write_json(task.file, dataclasses.asdict(record), indent=1)
     return record
 
 
-def _recomputed(task: Task, record: Record, problem: solvers.SubsetProblem) -> Record:
-    """Return a record of which everything is true that can be told from the problem.
-
-    The loss is that of its support, and its bound that of its certificate.  A bound without one
-    stays as it was recorded, which the record then says; so do times and counts.
-    """
-    try:
-        solution = claimed(record, problem, task.certificate_file)
-        return answered(task.asked, solution, record.certificate, ProofBasis.RECORDED)
-    except (solvers.SolverError, JournalError, FileError) as error:
-        raise JournalError(
-            f"{task.file} is the record of an answer that is not true: {error}; delete it"
-        ) from error
-
-
-def load_problem(directory: Path, instance: Instance) -> solvers.SubsetProblem:
-    """Read a problem of a study; the last one stays in memory, as records come by problem."""
-    path = directory / instance.file
+def load_problem(path: Path, sha256: str) -> solvers.SubsetProblem:
+    """Read a problem of a study, whose file has that digest; the last one stays in memory."""
     try:
         state = path.stat()
-        return _load(path, state.st_mtime_ns, state.st_size, instance.sha256)
+        return _load(path, state.st_mtime_ns, state.st_size, sha256)
     except OSError as error:
         raise JournalError(f"cannot read the problem file {path}: {error.strerror}") from error
 

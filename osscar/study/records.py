@@ -64,6 +64,13 @@ class Instance:
     sha256: str
     """Of the file, so that no other problem is ever taken for this one."""
 
+    def asked(
+        self, keep: int, sparsities: tuple[float, ...], backend: str, options: Options
+    ) -> Record:
+        """Return the record of a solve, in which nothing is answered yet."""
+        problem = (self.name, self.kind, self.file, self.units, self.width)
+        return Record(*problem, keep, sparsities, backend, options)
+
 
 @dataclass(frozen=True, repr=False)
 class Record:
@@ -74,29 +81,16 @@ class Record:
     instance, kind, file, units, width
         Of the problem: its name, the kind of its units, its file, how many units there are, and the
         rows of the widest.
-    keep, sparsity
-        How many units stay, and the share to remove that this came from.
+    keep, sparsities
+        How many units stay, and all shares to remove that come to this number; of three units, a
+        half and two thirds both leave one.
     backend, options
         Who solved it, and how.
-    status
-        Name of a `solvers.Status`; empty where there is no answer.
-    loss, relative_loss
-        Recomputed by `solvers.Solution.verify`; None where there is no answer.
-    lower_bound, relative_bound, bound_from, gap
-        What this solve proved; None where it proved nothing.
-    bound_limit
-        What no bound of that kind can exceed; None where that is not known.
-    iterations, seconds
-        What the backend counts, and its wall time with the refit.
-    support
-        The units that stay.
+    status, loss, ..., support, recomputed_bound
+        As of a `solvers.SolutionRecord` that was verified in this run; None or empty where there is
+        no answer.
     error
         Why there is no answer: what the backend cannot take, or what went wrong.
-    sparsities
-        All shares that come to this `keep`; of three units, a half and two thirds both leave one.
-    recomputed_bound
-        What `solvers.Solution.verify` recomputed in this run from the certificate of `lower_bound`;
-        None where there is none.
     proof
         What `lower_bound` rests on.
     gap_tolerance
@@ -113,7 +107,7 @@ class Record:
     units: int
     width: int
     keep: int
-    sparsity: float
+    sparsities: tuple[float, ...]
     backend: str
     options: Options
     status: str = ""
@@ -128,7 +122,6 @@ class Record:
     seconds: float | None = None
     support: tuple[int, ...] = ()
     error: str = ""
-    sparsities: tuple[float, ...] = ()
     recomputed_bound: float | None = None
     proof: ProofBasis = ProofBasis.NONE
     gap_tolerance: float = 0.0

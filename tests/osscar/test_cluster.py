@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ class Ray:
         return tasks[:1], tasks[1:]
 
     def get(self, tasks):
-        if tasks[0].backend in self.lost:
+        if tasks[0].asked.backend in self.lost:
             raise self.RayError
         try:
             return [solve_task(task) for task in tasks]
@@ -79,14 +80,15 @@ class Ray:
             raise self.RayTaskError(error) from error
 
 
-def test_a_cluster_solves_a_study_to_the_same_files(tmp_path, monkeypatch):
+def test_a_cluster_and_any_executor_solve_a_study_to_the_same_files(tmp_path, monkeypatch):
     study, alone = _study(tmp_path / "here"), _study(tmp_path / "there")
     monkeypatch.chdir(tmp_path)
     ray = Ray()
     cluster = RayCluster(ray)
     assert cluster.workers == 4
     records = Study(Path("here"), study.source).run(DESIGN, solve=cluster.solve)
-    alone.run(DESIGN)
+    with ThreadPoolExecutor(1) as executor:
+        alone.run(DESIGN, solve=lambda tasks: executor.map(solve_task, tasks))
     assert content(study.directory) == content(alone.directory)
     assert not [record.error for record in records if record.error]
     assert ray.asked[:2] == [{"num_cpus": 1, "max_retries": 3}, {"memory": 10.0}]

@@ -28,7 +28,7 @@ FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
 def case(name, sparsity, loss, bound):
     row = Record(
         instance=name, kind="heads", file="x", units=40, width=1, keep=round(40 * (1 - sparsity)),
-        sparsity=sparsity, backend="perspective", options={}, status="FEASIBLE", loss=loss,
+        backend="perspective", options={}, status="FEASIBLE", loss=loss,
         relative_loss=loss, lower_bound=bound, seconds=1.0, sparsities=(sparsity,),
     )  # fmt: skip
     return Case((row,))
