@@ -205,7 +205,9 @@ def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str,
             return False
     for name in _WIDTH_FIELDS:
         old = changes.get(name, getattr(config, name, None))
-        if old in widths:
+        if isinstance(old, list):  # a width for each layer
+            changes[name] = [widths.get(width, width) for width in old]
+        elif old in widths:
             changes[name] = widths[old]
     if len(widths) == 1 and getattr(config, "n_inner", 0) is None:
         (changes["n_inner"],) = widths.values()  # GPT-2 derives its width where none is given

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import osscar
 from osscar.base.errors import CheckpointError, FileError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import modeling_pruned
-from osscar.checkpoint.hf_config import MODELLING_FILE
+from osscar.checkpoint.hf_config import MODELLING_FILE, _change_widths
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
 from osscar.offload.weight_cache import WeightCache
@@ -380,3 +381,12 @@ def test_tables_of_shapes_that_are_none_are_errors_of_ours(written, tmp_path):
         (directory / "config.json").write_text(json.dumps({**whole, "architectures": names}))
         with pytest.raises(CheckpointError, match="lists shapes of the architecture"):
             osscar.load(directory)
+
+
+def test_a_config_may_say_a_width_for_each_layer():
+    config = SimpleNamespace(intermediate_size=[40, 40, 24])
+    kept = (0, 3, 7)
+    groups = [GroupPlan(f"{layer}", graph.UnitKind.NEURONS, 40, kept, ()) for layer in (0, 1)]
+    changes = {}
+    assert _change_widths(config, groups, changes)
+    assert changes == {"intermediate_size": [3, 3, 24]}
