@@ -184,11 +184,8 @@ class Training:
         self.formats = formats(self.model, setup.model)
         self.weights = {n: one for n, one in self.model.named_parameters() if one.requires_grad}
         # Half precision, which a program may have, is trained in float32: small steps count there.
-        finer = {
-            n: torch.promote_types(one.dtype, torch.float32) for n, one in self.weights.items()
-        }
         self._finer = {
-            name: one if one.dtype == finer[name] else nn.Parameter(one.detach().to(finer[name]))
+            name: nn.Parameter(one.detach().float()) if one.itemsize < 4 else one
             for name, one in self.weights.items()
         }
         # No weight decay: zero is not where the weights belong.
@@ -203,9 +200,8 @@ class Training:
         with self._state.watching(), torch.no_grad():
             both = [setup.distance.outputs(x, batches[0]) for x in (self.model, setup.dense)]
         self._state.put_back()
-        mine, due = (
-            [list(x.shape) for x in tree_leaves(one) if torch.is_tensor(x)] for one in both
-        )
+        tensors = [[x for x in tree_leaves(one) if torch.is_tensor(x)] for one in both]
+        mine, due = ([list(one.shape) for one in some] for some in tensors)
         if mine != due and way.loss is None:
             raise ModelError(
                 f"the smaller model's scores or outputs have the shapes {mine}, and the dense "

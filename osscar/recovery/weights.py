@@ -175,11 +175,8 @@ def add_adapters(model: nn.Module, names: list[str], rank: int, seed: int) -> No
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
     """Return the modules of a model that have adapters, by name."""
-    if not hasattr(model, "peft_config"):
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name: one for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)}
+    adapted = hasattr(model, "peft_config")
+    return {n: one for n, one in model.named_modules() if adapted and hasattr(one, "lora_A")}
 
 
 def _merge(layer: Any) -> None:

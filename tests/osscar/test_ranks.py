@@ -357,6 +357,7 @@ def test_torchrun_recovers_what_one_process_does(tmp_path):
     data = ("--samples", "8", "--seqlen", "32", "--device", "cpu")
     prune = ("prune", "demo", "--neurons", "1/8", "--backend", "wanda", *data)
     train = ("--dense", "demo", "--steps", "4", "--learning-rate", "1e-4", "--device", "cpu")
+    train = (*train, "--mixed-precision", "no")
     recover = ("recover", "small", *train, "--text", "text.txt")
     (tmp_path / "text.txt").write_text(builtin_text(Split.TRAINING)[:5000])
     for words in ((*prune, "--out", "small"), (*recover, "--out", "alone")):
