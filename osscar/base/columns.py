@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_type_hints
@@ -20,11 +20,14 @@ class Column:
         Writes the value of the field.
     row
         Writes it in its stead, and is given all fields by name.
+    note
+        What the column tells, where its title is not enough.
     """
 
     title: str
     value: Callable[[Any], str] = str
     row: Callable[[Mapping[str, Any]], str] | None = None
+    note: str = ""
 
     def text(self, name: str, row: Mapping[str, Any]) -> str:
         """Return the cell of the field of this name; empty for a value that is not known."""
@@ -38,10 +41,17 @@ def columns(of: type[Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
 
     Cells are written of mappings, such as JSON holds them.
     """
+    return {one.title: partial(one.text, name) for name, one in _declared(of)}
+
+
+def notes(of: type[Any]) -> dict[str, str]:
+    """Return by title what each of the same columns tells, where its title is not enough."""
+    return {one.title: one.note for _, one in _declared(of) if one.note}
+
+
+def _declared(of: type[Any]) -> Iterator[tuple[str, Column]]:
     hints = get_type_hints(of, include_extras=True)
-    return {
-        shown.title: partial(shown.text, name)
-        for name in of.__annotations__
-        for shown in getattr(hints[name], "__metadata__", ())
-        if isinstance(shown, Column)
-    }
+    for name in of.__annotations__:
+        for one in getattr(hints[name], "__metadata__", ()):
+            if isinstance(one, Column):
+                yield name, one

@@ -7,10 +7,9 @@ from typing import Any
 
 
 class Shown:
-    """A result that shows itself, by the tables and pictures that `osscar.report` has for it.
+    """A result that shows itself, by the sections that `osscar.report` has for it.
 
-    That lies above the rooms whose results are shown, and is loaded once one of them is, since a
-    run has better use for the memory of matplotlib.
+    That lies above the rooms whose results are shown, and is loaded once one of them is.
     """
 
     def summary(self) -> str:

@@ -36,7 +36,7 @@ from osscar.cli.options import (
     request_options,
 )
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.stages import longest_stages
+from osscar.report.sections import longest_stages
 from osscar.request import BOUND_ROUNDS, PruningRequest
 
 if TYPE_CHECKING:

@@ -22,6 +22,8 @@ from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError,
 from osscar.base.files import resolved
 from osscar.base.inputs import check_regular
 from osscar.base.printable import capitalized, printable
+from osscar.report.sections import Section
+from osscar.report.terminal import print_section
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""
@@ -85,6 +87,12 @@ def _refuse(error: Exception) -> NoReturn:
 def say(text: str) -> None:
     """Print one line to standard output."""
     out.print(printable(text), highlight=False)
+
+
+def show(*sections: Section) -> None:
+    """Print what a result shows."""
+    for section in sections:
+        print_section(out, section)
 
 
 def say_verdict(lost: str) -> None:

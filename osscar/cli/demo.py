@@ -17,7 +17,7 @@ from osscar.base.printable import command_line
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import PAGE_FILE, is_checkpoint, read_manifest
-from osscar.cli.common import check_json_path, document, out, say, say_next, write_json
+from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
 from osscar.data.text import load_text
@@ -28,8 +28,8 @@ from osscar.models.names import DEMO
 from osscar.proof.lineage import note
 from osscar.pruning.prune import prune
 from osscar.report.evaluation_tables import comparison_table
-from osscar.report.prune_page import prune_page, run_lines
-from osscar.report.run_tables import layers_table
+from osscar.report.prune_page import layers_table, prune_page, run_facts
+from osscar.report.sections import facts
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
@@ -69,10 +69,9 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
         f"pruned the embedded OPT model to {_SPARSITY:.0%} of what its heads and neurons hold, "
         f"chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
-    out.print(layers_table(report["layers"]))
-    for line in (*run_lines(report), saved_line(saved, where)):
-        out.print(line)
-    out.print(comparison_table(comparison))
+    show(layers_table(report["layers"]), facts("", run_facts(report)))
+    out.print(saved_line(saved, where))
+    show(comparison_table(comparison))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
     say_next(

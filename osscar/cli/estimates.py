@@ -11,12 +11,12 @@ import torch
 from osscar.base.devices import resolve_device
 from osscar.base.memory import in_words
 from osscar.base.timing import Stage
-from osscar.cli.common import document, out, say, write_json
+from osscar.cli.common import document, say, show, write_json
 from osscar.data.batches import CalibrationData
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
 from osscar.pruning.dry_run import estimate_as_asked, of_command
-from osscar.report.run_tables import estimate_table, sizes_line, solved_line
+from osscar.report.run_tables import estimate_tables
 from osscar.request import PruningRequest
 
 
@@ -29,9 +29,7 @@ def dry_run(
 ) -> None:
     """Print what a run will take, and write it as JSON; what came before took `seconds`."""
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
-    out.print(estimate_table(found))
-    say(solved_line(found))
-    say(sizes_line(found))
+    show(*estimate_tables(found))
     if found.limit_bytes is not None and found.least_bytes is not None:
         say(
             f"memory: the limit of {in_words(found.limit_bytes)} will do; the least that would is "

@@ -9,7 +9,7 @@ from typing import Any
 from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.messages import warn
 from osscar.base.printable import pluralize
-from osscar.cli.common import check_json_path, document, out, say, write_json
+from osscar.cli.common import check_json_path, document, say, show, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
 from osscar.cli.options import EvalOptions
 from osscar.data.images import ImageSet
@@ -80,9 +80,9 @@ def run(model: str, options: EvalOptions) -> None:
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     if comparison is None:
-        out.print(evaluation_table(evaluation, model))
+        show(evaluation_table(evaluation, model))
     else:
-        out.print(comparison_table(comparison, Path(model).name))
+        show(comparison_table(comparison, Path(model).name))
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
     if structure is not None:
         say(f"proved again: {structure.sentence()}")

@@ -21,8 +21,8 @@ from osscar.cli.common import (
     check_input,
     check_json_path,
     document,
-    out,
     say,
+    show,
     way_back,
     write_json,
 )
@@ -31,10 +31,9 @@ from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, given
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
-from osscar.report.gap_page import write_report
-from osscar.report.gap_tables import cases_table, scores_table
+from osscar.report.gap_page import cases_table, scores_table, write_report
+from osscar.report.sections import facts
 from osscar.report.summary import summarize
-from osscar.report.tables import LIMIT_IN_WORDS
 from osscar.request import SHARE
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
@@ -87,17 +86,9 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
                 records = study.run(design, jobs, solve=cluster.solve if cluster else None)
             stages = spent.of(time.perf_counter() - began)
             summary = summarize(records, study.trivial)
-            usual = {one.name for one in dataclasses.fields(options)} - {*given(options)}
-            report = write_report(
-                study, design, records, summary, jobs=jobs, stages=stages, usual=usual
-            )
-        out.print(cases_table(summary.layers))
-        if any(case.limit_gap is not None for case in summary.layers):
-            say(f"limit: {LIMIT_IN_WORDS}")
-        out.print(scores_table(summary))
+            report = write_report(study, design, records, summary, jobs=jobs, stages=stages)
+        show(cases_table(summary.layers), scores_table(summary), facts("", summary.facts()))
         say(summary.answer)
-        for sentence in summary.headline:
-            say(f"- {sentence}")
         instances = {one.described["file"] for one in problems if "damp" in one.described}
         for case in summary.layers:
             if case.best.instance in instances:
@@ -106,7 +97,6 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
         content = {
             **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
             "answer": summary.answer,
-            "headline": list(summary.headline),
             "records": [dataclasses.asdict(record) for record in records],
             "trivial": [instance.name for instance in study.trivial],
             "stages": stages,

@@ -8,7 +8,7 @@ from pathlib import Path
 from graph import UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.printable import are, pluralize
-from osscar.cli.common import check_json_path, document, out, say, write_json
+from osscar.cli.common import check_json_path, document, say, show, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import OpenOptions
 from osscar.evaluation.size import count_owned
@@ -49,7 +49,7 @@ def run(
         with prepare(loaded.model, loaded.example, copy=False) as prepared:
             groups, residual = prepared.every_group, prepared.residual
     shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
-    out.print(groups_table(shown, residual))
+    show(groups_table(shown, residual))
     for group in shown:
         for freeze in group.frozen[:1]:
             where = (

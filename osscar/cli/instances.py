@@ -15,10 +15,10 @@ from osscar.base.errors import OptionError
 from osscar.base.files import atomic_write, make_directory, write_json
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.numbers import decimals, percent
-from osscar.cli.common import check_json_path, document, out, say
+from osscar.cli.common import check_json_path, document, say, show
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
-from osscar.report.tables import new_table
+from osscar.report.sections import table
 from osscar.study.jobs import RECORDS
 from osscar.study.library import TOLERANCE, library
 from osscar.study.records import Record
@@ -44,20 +44,25 @@ def list_instances(json: Path | None) -> None:
     """Show all instances, and the best that is known of each."""
     check_json_path(json)
     known = library()
-    columns = ("instance", "keep >", "of >", "rows >", "damp >", "loss >", "gap >", "proved by")
-    rows = []
-    for name, one in known.instances.items():
-        source, best = known.sources[one.source], one.best
-        rows.append(
-            (
-                *(name, str(one.keep), str(source.units), str(source.rows), f"{one.damp:g}"),
-                *(decimals(best.loss, 6), percent(best.gap) if best.bound_by else ""),
-                best.bound_by if best.proved else "",
-            )
+    show(
+        table(
+            "",
+            {
+                "instance": lambda item: item[0],
+                "keep >": lambda item: str(item[1].keep),
+                "of >": lambda item: str(known.sources[item[1].source].units),
+                "rows >": lambda item: str(known.sources[item[1].source].rows),
+                "damp >": lambda item: f"{item[1].damp:g}",
+                "loss >": lambda item: decimals(item[1].best.loss, 6),
+                "gap >": lambda item: percent(item[1].best.gap) if item[1].best.bound_by else "",
+                "proved by": lambda item: item[1].best.bound_by if item[1].best.proved else "",
+            },
+            known.instances.items(),
         )
-    out.print(new_table("", *columns, rows=rows))
+    )
     proved = sum(one.best.proved for one in known.instances.values())
-    say(f"{len(rows)} instances, {proved} of them proved; gaps are of the best known values")
+    count = len(known.instances)
+    say(f"{count} instances, {proved} of them proved; gaps are of the best known values")
     write_document(json, document("instances", 1, dataclasses.asdict(known)))
 
 

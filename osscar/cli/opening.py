@@ -26,7 +26,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed
 from osscar.pruning.memory import needs_memory
-from osscar.report.evaluation_tables import dense_sentence, dense_warning
+from osscar.report.evaluation_tables import dense_facts
 from osscar.request import PruningRequest
 
 _SHOWN_WARNINGS = 3
@@ -162,7 +162,9 @@ def tell_dense(loaded: LoadedModel, data: CalibrationData) -> DenseScore | None:
         score = score_dense(loaded.model, data, classes=loaded.classes)
     if score is not None:
         told = dataclasses.asdict(score)
-        say(dense_sentence(told))
-        if score.near_chance:
-            say_aside("warning", dense_warning(told), "bold yellow")
+        for name, fact in dense_facts(told):
+            if name == "warning":
+                say_aside(name, fact, "bold yellow")
+            else:
+                say(f"{name}: {fact}")
     return score

@@ -18,7 +18,16 @@ from osscar.base.timing import Profile, Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import SavedCheckpoint, load, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
-from osscar.cli.common import check_json_path, out, say, say_next, say_verdict, way_back, write_json
+from osscar.cli.common import (
+    check_json_path,
+    out,
+    say,
+    say_next,
+    say_verdict,
+    show,
+    way_back,
+    write_json,
+)
 from osscar.cli.estimates import dry_run
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_with
@@ -36,8 +45,9 @@ from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough, samples_for
 from osscar.recovery.training import RecoveryLog
-from osscar.report.prune_page import prune_page, run_lines, verdict
-from osscar.report.run_tables import layers_table, skipped_table
+from osscar.report.prune_page import layers_table, prune_page, run_facts, verdict
+from osscar.report.run_tables import skipped_table
+from osscar.report.sections import facts
 from osscar.request import PruningRequest
 
 _OF_THIS_TIME = {
@@ -267,11 +277,11 @@ class _Job:
 
 def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
     """Print what a run came to."""
-    out.print(layers_table(content["layers"]))
-    if content["skipped"]:
-        out.print(skipped_table(content["skipped"]))
-    for line in run_lines(content):
-        out.print(line)
+    show(
+        layers_table(content["layers"]),
+        skipped_table(content["skipped"]),
+        facts("", run_facts(content)),
+    )
     if content["recovery"] is not None:
         tell_recovery(content["recovery"])
     say_verdict(verdict(content))

@@ -20,7 +20,16 @@ from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, is_checkpoint
-from osscar.cli.common import check_json_path, document, out, say, say_next, way_back, write_json
+from osscar.cli.common import (
+    check_json_path,
+    document,
+    out,
+    say,
+    say_next,
+    show,
+    way_back,
+    write_json,
+)
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
 from osscar.cli.options import RecoverOptions, asked_with, given
 from osscar.cli.saving import finished, saved_line, to_evaluate
@@ -35,8 +44,8 @@ from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
 from osscar.recovery.training import RecoveryLog
-from osscar.report.recover_page import recover_page
-from osscar.report.recovery import recovery_lines, recovery_table
+from osscar.report.recovery import recover_page, recovery_facts, recovery_table
+from osscar.report.sections import facts
 
 LOG = "recover"
 """Ends the name of the directory that holds the log of a recovery."""
@@ -251,6 +260,4 @@ def tell_data(loaded: LoadedModel, data: CalibrationData) -> None:
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:
     """Print what a recovery came to."""
-    out.print(recovery_table(recovery))
-    for line in recovery_lines(recovery):
-        out.print(line)
+    show(recovery_table(recovery), facts("", recovery_facts(recovery)))

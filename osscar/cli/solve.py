@@ -13,11 +13,10 @@ import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.printable import are, pluralize
-from osscar.cli.common import check_input, check_json_path, document, out, say, write_json
+from osscar.cli.common import check_input, check_json_path, document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import parse_options
-from osscar.report.gap_tables import backends_table, takers_table
-from osscar.report.summary import not_recomputed_in_words
+from osscar.report.run_tables import backends_table, takers_table
 from solvers import Solution, SubsetProblem, Verification
 
 
@@ -25,8 +24,10 @@ def list_backends(json: Path | None) -> None:
     """Show all backends."""
     check_json_path(json)
     units, experts = solvers.backends(), solvers.backends(solvers.EXPERT_BACKENDS)
-    out.print(backends_table(units))
-    out.print(backends_table(experts, "of whole experts (osscar prune --experts)"))
+    show(
+        backends_table(units),
+        backends_table(experts, "of whole experts (osscar prune --experts)"),
+    )
     rows = {
         key: [dataclasses.asdict(info) for info in infos]
         for key, infos in (("backends", units), ("expert_backends", experts))
@@ -131,7 +132,7 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     if len(problem.dead):
         dead = len(problem.dead)
         say(f"  {pluralize(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")
-    out.print(takers_table(solvers.backends(), problem))
+    show(takers_table(solvers.backends(), problem))
 
 
 def _print_solution(solution: Solution, verification: Verification) -> None:
@@ -160,7 +161,8 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
         + (", and every exchange" if math.isfinite(verification.swap_gain) else "")
     )
     if verification.not_recomputed:
-        say(not_recomputed_in_words(verification.not_recomputed))
+        claims = " and ".join(verification.not_recomputed).replace("_", " ")
+        say(f"not recomputed, but the solver's word: {claims}")
     fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
     units = solution.support if fewer == "kept" else solution.removed
     say(f"{fewer}: {' '.join(map(str, units.tolist()))}")

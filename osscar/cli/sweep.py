@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from osscar.base.errors import OptionError
-from osscar.cli.common import check_json_path, out, say, say_verdict, way_back, write_json
+from osscar.cli.common import check_json_path, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
 from osscar.pruning.sweep import SweepDirectory, jobs
@@ -47,9 +47,7 @@ def run(model: str, options: SweepOptions, shared: Any) -> None:
             source=loaded.source,
             scored_dense=lambda: tell_dense(loaded, data),
         )
-    out.print(sweep_table(document))
-    if document["skipped"]:
-        out.print(skipped_table(document["skipped"]))
+    show(sweep_table(document), skipped_table(document["skipped"]))
     say_verdict(sweep_verdict(document))
     say(f"report: {options.out / PAGE_FILE}")
     write_json(options.json, document)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lazy_loader
 import torch
 from torch import nn
 
@@ -29,14 +28,12 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.proof.lineage import Computed, data_record, lineage_of
 from osscar.proof.plan import Certificate, Form, PruningPlan
 from osscar.pruning.feasibility import SkippedGroup
+from osscar.report.prune_page import kept_picture, prune_page
 from osscar.request import PruningRequest
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
     from osscar.recovery.recover import Recovery
-    from osscar.report import prune_page as page
-else:  # a run has better use for the memory of matplotlib than to hold it from its beginning
-    page = lazy_loader.load("osscar.report.prune_page", suppress_warning=True)
 
 _SCHEMA = "osscar.prune/5"
 """Of the document of a run, as ``docs/json.md`` describes it."""
@@ -222,8 +219,8 @@ class PruningResult(Shown):
             directory,
             tokenizer=tokenizer,
             report=report,
-            page=page.prune_page(document, Path(directory).name) if is_run else None,
-            picture=page.kept_picture(document) if is_run else None,
+            page=prune_page(document, Path(directory).name) if is_run else None,
+            picture=kept_picture(document) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,
         )

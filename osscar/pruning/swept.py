@@ -49,7 +49,7 @@ from osscar.pruning.sweep import (
 from osscar.recovery.recover import check_trainable, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
-from osscar.report.prune_page import budget_line
+from osscar.report.prune_page import budget_fact
 from osscar.report.sweep_page import recovered_line, sweep_page
 from osscar.request import BudgetKind, PruningRequest
 
@@ -242,7 +242,7 @@ class Sweep:
                 self.place.keep(point)
                 self.tell(f"{job}: done, {number} of {len(todo)}")
                 if result.budget is not None:
-                    self.tell(": ".join(budget_line(vars(result.budget))))
+                    self.tell(": ".join(budget_fact(vars(result.budget))))
                 if point.recovered is not None:
                     self.tell(recovered_line(vars(point.recovered)))
                 bar.advance()

@@ -1,20 +1,15 @@
-"""What all figures share: one look, and how they get into a page."""
+"""What all figures share: one look, and how they become files."""
 
 from __future__ import annotations
 
-import base64
 import io
-import math
-from collections.abc import Iterable, Sequence
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from osscar.base.numbers import share
+
+if TYPE_CHECKING:  # a terminal needs no matplotlib, which every function here loads
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLE: Any = {
     "font.size": 9,
@@ -22,91 +17,69 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "axes.titlesize": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "osscar",
 }
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-SHARES = FuncFormatter(lambda value, _: share(value))
 ROOM_ABOVE = 1.08
 """How far an axis goes on beyond what is drawn, so that no marker is cut."""
 
-_SMALL = (4.4, 2.9)
-"""Inches: a phone shows it as it is."""
 
-_TALL = (4.4, 4.4)
-"""The same, of two panels, one above the other."""
-
-_LINE = 0.065
-"""Of the height of a small figure's axes: that of a line of text."""
-
-_PIXELS = 96
-"""An inch on the screen."""
+def shares(value: float, _: object = None) -> str:
+    """Write the ticks of an axis in per cent."""
+    return share(value)
 
 
-def small_figure() -> tuple[Figure, Axes]:
-    """Return an empty figure of one panel."""
+def color(index: int) -> str:
+    """Return one of the colours, which begin anew once they have all been used."""
+    return COLORS[index % len(COLORS)]
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, *, width: float = 4.4, height: float = 2.9, **sharing: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of some panels; at its default width in inches a phone shows it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=_SMALL, layout="constrained")
-        return figure, figure.subplots()
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
 
 
-def tall_figure() -> tuple[Figure, Sequence[Axes]]:
-    """Return an empty figure of two panels that share their horizontal axis."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=_TALL, layout="constrained")
-        return figure, figure.subplots(2, 1, sharex=True)
+def legend(figure: Figure, columns: int = 3) -> None:
+    """Put one legend above the panels, of what any of them shows."""
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(
+        shown.values(), shown, loc="outside upper left", ncols=columns, frameon=False, fontsize=8
+    )
 
 
-def whole_numbers() -> MaxNLocator:
-    """Return what places ticks at whole numbers, and a single one where there is only one."""
-    return MaxNLocator(integer=True, min_n_ticks=1)
-
-
-def legend(figure: Figure, columns: int) -> None:
-    """Put the legend above, where it hides nothing."""
-    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
-
-
-def label_lines(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
-    """Put names beside the axes, each as high as its line ends, and none over another.
-
-    Ends are x, y, name and colour; the limits of the axes have to be final.
-    """
-    axes.autoscale_view()
-    scaled = axes.transScale + axes.transLimits
-    sorted_ends = sorted((scaled.transform((x, y))[1], name, color) for x, y, name, color in ends)
-    top = 1.0 - _LINE * (len(sorted_ends) - 1)
-    height = -math.inf
-    for index, (level, name, color) in enumerate(sorted_ends):
-        # What is above still has to find room.
-        height = max(min(level, top + _LINE * index), height + _LINE)
-        axes.annotate(
-            name, (1.02, height), xycoords="axes fraction", color=color, fontsize=7.5, va="center",
-            annotation_clip=False, parse_math=False,
-        )  # fmt: skip
+def from_zero(axes: Axes) -> None:
+    """Begin the upward axis at zero, with room above what is drawn."""
+    top = axes.dataLim.ymax
+    axes.set_ylim(0, ROOM_ABOVE * top if 0 < top < float("inf") else 1)
 
 
 def svg_of(figure: Figure) -> bytes:
     """Return a figure as an SVG file, the same bytes each time."""
-    FigureCanvasAgg(figure)
-    file = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    return _file(figure, "svg", metadata={"Date": None})
 
 
 def png_of(figure: Figure) -> bytes:
     """Return a figure as a PNG file, twice as fine as a screen shows it."""
+    return _file(figure, "png", dpi=192, metadata={"Software": None})
+
+
+def _file(figure: Figure, kind: str, **options: Any) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format="png", dpi=2 * _PIXELS, metadata={"Software": None})
+        figure.savefig(file, format=kind, transparent=kind == "svg", **options)
     return file.getvalue()
-
-
-def picture(name: str, caption: str, figure: Figure, svg: bytes | None = None) -> dict[str, object]:
-    """Return a figure as pages embed it, so wide that its letters are as large as a caption's."""
-    data = base64.b64encode(svg or svg_of(figure)).decode()
-    width = round(figure.get_figwidth() * _PIXELS)
-    return {"name": name, "caption": caption, "data": data, "width": width}

@@ -1,4 +1,4 @@
-"""What a recovery came to, in words, in a table and in a picture, made of its document alone.
+"""What a recovery shows, made of its document alone: in a page of its own, or in that of a run.
 
 That is what `Recovery.document` returns: the ``recovery`` of ``osscar.recover`` and
 ``osscar.prune``, as ``docs/json.md`` describes it.
@@ -8,90 +8,139 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import lazy_loader
-from rich.table import Table
-
-from osscar.base.printable import capitalized, pluralize
+from osscar.base.printable import pluralize
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.page import Part, Settings, told
-from osscar.report.stages import stages_table
-from osscar.report.tables import new_table
+from osscar.report.figures import color, from_zero, legend, new_figure
+from osscar.report.html import page
+from osscar.report.sections import (
+    Figure,
+    Section,
+    Table,
+    Text,
+    described,
+    facts,
+    settings,
+    settings_table,
+    stages_table,
+    table,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-    from osscar.report import figures
-else:  # a terminal needs no picture
-    figures = lazy_loader.load("osscar.report.figures", suppress_warning=True)
-
-_DISTANCES = {
-    "nats": "divergence from the dense predictions, nats",
-    "relative": "squared error of the outputs, relative to the dense ones",
-    "loss": "the given loss",
+_UNITS = {
+    "nats": "nats a prediction",
+    "relative": "of the squared dense outputs",
+    "loss": "of the given loss",
 }
-"""What a distance on held-out samples is, by its measure."""
-
-_UNITS = {"nats": "nats a prediction", "relative": "of the squared outputs", "loss": "of the loss"}
+"""In what the distance from the dense model is told, by its measure."""
 
 
-def recovery_lines(recovery: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a terminal is told of a recovery."""
-    settings, points = recovery["settings"], recovery["points"]
-    yield f"held out: {_outcome(recovery)}"
-    rank = recovery["chosen"]["lora"]
-    weights = f"weights (adapters, rank {rank})" if rank else "weights"
-    trained = pluralize(recovery["samples"], "sample")
-    bf16 = recovery["chosen"]["mixed_precision"] == "bf16"
+def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> str:
+    """Return the page of a recovery.
+
+    Parameters
+    ----------
+    document
+        An ``osscar.recover/1``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
+    directory
+        The name of the directory that holds the model.
+    """
+    recovery = document["recovery"]
+    asked = {name: document[name] for name in ("model", "dense")}
+    shown = [
+        *sections(recovery),
+        loading_text(document, directory, recovery["data"]),
+        settings_table(
+            settings(asked),
+            recovery_settings(recovery),
+            settings({"parameters": document["parameters"]}, origin="model"),
+            settings(document["computed"], prefix="computed: ", origin="model"),
+        ),
+    ]
+    return page(f"{document['model']}, recovered", shown)
+
+
+def loading_text(document: Mapping[str, Any], directory: str, data: Mapping[str, Any]) -> Text:
+    """Return how the model in a directory is loaded, and the commands that come next.
+
+    `data` are those that pruned or recovered it: others have to be of their sort.
+    """
+    text, own = "seqlen" in data, document["own_code"]
+    images = data.get("preprocessing") is not None
+    given = "--text FILE" if text else "--images PATH" if images else "--inputs FILE"
+    steps = ["eval"] if document.get("recovery") else ["eval", "recover"]
+    if text and document.get("form") == "exported":
+        steps = []  # a program can neither generate nor be refitted
+    lines = (
+        "# in Python; README.md says whether transformers reads the directory as well",
+        f'model = osscar.load("{directory}"{", dense=dense" if own else ""})',
+        "# in a shell; DENSE is the model that it was pruned from",
+        *(f"osscar {step} {directory} --dense DENSE {given}" for step in steps),
+        f"osscar export {directory} --format onnx{' --dense DENSE' if own else ''}",
+    )
+    return Text(lines, "How to go on", "code")
+
+
+def sections(recovery: Mapping[str, Any]) -> Iterator[Section]:
+    """Yield what a recovery shows of itself."""
+    yield facts("Recovery", recovery_facts(recovery))
+    yield Figure(
+        "recovery",
+        "Distance of the smaller model from the dense one during the training, on a part of the "
+        "held-out samples. The nearest step is kept if it is nearer on all of them, too.",
+        partial(recovery_figure, recovery),
+    )
+    yield recovery_table(recovery)
+    yield stages_table(recovery["stages"], "Where the time of the recovery went")
+
+
+def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what became of the distance from the dense model, each with a name."""
+    chosen, points = recovery["chosen"], recovery["points"]
+    unit, steps = _UNITS[recovery["measure"]], recovery["settings"]["steps"]
+    kept = f"step {recovery['kept']}" if recovery["kept"] else "the weights that it came with"
     yield (
-        f"training: {recovery['trained']:,} {weights} on {trained}, matrix products in "
-        f"{'bfloat16' if bf16 else 'the format of the weights'}"
+        "recovered",
+        f"{_number(recovery['before'])} {unit} from the dense model became "
+        f"{_number(recovery['after'])} on {pluralize(recovery['held_out'], 'held-out sample')}; "
+        f"kept: {kept}; {recovery['seconds']:.1f} s",
+    )
+    bf16 = chosen["mixed_precision"] == "bf16"
+    yield (
+        "training",
+        f"{recovery['trained']:,} weights"
+        f"{' (adapters, rank {})'.format(chosen['lora']) if chosen['lora'] else ''} on "
+        f"{pluralize(recovery['samples'], 'sample')}, matrix products in "
+        f"{'bfloat16' if bf16 else 'the format of the weights'}",
     )
     first, last = points[0]["rate"], points[-1]["rate"]
     lowered = "" if first == last else f", lowered to {last:g} as the held-out loss rose"
-    yield f"learning rate: {first:g}{lowered}"
-    if points[-1]["step"] < settings["steps"]:
+    yield "learning rate", f"{first:g}{lowered}"
+    if points[-1]["step"] < steps:
         yield (
-            f"stopped: after {points[-1]['step']} of {settings['steps']} steps, as the held-out "
-            "loss rose again and again"
+            "stopped",
+            f"after {points[-1]['step']} of {steps} steps, as the held-out loss rose again and "
+            "again",
         )
-
-
-def _outcome(recovery: Mapping[str, Any]) -> str:
-    """Say what became of the distance from the dense model."""
-    unit, after = _UNITS[recovery["measure"]], _number(recovery["after"])
-    before = f"{_number(recovery['before'])} {unit} from the dense model"
-    took = f"on {pluralize(recovery['held_out'], 'sample')}, in {recovery['seconds']:.1f} s"
-    if not recovery["kept"]:
-        return f"{before} was the nearest, {took}; the weights are those that it came with"
-    return f"{before} became {after} by step {recovery['kept']}, {took}"
 
 
 def recovery_table(recovery: Mapping[str, Any]) -> Table:
     """Return one row for each look at the held-out samples."""
-    return new_table(
-        _DISTANCES[recovery["measure"]],
-        *("step >", "training >", "held out >", "seconds >", "kept"),
-        rows=(
-            (
-                str(point["step"]),
-                _number(point["loss"]) if index else "",
-                _number(point["held_out"]),
-                f"{point['seconds']:.1f}",
-                "yes" if point["step"] == recovery["kept"] else "",
-            )
-            for index, point in enumerate(recovery["points"])
-        ),
+    return table(
+        f"Distance from the dense model, {_UNITS[recovery['measure']]}",
+        {
+            "step >": lambda point: str(point["step"]),
+            "training >": lambda point: _number(point["loss"]) if point["step"] else "",
+            "held out >": lambda point: _number(point["held_out"]),
+            "seconds >": lambda point: f"{point['seconds']:.1f}",
+            "kept": lambda point: "yes" if point["step"] == recovery["kept"] else "",
+        },
+        recovery["points"],
     )
-
-
-def parts(recovery: Mapping[str, Any]) -> Iterator[Part]:
-    """Yield what a recovery shows of itself."""
-    section = recovery_section(recovery)
-    yield from section["sentences"]
-    yield section["table"]
-    yield section["picture"]
 
 
 def _number(value: float | None) -> str:
@@ -103,51 +152,30 @@ def _number(value: float | None) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(value or 1.0)))}f}"
 
 
-def recovery_section(recovery: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what pages show of a recovery."""
-    caption = (
-        "Distance of the smaller model from the dense one during the training, on a part of the "
-        "held-out samples. The nearest step is kept if it is nearer on all of them, too."
-    )
-    return {
-        "sentences": [f"{capitalized(line)}." for line in recovery_lines(recovery)],
-        "picture": figures.picture("recovery", caption, recovery_figure(recovery)),
-        "table": recovery_table(recovery),
-        "stages": stages_table(recovery["stages"]),
-    }
+def recovery_settings(
+    recovery: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Yield what was asked of a recovery, what it chose, and what is known of its data."""
+    yield from settings(recovery["settings"], RecoveryRequest, prefix, recovery["chosen"])
+    yield from described(recovery["data"], f"{prefix}data:")
 
 
-def recovery_settings(recovery: Mapping[str, Any], name: str = "") -> Settings:
-    """Return what was asked of a recovery, what is as by default, and what is known of its data.
-
-    The name tells its settings from those of something else beside them.
-    """
-    prefix = f"{name}: " if name else ""
-    found = Settings.of(recovery["settings"], RecoveryRequest, prefix, recovery["chosen"])
-    return found | Settings(known=told(recovery["data"], f"{name} data:".strip()))
-
-
-def recovery_figure(recovery: Mapping[str, Any]) -> Figure:
+def recovery_figure(recovery: Mapping[str, Any]) -> Drawing:
     """Draw the distance from the dense model over the steps."""
-    figure, axes = figures.small_figure()
-    points = [point for point in recovery["points"] if point["held_out"] is not None]
-    losses = [point for point in recovery["points"] if point["loss"] is not None]
-    at, held = zip(*((point["step"], point["held_out"]) for point in points), strict=True)
-    axes.plot(at, held, "o-", color=figures.COLORS[0], markersize=4, label="held out")
-    if losses:
-        axes.plot(
-            [point["step"] for point in losses], [point["loss"] for point in losses],
-            "--", color=figures.COLORS[1], linewidth=1, label="training",
-        )  # fmt: skip
+    figure, (axes,) = new_figure()
+    for index, (name, label, style) in enumerate(
+        (("held_out", "held out", "o-"), ("loss", "training", "--"))
+    ):
+        points = [(p["step"], p[name]) for p in recovery["points"] if p[name] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color(index), markersize=4,
+                      linewidth=1, label=label)  # fmt: skip
     kept = next(point for point in recovery["points"] if point["step"] == recovery["kept"])
-    axes.plot(
-        [kept["step"]], [kept["held_out"]], "o", color=figures.COLORS[2], markersize=9,
-        markerfacecolor="none", markeredgewidth=1.5, label="kept",
-    )  # fmt: skip
-    top = max([*held, *(point["loss"] for point in losses)])
-    axes.set_ylim(0, figures.ROOM_ABOVE * top if top > 0 else 1)
-    axes.xaxis.set_major_locator(figures.whole_numbers())
+    axes.plot([kept["step"]], [kept["held_out"]], "o", color=color(2), markersize=9,
+              markerfacecolor="none", markeredgewidth=1.5, label="kept")  # fmt: skip
+    from_zero(axes)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlabel("steps")
     axes.set_ylabel(_UNITS[recovery["measure"]])
-    figures.legend(figure, 3)
+    legend(figure)
     return figure

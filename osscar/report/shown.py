@@ -3,53 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from osscar.report import prune_page, recovery, sweep_page
+from osscar.report import gap_page, html, prune_page, recovery, sweep_page
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
-from osscar.report.gap_tables import cases_table, overview_table, scores_table
-from osscar.report.page import Part, render
-from osscar.report.run_tables import estimate_table, sizes_line, solved_line
-from osscar.report.summary import Summary
+from osscar.report.run_tables import estimate_tables
+from osscar.report.sections import Section
+from osscar.report.terminal import print_section
 
-_WIDTH = 140
-"""Columns of a text: as many as the commands write where there is no terminal."""
-
-
-def _of_study(summary: Summary) -> Iterator[Part]:
-    yield summary.answer
-    yield overview_table(summary)
-    yield cases_table(summary.layers)
-    yield scores_table(summary)
-    yield from summary.headline
-
-
-_PARTS: dict[str, Callable[[Any], Iterator[Part]]] = {
-    "PruningResult": lambda result: prune_page.parts(result.record()),
-    "Recovery": lambda result: recovery.parts(result.document()),
-    "SweepResult": sweep_page.parts,
-    "Summary": _of_study,
-    "Evaluation": lambda result: iter([evaluation_table(result, "model")]),
-    "Comparison": lambda result: iter([comparison_table(result)]),
-    "Estimate": lambda it: iter([estimate_table(it), solved_line(it), sizes_line(it)]),
+_SECTIONS: dict[str, Callable[[Any], Iterable[Section]]] = {
+    "PruningResult": lambda result: prune_page.sections(result.record()),
+    "Recovery": lambda result: recovery.sections(result.document()),
+    "SweepResult": sweep_page.sections,
+    "Summary": gap_page.sections,
+    "Evaluation": lambda result: [evaluation_table(result, "model")],
+    "Comparison": lambda result: [comparison_table(result)],
+    "Estimate": estimate_tables,
 }
 """By the name of a class: some lie in rooms above, and all that is read is what they hold."""
 
 
 def summary(result: Any) -> str:
-    """Return what a result shows as text."""
+    """Return what a result shows as text, in lines as wide as commands write to files."""
     file = io.StringIO()
-    console = Console(file=file, width=_WIDTH, color_system=None)
-    for part in _PARTS[type(result).__name__](result):
-        if isinstance(part, str | Table):
-            console.print(part, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console = Console(file=file, width=140, color_system=None)
+    for section in _SECTIONS[type(result).__name__](result):
+        print_section(console, section)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def fragment(result: Any) -> str:
     """Return what a result shows as HTML that may stand among other things."""
-    return render("shown.html.j2", parts=list(_PARTS[type(result).__name__](result)))
+    return html.page("", _SECTIONS[type(result).__name__](result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,16 +107,18 @@ class Case:
 
     @property
     def why_open(self) -> str:
-        """How each exact backend ended, and why the others gave nothing, in words."""
-        exact = [record for record in self.records if _is_exact(record)]
+        """How each exact backend ended, and why the others gave nothing; empty if it is closed."""
+        if self.closed:
+            return ""
+        exact = [
+            record
+            for record in self.records
+            if solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
+        ]
         ends = {f"{r.backend}: {r.status.lower().replace('_', ' ')}" for r in exact if not r.error}
-        for record in self.records:
-            if record.error:
-                named = record.error.startswith(record.backend)
-                ends.add(record.error if named else f"{record.backend}: {record.error}")
+        ends |= {f"{r.backend}: {r.error}" for r in self.records if r.error}
         if not exact:
-            units = pluralize(self.records[0].units, "unit")
-            ends.add(f"no exact backend was asked: {units}")
+            ends.add(f"no exact backend was asked: {pluralize(self.records[0].units, 'unit')}")
         return "; ".join(sorted(ends))
 
     def excess(self, record: Record) -> float:
@@ -127,7 +128,7 @@ class Case:
 
 @dataclass(frozen=True, repr=False)
 class Summary(Shown):
-    """A study in numbers and sentences.
+    """A study in numbers.
 
     Parameters
     ----------
@@ -162,17 +163,6 @@ class Summary(Shown):
         return [case for case in self.cases if case.closed]
 
     @property
-    def still_open(self) -> list[Case]:
-        """What has no proven optimum, also where there is no answer at all."""
-        return [*(case for case in self.cases if not case.closed), *self.unanswered]
-
-    @property
-    def refused(self) -> list[Record]:
-        """The records without an answer."""
-        every = (*self.cases, *self.unanswered)
-        return [record for case in every for record in case.records if record.loss is None]
-
-    @property
     def largest_disagreement(self) -> tuple[float, int]:
         """How far proved optima of one problem are apart, and how many problems have several."""
         several = [case for case in self.cases if len(case.proved) > 1]
@@ -183,51 +173,33 @@ class Summary(Shown):
         """How far from optimal the answers to whole problems are, in one sentence."""
         layers = self.layers
         if not layers:
-            return "Nothing was solved: see the refusals below."
+            return "Nothing was solved: see the reasons below."
         proved = sum(case.closed for case in layers)
-        if proved == len(layers):
-            every = "The one problem is" if proved == 1 else f"All {proved} problems are"
-            return f"{every} solved to proven optimality."
-        still = [case for case in layers if not case.closed]
-        gaps = [case.gap for case in still if case.gap is not None]
-        said = f"{proved} of {pluralize(len(layers), 'problem')} {are(proved)} solved "
-        said += "to proven optimality"
-        if not gaps:
-            return f"{said}; of the others nothing is known."
-        which = "the other" if len(still) == 1 else f"the other {len(still)}"
-        known = "" if len(gaps) == len(still) else f" that have a bound ({len(gaps)})"
-        far = share(gaps[0], 2)
-        if gaps[1:]:
-            median = share(statistics.median(gaps), 2)
-            far = f"{share(min(gaps), 2)} to {share(max(gaps), 2)} (median {median})"
-        return f"{said}; in {which}{known} the answer is within {far} of the optimum."
+        said = f"{proved} of {pluralize(len(layers), 'problem')} {are(proved)} solved to proven "
+        said += "optimality"
+        still = [case.gap for case in layers if not case.closed]
+        known = [gap for gap in still if gap is not None]
+        if known:
+            said += f"; the gap of the others is at most {share(max(known), 2)}"
+        if len(known) < len(still):
+            said += f"; {len(still) - len(known)} have no bound"
+        return f"{said}."
 
-    @property
-    def headline(self) -> list[str]:
-        """The findings in sentences."""
-        return list(self._headline())
-
-    def _headline(self) -> Iterator[str]:
-        for kind in dict.fromkeys(case.best.kind for case in self.layers):
-            cases = [case for case in self.layers if case.best.kind == kind]
-            closed = [case for case in cases if case.closed]
-            if closed:
-                yield (
-                    f"{len(closed)} of {pluralize(len(cases), f'{kind} problem')} "
-                    f"{are(len(closed))} solved to proven optimality, the slowest in "
-                    f"{max(case.seconds for case in closed):.2g} s; "
-                    f"{proofs_in_words(case.proof for case in closed)}"
-                )
-        if self.windows:
-            yield self._of_windows()
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Yield what else is known, each with a name."""
+        if self.closed:
+            yield "proofs", proofs_in_words(case.proof for case in self.closed)
         largest, several = self.largest_disagreement
         if several:
-            agree = "are the same" if largest <= _SAME else f"differ by at most {largest:.1e}"
+            agree = "the same" if largest <= _SAME else f"at most {largest:.1e} apart, relatively"
             found = pluralize(several, "problem")
-            yield f"where two or more exact backends finished ({found}), their optima {agree}"
-        if self.trivial:
-            named = ", ".join(instance.name for instance in self.trivial)
-            yield f"there is nothing to choose in {named}: a problem of one unit has one support"
+            yield "optima", f"{agree}, where two or more exact backends finished ({found})"
+        if self.windows:
+            yield "windows", self._of_windows()
+        for case in self.unanswered:
+            yield "no answer", f"{case.records[0].instance}: {case.why_open}"
+        named = ", ".join(instance.name for instance in self.trivial)
+        yield "nothing to choose", f"{named} (one unit each)" if named else ""
 
     def _of_windows(self) -> str:
         """Say how often an exact window improves on what the whole layer's local search found.
@@ -245,11 +217,9 @@ class Summary(Shown):
         gains = [1 - case.loss / incumbent for case, incumbent in found if incumbent]
         improved = [gain for gain in gains if gain > HIT]
         tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
-        proofs = f"; {proofs_in_words(case.proof for case in closed)}" if closed else ""
         return (
-            f"{len(closed)} of {pluralize(len(self.windows), 'window')} {are(len(closed))} "
-            f"solved to proven optimality{proofs}; the layer's swap optimum could be improved "
-            f"within {len(improved) or 'none'} of them{tail}"
+            f"{len(closed)} of {len(self.windows)} solved to proven optimality; "
+            f"{len(improved)} improve on the layer's local search{tail}"
         )
 
 
@@ -266,25 +236,9 @@ def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Su
     )
 
 
-def _is_exact(record: Record) -> bool:
-    """Tell whether a record is of an exact backend."""
-    return solvers.backend_class(record.backend).kind is solvers.BackendKind.EXACT
-
-
 def _loss(record: Record) -> float:
     assert record.loss is not None
     return record.loss
-
-
-# ---- what proofs rest on, in the same words wherever they are printed ---------------------
-
-_UNCHECKED = {
-    ("lower_bound",): "the bound is the solver's word",
-    ("lower_bound", "status"): "the bound, and the status that rests on it, are the solver's word",
-    ("status",): (
-        "the status is the solver's word, as rounding could hide an exchange that lowers the loss"
-    ),
-}
 
 
 def proofs_in_words(proofs: Iterable[ProofBasis]) -> str:
@@ -299,8 +253,3 @@ def proofs_in_words(proofs: Iterable[ProofBasis]) -> str:
         if counts[proof]
     ]
     return ", ".join(said)
-
-
-def not_recomputed_in_words(names: Sequence[str]) -> str:
-    """Say which claims a verification did not recompute (`solvers.Verification`); '' if none."""
-    return f"not recomputed: {_UNCHECKED[tuple(names)]}" if names else ""

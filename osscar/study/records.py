@@ -10,13 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import ConfigDict
 
+from osscar.base.columns import Column
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
+from osscar.base.numbers import decimals, percent
 from osscar.base.printable import command_line
 from solvers import Status
 
@@ -72,6 +74,18 @@ class Instance:
         return Record(*problem, keep, sparsities, backend, options)
 
 
+def _kept(record: Mapping[str, Any]) -> str:
+    return f"{record['keep']} of {record['units']}"
+
+
+def _words(status: str) -> str:
+    return status.lower().replace("_", " ")
+
+
+def _precise(value: float) -> str:
+    return decimals(value, 6)
+
+
 @dataclass(frozen=True, repr=False)
 class Record:
     """One solve: what was asked, and what came back.
@@ -101,29 +115,29 @@ class Record:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    instance: str
+    instance: Annotated[str, Column("problem")]
     kind: str
     file: str
     units: int
     width: int
-    keep: int
+    keep: Annotated[int, Column("kept >", row=_kept)]
     sparsities: tuple[float, ...]
-    backend: str
+    backend: Annotated[str, Column("backend")]
     options: Options
-    status: str = ""
+    status: Annotated[str, Column("status", _words)] = ""
     loss: float | None = None
-    relative_loss: float | None = None
+    relative_loss: Annotated[float | None, Column("loss >", _precise)] = None
     lower_bound: float | None = None
-    relative_bound: float | None = None
+    relative_bound: Annotated[float | None, Column("bound >", _precise)] = None
     bound_from: str = ""
-    gap: float | None = None
+    gap: Annotated[float | None, Column("gap >", percent)] = None
     bound_limit: float | None = None
     iterations: int = 0
-    seconds: float | None = None
+    seconds: Annotated[float | None, Column("seconds >", "{:.3f}".format)] = None
     support: tuple[int, ...] = ()
-    error: str = ""
+    error: Annotated[str, Column("no answer, or bound, since")] = ""
     recomputed_bound: float | None = None
-    proof: ProofBasis = ProofBasis.NONE
+    proof: Annotated[ProofBasis, Column("bound is")] = ProofBasis.NONE
     gap_tolerance: float = 0.0
     certificate: str = ""
 

@@ -14,6 +14,11 @@ from osscar.base.numbers import decimals
 from osscar.walk.layer_step import GROWN
 from solvers import SolutionRecord
 
+_LOSS = (
+    "squared error of what reads the units, relative to the loss of removing all of them; of "
+    "experts that of the output of the mixture, before the refit, relative to that output"
+)
+
 
 def _kept(layer: Mapping[str, Any]) -> str:
     return f"{layer['kept']} of {layer['units']}"
@@ -92,25 +97,61 @@ class LayerReport(SolutionRecord):
     kind: str
     units: int
     kept: Annotated[int, Column("kept >", row=_kept)]
-    relative_loss: Annotated[float, Column("loss >", decimals)]
-    refitted_loss: Annotated[float | None, Column("refitted >", decimals)]
-    relative_bound: Annotated[float | None, Column("bound >", _bound)]
+    relative_loss: Annotated[float, Column("loss >", decimals, note=_LOSS)]
+    refitted_loss: Annotated[
+        float | None, Column("refitted >", decimals, note="loss of experts after the refit")
+    ]
+    relative_bound: Annotated[
+        float | None,
+        Column("bound >", _bound, note="no other choice of as many units has a lower loss"),
+    ]
     gap: Annotated[float | None, Column("gap >", "{:.1%}".format)]
     recomputed_bound: Annotated[float | None, Column("certificate", row=_certificate)]
     status: Annotated[str, Column("status", lambda name: name.lower().replace("_", " "))]
     solve_seconds: Annotated[float, Column("seconds >", "{:.2f}".format)]
     measure_seconds: float
-    dead: Annotated[int, Column("dead >", _count)]
+    dead: Annotated[
+        int,
+        Column(
+            "dead >", _count, note="units that are zero on all calibration data, which left first"
+        ),
+    ]
     damp: float
     correction_weight: float
     positions: int
     unread: int
     held: int
-    fixed: Annotated[int, Column("fixed >", _count)]
-    fixed_dense: Annotated[int, Column("fixed, dense >", _count)]
-    unrefitted: Annotated[tuple[str, ...], Column("unrefitted", ", ".join)]
-    tied: Annotated[tuple[str, ...], Column("tied", ", ".join)]
-    growth: Annotated[float, Column("growth >", _growth)]
+    fixed: Annotated[int, Column("fixed >", _count, note="inputs that no unit owns, refitted too")]
+    fixed_dense: Annotated[
+        int,
+        Column(
+            "fixed, dense >",
+            _count,
+            note="inputs that no unit owns, with dense weights, as there are too many rows",
+        ),
+    ]
+    unrefitted: Annotated[
+        tuple[str, ...],
+        Column(
+            "unrefitted",
+            ", ".join,
+            note="layers whose dense weights did better than a refit on held-out samples",
+        ),
+    ]
+    tied: Annotated[
+        tuple[str, ...],
+        Column(
+            "tied",
+            ", ".join,
+            note="layers that are not refitted, since other code reads the weight in another way",
+        ),
+    ]
+    growth: Annotated[
+        float,
+        Column(
+            "growth >", _growth, note="largest weight after the refit over the largest dense one"
+        ),
+    ]
     choosing: int | None
 
     def __repr__(self) -> str:

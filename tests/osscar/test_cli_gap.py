@@ -13,7 +13,6 @@ import torch
 
 import solvers
 from osscar.cli import main
-from osscar.report.summary import not_recomputed_in_words
 from osscar.walk.gram import damped_by_input
 from solvers import storage
 from solvers.linalg.symmetric import Symmetric
@@ -53,12 +52,11 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
     )
     status, out, err = run(*arguments)
     assert status == 0, err
-    assert "2 of 2 heads problems are solved to proven optimality" in out
+    assert "2 of 2 problems are solved to proven optimality" in out
     document = json.loads((tmp_path / "gap.json").read_text())
     assert document["schema"] == "osscar.gap/2"
     assert {record["kind"] for record in document["records"]} == {"heads", "window"}
-    assert document["headline"]
-    for name in ("report.html", "results.csv", "gaps.svg", "gaps.png", "study.json"):
+    for name in ("report.html", "results.csv", "gaps.svg", "study.json"):
         assert (tmp_path / "study" / name).stat().st_size
     again = run(*arguments)
     assert again[0] == 0
@@ -96,11 +94,7 @@ def test_solve_says_what_was_not_recomputed(run, file):
     status, out, err = run("solve", file, "--backend", "highs")
     assert status == 0, err
     assert "OPTIMAL" in out
-    word = "not recomputed: the bound, and the status that rests on it, are the solver's word"
-    assert word in " ".join(out.split())
-    for names in (("lower_bound",), ("lower_bound", "status"), ("status",)):
-        assert not_recomputed_in_words(names).startswith("not recomputed: the ")
-    assert not_recomputed_in_words(()) == ""
+    assert "not recomputed, but the solver's word: lower bound and status" in out
 
 
 def test_a_problem_says_what_fixed_rows_make_up_for(run, file, tmp_path):
@@ -291,7 +285,7 @@ def test_gap_names_problems_without_a_choice(run, file, monkeypatch):
     lonely = named(file, "lonely", units=1)
     status, out, err = run("gap", file, lonely, *PROBLEM_FILES, "--json", "gap.json")
     assert status == 0, err
-    assert "nothing to choose in lonely" in out
+    assert "nothing to choose: lonely" in out
     assert json.loads((file.parent / "gap.json").read_text())["trivial"] == ["lonely"]
     status, _, err = run("gap", lonely, "--out", "alone")
     assert status == 2

@@ -570,18 +570,18 @@ def run(monkeypatch, capsys, tmp_path):
 def test_the_command_says_what_is_skipped_and_why(run, tmp_path):
     status, out, err = run("--json", "run.json")
     assert status == 0, err
-    table = out.partition("skipped: they keep all their units")[2]
+    table = out.partition("Skipped groups")[2]
     document = json.loads((tmp_path / "run.json").read_text())
-    page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Skipped groups</h2>")[2]
+    page = (tmp_path / "small" / "report.html").read_text().partition("<h2>Skipped groups")[2]
     assert document["schema"] == "osscar.prune/5"
     assert [group["name"] for group in document["skipped"]] == [f"rest.{n}" for n in HEADS]
     for group in document["skipped"]:
         assert (group["kind"], group["units"]) == ("heads", 4)
         assert "C // self.num_heads" in group["reason"]
         assert group["name"] in table
-        assert group["name"] in page.replace("<wbr>", "")
+        assert group["name"] in page
     assert table.count("4 heads") == 2
-    assert page.replace("<wbr>", "").count("self.num_heads, C // self.num_heads)") == 2
+    assert page.count("self.num_heads, C // self.num_heads)") == 2
     assert {layer["name"] for layer in document["layers"]} == {f"rest.{name}" for name in NEURONS}
 
 
@@ -590,7 +590,7 @@ def test_a_sweep_says_what_is_skipped_too(run, tmp_path):
     for _ in range(2):  # the second time from what is kept
         status, out, err = run(*asked, command="sweep")
         assert status == 0, err
-        table = out.partition("skipped: they keep all their units")[2]
+        table = out.partition("Skipped groups")[2]
         assert table.count("4 heads") == 2
     document = json.loads((tmp_path / "sweep.json").read_text())
     assert [group["name"] for group in document["skipped"]] == [f"rest.{n}" for n in HEADS]

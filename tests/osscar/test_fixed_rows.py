@@ -13,8 +13,7 @@ import solvers
 from osscar.preparation import consumer as consumers
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.report.prune_page import prune_page
-from osscar.report.run_tables import layers_table
+from osscar.report.prune_page import layers_table, prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.osscar.networks import small_net
@@ -146,9 +145,9 @@ def test_rows_of_a_unit_that_has_left_stay_zero_and_are_worth_nothing():
     result = osscar.prune(model, x, sparsity=0.5, allocation="uniform")
     assert [layer.fixed for layer in result.layers if layer.fixed] == [14, 12]
     table = layers_table([vars(layer) for layer in result.layers])
-    (column,) = (one for one in table.columns if str(one.header) == "fixed")
-    assert [str(cell) for cell in column.cells] == ["14", "12"]
-    assert "Fixed are the inputs that" in prune_page(result.document(model, x))
+    fixed = table.columns.index("fixed >")
+    assert [row[fixed] for row in table.rows] == ["14", "12"]
+    assert "Fixed: inputs that no unit owns" in prune_page(result.document(model, x))
     gone = {"one": ONE, "two": TWO}
     with prepare(model, x) as prepared:
         for step in walk(prepared, [reading(prepared, name) for name in gone]):
@@ -219,7 +218,7 @@ def test_consumers_with_too_many_rows_keep_fixed_weights_and_the_report_says_so(
     torch.testing.assert_close(
         result.model.head.weight[:, :5], model.head.weight[:, :5], rtol=0, atol=0
     )
-    assert "26 inputs that layers read beside the units" in prune_page(result.document(model, x))
+    assert "Fixed, dense: inputs that no unit owns" in prune_page(result.document(model, x))
 
 
 def test_where_everything_belongs_to_the_group_nothing_is_fixed():

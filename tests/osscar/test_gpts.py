@@ -15,7 +15,7 @@ import osscar
 from osscar.data.tensors import TensorSet
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form
-from osscar.report.evaluation_tables import dense_sentence
+from osscar.report.evaluation_tables import dense_facts
 from tests.osscar import gpts
 
 MAGNITUDE = {"backend": "magnitude", "device": "cpu"}
@@ -168,7 +168,7 @@ def test_tokens_without_labels_are_pruned_and_what_is_not_known_is_said(run, tmp
     status, out, err = run("prune", f"{gpts.__file__}:nano", *asked)
     assert status == 0, err
     words = " ".join(out.split())
-    assert "not measured, as no output is known to be scores of classes" in words
+    assert "measured distance: none: no output is known to be scores of classes" in words
     assert not re.search(r"\b1 of 64\b", words)
 
 
@@ -193,4 +193,4 @@ def test_of_labels_of_a_window_it_is_said_that_the_last_alone_is_scored():
     ):
         data = TensorSet("tokens", {name: inputs[name] for name in reads}, labels)
         score = osscar.score_dense(gpts.nano()[0].eval(), data)
-        assert dense_sentence(vars(score)).endswith(words)
+        assert dict(dense_facts(vars(score)))["dense model"].endswith(words)

@@ -69,9 +69,7 @@ def test_experts_neurons_and_heads_leave_in_one_run(family, tmp_path):
     plain = hf.AutoModelForCausalLM.from_pretrained(saved.path)
     assert torch.equal(logits_of(plain), logits_of(result.model))
     page = prune_page(result.document(model, tokens()))
-    assert "what the mixture puts out" in page
-    assert "removing all of them" in page
-    assert "Losses of all else are relative to the loss of removing every unit" in page
+    assert "relative to the loss of removing all of them; of experts" in page
 
 
 def test_one_run_comes_to_what_two_come_to():
@@ -234,7 +232,7 @@ def test_a_budget_takes_experts_and_a_run_goes_on(tmp_path):
     assert [one.support for one in again.layers] == [one.support for one in result.layers]
     assert again.budget == result.budget
     page = prune_page(result.document(model, tokens(24)))
-    assert "shared out by measured, also by experts, keep 1.0 of the heads, keep 36 of" in page
+    assert all(f">{kind}</td>" in page for kind in ("experts", "heads", "neurons"))
 
 
 @pytest.mark.parametrize("experts", ["auto", pytest.param(0.75, marks=pytest.mark.slow)])

@@ -265,6 +265,5 @@ def test_the_command_line_prunes_experts(run, tmp_path):
     assert "refitted" in said + err
     page = (out / "report.html").read_text()
     assert "refitted" in page
-    assert "removing all of them" not in page
-    assert "removing every unit" not in page
+    assert "of experts that of the output of the mixture" in page
     assert hf.AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 3

@@ -369,7 +369,7 @@ def test_torchrun_recovers_what_one_process_does(tmp_path):
     ):
         process = torchrun("osscar", *words, place=tmp_path)
         assert process.returncode == 0, process.stderr
-        assert process.stdout.count("saved: ") == process.stdout.count("held out: ") == 1
+        assert process.stdout.count("saved: ") == process.stdout.count("recovered: ") == 1
     names = ("small", "alone", "two", "both")
     small, one, two, _ = (osscar.load(tmp_path / name).state_dict() for name in names)
     assert not all(torch.equal(x, small[name]) for name, x in one.items())

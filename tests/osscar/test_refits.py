@@ -11,7 +11,7 @@ import solvers
 from osscar.base.errors import NonFiniteError
 from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.report.run_tables import layers_table
+from osscar.report.prune_page import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
 from osscar.walk.layer_step import GROWN, LayerStep
 from solvers.linalg.symmetric import Symmetric
@@ -170,11 +170,8 @@ def test_weights_beyond_reason_are_named_with_their_factor_and_a_remedy():
     assert f"{layer.name} ({layer.growth:.3g} times)" in str(seen[-1].message)
     W = result.model.get_submodule("down").weight
     assert layer.growth == pytest.approx(float(W.abs().max() / dense), rel=1e-5)
-    columns = [
-        str(column.header)
-        for column in layers_table([vars(layer) for layer in result.layers]).columns
-    ]
-    assert "growth" in columns
+    columns = layers_table([vars(layer) for layer in result.layers]).columns
+    assert "growth >" in columns
     assert "unrefitted" not in columns
 
 
@@ -229,4 +226,4 @@ def test_a_layer_without_its_refit_is_named_on_screen_page_and_in_the_report():
     kept = list(result.plan.groups[0].kept)
     assert torch.equal(result.model[2].weight, model[2].weight[:, kept])
     table = layers_table([vars(layer) for layer in result.layers])
-    assert str(table.columns[-1].header) == "unrefitted"
+    assert (table.columns[-1], table.rows[0][-1]) == ("unrefitted", "2")

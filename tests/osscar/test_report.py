@@ -1,25 +1,27 @@
-"""What reports show: axes that say what they are, points inside of them, one table for all."""
+"""What reports show: points inside of their axes, numbers and names whole, columns from fields."""
 
 import io
-import itertools
 import re
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from osscar.base.numbers import engineering, in_bytes, share
+from osscar.base.columns import Column, columns, notes
+from osscar.base.numbers import decimals, engineering, in_bytes, share
 from osscar.base.printable import pluralize
-from osscar.cli.common import _PlainConsole, out
+from osscar.cli.common import _PlainConsole, out, show
 from osscar.evaluation.evaluate import Comparison, Evaluation
 from osscar.evaluation.quality import SampleQuality, TextQuality
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import SampleSpeed, Speed
-from osscar.report import figures, plots, prune_page, prune_plots
+from osscar.report import gap_page, html, prune_page
 from osscar.report.evaluation_tables import comparison_table, evaluation_table
-from osscar.report.names import common_prefix
-from osscar.report.run_tables import layers_table
+from osscar.report.sections import Table, Text, settings, settings_table, table
 from osscar.report.summary import Case
-from osscar.report.tables import divergence_in_words, nats, new_table
+from osscar.report.terminal import print_section
+from osscar.request import PruningRequest
 from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
@@ -45,10 +47,10 @@ def labels(axis):
 
 def test_axes_tell_shares_apart():
     cases = [case("a", s, 0.9, 0.9 * (1 - s / 100)) for s in FINE]
-    (axes,) = drawn(plots._curves(cases)).axes
-    assert labels(axes.xaxis) == ["2.5%", "5%", "7.5%", "10%", "12.5%"]
-    (axes,) = drawn(plots._gaps(cases)).axes
-    assert len(set(labels(axes.yaxis))) == len(labels(axes.yaxis)) > 2
+    (curves,), (gaps,) = (drawn(draw(cases)).axes for draw in (gap_page._curves, gap_page._gaps))
+    for axis in (curves.xaxis, gaps.yaxis):
+        assert len(set(labels(axis))) == len(labels(axis)) > 2
+        assert all(label.endswith("%") for label in labels(axis))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_axes_tell_shares_apart():
 )
 def test_no_point_lies_on_the_upper_edge(losses):
     cases = [case("a", s, loss, loss) for s, loss in zip(FINE, losses, strict=False)]
-    (axes,) = drawn(plots._curves(cases)).axes
+    (axes,) = drawn(gap_page._curves(cases)).axes
     low, high = axes.get_ylim()
     assert low == 0
     assert high >= 1.05 * max(losses)
@@ -83,7 +85,7 @@ def layer(name, loss, bound=None, kept=5):
 
 
 def depth_figure(layers):
-    return drawn(prune_plots.depth_figure({one["name"]: one for one in layers}, layers)).axes
+    return drawn(prune_page.depth_figure({one["name"]: one for one in layers}, layers)).axes
 
 
 @pytest.mark.parametrize("losses", [(1.0,), (0.0, 0.0), (0.2, 0.9, 0.9), (1e-7, 1e-3)])
@@ -93,112 +95,27 @@ def test_losses_of_a_run_lie_within_their_plot(losses):
     assert_markers_are_whole(below)
 
 
-def test_what_layers_keep_and_lose_is_drawn_over_their_numbers():
+def test_what_groups_keep_and_lose_is_drawn_over_their_places():
     kept = (("layers.2.heads", 8), ("layers.2.neurons", 4), ("layers.5.heads", 2))
     groups = {
         name: {"kind": name.rpartition(".")[2], "kept": count, "units": 8} for name, count in kept
     }
     layers = [layer("layers.2.neurons", 0.3), layer("layers.5.heads", 0.2)]  # heads of 2 stay
-    above, below = drawn(prune_plots.depth_figure(groups, layers)).axes
+    above, below = drawn(prune_page.depth_figure(groups, layers)).axes
     found = {line.get_label(): line.get_xydata().tolist() for line in above.get_lines()}
-    assert found == {"heads": [[2, 1.0], [5, 0.25]], "neurons": [[2, 0.5]]}
-    assert [(round(x), y) for line in below.get_lines() for x, y in line.get_xydata()] == [
-        (2, 0.3),
-        (5, 0.2),
-    ]
+    assert found == {"heads": [[1, 1.0], [2, 0.25]], "neurons": [[1, 0.5]]}
+    assert [line.get_xydata().tolist() for line in below.get_lines()] == [[[2, 0.2]], [[1, 0.3]]]
     assert above.get_xlim() == below.get_xlim()
-    assert below.get_xlabel() == "layer"
     assert_markers_are_whole(above)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("encoder.0.heads", "decoder.0.heads"),
-        ("layers.0.a.channels", "layers.0.b.channels"),
-        ("features.channels", "layers.0.channels"),
-    ],
-)
-def test_where_names_do_not_number_layers_groups_are_counted(names):
-    above, below = depth_figure([layer(name, 0.5) for name in names])
-    (line,) = above.get_lines()
-    assert line.get_xdata().tolist() == [1, 2]
-    assert below.get_xlabel() == "group, from the input on"
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 60])
-def test_layers_are_counted_in_whole_numbers(count):
+def test_groups_are_counted_in_whole_numbers(count):
     _, axes = depth_figure([layer(f"layers.{i}.neurons", 0.3) for i in range(count)])
     low, high = axes.get_xlim()
     shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
     assert shown
     assert all(tick == round(tick) for tick in shown)
-
-
-@pytest.mark.parametrize(
-    ("names", "prefix"),
-    [
-        (["model.layers.0.mlp.neurons", "model.layers.11.mlp.neurons"], "model."),
-        (["model.layers.0.heads", "model.norm.channels"], "model."),
-        (["layers.0.heads", "layers.0.neurons"], "layers.0."),
-        (["a.b.heads", "a.b.heads.1"], "a.b."),
-        (["0.channels", "2.channels"], ""),
-        (["a.heads"], ""),
-        (["one", "other"], ""),
-        ([], ""),
-    ],
-)
-def test_names_are_shown_without_what_they_begin_with(names, prefix):
-    assert common_prefix(names) == prefix
-    short = [name.removeprefix(prefix) for name in names]
-    assert all(short)
-    assert len(set(short)) == len(set(names))
-
-
-@pytest.mark.parametrize(
-    ("counts", "columns"), [([1], 1), ([6], 6), ([8], 4), ([4, 4], 4), ([30, 30], 6), ([7, 14], 4)]
-)
-def test_panels_break_evenly(counts, columns):
-    assert plots._even_columns(counts) == columns
-
-
-def test_panels_of_a_kind_share_their_scale():
-    cases = [case(n, s, s * top, 0.0) for n, top in (("a", 0.1), ("b", 0.9)) for s in (0.3, 0.6)]
-    first, second = drawn(plots._curves(cases)).axes
-    assert first.get_ylim() == second.get_ylim()
-    assert labels(first.xaxis) == labels(second.xaxis) == ["30%", "60%"]
-
-
-def test_one_share_removed_is_drawn_over_the_layers():
-    figure = drawn(plots._curves([case(f"layers.{i}.heads", 0.5, 0.5, 0.4) for i in range(3)]))
-    (axes,) = figure.axes
-    assert labels(axes.xaxis) == [f"layers.{i}.heads" for i in range(3)]
-    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0, 1, 2]] * 2
-    assert_markers_are_whole(axes)
-
-
-@pytest.mark.parametrize(
-    "ends", [[0.5], [0.1, 0.11, 0.12], [0.98, 0.99, 1.0], [0.0] * 5, [1.0] * 5]
-)
-def test_labels_at_lines_neither_hide_each_other_nor_leave_the_axes(ends):
-    figure, axes = figures.small_figure()
-    axes.set_ylim(0, 1)
-    axes.set_xlim(0, 1)
-    figures.label_lines(axes, [(1.0, y, f"$method_{i}", "k") for i, y in enumerate(ends)])
-    drawn(figure)
-    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
-    assert len(boxes) == len(ends)
-    assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
-    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
-    frame = axes.get_window_extent()
-    assert frame.y0 - 10 < boxes[0].y0
-    assert boxes[-1].y1 < frame.y1 + 10
-
-
-@pytest.mark.parametrize("value", [0.0, 1e-7, 0.0753, 2.0, 1e6])
-def test_a_divergence_is_said_in_words(value):
-    assert f"exp({nats(value)}) = " in divergence_in_words(value, "token")
-    assert "inf" not in divergence_in_words(value, "class")
 
 
 @pytest.mark.parametrize("measured", [None, 0.0, 1e-9, 0.02, 50.0])
@@ -212,7 +129,7 @@ def test_a_run_lies_within_the_plot_of_its_budget(measured):
         "cost": "bytes",
         "measure": "nats",
     }
-    figure = prune_plots.frontier_figure(budget, measured)
+    figure = prune_page.frontier_figure(budget, measured)
     (axes,) = drawn(figure).axes
     frame = axes.get_window_extent()
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
@@ -226,14 +143,14 @@ def test_a_run_lies_within_the_plot_of_its_budget(measured):
 
 def test_legends_lie_within_their_figures():
     cases = [case(f"layer{i}", s / 2, 0.9, 0.8) for i in range(3) for s in FINE]
-    figure = drawn(plots._gaps(cases))
+    figure = drawn(gap_page._gaps(cases))
     (legend,) = figure.legends
     assert len(legend.get_texts()) == len(FINE)
     assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_the_legend_knows_a_bound_that_the_first_layer_lacks():
-    figure = drawn(plots._curves([case("a", 0.5, 0.5, None), case("b", 0.5, 0.5, 0.4)]))
+    figure = drawn(gap_page._curves([case("a", 0.5, 0.5, None), case("b", 0.5, 0.5, 0.4)]))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["best loss", "lower bound"]
 
@@ -260,9 +177,9 @@ IMAGES = Evaluation(
 )  # fmt: skip
 
 
-def printed(table):
+def printed(section):
     with out.capture() as captured:
-        out.print(table)
+        show(section)
     lines = (re.split(r"\s{2,}", line.strip()) for line in captured.get().splitlines())
     return {label: cells for label, *cells in lines}
 
@@ -272,9 +189,9 @@ def test_models_of_every_sort_have_one_table():
     assert rows["parameters"] == ["1,000,000", "1,000,000", "1.00x"]
     assert rows["agreement with dense"] == ["50.00%", "50.00%"]
     assert "top-1" not in rows
-    assert {"agreement with dense", "images/s (32 at once)", "FLOPs an image"} <= rows.keys()
+    assert {"agreement with dense", "images/s (32 at once)", "FLOPs per image"} <= rows.keys()
     alone = printed(evaluation_table(TEXT, "demo")).keys()
-    assert {"perplexity", "decode, tokens/s", "FLOPs a token"} <= alone
+    assert {"perplexity", "decode, tokens/s", "FLOPs per token"} <= alone
     assert "peak memory" not in alone
 
 
@@ -308,37 +225,35 @@ NUMBERS = ("12345 of 16384", "0.0852", "0.0747", "1234.56", "7777", "12.3%")
 NUMBERS += ("1.64e+04x",)
 
 
-def shown(table, width, terminal=True):
+def shown(section, width, terminal=True):
     file = io.StringIO()
-    _PlainConsole(width=width, force_terminal=terminal, file=file, no_color=True).print(table)
+    console = _PlainConsole(width=width, force_terminal=terminal, file=file, no_color=True)
+    print_section(console, section)
     return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
 def test_a_terminal_of_any_width_shows_every_number_and_name_whole(width):
-    text = shown(layers_table(LAYERS), width)
+    text = shown(prune_page.layers_table(LAYERS), width)
     assert all(len(line) <= width for line in text.splitlines())
     assert "…" not in text
-    for number in NUMBERS if width >= 40 else NUMBERS[1:]:
+    for number in NUMBERS:
         assert number in text
     assert text.count("@") == len(LONG)
 
 
 def test_names_are_folded_only_where_nothing_else_makes_room():
-    table = new_table("", "group", "why")
-    table.add_row(LONG, "its size is written in the code")
-    assert LONG in shown(table, 90)
-    assert LONG not in shown(table, 60)
+    found = Table("", ("group", "why"), ((LONG, "its size is written in the code"),))
+    assert LONG in shown(found, 90)
+    assert LONG not in shown(found, 60)
 
 
 def test_a_file_has_lines_as_long_as_names_need():
-    table = new_table("", "group", "units >", "why")
-    table.add_row("n" * 300, "1,234", "its size is written in the code of a module")
-    (line,) = (line for line in shown(table, 140, terminal=False).splitlines() if "nn" in line)
+    row = ("n" * 300, "1,234", "its size is written in the code of a module")
+    found = Table("", ("group", "units >", "why"), (row,))
+    (line,) = (line for line in shown(found, 140, terminal=False).splitlines() if "nn" in line)
     assert line.split()[:2] == ["n" * 300, "1,234"]
-    file = io.StringIO()
-    _PlainConsole(width=40, force_terminal=False, file=file).print("a sentence of words " * 9)
-    assert file.getvalue().count("\n") == 1
+    assert shown(Text(("a sentence of words " * 9,)), 40, terminal=False).count("\n") == 1
 
 
 def test_one_of_a_thing_is_named_as_one():
@@ -346,5 +261,55 @@ def test_one_of_a_thing_is_named_as_one():
         "1 held-out sample",
         "0 units",
     )
-    settings = {"groups": {"a": 1}, "backend": "greedy"}
-    assert prune_page._in_words(settings).startswith("1 group by name")
+
+
+# ---- columns from fields -----------------------------------------------------------------
+
+
+@dataclass
+class Base:
+    seconds: Annotated[float, Column("seconds >")]
+
+
+@dataclass
+class Planted(Base):
+    name: Annotated[str, Column("group")]
+    loss: Annotated[float | None, Column("loss >", decimals, note="of the planted field")]
+    hidden: int
+    seconds: Annotated[
+        float, Column("took >", row=lambda row: f"{row['seconds']} of {row['hidden']}")
+    ]
+    empty: Annotated[str, Column("empty")] = ""
+
+
+def test_a_field_with_a_column_is_shown_everywhere_and_others_are_not():
+    rows = [
+        vars(Planted(name="<a>\x1b", loss=0.25, hidden=7, seconds=2.0)),
+        vars(Planted(name="b", loss=None, hidden=8, seconds=3.0)),
+    ]
+    found = table("planted", columns(Planted), rows)
+    assert found.columns == ("group", "loss >", "took >")
+    assert found.rows == (("<a>\x1b", "0.2500", "2.0 of 7"), ("b", "", "3.0 of 8"))
+    assert notes(Planted) == {"loss >": "of the planted field"}
+    text = shown(found, 80)
+    page = html.page("a title", [found, Text(()), Table("left out", ("x",), ())])
+    for one in ("loss", "0.2500", "2.0 of 7"):
+        assert one in text
+        assert one in page
+    assert "<a>\\x1b" in text
+    assert "&lt;a&gt;\\x1b" in page
+    assert "left out" not in page
+
+
+def test_settings_that_somebody_asked_for_come_first():
+    asked = {"backend": "greedy", "seed": 0, "sparsity": 0.5, "damp": None, "skip": []}
+    found = settings_table(
+        settings(asked, PruningRequest, chosen={"damp": 0.1}), settings({"model": "demo"})
+    )
+    assert found.rows == (
+        ("backend", "greedy", "asked"),
+        ("sparsity", "0.5", "asked"),
+        ("model", "demo", "asked"),
+        ("seed", "0", "by default"),
+        ("damp", "0.1", "chosen"),
+    )

@@ -11,14 +11,12 @@ import pytest
 import torch
 
 import osscar
-import osscar.report.prune_page as prune_page_room
 import solvers
 from osscar.allocation.divergence import Reference
-from osscar.base.printable import pluralize
 from osscar.preparation.prepare import prepare
 from osscar.report.gap_page import write_report
-from osscar.report.page import loading
-from osscar.report.prune_page import prune_page, verdict
+from osscar.report.prune_page import prune_page, run_facts, verdict
+from osscar.report.recovery import loading_text
 from osscar.report.summary import summarize
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
@@ -84,16 +82,16 @@ def check_numbers(document, text):
     speed = f"{forward['dense']['seconds'] / forward['pruned']['seconds']:.2f} times the speed"
     assert (speed in text) == (both[0][1] < both[1][0])  # told where turns differ by less
     for layer in document["layers"]:
-        name = layer["name"].removeprefix("model.decoder.")
-        lines = [line for line in text.splitlines() if line.startswith(name)]
+        lines = [line for line in text.splitlines() if line.startswith(layer["name"])]
         assert f"{layer['kept']} of {layer['units']}" in lines[-1]
         assert f"{layer['relative_loss']:.4f}" in lines[-1]
         assert "optimal, recomputed" in lines[-1] or "bounded, recomputed" in lines[-1]
-    assert text.index("Asked: sparsity 0.6") < text.index("Dense against pruned")
-    assert text.index("Layer by layer") < text.index("What was asked")
+    assert text.index("Dense against pruned") < text.index("Loss by layer") < text.index("Settings")
     assert 'model = osscar.load("smaller")' in text
-    assert f"likeliest token as in the dense model\t\t{document['agreement']:.1%}" in text
-    assert f"exp({document['divergence']:.4f}) = {math.exp(document['divergence']):.4g}" in text
+    assert f"likeliest token as dense\t\t{document['agreement']:.1%}" in text
+    assert f"exp(divergence)\t1\t{math.exp(document['divergence']):.4g}" in text
+    assert "sparsity\t0.6\tasked" in text
+    assert "round to\t1\tby default" in text
     rows = [line.split("\t") for line in text.splitlines()]
     for name, seconds in document["stages"].items():
         assert [name, f"{seconds:.1f}"] in [row[:2] for row in rows]
@@ -109,12 +107,12 @@ def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(pruned):
     )
     first = result.layers[0]
     assert repr(first).startswith(f"LayerReport('{first.name}', {first.kept} of {first.units} ")
-    text, html = result.summary(), result._repr_html_().replace("<wbr>", "")
+    text, html = result.summary(), result._repr_html_()
     for word in (first.name, f"{first.kept} of {first.units}", "parameters became", "measured"):
         assert word in text
         assert word in html
     assert all(line == line.rstrip() for line in text.splitlines())
-    assert html.count("<figure>") == 2
+    assert html.count("<figure") == 2
     assert not re.search(r"<body|<html|<script|src=.(?!data:)", html)
     (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)  # which touches nothing else
     rules = re.findall(r"^ *([^\s@}].*?) \{", style, re.MULTILINE)
@@ -140,9 +138,8 @@ def test_stages_are_those_of_the_whole_run(document):
     assert sum(stages.values()) == pytest.approx(document["seconds"])
     assert min(stages.values()) >= 0
     assert stages["other"] < 0.5 * document["seconds"]
-    (line,) = (line for line in prune_page_room.run_lines(document) if "parameters became" in line)
     longest = max(stages, key=stages.get)
-    assert f"s ({longest} {stages[longest]:.1f}, " in line
+    assert f"s ({longest} {stages[longest]:.1f}, " in dict(run_facts(document))["time"]
 
 
 def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
@@ -168,7 +165,7 @@ def test_what_a_document_does_not_hold_is_left_out(document, tmp_path):
     unbounded |= {"recomputed_bound": None, "proved_optimal": False}
     bare["layers"] = [{**layer, **unbounded} for layer in document["layers"]]
     text = check_shown(seen(written(tmp_path, bare), PHONE), pictures=1)
-    assert "keep 3/4 of the heads" in text
+    assert "heads\t3/4\tasked" in text or "heads\n3/4" in text
     assert "nats" not in text
     assert "None" not in text
     assert "certificate" not in text
@@ -190,9 +187,8 @@ def test_what_was_skipped_fits_the_page_with_its_reason(document, tmp_path):
     line = f"qkv = self.qkv(x).reshape(B, N, 3, {'self.blocks_with_a_long_name.' * 3}num_heads)"
     group = {"name": "blocks.0.attn.heads", "kind": "heads", "units": 4, "reason": line}
     for shown in seen_at(written(tmp_path, {**document, "skipped": [group]}), PHONE, DESK):
-        text = check_shown(shown, pictures=2).replace("\u200b", "")
-        begin = text.index("Skipped groups")
-        assert text.index("Layer by layer") < begin < text.index("What was asked")
+        text = check_shown(shown, pictures=2)
+        assert text.index("Loss by layer") < text.index("Skipped groups") < text.index("Settings")
         assert "4 heads" in text
         assert line in text
 
@@ -206,7 +202,7 @@ def test_the_page_says_how_its_directory_is_loaded_and_what_comes_next(document,
     for command, options in commands:
         assert not lacking([command], options)
     recovered = {**document, "recovery": {**document, "recovery": None}}
-    assert " recover mine" not in str(loading(recovered, "mine", document["calibration"]))
+    assert " recover mine" not in str(loading_text(recovered, "mine", document["calibration"]))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +238,7 @@ def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "distance": [2.0, 0.5, 0.0]}
     settings = {**document["settings"], "sparsity": None, "speedup": 2.0}
     page = prune_page({**document, "budget": budget, "settings": settings})
-    assert "Timed: 1.96 times as fast as the dense model on a calibration batch; 2 was" in page
-    assert "speedup 2.0" in page
+    assert "1.96 times as fast as the dense model on a calibration batch; 2 was asked" in page
 
 
 @pytest.mark.usefixtures("drawn")
@@ -368,7 +363,7 @@ def study(tmp_path_factory):
     design = StudyDesign(sparsities=(0.5,), backends=backends, exact_units=8)
     records = study.run(design, 1)
     summary = summarize(records)
-    return summary, write_report(study, design, records, summary, usual=("seed", "jobs"))
+    return summary, write_report(study, design, records, summary)
 
 
 @pytest.mark.usefixtures("drawn")
@@ -376,25 +371,23 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
     summary, page = study
     assert repr(summary) == f"Summary({summary.answer!r})"
     assert summary.answer in summary.summary()
-    assert "best answers" in summary.summary()
+    assert "Best answers" in summary.summary()
     assert "proved optimal" in summary._repr_html_()
     (still,) = (case for case in summary.cases if not case.closed)
     assert summary.answer == (
-        "2 of 3 problems are solved to proven optimality; in the other the answer is within "
-        f"{float(f'{100 * still.gap:.2g}'):g}% of the optimum."
+        "2 of 3 problems are solved to proven optimality; the gap of the others is at most "
+        f"{float(f'{100 * still.gap:.2g}'):g}%."
     )
     on_phone, on_desk = seen_at(page, PHONE, DESK)
-    # A shadow that stays lies under one that moves away where there is more to see of a picture.
-    assert on_phone["scrolled"]
-    assert all("local" in one and "scroll" in one for one in on_phone["scrolled"])
     for shown in (on_phone, on_desk):
-        text = check_shown(shown, pictures=4)
-        assert text.index(summary.answer) < text.index("proved optimal") < text.index("Problems")
-        asked, default = (text.index(one) for one in ("What was asked", "As by default"))
-        assert text.index("Every solve") < asked < default
-        assert "a model" in text[asked:default]
-        assert all(one in text[default:] for one in ("seed\n0", "processes at once\n1"))
-        assert pluralize(len(summary.headline), "finding") in text
+        text = check_shown(shown, pictures=3)
+        assert (
+            text.index(summary.answer) < text.index("proved optimal") < text.index("Best answers")
+        )
+        assert text.index("Every solve") < text.index("Settings")
+    assert "a model\tasked" in on_desk["text"]
+    assert "processes at once\t1\tasked" in on_desk["text"]
+    assert "window units" not in on_desk["text"]
     lines = on_desk["text"].splitlines()
     (heads,) = (line for line in lines if line.startswith("heads\t50%"))
     assert heads.split("\t")[2:4] == ["2", "2"]
@@ -403,4 +396,4 @@ def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study):
 
 
 def test_answers_say_how_many_are_proved():
-    assert summarize([]).answer == "Nothing was solved: see the refusals below."
+    assert summarize([]).answer == "Nothing was solved: see the reasons below."

@@ -180,7 +180,7 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     swept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert swept["dense"] == report["dense"]
     assert f"dense model: top-1 {swept['dense']['value']:.1%} of 50" in out
-    assert f"Dense model: top-1 {swept['dense']['value']:.1%}" in page
+    assert f"top-1 {swept['dense']['value']:.1%}" in page
     points = swept["points"]
     assert points[1]["quality"]["errors"]["output"] == pytest.approx(error, rel=1e-3)
 

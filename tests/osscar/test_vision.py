@@ -39,7 +39,7 @@ from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import fill, read_state
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Calibration, Seen, refuse_overlap
-from osscar.report.evaluation_tables import dense_sentence, dense_warning
+from osscar.report.evaluation_tables import dense_facts
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -203,7 +203,7 @@ def test_labels_that_are_not_the_models_classes_are_no_obstacle():
     some = ImageSet("pixels", pixels(4), plain(SIDE), torch.tensor([0, 1, 2, 9]))
     score = score_dense(model, some)
     assert score.value is None
-    assert "labels from 0 to 9" in dense_sentence(dataclasses.asdict(score))
+    assert "labels from 0 to 9" in dict(dense_facts(dataclasses.asdict(score)))["dense model"]
     # Of two images nothing can be said, whatever the model makes of them.
     wrong = (model(some.tensor()).argmax(1)[:2] + 1) % 5
     assert not score_dense(model, dataclasses.replace(some, items=some.items[:2],
@@ -213,7 +213,9 @@ def test_labels_that_are_not_the_models_classes_are_no_obstacle():
     labels = (model(many.tensor()).argmax(1) + torch.arange(40)) % 5
     near = score_dense(model, dataclasses.replace(many, labels=labels))
     assert (near.near_chance, near.value) == (True, 0.2)
-    assert "is right on 20.0% of 40 labelled" in dense_warning(dataclasses.asdict(near))
+    told = dict(dense_facts(dataclasses.asdict(near)))
+    assert told["dense model"] == "top-1 20.0% of 40 labelled calibration images"
+    assert "no better than chance" in told["warning"]
     model.head.register_forward_hook(lambda _, __, y: y - torch.inf * (torch.arange(5) == 4))
     assert "NaN or infinite" in score_dense(model, dataclasses.replace(some, labels=wrong)).reason
 
@@ -229,7 +231,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
                            "--backend", "magnitude", "--device", "cpu")  # fmt: skip
     assert status == 0, err
     assert "osscar eval small --dense DENSE --images PATH" in (out_dir / "report.html").read_text()
-    assert "batch norm: running statistics of 8 layers were corrected" in out
+    assert "batch norm: new running statistics of 8 layers" in out
     written = json.loads(report.read_text())
     assert written["batch_norms"] == 8
     assert written["settings"]["residual"] == "0.75"

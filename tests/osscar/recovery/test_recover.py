@@ -209,7 +209,7 @@ def test_what_was_made_of_it_is_told(pruned):
     recovery = osscar.recover(smaller, dense, data, **{**OFTEN, **FEW})
     assert repr(recovery).startswith(f"Recovery({recovery.measure} from the dense model: ")
     assert f"{recovery.trained:,} weights" in recovery.summary()
-    assert recovery._repr_html_().count("<figure>") == 1
+    assert recovery._repr_html_().count("<figure") == 1
     assert {"recovery: training", "recovery: held-out samples"} <= recovery.stages.keys()
     assert sum(recovery.stages.values()) == pytest.approx(recovery.seconds)
     assert recovery.kept > 0

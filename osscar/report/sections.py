@@ -1,0 +1,137 @@
+"""What results show: tables, figures and texts, for `osscar.report.html` and `.terminal`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from osscar.base.numbers import share
+from osscar.report.figures import svg_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, or the lines of code that is to be copied."""
+
+    lines: tuple[str, ...]
+    title: str = ""
+    look: Literal["answer", "note", "code"] = "note"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below the titles of their columns; a title that ends in ``>`` is of numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    folded: bool = False
+    """Whether a page shows it only on a click."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot, drawn once a page shows it."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Drawing]
+    wide: bool = False
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The file, the same bytes each time."""
+        return svg_of(self.draw())
+
+
+Section: TypeAlias = Table | Figure | Text
+
+
+def table(
+    title: str,
+    columns: Mapping[str, Callable[[Any], str | None]],
+    of: Iterable[Any],
+    *,
+    note: str = "",
+    folded: bool = False,
+) -> Table:
+    """Return a table with a row for each of some things, without columns in which nothing stands.
+
+    `columns` writes by title what stands in a row.
+    """
+    things = list(of)
+    cells = {title: [write(one) or "" for one in things] for title, write in columns.items()}
+    shown = {title: column for title, column in cells.items() if any(column)}
+    rows = tuple(zip(*shown.values(), strict=True))
+    return Table(title, tuple(shown), rows, note, folded)
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]], note: str = "") -> Table:
+    """Return a table of names and what is known of each, without those of which nothing is."""
+    return Table(title, ("", ""), tuple(row for row in rows if row[1]), note)
+
+
+def stages_table(stages: Mapping[str, float], title: str = "Where the time went") -> Table:
+    """Return one row for each stage of a run, in its order."""
+    total = sum(stages.values()) or 1.0
+    rows = tuple((name, f"{took:.1f}", share(took / total, 2)) for name, took in stages.items())
+    return Table(title, ("stage", "seconds >", "share >"), rows)
+
+
+def longest_stages(stages: Mapping[str, float]) -> str:
+    """Say which stages took longest, in parentheses; nothing where nothing is known."""
+    longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+    return f" ({told})" if told else ""
+
+
+# ---- what was asked ----------------------------------------------------------------------
+
+
+def settings(
+    values: Mapping[str, Any],
+    request: type[Any] | None = None,
+    prefix: str = "",
+    chosen: Mapping[str, Any] = MappingProxyType({}),
+    origin: str = "asked",
+) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and origin of each setting that says something.
+
+    Of those of a `request` that have its default some may have been `chosen` by the run.
+    """
+    usual: dict[str, Any] = {}
+    for one in fields(request) if request else ():
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        usual[one.name] = json.loads(json.dumps(default))
+    for name, value in {**values, **chosen}.items():
+        asked = name not in usual or values.get(name, usual[name]) != usual[name]
+        found = values[name] if asked else value
+        if found is not None and found is not False and found not in ("", [], {}):
+            known = origin if asked else "chosen" if name in chosen else "by default"
+            yield prefix + name.replace("_", " "), _as_text(found), known
+
+
+def settings_table(*parts: Iterable[tuple[str, str, str]]) -> Table:
+    """Return a table of settings, those first that somebody asked for."""
+    rows = sorted((row for part in parts for row in part), key=lambda row: row[2] != "asked")
+    return Table("Settings", ("setting", "value", "origin"), tuple(rows))
+
+
+def described(data: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, str]]:
+    """Yield what is known of data, but not by what they are recognized."""
+    told = {key: one for key, one in data.items() if key != "seen"}
+    yield from settings(told, prefix=f"{name} ", origin="data")
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_as_text(inner)}" for key, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
