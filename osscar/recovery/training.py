@@ -46,8 +46,9 @@ LEARNING_RATE = {True: 2e-4, False: 1e-3}
 _WARMUP, _FLOOR = 0.1, 0.1
 """The share of the steps in which the rate rises, and the share of its peak at which it ends."""
 
-_LOWER = 0.1
-"""By what the peak is multiplied when the held-out loss rises above that before the training."""
+_LOWER, _PATIENCE = 0.1, 4
+"""By what the peak is multiplied if the held-out loss is above that before the training, after at
+least so many steps: the first steps of AdamW, whose moments are young, may lead away for once."""
 
 
 def schedule(step: int, steps: int) -> float:
@@ -112,6 +113,14 @@ def _is_over(points: Sequence[Point]) -> bool:
     """Whether the held-out loss has risen often enough."""
     last = [one.distance for one in points[-_RISES - 1 :]]
     return len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
+
+
+def _next_rate(points: Sequence[Point]) -> float:
+    """Return the peak learning rate after the last check."""
+    last = points[-1]
+    steps = last.step - max((one.step for one in points if one.rate > last.rate), default=0)
+    away = last.distance > points[0].distance and steps >= _PATIENCE
+    return last.rate * (_LOWER if away or last.held_out is None else 1.0)
 
 
 @dataclass(frozen=True)
@@ -238,9 +247,8 @@ class Training:
     ) -> tuple[Point, ...]:
         """Train, and leave the model with the weights of its nearest check; return all checks.
 
-        If a check finds the model farther from the dense one than it was at first, training goes
-        back to the weights of the nearest check, with a lower learning rate.  `log` keeps the state
-        at each check, and `known` is the last that it has kept.
+        Where the learning rate is lowered (`_next_rate`), training goes back to the weights of the
+        nearest check.  `log` keeps the state at each check, and `known` is the last that it kept.
         """
         steps = self.way.steps
         if known is None:
@@ -256,8 +264,7 @@ class Training:
                     continue
                 if _is_over(points):
                     break
-                risen = points[-1].distance > points[0].distance
-                rate = points[-1].rate * (_LOWER if risen else 1.0)
+                rate = _next_rate(points)
                 losses.append(self.step(samples, rate * schedule(step, steps), self.ranks))
                 if step % math.ceil(steps / _CHECKS) and step < steps:
                     continue
@@ -266,7 +273,7 @@ class Training:
                 points.append(Point(step, rate, seen, self.distance(self.checked), seconds))
                 if nearest(points) is points[-1]:
                     _copy(self.weights, best)
-                elif points[-1].distance > points[0].distance:
+                elif _next_rate(points) < rate:
                     self._go_back(best)
                 if log is not None:
                     log.keep(Progress(tuple(points)), self._tensors(best))

@@ -123,6 +123,20 @@ def test_what_is_kept_and_when_it_ends():
         assert loop._is_over(found) == over
 
 
+def test_the_rate_falls_after_four_steps_that_lead_away_or_at_once_where_nothing_is_finite():
+    for held, rates, due in (
+        ((1.0, 2.0), (1.0, 1.0), 1.0),
+        ((1.0, 2.0, 0.9), (1.0, 1.0, 1.0), 1.0),
+        ((1.0, 2.0, 1.5), (1.0, 1.0, 1.0), 0.1),
+        ((1.0, None), (1.0, 1.0), 0.1),
+        ((1.0, 2.0, 1.5, 1.2), (1.0, 1.0, 1.0, 0.1), 0.1),
+        ((1.0, 2.0, 1.5, 1.2, 1.1), (1.0, 1.0, 1.0, 0.1, 0.1), 0.01),
+    ):
+        both = enumerate(zip(held, rates, strict=True))
+        found = [Point(2 * i, rate, None, one, 0.0) for i, (one, rate) in both]
+        assert loop._next_rate(found) == pytest.approx(due)
+
+
 @pytest.mark.parametrize("rate", [1.0, 1e6])
 def test_a_rate_that_leads_away_is_lowered_until_it_does_not(rate):
     """From 1.0 the outputs are finite and far off; 1e6 makes some that are not numbers."""
