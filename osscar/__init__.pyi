@@ -12,11 +12,8 @@ from .base.errors import OsscarError as OsscarError
 from .data.loaders import load_batches as load_batches
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
-from .data.tensors import (
-    SampleList as SampleList,
-    TensorSet as TensorSet,
-    load_tensors as load_tensors,
-)
+from .data.samples import SampleList as SampleList, TensorSet as TensorSet
+from .data.tensor_files import load_tensors as load_tensors
 from .data.text import TextSet as TextSet, load_text as load_text
 from .data.tokens import (
     CalibrationSet as CalibrationSet,

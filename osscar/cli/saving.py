@@ -14,7 +14,7 @@ from osscar.checkpoint.manifest import REPORT_FILE
 from osscar.cli.common import say
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
-from osscar.data.tensors import TensorSet
+from osscar.data.samples import TensorSet
 
 _AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 """Options without which `osscar eval` would open or score another model."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import safe_repr
-from osscar.data.samples import SampleSet
+from osscar.data.samples import SampleSet, check_tensors
 from osscar.data.tokens import CalibrationSet
 from osscar.network.modules import context_length
 
@@ -178,10 +178,9 @@ def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False
 # ---- what a model can read ---------------------------------------------------------------
 
 _FORMS = (
-    "give token windows, images, or tensors with one sample for each entry of their first "
-    "dimension: one, a tuple in the order of the model's arguments, or a mapping by their names; "
-    "where samples are no entries, as of graphs, a list with such a tuple or mapping for each; or "
-    "a loader, a data set or a list of batches, as osscar.load_batches reads them"
+    "give token windows, images, a tensor or a mapping of tensors by the names of the model's "
+    "arguments, the first dimension of each being the sample; an iterable of these or of (inputs, "
+    "labels), such as a DataLoader, is read by osscar.load_batches"
 )
 
 
@@ -194,9 +193,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         The model.
     calibration
         A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
-        `TensorSet`, a floating-point tensor, several tensors as a tuple, or a mapping by argument
-        name; or a list of such tuples or mappings, each of one sample whose tensors have any
-        dimensions.
+        `TensorSet`, a `SampleList`, a tensor, or a mapping of tensors by argument name.
 
     Raises
     ------
@@ -215,11 +212,13 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
     predictions = calibration.predictions if of_set else None
-    if isinstance(given, list):
-        return ModelInputs({}, predictions=predictions, apart=samples_apart(model, given))
+    if of_set and isinstance(given, list):
+        return ModelInputs({}, predictions=predictions, apart=_samples_apart(model, given))
+    if not of_set and not isinstance(given, Tensor | Mapping):
+        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     tensors = _by_name(model, given)
     if tensors is None:
-        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
+        raise DataError(f"not all of the data ({', '.join(map(str, given))}) are tensors; {_FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
     return ModelInputs(tensors, predictions=predictions)
@@ -276,93 +275,26 @@ def _check_tokens(model: nn.Module, windows: Tensor) -> None:
         )
 
 
-def samples_apart(model: nn.Module, samples: Sequence[Any]) -> tuple[Batch, ...]:
-    """Return samples that run one by one by the names of the model's arguments.
-
-    Raises
-    ------
-    DataError
-        If there are none, or they have arguments that the model does not have, or are not all of
-        one form.
-    """
-    if not samples:
-        raise DataError("the calibration data are an empty list; give samples")
+def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
+    """Return samples that run one by one, in the order of the model's arguments."""
     named: list[Batch] = []
-    for one in samples:
-        sample = None if isinstance(one, Tensor) else _by_name(model, one)
-        if sample is None:
-            raise DataError(
-                f"cannot calibrate on a list with a {type(one).__name__} in it; {_FORMS}"
-            )
-        named.append(sample)
-    forms = [
-        {name: f"{name} {t.dtype} with {t.ndim} dimensions" for name, t in sample.items()}
-        for sample in named
-    ]
-    for index, sample in enumerate(named):
-        if forms[index] != forms[0]:
-            has, due = (", ".join(forms[i].values()) or "nothing" for i in (index, 0))
-            raise DataError(
-                f"sample {index} of the calibration data is {has}, and sample 0 is {due}; give "
-                "all of them in the same form"
-            )
+    for index, one in enumerate(samples):
         try:
-            for tensors in [{name: t} for name, t in sample.items()] or [{}]:
-                check_tensors(tensors)  # each alone, since samples are no entries
-            check_arguments(model, sample)
-            if hasattr(model, "get_input_embeddings") and "input_ids" in sample:
-                _check_tokens(model, sample["input_ids"])
+            for name, tensor in one.items():
+                check_tensors({name: tensor})  # each by itself, since samples are no entries
+            check_arguments(model, one)
+            if hasattr(model, "get_input_embeddings") and "input_ids" in one:
+                _check_tokens(model, one["input_ids"])
         except DataError as error:
             raise DataError(f"sample {index}: {error}") from error
+        named.append({name: one[name] for name in accepted_arguments(model) if name in one})
+        forms = [{name: (t.dtype, t.ndim) for name, t in named[i].items()} for i in (0, index)]
+        if forms[0] != forms[1]:
+            raise DataError(
+                f"sample {index} is {forms[1]} by dtype and number of dimensions, and sample 0 is "
+                f"{forms[0]}; give all of them in the same form"
+            )
     return tuple(named)
-
-
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse samples that no model can read.
-
-    Raises
-    ------
-    DataError
-        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
-        they are.
-    """
-    if not isinstance(tensors, Mapping):
-        raise DataError(
-            f"the data are a {type(tensors).__name__}; give a mapping of tensors by the names of "
-            "the arguments that read them"
-        )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise DataError(
-                f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
-                "torch.as_tensor makes of an array or a list"
-            )
-        if tensor.ndim == 0 or tensor.numel() == 0:
-            raise DataError(f"the data {name!r} are empty")
-        odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
-        if odd or tensor.is_meta:
-            raise DataError(
-                f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
-                "plain tensors with values"
-            )
-        eighth = tensor.is_floating_point() and tensor.element_size() == 1
-        finite = torch.isfinite(tensor.float() if eighth else tensor)
-        if not bool(finite.all()):
-            bad = tensor.numel() - int(finite.sum())
-            raise DataError(
-                f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
-                "leave those samples out"
-            )
-    if not tensors:
-        raise DataError("the data are an empty mapping; give tensors by name")
-    if len({len(tensor) for tensor in tensors.values()}) != 1:
-        counts = {name: len(tensor) for name, tensor in tensors.items()}
-        each = ", ".join(f"{name!r}: ..." for name in counts)
-        raise DataError(
-            f"the data disagree on the number of samples: {counts}; where the first dimension is "
-            "not the sample, as of the nodes and edges of a graph, calibrate from Python on a list "
-            f"with one dict of arguments for each sample: [{{{each}}}, ...]"
-        )
 
 
 # ---- the arguments of a forward pass -----------------------------------------------------

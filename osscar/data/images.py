@@ -17,14 +17,14 @@ from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
-from osscar.data.archives import Header, located, read_tensors
 from osscar.data.preprocessing import (
     AnyPreprocessing,
     OwnTransform,
     as_preprocessing,
     check_stated,
 )
-from osscar.data.samples import IMAGES, LABELS, SampleSet, columns_of
+from osscar.data.samples import IMAGES, LABELS, SampleSet, checked_labels, columns_of
+from osscar.data.tensor_files import located, read_tensors
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -253,16 +253,15 @@ def load_images(spec: Any, preprocessing: Any, *, reader: str = "a model") -> Im
 
 
 def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
-    what, give = "the place of the images", "a directory or an .npz file"
     try:
-        text, path, part = located(spec, what, give)
+        text, path, prefix = located(spec, "the place of the images", "a directory or .npz file")
         if text and path.is_dir():
             return _from_directory(path, preprocessing)
         if path.suffix == ".npz" and path.is_file():
-            return _from_archive(path, part, preprocessing)
+            return _from_archive(path, prefix, preprocessing)
     except (OSError, FileError) as error:
         reason = error.reason if isinstance(error, FileError) else error.strerror
-        raise DataError(f"cannot look for images at {spec!r}: {reason}; give another") from error
+        raise DataError(f"cannot read images at {str(spec)!r}: {reason}; give another") from error
     raise DataError(f"no images at {text!r}; give a directory of images or an .npz file")
 
 
@@ -288,22 +287,25 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     return ImageSet(str(path), files, preprocessing, labels, classes)
 
 
-def _from_archive(path: Path, part: str, preprocessing: AnyPreprocessing) -> ImageSet:
-    images, labels = (f"{part}_{name}" if part else name for name in (IMAGES, LABELS))
-
-    def wanted(headers: Mapping[str, Any]) -> list[str]:
-        _check_headers(path, headers, images, labels)
-        return [name for name in (images, labels) if name in headers]
-
-    try:
-        arrays = read_tensors(path, wanted)
-    except FileError as error:
-        raise DataError(f"{str(path)!r} is not an .npz file of images: {error.reason}") from error
-    pixels, classes = arrays[images].numpy(), arrays.get(labels)
-    if pixels.shape[-1] == 1 and pixels.ndim == 4:
+def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> ImageSet:
+    images, labels = f"{prefix}{IMAGES}", f"{prefix}{LABELS}"
+    arrays = read_tensors(path, {images, labels}.__contains__)
+    pixels = arrays.get(images)
+    if pixels is None or pixels.dtype != torch.uint8 or not _are_images(pixels.shape):
+        there = "missing" if pixels is None else f"{pixels.dtype} of {tuple(pixels.shape)}"
+        raise DataError(
+            f"{images!r} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, "
+            f"width), and is {there}; FILE.npz:PART reads PART_images"
+        )
+    if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    found = None if classes is None else classes.to(torch.int64)
-    return ImageSet(f"{path}:{part}" if part else str(path), pixels, preprocessing, found)
+    known = checked_labels(arrays.get(labels), len(pixels))
+    source = f"{path}:{prefix[:-1]}" if prefix else str(path)
+    return ImageSet(source, pixels.numpy(), preprocessing, known)
+
+
+def _are_images(shape: torch.Size) -> bool:
+    return min(shape) > 0 and (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3)))
 
 
 # ---- data sets ---------------------------------------------------------------------------
@@ -409,26 +411,3 @@ def _label(row: Any) -> Any:
     if isinstance(row, Mapping):
         return next((row[name] for name in ("label", LABELS) if name in row), None)
     return row[1] if isinstance(row, tuple | list) and len(row) == 2 else None
-
-
-def _check_headers(path: Path, headers: Mapping[str, Header], images: str, labels: str) -> None:
-    """Refuse arrays of a wrong form."""
-    if images not in headers:
-        raise DataError(
-            f"{str(path)!r} has no {images!r}, only {', '.join(headers)}; give FILE.npz, or "
-            "FILE.npz:PART for PART_images"
-        )
-    shape, dtype = headers[images]
-    color = len(shape) == 4 and shape[-1] == 3
-    fits = color or len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1)
-    if not fits or dtype != np.uint8 or min(shape) < 1:
-        raise DataError(
-            f"{images} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, width) "
-            f"and not empty, not {dtype} of {shape}"
-        )
-    found = headers.get(labels)
-    if found is not None and (found[0] != shape[:1] or found[1].kind not in "iu"):
-        raise DataError(
-            f"{labels} in {str(path)!r} must be {shape[0]} whole numbers, not {found[1]} of "
-            f"{found[0]}"
-        )

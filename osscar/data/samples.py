@@ -1,10 +1,11 @@
-"""Sets of samples, images or tensors alike: drawn from, described, and recognized again."""
+"""Sets of samples: drawn from, described, and recognized again."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from osscar.base.errors import DataError
 from osscar.base.files import short_hash
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.printable import pluralize
+from osscar.network.modules import number_kind
 from osscar.proof.seen import Seen
 
 IGNORED = -100
@@ -24,6 +26,9 @@ IMAGES = "images"
 
 LABELS = "labels"
 """The entry of a file that holds the class of each sample, unless a model reads it."""
+
+LABEL_NAMES = (LABELS, "label")
+"""The entries of a batch that hold the class of each sample; `datasets` has the second one."""
 
 
 class SampleSet(ABC):
@@ -105,6 +110,185 @@ class SampleSet(ABC):
         return self.labels
 
 
+@dataclass(frozen=True, eq=False)
+class TensorSet(SampleSet):
+    """Samples that a model reads as they are: sound, features, tokens, several of these.
+
+    Parameters
+    ----------
+    source
+        Where they come from, in words.
+    tensors
+        By the names of the arguments that read them; the first dimension of each is the sample.
+    labels
+        The right class of each sample, (n,) of whole numbers, or of each of its predictions,
+        (n, d1, ...), which (n, classes, d1, ...) are scores of, or else (n, d1, ..., classes); -100
+        is not scored.  They become int64.  None where they are not known.
+
+    Raises
+    ------
+    DataError
+        If they are no mapping of tensors, one is empty, has NaN or infinite entries or no plain
+        values, or the numbers of samples differ.
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_tensors(self.tensors)
+        object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def arguments(self) -> Mapping[str, Tensor]:
+        """Return the tensors."""
+        return self.tensors
+
+    def _rows(self, rows: Tensor) -> TensorSet:
+        labels = None if self.labels is None else self.labels[rows]
+        drawn = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return replace(self, tensors=drawn, labels=labels)
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield at most `size` samples at a time.
+
+        Raises
+        ------
+        OptionError
+            If `size` is not positive.
+        """
+        whole_number(size, "the batch size (--batch-size)", 1)
+        for start in range(0, len(self), size):
+            yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
+
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each sample, whatever its number format, to recognize it by."""
+        tensors = [(name, _comparable(self.tensors[name])) for name in sorted(self.tensors)]
+        return [
+            short_hash(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))
+            for row in range(len(self))
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleList(SampleSet):
+    """Samples of sizes of their own, such as graphs or sequences; each runs alone.
+
+    Parameters
+    ----------
+    source
+        Where they come from, in words.
+    samples
+        Each as the model reads it: tensors by the names of the arguments, of any dimensions.
+    labels
+        The right class of each, (n,) of whole numbers, which become int64, or None.
+
+    Raises
+    ------
+    DataError
+        If labels are no such numbers.
+    """
+
+    alone: ClassVar[bool] = True
+
+    source: str
+    samples: Sequence[Mapping[str, Tensor]] = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def arguments(self) -> list[Mapping[str, Tensor]]:
+        """Return the samples."""
+        return list(self.samples)
+
+    def _rows(self, rows: Tensor) -> SampleList:
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, samples=[self.samples[row] for row in rows.tolist()], labels=labels)
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the samples, one at a time whatever the size."""
+        yield from map(dict, self.samples)
+
+    def fingerprints(self) -> list[int]:
+        """Return a hash of each sample, whatever its number format, to recognize it by."""
+        return [
+            short_hash(b"".join(_bytes(name, _comparable(one[name])) for name in sorted(one)))
+            for one in self.samples
+        ]
+
+
+def checked_labels(labels: Any, count: int) -> Tensor | None:
+    """Return labels as int64, or refuse what are not as many whole numbers as there are samples."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        given = safe_repr(labels)
+    elif kind_of_numbers(labels) == "whole" and labels.shape[:1] == (count,):
+        return labels.to(torch.int64)
+    else:
+        given = f"{labels.dtype} of {tuple(labels.shape)}"
+    raise DataError(f"the labels must be {count} whole numbers, one a sample, not {given}")
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return a tensor in the number format in which the same values are recognized."""
+    if tensor.is_complex():
+        return tensor.to("cpu", torch.complex64)
+    return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)
+
+
+def _bytes(name: str, values: Tensor) -> bytes:
+    shape = f"{name} {values.dtype} {tuple(values.shape)} "
+    return shape.encode() + values.detach().contiguous().numpy().tobytes()
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse samples that no model can read.
+
+    Raises
+    ------
+    DataError
+        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
+        they are.
+    """
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise DataError(
+            f"the data are {'an empty' if isinstance(tensors, Mapping) else 'a'} "
+            f"{type(tensors).__name__}; give a mapping of tensors by the names of the arguments "
+            "that read them"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(
+                f"the data {name!r} are a {type(tensor).__name__}; give a tensor, such as "
+                "torch.as_tensor makes of an array or a list"
+            )
+        if tensor.ndim == 0 or tensor.numel() == 0:
+            raise DataError(f"the data {name!r} are empty")
+        eighth = tensor.is_floating_point() and tensor.element_size() == 1
+        finite = torch.isfinite(tensor.float() if eighth else tensor)
+        if not bool(finite.all()):
+            bad = tensor.numel() - int(finite.sum())
+            raise DataError(
+                f"the data {name!r} have NaN or infinite entries, {bad:,} of {tensor.numel():,}; "
+                "leave those samples out"
+            )
+    counts = {name: len(tensor) for name, tensor in tensors.items()}
+    if len(set(counts.values())) != 1:
+        raise DataError(
+            f"the data disagree on the number of samples: {counts}; where the first dimension is "
+            "not the sample, as of the nodes and edges of a graph, calibrate from Python on "
+            "osscar.SampleList('graphs', [{'x': ...}, ...]), each of which runs by itself"
+        )
+
+
 def has_columns(data: Any) -> bool:
     """Tell whether it is a data set of `datasets`, or one like those."""
     return hasattr(type(data), "column_names")
@@ -119,3 +303,8 @@ def named_generator(name: str, seed: int) -> torch.Generator:
     """Return a random stream of its own for a purpose, so that streams do not disturb another."""
     drawn = short_hash(f"{name}/{seed}")
     return torch.Generator().manual_seed(drawn >> 1)
+
+
+def kind_of_numbers(tensor: Tensor) -> str:
+    """Return the kind of numbers in a tensor, as `number_kind` does, or "bool"."""
+    return "bool" if tensor.dtype == torch.bool else number_kind(tensor)

@@ -20,8 +20,7 @@ from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
-from osscar.data.samples import IGNORED, SampleSet
-from osscar.data.tensors import SampleList, TensorSet
+from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
 from osscar.data.text import TextSet
 from osscar.data.tokens import CalibrationSet
 from osscar.network.modules import check_usable, evaluating

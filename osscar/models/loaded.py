@@ -14,8 +14,8 @@ from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, has_images, load_images
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
-from osscar.data.samples import SampleSet, columns_of
-from osscar.data.tensors import TensorSet, holds_images, load_tensors
+from osscar.data.samples import SampleSet, TensorSet, columns_of
+from osscar.data.tensor_files import holds_images, load_tensors
 from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
 from osscar.data.tokens import CalibrationSet, load_calibration
 from osscar.models.names import DEMO_SOURCE

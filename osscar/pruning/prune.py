@@ -62,11 +62,10 @@ def prune_as_asked(
     model
         A language model that takes ``input_ids``, or any model whose inputs are tensors.
     calibration
-        Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; or tensors
-        whose first dimension is the sample: one, a tuple, or a mapping by argument name.  Where it
-        is not, as of graphs, a list of such tuples or mappings, one for each sample.  Or a loader,
-        a data set or a list of batches, which are read as by `osscar.load_batches`, with a warning
-        that tells what was left out.
+        Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; a tensor, or a
+        mapping of tensors by argument name, whose first dimension is the sample; a `SampleList`
+        where it is not, as of graphs; or a loader, a data set or a list of batches, which are read
+        as by `osscar.load_batches`, with a warning that tells what was left out.
     request
         What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
         them.

@@ -27,7 +27,7 @@ class Branches(nn.Module):
 
 def test_variances_follow_the_weight_of_each_layer():
     torch.manual_seed(0)
-    with prepare(Branches().eval(), (torch.randn(6, 3, 9, 9),)) as prepared:
+    with prepare(Branches().eval(), torch.randn(6, 3, 9, 9)) as prepared:
         [group] = [group for group in prepared.groups if group.units == 8]
         grams = [GramAccumulator(one) for one in linear_maps(prepared.model, group)]
         for gram in grams:
@@ -45,7 +45,7 @@ def test_without_a_refit_biases_alone_make_up_for_what_leaves(bias):
     model = nn.Sequential(nn.Linear(6, 10), nn.Sigmoid(), nn.Linear(10, 4, bias=bias)).eval()
     x = torch.randn(300, 6)
     asked = {"neurons": 6, "backend": "flap", "target": "weights", "damp": 1e9}
-    result = osscar.prune(model, (x,), **asked)
+    result = osscar.prune(model, x, **asked)
     hidden = model[1](model[0](x)).double()
     scores = hidden.var(0) * model[2].weight.double().square().sum(0)
     kept = sorted(scores.topk(6).indices.tolist())

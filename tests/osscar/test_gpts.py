@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
-from osscar.data.tensors import TensorSet
+from osscar.data.samples import TensorSet
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form
 from osscar.report.evaluation_tables import dense_facts

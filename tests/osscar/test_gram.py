@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 def accumulator(bias=False, **parts) -> GramAccumulator:
     torch.manual_seed(0)
-    with prepare(Layer(bias).eval(), (torch.randn(4, 8),)) as prepared:
+    with prepare(Layer(bias).eval(), torch.randn(4, 8)) as prepared:
         (group,) = (group for group in prepared.groups if group.prunable)
         (consumer,) = linear_maps(prepared.model, group)
         return GramAccumulator(consumer, **parts)

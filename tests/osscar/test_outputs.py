@@ -14,7 +14,7 @@ from osscar.base.errors import EquivalenceError, ModelError
 from osscar.cli import main
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
-from osscar.data.tensors import TensorSet
+from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.repeatable import check_repeatable

@@ -229,16 +229,23 @@ def test_wrapped_models_are_refused_with_a_way_out(wrap, message):
             pass
 
 
+def alone(*samples):
+    return osscar.SampleList("alone", samples)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (set(), "a tuple in the order"),
-        ({}, "empty mapping"),
-        ([], "empty list"),
-        ([torch.zeros(2, 6)], "on a list with a Tensor in it; give .* a list with such a tuple"),
-        ([{"input": torch.zeros(2, 6)}, {}], "sample 1 .* is nothing, and sample 0 is input torch"),
-        ([{"other": torch.zeros(2, 6)}], "sample 0: .* takes no 'other'"),
-        ([{"input": torch.full((2, 6), torch.nan)}], "sample 0: .* 'input' have NaN"),
+        (set(), "cannot calibrate on a set; give token windows"),
+        ((torch.zeros(2, 6),), "cannot calibrate on a tuple; give token windows"),
+        ({}, "the data are an empty dict; give a mapping of tensors"),
+        (alone({"input": torch.zeros(2, 6)}, {}), "sample 1: .* there is no 'input' among"),
+        (alone({"other": torch.zeros(2, 6)}), "sample 0: .* takes no 'other'"),
+        (alone({"input": torch.full((2, 6), torch.nan)}), "sample 0: .* 'input' have NaN"),
+        (
+            alone({"input": torch.zeros(2, 6)}, {"input": torch.zeros(2, 6).double()}),
+            "sample 1 is .*float64.* and sample 0 is .*float32",
+        ),
         ({"input": torch.zeros(2, 6), "edges": torch.zeros(2, 3)}, "takes no 'edges'"),
     ],
 )
@@ -270,9 +277,9 @@ def nodes_and_edges(nodes):
 )
 def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     torch.manual_seed(0)
-    model, data = Messages().eval(), [nodes_and_edges(nodes) for nodes in range(4, 20)]
-    with pytest.raises(DataError, match=r"one dict of arguments for each .*\{'x': \.\.\., 'ed"):
-        osscar.prune(model, data[0], **asked, device="cpu")
+    model, data = Messages().eval(), alone(*map(nodes_and_edges, range(4, 20)))
+    with pytest.raises(DataError, match=r"not the sample, as of .*osscar\.SampleList\("):
+        osscar.prune(model, data.samples[0], **asked, device="cpu")
     result = osscar.prune(model, data, **asked, form=form, device="cpu")
     assert result.form == form
     assert result.held_out == 2
@@ -286,15 +293,12 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
     again = osscar.load(result.save(tmp_path / "small").path, dense=Messages().eval())
     assert_close(again(**larger), result.model(**larger))
     if form == "eager":
-        as_tuples = [tuple(sample.values()) for sample in data]
-        again = osscar.prune(model, as_tuples, **asked, device="cpu")
-        assert_close(again.model(**larger), result.model(**larger))
-        assert len(osscar.prune(model, data[:1], **asked, device="cpu").layers) == 1
+        assert len(osscar.prune(model, alone(data.samples[0]), **asked, device="cpu").layers) == 1
 
 
 def test_samples_apart_come_to_what_samples_together_do():
     model, x = two_layers(), torch.randn(64, 6)
-    apart = [{"input": row[None]} for row in x]
+    apart = alone(*({"input": row[None]} for row in x))
     one, other = (osscar.prune(model, data, neurons=0.5, device="cpu") for data in (x, apart))
     assert one.plan == other.plan
     assert one.held_out == other.held_out

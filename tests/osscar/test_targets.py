@@ -89,7 +89,7 @@ def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code():
 def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(form):
     torch.manual_seed(0)
     model, x = Stack(form).eval(), torch.randn(64, 8)
-    with prepare(model, (x,), batch_size=16) as prepared:
+    with prepare(model, x, batch_size=16) as prepared:
         dense = copy.deepcopy(prepared.model)
         groups = [g for g in prepared.groups if g.prunable and "up" in g.slots[0].module]
         assert len(groups) == 3
@@ -294,7 +294,7 @@ def test_an_input_that_never_changes_is_dead_to_a_layer_with_a_bias():
 def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
     torch.manual_seed(0)
     model, x = Concat().eval(), torch.randn(256, 6)
-    with prepare(model, (x,), batch_size=64) as prepared:
+    with prepare(model, x, batch_size=64) as prepared:
         dense = copy.deepcopy(prepared.model)
         groups = [g for g in prepared.groups if g.prunable and g.consumers[0].module == "join"]
         assert len(groups) == 4
