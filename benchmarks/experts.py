@@ -3,7 +3,7 @@
     python -m benchmarks.train_mixture MIXTURE
     python -m benchmarks.experts MIXTURE
 
-Calibrated and scored on the parts of the built-in text that are for that, neither of which the
+Calibrated and scored on the demo's own texts, neither of which the
 mixture was trained on.  Divergence is that of the predicted tokens from the dense model's, in nats
 a token; *layers* is the mean relative loss of the mixtures, before and after the refit.  Speed is
 that of prefill, relative to the dense model's.  At the end of each share, models that have as many
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import osscar
-from osscar.data.prose import Split, builtin_text
 from osscar.data.text import encode
 from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_speed
+from osscar.models.names import DEMO_CALIBRATION, DEMO_HELD_OUT
 
 BACKENDS = ("random", "frequency", "reap", "greedy", "local_search", "enumerate")
 NO_REFIT = 1e9
@@ -48,9 +48,9 @@ def main() -> None:
     loaded = osscar.load_model(str(given.mixture))
     dense, tokenizer = loaded.model, loaded.tokenizer
     data = osscar.load_calibration(
-        None, tokenizer, samples=given.samples, seqlen=given.seqlen, seed=0
+        DEMO_CALIBRATION, tokenizer, samples=given.samples, seqlen=given.seqlen, seed=0
     )
-    text = builtin_text(Split.HELD_OUT)
+    text = DEMO_HELD_OUT.read_text()
     scored = osscar.TextSet.of(tokenizer, text)
     windows = encode(tokenizer, text)
     windows = windows[: len(windows) // given.seqlen * given.seqlen].view(-1, given.seqlen)

@@ -25,8 +25,9 @@ import solvers
 from benchmarks.scale import layer
 from osscar.base.memory import available_memory
 from osscar.base.timing import Stage, profiled
-from osscar.data.tokens import load_calibration
+from osscar.data.text import load_calibration
 from osscar.models.load import load_model
+from osscar.models.names import DEMO_CALIBRATION
 from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
 
@@ -130,7 +131,9 @@ class Task:
 
 def _known(name: str, samples: int, seqlen: int) -> tuple[nn.Module, Any]:
     loaded = load_model(name, device="cpu")
-    return loaded.model, load_calibration(None, loaded.tokenizer, samples=samples, seqlen=seqlen)
+    return loaded.model, load_calibration(
+        DEMO_CALIBRATION, loaded.tokenizer, samples=samples, seqlen=seqlen
+    )
 
 
 def opt_block(hidden: int, ffn: int, heads: int) -> tuple[nn.Module, Any]:

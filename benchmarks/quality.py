@@ -38,9 +38,10 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
-from osscar.data.tokens import CalibrationSet, text_windows
+from osscar.data.text import CalibrationSet, text_windows
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
+from osscar.models.names import DEMO_CALIBRATION
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest
 
@@ -133,7 +134,9 @@ class Text(Subject):
             parts = [self.calibration(one, samples, seed).tokens for one in ("same form", "code")]
             tokens = torch.cat([part[at::2] for at, part in enumerate(parts)])
             return CalibrationSet(tokens, source, seed)
-        file = {"same form": self.first, "shifted": self.shifted, "built-in": None}[source]
+        file = {"same form": self.first, "shifted": self.shifted, "built-in": DEMO_CALIBRATION}[
+            source
+        ]
         return osscar.load_calibration(file, self.loaded.tokenizer, **asked)
 
     def score(self, model: Any) -> dict[str, float]:

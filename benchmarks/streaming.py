@@ -34,6 +34,7 @@ from benchmarks.measuring import Clock, measured
 from benchmarks.random_models import SHAPES, write_model
 from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
+from osscar.models.names import DEMO_CALIBRATION
 
 PHASES = (
     ("osscar.offload.places", "Place.read", "input"),
@@ -204,7 +205,9 @@ def run_forward(row: Row, directory: Path) -> dict[str, Any]:
     memory = row.option("--max-memory", "") or None
     loaded = osscar.load_model(directory / row.model, max_memory=memory, device="cpu")
     samples, seqlen = int(row.option("--samples", "64")), int(row.option("--seqlen", "512"))
-    data = osscar.load_calibration(None, loaded.tokenizer, samples=samples, seqlen=seqlen)
+    data = osscar.load_calibration(
+        DEMO_CALIBRATION, loaded.tokenizer, samples=samples, seqlen=seqlen
+    )
     clock = watching()
     model: Any = loaded.model
     with torch.no_grad(), clock.phase("forward"):

@@ -1,8 +1,8 @@
 """Train the model that ships with OSSCAR, from scratch, on text that every Python has.
 
-    python benchmarks/train_demo_model.py [--steps 1500] [--out osscar/data/demo]
+    python -m benchmarks.train_demo_model [--steps 1500] [--out osscar/data/demo]
 
-The text is the training part of ``osscar.data.prose`` and the docstrings of the standard library,
+The text is the training part of ``benchmarks.prose`` and the docstrings of the standard library,
 less every paragraph that shares eight words in a row with the calibration or held-out parts. The
 result is a stock OPT checkpoint. The script prints the held-out perplexity of the model and of a
 unigram model over the same tokens, and saves nothing unless they are at least five times
@@ -20,15 +20,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from osscar.data import prose as topics
-from osscar.data.prose import Split, builtin_text, split_paragraphs
+from benchmarks import prose as topics
+from benchmarks.prose import Split, builtin_text, split_paragraphs
 from osscar.data.text import encode
+from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY, DEMO_HELD_OUT
 
 VOCABULARY = 2048
 SEQLEN = 512
@@ -47,12 +47,11 @@ BOS, PAD, EOS = "<s>", "<pad>", "</s>"
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--steps", type=int, default=1500)
-    arguments.add_argument("--out", type=Path, default=topics.TRAINED_PARAGRAPHS.parent)
+    arguments.add_argument("--out", type=Path, default=DEMO_DIRECTORY)
     options = arguments.parse_args()
     torch.manual_seed(SEED)
 
-    paragraphs = training_paragraphs()
-    text = "\n\n".join(paragraphs)
+    text = "\n\n".join(training_paragraphs())
     tokenizer = train_tokenizer(text)
     tokens = encode(tokenizer, text)
     held_out = encode(tokenizer, builtin_text(Split.HELD_OUT))
@@ -72,7 +71,7 @@ def main() -> None:
         raise SystemExit(
             f"the model must beat the unigram model {REQUIRED_RATIO:g} times: not saved"
         )
-    save(model, tokenizer, paragraphs, options.out)
+    save(model, tokenizer, options.out)
 
 
 def training_paragraphs() -> list[str]:
@@ -216,15 +215,13 @@ def unigram_perplexity(tokens: Tensor, held_out: Tensor) -> float:
     return math.exp(-(counts / counts.sum()).log()[scored].mean().item())
 
 
-def save(
-    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, paragraphs: list[str], out: Path
-) -> None:
-    """Write the checkpoint and the fingerprints of all that it has seen."""
+def save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the checkpoint, and the texts that it has not seen."""
     model.to(torch.float16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # the saver leaves it readable to its owner alone
     tokenizer.save_pretrained(out)
-    prints = {p for p in map(topics.fingerprint, paragraphs) if p is not None}
-    np.save(out / topics.TRAINED_PARAGRAPHS.name, np.array(sorted(prints), dtype=np.uint64))
+    (out / DEMO_CALIBRATION.name).write_text(builtin_text(Split.CALIBRATION) + "\n")
+    (out / DEMO_HELD_OUT.name).write_text(builtin_text(Split.HELD_OUT) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from benchmarks.train_demo_model import (
     training_paragraphs,
     unigram_perplexity,
 )
-from osscar.data.prose import Split, builtin_text
 from osscar.data.text import encode
+from osscar.models.names import DEMO_HELD_OUT
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     text = "\n\n".join(training_paragraphs())
     tokenizer = train_tokenizer(text)
     tokens = encode(tokenizer, text)
-    held_out = encode(tokenizer, builtin_text(Split.HELD_OUT))
+    held_out = encode(tokenizer, DEMO_HELD_OUT.read_text())
     model = MixtralForCausalLM(mixture_config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model, tokens, options.steps)

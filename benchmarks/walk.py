@@ -28,6 +28,7 @@ from torch import nn
 
 import osscar
 from osscar.base.timing import Stage, profiled
+from osscar.models.names import DEMO_CALIBRATION
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.walk.walk import walk
 
@@ -115,7 +116,7 @@ MODELS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any, str]]] = 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", choices=sorted(MODELS))
-    parser.add_argument("--calibration", help="text for SmolLM2; by default built-in text")
+    parser.add_argument("--calibration", default=DEMO_CALIBRATION, help="text for SmolLM2")
     parser.add_argument("--kinds", nargs="+", default=["heads", "neurons", "channels"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--images", type=int, default=64)

@@ -14,10 +14,11 @@ from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
 from .data.samples import SampleList as SampleList, TensorSet as TensorSet
 from .data.tensor_files import load_tensors as load_tensors
-from .data.text import TextSet as TextSet, load_text as load_text
-from .data.tokens import (
+from .data.text import (
     CalibrationSet as CalibrationSet,
+    TextSet as TextSet,
     load_calibration as load_calibration,
+    load_text as load_text,
     text_windows as text_windows,
 )
 from .evaluation.dense import DenseScore as DenseScore, score_dense as score_dense

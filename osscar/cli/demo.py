@@ -20,11 +20,9 @@ from osscar.checkpoint.manifest import PAGE_FILE, is_checkpoint, read_manifest
 from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
-from osscar.data.text import load_text
-from osscar.data.tokens import load_calibration
 from osscar.evaluation.evaluate import compare
 from osscar.models.language import load_language_model
-from osscar.models.names import DEMO
+from osscar.models.names import DEMO, DEMO_COMMAND
 from osscar.proof.lineage import note
 from osscar.pruning.prune import prune
 from osscar.report.evaluation_tables import comparison_table
@@ -33,8 +31,6 @@ from osscar.report.sections import facts
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
-_SOURCE = "osscar demo"
-"""Stands as source in a directory that the demo wrote, and may replace."""
 
 
 def run(directory: Path | None, backend: str, json: Path | None) -> None:
@@ -52,14 +48,14 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
                 trust_remote_code=False,
                 max_memory=None,
             )
-            note(dense.model, source=_SOURCE)
-            windows = load_calibration(None, dense.tokenizer, samples=_SAMPLES, seqlen=_SEQLEN)
+            note(dense.model, source=DEMO_COMMAND)
+            windows = dense.calibration(samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")
             report = result.document(dense.model, windows, source=dense.source)
             saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
             comparison = compare(
                 load(saved.path, dtype=torch.float32), dense.model,
-                load_text(None, dense.tokenizer, seqlen=_SEQLEN),
+                dense.held_out(seqlen=_SEQLEN),
                 path=saved.path, dense_path=dense.path,
             )  # fmt: skip
         evaluation = document("eval", 3, dataclasses.asdict(comparison))
@@ -107,7 +103,7 @@ def _made_by_demo(directory: Path) -> bool:
         pass  # none that a demo wrote
     except OSError:
         return False  # such as a name that is too long, which is said when it is written
-    if manifest is None or manifest.lineage.source != _SOURCE:
+    if manifest is None or manifest.lineage.source != DEMO_COMMAND:
         raise OutputError(
             f"{directory} holds a checkpoint that `osscar demo` did not write; give another --out"
         )

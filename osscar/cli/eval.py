@@ -173,4 +173,4 @@ def _source(
     """Return what was scored as it was given, and what was done to images."""
     if isinstance(data, ImageSet):
         return {"images": images, "preprocessing": data.preprocessing.record()}
-    return {"text": text or "builtin"} if inputs is None else {"inputs": inputs}
+    return {"text": text or data.source} if inputs is None else {"inputs": inputs}

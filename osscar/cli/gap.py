@@ -111,7 +111,7 @@ def _described(model: str, options: GapOptions) -> dict[str, Any]:
     return {
         **{
             "model": published(model),
-            "calibration": published(options.calibration or "built-in text"),
+            "calibration": published(options.calibration or "the demo's calibration text"),
         },
         **{name: getattr(options, name) for name in names},
         **{

@@ -19,7 +19,7 @@ from osscar.cli.options import DataOptions, OpenOptions, RunOptions
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.evaluation.dense import DenseScore, score_dense
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel

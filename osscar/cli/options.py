@@ -207,7 +207,7 @@ class SweepOptions(RunOptions):
     out: Path = Path("osscar-sweep")
     """Directory of the sweep; an existing sweep goes on."""
     text: str | None = None
-    """Plain text to score; by default the built-in held-out text."""
+    """Plain text to score; the demo has its own."""
     images: str | None = None
     """Images to score, as for `osscar eval`; without them only divergence is measured."""
     inputs: str | None = None
@@ -231,7 +231,7 @@ class EvalOptions(OpenOptions):
 
     json: Json = None
     text: str | None = None
-    """Plain text to score; by default the built-in held-out text."""
+    """Plain text to score; the demo has its own."""
     images: str | None = None
     """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
     with `images` and `labels` (FILE.npz:test for `test_images`)."""

@@ -34,7 +34,7 @@ from osscar.cli.options import PruneOptions, asked_with, given, recovery_asked_w
 from osscar.cli.recover import LOG, tell_data, tell_recovery
 from osscar.cli.saving import finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of, number_format
 from osscar.offload.on_disk import is_on_disk

@@ -34,7 +34,7 @@ from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, s
 from osscar.cli.options import RecoverOptions, asked_with, given
 from osscar.cli.saving import finished, saved_line, to_evaluate
 from osscar.data.batches import CalibrationData
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
@@ -196,8 +196,6 @@ class _Job:
                 f"{self.name} holds the same weights as {self.dense}, so that there is nothing to "
                 "recover; give a directory that `osscar prune` wrote"
             )
-        if smaller.tokenizer is not None:
-            dense.check_text(options.text, "--text")
         data = smaller.training(
             text=options.text,
             images=options.images,

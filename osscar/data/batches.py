@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import safe_repr
 from osscar.data.samples import SampleSet, check_tensors
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.network.modules import context_length
 
 Batch: TypeAlias = dict[str, Tensor]

@@ -19,7 +19,6 @@ from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
 from osscar.data.preprocessing import (
     AnyPreprocessing,
-    OwnTransform,
     as_preprocessing,
     check_stated,
 )
@@ -35,6 +34,9 @@ _IMAGE_SUFFIXES = frozenset(
 
 _GRAY = frozenset({"1", "L", "LA", "La"})
 """What PIL calls images in shades of gray."""
+
+_CALLS = 4
+"""How often a transform is called again on an image, since it may draw a flip."""
 
 _LONGEST = 200
 """How many times longer than wide an image may be; it is resized by its shorter side."""
@@ -216,7 +218,7 @@ def _stored(item: Any) -> bytes:
         raise DataError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
-def load_images(spec: Any, preprocessing: Any, *, reader: str = "a model") -> ImageSet:
+def load_images(spec: Any, preprocessing: Any) -> ImageSet:
     """Find images by path, or take them from a data set.
 
     Parameters
@@ -229,26 +231,28 @@ def load_images(spec: Any, preprocessing: Any, *, reader: str = "a model") -> Im
         images of PIL: alone, in pairs (image, label), or in rows such as those of a
         ``datasets.Dataset``, of which one column holds images, and ``label`` perhaps the class.
     preprocessing
-        What is done to an image: an `osscar.Preprocessing`, such as that of a loaded model, a
-        classification preset of torchvision, or a function from a PIL image to a tensor, which is
-        called several times on the first image.
-    reader
-        What will read them, as messages call it.
+        What is done to an image: a function from a PIL image to a tensor, such as a library's, or
+        an `osscar.Preprocessing`.
 
     Raises
     ------
     DataError
-        If there is nothing of the kind, or no image in it; or a function fails on the first one, or
-        makes another tensor of it each time.
+        If there is nothing of the kind, or no image in it; or the function fails on the first one,
+        or makes another tensor of it each time.
     OptionError
         If the preprocessing is none, or not stated in full.
     """
     preprocessing = as_preprocessing(preprocessing, "the caller")
-    check_stated(preprocessing, reader)
+    check_stated(preprocessing)
     named = isinstance(spec, str | Path)
     images = _found(spec, preprocessing) if named else _from_rows(spec, preprocessing)
-    if isinstance(preprocessing, OwnTransform):
-        preprocessing.check(images.decoded(0))
+    transform, first = preprocessing.transform(), images.decoded(0)
+    made = transform(first)
+    if not all(transform(first).equal(made) for _ in range(_CALLS)):
+        raise DataError(
+            "the transform of images makes another tensor of one image each time; "
+            "give the one for evaluation, which draws nothing"
+        )
     return images
 
 

@@ -30,8 +30,7 @@ from osscar.data.samples import (
     has_columns,
     named_generator,
 )
-from osscar.data.text import TextSet
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet, TextSet
 from osscar.network.modules import check_usable, number_kind
 
 DEFAULT_WINDOWS, DEFAULT_SAMPLES = 32, 256

@@ -1,8 +1,9 @@
-"""Plain text: read from files, tokenized whole, and cut into windows that do not overlap."""
+"""Text from files, data sets and lists, as windows of tokens to calibrate on or to score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.inputs import (
-    TEXT_LIMIT,
-    file_name,
-    panics_are_errors,
-    read_bytes,
-    safe_repr,
-    whole_number,
-)
+from osscar.base.errors import DataError, ModelError, OptionError, first_line
+from osscar.base.inputs import TEXT_LIMIT, file_name, read_bytes, whole_number
 from osscar.base.messages import warn
+from osscar.base.optional import optional
 from osscar.base.printable import pluralize
-from osscar.data.prose import Split, builtin_text
+from osscar.data.samples import columns_of, named_generator
 from osscar.network.modules import context_length
-from osscar.proof.seen import Fingerprints, fingerprints_of_runs
+from osscar.proof.seen import Fingerprints, Seen, fingerprints_of_runs
 
 DEFAULT_SEQLEN = 512
 
 _UNKNOWN = 0.01
 """The share of unknown tokens up to which a text is one that the tokenizer knows."""
+
+_CHARACTERS_PER_TOKEN = 16
+"""Characters read from a data set for every token wanted: about four times what windows need."""
+
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
+
+
+# ---- sources -----------------------------------------------------------------------------
 
 
 def read_text(path: str | Path) -> str:
@@ -40,43 +43,86 @@ def read_text(path: str | Path) -> str:
     """
     name = file_name(path, "the text", "a file of plain text")
     try:
-        data = read_bytes(Path(name).expanduser(), TEXT_LIMIT)
+        text = read_bytes(Path(name).expanduser(), TEXT_LIMIT).decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"no text file at {str(path)!r}; check the path") from None
-    except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {str(path)!r}: {reason}; give a text file") from error
-    if b"\0" in data:
-        raise DataError(f"{str(path)!r} is binary (it holds NUL bytes); give plain UTF-8 text")
-    try:
-        text = data.decode("utf-8-sig")
+        raise DataError(f"no text file at {name!r}; check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{str(path)!r} is not UTF-8 (byte {error.start}: {data[error.start]:#04x}); "
-            "give plain UTF-8 text"
+            f"{name!r} is not UTF-8 (byte {error.start}: {error.object[error.start]:#04x}); give "
+            "plain UTF-8 text"
         ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {name!r}: {reason}; give a text file") from error
+    if "\0" in text:
+        raise DataError(f"{name!r} is binary (it holds NUL bytes); give plain UTF-8 text")
     if not text.strip():
-        raise DataError(f"{str(path)!r} is empty; give a file with text in it")
+        raise DataError(f"{name!r} is empty; give a file with text in it")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_text(data: Any) -> bool:
+    """Tell whether data are texts: a list of strings, or a data set with a column `text`."""
+    strings = isinstance(data, list | tuple) and len(data) > 0 and isinstance(data[0], str)
+    return strings or "text" in columns_of(data)
+
+
+def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:
+    """Return the text that is meant and its name: of a file, of texts at hand, or of the hub.
+
+    Of texts at hand and of the hub, `characters` are read where they are given.
+    """
+    if is_text(spec):
+        name = f"a {type(spec).__name__}"
+        return _joined(spec, name, characters), name
+    name = file_name(spec, "the text", "a file, a data set, or a list of texts")
+    try:
+        is_file = Path(name).expanduser().exists() or Path(name).suffix in _TEXT_SUFFIXES
+    except (OSError, RuntimeError, ValueError):
+        is_file = True  # reading it says why not
+    if characters is None or is_file or not name or name.startswith((".", "/", "~")):
+        return read_text(name), name
+    datasets = optional("datasets", "data", f"reading the data set {name!r}", ", or a text file")
+    place, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(place, config or None, split="train", streaming=True)
+        return _joined(rows, name, characters), f"dataset {name}"
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"cannot load the data set {name!r}, nor is there a file of that name: "
+            f"{first_line(error)}; give NAME or NAME:CONFIG of the Hugging Face hub, or a text file"
+        ) from error
+
+
+def _joined(rows: Iterable[Any], name: str, characters: int | None) -> str:
+    """Join texts, or the column `text` of rows, until there are enough characters."""
+    parts: list[str] = []
+    length = 0
+    for row in rows:
+        text = row if isinstance(row, str) else row.get("text")
+        if not isinstance(text, str):
+            raise DataError(
+                f"{name} has no column 'text' of strings, only {', '.join(sorted(row))}; choose "
+                "another, or save its text to a file"
+            )
+        parts.append(text)
+        length += len(text)
+        if characters is not None and length >= characters:
+            break
+    if not length:
+        raise DataError(f"{name} has no text; give another, or a text file")
+    return "\n\n".join(parts)
+
+
+# ---- tokens ------------------------------------------------------------------------------
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Tokenize a whole text, adding no special tokens; return ids, (tokens,) int64.
 
-    There are as many as there are, however few the model could take at once. What could not be
-    written as UTF-8 is a DataError; of characters that the tokenizer does not know it is warned.
+    There are as many as there are, however few the model could take at once.  Of characters that
+    the tokenizer does not know it is warned.
     """
-    if not isinstance(text, str):
-        raise DataError(
-            f"the text is a {type(text).__name__}; give a str, such as a file's content"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text holds half a surrogate pair at {error.start} ({text[error.start]!r}); "
-            "decode the file it comes from as UTF-8"
-        ) from error
     ids = _ids(tokenizer, text, special=False)
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > _UNKNOWN * len(ids):
@@ -101,17 +147,214 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)
 
 
-def as_words(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
+def _as_words(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
     """Return special tokens as they are written, such as ``<s>``."""
     return "".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
+            "belongs to the model"
+        )
     # verbose=False: a text longer than the model's context is the normal case here
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-    with panics_are_errors("this text"):
-        ids: list[int] = tokenizer(text, **options)["input_ids"]
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
+
+
+# ---- calibration -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Windows of tokens that a model is calibrated on.
+
+    Attributes
+    ----------
+    tokens
+        Token ids, (samples, seqlen) int64.
+    source
+        Where they come from, in words.
+    seed
+        The seed that chose the windows; None where none did.
+    seen
+        What recognizes the text that they are from, none of which is ever to be scored; by default
+        what recognizes the windows.
+    begins_with, ends_with
+        Special tokens of each window, as they are written, such as ``<s>``.
+    """
+
+    tokens: Tensor
+    source: str
+    seed: int | None
+    seen: Seen | None = None
+    begins_with: str = ""
+    ends_with: str = ""
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens per window."""
+        return self.tokens.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what reports say: the source, by what it is recognized, and what was drawn."""
+        return {
+            "source": self.source,
+            "seen": dataclasses.asdict(self.seen or Seen.of(self.fingerprints())),
+            "samples": self.samples,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+            "begins_with": self.begins_with,
+            "ends_with": self.ends_with,
+        }
+
+    def fingerprints(self) -> Fingerprints:
+        """Return a hash of each run of 32 tokens in a window."""
+        return fingerprints_of_runs(self.tokens)
+
+    def sentence(self) -> str:
+        """Say what there is."""
+        ends = [("begins with", self.begins_with), ("ends with", self.ends_with)]
+        special = " and ".join(f"{where} {tokens}" for where, tokens in ends if tokens)
+        return (
+            f"{pluralize(self.samples, 'window')} of {pluralize(self.seqlen, 'token')} of "
+            f"{self.source}, {'' if self.seed is None else f'seed {self.seed}, '}"
+            + (f"each {special}" if special else "without special tokens")
+        )
+
+
+def load_calibration(
+    spec: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 32,
+    seqlen: int = DEFAULT_SEQLEN,
+    seed: int = 0,
+    overlapping: bool = True,
+) -> CalibrationSet:
+    """Cut windows from a text, as `text_windows` does.
+
+    Parameters
+    ----------
+    spec
+        A plain text file; a list of texts; a ``datasets.Dataset`` with a column `text`; or the name
+        of such a data set of the Hugging Face hub, as ``NAME`` or ``NAME:CONFIG``, of whose
+        training split the first rows are streamed.
+    tokenizer, samples, seqlen, seed, overlapping
+        As of `text_windows`.
+
+    Raises
+    ------
+    DataError
+        If the text is missing, unreadable, or shorter than one window.
+    OptionError
+        If something is of a wrong type, or a number is out of range.
+    MissingDependency
+        If a data set of the hub is asked for and ``datasets`` is not installed.
+    """
+    _check_windows(samples, seqlen, seed)
+    text, source = _text_of(spec, samples * seqlen * _CHARACTERS_PER_TOKEN)
+    return text_windows(
+        tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source,
+        overlapping=overlapping,
+    )  # fmt: skip
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str = "text",
+    overlapping: bool = True,
+) -> CalibrationSet:
+    """Cut random windows from a text.
+
+    Windows are in the order of the text and share no token, at uniformly random places. Where the
+    text is shorter than all of them together they must overlap: its possible starts are divided
+    into as many stretches as windows, one start is drawn from each, and the source says so. Each
+    begins and ends with the special tokens that the tokenizer puts before and after a text.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer of the model to calibrate.
+    text
+        Plain text.
+    samples
+        Windows wanted.
+    seqlen
+        Tokens per window, with its special tokens.
+    seed
+        The same seed gives the same windows.
+    source
+        Where the text comes from, in words.
+    overlapping
+        Whether they may overlap where they must.  Otherwise there are as many as the text has room
+        for, and the source says so.
+
+    Raises
+    ------
+    DataError
+        If the text is shorter than one window.
+    OptionError
+        If a number is out of range, or the tokenizer is none of transformers.
+    """
+    _check_windows(samples, seqlen, seed)
+    tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
+    length = seqlen - len(before) - len(after)
+    if length < 1:
+        raise DataError(
+            f"a window of {pluralize(seqlen, 'token')} has room for none of the text, since the "
+            f"tokenizer puts {len(before) + len(after)} around it; give longer ones (--seqlen)"
+        )
+    if len(tokens) < length:
+        raise DataError(
+            f"calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than one "
+            f"window of {length}; give a longer text or a smaller window length (--seqlen)"
+        )
+    if len(tokens) < samples * length and not overlapping:
+        samples = len(tokens) // length
+        source += f", as many as its {pluralize(len(tokens), 'token')} have room for"
+    elif len(tokens) < samples * length:
+        windows_of = "overlapping window" if samples > 1 else "window"
+        source += f", {pluralize(samples, windows_of)} from {pluralize(len(tokens), 'token')}"
+    starts = _window_starts(len(tokens), samples, length, seed)
+    cut = tokens[starts[:, None] + torch.arange(length)]
+    windows = torch.cat([before.expand(samples, -1), cut, after.expand(samples, -1)], dim=1)
+    written = (_as_words(tokenizer, before), _as_words(tokenizer, after))
+    seen = Seen.of(fingerprints_of_runs(tokens))
+    return CalibrationSet(windows, source, seed, seen, *written)
+
+
+def _check_windows(samples: Any, seqlen: Any, seed: Any) -> None:
+    whole_number(samples, "the number of windows (--samples)", 1)
+    whole_number(seqlen, "the number of tokens in a window (--seqlen)", 1)
+    whole_number(seed, "the seed (--seed)", 0)
+
+
+def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
+    random = torch.rand(
+        samples, generator=named_generator("calibration windows", seed), dtype=torch.float64
+    )
+    slack = tokens - samples * seqlen
+    if slack >= 0:  # spread what no window covers over the gaps before, between and after them
+        return torch.arange(samples) * seqlen + (random.sort().values * (slack + 1)).long()
+    positions = tokens - seqlen + 1
+    starts = (torch.arange(samples) + random) * (positions / samples)
+    return starts.long().clamp_(max=positions - 1)
+
+
+# ---- what is scored ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,15 +420,18 @@ class TextSet:
         DataError
             If the text has fewer than two tokens.
         """
-        check_tokenizer(tokenizer)
-        if windows is not None:
-            whole_number(windows, "the number of windows to score (--windows)", 1)
+        for number, what in (
+            (windows, "the number of windows to score (--windows)"),
+            (seqlen, "the number of tokens in a window (--seqlen)"),
+        ):
+            if number is not None:
+                whole_number(number, what, 1)
         tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
         if len(tokens) < 2:
             raise DataError(
                 f"the text has {pluralize(len(tokens), 'token')}; scoring needs at least 2"
             )
-        written = as_words(tokenizer, before)
+        written = _as_words(tokenizer, before)
         return cls(source, text, tokens, before, after, written, windows, seqlen)
 
     def fingerprints(self) -> Fingerprints:
@@ -202,9 +448,9 @@ class TextSet:
         """
         limit = min(context_length(model) or DEFAULT_SEQLEN for model in models)
         length = min(limit, DEFAULT_SEQLEN) if self.seqlen is None else self.seqlen
-        if not isinstance(length, int) or not 2 <= length <= limit:
+        if not 2 <= length <= limit:
             raise OptionError(
-                f"a window of {safe_repr(length)} tokens does not fit this model; give from 2 to "
+                f"a window of {length} tokens does not fit this model; give from 2 to "
                 f"{limit}, which is its context (--seqlen)"
             )
         room = length - len(self.before)
@@ -240,7 +486,7 @@ class TextSet:
 
 
 def load_text(
-    spec: str | Path | None,
+    spec: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     windows: int | None = None,
@@ -251,8 +497,7 @@ def load_text(
     Parameters
     ----------
     spec
-        A file of plain text; None is the held-out part of the text that ships with Python, which
-        neither trained the demo model nor calibrates anything.
+        A file of plain text; a list of texts; or a ``datasets.Dataset`` with a column `text`.
     tokenizer
         That of the models that are scored.
     windows
@@ -267,15 +512,5 @@ def load_text(
     OptionError
         If the tokenizer is none of transformers, or a number is out of range.
     """
-    text = builtin_text(Split.HELD_OUT) if spec is None else read_text(spec)
-    source = "built-in held-out text" if spec is None else str(spec)
+    text, source = _text_of(spec, None)
     return TextSet.of(tokenizer, text, windows=windows, seqlen=seqlen, source=source)
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is no tokenizer of transformers (OptionError)."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise OptionError(
-            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
-            "belongs to the model"
-        )

@@ -13,7 +13,7 @@ from torch import nn
 from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.data.loaders import read_once
 from osscar.data.samples import IGNORED, SampleSet
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.evaluation.quality import SampleQuality, TextQuality, score
 from osscar.network.modules import check_usable
 from osscar.offload.on_disk import is_on_disk

@@ -5,55 +5,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint import directory as checkpoint
-from osscar.data.preprocessing import AnyPreprocessing, OwnTransform, Preprocessing
+from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import hub_is_reachable
-from osscar.models.preprocessing import of_the_run, recorded_example
+from osscar.models.preprocessing import of_directory, recorded_example
 from osscar.proof.lineage import lineage_of, stored_dtype
 
 _PROCESSOR_FILE = "preprocessor_config.json"
 
-_TOLERANCE = 0.05
-"""Of normalized pixels, in the mean: resizing differs between libraries by the rounding of pixels,
-and other numbers by tenths."""
-
 
 def load_classifier(name: str) -> LoadedModel:
-    """Load an image classifier of transformers with the preprocessing of its image processor.
+    """Load an image classifier of transformers with its image processor.
 
     It has the number format that is stored.
     """
     path = Path(name).expanduser()
-    if not path.is_dir():
-        return _of_hub(name)
-    model: Any = checkpoint.load(path)
+    local = path.is_dir()
+    if local:
+        model: Any = checkpoint.load(path)
+        processor = _processor(name, True) if (path / _PROCESSOR_FILE).is_file() else None
+    else:
+        offline = not hub_is_reachable()
+        model, processor = _of_hub(name, offline), _processor(name, offline)
     lineage = lineage_of(model)
-    has_processor = (path / _PROCESSOR_FILE).is_file()
-    pruned_with = recorded_example(path, lineage.inputs)
-    processor = _processor(name, local=True) if has_processor else None
-    brought = None if processor is None else _steps_of(processor, name)
+    transform = None if processor is None else _transform(processor)
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    numbered = any(name == f"LABEL_{i}" for i, name in enumerate(names))
     return LoadedModel(
         model=model,
-        example=pruned_with,
-        source=f"directory {path}",
-        path=path,
+        source=f"directory {path}" if local else f"Hugging Face {name}",
+        path=path if local else None,
         stored_dtype=stored_dtype(model),
-        preprocessing=of_the_run(path, lineage, brought, pruned_with),
+        example=recorded_example(path, lineage.inputs) if local else None,
+        preprocessing=of_directory(path, lineage, transform) if local else transform,
         processor=processor,
-        classes=lineage.classes or _classes(model),
+        classes=lineage.classes or (() if numbered else tuple(names)),
     )
 
 
-def _of_hub(name: str) -> LoadedModel:
-    local = not hub_is_reachable()
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+def _of_hub(name: str, offline: bool) -> Any:
+    options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
     try:
         # Without its config the model would be asked for in vain for half a minute.
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -76,29 +73,13 @@ def _of_hub(name: str) -> LoadedModel:
             f"Hugging Face {name} lacks {len(missing)} of the model's weights, such as "
             f"{missing[0]!r}; give a checkpoint of a classifier"
         )
-    processor = _processor(name, local)
-    return LoadedModel(
-        model=model.eval(),
-        source=f"Hugging Face {name}",
-        path=None,
-        stored_dtype=stored_dtype(model),
-        preprocessing=_steps_of(processor, name),
-        processor=processor,
-        classes=_classes(model),
-    )
+    return model.eval()
 
 
-def _classes(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the classes, where the config has more than numbers."""
-    config: Any = model.config
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    return () if any(name == f"LABEL_{i}" for i, name in enumerate(names)) else tuple(names)
-
-
-def _processor(name: str, local: bool) -> Any:
+def _processor(name: str, offline: bool) -> Any:
     try:
         return transformers.AutoImageProcessor.from_pretrained(
-            name, local_files_only=local, trust_remote_code=False
+            name, local_files_only=offline, trust_remote_code=False
         )
     except Exception as error:  # of a file that is damaged, whatever it meets
         let_shortage_pass(error)
@@ -108,67 +89,10 @@ def _processor(name: str, local: bool) -> Any:
         ) from error
 
 
-def _steps_of(processor: Any, name: str) -> AnyPreprocessing:
-    """Return what an image processor does: its numbers, if they say it all, else itself."""
-
+def _transform(processor: Any) -> Transform:
     def processed(image: Any) -> Tensor:
         pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    known = _numbers(processor)
-    if known is not None and _alike(known, processed):
-        return known
     steps = " ".join(processor.to_json_string().split())
-    return OwnTransform(processed, f"the {type(processor).__name__} of {name}", f"{steps:.500}")
-
-
-def _numbers(processor: Any) -> Preprocessing | None:
-    """Read the numbers of a processor; None where they are others than `Preprocessing` has."""
-    from PIL import Image
-
-    size, crop = (_side(getattr(processor, key, None)) for key in ("size", "crop_size"))
-    cropped = getattr(processor, "do_center_crop", False)
-    resized = getattr(processor, "do_resize", False)
-    target = crop if cropped else size
-    if target is None or not (size if resized else crop):
-        return None
-    normalized = getattr(processor, "do_normalize", False)
-    mean, std = (
-        tuple(getattr(processor, key)) if normalized else (number,)
-        for key, number in (("image_mean", 0.0), ("image_std", 1.0))
-    )
-    resample = getattr(processor, "resample", None)
-    return Preprocessing(
-        resize=size if resized else crop,
-        crop=target,
-        mean=mean,
-        std=std,
-        interpolation=None if resample is None else Image.Resampling(int(resample)).name.lower(),
-        channels=3,
-    )
-
-
-def _side(size: Any) -> Any:
-    """Return a size as `Preprocessing` has it: the shorter side, or height and width."""
-    if size is None:
-        return None
-    shorter, height, width = (_entry(size, key) for key in ("shortest_edge", "height", "width"))
-    return shorter or ((height, width) if height and width else None)
-
-
-def _entry(size: Any, key: str) -> int | None:
-    found = size.get(key) if isinstance(size, dict) else getattr(size, key, None)
-    return None if found is None else int(found)
-
-
-def _alike(known: Preprocessing, processed: Any) -> bool:
-    """Whether numbers lead to what a processor makes of an image."""
-    from PIL import Image
-
-    drawn = torch.rand(11, 9, 3, generator=torch.Generator().manual_seed(0)) * 255
-    for size in ((300, 420), (64, 48)):
-        image = Image.fromarray(drawn.byte().numpy()).resize(size, Image.Resampling.BICUBIC)
-        mine, theirs = known.transform()(image), processed(image)
-        if mine.shape != theirs.shape or not float((mine - theirs).abs().mean()) <= _TOLERANCE:
-            return False
-    return True
+    return Transform(processed, type(processor).__name__, f"{steps:.500}")

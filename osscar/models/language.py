@@ -38,15 +38,20 @@ from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest, rea
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.checkpoint.validation import check_config
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO, DEMO_SOURCE, HUB_ID, REGISTERED, hub_is_reachable
+from osscar.models.names import (
+    DEMO,
+    DEMO_DIRECTORY,
+    DEMO_SOURCE,
+    HUB_ID,
+    REGISTERED,
+    hub_is_reachable,
+)
 from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
 from osscar.models.wheels import PACKAGED_MODELS, fetch
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
 from osscar.network.tensor_files import read_headers
 from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE, lineage_of, note
-
-DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 
 
 def load_language_model(

@@ -1,11 +1,9 @@
-"""Models of torchvision and timm by name, with what their weights say of images."""
+"""Models of torchvision and timm by name, with what their libraries do to images."""
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from osscar.base.errors import ModelError, first_line
 from osscar.base.optional import import_timm, import_torchvision
 from osscar.checkpoint.builders import TimmOrigin, TorchvisionOrigin
 from osscar.data.batches import Batch, named_inputs
-from osscar.data.preprocessing import AnyPreprocessing, OwnTransform, Preprocessing
+from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.weights import fill, read_state, renamed
 from osscar.network.detectors import DetectorNetwork
@@ -28,99 +26,68 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 }
 """What torchvision sets for its own weights beyond the defaults."""
 
-_FRAMES = 16
-"""Of a clip, as most video models of torchvision were trained."""
-
-_FLOW_SIDE = 128
-"""The least height and width of what models of optical flow read."""
+_FRAMES, _FLOW_SIDE = 16, 128
+"""Frames of a clip for a video model, and the least side of images for one of optical flow."""
 
 
 def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
     """Load ``LIBRARY:NAME`` with weights of a file, of its library, or none that were trained."""
-    library, _, own_name = name.partition(":")
-    load = _from_timm if library == TimmOrigin.library else _from_torchvision
-    loaded = load(own_name, weights, pretrained)
-    if weights is not None or pretrained:
-        return loaded
-    source = f"{loaded.source}, freshly initialized weights"
-    return replace(loaded, source=source, drawn=1.0)
-
-
-def preprocessing_of(origin: TorchvisionOrigin, model: nn.Module) -> AnyPreprocessing | None:
-    """Return what the library does to images for the weights of a name; None if to no images."""
-    if isinstance(origin, TimmOrigin):
-        return _of_timm(model, origin.name)
-    if isinstance(model, DetectorNetwork):
-        return _of_detector(model)
-    preset = import_torchvision("models").get_model_weights(origin.name).DEFAULT.transforms()
-    return None if _task(origin.name) in _EXAMPLES else Preprocessing.of(preset)
-
-
-def _check_known(name: str, known: list[str], library: str) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        listing = "torchvision.models" if library == TorchvisionOrigin.library else library
-        hint = f"did you mean {' or '.join(close)}" if close else f"see {listing}.list_models()"
-        raise ModelError(f"{library} has no model {name!r}; {hint}{'?' if close else ''}")
-
-
-# ---- torchvision -------------------------------------------------------------------------
-
-
-def _from_torchvision(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
-    models = import_torchvision("models")
-    _check_known(name, models.list_models(), "torchvision")
-    if _task(name) == "quantization":
+    library, _, own = name.partition(":")
+    if library == TimmOrigin.library:
+        _check_known_of_timm(own)
+        origin: TorchvisionOrigin = TimmOrigin(own)
+    else:
+        _check_known(own, import_torchvision("models").list_models(), library)
+        origin = TorchvisionOrigin(own, dict(_OPTIONS.get(own, {})))
+    task = _task(origin)
+    if task == "quantization":
         raise ModelError(
-            f"torchvision's {name!r} is for quantized weights, which cannot be refitted; prune "
-            f"torchvision:{name.removeprefix('quantized_')}, and quantize what comes of it"
+            f"torchvision's {own!r} is for quantized weights, which cannot be refitted; prune "
+            f"torchvision:{own.removeprefix('quantized_')}, and quantize what comes of it"
         )
-    preset = models.get_model_weights(name).DEFAULT
     state = None
     if weights is not None:
         state = read_state(weights)
     elif pretrained:
-        state = _fetched(name, preset)
-    dense = TorchvisionOrigin(name, dict(_OPTIONS.get(name, {})))
-    model = _filled(dense, state, str(weights or preset))
-    origin = lineage_of(model).origin
-    # Weights of the same name for other classes have the number of these in their options.
-    of_preset = origin is None or "num_classes" not in origin.options
+        state = _fetched(origin)
+    model = _filled(origin, state, str(weights or name))
+    random = weights is None and not pretrained
     return LoadedModel(
         model=model,
-        example=_EXAMPLES[_task(name)](model, preset) if _task(name) in _EXAMPLES else None,
-        source=f"torchvision {name}",
+        example=_clips_or_pairs(task, origin, model),
+        source=f"{library} {own}{', freshly initialized weights' if random else ''}",
         path=None,
         stored_dtype=stored_dtype(model),
-        preprocessing=preprocessing_of(TorchvisionOrigin(name), model),
-        classes=tuple(preset.meta.get("categories", ())) if of_preset else (),
+        preprocessing=preprocessing_of(origin, model),
+        classes=_classes(origin, model),
+        drawn=1.0 if random else 0.0,
     )
 
 
-def _task(name: str) -> str:
-    """Return the part of `torchvision.models` that a model is in; its file of a classifier."""
-    builder = import_torchvision("models").get_model_builder(name)
-    return str(builder.__module__.split(".")[2])
-
-
-def _clips(model: nn.Module, preset: Any) -> Batch:
-    """Return two clips like those that a video model was trained on."""
-    return named_inputs(model, (torch.zeros(2, 3, _FRAMES, *_square(preset.transforms())),))
-
-
-def _square(preset: Any) -> tuple[int, int]:
-    height, width = (*preset.crop_size, *preset.crop_size)[:2]
-    return int(height), int(width)
-
-
-def _pairs(model: nn.Module, preset: Any) -> Batch:
-    """Return two pairs of frames for a model of optical flow."""
-    frames = torch.zeros(2, 3, _FLOW_SIDE, _FLOW_SIDE)
-    return named_inputs(model, (frames, frames))
-
-
-_EXAMPLES = {"video": _clips, "optical_flow": _pairs}
-"""Inputs of what reads no single images, by its task."""
+def preprocessing_of(origin: TorchvisionOrigin, model: nn.Module) -> AnyPreprocessing | None:
+    """Return what the library does to images for the weights of a name; None if to no images."""
+    source = f"{origin.library} {origin.name}"
+    if isinstance(origin, TimmOrigin):
+        data = import_timm("timm.data")
+        config = data.resolve_model_data_config(model)
+        channels = config["input_size"][0]
+        made = data.create_transform(**config, is_training=False)
+        return Transform.of(made, source, channels) if channels in (1, 3) else None
+    if isinstance(model, DetectorNetwork):
+        return _of_detector(model)
+    if _task(origin) in ("video", "optical_flow"):
+        return None
+    preset = _preset(origin).transforms()
+    if hasattr(preset, "crop_size"):
+        return Transform.of(preset, source)
+    size = int(preset.resize_size[0])  # of segmentation, which cuts nothing: images of one size
+    return Preprocessing(
+        resize=size,
+        crop=size,
+        mean=tuple(map(float, preset.mean)),
+        std=tuple(map(float, preset.std)),
+        interpolation=preset.interpolation.value,
+    )
 
 
 def _of_detector(model: DetectorNetwork) -> Preprocessing:
@@ -133,22 +100,62 @@ def _of_detector(model: DetectorNetwork) -> Preprocessing:
         crop=size,
         mean=tuple(map(float, transform.image_mean)),
         std=tuple(map(float, transform.image_std)),
-        interpolation="bilinear",
         channels=3,
     )
 
 
-def _fetched(name: str, preset: Any) -> dict[str, Tensor]:
+def _check_known(name: str, known: list[str], library: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see its list_models()"
+        raise ModelError(f"{library} has no model {name!r}; {hint}")
+
+
+def _check_known_of_timm(name: str) -> None:
+    timm, bare = import_timm(), name.partition(".")[0]
+    _check_known(bare, timm.list_models(), "timm")
+    if name != bare:
+        _check_known(name, timm.list_pretrained(f"{bare}.*"), "timm")
+
+
+def _task(origin: TorchvisionOrigin) -> str:
+    """Return the part of `torchvision.models` that a model is in; its file of a classifier."""
+    if isinstance(origin, TimmOrigin):
+        return "classification"
+    builder = import_torchvision("models").get_model_builder(origin.name)
+    return str(builder.__module__.split(".")[2])
+
+
+def _preset(origin: TorchvisionOrigin) -> Any:
+    return import_torchvision("models").get_model_weights(origin.name).DEFAULT
+
+
+def _clips_or_pairs(task: str, origin: TorchvisionOrigin, model: nn.Module) -> Batch | None:
+    """Return two clips for a video model, or two pairs of frames for one of optical flow."""
+    if task == "video":
+        crop = _preset(origin).transforms().crop_size
+        height, width = (*crop, *crop)[:2]
+        return named_inputs(model, (torch.zeros(2, 3, _FRAMES, int(height), int(width)),))
+    if task == "optical_flow":
+        return named_inputs(model, (torch.zeros(2, 3, _FLOW_SIDE, _FLOW_SIDE),) * 2)
+    return None
+
+
+def _fetched(origin: TorchvisionOrigin) -> dict[str, Tensor]:
     try:
-        state: dict[str, Tensor] = preset.get_state_dict(
+        if isinstance(origin, TimmOrigin):
+            model: nn.Module = import_timm().create_model(origin.name, pretrained=True)
+            return model.state_dict()
+        state: dict[str, Tensor] = _preset(origin).get_state_dict(
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
         )
-    except (OSError, RuntimeError) as error:  # no connection; or a file that is not what was asked
+        return renamed(state)
+    except Exception as error:  # of the hub's library, whatever it meets without a connection
+        url = f" from {_preset(origin).url}" if origin.library == "torchvision" else ""
         raise ModelError(
-            f"torchvision's weights of {name!r} cannot be fetched ({error}): connect, or get "
-            f"{preset.url} elsewhere and give it as --weights FILE"
+            f"{origin.library}'s weights of {origin.name!r} cannot be fetched{url} "
+            f"({first_line(error):.300}): connect, or give them as --weights FILE"
         ) from error
-    return renamed(state)
 
 
 def _filled(origin: TorchvisionOrigin, state: dict[str, Tensor] | None, source: str) -> nn.Module:
@@ -176,66 +183,14 @@ def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-# ---- timm --------------------------------------------------------------------------------
-
-
-def _from_timm(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
-    timm = import_timm()
-    bare = name.partition(".")[0]
-    _check_known(bare, timm.list_models(), "timm")
-    if name != bare:
-        _check_known(name, timm.list_pretrained(f"{bare}.*"), "timm")
-    state = None
-    if weights is not None:
-        state = read_state(weights)
-    elif pretrained:
-        state = _fetched_by_timm(timm, name)
-    model = _filled(TimmOrigin(name), state, str(weights or f"timm {name}"))
-    return LoadedModel(
-        model=model,
-        source=f"timm {name}",
-        path=None,
-        stored_dtype=stored_dtype(model),
-        preprocessing=_of_timm(model, name),
-        classes=_classes_of_timm(model),
-    )
-
-
-def _fetched_by_timm(timm: Any, name: str) -> dict[str, Tensor]:
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the hub's library, whatever it meets without a connection
-        raise ModelError(
-            f"timm's weights of {name!r} cannot be fetched ({first_line(error):.300}): connect, or "
-            "get them elsewhere and give them as --weights FILE"
-        ) from error
-    return model.state_dict()
-
-
-def _of_timm(model: nn.Module, name: str) -> AnyPreprocessing | None:
-    """Return what timm does to images for the weights of a name, as its config says it."""
-    data = import_timm("timm.data")
-    config = data.resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    if channels not in (1, 3):
-        return None
-    if config["crop_mode"] == "border" or (config["crop_mode"] == "center" and height != width):
-        transform = data.create_transform(**config, is_training=False)
-        return OwnTransform.of(transform, f"timm {name}")
-    resized = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
-    return Preprocessing(
-        resize=resized if config["crop_mode"] == "squash" else resized[0],
-        crop=(height, width),
-        mean=tuple(map(float, config["mean"])),
-        std=tuple(map(float, config["std"])),
-        interpolation=config["interpolation"],
-        channels=channels,
-    )
-
-
-def _classes_of_timm(model: Any) -> tuple[str, ...]:
-    """Return the names of ImageNet's classes, as its folders have them, if it has those."""
-    data = import_timm("timm.data")
-    subset = data.infer_imagenet_subset(model)
-    names = data.ImageNetInfo(subset).label_names() if subset else ()
-    return tuple(names) if len(names) == model.num_classes else ()
+def _classes(origin: TorchvisionOrigin, model: Any) -> tuple[str, ...]:
+    """Return the names of a model's classes, if they are those of its library's weights."""
+    if isinstance(origin, TimmOrigin):
+        data = import_timm("timm.data")
+        subset = data.infer_imagenet_subset(model)
+        names = data.ImageNetInfo(subset).label_names() if subset else ()
+        return tuple(names) if len(names) == model.num_classes else ()
+    built = lineage_of(model).origin
+    # Weights for other classes have the number of these in their options.
+    of_preset = built is None or "num_classes" not in built.options
+    return tuple(_preset(origin).meta.get("categories", ())) if of_preset else ()

@@ -73,10 +73,9 @@ def load_model(
         too.  On a GPU it is the GPU's memory that counts, as far as torch has reserved it for this
         process.
     preprocessing
-        What is done to an image: an `osscar.Preprocessing`, a classification preset of torchvision,
-        or a function from a PIL image to a tensor.  What it states takes the place of what the
-        model brings, with a warning where that is something else.  By default what a directory
-        records, what the code returns, and what belongs to the weights.
+        What is done to an image: a function from a PIL image to a tensor, or an
+        `osscar.Preprocessing`.  By default what the library of the weights does, what the code
+        returns, or what a directory records.
 
     Raises
     ------
@@ -93,8 +92,8 @@ def load_model(
     OptionError
         If the device or number format is not available; or if something is given that does not go
         with the model: weights for one that brings its own, a dense model for one that needs none,
-        a limit of memory for one that is not read from disk, preprocessing for one that reads text
-        or brings its own function; or the limit is no size.
+        a limit of memory for one that is not read from disk, preprocessing for one that reads text;
+        or the limit is no size.
     FileError
         If a file of a directory is damaged or cut off.
     MissingDependency
@@ -103,9 +102,8 @@ def load_model(
     Warns
     -----
     UserWarning
-        If weights are left out or were drawn, or are one entry of their file, the tokenizer has far
-        fewer tokens than the model, images are prepared in another way than the model brings, or
-        the directory bears the name of another model.
+        If weights are left out or were drawn, or are one entry of their file, or the tokenizer has
+        far fewer tokens than the model.
     """
     text = file_name(name, "the model", "its name or directory")
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, has_images, load_images
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
-from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, OwnTransform, Preprocessing
-from osscar.data.samples import SampleSet, TensorSet, columns_of
+from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, Transform, check_stated
+from osscar.data.samples import SampleSet, TensorSet
 from osscar.data.tensor_files import holds_images, load_tensors
-from osscar.data.text import DEFAULT_SEQLEN, TextSet, load_text
-from osscar.data.tokens import CalibrationSet, load_calibration
-from osscar.models.names import DEMO_SOURCE
+from osscar.data.text import (
+    DEFAULT_SEQLEN,
+    CalibrationSet,
+    TextSet,
+    is_text,
+    load_calibration,
+    load_text,
+)
+from osscar.models.names import DEMO_CALIBRATION, DEMO_COMMAND, DEMO_HELD_OUT, DEMO_SOURCE
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
 from osscar.proof.lineage import lineage_of
@@ -85,7 +91,7 @@ class LoadedModel:
 
     def calibration(
         self,
-        spec: Any,
+        spec: Any = None,
         *,
         samples: int | None = None,
         seqlen: int | None = None,
@@ -96,11 +102,11 @@ class LoadedModel:
         Parameters
         ----------
         spec
-            For a language model as `osscar.load_calibration` takes it; None, which is the built-in
-            text, only for the demo.  For any other a directory of images, or an ``.npz`` file, or
-            ``FILE.npz:PART`` for a part of one; or a file of tensors, as `osscar.load_tensors`
-            takes it.  Or what is at hand: a ``datasets.Dataset`` of text, a data set of images of
-            PIL, or anything that `osscar.load_batches` takes.
+            For a language model as `osscar.load_calibration` takes it; the demo, and what was
+            pruned from it, have a text of their own.  For any other model a directory or ``.npz``
+            file of images, or a file of tensors, as `osscar.load_tensors` takes it.  For either,
+            what is at hand: images as `osscar.load_images` takes them, or anything that
+            `osscar.load_batches` takes.
         samples
             How many; by default 32 windows, or 256 images or samples.
         seqlen
@@ -112,8 +118,8 @@ class LoadedModel:
         Raises
         ------
         DataError
-            If text is missing, unreadable, or shorter than one window; if there are no images, or
-            one of them cannot be decoded; or if this Python lacks the built-in text.
+            If text is missing, unreadable, or shorter than one window; or if there are no images,
+            or one of them cannot be decoded.
         FileError
             If tensors cannot be read, or do not fit the model.
         OptionError
@@ -122,48 +128,32 @@ class LoadedModel:
         MissingDependency
             If ``datasets`` is needed and not installed.
         """
-        if not (spec is None or isinstance(spec, str | Path)):
-            return self._at_hand(spec, samples, seqlen, seed)
-        if self.tokenizer is not None:
-            self.check_text(spec, "--calibration")
-            samples = DEFAULT_WINDOWS if samples is None else samples
+        named = spec is None or isinstance(spec, str | Path)
+        if self.tokenizer is not None and (named or is_text(spec)):
             length = self._window_length() if seqlen is None else seqlen
-            return load_calibration(spec, self.tokenizer, samples=samples, seqlen=length, seed=seed)
+            count = DEFAULT_WINDOWS if samples is None else samples
+            return self._windows(spec, "--calibration", count, length, seed, overlapping=True)
         if seqlen is not None:
-            raise OptionError(f"{self.source} reads no text, which --seqlen is for; omit it")
+            raise OptionError(f"--seqlen is {seqlen}, and the data are no text; omit it")
         if spec is None:
             raise DataError(
                 f"{self.source} reads no text: give --calibration a directory of images, an .npz "
                 f"file of them, or {self._tensors_in_words()}"
             )
-        images = holds_images(spec, self.model, self.stated)
-        data: SampleSet = self.images(spec) if images else self.tensors(spec)
+        if has_images(spec) if not named else holds_images(spec, self.model, self.stated):
+            data: SampleSet = self.images(spec)
+        elif named:
+            data = self.tensors(spec)
+        else:
+            self._check_no_images_stated(f"a {type(spec).__name__}")
+            return load_batches(spec, self.model, samples=samples, seed=seed)
         return data.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
-
-    def _at_hand(
-        self, data: Any, samples: int | None, seqlen: int | None, seed: int
-    ) -> CalibrationSet | SampleSet:
-        """Read data that are no name: the text of a data set, images, or batches."""
-        if self.tokenizer is not None and "text" in columns_of(data):
-            count = DEFAULT_WINDOWS if samples is None else samples
-            length = self._window_length() if seqlen is None else seqlen
-            return load_calibration(data, self.tokenizer, samples=count, seqlen=length, seed=seed)
-        if seqlen is not None:
-            raise OptionError(
-                f"seqlen is {seqlen}, and a {type(data).__name__} has samples of its own length; "
-                "omit it"
-            )
-        if has_images(data):
-            images = self.images(data)
-            return images.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
-        self._check_no_images_stated(f"a {type(data).__name__}")
-        return load_batches(data, self.model, samples=samples, seed=seed)
 
     def training(
         self,
         *,
-        text: str | Path | None = None,
-        images: str | Path | None = None,
+        text: Any = None,
+        images: Any = None,
         inputs: str | Path | None = None,
         windows: int,
         samples: int | None = None,
@@ -174,10 +164,8 @@ class LoadedModel:
 
         Parameters
         ----------
-        text
-            As `osscar.load_calibration` takes it, for a language model.
-        images, inputs
-            For any other: as `osscar.load_images` and `osscar.load_tensors` take them.
+        text, images, inputs
+            As `osscar.load_calibration`, `osscar.load_images` and `osscar.load_tensors` take them.
         windows
             How many windows there are unless the caller says otherwise; fewer where the text has no
             room for them.
@@ -194,21 +182,13 @@ class LoadedModel:
         DataError, FileError, OptionError, MissingDependency
             As of `calibration`.
         """
+        self._check_given(text or seqlen, images, inputs)
         if self.tokenizer is not None:
-            self._check_text_alone(images, inputs)
             if seqlen is None:
                 known = (one.seqlen for one in reversed(lineage_of(self.model).calibration))
                 seqlen = next(filter(None, known), self._window_length())
-            return load_calibration(
-                text,
-                self.tokenizer,
-                samples=windows if samples is None else samples,
-                seqlen=seqlen,
-                seed=seed,
-                overlapping=False,
-            )
-        if text is not None or seqlen is not None:
-            raise OptionError(f"{self.source} reads no text: omit text and --seqlen")
+            count = windows if samples is None else samples
+            return self._windows(text, "--text", count, seqlen, seed, overlapping=False)
         data = self._samples(images, inputs)
         if data is None:
             raise DataError(
@@ -220,8 +200,8 @@ class LoadedModel:
     def held_out(
         self,
         *,
-        text: str | Path | None = None,
-        images: str | Path | None = None,
+        text: Any = None,
+        images: Any = None,
         inputs: str | Path | None = None,
         windows: int | None = None,
         seqlen: int | None = None,
@@ -231,39 +211,59 @@ class LoadedModel:
         Parameters
         ----------
         text, windows, seqlen
-            As `osscar.load_text` takes them, for a language model.
-        images
-            Images, as `osscar.load_images` takes them.
-        inputs
-            A file of tensors, as `osscar.load_tensors` takes it.
+            As `osscar.load_text` takes them; the demo, and what was pruned from it, have a text of
+            their own.
+        images, inputs
+            As `osscar.load_images` and `osscar.load_tensors` take them.
 
         Raises
         ------
-        DataError
-            If the text is missing, unreadable, or too short; or if there are no images, or one of
-            them cannot be decoded.
-        FileError
-            If tensors cannot be read, or do not fit the model.
-        OptionError
-            If something is given that the model does not read, or two things are; or nothing states
-            what is done to an image, or something does and the data are tensors.
+        DataError, FileError, OptionError
+            As of `calibration`; and if data are given that the model does not read.
         """
-        if self.tokenizer is not None:
-            self._check_text_alone(images, inputs)
+        self._check_given(text or windows or seqlen, images, inputs)
+        if self.tokenizer is None:
+            return self._samples(images, inputs)
+        if text is not None:
             return load_text(text, self.tokenizer, windows=windows, seqlen=seqlen)
-        if text is not None or windows is not None or seqlen is not None:
-            raise OptionError(f"{self.source} reads no text: omit --text, --windows and --seqlen")
-        return self._samples(images, inputs)
+        file = self._own_text(DEMO_HELD_OUT, "--text")
+        found = load_text(file, self.tokenizer, windows=windows, seqlen=seqlen)
+        return replace(found, source="the demo's held-out text")
+
+    def _windows(
+        self, text: Any, option: str, samples: int, seqlen: int, seed: int, *, overlapping: bool
+    ) -> CalibrationSet:
+        """Cut windows from the text that is given, or from the demo's own."""
+        spec = self._own_text(DEMO_CALIBRATION, option) if text is None else text
+        found = load_calibration(
+            spec, self.tokenizer, samples=samples, seqlen=seqlen, seed=seed, overlapping=overlapping
+        )
+        if text is not None:
+            return found
+        return replace(found, source=found.source.replace(str(spec), "the demo's calibration text"))
+
+    def _own_text(self, text: Path, option: str) -> Path:
+        """Return a text of the demo, or refuse to do without one for any other model."""
+        if lineage_of(self.model).source not in (DEMO_SOURCE, DEMO_COMMAND):
+            raise DataError(
+                f"give {option} a text like what {self.source} will read, such as text.txt"
+            )
+        return text
 
     def _window_length(self) -> int:
         return min(DEFAULT_SEQLEN, context_length(self.model) or DEFAULT_SEQLEN)
 
-    def _check_text_alone(self, images: object, inputs: object) -> None:
-        if images is not None or inputs is not None:
+    def _check_given(self, text: object, images: object, inputs: object) -> None:
+        """Refuse data of another kind than the model reads."""
+        if self.tokenizer is not None and (images is not None or inputs is not None):
             raise OptionError(f"{self.source} reads text, not images: omit --images and --inputs")
+        if self.tokenizer is None and text is not None:
+            raise OptionError(
+                f"{self.source} reads no text: omit --text, --seqlen and what else is for text"
+            )
 
-    def _samples(self, images: str | Path | None, inputs: str | Path | None) -> SampleSet | None:
-        """Read samples of one sort or the other; None if none are given."""
+    def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
+        """Read samples of one kind or the other; None if none are given."""
         if images is not None and inputs is not None:
             raise OptionError("--images and --inputs are both given; give one of them")
         if images is not None:
@@ -293,14 +293,6 @@ class LoadedModel:
         self._check_no_images_stated(spec)  # of a file that is there
         return found
 
-    def check_text(self, text: Any, option: str) -> None:
-        """Refuse to do without a text; only the demo has its own."""
-        if text is None and self.source != DEMO_SOURCE:
-            raise DataError(
-                f"give {option} a text like what {self.source} will read, such as train.txt; "
-                "'builtin' is documentation of Python, with which most models get far worse"
-            )
-
     def _check_no_images_stated(self, source: str | Path) -> None:
         if self.states_images:
             raise OptionError(
@@ -322,8 +314,8 @@ class LoadedModel:
         OptionError
             If nothing states what is done to an image.
         """
-        preprocessing = self.preprocessing
-        own = isinstance(preprocessing, OwnTransform)
+        own = isinstance(self.preprocessing, Transform)
         if self.example is not None and not own and image_of(self.example) is None:
             raise no_images(self.example, self.source)
-        return load_images(spec, preprocessing or Preprocessing(), reader=self.source)
+        check_stated(self.preprocessing, self.source)
+        return load_images(spec, self.preprocessing)

@@ -19,7 +19,7 @@ from osscar.models.classifiers import load_classifier
 from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import LIBRARIES, ModelKind, kind_of
-from osscar.models.preprocessing import image_of, of_the_run, recorded_example, resolved
+from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.proof.lineage import lineage_of, note, stored_dtype
@@ -118,7 +118,7 @@ def _from_directory(
     return LoadedModel(
         model=model,
         example=example,
-        preprocessing=of_the_run(path, lineage, brought, pruned_with),
+        preprocessing=of_directory(path, lineage, brought),
         source=f"directory {path}",
         path=path,
         stored_dtype=stored_dtype(model),

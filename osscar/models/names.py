@@ -27,6 +27,12 @@ _IMAGE_CLASSIFIER = "ForImageClassification"
 
 DEMO = "demo"
 DEMO_SOURCE = "embedded demo model (OPT)"
+DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
+DEMO_CALIBRATION, DEMO_HELD_OUT = (
+    DEMO_DIRECTORY / name for name in ("calibration.txt", "held_out.txt")
+)
+DEMO_COMMAND = "osscar demo"
+"""Stands as source in a directory that the command wrote, and may replace."""
 
 REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR."""

@@ -13,6 +13,7 @@ from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.base.messages import warn
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
+from osscar.models.preprocessing import image_of
 from osscar.network.modules import in_evaluation
 from solvers.own_code import blamed, importable, imported
 
@@ -49,17 +50,13 @@ def build(name: str) -> _Built:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; {_RETURNS}")
     try:
-        preprocessing = None if transform is None else as_preprocessing(transform, name)
-    except OptionError as error:
-        raise ModelError(str(error)) from error
-    model = in_evaluation(model)
-    try:
-        return model, None if example is None else named_example(model, example), preprocessing
-    except DataError as error:
-        raise ModelError(
-            f"{name} returned example inputs that do not fit: {error} (what is done to an image is "
-            "its third value)"
-        ) from error
+        named = None if example is None else named_example(model, example)
+        image = None if named is None else image_of(named)
+        channels = 3 if image is None else image.shape[1]
+        known = None if transform is None else as_preprocessing(transform, name, channels)
+    except (DataError, OptionError) as error:
+        raise ModelError(f"{name} returned what does not fit: {error}; {_RETURNS}") from error
+    return in_evaluation(model), named, known
 
 
 # ---- whether it loads its weights --------------------------------------------------------

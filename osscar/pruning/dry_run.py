@@ -130,7 +130,7 @@ def estimate_as_asked(
     --------
     >>> import osscar
     >>> loaded = osscar.load_model("demo")
-    >>> calibration = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=64)
+    >>> calibration = loaded.calibration(samples=4, seqlen=64)
     >>> estimate = osscar.estimate(loaded.model, calibration, sparsity=0.5)
     >>> estimate.seconds > 0
     True

@@ -106,7 +106,7 @@ def prune_as_asked(
     --------
     >>> import osscar
     >>> loaded = osscar.load_model("demo")
-    >>> calibration = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=64)
+    >>> calibration = loaded.calibration(samples=4, seqlen=64)
     >>> result = osscar.prune(loaded.model, calibration, sparsity=0.5)
     >>> result.parameters_after < result.parameters_before
     True

@@ -173,7 +173,7 @@ def recover_as_asked(
     --------
     >>> import osscar
     >>> loaded = osscar.load_model("demo")
-    >>> text = osscar.load_calibration(None, loaded.tokenizer, samples=9, seqlen=32)
+    >>> text = loaded.calibration(samples=9, seqlen=32)
     >>> pruned = osscar.prune(loaded.model, text, sparsity=0.9)
     >>> recovery = osscar.recover(pruned, loaded.model, text, steps=4, learning_rate=5e-4)
     >>> recovery.after <= recovery.before

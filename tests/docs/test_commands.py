@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import osscar.cli
+from benchmarks.prose import Split, builtin_text
 from osscar.cli.commands import app
-from osscar.data.prose import Split, builtin_text
 from tests.docs.json_schema import missing, undescribed
 from tests.docs.pages import PAGES, ROOT, Command, blocks, commands, mentions
 from tests.osscar.interrupted_cases import tiny_model

@@ -15,9 +15,9 @@ import graph
 import osscar
 import osscar.shrinking.follow
 from osscar.cli.commands import app
-from osscar.data.prose import Split, builtin_text
 from osscar.study.library import library
 from tests.docs.pages import PAGES, blocks
+from tests.osscar.families import CALIBRATION
 
 SMALL = {
     '"smollm2-135m"': '"demo"',
@@ -47,7 +47,7 @@ def run(page: str) -> dict[str, Any]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with the files that pages name, and tables that are put back afterwards."""
     (tmp_path / "calibration.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    (tmp_path / "training.txt").write_text(builtin_text(Split.CALIBRATION))
+    (tmp_path / "training.txt").write_text(CALIBRATION.read_text())
     monkeypatch.chdir(tmp_path)
     rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
     monkeypatch.setattr(rules, "_rules", dict(rules._rules))

@@ -22,7 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY, DEMO_HELD_OUT
+
+CALIBRATION, HELD_OUT = DEMO_CALIBRATION, DEMO_HELD_OUT
 
 VOCABULARY = 97
 

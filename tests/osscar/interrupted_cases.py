@@ -15,6 +15,7 @@ import osscar
 import solvers
 from osscar.checkpoint.card import CARD_FILE
 from osscar.checkpoint.manifest import REPORT_FILE
+from tests.osscar.families import CALIBRATION
 from tests.osscar.interruptions import Ended, Full, Kill, content, hidden, run
 
 
@@ -109,7 +110,7 @@ def tiny_model(place: Path) -> Path:
 def pruning(model: Path, *more: str) -> tuple[str, ...]:
     return (
         *("prune", str(model), "--samples", "8", "--seqlen", "32", "--backend", "wanda"),
-        *("--calibration", "builtin", "--device", "cpu", *more),
+        *("--calibration", str(CALIBRATION), "--device", "cpu", *more),
     )
 
 
@@ -141,7 +142,7 @@ def recovering(model: Path, smaller: Path, *more: str) -> tuple[str, ...]:
             "--dense",
             str(model),
             "--text",
-            "builtin",
+            str(CALIBRATION),
             "--samples",
             "6",
             "--seqlen",

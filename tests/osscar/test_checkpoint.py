@@ -20,12 +20,11 @@ from osscar.base.errors import (
 )
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from osscar.data.prose import Split, builtin_text
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Calibration, refuse_overlap
-from tests.osscar.families import FAMILIES, logits, tiny, tokens
+from tests.osscar.families import CALIBRATION, FAMILIES, HELD_OUT, logits, tiny, tokens
 from tests.osscar.interrupted_cases import tiny_model
 
 IDS = tokens(2, 16, seed=9)
@@ -313,7 +312,11 @@ def test_damaged_files_beside_it_are_errors_of_ours(directory):
 @pytest.mark.parametrize("keep", [{"neurons": "0.5"}, {"heads": "0.5"}], ids=["stock", "listed"])
 def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_path):
     loaded = osscar.load_model(tiny_model(tmp_path / "dense"), device="cpu")
-    windows = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=32)
+    text = CALIBRATION.read_text()
+    windows, others = (
+        osscar.text_windows(loaded.tokenizer, text, samples=4, seqlen=32, seed=seed)
+        for seed in (0, 1)
+    )
     result = osscar.prune(loaded.model, windows, backend="magnitude", device="cpu", **keep)
     saved = result.save(tmp_path / "small", tokenizer=loaded.tokenizer)
     lineage = lineage_of(osscar.load(saved.path))
@@ -327,15 +330,14 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     assert lineage_of(again.model) == lineage
     assert lineage_of(copied(again.model)) == lineage
     assert again.stored_dtype == loaded.stored_dtype
-    others = osscar.load_calibration(None, loaded.tokenizer, samples=4, seqlen=32, seed=1)
     seen = [Calibration.of(one.describe()) for one in (windows, others)]
     for data, due in ((windows, seen[:1]), (others, seen)):  # none is ever scored
         twice = osscar.prune(again.model, data, neurons="0.7", backend="magnitude", device="cpu")
         assert [*lineage_of(twice.model).calibration] == due
-    text = osscar.TextSet.of(loaded.tokenizer, builtin_text(Split.CALIBRATION))
+    scored = osscar.TextSet.of(loaded.tokenizer, text)
     with pytest.raises(DataError, match="about 100% of text calibrated or recovered this model"):
-        refuse_overlap(text, lineage.calibration)
-    refuse_overlap(osscar.load_text(None, loaded.tokenizer), lineage.calibration)
+        refuse_overlap(scored, lineage.calibration)
+    refuse_overlap(osscar.load_text(HELD_OUT, loaded.tokenizer), lineage.calibration)
 
 
 def test_nothing_of_a_report_is_believed(planned, directory):

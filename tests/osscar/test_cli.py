@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
 import osscar.checkpoint.directory
+from benchmarks.prose import Split, builtin_text
 from osscar.base.numbers import engineering
 from osscar.cli import main
-from osscar.data.prose import Split, builtin_text
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
 from osscar.pruning.run_log import RunLog
 from osscar.pruning.sweep import SweepDirectory
@@ -29,7 +29,7 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import run_facts
 from osscar.request import PruningRequest
 from osscar.study.directory import Study
-from tests.osscar.families import framing_tokenizer, tiny
+from tests.osscar.families import HELD_OUT, framing_tokenizer, tiny
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
 
@@ -54,7 +54,8 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
         place.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("osscar.data.text.builtin_text", lambda part: builtin_text(part)[:3000])
+    (work / "some.txt").write_text(HELD_OUT.read_text()[:3000])
+    monkeypatch.setattr("osscar.models.loaded.DEMO_HELD_OUT", work / "some.txt")
     monkeypatch.setattr("osscar.cli.demo._SAMPLES", 32)
     monkeypatch.setattr("osscar.cli.demo._SEQLEN", 128)
     # Nothing falls where it was not asked to, and a demo that fails leaves nothing at all.
@@ -62,7 +63,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     assert list(temporary.iterdir()) == []
     status, out, err = run("demo", "--backend", "greedy", "--json", "demo.json")
     assert status == 0, err
-    assert [file.name for file in work.iterdir()] == ["demo.json"]
+    assert {file.name for file in work.iterdir()} == {"demo.json", "some.txt"}
     (place,) = temporary.glob("*/smaller")
     for expected in ("perplexity", "tokens/s", "Loss by layer", "next:", "dead"):
         assert expected in out
@@ -364,12 +365,12 @@ BAD = [
     (["--sparsity", "0.999"], "cannot be met"),
     (["--neurons", "641"], "cannot keep 641 units"),
     (["--neurons", "1" * 5000], "neurons is '1111"),
-    (["--samples", "1000000", "--seqlen", "1" * 400, "--neurons", "0.5"], "can be held"),
+    (["--samples", "1000000", "--seqlen", "1" * 400, "--neurons", "0.5"], "one window of 1111"),
     (["--neurons", "0.5", "--backend", "magic"], "there is no backend 'magic'"),
     (["--neurons", "0.5", "--option", "stages=3"], "has no option stages"),
     (["--neurons", "0.5", "--option", "stages"], "is not NAME=VALUE"),
     (["--neurons", "0.5", "--batch-size", "0"], "batch-size is 0"),
-    (["--neurons", "0.5", "--samples", "0"], "not 0 of 64"),
+    (["--neurons", "0.5", "--samples", "0"], "at least 1, not 0"),
     (["--neurons", "0.5", "--seqlen", "100000"], "100000"),
     (["--neurons", "0.5", "--seqlen", "513"], "the model takes 512"),
     (["--neurons", "0.5", "--option", "seed=NaN"], "cannot be NaN"),
@@ -378,7 +379,7 @@ BAD = [
     (["--neurons", "0.5", "--json", os.fsdecode(b"x\xff")], "is not UTF-8"),
     (["--neurons", "0.5", "--device", "meta"], "cannot run on 'meta'"),
     (["--neurons", "0.5", "--calibration", "~no-such-user/x.txt"], "~no-such-user"),
-    (["--neurons", "0.5", "--calibration", ""], "has no name"),
+    (["--neurons", "0.5", "--calibration", ""], "cannot read ''"),
     (["--neurons", "0.5", "--out", "~no-such-user/x"], "~no-such-user"),
     (["--neurons", "0.5", "--out", "x" * 300], "File name too long"),
     (["--neurons", "0.5", "--calibration", "missing.txt"], "missing.txt"),

@@ -13,15 +13,16 @@ import torch
 
 import osscar
 import osscar.cli.recover
+from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import OutputError
-from osscar.data.prose import Split, builtin_text
-from osscar.data.tokens import text_windows
+from benchmarks.prose import Split, builtin_text
+from osscar.data.text import text_windows
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog
 from osscar.report.recovery import recover_page, recovery_facts, recovery_table
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen_at
-from tests.osscar.families import framing_tokenizer
+from tests.osscar.families import CALIBRATION, framing_tokenizer
 from tests.osscar.interrupted_cases import pruning, tiny_model
 from tests.osscar.networks import images
 
@@ -137,7 +138,7 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
         "--dense",
         tiny,
         "--text",
-        "builtin",
+        CALIBRATION,
         "--samples",
         6,
         *TRAINING,
@@ -157,7 +158,7 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
 
 def test_where_nothing_was_better_the_model_is_as_it_came(run, small, tiny):
     (small / "osscar_report.json").unlink()
-    asked = ("--text", "builtin", "--samples", 6, *TRAINING, "--steps", 2, "--out", "new")
+    asked = ("--text", CALIBRATION, "--samples", 6, *TRAINING, "--steps", 2, "--out", "new")
     asked = (*asked, "--learning-rate", 1)
     status, out, err = run("recover", "small", "--dense", tiny, *asked)
     assert status == 0, err
@@ -224,7 +225,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(crowded)
     before = contents(crowded)
-    text = () if "--text" in arguments else ("--text", "builtin")
+    text = () if "--text" in arguments else ("--text", CALIBRATION)
     status, _, err = run("recover", "--dense", tiny, *TRAINING, *text, *arguments)
     assert status == 2
     assert err.startswith("error: ")
@@ -235,7 +236,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": NaN}'])
 def test_a_report_that_cannot_go_along_is_named(run, small, tiny, content):
     (small / "osscar_report.json").write_text(content)
-    status, _, err = run("recover", "small", "--dense", tiny, "--text", "builtin", *TRAINING)
+    status, _, err = run("recover", "small", "--dense", tiny, "--text", CALIBRATION, *TRAINING)
     assert status == 2
     assert "osscar_report.json" in err
 
@@ -255,7 +256,17 @@ def test_options_are_the_fields_of_the_request():
 def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, command, monkeypatch):
     def asked(out):
         if command[0] == "recover":
-            return (*command, tiny, "--text", "builtin", "--samples", 6, "--out", out, *TRAINING)
+            return (
+                *command,
+                tiny,
+                "--text",
+                CALIBRATION,
+                "--samples",
+                6,
+                "--out",
+                out,
+                *TRAINING,
+            )
         more = ("--neurons", "0.25", "--recover", "--recover-steps", 4, "--out", out)
         return pruning(tiny, *map(str, more))
 
@@ -295,7 +306,17 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
 
 
 def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch):
-    asked = ("recover", "small", "--dense", tiny, "--text", "builtin", "--samples", 6, *TRAINING)
+    asked = (
+        "recover",
+        "small",
+        "--dense",
+        tiny,
+        "--text",
+        CALIBRATION,
+        "--samples",
+        6,
+        *TRAINING,
+    )
 
     def full(*given, **more):
         raise OutputError("the disk is full")
@@ -390,7 +411,7 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
     page = Path("out/report.html").read_text()
     assert "pruned and recovered" in page
     calibration = read("out/osscar.json")["lineage"]["calibration"]
-    assert [one["source"][:8] for one in calibration] == ["built-in", "text.txt"]
+    assert [one["source"][:8] for one in calibration] == ["calibrat", "text.txt"]
     model = osscar.load("out")
     assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
 

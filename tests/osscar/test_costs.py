@@ -22,7 +22,7 @@ from osscar.allocation.costs import Cost, CountedCost, _Weight, count
 from osscar.allocation.curves import Curve
 from osscar.allocation.widths import asked_groups, possible_widths
 from osscar.base.errors import RequestError
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare

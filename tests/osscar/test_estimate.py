@@ -20,7 +20,7 @@ from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
-from tests.osscar.families import tokens
+from tests.osscar.families import CALIBRATION, tokens
 from tests.osscar.interrupted_cases import tiny_model
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_experts import mixture
@@ -55,7 +55,7 @@ def smaller(tmp_path_factory):
 
 
 def windows(demo, samples, seqlen=32):
-    return osscar.load_calibration(None, demo.tokenizer, samples=samples, seqlen=seqlen)
+    return osscar.load_calibration(CALIBRATION, demo.tokenizer, samples=samples, seqlen=seqlen)
 
 
 @pytest.fixture(scope="module")

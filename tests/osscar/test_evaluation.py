@@ -27,22 +27,22 @@ from transformers import (
 )
 
 import osscar
+from benchmarks.prose import Split, builtin_text
 from osscar.base import timing as timing_room
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
-from osscar.data.prose import Split, builtin_text
-from osscar.data.text import TextSet, encode
-from osscar.data.tokens import load_calibration, text_windows
+from osscar.data.text import TextSet, encode, load_calibration, text_windows
 from osscar.evaluation import quality as evaluation
 from osscar.evaluation import speed
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
 from osscar.evaluation.size import count_disk_bytes, count_parameter_bytes
 from osscar.evaluation.speed import measure_forward, measure_speed
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.models.load import load_model
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
-from tests.osscar.families import framing_tokenizer
+from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
 
 TEXT = "The import statement binds names. " * 12
 VOCABULARY = 2048
@@ -191,7 +191,7 @@ def test_dropout_is_off_the_mode_restored_and_bfloat16_close(tokenizer):
 
 def test_the_demo_model_knows_what_a_unigram_model_does_not(tokenizer):
     """Held-out perplexity, a few windows; unigram frequencies are those of training text."""
-    held_out = builtin_text(Split.HELD_OUT)
+    held_out = HELD_OUT.read_text()
     found = measure_quality(load_model("demo").model, tokenizer, held_out, windows=6)
     counts = torch.bincount(encode(tokenizer, builtin_text(Split.TRAINING)), minlength=VOCABULARY)
     frequencies = (counts + 1).double() / (counts + 1).sum()
@@ -411,8 +411,8 @@ def test_a_comparison_divides_by_the_dense_model(tokenizer, tmp_path):
 
 
 def test_calibration_text_is_not_scored(tokenizer):
-    windows = load_calibration(None, tokenizer, samples=4, seqlen=64)
-    held_out = builtin_text(Split.HELD_OUT)
+    windows = load_calibration(CALIBRATION, tokenizer, samples=4, seqlen=64)
+    held_out = HELD_OUT.read_text()
     assert not any(tokenizer.decode(window[8:-8]) in held_out for window in windows.tokens)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 import osscar
 from osscar.checkpoint import directory as checkpoint
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.equivalence import finer_precision
 from osscar.proof.lineage import note
 from tests.osscar.families import gated, tokens

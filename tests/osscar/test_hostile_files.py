@@ -26,12 +26,11 @@ from osscar.base.json_files import read_object
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli.common import check_json_path
 from osscar.data.images import ImageSet, load_images
-from osscar.data.text import encode, read_text
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.data.text import read_text
 from osscar.models.load import load_model
-from osscar.models.names import ModelKind, kind_of
+from osscar.models.names import DEMO_DIRECTORY, ModelKind, kind_of
 from osscar.models.weights import read_state
-from tests.osscar.families import tiny
+from tests.osscar.families import CALIBRATION, tiny
 from tests.osscar.networks import IMAGENET, plain, small_net
 from tests.solvers.test_perspective import random_problem
 
@@ -323,12 +322,11 @@ def calls(wrong, number):
     yield lambda: read_state(wrong)
     yield lambda: read_text(wrong)
     yield lambda: osscar.load_calibration(wrong, tokenizer)
-    yield lambda: osscar.load_calibration(None, wrong)
-    yield lambda: osscar.load_calibration(None, tokenizer, samples=number)
-    yield lambda: osscar.load_calibration(None, tokenizer, seqlen=number)
-    yield lambda: osscar.load_calibration(None, tokenizer, seed=number)
+    yield lambda: osscar.load_calibration(CALIBRATION, wrong)
+    yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, samples=number)
+    yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, seqlen=number)
+    yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, seed=number)
     yield lambda: osscar.TextSet.of(wrong, text)
-    yield lambda: osscar.TextSet.of(tokenizer, wrong)
     yield lambda: osscar.TextSet.of(tokenizer, text, windows=number)
     words = osscar.TextSet.of(tokenizer, text)
     yield lambda: osscar.evaluate(model, osscar.TextSet.of(tokenizer, text, seqlen=number))
@@ -483,12 +481,6 @@ def test_json_does_not_take_the_place_of_something_else(tmp_path):
     check_json_path(tmp_path / "new.json")
     with pytest.raises(OutputError, match="would be lost"):
         check_json_path(tmp_path / "mine.npz")
-
-
-def test_a_text_that_cannot_be_encoded_is_refused():
-    tokenizer = load_model("demo").tokenizer
-    with pytest.raises(OsscarError, match="half a surrogate pair at 2"):
-        encode(tokenizer, "ab\udc80")
 
 
 @pytest.mark.parametrize(

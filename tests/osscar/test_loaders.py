@@ -371,7 +371,7 @@ def test_texts_of_a_data_set_become_windows():
     )
     assert found.source.startswith("a Dataset")
     assert torch.equal(found.tokens, expected.tokens)
-    with pytest.raises(OptionError, match="seqlen is 32, and a list has samples of its own length"):
+    with pytest.raises(OptionError, match=r"seqlen.* is 32, and the data are no text; omit it"):
         loaded.calibration([tokens(2, 8)], seqlen=32)
 
 

@@ -41,9 +41,9 @@ from osscar.base.errors import (
 from osscar.base.files import cache_directory
 from osscar.checkpoint.manifest import Manifest
 from osscar.models import wheels
-from osscar.models.language import DEMO_DIRECTORY
 from osscar.models.load import load_model
-from osscar.models.names import ModelKind, kind_of
+from osscar.models.names import DEMO_CALIBRATION as CALIBRATION
+from osscar.models.names import DEMO_DIRECTORY, ModelKind, kind_of
 from osscar.models.wheels import PACKAGED_MODELS, PackagedModel, fetch
 from osscar.network.modules import check_finite_weights
 from osscar.proof.lineage import Lineage, Origin
@@ -81,7 +81,7 @@ def test_the_demo_is_a_small_stock_checkpoint():
     assert loaded.tokenizer(text)["input_ids"] == ids
     files = list(DEMO_DIRECTORY.iterdir())
     assert sum(file.stat().st_size for file in files) < 4.2e6
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".npy", ".md"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
     for dtype, expected in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         assert load_model("demo", device="cpu", dtype=dtype).model.dtype is expected
 
@@ -201,9 +201,9 @@ class TestDirectories:
 
     def test_windows_are_as_long_as_the_model_takes(self, checkpoint):
         save_tiny(checkpoint, n_positions=48)
-        data = load_model(checkpoint).calibration("builtin", samples=2, seqlen=None, seed=0)
+        data = load_model(checkpoint).calibration(CALIBRATION, samples=2)
         assert data.seqlen == 48
-        assert load_model("demo").calibration(None, samples=1, seqlen=None, seed=0).seqlen == 512
+        assert load_model("demo").calibration(samples=1).seqlen == 512
 
     def test_no_tokenizer(self, checkpoint):
         for file in checkpoint.glob("tokenizer*"):

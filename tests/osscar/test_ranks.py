@@ -23,14 +23,15 @@ from hypothesis import strategies as st
 
 import osscar
 import osscar.cli
+from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import RanksError
 from osscar.base.launch import launched
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.prose import Split, builtin_text
 from osscar.data.samples import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from tests import collected
 from tests.osscar import ranks_worker
+from tests.osscar.families import CALIBRATION
 from tests.osscar.forked import PATIENCE, Forked, forked
 from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, cases, summary, weights
 
@@ -273,7 +274,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
 
 def _demo_tokens() -> object:
     tokenizer = osscar.load_model("demo").tokenizer
-    return osscar.load_calibration(None, tokenizer, samples=16, seqlen=64)
+    return osscar.load_calibration(CALIBRATION, tokenizer, samples=16, seqlen=64)
 
 
 CASES_AS_PRUNED = Case(

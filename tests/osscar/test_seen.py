@@ -10,8 +10,8 @@ import torch
 
 import osscar
 from osscar.base.errors import DataError
-from osscar.data.prose import Split, builtin_text
 from osscar.proof.seen import Calibration, Seen, fingerprints_of_runs, refuse_overlap
+from tests.osscar.families import CALIBRATION, HELD_OUT
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,12 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def seen(tokenizer):
     """Two windows of a text; all of it is taken for seen."""
-    text = builtin_text(Split.CALIBRATION)
+    text = CALIBRATION.read_text()
     windows = osscar.text_windows(tokenizer, text, samples=2, seqlen=64, seed=0)
     return [Calibration.of(windows.describe())]
 
 
-TEXT, OTHER = builtin_text(Split.CALIBRATION), builtin_text(Split.HELD_OUT)
+TEXT, OTHER = CALIBRATION.read_text(), HELD_OUT.read_text()
 
 
 @pytest.mark.parametrize(

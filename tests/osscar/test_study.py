@@ -25,7 +25,7 @@ from osscar.study.directory import Study
 from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from solvers.exact.highs import Highs
-from tests.osscar.families import tiny
+from tests.osscar.families import CALIBRATION, tiny
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")
@@ -641,7 +641,7 @@ def test_jobs_are_as_many_as_cores_and_memory_allow():
 def test_honest_bounds_of_a_trained_model_are_never_refused():
     """What rounding may have done weighs most on real activations, whose spectra fall fast."""
     loaded = osscar.load_model("demo", device="cpu")
-    windows = osscar.load_calibration(None, loaded.tokenizer, samples=8, seqlen=128)
+    windows = osscar.load_calibration(CALIBRATION, loaded.tokenizer, samples=8, seqlen=128)
     of_two = re.compile(r".*layers\.[03]\..*heads").fullmatch
     for _, posed in model_problems(loaded.model, windows, wanted=of_two):
         for keep, backend in ((2, "perspective"), (6, "perspective"), (4, "branch_and_bound")):

@@ -13,7 +13,7 @@ import osscar
 import osscar.pruning.sweep as sweep_room
 from osscar.allocation.allocate import allocate
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
-from osscar.models.language import DEMO_DIRECTORY
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.proof.plan import Form
 from osscar.pruning.feasibility import SkippedGroup
@@ -42,7 +42,7 @@ from osscar.report.sweep_page import (
 from osscar.request import PruningRequest
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
-from tests.osscar.families import tiny, tokens
+from tests.osscar.families import CALIBRATION, tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_costs import random_curves
 
@@ -321,7 +321,15 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
 def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
     dense, found = DEMO_DIRECTORY, []
     for name, limit in (("plain", ()), ("streamed", ("--max-memory", "64GB"))):
-        asked = ("--calibration", "builtin", "--allocation", "uniform", "--windows", 1, *limit)
+        asked = (
+            "--calibration",
+            CALIBRATION,
+            "--allocation",
+            "uniform",
+            "--windows",
+            1,
+            *limit,
+        )
         command = list(
             small_sweep(tmp_path / f"{name}-sweep", "0.5", text, *asked, "--json", tmp_path / name)
         )

@@ -7,22 +7,21 @@ import types
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import BertTokenizerFast
 
 import osscar
+from benchmarks.prose import shingles, split_paragraphs
 from osscar.base.errors import (
     DataError,
     MissingDependency,
+    OptionError,
 )
-from osscar.data import prose as topics
-from osscar.data.prose import Split, builtin_text, split_paragraphs, topic_split
-from osscar.data.text import encode, read_text
-from osscar.data.tokens import load_calibration, text_windows
-from osscar.models.language import DEMO_DIRECTORY
-from tests.osscar.families import framing_tokenizer
+from osscar.data.text import encode, load_calibration, read_text, text_windows
+from osscar.models.names import DEMO_DIRECTORY
+from osscar.proof.lineage import note
+from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ class TestWindows:
         with pytest.raises(DataError, match=message):
             text_windows(tokenizer, words(60), samples=1, seqlen=held + 1, seed=0)
         for samples, seqlen in ((0, 8), (-1, 8), (8, 0)):
-            with pytest.raises(DataError, match=f"not {samples} of {seqlen}"):
+            with pytest.raises(OptionError, match="must be at least 1, not "):
                 text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
 
     def test_long_text_is_tokenized_without_a_warning(self, tokenizer, caplog):
@@ -125,12 +124,25 @@ class TestWindows:
 
 
 class TestSources:
-    def test_builtin_text_is_the_default(self, tokenizer):
-        default = load_calibration(None, tokenizer, samples=2, seqlen=64, seed=3)
-        named = load_calibration("builtin", tokenizer, samples=2, seqlen=64, seed=3)
-        assert torch.equal(default.tokens, named.tokens)
-        part = builtin_text(Split.CALIBRATION)
-        assert all(tokenizer.decode(window).strip("�") in part for window in default.tokens)
+    def test_only_the_demo_has_texts_of_its_own(self):
+        loaded = osscar.load_model("demo", device="cpu")
+        windows, text = loaded.calibration(samples=2, seqlen=64), loaded.held_out()
+        assert windows.source == "the demo's calibration text"
+        assert (text.source, text.text) == ("the demo's held-out text", read_text(HELD_OUT))
+        part = CALIBRATION.read_text()
+        assert all(loaded.tokenizer.decode(w).strip("\ufffd") in part for w in windows.tokens)
+        note(loaded.model, source="directory another")
+        for draw in (loaded.calibration, loaded.held_out):
+            with pytest.raises(DataError, match=r"a text like what .* such as text\.txt"):
+                draw()
+
+    def test_texts_at_hand_are_read_as_files_are(self, tokenizer, tmp_path):
+        texts = [words(200), words(300)]
+        (tmp_path / "both.txt").write_text("\n\n".join(texts))
+        asked = {"samples": 3, "seqlen": 32}
+        expected = load_calibration(tmp_path / "both.txt", tokenizer, **asked)
+        assert torch.equal(load_calibration(texts, tokenizer, **asked).tokens, expected.tokens)
+        assert osscar.load_text(texts, tokenizer).text == "\n\n".join(texts)
 
     def test_text_file(self, tokenizer, tmp_path):
         file = tmp_path / "own.txt"
@@ -211,8 +223,8 @@ class TestDatasets:
 
     def test_rows_without_text_are_refused(self, tokenizer, monkeypatch):
         for rows, message in (
-            ([{"label": 1, "image": 2}], "no column 'text', only image, label"),
-            ([{"text": 3}], "the column 'text' of .* holds a int"),
+            ([{"label": 1, "image": 2}], "no column 'text' of strings, only image, label"),
+            ([{"text": 3}], "no column 'text' of strings, only text"),
             ([], "has no text"),
         ):
             self.install(monkeypatch, lambda *_, rows=rows, **__: rows)
@@ -220,47 +232,10 @@ class TestDatasets:
                 load_calibration("org/name", tokenizer)
 
 
-class TestBuiltinText:
-    def test_parts_share_no_prose(self):
-        shared = {part: set() for part in Split}
-        for part in Split:
-            for paragraph in split_paragraphs(builtin_text(part)):
-                shared[part] |= topics.shingles(paragraph)
-        assert all(len(found) > 4000 for found in shared.values())
-        assert not shared[Split.HELD_OUT] & shared[Split.CALIBRATION]
-        assert not shared[Split.HELD_OUT] & shared[Split.TRAINING]
-        assert not shared[Split.CALIBRATION] & shared[Split.TRAINING]
-
-    def test_held_out_text_was_never_trained_on(self):
-        trained = set(np.load(topics.TRAINED_PARAGRAPHS).tolist())
-        held_out = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Split.HELD_OUT))}
-        training = {topics.fingerprint(p) for p in split_paragraphs(builtin_text(Split.TRAINING))}
-        assert not held_out & trained
-        assert len(training & trained) > 500  # so the file does know what was trained on
-
-    def test_trained_text_is_not_scored_even_if_another_python_moves_it(self, monkeypatch):
-        """The first held-out topic is given a paragraph of the training part."""
-        stolen = max(split_paragraphs(builtin_text(Split.TRAINING)), key=len)
-        mine = "Prose of this very test, in which nobody trained anything: " + words(30)
-        held_out = next(n for n in topics._read_topics() if topic_split(n) is Split.HELD_OUT)
-        monkeypatch.setattr(topics, "_read_topics", lambda: {held_out: f"{stolen}\n\n{mine}"})
-        topics._split_topics.cache_clear()
-        try:
-            assert builtin_text(Split.HELD_OUT) == mine
-        finally:
-            topics._split_topics.cache_clear()
-
-    def test_parts_depend_on_names_alone(self):
-        assert topic_split("debugger") is Split.HELD_OUT
-        assert topic_split("customization") is Split.CALIBRATION
-        assert topic_split("specialnames") is Split.TRAINING
-
-    def test_python_without_pydoc_data(self, tokenizer, monkeypatch):
-        monkeypatch.setitem(sys.modules, "pydoc_data", None)
-        monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-        topics._split_topics.cache_clear()
-        try:
-            with pytest.raises(DataError, match=r"without pydoc_data\.topics"):
-                load_calibration(None, tokenizer)
-        finally:
-            topics._split_topics.cache_clear()
+def test_the_texts_of_the_demo_share_no_prose():
+    calibration, held_out = (
+        {run for paragraph in split_paragraphs(path.read_text()) for run in shingles(paragraph)}
+        for path in (CALIBRATION, HELD_OUT)
+    )
+    assert min(len(calibration), len(held_out)) > 4000
+    assert not calibration & held_out

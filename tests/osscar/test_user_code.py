@@ -107,7 +107,7 @@ def test_a_failing_import_shows_the_users_error_and_line(place):
 
 def test_what_cannot_be_used_is_refused(place):
     for function, message in (
-        ("side", r"that do not fit: 224 \(int\) are no example inputs; give a tensor"),
+        ("side", r"what does not fit: 224 \(int\) are no example inputs; give a tensor"),
         ("empty", r"\(\) \(tuple\) are no example inputs"),
         ("nested", "are no example inputs; give a tensor"),
         ("leaves", r"SystemExit: 3 \(line \d+ of .*sys\.exit\(3\)"),

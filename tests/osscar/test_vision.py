@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +296,7 @@ def test_a_pruned_torchvision_model_is_read_in_another_process(run, archive, tmp
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     loaded = load_model(out_dir)
-    assert loaded.preprocessing.crop == 224
+    assert "crop_size=[224]" in loaded.preprocessing.sentence()
     assert loaded.classes == ()
     evaluate = ("eval", out_dir, "--images", f"{archive}:test", "--samples", 2, "--device", "cpu")
     status, out, err = run(*evaluate, "--dense", name, "--weights", weights)
@@ -315,8 +314,9 @@ def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monk
     )
     save(TorchvisionOrigin(name).build(), tmp_path / "small")
     assert osscar.load(tmp_path / "small").training is False
-    known = load_model(tmp_path / "small", device="cpu").preprocessing
-    assert known.crop == {"resnet18": 224, "fcn_resnet50": 520}.get(name, 320)
+    example = load_model(tmp_path / "small", device="cpu").example
+    side = {"resnet18": 224, "fcn_resnet50": 520}.get(name, 320)
+    assert [tuple(x.shape[2:]) for x in example.values()] == [(side, side)]
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archive, tmp_path):
@@ -329,8 +329,8 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, code, archiv
     for words, message in (
         (prune[:-1], "give --calibration a directory of images, an .npz file"),
         ((*prune, tmp_path / "nowhere"), "file of that name; images are a directory, or"),
-        ((*prune, f"{archive}:valid"), "it has no entries valid_..., only train_images"),
-        ((*prune, train, "--seqlen", 8), "reads no text, which --seqlen"),
+        ((*prune, f"{archive}:valid"), "it has no entries of that name, only train_images"),
+        ((*prune, train, "--seqlen", 8), "--seqlen is 8, and the data are no text"),
         ((*prune, train, "--weights", archive), "cannot be read"),
         ((*prune, train, "--samples", 0), "cannot draw 0 images"),
         ((*prune, train, "--heads", "0.5"), "no group of heads"),
@@ -383,7 +383,7 @@ def test_without_a_connection_both_ways_to_get_weights_are_named(monkeypatch):
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     monkeypatch.setattr("torch.hub.get_dir", lambda: "/nonexistent-osscar-test")
     monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
-    with pytest.raises(ModelError, match=r"connect, or get https://.*mobilenet.*weights=FILE"):
+    with pytest.raises(ModelError, match=r"from https://.*mobilenet.*connect, or .*weights=FILE"):
         load_model("torchvision:mobilenet_v2")
 
 
@@ -406,33 +406,24 @@ def test_weights_that_do_not_fit_are_refused():
     net = small_net()
     state = {key: value.clone() for key, value in net.state_dict().items()}
     without = {key: value for key, value in state.items() if key != "head.bias"}
-    integer, complex_ = (
-        {k: t.to(dtype) for k, t in state.items()} for dtype in (torch.int64, torch.complex64)
-    )
     for given, message in (
-        ({**state, "extra": torch.zeros(1)}, "the file has 1 tensor, such as 'extra'"),
-        ({**state, "head.weight": torch.zeros(3, 48)}, "another shape of 1 tensor, .*'head.weig"),
-        (without, r"lacks 1 tensor, such as 'head\.bias'"),
-        (integer, "another kind of number .*int64 .* instead of"),
-        (complex_, "another kind of number .*complex64 .* instead of"),
+        ({**state, "extra": torch.zeros(1)}, "do not fit SmallNet: Unexpected key.*extra"),
+        ({**state, "head.weight": torch.zeros(3, 48)}, "size mismatch for head.weight"),
+        (without, "Missing key.*head.bias"),
     ):
         with pytest.raises(ModelError, match=message):
             fill(net, given, "a file")
 
 
-def test_files_that_hold_no_weights_are_refused_unpickled_in_our_own_words(tmp_path):
+def test_files_that_hold_no_weights_are_refused_unpickled(tmp_path):
     file = tmp_path / "w.pt"
-    for content, message in (
-        (b"", "empty or cut off"),
-        (b"hello", "cannot be read: it"),
-        (b"x", "cannot be read: it"),
-    ):
+    for content in (b"", b"hello", b"x"):
         file.write_bytes(content)
-        with pytest.raises(ModelError, match=message) as caught:
+        with pytest.raises(ModelError, match=r"cannot be read: .*weights_only=True") as caught:
             read_state(file)
         assert "\x1b" not in str(caught.value)
     torch.save({1: torch.zeros(2)}, file)
-    with pytest.raises(ModelError, match="is not a state dict, which has tensors by name"):
+    with pytest.raises(ModelError, match="holds no state dicts, which have tensors by name"):
         read_state(file)
     torch.save(small_net(), file)  # a whole model, which only pickle can read
     with pytest.raises(ModelError, match="weights_only=True"):
@@ -446,10 +437,10 @@ def test_a_state_dict_among_other_entries_is_read_and_named(tmp_path, recwarn):
     optimizer = {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]}
     for entries, said in (
         (state, ""),
-        ({"model": state}, "of '{}' the entry 'model' is read"),
+        ({"model": state}, "of the 1 entries of '{}', 'model' is read"),
         (
             {"net": state, "optimizer": optimizer, "best": torch.zeros(1), "epoch": 3},
-            "of '{}' the entry 'net' is read, and not 'optimizer', 'best', 'epoch'",
+            "of the 4 entries of '{}', 'net' is read",
         ),
     ):
         torch.save(entries, file)
@@ -458,11 +449,10 @@ def test_a_state_dict_among_other_entries_is_read_and_named(tmp_path, recwarn):
         assert [str(one.message) for one in recwarn] == [said.format(file)] * bool(said)
         recwarn.clear()
     torch.save({"model": state, "ema": state, "epoch": 3}, file)
-    said = rf"several state dicts, 'model', 'ema'; .*torch.load\('{file}'\)\['model'\]"
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=r"holds 2 state dicts, .*to a file of its own"):
         read_state(file)
     torch.save({"optimizer": optimizer, "epoch": 3}, file)
-    with pytest.raises(ModelError, match="is not a state dict"):
+    with pytest.raises(ModelError, match="holds no state dicts"):
         read_state(file)
 
 
@@ -514,12 +504,12 @@ def test_a_report_whose_preprocessing_makes_no_sense_is_refused():
         ({"resize": "x"}, "resize.int: input should be a valid integer"),
         ({"std": [float("nan")] * 3}, "input should be a finite number"),
         ({"mean": [float("nan")] * 3}, "input should be a finite number"),
-        ({"std": [-1, 1, 1]}, r"std is \(-1.0, 1.0, 1.0\); give numbers above 0"),
+        ({"std": [-1, 1, 1]}, r"std is \(-1.0, 1.0, 1.0\); give that of pixels"),
         ({"mean": []}, r"mean is \(\); give one number for all channels"),
         ({"mean": [0.5, 0.5]}, r"mean is \(0.5, 0.5\); give one number for all channels"),
         ({"mean": [127.5] * 3}, "give that of pixels / 255"),
-        ({"channels": 1}, "mean has 3 numbers and images 1 channel"),
-        ({"dtype": "int8"}, "dtype is 'int8'; give one of float32, uint8"),
+        ({"channels": 1}, "mean and std have 3 numbers, and images 1"),
+        ({"dtype": "int8"}, "dtype: unexpected"),
     ):
         with pytest.raises((DataError, FileError), match=message):
             validated(json.loads(json.dumps({**known, **change})), Preprocessing, "it")
@@ -530,10 +520,11 @@ def test_images_are_transformed_as_torchvision_does(folders):
 
     weights = import_torchvision("models").ResNet18_Weights.DEFAULT
     preset = weights.transforms(crop_size=8, resize_size=10)
-    preprocessing = Preprocessing.of(preset)
+    preprocessing = Preprocessing(10, 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     images = load_images(folders, preprocessing)
     expected = torch.stack([preset(Image.open(file)) for file in images.items])
     assert torch.equal(images.tensor(), expected)
+    assert torch.equal(load_images(folders, preset).tensor(), expected)
     assert images.classes == ("a", "b", "c", "d", "e")
     assert load_images(folders / "a", IMAGENET).labels is None
     record = json.loads(json.dumps(preprocessing.record()))
@@ -556,12 +547,12 @@ def test_an_archive_and_a_draw_from_it(archive):
 def test_places_without_images_are_refused(tmp_path, monkeypatch):
     for arrays, message in (
         ({"images": np.zeros((2, 8), np.uint8)}, "must be uint8"),
-        ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "not float32"),
-        ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "not empty"),
+        ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "is torch.float32"),
+        ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "must be uint8 .*0, 8, 8, 3"),
         ({"images": pixels(2), "labels": np.zeros(3, int)}, "must be 2 whole numbers"),
-        ({"images": pixels(2), "labels": np.zeros(2)}, "whole numbers, not float64"),
-        ({"pictures": pixels(2)}, "has no 'images', only pictures"),
-        ({"images": np.array([{}])}, "must be uint8 .* not object"),
+        ({"images": pixels(2), "labels": np.zeros(2)}, "whole numbers, .*not torch.float64"),
+        ({"pictures": pixels(2)}, "no entries of that name, only pictures"),
+        ({"images": np.array([{}])}, "Object arrays cannot be loaded"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(DataError, match=message):
@@ -571,24 +562,11 @@ def test_places_without_images_are_refused(tmp_path, monkeypatch):
     for path, message in (
         (tmp_path, "holds no images"),
         (tmp_path / "notes.txt", "no images at"),
-        (tmp_path / "x.npz", r"not an \.npz file"),
+        (tmp_path / "x.npz", r"cannot be read as \.npz"),
         *((spec, "") for spec in ("", "x" * 5000, "~no-such-user/x", "a\0b.npz", "\udc80")),
     ):
         with pytest.raises(DataError, match=message or "images"):
             load_images(path, IMAGENET)
-
-
-def test_an_archive_is_refused_by_what_it_says_of_itself_before_it_is_read(tmp_path, monkeypatch):
-    file = tmp_path / "bomb.npz"
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("images.npy", "w") as member,
-    ):
-        header = {"descr": "|u1", "fortran_order": False, "shape": (10**7, 256, 256, 3)}
-        np.lib.format.write_array_header_1_0(member, header)
-    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(DataError, match="would take 1,966,080,000,000 bytes of memory"):
-        load_images(file, IMAGENET)
 
 
 def test_what_is_no_image_among_others_is_left_alone_or_named(folders):

@@ -216,7 +216,7 @@ def test_a_layer_that_is_never_called_keeps_its_statistics():
         (torch.full((2, 3, 8, 8), torch.nan), "'x' have NaN"),
         (torch.zeros(0, 3, 8, 8), "'x' are empty"),
         ({"images": torch.zeros(2, 3, 8, 8)}, "takes no 'images'; it takes x"),
-        ((torch.zeros(2), torch.zeros(2)), "too many positional"),
+        ((torch.zeros(2), torch.zeros(2)), "on a tuple; give"),
         ([1, 2], "cannot calibrate on a list"),
     ],
 )

@@ -25,7 +25,7 @@ from osscar.base.errors import (
 )
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
-from osscar.data.tokens import CalibrationSet
+from osscar.data.text import CalibrationSet
 from osscar.proof.lineage import lineage_of, note_dense
 from osscar.proof.program.program import ProgramModule
 from osscar.proof.seen import Calibration
@@ -259,7 +259,7 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
     tokenizer = tokenizers[frame]
     text = torch.arange(words) + 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("osscar.data.tokens.encode", lambda *_: text)
+        patch.setattr("osscar.data.text.encode", lambda *_: text)
         windows = osscar.text_windows(tokenizer, "", samples=samples, seqlen=seqlen, seed=seed)
     inputs = ModelInputs({"input_ids": windows.tokens}, tokens=True)
     try:
