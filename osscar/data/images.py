@@ -19,6 +19,7 @@ from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
 from osscar.data.preprocessing import (
     AnyPreprocessing,
+    Transform,
     as_preprocessing,
     check_stated,
 )
@@ -34,9 +35,6 @@ _IMAGE_SUFFIXES = frozenset(
 
 _GRAY = frozenset({"1", "L", "LA", "La"})
 """What PIL calls images in shades of gray."""
-
-_CALLS = 4
-"""How often a transform is called again on an image, since it may draw a flip."""
 
 _LONGEST = 200
 """How many times longer than wide an image may be; it is resized by its shorter side."""
@@ -246,9 +244,7 @@ def load_images(spec: Any, preprocessing: Any) -> ImageSet:
     check_stated(preprocessing)
     named = isinstance(spec, str | Path)
     images = _found(spec, preprocessing) if named else _from_rows(spec, preprocessing)
-    transform, first = preprocessing.transform(), images.decoded(0)
-    made = transform(first)
-    if not all(transform(first).equal(made) for _ in range(_CALLS)):
+    if isinstance(preprocessing, Transform) and not preprocessing.repeats(images.decoded(0)):
         raise DataError(
             "the transform of images makes another tensor of one image each time; "
             "give the one for evaluation, which draws nothing"

@@ -206,6 +206,11 @@ class Transform:
         """Return the function, with a check of what it returns."""
         return self._checked
 
+    def repeats(self, image: Any) -> bool:
+        """Tell whether it makes the same tensor of an image each time; a flip may show late."""
+        made = self._checked(image)
+        return all(self._checked(image).equal(made) for _ in range(4))
+
     def _checked(self, image: Any) -> Tensor:
         try:
             found = self.function(image)

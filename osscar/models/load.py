@@ -15,13 +15,12 @@ from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import CheckpointError, FileError, OptionError
 from osscar.base.inputs import file_name
 from osscar.base.memory import FOR_MODELS, memory_for
-from osscar.base.messages import warn
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.data.preprocessing import as_preprocessing
 from osscar.models.language import load_language_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.modules import load_module
-from osscar.models.names import REGISTERED, ModelKind, check_no_program, hides_model, kind_of
+from osscar.models.names import REGISTERED, ModelKind, check_no_program, kind_of
 from osscar.network.tensor_files import read_headers
 from osscar.offload.device_memory import memory_of
 
@@ -43,11 +42,11 @@ def load_model(
     Parameters
     ----------
     name
-        Of a language model: a directory with a checkpoint, pruned by OSSCAR or not; ``"demo"``, the
-        embedded one; a packaged one such as ``"smollm2-135m"``; or a Hugging Face id.  The first
-        that fits is taken, with a warning where a directory bears the name of another model.  Of
-        any other: ``torchvision:NAME``, ``timm:NAME``; the directory or id of an image classifier
-        of transformers; ``module:function`` or ``file.py:function``, code of your own that returns
+        Of a language model: ``"demo"``, the embedded one; a packaged one such as
+        ``"smollm2-135m"``; a directory with a checkpoint, pruned by OSSCAR or not; or a Hugging
+        Face id.  The first that fits is taken: ``./demo`` is a directory.  Of any other:
+        ``torchvision:NAME``, ``timm:NAME``; the directory or id of an image classifier of
+        transformers; ``module:function`` or ``file.py:function``, code of your own that returns
         a model, (model, example inputs), or (model, example inputs, transform); or a directory that
         `osscar.save` wrote.
     weights
@@ -109,12 +108,6 @@ def load_model(
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
-    if hides_model(text):
-        warn(
-            f"{text!r} is the directory of that name here, and not the model; for that, go to "
-            "another directory"
-        )
-        text = f"./{text}"
     _check_directory(text)
     kind = kind_of(text)
     of_text = kind is ModelKind.LANGUAGE

@@ -258,9 +258,7 @@ class LoadedModel:
         if self.tokenizer is not None and (images is not None or inputs is not None):
             raise OptionError(f"{self.source} reads text, not images: omit --images and --inputs")
         if self.tokenizer is None and text is not None:
-            raise OptionError(
-                f"{self.source} reads no text: omit --text, --seqlen and what else is for text"
-            )
+            raise OptionError(f"{self.source} reads no text: omit --text and --seqlen")
 
     def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one kind or the other; None if none are given."""

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from osscar.base.errors import CheckpointError, FileError, ModelError
 from osscar.base.json_files import read_object
-from osscar.checkpoint.manifest import CONFIG_FILE, is_checkpoint, read_manifest
-from osscar.models.wheels import PACKAGED_MODELS
+from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
+from osscar.models.packaged import PACKAGED_MODELS
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """What ids of the hub look like; only old ones have no owner in front."""
@@ -67,15 +67,15 @@ LIBRARIES = {"torchvision:": ModelKind.TORCHVISION, "timm:": ModelKind.TIMM}
 def kind_of(name: str | Path) -> ModelKind:
     """Tell what a name stands for; nothing is imported or built.
 
-    What exists as a file or directory is no code.  Of an id of the hub the config is fetched, which
-    tells what the model reads.
+    Names of models that come with OSSCAR or a library come before directories, which are meant by
+    ``./demo``.  Of an id of the hub the config is fetched, which tells what the model reads.
 
     Examples
     --------
     >>> kind_of("torchvision:resnet18"), kind_of("net.py:build").takes_weights
     (<ModelKind.TORCHVISION: 'a model of torchvision'>, True)
     """
-    text = f"./{name}" if hides_model(str(name)) else str(name)
+    text = str(name)
     if not text or text in REGISTERED:
         return ModelKind.LANGUAGE
     for prefix, kind in LIBRARIES.items():
@@ -99,12 +99,6 @@ def kind_of(name: str | Path) -> ModelKind:
     if f"{origin.library}:" in LIBRARIES:
         return ModelKind.LIBRARY_DIRECTORY
     return _of_transformers(path)
-
-
-def hides_model(name: str) -> bool:
-    """Tell whether a directory with a checkpoint bears the name of another model, and wins."""
-    known = name in REGISTERED or name.startswith(tuple(LIBRARIES))
-    return known and os.path.isdir(name) and is_checkpoint(Path(name))
 
 
 def _of_transformers(path: Path) -> ModelKind:

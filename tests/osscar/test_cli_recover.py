@@ -387,7 +387,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     for more in (("--text", "net.py"), ("--seqlen", "8")):
         status, _, err = run("recover", "small", *train, *more, "--out", "other")
         assert status == 2
-        assert "reads no text: omit text and --seqlen" in err
+        assert "reads no text: omit --text and --seqlen" in err
 
 
 # ---- in one run with the pruning ---------------------------------------------------------

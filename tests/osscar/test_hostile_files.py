@@ -211,44 +211,16 @@ def test_configs(checkpoint, examples):
                 reader(checkpoint)
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizers(checkpoint, name, examples):
-    file = checkpoint / name
-    whole = json.loads(file.read_text())
-
-    @examples
-    @given(changed(whole))
-    def check(data):
-        file.write_text(json.dumps(data))
-        survives(load_model, checkpoint)
-
-    check()
-    for content in NO_OBJECTS if name == "tokenizer.json" else ():
-        file.write_bytes(content)
-        with pytest.raises(ModelError, match="has no tokenizer"):
-            load_model(checkpoint)
-
-
-@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"model": {"continuing_subword_prefix": "x"}},  # aborts the process
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},  # aborts it
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # panics
-        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # panics on the first text
-    ],
-    ids=["prefix", "table", "short table", "length"],
-)
-def test_a_tokenizer_that_ends_the_process(checkpoint, damage):
+def test_tokenizers(checkpoint):
     file = checkpoint / "tokenizer.json"
     whole = json.loads(file.read_text())
-    model = {**whole["model"], **damage.get("model", {})}
-    file.write_text(json.dumps({**whole, **damage, "model": model}))
-    with pytest.raises(ModelError, match="has no tokenizer that transformers can read"):
-        load_model(checkpoint)
+    table = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    panics = ({"normalizer": table}, {"pre_tokenizer": {"type": "FixedLength", "length": 0}})
+    for content in (*NO_OBJECTS, *(json.dumps({**whole, **one}).encode() for one in panics)):
+        file.write_bytes(content)
+        with pytest.raises(ModelError, match="has no tokenizer that transformers can read"):
+            load_model(checkpoint)
 
 
 def test_a_panic_later_on_is_an_error():
@@ -261,16 +233,6 @@ def test_a_panic_later_on_is_an_error():
         raise panic
     with pytest.raises(KeyboardInterrupt), panics_are_errors("this text"):
         raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
-def test_what_lies_beside_the_weights(checkpoint):
-    for name in ("generation_config.json", "special_tokens_map.json"):
-        for content in NO_OBJECTS:
-            (checkpoint / name).write_bytes(content)
-            with pytest.raises(ModelError, match=name):
-                load_model(checkpoint)
-        (checkpoint / name).unlink()
 
 
 def test_manifests(tmp_path, examples):
