@@ -21,8 +21,7 @@ from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
-from osscar.data.text import TextSet
-from osscar.data.text import CalibrationSet
+from osscar.data.text import CalibrationSet, TextSet
 from osscar.network.modules import check_usable, evaluating
 from osscar.network.predictions import (
     LOGITS,

@@ -15,7 +15,6 @@ import osscar
 import osscar.cli.recover
 from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import OutputError
-from benchmarks.prose import Split, builtin_text
 from osscar.data.text import text_windows
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog

@@ -37,7 +37,6 @@ from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
 from osscar.evaluation.size import count_disk_bytes, count_parameter_bytes
 from osscar.evaluation.speed import measure_forward, measure_speed
-from osscar.models.names import DEMO_DIRECTORY
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import count_parameters

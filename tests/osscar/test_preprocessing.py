@@ -226,7 +226,7 @@ def test_models_of_text_have_no_images_to_state_anything_of(run):
     for arguments in (("prune", "demo", "--sparsity", "0.3", "--out", "small"), ("eval", "demo")):
         status, _, err = run(*arguments, "--no-normalize")
         assert (status, "reads text, not images" in err) == (2, True), err
-    status, _, err = run("gap", "x.safetensors", "--out", "study", "--mean", "0.5", "--std", "1")
+    status, _, err = run("gap", "resnet20-c16-k4", "--out", "study", "--mean", "0.5", "--std", "1")
     assert (status, "--mean is for models" in err) == (2, True), err
 
 
