@@ -34,8 +34,8 @@ from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_forward
 from osscar.models import load as loading
 from osscar.models.load import fitting_memory
-from osscar.network.tensor_files import check_written, write_tensors
 from osscar.models.names import DEMO_DIRECTORY
+from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL, OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place, Slice
 from osscar.offload.sources import Chain, Source, as_bytes

@@ -17,8 +17,8 @@ import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.validation import structure
-from osscar.models.names import DEMO_DIRECTORY
 from osscar.models.load import load_model
+from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.tensor_files import StoredTensor, read_header, read_headers
 from tests.osscar.families import tiny
 from tests.osscar.networks import small_net
