@@ -169,7 +169,7 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert status == 2
     assert "about 83.3% of data.npz:cal calibrated or recovered this model" in err
     status, _, err = run("eval", *scored, "--images", "data.npz:test")
-    assert (status, "torch.float32 of (2, 1, 80), and images are float or" in err) == (2, True)
+    assert (status, "torch.float32 (2, 1, 80), and images are one tensor" in err) == (2, True)
     status, _, err = run("eval", *scored, "--inputs", "data.npz:test", "--no-normalize")
     assert status == 2
     swept = (*asked, "--inputs", "data.npz:test", "--sparsity", "0.4", "--out", "sweep")
@@ -223,7 +223,7 @@ def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
         loaded.held_out(images="x.npz", inputs="swapped.npz")
     with pytest.raises(ModelError, match="its model reads tokens, features; return the model, and"):
         load_model(code("alone"))
-    with pytest.raises(DataError, match="reads 2 inputs"):
+    with pytest.raises(DataError, match=r"is tokens .*, features .*, and images are one tensor"):
         load_model(code("two"), preprocessing=osscar.Preprocessing(mean=0, std=1))
 
 
