@@ -38,7 +38,6 @@ from solvers.linalg.gram import (
 )
 from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import (
-    as_device,
     as_integer,
     as_number,
     as_owned_tensor,
@@ -84,8 +83,8 @@ class Consumer:
     Parameters
     ----------
     H
-        Hessian, damping included, (p, p) float64, positive definite (`flaw`).  It is held in half
-        of its memory (`hessian`), and made of that each time.
+        Hessian, damping included, (p, p) float64, positive definite (`violation`).  It is held in
+        half of its memory (`hessian`), and made of that each time.
     G
         Correlation of inputs and targets, damping included, (p, m) float64.
     e
@@ -255,7 +254,7 @@ class Consumer:
         scale = None if scale is None else max(as_number("scale", scale), terms["e"])
         consumer = cls._owning(**terms, **tensors, scale=scale)
         # Damping has just made sure of the one, and made G of W0 or not.
-        vars(consumer).update(flaw=None, fits=G is None)
+        vars(consumer).update(violation=None, fits=G is None)
         return consumer
 
     def _check_shapes(self) -> int:
@@ -296,7 +295,7 @@ class Consumer:
         return p
 
     @cached_property
-    def flaw(self) -> str | None:
+    def violation(self) -> str | None:
         """Why these terms describe no least-squares problem, or None.
 
         H has to be positive definite with a margin, and e at least what G explains, so that no
@@ -325,7 +324,7 @@ class Consumer:
 
     def _known(self) -> dict[str, Any]:
         """Return what has been found out, in the place where cached properties keep it."""
-        return {name: vars(self)[name] for name in ("flaw", "fits") if name in vars(self)}
+        return {name: vars(self)[name] for name in ("violation", "fits") if name in vars(self)}
 
     @property
     def width(self) -> int:
@@ -353,14 +352,8 @@ class Consumer:
         return made
 
     def to(self, device: torch.device | str) -> Consumer:
-        """Return this consumer with its tensors on `device`.
-
-        Raises
-        ------
-        ProblemError
-            If `device` is none that holds numbers.
-        """
-        before, device = self._tensors, as_device(device)
+        """Return this consumer with its tensors on `device`."""
+        before = self._tensors
         after: dict[str, Any] = {name: held.to(device) for name, held in before.items()}
         if all(held is before[name] for name, held in after.items()):
             return self
@@ -510,7 +503,7 @@ class SubsetProblem:
         return torch.nonzero(~alive).flatten()
 
     def check_definite(self) -> None:
-        """Check what construction does not, as it takes factorizations: `Consumer.flaw`.
+        """Check what construction does not, as it takes factorizations: `Consumer.violation`.
 
         Done once for each consumer; problems that differ in `keep` share them.
 
@@ -521,17 +514,11 @@ class SubsetProblem:
             never is refused.
         """
         for index, consumer in enumerate(self.consumers):
-            if consumer.flaw is not None:
-                raise ProblemError(f"consumer {index}: {consumer.flaw}")
+            if consumer.violation is not None:
+                raise ProblemError(f"consumer {index}: {consumer.violation}")
 
     def to(self, device: torch.device | str) -> SubsetProblem:
-        """Return this problem with its tensors on `device`.
-
-        Raises
-        ------
-        ProblemError
-            If `device` is none that holds numbers.
-        """
+        """Return this problem with its tensors on `device`."""
         return replace(self, consumers=tuple(c.to(device) for c in self.consumers))
 
     def with_keep(self, keep: int) -> SubsetProblem:
@@ -577,7 +564,7 @@ class SubsetProblem:
         ------
         ProblemError
             If the file is missing, is not such a problem, or describes no least-squares problem
-            (`Consumer.flaw`).
+            (`Consumer.violation`).
         """
         header, tensors = storage.read(path)
         if not isinstance(header, dict) or header.get("format") != FORMAT:

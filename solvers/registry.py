@@ -71,11 +71,6 @@ def backend_class(name: str, group: str = BACKENDS) -> type[Backend]:
     BackendError
         If there is none, or it cannot be imported.
     """
-    if not isinstance(name, str):
-        raise BackendError(
-            f"backend is {reprlib.repr(name)}; give the name of one: "
-            f"{', '.join(backend_names(group))}"
-        )
     if ":" in name:
         place, _, own = name.rpartition(":")
         if place.endswith(".py"):

@@ -69,8 +69,8 @@ def solve(
         If the backend is unknown, unavailable, cannot take this problem, fails, or answers with
         what is no answer.
     ProblemError
-        If `problem` is none, or turns out to be ill posed (`Consumer.flaw`), before the backend
-        starts.
+        If `problem` is none, or turns out to be ill posed (`Consumer.violation`), before the
+        backend starts.
 
     Examples
     --------
@@ -82,13 +82,11 @@ def solve(
     """
     if not isinstance(problem, SubsetProblem):
         raise ProblemError(f"problem is {reprlib.repr(problem)}; it must be a SubsetProblem")
-    if not isinstance(bound, bool):
-        raise BackendError(f"bound is {reprlib.repr(bound)}; it must be True or False")
     name, chosen = chosen_backend(backend, options, more_options)
     bounding = make_backend("perspective", rounds=bound_rounds)
     assert isinstance(bounding, Perspective)
     if device is not None:
-        problem = _moved(problem, device)
+        problem = problem.to(device)
     refusal = chosen.capabilities.refusal(problem)
     if refusal is not None:
         raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
@@ -133,14 +131,7 @@ def chosen_backend(
     backend: Any, options: Any, more_options: Mapping[str, Any], group: str = BACKENDS
 ) -> tuple[str, Any]:
     """Return the name of a backend and the backend, its options set."""
-    if not isinstance(options, Mapping | None):
-        raise BackendError(f"options is {reprlib.repr(options)}; it must map names to values")
-    if any(not isinstance(name, str) for name in options or ()):
-        raise BackendError(f"options are {reprlib.repr(options)}; their names must be strings")
-    twice = sorted(set(options or {}) & set(more_options))
-    if twice:
-        raise BackendError(f"options {', '.join(twice)} are given twice, by name and in a mapping")
-    given = {**(options or {}), **more_options}
+    given = dict(**(options or {}), **more_options)  # the same name twice is a TypeError
     if isinstance(backend, str):
         return backend, make_backend(backend, group, **given)
     able = callable(getattr(backend, "select", None))
@@ -154,18 +145,6 @@ def chosen_backend(
     if given:
         raise BackendError("options go with a backend's name; this backend object has its own")
     return type(backend).__name__, backend
-
-
-def _moved(problem: SubsetProblem, device: Any) -> SubsetProblem:
-    """Return the problem on a device that the caller named."""
-    try:
-        return problem.to(device)
-    except ProblemError as error:
-        raise BackendError(str(error)) from error
-    except RuntimeError as error:  # no memory there, as a rule
-        raise BackendError(
-            f"device is {reprlib.repr(device)}; nothing can be computed there: {error}"
-        ) from error
 
 
 def checked_selection(name: str, selection: Any, problem: Any) -> Selection:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.aligned import equal_width, narrowed, unit_rows
+from solvers.closed_forms.row_blocks import equal_width, narrowed, unit_rows
 from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import Consumer, SubsetProblem
 

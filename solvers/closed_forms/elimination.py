@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.aligned import Aligned, unit_rows
+from solvers.closed_forms.row_blocks import RowBlocks, unit_rows
 from solvers.problem import Consumer, SubsetProblem
 
 _PENDING_ROWS = 64
@@ -226,7 +226,7 @@ class _ConsumerElimination:
 
     def __init__(self, consumer: Consumer, units: Tensor) -> None:
         self.width = consumer.width
-        self.terms = Aligned(consumer)
+        self.terms = RowBlocks(consumer)
         self.rows = unit_rows(units, self.width)
         self.A, G = self.terms.gram(self.rows), self.terms.responses(self.rows)
         self.signs = _signs(G)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.aligned import Aligned, narrowed, unit_rows
+from solvers.closed_forms.row_blocks import RowBlocks, narrowed, unit_rows
 from solvers.linalg.gram import TILE_ROWS, quadratic
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer, SubsetProblem
@@ -30,7 +30,7 @@ _ELEMENTS = 1 << 18
 
 
 class ConsumerState:
-    """N and U of one consumer, `Aligned`; changed in place by `sweep`.
+    """N and U of one consumer, `RowBlocks`; changed in place by `sweep`.
 
     Each unit has its place in them.  Those in S came first when they were factorized, and still do
     as long as every exchange lets as many enter as leave.
@@ -46,7 +46,7 @@ class ConsumerState:
 
     def __init__(self, consumer: Consumer, kept: Tensor) -> None:
         self.width = w = consumer.width
-        self.terms = Aligned(consumer)
+        self.terms = RowBlocks(consumer)
         units = torch.cat([torch.nonzero(kept).flatten(), torch.nonzero(~kept).flatten()])
         self._place = units.argsort()
         self.kept = kept.clone()

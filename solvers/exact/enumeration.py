@@ -13,8 +13,8 @@ from torch import Tensor
 
 from solvers.certificates.certificate import EnumerationCertificate
 from solvers.certificates.inverses import Inverses
-from solvers.closed_forms.aligned import narrowed
 from solvers.closed_forms.refit import refit_loss_and_rounding
+from solvers.closed_forms.row_blocks import narrowed
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 from solvers.protocol import (
     DEFAULT_GAP_TOLERANCE,

@@ -27,9 +27,9 @@ from solvers.bounds.quadratic import QuadraticBound, made_dominating, scaled_dia
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificates.certificate import LEAST_SHARE
-from solvers.closed_forms.aligned import unit_rows
 from solvers.closed_forms.pivot import solve_spd
 from solvers.closed_forms.refit import refit_loss_and_rounding
+from solvers.closed_forms.row_blocks import unit_rows
 from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch

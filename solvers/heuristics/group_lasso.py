@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.aligned import equal_width
+from solvers.closed_forms.row_blocks import equal_width
 from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.linalg.descent import accelerated

@@ -17,9 +17,6 @@ from solvers.errors import ProblemError
 _LARGEST, _SMALLEST = 1e100, 1e-100
 """Products of two numbers within these stay far from overflow and from underflow."""
 
-_NO_DEVICE = (RuntimeError, TypeError, ValueError, AssertionError, ImportError)
-"""What torch ends with where a device is unknown, not there, or not built in."""
-
 
 def as_tensor(name: str, value: Any) -> Tensor:
     """Return numbers as a dense tensor without gradient; arrays are copied, tensors are not.
@@ -36,23 +33,6 @@ def as_tensor(name: str, value: Any) -> Tensor:
         raise ProblemError(f"{name} must hold real numbers, not {value.dtype} on {value.device}")
     tensor: Tensor = value.detach()
     return (tensor if tensor.layout is torch.strided else tensor.to_dense()).as_subclass(Tensor)
-
-
-def as_device(value: Any) -> torch.device:
-    """Return the device that a value names.
-
-    Raises ProblemError if it names none that is there and holds numbers.
-    """
-    try:
-        device = torch.device(value)
-        torch.empty(0, device=device)
-    except _NO_DEVICE as error:
-        raise ProblemError(
-            f"device is {reprlib.repr(value)}; nothing can be computed there: {error}"
-        ) from error
-    if device.type == "meta":
-        raise ProblemError("device is meta, which holds no numbers; name one that does: cpu, say")
-    return device
 
 
 def as_owned_tensor(name: str, value: Any) -> Tensor:

@@ -251,7 +251,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
 
     from osscar.checkpoint import directory
     from osscar.pruning import shrunk
-    from osscar.recovery.training import _Optimizer
+    from osscar.recovery.training import Training
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
@@ -259,7 +259,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield transformers.PreTrainedTokenizerFast, "_save_pretrained", False
     yield Coroutine, "advance", True
     yield LayerStep, "commit", True
-    yield _Optimizer, "step", True
+    yield Training, "step", True
     yield shrunk, "shrink", True
     yield directory, "prove_equal", True
     yield jobs, "answered", True

@@ -57,7 +57,7 @@ def test_a_consumer_of_either_is_the_same(panel, tmp_path, monkeypatch):
     assert torch.equal(held.H, dense.H)
     assert held.damping == dense.damping
     assert torch.equal(held.G, dense.G)
-    assert held.flaw is None
+    assert held.violation is None
     for same in (held.divided(1.0), *copies(held)):
         assert torch.equal(same.H, dense.H)
     assert held.to("cpu") is held

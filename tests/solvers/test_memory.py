@@ -12,10 +12,10 @@ import torch
 from benchmarks.measuring import measured
 from solvers import Consumer, Status, SubsetProblem, solve
 from solvers.closed_forms import elimination
-from solvers.closed_forms.aligned import Aligned, equal_width
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import refit
+from solvers.closed_forms.row_blocks import RowBlocks, equal_width
 from solvers.closed_forms.swaps import swap_gains
 from solvers.linalg import gram as gram_module
 from solvers.linalg import symmetric
@@ -323,7 +323,7 @@ def test_losses_in_tiles(panels, problem):
 
 def test_aligned_terms_are_those_of_a_whole_copy(problem):
     for consumer in problem.consumers:
-        terms, (H, G) = Aligned(consumer), equal_width(consumer)
+        terms, (H, G) = RowBlocks(consumer), equal_width(consumer)
         rows = torch.arange(len(terms))[1::3]
         assert torch.equal(terms.H(rows, rows), H[rows][:, rows])
         assert torch.equal(terms.G(rows), G[rows])
@@ -367,7 +367,7 @@ def test_a_loss_divided_by_a_number_is_the_same_problem():
     (V,), quarter = refit(divided, support)
     torch.testing.assert_close(V, W, **CLOSE)
     assert quarter == pytest.approx(loss / 4, rel=1e-12)
-    assert part.flaw is None
+    assert part.violation is None
     assert part.damping == consumer.damping / 4
 
 

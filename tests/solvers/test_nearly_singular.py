@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from solvers import Consumer, Status, SubsetProblem, VerificationError, solve
-from solvers.closed_forms.aligned import equal_width
 from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.row_blocks import equal_width
 from solvers.closed_forms.swaps import best_swap, possible_gain
 from solvers.linalg.gram import DEFINITE_MARGIN
 from tests.solvers.instances import exact_loss

@@ -207,7 +207,7 @@ def test_from_gram_never_refuses_the_target_that_it_computes():
                     warnings.simplefilter("ignore")
                     problem = SubsetProblem.from_gram(*singular(m=m, kind=kind), keep=4, damp=damp)
                 fresh = replace(problem.consumers[0])
-                assert fresh.flaw is None
+                assert fresh.violation is None
                 solve(problem, "local_search").verify()
 
 
@@ -390,11 +390,6 @@ def test_properties():
     assert (problem.units, problem.width, problem.keep) == (6, 4, 4)
     assert problem.scale == pytest.approx(sum(c.e for c in problem.consumers))
     assert problem.device == torch.device("cpu")
-    for nowhere in ("meta", torch.device("meta"), "nonsense", None, 2.5, "hpu", 10**30):
-        with pytest.raises(
-            ProblemError, match=r"^device is (meta, which holds|.*; nothing can be)"
-        ):
-            problem.to(nowhere)
     moved = problem.to("cpu")
     assert torch.equal(moved.consumers[1].rows, problem.consumers[1].rows)
     consumer = replace(problem.consumers[0])

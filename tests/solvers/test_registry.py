@@ -202,12 +202,8 @@ def test_options_in_a_mapping():
     for name in ("bound", "device", "backend", "problem", "name", "options"):
         with pytest.raises(BackendError, match=f"'random' has no option {name}; it has seed"):
             solve(PROBLEM, "random", options={name: 1})
-    with pytest.raises(BackendError, match="their names must be strings"):
-        solve(PROBLEM, "random", options={5: 1})
-    with pytest.raises(BackendError, match="seed are given twice"):
+    with pytest.raises(TypeError, match=r"multiple values .*'seed'"):
         solve(PROBLEM, "random", options={"seed": 3}, seed=3)
-    with pytest.raises(BackendError, match=r"options is \[1\]; it must map names to values"):
-        solve(PROBLEM, "random", options=[1])
     with pytest.raises(BackendError, match="'random' has no option name; it has seed"):
         make_backend("random", name=1)
     with pytest.raises(BackendError, match="this backend object has its own"):
@@ -263,21 +259,9 @@ def test_arguments_of_a_wrong_type():
     for backend in (5, None, LocalSearch, object()):
         with pytest.raises(BackendError, match=r"^backend is .*; give a registered name, or a"):
             solve(PROBLEM, backend)
-    for name in (5, "gredy"):
-        for function in (make_backend, backend_class):
-            with pytest.raises(BackendError, match=r"^(backend is|there is no backend) .*greedy"):
-                function(name)
-    for bound in (None, 1, "yes"):
-        with pytest.raises(BackendError, match=r"^bound is .*; it must be True or False$"):
-            solve(PROBLEM, bound=bound)
-    for device in ("nonsense", 2.5, [], "meta", "cuda:99"):
-        with pytest.raises(
-            BackendError, match=r"^device is (meta, which holds|.*; nothing can be computed)"
-        ):
-            solve(PROBLEM, device=device)
-    for options in (5, "seed=3", [("seed", 3)]):
-        with pytest.raises(BackendError, match=r"^options is .*; it must map names to values$"):
-            solve(PROBLEM, "random", options=options)
+    for function in (make_backend, backend_class):
+        with pytest.raises(BackendError, match=r"^there is no backend 'gredy'; choose .*greedy"):
+            function("gredy")
 
 
 # ---- what backends answer ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from solvers.linalg.symmetric import Symmetric
 from solvers.problem import NO_ROW, Consumer
 
 
-class Aligned:
+class RowBlocks:
     """The terms of a consumer with the rows ordered unit by unit and all units equally wide.
 
     A unit with fewer rows than the widest is filled up with rows that are decoupled from all
@@ -82,7 +82,7 @@ def narrowed(G: Tensor) -> Tensor:
 
 def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
     """Return H and G with the rows ordered by unit, short units filled up with decoupled rows."""
-    terms = Aligned(consumer)
+    terms = RowBlocks(consumer)
     rows = torch.arange(len(terms), device=consumer.G.device)
     if torch.equal(consumer.rows.flatten(), rows):
         return consumer.H, consumer.G
