@@ -220,27 +220,20 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
                         "the next token"
                     )
                 for window, of_window in zip(batch, logits, strict=True):
-                    total += _negative_log_likelihood(of_window, window, context, f"window {done}")
+                    rows = of_window[context - 1 : -1].split(ROWS_AT_ONCE)
+                    for some, following in zip(
+                        rows, window[context:].split(ROWS_AT_ONCE), strict=True
+                    ):
+                        total += F.cross_entropy(some.float(), following, reduction="sum").item()
+                    if not math.isfinite(total):
+                        raise NonFiniteError(
+                            f"the model's logits are NaN or infinite in window {done}; use --dtype "
+                            "float32, or check its weights"
+                        )
                     done += 1
     tokens = sum(len(one) - context for one in windows)
     perplexity = _exponential(total / tokens)
     return TextQuality(perplexity, tokens, done, len(windows[0]), text.special_tokens)
-
-
-def _negative_log_likelihood(logits: Tensor, window: Tensor, context: int, where: str) -> float:
-    """Return the sum over the tokens but the first ones, a few positions at a time in float32."""
-    total = 0.0
-    for start in range(context - 1, len(window) - 1, ROWS_AT_ONCE):
-        targets = window[start + 1 : start + 1 + ROWS_AT_ONCE]
-        rows = logits[start : start + len(targets)].float()
-        loss = F.cross_entropy(rows, targets, reduction="sum").item()
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the model's logits are NaN or infinite in {where}, tokens {start} to "
-                f"{start + len(targets) - 1}; use --dtype float32, or check its weights"
-            )
-        total += loss
-    return total
 
 
 def _exponential(mean: float) -> float:

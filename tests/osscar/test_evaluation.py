@@ -236,7 +236,7 @@ def test_non_finite_logits_name_the_window(model, tokenizer, value):
     weight = model.get_input_embeddings().weight.detach().clone()
     weight[tokens[place]] = value
     model.set_input_embeddings(nn.Embedding.from_pretrained(weight))  # the output stays whole
-    with pytest.raises(NonFiniteError, match=f"window {place // 16},"):
+    with pytest.raises(NonFiniteError, match=f"window {place // 16};"):
         measure_quality(model, tokenizer, text, seqlen=16)
 
 
