@@ -140,9 +140,10 @@ class _Run:
                     self.dense.update(dense_tensors(step.consumers))
                 with room_for(prepared.model, prepared.matrix_bytes):
                     keep = self.keep[step.group.name]
-                    self.done.append(_prune_group(step, keep, self.request, began, prepared.ranks))
+                    record = _prune_group(step, keep, self.request, began, prepared.ranks)
                 if self.log is not None:
-                    self.log.append(len(self.done) - 1, self.done[-1])
+                    self.log.append(len(self.done), record)
+                self.done.append(dataclasses.replace(record, weights=()))  # the model has them
                 bar.advance()
                 began = time.perf_counter()
         if prepared.ranks.first:
