@@ -104,20 +104,22 @@ class _Elimination:
         self._units = units
         # Added to the losses: infinite for units that left since the rows were last compacted.
         self._penalty = torch.zeros(len(units), dtype=torch.float64, device=units.device)
+        self._left = torch.arange(len(units), device=units.device)
+        """The places of those that are left."""
         self._parts = [_ConsumerElimination(consumer, units) for consumer in problem.consumers]
         self._tolerance = max(_DRIFT_TOLERANCE, 100 * self._drift())
 
     @property
     def units(self) -> Tensor:
         """The units that are left, sorted."""
-        return self._units[self._penalty == 0]
+        return self._units[self._left]
 
     def remove(self, steps: int) -> Removals:
         """Let the cheapest units leave, one after the other."""
         removed: Removals = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
-        count = min(_CACHED * steps, int((self._penalty == 0).sum()))
+        count = min(_CACHED * steps, len(self._left))
         likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
             part.cache_rows(likely)
@@ -181,18 +183,19 @@ class _Elimination:
         return losses
 
     def _compact(self) -> None:
-        left = torch.nonzero(self._penalty == 0).flatten()
+        self._left = left = torch.nonzero(self._penalty == 0).flatten()
         if len(left) <= _COMPACT_AT * len(self._units):
             for part in self._parts:
                 part.keep_only(left)
             self._units, self._penalty = self._units[left], self._penalty[left]
+            self._left = torch.arange(len(left), device=left.device)
 
     def drifted(self) -> bool:
         """Return whether the updates have lost too many digits to go on from here."""
         return not self._drift() <= self._tolerance
 
     def _drift(self) -> float:
-        left = torch.nonzero(self._penalty == 0).flatten()
+        left = self._left
         probes = torch.linspace(0, len(left) - 1, _PROBES, device=left.device).long()
         return max(part.drift(left[probes]) for part in self._parts)
 
@@ -422,7 +425,7 @@ class _ConsumerElimination:
         error = self.terms.H(self.rows[some], self.rows) @ A.T
         error -= (some[:, None] == some).to(error)
         W, sizes = self.W[some], self._sizes().clamp(min=0.0).sqrt()
-        sizes = sizes.clamp(min=float(_NO_DIGITS * sizes.max()) or 1e-150)
+        sizes = sizes.maximum((_NO_DIGITS * sizes.max()).clamp(min=1e-150))
         lost = torch.linalg.vector_norm(W @ self.signs - A @ self.G_signs, dim=1) / _DIRECTIONS**0.5
         worst = [error.abs().max(), (lost / sizes[units]).max()]
         cached = self.cache.units[:_DIRECTIONS]
