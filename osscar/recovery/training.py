@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -322,7 +322,7 @@ class Training:
         with (
             checkpointing(self.model) if way.checkpointing else nullcontext(),
             torch.autocast(device_of(dense).type, torch.bfloat16, way.mixed_precision == "bf16"),
-            torch.backends.cudnn.flags(enabled=self._cudnn),
+            _cudnn(self._cudnn),
         ):
             with torch.no_grad():
                 due = distance.outputs(dense, batch)
@@ -375,6 +375,17 @@ def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
     for name, tensor in to.items():
         if tensor is not values[name]:
             tensor.copy_(values[name])
+
+
+@contextmanager
+def _cudnn(enabled: bool) -> Iterator[None]:
+    """Let cuDNN compute, or not; its own `flags` also sets what the user has chosen."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled and before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _is_recurrent(module: nn.Module) -> bool:

@@ -138,7 +138,9 @@ def test_a_pruned_model_is_recovered_and_scored_on_a_card():
 
 def test_the_newer_switches_of_precision_may_be_set(monkeypatch):
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    osscar.prune(small_net(), images(12), channels=0.5, device="cpu")
+    dense = small_net()
+    result = osscar.prune(dense, images(12), channels=0.5, device="cpu")
+    osscar.recover(result, dense, images(12), steps=1, device="cpu")
 
 
 def test_an_estimate_is_made_on_a_card():
