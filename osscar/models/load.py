@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from osscar.base.devices import resolve_device, resolve_dtype
-from osscar.base.errors import CheckpointError, FileError, OptionError
+from osscar.base.errors import CheckpointError, FileError, ModelError, OptionError
 from osscar.base.inputs import file_name
 from osscar.base.memory import FOR_MODELS, memory_for
+from osscar.base.printable import published
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
+from osscar.checkpoint.formats import cast
 from osscar.checkpoint.manifest import is_checkpoint, read_manifest
-from osscar.data.preprocessing import as_preprocessing
+from osscar.data.batches import needed_arguments, to_model
+from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
+from osscar.models import user_code
+from osscar.models.classifiers import load_classifier
 from osscar.models.language import load_language_model
+from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
-from osscar.models.modules import load_module
-from osscar.models.names import REGISTERED, ModelKind, check_no_program, kind_of
+from osscar.models.names import LIBRARIES, REGISTERED, ModelKind, check_no_program, kind_of
+from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
+from osscar.models.weights import fill, read_state
+from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
 from osscar.offload.device_memory import memory_of
+from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 
 def load_model(
@@ -122,7 +130,7 @@ def load_model(
     ):  # fmt: skip
         if given is not None and not fits:
             raise OptionError(f"{text!r} {why}")
-    with _quiet_unless_terminal(), memory_for(f"the weights of {text}", FOR_MODELS):
+    with memory_for(f"the weights of {text}", FOR_MODELS):
         if of_text:
             return load_language_model(
                 text,
@@ -131,30 +139,99 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 max_memory=max_memory,
             )
-        return load_module(
-            text,
-            kind,
-            weights=weights,
-            pretrained=pretrained,
-            dense=dense,
-            dtype=number_format,
-            device=target,
-            preprocessing=stated,
+        if kind in LIBRARIES.values():
+            loaded = load_of_library(text, weights, pretrained)
+        elif kind is ModelKind.CLASSIFIER:
+            loaded = load_classifier(text)
+        elif kind is ModelKind.CODE:
+            loaded = _from_code(text, weights, pretrained)
+        else:
+            loaded = _from_directory(Path(text).expanduser(), kind, dense, number_format)
+        return _prepared(loaded, number_format, target, stated)
+
+
+def _prepared(
+    loaded: LoadedModel,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    stated: AnyPreprocessing | None,
+) -> LoadedModel:
+    """Bring a model that reads no text to its device, with inputs and preprocessing that fit."""
+    check_usable(loaded.model)
+    check_finite_weights(loaded.model)
+    known, example = resolved(
+        loaded.model, loaded.example, loaded.preprocessing, stated, loaded.source
+    )
+    model = loaded.model if dtype is None else cast(loaded.model, dtype)
+    model = in_evaluation(model.to(device))
+    note(
+        model,
+        source=lineage_of(model).source or published(loaded.source),
+        classes=loaded.classes,
+        preprocessing=None if known is None else known.record(),
+        stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
+    )
+    return dataclasses.replace(
+        loaded,
+        model=model,
+        example=None if example is None else to_model(example, model),
+        preprocessing=known,
+        states_images=stated is not None,
+    )
+
+
+def _from_code(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
+    model, example, preprocessing = user_code.build(name)
+    if weights is not None:
+        fill(model, read_state(weights), str(weights))
+    needed = needed_arguments(model)
+    if example is None and len(needed) > 1:
+        raise ModelError(
+            f"{name} gives no example inputs, and its model reads {', '.join(needed)}; return the "
+            "model, and a mapping of these names to tensors"
         )
+    return LoadedModel(
+        model=model,
+        example=example,
+        preprocessing=preprocessing,
+        source=name,
+        path=None,
+        stored_dtype=stored_dtype(model),
+        stated=example,
+        drawn=user_code.drawn_share(name, model) if weights is None and pretrained else 0.0,
+    )
 
 
-@contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Keep transformers' bars out of logs."""
-    logging = transformers.utils.logging
-    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    if silence:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silence:
-            logging.enable_progress_bar()
+def _from_directory(
+    path: Path, kind: ModelKind, dense: str | None, dtype: torch.dtype | None
+) -> LoadedModel:
+    built, example, brought = None, None, None
+    if kind is ModelKind.CODE_DIRECTORY:
+        if dense is None or kind_of(dense) is not ModelKind.CODE:
+            given = "" if dense is None else f", not {dense!r}"
+            raise ModelError(
+                f"{path} holds a model of your own code, which a checkpoint does not contain: say "
+                "what builds the dense one (--dense module:function, or dense= of "
+                f"osscar.load){given}"
+            )
+        built, example, brought = user_code.build(dense)
+    model = checkpoint.load(path, dense=built, dtype=dtype)
+    lineage, builder = lineage_of(model), builder_of(model)
+    if isinstance(builder, TorchvisionOrigin):
+        brought = preprocessing_of(builder, model)
+    pruned_with = recorded_example(path, lineage.inputs)
+    if pruned_with is not None and (example is None or image_of(pruned_with) is not None):
+        example = pruned_with
+    return LoadedModel(
+        model=model,
+        example=example,
+        preprocessing=of_directory(path, lineage, brought),
+        source=f"directory {path}",
+        path=path,
+        stored_dtype=stored_dtype(model),
+        classes=lineage.classes,
+        stated=example,
+    )
 
 
 def _check_directory(name: str) -> None:
