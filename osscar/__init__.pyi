@@ -13,7 +13,7 @@ from .data.loaders import load_batches as load_batches
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
 from .data.samples import SampleList as SampleList, TensorSet as TensorSet
-from .data.tensor_files import load_tensors as load_tensors
+from .data.sample_files import load_tensors as load_tensors
 from .data.text import (
     CalibrationSet as CalibrationSet,
     TextSet as TextSet,

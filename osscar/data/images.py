@@ -23,8 +23,8 @@ from osscar.data.preprocessing import (
     as_preprocessing,
     check_stated,
 )
+from osscar.data.sample_files import located, read_tensors
 from osscar.data.samples import IMAGES, LABELS, SampleSet, checked_labels, columns_of
-from osscar.data.tensor_files import located, read_tensors
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""

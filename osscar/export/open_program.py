@@ -32,7 +32,7 @@ from osscar.data.batches import (
     named_example,
     to_model,
 )
-from osscar.data.tensor_files import load_tensors
+from osscar.data.sample_files import load_tensors
 from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.predictions import ALONE, named_outputs

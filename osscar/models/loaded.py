@@ -14,8 +14,8 @@ from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, has_images, load_images
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, Transform, check_stated
+from osscar.data.sample_files import holds_images, load_tensors
 from osscar.data.samples import SampleSet, TensorSet
-from osscar.data.tensor_files import holds_images, load_tensors
 from osscar.data.text import (
     DEFAULT_SEQLEN,
     CalibrationSet,

@@ -18,7 +18,7 @@ from osscar.base.errors import (
     OptionError,
 )
 from osscar.data.batches import as_inputs
-from osscar.data.tensor_files import holds_images
+from osscar.data.sample_files import holds_images
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.preparation.fingerprint import Fingerprint
