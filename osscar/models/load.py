@@ -182,6 +182,7 @@ def _prepared(
 
 def _from_code(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
     model, example, preprocessing = user_code.build(name)
+    check_usable(model)
     if weights is not None:
         fill(model, read_state(weights), str(weights))
     needed = needed_arguments(model)
