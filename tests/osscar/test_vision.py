@@ -241,7 +241,7 @@ def test_prune_eval_inspect_and_load_a_model_of_the_users_own(run, code, archive
     evaluate = ("eval", out_dir, "--device", "cpu", "--images")
     status, out, err = run(*evaluate, test, "--dense", code, "--json", report)
     assert status == 0, err
-    for expected in ("top-1", "images/s", "FLOPs an image", "agreement with dense", "KL"):
+    for expected in ("top-1", "images/s", "FLOPs per image", "agreement with dense", "KL"):
         assert expected in out
     compared = json.loads(report.read_text())
     assert compared["schema"] == "osscar.eval/3"
