@@ -98,12 +98,16 @@ class TransformersOrigin:
             trust_remote_code=False,
             output_loading_info=True,
         )
-        missing = sorted(loading["missing_keys"])
-        if missing:  # transformers fills these with random numbers, and warns
-            raise CheckpointError(
-                f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; get "
-                "the checkpoint anew"
-            )
+        # transformers draws what is missing, leaves others out, and warns.
+        stored = read_headers(path) or {}
+        masks = {name for name, one in stored.items() if not one.dtype.is_floating_point}
+        for key, reason in (("missing_keys", "fewer"), ("unexpected_keys", "more")):
+            names = sorted(set(loading[key]) - masks)
+            if names:
+                raise CheckpointError(
+                    f"{path} has {reason} weights than the model of its config, {len(names)} in "
+                    f"all, such as {names[0]!r}; get the checkpoint anew"
+                )
         read: nn.Module = model.eval()
         return read
 

@@ -62,6 +62,13 @@ def test_a_size_that_is_not_that_of_the_weights(checkpoint, reader):
         file.write_text(whole)
 
 
+@pytest.mark.parametrize(("layers", "reason"), [(0, "more"), (1, "more"), (3, "fewer")])
+def test_a_config_of_fewer_or_more_layers(checkpoint, layers, reason):
+    edit(checkpoint, num_hidden_layers=layers)
+    with pytest.raises(CheckpointError, match=f"has {reason} weights than the model of its config"):
+        osscar.load(checkpoint)
+
+
 REFUSED = [
     *(
         (changes, "more than any model")
