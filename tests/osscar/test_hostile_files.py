@@ -343,8 +343,6 @@ def structural_calls(wrong):
     yield lambda: osscar.shrink(net, plan, [wrong])
     yield lambda: osscar.adapter(wrong)(print)
     yield lambda: osscar.mixture(wrong, gate="gate", experts="experts")
-    yield lambda: osscar.Study(wrong, {})
-    yield lambda: osscar.Study(Path("nowhere"), wrong)
     yield lambda: osscar.prune(wrong, images, sparsity=0.5)
     yield lambda: osscar.prune(net, wrong, sparsity=0.5)
     yield lambda: osscar.prune(net, images, sparsity=0.5, backend=wrong)
