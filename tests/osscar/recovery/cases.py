@@ -91,16 +91,17 @@ class Normed(nn.Module):
         return self.leave(torch.tanh(self.enter(x)))
 
 
-def graphs() -> list[dict[str, Tensor]]:
+def graphs() -> osscar.SampleList:
     draw = torch.Generator().manual_seed(0)
     sizes = (4, 7, 3, 5, 6, 4, 8, 5)
-    return [
+    samples = [
         {
             "nodes": torch.randn(size, 5, generator=draw),
             "edges": torch.randint(size, (2, 9), generator=draw),
         }
         for size in sizes
     ]
+    return osscar.SampleList("graphs", samples)
 
 
 def _t5() -> nn.Module:
