@@ -205,6 +205,7 @@ _OF_TORCH = {
     "reset_peak_memory_stats": lambda device=None: None,
     "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
     "get_device_name": lambda device=None: "a pretended card",
+    "is_bf16_supported": lambda including_emulation=True: True,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: None,
 }
