@@ -138,7 +138,7 @@ def _kill_and_go_on(case: Case, seed: int, root: Path, victims: tuple[Victim, ..
 def _last_word(ended: Ended) -> str:
     """Return the one line that is said of an end; a warning before it is of random weights."""
     *before, line = ended.err.strip().splitlines()
-    expected = ("warning: the dense model has a perplexity", "progress: ")
+    expected = ("warning: the dense model does no better than chance", "progress: ")
     assert [one for one in before if not one.startswith(expected)] == []
     return line
 

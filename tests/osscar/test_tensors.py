@@ -195,7 +195,7 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     asked = ("--calibration", "data.safetensors", "--form", "exported", *FAST, "--out", "s0")
     status, out, err = run("prune", code("two"), *asked)
     assert status == 0, err
-    assert "not measured, as no output is known to be scores of classes" in out
+    assert "measured distance: none: no output is known to be scores of classes" in out
     np.savez("test.npz", **pairs(40, 1))
     status, out, err = run("eval", "s0", "--inputs", "test.npz", "--dense", code("two"))
     assert status == 0, err
