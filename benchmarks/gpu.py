@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import solvers
 from benchmarks.scale import layer
 from osscar.base.memory import available_memory
-from osscar.base.timing import Stage, profiled
+from osscar.base.timing import Stage, clock, profiled
 from osscar.data.text import load_calibration
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_CALIBRATION
@@ -67,10 +66,10 @@ def solved(p: int, device: torch.device, backend: str, seed: int = 0) -> Solved:
     on_card = device.type == "cuda"
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)
-    began = timer()
+    began = clock()
     problem = solvers.SubsetProblem.from_gram(H, W0, keep=p // 2, overwrite=True)
     solution = solvers.solve(problem, backend)
-    seconds = timer() - began
+    seconds = clock() - began
     peak = torch.cuda.max_memory_allocated(device) if on_card else 0
     support = frozenset(solution.support.tolist())
     return Solved(seconds, support, solution.relative_loss, peak)
@@ -186,7 +185,7 @@ def pruned(task: Task, device: torch.device) -> Pruned:
     """Run one task on one device."""
     model, data = task.make()
     request = PruningRequest(**task.asked, device=str(device))
-    with profiled(timer) as spent:
+    with profiled() as spent:
         result = prune_as_asked(model.to(device), data, request)
     return Pruned(spent.seconds, [layer.support for layer in result.layers])
 

@@ -14,11 +14,10 @@ from timeit import Timer
 
 import torch
 from torch import nn
-from torch.utils.benchmark import timer
 
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import EquivalenceError, RequestError
-from osscar.base.timing import interleaved
+from osscar.base.timing import clock, interleaved
 from osscar.data.batches import Batch
 from osscar.network.modules import copied, forward
 from osscar.preparation.prepare import Prepared
@@ -109,7 +108,7 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     RequestError
         If that is too much.
     """
-    timers = [Timer(partial(forward, model, batch), timer=timer) for model in (dense, other)]
+    timers = [Timer(partial(forward, model, batch), timer=clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):
         slow, fast = interleaved(timers, REPETITIONS, "timing")
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import timer
 from transformers import PreTrainedModel
 
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import ModelError, OptionError
-from osscar.base.timing import interleaved
+from osscar.base.timing import clock, interleaved
 from osscar.evaluation.size import count_parameter_bytes
 from osscar.network.modules import count_parameters, evaluating, forward
 from osscar.network.operations import count_flops
@@ -33,7 +32,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def _forward_timer(model: nn.Module, batch: Mapping[str, Tensor]) -> Timer:
-    return Timer(partial(forward, model, batch), timer=timer)
+    return Timer(partial(forward, model, batch), timer=clock)
 
 
 # ---- one forward pass --------------------------------------------------------------------
@@ -133,8 +132,8 @@ def measure_speed(
         raise OptionError(f"timing needs a prompt of at least 2 tokens, not {len(prompt)}")
     new_tokens = min(new_tokens, len(prompt) // 2)
     tasks = [_Decoding(model, prompt[None].to(model.device), new_tokens) for model in models]
-    prefill = [Timer(partial(task.read, task.prompt), timer=timer) for task in tasks]
-    decode = [Timer(task.write, setup=task.read_before, timer=timer) for task in tasks]
+    prefill = [Timer(partial(task.read, task.prompt), timer=clock) for task in tasks]
+    decode = [Timer(task.write, setup=task.read_before, timer=clock) for task in tasks]
     with torch.inference_mode():
         read = interleaved(prefill, repetitions, "Timing prefill")
         written = interleaved(decode, repetitions, "Timing decode")

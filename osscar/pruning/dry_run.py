@@ -17,7 +17,6 @@ from timeit import Timer
 from typing import Any
 
 from torch import nn
-from torch.utils.benchmark import timer
 
 from graph import CouplingGroup
 from osscar.allocation.allocate import allocate
@@ -27,7 +26,7 @@ from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.base.shown import Shown
-from osscar.base.timing import Clock, Stage, profiled
+from osscar.base.timing import Clock, Stage, clock, profiled
 from osscar.checkpoint.directory import weight_bytes
 from osscar.data.loaders import read_once
 from osscar.evaluation.speed import measuring_seconds
@@ -100,7 +99,7 @@ class Estimate(Shown):
 
 
 def estimate_as_asked(
-    model: nn.Module, calibration: Any, request: PruningRequest, clock: Clock | None = None
+    model: nn.Module, calibration: Any, request: PruningRequest, clock: Clock = clock
 ) -> Estimate:
     """Tell what `osscar.prune` will take; it writes nothing, and the model is not changed.
 
@@ -141,7 +140,6 @@ def estimate_as_asked(
             "tells"
         )
     calibration = read_once(model, calibration)
-    clock = timer if clock is None else clock
     began = clock()
     with prepare_for(model, calibration, request) as prepared:
         opening = clock() - began

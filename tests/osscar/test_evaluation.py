@@ -329,7 +329,7 @@ def test_medians_are_taken_without_the_warm_up(model, monkeypatch):
         return SimpleNamespace(logits=torch.zeros(1, 1, 3), past_key_values=())
 
     monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr(speed, "timer", lambda: now[0])
+    monkeypatch.setattr(speed, "clock", lambda: now[0])
     (found,) = measure_speed([model], torch.arange(40), new_tokens=2, repetitions=3)
     assert found.prefill_tokens_per_second == 40 / 0.5
     assert found.decode_tokens_per_second == 2 / 4.0

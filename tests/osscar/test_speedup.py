@@ -81,11 +81,11 @@ class Takes(nn.Module):
 
 
 def test_a_speed_up_is_above_one_where_the_other_model_is_faster(monkeypatch):
-    monkeypatch.setattr(speedup, "timer", lambda: Takes.now)
+    monkeypatch.setattr(speedup, "clock", lambda: Takes.now)
     assert speedup.time_against(Takes(3.0), Takes(1.5), {}) == pytest.approx(2.0)
 
 
 def test_a_device_that_is_too_noisy_is_refused_with_the_spread(monkeypatch):
-    monkeypatch.setattr(speedup, "timer", lambda: Takes.now)
+    monkeypatch.setattr(speedup, "clock", lambda: Takes.now)
     with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
         speedup.time_against(Takes(1.0, 7.0, 3.0), Takes(2.0, 5.0), {})
