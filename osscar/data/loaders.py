@@ -47,6 +47,10 @@ _FORMS = (
 )
 
 
+_AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
+"""What is in memory, of which all is read unless the caller says otherwise."""
+
+
 class _Batch(NamedTuple):
     """The tensors of a batch by argument, its labels, and the names of what was left out."""
 
@@ -75,7 +79,8 @@ def load_batches(
         What will read them.
     samples
         How many to read at most: of rows that can be looked up drawn at random, of anything else
-        the first ones.  By default all of a list, and otherwise 256, or 32 of a language model.
+        the first ones.  By default all of a list and of tensors, and otherwise 256, or 32 of a
+        language model.
     seed
         Of the draw.
 
@@ -99,7 +104,7 @@ def load_batches(
     whole_number(seed, "the seed (seed=)", 0)
     if samples is not None:
         whole_number(samples, "the number of samples (samples=)", 1)
-    elif not isinstance(data, list):
+    elif not isinstance(data, _AT_HAND):
         samples = DEFAULT_WINDOWS if _is_causal(model) else DEFAULT_SAMPLES
     return _read(data, model, samples, seed)[0]
 
@@ -115,8 +120,8 @@ def read_once(
     """Return data in a form that can be read again and again, as they are if they have one.
 
     Batches are read as by `load_batches`, with a warning where something was left out: `windows`
-    of a causal language model, or `samples` of any other, but all of a list.  With `whole` all of
-    them are read, as for a score.
+    of a causal language model, or `samples` of any other, but all of a list and of tensors.  With
+    `whole` all of them are read, as for a score.
 
     Raises
     ------
@@ -138,7 +143,7 @@ def read_once(
             f"{_called(data)} does not say how many samples it has; score so many of them: "
             "osscar.load_batches(data, model, samples=...)"
         )
-    every = whole or isinstance(data, list)
+    every = whole or isinstance(data, _AT_HAND)
     count = windows if _is_causal(model) else samples
     found, notes = _read(data, model, None if every else count, 0)
     if notes:

@@ -110,6 +110,14 @@ def test_data_without_labels_are_read_as_well():
     assert named.source.endswith("labels set aside to score by; without idx, names")
 
 
+def test_what_is_in_memory_is_read_to_its_end_and_a_loader_as_far_as_it_takes():
+    counts = {form: len(load_batches(made(), rows_net())) for form, made in FORMS.items()}
+    at_hand = ("pairs", "a tuple in a pair", "dictionaries", "a dictionary in a pair", "arrays")
+    whole = {*at_hand, "one dictionary", "a set"}
+    assert counts == {form: 300 if form in whole else 256 for form in FORMS}
+    assert len(load_batches(X.numpy(), rows_net())) == 300
+
+
 def test_tensors_with_gradients_are_read_as_numbers():
     for data in (X.clone().requires_grad_(), [X.clone().requires_grad_()]):
         assert osscar.prune(rows_net(), data, **MAGNITUDE).calibration["samples"] == 300
