@@ -94,8 +94,8 @@ def command_line(*words: object, options: Mapping[str, Any] | None = None) -> st
 
     Examples
     --------
-    >>> command_line("osscar", "eval", "my model", options={"text": "FILE", "trust_code": True})
-    "osscar eval 'my model' --text FILE --trust-code"
+    >>> command_line("osscar", "eval", "my model", options={"text": "FILE", "prove": True})
+    "osscar eval 'my model' --text FILE --prove"
     """
     given = list(map(str, words))
     for name, value in (options or {}).items():

@@ -86,7 +86,7 @@ def _version() -> str:
 app = App(
     name="osscar",
     help="Prune a network in one shot, and know how good the result is.\n\nStart with `osscar "
-    "demo`; then `osscar prune MODEL --sparsity 0.3 --out DIR`.",
+    "demo`; then `osscar prune MODEL --sparsity 0.3 --calibration FILE --out DIR`.",
     help_format="markdown",
     help_flags=("-h", "--help"),
     version=_version,
