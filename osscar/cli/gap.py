@@ -95,7 +95,9 @@ def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
                 tell_known(case.records, directory)
         say(f"report: {report}")
         content = {
-            **{"directory": str(directory), "source": source, "design": dataclasses.asdict(design)},
+            "directory": str(directory),
+            "source": source,
+            "design": dataclasses.asdict(design),
             "answer": summary.answer,
             "records": [dataclasses.asdict(record) for record in records],
             "trivial": [instance.name for instance in study.trivial],
@@ -109,14 +111,12 @@ def _described(model: str, options: GapOptions) -> dict[str, Any]:
     stated = stated_preprocessing(options)
     names = ("samples", "seqlen", "seed", "dtype", "damp", "groups", "query_heads")
     return {
-        **{
-            "model": published(model),
-            "calibration": published(options.calibration or "the demo's calibration text"),
-        },
+        "model": published(model),
+        "calibration": published(options.calibration or "the demo's calibration text"),
         **{name: getattr(options, name) for name in names},
         **{
-            name: None if given is None else published(str(given))
-            for name, given in (("dense", options.dense), ("weights", options.weights))
+            name: None if value is None else published(str(value))
+            for name, value in (("dense", options.dense), ("weights", options.weights))
         },
         **({} if stated is None else {"preprocessing": stated.record()}),
     }

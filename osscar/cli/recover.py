@@ -50,7 +50,7 @@ from osscar.report.sections import facts
 LOG = "recover"
 """Ends the name of the directory that holds the log of a recovery."""
 
-_OF_THIS_TIME = {*("out", "overwrite", "restart", "json", "report")}
+_OF_THIS_TIME = ("out", "overwrite", "restart", "json", "report")
 """Options that change nothing of what is saved."""
 
 _LONGEST_REPORT = 64 * MEGABYTE

@@ -24,7 +24,14 @@ from osscar.data.preprocessing import (
     check_stated,
 )
 from osscar.data.sample_files import located, read_tensors
-from osscar.data.samples import IMAGES, LABELS, SampleSet, checked_labels, columns_of
+from osscar.data.samples import (
+    IMAGES,
+    LABEL_NAMES,
+    LABELS,
+    SampleSet,
+    checked_labels,
+    columns_of,
+)
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -392,7 +399,7 @@ def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:
 
     Columns of `datasets` are read without the images, and so are the `targets` of torchvision.
     """
-    columns = [name for name in ("label", LABELS) if name in columns_of(data)]
+    columns = [name for name in LABEL_NAMES if name in columns_of(data)]
     names, targets = getattr(data, "classes", ()), getattr(data, "targets", None)
     found: list[Any]
     if columns:
@@ -409,5 +416,5 @@ def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:
 
 def _label(row: Any) -> Any:
     if isinstance(row, Mapping):
-        return next((row[name] for name in ("label", LABELS) if name in row), None)
+        return next((row[name] for name in LABEL_NAMES if name in row), None)
     return row[1] if isinstance(row, tuple | list) and len(row) == 2 else None

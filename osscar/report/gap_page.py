@@ -179,7 +179,7 @@ def cases_table(cases: Sequence[Case], title: str = "Best answers") -> Table:
         {
             "problem": lambda case: case.best.instance,
             "removed >": lambda case: ", ".join(map(share, case.sparsities)),
-            "kept >": lambda case: _kept(case.best),
+            "kept >": lambda case: f"{case.best.keep} of {case.best.units}",
             "loss >": lambda case: decimals(case.best.relative_loss),
             "bound >": lambda case: decimals(case.relative_bound),
             "gap >": lambda case: percent(case.gap),
@@ -234,10 +234,6 @@ def scores_table(summary: Summary) -> Table:
         },
         pairs.items(),
     )
-
-
-def _kept(record: Record) -> str:
-    return f"{record.keep} of {record.units}"
 
 
 # ---- plots -------------------------------------------------------------------------------
