@@ -72,9 +72,9 @@ from osscar.checkpoint.validation import check_tensors, readable, structure
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
-    context_length,
     copied,
     evaluating,
+    example_length,
     number_format,
 )
 from osscar.network.tensor_files import (
@@ -540,8 +540,8 @@ def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
     vocabulary = vocabulary_of(model)
     if vocabulary is None:
         return None
-    length = min(16, context_length(model) or 16)
-    return {"input_ids": torch.arange(length, device=device)[None] % vocabulary}
+    ids = torch.arange(example_length(model), device=device)
+    return {"input_ids": ids[None] % vocabulary}
 
 
 def _prove_same_tensors(model: nn.Module, again: nn.Module) -> None:

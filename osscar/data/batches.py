@@ -15,15 +15,13 @@ from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import safe_repr
 from osscar.data.samples import SampleSet, check_tensors
 from osscar.data.text import CalibrationSet
-from osscar.network.modules import context_length
+from osscar.network.modules import context_length, example_length
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
 
 CalibrationData: TypeAlias = CalibrationSet | SampleSet
 """What `osscar.load_calibration`, `osscar.load_images` and their like return."""
-
-_EXAMPLE_TOKENS = 16
 
 _PROOF_TOKENS = 64
 """Units do not depend on the length, so that a short window proves as much as a long one."""
@@ -86,8 +84,8 @@ class ModelInputs:
     def example(self, model: nn.Module) -> Batch:
         """Return inputs to trace the model with: two samples, or one of those that run alone."""
         if self.tokens:
-            length = min(_EXAMPLE_TOKENS, context_length(model) or _EXAMPLE_TOKENS)
-            return to_model({"input_ids": torch.zeros(2, length, dtype=torch.int64)}, model)
+            ids = torch.zeros(2, example_length(model), dtype=torch.int64)
+            return to_model({"input_ids": ids}, model)
         return to_model(self.apart[0], model) if self.apart else self.some(model, 2)
 
     def some(self, model: nn.Module, count: int) -> Batch:

@@ -38,7 +38,7 @@ from osscar.models.names import (
     hub_is_reachable,
 )
 from osscar.models.packaged import PACKAGED_MODELS, fetch
-from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, context_length
+from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, example_length
 from osscar.network.tensor_files import read_headers
 from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE, lineage_of, note
@@ -92,9 +92,10 @@ def load_language_model(
             f"the tokenizer of {found.source} has {len(tokenizer):,} tokens and the model knows "
             f"{known:,}, so that it may be another model's"
         )
-    length = min(16, context_length(model) or 16)
-    example = {"input_ids": torch.zeros(2, length, dtype=torch.int64, device=model.device)}
-    return LoadedModel(model, found.source, found.path, stored, tokenizer, example=example)
+    ids = torch.zeros(2, example_length(model), dtype=torch.int64, device=model.device)
+    return LoadedModel(
+        model, found.source, found.path, stored, tokenizer, example={"input_ids": ids}
+    )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def resolved(
     known = brought if stated is None else stated
     image = None if example is None else image_of(example)
     if not isinstance(known, Preprocessing):
-        return known, _shown(model, known) if example is None else example
+        return known, _example_of(model, known) if example is None else example
     if example is not None and image is None:
         raise no_images(example, source)
     known = known.fitted(image)
@@ -55,8 +55,8 @@ def resolved(
     return known, example
 
 
-def _shown(model: nn.Module, transform: AnyPreprocessing | None) -> Batch | None:
-    """Return noise of the form that a transform makes of an image; None without one."""
+def _example_of(model: nn.Module, transform: AnyPreprocessing | None) -> Batch | None:
+    """Return example inputs of the form that a transform makes of an image; None without one."""
     from PIL import Image
 
     if transform is None:

@@ -199,6 +199,11 @@ def context_length(model: nn.Module) -> int | None:
     return length if isinstance(length, int) and not (own and length < 1) else None
 
 
+def example_length(model: nn.Module) -> int:
+    """Return how many tokens an example has: 16, or the most that the model takes at once."""
+    return min(16, context_length(model) or 16)
+
+
 def in_evaluation(model: M) -> M:
     """Set a model to evaluation mode, and return it, whatever its own ``train`` does.
 
