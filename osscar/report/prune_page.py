@@ -85,9 +85,7 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     if lost:
         yield Text((f"{capitalized(lost)}.",), look="answer")
     yield compared_table(document)
-    groups = {**(budget or {}).get("widths", {})}
-    for layer in layers:
-        groups.setdefault(layer["name"], layer)  # what shares no budget comes last
+    groups = _groups(document)
     if groups:
         yield Figure(
             "kept share and loss over depth",
@@ -114,8 +112,16 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
 
 def kept_picture(document: Mapping[str, Any]) -> bytes | None:
     """Return a PNG file of what each group of a run keeps and lost; None where none lost units."""
-    figures = [one for one in sections(document) if isinstance(one, Figure)]
-    return png_of(figures[0].draw()) if document["layers"] else None
+    layers = document["layers"]
+    return png_of(depth_figure(_groups(document), layers)) if layers else None
+
+
+def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what each group keeps, by name; those that share no budget come last."""
+    groups = {**(document.get("budget") or {}).get("widths", {})}
+    for layer in document["layers"]:
+        groups.setdefault(layer["name"], layer)
+    return groups
 
 
 # ---- in words and numbers ----------------------------------------------------------------
