@@ -284,8 +284,8 @@ def _score_samples(
                         check_repeatable(model, {name: one[few] for name, one in named.items()})
                     result = call(model, named)
                 if given is not None and isinstance(data, ImageSet):
-                    tensors = [one for _, one in named_outputs(result) if one.is_floating_point()]
-                    if not any(one.ndim == 2 and len(one) == count for one in tensors):
+                    outputs = [one for _, one in named_outputs(result) if one.is_floating_point()]
+                    if not any(one.ndim == 2 and len(one) == count for one in outputs):
                         warn(
                             f"{type(model).__name__} puts out no scores of classes, so that the "
                             "labels of images are left out"

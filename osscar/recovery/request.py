@@ -26,8 +26,8 @@ class RecoveryRequest:
         list always run one at a time.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
-        Falls to a tenth if the held-out loss is above that before the training, after at least
-        four steps.
+        It falls to a tenth where the held-out loss, after at least four steps at it, is higher than
+        before the training.
     lora
         Rank of adapters that are trained instead of the weights, and merged into them at the end;
         needs peft (``pip install 'osscar[recover]'``).

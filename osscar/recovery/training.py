@@ -47,8 +47,9 @@ _WARMUP, _FLOOR = 0.1, 0.1
 """The share of the steps in which the rate rises, and the share of its peak at which it ends."""
 
 _LOWER, _PATIENCE = 0.1, 4
-"""By what the peak is multiplied if the held-out loss is above that before the training, after at
-least so many steps: the first steps of AdamW, whose moments are young, may lead away for once."""
+"""The peak is multiplied by the first where the held-out loss is higher than before the training.
+That is judged after so many steps at a rate: the first of AdamW, whose moments are young, may lead
+away for once."""
 
 
 def schedule(step: int, steps: int) -> float:

@@ -129,7 +129,7 @@ def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def recovery_table(recovery: Mapping[str, Any]) -> Table:
-    """Return one row for each look at the held-out samples."""
+    """Return one row for each check on held-out samples."""
     return table(
         f"Distance from the dense model, {_UNITS[recovery['measure']]}",
         {
@@ -144,7 +144,7 @@ def recovery_table(recovery: Mapping[str, Any]) -> Table:
 
 
 def _number(value: float | None) -> str:
-    """Return a distance with four digits, which tell looks apart that differ by little."""
+    """Return a distance with four digits, which tell checks apart that differ by little."""
     if value is None:
         return "not finite"
     if value and value < 1e-5:
