@@ -319,8 +319,8 @@ def _timeless(path: Path) -> Any:
         return data if parsed == json.loads(data) else parsed
     if path.name == "results.csv":
         return _without_columns(data.decode())
-    if path.name == "report.html":
-        return "a page of what lies beside it, whose times it shows in many forms"
+    if path.name in ("report.html", "profiles.svg"):
+        return "a page of what lies beside it, and a figure, which show its times"
     if path.name == "README.md":
         return [line for line in data.decode().splitlines() if "milliseconds on" not in line]
     return data
