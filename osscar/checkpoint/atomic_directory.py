@@ -89,9 +89,12 @@ def _replaced(path: Path) -> Path:
 def finish_killed(path: Path) -> None:
     """Put back or remove what killed processes have left beside an output (OSError)."""
     old = _replaced(path)
-    if old.is_dir() and not path.exists():
+    if old.is_dir() and not (path.is_dir() and any(path.iterdir())):
+        if path.is_dir():
+            path.rmdir()
         old.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    elif (path / MANIFEST_FILE).is_file():  # what has taken its place is whole
+        shutil.rmtree(old, ignore_errors=True)
     remove_abandoned(path)
 
 

@@ -10,8 +10,9 @@ import torch
 
 from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import CheckpointError, FileError, ModelError, OptionError
-from osscar.base.inputs import file_name
+from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for
+from osscar.base.messages import warn
 from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
@@ -162,13 +163,22 @@ def _prepared(
     known, example = resolved(
         loaded.model, loaded.example, loaded.preprocessing, stated, loaded.source
     )
+    recorded, used = (
+        lineage_of(loaded.model).preprocessing,
+        None if known is None else known.record(),
+    )
+    if known is not None and recorded is not None and used != dict(recorded):
+        warn(
+            f"{loaded.source} was pruned on images that were prepared otherwise than now: "
+            f"{safe_repr(dict(recorded))}, and now {known.sentence()}"
+        )
     model = loaded.model if dtype is None else cast(loaded.model, dtype)
     model = in_evaluation(model.to(device))
     note(
         model,
         source=lineage_of(model).source or published(loaded.source),
         classes=loaded.classes,
-        preprocessing=None if known is None else known.record(),
+        preprocessing=used,
         stored_dtype=str(loaded.stored_dtype).removeprefix("torch."),
     )
     return dataclasses.replace(

@@ -14,7 +14,7 @@ from torch import nn
 
 from osscar.base.errors import OutputError
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.atomic_directory import atomic_directory, check_output
+from osscar.checkpoint.atomic_directory import atomic_directory, check_output, finish_killed
 from osscar.checkpoint.manifest import Manifest
 from osscar.proof.lineage import Lineage
 from tests.osscar.forked import forked
@@ -174,6 +174,21 @@ def test_a_killed_save_leaves_one_whole_checkpoint_and_the_next_start_finds_it(
 
 
 # ---- found at the start ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("now", ["empty", "foreign", "whole"])
+def test_what_a_killed_save_was_to_replace_goes_once_that_is_whole(
+    now: str, tmp_path: Path
+) -> None:
+    path, old = tmp_path / "out", tmp_path / ".out.osscar-replaced"
+    for place in (old, path):
+        place.mkdir()
+    (old / "osscar.json").write_text("old")
+    if now != "empty":
+        (path / ("osscar.json" if now == "whole" else "notes.txt")).write_text("new")
+    finish_killed(path)
+    assert old.exists() == (now == "foreign")
+    assert [file.read_text() for file in path.iterdir()] == ["old" if now == "empty" else "new"]
 
 
 def test_a_path_through_a_file_is_found_at_the_start(tmp_path: Path) -> None:

@@ -286,7 +286,8 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
 
     status, _, err = run(*evaluate("build"))
     assert (status, "nothing states the transform" in err) == (2, True), err
-    stated = load_model("small", dense="net.py:own", preprocessing=Preprocessing(mean=0, std=1))
+    with pytest.warns(UserWarning, match="pruned on images that were prepared otherwise than now"):
+        stated = load_model("small", dense="net.py:own", preprocessing=Preprocessing(mean=0, std=1))
     torch.testing.assert_close(stated.images("images.npz:test").tensor(), pixels())
 
 
