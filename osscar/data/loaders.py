@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError
-from osscar.base.inputs import whole_number
+from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.data.batches import (
@@ -273,7 +273,12 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
         scored = _tensor(labels, row)
     except DataError:
         return _Batch(named, None, [*left_out, LABEL_NAMES[0]])
-    if number_kind(scored) != "whole" or scored.dtype == torch.bool or not scored.ndim:
+    if not scored.ndim:
+        raise DataError(
+            f"its label is one number ({safe_repr(labels)}), as of a sample and not of a batch; "
+            "give torch.utils.data.DataLoader(samples, batch_size=32) of these"
+        )
+    if number_kind(scored) != "whole" or scored.dtype == torch.bool:
         return _Batch(named, None, [*left_out, LABEL_NAMES[0]])
     return _Batch(named, scored, left_out)
 

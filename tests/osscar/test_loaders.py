@@ -407,6 +407,11 @@ def nothing_left():
         (rows_net, lambda: iter([X[:9], X.double()]), "1 .* has input float64 .* input float32"),
         (rows_net, lambda: iter([X[:9], by_name(X * torch.nan)]), "batch 1 of the .* have NaN"),
         (rows_net, lambda: [(X, Y[:7])], "batch 0 of the data: it has 300 samples and 7 labels"),
+        (
+            rows_net,
+            lambda: [*zip(X, Y, strict=True)],
+            "0 of .* its label is one number .* of a sample",
+        ),
         (rows_net, lambda: iter(["a"]), "batch 0 of the data: a str is no tensor; give a tensor"),
         (
             rows_net,
