@@ -107,7 +107,7 @@ def sections(summary: Summary) -> Iterator[Section]:
     yield overview_table(summary)
     yield facts("What else was found", summary.facts())
     gaps = [case for case in summary.layers if case.gap is not None]
-    if gaps:
+    if any(not case.closed or (case.root_gap or 0.0) > HIT for case in gaps):
         yield Figure(
             "gaps",
             "The gap between the loss of each answer and the best lower bound, as a share of the "
@@ -296,8 +296,8 @@ def _gaps(cases: Sequence[Case]) -> Drawing:
         x = [names.index(case.best.instance) + offset for case in mine]
         axes.bar(x, [case.root_gap or 0.0 for case in mine], step * 0.9, facecolor="none",
                  edgecolor=color(index), linewidth=0.7)  # fmt: skip
-        axes.bar(x, [case.gap or 0.0 for case in mine], step * 0.9, color=color(index),
-                 label=f"{share(sparsity)} removed")  # fmt: skip
+        axes.bar(x, [0.0 if case.closed else case.gap or 0.0 for case in mine], step * 0.9,
+                 color=color(index), label=f"{share(sparsity)} removed")  # fmt: skip
     axes.set_xticks(range(len(names)), list(map(_short, names)), rotation=90, fontsize=7,
                     parse_math=False)  # fmt: skip
     axes.yaxis.set_major_formatter(shares)
