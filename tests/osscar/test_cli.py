@@ -644,7 +644,7 @@ def test_names_are_shown_as_they_are_and_do_nothing(run, text, tmp_path, monkeyp
         assert all(c.isprintable() or c == "\n" for c in shown)
     assert r"a\x1b]0;owned\x07\x1b[31m" in missing[2]
     if command != "inspect":
-        assert r"red][bold]\u202e:" in out
+        assert all(part in out for part in (r"red][bold]\u202e:", "smile:"))  # a table may wrap it
 
 
 def test_a_console_that_knows_no_unicode_is_written_to(monkeypatch):
