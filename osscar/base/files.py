@@ -55,13 +55,20 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def remove_abandoned(target: Path) -> None:
-    """Remove the temporary siblings of a path that killed processes of this machine have left."""
+def remove_abandoned(target: Path) -> bool:
+    """Remove the temporary siblings of a path that killed processes of this machine have left.
+
+    Returned is whether another is being written: its process is running.
+    """
+    written = False
     start, machine = f".{target.name}.", re.escape(socket.gethostname())
     for left in target.parent.glob(f"{glob.escape(start)}*{PARTIAL}"):
         found = re.fullmatch(rf"{machine}-(\d{{1,9}}){PARTIAL}", left.name.removeprefix(start))
-        if found is not None and not _is_running(int(found[1])):
+        if found is not None and _is_running(int(found[1])):
+            written = True
+        elif found is not None:
             shutil.rmtree(left, ignore_errors=True)
+    return written
 
 
 def _is_running(process: int) -> bool:

@@ -88,6 +88,8 @@ def _replaced(path: Path) -> Path:
 
 def finish_killed(path: Path) -> None:
     """Put back or remove what killed processes have left beside an output (OSError)."""
+    if remove_abandoned(path):  # whoever writes may be between its two renames
+        return
     old = _replaced(path)
     if old.is_dir() and not (path.is_dir() and any(path.iterdir())):
         if path.is_dir():
@@ -95,7 +97,6 @@ def finish_killed(path: Path) -> None:
         old.rename(path)
     elif (path / MANIFEST_FILE).is_file():  # what has taken its place is whole
         shutil.rmtree(old, ignore_errors=True)
-    remove_abandoned(path)
 
 
 # ---- what may be written -----------------------------------------------------------------

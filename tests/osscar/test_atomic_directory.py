@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from osscar.base.errors import OutputError
+from osscar.base.files import temporary_sibling
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output, finish_killed
 from osscar.checkpoint.manifest import Manifest
@@ -189,6 +190,16 @@ def test_what_a_killed_save_was_to_replace_goes_once_that_is_whole(
     finish_killed(path)
     assert old.exists() == (now == "foreign")
     assert [file.read_text() for file in path.iterdir()] == ["old" if now == "empty" else "new"]
+
+
+def test_a_process_that_is_replacing_a_directory_is_left_alone(tmp_path: Path) -> None:
+    path, old = tmp_path / "out", tmp_path / ".out.osscar-replaced"
+    old.mkdir()
+    with temporary_sibling(path) as new:
+        finish_killed(path)
+        assert [place.exists() for place in (new, old, path)] == [True, True, False]
+    finish_killed(path)
+    assert [place.exists() for place in (old, path)] == [False, True]
 
 
 def test_a_path_through_a_file_is_found_at_the_start(tmp_path: Path) -> None:
