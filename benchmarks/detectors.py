@@ -29,9 +29,9 @@ import osscar
 from benchmarks.coverage.case import alive
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.widths import asked_groups
-from osscar.pruning.feasibility import feasible_groups
-from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest
+from osscar.run.feasibility import feasible_groups
+from osscar.run.prune import prepare_for
 
 SIDE, SAMPLES = 64, 8
 _PASSES, _MOMENTUM = 8, 0.3

@@ -27,8 +27,8 @@ from osscar.base.timing import Stage, clock, profiled
 from osscar.data.text import load_calibration
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_CALIBRATION
-from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
+from osscar.run.prune import prune_as_asked
 
 CPU = torch.device("cpu")
 

@@ -105,7 +105,7 @@ def command(arguments: list[str], kill_at: int, stages: str) -> None:
     """Run the command in this process, and end it when so many groups are committed."""
     from osscar.base.timing import profiled
     from osscar.cli import main as osscar_main
-    from osscar.pruning.run_log import RunLog
+    from osscar.run.run_log import RunLog
 
     append, committed = RunLog.append, [-1]
 

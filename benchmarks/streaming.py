@@ -40,7 +40,7 @@ PHASES = (
     ("osscar.offload.places", "Place.read", "input"),
     ("osscar.offload.sources", "Scratch.append", "output"),
     ("osscar.checkpoint.directory", "write_tensors", "output"),
-    ("osscar.pruning.run_log", "RunLog.append", "output"),
+    ("osscar.run.run_log", "RunLog.append", "output"),
     ("osscar.walk.gram", "GramAccumulator.add", "gram"),
     ("osscar.walk.layer_step", "LayerStep.regularization", "damping"),
     ("osscar.walk.layer_step", "LayerStep.problem", "problem"),
@@ -51,11 +51,11 @@ PHASES = (
     ("osscar.proof.equivalence", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
     ("osscar.walk.walk", "learned_calls", "opening"),
-    ("osscar.pruning.prune", "feasible_groups", "trial"),
+    ("osscar.run.prune", "feasible_groups", "trial"),
     ("osscar.allocation.divergence", "Reference.of", "predictions"),
     ("osscar.allocation.divergence", "Reference.divergence", "predictions"),
-    ("osscar.pruning.prune", "shrunk", "proof"),
-    ("osscar.pruning.result", "PruningResult.save", "saving"),
+    ("osscar.run.prune", "shrunk", "proof"),
+    ("osscar.run.result", "PruningResult.save", "saving"),
 )
 """Module, name in it, and phase; the names are those under which callers find them."""
 

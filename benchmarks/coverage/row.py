@@ -23,9 +23,9 @@ from osscar.base.errors import OsscarError, first_line
 from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
-from osscar.pruning.feasibility import SkippedGroup, feasible_groups
-from osscar.pruning.shrunk import shrunk
 from osscar.request import PruningRequest
+from osscar.run.feasibility import SkippedGroup, feasible_groups
+from osscar.run.shrunk import shrunk
 from tests.osscar.programs import without_units
 
 ALLOWED = {"float64": 1e-4, "float32": 1e-3}

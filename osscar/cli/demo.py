@@ -24,10 +24,10 @@ from osscar.evaluation.evaluate import compare
 from osscar.models.language import load_language_model
 from osscar.models.names import DEMO, DEMO_COMMAND
 from osscar.proof.lineage import note
-from osscar.pruning.prune import prune
 from osscar.report.evaluation_tables import comparison_table
 from osscar.report.prune_page import layers_table, prune_page, run_facts
 from osscar.report.sections import facts
+from osscar.run.prune import prune
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256

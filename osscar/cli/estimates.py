@@ -15,9 +15,9 @@ from osscar.cli.common import document, say, show, write_json
 from osscar.data.batches import CalibrationData
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
-from osscar.pruning.dry_run import estimate_as_asked, of_command
 from osscar.report.run_tables import estimate_tables
 from osscar.request import PruningRequest
+from osscar.run.dry_run import estimate_as_asked, of_command
 
 
 def dry_run(

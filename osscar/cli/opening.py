@@ -25,9 +25,9 @@ from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed
-from osscar.pruning.memory import needs_memory
 from osscar.report.evaluation_tables import dense_facts
 from osscar.request import PruningRequest
+from osscar.run.memory import needs_memory
 
 _SHOWN_WARNINGS = 3
 

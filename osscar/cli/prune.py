@@ -38,9 +38,6 @@ from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of, number_format
 from osscar.offload.on_disk import is_on_disk
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.result import PruningResult, measured
-from osscar.pruning.run_log import RunLog
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough, samples_for
@@ -49,6 +46,9 @@ from osscar.report.prune_page import layers_table, prune_page, run_facts, verdic
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import facts
 from osscar.request import PruningRequest
+from osscar.run.prune import prune_as_asked
+from osscar.run.result import PruningResult, measured
+from osscar.run.run_log import RunLog
 
 _OF_THIS_TIME = {
     *("out", "max_memory", "overwrite", "restart", "json", "report", "dry_run"),

@@ -8,11 +8,11 @@ from osscar.base.errors import OptionError
 from osscar.cli.common import check_json_path, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
-from osscar.pruning.sweep import SweepDirectory, jobs
-from osscar.pruning.swept import PAGE_FILE, Sweep
 from osscar.report.run_tables import skipped_table
 from osscar.report.sweep_page import sweep_table, sweep_verdict
 from osscar.request import BudgetKind
+from osscar.run.sweep import SweepDirectory, jobs
+from osscar.run.swept import PAGE_FILE, Sweep
 
 
 def run(model: str, options: SweepOptions, shared: Any) -> None:

@@ -11,7 +11,7 @@ from osscar.base.printable import listed
 from osscar.report.sections import Table, facts, table
 
 if TYPE_CHECKING:
-    from osscar.pruning.dry_run import Estimate
+    from osscar.run.dry_run import Estimate
     from solvers import BackendInfo, Capabilities, SubsetProblem
 
 

@@ -250,8 +250,8 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import transformers
 
     from osscar.checkpoint import directory
-    from osscar.pruning import shrunk
     from osscar.recovery.training import Training
+    from osscar.run import shrunk
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from osscar.pruning.result import PruningResult
+from osscar.run.result import PruningResult
 
 M = TypeVar("M", bound=nn.Module)
 

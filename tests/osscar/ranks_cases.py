@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from osscar.base.ranks import ALONE, Ranks, together
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.result import PruningResult
 from osscar.request import PruningRequest
+from osscar.run.prune import prune_as_asked
+from osscar.run.result import PruningResult
 from tests.osscar.families import tiny, tokens
 from tests.osscar.mixtures import mixture
 from tests.osscar.networks import images, small_net

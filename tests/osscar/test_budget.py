@@ -27,8 +27,8 @@ from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.pruning.goal import goal
 from osscar.request import PruningRequest as Asked
+from osscar.run.goal import goal
 from osscar.shrinking.slice import slice_units
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate

@@ -23,11 +23,11 @@ from osscar.base.numbers import engineering
 from osscar.cli import main
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
-from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import SweepDirectory
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import run_facts
 from osscar.request import PruningRequest
+from osscar.run.run_log import RunLog
+from osscar.run.sweep import SweepDirectory
 from osscar.study.directory import Study
 from tests.osscar.families import HELD_OUT, framing_tokenizer, tiny
 
@@ -170,7 +170,7 @@ def test_no_figure_of_a_report_loses_a_run(run, text, tmp_path, monkeypatch):
     """A model is saved before it is measured, whatever becomes of that."""
     out_dir, copy = tmp_path / "small", tmp_path / "copy.json"
     asked = small_prune(text, out_dir, "--neurons", "0.5", "--json", copy)
-    monkeypatch.setattr("osscar.pruning.result.measure_forward", _interrupted)
+    monkeypatch.setattr("osscar.run.result.measure_forward", _interrupted)
     assert run(*asked)[0] == 130
     saved = (out_dir / "model.safetensors").read_bytes()
     assert "milliseconds on" not in (out_dir / "README.md").read_text()
@@ -179,7 +179,7 @@ def test_no_figure_of_a_report_loses_a_run(run, text, tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr("osscar.pruning.result.measure_forward", fails)
+    monkeypatch.setattr("osscar.run.result.measure_forward", fails)
     status, out, err = run(*asked)
     assert (status, "before this run began" in out) == (0, True), err
     said = "a forward pass of both models (RuntimeError: no kernel)"

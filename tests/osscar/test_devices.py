@@ -25,9 +25,9 @@ from osscar.offload.device_memory import DeviceMemory, memory_of
 from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place
 from osscar.offload.weight_cache import WeightCache
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog
 from osscar.request import PruningRequest
+from osscar.run.prune import prune_as_asked
+from osscar.run.run_log import RunLog
 from solvers.closed_forms.elimination import eliminate
 from tests.osscar.families import tiny, tokens
 from tests.osscar.mixtures import MIXTURES, mixture

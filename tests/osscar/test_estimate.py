@@ -15,9 +15,9 @@ from osscar.base.errors import OptionError, RequestError
 from osscar.base.timing import Profile, Stage, profiled, timed
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
-from osscar.pruning.dry_run import estimate_as_asked
-from osscar.pruning.prune import prune_as_asked
 from osscar.request import PruningRequest
+from osscar.run.dry_run import estimate_as_asked
+from osscar.run.prune import prune_as_asked
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk, walk
 from tests.osscar.families import CALIBRATION, tokens

@@ -17,13 +17,13 @@ from osscar.base.errors import AdapterError, EquivalenceError, JournalError, Req
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
-from osscar.pruning import feasibility as feasibility_room
-from osscar.pruning import prune as pruning_room
-from osscar.pruning.feasibility import feasible_groups
-from osscar.pruning.prune import prepare_for, prune_as_asked
-from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import BudgetKind, Job, jobs, prune_points
 from osscar.request import PruningRequest
+from osscar.run import feasibility as feasibility_room
+from osscar.run import prune as pruning_room
+from osscar.run.feasibility import feasible_groups
+from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.run_log import RunLog
+from osscar.run.sweep import BudgetKind, Job, jobs, prune_points
 from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net

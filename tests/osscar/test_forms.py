@@ -31,8 +31,8 @@ from osscar.cli import main
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.program import program
 from osscar.proof.structure import structure_of
-from osscar.pruning import feasibility
 from osscar.request import PruningRequest
+from osscar.run import feasibility
 from osscar.shrinking import follow
 from tests.osscar.families import tiny, tokens
 from tests.osscar.programs import CASES, far_apart, refitted_without_units, without_units
@@ -518,7 +518,7 @@ def test_no_command_scores_or_prunes_a_program_of_transformers(
 
 def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solved(monkeypatch):
     monkeypatch.setattr("osscar.proof.plan._MOST_TRACED", 15)
-    monkeypatch.setattr("osscar.pruning.prune.prune_groups", None)  # which would fail
+    monkeypatch.setattr("osscar.run.prune.prune_groups", None)  # which would fail
     with pytest.raises(EquivalenceError, match=r"z float\d+ \(2, 8\).*up to 15 numbers"):
         prune("generator", form="exported")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from osscar.cli import main
-from osscar.pruning.run_log import RunLog
+from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
 from tests.osscar.interrupted_cases import (
     Case,

@@ -18,8 +18,8 @@ from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.repeatable import check_repeatable
-from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
+from osscar.run.sweep import BudgetKind, Job, prune_points
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 

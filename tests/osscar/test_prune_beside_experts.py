@@ -22,11 +22,11 @@ from osscar.experts.routers import routed_among
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import jobs, prune_points
 from osscar.report.prune_page import prune_page
 from osscar.request import BudgetKind, PruningRequest
+from osscar.run.prune import prune_as_asked
+from osscar.run.run_log import RunLog
+from osscar.run.sweep import jobs, prune_points
 from osscar.shrinking.shrink import shrink
 from osscar.walk.targets import correction
 from solvers import BackendError

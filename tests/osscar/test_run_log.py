@@ -17,10 +17,10 @@ from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
 from osscar.network.tensor_files import write_record
 from osscar.preparation.fingerprint import JournalManifest
-from osscar.pruning import run_log
-from osscar.pruning.prune import prune_as_asked
-from osscar.pruning.run_log import RunLog, run_manifest
 from osscar.request import PruningRequest
+from osscar.run import run_log
+from osscar.run.prune import prune_as_asked
+from osscar.run.run_log import RunLog, run_manifest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat, images, small_net
 
@@ -66,13 +66,13 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp
         prune_as_asked(build_model(), data(), REQUEST, log)
     monkeypatch.undo()
     assert log.committed == count
-    solved, prune_group = [], osscar.pruning.groups._prune_group
+    solved, prune_group = [], osscar.run.groups._prune_group
 
     def spy(step, *rest):
         solved.append(step.group.name)
         return prune_group(step, *rest)
 
-    monkeypatch.setattr(osscar.pruning.groups, "_prune_group", spy)
+    monkeypatch.setattr(osscar.run.groups, "_prune_group", spy)
     again = prune_as_asked(build_model(), data(), REQUEST, log)
     assert solved == [layer.name for layer in whole.layers][count:]
     assert again.plan == whole.plan

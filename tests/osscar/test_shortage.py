@@ -11,7 +11,7 @@ from osscar.base.errors import NoMemoryError
 from osscar.cli import main
 from osscar.models import language
 from osscar.offload.places import Slice
-from osscar.pruning import prune
+from osscar.run import prune
 from osscar.walk import walk
 from solvers.heuristics import greedy
 from tests.osscar.families import tiny, tokens

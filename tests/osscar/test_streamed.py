@@ -42,11 +42,11 @@ from osscar.offload.sources import Chain, Source, as_bytes
 from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.pruning.memory import MemoryNeeds
-from osscar.pruning.prune import prepare_for, prune_as_asked
-from osscar.pruning.run_log import RunLog
-from osscar.pruning.sweep import BudgetKind, Job, prune_points
 from osscar.request import PruningRequest
+from osscar.run.memory import MemoryNeeds
+from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.run_log import RunLog
+from osscar.run.sweep import BudgetKind, Job, prune_points
 from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
 from osscar.walk.walk import walk
@@ -268,11 +268,11 @@ def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
 ONE_LAYER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, OPTConfig
-from osscar.pruning.groups import prune_groups
+from osscar.run.groups import prune_groups
 from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL
-from osscar.pruning.memory import MemoryNeeds
-from osscar.pruning.prune import prepare_for
+from osscar.run.memory import MemoryNeeds
+from osscar.run.prune import prepare_for
 from osscar.request import PruningRequest
 
 kind, width, ffn, backend, target, what = sys.argv[1:]
@@ -456,7 +456,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 
 
 def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("osscar.pruning.sweep.dense_facts", None)
+    monkeypatch.setattr("osscar.run.sweep.dense_facts", None)
     base = PruningRequest(sparsity=0.2, allocation="uniform", device="cpu")
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory="100MB")

@@ -10,25 +10,12 @@ import torch
 from torch import nn
 
 import osscar
-import osscar.pruning.sweep as sweep_room
+import osscar.run.sweep as sweep_room
 from osscar.allocation.allocate import allocate
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.proof.plan import Form
-from osscar.pruning.feasibility import SkippedGroup
-from osscar.pruning.prune import prepare_for, prune_as_asked
-from osscar.pruning.sweep import (
-    BASELINES,
-    METHODS,
-    BudgetKind,
-    Job,
-    Point,
-    Recovered,
-    SweepDirectory,
-    jobs,
-    prune_points,
-)
 from osscar.recovery.recover import recover_as_asked
 from osscar.report.prune_page import budget_fact
 from osscar.report.sections import Figure
@@ -40,6 +27,19 @@ from osscar.report.sweep_page import (
     sweep_verdict,
 )
 from osscar.request import PruningRequest
+from osscar.run.feasibility import SkippedGroup
+from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.sweep import (
+    BASELINES,
+    METHODS,
+    BudgetKind,
+    Job,
+    Point,
+    Recovered,
+    SweepDirectory,
+    jobs,
+    prune_points,
+)
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import CALIBRATION, tiny, tokens

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import osscar
 from graph import Role
 from osscar.network.modules import count_parameters
-from osscar.pruning.feasibility import feasible_groups
-from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest
+from osscar.run.feasibility import feasible_groups
+from osscar.run.prune import prepare_for
 from tests.graph.test_training import Auxiliary
 
 

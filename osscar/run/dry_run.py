@@ -35,11 +35,11 @@ from osscar.network.modules import forward
 from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.pruning.feasibility import feasible_groups
-from osscar.pruning.groups import held_out, solved
-from osscar.pruning.memory import forecast
-from osscar.pruning.prune import prepare_for
 from osscar.request import PruningRequest, by_keywords
+from osscar.run.feasibility import feasible_groups
+from osscar.run.groups import held_out, solved
+from osscar.run.memory import forecast
+from osscar.run.prune import prepare_for
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk

@@ -27,9 +27,9 @@ from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.lineage import Computed, data_record, lineage_of
 from osscar.proof.plan import Certificate, Form, PruningPlan
-from osscar.pruning.feasibility import SkippedGroup
 from osscar.report.prune_page import kept_picture, prune_page
 from osscar.request import PruningRequest
+from osscar.run.feasibility import SkippedGroup
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:

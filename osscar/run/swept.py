@@ -32,10 +32,16 @@ from osscar.preparation.repeatable import check_repeatable
 from osscar.proof.lineage import data_record, lineage_of
 from osscar.proof.plan import Form
 from osscar.proof.seen import Calibration, refuse_overlap
-from osscar.pruning.memory import check_can_stream
-from osscar.pruning.result import PruningResult
-from osscar.pruning.run_log import run_manifest
-from osscar.pruning.sweep import (
+from osscar.recovery.recover import check_trainable, recover_as_asked
+from osscar.recovery.request import RecoveryRequest
+from osscar.recovery.samples import check_enough
+from osscar.report.prune_page import budget_fact
+from osscar.report.sweep_page import recovered_line, sweep_page
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.memory import check_can_stream
+from osscar.run.result import PruningResult
+from osscar.run.run_log import run_manifest
+from osscar.run.sweep import (
     Job,
     Point,
     Quality,
@@ -46,12 +52,6 @@ from osscar.pruning.sweep import (
     prune_points,
     sweep_manifest,
 )
-from osscar.recovery.recover import check_trainable, recover_as_asked
-from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import check_enough
-from osscar.report.prune_page import budget_fact
-from osscar.report.sweep_page import recovered_line, sweep_page
-from osscar.request import BudgetKind, PruningRequest
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 

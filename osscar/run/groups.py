@@ -27,8 +27,8 @@ from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
-from osscar.pruning.run_log import LayerRecord, RunLog
 from osscar.request import PruningRequest
+from osscar.run.run_log import LayerRecord, RunLog
 from osscar.walk.layer_report import LayerReport
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense_tensors
 from osscar.walk.targets import Target

@@ -25,15 +25,6 @@ from osscar.base.printable import are, pluralize
 from osscar.network.modules import copied
 from osscar.preparation.fingerprint import JournalManifest
 from osscar.proof.plan import Form
-from osscar.pruning.feasibility import SkippedGroup
-from osscar.pruning.prune import (
-    dense_facts,
-    finish,
-    prepare_for,
-    prune_prepared,
-    within_memory,
-)
-from osscar.pruning.result import PruningResult
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import (
@@ -46,6 +37,15 @@ from osscar.request import (
     parse_keep,
     parse_size_kept,
 )
+from osscar.run.feasibility import SkippedGroup
+from osscar.run.prune import (
+    dense_facts,
+    finish,
+    prepare_for,
+    prune_prepared,
+    within_memory,
+)
+from osscar.run.result import PruningResult
 
 
 @dataclass(frozen=True)

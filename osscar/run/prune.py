@@ -36,14 +36,14 @@ from osscar.offload.on_disk import weight_cache
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
-from osscar.pruning.feasibility import SkippedGroup, feasible_groups, named, reaches_further
-from osscar.pruning.goal import goal
-from osscar.pruning.groups import held_out, prune_groups
-from osscar.pruning.memory import forecast
-from osscar.pruning.result import PruningResult
-from osscar.pruning.run_log import LayerRecord, RunLog, run_manifest
-from osscar.pruning.shrunk import put_back, shrunk
 from osscar.request import PruningRequest, by_keywords
+from osscar.run.feasibility import SkippedGroup, feasible_groups, named, reaches_further
+from osscar.run.goal import goal
+from osscar.run.groups import held_out, prune_groups
+from osscar.run.memory import forecast
+from osscar.run.result import PruningResult
+from osscar.run.run_log import LayerRecord, RunLog, run_manifest
+from osscar.run.shrunk import put_back, shrunk
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
 

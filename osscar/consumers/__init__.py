@@ -1,0 +1,1 @@
+"""What reads a group: the layers that are measured and refitted."""
