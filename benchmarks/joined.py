@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import osscar
 from benchmarks.resnet20 import MEAN, STD, ResNet20
-from osscar.preparation import consumer
+from osscar.consumers import consumer
 
 _WIDTH = 16
 _CALIBRATION = 128

@@ -31,15 +31,15 @@ from .evaluation.evaluate import (
 from .evaluation.quality import SampleQuality as SampleQuality, TextQuality as TextQuality
 from .models.load import load_model as load_model
 from .models.loaded import LoadedModel as LoadedModel
-from .pruning.dry_run import Estimate as Estimate, estimate as estimate
-from .pruning.prune import prune as prune
+from .run.dry_run import Estimate as Estimate, estimate as estimate
+from .run.prune import prune as prune
 from .recovery.recover import Recovery as Recovery, recover as recover
 from .recovery.request import RecoveryRequest as RecoveryRequest
 from .request import PruningRequest as PruningRequest
 from .walk.layer_report import LayerReport as LayerReport
-from .pruning.swept import SweepResult as SweepResult, sweep as sweep
-from .pruning.result import PruningResult as PruningResult
-from .pruning.feasibility import SkippedGroup as SkippedGroup
+from .run.swept import SweepResult as SweepResult, sweep as sweep
+from .run.result import PruningResult as PruningResult
+from .run.feasibility import SkippedGroup as SkippedGroup
 from .experts.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from osscar import experts
-    from osscar.preparation.consumer import LinearMap
+    from osscar.consumers.consumer import LinearMap
     from osscar.preparation.prepare import Prepared
     from osscar.proof.plan import GroupPlan
     from osscar.request import PruningRequest

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
+from osscar.consumers.routing import Routed
 from osscar.experts.declared import (
     alike,
     calls_of,
@@ -40,7 +41,6 @@ from osscar.kinds import Found
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.routing import Routed
 from osscar.shrinking.follow import is_list
 from solvers import RoutingRule
 

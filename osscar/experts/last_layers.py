@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
+from osscar.consumers.consumer import ExpertMap, LinearMap
+from osscar.consumers.linear_maps import linear_maps
+from osscar.consumers.routing import Mixture
 from osscar.network.hooks import hooks
-from osscar.preparation.consumer import ExpertMap, LinearMap
-from osscar.preparation.linear_maps import linear_maps
-from osscar.preparation.routing import Mixture
 from osscar.shrinking.fold import is_foldable
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
+from osscar.consumers.consumer import LinearMap
+from osscar.consumers.routing import Routed, output_of
 from osscar.experts.find import ExpertMixture
-from osscar.preparation.consumer import LinearMap
-from osscar.preparation.routing import Routed, output_of
 from osscar.request import PruningRequest
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import LayerStep, Refits, Solved

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
+from osscar.consumers.consumer import LinearMap
+from osscar.consumers.routing import Routed, afresh, output_of
 from osscar.experts.find import ExpertMixture, mixtures_of
 from osscar.experts.last_layers import last_matrices
 from osscar.experts.lists import MOST_TIED, called_as_mixtures
 from osscar.experts.routers import by_expert, tied
 from osscar.experts.step import ExpertStep
 from osscar.network.hooks import hooks
-from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.routing import Routed, afresh, output_of
 from osscar.walk.coroutines import Coroutine, running
 from osscar.walk.layer_step import DenseTensors
 from osscar.walk.targets import Target, correction

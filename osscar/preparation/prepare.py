@@ -19,6 +19,16 @@ from osscar.base.errors import EquivalenceError
 from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
+from osscar.consumers.consumer import LinearMap
+from osscar.consumers.linear_maps import (
+    freeze_unreadable,
+    linear_maps,
+    mixtures_of,
+    readable_products,
+)
+from osscar.consumers.products import Product
+from osscar.consumers.readers import weights_read_elsewhere
+from osscar.consumers.routing import sound_mixtures
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.kinds import Found, rooms
 from osscar.network.attention import expose_attention, exposed
@@ -32,18 +42,8 @@ from osscar.network.modules import (
     in_evaluation,
 )
 from osscar.offload.on_disk import shapes_only
-from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import failures_named
-from osscar.preparation.linear_maps import (
-    freeze_unreadable,
-    linear_maps,
-    mixtures_of,
-    readable_products,
-)
-from osscar.preparation.products import Product
-from osscar.preparation.readers import weights_read_elsewhere
 from osscar.preparation.repeatable import refuse_chance
-from osscar.preparation.routing import sound_mixtures
 from osscar.proof.equivalence import (
     call,
     comparable,

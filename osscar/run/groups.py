@@ -22,9 +22,9 @@ from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
+from osscar.consumers.consumer import LinearMap
 from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
-from osscar.preparation.consumer import LinearMap
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.base.errors import NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
+from osscar.consumers.routing import reads
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
-from osscar.preparation.routing import reads
 from osscar.proof.plan import PruningPlan
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor]

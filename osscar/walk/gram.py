@@ -19,7 +19,7 @@ from osscar.base.errors import ModelError
 from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
-from osscar.preparation.consumer import LinearMap
+from osscar.consumers.consumer import LinearMap
 from osscar.walk.sums import Sums, inner
 from solvers import Consumer, SubsetProblem
 from solvers.closed_forms.fixed_rows import FixedRows, eliminate_fixed

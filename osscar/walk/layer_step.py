@@ -14,9 +14,9 @@ from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.base.messages import warn
 from osscar.base.printable import listed
+from osscar.consumers.consumer import LinearMap, without_idle
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import put_back
-from osscar.preparation.consumer import LinearMap, without_idle
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from solvers import SolutionRecord, SubsetProblem

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from graph import CouplingGroup
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
+from osscar.consumers.products import Taken
+from osscar.consumers.routing import Routed, reads
 from osscar.data.batches import Batch
 from osscar.network.fake import on_shapes
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
-from osscar.preparation.products import Taken
-from osscar.preparation.routing import Routed, reads
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
 """The name of a module, and what tells the tensor that it reads from others, and from itself after

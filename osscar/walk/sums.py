@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import ModelError, NonFiniteError
+from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import HALVES, device_of
-from osscar.preparation.consumer import LinearMap
 from solvers.linalg.symmetric import Symmetric, panel_rows
 
 CONSTANT = 1e-12

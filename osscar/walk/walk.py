@@ -27,15 +27,15 @@ from graph import CouplingGroup
 from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
+from osscar.consumers.consumer import LinearMap
+from osscar.consumers.products import holder, is_station
+from osscar.consumers.recurrent import RECURRENT
+from osscar.consumers.routing import afresh, exact_output, reads
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
-from osscar.preparation.consumer import LinearMap
 from osscar.preparation.failures import batch_named
 from osscar.preparation.prepare import Prepared
-from osscar.preparation.products import holder, is_station
-from osscar.preparation.recurrent import RECURRENT
-from osscar.preparation.routing import afresh, exact_output, reads
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
 from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import graph
-import osscar.preparation.convolutions
+import osscar.consumers.convolutions
 import solvers
-from osscar.preparation.linear_maps import freeze_unreadable, linear_maps
+from osscar.consumers.linear_maps import freeze_unreadable, linear_maps
 from osscar.walk.gram import GramAccumulator, pose
 
 C = 6
@@ -86,7 +86,7 @@ def test_windows_times_weights_are_what_the_convolution_computes(pair, monkeypat
     # Memory is bounded, and the Gram matrix stays the same.
     row = one.windows.view(hidden)[0, 0].numel() * 8
     for limit in (1, 2000, 10**6):
-        monkeypatch.setattr(osscar.preparation.convolutions, "UNFOLDED_BYTES", limit)
+        monkeypatch.setattr(osscar.consumers.convolutions, "UNFOLDED_BYTES", limit)
         pieces = list(one.read_inputs(hidden))
         assert max(piece.numel() * 8 for piece in pieces) <= max(limit, row)
         assert len(pieces) == 1 if limit == 10**6 else len(pieces) > 1

@@ -12,9 +12,9 @@ import osscar
 import solvers
 from osscar.allocation.allocate import allocate, provisional
 from osscar.base.errors import NonFiniteError
-from osscar.preparation.linear_maps import linear_maps
+from osscar.consumers.linear_maps import linear_maps
+from osscar.consumers.routing import Routed
 from osscar.preparation.prepare import prepare
-from osscar.preparation.routing import Routed
 from osscar.proof.lineage import note
 from osscar.proof.masking import masked
 from osscar.request import PruningRequest

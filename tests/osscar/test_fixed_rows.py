@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import osscar
 import solvers
-from osscar.preparation import consumer as consumers
-from osscar.preparation.linear_maps import linear_maps
+from osscar.consumers import consumer as consumers
+from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.report.prune_page import layers_table, prune_page
 from osscar.walk.targets import Target

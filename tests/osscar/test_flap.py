@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.preparation.linear_maps import linear_maps
+from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.walk.gram import GramAccumulator, pose
 

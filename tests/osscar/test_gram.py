@@ -8,7 +8,7 @@ from torch import nn
 
 import solvers
 from osscar.base.errors import ModelError
-from osscar.preparation.linear_maps import linear_maps
+from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.walk.gram import GramAccumulator
 from solvers.linalg import symmetric

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
 
 import osscar
+from osscar.consumers.routing import reads
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
-from osscar.preparation.routing import reads
 from osscar.report.prune_page import prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk

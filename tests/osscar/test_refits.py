@@ -9,7 +9,7 @@ from torch import nn
 import osscar
 import solvers
 from osscar.base.errors import NonFiniteError
-from osscar.preparation.linear_maps import linear_maps
+from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.report.prune_page import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls

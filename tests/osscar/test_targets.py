@@ -9,10 +9,10 @@ from torch import nn
 
 import osscar
 import solvers
+from osscar.consumers.linear_maps import linear_maps
+from osscar.consumers.routing import exact_output
 from osscar.data.batches import ModelInputs
-from osscar.preparation.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.preparation.routing import exact_output
 from osscar.walk import regularization
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization

@@ -3,7 +3,7 @@
 A consumer is measured where its module is called.  Code that also reads the weight itself, as
 ``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that are not
 measured there: such a weight is observed where code multiplies by it
-(`osscar.preparation.products`), or not refitted.
+(`osscar.consumers.products`), or not refitted.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
+from osscar.consumers.consumer import LinearMap, is_matrix, maps_of, product_maps
+from osscar.consumers.convolutions import windows_of
+from osscar.consumers.products import Product, products_of
+from osscar.consumers.recurrent import RECURRENT, WEIGHT, directions
+from osscar.consumers.routing import Mixture
 from osscar.network.modules import is_deformable
 from osscar.offload.on_disk import OnDisk
-from osscar.preparation.consumer import LinearMap, is_matrix, maps_of, product_maps
-from osscar.preparation.convolutions import windows_of
-from osscar.preparation.products import Product, products_of
-from osscar.preparation.recurrent import RECURRENT, WEIGHT, directions
-from osscar.preparation.routing import Mixture
 from osscar.proof.lineage import stored_dtype
 
 _READ_ELSEWHERE = (

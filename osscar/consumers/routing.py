@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
-from osscar.network.hooks import hooks
-from osscar.network.modules import HALVES, forward, is_deformable
-from osscar.preparation.products import (
+from osscar.consumers.products import (
     Several,
     deformed,
     is_station,
     watched_products,
 )
-from osscar.preparation.recurrent import RECURRENT, input_gates
+from osscar.consumers.recurrent import RECURRENT, input_gates
+from osscar.network.hooks import hooks
+from osscar.network.modules import HALVES, forward, is_deformable
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up

@@ -2,7 +2,7 @@
 
 Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
 inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
-has one row of W for each channel and tap of its kernel (`osscar.preparation.convolutions`).
+has one row of W for each channel and tap of its kernel (`osscar.consumers.convolutions`).
 
 What a consumer reads beside them, as of ``cat([x, units])``, is *fixed*: it stays, whatever leaves
 the group, and can be refitted with what stays of that.  Its rows then come before the units'.
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from graph.groups import Slot
 from osscar.base.errors import NonFiniteError
-from osscar.network.modules import is_deformable
-from osscar.offload.on_disk import written
-from osscar.preparation.convolutions import Windows, windows_of
-from osscar.preparation.products import (
+from osscar.consumers.convolutions import Windows, windows_of
+from osscar.consumers.products import (
     Form,
     Product,
     Taken,
@@ -34,8 +32,10 @@ from osscar.preparation.products import (
     is_station,
     station,
 )
-from osscar.preparation.recurrent import BIAS, RECURRENT, WEIGHT, directions
-from osscar.preparation.routing import Mixture, Routed
+from osscar.consumers.recurrent import BIAS, RECURRENT, WEIGHT, directions
+from osscar.consumers.routing import Mixture, Routed
+from osscar.network.modules import is_deformable
+from osscar.offload.on_disk import written
 
 MOST_ROWS = 4096
 """Rows of a consumer whose fixed inputs are refitted: with more, these keep their weights."""
@@ -280,7 +280,7 @@ class _RecurrentMap(_FeatureMap):
     """The gates of a recurrent layer in one direction, which read the last dimension."""
 
     direction: int
-    """Which of `osscar.preparation.recurrent.directions`."""
+    """Which of `osscar.consumers.recurrent.directions`."""
 
     @property
     def parameters(self) -> tuple[str, str]:

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from osscar.consumers.convolutions import UNFOLDED_BYTES
+from osscar.consumers.readers import reads_values, writes
 from osscar.network.hooks import other_forwards
 from osscar.network.modules import forward
-from osscar.preparation.convolutions import UNFOLDED_BYTES
-from osscar.preparation.readers import reads_values, writes
 
 
 class Several(abc.ABC):
@@ -421,7 +421,7 @@ def watched_products(
     before: Callable[[str, Any], Any] | None,
     after: Callable[[str, Any, Any], Any] | None,
 ) -> AbstractContextManager[None]:
-    """Show the products of some stations, as `osscar.preparation.routing.reads` does modules."""
+    """Show the products of some stations, as `osscar.consumers.routing.reads` does modules."""
     if not stations:
         return nullcontext()
 
