@@ -37,7 +37,7 @@ from .recovery.recover import Recovery as Recovery, recover as recover
 from .recovery.request import RecoveryRequest as RecoveryRequest
 from .request import PruningRequest as PruningRequest
 from .walk.layer_report import LayerReport as LayerReport
-from .run.swept import SweepResult as SweepResult, sweep as sweep
+from .run.sweep import SweepResult as SweepResult, sweep as sweep
 from .run.result import PruningResult as PruningResult
 from .run.feasibility import SkippedGroup as SkippedGroup
 from .experts.declared import mixture as mixture

@@ -11,8 +11,8 @@ from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
 from osscar.report.run_tables import skipped_table
 from osscar.report.sweep_page import sweep_table, sweep_verdict
 from osscar.request import BudgetKind
-from osscar.run.sweep import SweepDirectory, jobs
-from osscar.run.swept import PAGE_FILE, Sweep
+from osscar.run.points import SweepDirectory, jobs
+from osscar.run.sweep import PAGE_FILE, Sweep
 
 
 def run(model: str, options: SweepOptions, shared: Any) -> None:

@@ -1,311 +1,328 @@
-"""One model pruned to several budgets, and the directory that keeps what became of it at each.
-
-What is known of the dense model is measured once.  A finished point is a file, from which the same
-command goes on.
-"""
+"""A sweep from budgets to its page: each point is pruned, measured, kept, and shown."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any
 
-from pydantic import ConfigDict
 from torch import nn
 
-from osscar.allocation.divergence import Measure
-from osscar.base.errors import JournalError, OptionError, RequestError
-from osscar.base.files import resolved
-from osscar.base.journal import Journal
-from osscar.base.json_files import STRICT
-from osscar.base.printable import are, pluralize
-from osscar.network.modules import copied
-from osscar.preparation.fingerprint import JournalManifest
+from osscar import __version__
+from osscar.base.errors import DataError, OptionError
+from osscar.base.files import digest, write_json, write_text
+from osscar.base.inputs import file_name, safe_repr
+from osscar.base.printable import pluralize, published
+from osscar.base.progress import stage
+from osscar.base.shown import Shown
+from osscar.base.timing import Stage, profiled, timed
+from osscar.data.batches import Batch, as_inputs
+from osscar.data.images import ImageSet
+from osscar.data.loaders import read_once
+from osscar.data.samples import SampleSet
+from osscar.data.text import TextSet
+from osscar.evaluation.dense import DenseScore
+from osscar.evaluation.quality import score as score_quality
+from osscar.evaluation.speed import measure_forward
+from osscar.preparation.repeatable import check_repeatable
+from osscar.proof.lineage import data_record, lineage_of
 from osscar.proof.plan import Form
-from osscar.recovery.recover import Recovery
+from osscar.proof.seen import Calibration, refuse_overlap
+from osscar.recovery.recover import check_trainable, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import (
-    BASELINES,
-    METHODS,
-    Allocation,
-    BudgetKind,
-    Keep,
-    PruningRequest,
-    parse_keep,
-    parse_size_kept,
-)
-from osscar.run.feasibility import SkippedGroup
-from osscar.run.prune import (
-    dense_facts,
-    finish,
-    prepare_for,
-    prune_prepared,
-    within_memory,
+from osscar.recovery.samples import check_enough
+from osscar.report.prune_page import budget_fact
+from osscar.report.sweep_page import recovered_line, sweep_page
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.memory import check_can_stream
+from osscar.run.points import (
+    Job,
+    Point,
+    Quality,
+    Recovered,
+    SweepDirectory,
+    dense_job,
+    jobs,
+    prune_points,
+    sweep_manifest,
 )
 from osscar.run.result import PruningResult
+from osscar.run.run_log import run_manifest
+
+PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
+class SweepResult(Shown, dict[str, Any]):
+    """What ``sweep.json`` holds, as ``docs/json.md`` describes it."""
 
-    method: str
-    budget: BudgetKind
-    value: float | int
-
-    def request(self, base: PruningRequest) -> PruningRequest:
-        """Return what is asked of a pruning run for this point."""
-        asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
-        asked[self.budget] = self.value
-        if self.method in METHODS:
-            asked["allocation"] = self.method
-            return dataclasses.replace(base, **asked)
-        if base.routed:
-            raise RequestError(
-                f"the baseline {self.method} removes no experts; omit --baselines, or --experts"
-            )
-        return dataclasses.replace(
-            base,
-            **asked,
-            allocation="uniform",
-            target="weights",
-            correction_weight=None,
-            backend=self.method,
-            backend_options={},
-        )
-
-    def __str__(self) -> str:
-        return f"{self.method} at {self.budget} {self.value:g}"
+    def __repr__(self) -> str:
+        points = pluralize(len(self["points"]), "point")
+        return f"SweepResult({self['model']!r}, {points} over {self['budget']})"
 
 
-def jobs(
-    budget: BudgetKind,
-    values: Sequence[Keep],
-    *,
-    baselines: bool = False,
-    allocation: Allocation = "measured",
-) -> tuple[Job, ...]:
-    """Return the points of a sweep, the method itself first, the largest model first."""
-    if not values:
-        raise OptionError(
-            f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
-        )
-    read = [_number(budget, value, allocation) for value in values]
-    if len({isinstance(value, int) for value in read}) > 1:
-        raise OptionError(
-            f"{', '.join(map(str, read))} are counts and shares; give either to --{budget}"
-        )
-    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in read):
-        raise OptionError(
-            f"a sweep takes sizes as shares of the dense model's, not {read[0]}; give a list "
-            f"such as --size {budget.examples}"
-        )
-    methods = (allocation, *(BASELINES if baselines else ()))
-    ordered = sorted(set(read), reverse=not budget.rises)
-    return tuple(Job(method, budget, value) for method in methods for value in ordered)
-
-
-def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
-    """Return a value as the command line reads it: a plain number, which names its point."""
-    asked: dict[str, Any] = {str(budget): value}
-    request = PruningRequest(**asked, allocation=allocation)
-    if budget is BudgetKind.PARAMS:
-        kept = parse_keep(value)
-    elif budget is BudgetKind.SIZE:
-        kept = parse_size_kept(value)
-    else:
-        kept = getattr(request, budget)
-    return kept if isinstance(kept, int) else float(kept)
-
-
-def prune_points(
+def sweep(
     model: nn.Module,
     calibration: Any,
-    base: PruningRequest,
-    points: Sequence[Job],
-    tell: Callable[[str], None] = lambda line: None,
-) -> Generator[tuple[Job, PruningResult]]:
-    """Prune a model once for each point; the model that comes in is not changed.
+    out: str | os.PathLike[str],
+    *,
+    score: TextSet | SampleSet | None = None,
+    classes: Sequence[str] = (),
+    baselines: bool = False,
+    recover: RecoveryRequest | bool = False,
+    **asked: Any,
+) -> SweepResult:
+    """Prune to several budgets, and show quality against speed on a page.
 
-    The model is traced once, and what is known of the dense model is found once: what can follow,
-    its predictions, and its batch-norm statistics.  Divergences are all measured on the samples
-    that the base request holds out; baselines whose damping is given hold out none, and are fitted
-    to these as well.  What each point keeps and removes is told before its work begins.
-    """
-    if not points:
-        return
-    with prepare_for(model, calibration, points[0].request(base)) as prepared:
-        requests = {job: job.request(base) for job in points}
-        each = {job: within_memory(prepared, request) for job, request in requests.items()}
-        facts = dense_facts(prepared, base)
-        for job in points:
-            again = dataclasses.replace(each[job], model=copied(each[job].model))
-            result = prune_prepared(again, requests[job], facts, tell=_telling_of(job, tell))
-            finish(result, model, calibration, prepared)
-            yield job, result
+    Each point is kept once it is done: the same call goes on where it was stopped, and more
+    values, or `baselines`, extend the sweep.  With `recover` it is another sweep than without:
+    pruned models are not kept.
 
+    Parameters
+    ----------
+    model, calibration
+        As `osscar.prune` takes them; the model is not changed.
+    out
+        The directory: ``report.html`` shows every point, ``sweep.json`` holds the numbers, and
+        ``points/`` what is done.
+    score
+        Held-out data that quality is measured on; without any, only divergence is.
+    classes
+        The names of the model's classes, by which folders of images are recognized.
+    baselines
+        Whether also to prune with equal shares of every group, each layer by itself, by
+        ``multistage``, ``greedy``, ``wanda`` and ``magnitude``.
+    recover
+        Whether each pruned model is also recovered on the calibration data, as by `osscar.recover`,
+        and measured before and after: what that is asked for, or True for its defaults on the
+        device and with the seed of the pruning.
+    asked
+        Fields of `osscar.PruningRequest`, of which one budget is a list: ``sparsity=[0.1, 0.2]``.
 
-def _telling_of(job: Job, tell: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda line: tell(f"{job}: {line}")
-
-
-# ---- the directory of a sweep ------------------------------------------------------------
-
-DENSE = "dense"
-"""The method that stands for the model as it is."""
-
-_POINTS = "points"
-
-
-def dense_job(budget: BudgetKind) -> Job:
-    """Return the point of the dense model."""
-    return Job(DENSE, budget, budget.dense)
-
-
-def sweep_manifest(
-    run: JournalManifest,
-    budget: BudgetKind,
-    scored: Mapping[str, Any],
-    recover: RecoveryRequest | None = None,
-) -> JournalManifest:
-    """Describe what all points of a sweep share.
-
-    That is also whether they are recovered: pruned models are not kept, so none could be later.
-    """
-    varied = {str(kind) for kind in BudgetKind}
-    shared = {name: value for name, value in run.asked.items() if name not in varied}
-    asked = {**shared, "budget": str(budget), **scored}
-    if recover is not None:
-        asked["recover"] = True
-        asked |= {f"recover_{name}": value for name, value in recover.to_json().items()}
-    return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
-
-
-Quality: TypeAlias = dict[str, int | float | str | dict[str, float | None] | None]
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What a recovery made of a pruned model; its fields are those of `Recovery`.
-
-    Steps are those that were made, and quality is as that of the point.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    quality: Quality
-    measure: Measure
-    before: float
-    after: float
-    kept: int
-    steps: int
-    learning_rate: float
-    samples: int
-    held_out: int
-    seconds: float
-
-    @classmethod
-    def of(cls, recovery: Recovery, quality: Quality) -> Recovered:
-        """Keep what is told of a recovery."""
-        names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
-        told = {name: getattr(recovery, name) for name in names}
-        return cls(quality=quality, steps=recovery.points[-1].step, **told)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What became of the model at one budget by one method.
-
-    Limit and what was reached are of the whole model, in what the budget is counted in; None of the
-    dense model.  Operations and seconds, a median with its quartiles, are those of one sample, and
-    the speed-up is over the dense model in turns.  Quality has what was scored, by the names that
-    evaluations have for it.  Divergences are in nats, and agreement is the share of likeliest
-    predictions that are the dense model's on the same samples; both are None where unknown.  The
-    loss is a sum of relative ones, and seconds of pruning leave out what the points share.  Widths
-    are those of groups that lost units.  All of that is of the model in one shot; a recovery
-    changes no width, and so no speed.  Stages are the seconds since the point before: the first one
-    that a run makes has what all of its points share.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    schema: Literal["osscar.sweep-point/8"]
-    method: str
-    budget: str
-    value: float | int
-    limit: float | None
-    reached: float | None
-    parameters: int
-    parameter_bytes: int
-    flops: int
-    form: Form
-    seconds: float
-    seconds_between: list[float]
-    speedup: float
-    quality: Quality
-    divergence: float | None
-    agreement: float | None
-    predicted: float | None
-    loss: float
-    prune_seconds: float
-    widths: dict[str, int]
-    skipped: tuple[SkippedGroup, ...]
-    recovered: Recovered | None
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-class SweepDirectory(Journal[JournalManifest]):
-    """The points of a sweep, in a directory that is its own.
+    Returns
+    -------
+    SweepResult
+        A dictionary of what ``sweep.json`` holds, as ``docs/json.md`` describes it.
 
     Raises
     ------
+    OsscarError
+        What `osscar.prune` and `osscar.evaluate` raise; OptionError if no budget is a list.
     JournalError
-        If the directory is a file, or holds something else.
+        If the directory holds something else, or a sweep of something else.
     """
+    lists = [
+        (kind, asked[kind]) for kind in BudgetKind if isinstance(asked.get(kind), list | tuple)
+    ]
+    if len(lists) != 1:
+        raise OptionError("a sweep has one list of budgets; give one, such as sparsity=[0.1, 0.2]")
+    ((budget, values),) = lists
+    place = Path(file_name(out, "the sweep", "its directory"))
+    score = None if score is None else read_once(model, score, whole=True)
+    if score is not None and not isinstance(score, TextSet | SampleSet):
+        raise DataError(
+            f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
+            "osscar.load_images, osscar.load_tensors or osscar.load_batches returns"
+        )
+    if not isinstance(recover, RecoveryRequest | bool):
+        raise OptionError(
+            f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
+        )
+    points = jobs(
+        budget, values, baselines=baselines, allocation=asked.get("allocation", "measured")
+    )
+    base = PruningRequest(**{**asked, str(budget): points[0].value})
+    if isinstance(recover, bool):
+        recovery = RecoveryRequest(device=base.device, seed=base.seed) if recover else None
+    else:
+        recovery = recover
+    measured = Sweep(SweepDirectory(place), base, points, score, classes, recovery)
+    return measured.run(model, calibration)
 
-    what = "sweep"
-    manifest_file = "asked.json"
-    schema = JournalManifest
-    done_files = (f"{_POINTS}/*.json",)
-    other_files = (_POINTS,)
-    otherwise = "give another --out"
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(resolved(directory))
-        self.refuse_foreign()
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep is asked, and where it lies."""
 
-    @contextmanager
-    def begun(self, manifest: JournalManifest) -> Iterator[None]:
-        """Begin a sweep, or go on with one, and hold its lock while the block runs."""
-        with self.held():
-            self.begin(manifest)
-            self.make(_POINTS)
-            yield
+    place: SweepDirectory
+    base: PruningRequest
+    points: Sequence[Job]
+    score: TextSet | SampleSet | None
+    """What quality is measured on."""
+    classes: Sequence[str] = ()
+    recover: RecoveryRequest | None = None
+    """What is asked of the recovery of each point; None if there is to be none."""
+    tell: Callable[[str], None] = lambda line: None
+    """Hears of each point, in lines."""
 
-    @property
-    def kept(self) -> str:
-        """What a sweep that ends now leaves, in words; nothing if that is nothing."""
-        points = len(self.done)
-        where = f"kept in {self.directory}"
-        return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model of which a point cannot be made, or recovered."""
+        if self.recover is not None:
+            check_trainable(model)
+        for job in self.points:
+            check_can_stream(model, job.request(self.base))
 
-    def point(self, job: Job) -> Point | None:
-        """Return a point that was finished; None if it was not."""
-        again = "remove it, and it is measured again"
-        point = self.read(_file(job), Point, otherwise=again)
-        if point is not None and (point.method, point.budget, point.value) != (
-            (job.method, job.budget, job.value)
+    def run(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        *,
+        source: str | None = None,
+        scored_dense: Callable[[], DenseScore | None] = lambda: None,
+    ) -> SweepResult:
+        """Measure what is not done yet, write the page, and return the document.
+
+        Parameters
+        ----------
+        model, calibration
+            The dense model and its data.
+        source
+            Its name; by default the one by which it was loaded.
+        scored_dense
+            Scores it on these, once the sweep has begun.
+        """
+        self.check(model)
+        calibration = read_once(model, calibration)
+        data = as_inputs(model, calibration)
+        told = data_record(calibration)
+        lineage = lineage_of(model)
+        if self.score is not None:
+            known = [Calibration.of(told)] if told else []
+            refuse_overlap(self.score, [*lineage.calibration, *known])
+        if self.recover is not None:
+            check_enough(model, calibration, self.recover)
+        rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
+        budget, scored = self.points[0].budget, _scored(self.score)
+        run = run_manifest(self.base, model, data, rows)
+        manifest = sweep_manifest(run, budget, scored, self.recover)
+        check_repeatable(model, data.example(model))
+        sample = data.batches(model, 1)[0]
+        with self.place.begun(manifest):
+            dense = scored_dense()
+            found = self._measured(model, calibration, sample)
+            document = {
+                "schema": "osscar.sweep/6",
+                "osscar_version": __version__,
+                "model": published(source or "") or lineage.source or type(model).__name__,
+                "calibration": {**data.settings, **told},
+                "dense": None if dense is None else dataclasses.asdict(dense),
+                "scored": scored,
+                "settings": {**self.base.to_json(), str(budget): None},
+                "recover": None if self.recover is None else self.recover.to_json(),
+                "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
+                "budget": str(budget),
+                "points": [_entry(point) for point in found],
+                "skipped": [dataclasses.asdict(group) for group in found[-1].skipped],
+            }
+            write_json(self.place.directory / _DOCUMENT_FILE, document)
+            write_text(self.place.directory / PAGE_FILE, sweep_page(document))
+        return SweepResult(document)
+
+    def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[Point]:
+        """Return all points, the dense model first; those that were not finished are measured."""
+        unpruned = dense_job(self.points[0].budget)
+        if self.place.point(unpruned) is None:
+            with _lap() as stages:
+                point = self._point(unpruned, None, dense, sample, None)
+            self.place.keep(dataclasses.replace(point, stages=stages))
+        todo = [job for job in self.points if self.place.point(job) is None]
+        with (
+            stage("sweep", total=len(todo)) as bar,
+            closing(prune_points(dense, calibration, self.base, todo, self.tell)) as pruned,
         ):
-            raise JournalError(f"{self.directory / _file(job)} holds another point; {again}")
-        return point
+            for number in range(1, len(todo) + 1):
+                with _lap() as stages:
+                    job, result = next(pruned)
+                    recovered = self._recovered(result, dense, calibration)
+                    point = self._point(job, result, dense, sample, recovered)
+                point = dataclasses.replace(point, stages=stages)
+                self.place.keep(point)
+                self.tell(f"{job}: done, {number} of {len(todo)}")
+                if result.budget is not None:
+                    self.tell(": ".join(budget_fact(vars(result.budget))))
+                if point.recovered is not None:
+                    self.tell(recovered_line(vars(point.recovered)))
+                bar.advance()
+        found = (self.place.point(job) for job in (unpruned, *self.points))
+        return [point for point in found if point is not None]
 
-    def keep(self, point: Point) -> None:
-        """Keep a point."""
-        self.write(_file(Job(point.method, BudgetKind(point.budget), point.value)), point)
+    def _recovered(
+        self, result: PruningResult, dense: nn.Module, calibration: Any
+    ) -> Recovered | None:
+        """Recover a pruned model, and measure what comes of it; None if that is not asked for."""
+        if self.recover is None:
+            return None
+        recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
+        return Recovered.of(recovery, self._quality(recovery.model, dense))
+
+    def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:
+        if self.score is None:
+            return {}
+        with timed(Stage.SCORE):
+            (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+        return dataclasses.asdict(one)
+
+    def _point(
+        self,
+        job: Job,
+        result: PruningResult | None,
+        dense: nn.Module,
+        sample: Batch,
+        recovered: Recovered | None,
+    ) -> Point:
+        """Measure the model of a job; without a result, the dense one."""
+        model = dense if result is None else result.model
+        with timed(Stage.FORWARD):
+            forwards = measure_forward([dense] if result is None else [dense, model], sample)
+        before, after = forwards[0], forwards[-1]
+        budget = None if result is None else result.budget
+        return Point(
+            "osscar.sweep-point/8",
+            job.method,
+            str(job.budget),
+            job.value,
+            limit=None if budget is None else budget.limit,
+            reached=None if budget is None else budget.reached,
+            **after,
+            form=Form.EAGER if result is None else result.form,
+            speedup=before["seconds"] / after["seconds"],
+            quality=self._quality(model, dense),
+            divergence=0.0 if result is None else result.divergence,
+            agreement=1.0 if result is None else result.agreement,
+            predicted=None if budget is None else budget.predicted,
+            loss=0.0 if result is None else result.loss,
+            prune_seconds=0.0 if result is None else result.seconds,
+            widths={} if result is None else {one.name: one.kept for one in result.layers},
+            skipped=() if result is None else result.skipped,
+            recovered=recovered,
+        )
 
 
-def _file(job: Job) -> str:
-    return f"{_POINTS}/{job.method}-{job.budget}-{job.value!r}.json"
+@contextmanager
+def _lap() -> Iterator[dict[str, float]]:
+    """Yield what is filled, once the block has ended, with its seconds by stage."""
+    stages: dict[str, float] = {}
+    began = time.perf_counter()
+    with profiled() as spent:
+        yield stages
+    stages.update(spent.of(time.perf_counter() - began))
+
+
+def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
+    """Return what quality is measured on, as JSON-able data."""
+    if score is None:
+        return {"images": None}
+    if isinstance(score, TextSet):
+        given: dict[str, Any] = {"text": published(score.source), "windows": score.windows}
+        return {**given, "seqlen": score.seqlen, "scored_sha256": digest(score.text)}
+    what = "images" if isinstance(score, ImageSet) else "inputs"
+    return {what: published(score.source), "scored_sha256": digest(repr(score.fingerprints()))}
+
+
+def _entry(point: Point) -> dict[str, Any]:
+    entry = dataclasses.asdict(point)
+    del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
+    return entry

@@ -13,8 +13,8 @@ from osscar.data.batches import as_inputs
 from osscar.models.user_code import build
 from osscar.preparation.fingerprint import DenseOutputs
 from osscar.request import PruningRequest
+from osscar.run.points import BudgetKind, SweepDirectory, sweep_manifest
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
-from osscar.run.sweep import BudgetKind, SweepDirectory, sweep_manifest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images

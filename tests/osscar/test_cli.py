@@ -26,8 +26,8 @@ from osscar.proof.lineage import note, weights_digest
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.prune_page import run_facts
 from osscar.request import PruningRequest
+from osscar.run.points import SweepDirectory
 from osscar.run.run_log import RunLog
-from osscar.run.sweep import SweepDirectory
 from osscar.study.directory import Study
 from tests.osscar.families import HELD_OUT, framing_tokenizer, tiny
 

@@ -21,9 +21,9 @@ from osscar.request import PruningRequest
 from osscar.run import feasibility as feasibility_room
 from osscar.run import prune as pruning_room
 from osscar.run.feasibility import feasible_groups
+from osscar.run.points import BudgetKind, Job, jobs, prune_points
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
-from osscar.run.sweep import BudgetKind, Job, jobs, prune_points
 from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net

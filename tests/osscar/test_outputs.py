@@ -19,7 +19,7 @@ from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.repeatable import check_repeatable
 from osscar.request import PruningRequest
-from osscar.run.sweep import BudgetKind, Job, prune_points
+from osscar.run.points import BudgetKind, Job, prune_points
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 

@@ -27,7 +27,7 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import lineage_of
 from osscar.request import PruningRequest
 from osscar.run.groups import certified
-from osscar.run.sweep import BudgetKind, jobs, prune_points
+from osscar.run.points import BudgetKind, jobs, prune_points
 from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.masked import masked

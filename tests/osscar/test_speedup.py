@@ -9,7 +9,7 @@ from osscar.allocation import speedup
 from osscar.base import timing
 from osscar.base.errors import RequestError
 from osscar.request import PruningRequest
-from osscar.run.sweep import BudgetKind, jobs, prune_points
+from osscar.run.points import BudgetKind, jobs, prune_points
 from tests.osscar.families import tiny, tokens
 
 

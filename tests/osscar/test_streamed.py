@@ -44,9 +44,9 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest
 from osscar.run.memory import MemoryNeeds
+from osscar.run.points import BudgetKind, Job, prune_points
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
-from osscar.run.sweep import BudgetKind, Job, prune_points
 from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
 from osscar.walk.walk import walk
@@ -456,7 +456,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 
 
 def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("osscar.run.sweep.dense_facts", None)
+    monkeypatch.setattr("osscar.run.points.dense_facts", None)
     base = PruningRequest(sparsity=0.2, allocation="uniform", device="cpu")
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory="100MB")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import osscar
-import osscar.run.sweep as sweep_room
+import osscar.run.points as points_room
 from osscar.allocation.allocate import allocate
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.models.names import DEMO_DIRECTORY
@@ -28,8 +28,7 @@ from osscar.report.sweep_page import (
 )
 from osscar.request import PruningRequest
 from osscar.run.feasibility import SkippedGroup
-from osscar.run.prune import prepare_for, prune_as_asked
-from osscar.run.sweep import (
+from osscar.run.points import (
     BASELINES,
     METHODS,
     BudgetKind,
@@ -40,6 +39,7 @@ from osscar.run.sweep import (
     jobs,
     prune_points,
 )
+from osscar.run.prune import prepare_for, prune_as_asked
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import CALIBRATION, tiny, tokens
@@ -443,7 +443,7 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     told = {"limit": 100.0, "reached": 100 * (1 - short), "dense": 200, "cost": "parameters"}
     assert budget_fact(told)[1].endswith("at most 100 were asked for")
 
-    monkeypatch.setattr(sweep_room, "prune_prepared", None)  # what is done is not done again
+    monkeypatch.setattr(points_room, "prune_prepared", None)  # what is done is not done again
     assert osscar.sweep(model, data, out, sparsity=(0.4,), **asked) == document
     for other, words in (({"seed": 3}, "seed was 0 and is 3"), ({"damp": 0.1}, "damp was None")):
         with pytest.raises(JournalError, match=words):

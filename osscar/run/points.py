@@ -1,0 +1,311 @@
+"""One model pruned to several budgets, and the directory that keeps what became of it at each.
+
+What is known of the dense model is measured once.  A finished point is a file, from which the same
+command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from pydantic import ConfigDict
+from torch import nn
+
+from osscar.allocation.divergence import Measure
+from osscar.base.errors import JournalError, OptionError, RequestError
+from osscar.base.files import resolved
+from osscar.base.journal import Journal
+from osscar.base.json_files import STRICT
+from osscar.base.printable import are, pluralize
+from osscar.network.modules import copied
+from osscar.preparation.fingerprint import JournalManifest
+from osscar.proof.plan import Form
+from osscar.recovery.recover import Recovery
+from osscar.recovery.request import RecoveryRequest
+from osscar.request import (
+    BASELINES,
+    METHODS,
+    Allocation,
+    BudgetKind,
+    Keep,
+    PruningRequest,
+    parse_keep,
+    parse_size_kept,
+)
+from osscar.run.feasibility import SkippedGroup
+from osscar.run.prune import (
+    dense_facts,
+    finish,
+    prepare_for,
+    prune_prepared,
+    within_memory,
+)
+from osscar.run.result import PruningResult
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
+
+    method: str
+    budget: BudgetKind
+    value: float | int
+
+    def request(self, base: PruningRequest) -> PruningRequest:
+        """Return what is asked of a pruning run for this point."""
+        asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
+        asked[self.budget] = self.value
+        if self.method in METHODS:
+            asked["allocation"] = self.method
+            return dataclasses.replace(base, **asked)
+        if base.routed:
+            raise RequestError(
+                f"the baseline {self.method} removes no experts; omit --baselines, or --experts"
+            )
+        return dataclasses.replace(
+            base,
+            **asked,
+            allocation="uniform",
+            target="weights",
+            correction_weight=None,
+            backend=self.method,
+            backend_options={},
+        )
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.budget} {self.value:g}"
+
+
+def jobs(
+    budget: BudgetKind,
+    values: Sequence[Keep],
+    *,
+    baselines: bool = False,
+    allocation: Allocation = "measured",
+) -> tuple[Job, ...]:
+    """Return the points of a sweep, the method itself first, the largest model first."""
+    if not values:
+        raise OptionError(
+            f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
+        )
+    read = [_number(budget, value, allocation) for value in values]
+    if len({isinstance(value, int) for value in read}) > 1:
+        raise OptionError(
+            f"{', '.join(map(str, read))} are counts and shares; give either to --{budget}"
+        )
+    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in read):
+        raise OptionError(
+            f"a sweep takes sizes as shares of the dense model's, not {read[0]}; give a list "
+            f"such as --size {budget.examples}"
+        )
+    methods = (allocation, *(BASELINES if baselines else ()))
+    ordered = sorted(set(read), reverse=not budget.rises)
+    return tuple(Job(method, budget, value) for method in methods for value in ordered)
+
+
+def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
+    """Return a value as the command line reads it: a plain number, which names its point."""
+    asked: dict[str, Any] = {str(budget): value}
+    request = PruningRequest(**asked, allocation=allocation)
+    if budget is BudgetKind.PARAMS:
+        kept = parse_keep(value)
+    elif budget is BudgetKind.SIZE:
+        kept = parse_size_kept(value)
+    else:
+        kept = getattr(request, budget)
+    return kept if isinstance(kept, int) else float(kept)
+
+
+def prune_points(
+    model: nn.Module,
+    calibration: Any,
+    base: PruningRequest,
+    points: Sequence[Job],
+    tell: Callable[[str], None] = lambda line: None,
+) -> Generator[tuple[Job, PruningResult]]:
+    """Prune a model once for each point; the model that comes in is not changed.
+
+    The model is traced once, and what is known of the dense model is found once: what can follow,
+    its predictions, and its batch-norm statistics.  Divergences are all measured on the samples
+    that the base request holds out; baselines whose damping is given hold out none, and are fitted
+    to these as well.  What each point keeps and removes is told before its work begins.
+    """
+    if not points:
+        return
+    with prepare_for(model, calibration, points[0].request(base)) as prepared:
+        requests = {job: job.request(base) for job in points}
+        each = {job: within_memory(prepared, request) for job, request in requests.items()}
+        facts = dense_facts(prepared, base)
+        for job in points:
+            again = dataclasses.replace(each[job], model=copied(each[job].model))
+            result = prune_prepared(again, requests[job], facts, tell=_telling_of(job, tell))
+            finish(result, model, calibration, prepared)
+            yield job, result
+
+
+def _telling_of(job: Job, tell: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda line: tell(f"{job}: {line}")
+
+
+# ---- the directory of a sweep ------------------------------------------------------------
+
+DENSE = "dense"
+"""The method that stands for the model as it is."""
+
+_POINTS = "points"
+
+
+def dense_job(budget: BudgetKind) -> Job:
+    """Return the point of the dense model."""
+    return Job(DENSE, budget, budget.dense)
+
+
+def sweep_manifest(
+    run: JournalManifest,
+    budget: BudgetKind,
+    scored: Mapping[str, Any],
+    recover: RecoveryRequest | None = None,
+) -> JournalManifest:
+    """Describe what all points of a sweep share.
+
+    That is also whether they are recovered: pruned models are not kept, so none could be later.
+    """
+    varied = {str(kind) for kind in BudgetKind}
+    shared = {name: value for name, value in run.asked.items() if name not in varied}
+    asked = {**shared, "budget": str(budget), **scored}
+    if recover is not None:
+        asked["recover"] = True
+        asked |= {f"recover_{name}": value for name, value in recover.to_json().items()}
+    return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
+
+
+Quality: TypeAlias = dict[str, int | float | str | dict[str, float | None] | None]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery made of a pruned model; its fields are those of `Recovery`.
+
+    Steps are those that were made, and quality is as that of the point.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    quality: Quality
+    measure: Measure
+    before: float
+    after: float
+    kept: int
+    steps: int
+    learning_rate: float
+    samples: int
+    held_out: int
+    seconds: float
+
+    @classmethod
+    def of(cls, recovery: Recovery, quality: Quality) -> Recovered:
+        """Keep what is told of a recovery."""
+        names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
+        told = {name: getattr(recovery, name) for name in names}
+        return cls(quality=quality, steps=recovery.points[-1].step, **told)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What became of the model at one budget by one method.
+
+    Limit and what was reached are of the whole model, in what the budget is counted in; None of the
+    dense model.  Operations and seconds, a median with its quartiles, are those of one sample, and
+    the speed-up is over the dense model in turns.  Quality has what was scored, by the names that
+    evaluations have for it.  Divergences are in nats, and agreement is the share of likeliest
+    predictions that are the dense model's on the same samples; both are None where unknown.  The
+    loss is a sum of relative ones, and seconds of pruning leave out what the points share.  Widths
+    are those of groups that lost units.  All of that is of the model in one shot; a recovery
+    changes no width, and so no speed.  Stages are the seconds since the point before: the first one
+    that a run makes has what all of its points share.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: Literal["osscar.sweep-point/8"]
+    method: str
+    budget: str
+    value: float | int
+    limit: float | None
+    reached: float | None
+    parameters: int
+    parameter_bytes: int
+    flops: int
+    form: Form
+    seconds: float
+    seconds_between: list[float]
+    speedup: float
+    quality: Quality
+    divergence: float | None
+    agreement: float | None
+    predicted: float | None
+    loss: float
+    prune_seconds: float
+    widths: dict[str, int]
+    skipped: tuple[SkippedGroup, ...]
+    recovered: Recovered | None
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+class SweepDirectory(Journal[JournalManifest]):
+    """The points of a sweep, in a directory that is its own.
+
+    Raises
+    ------
+    JournalError
+        If the directory is a file, or holds something else.
+    """
+
+    what = "sweep"
+    manifest_file = "asked.json"
+    schema = JournalManifest
+    done_files = (f"{_POINTS}/*.json",)
+    other_files = (_POINTS,)
+    otherwise = "give another --out"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(resolved(directory))
+        self.refuse_foreign()
+
+    @contextmanager
+    def begun(self, manifest: JournalManifest) -> Iterator[None]:
+        """Begin a sweep, or go on with one, and hold its lock while the block runs."""
+        with self.held():
+            self.begin(manifest)
+            self.make(_POINTS)
+            yield
+
+    @property
+    def kept(self) -> str:
+        """What a sweep that ends now leaves, in words; nothing if that is nothing."""
+        points = len(self.done)
+        where = f"kept in {self.directory}"
+        return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
+
+    def point(self, job: Job) -> Point | None:
+        """Return a point that was finished; None if it was not."""
+        again = "remove it, and it is measured again"
+        point = self.read(_file(job), Point, otherwise=again)
+        if point is not None and (point.method, point.budget, point.value) != (
+            (job.method, job.budget, job.value)
+        ):
+            raise JournalError(f"{self.directory / _file(job)} holds another point; {again}")
+        return point
+
+    def keep(self, point: Point) -> None:
+        """Keep a point."""
+        self.write(_file(Job(point.method, BudgetKind(point.budget), point.value)), point)
+
+
+def _file(job: Job) -> str:
+    return f"{_POINTS}/{job.method}-{job.budget}-{job.value!r}.json"
