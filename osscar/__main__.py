@@ -1,6 +1,6 @@
 """The command ``osscar``, as ``python -m osscar`` is: it hears of signals before it imports."""
 
-from osscar.base.signals import ends_at_once, handling
+from osscar.base.process import ends_at_once, handling
 
 
 def main() -> None:

@@ -31,8 +31,7 @@ import lazy_loader
 from annotated_types import Gt, Interval
 
 from osscar.base.errors import OptionError, RequestError
-from osscar.base.fields import Read, bare, check_fields, count_from
-from osscar.base.inputs import parse_size, safe_repr
+from osscar.base.inputs import Read, bare, check_fields, count_from, parse_size, safe_repr
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,9 +21,8 @@ from graph import CouplingGroup
 from osscar.allocation.curves import Curve
 from osscar.allocation.divergence import Measure, Reference
 from osscar.allocation.widths import possible_widths
-from osscar.base.errors import NonFiniteError, RequestError
+from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.messages import warn
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.kinds import Step, room_of

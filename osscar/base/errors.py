@@ -1,4 +1,4 @@
-"""Everything that OSSCAR refuses, as one tree of exceptions.
+"""Everything that OSSCAR refuses, as one tree of exceptions, and how its messages are worded.
 
 A message names what was wrong, the offending value, and what to do about it. Catching
 :class:`OsscarError` is enough to catch every error that a user can cause.
@@ -6,9 +6,65 @@ A message names what was wrong, the offending value, and what to do about it. Ca
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from osscar.base.messages import for_reader
+_on_command_line = False
+
+_COMMAND_ALONE = ("restart", "json", "report", "dry-run")
+"""Options for which Python has no keyword."""
+
+_NAME = r"(?<![\w-])--[a-z][a-z-]*[a-z]"
+_VALUE = (
+    r" (?:'[^']*'|\d[\w./-]*|[A-Z]{2,}\w*|auto|cpu|cuda|b?float\d+|eager|exported|keep|measured"
+    r"|uniform)(?![\w:])"
+)
+_OPTION = re.compile(
+    r"(?P<code>`[^`]*`)"
+    rf"|(?P<several>{_NAME}(?:{_VALUE})?(?:(?:, | and | or ){_NAME})*)"
+    r" \((?P<keyword>[^()]*) in Python\)"
+    rf"|(?P<name>{_NAME})(?P<value>{_VALUE})?"
+)
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """Let messages name options as the command line has them while the block runs."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def for_reader(message: str) -> str:
+    """Return a message with options as its reader gives them.
+
+    Examples
+    --------
+    >>> for_reader("raise --damp, or use --dtype float32 and --inputs FILE (samples= in Python)")
+    'raise damp=, or use dtype=float32 and samples='
+    """
+    return _OPTION.sub(_named, message)
+
+
+def _named(found: re.Match[str]) -> str:
+    code, several, keyword, name, value = found.groups(default="")
+    if code or _on_command_line or name[2:] in _COMMAND_ALONE:
+        return code or several or name + value
+    return keyword or f"{name[2:].replace('-', '_')}={value.lstrip()}"
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of the library that led to it."""
+    from solvers.errors import warn as warn_outside  # loads torch, which help does without
+
+    warn_outside(for_reader(message))
 
 
 class OsscarError(Exception):
@@ -108,3 +164,24 @@ class BusyError(OutputError):
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def optional(module: str, extra: str, work: str, instead: str = "") -> Any:
+    """Import a module of an optional package, or say which extra installs what `work` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependency(
+            f"{work} needs the package {module.partition('.')[0]!r}; install it with "
+            f"`python3 -m pip install 'osscar[{extra}]'`{instead}"
+        ) from error
+
+
+def import_torchvision(module: str) -> Any:
+    """Import a module of torchvision; MissingDependency if it is not installed."""
+    return optional(f"torchvision.{module}", "vision", "a model or transform of torchvision")
+
+
+def import_timm(module: str = "timm") -> Any:
+    """Import timm, or a module of it; MissingDependency if it is not installed."""
+    return optional(module, "timm", "a model of timm")

@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
-from osscar.base.signals import uninterrupted
+from osscar.base.process import uninterrupted
 
 T = TypeVar("T")
 

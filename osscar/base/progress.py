@@ -25,8 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from osscar.base.launch import launched
 from osscar.base.printable import printable
+from osscar.base.process import launched
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from osscar.base.errors import OsscarError, RanksError, first_line
-from osscar.base.launch import launched, neighbours
 from osscar.base.printable import pluralize
+from osscar.base.process import launched, neighbours
 
 T = TypeVar("T")
 

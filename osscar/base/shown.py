@@ -1,9 +1,12 @@
-"""Results that show themselves: in words at a terminal, and in a notebook as their pages do."""
+"""Results that show themselves, and fields of dataclasses that tables show."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_type_hints
 
 
 class Shown:
@@ -24,3 +27,52 @@ class Shown:
 
 def _report() -> Any:
     return importlib.import_module("osscar.report.shown")
+
+
+@dataclass(frozen=True)
+class Column:
+    """How tables show a field, as ``Annotated[float, Column("loss >", decimals)]``.
+
+    Parameters
+    ----------
+    title
+        Heads the column; one that ends in ``>`` holds numbers.
+    value
+        Writes the value of the field.
+    row
+        Writes it in its stead, and is given all fields by name.
+    note
+        What the column tells, where its title is not enough.
+    """
+
+    title: str
+    value: Callable[[Any], str] = str
+    row: Callable[[Mapping[str, Any]], str] | None = None
+    note: str = ""
+
+    def text(self, name: str, row: Mapping[str, Any]) -> str:
+        """Return the cell of the field of this name; empty for a value that is not known."""
+        if self.row is not None:
+            return self.row(row)
+        return "" if row.get(name) is None else self.value(row[name])
+
+
+def columns(of: type[Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Return by title what writes each cell, of the fields that a class itself declares, in order.
+
+    Cells are written of mappings, such as JSON holds them.
+    """
+    return {one.title: partial(one.text, name) for name, one in _declared(of)}
+
+
+def notes(of: type[Any]) -> dict[str, str]:
+    """Return by title what each of the same columns tells, where its title is not enough."""
+    return {one.title: one.note for _, one in _declared(of) if one.note}
+
+
+def _declared(of: type[Any]) -> Iterator[tuple[str, Column]]:
+    hints = get_type_hints(of, include_extras=True)
+    for name in of.__annotations__:
+        for one in getattr(hints[name], "__metadata__", ()):
+            if isinstance(one, Column):
+                yield name, one

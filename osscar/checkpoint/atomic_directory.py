@@ -21,7 +21,7 @@ from osscar.base.files import (
     temporary_sibling,
 )
 from osscar.base.printable import listed
-from osscar.base.signals import uninterrupted
+from osscar.base.process import uninterrupted
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, REPORT_FILE, read_manifest
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

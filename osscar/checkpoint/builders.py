@@ -22,10 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from osscar.base.errors import CheckpointError
+from osscar.base.errors import CheckpointError, import_timm, import_torchvision, warn
 from osscar.base.json_files import STRICT, validated
-from osscar.base.messages import warn
-from osscar.base.optional import import_timm, import_torchvision
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.hf_config import SHAPES, architecture, class_of, is_any_shape
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest

@@ -29,11 +29,11 @@ from osscar.base.errors import (
     OptionError,
     OsscarError,
     first_line,
+    warn,
 )
 from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import let_shortage_pass
-from osscar.base.messages import warn
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import (
     TransformersOrigin,

@@ -6,11 +6,9 @@ import io
 import sys
 from collections.abc import Sequence
 
-from osscar.base.errors import OptionError, RanksError
+from osscar.base.errors import OptionError, RanksError, on_command_line
 from osscar.base.files import is_text
-from osscar.base.launch import launched
-from osscar.base.messages import on_command_line
-from osscar.base.signals import ends_at_once, handling
+from osscar.base.process import ends_at_once, handling, launched
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from cyclopts import App, Parameter
 
 from osscar import __version__
-from osscar.base.signals import handling, unwinds
+from osscar.base.process import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import err
 from osscar.cli.common import out as screen

@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.messages import warn
+from osscar.base.errors import DataError, ModelError, OptionError, warn
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_json_path, document, say, show, write_json
 from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing

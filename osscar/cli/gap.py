@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from osscar.base.errors import OptionError
-from osscar.base.fields import checked
 from osscar.base.files import file_digest
+from osscar.base.inputs import checked
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import (

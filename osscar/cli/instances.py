@@ -14,7 +14,7 @@ import solvers
 from osscar.base.errors import OptionError
 from osscar.base.files import atomic_write, make_directory, write_json
 from osscar.base.json_files import STRICT, read_json
-from osscar.base.numbers import decimals, percent
+from osscar.base.printable import decimals, percent
 from osscar.cli.common import check_json_path, document, say, show
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet

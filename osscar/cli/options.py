@@ -11,8 +11,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import Group, Parameter, validators
 
 from osscar.base.errors import OptionError
-from osscar.base.fields import bare
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import bare, safe_repr
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BOUND_ROUNDS, PruningRequest, is_keep
 

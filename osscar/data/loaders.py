@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from osscar.base.errors import DataError
+from osscar.base.errors import DataError, warn
 from osscar.base.inputs import safe_repr, whole_number
-from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.data.batches import (
     accepted_arguments,

@@ -13,10 +13,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from osscar.base.errors import DataError, OptionError, first_line
+from osscar.base.errors import DataError, OptionError, first_line, import_torchvision
 from osscar.base.inputs import safe_repr
 from osscar.base.json_files import STRICT
-from osscar.base.optional import import_torchvision
 from osscar.base.printable import published
 
 _INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")

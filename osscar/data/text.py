@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from osscar.base.errors import DataError, ModelError, OptionError, first_line
+from osscar.base.errors import DataError, ModelError, OptionError, first_line, optional, warn
 from osscar.base.inputs import TEXT_LIMIT, file_name, read_bytes, whole_number
-from osscar.base.messages import warn
-from osscar.base.optional import optional
 from osscar.base.printable import pluralize
 from osscar.data.samples import columns_of, named_generator
 from osscar.network.modules import context_length

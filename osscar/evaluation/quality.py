@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osscar.allocation.divergence import as_logits
-from osscar.base.errors import DataError, ModelError, NonFiniteError
+from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
-from osscar.base.messages import warn
 from osscar.base.progress import track
 from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.base.errors import ModelError
+from osscar.base.errors import ModelError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap

@@ -30,9 +30,9 @@ from osscar.base.errors import (
     EquivalenceError,
     ModelError,
     OptionError,
+    optional,
 )
 from osscar.base.files import atomic_write
-from osscar.base.optional import optional
 from osscar.checkpoint.directory import load
 from osscar.export.gguf_experts import (
     in_parts,

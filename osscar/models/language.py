@@ -15,10 +15,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from osscar.base.errors import ModelError, OptionError, OsscarError, first_line
+from osscar.base.errors import ModelError, OptionError, OsscarError, first_line, warn
 from osscar.base.inputs import panics_are_errors, parse_size
 from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
-from osscar.base.messages import warn
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.directory import load

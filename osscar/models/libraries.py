@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import ModelError, first_line
-from osscar.base.optional import import_timm, import_torchvision
+from osscar.base.errors import ModelError, first_line, import_timm, import_torchvision
 from osscar.checkpoint.builders import TimmOrigin, TorchvisionOrigin
 from osscar.data.batches import Batch, named_inputs
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform

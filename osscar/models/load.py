@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from osscar.base.devices import resolve_device, resolve_dtype
-from osscar.base.errors import CheckpointError, FileError, ModelError, OptionError
+from osscar.base.errors import CheckpointError, FileError, ModelError, OptionError, warn
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for
-from osscar.base.messages import warn
 from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from osscar.base.errors import DataError, ModelError, OptionError
-from osscar.base.messages import warn
+from osscar.base.errors import DataError, ModelError, OptionError, warn
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.models.preprocessing import image_of

@@ -11,9 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import ModelError, first_line
+from osscar.base.errors import ModelError, first_line, warn
 from osscar.base.inputs import check_regular, file_name
-from osscar.base.messages import warn
 
 _OLD_DENSENET_NAME = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"

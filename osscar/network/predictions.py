@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.base.errors import ModelError
-from osscar.base.messages import warn
+from osscar.base.errors import ModelError, warn
 
 ALONE = "output"
 """How an output is called that has no name, since there is no other."""

@@ -12,7 +12,7 @@ import torch
 
 from osscar.base import memory
 from osscar.base.errors import OptionError
-from osscar.base.launch import neighbours
+from osscar.base.process import neighbours
 
 
 @dataclass(frozen=True)

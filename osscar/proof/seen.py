@@ -12,9 +12,8 @@ import numpy.typing as npt
 from pydantic import ConfigDict, StringConstraints
 from torch import Tensor
 
-from osscar.base.errors import DataError
+from osscar.base.errors import DataError, warn
 from osscar.base.json_files import STRICT
-from osscar.base.messages import warn
 
 Fingerprints: TypeAlias = Sequence[int] | npt.NDArray[np.uint64]
 """Hashes of 64 bits: of samples, or of runs of tokens."""

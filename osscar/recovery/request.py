@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from osscar.base.fields import Read, check_fields, count_from
-from osscar.base.inputs import parse_size
+from osscar.base.inputs import Read, check_fields, count_from, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from osscar.base.numbers import engineering, in_bytes
-from osscar.base.printable import pluralize
+from osscar.base.printable import engineering, in_bytes, pluralize
 from osscar.report.sections import Table
 
 if TYPE_CHECKING:

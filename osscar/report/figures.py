@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from osscar.base.numbers import share
+from osscar.base.printable import share
 
 if TYPE_CHECKING:  # a terminal needs no matplotlib, which every function here loads
     from matplotlib.axes import Axes

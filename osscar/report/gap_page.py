@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osscar.base.columns import columns
 from osscar.base.files import atomic_write, write_text
-from osscar.base.numbers import decimals, percent, share
+from osscar.base.printable import decimals, percent, share
+from osscar.base.shown import columns
 from osscar.report.figures import color, from_zero, legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.sections import (

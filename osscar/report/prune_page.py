@@ -8,9 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import UnitKind
-from osscar.base.columns import columns, notes
-from osscar.base.numbers import decimals, engineering, in_bytes, share
-from osscar.base.printable import capitalized, listed, pluralize
+from osscar.base.printable import (
+    capitalized,
+    decimals,
+    engineering,
+    in_bytes,
+    listed,
+    pluralize,
+    share,
+)
+from osscar.base.shown import columns, notes
 from osscar.proof.plan import Certificate
 from osscar.proof.program.input_sizes import fixed_in_words
 from osscar.report import recovery as recoveries

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import CouplingGroup, Slot
-from osscar.base.numbers import in_bytes
-from osscar.base.printable import listed
+from osscar.base.printable import in_bytes, listed
 from osscar.report.sections import Table, facts, table
 
 if TYPE_CHECKING:

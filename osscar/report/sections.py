@@ -9,7 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from osscar.base.numbers import share
+from osscar.base.printable import share
 from osscar.report.figures import svg_of
 
 if TYPE_CHECKING:

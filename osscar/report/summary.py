@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import solvers
-from osscar.base.numbers import share
-from osscar.base.printable import are, pluralize
+from osscar.base.printable import are, pluralize, share
 from osscar.base.shown import Shown
 from osscar.study.records import ROOT_BOUND, WINDOW, Instance, ProofBasis, Record, window_layer
 from solvers import Status

@@ -7,8 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
-from osscar.base.numbers import engineering, share
-from osscar.base.printable import capitalized, pluralize
+from osscar.base.printable import capitalized, engineering, pluralize, share
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.evaluation_tables import dense_facts
 from osscar.report.figures import color, legend, new_figure, shares

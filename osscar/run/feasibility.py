@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.allocate import provisional
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import AdapterError, EquivalenceError, RequestError
+from osscar.base.errors import AdapterError, EquivalenceError, RequestError, warn
 from osscar.base.json_files import STRICT
-from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state

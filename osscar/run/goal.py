@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.widths import asked_groups
-from osscar.base.numbers import engineering, share
+from osscar.base.printable import engineering, share
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest, parse_keep
 

@@ -15,9 +15,8 @@ from torch import nn
 import solvers
 from graph import CouplingGroup
 from osscar.allocation.widths import reached_groups
-from osscar.base.errors import JournalError, NonFiniteError
+from osscar.base.errors import JournalError, NonFiniteError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.messages import warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.ranks import Ranks

@@ -24,9 +24,8 @@ from osscar.allocation.budget import Allocated
 from osscar.allocation.divergence import Distance, Reference
 from osscar.allocation.widths import reached_groups
 from osscar.base.devices import resolve_device
-from osscar.base.errors import JournalError, RequestError
+from osscar.base.errors import JournalError, RequestError, warn
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.messages import warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed

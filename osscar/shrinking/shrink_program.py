@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.extents import TracedProgram
-from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
+from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line, warn
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
-from osscar.base.messages import warn
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, in_format_of, runs

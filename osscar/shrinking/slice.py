@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from graph.groups import Role, Slot
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import ModelError
-from osscar.base.messages import warn
+from osscar.base.errors import ModelError, warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk

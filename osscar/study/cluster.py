@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from osscar.base.errors import JournalError, MissingDependency
-from osscar.base.signals import handling
+from osscar.base.process import handling
 from osscar.study.jobs import KILLED, Task, solve_task
 from osscar.study.records import Record
 

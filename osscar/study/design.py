@@ -7,8 +7,7 @@ from annotated_types import Interval, MinLen
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.fields import check_fields, count_from
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import check_fields, count_from, safe_repr
 from osscar.request import BOUND_ROUNDS, SHARE
 from osscar.study.records import Instance
 

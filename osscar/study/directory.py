@@ -21,9 +21,8 @@ from pydantic import ConfigDict
 
 import solvers
 from osscar.base.errors import JournalError
-from osscar.base.fields import checked, count_from
 from osscar.base.files import atomic_write, digest, file_digest, resolved
-from osscar.base.inputs import file_name
+from osscar.base.inputs import checked, count_from, file_name
 from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.printable import pluralize

@@ -25,7 +25,7 @@ import solvers
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import digest, file_digest, write_json
 from osscar.base.memory import available_memory
-from osscar.base.signals import handling
+from osscar.base.process import handling
 from osscar.study.answers import answered, claimed, save_certificate
 from osscar.study.records import ProofBasis, Record, read_record
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from graph import CouplingGroup, UnitKind
 from osscar.base.errors import ModelError, RequestError
-from osscar.base.fields import checked
+from osscar.base.inputs import checked
 from osscar.base.progress import stage
 from osscar.preparation.prepare import prepare
 from osscar.request import DAMP

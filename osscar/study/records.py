@@ -14,12 +14,11 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import ConfigDict
 
-from osscar.base.columns import Column
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
-from osscar.base.numbers import decimals, percent
-from osscar.base.printable import command_line
+from osscar.base.printable import command_line, decimals, percent
+from osscar.base.shown import Column
 from solvers import Status
 
 WINDOW = "window"

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.base.errors import ModelError
-from osscar.base.messages import warn
+from osscar.base.errors import ModelError, warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.consumers.consumer import LinearMap

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from osscar.base.columns import Column
-from osscar.base.numbers import decimals
+from osscar.base.printable import decimals
+from osscar.base.shown import Column
 from osscar.walk.layer_step import GROWN
 from solvers import SolutionRecord
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from graph import CouplingGroup
-from osscar.base.errors import ModelError
-from osscar.base.messages import warn
+from osscar.base.errors import ModelError, warn
 from osscar.base.printable import listed
 from osscar.consumers.consumer import LinearMap, without_idle
 from osscar.network.modules import device_of

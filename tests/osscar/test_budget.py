@@ -20,7 +20,7 @@ from osscar.allocation.divergence import Distance, Reference, logits_of
 from osscar.allocation.measured import summed_losses
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
-from osscar.base.numbers import engineering
+from osscar.base.printable import engineering
 from osscar.data.batches import ModelInputs
 from osscar.evaluation.size import count_owned
 from osscar.network.modules import copied, count_parameters

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import osscar
 import osscar.checkpoint.directory
 from benchmarks.prose import Split, builtin_text
-from osscar.base.numbers import engineering
+from osscar.base.printable import engineering
 from osscar.cli import main
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest

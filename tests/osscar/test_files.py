@@ -33,7 +33,7 @@ from osscar.base.files import (
     write_text,
 )
 from osscar.base.json_files import STRICT, read_json, validated
-from osscar.base.signals import handling, uninterrupted, unwinds
+from osscar.base.process import handling, uninterrupted, unwinds
 from tests.osscar.forked import PATIENCE
 
 

@@ -10,8 +10,14 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.base.errors import FileError, NonFiniteError, OptionError, RequestError
-from osscar.base.messages import for_reader, on_command_line
+from osscar.base.errors import (
+    FileError,
+    NonFiniteError,
+    OptionError,
+    RequestError,
+    for_reader,
+    on_command_line,
+)
 from tests.osscar.families import tiny, tokens
 
 

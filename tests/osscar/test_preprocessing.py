@@ -11,8 +11,7 @@ from PIL import Image
 from torch import nn
 
 import osscar
-from osscar.base.errors import DataError, FileError, ModelError, OptionError
-from osscar.base.optional import import_torchvision
+from osscar.base.errors import DataError, FileError, ModelError, OptionError, import_torchvision
 from osscar.cli import main
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images

@@ -25,7 +25,7 @@ import osscar
 import osscar.cli
 from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import RanksError
-from osscar.base.launch import launched
+from osscar.base.process import launched
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.samples import named_generator
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest

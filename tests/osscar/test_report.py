@@ -8,9 +8,8 @@ from typing import Annotated
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from osscar.base.columns import Column, columns, notes
-from osscar.base.numbers import decimals, engineering, in_bytes, share
-from osscar.base.printable import pluralize
+from osscar.base.printable import decimals, engineering, in_bytes, pluralize, share
+from osscar.base.shown import Column, columns, notes
 from osscar.cli.common import _PlainConsole, out, show
 from osscar.evaluation.evaluate import Comparison, Evaluation
 from osscar.evaluation.quality import SampleQuality, TextQuality

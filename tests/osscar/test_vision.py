@@ -22,9 +22,9 @@ from osscar.base.errors import (
     FileError,
     ModelError,
     OptionError,
+    import_torchvision,
 )
 from osscar.base.json_files import validated
-from osscar.base.optional import import_torchvision
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.directory import save
 from osscar.cli import main

@@ -1,4 +1,4 @@
-"""Signals: interrupts that wait, and requests to end that unwind what is being done."""
+"""How a process was launched, and the signals that it is sent; nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,43 @@ from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any, NoReturn
+
+from osscar.base.errors import RanksError
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, and launchers like it, say to each process."""
+
+_MOST = 2**31
+"""No launch has as many processes."""
+
+
+def launched() -> tuple[int, int]:
+    """Return which rank this process was launched as, and how many there are: (0, 1) if none.
+
+    What a launcher says that is no such thing is a RanksError.
+    """
+    if any(name not in os.environ for name in _LAUNCHED):
+        return 0, 1
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        rank = size = -1
+    if not 0 <= rank < size < _MOST:
+        raise RanksError(
+            f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; launch "
+            "with torchrun, or unset them"
+        )
+    return rank, size
+
+
+def neighbours() -> int:
+    """Return how many processes of this launch share this machine, this one among them."""
+    size = launched()[1]
+    try:
+        return min(max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), size)
+    except ValueError:
+        return 1
+
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
