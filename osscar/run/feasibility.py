@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict
@@ -60,14 +60,25 @@ class SkippedGroup:
     reason: str
 
 
-def feasible_groups(
-    prepared: Prepared, request: PruningRequest
-) -> tuple[Form, tuple[SkippedGroup, ...]]:
-    """Find what of a model is to be shrunk, and the groups that cannot follow then.
+class Feasible(NamedTuple):
+    """What of a model is to be shrunk, and the groups that keep all their units then."""
+
+    form: Form
+    skipped: tuple[SkippedGroup, ...]
+    """In the order of the model."""
+
+    @property
+    def skipped_names(self) -> frozenset[str]:
+        """The names of the groups that keep all their units."""
+        return frozenset(group.name for group in self.skipped)
+
+
+def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
+    """Try which groups can lose units, in the modules of a model or in its program.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
-    As few groups are left as halving finds, so that all others can go together; of several forms
-    that is the first in which the fewest are left.
+    Halving skips as few groups as it can, so that all others can go together; of several forms the
+    first is taken in which the fewest are skipped.
 
     Raises
     ------
@@ -94,11 +105,11 @@ def feasible_groups(
             _refusal(left, tried, request)
         )
     if refused:
-        warn(f"{named(refused)}; the report, or skipped of the result, says why")
+        warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
     if form is Form.EAGER:
         chosen = [group for group in traced if group.name not in reasons]
         _warn_of_unread(prepared.model, prepared.traced, prepared.groups, chosen)
-    return form, (*left, *_skipped(prepared.groups, inside))
+    return Feasible(form, (*left, *_skipped(prepared.groups, inside)))
 
 
 def _skipped(
@@ -325,10 +336,10 @@ def _sizes(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) 
     return {shapes[slot.tensor][slot.dim] for slot in slots}
 
 
-def named(left: Sequence[SkippedGroup]) -> str:
+def in_words(skipped: Sequence[SkippedGroup]) -> str:
     """Say which groups are skipped."""
-    said = listed([repr(group.name) for group in left], _MOST_TOLD, "; ")
-    return f"skipped, with all their units: {said}"
+    names = listed([repr(group.name) for group in skipped], _MOST_TOLD, "; ")
+    return f"skipped, with all their units: {names}"
 
 
 def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) -> str:

@@ -39,10 +39,10 @@ from osscar.request import (
 )
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.prune import (
-    dense_facts,
-    finish,
+    note_origin,
     prepare_for,
     prune_prepared,
+    run_dense,
     within_memory,
 )
 from osscar.run.result import PruningResult
@@ -140,11 +140,11 @@ def prune_points(
     with prepare_for(model, calibration, points[0].request(base)) as prepared:
         requests = {job: job.request(base) for job in points}
         each = {job: within_memory(prepared, request) for job, request in requests.items()}
-        facts = dense_facts(prepared, base)
+        dense = run_dense(prepared, base)
         for job in points:
             again = dataclasses.replace(each[job], model=copied(each[job].model))
-            result = prune_prepared(again, requests[job], facts, tell=_telling_of(job, tell))
-            finish(result, model, calibration, prepared)
+            result = prune_prepared(again, requests[job], dense, tell=_telling_of(job, tell))
+            note_origin(result, model, calibration)
             yield job, result
 
 

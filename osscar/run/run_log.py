@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.budget import Allocated
-from osscar.base.errors import JournalError
+from osscar.base.errors import JournalError, warn
 from osscar.base.files import digest
 from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import MEGABYTE, STRICT
@@ -31,6 +32,7 @@ from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
 from osscar.walk.layer_report import LayerReport
@@ -158,3 +160,28 @@ class RunLog(SavingJournal[JournalManifest]):
     def _read(self, index: int) -> LayerRecord:
         words, weights = read_record(self._place(index), _Words, self._run)
         return LayerRecord(words.plan, words.report, tuple(weights.values()))
+
+
+@contextmanager
+def begun(
+    log: RunLog | None, prepared: Prepared, request: PruningRequest
+) -> Iterator[tuple[LayerRecord, ...]]:
+    """Begin a run, or go on with one, on all ranks; yield what was committed before."""
+    ranks = prepared.ranks
+    if log is None and ranks.alone:
+        yield ()
+        return
+    manifest = run_manifest(request, prepared.model, prepared.inputs, prepared.batch_size)
+    manifest.check_alike(ranks)
+    batches = len(prepared.batches())
+    if batches < ranks.size:
+        warn(
+            f"{ranks.size} ranks share out {pluralize(batches, 'batch', 'batches')}, and some "
+            "have nothing to do; give a smaller --batch-size, or launch fewer"
+        )
+    with nullcontext(()) if log is None else log.begun(manifest) as records:
+        done = ranks.broadcast("how many groups are done", lambda: len(records))
+        yield tuple(
+            ranks.broadcast("a group that is done", partial(records.__getitem__, index))
+            for index in range(done)
+        )

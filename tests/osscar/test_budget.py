@@ -28,7 +28,7 @@ from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest as Asked
-from osscar.run.goal import goal
+from osscar.run.widths import goal
 from osscar.shrinking.slice import slice_units
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate

@@ -456,7 +456,7 @@ def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):
 
 
 def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("osscar.run.points.dense_facts", None)
+    monkeypatch.setattr("osscar.run.points.run_dense", None)
     base = PruningRequest(sparsity=0.2, allocation="uniform", device="cpu")
     dense = written(tmp_path / "dense", "opt")
     loaded = osscar.load_model(dense, device="cpu", max_memory="100MB")

@@ -1,0 +1,92 @@
+"""How many units each group keeps: allocated once, and read from the log by a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from fractions import Fraction
+
+from osscar.allocation.allocate import allocate
+from osscar.allocation.budget import Allocated
+from osscar.allocation.costs import Cost, count
+from osscar.allocation.widths import asked_groups, reached_groups
+from osscar.base.errors import JournalError, RequestError
+from osscar.base.printable import engineering, share
+from osscar.base.timing import Stage, timed
+from osscar.preparation.prepare import Prepared
+from osscar.request import PruningRequest, parse_keep
+from osscar.run.feasibility import Feasible, in_words
+from osscar.run.run_log import RunLog
+
+
+@timed(Stage.ALLOCATION)
+def widths(
+    prepared: Prepared,
+    request: PruningRequest,
+    feasible: Feasible,
+    log: RunLog | None,
+    tell: Callable[[str], None],
+) -> Allocated:
+    """Allocate the units that groups keep, unless the log has them.
+
+    Raises
+    ------
+    RequestError
+        If the request makes no sense for this model.
+    JournalError
+        If the log has what this model and request cannot come to.
+    """
+    noted: Allocated | None = prepared.ranks.broadcast(
+        "what was allocated", lambda: None if log is None else log.allocation()
+    )
+    if noted is not None:
+        _check(noted, prepared, request, feasible.skipped_names)
+        return noted
+    try:
+        tell(goal(prepared, request, feasible.skipped_names))
+        found = allocate(prepared, request, feasible.skipped_names, feasible.form)
+    except RequestError as error:
+        also = f"; {in_words(feasible.skipped)}" if feasible.skipped else ""
+        raise type(error)(f"{error}{also}") from error
+    if log is not None:
+        log.note_allocation(found)
+    return found
+
+
+def _check(
+    noted: Allocated, prepared: Prepared, request: PruningRequest, skipped: Collection[str]
+) -> None:
+    units = {
+        group.name: group.units
+        for group in reached_groups(prepared, request)
+        if group.prunable and group.name not in skipped
+    }
+    curves = {} if noted.budget is None else noted.budget.curves
+    possible = all(0 < kept < units.get(name, 0) for name, kept in noted.keep.items())
+    if not possible or any(len(curve) != units.get(n, -1) + 1 for n, curve in curves.items()):
+        raise JournalError(
+            "the log of the run has groups that this model does not have, or more units than a "
+            "group has; begin anew with --restart"
+        )
+
+
+def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:
+    """Say what the run is to keep and to remove, in parameters where the request tells."""
+    _, keep, shared = asked_groups(prepared, request, skipped)
+    if request.speedup is not None:
+        return f"is to be {request.speedup:g} times as fast as the dense model"
+    if request.flops is not None:
+        return f"keeps {share(request.flops)} of the operations, removes {share(1 - request.flops)}"
+    if request.size is not None:
+        return f"keeps {request.size} of the bytes that the weights take on disk"
+    leaving = {*keep, *(group.name for group in shared)}
+    cost = count(Cost.PARAMETERS, prepared.model, prepared.groups_with(leaving), prepared.sample)
+    kept = cost.of(keep)
+    if request.sparsity is not None:
+        kept -= request.sparsity * (kept - cost.of({**keep, **{one.name: 0 for one in shared}}))
+    elif request.params is not None:
+        asked = parse_keep(request.params)
+        kept = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
+    return (
+        f"keeps {engineering(kept)} of {engineering(cost.dense)} parameters, removes "
+        f"{engineering(cost.dense - kept)}"
+    )
