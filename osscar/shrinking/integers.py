@@ -2,22 +2,21 @@
 
 A number that equals a size of a group which touches its module is a candidate.  Which candidates
 follow is not guessed: a set of them is accepted only if the shrunk model then computes what the
-masked one does.  Where that takes more numbers than are tried at once, those follow first that let
-a forward pass come furthest.
+masked one does, or if its modules run on until one of another class fails.  Tried are single
+numbers of a class of modules, pairs, and all of them; what needs other sets takes the exported
+form.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph.tracing.export import failing_module
 from osscar.base.errors import EquivalenceError
@@ -26,11 +25,8 @@ from osscar.proof.equivalence import ROWS_OF_16_BYTES, Match, explained
 from osscar.proof.plan import GroupPlan, Integer, PruningPlan
 from osscar.shrinking.follow import is_list, nearby
 
-_MOST_AT_ONCE = 2
 _MOST_ATTEMPTS = 1000
-"""Forward passes of one search: sets of many numbers are more than anyone would wait for."""
-_MOST_STEPS = 8
-"""In which numbers follow that do not suffice by themselves."""
+"""Forward passes of one search: more than anyone would wait for."""
 
 _NEVER_COUNTS = (
     r"strides?|dilations?|kernel_sizes?|output_padding|(up|down)?scale_factor|.*_factor|"
@@ -40,31 +36,25 @@ _OF_LAYERS = rf"{_NEVER_COUNTS}|paddings?|output_size|dim"
 """Names of numbers that never count units, in any module and in layers of torch (and what derives
 from them).  Any other module may call `padding` what it adds to the channels."""
 
-
 _Sizes: TypeAlias = int | tuple[int, ...]
 
 _Number: TypeAlias = tuple[str, int | None]
 """The name of an attribute, and in a tuple the position."""
 
 
-@dataclass
 class IntegerSearch:
     """Lets numbers of modules follow until a check of the shrunk model passes.
 
     `check` proves the model, which is sliced already, and returns how far it is off.
     """
 
-    model: nn.Module
-    plan: PruningPlan
-    check: Callable[[], Match]
-    found: dict[tuple[str, str], _Sizes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: nn.Module, plan: PruningPlan, check: Callable[[], Match]) -> None:
+        self.model, self.plan, self.check = model, plan, check
+        self.found: dict[tuple[str, str], _Sizes] = {}
         self.attempts = 0
-        self.refusal: Exception | None = None
         self.near: dict[str, list[GroupPlan]] = {}
-        for group in self.plan.groups:
-            for name in nearby(self.model, group):
+        for group in plan.groups:
+            for name in nearby(model, group):
                 self.near.setdefault(name, []).append(group)
 
     def run(self) -> tuple[Match, tuple[Integer, ...]]:
@@ -73,65 +63,35 @@ class IntegerSearch:
         Return what `check` returned in the end, and the numbers that had to be found.
         """
         outcome = self._attempt()
-        for _ in range(_MOST_STEPS):
-            if isinstance(outcome, Match):
-                break
+        while not isinstance(outcome, Match):
             outcome = self._mended(outcome)
-        if not isinstance(outcome, Match):
-            raise self._said(outcome)
         return outcome, tuple(Integer(*place, value) for place, value in self.found.items())
 
     def _attempt(self) -> Match | Exception:
+        self.attempts += 1
         try:
             return self.check()
         except Exception as error:  # whatever the user's forward raises when sizes do not fit
             let_shortage_pass(error)
             return error
 
-    def _counted(self) -> tuple[Match | Exception, int]:
-        """Return the outcome of an attempt, and after how many calls of operators."""
-        with _Calls() as calls:
-            outcome = self._attempt()
-        return outcome, calls.number
-
     def _mended(self, failure: Exception) -> Match | Exception:
-        """Return the outcome of the first set of candidates that gets past a failure.
-
-        If none does, that of the set which comes furthest.
-        """
-        if ROWS_OF_16_BYTES in str(failure):  # of numbers that did follow
-            raise explained(failure, self.model) from failure
+        """Return the outcome of the first set of candidates that gets past a failure."""
         culprit = self._culprit(failure)
-        furthest: tuple[type[nn.Module], tuple[_Number, ...]] | None = None
-        _, most = self._counted()
-        for kind, names in self._candidates(culprit):
-            self.attempts += 1
-            if self.attempts > _MOST_ATTEMPTS:
-                break
-            before = self._follow(kind, names)
-            outcome, calls = self._counted()
-            if isinstance(outcome, Match) or self._is_past(outcome, culprit):
-                self.refusal = None
-                return self._attempt()  # as it runs when nobody counts
-            if culprit is not None and calls > most:
-                furthest, most = (kind, names), calls
-            for (name, attribute), value in before.items():
-                setattr(self.model.get_submodule(name), attribute, value)
-                del self.found[name, attribute]
-        said = self._said(failure)
-        if furthest is None:
-            raise said
-        self._follow(*furthest)
-        return self._attempt()
-
-    def _said(self, failure: Exception) -> Exception:
-        """Return what is said in the end: of the failure before numbers followed in vain."""
-        if self.refusal is None:
-            self.refusal = failure
-            if not isinstance(failure, EquivalenceError):
-                self.refusal = explained(failure, self.model)
-                self.refusal.__cause__ = failure
-        return self.refusal
+        if ROWS_OF_16_BYTES not in str(failure):  # of numbers that did follow
+            for kind, names in self._candidates(culprit):
+                if self.attempts > _MOST_ATTEMPTS:
+                    break
+                before = self._follow(kind, names)
+                outcome = self._attempt()
+                if isinstance(outcome, Match) or self._is_past(outcome, culprit):
+                    return outcome
+                for (name, attribute), value in before.items():
+                    setattr(self.model.get_submodule(name), attribute, value)
+                    del self.found[name, attribute]
+        if isinstance(failure, EquivalenceError):
+            raise failure
+        raise explained(failure, self.model) from failure
 
     def _culprit(self, failure: Exception) -> str | None:
         """Return the name of the module that failed; None if only the outputs were wrong."""
@@ -153,31 +113,38 @@ class IntegerSearch:
     def _candidates(
         self, culprit: str | None
     ) -> Iterator[tuple[type[nn.Module], tuple[_Number, ...]]]:
-        """Yield classes with the names of numbers in them, the likeliest and fewest first."""
-        places = dict.fromkeys((*_upwards(culprit), *self.near))
+        """Yield classes with the names of numbers in them, the likeliest and fewest first.
+
+        Modules around the one that failed may hand numbers down to it.
+        """
+        around = [] if culprit is None else culprit.split(".")
+        upwards = [".".join(around[:length]) for length in range(len(around), 0, -1)]
         names: dict[type[nn.Module], dict[_Number, None]] = {}
-        for name in places:
-            own = names.setdefault(self._kind(name), {})
-            own.update(dict.fromkeys(self._following(name)))
-        for kind, attributes in names.items():
-            for count in range(1, _MOST_AT_ONCE + 1):
-                for chosen in combinations(attributes, count):
+        for name in dict.fromkeys((*upwards, *([] if culprit is None else [""]), *self.near)):
+            names.setdefault(self._kind(name), {}).update(dict.fromkeys(self._following(name)))
+        for kind, numbers in names.items():
+            for count in sorted({1, 2, len(numbers)} - {0}):
+                for chosen in combinations(numbers, count):
                     yield kind, chosen
 
     def _following(self, name: str) -> dict[_Number, int]:
         """Return the numbers of a module that may follow, with what they would become."""
-        sizes: dict[int, int] = {}
+        sizes = self._of_tensors(name)
         for group in self._groups_of(name):
             sizes[group.units] = len(group.kept)
             for slot in group.slots:
                 old = slot.units * slot.width
                 sizes[old] = group.scaled(old)
-        sizes = {**self._of_tensors(name), **sizes}
-        numbers = _numbers(self.model.get_submodule(name))
+        module = self.model.get_submodule(name)
+        is_layer = any(
+            kind is not nn.Module and kind.__module__.startswith("torch.nn.")
+            for kind in type(module).__mro__
+        )
+        never = _OF_LAYERS if is_layer else _NEVER_COUNTS
         return {
-            number: sizes[value]
-            for number, value in numbers.items()
-            if value in sizes and self._may_count(name, number[0])
+            (key, position): sizes[value]
+            for (key, position), value in _numbers(module).items()
+            if value in sizes and (name, key) not in self.found and not re.fullmatch(never, key)
         }
 
     def _groups_of(self, name: str) -> Sequence[GroupPlan]:
@@ -205,29 +172,16 @@ class IntegerSearch:
         cut: dict[tuple[str, int], tuple[int, int]] = {}
         for group in self.near.get(name, ()):
             for slot in group.slots:
-                if is_list(slot):
-                    continue
-                place = slot.tensor, slot.dim
-                old, new = cut.get(place, (0, 0))
-                cut[place] = old + slot.units * slot.width, new + len(group.kept) * slot.width
+                if not is_list(slot):
+                    old, new = cut.get((slot.tensor, slot.dim), (0, 0))
+                    old, new = old + slot.units * slot.width, new + len(group.kept) * slot.width
+                    cut[slot.tensor, slot.dim] = old, new
         sizes: dict[int, int] = {}
         for (tensor, dim), (old, new) in cut.items():
-            now = self._shape(tensor)[dim]
+            module, _, attribute = tensor.rpartition(".")
+            now = getattr(self.model.get_submodule(module), attribute).shape[dim]
             sizes |= {now - new + old: now, old: new}
         return sizes
-
-    def _shape(self, tensor: str) -> tuple[int, ...]:
-        module, _, attribute = tensor.rpartition(".")
-        return tuple(getattr(self.model.get_submodule(module), attribute).shape)
-
-    def _may_count(self, name: str, key: str) -> bool:
-        """Whether a number may be one of units, and does not follow yet."""
-        layer = any(
-            kind is not nn.Module and kind.__module__.startswith("torch.nn.")
-            for kind in self._kind(name).__mro__
-        )
-        never = _OF_LAYERS if layer else _NEVER_COUNTS
-        return (name, key) not in self.found and not re.fullmatch(never, key)
 
     def _follow(
         self, kind: type[nn.Module], numbers: tuple[_Number, ...]
@@ -241,36 +195,14 @@ class IntegerSearch:
             for key, position in numbers:
                 if (key, position) not in following:
                     continue
-                old = getattr(module, key)
-                new = _with(old, position, following[key, position])
+                old, new = getattr(module, key), following[key, position]
+                if position is not None:
+                    new = (*old[:position], new, *old[position + 1 :])
                 with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # it refuses
                     setattr(module, key, new)
                     before.setdefault((name, key), old)
                     self.found[name, key] = new
         return before
-
-
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the calls of operators; layers take the path that they take without it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.number = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _upwards(name: str | None) -> Iterator[str]:
-    """Yield the name of a module and of those around it, which may hand numbers down to it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    if name == "":
-        yield name
 
 
 def _numbers(module: nn.Module) -> dict[_Number, int]:
@@ -282,8 +214,3 @@ def _numbers(module: nn.Module) -> dict[_Number, int]:
         elif type(value) in (tuple, torch.Size) and all(type(size) is int for size in value):
             found |= {(key, position): size for position, size in enumerate(value)}
     return found
-
-
-def _with(value: Any, position: int | None, new: int) -> _Sizes:
-    """Return a number, or a tuple with another one at a position."""
-    return new if position is None else (*value[:position], new, *value[position + 1 :])

@@ -194,7 +194,7 @@ def test_numbers_under_unknown_names_are_found_by_trial() -> None:
 
 
 class FourNumbers(nn.Module):
-    """Gated heads whose code cannot run on until the next of four numbers has followed."""
+    """Gated heads whose code keeps four numbers that have to follow."""
 
     def __init__(self, heads: int = 6, width: int = 5, rest: int = 7) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class FourNumbers(nn.Module):
         return self.put_out(torch.relu(mixed)) + extra.sum(-1, keepdim=True)
 
 
-def test_more_numbers_than_are_tried_at_once_follow_one_after_the_other() -> None:
+def test_more_numbers_than_two_follow_all_together() -> None:
     torch.manual_seed(0)
     net, data = FourNumbers(), torch.randn(64, 9)
     result = osscar.prune(net, data, sparsity=0.5, form="eager", strict=True, damp=0.01)
