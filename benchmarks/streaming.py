@@ -38,7 +38,7 @@ from osscar.models.names import DEMO_CALIBRATION
 
 PHASES = (
     ("osscar.offload.places", "Place.read", "input"),
-    ("osscar.offload.sources", "Scratch.append", "output"),
+    ("osscar.offload.places", "Scratch.append", "output"),
     ("osscar.checkpoint.directory", "write_tensors", "output"),
     ("osscar.run.run_log", "RunLog.append", "output"),
     ("osscar.walk.gram", "GramAccumulator.add", "gram"),

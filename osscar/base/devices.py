@@ -33,11 +33,6 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def is_host(device: torch.device) -> bool:
-    """Whether files can be read straight into tensors that lie on a device."""
-    return device.type == "cpu"
-
-
 def resolve_dtype(
     dtype: str | torch.dtype | None, device: torch.device | None = None
 ) -> torch.dtype | None:

@@ -17,8 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.base.memory import let_shortage_pass
 from osscar.network.tensor_files import Part
-from osscar.offload.places import Slice
-from osscar.offload.sources import Chain
+from osscar.offload.places import Chain, Slice
 
 
 def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:

@@ -38,8 +38,7 @@ from osscar.experts.routers import (
     drawn_call,
     rule_of,
 )
-from osscar.network.double import InDouble
-from osscar.network.hooks import hooks, other_forwards
+from osscar.network.hooks import InDouble, hooks, other_forwards
 from osscar.network.modules import copied, forward
 from osscar.offload.on_disk import is_on_disk
 from osscar.shrinking.follow import full_name

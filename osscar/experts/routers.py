@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 
 from graph.groups import Role
 from osscar.base.errors import ModelError
-from osscar.network.double import InDouble
-from osscar.network.hooks import hooks
+from osscar.network.hooks import InDouble, hooks
 from osscar.network.modules import copied, named_tensors
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.proof.plan import GroupPlan

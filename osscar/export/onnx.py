@@ -21,7 +21,7 @@ from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, read
 from osscar.export.target import traced_target
-from osscar.network.kernels import computable_mixtures
+from osscar.network.hooks import computable_mixtures
 from osscar.network.modules import number_format
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -18,7 +18,7 @@ from torch import nn
 from osscar.base.files import atomic_write
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, outputs, read
 from osscar.export.target import traced_target
-from osscar.network.kernels import followed_mixtures
+from osscar.network.hooks import followed_mixtures
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from osscar.models.preprocessing import image_of, of_directory, recorded_example
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
-from osscar.offload.device_memory import memory_of
+from osscar.offload.weight_cache import memory_of
 from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 

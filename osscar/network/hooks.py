@@ -1,13 +1,16 @@
-"""Functions that are told of the calls of modules, for as long as a block lasts."""
+"""Forward passes that are watched, replaced or run in another way while a block lasts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 Before: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """Told the name of a module, the module, and what it is called with."""
@@ -76,3 +79,62 @@ def running_modules(model: nn.Module) -> Iterator[list[str]]:
 
     with hooks(model, before=enter, after=leave, always=True):
         yield running
+
+
+_COARSER = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_CASTS = {Tensor.float: Tensor.double, Tensor.half: Tensor.double, Tensor.bfloat16: Tensor.double}
+
+
+class InDouble(TorchFunctionMode):
+    """Gives code that asks for a coarser number format double precision while the block runs.
+
+    Routers and normalizations round to float32 inside, whatever their weights are, and hide what is
+    smaller than that.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, options = pytree.tree_map_only(torch.dtype, _finer, (args, dict(kwargs or {})))
+        return _CASTS.get(func, func)(*args, **options)
+
+
+def _finer(kind: torch.dtype) -> torch.dtype:
+    return torch.float64 if kind in _COARSER else kind
+
+
+_KERNEL = "_experts_implementation"
+
+
+def followed_mixtures(model: nn.Module) -> AbstractContextManager[None]:
+    """Let mixtures of transformers run while the block does by the kernel that can be traced.
+
+    The others look at which experts tokens are sent to, or gather a matrix for each token.
+    """
+    return _by_kernels(model, {"eager": "grouped_mm", "batched_mm": "grouped_mm"})
+
+
+def computable_mixtures(model: nn.Module) -> AbstractContextManager[None]:
+    """Let mixtures of transformers run while the block does by the kernel whose shapes torch tells.
+
+    Those of ``grouped_mm`` it tells in bfloat16 alone, and ``eager`` looks at where tokens are
+    sent.
+    """
+    return _by_kernels(model, {"eager": "batched_mm", "grouped_mm": "batched_mm"})
+
+
+@contextmanager
+def _by_kernels(model: nn.Module, instead: Mapping[str, str]) -> Iterator[None]:
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [
+        (config, kernel)
+        for config in configs.values()
+        if (kernel := getattr(config, _KERNEL, None)) is not None
+    ]
+    try:
+        for config, kernel in before:
+            setattr(config, _KERNEL, instead.get(kernel, kernel))
+        yield
+    finally:
+        for config, kernel in before:
+            setattr(config, _KERNEL, kernel)

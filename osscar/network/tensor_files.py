@@ -23,8 +23,7 @@ from osscar.base.inputs import check_regular
 from osscar.base.json_files import MEGABYTE, parse_json, read_json
 from osscar.network.modules import sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.offload.places import Slice
-from osscar.offload.sources import Source, as_bytes
+from osscar.offload.places import Slice, Source, as_bytes
 
 T = TypeVar("T")
 

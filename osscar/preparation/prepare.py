@@ -32,7 +32,7 @@ from osscar.consumers.routing import sound_mixtures
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.kinds import Found, rooms
 from osscar.network.attention import expose_attention, exposed
-from osscar.network.kernels import followed_mixtures
+from osscar.network.hooks import followed_mixtures
 from osscar.network.model_state import ModelState
 from osscar.network.modules import (
     check_finite_weights,

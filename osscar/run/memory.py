@@ -23,8 +23,8 @@ from osscar.base.memory import in_words
 from osscar.checkpoint.directory import weight_bytes
 from osscar.network.hooks import hooks
 from osscar.network.modules import device_of, forward
-from osscar.offload.device_memory import memory_of
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, weight_cache
+from osscar.offload.weight_cache import memory_of
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
 from osscar.walk.sums import sum_bytes

@@ -9,14 +9,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from graph import CouplingGroup
+from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
 from osscar.consumers.products import Taken
 from osscar.consumers.routing import Routed, reads
 from osscar.data.batches import Batch
-from osscar.network.fake import on_shapes
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import batch_named
@@ -127,7 +128,7 @@ def _called_on_shapes(
 ) -> list[tuple[str, Tensor | Taken, int]]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
     try:
-        with on_shapes() as fake:
+        with shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake:
             return _called(model, {name: fake.from_tensor(x) for name, x in batch.items()}, names)
     except Exception:  # code that looks at values, or that has no shape function
         with batch_named(model, 0):

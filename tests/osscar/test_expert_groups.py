@@ -15,7 +15,7 @@ from graph import UnitKind
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.checkpoint.directory import save
 from osscar.experts.find import mixtures_in
-from osscar.network.double import InDouble
+from osscar.network.hooks import InDouble
 from osscar.preparation.prepare import prepare
 from osscar.proof.masking import masked
 from osscar.proof.plan import GroupPlan, PruningPlan

@@ -36,7 +36,7 @@ from osscar.base.errors import (
 from osscar.export import onnx as writer
 from osscar.export.open_program import OpenProgram
 from osscar.models.user_code import build
-from osscar.network.kernels import computable_mixtures
+from osscar.network.hooks import computable_mixtures
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import tiny, tokens
 

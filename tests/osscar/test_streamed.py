@@ -37,8 +37,7 @@ from osscar.models.load import fitting_memory
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL, OnDisk, is_on_disk, weight_cache
-from osscar.offload.places import Place, Slice
-from osscar.offload.sources import Chain, Source, as_bytes
+from osscar.offload.places import Chain, Place, Slice, Source, as_bytes
 from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan

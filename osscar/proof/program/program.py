@@ -27,13 +27,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import graph
 from graph.extents import Extent, Staying, TracedProgram, with_axes
 from graph.tracing.export import varies
+from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import without_cache
 from graph.tracing.standalone import GUARDS, Standalone, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
-from osscar.network.fake import on_shapes
-from osscar.network.kernels import followed_mixtures
+from osscar.network.hooks import followed_mixtures
 from osscar.network.model_state import restored
 from osscar.offload.on_disk import shapes_only
 from osscar.proof.lineage import LINEAGE, lineage_of
@@ -354,7 +354,7 @@ class _ShapeCheck(Interpreter):
             return None
         shape = self._shape_of_tensor(n)
         try:
-            with on_shapes(self.mode), torch.no_grad():
+            with shapes_alone(self.mode), torch.no_grad():
                 result = super().run_node(n)
                 if shape is not None:
                     result = torch.empty(shape, dtype=result.dtype, device=result.device)
