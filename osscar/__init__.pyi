@@ -43,7 +43,7 @@ from .run.feasibility import SkippedGroup as SkippedGroup
 from .experts.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan
-from .proof.program.program import ProgramModule as ProgramModule
+from .proof.program import ProgramModule as ProgramModule
 from .proof.plan import Certificate as Certificate
 from .proof.plan import Structure as Structure
 from .shrinking.shrink import Proof as Proof

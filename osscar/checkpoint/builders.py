@@ -31,7 +31,7 @@ from osscar.checkpoint.validation import check_config, check_tensors, structure
 from osscar.network.detectors import DetectorNetwork
 from osscar.network.tensor_files import read_headers
 from osscar.proof.lineage import Origin, Scalar, lineage_of, note
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.program import ProgramModule
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from osscar import __version__
 from osscar.base.printable import pluralize, printable
 from osscar.network.modules import count_parameters, number_format
-from osscar.proof.lineage import Lineage
-from osscar.proof.structure import structure_of
+from osscar.proof.lineage import Lineage, structure_of
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"

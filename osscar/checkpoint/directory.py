@@ -93,10 +93,12 @@ from osscar.proof.lineage import (
     Lineage,
     Origin,
     lineage_of,
+    remember_structure,
     stored_dtype,
+    structure_of,
+    without_values,
 )
 from osscar.proof.plan import PruningPlan
-from osscar.proof.structure import remember_structure, structure_of, without_values
 from osscar.shrinking.fold import fold, is_foldable
 from osscar.shrinking.shrink_program import replayed
 

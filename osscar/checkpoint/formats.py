@@ -22,7 +22,7 @@ from osscar.checkpoint.validation import EmptyOnMeta
 from osscar.network.modules import number_format
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.program import ProgramModule
 
 M = TypeVar("M", bound=nn.Module)
 

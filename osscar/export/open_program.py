@@ -38,9 +38,8 @@ from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.predictions import ALONE, named_outputs
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
-from osscar.proof.lineage import Input, lineage_of
-from osscar.proof.program.program import ProgramModule, example_of, open_sizes
-from osscar.proof.structure import structure_of
+from osscar.proof.lineage import Input, lineage_of, structure_of
+from osscar.proof.program import ProgramModule, example_of, open_sizes
 
 LeftOpen: TypeAlias = Mapping[str, Sequence[int]]
 """The dimensions of each input whose sizes are left open."""

@@ -51,8 +51,8 @@ from osscar.proof.equivalence import (
     outputs_or_none,
     proved_unchanged,
 )
+from osscar.proof.lineage import remember_structure
 from osscar.proof.structural import DensePrograms, dense_programs
-from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import Folded, fold, unfold
 
 

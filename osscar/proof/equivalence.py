@@ -8,28 +8,27 @@ all inputs is what programs prove (`osscar.proof.structural`); outputs are a che
 from __future__ import annotations
 
 import inspect
-import linecache
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import AdapterError, EquivalenceError, FileError, first_line
+from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.network.attention import AnyHeads
+from osscar.kinds import room_of
 from osscar.network.modules import drawing_alike, fresh, named_tensors, number_format
 from osscar.network.predictions import known_prediction
 from osscar.offload.on_disk import OnDisk
+from osscar.offload.places import Place
+from osscar.proof.plan import PruningPlan
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""
@@ -89,9 +88,6 @@ class Match(NamedTuple):
 
 _PIECE = 1 << 20
 """Numbers that are compared at once."""
-
-ROWS_OF_16_BYTES = "strides should be multiple of 16 bytes"
-"""How torch's multiplication of all experts at once refuses a width."""
 
 
 @torch.no_grad()
@@ -322,61 +318,6 @@ def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float 
     return float(max(errors)) if some else None
 
 
-# ---- modules that cannot follow ----------------------------------------------------------
-
-
-def explained(error: Exception, model: nn.Module) -> AdapterError:
-    """Say which module of a shrunk model failed, in which line, and what it keeps."""
-    name = failing_module(error.__traceback__, model)
-    while name and _is_stock_layer(model.get_submodule(name)):
-        name = name.rpartition(".")[0]
-    module = model.get_submodule(name)
-    kind = _kind(module)
-    line = _failing_line(error.__traceback__, module)
-    integers = {key: value for key, value in vars(module).items() if type(value) is int}
-    named = {key: value for key, value in integers.items() if key in line} or integers
-    kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
-    reason = first_line(error)
-    start = f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: {reason}"
-    if ROWS_OF_16_BYTES in reason:
-        return AdapterError(
-            f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
-            "keep a multiple of 4 units, of 8 in half precision (round_to=4 or 8)"
-        )
-    if _is_stock_layer(module):
-        return AdapterError(f"{start}, in `{line}`")
-    return AdapterError(
-        f"{start}, in `{line}`; it keeps {kept}. "
-        "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
-        f'what has to change with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
-    )
-
-
-def _kind(module: nn.Module) -> type:
-    """Return the class that a module had before its forward pass was replaced."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, AnyHeads))
-
-
-def _is_stock_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer that many share: what calls it has the wrong number."""
-    kind = _kind(module)
-    return kind is Conv1D or kind.__module__.startswith("torch.nn.")
-
-
-def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
-    """Return the innermost line of source that ran on behalf of a module."""
-    found, inside = "", False
-    while trace is not None:
-        frame = trace.tb_frame
-        inside = inside or frame.f_locals.get("self") is module
-        code = frame.f_code
-        if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_dispatch__":
-            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
-            found = line or found
-        trace = trace.tb_next
-    return found or "forward"
-
-
 # ---- what is compared --------------------------------------------------------------------
 
 
@@ -445,3 +386,74 @@ def proved_unchanged(model: nn.Module, example: Inputs, names: tuple[str, str]) 
 def _first(result: Any) -> Tensor:
     known = known_prediction(result)
     return comparable(result)[0] if known is None else known
+
+
+@contextmanager
+def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """Zero what reads the units that a plan removes, and put it back afterwards.
+
+    Units that are routed compute what they did, and no token is sent to those that are removed.
+    """
+    routed = [group for group in plan.groups if group.kind.routed]
+    before: list[tuple[Tensor, Tensor, int, Tensor]] = []
+    on_disk: list[tuple[OnDisk, Place]] = []
+    try:
+        for group in (group for group in plan.groups if not group.kind.routed):
+            for slot in group.consumers:
+                path, _, attribute = slot.tensor.rpartition(".")
+                weight = getattr(model.get_submodule(path), attribute)
+                index = torch.tensor(slot.indices(group.gone), device=weight.device)
+                if isinstance(weight, OnDisk):
+                    on_disk.append((weight, weight.place))
+                    weight.place = weight.place.zeroed(slot.dim, index)
+                    continue
+                weight = weight.detach()
+                before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
+                weight.index_fill_(slot.dim, index, 0.0)
+        with ExitStack() as masks:
+            for kind in dict.fromkeys(group.kind for group in routed):
+                own = [group for group in routed if group.kind is kind]
+                masks.enter_context(room_of(kind).masked(model, own))
+            yield
+    finally:
+        for weight, index, dim, values in reversed(before):
+            weight.index_copy_(dim, index, values)
+        for parameter, place in reversed(on_disk):
+            parameter.place = place
+
+
+def distance_from_masked(
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
+) -> Callable[[nn.Module], Match]:
+    """Run a model without the units that a plan removes, and return what tells how far others are.
+
+    With `keeping`, a pass that keeps its state is compared, too, if the model can run one.
+    """
+    given = [in_format_of(one, model) for one in inputs]
+    with masked(model, plan):
+        try:
+            outputs = proof_outputs(model, given, keeping=keeping)
+        except Exception as error:  # of the user's forward: not the shrunk model's fault
+            let_shortage_pass(error)
+            keeping, outputs = False, outputs_before(model, given)
+    prove_equal(outputs, outputs)  # that there is something to compare
+
+    def distance(smaller: nn.Module) -> Match:
+        return prove_equal(outputs, proof_outputs(smaller, given, keeping=keeping))
+
+    return distance
+
+
+def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
+    """Return what a model puts out before anything is done to it."""
+    try:
+        return proof_outputs(model, inputs)
+    except OsscarError:
+        raise
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        name = failing_module(error.__traceback__, model)
+        raise ModelError(
+            f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
+            f"the inputs of the proof, before anything is removed: {first_line(error):.300}"
+        ) from error

@@ -36,7 +36,7 @@ from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import Integer, PruningPlan, Structure
-from osscar.proof.program.program import (
+from osscar.proof.program import (
     ShrunkGraph,
     exported,
     shrunk_graph,

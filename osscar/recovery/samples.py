@@ -17,7 +17,7 @@ from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.samples import named_generator
 from osscar.network.modules import copied, device_of
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.program import ProgramModule
 from osscar.proof.seen import RUN, fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest
 

@@ -26,7 +26,7 @@ from osscar.network.modules import (
     in_evaluation,
     named_tensors,
 )
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.program import ProgramModule
 from osscar.recovery.request import RecoveryRequest
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -18,8 +18,8 @@ from osscar.base.printable import (
     share,
 )
 from osscar.base.shown import columns, notes
+from osscar.proof.input_sizes import fixed_in_words
 from osscar.proof.plan import Certificate
-from osscar.proof.program.input_sizes import fixed_in_words
 from osscar.report import recovery as recoveries
 from osscar.report.evaluation_tables import comparison_rows, dense_facts
 from osscar.report.figures import color as color_of

@@ -9,19 +9,23 @@ form.
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
+from types import TracebackType
 from typing import TypeAlias
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
-from osscar.base.errors import EquivalenceError
+from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.proof.equivalence import ROWS_OF_16_BYTES, Match, explained
+from osscar.network.attention import AnyHeads
+from osscar.proof.equivalence import Match
 from osscar.proof.plan import GroupPlan, Integer, PruningPlan
 from osscar.shrinking.follow import is_list, nearby
 
@@ -35,6 +39,9 @@ _NEVER_COUNTS = (
 _OF_LAYERS = rf"{_NEVER_COUNTS}|paddings?|output_size|dim"
 """Names of numbers that never count units, in any module and in layers of torch (and what derives
 from them).  Any other module may call `padding` what it adds to the channels."""
+
+ROWS_OF_16_BYTES = "strides should be multiple of 16 bytes"
+"""How torch's multiplication of all experts at once refuses a width."""
 
 _Sizes: TypeAlias = int | tuple[int, ...]
 
@@ -195,9 +202,9 @@ class IntegerSearch:
             for key, position in numbers:
                 if (key, position) not in following:
                     continue
-                old, new = getattr(module, key), following[key, position]
-                if position is not None:
-                    new = (*old[:position], new, *old[position + 1 :])
+                old, size = getattr(module, key), following[key, position]
+                at = position
+                new = size if at is None else (*old[:at], size, *old[at + 1 :])
                 with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # it refuses
                     setattr(module, key, new)
                     before.setdefault((name, key), old)
@@ -214,3 +221,58 @@ def _numbers(module: nn.Module) -> dict[_Number, int]:
         elif type(value) in (tuple, torch.Size) and all(type(size) is int for size in value):
             found |= {(key, position): size for position, size in enumerate(value)}
     return found
+
+
+# ---- modules that cannot follow ----------------------------------------------------------
+
+
+def explained(error: Exception, model: nn.Module) -> AdapterError:
+    """Say which module of a shrunk model failed, in which line, and what it keeps."""
+    name = failing_module(error.__traceback__, model)
+    while name and _is_stock_layer(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    module = model.get_submodule(name)
+    kind = _kind(module)
+    line = _failing_line(error.__traceback__, module)
+    integers = {key: value for key, value in vars(module).items() if type(value) is int}
+    named = {key: value for key, value in integers.items() if key in line} or integers
+    kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
+    reason = first_line(error)
+    start = f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: {reason}"
+    if ROWS_OF_16_BYTES in reason:
+        return AdapterError(
+            f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
+            "keep a multiple of 4 units, of 8 in half precision (round_to=4 or 8)"
+        )
+    if _is_stock_layer(module):
+        return AdapterError(f"{start}, in `{line}`")
+    return AdapterError(
+        f"{start}, in `{line}`; it keeps {kept}. "
+        "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
+        f'what has to change with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
+    )
+
+
+def _kind(module: nn.Module) -> type:
+    """Return the class that a module had before its forward pass was replaced."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, AnyHeads))
+
+
+def _is_stock_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer that many share: what calls it has the wrong number."""
+    kind = _kind(module)
+    return kind is Conv1D or kind.__module__.startswith("torch.nn.")
+
+
+def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
+    """Return the innermost line of source that ran on behalf of a module."""
+    found, inside = "", False
+    while trace is not None:
+        frame = trace.tb_frame
+        inside = inside or frame.f_locals.get("self") is module
+        code = frame.f_code
+        if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_dispatch__":
+            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+            found = line or found
+        trace = trace.tb_next
+    return found or "forward"

@@ -28,11 +28,12 @@ from osscar.proof.equivalence import (
     Inputs,
     Match,
     by_name,
+    distance_from_masked,
     finer_precision,
+    outputs_before,
     prove_equal,
 )
-from osscar.proof.lineage import lineage_of, note
-from osscar.proof.masking import distance_from_masked, outputs_before
+from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure, check_plan
 from osscar.proof.structural import (
     DensePrograms,
@@ -40,7 +41,6 @@ from osscar.proof.structural import (
     Unproved,
     dense_programs,
 )
-from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.follow import adapted, nearby
 from osscar.shrinking.integers import IntegerSearch

@@ -18,9 +18,9 @@ from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
-from osscar.proof.equivalence import Inputs, by_name, in_format_of, runs
-from osscar.proof.lineage import lineage_of, note
-from osscar.proof.masking import distance_from_masked
+from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
+from osscar.proof.input_sizes import fixed_in_words, sizes_given_up
+from osscar.proof.lineage import hand_on_structure, lineage_of, note, remember_structure
 from osscar.proof.plan import (
     Certificate,
     Form,
@@ -28,8 +28,7 @@ from osscar.proof.plan import (
     TracedInput,
     check_traced,
 )
-from osscar.proof.program.input_sizes import fixed_in_words, sizes_given_up
-from osscar.proof.program.program import (
+from osscar.proof.program import (
     ProgramModule,
     shrunk_graph,
     smaller,
@@ -37,7 +36,6 @@ from osscar.proof.program.program import (
     traced_as_open,
 )
 from osscar.proof.structural import by_construction
-from osscar.proof.structure import hand_on_structure, remember_structure
 from osscar.shrinking.fold import fold
 from osscar.shrinking.shrink import Proof, check_request, fold_named
 from osscar.shrinking.slice import slice_units

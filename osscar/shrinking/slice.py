@@ -17,9 +17,8 @@ from osscar.base.errors import ModelError, warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, is_deformable
 from osscar.offload.on_disk import OnDisk
-from osscar.proof.lineage import lineage_of, note
+from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
-from osscar.proof.structure import remember_structure
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 

@@ -14,8 +14,7 @@ import graph
 from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.row import half_of, owned
 from graph import DependencyGraph
-from osscar.proof.equivalence import proof_outputs
-from osscar.proof.masking import masked
+from osscar.proof.equivalence import masked, proof_outputs
 from osscar.shrinking.shrink import Proof, shrink
 
 LEAST_EFFECT = 1e-4

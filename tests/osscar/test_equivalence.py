@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import AdapterError, EquivalenceError
-from osscar.proof import masking
-from osscar.proof.equivalence import proof_outputs, prove_equal
-from osscar.proof.masking import masked
+from osscar.proof import equivalence
+from osscar.proof.equivalence import masked, proof_outputs, prove_equal
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking import shrink as shrinking
 from osscar.shrinking.integers import IntegerSearch
@@ -354,13 +353,13 @@ def test_a_refusal_names_the_groups_to_leave_out(count: int) -> None:
 def test_of_groups_that_fail_only_together_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = randomized(nn.Sequential(Fine(), Fine())), torch.randn(8, 6)
     plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
-    outputs = masking.proof_outputs
+    outputs = equivalence.proof_outputs
 
     def wrong_if_all_left(network: nn.Module, inputs: list, keeping: bool = False) -> list[Tensor]:
         factor = 2 if network[0].enter.out_features == network[1].enter.out_features == 4 else 1
         return [factor * output for output in outputs(network, inputs)]
 
-    monkeypatch.setattr(masking, "proof_outputs", wrong_if_all_left)
+    monkeypatch.setattr(equivalence, "proof_outputs", wrong_if_all_left)
     assert "the pruning of '1.neurons': leave it out" in str(_refusal(model, plan, [(x,)]))
     monkeypatch.setattr(shrinking, "_MOST_TRIALS", 0)
     assert "is among the pruning of '0.neurons', '1.neurons'" in str(_refusal(model, plan, [(x,)]))

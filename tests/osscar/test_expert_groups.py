@@ -17,7 +17,7 @@ from osscar.checkpoint.directory import save
 from osscar.experts.find import mixtures_in
 from osscar.network.hooks import InDouble
 from osscar.preparation.prepare import prepare
-from osscar.proof.masking import masked
+from osscar.proof.equivalence import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 from solvers import GroupScore, RouterScores, RoutingRule

@@ -15,8 +15,8 @@ from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.consumers.routing import Routed
 from osscar.preparation.prepare import prepare
+from osscar.proof.equivalence import masked
 from osscar.proof.lineage import note
-from osscar.proof.masking import masked
 from osscar.request import PruningRequest
 from osscar.walk.residual import streams
 from osscar.walk.walk import walk

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import EquivalenceError, ModelError
+from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
-from osscar.proof.masking import masked
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
-from osscar.proof.program.program import traced_as_open
+from osscar.proof.program import traced_as_open
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import follow
 from osscar.shrinking.shrink import shrink

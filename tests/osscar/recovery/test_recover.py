@@ -27,7 +27,7 @@ from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.lineage import lineage_of, note_dense
-from osscar.proof.program.program import ProgramModule
+from osscar.proof.program import ProgramModule
 from osscar.proof.seen import Calibration
 from osscar.recovery import recover as recovering
 from osscar.recovery import samples as drawing

@@ -2,7 +2,7 @@
 
 What is traced has no code left: parameters, and operators with numbers in them.  The axes of all of
 its values say which of those numbers are sizes, and what becomes of them (see
-`osscar.proof.program.literals`).  Every value then has to have the shape that the axes tell,
+`osscar.proof.literals`).  Every value then has to have the shape that the axes tell,
 and the outputs have to be those of the masked model.
 """
 
@@ -36,11 +36,10 @@ from osscar.network.attention import expose_attention
 from osscar.network.hooks import followed_mixtures
 from osscar.network.model_state import restored
 from osscar.offload.on_disk import shapes_only
-from osscar.proof.lineage import LINEAGE, lineage_of
+from osscar.proof.input_sizes import InputSizes
+from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
+from osscar.proof.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
 from osscar.proof.plan import GroupPlan, PruningPlan, TracedInput
-from osscar.proof.program.input_sizes import InputSizes
-from osscar.proof.program.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
-from osscar.proof.structure import hand_on_structure
 
 
 class ProgramModule(GraphModule):

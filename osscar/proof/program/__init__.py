@@ -1,1 +1,0 @@
-"""The exported form of a model, and how it is cut."""
