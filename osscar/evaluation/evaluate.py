@@ -14,7 +14,7 @@ from osscar.base.inputs import whole_number
 from osscar.base.shown import Shown
 from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
-from osscar.evaluation.quality import SAMPLES_AT_ONCE, Windows, arguments, score, score_windows
+from osscar.evaluation.quality import SAMPLES_AT_ONCE, Windows, arguments, score
 from osscar.evaluation.size import (
     Footprint,
     count_disk_bytes,
@@ -193,33 +193,28 @@ def _evaluate_all(
     whole_number(repetitions, "the number of repetitions", 1)
     models: list[Any] = [model for model, _ in candidates]
     data = read_once(models[-1], data, whole=True)
-    dense = models[-1] if len(models) > 1 else None
-    qualities, peaks, flops = list[Any](), list[int | None](), list[float]()
+    size = SAMPLES_AT_ONCE if batch_size is None else batch_size
+    text = None if isinstance(data, SampleSet) else Windows.of(models, data)
     speeds: Sequence[Any]
     with evaluating(*models), torch.no_grad():
-        if isinstance(data, SampleSet):
-            reset_peak_memory(device_of(models[0]))
-            qualities = score(models, data, dense=dense, classes=classes, batch_size=batch_size)
-            peaks = [read_peak_memory(device_of(models[0]))] * len(models)
-            ones = [arguments(model, next(data.batches(1))) for model in models]
-            flops = [count_flops(model, one) for model, one in zip(models, ones, strict=True)]
-            size = SAMPLES_AT_ONCE if batch_size is None else batch_size
+        reset_peak_memory(device_of(models[0]))
+        dense = models[-1] if len(models) > 1 else None
+        qualities = score(models, data, dense=dense, classes=classes, batch_size=batch_size)
+        peak = read_peak_memory(device_of(models[0]))
+        if text is None:
+            ones, positions = [arguments(model, next(data.batches(1))) for model in models], 1
             batches = [arguments(model, next(data.batches(size))) for model in models]
             samples = 1 if data.alone else min(size, len(data))
             speeds = sample_speeds(models, batches, samples, repetitions)
         else:
-            text = Windows.of(models, data)
-            for model in models:
-                reset_peak_memory(device_of(model))
-                qualities.append(score_windows(model, text, batch_size))
-                peaks.append(read_peak_memory(device_of(model)))
             prompt = text.windows[0]
-            rows = [{"input_ids": prompt[None].to(device_of(model))} for model in models]
-            flops = [count_flops(m, row) / len(prompt) for m, row in zip(models, rows, strict=True)]
+            ones = [{"input_ids": prompt[None].to(device_of(model))} for model in models]
+            positions = len(prompt)
             speeds = measure_speed(models, prompt, new_tokens=new_tokens, repetitions=repetitions)
+        flops = [count_flops(m, one) / positions for m, one in zip(models, ones, strict=True)]
     return [
         Evaluation(
-            sample=data.sample_name if isinstance(data, SampleSet) else "token",
+            sample="token" if text else data.sample_name,
             quality=quality,
             speed=speed,
             footprint=Footprint(
@@ -232,7 +227,7 @@ def _evaluate_all(
             device=str(device_of(model)),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
-        for (model, path), quality, peak, speed, operations in zip(
-            candidates, qualities, peaks, speeds, flops, strict=True
+        for (model, path), quality, speed, operations in zip(
+            candidates, qualities, speeds, flops, strict=True
         )
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,34 +205,39 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
         *torch.split(torch.stack(whole), _batch_size(batch_size, WINDOWS_AT_ONCE)),
         *(one[None] for one in windows[len(whole) :]),
     ]
-    total, done = 0.0, 0
+    losses = list[float]()
     with evaluating(model), torch.inference_mode():
         check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
         check_causal(model, "the model")
         for batch in track(batches, "Scoring"):
-            batch = batch.to(model.device)
-            with room_for_pass(model, batch.numel()):
-                logits = named_logits(model(input_ids=batch, use_cache=False))
-                if logits is None:
-                    raise ModelError(
-                        f"{type(model).__name__} returns no logits; give a model that predicts "
-                        "the next token"
+            for window, logits in _predicted(model, batch.to(model.device)):
+                losses.append(_loss(logits[context - 1 : -1], window[context:]))
+                if not math.isfinite(losses[-1]):
+                    raise NonFiniteError(
+                        f"the model's logits are NaN or infinite in window {len(losses) - 1}; use "
+                        "--dtype float32, or check its weights"
                     )
-                for window, of_window in zip(batch, logits, strict=True):
-                    rows = of_window[context - 1 : -1].split(ROWS_AT_ONCE)
-                    for some, following in zip(
-                        rows, window[context:].split(ROWS_AT_ONCE), strict=True
-                    ):
-                        total += F.cross_entropy(some.float(), following, reduction="sum").item()
-                    if not math.isfinite(total):
-                        raise NonFiniteError(
-                            f"the model's logits are NaN or infinite in window {done}; use --dtype "
-                            "float32, or check its weights"
-                        )
-                    done += 1
     tokens = sum(len(one) - context for one in windows)
-    perplexity = _exponential(total / tokens)
-    return TextQuality(perplexity, tokens, done, len(windows[0]), text.special_tokens)
+    perplexity = _exponential(sum(losses) / tokens)
+    return TextQuality(perplexity, tokens, len(windows), len(windows[0]), text.special_tokens)
+
+
+def _predicted(model: Any, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each window, (tokens,), with the logits of its positions, (tokens, vocabulary)."""
+    with room_for_pass(model, batch.numel()):
+        logits = named_logits(model(input_ids=batch, use_cache=False))
+        if logits is None:
+            raise ModelError(
+                f"{type(model).__name__} returns no logits; give a model that predicts the next "
+                "token"
+            )
+        yield from zip(batch, logits, strict=True)
+
+
+def _loss(logits: Tensor, following: Tensor) -> float:
+    """Return the sum of the negative log-likelihoods of tokens."""
+    rows = zip(*(torch.split(one, ROWS_AT_ONCE) for one in (logits, following)), strict=True)
+    return sum(F.cross_entropy(x.float(), y, reduction="sum").item() for x, y in rows)
 
 
 def _exponential(mean: float) -> float:
@@ -261,7 +266,6 @@ def _score_samples(
     classes: Sequence[str],
     batch_size: int | None,
 ) -> list[SampleQuality]:
-    rows = _batch_size(batch_size, SAMPLES_AT_ONCE)
     runs = [*models, *(() if dense is None or dense in models else (dense,))]
     if isinstance(data, TensorSet | SampleList):
         for model in runs:
@@ -270,36 +274,18 @@ def _score_samples(
     labels: Tensor | None = None
     done = 0
     with evaluating(*runs), torch.inference_mode():
-        for batch in data.batches(rows):
-            tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
-            count = 1 if data.alone else len(tensors[0])
-            given = None if data.labels is None else data.labels[done : done + count]
-            found: dict[nn.Module, _Outputs] = {}
-            for model in runs:
-                named = arguments(model, batch)
-                with failures_named(model, named):
-                    if not done:
-                        few = slice(None if data.alone else _FEW_SAMPLES)
-                        check_repeatable(model, {name: one[few] for name, one in named.items()})
-                    result = call(model, named)
-                if given is not None and isinstance(data, ImageSet):
-                    outputs = [one for _, one in named_outputs(result) if one.is_floating_point()]
-                    if not any(one.ndim == 2 and len(one) == count for one in outputs):
-                        warn(
-                            f"{type(model).__name__} puts out no scores of classes, so that the "
-                            "labels of images are left out"
-                        )
-                        given = None
-                sequences = reads_sequences(named.values())
-                found[model] = _outputs(model, result, count, given, sequences)
-            first = found[models[0]].scores
-            if not done and first is not None:
-                labels = data.class_labels(classes, first.shape[1])
-            known = None if labels is None else labels[done : done + count]
+        for batch in data.batches(_batch_size(batch_size, SAMPLES_AT_ONCE)):
+            first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+            now = slice(done, done + (1 if data.alone else len(first)))
+            given = None if data.labels is None else data.labels[now]
+            found = {model: _outputs(model, batch, data, given, first=not done) for model in runs}
+            scores = found[models[0]].scores
+            if not done and scores is not None:
+                labels = data.class_labels(classes, scores.shape[1])
             for tally, model in zip(tallies, models, strict=True):
                 theirs = None if dense is None or dense is model else found[dense]
-                tally.add(found[model], theirs, known)
-            done += count
+                tally.add(found[model], theirs, None if labels is None else labels[now])
+            done = now.stop
     return [tally.quality(done) for tally in tallies]
 
 
@@ -317,13 +303,18 @@ class _Outputs:
 
 
 def _outputs(
-    model: nn.Module, result: Any, count: int, labels: Tensor | None, sequences: bool
+    model: nn.Module, batch: Any, data: SampleSet, labels: Tensor | None, *, first: bool
 ) -> _Outputs:
-    """Take what a model returned for so many samples, of which labels are known or not.
+    """Run a model on a batch, the first one twice, and find the scores of classes that it returns.
 
     Of sequences each position may have scores of classes.
     """
-    kind = type(model).__name__
+    kind, named = type(model).__name__, arguments(model, batch)
+    with failures_named(model, named):
+        if first:
+            few = slice(None if data.alone else _FEW_SAMPLES)
+            check_repeatable(model, {name: one[few] for name, one in named.items()})
+        result = call(model, named)
     exact: dict[str, Tensor] = {}
     for name, one in named_outputs(result):
         if one.is_floating_point() or one.is_complex():
@@ -335,27 +326,32 @@ def _outputs(
             f"{kind} returned a {type(result).__name__} without a floating-point tensor; let "
             "its forward return one, or a dictionary or tuple of them"
         )
+    if labels is not None and isinstance(data, ImageSet):
+        sizes = [one.shape for one in exact.values() if one.is_floating_point()]
+        if not any(len(size) == 2 and size[0] == len(labels) for size in sizes):
+            warn(f"{kind} puts out no scores of classes, so that the labels of images are left out")
+            labels = None
+    sequences = reads_sequences(named.values())
     if labels is None:
         name, known = known_output(result)
         dimensions = (2, 3) if sequences and name == LOGITS else (2,)
         if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
             return _Outputs(kind, exact)
-        place = -1
+        place: int | None = -1
     else:
-        name, scored = scored_output(result, count, kind)
-        found = place_of_classes(scored.shape, labels.shape, sequences=sequences)
-        if found is None:
-            there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
-            wanted: list[Any] = [count, *labels.shape[1:]]
-            wanted.insert(len(wanted) if sequences else 1, "classes")
-            raise ModelError(
-                f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
-                f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
-                "outputs; let the model put out these, or score it on samples without labels"
-            )
-        place = found
-    scores = exact[name].movedim(place, -1).flatten(0, -2)
-    return _Outputs(kind, exact, name, scores)
+        name, scored = scored_output(result, len(labels), kind)
+        place = place_of_classes(scored.shape, labels.shape, sequences=sequences)
+    if place is None:
+        assert labels is not None
+        there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
+        wanted: list[Any] = [*labels.shape]
+        wanted.insert(len(wanted) if sequences else 1, "classes")
+        raise ModelError(
+            f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
+            f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
+            "outputs; let the model put out these, or score it on samples without labels"
+        )
+    return _Outputs(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
 
 
 class _Tally:
