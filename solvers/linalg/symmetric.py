@@ -172,10 +172,7 @@ class Symmetric:
         """Add ``X'X``, (n, p) by itself; computed in the type of X."""
         for start, panel in self.spans():
             stop = start + len(panel)
-            if X.dtype == panel.dtype:
-                panel.addmm_(X[:, start:stop].T, X[:, :stop])
-            else:
-                panel.add_(X[:, start:stop].T @ X[:, :stop])
+            add_product(panel, X[:, start:stop].T, X[:, :stop])
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
         """Subtract a product ``left right``, (p, t) by (t, p), that is symmetric."""
@@ -337,6 +334,14 @@ class Symmetric:
             panel.copy_(panel[:, own].T @ panel)
             for _, below in leading[number + 1 :]:
                 panel.addmm_(below[:, own].T, below[:, :stop])
+
+
+def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """Add ``A B`` to a total, (r, c), which may be of another type than A and B."""
+    if A.dtype == total.dtype:
+        total.addmm_(A, B)
+    else:
+        total.add_(A @ B)
 
 
 def _within(index: Tensor, start: int, stop: int) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import solvers
 from osscar.base.errors import ModelError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.walk.gram import GramAccumulator
+from osscar.walk.sums import _type_of_sums
 from solvers.linalg import symmetric
+from tests.osscar.pretended_card import pretended
 
 P, TOKENS = 24, 100_000
 HALVES = (torch.bfloat16, torch.float16)
@@ -26,9 +29,9 @@ class Layer(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def accumulator(bias=False, **parts) -> GramAccumulator:
+def accumulator(bias=False, device="cpu", **parts) -> GramAccumulator:
     torch.manual_seed(0)
-    with prepare(Layer(bias).eval(), torch.randn(4, 8)) as prepared:
+    with prepare(Layer(bias).eval().to(device), torch.randn(4, 8).to(device)) as prepared:
         (group,) = (group for group in prepared.groups if group.prunable)
         (consumer,) = linear_maps(prepared.model, group)
         return GramAccumulator(consumer, **parts)
@@ -58,9 +61,50 @@ def test_a_hundred_thousand_tokens_are_summed_as_exactly_as_is_said(dtype, bias)
         gram.add(batch)
     error = worst_error(gram.fitted.gram.dense(), X)
     assert gram.positions == TOKENS
-    assert error <= (1e-6 if dtype in HALVES and not bias else 1e-13)
+    assert error <= (1e-6 if dtype in HALVES else 1e-13)
     if dtype is torch.bfloat16 and not bias:  # one product would round tokens away
         assert worst_error(X.T @ X, X) > 1000 * error
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_what_varies_about_a_large_mean_is_no_rounding_of_it(dtype):
+    X = activations(torch.float32)[:3000]
+    X[:, 4] = 100 + torch.arange(3000) % 2
+    X[:, 5] = 1000.1
+    X = X.to(dtype)
+    D = X[:, 4:5].float() - 100 + torch.arange(6)
+    with pretended():
+        gram = accumulator(True, "cuda", corrections=True)
+        for x, d in zip(X.cuda().split(1000), D.cuda().split(1000), strict=True):
+            gram.add(x, d)
+        terms = gram.fitted.centred()
+        H = terms.part(torch.arange(P, device="cuda")).dense().cpu()
+        found = terms.diagonal.cpu(), terms.corrections(torch.eye(6, device="cuda").double()).cpu()
+    Z, Y = X.double() - X.double().mean(0), D.double() - D.double().mean(0)
+    expected = Z.square().mean(0)
+    torch.testing.assert_close(found[0], expected, rtol=5e-6, atol=0)
+    sizes = expected.sqrt()
+    assert ((H - Z.T @ Z / 3000).abs() <= 5e-6 * sizes * sizes[:, None]).all()
+    assert ((found[1] - Z.T @ Y / 3000).abs() <= 1e-5 * sizes[:, None]).all()
+
+
+class Coarse(TorchDispatchMode):
+    """Multiplies float32 as TF32, in eleven digits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+            args = [(x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_of_fewer_digits_are_not_summed():
+    X = activations(torch.float32)[:1000]
+    halves = X.bfloat16()
+    with pretended():
+        assert _type_of_sums(X.cuda()) == torch.float32
+    with pretended(), Coarse():
+        assert _type_of_sums(X.cuda()) == torch.float64
+        assert _type_of_sums(halves.cuda()) == torch.float32  # eleven digits hold them
 
 
 @pytest.mark.parametrize("bias", [False, True])
