@@ -21,13 +21,13 @@ from osscar.cli.common import check_json_path, document, out, say, say_next, sho
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
 from osscar.evaluation.evaluate import compare
+from osscar.evaluation.tables import comparison_table
 from osscar.models.language import load_language_model
 from osscar.models.names import DEMO, DEMO_COMMAND
 from osscar.proof.lineage import note
-from osscar.report.evaluation_tables import comparison_table
-from osscar.report.prune_page import layers_table, prune_page, run_facts
 from osscar.report.sections import facts
 from osscar.run.prune import prune
+from osscar.run.prune_page import layers_table, prune_page, run_facts
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
@@ -67,7 +67,7 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
     )
     show(layers_table(report["layers"]), facts("", run_facts(report)))
     out.print(saved_line(saved, where))
-    show(comparison_table(comparison))
+    show(comparison_table(evaluation))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
     say_next(

@@ -15,7 +15,6 @@ from osscar.cli.common import document, say, show, write_json
 from osscar.data.batches import CalibrationData
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
-from osscar.report.run_tables import estimate_tables
 from osscar.request import PruningRequest
 from osscar.run.dry_run import estimate_as_asked, of_command
 
@@ -29,7 +28,7 @@ def dry_run(
 ) -> None:
     """Print what a run will take, and write it as JSON; what came before took `seconds`."""
     found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
-    show(*estimate_tables(found))
+    show(*found.sections())
     if found.limit_bytes is not None and found.least_bytes is not None:
         say(
             f"memory: the limit of {in_words(found.limit_bytes)} will do; the least that would is "

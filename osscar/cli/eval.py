@@ -15,13 +15,13 @@ from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
 from osscar.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
+from osscar.evaluation.tables import comparison_table, evaluation_table
 from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed, lineage_of, may_come_from
 from osscar.proof.seen import refuse_overlap
-from osscar.report.evaluation_tables import comparison_table, evaluation_table
 from osscar.shrinking.shrink import prove
 
 _NO_MODEL = 0.5
@@ -79,9 +79,9 @@ def run(model: str, options: EvalOptions) -> None:
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     if comparison is None:
-        show(evaluation_table(evaluation, model))
+        show(evaluation_table(dataclasses.asdict(evaluation), model))
     else:
-        show(comparison_table(comparison, Path(model).name))
+        show(comparison_table(dataclasses.asdict(comparison), Path(model).name))
     say(f"{_scored(data, evaluation, loaded)}; {computed.sentence()}")
     if structure is not None:
         say(f"proved again: {structure.sentence()}")

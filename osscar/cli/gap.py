@@ -31,14 +31,13 @@ from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, given
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
-from osscar.report.gap_page import cases_table, scores_table, write_report
 from osscar.report.sections import facts
-from osscar.report.summary import summarize
 from osscar.request import SHARE
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
 from osscar.study.directory import Study
 from osscar.study.library import library
+from osscar.study.page import cases_table, scores_table, summarize, write_report
 from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 

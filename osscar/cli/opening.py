@@ -21,11 +21,11 @@ from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import CalibrationSet
 from osscar.evaluation.dense import DenseScore, score_dense
+from osscar.evaluation.tables import dense_facts
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed
-from osscar.report.evaluation_tables import dense_facts
 from osscar.request import PruningRequest
 from osscar.run.memory import needs_memory
 

@@ -42,11 +42,11 @@ from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough, samples_for
 from osscar.recovery.training import RecoveryLog
-from osscar.report.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import facts
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
+from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
 from osscar.run.run_log import RunLog
 

@@ -40,11 +40,11 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.proof.lineage import Computed, weights_digest
+from osscar.recovery.page import recover_page, recovery_facts, recovery_table
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for
 from osscar.recovery.training import RecoveryLog
-from osscar.report.recovery import recover_page, recovery_facts, recovery_table
 from osscar.report.sections import facts
 
 LOG = "recover"

@@ -9,10 +9,10 @@ from osscar.cli.common import check_json_path, say, say_verdict, show, way_back,
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
 from osscar.report.run_tables import skipped_table
-from osscar.report.sweep_page import sweep_table, sweep_verdict
 from osscar.request import BudgetKind
 from osscar.run.points import SweepDirectory, jobs
 from osscar.run.sweep import PAGE_FILE, Sweep
+from osscar.run.sweep_page import sweep_table, sweep_verdict
 
 
 def run(model: str, options: SweepOptions, shared: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from osscar.base.inputs import whole_number
-from osscar.base.shown import Shown
 from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
 from osscar.evaluation.quality import SAMPLES_AT_ONCE, Windows, arguments, score
@@ -23,8 +22,11 @@ from osscar.evaluation.size import (
     reset_peak_memory,
 )
 from osscar.evaluation.speed import measure_speed, sample_speeds
+from osscar.evaluation.tables import comparison_table, evaluation_table
 from osscar.network.modules import count_parameters, device_of, evaluating
 from osscar.network.operations import count_flops
+from osscar.report.sections import Section
+from osscar.report.shown import Shown
 
 _COMPARED = (
     *("parameters", "perplexity", "top1", "top5"),
@@ -60,6 +62,10 @@ class Evaluation(Shown):
     device: str
     dtype: str
 
+    def sections(self) -> list[Section]:
+        """Return its numbers as a table."""
+        return [evaluation_table(asdict(self))]
+
     def numbers(self) -> dict[str, Any]:
         """Return all that was measured by its name."""
         return {**vars(self.quality), **vars(self.speed), **vars(self.footprint)}
@@ -81,6 +87,10 @@ class Comparison(Shown):
     model: Evaluation
     dense: Evaluation
     ratios: Mapping[str, float | None]
+
+    def sections(self) -> list[Section]:
+        """Return the numbers of both, with their ratios, as a table."""
+        return [comparison_table(asdict(self))]
 
     @classmethod
     def of(cls, model: Evaluation, dense: Evaluation) -> Comparison:

@@ -24,7 +24,6 @@ from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
-from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
@@ -33,10 +32,13 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
 from osscar.recovery.memory import CHOSEN, first_that_fits
+from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup, samples_for
 from osscar.recovery.training import Point, Progress, RecoveryLog, Training, nearest
 from osscar.recovery.weights import as_it_came, trainable
+from osscar.report.sections import Section
+from osscar.report.shown import Shown
 from osscar.request import by_keywords
 
 _WAY = "way"
@@ -102,6 +104,10 @@ class Recovery(Shown):
             f"Recovery({self.measure} from the dense model: {self.before:.4g} -> {self.after:.4g} "
             f"on {held}; step {self.kept} of {self.points[-1].step} kept; {self.seconds:.1f} s)"
         )
+
+    def sections(self) -> Iterator[Section]:
+        """Return what a page shows of it."""
+        return sections(self.document())
 
     def document(self) -> dict[str, Any]:
         """Return what is known of it, as ``docs/json.md`` describes it."""

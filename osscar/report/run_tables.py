@@ -6,11 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import CouplingGroup, Slot
-from osscar.base.printable import in_bytes, listed
-from osscar.report.sections import Table, facts, table
+from osscar.base.printable import listed
+from osscar.report.sections import Table, table
 
 if TYPE_CHECKING:
-    from osscar.run.dry_run import Estimate
     from solvers import BackendInfo, Capabilities, SubsetProblem
 
 
@@ -62,29 +61,6 @@ def _modules(slots: Sequence[Slot]) -> str:
         last = next((i for i, part in enumerate(reversed(parts)) if not part.isdecimal()), 0)
         names.append(".".join(parts[-last - 1 :]) or slot.tensor)
     return listed(list(dict.fromkeys(names)))
-
-
-def estimate_tables(estimate: Estimate) -> tuple[Table, Table]:
-    """Return what a run will take: the seconds of each stage, and memory and files."""
-    taken = {**{str(stage): one for stage, one in estimate.stages.items()}, "all": estimate.seconds}
-    rows = tuple(
-        (stage, f"{one:.0f}" if one >= 100 else f"{one:.2g}") for stage, one in taken.items()
-    )
-    return Table("estimate", ("stage", "seconds >"), rows), facts(
-        "",
-        (
-            (
-                "seconds",
-                f"between half and twice as many; {estimate.solved!r} was solved, and stands for "
-                "all groups by the cube of what they read",
-            ),
-            ("memory", f"{in_bytes(estimate.peak_bytes)} at most"),
-            (
-                "files",
-                f"{in_bytes(estimate.read_bytes)} read, {in_bytes(estimate.written_bytes)} written",
-            ),
-        ),
-    )
 
 
 def backends_table(infos: Sequence[BackendInfo], title: str = "") -> Table:

@@ -1,40 +1,86 @@
-"""What results show of themselves: text for a terminal, and a part of a page for a notebook."""
+"""Results that show themselves, and fields of dataclasses that tables show."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from rich.console import Console
-
-from osscar.report import gap_page, html, prune_page, recovery, sweep_page
-from osscar.report.evaluation_tables import comparison_table, evaluation_table
-from osscar.report.run_tables import estimate_tables
-from osscar.report.sections import Section
-from osscar.report.terminal import print_section
-
-_SECTIONS: dict[str, Callable[[Any], Iterable[Section]]] = {
-    "PruningResult": lambda result: prune_page.sections(result.record()),
-    "Recovery": lambda result: recovery.sections(result.document()),
-    "SweepResult": sweep_page.sections,
-    "Summary": gap_page.sections,
-    "Evaluation": lambda result: [evaluation_table(result, "model")],
-    "Comparison": lambda result: [comparison_table(result)],
-    "Estimate": estimate_tables,
-}
-"""By the name of a class: some lie in rooms above, and all that is read is what they hold."""
+if TYPE_CHECKING:
+    from osscar.report.sections import Section
 
 
-def summary(result: Any) -> str:
-    """Return what a result shows as text, in lines as wide as commands write to files."""
-    file = io.StringIO()
-    console = Console(file=file, width=140, color_system=None)
-    for section in _SECTIONS[type(result).__name__](result):
-        print_section(console, section)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+class Shown:
+    """A result that shows its `sections`, in a terminal or a notebook."""
+
+    def sections(self) -> Iterable[Section]:
+        """Return what is shown of it."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return what came of it, in words and tables."""
+        from rich.console import Console
+
+        from osscar.report.terminal import print_section
+
+        file = io.StringIO()
+        console = Console(file=file, width=140, color_system=None)
+        for section in self.sections():
+            print_section(console, section)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    def _repr_html_(self) -> str:
+        from osscar.report.html import page
+
+        return page("", self.sections())
 
 
-def fragment(result: Any) -> str:
-    """Return what a result shows as HTML that may stand among other things."""
-    return html.page("", _SECTIONS[type(result).__name__](result))
+@dataclass(frozen=True)
+class Column:
+    """How tables show a field, as ``Annotated[float, Column("loss >", decimals)]``.
+
+    Parameters
+    ----------
+    title
+        Heads the column; one that ends in ``>`` holds numbers.
+    value
+        Writes the value of the field.
+    row
+        Writes it in its stead, and is given all fields by name.
+    note
+        What the column tells, where its title is not enough.
+    """
+
+    title: str
+    value: Callable[[Any], str] = str
+    row: Callable[[Mapping[str, Any]], str] | None = None
+    note: str = ""
+
+    def text(self, name: str, row: Mapping[str, Any]) -> str:
+        """Return the cell of the field of this name; empty for a value that is not known."""
+        if self.row is not None:
+            return self.row(row)
+        return "" if row.get(name) is None else self.value(row[name])
+
+
+def columns(of: type[Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Return by title what writes each cell, of the fields that a class itself declares, in order.
+
+    Cells are written of mappings, such as JSON holds them.
+    """
+    return {one.title: partial(one.text, name) for name, one in _declared(of)}
+
+
+def notes(of: type[Any]) -> dict[str, str]:
+    """Return by title what each of the same columns tells, where its title is not enough."""
+    return {one.title: one.note for _, one in _declared(of) if one.note}
+
+
+def _declared(of: type[Any]) -> Iterator[tuple[str, Column]]:
+    hints = get_type_hints(of, include_extras=True)
+    for name in of.__annotations__:
+        for one in getattr(hints[name], "__metadata__", ()):
+            if isinstance(one, Column):
+                yield name, one

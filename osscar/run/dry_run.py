@@ -25,7 +25,7 @@ from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
-from osscar.base.shown import Shown
+from osscar.base.printable import in_bytes
 from osscar.base.timing import Clock, Stage, clock, profiled
 from osscar.checkpoint.directory import weight_bytes
 from osscar.data.loaders import read_once
@@ -35,6 +35,8 @@ from osscar.network.modules import forward
 from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
+from osscar.report.sections import Table, facts
+from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.feasibility import feasible_groups
 from osscar.run.groups import held_out, solved
@@ -96,6 +98,24 @@ class Estimate(Shown):
     def seconds(self) -> float:
         """Wall time of all stages."""
         return sum(self.stages.values())
+
+    def sections(self) -> tuple[Table, Table]:
+        """Return the seconds of each stage, and memory and files, as tables."""
+        taken = {**{str(stage): one for stage, one in self.stages.items()}, "all": self.seconds}
+        rows = ((name, f"{one:.0f}" if one >= 100 else f"{one:.2g}") for name, one in taken.items())
+        seconds = (
+            f"between half and twice as many; {self.solved!r} was solved, and stands for all "
+            "groups by the cube of what they read"
+        )
+        files = f"{in_bytes(self.read_bytes)} read, {in_bytes(self.written_bytes)} written"
+        return Table("estimate", ("stage", "seconds >"), tuple(rows)), facts(
+            "",
+            (
+                ("seconds", seconds),
+                ("memory", f"{in_bytes(self.peak_bytes)} at most"),
+                ("files", files),
+            ),
+        )
 
 
 def estimate_as_asked(

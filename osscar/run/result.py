@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from osscar import __version__
 from osscar.allocation.budget import Budget
 from osscar.base.errors import first_line
 from osscar.base.printable import pluralize, published
-from osscar.base.shown import Shown
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import SavedCheckpoint
@@ -27,9 +26,11 @@ from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.lineage import Computed, data_record, lineage_of
 from osscar.proof.plan import Certificate, Form, PruningPlan
-from osscar.report.prune_page import kept_picture, prune_page
+from osscar.report.sections import Section
+from osscar.report.shown import Shown
 from osscar.request import PruningRequest
 from osscar.run.feasibility import SkippedGroup
+from osscar.run.prune_page import kept_picture, prune_page, sections
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ class PruningResult(Shown):
     def settings(self) -> dict[str, Any]:
         """What was asked for, as JSON-able data."""
         return self.request.to_json()
+
+    def sections(self) -> Iterator[Section]:
+        """Return what a page shows of it, of as much as is known without the dense model."""
+        return sections(self.record())
 
     def record(self) -> dict[str, Any]:
         """Return the part of its `document` that is known without the dense model and its data."""

@@ -18,7 +18,6 @@ from osscar.base.files import digest, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.printable import pluralize, published
 from osscar.base.progress import stage
-from osscar.base.shown import Shown
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
@@ -35,8 +34,8 @@ from osscar.proof.seen import Calibration, refuse_overlap
 from osscar.recovery.recover import check_trainable, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
-from osscar.report.prune_page import budget_fact
-from osscar.report.sweep_page import recovered_line, sweep_page
+from osscar.report.sections import Section
+from osscar.report.shown import Shown
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.memory import check_can_stream
 from osscar.run.points import (
@@ -50,14 +49,20 @@ from osscar.run.points import (
     prune_points,
     sweep_manifest,
 )
+from osscar.run.prune_page import budget_fact
 from osscar.run.result import PruningResult
 from osscar.run.run_log import run_manifest
+from osscar.run.sweep_page import recovered_line, sections, sweep_page
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
 
 class SweepResult(Shown, dict[str, Any]):
     """What ``sweep.json`` holds, as ``docs/json.md`` describes it."""
+
+    def sections(self) -> Iterator[Section]:
+        """Return what its page shows."""
+        return sections(self)
 
     def __repr__(self) -> str:
         points = pluralize(len(self["points"]), "point")

@@ -18,7 +18,7 @@ from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import command_line, decimals, percent
-from osscar.base.shown import Column
+from osscar.report.shown import Column
 from solvers import Status
 
 WINDOW = "window"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from osscar.base.printable import decimals
-from osscar.base.shown import Column
+from osscar.report.shown import Column
 from osscar.walk.layer_step import GROWN
 from solvers import SolutionRecord
 

@@ -24,9 +24,9 @@ from osscar.cli import main
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.prune_page import run_facts
 from osscar.request import PruningRequest
 from osscar.run.points import SweepDirectory
+from osscar.run.prune_page import run_facts
 from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
 from tests.osscar.families import HELD_OUT, framing_tokenizer, tiny

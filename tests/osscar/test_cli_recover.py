@@ -16,9 +16,9 @@ import osscar.cli.recover
 from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import OutputError
 from osscar.data.text import text_windows
+from osscar.recovery.page import recover_page, recovery_facts, recovery_table
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog
-from osscar.report.recovery import recover_page, recovery_facts, recovery_table
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen_at
 from tests.osscar.families import CALIBRATION, framing_tokenizer

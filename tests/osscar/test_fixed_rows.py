@@ -13,7 +13,7 @@ import solvers
 from osscar.consumers import consumer as consumers
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.report.prune_page import layers_table, prune_page
+from osscar.run.prune_page import layers_table, prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.osscar.networks import small_net

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import osscar
 from osscar.data.samples import TensorSet
+from osscar.evaluation.tables import dense_facts
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form
-from osscar.report.evaluation_tables import dense_facts
 from tests.osscar import gpts
 
 MAGNITUDE = {"backend": "magnitude", "device": "cpu"}

@@ -16,7 +16,7 @@ import osscar
 from osscar.consumers.routing import reads
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
-from osscar.report.prune_page import prune_page
+from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.graph.topologies import Deformable, EinsumLayers, TiedAutoencoder, randomized

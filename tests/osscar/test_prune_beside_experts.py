@@ -22,10 +22,10 @@ from osscar.experts.routers import routed_among
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.report.prune_page import prune_page
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.points import jobs, prune_points
 from osscar.run.prune import prune_as_asked
+from osscar.run.prune_page import prune_page
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
 from osscar.walk.targets import correction

@@ -11,7 +11,7 @@ import solvers
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.report.prune_page import layers_table
+from osscar.run.prune_page import layers_table
 from osscar.walk.gram import GramAccumulator, damped_by_input, pulls
 from osscar.walk.layer_step import GROWN, LayerStep
 from solvers.linalg.symmetric import Symmetric

@@ -9,18 +9,20 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from osscar.base.printable import decimals, engineering, in_bytes, pluralize, share
-from osscar.base.shown import Column, columns, notes
 from osscar.cli.common import _PlainConsole, out, show
 from osscar.evaluation.evaluate import Comparison, Evaluation
 from osscar.evaluation.quality import SampleQuality, TextQuality
 from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import SampleSpeed, Speed
-from osscar.report import gap_page, html, prune_page
-from osscar.report.evaluation_tables import comparison_table, evaluation_table
+from osscar.evaluation.tables import comparison_table, evaluation_table
+from osscar.report import html
 from osscar.report.sections import Table, Text, settings, settings_table, table
-from osscar.report.summary import Case
+from osscar.report.shown import Column, columns, notes
 from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
+from osscar.run import prune_page
+from osscar.study.cases import Case
+from osscar.study.figures import curves_figure, gaps_figure
 from osscar.study.records import Record
 
 FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
@@ -46,7 +48,7 @@ def labels(axis):
 
 def test_axes_tell_shares_apart():
     cases = [case("a", s, 0.9, 0.9 * (1 - s / 100)) for s in FINE]
-    (curves,), (gaps,) = (drawn(draw(cases)).axes for draw in (gap_page._curves, gap_page._gaps))
+    (curves,), (gaps,) = (drawn(draw(cases)).axes for draw in (curves_figure, gaps_figure))
     for axis in (curves.xaxis, gaps.yaxis):
         assert len(set(labels(axis))) == len(labels(axis)) > 2
         assert all(label.endswith("%") for label in labels(axis))
@@ -57,7 +59,7 @@ def test_axes_tell_shares_apart():
 )
 def test_no_point_lies_on_the_upper_edge(losses):
     cases = [case("a", s, loss, loss) for s, loss in zip(FINE, losses, strict=False)]
-    (axes,) = drawn(gap_page._curves(cases)).axes
+    (axes,) = drawn(curves_figure(cases)).axes
     low, high = axes.get_ylim()
     assert low == 0
     assert high >= 1.05 * max(losses)
@@ -142,14 +144,14 @@ def test_a_run_lies_within_the_plot_of_its_budget(measured):
 
 def test_legends_lie_within_their_figures():
     cases = [case(f"layer{i}", s / 2, 0.9, 0.8) for i in range(3) for s in FINE]
-    figure = drawn(gap_page._gaps(cases))
+    figure = drawn(gaps_figure(cases))
     (legend,) = figure.legends
     assert len(legend.get_texts()) == len(FINE)
     assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_the_legend_knows_a_bound_that_the_first_layer_lacks():
-    figure = drawn(gap_page._curves([case("a", 0.5, 0.5, None), case("b", 0.5, 0.5, 0.4)]))
+    figure = drawn(curves_figure([case("a", 0.5, 0.5, None), case("b", 0.5, 0.5, 0.4)]))
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["best loss", "lower bound"]
 

@@ -14,12 +14,11 @@ import osscar
 import solvers
 from osscar.allocation.divergence import Reference
 from osscar.preparation.prepare import prepare
-from osscar.report.gap_page import write_report
-from osscar.report.prune_page import prune_page, run_facts, verdict
-from osscar.report.recovery import loading_text
-from osscar.report.summary import summarize
+from osscar.recovery.page import loading_text
+from osscar.run.prune_page import prune_page, run_facts, verdict
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
+from osscar.study.page import summarize, write_report
 from tests.osscar.browser import DESK, PHONE, seen, seen_at
 from tests.osscar.conftest import lacking
 from tests.osscar.families import tiny, tokens

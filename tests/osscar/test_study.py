@@ -17,11 +17,10 @@ import osscar
 import solvers
 from osscar.base.errors import JournalError, OptionError, OutputError
 from osscar.cli import main
-from osscar.report.gap_page import scores_table, write_report
-from osscar.report.summary import summarize
 from osscar.study import jobs as workers
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
+from osscar.study.page import scores_table, summarize, write_report
 from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from solvers.exact.highs import Highs

@@ -17,15 +17,7 @@ from osscar.models.names import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import recover_as_asked
-from osscar.report.prune_page import budget_fact
 from osscar.report.sections import Figure
-from osscar.report.sweep_page import (
-    recovered_line,
-    sections,
-    sweep_page,
-    sweep_table,
-    sweep_verdict,
-)
 from osscar.request import PruningRequest
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.points import (
@@ -40,6 +32,14 @@ from osscar.run.points import (
     prune_points,
 )
 from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.prune_page import budget_fact
+from osscar.run.sweep_page import (
+    recovered_line,
+    sections,
+    sweep_page,
+    sweep_table,
+    sweep_verdict,
+)
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import CALIBRATION, tiny, tokens

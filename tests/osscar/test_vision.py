@@ -33,12 +33,12 @@ from osscar.data.preprocessing import Preprocessing
 from osscar.evaluation.dense import score_dense
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
+from osscar.evaluation.tables import dense_facts
 from osscar.models.load import load_model
 from osscar.models.names import ModelKind, kind_of
 from osscar.models.weights import fill, read_state
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Calibration, Seen, refuse_overlap
-from osscar.report.evaluation_tables import dense_facts
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from osscar.base.printable import engineering, in_bytes, pluralize
 from osscar.report.sections import Table
-
-if TYPE_CHECKING:
-    from osscar.evaluation.evaluate import Comparison, Evaluation
 
 _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "parameters": ("parameters", "{:,}".format),
@@ -30,15 +26,15 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """What a table shows of an evaluation, in this order: by name, how it is called and written."""
 
 
-def evaluation_table(evaluation: Evaluation, name: str) -> Table:
-    """Return the numbers of one model."""
-    rows = _shown(dataclasses.asdict(evaluation))
+def evaluation_table(evaluation: Mapping[str, Any], name: str = "model") -> Table:
+    """Return the numbers of one model, an `Evaluation` as JSON."""
+    rows = _shown(evaluation)
     return Table("", ("", f"{name} >"), tuple((label, value) for _, label, value in rows))
 
 
-def comparison_table(comparison: Comparison, name: str = "pruned") -> Table:
-    """Return a model beside its dense original, with ratios."""
-    rows = comparison_rows(dataclasses.asdict(comparison))
+def comparison_table(comparison: Mapping[str, Any], name: str = "pruned") -> Table:
+    """Return a model beside its dense original, with ratios: a `Comparison` as JSON."""
+    rows = comparison_rows(comparison)
     return Table("", ("", "dense >", f"{name} >", "ratio >"), tuple(rows))
 
 

@@ -1,24 +1,20 @@
-"""What the records of a study say: optima, gaps, how good heuristics are, whether solvers agree."""
+"""What the records of one problem say: its optimum, its gap, and what proves it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import solvers
-from osscar.base.printable import are, pluralize, share
-from osscar.base.shown import Shown
-from osscar.study.records import ROOT_BOUND, WINDOW, Instance, ProofBasis, Record, window_layer
+from osscar.base.printable import pluralize
+from osscar.study.records import ROOT_BOUND, ProofBasis, Record
 from solvers import Status
 
 HIT = 1e-6
 """Relative excess over the optimum up to which a loss counts as the optimum; optima themselves are
 known up to the gap tolerance of the study."""
-
-_SAME = 1e-12
-"""Relative difference up to which two losses differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -123,116 +119,6 @@ class Case:
     def excess(self, record: Record) -> float:
         """Return how far a record's loss lies above the lowest, relative to it."""
         return (_loss(record) - self.loss) / self.loss if self.loss > 0 else 0.0
-
-
-@dataclass(frozen=True, repr=False)
-class Summary(Shown):
-    """A study in numbers.
-
-    Parameters
-    ----------
-    cases
-        Those with an answer, in the order of the study.
-    unanswered
-        Those without.
-    trivial
-        Problems in which there is nothing to choose.
-    """
-
-    cases: tuple[Case, ...]
-    unanswered: tuple[Case, ...] = ()
-    trivial: tuple[Instance, ...] = ()
-
-    def __repr__(self) -> str:
-        return f"Summary({self.answer!r})"
-
-    @property
-    def layers(self) -> list[Case]:
-        """The cases that are whole problems."""
-        return [case for case in self.cases if case.best.kind != WINDOW]
-
-    @property
-    def windows(self) -> list[Case]:
-        """The others."""
-        return [case for case in self.cases if case.best.kind == WINDOW]
-
-    @property
-    def closed(self) -> list[Case]:
-        """The cases with a proven optimum."""
-        return [case for case in self.cases if case.closed]
-
-    @property
-    def largest_disagreement(self) -> tuple[float, int]:
-        """How far proved optima of one problem are apart, and how many problems have several."""
-        several = [case for case in self.cases if len(case.proved) > 1]
-        return max((c.excess(r) for c in several for r in c.proved), default=0.0), len(several)
-
-    @property
-    def answer(self) -> str:
-        """How far from optimal the answers to whole problems are, in one sentence."""
-        layers = self.layers
-        if not layers:
-            return "Nothing was solved: see the reasons below."
-        proved = sum(case.closed for case in layers)
-        said = f"{proved} of {pluralize(len(layers), 'problem')} {are(proved)} solved to proven "
-        said += "optimality"
-        still = [case.gap for case in layers if not case.closed]
-        known = [gap for gap in still if gap is not None]
-        if known:
-            said += f"; the gap of the others is at most {share(max(known), 2)}"
-        if len(known) < len(still):
-            said += f"; {len(still) - len(known)} have no bound"
-        return f"{said}."
-
-    def facts(self) -> Iterator[tuple[str, str]]:
-        """Yield what else is known, each with a name."""
-        if self.closed:
-            yield "proofs", proofs_in_words(case.proof for case in self.closed)
-        largest, several = self.largest_disagreement
-        if several:
-            agree = "the same" if largest <= _SAME else f"at most {largest:.1e} apart, relatively"
-            found = pluralize(several, "problem")
-            yield "optima", f"{agree}, where two or more exact backends finished ({found})"
-        if self.windows:
-            yield "windows", self._of_windows()
-        for case in self.unanswered:
-            yield "no answer", f"{case.records[0].instance}: {case.why_open}"
-        named = ", ".join(instance.name for instance in self.trivial)
-        yield "nothing to choose", f"{named} (one unit each)" if named else ""
-
-    def _of_windows(self) -> str:
-        """Say how often an exact window improves on what the whole layer's local search found.
-
-        A window's loss of a choice is the whole layer's loss of that choice, so both compare.
-        """
-        incumbents = {
-            (record.instance, record.keep): _loss(record)
-            for case in self.layers
-            for record in case.answers
-            if record.backend == "local_search"
-        }
-        closed = [case for case in self.windows if case.closed]
-        found = ((case, incumbents.get(window_layer(case.best.instance))) for case in closed)
-        gains = [1 - case.loss / incumbent for case, incumbent in found if incumbent]
-        improved = [gain for gain in gains if gain > HIT]
-        tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
-        return (
-            f"{len(closed)} of {len(self.windows)} solved to proven optimality; "
-            f"{len(improved)} improve on the layer's local search{tail}"
-        )
-
-
-def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Summary:
-    """Group the records of a study (`Study.run`) by problem, beside its `Study.trivial`."""
-    groups: dict[tuple[str, int], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.instance, record.keep), []).append(record)
-    cases = [Case(tuple(group)) for group in groups.values()]
-    return Summary(
-        tuple(case for case in cases if case.answers),
-        tuple(case for case in cases if not case.answers),
-        tuple(trivial),
-    )
 
 
 def _loss(record: Record) -> float:

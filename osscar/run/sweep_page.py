@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import capitalized, engineering, pluralize, share
+from osscar.evaluation.tables import dense_facts
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.evaluation_tables import dense_facts
 from osscar.report.figures import color, legend, new_figure, shares
 from osscar.report.html import page
-from osscar.report.prune_page import verdict
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
     Figure,
@@ -27,6 +26,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
+from osscar.run.prune_page import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osscar.base.files import atomic_write, write_text
-from osscar.base.printable import decimals, percent, share
-from osscar.base.shown import columns
-from osscar.report.figures import color, from_zero, legend, new_figure, shares
+from osscar.base.printable import are, decimals, percent, pluralize, share
 from osscar.report.html import page
 from osscar.report.sections import (
     Figure,
@@ -26,24 +23,138 @@ from osscar.report.sections import (
     stages_table,
     table,
 )
-from osscar.report.summary import HIT, Case, Summary
+from osscar.report.shown import Shown, columns
+from osscar.study.cases import HIT, Case, proofs_in_words
 from osscar.study.design import SPARSITIES
-from osscar.study.records import WINDOW, Record
+from osscar.study.figures import (
+    curves_figure,
+    gaps_figure,
+    profiles_figure,
+    time_ratios,
+)
+from osscar.study.records import WINDOW, Instance, Record, window_layer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Drawing
-
     from osscar.study.design import StudyDesign
     from osscar.study.directory import Study
 
 REPORT_FILE = "report.html"
-_COLUMNS = 4
-"""Panels of a plot beside each other."""
+_SAME = 1e-12
+"""Relative difference up to which two losses differ by rounding alone."""
 
-_LONGEST_NAME = 40
-_SHORTEST = 1e-3
-"""Seconds below which times are not told apart."""
+
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
+    """A study in numbers.
+
+    Parameters
+    ----------
+    cases
+        Those with an answer, in the order of the study.
+    unanswered
+        Those without.
+    trivial
+        Problems in which there is nothing to choose.
+    """
+
+    cases: tuple[Case, ...]
+    unanswered: tuple[Case, ...] = ()
+    trivial: tuple[Instance, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Summary({self.answer!r})"
+
+    def sections(self) -> Iterator[Section]:
+        """Return what a page shows of it."""
+        return sections(self)
+
+    @property
+    def layers(self) -> list[Case]:
+        """The cases that are whole problems."""
+        return [case for case in self.cases if case.best.kind != WINDOW]
+
+    @property
+    def windows(self) -> list[Case]:
+        """The others."""
+        return [case for case in self.cases if case.best.kind == WINDOW]
+
+    @property
+    def closed(self) -> list[Case]:
+        """The cases with a proven optimum."""
+        return [case for case in self.cases if case.closed]
+
+    @property
+    def largest_disagreement(self) -> tuple[float, int]:
+        """How far proved optima of one problem are apart, and how many problems have several."""
+        several = [case for case in self.cases if len(case.proved) > 1]
+        return max((c.excess(r) for c in several for r in c.proved), default=0.0), len(several)
+
+    @property
+    def answer(self) -> str:
+        """How far from optimal the answers to whole problems are, in one sentence."""
+        layers = self.layers
+        if not layers:
+            return "Nothing was solved: see the reasons below."
+        proved = sum(case.closed for case in layers)
+        said = f"{proved} of {pluralize(len(layers), 'problem')} {are(proved)} solved to proven "
+        said += "optimality"
+        still = [case.gap for case in layers if not case.closed]
+        known = [gap for gap in still if gap is not None]
+        if known:
+            said += f"; the gap of the others is at most {share(max(known), 2)}"
+        if len(known) < len(still):
+            said += f"; {len(still) - len(known)} have no bound"
+        return f"{said}."
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Yield what else is known, each with a name."""
+        if self.closed:
+            yield "proofs", proofs_in_words(case.proof for case in self.closed)
+        largest, several = self.largest_disagreement
+        if several:
+            agree = "the same" if largest <= _SAME else f"at most {largest:.1e} apart, relatively"
+            found = pluralize(several, "problem")
+            yield "optima", f"{agree}, where two or more exact backends finished ({found})"
+        if self.windows:
+            yield "windows", self._of_windows()
+        for case in self.unanswered:
+            yield "no answer", f"{case.records[0].instance}: {case.why_open}"
+        named = ", ".join(instance.name for instance in self.trivial)
+        yield "nothing to choose", f"{named} (one unit each)" if named else ""
+
+    def _of_windows(self) -> str:
+        """Say how often an exact window improves on what the whole layer's local search found.
+
+        A window's loss of a choice is the whole layer's loss of that choice, so both compare.
+        """
+        incumbents = {
+            (record.instance, record.keep): record.loss
+            for case in self.layers
+            for record in case.answers
+            if record.backend == "local_search"
+        }
+        closed = [case for case in self.windows if case.closed]
+        found = ((case, incumbents.get(window_layer(case.best.instance))) for case in closed)
+        gains = [1 - case.loss / incumbent for case, incumbent in found if incumbent]
+        improved = [gain for gain in gains if gain > HIT]
+        tail = f", by at most {share(max(improved), 2)} of the layer's loss" if improved else ""
+        return (
+            f"{len(closed)} of {len(self.windows)} solved to proven optimality; "
+            f"{len(improved)} improve on the layer's local search{tail}"
+        )
+
+
+def summarize(records: Sequence[Record], trivial: Sequence[Instance] = ()) -> Summary:
+    """Group the records of a study (`Study.run`) by problem, beside its `Study.trivial`."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.instance, record.keep), []).append(record)
+    cases = [Case(tuple(group)) for group in groups.values()]
+    return Summary(
+        tuple(case for case in cases if case.answers),
+        tuple(case for case in cases if not case.answers),
+        tuple(trivial),
+    )
 
 
 def write_report(
@@ -113,7 +224,7 @@ def sections(summary: Summary) -> Iterator[Section]:
             "The gap between the loss of each answer and the best lower bound, as a share of the "
             "loss. Filled: what remains; outline: with the root bound alone. An answer without a "
             "filled bar is proved optimal.",
-            partial(_gaps, gaps),
+            partial(gaps_figure, gaps),
             wide=len(gaps) > 16,
         )
     if summary.layers:
@@ -121,16 +232,16 @@ def sections(summary: Summary) -> Iterator[Section]:
             "curves",
             "Loss of the best answer, and the lower bound that no choice of units can beat, "
             "relative to the loss of removing everything. The optimum lies in the shaded band.",
-            partial(_curves, summary.layers),
+            partial(curves_figure, summary.layers),
             wide=len({case.best.instance for case in summary.layers}) > 2,
         )
-    ratios = _ratios(summary.layers)
+    ratios = time_ratios(summary.layers)
     if len(summary.layers) > 1 and len(ratios) > 1:
         yield Figure(
             "profiles",
             "Performance profiles: the share of all problems on which a backend found the best "
             "loss of this study within so many times the seconds of the fastest that did.",
-            partial(_profiles, ratios, len(summary.layers)),
+            partial(profiles_figure, ratios, len(summary.layers)),
         )
     yield scores_table(summary)
     yield cases_table(summary.layers)
@@ -234,102 +345,3 @@ def scores_table(summary: Summary) -> Table:
         },
         pairs.items(),
     )
-
-
-# ---- plots -------------------------------------------------------------------------------
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
-
-
-def _curves(layers: Sequence[Case]) -> Drawing:
-    """Draw loss and bound over the share removed, a panel for each problem."""
-    panels: dict[str, list[tuple[float, Case]]] = {}
-    for case in layers:
-        points = panels.setdefault(case.best.instance, [])
-        points += [(sparsity, case) for sparsity in case.sparsities]
-    columns = min(_COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width, height = max(4.4, 2.4 * columns), 1.7 * rows + 0.9
-    figure, grid = new_figure(rows, columns, width=width, height=height, sharex=True)
-    for axes, (name, points) in zip(grid, panels.items(), strict=False):
-        _curve(axes, sorted(points, key=lambda point: point[0]))
-        axes.set_title(_short(name), fontsize=6.5, loc="left", parse_math=False)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    legend(figure)
-    figure.supxlabel("share of units removed", fontsize=9)
-    figure.supylabel("relative loss", fontsize=9)
-    return figure
-
-
-def _curve(axes: Axes, points: Sequence[tuple[float, Case]]) -> None:
-    x, loss = zip(*((at, case.best.relative_loss or 0.0) for at, case in points), strict=True)
-    axes.plot(x, loss, "o-", color=color(0), markersize=3, linewidth=1, label="best loss")
-    bounded = [
-        (at, case.relative_bound, high)
-        for (at, case), high in zip(points, loss, strict=True)
-        if case.relative_bound is not None
-    ]
-    if bounded:
-        at, low, high = zip(*bounded, strict=True)
-        # Hollow and larger, so that a loss that meets its bound is still seen.
-        axes.plot(at, low, "s--", color=color(1), markersize=5, markerfacecolor="none", linewidth=1,
-                  label="lower bound")  # fmt: skip
-        axes.vlines(at, low, high, color=color(1), alpha=0.2, linewidth=4)
-        axes.fill_between(at, low, high, color=color(1), alpha=0.2, linewidth=0)
-    from_zero(axes)
-    axes.xaxis.set_major_formatter(shares)
-    axes.tick_params(labelsize=7)
-
-
-def _gaps(cases: Sequence[Case]) -> Drawing:
-    """Draw the gap of each problem as bars, solid what is open, hollow what the root bound left."""
-    names = list(dict.fromkeys(case.best.instance for case in cases))
-    sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
-    step = 0.8 / len(sparsities)
-    figure, (axes,) = new_figure(width=max(4.4, 0.26 * len(names) + 2), height=3.8)
-    for index, sparsity in enumerate(sparsities):
-        offset = (index - (len(sparsities) - 1) / 2) * step
-        mine = [case for case in cases if sparsity in case.sparsities]
-        x = [names.index(case.best.instance) + offset for case in mine]
-        axes.bar(x, [case.root_gap or 0.0 for case in mine], step * 0.9, facecolor="none",
-                 edgecolor=color(index), linewidth=0.7)  # fmt: skip
-        axes.bar(x, [0.0 if case.closed else case.gap or 0.0 for case in mine], step * 0.9,
-                 color=color(index), label=f"{share(sparsity)} removed")  # fmt: skip
-    axes.set_xticks(range(len(names)), list(map(_short, names)), rotation=90, fontsize=7,
-                    parse_math=False)  # fmt: skip
-    axes.yaxis.set_major_formatter(shares)
-    axes.set_ylabel("gap to the lower bound")
-    axes.grid(axis="x", visible=False)
-    legend(figure)
-    return figure
-
-
-def _ratios(cases: Sequence[Case]) -> dict[str, list[float]]:
-    """Return by backend how many times the seconds of the fastest it took to each best loss."""
-    ratios: dict[str, list[float]] = {r.backend: [] for case in cases for r in case.answers}
-    for case in cases:
-        hits = {r.backend: r.seconds or 0.0 for r in case.answers if case.excess(r) <= HIT}
-        fastest = max(min(hits.values()), _SHORTEST)
-        for backend, seconds in hits.items():
-            ratios[backend].append(max(seconds / fastest, 1.0))
-    return ratios
-
-
-def _profiles(ratios: Mapping[str, Sequence[float]], count: int) -> Drawing:
-    """Draw performance profiles (Dolan and More, 2002) of the time to the best loss."""
-    widest = max([2.0, *(ratio for mine in ratios.values() for ratio in mine)])
-    figure, (axes,) = new_figure(height=3.8)
-    for index, (backend, mine) in enumerate(ratios.items()):
-        share_done = [done / count for done in (*range(1, len(mine) + 1), len(mine))]
-        axes.plot([*sorted(mine), widest], share_done, drawstyle="steps-post", linewidth=1.2,
-                  color=color(index), label=backend)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(shares)
-    axes.set_xlabel("times the seconds of the fastest")
-    axes.set_ylabel("best loss found")
-    legend(figure)
-    return figure

@@ -17,11 +17,10 @@ from osscar.base.printable import (
     pluralize,
     share,
 )
-from osscar.base.shown import columns, notes
+from osscar.evaluation.tables import comparison_rows, dense_facts
 from osscar.proof.input_sizes import fixed_in_words
 from osscar.proof.plan import Certificate
-from osscar.report import recovery as recoveries
-from osscar.report.evaluation_tables import comparison_rows, dense_facts
+from osscar.recovery import page as recoveries
 from osscar.report.figures import color as color_of
 from osscar.report.figures import from_zero, legend, new_figure, png_of, shares
 from osscar.report.html import page
@@ -39,8 +38,9 @@ from osscar.report.sections import (
     stages_table,
     table,
 )
-from osscar.report.summary import proofs_in_words
+from osscar.report.shown import columns, notes
 from osscar.request import PruningRequest
+from osscar.study.cases import proofs_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
 
