@@ -2,7 +2,7 @@
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import pytest
@@ -186,12 +186,12 @@ def printed(section):
 
 
 def test_models_of_every_sort_have_one_table():
-    rows = printed(comparison_table(Comparison.of(IMAGES, IMAGES), "small"))
+    rows = printed(comparison_table(asdict(Comparison.of(IMAGES, IMAGES)), "small"))
     assert rows["parameters"] == ["1,000,000", "1,000,000", "1.00x"]
     assert rows["agreement with dense"] == ["50.00%", "50.00%"]
     assert "top-1" not in rows
     assert {"agreement with dense", "images/s (32 at once)", "FLOPs per image"} <= rows.keys()
-    alone = printed(evaluation_table(TEXT, "demo")).keys()
+    alone = printed(evaluation_table(asdict(TEXT), "demo")).keys()
     assert {"perplexity", "decode, tokens/s", "FLOPs per token"} <= alone
     assert "peak memory" not in alone
 
