@@ -14,6 +14,7 @@ from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.held_out import held_out
 from osscar.data.images import ImageSet
 from osscar.data.samples import named_generator
 from osscar.network.modules import copied, device_of
@@ -24,9 +25,8 @@ from osscar.recovery.request import RecoveryRequest
 STEP = {True: 4, False: 64}
 """Samples in an optimizer step: windows of text (True), or anything else (False)."""
 
-HELD_OUT_SHARE = 1 / 8
 HELD_OUT_MOST = {True: 8, False: 128}
-"""The share of all samples that is held out, and how many at most."""
+"""How many samples are held out at most: windows of text (True), or anything else (False)."""
 
 CHECKED = {True: 2, False: 32}
 """Held-out samples on which each check during the training is made; the last is made on all."""
@@ -56,19 +56,18 @@ def split(
     drawn at random.
     """
     samples = inputs.batches(model, 1)
-    most = min(HELD_OUT_MOST[inputs.tokens], max(1, int(HELD_OUT_SHARE * len(samples))))
-    held = request.held_out or most
+    held = request.held_out or max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
     order = list(range(len(samples)))
     if not inputs.tokens:
         drawn = named_generator("held out", request.seed)
         order = torch.randperm(len(samples), generator=drawn).tolist()
     trained = max(0, len(samples) - held)
-    training, held_out = (
+    training, apart = (
         [samples[index] for index in sorted(some)] for some in (order[:trained], order[trained:])
     )
     if inputs.tokens:
         run = max(1, min(RUN, samples[0]["input_ids"].shape[1] // 2))
-        known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in held_out])
+        known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in apart])
         training = [
             one
             for one in training
@@ -81,7 +80,7 @@ def split(
             f"held out, {len(training)} share nothing with those, and a step has {size}; give "
             "more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
         )
-    return training, held_out
+    return training, apart
 
 
 class Setup:

@@ -39,7 +39,7 @@ from osscar.report.sections import Table, facts
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.feasibility import feasible_groups
-from osscar.run.groups import held_out, solved
+from osscar.run.groups import samples_held_out, solved
 from osscar.run.memory import forecast
 from osscar.run.prune import prepare_for
 from osscar.walk.batch_norm import batch_norms
@@ -163,7 +163,7 @@ def estimate_as_asked(
     began = clock()
     with prepare_for(model, calibration, request) as prepared:
         opening = clock() - began
-        held, samples = held_out(prepared, request), prepared.inputs.samples
+        held, samples = samples_held_out(prepared, request), prepared.inputs.samples
         needs = forecast(prepared, request, max(1, held))
         [batch, *_] = prepared.batches()
         passing = Timer(partial(forward, prepared.model, batch), timer=clock)

@@ -22,6 +22,7 @@ from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
+from osscar.data.held_out import held_out
 from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
@@ -35,12 +36,6 @@ from osscar.walk.walk import walk
 from solvers.exact.branch_and_bound import BranchAndBound
 
 _Step = TypeVar("_Step")
-
-_HELD_OUT = 8
-"""One in so many samples chooses what a layer's refit is held back by, and is not fitted to."""
-
-_FEWEST = 4
-"""With fewer samples, all are needed for the fit."""
 
 _EXACT_UNITS = 32
 """Up to so many units a bound comes from branch and bound, which mostly closes the gap."""
@@ -130,7 +125,7 @@ class _Run:
                     prepared,
                     list(left.values()),
                     target=Target(self.request.target),
-                    held=held_out(prepared, self.request),
+                    held=samples_held_out(prepared, self.request),
                     committed=self.dense,
                 )
             for step in blaming_refits(walked, self.done):
@@ -149,12 +144,9 @@ class _Run:
             warn_of_refits([record.report for record in self.done[before:]], prepared.model)
 
 
-def held_out(prepared: Prepared, request: PruningRequest) -> int:
-    """Return how many samples no weight is fitted to."""
-    samples = prepared.inputs.samples
-    if samples < _FEWEST or not request.holds_out:
-        return 0
-    return max(1, samples // _HELD_OUT)
+def samples_held_out(prepared: Prepared, request: PruningRequest) -> int:
+    """Return how many samples no weight is fitted to: none where the request chooses all itself."""
+    return held_out(prepared.inputs.samples) if request.holds_out else 0
 
 
 def blaming_refits(walked: Iterable[_Step], done: Sequence[LayerRecord]) -> Iterator[_Step]:

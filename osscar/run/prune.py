@@ -35,7 +35,7 @@ from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import PruningPlan
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.feasibility import Feasible, feasible_groups, reaches_further
-from osscar.run.groups import held_out, prune_groups
+from osscar.run.groups import prune_groups, samples_held_out
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
@@ -157,7 +157,7 @@ def prune_prepared(
         budget=allocated.budget,
         divergence=None if likeness is None else likeness.distance,
         agreement=None if likeness is None else likeness.agreement,
-        held_out=held_out(prepared, request),
+        held_out=samples_held_out(prepared, request),
         seconds=time.perf_counter() - start,
         request=request,
         calibration=prepared.inputs.settings,
@@ -187,7 +187,7 @@ def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
     """Return the same with what is to be left free in memory, should its weights lie on disk."""
     if weight_cache(prepared.model) is None:
         return prepared
-    needs = forecast(prepared, request, max(1, held_out(prepared, request)))
+    needs = forecast(prepared, request, max(1, samples_held_out(prepared, request)))
     return dataclasses.replace(prepared, matrix_bytes=needs.matrices)
 
 
@@ -216,7 +216,7 @@ def run_dense(prepared: Prepared, request: PruningRequest) -> Dense:
     with timed(Stage.TRIAL):
         feasible = ranks.broadcast("what can follow", lambda: feasible_groups(prepared, request))
     with timed(Stage.DENSE):
-        last = prepared.inputs.part(-max(1, held_out(prepared, request)))
+        last = prepared.inputs.part(-max(1, samples_held_out(prepared, request)))
         batches = last.batches(model, 1)
         distance = Distance.of(model, last, batches[0])
         scores = distance.measure == "nats"
