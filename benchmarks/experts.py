@@ -51,7 +51,7 @@ def main() -> None:
         DEMO_CALIBRATION, tokenizer, samples=given.samples, seqlen=given.seqlen, seed=0
     )
     text = DEMO_HELD_OUT.read_text()
-    scored = osscar.TextSet.of(tokenizer, text)
+    scored = osscar.load_text([text], tokenizer)
     windows = encode(tokenizer, text)
     windows = windows[: len(windows) // given.seqlen * given.seqlen].view(-1, given.seqlen)
     print(f"dense: perplexity {score([dense], scored)[0].perplexity:.2f}, {len(windows)} windows")

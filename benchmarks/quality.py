@@ -38,7 +38,7 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.base.files import write_json
-from osscar.data.text import CalibrationSet, text_windows
+from osscar.data.text import CalibrationSet, load_calibration
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_CALIBRATION
@@ -120,7 +120,7 @@ class Text(Subject):
         self.first = arguments.directory / "first-half.txt"
         self.first.write_text(whole[:half], encoding="utf-8")
         second = whole[half:]
-        self.scored = osscar.TextSet.of(self.loaded.tokenizer, second, windows=arguments.windows)
+        self.scored = osscar.load_text([second], self.loaded.tokenizer, windows=arguments.windows)
         self.shifted = arguments.data / "wikitext2-valid.txt"
         self.dense = self.score(self.model)
 
@@ -129,7 +129,8 @@ class Text(Subject):
         length = min(512, self.model.config.max_position_embeddings)
         asked = {"samples": samples, "seqlen": length, "seed": seed}
         if source == "code":
-            return text_windows(self.loaded.tokenizer, python_code(), **asked, source=source)
+            found = load_calibration([python_code()], self.loaded.tokenizer, **asked)
+            return dataclasses.replace(found, source=source)
         if source == "mixed":
             parts = [self.calibration(one, samples, seed).tokens for one in ("same form", "code")]
             tokens = torch.cat([part[at::2] for at, part in enumerate(parts)])

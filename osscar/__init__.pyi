@@ -19,7 +19,6 @@ from .data.text import (
     TextSet as TextSet,
     load_calibration as load_calibration,
     load_text as load_text,
-    text_windows as text_windows,
 )
 from .evaluation.dense import DenseScore as DenseScore, score_dense as score_dense
 from .evaluation.evaluate import (

@@ -11,6 +11,7 @@ import pytest
 from tests.sampling import sample, values_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pytest-xdist
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on what a hub has
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out

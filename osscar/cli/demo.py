@@ -22,7 +22,7 @@ from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
 from osscar.evaluation.evaluate import compare
 from osscar.evaluation.tables import comparison_table
-from osscar.models.language import load_language_model
+from osscar.models.load import load_model
 from osscar.models.names import DEMO, DEMO_COMMAND
 from osscar.proof.lineage import note
 from osscar.report.sections import facts
@@ -41,13 +41,7 @@ def run(directory: Path | None, backend: str, json: Path | None) -> None:
         ours = _made_by_demo(where)
         path = check_output(where, overwrite=ours, inputs=(json,))
         with quiet():
-            dense = load_language_model(
-                DEMO,  # whatever directory of that name there is
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-                trust_remote_code=False,
-                max_memory=None,
-            )
+            dense = load_model(DEMO, dtype=torch.float32, device="cpu")
             note(dense.model, source=DEMO_COMMAND)
             windows = dense.calibration(samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from osscar.data.samples import (
     TensorSet,
     check_tensors,
     has_columns,
+    kind_of_numbers,
     named_generator,
 )
 from osscar.data.text import CalibrationSet, TextSet
@@ -50,12 +52,22 @@ _AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
 """What is in memory, of which all is read unless the caller says otherwise."""
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)
+class _Batch:
     """The tensors of a batch by argument, its labels, and the names of what was left out."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
     left_out: list[str]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def first(self, count: int) -> _Batch:
+        """Return so many samples."""
+        inputs = {name: tensor[:count] for name, tensor in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[:count]
+        return _Batch(inputs, labels, self.left_out)
 
 
 def load_batches(
@@ -63,10 +75,10 @@ def load_batches(
 ) -> CalibrationSet | SampleSet:
     """Read batches once, and keep them.
 
-    Labels never reach the model unless it needs them: whole numbers are kept to score by, others
-    are left out, and so is what the model does not take.  Padding of token sequences, where
-    ``attention_mask`` is 0, is cut off; sequences of several lengths then run one by one, so that
-    no padded position counts.  What was done stands in the set's `source`.
+    Labels reach the model only if it needs them.  Whole numbers are kept to score by; other labels,
+    and entries that the model does not take, are left out.  Padding of token sequences, where
+    ``attention_mask`` is 0, is cut off, and sequences of several lengths then run one by one.  The
+    set's `source` says what was done.
 
     Parameters
     ----------
@@ -186,26 +198,29 @@ def _read(
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Return data as a set, and what was left out of them or cut off, which its source says too."""
     source, what, notes, drawn = data, _called(data), list[str](), None
+    length = _length(data)
     if isinstance(data, TensorSet):
         labels = {} if data.labels is None else {LABEL_NAMES[0]: data.labels}
-        source, what = [{**data.tensors, **labels}], data.source
+        source, what, length = [{**data.tensors, **labels}], data.source, 1
     elif isinstance(data, Mapping | Tensor | np.ndarray):
-        source = [data]
-    elif _has_rows(data) and not isinstance(data, IterableDataset) and _length(data) is not None:
-        every = len(data)
-        order = torch.arange(every)
-        if samples is not None and samples < every:
-            order = torch.randperm(every, generator=named_generator("rows", seed))[:samples]
-            notes, drawn = [f"{samples:,} of its {every:,} rows, drawn with seed {seed}"], seed
+        source, length = [data], 1
+    elif _has_rows(data) and not isinstance(data, IterableDataset) and length is not None:
+        order = torch.arange(length)
+        if samples is not None and samples < length:
+            order = torch.randperm(length, generator=named_generator("rows", seed))[:samples]
+            notes, drawn = [f"{samples:,} of its {length:,} rows, drawn with seed {seed}"], seed
         source = (data[index] for index in order.tolist())
     elif isinstance(data, str | tuple) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
-    rows = _has_rows(data)
-    batches = list(_first(iter(source), model, rows, samples))
+    batches = list(_first(iter(source), model, _has_rows(data), samples))
     if not batches:
         raise DataError(f"{what} yields nothing; give one that was not read to its end before")
-    count = sum(len(next(iter(one.inputs.values()))) for one in batches)
-    if count == samples and not notes and _length(data) != len(batches):
+    count = sum(map(len, batches))
+    cut = samples is not None and count > samples
+    if samples is not None and cut:
+        batches[-1] = batches[-1].first(len(batches[-1]) - count + samples)
+        count = samples
+    if not notes and (cut or (count == samples and length != len(batches))):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
     return _joined(model, batches, title, notes, drawn)
@@ -215,28 +230,24 @@ def _first(
     source: Iterator[Any], model: nn.Module, rows: bool, samples: int | None
 ) -> Iterator[_Batch]:
     """Yield batches by argument until there are enough samples."""
+    read = 0
     for number, given in enumerate(source):
         try:
-            inputs, labels, left_out = _named(model, given, rows)
-            check_tensors(inputs)
-            check_arguments(model, inputs)
-            count = len(next(iter(inputs.values())))
-            if labels is not None and len(labels) != count:
+            batch = _named(model, given, rows)
+            check_tensors(batch.inputs)
+            check_arguments(model, batch.inputs)
+            if batch.labels is not None and len(batch.labels) != len(batch):
                 raise DataError(
-                    f"it has {pluralize(count, 'sample')} and {pluralize(len(labels), 'label')}; "
-                    "give one for each"
+                    f"it has {pluralize(len(batch), 'sample')} and "
+                    f"{pluralize(len(batch.labels), 'label')}; give one for each"
                 )
         except DataError as error:
             place = "row" if rows else "batch"
             raise DataError(f"{place} {number} of the data: {error}") from error
-        if samples is not None and samples < count:
-            inputs = {name: tensor[:samples] for name, tensor in inputs.items()}
-            labels, count = None if labels is None else labels[:samples], samples
-        yield _Batch(inputs, labels, left_out)
-        if samples is not None:
-            samples -= count
-            if not samples:  # the next batch may be long in coming
-                return
+        yield batch
+        read += len(batch)
+        if samples is not None and read >= samples:
+            return  # the next batch may be long in coming
 
 
 def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
@@ -271,13 +282,13 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
     try:
         scored = _tensor(labels, row)
     except DataError:
-        return _Batch(named, None, [*left_out, LABEL_NAMES[0]])
+        scored = torch.empty(1)  # boxes and their like
     if not scored.ndim:
         raise DataError(
             f"its label is one number ({safe_repr(labels)}), as of a sample and not of a batch; "
             "give torch.utils.data.DataLoader(samples, batch_size=32) of these"
         )
-    if number_kind(scored) != "whole" or scored.dtype == torch.bool:
+    if kind_of_numbers(scored) != "whole":
         return _Batch(named, None, [*left_out, LABEL_NAMES[0]])
     return _Batch(named, scored, left_out)
 

@@ -1,32 +1,55 @@
 """What is done to an image before a model sees it: a function from an image to a tensor."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
 from osscar.base.errors import DataError, OptionError, first_line, import_torchvision
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import Read, check_fields, safe_repr
 from osscar.base.json_files import STRICT
 from osscar.base.printable import published
 
-_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""The values of torchvision's InterpolationMode."""
-
 _LARGEST_SIDE = 2**14
 
-Size: TypeAlias = int | tuple[int, int]
-"""A side in pixels, or a height and a width."""
-
 OPTIONS = "--mean, --std, --image-size and --no-normalize (preprocessing= in Python)"
+
+
+def _size(value: Any) -> Any:
+    sides = tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value,)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not whole or not 1 <= min(sides) <= max(sides) <= _LARGEST_SIDE:
+        raise ValueError(f"give pixels, from 1 to {_LARGEST_SIDE}, or a height and a width")
+    return sides if len(sides) == 2 else sides[0]
+
+
+def _mean(value: Any, least: float = -math.inf) -> tuple[float, ...]:
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if len(numbers) not in (1, 3) or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError("give one number for all channels, or one for each of three")
+    if not all(math.isfinite(n) and least < n <= 1 for n in numbers):
+        raise ValueError(f"give that of pixels / 255, {'' if least else 'above 0 and '}at most 1")
+    return tuple(map(float, numbers))
+
+
+def _std(value: Any) -> tuple[float, ...]:
+    return _mean(value, least=0)
+
+
+def _channels(value: Any) -> Any:
+    if value not in (None, 1, 3):
+        raise ValueError("give 1 or 3")
+    return value
+
+
+Size: TypeAlias = Annotated[int | tuple[int, int] | None, Read(_size)]
+"""A side in pixels, or a height and a width."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +77,40 @@ class Preprocessing:
 
     Raises
     ------
-    DataError
+    OptionError
         If a number makes no sense.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    resize: Size | None = None
-    crop: Size | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str = "bilinear"
-    channels: int | None = None
+    resize: Size = None
+    crop: Size = None
+    mean: Annotated[tuple[float, ...] | None, Read(_mean)] = None
+    std: Annotated[tuple[float, ...] | None, Read(_std)] = None
+    interpolation: Literal[
+        "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+    ] = "bilinear"
+    channels: Annotated[int | None, Read(_channels)] = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if isinstance(self.crop, tuple) and len(set(self.crop)) == 1:
             object.__setattr__(self, "crop", self.crop[0])
         if self.resize is None:
             object.__setattr__(self, "resize", self.crop)
         if (self.mean is None) != (self.std is None):
             there, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            raise DataError(f"{there} is given without {missing}; give both")
-        if self.mean is not None and self.std is not None:
-            # An equal number for each channel is one for all.
-            mean, std = (_numbers(name, getattr(self, name)) for name in ("mean", "std"))
-            object.__setattr__(self, "mean", mean[:1] if len(set(mean)) == 1 else mean)
-            object.__setattr__(self, "std", std[:1] if len(set(std)) == 1 else std)
-            if self.channels is None and max(len(mean), len(std)) == 3:
+            raise OptionError(f"{there} is given without {missing}; give both")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name) or ()
+            if len(numbers) == 3 and self.channels is None:
                 object.__setattr__(self, "channels", 3)
-        pixels = f"pixels, from 1 to {_LARGEST_SIDE}"
-        for name, fits, give in (
-            ("resize", _is_size(self.resize), pixels),
-            ("crop", _is_size(self.crop), pixels),
-            ("std", all(0 < n <= 1 for n in self.std or ()), "that of pixels / 255, from 0 to 1"),
-            ("mean", max(self.mean or (0,)) <= 1, "that of pixels / 255, from 0 to 1"),
-            ("interpolation", self.interpolation in _INTERPOLATIONS, f"one of {_INTERPOLATIONS}"),
-            ("channels", self.channels in (None, 1, 3), "1 or 3"),
-        ):
-            if not fits:
-                raise DataError(f"{name} is {safe_repr(getattr(self, name))}; give {give}")
-        if self.channels == 1 and max(len(self.mean or ()), len(self.std or ())) > 1:
-            raise DataError("mean and std have 3 numbers, and images 1 channel; give one of each")
+            if len(numbers) == 3 and len(set(numbers)) == 1:  # one for all
+                object.__setattr__(self, name, numbers[:1])
+            elif len(numbers) == 3 and self.channels == 1:
+                raise OptionError(f"{name} has 3 numbers, and images 1 channel; give one")
 
-    def fitted(self, example: Tensor | None) -> Preprocessing:
+    def fitted(self, example: Tensor | None) -> Self:
         """Take the size and the channels that are None from images (n, channels, height, width).
 
         Raises
@@ -133,10 +147,16 @@ class Preprocessing:
         """Say what is done to an image."""
         kind = "grayscale" if self.mode == "L" else "RGB"
         numbers = [", ".join(f"{n:.4g}" for n in one or ()) for one in (self.mean, self.std)]
+        resize, crop = self.resize, self.crop
+        height, width = crop if isinstance(crop, tuple) else (crop, crop)
+        side = (
+            " x ".join(map(str, resize))
+            if isinstance(resize, tuple)
+            else (f"a shorter side of {resize}")
+        )
         return (
-            f"{kind}, resized to {_in_words(self.resize)} ({self.interpolation}); "
-            f"{_in_words(_pair(self.crop))} cut from the centre; pixels / 255, mean {numbers[0]}, "
-            f"std {numbers[1]}"
+            f"{kind}, resized to {side} ({self.interpolation}); {height} x {width} cut from the "
+            f"centre; pixels / 255, mean {numbers[0]}, std {numbers[1]}"
         )
 
     def transform(self) -> Callable[[Any], Tensor]:
@@ -183,7 +203,7 @@ class Transform:
     channels: int = 3
 
     @classmethod
-    def of(cls, function: Callable[[Any], Any], source: str, channels: int = 3) -> Transform:
+    def of(cls, function: Callable[[Any], Any], source: str, channels: int = 3) -> Self:
         """Take a function, and what it says of itself without where it lies in memory."""
         steps = " ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(function)).split())
         return cls(function, source, f"{steps:.500}", channels)
@@ -260,27 +280,3 @@ def check_stated(preprocessing: AnyPreprocessing | None, source: str = "a model"
             "or a function from a PIL image to a tensor; or let the code return (model, example, "
             "transform)"
         )
-
-
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-    known = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
-    if not known or len(numbers) not in (1, 3):
-        raise DataError(
-            f"{name} is {safe_repr(value)}; give one number for all channels, or one for each of "
-            "three"
-        )
-    return tuple(map(float, numbers))
-
-
-def _is_size(value: Any) -> bool:
-    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    return value is None or all(isinstance(n, int) and 1 <= n <= _LARGEST_SIDE for n in sides)
-
-
-def _pair(size: Size | None) -> Size | None:
-    return size if isinstance(size, tuple) or size is None else (size, size)
-
-
-def _in_words(size: Size | None) -> str:
-    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) else f"a shorter side of {size}"

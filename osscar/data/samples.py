@@ -51,9 +51,13 @@ class SampleSet(ABC):
     def arguments(self) -> tuple[Tensor, ...] | Mapping[str, Tensor] | list[Mapping[str, Tensor]]:
         """Return all of them as a model reads them, by position or by name, or one by one."""
 
-    @abstractmethod
     def fingerprints(self) -> list[int]:
-        """Return a hash of each sample, 64 bits, to recognize it by."""
+        """Return a hash of each sample, 64 bits, to recognize it by, whatever its number format."""
+        return [
+            short_hash(b"".join(_bytes(name, one[name]) for name in sorted(one)))
+            for batch in self.batches(1)
+            for one in [batch if self.alone else {name: t[0] for name, t in batch.items()}]
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Return what reports say: where they come from, and by what they are recognized."""
@@ -164,14 +168,6 @@ class TensorSet(SampleSet):
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
 
-    def fingerprints(self) -> list[int]:
-        """Return a hash of each sample, whatever its number format, to recognize it by."""
-        tensors = [(name, _comparable(self.tensors[name])) for name in sorted(self.tensors)]
-        return [
-            short_hash(b"".join(_bytes(name, tensor[row]) for name, tensor in tensors))
-            for row in range(len(self))
-        ]
-
 
 @dataclass(frozen=True, eq=False)
 class SampleList(SampleSet):
@@ -216,13 +212,6 @@ class SampleList(SampleSet):
         """Yield the samples, one at a time whatever the size."""
         yield from map(dict, self.samples)
 
-    def fingerprints(self) -> list[int]:
-        """Return a hash of each sample, whatever its number format, to recognize it by."""
-        return [
-            short_hash(b"".join(_bytes(name, _comparable(one[name])) for name in sorted(one)))
-            for one in self.samples
-        ]
-
 
 def checked_labels(labels: Any, count: int) -> Tensor | None:
     """Return labels as int64, or refuse what are not as many whole numbers as there are samples."""
@@ -237,16 +226,12 @@ def checked_labels(labels: Any, count: int) -> Tensor | None:
     raise DataError(f"the labels must be {count} whole numbers, one a sample, not {given}")
 
 
-def _comparable(tensor: Tensor) -> Tensor:
-    """Return a tensor in the number format in which the same values are recognized."""
-    if tensor.is_complex():
-        return tensor.to("cpu", torch.complex64)
-    return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64)
-
-
-def _bytes(name: str, values: Tensor) -> bytes:
+def _bytes(name: str, tensor: Tensor) -> bytes:
+    """Return what tells a tensor from others, in a number format that others of a kind become."""
+    kinds = {"complex": torch.complex64, "real": torch.float32}
+    values = tensor.detach().to("cpu", kinds.get(number_kind(tensor), torch.int64)).contiguous()
     shape = f"{name} {values.dtype} {tuple(values.shape)} "
-    return shape.encode() + values.detach().contiguous().numpy().tobytes()
+    return shape.encode() + values.numpy().tobytes()
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

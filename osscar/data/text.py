@@ -52,10 +52,9 @@ def read_text(path: str | Path) -> str:
     except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {name!r}: {reason}; give a text file") from error
-    if "\0" in text:
-        raise DataError(f"{name!r} is binary (it holds NUL bytes); give plain UTF-8 text")
-    if not text.strip():
-        raise DataError(f"{name!r} is empty; give a file with text in it")
+    if "\0" in text or not text.strip():
+        what = "is binary (it holds NUL bytes)" if "\0" in text else "is empty"
+        raise DataError(f"{name!r} {what}; give a file of plain UTF-8 text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -94,8 +93,7 @@ def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:
 
 def _joined(rows: Iterable[Any], name: str, characters: int | None) -> str:
     """Join texts, or the column `text` of rows, until there are enough characters."""
-    parts: list[str] = []
-    length = 0
+    parts, length = [], 0
     for row in rows:
         text = row if isinstance(row, str) else row.get("text")
         if not isinstance(text, str):
@@ -237,7 +235,12 @@ def load_calibration(
     seed: int = 0,
     overlapping: bool = True,
 ) -> CalibrationSet:
-    """Cut windows from a text, as `text_windows` does.
+    """Cut random windows from a text.
+
+    Windows are in the order of the text and share no token, at uniformly random places.  If the
+    text is shorter than all of them together, they overlap: one is drawn from each of as many
+    stretches of the text, and the source says so.  Each begins and ends with the special tokens
+    that the tokenizer puts before and after a text.
 
     Parameters
     ----------
@@ -245,8 +248,17 @@ def load_calibration(
         A plain text file; a list of texts; a ``datasets.Dataset`` with a column `text`; or the name
         of such a data set of the Hugging Face hub, as ``NAME`` or ``NAME:CONFIG``, of whose
         training split the first rows are streamed.
-    tokenizer, samples, seqlen, seed, overlapping
-        As of `text_windows`.
+    tokenizer
+        The tokenizer of the model to calibrate.
+    samples
+        Windows wanted.
+    seqlen
+        Tokens in a window, special tokens included.
+    seed
+        The same seed gives the same windows.
+    overlapping
+        Whether windows may overlap.  Otherwise there are as many as the text has room for, and the
+        source says so.
 
     Raises
     ------
@@ -257,57 +269,10 @@ def load_calibration(
     MissingDependency
         If a data set of the hub is asked for and ``datasets`` is not installed.
     """
-    _check_windows(samples, seqlen, seed)
+    whole_number(samples, "the number of windows (--samples)", 1)
+    whole_number(seqlen, "the number of tokens in a window (--seqlen)", 1)
+    whole_number(seed, "the seed (--seed)", 0)
     text, source = _text_of(spec, samples * seqlen * _CHARACTERS_PER_TOKEN)
-    return text_windows(
-        tokenizer, text, samples=samples, seqlen=seqlen, seed=seed, source=source,
-        overlapping=overlapping,
-    )  # fmt: skip
-
-
-def text_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    source: str = "text",
-    overlapping: bool = True,
-) -> CalibrationSet:
-    """Cut random windows from a text.
-
-    Windows are in the order of the text and share no token, at uniformly random places. Where the
-    text is shorter than all of them together they must overlap: its possible starts are divided
-    into as many stretches as windows, one start is drawn from each, and the source says so. Each
-    begins and ends with the special tokens that the tokenizer puts before and after a text.
-
-    Parameters
-    ----------
-    tokenizer
-        The tokenizer of the model to calibrate.
-    text
-        Plain text.
-    samples
-        Windows wanted.
-    seqlen
-        Tokens per window, with its special tokens.
-    seed
-        The same seed gives the same windows.
-    source
-        Where the text comes from, in words.
-    overlapping
-        Whether they may overlap where they must.  Otherwise there are as many as the text has room
-        for, and the source says so.
-
-    Raises
-    ------
-    DataError
-        If the text is shorter than one window.
-    OptionError
-        If a number is out of range, or the tokenizer is none of transformers.
-    """
-    _check_windows(samples, seqlen, seed)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     length = seqlen - len(before) - len(after)
     if length < 1:
@@ -317,13 +282,14 @@ def text_windows(
         )
     if len(tokens) < length:
         raise DataError(
-            f"calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than one "
-            f"window of {length}; give a longer text or a smaller window length (--seqlen)"
+            f"the calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than "
+            f"one window of {length}; give a longer text or shorter windows (--seqlen)"
         )
-    if len(tokens) < samples * length and not overlapping:
-        samples = len(tokens) // length
+    room = len(tokens) // length
+    if samples > room and not overlapping:
+        samples = room
         source += f", as many as its {pluralize(len(tokens), 'token')} have room for"
-    elif len(tokens) < samples * length:
+    elif samples > room:
         windows_of = "overlapping window" if samples > 1 else "window"
         source += f", {pluralize(samples, windows_of)} from {pluralize(len(tokens), 'token')}"
     starts = _window_starts(len(tokens), samples, length, seed)
@@ -332,12 +298,6 @@ def text_windows(
     written = (_as_words(tokenizer, before), _as_words(tokenizer, after))
     seen = Seen.of(fingerprints_of_runs(tokens))
     return CalibrationSet(windows, source, seed, seen, *written)
-
-
-def _check_windows(samples: Any, seqlen: Any, seed: Any) -> None:
-    whole_number(samples, "the number of windows (--samples)", 1)
-    whole_number(seqlen, "the number of tokens in a window (--seqlen)", 1)
-    whole_number(seed, "the seed (--seed)", 0)
 
 
 def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
@@ -390,48 +350,6 @@ class TextSet:
     windows: int | None = None
     seqlen: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        text: str,
-        *,
-        windows: int | None = None,
-        seqlen: int | None = None,
-        source: str = "text",
-    ) -> TextSet:
-        """Return a text in tokens.
-
-        Parameters
-        ----------
-        tokenizer
-            That of the models that are scored.
-        text
-            Text that they were neither trained nor calibrated on.
-        windows, seqlen, source
-            As of the attributes.
-
-        Raises
-        ------
-        OptionError
-            If the tokenizer is none of transformers, or a number is out of range.
-        DataError
-            If the text has fewer than two tokens.
-        """
-        for number, what in (
-            (windows, "the number of windows to score (--windows)"),
-            (seqlen, "the number of tokens in a window (--seqlen)"),
-        ):
-            if number is not None:
-                whole_number(number, what, 1)
-        tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
-        if len(tokens) < 2:
-            raise DataError(
-                f"the text has {pluralize(len(tokens), 'token')}; scoring needs at least 2"
-            )
-        written = _as_words(tokenizer, before)
-        return cls(source, text, tokens, before, after, written, windows, seqlen)
-
     def fingerprints(self) -> Fingerprints:
         """Return a hash of each run of 32 tokens, by which text that a model saw is recognized."""
         return fingerprints_of_runs(self.tokens)
@@ -446,16 +364,11 @@ class TextSet:
         """
         limit = min(context_length(model) or DEFAULT_SEQLEN for model in models)
         length = min(limit, DEFAULT_SEQLEN) if self.seqlen is None else self.seqlen
-        if not 2 <= length <= limit:
+        room, least = length - len(self.before), max(2, len(self.before) + 1)
+        if not least <= length <= limit:
             raise OptionError(
-                f"a window of {length} tokens does not fit this model; give from 2 to "
-                f"{limit}, which is its context (--seqlen)"
-            )
-        room = length - len(self.before)
-        if room < 1:
-            raise OptionError(
-                f"a window of {length} tokens has room for none of the text, since the tokenizer "
-                f"puts {len(self.before)} before it; give longer ones (--seqlen)"
+                f"a window of {length} tokens does not fit this model: give from {least}, which "
+                f"has room for the text, to {limit}, which is its context (--seqlen)"
             )
         pieces = [torch.cat([self.before, piece]) for piece in torch.split(self.tokens, room)]
         return tuple(piece for piece in pieces[: self.windows] if len(piece) > 1)
@@ -510,5 +423,15 @@ def load_text(
     OptionError
         If the tokenizer is none of transformers, or a number is out of range.
     """
+    for number, what in (
+        (windows, "the number of windows to score (--windows)"),
+        (seqlen, "the number of tokens in a window (--seqlen)"),
+    ):
+        if number is not None:
+            whole_number(number, what, 1)
     text, source = _text_of(spec, None)
-    return TextSet.of(tokenizer, text, windows=windows, seqlen=seqlen, source=source)
+    tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
+    if len(tokens) < 2:
+        raise DataError(f"the text has {pluralize(len(tokens), 'token')}; scoring needs at least 2")
+    written = _as_words(tokenizer, before)
+    return TextSet(source, text, tokens, before, after, written, windows, seqlen)

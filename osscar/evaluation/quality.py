@@ -346,10 +346,13 @@ def _outputs(
         there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
         wanted: list[Any] = [*labels.shape]
         wanted.insert(len(wanted) if sequences else 1, "classes")
+        advice = "let the model put out these, or score it on samples without labels"
+        if labels.shape == exact[name].shape:
+            advice = "if the labels are one-hot, give the classes themselves, labels.argmax(1)"
         raise ModelError(
             f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
             f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
-            "outputs; let the model put out these, or score it on samples without labels"
+            f"outputs; {advice}"
         )
     return _Outputs(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
 

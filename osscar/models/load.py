@@ -9,23 +9,21 @@ from typing import Any
 import torch
 
 from osscar.base.devices import resolve_device, resolve_dtype
-from osscar.base.errors import CheckpointError, FileError, ModelError, OptionError, warn
+from osscar.base.errors import FileError, ModelError, OptionError, warn
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for
 from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
 from osscar.checkpoint.formats import cast
-from osscar.checkpoint.manifest import is_checkpoint, read_manifest
 from osscar.data.batches import needed_arguments, to_model
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.models import user_code
-from osscar.models.classifiers import load_classifier
-from osscar.models.language import load_language_model
 from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import LIBRARIES, REGISTERED, ModelKind, check_no_program, kind_of
+from osscar.models.names import LIBRARIES, ModelKind, directory_of, kind_of
 from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
+from osscar.models.pretrained import load_classifier, load_language_model
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
@@ -50,13 +48,12 @@ def load_model(
     Parameters
     ----------
     name
-        Of a language model: ``"demo"``, the embedded one; a packaged one such as
-        ``"smollm2-135m"``; a directory with a checkpoint, pruned by OSSCAR or not; or a Hugging
-        Face id.  The first that fits is taken: ``./demo`` is a directory.  Of any other:
-        ``torchvision:NAME``, ``timm:NAME``; the directory or id of an image classifier of
-        transformers; ``module:function`` or ``file.py:function``, code of your own that returns
-        a model, (model, example inputs), or (model, example inputs, transform); or a directory that
-        `osscar.save` wrote.
+        ``"demo"``, the embedded language model; a packaged one such as ``"smollm2-135m"``; a
+        directory or Hugging Face id with a language model or image classifier of transformers; a
+        directory that `osscar.save` wrote; ``torchvision:NAME`` or ``timm:NAME``; or code of your
+        own, ``module:function`` or ``file.py:function``, that returns a model, (model, example
+        inputs), or (model, example inputs, transform).  The first that fits is taken: ``./demo`` is
+        a directory.
     weights
         A ``.safetensors`` file, or a state dict that ``torch.load`` reads with ``weights_only``,
         alone or as the only one among the entries of a dictionary, for a model of torchvision, timm
@@ -74,11 +71,10 @@ def load_model(
     trust_remote_code
         Run the code that a checkpoint of transformers brings along. Off by default.
     max_memory
-        Most memory that the process may have, such as ``"8GB"``, for a language model that is
-        larger: only its structure is built then, and each parameter is read from the files of the
-        directory whenever it is needed.  `osscar.prune` and `PruningResult.save` keep to the limit,
-        too.  On a GPU it is the GPU's memory that counts, as far as torch has reserved it for this
-        process.
+        Most memory that the process may take, such as ``"8GB"``.  The weights of a language model
+        then stay on disk, and each is read when it is needed.  `osscar.prune` and
+        `PruningResult.save` keep to the limit, too.  On a GPU it is what torch has reserved there
+        for this process.
     preprocessing
         What is done to an image: a function from a PIL image to a tensor, or an
         `osscar.Preprocessing`.  By default what the library of the weights does, what the code
@@ -116,8 +112,14 @@ def load_model(
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)
-    _check_directory(text)
     kind = kind_of(text)
+    if kind is ModelKind.PROGRAM_DIRECTORY:
+        raise ModelError(
+            f"{text!r} is {kind.value}: it has no code that could generate, and no modules that "
+            "could be refitted, so that no command scores or prunes it; osscar.load runs it in "
+            "Python, `osscar export --format onnx` (or pt2) hands it on, and `osscar prune --form "
+            "eager` makes a model of the same family instead"
+        )
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY
     for given, fits, why in (
@@ -146,7 +148,7 @@ def load_model(
         elif kind is ModelKind.CODE:
             loaded = _from_code(text, weights, pretrained)
         else:
-            loaded = _from_directory(Path(text).expanduser(), kind, dense, number_format)
+            loaded = _from_directory(text, kind, dense, number_format)
         return _prepared(loaded, number_format, target, stated)
 
 
@@ -162,10 +164,8 @@ def _prepared(
     known, example = resolved(
         loaded.model, loaded.example, loaded.preprocessing, stated, loaded.source
     )
-    recorded, used = (
-        lineage_of(loaded.model).preprocessing,
-        None if known is None else known.record(),
-    )
+    recorded = lineage_of(loaded.model).preprocessing
+    used = None if known is None else known.record()
     if known is not None and recorded is not None and used != dict(recorded):
         warn(
             f"{loaded.source} was pruned on images that were prepared otherwise than now: "
@@ -213,8 +213,9 @@ def _from_code(name: str, weights: str | Path | None, pretrained: bool) -> Loade
 
 
 def _from_directory(
-    path: Path, kind: ModelKind, dense: str | None, dtype: torch.dtype | None
+    name: str, kind: ModelKind, dense: str | None, dtype: torch.dtype | None
 ) -> LoadedModel:
+    path, source = directory_of(name)
     built, example, brought = None, None, None
     if kind is ModelKind.CODE_DIRECTORY:
         if dense is None or kind_of(dense) is not ModelKind.CODE:
@@ -236,31 +237,12 @@ def _from_directory(
         model=model,
         example=example,
         preprocessing=of_directory(path, lineage, brought),
-        source=f"directory {path}",
+        source=source,
         path=path,
         stored_dtype=stored_dtype(model),
         classes=lineage.classes,
         stated=example,
     )
-
-
-def _check_directory(name: str) -> None:
-    """Refuse a directory that holds no model, or one whose plan nobody can read.
-
-    Names that are no directories pass; a directory with a program of transformers is a ModelError.
-    """
-    try:
-        path = Path(name).expanduser()
-        if not name or name in REGISTERED or not path.is_dir():
-            return
-    except (OSError, RuntimeError, ValueError):
-        return  # no name of a directory: whoever looks for the model will say so
-    check_no_program(name)
-    if read_manifest(path) is None and not is_checkpoint(path):
-        raise CheckpointError(
-            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
-            "directory that `osscar prune` wrote"
-        )
 
 
 _COPIES = 4

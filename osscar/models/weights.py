@@ -63,8 +63,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_state(content: Any) -> bool:
-    tensors = isinstance(content, dict) and bool(content)
-    return tensors and all(
+    return bool(isinstance(content, dict) and content) and all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in content.items()
     )
 

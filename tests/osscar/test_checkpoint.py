@@ -314,7 +314,7 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     loaded = osscar.load_model(tiny_model(tmp_path / "dense"), device="cpu")
     text = CALIBRATION.read_text()
     windows, others = (
-        osscar.text_windows(loaded.tokenizer, text, samples=4, seqlen=32, seed=seed)
+        osscar.load_calibration([text], loaded.tokenizer, samples=4, seqlen=32, seed=seed)
         for seed in (0, 1)
     )
     result = osscar.prune(loaded.model, windows, backend="magnitude", device="cpu", **keep)
@@ -334,8 +334,8 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(keep, tmp_pat
     for data, due in ((windows, seen[:1]), (others, seen)):  # none is ever scored
         twice = osscar.prune(again.model, data, neurons="0.7", backend="magnitude", device="cpu")
         assert [*lineage_of(twice.model).calibration] == due
-    scored = osscar.TextSet.of(loaded.tokenizer, text)
-    with pytest.raises(DataError, match="about 100% of text calibrated or recovered this model"):
+    scored = osscar.load_text([text], loaded.tokenizer)
+    with pytest.raises(DataError, match="about 100% of a list calibrated or recovered this model"):
         refuse_overlap(scored, lineage.calibration)
     refuse_overlap(osscar.load_text(HELD_OUT, loaded.tokenizer), lineage.calibration)
 

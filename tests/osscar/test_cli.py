@@ -81,7 +81,7 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     model = osscar.load(place)
     assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
     # Another demo may replace what one made.
-    monkeypatch.setattr("osscar.cli.demo.load_language_model", _interrupted)
+    monkeypatch.setattr("osscar.cli.demo.load_model", _interrupted)
     assert run("demo", "--out", place)[0] == 130
 
 

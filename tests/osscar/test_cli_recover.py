@@ -15,7 +15,7 @@ import osscar
 import osscar.cli.recover
 from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import OutputError
-from osscar.data.text import text_windows
+from osscar.data.text import load_calibration
 from osscar.recovery.page import recover_page, recovery_facts, recovery_table
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog
@@ -453,14 +453,14 @@ def test_windows_that_may_not_overlap_share_no_token(tiny):
     tokenizer = osscar.load_model("demo", device="cpu").tokenizer
     words = " ".join(f"w{number}" for number in range(400))
     tokens = len(tokenizer(words)["input_ids"])
-    given = {"seqlen": 32, "seed": 0, "source": "words"}
-    few = text_windows(tokenizer, words, samples=4, overlapping=False, **given)
-    same = text_windows(tokenizer, words, samples=4, **given)
+    given = {"seqlen": 32, "seed": 0}
+    few = load_calibration([words], tokenizer, samples=4, overlapping=False, **given)
+    same = load_calibration([words], tokenizer, samples=4, **given)
     assert torch.equal(few.tokens, same.tokens)
-    assert few.source == "words"
-    many = text_windows(tokenizer, words, samples=1000, overlapping=False, **given)
+    assert few.source == "a list"
+    many = load_calibration([words], tokenizer, samples=1000, overlapping=False, **given)
     assert many.samples == tokens // 32
-    assert many.source == f"words, as many as its {tokens:,} tokens have room for"
+    assert many.source == f"a list, as many as its {tokens:,} tokens have room for"
     text = tokenizer(words, return_tensors="pt")["input_ids"][0]
     starts = [int((text.unfold(0, 32, 1) == one).all(1).nonzero()[0]) for one in many.tokens]
     assert all(b - a >= 32 for a, b in pairwise(starts))

@@ -177,7 +177,6 @@ def test_texts(tmp_path, data):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
 
 
@@ -288,10 +287,10 @@ def calls(wrong, number):
     yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, samples=number)
     yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, seqlen=number)
     yield lambda: osscar.load_calibration(CALIBRATION, tokenizer, seed=number)
-    yield lambda: osscar.TextSet.of(wrong, text)
-    yield lambda: osscar.TextSet.of(tokenizer, text, windows=number)
-    words = osscar.TextSet.of(tokenizer, text)
-    yield lambda: osscar.evaluate(model, osscar.TextSet.of(tokenizer, text, seqlen=number))
+    yield lambda: osscar.load_text([text], wrong)
+    yield lambda: osscar.load_text([text], tokenizer, windows=number)
+    words = osscar.load_text([text], tokenizer)
+    yield lambda: osscar.evaluate(model, osscar.load_text([text], tokenizer, seqlen=number))
     yield lambda: osscar.evaluate(wrong, words)
     yield lambda: osscar.evaluate(model, wrong)
     yield lambda: osscar.evaluate(model, words, batch_size=number)

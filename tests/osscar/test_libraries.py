@@ -1,6 +1,8 @@
 """Models of torchvision, timm and the hub that read images, by name."""
 
+import functools
 import sys
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -20,9 +22,9 @@ from transformers import (
 import osscar
 from osscar.base.errors import DataError, MissingDependency, ModelError, OptionError
 from osscar.data.images import load_images
-from osscar.models import classifiers, names
+from osscar.models import names
 from osscar.models.load import load_model
-from osscar.models.names import ModelKind, kind_of
+from osscar.models.names import DEMO_DIRECTORY, ModelKind, kind_of
 from osscar.network.detectors import DetectorNetwork
 from osscar.proof.lineage import lineage_of
 from tests.osscar.networks import plain
@@ -291,21 +293,21 @@ def test_images_are_processed_as_the_image_processor_does(tmp_path):
     assert loaded.classes == ()
 
 
-def test_an_id_of_the_hub_is_what_its_config_says(vit, monkeypatch):
+def test_an_id_of_the_hub_is_a_directory_that_is_fetched(vit, tmp_path, monkeypatch):
     asked = []
 
-    def download(name, file, local_files_only):
+    def download(name, allow_patterns, ignore_patterns):
         asked.append(name)
-        return str(vit / file)
+        assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str({"someone/a-vit": vit, "someone/an-opt": DEMO_DIRECTORY}[name])
 
-    monkeypatch.setattr(names, "hf_hub_download", download)
-    for place in (names, classifiers):
-        monkeypatch.setattr(place, "hub_is_reachable", lambda: False)
-    names._on_hub.cache_clear()
-    assert kind_of("someone/a-vit") is kind_of("someone/a-vit") is ModelKind.CLASSIFIER
-    assert kind_of("gpt2") is kind_of("../nothing/here") is ModelKind.LANGUAGE
-    assert asked == ["someone/a-vit"]
-    names._on_hub.cache_clear()
-    with pytest.raises(ModelError, match="cannot load Hugging Face someone/a-vit as an image cl"):
-        load_model("someone/a-vit")
-    names._on_hub.cache_clear()
+    monkeypatch.setattr(names, "snapshot_download", download)
+    monkeypatch.setattr(names, "_fetched", functools.cache(names._fetched.__wrapped__))
+    assert kind_of("someone/a-vit") is ModelKind.CLASSIFIER
+    assert kind_of("someone/an-opt") is kind_of("../nothing/here") is ModelKind.LANGUAGE
+    loaded = load_model("someone/a-vit")
+    assert (loaded.source, loaded.path) == ("Hugging Face someone/a-vit", vit)
+    assert loaded.classes == ("cat", "dog", "owl")
+    streamed = load_model("someone/an-opt", max_memory="2GB", device="cpu")
+    assert streamed.source == "Hugging Face someone/an-opt"
+    assert asked == ["someone/a-vit", "someone/an-opt"]

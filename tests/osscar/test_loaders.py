@@ -374,8 +374,8 @@ def test_texts_of_a_data_set_become_windows():
     loaded = osscar.load_model("demo")
     table = hub().Dataset.from_dict({"text": ["Some words of a text. " * 20] * 30})
     found = loaded.calibration(table, samples=3, seqlen=32, seed=1)
-    expected = osscar.text_windows(
-        loaded.tokenizer, "\n\n".join(table["text"][:4]), samples=3, seqlen=32, seed=1
+    expected = osscar.load_calibration(
+        table["text"][:4], loaded.tokenizer, samples=3, seqlen=32, seed=1
     )
     assert found.source.startswith("a Dataset")
     assert torch.equal(found.tokens, expected.tokens)

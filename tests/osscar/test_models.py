@@ -49,11 +49,6 @@ from osscar.network.modules import check_finite_weights
 from osscar.proof.lineage import Lineage, Origin
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture
 def checkpoint(tmp_path):
     """Copy the demo model, to be damaged at will."""
@@ -110,7 +105,7 @@ class TestDirectories:
 
         (checkpoint / "model.safetensors").unlink()
         (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(ModelError, match="no safetensors weights"):
+        with pytest.raises(ModelError, match=r"no file named model\.safetensors.* can run code"):
             load_model(checkpoint)
         assert not witness.exists()
 
@@ -246,14 +241,14 @@ class TestUnknownNames:
             load_model("smolm2-135m")
 
     def test_a_hub_id_while_offline(self):
-        with pytest.raises(ModelError, match="hub cannot be reached") as caught:
+        with pytest.raises(ModelError, match="hub does not give a model of that name") as caught:
             load_model("someone/some-model")
         assert "'someone/some-model'" in str(caught.value)
         assert "Did you mean" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["./missing", "/no/such/place", "a b", "a/b/c", ""])
     def test_what_cannot_be_a_hub_id_is_not_asked_for(self, name, monkeypatch):
-        monkeypatch.setattr("osscar.models.language.hub_is_reachable", lambda: pytest.fail("asked"))
+        monkeypatch.setattr("osscar.models.names.snapshot_download", lambda _: pytest.fail("asked"))
         if name == "":
             name = "~nobody/model"
         with pytest.raises(ModelError, match=r"there is no directory|cannot look for"):

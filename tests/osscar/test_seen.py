@@ -23,7 +23,7 @@ def tokenizer():
 def seen(tokenizer):
     """Two windows of a text; all of it is taken for seen."""
     text = CALIBRATION.read_text()
-    windows = osscar.text_windows(tokenizer, text, samples=2, seqlen=64, seed=0)
+    windows = osscar.load_calibration([text], tokenizer, samples=2, seqlen=64, seed=0)
     return [Calibration.of(windows.describe())]
 
 
@@ -43,25 +43,25 @@ TEXT, OTHER = CALIBRATION.read_text(), HELD_OUT.read_text()
     ids=["all", "but its end", "but its beginning", "a part", "other order", "beside other text"],
 )
 def test_a_text_that_was_seen_is_refused_and_so_is_a_part_of_it(text, tokenizer, seen):
-    with pytest.raises(DataError, match=r"^about \S+% of text calibrated or recovered"):
-        refuse_overlap(osscar.TextSet.of(tokenizer, text), seen)
+    with pytest.raises(DataError, match=r"^about \S+% of a list calibrated or recovered"):
+        refuse_overlap(osscar.load_text([text], tokenizer), seen)
 
 
 def test_a_little_that_was_seen_is_told_and_nothing_is_passed_over(tokenizer, seen):
-    with pytest.warns(UserWarning, match=r"about 0\.\d+% of text calibrated or recovered"):
-        refuse_overlap(osscar.TextSet.of(tokenizer, OTHER + TEXT[20_000:20_600]), seen)
+    with pytest.warns(UserWarning, match=r"about 0\.\d+% of a list calibrated or recovered"):
+        refuse_overlap(osscar.load_text([OTHER + TEXT[20_000:20_600]], tokenizer), seen)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refuse_overlap(osscar.TextSet.of(tokenizer, OTHER), seen)
+        refuse_overlap(osscar.load_text([OTHER], tokenizer), seen)
 
 
 def test_tokens_of_which_no_text_is_known_are_recognized_by_their_runs(tokenizer):
-    tokens = osscar.TextSet.of(tokenizer, TEXT).tokens
+    tokens = osscar.load_text([TEXT], tokenizer).tokens
     known = Calibration.of(osscar.CalibrationSet(tokens[:640].view(10, 64), "x", None).describe())
     for part, share in ((tokens[:64], 1.0), (tokens[64:160], 34 / 65), (tokens[640:999], 0.0)):
         assert known.seen.share(fingerprints_of_runs(part)) == pytest.approx(share)
-    with pytest.raises(DataError, match=r"^about 100% of text calibrated or"):
-        refuse_overlap(osscar.TextSet.of(tokenizer, tokenizer.decode(tokens[:40])), [known])
+    with pytest.raises(DataError, match=r"^about 100% of a list calibrated or"):
+        refuse_overlap(osscar.load_text([tokenizer.decode(tokens[:40])], tokenizer), [known])
 
 
 def test_a_run_is_told_from_every_other():

@@ -9,7 +9,7 @@ import torch
 import osscar
 from osscar.base.errors import NoMemoryError
 from osscar.cli import main
-from osscar.models import language
+from osscar.models import pretrained
 from osscar.offload.places import Slice
 from osscar.run import prune
 from osscar.walk import walk
@@ -119,7 +119,7 @@ def test_a_model_of_ones_own_is_named(tmp_path):
 @one
 def test_the_command_ends_in_one_line(error, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
-        language.transformers.AutoModelForCausalLM, "from_pretrained", failing(error)
+        pretrained.transformers.AutoModelForCausalLM, "from_pretrained", failing(error)
     )
     command = ["osscar", "prune", "demo", "--neurons", "0.5", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)

@@ -357,7 +357,7 @@ def test_room_is_made_for_what_is_scored():
     cache, before = weight_cache(model), weight_cache(model).left_free
     model.lm_head.register_forward_pre_hook(lambda *_: free.append(cache.left_free))
     text = "the quick brown fox " * 200
-    score([model], osscar.TextSet.of(loaded.tokenizer, text, windows=4, seqlen=64))
+    score([model], osscar.load_text([text], loaded.tokenizer, windows=4, seqlen=64))
     measure_forward([model], {"input_ids": torch.zeros(4, 64, dtype=torch.int64)})
     assert min(free) >= 4 * 4 * 64 * model.config.vocab_size
     assert cache.left_free == before

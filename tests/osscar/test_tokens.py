@@ -18,7 +18,7 @@ from osscar.base.errors import (
     MissingDependency,
     OptionError,
 )
-from osscar.data.text import encode, load_calibration, read_text, text_windows
+from osscar.data.text import encode, load_calibration, read_text
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note
 from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
@@ -56,12 +56,12 @@ class TestWindows:
     def test_seed_decides_the_windows_and_no_random_state(self, tokenizer):
         text = words(3000)
         torch.manual_seed(0)
-        first = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
+        first = load_calibration([text], tokenizer, samples=4, seqlen=32, seed=1)
         drawn = torch.rand(3)
         torch.manual_seed(0)
         assert torch.equal(torch.rand(3), drawn)
-        again = text_windows(tokenizer, text, samples=4, seqlen=32, seed=1)
-        other = text_windows(tokenizer, text, samples=4, seqlen=32, seed=2)
+        again = load_calibration([text], tokenizer, samples=4, seqlen=32, seed=1)
+        other = load_calibration([text], tokenizer, samples=4, seqlen=32, seed=2)
         assert torch.equal(first.tokens, again.tokens)
         assert not torch.equal(first.tokens, other.tokens)
 
@@ -70,7 +70,7 @@ class TestWindows:
         tokens = encode(tokenizer, text)
         samples, windows = len(tokens) // 40, tokens.unfold(0, 40, 1)
         for seed in range(20):
-            found = text_windows(tokenizer, text, samples=samples, seqlen=40, seed=seed)
+            found = load_calibration([text], tokenizer, samples=samples, seqlen=40, seed=seed)
             assert (found.samples, found.seqlen) == (samples, 40)
             starts = [int((windows == w).all(1).nonzero()[0, 0]) for w in found.tokens]
             assert all(later - earlier >= 40 for earlier, later in pairwise(starts))
@@ -78,21 +78,21 @@ class TestWindows:
 
     def test_windows_begin_and_end_as_the_tokenizer_says(self, tokenizer):
         framing = framing_tokenizer()
-        bare = text_windows(tokenizer, words(900), samples=4, seqlen=30, seed=1)
-        found = text_windows(framing, words(900), samples=4, seqlen=32, seed=1)
+        bare = load_calibration([words(900)], tokenizer, samples=4, seqlen=30, seed=1)
+        found = load_calibration([words(900)], framing, samples=4, seqlen=32, seed=1)
         assert found.tokens.shape == (4, 32)
         assert set(found.tokens[:, 0].tolist()) == {framing.bos_token_id}
         assert set(found.tokens[:, -1].tolist()) == {framing.eos_token_id}
         assert torch.equal(found.tokens[:, 1:-1], bare.tokens)
         assert found.describe().items() >= {"begins_with": "<s>", "ends_with": "</s>"}.items()
         assert "seed 1, each begins with <s> and ends with </s>" in found.sentence()
-        assert "4 windows of 30 tokens of text, seed 1, without special" in bare.sentence()
+        assert "4 windows of 30 tokens of a list, seed 1, without special" in bare.sentence()
         with pytest.raises(DataError, match="room for none of the text"):
-            text_windows(framing, words(900), samples=4, seqlen=2, seed=1)
+            load_calibration([words(900)], framing, samples=4, seqlen=2, seed=1)
 
     def test_a_short_text_gives_overlapping_windows_and_says_so(self, tokenizer):
         tokens = encode(tokenizer, words(60))
-        found = text_windows(tokenizer, words(60), samples=50, seqlen=40, seed=0)
+        found = load_calibration([words(60)], tokenizer, samples=50, seqlen=40, seed=0)
         assert found.tokens.shape == (50, 40)
         assert f"50 overlapping windows from {len(tokens)} tokens" in found.source
         # the first and the last stretch of the text are both covered
@@ -102,14 +102,14 @@ class TestWindows:
     def test_a_text_shorter_than_a_window_is_refused(self, tokenizer):
         tokens = encode(tokenizer, words(60))
         held = len(tokens)
-        found = text_windows(tokenizer, words(60), samples=1, seqlen=held, seed=0)
+        found = load_calibration([words(60)], tokenizer, samples=1, seqlen=held, seed=0)
         assert torch.equal(found.tokens[0], tokens)
         message = rf"{held} tokens, fewer than one window of {held + 1}.*seqlen="
         with pytest.raises(DataError, match=message):
-            text_windows(tokenizer, words(60), samples=1, seqlen=held + 1, seed=0)
+            load_calibration([words(60)], tokenizer, samples=1, seqlen=held + 1, seed=0)
         for samples, seqlen in ((0, 8), (-1, 8), (8, 0)):
             with pytest.raises(OptionError, match="must be at least 1, not "):
-                text_windows(tokenizer, words(60), samples=samples, seqlen=seqlen, seed=0)
+                load_calibration([words(60)], tokenizer, samples=samples, seqlen=seqlen, seed=0)
 
     def test_long_text_is_tokenized_without_a_warning(self, tokenizer, caplog):
         import logging
@@ -148,7 +148,7 @@ class TestSources:
         file = tmp_path / "own.txt"
         file.write_text(words(900), encoding="utf-8-sig")
         found = load_calibration(file, tokenizer, samples=3, seqlen=16, seed=5)
-        direct = text_windows(tokenizer, words(900), samples=3, seqlen=16, seed=5)
+        direct = load_calibration([words(900)], tokenizer, samples=3, seqlen=16, seed=5)
         assert torch.equal(found.tokens, direct.tokens)
         assert found.source == str(file)
 

@@ -260,7 +260,9 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
     text = torch.arange(words) + 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("osscar.data.text.encode", lambda *_: text)
-        windows = osscar.text_windows(tokenizer, "", samples=samples, seqlen=seqlen, seed=seed)
+        windows = osscar.load_calibration(
+            ["x"], tokenizer, samples=samples, seqlen=seqlen, seed=seed
+        )
     inputs = ModelInputs({"input_ids": windows.tokens}, tokens=True)
     try:
         training, deciding = split(inputs)

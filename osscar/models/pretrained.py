@@ -1,0 +1,245 @@
+"""Models of transformers in a directory: language models, and image classifiers.
+
+Weights are read from safetensors only, never from pickles, and remote code runs only when asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from osscar.base.errors import (
+    CheckpointError,
+    ModelError,
+    OptionError,
+    OsscarError,
+    first_line,
+    warn,
+)
+from osscar.base.inputs import panics_are_errors, parse_size
+from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
+from osscar.base.printable import pluralize, published
+from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint.builders import TransformersOrigin
+from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
+from osscar.checkpoint.formats import cast
+from osscar.checkpoint.hf_config import SHAPES
+from osscar.checkpoint.manifest import is_checkpoint, read_manifest
+from osscar.checkpoint.streamed import number_format_of, read_streamed
+from osscar.checkpoint.validation import check_config
+from osscar.data.preprocessing import Transform
+from osscar.models.loaded import LoadedModel
+from osscar.models.names import directory_of
+from osscar.models.preprocessing import of_directory, recorded_example
+from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, example_length
+from osscar.network.tensor_files import read_headers
+from osscar.offload.weight_cache import WeightCache
+from osscar.proof.lineage import LINEAGE, lineage_of, note, stored_dtype
+
+_MOST_PADDED = 0.9
+"""The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
+
+_PROCESSOR_FILE = "preprocessor_config.json"
+
+
+# ---- language models ---------------------------------------------------------------------
+
+
+def load_language_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    max_memory: str | int | None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, as `osscar.load_model` does.
+
+    A dtype of None is the one stored.
+    """
+    cache = None if max_memory is None else WeightCache(parse_size(max_memory), device)
+    # True alone: of anything but an answer transformers makes a question to standard input.
+    trust_remote_code = trust_remote_code is True
+    path, source = directory_of(name)
+    manifest = read_manifest(path)
+    if manifest is None and not is_checkpoint(path):
+        raise CheckpointError(
+            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
+            "directory that `osscar prune` wrote"
+        )
+    lists_shapes = SHAPES in check_config(path)
+    if lists_shapes and manifest is None:
+        source += ", pruned on data that are not known"
+    if cache is not None:
+        if trust_remote_code:
+            raise OptionError(
+                "code that a checkpoint brings along is not run on a model that is read from disk; "
+                "omit --trust-remote-code or --max-memory"
+            )
+        model: Any = read_streamed(path, cache, dtype)
+        stored = _stored_format(path)
+    elif lists_shapes if manifest is None else not manifest.stock:
+        model, stored = checkpoint.load(path, dtype=dtype), _stored_format(path)
+    else:
+        model, stored = _load_stock(path, source, trust_remote_code, dtype)
+        if manifest is not None:
+            setattr(model, LINEAGE, manifest.lineage)
+    known = {"config": model.config} if lists_shapes else {}  # which names the family
+    tokenizer = _load_tokenizer(path, source, trust_remote_code=trust_remote_code, **known)
+    check_usable(model)
+    check_finite_weights(model, DAMAGED)
+    note(
+        model,
+        source=lineage_of(model).source or published(source),
+        stored_dtype=str(stored).removeprefix("torch."),
+    )
+    with memory_for(f"the weights of {name} on {device}", FOR_MODELS):
+        model = model.to(device).eval()
+        check_runs(model, source)
+        check_causal(model, source)
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) < _MOST_PADDED * size:
+        warn(
+            f"the tokenizer of {source} has {len(tokenizer):,} tokens and the model knows "
+            f"{size:,}, so that it may be another model's"
+        )
+    ids = torch.zeros(2, example_length(model), dtype=torch.int64, device=model.device)
+    return LoadedModel(model, source, path, stored, tokenizer, example={"input_ids": ids})
+
+
+def _stored_format(path: Path) -> torch.dtype:
+    """Return the number format of a directory's weights, whichever it is read in."""
+    config = TransformersOrigin.of_directory(path).config
+    return number_format_of(config, read_headers(path) or {})
+
+
+def _load_stock(
+    path: Path, source: str, trust_remote_code: bool, dtype: torch.dtype | None
+) -> tuple[nn.Module, torch.dtype]:
+    """Read a model as transformers does; return the number format in which it lies there, too."""
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        if not trust_remote_code:
+            TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(path)
+        # Where the config names no format, the first weight does, which is known once it is read.
+        known = isinstance(config.dtype, torch.dtype)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if known and dtype is not None else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except OsscarError:
+        raise
+    except Exception as error:  # a config whose numbers make no sense raises whatever it meets
+        let_shortage_pass(error)
+        raise _explained(source, error) from error
+    missing, more = (sorted(loading[f"{which}_keys"]) for which in ("missing", "unexpected"))
+    if more:
+        _check_left_out(source, model, more)
+    if missing:  # transformers fills these with random numbers, and warns
+        raise ModelError(
+            f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
+            "get the checkpoint anew, or one of a causal language model"
+        )
+    stored = config.dtype if known else model.dtype
+    return (model if known or dtype is None else cast(model, dtype)), stored
+
+
+def _check_left_out(source: str, model: Any, names: list[str]) -> None:
+    """Refuse what would be another model without the weights that were not read."""
+    named = next(iter(model.config.architectures or ()), "")
+    left = f"{pluralize(len(names), 'tensor')} in its files, such as {names[0]!r:.60}"
+    if named != type(model).__name__:
+        raise ModelError(
+            f"{source} holds a {named or 'model of another class'}, and as a "
+            f"{type(model).__name__} it would lose {left}; {OTHERS}"
+        )
+    warn(f"{source}: {left}, are no part of a {named}, and are left out")
+
+
+def _load_tokenizer(path: Path, source: str, **options: Any) -> Any:
+    reason = "it gives no tokens"
+    try:
+        with panics_are_errors("its own files"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
+                return tokenizer
+    except Exception as error:  # the library of tokenizers raises plain exceptions
+        reason = first_line(error)
+    raise ModelError(
+        f"{source} has no tokenizer that transformers can read: {reason:.300}. Copy the "
+        "tokenizer's files of the original model into its directory"
+    )
+
+
+def _explained(source: str, error: Exception) -> ModelError:
+    """Say what ``from_pretrained`` raised, and what to do where that is known."""
+    message = str(error)
+    if "trust_remote_code" in message:
+        return ModelError(
+            f"{source} brings its own code; if you trust its author, allow it with "
+            "--trust-remote-code (trust_remote_code=True in Python)"
+        )
+    if "Unrecognized configuration class" in message:
+        return ModelError(f"{source} is no causal language model; {OTHERS}")
+    pickled = "safetensors" in message
+    advice = (
+        "; convert pickled weights first, which can run code and are not read" if pickled else ""
+    )
+    return ModelError(
+        f"cannot load {source} as a causal language model: {first_line(error):.500}{advice}"
+    )
+
+
+# ---- image classifiers -------------------------------------------------------------------
+
+
+def load_classifier(name: str) -> LoadedModel:
+    """Load an image classifier with its image processor, in the number format that is stored."""
+    path, source = directory_of(name)
+    model: Any = checkpoint.load(path)
+    lineage = lineage_of(model)
+    processor = _load_processor(path) if (path / _PROCESSOR_FILE).is_file() else None
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    numbered = any(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return LoadedModel(
+        model=model,
+        source=source,
+        path=path,
+        stored_dtype=stored_dtype(model),
+        example=recorded_example(path, lineage.inputs),
+        preprocessing=of_directory(
+            path, lineage, None if processor is None else _transform(processor)
+        ),
+        processor=processor,
+        classes=lineage.classes or (() if numbered else tuple(names)),
+    )
+
+
+def _load_processor(path: Path) -> Any:
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of a file that is damaged, whatever it meets
+        let_shortage_pass(error)
+        raise ModelError(
+            f"the image processor in {path / _PROCESSOR_FILE} cannot be read: "
+            f"{first_line(error):.500}; get the checkpoint anew"
+        ) from error
+
+
+def _transform(processor: Any) -> Transform:
+    def processed(image: Any) -> Tensor:
+        pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    steps = " ".join(processor.to_json_string().split())
+    return Transform(processed, type(processor).__name__, f"{steps:.500}")
