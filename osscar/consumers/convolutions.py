@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 UNFOLDED_BYTES = 64 * 2**20
 """The most memory, in float64, of windows that are unfolded at once.  A single row of output
 positions is unfolded whole, should it take more than that."""
-
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Windows:
     """Of that function."""
     upsampling: tuple[int, ...] = ()
     """Distance of the input's positions once zeros are inserted."""
-    transposed: bool = False
 
     @property
     def taps(self) -> int:
@@ -68,23 +65,17 @@ class Windows:
         return x.movedim(1, 1 + space)
 
 
-def windows_of(module: nn.Module) -> Windows | None:
-    """Describe how a convolution walks; None for any other module."""
-    if isinstance(module, _TRANSPOSED):
-        return _transposed(module)
-    if not isinstance(module, _PLAIN):
-        return None
-    return Windows(
-        kernel=_sizes(module.kernel_size),
-        stride=_sizes(module.stride),
-        dilation=_sizes(module.dilation),
-        padding=_sizes(module._reversed_padding_repeated_twice),
-        mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
-    )
-
-
-def _transposed(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> Windows:
+def windows_of(module: _ConvNd) -> Windows:
+    """Describe how a convolution walks; taps of a transposed one are in reversed order."""
     kernel, dilation = _sizes(module.kernel_size), _sizes(module.dilation)
+    if not isinstance(module, _ConvTransposeNd):
+        return Windows(
+            kernel=kernel,
+            stride=_sizes(module.stride),
+            dilation=dilation,
+            padding=_sizes(module._reversed_padding_repeated_twice),
+            mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+        )
     assert not isinstance(module.padding, str)
     sizes = zip(
         kernel, dilation, _sizes(module.padding), _sizes(module.output_padding), strict=True
@@ -96,12 +87,10 @@ def _transposed(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
         dilation=dilation,
         padding=tuple(side for pair in reversed(around) for side in pair),
         upsampling=_sizes(module.stride),
-        transposed=True,
     )
 
 
-def _sizes(sizes: object) -> tuple[int, ...]:
-    assert isinstance(sizes, tuple | list)
+def _sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 

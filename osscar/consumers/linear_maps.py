@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
-from osscar.consumers.consumer import LinearMap, is_matrix, maps_of, product_maps
-from osscar.consumers.convolutions import windows_of
-from osscar.consumers.products import Product, products_of
-from osscar.consumers.recurrent import RECURRENT, WEIGHT, directions
-from osscar.consumers.routing import Mixture
-from osscar.network.modules import is_deformable
+from osscar.consumers.consumer import ExpertMap, LinearMap
+from osscar.consumers.layers import RECURRENT, layer_of
+from osscar.consumers.mixtures import Mixture
+from osscar.consumers.products import Form, Product, holder, products_of, station
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 
@@ -49,7 +46,7 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     if not isinstance(weight, nn.Parameter) or weight.ndim != 3 or slots[0].dim == 0:
         return None
     module = model.get_submodule(slots[0].module)
-    plain = name != slots[0].module or windows_of(module) is not None or is_deformable(module)
+    plain = name != slots[0].module or isinstance(module, nn.modules.conv._ConvNd)
     return None if plain else Mixture(name, module, parameter, slots[0].dim)
 
 
@@ -79,15 +76,76 @@ def linear_maps(
     """
     found: list[LinearMap] = []
     for slots in _by_tensor(group):
-        product = (products or {}).get(slots[0].tensor)
-        if product is not None:
-            found += product_maps(model, slots, product)
-            continue
-        reason = _unreadable(model, slots)
+        product, mixture = (products or {}).get(slots[0].tensor), _mixture_of(model, slots)
+        reason = _unreadable(model, slots) if product is None else None
         if reason is not None:
             raise ModelError(f"group {group.name!r} {reason}")
-        found += maps_of(model, slots, _mixture_of(model, slots))
+        if product is not None:
+            found += _of_product(model, slots, product)
+        elif mixture is not None:
+            found += _of_experts(slots, mixture)
+        else:
+            found += _of_layer(model, slots)
     return tuple(found)
+
+
+def _of_product(model: nn.Module, slots: Sequence[Slot], product: Product) -> Iterator[LinearMap]:
+    form = product.form(slots[0].dim)
+    assert form is not None
+    name = station(product.tensor, form.summed)
+    bias = product.forms[form]
+    for part in range(form.groups):
+        yield LinearMap(
+            name,
+            holder(model, name),
+            product.tensor.rpartition(".")[2],
+            None if bias is None else bias.rpartition(".")[2],
+            slots[0].dim,
+            form,
+            _owned(slots),
+            part,
+            tied=len(product.forms) > 1,
+        )
+
+
+def _of_experts(slots: Sequence[Slot], mixture: Mixture) -> Iterator[LinearMap]:
+    form = Form((mixture.dim,), (3 - mixture.dim,), (-1,))
+    read = mixture.name, mixture.module, mixture.parameter, None, mixture.dim, form, _owned(slots)
+    for expert in range(mixture.count):
+        yield ExpertMap(*read, mixture=mixture, expert=expert)
+
+
+def _of_layer(model: nn.Module, slots: Sequence[Slot]) -> Iterator[LinearMap]:
+    name, dim, owned = slots[0].module, slots[0].dim, _owned(slots)
+    module = model.get_submodule(name)
+    layer = layer_of(module)
+    assert layer is not None
+    form, names = layer.form(module), layer.weights(module)
+    own = slots[0].tensor.rpartition(".")[2]
+    (number, bias), *_ = [(i, b) for i, (w, b) in enumerate(names) if w == own]
+    read = name, module, own, bias if _has_bias(model, module, bias) else None, dim, form
+    for part in range(form.groups) if len(names) == 1 else [number]:
+        # The first dimension of a weight counts all channels of a convolution in groups, and the
+        # others those inside of a group.
+        here = owned
+        if dim == 0 and form.groups > 1:
+            count = module.get_parameter(own).shape[0] // form.groups
+            here = [[i - part * count for i in unit if i // count == part] for unit in owned]
+        if any(here):
+            yield LinearMap(*read, here, part)
+
+
+def _owned(slots: Sequence[Slot]) -> list[list[int]]:
+    """Return what each unit owns of the dimension of some slots."""
+    units = range(slots[0].units)
+    return [[i for slot in slots for i in slot.indices([unit])] for unit in units]
+
+
+def _has_bias(model: nn.Module, module: nn.Module, name: str) -> bool:
+    """Whether a bias can be written to: nothing computes it, and no other module has it."""
+    bias = getattr(module, name, None)
+    owners = (p for other in model.modules() for p in other.parameters(recurse=False))
+    return isinstance(bias, nn.Parameter) and sum(p is bias for p in owners) == 1
 
 
 def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
@@ -126,8 +184,17 @@ def readable_products(
     return {
         name: one
         for name, one in found.items()
-        if all(is_matrix(model.get_parameter(name), one, dim) for dim in read[name])
+        if all(_is_matrix(model.get_parameter(name), one, dim) for dim in read[name])
     }
+
+
+def _is_matrix(weight: Tensor, product: Product, dim: int) -> bool:
+    """Whether products that sum over a dimension of a weight are linear maps with a view of it."""
+    form = product.form(dim)
+    if form is None or (form.groups > 1 and (form.made != (0,) or dim != 1)):
+        return False
+    columns = weight.permute(*form.made, *form.summed).flatten(0, len(form.made) - 1)
+    return columns.data_ptr() == weight.data_ptr()
 
 
 def freeze_unreadable(
@@ -220,19 +287,16 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
             f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
             "squares problem over complex numbers is another one"
         )
-    if _mixture_of(model, slots) is None:
-        if not any(getattr(module, name) is weight for name in _weights(module)):
-            return (
-                f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
-                "Linear, Conv1D, convolution and recurrent layers, mixtures of experts, and "
-                "weights that code only multiplies by (linear, matmul, einsum, conv) can be "
-                "refitted"
-            )
-        if not _is_what_it_seems(module):
-            return (
-                f"is read by {tensor!r} in {slots[0].module!r}, whose forward pass is not that of "
-                "a plain layer; what it computes cannot be refitted"
-            )
+    layer = layer_of(module)
+    names = [] if layer is None else [name for name, _ in layer.weights(module)]
+    known = any(getattr(module, name) is weight for name in names)
+    if not known and _mixture_of(model, slots) is None:
+        return (
+            f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
+            "Linear, Conv1D, convolution and recurrent layers, mixtures of experts, and weights "
+            "that code only multiplies by (linear, matmul, einsum, conv) can be refitted; a layer "
+            "with a forward pass of its own needs a row in osscar.consumers.layers.LAYERS"
+        )
     users = [
         user
         for user, other in model.named_modules()
@@ -242,37 +306,3 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     if len(users) > 1:
         return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
     return None
-
-
-_PLAIN_FORWARDS = frozenset(
-    kind.forward
-    for kind in (
-        *(nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-        *(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell),
-    )
-)
-
-_PLAIN_ELSEWHERE = (
-    "timm.layers.linear.Linear.forward",
-    "torchvision.ops.deform_conv.DeformConv2d.forward",
-    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
-)
-"""Forward passes of other libraries that compute what those do."""
-
-
-def _is_what_it_seems(module: nn.Module) -> bool:
-    """Whether a layer runs the code of the class whose weight it has, and no code of its own."""
-    forward = type(module).forward
-    name = f"{forward.__module__}.{forward.__qualname__}"
-    plain = forward in _PLAIN_FORWARDS or name in _PLAIN_ELSEWHERE
-    return plain and "forward" not in vars(module)
-
-
-def _weights(module: nn.Module) -> list[str]:
-    """Return under which names a layer has weights that can be refitted."""
-    if isinstance(module, RECURRENT):
-        return [WEIGHT + end for end in directions(module)]
-    layer = isinstance(module, nn.Linear | Conv1D) or is_deformable(module)
-    known = layer or windows_of(module) is not None
-    return ["weight"] if known else []

@@ -7,12 +7,9 @@ are linear in the weight: taken with zeros and ones in its place, they put out w
 
 from __future__ import annotations
 
-import abc
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard
@@ -24,22 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from osscar.consumers.convolutions import UNFOLDED_BYTES
-from osscar.consumers.readers import reads_values, writes
-from osscar.network.hooks import other_forwards
+from osscar.network.hooks import other_forwards, running_modules
 from osscar.network.modules import forward
-
-
-class Several(abc.ABC):
-    """What is read at once where it is more than a tensor."""
-
-    @property
-    @abc.abstractmethod
-    def multiplied(self) -> Tensor:
-        """What of it is multiplied with weights."""
-
-    @abc.abstractmethod
-    def output(self, module: nn.Module) -> Any:
-        """Return what a module, without its hooks, makes of it."""
+from osscar.offload.on_disk import OnDisk
 
 
 @dataclass(frozen=True)
@@ -47,13 +31,15 @@ class Form:
     """What a product does with the dimensions of a weight.
 
     It sums over those of `summed`, and puts those of `made` out at `places` of its result.  Of a
-    grouped convolution, so many `groups` lie in the dimension that is made.
+    grouped convolution, so many `groups` lie in the first dimension.  The taps of a transposed one
+    are `flipped`: it writes where a plain one reads.
     """
 
     summed: tuple[int, ...]
     made: tuple[int, ...]
     places: tuple[int, ...]
     groups: int = 1
+    flipped: bool = False
 
     def reordered(self, order: Sequence[int]) -> Form:
         """Return the form in the dimensions of a weight of which the product takes a view."""
@@ -92,7 +78,7 @@ class _Kind:
 
 
 @dataclass(frozen=True, eq=False)
-class Taken(Several):
+class Taken:
     """A product that is taken: a function with its arguments, one of which is a weight.
 
     `order` says which dimensions of the weight those of that argument are; `form` is in the
@@ -192,7 +178,7 @@ def _einsum(given: _Given, weight: str) -> Form | None:
 _SPACE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LINEAR = _Kind(("input", "weight", "bias"), _linear, defaults=(None,))
 _CONVOLUTION = _Kind(_SPACE, _convolution, defaults=(None, 1, 0, 1, 1), by_sample=True)
-_DEFORMED = _Kind(
+DEFORMED = _Kind(
     ("input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask"),
     _convolution,
     ("input", "offset", "mask", "weight"),
@@ -221,22 +207,10 @@ _VIEWS = frozenset(
 )
 """What shows a weight with its dimensions in another order."""
 
-
-# ---- deformable convolutions -------------------------------------------------------------
-
-
-def deformed(module: nn.Module, args: Sequence[Any], kwargs: _Given) -> Taken:
-    """Return the product that a deformable convolution takes."""
-    read = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    held = {name: getattr(module, name) for name in _DEFORMED.names if hasattr(module, name)}
-    given = {name: {"mask": None, **held, **read}[name] for name in _DEFORMED.names}
-    function = importlib.import_module("torchvision.ops").deform_conv2d
-    return Taken(function, _DEFORMED, given, "weight", (0, 1, 2, 3), deformed_form(module))
-
-
-def deformed_form(module: nn.Module) -> Form:
-    """Return what a deformable convolution does with its weight."""
-    return Form((1, 2, 3), (0,), (-3,), int(module.groups))  # type: ignore[arg-type]
+_ONLY_THE_FORMAT = frozenset(
+    {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}
+)
+"""What asks a tensor for its number format and device, and reads none of its values."""
 
 
 # ---- watched -----------------------------------------------------------------------------
@@ -276,9 +250,9 @@ class _Watch(TorchFunctionMode):
             weight, bias = (self._known(taken.given.get(at)) for at in (taken.weight, "bias"))
             assert weight is not None
             return self._product(weight[0], taken, None if bias is None else bias[0])
-        before = writes(leaves)
+        before = _writes(leaves)
         result = func(*args, **kwargs)
-        if func in _VIEWS:
+        if func in _VIEWS and not any(isinstance(leaf, OnDisk) for leaf in leaves):
             name, order = known[0]
             # Sizes that differ tell dimensions apart.
             sizes = torch.empty([2 + dim for dim in range(len(order))])
@@ -288,7 +262,10 @@ class _Watch(TorchFunctionMode):
             shown = func(*given[0], **given[1])
             view = tuple(order[size - 2] for size in shown.shape)
             self._views[id(result)] = result, name, view
-        elif reads_values(func, leaves, before, result):
+            return result
+        found = pytree.tree_leaves(result)
+        made = any(isinstance(x, Tensor) and id(x) not in before for x in found)
+        if func not in _ONLY_THE_FORMAT and (made or _writes(leaves) != before):
             for name, _ in known:
                 self._other(name)
         return result
@@ -315,6 +292,39 @@ class _Watch(TorchFunctionMode):
         known = self._known(given[weights[0]])
         assert known is not None
         return Taken(func, kind, given, weights[0], known[1], form.reordered(known[1]))
+
+
+def _writes(leaves: Iterable[Any]) -> dict[int, int]:
+    """Return how often tensors were written to, by `id`; 0 where nobody counts."""
+    return {id(x): 0 if x.is_inference() else x._version for x in leaves if isinstance(x, Tensor)}
+
+
+@contextmanager
+def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
+    """Yield a set that fills with the names of modules whose weights others read meanwhile.
+
+    A layer is observed where it is called.  Code that also reads the weight itself, as
+    ``F.linear(x, self.down.weight)`` or ``self.down.forward(x)``, uses it on inputs that are not
+    seen there: such a weight is observed where code multiplies by it, or not refitted.
+    """
+    owners = {
+        id(tensor): name
+        for name, module in model.named_modules()
+        for tensor in module.parameters(recurse=False)
+    }
+    found: set[str] = set()
+
+    def note(owner: str) -> None:
+        if owner != (running[-1] if running else ""):
+            found.add(owner)
+
+    def take(owner: str, taken: Taken, bias: str | None) -> Any:
+        note(owner)
+        note(owner if bias is None else bias)
+        return taken.output()
+
+    with running_modules(model) as running, _Watch(owners, take, note):
+        yield found
 
 
 def _watching(
@@ -421,7 +431,7 @@ def watched_products(
     before: Callable[[str, Any], Any] | None,
     after: Callable[[str, Any, Any], Any] | None,
 ) -> AbstractContextManager[None]:
-    """Show the products of some stations, as `osscar.consumers.routing.reads` does modules."""
+    """Show the products of some stations, as `osscar.consumers.observe.reads` does modules."""
     if not stations:
         return nullcontext()
 

@@ -32,8 +32,7 @@ from osscar.network.predictions import (
     scored_output,
 )
 from osscar.offload.on_disk import room_for_pass
-from osscar.preparation.failures import failures_named
-from osscar.preparation.repeatable import check_repeatable
+from osscar.preparation.failures import check_repeatable, failures_named
 from osscar.proof.equivalence import call
 
 WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 4, 32

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.consumers.routing import Routed
+from osscar.consumers.mixtures import Routed
 from osscar.experts.declared import (
     alike,
     calls_of,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from graph import CouplingGroup, UnitKind
 from osscar.consumers.consumer import ExpertMap, LinearMap
+from osscar.consumers.layers import ROWS
 from osscar.consumers.linear_maps import linear_maps
-from osscar.consumers.routing import Mixture
+from osscar.consumers.mixtures import Mixture
 from osscar.network.hooks import hooks
 from osscar.shrinking.fold import is_foldable
 
@@ -71,7 +72,7 @@ def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _MemberMap(ExpertMap):
     """What one expert adds to the output of a mixture whose experts are a list of modules.
 
@@ -84,11 +85,6 @@ class _MemberMap(ExpertMap):
     def holder(self) -> str:
         """The last layer of the expert."""
         return f"{self.name}.{self.expert}.{self.mixture.parameter}".removesuffix(".")
-
-    @property
-    def parameters(self) -> tuple[str, str]:
-        """The last matrix of the expert; biases stay."""
-        return "weight", ""
 
     def _view(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -113,6 +109,6 @@ def last_matrices(
         f"{mixture.group.name}.neurons", UnitKind.NEURONS, len(owned), (), removable=0
     )
     return neurons, tuple(
-        _MemberMap(name, layer, 1, owned, False, listed, expert)
+        _MemberMap(name, layer, "weight", None, 1, ROWS, owned, mixture=listed, expert=expert)
         for expert, layer in enumerate(layers)
     )

@@ -22,7 +22,8 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.routing import Routed, output_of
+from osscar.consumers.mixtures import Routed
+from osscar.consumers.observe import output_of
 from osscar.experts.find import ExpertMixture
 from osscar.request import PruningRequest
 from osscar.walk.gram import GramAccumulator

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.routing import Routed, afresh, output_of
+from osscar.consumers.mixtures import Routed
+from osscar.consumers.observe import afresh, output_of
 from osscar.experts.find import ExpertMixture, mixtures_of
 from osscar.experts.last_layers import last_matrices
 from osscar.experts.lists import MOST_TIED, called_as_mixtures

@@ -1,79 +1,114 @@
-"""Passes of calibration batches, and where one fails."""
+"""Models that fail on their data, or whose outputs these do not decide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import DataError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
+from osscar.network.model_state import model_state
+from osscar.proof.equivalence import Inputs, call, comparable, distance, rounding
 
-
-def batch_named(model: nn.Module, batch: int) -> AbstractContextManager[None]:
-    """Say in which batch and in which module the block has failed.
-
-    Raises
-    ------
-    DataError
-        If it has.
-    ModelError
-        If the model's code cannot be run here, whatever the data are.
-    NoMemoryError
-        If that was for want of memory.
-    """
-
-    def said(error: Exception) -> str:
-        name = failing_module(error.__traceback__, model) or "the model"
-        if is_shortage(error):
-            what = f"calibration batch {batch} in {name!r}"
-            raise shortage(error, what, FOR_BATCHES) from error
-        return (
-            f"calibration batch {batch} fails in {name!r}: "
-            f"{type(error).__name__}: {error}; leave it out, or mend the model"
-        )
-
-    return _failing(model, said)
-
-
-def failures_named(model: nn.Module, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Say so where a model fails on its data in the block.
-
-    Raises
-    ------
-    DataError
-        If it does.
-    ModelError
-        If the model's code cannot be run here, whatever the data are.
-    """
-
-    def said(error: Exception) -> str:
-        let_shortage_pass(error)
-        forms = ", ".join(f"{n} {t.dtype} {tuple(t.shape)}" for n, t in batch.items())
-        return (
-            f"{type(model).__name__} fails on the data ({forms}): "
-            f"{type(error).__name__}: {error}; give data of the form and type that it reads"
-        )
-
-    return _failing(model, said)
+_ROUNDING = 1e-3
+"""How far apart two passes may be, relative to the largest output: kernels that add up in no fixed
+order round differently, and so do layers that were replaced in between."""
 
 
 @contextmanager
-def _failing(model: nn.Module, said: Callable[[Exception], str]) -> Iterator[None]:
-    """Raise what is said of a failure, but where it is no fault of the data.
+def failures_named(model: nn.Module, data: Mapping[str, Tensor] | int) -> Iterator[None]:
+    """Say so where a model fails in the block.
 
-    What `torch.cond` and the like call is captured, and modules cannot be watched in there.
+    Parameters
+    ----------
+    data
+        What it runs on: keyword arguments, or the number of a calibration batch.
+
+    Raises
+    ------
+    DataError
+        If it fails.
+    ModelError
+        If the model's code cannot be run here, whatever the data are: what `torch.cond` and the
+        like call is captured, and modules cannot be watched in there.
+    NoMemoryError
+        If that was for want of memory for a batch.
     """
     try:
         yield
     except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
-        message = said(error)
+        found = f"{type(error).__name__}: {error}"
+        if isinstance(data, int):
+            where = f"calibration batch {data}"
+            module = failing_module(error.__traceback__, model) or "the model"
+            if is_shortage(error):
+                raise shortage(error, f"{where} in {module!r}", FOR_BATCHES) from error
+            found = f"{where} fails in {module!r}: {found}; leave it out, or mend the model"
+        else:
+            let_shortage_pass(error)
+            forms = ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in data.items())
+            found = (
+                f"{type(model).__name__} fails on the data ({forms}): {found}; give data of the "
+                "form and type that it reads"
+            )
         if is_of_capture(error):
             raise ModelError(
                 f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
             ) from error
-        raise DataError(message) from error
+        raise DataError(found) from error
+
+
+def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
+    """Run a model twice, and refuse it where the outputs differ; it is left as it was.
+
+    Raises
+    ------
+    ModelError
+        If they differ.
+    EquivalenceError
+        If it puts out no tensor.
+    """
+    with model_state(model) as state:
+        with state.watching():
+            first = comparable(call(model, inputs))
+        state.put_back()
+        second = comparable(call(model, inputs))
+        state.put_back()
+        refuse_chance(model, inputs, first, second)
+
+
+def refuse_chance(
+    model: nn.Module, inputs: Inputs, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> None:
+    """Refuse a model of which two passes over the same inputs put out what differs.
+
+    Where they do it runs twice more, as it may have been prepared in between: only passes of what
+    it is now tell.
+
+    Raises
+    ------
+    ModelError
+        If they differ by more than rounding.
+    """
+    if _alike(first, second):
+        return
+    first, second = (comparable(call(model, inputs)) for _ in range(2))
+    if _alike(first, second):
+        return
+    apart = distance(first, second)
+    by = f" by {apart:.2g} of the largest output" if math.isfinite(apart) else ""
+    raise ModelError(
+        f"two passes of {type(model).__name__} over the same inputs differ{by}, so that what is "
+        "measured of it is chance; let it draw random numbers in training alone, as "
+        "F.dropout(x, p, training=self.training) does"
+    )
+
+
+def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return distance(first, second) <= max(_ROUNDING, rounding(first))

@@ -26,9 +26,8 @@ from osscar.consumers.linear_maps import (
     mixtures_of,
     readable_products,
 )
-from osscar.consumers.products import Product
-from osscar.consumers.readers import weights_read_elsewhere
-from osscar.consumers.routing import sound_mixtures
+from osscar.consumers.mixtures import sound_mixtures
+from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.kinds import Found, rooms
 from osscar.network.attention import expose_attention, exposed
@@ -42,8 +41,7 @@ from osscar.network.modules import (
     in_evaluation,
 )
 from osscar.offload.on_disk import shapes_only
-from osscar.preparation.failures import failures_named
-from osscar.preparation.repeatable import refuse_chance
+from osscar.preparation.failures import failures_named, refuse_chance
 from osscar.proof.equivalence import (
     call,
     comparable,
@@ -277,35 +275,28 @@ def _traced(
     Last come groups that are frozen, in code that cannot be traced.
     """
     try:
-        return *_traced_whole(model, small, programs), ()
+        traced = graph.trace(model, small)
     except graph.TraceError as error:
         [room] = rooms()
         traced, untraced = room.traced_around(model, example, small, error)
         return traced, {}, untraced
-
-
-def _traced_whole(
-    model: nn.Module, example: Batch, programs: bool
-) -> tuple[graph.DependencyGraph, dict[str, str]]:
-    """Find the groups, and those that only a program can lose units of, by name with the reason."""
-    traced = graph.trace(model, example)
     wide, narrow = graph.PROGRAM_RULES, graph.DEFAULT_RULES
     frozen = (freeze for group in traced.groups for freeze in group.frozen)
     made = [f for f in frozen if wide.find(f.operator) is not narrow.find(f.operator)]
     if not programs or not made:
-        return traced, {}
-    wider = graph.trace(model, example, rules=wide)
+        return traced, {}, ()
+    wider = graph.trace(model, small, rules=wide)
     in_modules = {_places(group): group for group in traced.groups}
     known = {places for places, group in in_modules.items() if group.prunable}
     only = {_places(group): group.name for group in wider.prunable}
     if not only.keys() > known:  # modules would lose what they can
-        return traced, {}
+        return traced, {}, ()
     reasons = {
         name: next(iter(in_modules[places].frozen if places in in_modules else made)).reason
         for places, name in only.items()
         if places not in known
     }
-    return wider, reasons
+    return wider, reasons, ()
 
 
 def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:

@@ -27,7 +27,7 @@ from osscar.data.text import TextSet
 from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.quality import score as score_quality
 from osscar.evaluation.speed import measure_forward
-from osscar.preparation.repeatable import check_repeatable
+from osscar.preparation.failures import check_repeatable
 from osscar.proof.lineage import data_record, lineage_of
 from osscar.proof.plan import Form
 from osscar.proof.seen import Calibration, refuse_overlap

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.base.errors import NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
-from osscar.consumers.routing import reads
+from osscar.consumers.observe import reads
 from osscar.network.modules import forward
-from osscar.preparation.failures import batch_named
+from osscar.preparation.failures import failures_named
 from osscar.proof.plan import PruningPlan
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ def dense_statistics(
         def see(name: str, x: Tensor, seen: dict[str, list[_Statistics]] = seen) -> None:
             seen[name].append(_measured(x))
 
-        with batch_named(model, index), reads(model, seen, see):
+        with failures_named(model, index), reads(model, seen, see):
             forward(model, batches[index])
         found.append(seen)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from graph import CouplingGroup
 from osscar.base.errors import ModelError, warn
 from osscar.base.printable import listed
-from osscar.consumers.consumer import LinearMap, without_idle
+from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import put_back
 from osscar.walk.gram import GramAccumulator, pose
@@ -101,7 +101,8 @@ class LayerStep:
 
         All of them where none did.
         """
-        return without_idle(self.grams)
+        read = {gram.linear_map.name for gram in self.grams if gram.rows}
+        return tuple(g for g in self.grams if g.rows or g.linear_map.name not in read)
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -15,12 +15,13 @@ from graph import CouplingGroup
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
+from osscar.consumers.mixtures import Routed
+from osscar.consumers.observe import reads
 from osscar.consumers.products import Taken
-from osscar.consumers.routing import Routed, reads
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
-from osscar.preparation.failures import batch_named
+from osscar.preparation.failures import failures_named
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
 """The name of a module, and what tells the tensor that it reads from others, and from itself after
@@ -131,7 +132,7 @@ def _called_on_shapes(
         with shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake:
             return _called(model, {name: fake.from_tensor(x) for name, x in batch.items()}, names)
     except Exception:  # code that looks at values, or that has no shape function
-        with batch_named(model, 0):
+        with failures_named(model, 0):
             return _called(model, batch, names)
 
 

@@ -28,13 +28,13 @@ from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
+from osscar.consumers.layers import RECURRENT
+from osscar.consumers.observe import afresh, exact_output, reads
 from osscar.consumers.products import holder, is_station
-from osscar.consumers.recurrent import RECURRENT
-from osscar.consumers.routing import afresh, exact_output, reads
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
-from osscar.preparation.failures import batch_named
+from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
 from osscar.walk.gram import GramAccumulator, all_reduce
@@ -201,7 +201,7 @@ class Walk:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
             expected = self.calls[run.reached + 1]
-            with batch_named(self._model, run.index), self._tied_as_dense(run):
+            with failures_named(self._model, run.index), self._tied_as_dense(run):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
                 way = (

@@ -13,7 +13,7 @@ import solvers
 from osscar.allocation.allocate import allocate, provisional
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
-from osscar.consumers.routing import Routed
+from osscar.consumers.mixtures import Routed
 from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import note

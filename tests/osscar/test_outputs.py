@@ -17,7 +17,7 @@ from osscar.data.preprocessing import Preprocessing
 from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
-from osscar.preparation.repeatable import check_repeatable
+from osscar.preparation.failures import check_repeatable
 from osscar.request import PruningRequest
 from osscar.run.points import BudgetKind, Job, prune_points
 from osscar.study.problems import model_problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
 
 import osscar
-from osscar.consumers.routing import reads
+from osscar.consumers.layers import LAYERS, Layer, code_of, features
+from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
+from osscar.consumers.observe import reads
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
@@ -44,6 +46,24 @@ class Causal(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (2, 0)))
+
+
+class ScaledLinear(nn.Linear):
+    """A layer of one's own, whose weight is multiplied by a constant."""
+
+    scale = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.scale * self.weight, self.bias)
+
+
+def scaled(layer: ScaledLinear, x: Tensor, inputs: Tensor | None) -> Iterator[Tensor]:
+    return features(layer, layer.scale * x, inputs)
+
+
+@pytest.fixture(autouse=True)
+def known_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, code_of(ScaledLinear), Layer(lambda _: ROWS_OF_LINEAR, scaled))
 
 
 class Twice(nn.Module):
@@ -96,6 +116,10 @@ MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "deformable": (lambda: Deformable(), IMAGE),
     "deformable in groups": (lambda: Deformable(fields=4, groups=2), IMAGE),
     "deformable, a field each": (lambda: Deformable(fields=8, masked=False), IMAGE),
+    "a row of the table": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), ScaledLinear(8, 5)),
+        ROWS,
+    ),
     "shared": (lambda: Twice(shared=True), ROWS),
     "read elsewhere": (lambda: Twice(shared=False), ROWS),
 }
@@ -190,6 +214,15 @@ def test_what_is_done_besides_freezes(way: str) -> None:
         assert not prepared.products
         reasons = [g.frozen for g in prepared.groups if any(s.tensor == "weight" for s in g.slots)]
     assert all(reasons)
+
+
+def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(LAYERS, code_of(ScaledLinear))
+    with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
+        (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
+    assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
 
 
 def test_modules_may_be_called_as_products_are() -> None:

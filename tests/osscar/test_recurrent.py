@@ -10,8 +10,8 @@ from torch.testing import assert_close
 import graph
 import osscar
 from osscar.base.errors import RequestError
+from osscar.consumers.layers import input_gates
 from osscar.consumers.linear_maps import linear_maps
-from osscar.consumers.recurrent import input_gates
 from tests.osscar.programs import far_apart
 
 KINDS = {

@@ -10,7 +10,7 @@ from torch import nn
 import osscar
 import solvers
 from osscar.consumers.linear_maps import linear_maps
-from osscar.consumers.routing import exact_output
+from osscar.consumers.observe import exact_output
 from osscar.data.batches import ModelInputs
 from osscar.preparation.prepare import prepare
 from osscar.walk import regularization

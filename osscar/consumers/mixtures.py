@@ -1,4 +1,4 @@
-"""What modules are called with; and mixtures of experts, which are called with tokens and routes.
+"""Mixtures of experts as consumers, which are called with tokens and routes.
 
 A mixture is called with tokens, the experts that each of them is sent to, and a weight for each of
 these, and puts out for every token the sum of what the experts make of it, times the weights:
@@ -13,9 +13,8 @@ neurons puts these out.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,15 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError, OsscarError
-from osscar.consumers.products import (
-    Several,
-    deformed,
-    is_station,
-    watched_products,
-)
-from osscar.consumers.recurrent import RECURRENT, input_gates
 from osscar.network.hooks import hooks
-from osscar.network.modules import HALVES, forward, is_deformable
+from osscar.network.modules import forward
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
@@ -40,7 +32,7 @@ in any order, and code that computes something else is off by much more."""
 
 
 @dataclass(frozen=True, eq=False)
-class Routed(Several):
+class Routed:
     """What a mixture is called with."""
 
     hidden: Tensor
@@ -72,11 +64,6 @@ class Routed(Several):
             and experts.dtype in (torch.int64, torch.int32)
         )
         return cls(hidden, experts, weights) if fits else None
-
-    @property
-    def multiplied(self) -> Tensor:
-        """The tokens."""
-        return self.hidden
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,86 +254,3 @@ def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
         raise
     except Exception:  # code of anyone's, which may not take single experts
         return False
-
-
-# ---- any module --------------------------------------------------------------------------
-
-
-def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module reads: its only argument, or that beside states, or `Several`."""
-    if is_deformable(module):
-        return deformed(module, args, kwargs)
-    if len(args) + len(kwargs) > 1:
-        routed = Routed.of(module, args, kwargs)
-        if routed is not None:
-            return routed
-    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
-
-
-@contextmanager
-def reads(
-    model: nn.Module,
-    names: Iterable[str],
-    before: Callable[[str, Any], Any] | None = None,
-    after: Callable[[str, Any, Any], Any] | None = None,
-) -> Iterator[None]:
-    """Show what some modules and products read while the block runs.
-
-    That of a module is what `argument` has, that of a product what is `Taken`.  `before` is told
-    the name and what is read; `after` also what is put out, and what it returns, if anything, goes
-    on instead.
-    """
-    names = list(names)
-    products = {name for name in names if is_station(name)}
-
-    def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        assert before is not None
-        before(name, argument(module, args, kwargs))
-
-    def read(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        assert after is not None
-        return after(name, argument(module, args, kwargs), y)
-
-    with (
-        hooks(
-            model,
-            [name for name in names if name not in products],
-            None if before is None else reading,
-            None if after is None else read,
-        ),
-        watched_products(model, products, before, after),
-    ):
-        yield
-
-
-def output_of(module: nn.Module, x: Any) -> Any:
-    """Return what a module puts out on its `argument`, without its hooks.
-
-    Of a recurrent layer, that is what its gates take from the inputs.
-    """
-    if isinstance(module, RECURRENT):
-        return input_gates(module, x)
-    return x.output(module) if isinstance(x, Several) else module.forward(x)
-
-
-def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
-    """Return `output_of`, in float32 where a module computes in half precision.
-
-    Outputs of two streams differ by little, which half precision would round away.  `y` is what the
-    module has put out already, if that is known.
-    """
-    if not (isinstance(x, Tensor) and x.dtype in HALVES):
-        return output_of(module, x) if y is None or isinstance(module, RECURRENT) else y
-    before = [(parameter, parameter.data) for parameter in module.parameters()]
-    try:
-        for parameter, data in before:
-            parameter.data = data.float()
-        return output_of(module, x.float())
-    finally:
-        for parameter, data in before:
-            parameter.data = data
-
-
-def afresh(x: Any) -> Any:
-    """Return an `argument` as it came: what is read of it lives as long as what is returned."""
-    return dataclasses.replace(x, _read={}) if isinstance(x, Routed) else x

@@ -1,0 +1,164 @@
+"""Layers that can be refitted: how the forward pass of each class multiplies what it reads.
+
+`LAYERS` has a row for each forward pass, so that a class that inherits one needs none.  A layer
+with a forward pass of its own needs a row, and nothing else.  Say it multiplies its weight by a
+constant, ``F.linear(x, self.scale * self.weight, self.bias)``, which is ``scale * x`` times the
+weight::
+
+    def scaled(layer, x, inputs):
+        return features(layer, layer.scale * x, inputs)
+
+    LAYERS[code_of(ScaledLinear)] = Layer(lambda layer: ROWS, scaled)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from osscar.consumers.convolutions import windows_of
+from osscar.consumers.products import DEFORMED, Form, Taken
+
+_Read: TypeAlias = Callable[[Any, Tensor, Tensor | None], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a layer makes its output, but for the bias: Y = X W.
+
+    Parameters
+    ----------
+    form
+        Given the layer: which dimensions of the weight are inputs and outputs.
+    read
+        Given the layer, what it is called with, and the numbers of inputs, (inputs,) int64, or None
+        for all: yields X, (positions, inputs times taps of a kernel), in pieces.
+    weights
+        Given the layer: the names of the weights that multiply what it reads, and of their biases.
+    output
+        Given the layer, and what it is called with: Y with the bias.  None where Y is what the
+        layer puts out.
+    product
+        Given the layer, positional and keyword arguments of its call: the product that it takes,
+        where X is not made by `read` but by taking the product with other weights.
+    """
+
+    form: Callable[[Any], Form]
+    read: _Read
+    weights: Callable[[Any], Sequence[tuple[str, str]]] = lambda _: [("weight", "bias")]
+    output: Callable[[Any, Tensor], Tensor] | None = None
+    product: Callable[[Any, Sequence[Any], Mapping[str, Any]], Taken] | None = None
+
+
+ROWS = Form((1,), (0,), (-1,))
+"""A weight, (outputs, inputs), as of `torch.nn.Linear`."""
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """Return the row of `LAYERS` for a module; None where it runs other code than those."""
+    return None if "forward" in vars(module) else LAYERS.get(code_of(type(module)))
+
+
+def code_of(kind: type[nn.Module]) -> str:
+    """Return the full name of the forward pass of a class: a key of `LAYERS`."""
+    return f"{kind.forward.__module__}.{kind.forward.__qualname__}"
+
+
+# ---- what layers read --------------------------------------------------------------------
+
+
+def features(layer: nn.Module, x: Tensor, inputs: Tensor | None) -> Iterator[Tensor]:
+    """Yield inputs of the last dimension at all positions at once."""
+    rows = positions(x)
+    yield rows if inputs is None else rows[:, inputs.to(x.device)]
+
+
+def positions(x: Tensor) -> Tensor:
+    """Return all positions, (positions, features); of packed sequences without the padding."""
+    if not x.is_nested:
+        return x.detach().reshape(-1, x.shape[-1])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.detach().unbind()])
+
+
+def _channels(layer: Any, x: Tensor, inputs: Tensor | None) -> Iterator[Tensor]:
+    """Yield the unfolded windows of channels, as many at once as `convolutions` allows."""
+    windows = windows_of(layer)
+    x = x.detach().reshape(-1, *x.shape[-len(windows.kernel) - 1 :])
+    return windows.unfolded(x if inputs is None else x[:, inputs.to(x.device)])
+
+
+def _filters(layer: Any) -> Form:
+    dims = layer.weight.ndim
+    return Form(tuple(range(1, dims)), (0,), (1 - dims,), int(layer.groups))
+
+
+def _transposed(layer: Any) -> Form:
+    """Return the form of a weight that writes where that of a plain convolution reads."""
+    dims = layer.weight.ndim
+    return Form((0, *range(2, dims)), (1,), (1 - dims,), int(layer.groups), flipped=True)
+
+
+def _deformed(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
+    read = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    held = {name: getattr(module, name) for name in DEFORMED.names if hasattr(module, name)}
+    given = {name: {"mask": None, **held, **read}[name] for name in DEFORMED.names}
+    function = importlib.import_module("torchvision.ops").deform_conv2d
+    return Taken(function, DEFORMED, given, "weight", (0, 1, 2, 3), _filters(module))
+
+
+# ---- recurrent layers --------------------------------------------------------------------
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def _gates(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the weights and biases that read inputs, one each for a direction."""
+    ends = [""]
+    if isinstance(module, nn.RNNBase):
+        ends = ["_l0", "_l0_reverse"] if module.bidirectional else ["_l0"]
+    return [(f"weight_ih{end}", f"bias_ih{end}") for end in ends]
+
+
+def input_gates(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what the gates of all directions take from the inputs, (..., directions x gates).
+
+    The first layer of an LSTM, a GRU or a plain RNN adds what it makes of its states to that; no
+    module puts it out.
+    """
+    names = _gates(module)
+    parts = [F.linear(x, getattr(module, w), getattr(module, b, None)) for w, b in names]
+    return torch.cat(parts, -1)
+
+
+# ---- the table ---------------------------------------------------------------------------
+
+_LINEAR = Layer(lambda _: ROWS, features)
+_CONVOLUTION = Layer(_filters, _channels)
+
+LAYERS: dict[str, Layer] = {
+    **dict.fromkeys(map(code_of, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), _CONVOLUTION),
+    **dict.fromkeys(
+        map(code_of, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+        Layer(_transposed, _channels),
+    ),
+    **dict.fromkeys(
+        map(code_of, (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
+        Layer(lambda _: ROWS, features, _gates, input_gates),
+    ),
+    code_of(nn.Linear): _LINEAR,
+    code_of(Conv1D): Layer(lambda _: Form((0,), (1,), (-1,)), features),
+    "timm.layers.linear.Linear.forward": _LINEAR,
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward": _LINEAR,
+    "torchvision.ops.deform_conv.DeformConv2d.forward": Layer(
+        _filters, _channels, product=_deformed
+    ),
+}
+"""By the full name of a forward pass (`code_of`)."""

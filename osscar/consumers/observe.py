@@ -1,0 +1,102 @@
+"""Observing what consumers read: modules where they are called, products where they are taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from osscar.consumers.layers import layer_of
+from osscar.consumers.mixtures import Routed
+from osscar.consumers.products import Taken, is_station, watched_products
+from osscar.network.hooks import hooks
+from osscar.network.modules import HALVES
+
+
+def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module reads: `Routed`, `Taken`, or its argument, the first beside states."""
+    layer = layer_of(module)
+    if layer is not None and layer.product is not None:
+        return layer.product(module, args, kwargs)
+    if len(args) + len(kwargs) > 1:
+        routed = Routed.of(module, args, kwargs)
+        if routed is not None:
+            return routed
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+
+
+@contextmanager
+def reads(
+    model: nn.Module,
+    names: Iterable[str],
+    before: Callable[[str, Any], Any] | None = None,
+    after: Callable[[str, Any, Any], Any] | None = None,
+) -> Iterator[None]:
+    """Show what some modules and products read while the block runs.
+
+    That of a module is what `argument` has, that of a product what is `Taken`.  `before` is told
+    the name and what is read; `after` also what is put out, and what it returns, if anything, goes
+    on instead.
+    """
+    names = list(names)
+    products = {name for name in names if is_station(name)}
+
+    def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert before is not None
+        before(name, argument(module, args, kwargs))
+
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        assert after is not None
+        return after(name, argument(module, args, kwargs), y)
+
+    with (
+        hooks(
+            model,
+            [name for name in names if name not in products],
+            None if before is None else reading,
+            None if after is None else read,
+        ),
+        watched_products(model, products, before, after),
+    ):
+        yield
+
+
+def output_of(module: nn.Module, x: Any) -> Any:
+    """Return what a module puts out on its `argument`, without its hooks.
+
+    Of a recurrent layer, that is what its gates take from the inputs.
+    """
+    if isinstance(x, Routed | Taken):
+        return x.output(module)
+    layer = layer_of(module)
+    if layer is None or layer.output is None:
+        return module.forward(x)
+    return layer.output(module, x)
+
+
+def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
+    """Return `output_of`, in float32 where a module computes in half precision.
+
+    Outputs of two streams differ by little, which half precision would round away.  `y` is what the
+    module has put out already, if that is known.
+    """
+    if not (isinstance(x, Tensor) and x.dtype in HALVES):
+        layer = layer_of(module)
+        put_out = layer is None or layer.output is None
+        return y if y is not None and put_out else output_of(module, x)
+    before = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, data in before:
+            parameter.data = data.float()
+        return output_of(module, x.float())
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def afresh(x: Any) -> Any:
+    """Return an `argument` as it came: what is read of it lives as long as what is returned."""
+    return dataclasses.replace(x, _read={}) if isinstance(x, Routed) else x
