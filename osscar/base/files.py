@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import hashlib
@@ -12,7 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def remove_abandoned(target: Path) -> bool:
 
 
 def _is_running(process: int) -> bool:
-    """Whether there is a process of this number; elsewhere than on POSIX nobody can ask."""
+    """Whether a process has this number; elsewhere than on POSIX nobody can ask."""
     if os.name != "posix":
         return True
     try:
@@ -113,7 +112,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # it is there, whatever a loss of power may undo
             fsync(target.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}")
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -131,8 +134,16 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     try:
         given = Path(name).expanduser().absolute()
         found = given.resolve()
-        _check_text(found)
-        _check_links(given)
+        if not is_text(str(found)):  # pages, JSON and the writers of tokenizers could not hold it
+            raise OutputError(
+                f"cannot write {str(found)[:300]!a}: the name is not UTF-8; give another"
+            )
+        for place in (given, *given.parents):  # whoever follows a link to nothing makes that
+            if place.is_symlink() and not place.exists():
+                raise OutputError(
+                    f"cannot write {given}: {place} is a link to {str(place.readlink())!r}, where "
+                    "there is nothing; make that, remove the link, or give another"
+                )
         if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
@@ -140,25 +151,9 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return found
 
 
-def _check_text(path: Path) -> None:
-    """Refuse a name that pages, JSON and the writers of tokenizers could not hold."""
-    if not is_text(str(path)):
-        raise OutputError(f"cannot write {str(path)[:300]!a}: the name is not UTF-8; give another")
-
-
 def is_text(name: str) -> bool:
     """Tell whether a name is Unicode: what Python makes of other bytes cannot be encoded again."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def _check_links(path: Path) -> None:
-    """Refuse a path through a link to nothing: whoever follows it makes that, somewhere else."""
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            raise OutputError(
-                f"cannot write {path}: {place} is a link to {str(place.readlink())!r}, where there "
-                "is nothing; make that, remove the link, or give another"
-            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -180,7 +175,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}") from error
+        raise _unwritable(path, error) from error
 
 
 def fsync(path: Path) -> None:
@@ -191,14 +186,14 @@ def fsync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
+        if error.errno not in _UNKNOWN:
             raise
     finally:
         os.close(descriptor)
 
 
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What file systems answer that know no such thing, as some networks do not of directories."""
+_UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+"""What file systems answer that cannot do a thing, as some networks do of directories and locks."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -257,7 +252,7 @@ def file_lock(place: Path, work: Path) -> Iterator[bool]:
     import filelock  # here, since help needs none, and it takes 40 ms to load
 
     lock = filelock.FileLock(place, timeout=0)
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         try:
             held.enter_context(lock)
         except filelock.Timeout:
@@ -265,10 +260,11 @@ def file_lock(place: Path, work: Path) -> Iterator[bool]:
                 f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
                 "give another --out"
             ) from None
-        except (NotImplementedError, OSError) as error:
-            if not _can_write(place):
-                more = remedy(error) if isinstance(error, OSError) else ""
-                raise OutputError(f"cannot write {place}: {reason_of(error)}{more}") from error
+        except NotImplementedError:
+            pass
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise _unwritable(place, error) from error
         if lock.is_locked:
             with suppress(OSError):  # who holds it is good to know, and no more
                 place.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
@@ -281,14 +277,6 @@ def _holder(place: Path) -> str:
         found = re.fullmatch(r"(\d{1,10}) ([\w.-]{1,255})\n", read_bytes(place, 300).decode())
         return f" (process {found[1]} on {found[2]})" if found else ""
     return ""
-
-
-def _can_write(place: Path) -> bool:
-    try:
-        with place.open("a"):
-            return True
-    except OSError:
-        return False
 
 
 # ---- digests -----------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
     some families write it (``time_step_limit`` of Mamba), and so are large numbers
     (``model_max_length`` of tokenizers is 1e30). NaN and a key that stands there twice are refused.
     """
-    found = _parsed(_read_text(path, limit), path, parse_constant=_infinite)
+    found = _parsed(_read_text(path, limit), path, parse_constant=_no_nan)
     if not isinstance(found, dict):
         raise FileError(path, f"it holds a {type(found).__name__}, not an object")
     return found
@@ -70,8 +70,8 @@ def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
 
 def parse_json(text: str, schema: type[T], path: str | os.PathLike[str]) -> T:
     """Parse and check the text of a JSON file, as `read_json` does."""
-    numbers = {"parse_constant": _refused, "parse_float": _finite, "parse_int": _moderate}
-    return validated(_parsed(text, path, **numbers), schema, path)
+    found = _parsed(text, path, parse_constant=_finite, parse_float=_finite, parse_int=_moderate)
+    return validated(found, schema, path)
 
 
 def _read_text(path: Path, limit: int) -> str:
@@ -128,19 +128,14 @@ def _strict(schema: Any) -> Any:
     return [*map(_strict, schema)] if isinstance(schema, list) else schema
 
 
-def _refused(text: str) -> float:
-    raise ValueError(f"{text} is not JSON; give a finite number")
-
-
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
     return value
 
 
-def _infinite(text: str) -> float:
-    return float(text) if text != "NaN" else _refused(text)
+def _no_nan(text: str) -> float:
+    return _finite(text) if text == "NaN" else float(text)
 
 
 def _moderate(text: str) -> int:

@@ -1,4 +1,9 @@
-"""How much memory there is, and how much of it this process has."""
+"""How much memory there is, how much of it a run has, and what is said where there is none left.
+
+Memory counts in the process for what runs on the CPU, and on the card for what runs there.  Whoever
+keeps to a limit, or tells what a run takes, asks the memory of the device that the run is on, and
+need not know which it is.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,15 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 import solvers.errors
 from osscar.base.errors import NoMemoryError, OptionError, first_line
+from osscar.base.process import neighbours
 
 try:
     import resource
@@ -30,25 +39,6 @@ def in_words(size: int) -> str:
     if size < 10**6:
         return f"{size}B"  # to two digits of a GB it would be another one than was given
     return f"{-(-size // 10**7) / 100:.2f}GB"
-
-
-def resident_memory() -> int:
-    """Return how many bytes this process has in memory (OptionError if nothing tells)."""
-    try:
-        return int(_STATM.read_text().split()[1]) * _PAGE
-    except (OSError, ValueError, IndexError):
-        raise OptionError(
-            "this system does not tell how much memory a process has, so that no limit can be "
-            "kept; omit --max-memory"
-        ) from None
-
-
-def peak_memory() -> int | None:
-    """Return the most bytes this process has had in memory; None where the system does not tell."""
-    if resource is None:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def available_memory() -> int | None:
@@ -79,22 +69,6 @@ _MMAP_THRESHOLD = -3
 """What `mallopt` of glibc calls the size from which a block is taken from the system by itself."""
 
 
-def give_back() -> None:
-    """Give memory that was freed back to the system, where the allocator keeps it."""
-    for libc in _glibc():
-        libc.malloc_trim(0)
-
-
-def give_back_at_once() -> None:
-    """Let tensors of 1 MB or more go back to the system whenever they are freed, from now on.
-
-    The allocator of glibc else learns to keep blocks of up to 32 MB: hidden states and weights of a
-    layer, of which some hundred MB then lie between what is still in use.
-    """
-    for libc in _glibc():
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-
-
 @cache
 def _glibc() -> tuple[ctypes.CDLL, ...]:
     """Return the library of C where it is glibc, else nothing."""
@@ -103,6 +77,138 @@ def _glibc() -> tuple[ctypes.CDLL, ...]:
     except OSError:
         return ()
     return (found,) if hasattr(found, "malloc_trim") and hasattr(found, "mallopt") else ()
+
+
+# ---- the memory of a device ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory that a limit is about: that of the process, for what runs on the CPU."""
+
+    @property
+    def other_holders(self) -> str:
+        """What has memory there besides the run's weights, in words that follow "for"."""
+        return "the program"
+
+    def held(self) -> int:
+        """Return how many bytes this process has (OptionError if nothing tells)."""
+        try:
+            return int(_STATM.read_text().split()[1]) * _PAGE
+        except (OSError, ValueError, IndexError):
+            raise OptionError(
+                "this system does not tell how much memory a process has, so that no limit can be "
+                "kept; omit --max-memory"
+            ) from None
+
+    def peak(self) -> int | None:
+        """Return the most bytes it has had; None where the system does not tell."""
+        if resource is None:
+            return None
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+    def available(self) -> int | None:
+        """Return how many bytes are there for this process, or None where the system does not tell.
+
+        What is free is shared out among the processes of this launch that use the same memory.
+        """
+        found = available_memory()
+        return None if found is None else found // neighbours()
+
+    def excess(self, needed: int, ceiling: int) -> int:
+        """Return by how many bytes so many more exceed a limit; below 0 if they fit."""
+        return self.held() + needed - ceiling
+
+    def give_back(self) -> None:
+        """Give memory that was freed back, where the allocator keeps it."""
+        for libc in _glibc():
+            libc.malloc_trim(0)
+
+    def give_back_at_once(self) -> None:
+        """Have tensors of 1 MB or more go back to the system whenever they are freed, from now on.
+
+        The allocator of glibc else learns to keep blocks of up to 32 MB: hidden states and weights
+        of a layer, of which some hundred MB then lie between what is still in use.
+        """
+        for libc in _glibc():
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+@dataclass(frozen=True)
+class _CardMemory(DeviceMemory):
+    """That of a graphics card, as far as this process has reserved it.
+
+    What CUDA itself takes for a process, some hundred MB, is not reserved by torch, nor counted.
+    """
+
+    device: torch.device
+    """With its number."""
+
+    @property
+    def other_holders(self) -> str:
+        """Buffers and batches, above all."""
+        return "what is on the card already"
+
+    def held(self) -> int:
+        """Return how many bytes torch has reserved, without what it keeps for later."""
+        self.give_back()
+        return torch.cuda.memory_reserved(self.device)
+
+    def peak(self) -> int | None:
+        """Return the most that torch has reserved."""
+        return torch.cuda.max_memory_reserved(self.device)
+
+    def available(self) -> int | None:
+        """Return its share of what is free on the card, with what it has reserved itself."""
+        found = torch.cuda.memory_reserved(self.device) + self._free()
+        return found // -(-neighbours() // max(1, torch.cuda.device_count()))
+
+    def excess(self, needed: int, ceiling: int) -> int:
+        """Return by how many bytes a limit, or what is free, would be exceeded."""
+        if needed > self._room(ceiling):
+            self.give_back()
+        return needed - self._room(ceiling)
+
+    def give_back(self) -> None:
+        """Give back what torch keeps of what was freed."""
+        torch.cuda.empty_cache()
+
+    def give_back_at_once(self) -> None:
+        """Do nothing: what torch keeps is given back before anything has to go."""
+
+    def _room(self, ceiling: int) -> int:
+        """Return how many bytes may be reserved yet: others may use the card, too."""
+        return min(ceiling - torch.cuda.memory_reserved(self.device), self._free())
+
+    def _free(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free
+
+
+def memory_of(device: torch.device) -> DeviceMemory:
+    """Return the memory that counts for what runs on a device.
+
+    Raises
+    ------
+    OptionError
+        If nothing is known of such a device.
+    """
+    if device.type == "cpu":
+        return DeviceMemory()
+    if device.type == "cuda":
+        return _CardMemory(numbered(device))
+    raise OptionError(
+        f"how much memory {str(device)!r} has is not known; give --device cpu or cuda, or omit "
+        "--max-memory"
+    )
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return a device as tensors name it that lie there: a card has a number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 # ---- memory that is not there ------------------------------------------------------------

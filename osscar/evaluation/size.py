@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graph.groups import CouplingGroup
-from osscar.base.memory import peak_memory
+from osscar.base.memory import DeviceMemory
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_peak_memory(device: torch.device) -> int | None:
             lines = Path("/proc/self/status").read_text().splitlines()
             peak = next(line for line in lines if line.startswith("VmHWM:"))
             return int(peak.split()[1]) * 1024
-    return peak_memory()
+    return DeviceMemory().peak()
 
 
 def count_disk_bytes(path: str | Path | None) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import FileError, ModelError, OptionError, warn
 from osscar.base.inputs import file_name, safe_repr
-from osscar.base.memory import FOR_MODELS, memory_for
+from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
@@ -27,7 +27,6 @@ from osscar.models.pretrained import load_classifier, load_language_model
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
-from osscar.offload.weight_cache import memory_of
 from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 

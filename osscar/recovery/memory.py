@@ -22,10 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from osscar.base.errors import NoMemoryError, OptionError, OsscarError, first_line
 from osscar.base.inputs import parse_size
-from osscar.base.memory import in_words, is_shortage
+from osscar.base.memory import DeviceMemory, in_words, is_shortage, memory_of
 from osscar.network.hooks import other_forwards
 from osscar.network.modules import device_of
-from osscar.offload.weight_cache import DeviceMemory, memory_of
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
 from osscar.recovery.weights import adaptable, has_peft

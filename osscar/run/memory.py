@@ -19,12 +19,11 @@ from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
 from osscar.allocation.measured import compared_samples
 from osscar.base.errors import OptionError, RequestError
-from osscar.base.memory import in_words
+from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
 from osscar.network.hooks import hooks
 from osscar.network.modules import device_of, forward
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, weight_cache
-from osscar.offload.weight_cache import memory_of
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
 from osscar.walk.sums import sum_bytes

@@ -17,13 +17,14 @@ import solvers
 from benchmarks import gpu
 from benchmarks.scale import layer
 from osscar.base.errors import OptionError, RequestError
+from osscar.base.memory import DeviceMemory, memory_of
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import load as loading
 from osscar.network.modules import device_of
 from osscar.offload import on_disk
 from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
 from osscar.offload.places import Place
-from osscar.offload.weight_cache import DeviceMemory, WeightCache, memory_of
+from osscar.offload.weight_cache import WeightCache
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog

@@ -26,7 +26,7 @@ from osscar.base.errors import (
     RequestError,
 )
 from osscar.base.inputs import parse_size
-from osscar.base.memory import available_memory, resident_memory
+from osscar.base.memory import DeviceMemory, available_memory
 from osscar.checkpoint import regrouped
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.regrouped import parts_in_files
@@ -206,7 +206,7 @@ def test_saving_leaves_room_for_the_passes_that_compare(tmp_path, monkeypatch):
     dense = written(tmp_path / "dense", "opt", layers=1)
     result = pruned(dense, PLENTY, heads=0.5, neurons=0.7)
     cache = weight_cache(result.model)
-    monkeypatch.setattr(system_memory, "resident_memory", lambda: 10**9)
+    monkeypatch.setattr(DeviceMemory, "held", lambda _: 10**9)
     cache.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
     result.save(tmp_path / "pruned")
     largest = max(parameter.nbytes for parameter in result.model.parameters())
@@ -504,18 +504,18 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
 
 GROWN = """
 import torch
-from osscar.base.memory import resident_memory
+from osscar.base.memory import DeviceMemory
 from osscar.offload.weight_cache import WeightCache
 WeightCache(1 << 40)
 del (first := [torch.ones(4 << 20)])[:]  # from which the allocator learns what to keep
-before, kept = resident_memory(), []
+before, kept = DeviceMemory().held(), []
 for _ in range(3):
     large = []
     for _ in range(20):
         large.append(torch.ones(4 << 20))
         kept.append(torch.ones(1 << 10))
     del large
-print(resident_memory() - before)
+print(DeviceMemory().held() - before)
 """
 
 
@@ -530,7 +530,7 @@ def test_what_is_freed_between_what_stays_is_not_kept_by_the_process():
 
 def test_sizes_and_what_is_none():
     assert 1 << 20 < available_memory() < 1 << 60
-    assert 1 << 20 < resident_memory() < 1 << 50
+    assert 1 << 20 < DeviceMemory().held() < 1 << 50
     told = {"8GB": 8 * 10**9, "1.5 MiB": 3 << 19, 4096: 4096, "10k": 10_000}
     assert {size: parse_size(size) for size in told} == told
     for size in ("", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from osscar.allocation.divergence import Likeness, Reference
 from osscar.base.errors import DataError, NoMemoryError, OptionError
-from osscar.base.memory import give_back, resident_memory
+from osscar.base.memory import DeviceMemory
 from osscar.network.modules import copied
 from osscar.recovery import memory
 from osscar.recovery.memory import blocks, checkpointing, first_that_fits
@@ -86,8 +86,8 @@ def test_a_step_that_takes_more_than_it_may_is_made_in_smaller_parts():
     asked = {"steps": 3, "batch_size": 32, "device": "cpu", "mixed_precision": "no"}
     request = RecoveryRequest(held_out=2, learning_rate=1e-2, **asked)
     gc.collect()
-    give_back()
-    limit = resident_memory() + 400 * 10**6
+    DeviceMemory().give_back()
+    limit = DeviceMemory().held() + 400 * 10**6
     said: list[str] = []
     limited = dataclasses.replace(request, max_memory=limit)
     result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
