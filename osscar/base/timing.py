@@ -83,14 +83,6 @@ class Profile:
             self.seconds[running] = self.seconds.get(running, 0.0) + now - self._since
         self._since = now
 
-    def _begin(self, running: Stage) -> None:
-        self._charge()
-        self._running.append(running)
-
-    def _end(self) -> None:
-        self._charge()
-        self._running.pop()
-
 
 _profiles: list[Profile] = []
 """Those that are being made."""
@@ -112,12 +104,14 @@ def timed(running: Stage) -> Iterator[None]:
     """Count the block as one stage, in every profile that is being made."""
     profiles = tuple(_profiles)
     for profile in profiles:
-        profile._begin(running)
+        profile._charge()
+        profile._running.append(running)
     try:
         yield
     finally:
         for profile in profiles:
-            profile._end()
+            profile._charge()
+            profile._running.pop()
 
 
 # ---- what is compared --------------------------------------------------------------------

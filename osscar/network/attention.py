@@ -52,13 +52,6 @@ class _MultiheadAttention(AnyHeads):
             )
         self._qkv_same_embed_dim = False
 
-    def _projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        packed, bias = self.in_proj_weight, self.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        if packed is not None:
-            return packed.chunk(3), biases
-        return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases
-
     def forward(
         self,
         query: Tensor,
@@ -75,7 +68,10 @@ class _MultiheadAttention(AnyHeads):
         inputs = [t.unsqueeze(0) if single else t for t in (query, key, value)]
         if not single and not self.batch_first:
             inputs = [t.transpose(0, 1) for t in inputs]
-        weights, biases = self._projections()
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = apart if packed is None else packed.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (
             torch.unflatten(F.linear(t, w, b), -1, (-1, self.head_dim)).transpose(1, 2)
             for t, w, b in zip(inputs, weights, biases, strict=True)

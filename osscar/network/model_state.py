@@ -58,7 +58,8 @@ class ModelState:
             for attribute, (value, _) in self._held.items()
             if isinstance(value, _CONTAINERS)
         ]
-        versions = {id(buffer): _version(buffer) for module in names for buffer in _buffers(module)}
+        buffers = (buffer for module in names for buffer in module.buffers(recurse=False))
+        versions = {id(buffer): _version(buffer) for buffer in buffers}
 
         def note(module: nn.Module, key: str) -> None:
             if module in names and key != "training":
@@ -139,7 +140,10 @@ class PassState:
         """Write values, as `take` returned them."""
         rest = iter(values)
         for module, key in self._attributes:
-            _assign(module, key, next(rest))
+            store, value = _store(module, key), next(rest)
+            store[key] = value
+            if value is _MISSING:
+                del store[key]
         for container in self._containers:
             _refill(container, next(rest))
         for buffer in self._buffers:
@@ -158,14 +162,6 @@ def _store(module: nn.Module, key: str) -> dict[str, Any]:
     """Return which of a module's tables holds an attribute."""
     tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     return next((table for table in tables if key in table), vars(module))
-
-
-def _assign(module: nn.Module, key: str, value: Any) -> None:
-    store = _store(module, key)
-    if value is _MISSING:
-        store.pop(key, None)
-    else:
-        store[key] = value
 
 
 def _refill(container: Any, members: Any) -> None:
@@ -193,10 +189,6 @@ def _same(container: Any, members: Any) -> bool:
             container[key] is members[key] for key in members
         )
     return len(container) == len(members) and all(map(operator.is_, container, members))
-
-
-def _buffers(module: nn.Module) -> Iterator[Tensor]:
-    return module.buffers(recurse=False)
 
 
 def _version(tensor: Tensor) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,21 +57,12 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], *modes: Any) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(without_cache(model))
-        stack.enter_context(_layer_by_layer())
+        # No layer of nn.TransformerEncoder or nn.MultiheadAttention is to run as one operator.
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         for mode in modes:
             stack.enter_context(mode)
         model(**inputs)
-
-
-@contextmanager
-def _layer_by_layer() -> Iterator[None]:
-    """Let no layer of `nn.TransformerEncoder` or `nn.MultiheadAttention` run as one operator."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _passed_over() -> dict[Any, Callable[..., int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,27 +133,14 @@ def _same(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
     return tensor.like(tensor.place)
 
 
-def _itself(tensor: OnDisk, *_: Any, **__: Any) -> OnDisk:
-    return tensor
-
-
 def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
     device, dtype, _ = asked_of_to(*args, **options)
     place = tensor.place if dtype is None else tensor.place.cast(dtype)
     return OnDisk(place, tensor.cache if device is None else tensor.cache.on(device))
 
 
-def _to_card(tensor: OnDisk, device: Any = None, *_: Any, **__: Any) -> OnDisk:
-    card = torch.device("cuda", device) if isinstance(device, int) else device
-    return _to(tensor, torch.device("cuda" if card is None else card))
-
-
 def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
     return lambda tensor: tensor.like(tensor.place.cast(dtype))
-
-
-def _select(tensor: OnDisk, dim: int, index: Tensor) -> OnDisk:
-    return tensor.like(tensor.place.selected(dim, index))
 
 
 def _assign(tensor: OnDisk, data: Tensor) -> None:
@@ -173,17 +160,15 @@ def _number_of_card(tensor: OnDisk) -> int:
     return -1 if index is None else index
 
 
-_CPU = torch.device("cpu")
-
-_Function: TypeAlias = Any
-
-_LAZY: Mapping[_Function, Callable[..., Any]] = {
+_LAZY: Mapping[Any, Callable[..., Any]] = {
     Tensor.detach: _same,
     Tensor.clone: _same,
-    Tensor.contiguous: _itself,
-    Tensor.cpu: lambda tensor, *_, **__: _to(tensor, _CPU),
-    Tensor.cuda: _to_card,
-    Tensor.requires_grad_: _itself,
+    Tensor.contiguous: lambda tensor, *_, **__: tensor,
+    Tensor.cpu: lambda tensor, *_, **__: _to(tensor, "cpu"),
+    Tensor.cuda: lambda tensor, device="cuda", *_, **__: _to(
+        tensor, torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+    ),
+    Tensor.requires_grad_: lambda tensor, *_, **__: tensor,
     Tensor.requires_grad.__set__: lambda *_: None,  # type: ignore[attr-defined]
     Tensor.data.__get__: _same,  # type: ignore[attr-defined]
     Tensor.data.__set__: _assign,  # type: ignore[attr-defined]
@@ -191,7 +176,7 @@ _LAZY: Mapping[_Function, Callable[..., Any]] = {
         isinstance(tensor, OnDisk) for tensor in tensors
     ),
     Tensor.to: _to,
-    Tensor.index_select: _select,
+    Tensor.index_select: lambda tensor, dim, index: tensor.like(tensor.place.selected(dim, index)),
     Tensor.float: _cast_to(torch.float32),
     Tensor.double: _cast_to(torch.float64),
     Tensor.half: _cast_to(torch.float16),

@@ -95,6 +95,15 @@ def _before(value: Any) -> Any:
     return value if isinstance(value, int | float) else value.node.hint
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, with those that have their defaults."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
+    due = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in due), node.args, strict=False))
+    return {argument.name: argument.default_value for argument in due} | given | node.kwargs
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of an operator whose numbers are to follow.
@@ -112,24 +121,15 @@ class _Call:
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name that the operator's schema has for it, or its default."""
-        position, default = self._schema(name)
-        if name in self.node.kwargs:
-            return self.node.kwargs[name]
-        return self.node.args[position] if position < len(self.node.args) else default
+        return arguments(self.node)[name]
 
     def replace(self, name: str, value: Any) -> None:
         """Put a value in the place of an argument."""
-        position, _ = self._schema(name)
+        position = [*arguments(self.node)].index(name)
         if name not in self.node.kwargs and position < len(self.node.args):
             self.node.update_arg(position, value)
         else:
             self.node.update_kwarg(name, value)
-
-    def _schema(self, name: str) -> tuple[int, Any]:
-        arguments = cast(Any, self.node.target)._schema.arguments
-        position = next(i for i, argument in enumerate(arguments) if argument.name == name)
-        known = arguments[position].has_default_value()
-        return position, arguments[position].default_value if known else None
 
     def input(self, name: str) -> Extents:
         """Return the dimensions of a tensor argument."""

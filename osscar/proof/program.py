@@ -39,7 +39,7 @@ from osscar.offload.on_disk import shapes_only
 from osscar.proof.input_sizes import InputSizes
 from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
 from osscar.proof.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
-from osscar.proof.plan import GroupPlan, PruningPlan, TracedInput
+from osscar.proof.plan import PruningPlan, TracedInput
 
 
 class ProgramModule(GraphModule):
@@ -220,7 +220,12 @@ class ShrunkGraph:
 
 def staying_of(traced: TracedProgram, plan: PruningPlan) -> Staying:
     """Return what stays of the values of a program."""
-    kept = {_axis_of(traced, group): group.kept for group in plan.groups}
+    kept = {}
+    for group in plan.groups:
+        try:
+            kept[traced.axis_of(group.slots)] = group.kept
+        except graph.GraphError as error:
+            raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
     return Staying(traced, kept, _unread(traced, plan))
 
 
@@ -239,20 +244,23 @@ def shrunk_graph(traced: TracedProgram, plan: PruningPlan) -> ShrunkGraph:
 
 
 def smaller(shrunk: ShrunkGraph) -> ProgramModule:
-    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one."""
-    _finish(shrunk.graph, shrunk.traced)
+    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one.
+
+    It takes its arguments by position or name, and checks their sizes first.
+    """
+    program, standalone = shrunk.graph, shrunk.traced.standalone
+    arguments = program.find_nodes(op="placeholder")
+    with program.inserting_after(arguments[-1]):
+        program.call_module(GUARDS, tuple(arguments))
+    _, inputs = pytree.tree_flatten((standalone.names, {}))
+    form = _PyTreeInfo(list(standalone.names), inputs, standalone.structure)
+    program.set_codegen(_PyTreeCodeGen(form))
+    program.lint()
     made = ProgramModule(_attributes(shrunk.graph, shrunk.traced, shrunk.staying), shrunk.graph)
     for node in made.graph.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
     made.eval()
     return made
-
-
-def _axis_of(traced: TracedProgram, group: GroupPlan) -> int:
-    try:
-        return traced.axis_of(group.slots)
-    except graph.GraphError as error:
-        raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
 
 
 def _unread(traced: TracedProgram, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
@@ -273,20 +281,6 @@ def _unread(traced: TracedProgram, plan: PruningPlan) -> dict[str, dict[int, Ten
             whole = torch.ones(shape[slot.dim], dtype=torch.bool)
             dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
     return stays
-
-
-def _finish(program: Graph, traced: TracedProgram) -> None:
-    """Let a program take its arguments by position or name, and put its outputs together.
-
-    They are checked first.
-    """
-    arguments = program.find_nodes(op="placeholder")
-    with program.inserting_after(arguments[-1]):
-        program.call_module(GUARDS, tuple(arguments))
-    names, structure = traced.standalone.names, traced.standalone.structure
-    _, inputs = pytree.tree_flatten((names, {}))
-    program.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(names), inputs, structure)))
-    program.lint()
 
 
 def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict[str, Any]:
@@ -329,10 +323,8 @@ class _ShapeCheck(Interpreter):
     def __init__(self, shrunk: ShrunkGraph) -> None:
         super().__init__(shrunk.traced.standalone.module, graph=shrunk.graph)
         self.extra_traceback = False
-        self.shrunk, self.mode = (
-            shrunk,
-            FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
-        )
+        self.shrunk = shrunk
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def check(self) -> None:
         """Run the program on the shapes of the example; the value of each node is noted."""

@@ -35,6 +35,7 @@ from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk
+from osscar.proof.literals import arguments
 from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program import (
     ShrunkGraph,
@@ -301,7 +302,7 @@ class _Comparison:
                 return
             self.operators += 1
             self.pairs[other] = step
-            self._same(_arguments(step), _arguments(other), other)
+            self._same(arguments(step), arguments(other), other)
         if len(steps) != len(others):
             last = others[-1] if others else made.output_node()
             self.differences.append(
@@ -453,30 +454,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(known, (*_PLAIN, *SYMBOLIC))
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    """Return the arguments of a call by name, with those that have their defaults."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
-    due = node.target._schema.arguments
-    given = dict(zip((argument.name for argument in due), node.args, strict=False))
-    return {argument.name: argument.default_value for argument in due} | given | node.kwargs
-
-
 def _steps(graph: Graph) -> list[Node]:
     """Return the calls of operators that do something, but those that compute numbers of sizes."""
-    return [
-        node
-        for node in graph.nodes
-        if node.op.startswith("call_")
-        and (node.users or _has_effect(node))
-        and not _is_of_sizes(node)
-    ]
 
+    def is_of_sizes(node: Node) -> bool:  # and looks at no value of a tensor
+        reads = not all(map(_is_number, node.all_input_nodes)) and "sym_" not in str(node.target)
+        return _is_number(node) and not reads
 
-def _is_of_sizes(node: Node) -> bool:
-    """Whether a node computes a number, and looks at no value of a tensor."""
-    reads = not all(map(_is_number, node.all_input_nodes)) and "sym_" not in str(node.target)
-    return _is_number(node) and not reads
+    calls = (node for node in graph.nodes if node.op.startswith("call_"))
+    return [n for n in calls if (n.users or _has_effect(n)) and not is_of_sizes(n)]
 
 
 def _minds_copies(node: Node) -> bool:

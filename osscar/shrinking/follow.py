@@ -120,7 +120,9 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
     What lies around an attention or a block is not near: it may hold several of them.  Of experts,
     what holds them and their router is.
     """
-    inner = [name for slot in group.slots for name in (slot.module, _holder(slot))]
+    inner: list[str] = []
+    for slot in group.slots:
+        inner += (slot.module, slot.module if is_list(slot) else slot.tensor.rpartition(".")[0])
     layers = [
         name for name in inner if group.kind.routed or not any(model.get_submodule(name).children())
     ]
@@ -138,10 +140,6 @@ def is_list(slot: Slot) -> bool:
     return slot.tensor == slot.module
 
 
-def _holder(slot: Slot) -> str:
-    return slot.module if is_list(slot) else slot.tensor.rpartition(".")[0]
-
-
 def _find(module: nn.Module) -> Adapter | None:
     names = (full_name(kind) for kind in type(module).__mro__)
     return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
@@ -155,19 +153,11 @@ def full_name(kind: type) -> str:
 # ---- counts of heads and neurons ---------------------------------------------------------
 
 
-def _is_multiple(value: int, group: GroupPlan) -> bool:
-    return value % group.units == 0
-
-
 def _is_sharing(value: int, group: GroupPlan) -> bool:
     """Whether so many query heads share a key head; where units are key heads, each keeps them."""
     widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
     queries = max(widths, default=1) // min(widths, default=1)
     return value == group.units and queries != value
-
-
-def _is_width(value: int, group: GroupPlan) -> bool:
-    return value in {slot.units * slot.width for slot in group.slots}
 
 
 def _is_count(value: int, group: GroupPlan) -> bool:
@@ -176,10 +166,14 @@ def _is_count(value: int, group: GroupPlan) -> bool:
 
 _COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {
     UnitKind.HEADS: {
-        r"(num_|n_)?(attention_|attn_|query_|q_)?heads?|nhead|num_(local_)?heads": _is_multiple,
-        r"(num_|n_)?(key_value|kv)(_heads?)?|num_(local_)?key_value_heads": _is_multiple,
+        r"(num_|n_)?(attention_|attn_|query_|q_)?heads?|nhead|num_(local_)?heads|"
+        r"(num_|n_)?(key_value|kv)(_heads?)?|num_(local_)?key_value_heads": (
+            lambda value, group: value % group.units == 0
+        ),
         r"num_key_value_groups|num_queries_per_kv|n_rep|kv_groups": _is_sharing,
-        r"all_head_size|inner_dim|split_size|attn_dim|qkv_dim": _is_width,
+        r"all_head_size|inner_dim|split_size|attn_dim|qkv_dim": (
+            lambda value, group: value in {slot.units * slot.width for slot in group.slots}
+        ),
     },
     UnitKind.NEURONS: {
         r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
@@ -219,13 +213,9 @@ def follow_around(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
         return
     inside = [name for group in experts for name in nearby(model, group)]
     counting = {n: m for n, m in model.named_modules() if counts(vars(m), experts[0])}
-    if all(any(_is_around(name, one) for one in inside) for name in counting):
+    if all(any(not name or one.startswith(f"{name}.") for one in inside) for name in counting):
         for module in counting.values():
             follow(module, experts[0])
-
-
-def _is_around(name: str, inner: str) -> bool:
-    return not name or inner.startswith(f"{name}.")
 
 
 def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
