@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +22,27 @@ from torch.nn.utils.spectral_norm import (
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from graph.groups import CouplingGroup
+from graph.tracing.preserve import Contents
 from osscar.network.modules import evaluating
 
 _WEIGHT = "weight"
 _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
 """What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
 
-_TABLES = (
-    *("_parameters", "_buffers", "_modules"),
-    *("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A module whose computed weight has become a plain one.
-
-    `attributes` is what it held before.
-    """
+    """A module whose computed weight has become a plain one, and what it was before."""
 
     tensor: str
     module: nn.Module
     kind: type[nn.Module]
-    attributes: dict[str, Any]
+    contents: Contents
 
     def undo(self) -> None:
         """Let the module compute its weight again, with the parts of that time."""
         self.module.__class__ = self.kind
-        vars(self.module).clear()
-        vars(self.module).update(self.attributes)
+        self.contents.restore()
 
 
 def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folded]:
@@ -107,10 +99,7 @@ def _parts(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _folded(module: nn.Module, tensor: str) -> Folded:
-    held = {
-        name: value.copy() if name in _TABLES else value for name, value in vars(module).items()
-    }
-    before = Folded(tensor, module, type(module), held)
+    before = Folded(tensor, module, type(module), Contents.of(module))
     learns = any(part.requires_grad for part in _parts(module))
     if is_parametrized(module):
         # By hand: torch would take the weight off the class, which copies of the module share.
