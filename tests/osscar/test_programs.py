@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import graph
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError, OptionError
+from osscar.proof import literals
 from osscar.proof.plan import Form, PruningPlan
-from osscar.proof.program import literals
 from osscar.shrinking.shrink_program import ProgramTrial, shrink_program
 from osscar.shrinking.slice import slice_units
 from tests.graph.test_random_networks import random_network
