@@ -28,9 +28,9 @@ from osscar.base.errors import (
 from osscar.checkpoint.builders import TorchvisionOrigin
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.cli import main
+from osscar.proof import program
 from osscar.proof.lineage import structure_of
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
-from osscar.proof.program import program
 from osscar.request import PruningRequest
 from osscar.run import feasibility
 from osscar.shrinking import follow
