@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from graph.tracing.patches import computes_shapes_alone
-from graph.tracing.preserve import asked_of_to
+from graph.tracing.preserve import Contents, asked_of_to
 from osscar.base.errors import ModelError
 from osscar.offload.places import Place
 from osscar.offload.weight_cache import WeightCache
@@ -304,30 +304,19 @@ def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dic
     if not is_on_disk(model):
         yield dict(example)
         return
-    tables: list[dict[str, Any]] = [
-        table for module in model.modules() for table in (module._parameters, module._buffers)
-    ]
-    before = [
-        (table, name, tensor)
-        for table in tables
-        for name, tensor in table.items()
-        if tensor is not None
-    ]
-    plain: dict[int, Tensor] = {}
+    before = Contents.of(model)
+    plain: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        on_disk = isinstance(tensor, OnDisk)
+        there = torch.empty(tensor.shape, dtype=tensor.dtype) if on_disk else tensor.detach().cpu()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        plain[id(tensor)] = (
+            nn.Parameter(there, on_disk or tensor.requires_grad) if is_parameter else there
+        )
     try:
-        for table, name, tensor in before:
-            if id(tensor) not in plain:
-                plain[id(tensor)] = _shape_of(tensor)
-            table[name] = plain[id(tensor)]
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                table.update({n: plain[id(t)] for n, t in table.items() if t is not None})
         yield {name: tensor.cpu() for name, tensor in example.items()}
     finally:
-        for table, name, tensor in before:
-            table[name] = tensor
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """Return what stands for a parameter or buffer while shapes are all that counts."""
-    if isinstance(tensor, OnDisk):
-        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype))
-    there = tensor.detach().cpu()
-    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+        before.restore()
