@@ -1,9 +1,8 @@
 """Coupling groups: which slices of which tensors must be kept or removed together."""
 
 from graph.call import Call, Value
-from graph.dependency import DependencyGraph, trace
+from graph.dependency import DependencyGraph, residual_groups, trace
 from graph.errors import (
-    ArgumentError,
     ExampleInputError,
     GraphError,
     RuleError,
@@ -12,7 +11,6 @@ from graph.errors import (
 )
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from graph.propagate import Operator
-from graph.residual import residual_groups
 from graph.rules import DEFAULT as DEFAULT_RULES
 from graph.rules import PROGRAM as PROGRAM_RULES
 from graph.rules import RuleTable, rule
@@ -20,7 +18,6 @@ from graph.rules import RuleTable, rule
 __all__ = [
     "DEFAULT_RULES",
     "PROGRAM_RULES",
-    "ArgumentError",
     "Call",
     "CouplingGroup",
     "DependencyGraph",

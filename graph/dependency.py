@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import errno
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import networkx as nx
 import torch
 
-from graph.draw import render
-from graph.errors import ArgumentError, ExampleInputError, GraphError, UnknownGroupError
+from graph.errors import ExampleInputError, GraphError, UnknownGroupError
 from graph.grouping import build_groups
-from graph.groups import CouplingGroup, Role
+from graph.groups import CouplingGroup, Role, UnitKind
 from graph.propagate import Operator, propagate
 from graph.rules import DEFAULT, RuleTable
 from graph.tracing.export import ExampleInputs, export_model
-from graph.training import followed_in_training
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,13 @@ class DependencyGraph:
     operators
         The operators of the traced graph in execution order.
     unread
-        Names of the parameters that the example does not reach, and of which it is unknown whether
-        they read a group's units.
-    stuck
-        Of these, what code for training reads beside a group's units, in a way that cannot follow.
+        Names of the parameters that the example does not reach in evaluation mode, and of which it
+        is unknown whether they read a group's units.
     """
 
     groups: tuple[CouplingGroup, ...]
     operators: tuple[Operator, ...]
     unread: tuple[str, ...] = ()
-    stuck: tuple[str, ...] = ()
 
     @property
     def prunable(self) -> tuple[CouplingGroup, ...]:
@@ -55,11 +50,7 @@ class DependencyGraph:
         ------
         UnknownGroupError
             If there is none; the message lists names close to it.
-        ArgumentError
-            If it is no text.
         """
-        if not isinstance(name, str):
-            raise ArgumentError(f"the name of a group is a {type(name).__name__}; give a str")
         names = {group.name: group for group in self.groups}
         if name in names:
             return names[name]
@@ -74,12 +65,10 @@ class DependencyGraph:
         Nodes carry ``kind`` (``"operator"``, ``"slot"`` or ``"group"``) and the object they stand
         for as ``data``.  Edges run from operators to the operators that read their results, from
         slots to the operators that use them, and between slots and groups: from producers and
-        pass-through slots to the group, from the group to its consumers.  No operator uses what
-        training alone reads.
+        pass-through slots to the group, from the group to its consumers.
         """
         network: nx.DiGraph[str] = nx.DiGraph()
         by_order = {operator.order: operator.name for operator in self.operators}
-        used = {tensor for operator in self.operators for tensor in operator.tensors}
         for operator in self.operators:
             network.add_node(operator.name, kind="operator", data=operator)
             network.add_edges_from((name, operator.name) for name in operator.inputs)
@@ -88,37 +77,34 @@ class DependencyGraph:
             for slot in group.slots:
                 name = f"{slot.tensor}[{slot.dim}]+{slot.offset} {slot.role.value} of {group.name}"
                 network.add_node(name, kind="slot", data=slot)
-                reads = slot.role in (Role.CONSUMER, Role.ASIDE)
+                reads = slot.role is Role.CONSUMER
                 network.add_edge(*((group.name, name) if reads else (name, group.name)))
-                if slot.tensor in used:
-                    network.add_edge(name, by_order[slot.order])
+                network.add_edge(name, by_order[slot.order])
         return network
 
     def draw(self, path: str | Path) -> Path:
-        """Write a drawing of the groups as SVG and return where it lies.
+        """Draw the groups, and the tensors whose slices they own, and return where that lies.
 
         Parameters
         ----------
         path
-            File to write.
+            File to write; its suffix says the format, SVG without one.
 
         Raises
         ------
-        ArgumentError
-            If it is no path.
         GraphError
             If it cannot be written.
         """
-        if not isinstance(path, str | Path):
-            raise ArgumentError(f"the path is a {type(path).__name__}; give the name of a file")
+        import matplotlib
+
+        from graph.draw import drawn  # takes a second to load
+
         target = Path(path)
         try:
-            if target.is_fifo():
-                raise OSError(errno.EINVAL, "it is a pipe, which may never be read")
-            target.write_text(render(self.groups), encoding="utf-8")
-        except (OSError, ValueError) as error:  # a NUL in its name
-            reason = getattr(error, "strerror", None) or error
-            raise GraphError(f"cannot write {str(path)[:300]!r}: {reason}") from error
+            with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "groups"}):
+                drawn(self.groups).savefig(target, format=target.suffix[1:] or "svg")
+        except (OSError, ValueError) as error:  # a NUL in its name, or no format
+            raise GraphError(f"cannot write {str(path)[:300]!r}: {error}") from error
         return target
 
 
@@ -152,8 +138,6 @@ def trace(
 
     Raises
     ------
-    ArgumentError
-        If something is of a wrong type.
     ExampleInputError
         If the inputs do not fit the model's signature, or an opaque module does not exist.
     TraceError
@@ -161,31 +145,17 @@ def trace(
     RuleError
         If a propagation rule is wrong.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
-    if rules is not None and not isinstance(rules, RuleTable):
-        raise ArgumentError(f"rules is a {type(rules).__name__}; give a RuleTable, or None")
     _check_opaque(model, opaque)
     table = DEFAULT if rules is None else rules
     program = export_model(model, example_inputs)
     propagation = propagate(program, table, opaque)
     groups = build_groups(propagation, program.tensors)
     read = {name for operator in propagation.operators for name in operator.tensors}
-    unread = {name: tensor for name, tensor in program.tensors.items() if name not in read}
-    groups, unknown, stuck = followed_in_training(
-        model, example_inputs, table, opaque, groups, unread
-    )
-    return DependencyGraph(
-        groups, propagation.operators, tuple(sorted(unknown)), tuple(sorted(stuck))
-    )
+    unread = (n for n, tensor in program.tensors.items() if tensor.is_parameter and n not in read)
+    return DependencyGraph(groups, propagation.operators, tuple(sorted(unread)))
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:
-    if not isinstance(opaque, list | tuple | set | frozenset):
-        raise ArgumentError(f"opaque is a {type(opaque).__name__}; give a list of names or classes")
-    for wanted in opaque:
-        if not isinstance(wanted, str | type):
-            raise ArgumentError(f"opaque names a {type(wanted).__name__}; give names or classes")
     modules = dict(model.named_modules())
     kinds = {type(module) for module in modules.values()}
     for wanted in opaque:
@@ -193,3 +163,53 @@ def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn
             near = difflib.get_close_matches(str(wanted), modules, n=3)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ExampleInputError(f"the model has no module {wanted!r} to leave whole{hint}")
+
+
+# ---- residual streams --------------------------------------------------------------------
+
+
+def residual_groups(traced: DependencyGraph) -> frozenset[str]:
+    """Return the names of the groups whose units are sums of what several layers produce.
+
+    Such units run through many blocks: removing one narrows them all.  The gates of squeeze and
+    excitation multiply what another layer produced and make no residual stream.
+
+    Parameters
+    ----------
+    traced
+        A traced model.
+    """
+    network = traced.networkx()
+    names = {operator.order: operator.name for operator in traced.operators}
+    return frozenset(
+        group.name
+        for group in traced.groups
+        if group.kind is UnitKind.HIDDEN
+        or (
+            group.kind is UnitKind.CHANNELS
+            and _is_summed(
+                network,
+                {names[slot.order] for slot in group.producers},
+                {names[slot.order] for slot in group.consumers},
+            )
+        )
+    )
+
+
+def _is_summed(network: nx.DiGraph[str], producers: set[str], consumers: set[str]) -> bool:
+    """Tell whether an addition joins values of which each has a producer that the other lacks."""
+    if len(producers) < 2:
+        return False
+    # What a producer reads, and what a consumer makes of the units, are other units.
+    read = network.in_edges(producers)
+    flow = nx.restricted_view(network, consumers - producers, read)
+    reached = {name: {name} | nx.descendants(flow, name) for name in producers}
+    for name in set().union(*reached.values()):
+        if not network.nodes[name]["data"].target.startswith("aten.add"):
+            continue
+        sources = [
+            {p for p in producers if value in reached[p]} for value in network.predecessors(name)
+        ]
+        if any(a - b and b - a for a, b in combinations(sources, 2)):
+            return True
+    return False

@@ -7,10 +7,6 @@ class GraphError(Exception):
     """Base of all errors of this package."""
 
 
-class ArgumentError(GraphError, TypeError):
-    """An argument is of another type than what was asked for."""
-
-
 class ExampleInputError(GraphError):
     """What was asked for does not fit the model: example inputs, or a module's name."""
 

@@ -72,11 +72,9 @@ class TracedProgram:
     def axis_of(self, slots: Iterable[Slot]) -> int:
         """Return the axis whose units own the given slots, all of them and no others.
 
-        Slots of tensors that the program does not read, but code for training does, are nobody's.
-
         Raises UnknownGroupError if there is none, or it must not be pruned.
         """
-        wanted = _locations(slot for slot in slots if slot.tensor not in self.unread)
+        wanted = _locations(slots)
         for axis, group in self.groups.items():
             if _locations(group.slots) == wanted:
                 # What lies inside other units, or around them, may go in their place.
@@ -86,13 +84,6 @@ class TracedProgram:
                     )
                 return axis
         raise UnknownGroupError("the exported program has no group of the same tensors")
-
-    @cached_property
-    def unread(self) -> frozenset[str]:
-        """Names of the model's tensors that the program does not read."""
-        program = self.standalone.program
-        read = (program.holders.get(node.name) for node in program.nodes if node.users)
-        return frozenset(self.found.tensors) - frozenset(name for name in read if name is not None)
 
 
 def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:
@@ -108,17 +99,10 @@ class Staying:
     """What stays of every value of a program.
 
     kept: For the axis of each group that loses units, those that stay.
-    unread: Of tensors that the program does not read, which positions of a dimension stay, (size,)
-        bool: no axis tells.
     """
 
-    def __init__(
-        self,
-        program: TracedProgram,
-        kept: Mapping[int, Collection[int]],
-        unread: Mapping[str, Mapping[int, Tensor]],
-    ) -> None:
-        self._program, self._axes, self._unread = program, program.found.axes, unread
+    def __init__(self, program: TracedProgram, kept: Mapping[int, Collection[int]]) -> None:
+        self._program, self._axes = program, program.found.axes
         self._masks = {axis: self._mask_of(axis, units) for axis, units in kept.items()}
         self._known: dict[Layout, Extent] = {}
 
@@ -129,9 +113,6 @@ class Staying:
 
     def of(self, node: Node) -> tuple[Extents, ...]:
         """Return the dimensions of what a node puts out, for each tensor in it."""
-        held = self._program.standalone.program.holders.get(node.name)
-        if held is not None and held in self._unread:
-            return (self.of_tensor(held),)
         result, traced = self._program.found.values.get(node), node.meta.get("val")
         values = result if isinstance(result, tuple | list) else (result,)
         tensors = traced if isinstance(traced, tuple | list) else (traced,)
@@ -149,12 +130,7 @@ class Staying:
 
     def of_tensor(self, name: str) -> Extents:
         """Return the dimensions of a parameter or buffer."""
-        stays = self._unread.get(name, {})
-        extents = self._of_dims(self._program.found.tensors[name])
-        return tuple(
-            Extent(extent.size, stays[dim]) if dim in stays else extent
-            for dim, extent in enumerate(extents)
-        )
+        return self._of_dims(self._program.found.tensors[name])
 
     def _of_dims(self, dims: Iterable[Layout]) -> Extents:
         return tuple(self._of_layout(layout) for layout in dims)

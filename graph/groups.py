@@ -43,9 +43,6 @@ class Role(enum.StrEnum):
     """Its slice is applied to the unit element-wise (bias, normalization, depthwise filter)."""
     CONSUMER = "consumer"
     """Its slice reads the unit and is contracted over it (the input columns of a linear map)."""
-    ASIDE = "aside"
-    """As that of a consumer, but in training alone: nothing tells what it would have to make up
-    for (the input columns of an auxiliary head)."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Operators that act on each position alone, with broadcasting."""
+"""Operators that act on each position alone, with broadcasting, or create tensors."""
 
 from __future__ import annotations
 
 from graph.call import Call, Value
 from graph.groups import Role
-from graph.rules.table import aten, rule
+from graph.rules.table import CONSTANT, PROGRAM, aten, rule
 
 _UNARY = (
     "abs acos acosh asin asinh atan atanh bitwise_not ceil celu cos cosh deg2rad digamma elu "
@@ -35,10 +35,10 @@ _COPIES = (
     "_autocast_to_full_precision _autocast_to_reduced_precision"
 )
 
-_SCALINGS = "neg mul multiply div divide true_divide"
+_LINEAR = frozenset(aten("neg mul multiply div divide true_divide"))
 
-
-_LINEAR = frozenset(aten(_SCALINGS))
+_BY_POSITION = aten("arange eye linspace logspace")
+"""Operators that make numbers which depend on nothing but their positions."""
 
 
 @rule(*aten(_UNARY), *aten(_BINARY), "aten.neg")
@@ -76,3 +76,33 @@ def native_dropout(call: Call) -> list[Value]:
     """Return the tensor and its mask."""
     value = call.value("input")
     return [value, Value(value.dims)]
+
+
+# ---- new tensors ---------------------------------------------------------------------------------
+
+
+@PROGRAM.rule(*_BY_POSITION, CONSTANT)
+@rule(
+    *aten(
+        "empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones "
+        "scalar_tensor zeros"
+    )
+)
+def filled(call: Call) -> list[Value]:
+    """Give new axes to a tensor whose positions are all alike, so that any may be left out.
+
+    In a program positions may leave together with their numbers, which it can cut out.
+    """
+    return [Value(tuple(call.axes.fresh(size) for size in shape)) for shape in call.shapes]
+
+
+@rule(*_BY_POSITION, *aten("new_tensor rand randint randn randperm tril_indices triu_indices"))
+def enumerated(call: Call) -> tuple[Value, ...]:
+    """Freeze a new tensor whose positions differ; what it takes its type from is left alone."""
+    return call.unknowns(call.shapes, "it meets numbers that the code makes for a fixed size")
+
+
+@rule(CONSTANT)
+def written_down(call: Call) -> tuple[Value, ...]:
+    """Freeze a tensor that is written in the code."""
+    return call.unknowns(call.shapes, "it is a dimension of a constant of the code")

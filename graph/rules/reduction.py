@@ -1,9 +1,10 @@
-"""Operators that mix or reduce the positions of a dimension."""
+"""Operators that mix or reduce the positions of a dimension, or normalize by statistics of it."""
 
 from __future__ import annotations
 
-from graph.axes import ONE
+from graph.axes import ONE, Layout
 from graph.call import Call, Value
+from graph.groups import Role
 from graph.rules.table import aten, rule
 
 _REDUCTIONS = (
@@ -80,3 +81,137 @@ def gated(call: Call) -> Value:
         return call.opaque("it is cut in half where it cannot be separated")[0]
     dims[dim] = call.unify(*halves)
     return Value(tuple(dims))
+
+
+# ---- normalizations ------------------------------------------------------------------------------
+
+_STATISTICS = "statistics are taken over it"
+
+
+def _affine(call: Call, layout: Layout, *names: str) -> Layout:
+    """Apply per-position parameters to a dimension."""
+    for name in names:
+        parameter = call.optional(name)
+        if parameter is not None:
+            layout = call.unify(layout, parameter.dims[0])
+            call.record(parameter, Role.PASS_THROUGH)
+    return layout
+
+
+def _with_statistics(call: Call, output: Value) -> list[Value]:
+    """Return the output, then the frozen statistics that native variants also return."""
+    return [output, *call.unknowns(call.shapes[1:], _STATISTICS)]
+
+
+@rule(*aten("layer_norm native_layer_norm rms_norm _fused_rms_norm"))
+def normalized_over_last(call: Call) -> list[Value]:
+    """Freeze the trailing dimensions, whose positions share their statistics."""
+    value = call.value("input")
+    count = len(call.integers("normalized_shape"))
+    dims = value.dims[-count:]
+    call.freeze(dims, _STATISTICS)
+    for name in ("weight", "bias"):
+        parameter = call.optional(name)
+        if parameter is not None:
+            call.record(parameter, Role.PASS_THROUGH)
+            pairs = zip(dims, parameter.dims, strict=True)
+            dims = tuple(call.unify(layout, other) for layout, other in pairs)
+    return _with_statistics(call, Value((*value.dims[:-count], *dims)))
+
+
+@rule(
+    *aten(
+        "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm "
+        "_native_batch_norm_legit_no_training _batch_norm_no_update"
+    )
+)
+def normalized_by_channel(call: Call) -> list[Value]:
+    """Pass every dimension on; channels carry their own statistics and scale."""
+    value = call.value("input")
+    names = ("weight", "bias", "running_mean", "running_var")
+    channels = _affine(call, value.dims[1], *names)
+    return _with_statistics(call, Value((value.dims[0], channels, *value.dims[2:])))
+
+
+@rule("aten.instance_norm")
+def normalized_by_instance(call: Call) -> Value:
+    """Pass channels on, freeze the space over which their statistics are taken."""
+    value = call.value("input")
+    call.freeze(value.dims[2:], _STATISTICS)
+    names = ("weight", "bias", "running_mean", "running_var")
+    return Value((value.dims[0], _affine(call, value.dims[1], *names), *value.dims[2:]))
+
+
+@rule("aten.group_norm", "aten.native_group_norm")
+def normalized_by_group(call: Call) -> list[Value]:
+    """Factor channels into groups, which are independent, and members, which are frozen."""
+    value = call.value("input")
+    groups = call.integers("num_groups", "group")[0]
+    size = call.axes.size(value.dims[1])
+    factors = call.axes.regroup((value.dims[1],), (groups, size // groups))
+    if factors is None:
+        return list(call.opaque("groups of channels are normalized across its boundaries"))
+    call.freeze((factors[1], *value.dims[2:]), _STATISTICS)
+    channels = _affine(call, call.axes.product(factors), "weight", "bias")
+    return _with_statistics(call, Value((value.dims[0], channels, *value.dims[2:])))
+
+
+@rule("aten._weight_norm")
+def weight_normalized(call: Call) -> Value:
+    """Give each row of a weight a length of its own; what the length is taken over is frozen."""
+    direction, length = call.value("v"), call.value("g")
+    dim = call.integer("dim") % len(direction.dims)
+    others = [layout for index, layout in enumerate(direction.dims) if index != dim]
+    call.freeze(others, "its weights are normalized together")
+    dims, origins = list(direction.dims), list(direction.origins)
+    dims[dim] = call.unify(direction.dims[dim], length.dims[dim])
+    if direction.is_weight and length.is_weight:
+        origins[dim] += length.origins[dim]
+    return Value(tuple(dims), tuple(origins))
+
+
+# ---- complex numbers, two real ones in one position, and Fourier transforms ----------------------
+
+_PARTS = "its two positions are the parts of one complex number"
+
+
+@rule("aten.view_as_complex")
+def joined(call: Call) -> Value:
+    """Drop the last dimension, which holds the real and the imaginary part."""
+    value = call.value("self")
+    call.freeze(value.dims[-1:], _PARTS)
+    # A position where both parts are zero is zero.
+    return Value(value.dims[:-1], value.origins[:-1])
+
+
+@rule("aten.view_as_real")
+def parted(call: Call) -> Value:
+    """Add a last dimension for the real and the imaginary part."""
+    value = call.value("self")
+    call.record(value, Role.PASS_THROUGH)
+    return Value((*value.dims, call.unknown(2, _PARTS)))
+
+
+_MIXED = "a Fourier transform is taken along it"
+
+_ONE = "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"
+_TWO = "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2"
+_MORE = "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn fft_fftshift fft_ifftshift"
+
+
+@rule(*aten(f"{_ONE} {_TWO} {_MORE}"))
+def transformed(call: Call) -> Value:
+    """Freeze the dimensions along which positions are mixed, whose number may change."""
+    value = call.value("self")
+    rank = len(value.dims)
+    sizes = call.integers("s")
+    named = call.integers("dim") or (range(rank - len(sizes), rank) if sizes else range(rank))
+    along = {dim % rank for dim in named}
+    call.freeze((value.dims[dim] for dim in along), _MIXED)
+    call.record(value, Role.PASS_THROUGH)
+    pairs = enumerate(zip(value.dims, call.shapes[0], strict=True))
+    return Value(
+        tuple(
+            call.unknown(size, _MIXED) if dim in along else layout for dim, (layout, size) in pairs
+        )
+    )

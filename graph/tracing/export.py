@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
-from graph.tracing.inline import inlined
 from graph.tracing.patches import exporting
 from graph.tracing.preserve import asked_of_to, forget_derived, preserved, without_cache
 
@@ -46,27 +47,23 @@ class Program:
     constants: For those of them that are a short list of integers, that list.
     """
 
-    nodes: tuple[torch.fx.Node, ...]
+    nodes: tuple[Node, ...]
     tensors: Mapping[str, TensorInfo]
     holders: Mapping[str, str]
     written: frozenset[str]
     constants: Mapping[str, tuple[int, ...]]
 
 
-def export_model(
-    model: torch.nn.Module, example_inputs: ExampleInputs, *, training: bool = False
-) -> Program:
+def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Program:
     """Export a model in eval mode, on whatever device its parameters are (`meta` included).
 
     model: Left exactly as it was, training flags and attributes included.
     example_inputs: Positional arguments as a tuple, or keyword arguments as a mapping.
-    training: Whether modules of the model's own code are in training; layers of torch never are,
-        which would draw numbers and keep averages.
     Raises ExampleInputError if the inputs do not fit the signature of ``model.forward``.
     Raises TraceError if the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    exported = run_export(model, args, kwargs, training=training)
+    exported = run_export(model, args, kwargs)
     names = canonical_names(model)
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     holders = {
@@ -93,7 +90,6 @@ def run_export(
     kwargs: Mapping[str, Any],
     dynamic: Any = None,
     *,
-    training: bool = False,
     lines: bool = False,
 ) -> torch.export.ExportedProgram:
     """Call `torch.export` on a model in eval mode, which is left as it was.
@@ -101,14 +97,13 @@ def run_export(
     model, args, kwargs: What is called.
     dynamic: Which sizes of the inputs may differ from those of the example, as `torch.export` has
         it.
-    training: As of `export_model`.
     lines: Whether nodes say which lines of code called them.
     Raises TraceError if the model cannot be exported.
     """
     with (
         preserved(model),
         without_cache(model),
-        in_mode(model, training),
+        _in_evaluation(model),
         _without_idle_casts(model),
         exporting(lines),
         torch.no_grad(),
@@ -133,7 +128,7 @@ def _let_layouts_differ(exported: torch.export.ExportedProgram) -> None:
     """
     aten = torch.ops.aten
     for module in exported.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
+        if isinstance(module, GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
                 node.target = aten.reshape.default
             module.recompile()
@@ -159,7 +154,7 @@ def integer_lists(exported: torch.export.ExportedProgram) -> Iterator[tuple[str,
             yield spec.arg.name, tuple(constant.tolist())
 
 
-def module_of(node: torch.fx.Node) -> str:
+def module_of(node: Node) -> str:
     """Return the qualified name of the innermost module in which a node was traced."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     # A module called again is recorded as ``name@1``.
@@ -177,6 +172,59 @@ def concrete(size: int | torch.SymInt) -> int | None:
 def varies(size: int | torch.SymInt) -> bool:
     """Whether a size in a trace is another one for other inputs."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+# ---- code under a mode such as `torch.no_grad` ---------------------------------------------
+
+_WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Operators that call a graph under a mode, which changes no axis of it."""
+
+
+def inlined(module: GraphModule) -> Graph:
+    """Return the graph of a module with the graphs called under a mode in place of their calls.
+
+    module: As exported; it is not changed.
+    """
+    if not any(_is_wrapper(node) for node in module.graph.nodes):
+        return module.graph
+    flat = Graph()
+    flat.output(_copied(module, flat, {}))
+    return flat
+
+
+def _is_wrapper(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _WRAPPERS
+
+
+def _copied(module: GraphModule, into: Graph, known: dict[Node, Any]) -> Any:
+    """Copy all nodes whose results are not `known` and return what the module returns."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return map_arg(node.args[0], known.__getitem__)
+        if node in known:
+            continue
+        if _is_wrapper(node):
+            known[node] = _called(module, node, into, known)
+        elif node.target is operator.getitem and not isinstance(known[node.args[0]], Node):
+            known[node] = known[node.args[0]][node.args[1]]
+        else:
+            known[node] = into.node_copy(node, known.__getitem__)
+    raise ValueError("a traced graph returns nothing")
+
+
+def _called(module: GraphModule, call: Node, into: Graph, known: dict[Node, Any]) -> Any:
+    """Copy the graph that is called: (settings, ..., graph, arguments, ...)."""
+    place = next(i for i, arg in enumerate(call.args) if _names_graph(module, arg))
+    graph = getattr(module, str(call.args[place].target))  # type: ignore[union-attr]
+    arguments = map_arg(call.args[place + 1 :], known.__getitem__)
+    inputs = (node for node in graph.graph.nodes if node.op == "placeholder")
+    return _copied(graph, into, dict(zip(inputs, arguments, strict=True)))
+
+
+def _names_graph(module: torch.nn.Module, argument: object) -> bool:
+    if not isinstance(argument, Node) or argument.op != "get_attr":
+        return False
+    return isinstance(getattr(module, str(argument.target), None), GraphModule)
 
 
 # ---- inputs ------------------------------------------------------------------------------
@@ -215,26 +263,15 @@ def _bind(
 
 
 @contextmanager
-def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into evaluation mode, or its own modules, but no layers of torch, in training."""
+def _in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for module in model.modules() if training else ():
-            module.training = not _is_layer(module)
         yield
     finally:
         for module, training in flags:
             module.training = training
-
-
-_CONTAINERS = "torch.nn.modules.container"
-
-
-def _is_layer(module: torch.nn.Module) -> bool:
-    """Whether a module is a layer of torch, or of a class that is derived from one."""
-    kinds = (kind.__module__ for kind in type(module).__mro__ if kind is not torch.nn.Module)
-    return any(kind.startswith("torch.nn.") and kind != _CONTAINERS for kind in kinds)
 
 
 @contextmanager

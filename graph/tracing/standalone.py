@@ -25,12 +25,12 @@ from graph.tracing.export import (
     Program,
     canonical_names,
     concrete,
+    inlined,
     integer_lists,
     run_export,
     tensors_of,
     varies,
 )
-from graph.tracing.inline import inlined
 from graph.tracing.patches import every_size, few_questions
 
 LARGEST = 2**16

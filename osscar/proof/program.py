@@ -226,7 +226,7 @@ def staying_of(traced: TracedProgram, plan: PruningPlan) -> Staying:
             kept[traced.axis_of(group.slots)] = group.kept
         except graph.GraphError as error:
             raise AdapterError(f"group {group.name!r} cannot leave the program: {error}") from error
-    return Staying(traced, kept, _unread(traced, plan))
+    return Staying(traced, kept)
 
 
 def shrunk_graph(traced: TracedProgram, plan: PruningPlan) -> ShrunkGraph:
@@ -261,26 +261,6 @@ def smaller(shrunk: ShrunkGraph) -> ProgramModule:
         node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
     made.eval()
     return made
-
-
-def _unread(traced: TracedProgram, plan: PruningPlan) -> dict[str, dict[int, Tensor]]:
-    """Return what stays of tensors that belong to units, but that the program does not read."""
-    stays: dict[str, dict[int, Tensor]] = {}
-    for group in plan.groups:
-        for slot in group.slots:
-            if slot.tensor not in traced.unread:
-                continue
-            shape = traced.standalone.program.tensors[slot.tensor].shape
-            fits = slot.dim < len(shape) and slot.units == group.units
-            if not fits or slot.offset + slot.units * slot.width > shape[slot.dim]:
-                raise AdapterError(
-                    f"group {group.name!r} cannot leave the program: {slot.tensor!r} of shape "
-                    f"{shape} has no such units along dimension {slot.dim}"
-                )
-            dims = stays.setdefault(slot.tensor, {})
-            whole = torch.ones(shape[slot.dim], dtype=torch.bool)
-            dims.setdefault(slot.dim, whole)[slot.indices(group.gone)] = False
-    return stays
 
 
 def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict[str, Any]:

@@ -307,26 +307,22 @@ def _warn_of_unread(
 
     They belong to another way through the model, such as one that an optional input takes.  Nobody
     can know whether units reach them there.  A width that other layers have, too, is no sign of it,
-    nor is one that weights on that way make themselves, such as a tower for images.  What code for
-    training reads is tried, and not guessed here.
+    nor is one that weights on that way make themselves, such as a tower for images.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     chosen = {group.name for group in pruned}
     of_pruned = _sizes(shapes, pruned)
     of_others = _sizes(shapes, [group for group in groups if group.name not in chosen])
-    unread = (name for name in traced.unread if name not in traced.stuck)
-    matrices = {name: shapes[name] for name in unread if len(shapes[name]) > 1}
+    matrices = {name: shapes[name] for name in traced.unread if len(shapes[name]) > 1}
     made_there = {made for made, *_ in matrices.values()}
     telling = of_pruned - of_others - made_there
-    found = [
-        name for name, (_, read, *_) in matrices.items() if read in telling or name in traced.stuck
-    ]
+    found = [name for name, (_, read, *_) in matrices.items() if read in telling]
     if not found:
         return
     warn(
         f"the calibration data do not reach {listed([*map(repr, found)])}, which may read layers "
-        "that are pruned: kept as it is, this may not fit calls that do reach it; leave the layers "
-        "before it out (--skip), or give data that take that way"
+        "that are pruned: kept as it is, this may not fit calls that do reach it, such as those of "
+        "training; leave the layers before it out (--skip), or give data that take that way"
     )
 
 
