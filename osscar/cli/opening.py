@@ -18,8 +18,9 @@ from osscar.cli.common import err, say, say_aside
 from osscar.cli.options import DataOptions, OpenOptions, RunOptions
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
+from osscar.data.loaders import DEFAULT_WINDOWS
 from osscar.data.preprocessing import Preprocessing
-from osscar.data.text import CalibrationSet
+from osscar.data.text import DEFAULT_SEQLEN, CalibrationSet
 from osscar.evaluation.dense import DenseScore, score_dense
 from osscar.evaluation.tables import dense_facts
 from osscar.models.load import fitting_memory, load_model
@@ -28,6 +29,7 @@ from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed
 from osscar.request import PruningRequest
 from osscar.run.memory import needs_memory
+from osscar.walk.targets import Target
 
 _SHOWN_WARNINGS = 3
 
@@ -145,7 +147,9 @@ def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | 
     of_text = kind_of(model) is ModelKind.LANGUAGE
     if options.max_memory is not None or not of_text or needs_memory(request) is not None:
         return options.max_memory
-    limit = fitting_memory(model, options.dtype, request.device)
+    tokens = (options.samples or DEFAULT_WINDOWS) * (options.seqlen or DEFAULT_SEQLEN)
+    positions = tokens * (2 if Target(request.target).needs_dense else 1)
+    limit = fitting_memory(model, options.dtype, request.device, positions=positions)
     if limit is not None:
         say(f"the weights stay on disk, since they do not fit: --max-memory {in_words(limit)}")
     return limit

@@ -27,6 +27,7 @@ from osscar.models.pretrained import load_classifier, load_language_model
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
+from osscar.offload.on_disk import suspended_bytes
 from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 
@@ -248,16 +249,23 @@ _COPIES = 4
 """Of the weights that pruning a model in memory holds: as it came, as it is pruned, and the proof
 in double precision."""
 
+_WALKED = 2
+"""Of these, those that there are while batches are held."""
+
 
 def fitting_memory(
     name: str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
+    *,
+    positions: int = 0,
 ) -> int | None:
     """Return the memory to prune a model within, if it is larger than that; None if it fits.
 
     That is nine tenths of what is free where the model would run: on this machine for the CPU, on
     the card for CUDA. None also where nothing is known, or the model is no directory.
+
+    positions: Tokens of all calibration samples, once for each stream that they run through.
     """
     target = resolve_device(device)
     available = memory_of(target).available()
@@ -269,8 +277,16 @@ def fitting_memory(
     except (OSError, RuntimeError, ValueError, FileError):
         return None  # whoever loads the model will say so
     kept_as = resolve_dtype(dtype, target)  # None: as stored
-    needed = _COPIES * sum(
+    weights = sum(
         tensor.nbytes if kept_as is None else tensor.elements * kept_as.itemsize
         for tensor in stored.values()
     )
+    matrices = [tensor for tensor in stored.values() if len(tensor.shape) > 1]
+    table = max(matrices, key=lambda tensor: tensor.shape, default=None)  # of embeddings
+    needed = _COPIES * weights
+    if table is not None:
+        itemsize = (kept_as or table.dtype).itemsize
+        inputs = max(tensor.shape[-1] for tensor in matrices)
+        batches = suspended_bytes(positions, table.shape[-1], inputs, itemsize)
+        needed = max(needed, _WALKED * weights + batches)
     return None if needed <= available else available * 9 // 10

@@ -250,6 +250,9 @@ def room_for(model: nn.Module, needed: int, *, beside: bool = False) -> Iterator
 WIDE = 5
 """Tensors, as wide as the widest layer, that a forward pass holds at once."""
 
+_SUSPENDED = 6
+"""Tensors as wide as the model that a suspended batch holds, besides what the consumer reads."""
+
 SMALL = 128 << 20
 """Bytes for all else."""
 
@@ -258,6 +261,16 @@ def pass_bytes(model: nn.Module, positions: int) -> int:
     """Return what a forward pass of so many positions needs; its logits are widest, most often."""
     widest = max((size for p in model.parameters() for size in p.shape), default=0)
     return 4 * WIDE * positions * widest + SMALL
+
+
+def suspended_bytes(positions: int, width: int, inputs: int, itemsize: int) -> int:
+    """Return what so many positions hold where they are suspended before a consumer of the walk.
+
+    width: Of the model.
+    inputs: What the consumer reads.
+    itemsize: Bytes of an activation; the consumer's outputs, which are compared, are in float32.
+    """
+    return positions * (((_SUSPENDED - 1) * width + inputs) * itemsize + 4 * width)
 
 
 def room_for_pass(model: nn.Module, positions: int) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
 from osscar.network.hooks import hooks
 from osscar.network.modules import device_of, forward
-from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, weight_cache
+from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
 from osscar.walk.sums import sum_bytes
@@ -34,9 +34,6 @@ _LEAN = frozenset({"random", "magnitude", "wanda", "greedy", "multistage", "loca
 
 _TILES = 3 * 1024
 """Rows of float64, (p,), that products are made of on the way."""
-
-_SUSPENDED = 6
-"""Tensors as wide as the model that a suspended batch holds, besides what the consumer reads."""
 
 _PROVED = 256
 """Tokens in single precision that take as much as those of the proof, in double precision."""
@@ -86,23 +83,25 @@ class MemoryNeeds:
             default=("", 0, 0, 0),
         )
         batches = prepared.batches()
+        itemsize = max(model.parameters(), key=Tensor.numel).dtype.itemsize
         if prepared.inputs.tokens:
             vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
             sizes = {size for parameter in model.parameters() for size in parameter.shape}
-            wide, suspended = max(sizes - {vocabulary}), _SUSPENDED * width + inputs
-            rows = [batch["input_ids"].numel() for batch in batches]
+            wide = max(sizes - {vocabulary})
+            read, rows = inputs, [batch["input_ids"].numel() for batch in batches]
             window = prepared.inputs.settings["seqlen"]
         else:
             wide, window = _widest_output(prepared), 1
-            vocabulary, suspended = wide, _SUSPENDED * wide // 2
-            rows = [len(next(iter(batch.values()))) for batch in batches]
+            vocabulary, width = wide, wide // 2
+            read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
         predictions = sum(
             min(MOST_BYTES, 4 * samples * window * vocabulary)
             for samples in (held_out, compared_samples(prepared) if measured else 0)
         )
-        held_batches = 4 * sum(rows) * suspended * streams + predictions
-        walk = 4 * max(rows) * wide * WIDE * streams + SMALL
+        suspended = suspended_bytes(sum(rows), width, read, itemsize)
+        held_batches = suspended * streams + predictions
+        walk = itemsize * max(rows) * wide * WIDE * streams + SMALL
         outputs = pass_bytes(model, max(window, min(_PROVED, 4 * window)))
         cache = weight_cache(model)
         if cache is None:

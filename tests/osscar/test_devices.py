@@ -375,9 +375,14 @@ def test_what_does_not_fit_on_the_card_stays_on_disk_by_default(tmp_path, monkey
     dense = written(tmp_path / "dense", "opt", dtype=dtype)
     size = 4 * sum(t.nbytes for t in load_file(dense / "model.safetensors").values())
     monkeypatch.setattr(loading, "resolve_device", lambda _: CARD)
-    for total, expected in ((size, None), (size - 10, (size - 10) * 9 // 10)):
-        Counted(monkeypatch, total=total)
-        assert loading.fitting_memory(dense, device="cuda") == expected
+    # With batches, which are there beside two copies of the weights: 48 is the width, 48 what the
+    # widest layer reads, and of six tensors as wide as the model one is in float32.
+    batches = 1000 * ((5 * 48 + 48) * dtype.itemsize + 4 * 48)
+    for needed, positions in ((size, 0), (size, 1), (size // 2 + batches, 1000)):
+        for total, expected in ((needed, None), (needed - 10, (needed - 10) * 9 // 10)):
+            Counted(monkeypatch, total=total)
+            found = loading.fitting_memory(dense, device="cuda", positions=positions)
+            assert found == expected
 
 
 # ---- the solvers -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import gc
 import json
 import os
 import shutil
@@ -48,6 +49,7 @@ from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
+from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 from tests.osscar.families import VOCABULARY, tiny
 from tests.osscar.mixtures import MIXTURES, ROUTERS, mixture
@@ -617,6 +619,25 @@ def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path):
     on_disk.cache.ceiling = 1
     with on_disk.cache.leaving(0), pytest.raises(FileError, match="it was written to"):
         nn.functional.embedding(tokens, on_disk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_hold_what_is_forecast(dtype):
+    def held():
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in gc.get_objects()
+            if type(x) is torch.Tensor and x.is_floating_point() and not x.is_meta
+        }
+        return sum(storages.values())
+
+    request = osscar.PruningRequest(neurons=0.5, device="cpu")
+    with prepare_for(tiny("llama-gqa").to(dtype), windows(32, 64), request) as prepared:
+        groups = [group for group in prepared.groups if group.kind == "neurons"]
+        forecast = MemoryNeeds.of(prepared, request, 0).batches
+        before = held()
+        found = [held() - before for _ in walk(prepared, groups, target=Target.RESIDUAL)]
+    assert max(found) <= forecast <= 1.5 * max(found)
 
 
 def test_room_counts_what_a_layer_reads(tmp_path):
