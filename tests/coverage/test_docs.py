@@ -11,8 +11,7 @@ from benchmarks.coverage.lists import LISTS
 from benchmarks.coverage.page import Entry, Outcome, models_by_title, page
 from benchmarks.coverage.peer import Peer
 from benchmarks.coverage.row import Row
-
-from .zoo import FAMILIES
+from tests.zoo import FAMILIES
 
 _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 

@@ -22,9 +22,9 @@ from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.batches import named_inputs
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
+from tests.zoo import FAMILIES, transformers_case
 
 from .measure import shrink_by_half
-from .zoo import FAMILIES, transformers_case
 
 _PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.zoo import torchvision_case
+
 from .measure import LEAST_EFFECT, measure
-from .zoo import torchvision_case
 
 pytest.importorskip("torchvision")
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from osscar.checkpoint import directory as checkpoint
 from osscar.proof.equivalence import proof_outputs
 from tests import collected
+from tests.zoo import FAMILIES, transformers_case
 
 from .measure import LEAST_EFFECT, Coverage, measure, shrink_by_half
-from .zoo import FAMILIES, transformers_case
 
 _EXPECTED = {
     # Blocks share their position bias, and so their heads: of encoder, decoder, and in between.
@@ -33,23 +33,6 @@ _EXPECTED = {
     "detr": {"heads": 6, "neurons": 6, "channels": 12},
 }
 _TWO_LAYERS = {"heads": 2, "neurons": 2}
-
-_STOCK = {
-    "llama",
-    "llama-multi-query",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "mixtral",
-    "t5",
-    "t5-gated",
-    "vit",
-    "deit",
-}
-"""Families whose config can express the shapes."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +108,8 @@ def test_a_family_is_shrunk_proved_saved_and_reloaded(
         raise result
     assert result.coverage.kinds == _EXPECTED.get(family, _TWO_LAYERS)
     assert result.coverage.effect > LEAST_EFFECT
-    assert result.stock == (family in _STOCK)
-    assert result.with_code == (family not in _STOCK)
+    assert result.stock == ("stock" in transformers_case(family).tags)
+    assert result.with_code is not result.stock
     readers = 2 if result.with_code else 1
     own = len(result.outputs) // (1 + readers)
     for before, after in zip(result.outputs[:own] * readers, result.outputs[own:], strict=True):

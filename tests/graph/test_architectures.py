@@ -8,73 +8,16 @@ from torch import nn
 
 import graph
 from graph import CouplingGroup, Role, UnitKind
-from tests.coverage.zoo import transformers_case
+from tests.zoo import TRACED, transformers_case
 
 from .families import build, token_inputs
 from .masking import assert_sliced, assert_sound
-
-_HEADS = {
-    "model.layers.*.self_attn.heads": 2,
-    "model.layers.*.mlp.neurons": 40,
-}
-_ENCODER = {"model.encoder.layers.*.self_attn.heads": 6, "model.encoder.layers.*.neurons": 40}
-_DECODER = {
-    "model.decoder.layers.*.self_attn.heads": 4,
-    "model.decoder.layers.*.encoder_attn.heads": 4,
-    "model.decoder.layers.*.neurons": 36,
-}
-# The position bias of the first block of T5 is shared by all, and so are the heads.
-EXPECTED: dict[str, dict[str, int]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"), _HEADS),
-    "llama-multi-query": {**_HEADS, "model.layers.*.self_attn.heads": 6},
-    "opt": {
-        "model.decoder.layers.*.self_attn.heads": 6,
-        "model.decoder.layers.*.neurons": 40,
-    },
-    "gpt2": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
-    "gpt-neox": {"gpt_neox.layers.*.attention.heads": 6, "gpt_neox.layers.*.mlp.neurons": 40},
-    "gpt-j": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
-    "falcon-multi-query": {
-        "transformer.h.*.self_attention.heads": 6,
-        "transformer.h.*.mlp.neurons": 192,
-    },
-    "falcon-grouped": {
-        "transformer.h.*.self_attention.heads": 2,
-        "transformer.h.*.mlp.neurons": 192,
-    },
-    "mixtral": {
-        "model.layers.*.self_attn.heads": 2,
-        "model.layers.*.mlp.experts.neurons": 40,
-    },
-    "bert": {"bert.encoder.layer.*.attention.self.heads": 6, "bert.encoder.layer.*.neurons": 40},
-    "t5": {
-        "encoder.block.0.layer.0.SelfAttention.heads": 6,
-        "encoder.block.*.layer.1.DenseReluDense.neurons": 40,
-        "decoder.block.0.layer.0.SelfAttention.heads": 6,
-        "decoder.block.0.layer.1.EncDecAttention.heads": 6,
-        "decoder.block.*.layer.2.DenseReluDense.neurons": 40,
-    },
-    "bart": {**_ENCODER, **_DECODER},
-    "whisper": {"model.encoder.conv1.channels": 48, **_ENCODER, **_DECODER},
-    "clip": {
-        f"{tower}_model.encoder.layers.*.{part}": units
-        for tower in ("vision", "text")
-        for part, units in (("self_attn.heads", 6), ("mlp.neurons", 40))
-    },
-    "vit": {"vit.layers.*.attention.heads": 6, "vit.layers.*.mlp.neurons": 40},
-    "swin": {
-        f"swin.encoder.layers.{stage}.blocks.*.{part}": units * (1 + stage)
-        for stage in (0, 1)
-        for part, units in (("attention.heads", 2), ("mlp.neurons", 64))
-    },
-}
-"""The prunable groups of a family and their units; a star stands for both of two layers."""
 
 _WRITTEN_OUT = (
     *("llama", "llama-multi-query", "gemma2", "opt", "gpt2", "gpt-j", "falcon-multi-query"),
     *("bert", "t5", "swin"),
 )
-CASES = [*((name, None) for name in EXPECTED), *((name, "eager") for name in _WRITTEN_OUT)]
+CASES = [*((name, None) for name in TRACED), *((name, "eager") for name in _WRITTEN_OUT)]
 
 
 @pytest.mark.sampled(3)
@@ -83,12 +26,7 @@ def test_transformers(name: str, attention: str | None) -> None:
     case = transformers_case(name, attention)
     model, inputs = case.build(), case.make_inputs()[0]
     groups = graph.trace(model, inputs).prunable
-    expected = {
-        layer: units
-        for layers, units in EXPECTED[name].items()
-        for layer in dict.fromkeys(layers.replace("*", number) for number in "01")
-    }
-    assert {group.name: group.units for group in groups} == expected
+    assert {group.name: group.units for group in groups} == case.groups
     for group in groups:
         assert_sound(model, group, inputs)
 

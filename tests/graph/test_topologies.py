@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graph
 from graph import Role, UnitKind
+from tests.zoo import SMALL, Case
 
 from .blocks import AddedProducts
 from .masking import assert_sliced, assert_sound
-from .topologies import FROZEN, PRUNABLE, Concat, Depthwise, GatedHalves, Residual, Tied, randomized
+from .topologies import FROZEN, Concat, Depthwise, GatedHalves, Residual, Tied, randomized
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
-def test_groups_are_found_and_sound(name: str) -> None:
-    network, inputs, expected = PRUNABLE[name]
-    model = randomized(network())
+def cases(*tags: str) -> pytest.MarkDecorator:
+    """Parametrize over small networks with some tags; those that are not always tested are slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=() if "always" in case.tags else pytest.mark.slow)
+            for name, case in SMALL.items()
+            if case.tags.issuperset(tags)
+        ],
+    )
+
+
+@cases()
+def test_groups_are_found_and_sound(case: Case) -> None:
+    model, inputs = case.build(), case.make_inputs()[0]
     groups = graph.trace(model, inputs).prunable
-    assert {group.name: group.units for group in groups} == expected
+    assert {group.name: group.units for group in groups} == case.groups
     for group in groups:
         assert_sound(model, group, inputs)
 
 
-_SIZE_FREE = ("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate")
-
-
-@pytest.mark.parametrize(
-    "name", [*_SIZE_FREE, "up-and-down", "gated-halves", "stacked", "gathered"]
-)
-def test_slots_are_all_there_is_to_cut(name: str) -> None:
-    network, inputs, _ = PRUNABLE[name]
-    model = randomized(network())
+@cases("cuts")
+def test_slots_are_all_there_is_to_cut(case: Case) -> None:
+    model, inputs = case.build(), case.make_inputs()[0]
     assert_sliced(model, graph.trace(model, inputs).prunable, inputs)
 
 
@@ -124,16 +130,16 @@ def test_a_user_rule_unfreezes_an_operator() -> None:
 
 @pytest.mark.parametrize("opaque", ["norm", nn.BatchNorm2d])
 def test_an_opaque_module_is_left_whole(opaque: str | type[nn.Module]) -> None:
-    network, inputs, _ = PRUNABLE["residual"]
-    dependencies = graph.trace(network(), inputs, opaque=[opaque])
+    case = SMALL["residual"]
+    dependencies = graph.trace(case.build(), case.make_inputs()[0], opaque=[opaque])
     assert [group.name for group in dependencies.prunable] == ["one.channels"]
     assert "declared opaque" in dependencies.group("stem.channels").frozen[0].reason
 
 
 def test_an_opaque_module_must_exist() -> None:
-    network, inputs, _ = PRUNABLE["called-twice"]
+    case = SMALL["called-twice"]
     with pytest.raises(graph.ExampleInputError, match="near it: block"):
-        graph.trace(network(), inputs, opaque=["blocks"])
+        graph.trace(case.build(), case.make_inputs()[0], opaque=["blocks"])
 
 
 def test_a_rule_that_returns_other_shapes_is_refused() -> None:
@@ -148,3 +154,26 @@ def test_a_rule_that_fails_names_operator_and_module() -> None:
     rules.rule("aten.linear")(lambda call: call.value("no such argument"))
     with pytest.raises(graph.RuleError, match=r"aten\.linear.*'0'"):
         graph.trace(nn.Sequential(nn.Linear(4, 5)), (torch.randn(3, 4),), rules=rules)
+
+
+class Numbered(nn.Module):
+    """Neurons that meet numbers made and listed by the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).tanh() * torch.arange(6)
+        return self.leave(x + torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0]))
+
+
+def test_numbers_of_the_code_hold_modules_and_not_programs() -> None:
+    model, example = randomized(Numbered()), (torch.randn(2, 4),)
+    (group,) = (g for g in graph.trace(model, example).groups if g.units == 6)
+    reasons = [freeze.reason for freeze in group.frozen]
+    assert any("numbers that the code makes" in reason for reason in reasons)
+    assert any("constant of the code" in reason for reason in reasons)
+    (group,) = graph.trace(model, example, rules=graph.PROGRAM_RULES).prunable
+    assert group.name == "neurons"
+    assert_sound(model, group, example)

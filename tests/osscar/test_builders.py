@@ -20,7 +20,7 @@ from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.proof.equivalence import proof_outputs
 from osscar.proof.lineage import lineage_of
 from tests.coverage.measure import half_of, shrink_by_half
-from tests.coverage.zoo import transformers_case
+from tests.zoo import transformers_case
 
 IMAGES = [(torch.randn(2, 3, 32, 32),), (torch.randn(1, 3, 48, 48),)]
 

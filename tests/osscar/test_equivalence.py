@@ -18,8 +18,8 @@ from osscar.shrinking import shrink as shrinking
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
-from tests.coverage.zoo import transformers_case
 from tests.graph.topologies import randomized
+from tests.zoo import transformers_case
 
 
 class Two(nn.Module):

@@ -15,7 +15,7 @@ from transformers import DacConfig, DacModel
 import osscar
 from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold
-from tests.coverage.zoo import transformers_case
+from tests.zoo import transformers_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 

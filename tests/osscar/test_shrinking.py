@@ -27,9 +27,9 @@ from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.follow import adapter
 from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
-from tests.coverage.zoo import Inputs, torchvision_case, transformers_case
 from tests.graph.masking import assert_sound
 from tests.graph.topologies import PRUNABLE, randomized
+from tests.zoo import SMALL, Inputs, torchvision_case, transformers_case
 
 _TORCHVISION = pytest.mark.skipif(
     find_spec("torchvision") is None, reason="needs the extra osscar[vision]"
@@ -66,21 +66,17 @@ _LITERALS = {"padded": r"F\.pad", "einsum": "view", "independent-halves": "split
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", [name for name in PRUNABLE if name not in _LITERALS])
 def test_hand_written_networks_shrink(name: str) -> None:
-    network, inputs, _ = PRUNABLE[name]
-    other = tuple(torch.randn(5, *x.shape[1:]) for x in inputs)
-    _, proof, effect = shrink_by_half(randomized(network()), [inputs, other])
+    _, proof, effect = shrink_by_half(SMALL[name].build(), SMALL[name].make_inputs())
     assert effect > 1e-3
     assert not proof.plan.integers
 
 
 @pytest.mark.parametrize("name", _LITERALS)
 def test_numbers_in_the_code_are_named(name: str) -> None:
-    network, inputs, _ = PRUNABLE[name]
-    model = randomized(network())
+    model, inputs = SMALL[name].build(), SMALL[name].make_inputs()[0]
     plan = half_of(graph.trace(model, inputs).prunable)
-    assert_refused(
-        model, plan, [inputs], AdapterError, rf"{network.__name__}.*cannot.*`.*{_LITERALS[name]}"
-    )
+    match = rf"{type(model).__name__}.*cannot.*`.*{_LITERALS[name]}"
+    assert_refused(model, plan, [inputs], AdapterError, match)
 
 
 class Layers(nn.Module):

@@ -1,10 +1,10 @@
-"""The architectures that are covered, with random weights, and inputs of two sizes for each."""
+"""The models that tests trace, shrink and cover: random weights that all matter, and two inputs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,19 +14,70 @@ from torch import Tensor, nn
 
 from benchmarks.coverage.case import Inputs, alive
 from benchmarks.coverage.images import make_torchvision
+from tests.graph.blocks import BLOCKS
+from tests.graph.topologies import PRUNABLE, randomized
 
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture: a model with random weights that all matter, and two sizes of inputs."""
+    """A model in evaluation mode with random weights that all matter.
+
+    inputs: Make two, of another batch and another length or resolution where the model allows.
+    groups: The prunable groups with their units, where these are stated.
+    tags: What tests choose by: ``always``, where the default suite tests it; ``cuts``, where
+        slicing its tensors is all that has to be done; ``literal``, where its code holds numbers
+        that no module keeps; ``stock``, where its config can express the shapes.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: tuple[Callable[[], Inputs], Callable[[], Inputs]]
+    groups: Mapping[str, int] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
 
     def make_inputs(self) -> list[Inputs]:
         """Return both inputs."""
         return [make() for make in self.inputs]
+
+
+# ---- small networks ----------------------------------------------------------------------
+
+_TAGS = {
+    "always": {
+        *PRUNABLE,
+        *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent"),
+        *("channel-shuffle", "pixel-shuffle", "messages", "fourier", "patches", "experts"),
+    },
+    "cuts": {
+        *("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate"),
+        *("up-and-down", "gated-halves", "stacked", "gathered"),
+    },
+    "literal": {"padded", "einsum", "independent-halves"},
+}
+
+
+def _small(
+    name: str, kind: type[nn.Module], example: tuple[Tensor, ...], groups: Mapping[str, int]
+) -> Case:
+    def other() -> Inputs:
+        return tuple(torch.randn(5, *one.shape[1:]) for one in example)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomized(kind())
+
+    tags = frozenset(tag for tag, names in _TAGS.items() if name in names)
+    return Case(name, build, (lambda: example, other), groups, tags)
+
+
+SMALL = {
+    name: _small(name, *case)
+    for name, case in (
+        *PRUNABLE.items(),
+        *((name, (kind, (x,), groups)) for name, (kind, x, groups) in BLOCKS.items()),
+    )
+}
+"""Networks of a few layers, one for each way in which axes hang together, and each operator."""
 
 
 # ---- torchvision -------------------------------------------------------------------------
@@ -283,8 +334,73 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
 }
 """Class, configuration, and kind and two sizes of inputs; by default text."""
 
+_HEADS = {
+    "model.layers.*.self_attn.heads": 2,
+    "model.layers.*.mlp.neurons": 40,
+}
+_ENCODER = {"model.encoder.layers.*.self_attn.heads": 6, "model.encoder.layers.*.neurons": 40}
+_DECODER = {
+    "model.decoder.layers.*.self_attn.heads": 4,
+    "model.decoder.layers.*.encoder_attn.heads": 4,
+    "model.decoder.layers.*.neurons": 36,
+}
+# The position bias of the first block of T5 is shared by all, and so are the heads.
+_GROUPS: dict[str, dict[str, int]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"), _HEADS),
+    "llama-multi-query": {**_HEADS, "model.layers.*.self_attn.heads": 6},
+    "opt": {
+        "model.decoder.layers.*.self_attn.heads": 6,
+        "model.decoder.layers.*.neurons": 40,
+    },
+    "gpt2": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
+    "gpt-neox": {"gpt_neox.layers.*.attention.heads": 6, "gpt_neox.layers.*.mlp.neurons": 40},
+    "gpt-j": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
+    "falcon-multi-query": {
+        "transformer.h.*.self_attention.heads": 6,
+        "transformer.h.*.mlp.neurons": 192,
+    },
+    "falcon-grouped": {
+        "transformer.h.*.self_attention.heads": 2,
+        "transformer.h.*.mlp.neurons": 192,
+    },
+    "mixtral": {
+        "model.layers.*.self_attn.heads": 2,
+        "model.layers.*.mlp.experts.neurons": 40,
+    },
+    "bert": {"bert.encoder.layer.*.attention.self.heads": 6, "bert.encoder.layer.*.neurons": 40},
+    "t5": {
+        "encoder.block.0.layer.0.SelfAttention.heads": 6,
+        "encoder.block.*.layer.1.DenseReluDense.neurons": 40,
+        "decoder.block.0.layer.0.SelfAttention.heads": 6,
+        "decoder.block.0.layer.1.EncDecAttention.heads": 6,
+        "decoder.block.*.layer.2.DenseReluDense.neurons": 40,
+    },
+    "bart": {**_ENCODER, **_DECODER},
+    "whisper": {"model.encoder.conv1.channels": 48, **_ENCODER, **_DECODER},
+    "clip": {
+        f"{tower}_model.encoder.layers.*.{part}": units
+        for tower in ("vision", "text")
+        for part, units in (("self_attn.heads", 6), ("mlp.neurons", 40))
+    },
+    "vit": {"vit.layers.*.attention.heads": 6, "vit.layers.*.mlp.neurons": 40},
+    "swin": {
+        f"swin.encoder.layers.{stage}.blocks.*.{part}": units * (1 + stage)
+        for stage in (0, 1)
+        for part, units in (("attention.heads", 2), ("mlp.neurons", 64))
+    },
+}
+"""The prunable groups of a family; a star stands for both of two layers."""
+
+_STOCK = {
+    *("llama", "llama-multi-query", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
+    *("mixtral", "t5", "t5-gated", "vit", "deit"),
+}
+
 FAMILIES = tuple(_FAMILIES)
 """The names of the covered families of transformers."""
+
+TRACED = tuple(_GROUPS)
+"""Those whose groups are stated."""
 
 
 def transformers_case(name: str, attention: str | None = None) -> Case:
@@ -305,4 +421,10 @@ def transformers_case(name: str, attention: str | None = None) -> Case:
         alive(model)
         return model.eval()  # type: ignore[no-any-return]
 
-    return Case(name, build, (lambda: inputs(*first), lambda: inputs(*second)))
+    groups = {
+        group: units
+        for groups, units in _GROUPS.get(name, {}).items()
+        for group in dict.fromkeys(groups.replace("*", number) for number in "01")
+    }
+    tags = frozenset({"stock"} if name in _STOCK else ())
+    return Case(name, build, (lambda: inputs(*first), lambda: inputs(*second)), groups, tags)
