@@ -403,11 +403,12 @@ TRACED = tuple(_GROUPS)
 """Those whose groups are stated."""
 
 
-def transformers_case(name: str, attention: str | None = None) -> Case:
+def transformers_case(name: str, attention: str | None = None, **fields: Any) -> Case:
     """Return a tiny model of transformers by name of its family.
 
     name: One of `FAMILIES`.
     attention: Implementation of attention; by default the family's.
+    fields: Of its configuration, in place of the family's.
     """
     kind, configure, *given = _FAMILIES[name]
     inputs, (first, second) = given or (_text, _LENGTHS)
@@ -415,6 +416,7 @@ def transformers_case(name: str, attention: str | None = None) -> Case:
     def build() -> nn.Module:
         torch.manual_seed(0)
         config = configure()
+        vars(config).update(fields)
         if attention is not None:
             config._attn_implementation = attention
         model = kind.from_config(config) if kind is _CAUSAL else kind(config)

@@ -10,7 +10,6 @@ import graph
 from graph import CouplingGroup, Role, UnitKind
 from tests.zoo import TRACED, transformers_case
 
-from .families import build, token_inputs
 from .masking import assert_sliced, assert_sound
 
 _WRITTEN_OUT = (
@@ -43,8 +42,10 @@ def _slots(group: CouplingGroup, role: Role) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.parametrize(("keys", "units", "rows"), [(4, 4, 8), (2, 2, 16), (1, 4, 8)])
 def test_units_of_heads(keys: int, units: int, rows: int, implementation: str) -> None:
     # A batch of two, beside two key heads: equal sizes must not be confused.
-    model = build("llama", 4, keys, implementation, attention_bias=True)
-    group = graph.trace(model, token_inputs()).group("model.layers.0.self_attn.heads")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": keys, "head_dim": 8}
+    case = transformers_case("llama", implementation, attention_bias=True, **heads)
+    found = graph.trace(case.build(), case.make_inputs()[0])
+    group = found.group("model.layers.0.self_attn.heads")
     assert group.units == units
     producers = {"q_proj.weight": (0, 1, rows)}
     if keys > 1:  # a single key head is shared by all, and belongs to none
@@ -59,9 +60,10 @@ def test_units_of_heads(keys: int, units: int, rows: int, implementation: str) -
     ("family", "implementation"), [("opt", "eager"), ("llama", "eager"), ("llama", "sdpa")]
 )
 def test_a_single_head_is_kept_whole(family: str, implementation: str) -> None:
-    model = build(family, 1, 1, implementation)
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 48}
+    model = transformers_case(family, implementation, **heads).build()
     for size in ((2, 7), (1, 7)):
-        groups = graph.trace(model, token_inputs(*size)).groups
+        groups = graph.trace(model, {"input_ids": torch.zeros(size).long()}).groups
         prunable = [group.name for group in groups if group.prunable]
         assert len(prunable) == 2
         assert all(name.endswith("neurons") for name in prunable)

@@ -181,6 +181,14 @@ def test_concatenated_heads_share_their_width() -> None:
     assert [axes.size((segment,)) for segment in axes.resolve(layout)] == [12, 6]
 
 
+def test_runs_of_a_concatenation_share_what_lies_inside_them() -> None:
+    axes = Axes()
+    a, b = axes.fresh(6), axes.fresh(12)
+    regrouped = axes.regroup((concat((a, b)),), (6, 3))
+    assert regrouped is not None
+    assert axes.leaves(regrouped[1]) <= axes.leaves(a) & axes.leaves(b)
+
+
 def test_empty_dimensions_have_no_axis() -> None:
     axes = Axes()
     assert axes.fresh(0) == ()

@@ -18,20 +18,23 @@ from graph import CouplingGroup, DependencyGraph, UnitKind
 from graph.draw import coupling_graph
 from graph.groups import Role, Slot
 from graph.tracing.export import run_export
+from tests.zoo import SMALL, transformers_case
 
-from .families import build, token_inputs
-from .topologies import PRUNABLE
+
+def traced(family: str, attention: str | None = None) -> DependencyGraph:
+    case = transformers_case(family, attention)
+    return graph.trace(case.build(), case.make_inputs()[0])
 
 
 @pytest.fixture(scope="module")
 def llama() -> DependencyGraph:
-    return graph.trace(build("llama", key_heads=2), token_inputs())
+    return traced("llama")
 
 
 def test_groups_of_a_language_model(llama: DependencyGraph) -> None:
     names = [group.name for group in llama.groups]
     assert len(set(names)) == len(names)
-    assert llama.group("model.layers.1.mlp.neurons").units == 44
+    assert llama.group("model.layers.1.mlp.neurons").units == 40
     with pytest.raises(graph.UnknownGroupError, match=r"layers\.1\.mlp\.neurons") as caught:
         llama.group("model.layers.1.mlp.neuron")
     assert isinstance(caught.value, KeyError)
@@ -151,19 +154,20 @@ def _without_order(groups: tuple[CouplingGroup, ...]) -> list[CouplingGroup]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_meta_tensors_give_the_same_groups(family: str) -> None:
-    real = graph.trace(build(family), token_inputs())
+    case = transformers_case(family)
+    model, inputs = case.build(), case.make_inputs()[0]
     with torch.device("meta"):
-        model = build(family)
-    meta = graph.trace(model, token_inputs())
+        shapes = type(model)(model.config).eval()
+    real, meta = graph.trace(model, inputs), graph.trace(shapes, inputs)
     assert _without_order(meta.groups) == _without_order(real.groups)
 
 
 def test_groups_do_not_depend_on_the_size_of_the_inputs() -> None:
-    model = build("llama", 4, 2, "eager")
+    model = transformers_case("llama", "eager").build()
     # Sizes equal to the number of heads, of key heads, of their width, and one.
     groups, *others = (
-        _without_order(graph.trace(model, token_inputs(*size)).groups)
-        for size in ((3, 7), (4, 4), (2, 2), (1, 8))
+        _without_order(graph.trace(model, {"input_ids": torch.zeros(size).long()}).groups)
+        for size in ((3, 7), (6, 6), (2, 2), (1, 8))
     )
     assert all(other == groups for other in others)
 
@@ -222,8 +226,7 @@ def test_containers_that_modules_hold_are_neither_copied_nor_changed() -> None:
 
 
 def test_tied_embeddings_are_one_tensor_with_two_roles() -> None:
-    model = build("gpt2")
-    hidden = graph.trace(model, token_inputs()).group("hidden")
+    hidden = traced("gpt2").group("hidden")
     embedding = [slot for slot in hidden.slots if slot.tensor == "transformer.wte.weight"]
     assert {slot.role for slot in embedding} == {graph.Role.PRODUCER, graph.Role.CONSUMER}
     assert {slot.module for slot in embedding} == {"transformer.wte", "lm_head"}
@@ -231,8 +234,8 @@ def test_tied_embeddings_are_one_tensor_with_two_roles() -> None:
 
 
 def test_removable_parameters_are_what_slicing_removes() -> None:
-    for network, inputs, _ in PRUNABLE.values():
-        model = network()
+    for case in (case for case in SMALL.values() if "always" in case.tags):
+        model, inputs = case.build(), case.make_inputs()[0]
         sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for group in graph.trace(model, inputs).prunable:
             kept = {name: [set(range(n)) for n in shape] for name, shape in sizes.items()}
@@ -254,7 +257,7 @@ def test_a_deep_model_on_meta_is_traced_in_linear_time() -> None:
         )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        dependencies = graph.trace(model, token_inputs())
+        dependencies = graph.trace(model, {"input_ids": torch.zeros(2, 7).long()})
         assert len(dependencies.prunable) == 2 * layers
         return len(dependencies.operators)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import graph
 import graph.tracing.export as graph_export
-
-from .families import build
+from tests.zoo import transformers_case
 
 
 class Branching(nn.Module):
@@ -61,7 +60,7 @@ _NARROW = nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2))
         (lambda: nn.Sequential(Masked()), (torch.randn(3, 4),), "products with the mask", "0"),
         (lambda: _NARROW, (torch.randn(3, 4),), "check their shapes", "1"),
         (
-            lambda: build("opt"),
+            transformers_case("opt").build,
             {"input_ids": torch.randn(2, 7)},
             "check their shapes and types",
             None,

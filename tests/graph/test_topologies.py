@@ -82,6 +82,28 @@ def test_a_depthwise_filter_is_passed_through() -> None:
     assert _places(group, Role.CONSUMER) == [("project.weight", 1, 1, 1, 0)]
 
 
+class ByGroup(nn.Module):
+    """A matrix for each of three groups of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.weight = nn.Parameter(torch.randn(3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).unflatten(1, (3, 2))
+        return self.leave(torch.einsum("ngi,gij->ngj", x, self.weight).flatten(1))
+
+
+def test_what_has_a_matrix_for_each_unit_passes_through() -> None:
+    groups = graph.trace(ByGroup(), (torch.randn(3, 4),)).groups
+    (group,) = (g for g in groups if ("weight", 0) in {(s.tensor, s.dim) for s in g.slots})
+    assert _places(group, Role.PASS_THROUGH) == [
+        ("enter.bias", 0, 1, 2, 0),
+        ("weight", 0, 1, 1, 0),
+    ]
+
+
 def test_gated_halves_are_two_slots_of_one_dimension() -> None:
     group = graph.trace(GatedHalves(), (torch.randn(3, 4),)).group("neurons")
     assert _places(group, Role.PRODUCER) == [

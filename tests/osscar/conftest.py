@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from osscar.base import progress
 from osscar.cli import main
 from osscar.cli.commands import app
+from tests.osscar.runs import Runs
 from tests.traced import once
 
 _OF_STRUCTURE = frozenset(
@@ -33,6 +34,12 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with once():
         yield
+
+
+@pytest.fixture(scope="session")
+def runs() -> Runs:
+    """Return models that are pruned already, by name."""
+    return Runs()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Saving and loading: stock where it can be, a plan elsewhere, never a half-written directory."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -250,6 +249,7 @@ NAMED = [
     (slot(dim="0"), r"slots\.0.*dim"),
     (slot(tensor=3), r"slots\.0.*tensor"),
     (slot(tensor="nowhere.weight"), r"nowhere\.weight"),
+    (slot(offset=99), "entries along dimension"),
 ]
 HOSTILE = [
     lambda lineage: lineage.update(plans=json.loads("[" * 500 + "]" * 500)),
@@ -278,16 +278,6 @@ def test_a_hostile_manifest_is_an_error_of_ours(directory):
         file.write_text(json.dumps(content))
         with pytest.raises(osscar.OsscarError, match=match):
             pytest.fail(f"{content['lineage']} was read: {osscar.load(directory)}")
-
-
-def test_a_manifest_that_is_none_is_an_error_of_ours(directory):
-    file = directory / MANIFEST_FILE
-    later = file.read_text().replace("osscar.checkpoint/2", "osscar.checkpoint/99")
-    for text in ("", "5", "{", "[" * 10**5, '{"a": 1, "a": 2}', "\x00", "NaN", later):
-        file.write_text(text)
-        with pytest.raises(CheckpointError, match=r"osscar\.json is not the description") as error:
-            osscar.load(directory)
-    assert re.search(r"schema.*osscar\.checkpoint/99", str(error.value))
 
 
 def test_damaged_files_beside_it_are_errors_of_ours(directory):

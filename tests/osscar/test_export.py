@@ -19,10 +19,6 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 import osscar
@@ -39,6 +35,7 @@ from osscar.models.user_code import build
 from osscar.network.hooks import computable_mixtures
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import tiny, tokens
+from tests.osscar.runs import Runs
 
 _, _, runtime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 EITHER = {"onnx": osscar.export_onnx, "pt2": osscar.export_pt2}
@@ -148,41 +145,23 @@ def test_code_of_ones_own_with_several_inputs_and_outputs(
     ]
 
 
-_IMAGES: dict[str, Any] = {"num_channels": 3, "num_labels": 5}
-
-
-def vit() -> nn.Module:
-    config = ViTConfig(
-        **_IMAGES,
-        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
-    )
-    torch.manual_seed(0)
-    return ViTForImageClassification(config).eval()
-
-
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    config = ResNetConfig(**_IMAGES, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
-    return ResNetForImageClassification(config).eval()
-
-
-def test_images_of_the_size_that_a_config_says(tmp_path: Path) -> None:
-    model = vit()
-    model.save_pretrained(tmp_path / "vit")
+def test_images_of_the_size_that_a_config_says(tmp_path: Path, runs: Runs) -> None:
+    model = runs["vit"].result.model
+    osscar.save(model, tmp_path / "vit")
     found = osscar.export_pt2(tmp_path / "vit")
-    assert found.inputs == {"pixel_values": (-1, 3, 16, 16)}
-    images, program = torch.randn(5, 3, 16, 16), torch.export.load(found.path).module()
+    assert found.inputs == {"pixel_values": (-1, 3, 32, 32)}
+    images, program = torch.randn(5, 3, 32, 32), torch.export.load(found.path).module()
     assert torch.allclose(program(pixel_values=images).logits, model(images).logits, atol=1e-5)
 
 
-def test_images_of_the_size_that_a_model_was_pruned_with(tmp_path: Path, run: Any) -> None:
-    model, images = resnet(), torch.randn(8, 3, 24, 24)
+def test_images_of_the_size_that_a_model_was_pruned_with(
+    tmp_path: Path, run: Any, runs: Runs
+) -> None:
+    model = runs["resnet"].dense
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(DataError, match=r"it is not known what this ResNetFor.* takes.*inputs="):
         osscar.export_onnx(tmp_path / "dense")
-    result = osscar.prune(model, images, channels=0.75, backend="magnitude", device="cpu")
-    result.save(tmp_path / "small")
+    runs["resnet"].result.save(tmp_path / "small")
     found = osscar.export_pt2(tmp_path / "small")
     assert found.inputs == {"pixel_values": (-1, 3, 24, 24)}
     np.savez(tmp_path / "x.npz", pixel_values=np.ones((1, 3, 20, 28), "f"))

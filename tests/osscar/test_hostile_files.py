@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import graph
 import osscar
 import solvers
-from osscar.base.errors import FileError, ModelError, OsscarError, OutputError
+from osscar.base.errors import CheckpointError, FileError, ModelError, OsscarError, OutputError
 from osscar.base.files import file_digest
 from osscar.base.inputs import panics_are_errors
 from osscar.base.json_files import read_object
@@ -234,10 +235,11 @@ def test_a_panic_later_on_is_an_error():
         raise KeyboardInterrupt
 
 
-def test_manifests(tmp_path, examples):
-    result = osscar.prune(small_net(), torch.rand(60, 3, 12, 12), sparsity=0.5, device="cpu")
+def test_manifests(runs, tmp_path, examples):
     path = tmp_path / "small"
-    result.save(path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []})
+    runs["convolutions"].result.save(
+        path, report={"calibration": {"preprocessing": IMAGENET.record()}, "classes": []}
+    )
     manifest = path / MANIFEST_FILE
     good = json.loads(manifest.read_text())
     assert kind_of(path) is ModelKind.CODE_DIRECTORY
@@ -250,10 +252,13 @@ def test_manifests(tmp_path, examples):
         survives(osscar.load, path)
 
     check_manifest()
-    for content in NO_OBJECTS:
+    later = json.dumps({**good, "schema": "osscar.checkpoint/99"}).encode()
+    for content in (*NO_OBJECTS, b'{"a": 1, "a": 2}', b"\x00", b"NaN", later):
         manifest.write_bytes(content)
         kind_of(path)
-        survives(osscar.load, path)
+        with pytest.raises(CheckpointError, match=r"osscar\.json is not the description") as error:
+            osscar.load(path)
+    assert re.search(r"schema.*osscar\.checkpoint/99", str(error.value))
 
 
 # ---- names and types ---------------------------------------------------------------------

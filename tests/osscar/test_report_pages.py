@@ -27,16 +27,9 @@ PROSE = "the quick brown fox jumps over the lazy dog and runs back again before 
 
 
 @pytest.fixture(scope="module")
-def pruned():
-    model, calibration = tiny("opt"), tokens()
-    asked = {"sparsity": 0.6, "certify": True, "backend": "greedy", "device": "cpu"}
-    return model, calibration, osscar.prune(model, calibration, **asked)
-
-
-@pytest.fixture(scope="module")
-def document(pruned):
-    model, calibration, result = pruned
-    return json.loads(json.dumps(result.document(model, calibration, source="demo")))
+def document(runs):
+    run = runs["opt"]
+    return json.loads(json.dumps(run.result.document(run.dense, run.data, source="demo")))
 
 
 def written(tmp_path, document):
@@ -97,8 +90,8 @@ def check_numbers(document, text):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(pruned):
-    _, _, result = pruned
+def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(runs):
+    result = runs["opt"].result
     assert repr(result) == (
         f"PruningResult({result.parameters_before:,} -> {result.parameters_after:,} parameters, "
         f"{len(result.layers)} groups smaller; {result.divergence:.4g} nats from dense; "

@@ -71,6 +71,13 @@ def test_hand_written_networks_shrink(name: str) -> None:
     assert not proof.plan.integers
 
 
+def test_filters_without_a_channel_leave_no_group_behind() -> None:
+    model, inputs = SMALL["grouped"].build(), SMALL["grouped"].make_inputs()
+    _, proof, _ = shrink_by_half(model, inputs)
+    assert (model.grouped.groups, model.grouped.out_channels) == (2, 4)
+    assert not proof.plan.integers
+
+
 @pytest.mark.parametrize("name", _LITERALS)
 def test_numbers_in_the_code_are_named(name: str) -> None:
     model, inputs = SMALL[name].build(), SMALL[name].make_inputs()[0]

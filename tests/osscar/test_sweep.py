@@ -247,15 +247,6 @@ def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
             place.point(Job(MEASURED, SPARSITY, 0.5))
 
 
-def test_a_directory_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(JournalError, match=r"notes\.txt"):
-        SweepDirectory(tmp_path)
-    with pytest.raises(JournalError, match="is a file"):
-        SweepDirectory(tmp_path / "notes.txt")
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-
-
 # ---- as a person runs it -----------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Status, VerificationError, solve
+from solvers.certificates.inverses import Inverses
 from solvers.certificates.tree_certificate import KEPT, REMOVED
 from solvers.exact import frontier
 from tests.solvers.test_perspective import random_problem
@@ -92,6 +93,22 @@ def test_a_tree_without_some_of_its_nodes_proves_nothing_false(solved, optimum, 
     proved = replace(certificate, parent=parent, **part).bound(solved.problem)
     assert proved <= optimum + SLACK * solved.problem.scale
     assert proved <= certificate.bound(solved.problem) + SLACK * solved.problem.scale
+
+
+def test_a_node_proves_no_less_of_either_side_of_a_unit_than_of_all_supports(solved):
+    inverses = Inverses.of(solved.problem)
+    bounds = solved.certificate.root.linearization(inverses, solved.problem.keep)
+    for side in (bounds.goes, bounds.stays):
+        assert bool((side >= bounds.value).all())
+        assert bool((side > bounds.value).any())
+
+
+def test_the_rounding_of_every_consumer_counts(solved):
+    few = random_problem(1, 14, 1, 2, 7, spread=3.0)  # nearly singular
+    both = replace(solved.problem, consumers=(*solved.problem.consumers, *few.consumers))
+    one, other, found = (Inverses.of(x).rounding for x in (solved.problem, few, both))
+    assert other.inverse > one.inverse
+    assert found == one + other
 
 
 def test_a_claim_beyond_the_tree_is_refused(solved):
