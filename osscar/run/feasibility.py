@@ -20,10 +20,10 @@ from pydantic import ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
-from graph import CouplingGroup, DependencyGraph
+from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import AdapterError, EquivalenceError, RequestError, warn
+from osscar.base.errors import AdapterError, RequestError, warn
 from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
@@ -82,9 +82,8 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
 
     Raises
     ------
-    EquivalenceError
-        If no group can follow, or the request is strict and one cannot; `AdapterError` where it is
-        modules that cannot.
+    AdapterError
+        If no group can follow, or the request is strict and one cannot.
     """
     keep, asked = provisional(prepared, request), asked_groups(prepared, request)[0]
     going = [group for group in asked if keep.get(group.name, group.units) < group.units]
@@ -101,14 +100,9 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
     # Of modules nobody expects to lose what only programs can.
     refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
     if (refused and request.strict) or len(left) == tried > 0:
-        raise (AdapterError if trial.of_modules else EquivalenceError)(
-            _refusal(left, tried, request)
-        )
+        raise AdapterError(_refusal(left, tried, request))
     if refused:
         warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
-    if form is Form.EAGER:
-        chosen = [group for group in traced if group.name not in reasons]
-        _warn_of_unread(prepared.model, prepared.traced, prepared.groups, chosen)
     return Feasible(form, (*left, *_skipped(prepared.groups, inside)))
 
 
@@ -140,7 +134,7 @@ def _routed_left(
             raise RequestError(f"{kind} are chosen in memory; omit --max-memory")
     model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
-    trial = _Trial(model, attempt)
+    trial = Feasibility(model, attempt)
     if groups:
         with stage("trying what can follow"), model_state(model):
             trial.grown([], _arbitrary(groups, [keep[group.name] for group in groups]))
@@ -163,11 +157,11 @@ def _traced_left(
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
     keep: Mapping[str, int],
-) -> tuple[Form, _Trial]:
+) -> tuple[Form, Feasibility]:
     """Return the form of the model, and the trial that knows which groups cannot follow in it."""
     forms = _forms_to_try(prepared.model, request)
     if not groups:
-        return forms[0], _Trial(prepared.model, lambda plan: None)
+        return forms[0], Feasibility(prepared.model, lambda plan: None)
     plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
     possible = {
         form: [
@@ -181,11 +175,11 @@ def _traced_left(
             together[form] = trial.failure(possible[form]) if possible[form] else None
         if together[form] is None and len(possible[form]) == len(plans):
             return form, trial
-    trials: dict[Form, _Trial] = {}
+    trials: dict[Form, Feasibility] = {}
     for form in forms:
         with _trying(prepared, request, form) as trials[form]:
             others = (plan.name for plan in plans if plan not in possible[form])
-            trials[form].leave_all({name: prepared.in_programs[name] for name in others})
+            trials[form].reasons |= {name: prepared.in_programs[name] for name in others}
             if together[form] is not None:
                 trials[form].grown([], possible[form], together[form])
     form = min(trials, key=lambda form: len(trials[form].reasons))
@@ -223,14 +217,14 @@ def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
 
 
 @contextmanager
-def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator[_Trial]:
+def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator[Feasibility]:
     """Let groups be tried in one form; the model is as it was afterwards."""
     model = prepared.model
     with (
         stage("trying what can follow"),
         model_state(model),
     ):
-        yield _Trial(model, _rehearsal(prepared, form, request.seed))
+        yield Feasibility(model, _rehearsal(prepared, form, request.seed))
 
 
 def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPlan], object]:
@@ -277,59 +271,7 @@ def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
     return sorted(plans, key=lambda plan: re.sub(r"\d+", "", plan.name))
 
 
-class _Trial(Feasibility):
-    """Finds groups that can go together, and notes whether it is modules that cannot."""
-
-    of_modules = False
-    """Whether a module could not follow, rather than outputs differ."""
-
-    def leave_all(self, reasons: dict[str, str]) -> None:
-        """Leave groups alone that modules are known not to follow."""
-        self.reasons.update(reasons)
-        self.of_modules = self.of_modules or bool(reasons)
-
-    def leave(self, plan: GroupPlan, failure: Exception) -> None:
-        """Note that a group cannot go."""
-        super().leave(plan, failure)
-        self.of_modules = self.of_modules or isinstance(failure, AdapterError)
-
-
 # ---- in words ----------------------------------------------------------------------------
-
-
-def _warn_of_unread(
-    model: nn.Module,
-    traced: DependencyGraph,
-    groups: Sequence[CouplingGroup],
-    pruned: Sequence[CouplingGroup],
-) -> None:
-    """Warn of weights that nothing reads and that may read what is pruned, by their width.
-
-    They belong to another way through the model, such as one that an optional input takes.  Nobody
-    can know whether units reach them there.  A width that other layers have, too, is no sign of it,
-    nor is one that weights on that way make themselves, such as a tower for images.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    chosen = {group.name for group in pruned}
-    of_pruned = _sizes(shapes, pruned)
-    of_others = _sizes(shapes, [group for group in groups if group.name not in chosen])
-    matrices = {name: shapes[name] for name in traced.unread if len(shapes[name]) > 1}
-    made_there = {made for made, *_ in matrices.values()}
-    telling = of_pruned - of_others - made_there
-    found = [name for name, (_, read, *_) in matrices.items() if read in telling]
-    if not found:
-        return
-    warn(
-        f"the calibration data do not reach {listed([*map(repr, found)])}, which may read layers "
-        "that are pruned: kept as it is, this may not fit calls that do reach it, such as those of "
-        "training; leave the layers before it out (--skip), or give data that take that way"
-    )
-
-
-def _sizes(shapes: dict[str, tuple[int, ...]], groups: Sequence[CouplingGroup]) -> set[int]:
-    """Return the sizes of all dimensions in which units of some groups lie."""
-    slots = (slot for group in groups for slot in group.slots if slot.tensor in shapes)
-    return {shapes[slot.tensor][slot.dim] for slot in slots}
 
 
 def in_words(skipped: Sequence[SkippedGroup]) -> str:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 import solvers
 from graph import CouplingGroup
 from osscar.allocation.widths import reached_groups
-from osscar.base.errors import JournalError, NonFiniteError, warn
+from osscar.base.errors import NonFiniteError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
@@ -56,11 +55,6 @@ def prune_groups(
     Groups that are routed come first, and all others on the stream of the model without the units
     of these that leave.  `keep` has the groups that lose units.  `records` are what was committed
     of them, which is written again; the log keeps what is committed now.
-
-    Raises
-    ------
-    JournalError
-        If the records are not of this model and request.
     """
     groups = [group for group in reached_groups(prepared, request) if group.name in keep]
     run = _Run(request, keep, log)
@@ -112,10 +106,8 @@ class _Run:
         left, before = {group.name: group for group in groups}, len(self.done)
         with stage("pruning", total=len(left)) as bar:
             for record in records:
-                group = left.pop(record.plan.name, None)
-                for module, tensors in _replay(
-                    group, partial(consumers, prepared), record, self.keep
-                ).items():
+                maps = consumers(prepared, left.pop(record.plan.name), record.plan.kept)
+                for module, tensors in _replay(maps, record).items():
                     self.dense.setdefault(module, tensors)  # of two groups, the first found it so
                 self.done.append(record)
                 bar.advance()
@@ -212,28 +204,8 @@ def _why_grown(model: nn.Module) -> str:
     )
 
 
-def _replay(
-    group: CouplingGroup | None,
-    consumers: Callable[[CouplingGroup, tuple[int, ...]], Sequence[LinearMap]],
-    record: LayerRecord,
-    keep: Mapping[str, int],
-) -> dict[str, DenseTensors]:
+def _replay(maps: Sequence[LinearMap], record: LayerRecord) -> dict[str, DenseTensors]:
     """Write what was committed before into the dense model; return what was there, by module."""
-    name, kept = record.plan.name, record.plan.kept
-    sound = sorted({unit for unit in kept if 0 <= unit < record.plan.units}) == list(kept)
-    same = group is not None and GroupPlan.of(group, kept) == record.plan
-    if group is None or not (sound and same) or len(kept) != keep.get(name):
-        raise JournalError(
-            f"the log of the run holds {name!r} with {pluralize(len(kept), 'unit')}, which is not "
-            "what this model and request come to; begin anew with --restart"
-        )
-    maps = consumers(group, kept)
-    forms = [(each.number_format, one.shape) for each in maps for one in each.read()]
-    if [(tensor.dtype, tensor.shape) for tensor in record.weights] != forms:
-        raise JournalError(
-            f"the log of the run holds weights of another form for {name!r}; begin anew with "
-            "--restart"
-        )
     dense, written = dense_tensors(maps), iter(record.weights)
     for consumer in maps:
         consumer.write([next(written) for _ in range(1 + consumer.has_bias)])

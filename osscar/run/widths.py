@@ -8,8 +8,8 @@ from fractions import Fraction
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.widths import asked_groups, reached_groups
-from osscar.base.errors import JournalError, RequestError
+from osscar.allocation.widths import asked_groups
+from osscar.base.errors import RequestError
 from osscar.base.printable import engineering, share
 from osscar.base.timing import Stage, timed
 from osscar.preparation.prepare import Prepared
@@ -33,13 +33,12 @@ def widths(
     RequestError
         If the request makes no sense for this model.
     JournalError
-        If the log has what this model and request cannot come to.
+        If the file of the log was changed.
     """
     noted: Allocated | None = prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
     if noted is not None:
-        _check(noted, prepared, request, feasible.skipped_names)
         return noted
     try:
         tell(goal(prepared, request, feasible.skipped_names))
@@ -50,23 +49,6 @@ def widths(
     if log is not None:
         log.note_allocation(found)
     return found
-
-
-def _check(
-    noted: Allocated, prepared: Prepared, request: PruningRequest, skipped: Collection[str]
-) -> None:
-    units = {
-        group.name: group.units
-        for group in reached_groups(prepared, request)
-        if group.prunable and group.name not in skipped
-    }
-    curves = {} if noted.budget is None else noted.budget.curves
-    possible = all(0 < kept < units.get(name, 0) for name, kept in noted.keep.items())
-    if not possible or any(len(curve) != units.get(n, -1) + 1 for n, curve in curves.items()):
-        raise JournalError(
-            "the log of the run has groups that this model does not have, or more units than a "
-            "group has; begin anew with --restart"
-        )
 
 
 def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:

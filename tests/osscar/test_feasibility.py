@@ -13,14 +13,13 @@ from torch import nn
 import osscar
 from osscar.allocation.allocate import provisional
 from osscar.allocation.widths import asked_groups
-from osscar.base.errors import AdapterError, EquivalenceError, JournalError, RequestError
+from osscar.base.errors import AdapterError, EquivalenceError, RequestError
 from osscar.cli import main
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
 from osscar.request import PruningRequest
 from osscar.run import feasibility as feasibility_room
-from osscar.run import prune as pruning_room
-from osscar.run.feasibility import Feasible, feasible_groups
+from osscar.run.feasibility import feasible_groups
 from osscar.run.points import BudgetKind, Job, jobs, prune_points
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
@@ -484,16 +483,6 @@ def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
     assert again.plan == whole.plan
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
-
-
-@pytest.mark.filterwarnings("ignore:skipped")
-def test_a_log_that_prunes_what_is_skipped_is_refused(tmp_path, monkeypatch):
-    request, log = PruningRequest(**HALF), RunLog(tmp_path / "log")
-    with monkeypatch.context() as patch:
-        patch.setattr(pruning_room, "feasible_groups", lambda *_: Feasible(Form.EAGER, ()))
-        killed(log, request, patch)
-    with pytest.raises(JournalError, match="begin anew with --restart"):
-        prune_as_asked(built(Transformer), words(), request, log)
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
