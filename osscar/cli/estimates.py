@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from osscar.base.devices import resolve_device
-from osscar.base.memory import in_words
 from osscar.base.timing import Stage
-from osscar.cli.common import document, say, show, write_json
-from osscar.data.batches import CalibrationData
+from osscar.cli.common import document, show, write_json
+from osscar.data.batches import CalibrationData, as_inputs
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import number_format
 from osscar.request import PruningRequest
-from osscar.run.dry_run import estimate_as_asked, of_command
+from osscar.run.dry_run import estimate_as_asked
 
 
 def dry_run(
@@ -27,13 +26,10 @@ def dry_run(
     json: Path | None,
 ) -> None:
     """Print what a run will take, and write it as JSON; what came before took `seconds`."""
-    found = of_command(estimate_as_asked(loaded.model, data, request), loaded, seconds)
+    found = estimate_as_asked(loaded.model, data, request)
+    before = {stage: seconds[stage] for stage in (Stage.START, Stage.LOAD)}
+    found = dataclasses.replace(found, stages={**before, **found.stages})
     show(*found.sections())
-    if found.limit_bytes is not None and found.least_bytes is not None:
-        say(
-            f"memory: the limit of {in_words(found.limit_bytes)} will do; the least that would is "
-            f"{in_words(found.least_bytes)}"
-        )
     content = {
         "model": loaded.source,
         "device": str(resolve_device(request.device)),
@@ -44,6 +40,7 @@ def dry_run(
         "stages": [
             {"stage": str(stage), "seconds": taken} for stage, taken in found.stages.items()
         ],
-        "calibration": {**found.calibration, **data.describe()},
+        "settings": request.to_json(),
+        "calibration": {**as_inputs(loaded.model, data).settings, **data.describe()},
     }
-    write_json(json, document("estimate", 4, content))
+    write_json(json, document("estimate", 5, content))

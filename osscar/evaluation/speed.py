@@ -69,13 +69,6 @@ def measure_forward(
     return found
 
 
-def measuring_seconds(passes: Sequence[float]) -> float:
-    """Return about how long `measure_forward` takes, of models whose passes take so long."""
-    once = sum(passes)
-    counted_and_warm = 2 * once
-    return counted_and_warm + max(_REPETITIONS * once, _SECONDS)
-
-
 @dataclass(frozen=True)
 class SampleSpeed:
     """Samples per second of one model, in forward passes over one batch."""

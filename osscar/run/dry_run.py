@@ -8,10 +8,9 @@ groups times the cube of what they read.  Nothing is written, and the model is n
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from timeit import Timer
 from typing import Any
@@ -29,10 +28,8 @@ from osscar.base.printable import in_bytes
 from osscar.base.timing import Clock, Stage, clock, profiled
 from osscar.checkpoint.directory import weight_bytes
 from osscar.data.loaders import read_once
-from osscar.evaluation.speed import measuring_seconds
-from osscar.models.loaded import LoadedModel
 from osscar.network.modules import forward
-from osscar.offload.on_disk import is_on_disk, room_for, weight_cache
+from osscar.offload.on_disk import room_for, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
 from osscar.report.sections import Table, facts
@@ -63,35 +60,21 @@ class Estimate(Shown):
         Seconds by stage, in the order in which they come; expect between half and twice as many.
     peak_bytes
         The most memory of the process, or of the card that it runs on.
-    read_bytes, written_bytes
-        Of files, in all.
+    least_bytes
+        The least memory that would do where the weights stay on disk; else None.
     solved
         The group that was solved for all others.
-    settings
-        What is asked for, as `PruningRequest.to_json` has it.
-    calibration
-        How many samples of what shape there are.
     passes
         How often the calibration data set out through the model for the walk.
-    limit_bytes, least_bytes
-        The most memory that the run may take, and the least that would do, where the weights stay
-        on disk; else None.
-    sample_seconds, kept_share
-        A forward pass of one sample through the dense model, and about which share of the
-        parameters stays.
+    kept_share
+        About which share of the parameters stays.
     """
 
     stages: Mapping[Stage, float]
     peak_bytes: int
-    read_bytes: int
-    written_bytes: int
-    solved: str
-    settings: dict[str, Any] = field(repr=False)
-    calibration: dict[str, Any]
-    passes: int
-    limit_bytes: int | None
     least_bytes: int | None
-    sample_seconds: float
+    solved: str
+    passes: int
     kept_share: float
 
     @property
@@ -100,22 +83,16 @@ class Estimate(Shown):
         return sum(self.stages.values())
 
     def sections(self) -> tuple[Table, Table]:
-        """Return the seconds of each stage, and memory and files, as tables."""
+        """Return the seconds of each stage, and the memory, as tables."""
         taken = {**{str(stage): one for stage, one in self.stages.items()}, "all": self.seconds}
         rows = ((name, f"{one:.0f}" if one >= 100 else f"{one:.2g}") for name, one in taken.items())
         seconds = (
             f"between half and twice as many; {self.solved!r} was solved, and stands for all "
             "groups by the cube of what they read"
         )
-        files = f"{in_bytes(self.read_bytes)} read, {in_bytes(self.written_bytes)} written"
-        return Table("estimate", ("stage", "seconds >"), tuple(rows)), facts(
-            "",
-            (
-                ("seconds", seconds),
-                ("memory", f"{in_bytes(self.peak_bytes)} at most"),
-                ("files", files),
-            ),
-        )
+        least = "" if self.least_bytes is None else f"; {in_bytes(self.least_bytes)} would do"
+        told = (("seconds", seconds), ("memory", f"{in_bytes(self.peak_bytes)} at most{least}"))
+        return Table("estimate", ("stage", "seconds >"), tuple(rows)), facts("", told)
 
 
 def estimate_as_asked(
@@ -209,52 +186,20 @@ def estimate_as_asked(
             # Whether a group is measured once or twice is not known yet.
             again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
             stages[Stage.MEASURED] = 1.5 * again
-        cache, weights = weight_cache(prepared.model), weight_bytes(prepared.model)
-        peak, read = needs.least, 0
-        if cache is not None:
-            if peak + weights > cache.ceiling:  # trial, proof, both models, and the walk
-                read = weights * (14 + 2 * max(1, held) + len(ends.pass_ends))
-            peak = min(peak + weights, cache.ceiling)
-        refitted = (one for group in groups for one in prepared.linear_maps(group))
+        cache, peak = weight_cache(prepared.model), needs.least
+        if cache is not None:  # which holds what it has read, as long as there is room
+            peak = min(peak + weight_bytes(prepared.model), cache.ceiling)
         return Estimate(
             stages={stage: stages[stage] for stage in Stage if stage in stages},
             peak_bytes=peak,
-            read_bytes=read,
-            written_bytes=sum(
-                one.read_weight().numel() * one.number_format.itemsize for one in refitted
-            ),
-            solved=source.name,
-            settings=json.loads(json.dumps(request.to_json())),
-            calibration=prepared.inputs.settings,
-            passes=len(ends.pass_ends),
-            limit_bytes=None if cache is None else cache.ceiling,
             least_bytes=None if cache is None else needs.least,
-            sample_seconds=one,
+            solved=source.name,
+            passes=len(ends.pass_ends),
             kept_share=kept,
         )
 
 
 estimate = by_keywords(PruningRequest, estimate_as_asked)
-
-
-def of_command(found: Estimate, loaded: LoadedModel, seconds: Mapping[Stage, float]) -> Estimate:
-    """Add what the command does besides: it starts, loads, measures both models, and saves."""
-    kept, one = found.kept_share, found.sample_seconds
-    stored = weight_bytes(loaded.model, loaded.stored_dtype)
-    smaller, loading = round(kept * stored), seconds[Stage.LOAD]
-    stages = {
-        **found.stages,
-        Stage.START: seconds[Stage.START],
-        Stage.LOAD: loading,
-        Stage.REPORT: 0.0 if is_on_disk(loaded.model) else measuring_seconds([one, kept * one]),
-        Stage.SAVE: kept * loading,
-    }
-    return dataclasses.replace(
-        found,
-        stages={stage: stages[stage] for stage in Stage if stage in stages},
-        read_bytes=found.read_bytes + stored + smaller,
-        written_bytes=found.written_bytes + smaller,
-    )
 
 
 def _expected_keep(

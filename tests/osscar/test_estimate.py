@@ -210,12 +210,12 @@ def told(tmp_path_factory):
 
 
 def test_a_dry_run_writes_nothing_but_its_json(told):
-    assert told["schema"] == "osscar.estimate/4"
+    assert told["schema"] == "osscar.estimate/5"
     stages = [one["stage"] for one in told["stages"]]
     assert stages == [str(one) for one in Stage if str(one) in stages]
-    assert {"start", "load", "report", "save"} < set(stages)
+    assert {"start", "load"} < set(stages)
     assert told["seconds"] == pytest.approx(sum(one["seconds"] for one in told["stages"]))
-    assert told["peak_bytes"] > told["read_bytes"] > told["written_bytes"] > 0
+    assert told["peak_bytes"] > 0
     assert told["solved"]
 
 
@@ -269,9 +269,7 @@ def test_a_limit_of_memory_is_held_to_the_least_that_would_do(tmp_path):
         return osscar.estimate(model, streamed_windows(), neurons=0.5)
 
     found = told("20GB")
-    assert found.limit_bytes == 20 * 10**9
-    assert 0 < found.least_bytes < found.limit_bytes
-    assert found.peak_bytes <= found.limit_bytes
+    assert 0 < found.least_bytes < found.peak_bytes <= 20 * 10**9
     with pytest.raises(RequestError, match="cannot hold"):
         told("300MB")
 
