@@ -258,7 +258,7 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
     return _of_library(origin)
 
 
-def builder_of_whole(path: Path, manifest: Manifest | None) -> TransformersOrigin | None:
+def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin | None:
     """Return what reads a directory by its config alone; None if a plan has to be replayed.
 
     A directory without a manifest is whatever its config says, and of one that lists shapes a

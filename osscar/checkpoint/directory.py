@@ -38,7 +38,7 @@ from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import (
     TransformersOrigin,
     builder_of,
-    builder_of_whole,
+    config_builder,
     read_builder,
 )
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card, renewed_card
@@ -197,7 +197,7 @@ def save(
             _prove_same(model, _read_again(model, new), example_inputs)
         except EquivalenceError as error:
             raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
-    return describe(path)
+    return read_saved(path)
 
 
 def renew_report(checkpoint: SavedCheckpoint, report: Mapping[str, Any], page: str) -> None:
@@ -217,8 +217,8 @@ def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
     return folded if dense is not None and fold(folded, dense.state_dict()) else model
 
 
-def describe(path: Path) -> SavedCheckpoint:
-    """Return what `save` has returned of a directory that it wrote."""
+def read_saved(path: Path) -> SavedCheckpoint:
+    """Say what is in a directory that `save` wrote, as `save` did."""
     manifest = read_manifest(path)
     if manifest is None:
         raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
@@ -344,7 +344,7 @@ def load(
     with readable(name):
         path = Path(name).expanduser()
         manifest = read_manifest(path)
-        whole = builder_of_whole(path, manifest)
+        whole = config_builder(path, manifest)
         if whole is not None:
             return _checked(whole.read_stock(path, dtype), manifest, path)
         assert manifest is not None  # whose plan it is

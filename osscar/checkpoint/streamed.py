@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import CheckpointError, NonFiniteError
-from osscar.checkpoint.builders import TransformersOrigin, builder_of_whole, read_builder
+from osscar.checkpoint.builders import TransformersOrigin, config_builder, read_builder
 from osscar.checkpoint.hf_config import is_any_shape
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.regrouped import chained, parts_in_files
@@ -54,7 +54,7 @@ def _structure(
     dtype: torch.dtype | None,
 ) -> nn.Module:
     """Build a model without its weights, in the shapes of those that are stored."""
-    whole = builder_of_whole(path, manifest)
+    whole = config_builder(path, manifest)
     if whole is not None:
         whole.check_stock(path)
         build = partial(whole.build, dtype or number_format_of(whole.config, stored))

@@ -9,7 +9,7 @@ from typing import Any
 from osscar.base.journal import SavingJournal
 from osscar.base.printable import command_line
 from osscar.checkpoint.atomic_directory import finish_killed
-from osscar.checkpoint.directory import SavedCheckpoint, describe
+from osscar.checkpoint.directory import SavedCheckpoint, read_saved
 from osscar.checkpoint.manifest import REPORT_FILE
 from osscar.cli.common import say
 from osscar.data.batches import CalibrationData
@@ -48,7 +48,7 @@ def finished(
         if content is None:
             return False
         finish_killed(path)
-        copies(content, describe(path))
+        copies(content, read_saved(path))
         remove()
     say(f"saved: {where}, before this run began, by one that was ended just then")
     return True

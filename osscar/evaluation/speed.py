@@ -125,8 +125,8 @@ def measure_speed(
         raise OptionError(f"timing needs a prompt of at least 2 tokens, not {len(prompt)}")
     new_tokens = min(new_tokens, len(prompt) // 2)
     tasks = [_Decoding(model, prompt[None].to(model.device), new_tokens) for model in models]
-    prefill = [Timer(partial(task.read, task.prompt), timer=clock) for task in tasks]
-    decode = [Timer(task.write, setup=task.read_before, timer=clock) for task in tasks]
+    prefill = [Timer(partial(task.prefill, task.prompt), timer=clock) for task in tasks]
+    decode = [Timer(task.decode, setup=task.prefill_before, timer=clock) for task in tasks]
     with torch.inference_mode():
         read = interleaved(prefill, repetitions, "Timing prefill")
         written = interleaved(decode, repetitions, "Timing decode")
@@ -151,16 +151,16 @@ class _Decoding:
     new_tokens: int
     output: Any = field(default=None, repr=False)
 
-    def read(self, prompt: Tensor) -> Any:
+    def prefill(self, prompt: Tensor) -> Any:
         # like generation, skip the output layer at all positions but the last
         accepted = inspect.signature(self.model.forward).parameters
         last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         return self.model(input_ids=prompt, use_cache=True, **last_only)
 
-    def read_before(self) -> None:
-        self.output = self.read(self.prompt[:, : -self.new_tokens])
+    def prefill_before(self) -> None:
+        self.output = self.prefill(self.prompt[:, : -self.new_tokens])
 
-    def write(self) -> None:
+    def decode(self) -> None:
         for _ in range(self.new_tokens):
             token = self.output.logits[:, -1:].argmax(-1)
             found = ((name, getattr(self.output, name, None)) for name in CACHE_NAMES)

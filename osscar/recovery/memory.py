@@ -51,18 +51,18 @@ def precision_of(device: torch.device) -> Literal["bf16", "no"]:
     return "bf16" if found else "no"
 
 
-def first_that_fits(
+def first_options_that_fit(
     setup: Setup, build: Callable[[RecoveryRequest], T], tell: Callable[[str], None]
 ) -> T:
-    """Return what `build` makes of the first way to train of which a step fits into memory.
+    """Return what `build` makes of the first training options with which a step fits into memory.
 
-    `build` tries the step.  `tell` gets a line if that is not the first way of all.  If a model's
+    `build` tries the step.  `tell` gets a line if those are not the first.  If a model's
     code cannot run in bfloat16, float32 is taken, unless bfloat16 was asked for.
 
     Raises
     ------
     NoMemoryError
-        If no way fits.
+        If none fit.
     """
     asked, memory = setup.request, memory_of(device_of(setup.dense))
     memory.give_back()
@@ -71,19 +71,20 @@ def first_that_fits(
     if asked.max_memory is not None:
         memory.give_back_at_once()
         limit = parse_size(asked.max_memory)
-    ways, short = _ways(setup, asked.mixed_precision or precision_of(device_of(setup.dense))), ""
-    while (way := next(ways, None)) is not None:
+    precision = asked.mixed_precision or precision_of(device_of(setup.dense))
+    left, short = _options_by_memory(setup, precision), ""
+    while (options := next(left, None)) is not None:
         try:
             with nullcontext() if limit is None else _Limit(memory, limit):
-                built = build(way)
+                built = build(options)
             if short:
-                tell(f"memory: trains with {_in_words(way)}, as more does not fit")
+                tell(f"memory: trains with {_in_words(options)}, as more does not fit")
             return built
         except (RuntimeError, MemoryError, OsscarError) as error:
             if is_shortage(error):
-                short = f"{_in_words(way)}: {first_line(error):.200}"
-            elif way.mixed_precision == "bf16" and asked.mixed_precision is None:
-                ways = _ways(setup, "no")
+                short = f"{_in_words(options)}: {first_line(error):.200}"
+            elif options.mixed_precision == "bf16" and asked.mixed_precision is None:
+                left = _options_by_memory(setup, "no")
             elif not (short and isinstance(error, OptionError)):  # of what was not asked for
                 raise
         gc.collect()
@@ -95,29 +96,29 @@ def first_that_fits(
     )
 
 
-def _ways(setup: Setup, precision: Literal["bf16", "no"]) -> Iterator[RecoveryRequest]:
-    """Yield what is asked for, and ways to train that take less and less memory."""
+def _options_by_memory(setup: Setup, precision: Literal["bf16", "no"]) -> Iterator[RecoveryRequest]:
+    """Yield what is asked for, and then options that take less and less memory."""
     asked, inputs = setup.request, setup.inputs
     # A CPU multiplies several windows in float32 no faster than one after the other.
     alone = inputs.tokens and device_of(setup.dense).type == "cpu" and precision == "no"
     at_once = 1 if inputs.apart else asked.micro_batch_size or (1 if alone else setup.size)
-    way = replace(asked, mixed_precision=precision, micro_batch_size=at_once)
-    yield way
+    options = replace(asked, mixed_precision=precision, micro_batch_size=at_once)
+    yield options
     while asked.micro_batch_size is None and at_once > 1:
         at_once //= 2
-        way = replace(way, micro_batch_size=at_once)
-        yield way
-    if not way.checkpointing and blocks(setup.model):
-        way = replace(way, checkpointing=True)
-        yield way
-    if way.lora is None and has_peft() and adaptable(setup.model):
-        yield replace(way, lora=_RANK)
+        options = replace(options, micro_batch_size=at_once)
+        yield options
+    if not options.checkpointing and blocks(setup.model):
+        options = replace(options, checkpointing=True)
+        yield options
+    if options.lora is None and has_peft() and adaptable(setup.model):
+        yield replace(options, lora=_RANK)
 
 
-def _in_words(way: RecoveryRequest) -> str:
-    adapters = "" if way.lora is None else f", adapters of rank {way.lora}"
-    checkpointed = ", checkpointed activations" if way.checkpointing else ""
-    return f"micro-batches of {way.micro_batch_size}{checkpointed}{adapters}"
+def _in_words(options: RecoveryRequest) -> str:
+    adapters = "" if options.lora is None else f", adapters of rank {options.lora}"
+    checkpointed = ", checkpointed activations" if options.checkpointing else ""
+    return f"micro-batches of {options.micro_batch_size}{checkpointed}{adapters}"
 
 
 class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]

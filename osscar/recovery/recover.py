@@ -31,18 +31,18 @@ from osscar.network.modules import check_finite_weights, check_usable, named_ten
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
-from osscar.recovery.memory import CHOSEN, first_that_fits
+from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup, samples_for
-from osscar.recovery.training import Point, Progress, RecoveryLog, Training, nearest
+from osscar.recovery.training import Check, Progress, RecoveryLog, Training, nearest
 from osscar.recovery.weights import as_it_came, trainable
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import by_keywords
 
-_WAY = "way"
-"""The entry of a log's manifest with the way to train that was chosen: fields of a request."""
+_CHOSEN = "chosen"
+"""The entry of a log's manifest with the training options that were chosen: fields of a request."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,7 +79,7 @@ class Recovery(Shown):
     """
 
     model: nn.Module
-    points: tuple[Point, ...]
+    points: tuple[Check, ...]
     kept: int
     before: float
     after: float
@@ -169,7 +169,7 @@ def recover_as_asked(
     MissingDependency
         If peft is needed, and not installed.
     NoMemoryError
-        If no way to train fits into memory.
+        If no training options fit into memory.
     OptionError
         If the model has no blocks to checkpoint, or no matrices for adapters.
     JournalError
@@ -212,13 +212,13 @@ def recover_as_asked(
                 f"the {'loss' if request.loss else 'distance of the two models'} is not finite on "
                 "the held-out samples, before any training"
             )
-        with _begun(log, setup, training.way, ranks) as known:
+        with _begun(log, setup, training.options, ranks) as known:
             points = training.run(log, known)
         work, kept, after = training.model, nearest(points).step, before
         if kept:
             found = training.distance(training.held_out)
             if found is None or found > before:  # which the part of them did not tell
-                work, kept = trainable(model, setup.dense, training.way), 0
+                work, kept = trainable(model, setup.dense, training.options), 0
             else:
                 after = found
         work = as_it_came(work, model)
@@ -237,7 +237,7 @@ def recover_as_asked(
         seconds=seconds,
         stages=spent.of(seconds),
         request=request,
-        chosen={**_chosen(training.way), "augment": "flip-shift" if setup.shifts else "none"},
+        chosen={**_chosen(training.options), "augment": "flip-shift" if setup.shifts else "none"},
         data={**setup.inputs.settings, **data_record(data)},
     )
 
@@ -259,34 +259,34 @@ def check_trainable(model: nn.Module) -> None:
 def _training(
     setup: Setup, log: RecoveryLog | None, ranks: Ranks, tell: Callable[[str], None]
 ) -> Training:
-    """Set up the training in a way that fits into memory, which the first rank finds.
+    """Set up the training with options that fit into memory, which the first rank finds.
 
     A run that goes on trains as before, whatever memory is free, and ends with the same bytes.
     """
 
-    def build(way: RecoveryRequest) -> Training:
-        training = Training(setup, way)
+    def build(options: RecoveryRequest) -> Training:
+        training = Training(setup, options)
         training.try_step()
         return training
 
     manifest = None if log is None else log.manifest()
-    tried = first_that_fits(setup, build, tell) if manifest is None and ranks.first else None
+    tried = first_options_that_fit(setup, build, tell) if manifest is None and ranks.first else None
     if tried is not None and ranks.alone:
         return tried
-    chosen: Any = None if manifest is None else manifest.asked[_WAY]
+    chosen: Any = None if manifest is None else manifest.asked[_CHOSEN]
     if tried is not None:
-        chosen, tried = _chosen(tried.way), None  # which would take memory beside the next
-    chosen = ranks.broadcast("the way to train", lambda: chosen)
+        chosen, tried = _chosen(tried.options), None  # which would take memory beside the next
+    chosen = ranks.broadcast("how to train", lambda: chosen)
     return Training(setup, dataclasses.replace(setup.request, **chosen), ranks)
 
 
-def _chosen(way: RecoveryRequest) -> dict[str, Any]:
-    return {name: getattr(way, name) for name in CHOSEN}
+def _chosen(options: RecoveryRequest) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in CHOSEN}
 
 
 @contextmanager
 def _begun(
-    log: RecoveryLog | None, setup: Setup, way: RecoveryRequest, ranks: Ranks
+    log: RecoveryLog | None, setup: Setup, options: RecoveryRequest, ranks: Ranks
 ) -> Iterator[tuple[Progress, Mapping[str, Tensor]] | None]:
     """Begin a recovery, or go on with one, on all ranks; yield its last state."""
     if log is None and ranks.alone:
@@ -294,8 +294,8 @@ def _begun(
         return
     versions = {name: version(name) for name in ("torch", "transformers")}
     asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
-    del asked["max_memory"]  # what it has led to is the way
-    asked |= {_WAY: _chosen(way), "dense": sha256_of(named_tensors(setup.dense))}
+    del asked["max_memory"]  # what it has led to is chosen
+    asked |= {_CHOSEN: _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
     manifest = JournalManifest(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
     )

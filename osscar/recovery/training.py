@@ -75,7 +75,7 @@ _RISES = 3
 
 
 @dataclass(frozen=True)
-class Point:
+class Check:
     """A check on held-out samples.
 
     Parameters
@@ -105,18 +105,18 @@ class Point:
         return math.inf if self.held_out is None else self.held_out
 
 
-def nearest(points: Sequence[Point]) -> Point:
+def nearest(points: Sequence[Check]) -> Check:
     """Return the check with the lowest distance, the first of several."""
     return min(points, key=lambda one: one.distance)
 
 
-def _is_over(points: Sequence[Point]) -> bool:
+def _is_over(points: Sequence[Check]) -> bool:
     """Whether the held-out loss has risen often enough."""
     last = [one.distance for one in points[-_RISES - 1 :]]
     return len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
 
 
-def _next_rate(points: Sequence[Point]) -> float:
+def _next_rate(points: Sequence[Check]) -> float:
     """Return the peak learning rate after the last check."""
     last = points[-1]
     steps = last.step - max((one.step for one in points if one.rate > last.rate), default=0)
@@ -130,7 +130,7 @@ class Progress:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    points: tuple[Point, ...]
+    points: tuple[Check, ...]
 
 
 class RecoveryLog(SavingJournal[JournalManifest]):
@@ -169,13 +169,13 @@ _CLIP = 1.0
 
 
 class Training:
-    """A training of a copy of the smaller model, in one of the ways to train.
+    """A training of a copy of the smaller model, with given options.
 
     Parameters
     ----------
     setup
         Both models, and all samples.
-    way
+    options
         The request, with what was chosen.
     ranks
         Share out the samples of a step, and those that are held out.
@@ -186,11 +186,11 @@ class Training:
         If the two models' outputs differ in shape.
     """
 
-    def __init__(self, setup: Setup, way: RecoveryRequest, ranks: Ranks = ALONE) -> None:
-        self.setup, self.way, self.ranks = setup, way, ranks
-        self.at_once = way.micro_batch_size or setup.size
+    def __init__(self, setup: Setup, options: RecoveryRequest, ranks: Ranks = ALONE) -> None:
+        self.setup, self.options, self.ranks = setup, options, ranks
+        self.at_once = options.micro_batch_size or setup.size
         # In evaluation mode a step neither draws nor averages anything.
-        self.model = trainable(setup.model, setup.dense, way)
+        self.model = trainable(setup.model, setup.dense, options)
         self.formats = formats(self.model, setup.model)
         self.weights = {n: one for n, one in self.model.named_parameters() if one.requires_grad}
         # Half precision, which a program may have, is trained in float32: small steps count there.
@@ -212,7 +212,7 @@ class Training:
         self._state.put_back()
         tensors = [[x for x in tree_leaves(one) if torch.is_tensor(x)] for one in both]
         mine, due = ([list(one.shape) for one in some] for some in tensors)
-        if mine != due and way.loss is None:
+        if mine != due and options.loss is None:
             raise ModelError(
                 f"the smaller model's scores or outputs have the shapes {mine}, and the dense "
                 f"one's {due}; give the dense model that it was pruned from"
@@ -245,16 +245,16 @@ class Training:
         self,
         log: RecoveryLog | None = None,
         known: tuple[Progress, Mapping[str, Tensor]] | None = None,
-    ) -> tuple[Point, ...]:
+    ) -> tuple[Check, ...]:
         """Train, and leave the model with the weights of its nearest check; return all checks.
 
         Where the learning rate is lowered (`_next_rate`), training goes back to the weights of the
         nearest check.  `log` keeps the state at each check, and `known` is the last that it kept.
         """
-        steps = self.way.steps
+        steps = self.options.steps
         if known is None:
-            rate = self.way.learning_rate or LEARNING_RATE[self.setup.inputs.tokens]
-            points, best = [Point(0, rate, None, self.distance(self.checked), 0.0)], self._values()
+            rate = self.options.learning_rate or LEARNING_RATE[self.setup.inputs.tokens]
+            points, best = [Check(0, rate, None, self.distance(self.checked), 0.0)], self._values()
         else:
             points, best = list(known[0].points), self._restore(known[1])
         began, losses = time.perf_counter() - points[-1].seconds, list[float]()
@@ -271,7 +271,7 @@ class Training:
                     continue
                 loss, losses = sum(losses) / len(losses), []
                 seconds, seen = time.perf_counter() - began, loss if math.isfinite(loss) else None
-                points.append(Point(step, rate, seen, self.distance(self.checked), seconds))
+                points.append(Check(step, rate, seen, self.distance(self.checked), seconds))
                 if nearest(points) is points[-1]:
                     _copy(self.weights, best)
                 elif _next_rate(points) < rate:
@@ -288,10 +288,10 @@ class Training:
 
         They depend on the seed alone, so that a run which goes on sees what it would have seen.
         """
-        setup, seed = self.setup, self.way.seed
+        setup, seed = self.setup, self.options.seed
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
-        for step in range(self.way.steps):
+        for step in range(self.options.steps):
             while len(order) < setup.size:
                 order += torch.randperm(len(setup.samples), generator=generator).tolist()
             now, order = [setup.samples[one] for one in order[: setup.size]], order[setup.size :]
@@ -319,10 +319,11 @@ class Training:
 
     def _add_gradients(self, batch: Batch, samples: int) -> Tensor:
         """Go forward and backward on a part of so many samples; return its part of the loss."""
-        way, distance, dense = self.way, self.held_out.distance, self.setup.dense
+        options, distance, dense = self.options, self.held_out.distance, self.setup.dense
+        half = options.mixed_precision == "bf16"
         with (
-            checkpointing(self.model) if way.checkpointing else nullcontext(),
-            torch.autocast(device_of(dense).type, torch.bfloat16, way.mixed_precision == "bf16"),
+            checkpointing(self.model) if options.checkpointing else nullcontext(),
+            torch.autocast(device_of(dense).type, torch.bfloat16, enabled=half),
             _cudnn(self._cudnn),
         ):
             with torch.no_grad():

@@ -91,10 +91,10 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
     reasons = {one.name: one.frozen[0].reason for one in asked if one.kind.routed and one.frozen}
     tried = len(going) + len(reasons)
     routed = [group for group in going if group.kind.routed]
-    reasons |= _routed_left(prepared, request, routed, keep)
+    reasons |= _tried_routed(prepared, request, routed, keep)
     inside = _in_members(prepared, [group for group in routed if group.name not in reasons])
     traced = [group for group in going if not group.kind.routed and group.name not in inside]
-    form, trial = _traced_left(prepared, request, traced, keep)
+    form, trial = _tried_traced(prepared, request, traced, keep)
     reasons |= trial.reasons
     left = _skipped(asked, reasons)
     # Of modules nobody expects to lose what only programs can.
@@ -117,7 +117,7 @@ def _skipped(
     )
 
 
-def _routed_left(
+def _tried_routed(
     prepared: Prepared,
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
@@ -152,7 +152,7 @@ def _in_members(prepared: Prepared, going: Sequence[CouplingGroup]) -> dict[str,
     }
 
 
-def _traced_left(
+def _tried_traced(
     prepared: Prepared,
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
@@ -205,7 +205,7 @@ def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]
     return FORMS["eager" if choice == "auto" and stays else choice]
 
 
-def reaches_further(model: nn.Module, request: PruningRequest) -> bool:
+def includes_program_only_groups(model: nn.Module, request: PruningRequest) -> bool:
     """Whether groups count that only programs can lose.
 
     A class of transformers, which so much else can read, is given up for what its code cannot do,

@@ -49,7 +49,7 @@ from osscar.run.result import PruningResult
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
 
     method: str
@@ -87,7 +87,7 @@ def jobs(
     *,
     baselines: bool = False,
     allocation: Allocation = "measured",
-) -> tuple[Job, ...]:
+) -> tuple[SweepJob, ...]:
     """Return the points of a sweep, the method itself first, the largest model first."""
     if not values:
         raise OptionError(
@@ -105,7 +105,7 @@ def jobs(
         )
     methods = (allocation, *(BASELINES if baselines else ()))
     ordered = sorted(set(read), reverse=not budget.rises)
-    return tuple(Job(method, budget, value) for method in methods for value in ordered)
+    return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
 
 
 def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
@@ -125,9 +125,9 @@ def prune_points(
     model: nn.Module,
     calibration: Any,
     base: PruningRequest,
-    points: Sequence[Job],
+    points: Sequence[SweepJob],
     tell: Callable[[str], None] = lambda line: None,
-) -> Generator[tuple[Job, PruningResult]]:
+) -> Generator[tuple[SweepJob, PruningResult]]:
     """Prune a model once for each point; the model that comes in is not changed.
 
     The model is traced once, and what is known of the dense model is found once: what can follow,
@@ -148,7 +148,7 @@ def prune_points(
             yield job, result
 
 
-def _telling_of(job: Job, tell: Callable[[str], None]) -> Callable[[str], None]:
+def _telling_of(job: SweepJob, tell: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: tell(f"{job}: {line}")
 
 
@@ -160,9 +160,9 @@ DENSE = "dense"
 _POINTS = "points"
 
 
-def dense_job(budget: BudgetKind) -> Job:
+def dense_job(budget: BudgetKind) -> SweepJob:
     """Return the point of the dense model."""
-    return Job(DENSE, budget, budget.dense)
+    return SweepJob(DENSE, budget, budget.dense)
 
 
 def sweep_manifest(
@@ -216,7 +216,7 @@ class Recovered:
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """What became of the model at one budget by one method.
 
     Limit and what was reached are of the whole model, in what the budget is counted in; None of the
@@ -292,20 +292,20 @@ class SweepDirectory(Journal[JournalManifest]):
         where = f"kept in {self.directory}"
         return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
 
-    def point(self, job: Job) -> Point | None:
+    def point(self, job: SweepJob) -> SweepPoint | None:
         """Return a point that was finished; None if it was not."""
         again = "remove it, and it is measured again"
-        point = self.read(_file(job), Point, otherwise=again)
+        point = self.read(_file(job), SweepPoint, otherwise=again)
         if point is not None and (point.method, point.budget, point.value) != (
             (job.method, job.budget, job.value)
         ):
             raise JournalError(f"{self.directory / _file(job)} holds another point; {again}")
         return point
 
-    def keep(self, point: Point) -> None:
+    def keep(self, point: SweepPoint) -> None:
         """Keep a point."""
-        self.write(_file(Job(point.method, BudgetKind(point.budget), point.value)), point)
+        self.write(_file(SweepJob(point.method, BudgetKind(point.budget), point.value)), point)
 
 
-def _file(job: Job) -> str:
+def _file(job: SweepJob) -> str:
     return f"{_POINTS}/{job.method}-{job.budget}-{job.value!r}.json"

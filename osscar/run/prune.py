@@ -34,7 +34,7 @@ from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import PruningPlan
 from osscar.request import PruningRequest, by_keywords
-from osscar.run.feasibility import Feasible, feasible_groups, reaches_further
+from osscar.run.feasibility import Feasible, feasible_groups, includes_program_only_groups
 from osscar.run.groups import prune_groups, samples_held_out
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
@@ -177,14 +177,14 @@ def prepare_for(
         device=resolve_device(request.device),
         batch_size=request.batch_size,
         heads=request.reach(UnitKind.HEADS),
-        programs=reaches_further(model, request),
+        programs=includes_program_only_groups(model, request),
         ranks=ranks,
     ) as prepared:
         yield within_memory(prepared, request)
 
 
 def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
-    """Return the same with what is to be left free in memory, should its weights lie on disk."""
+    """Set how many bytes the cache of weights on disk leaves free for the matrices of a layer."""
     if weight_cache(prepared.model) is None:
         return prepared
     needs = forecast(prepared, request, max(1, samples_held_out(prepared, request)))

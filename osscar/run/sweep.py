@@ -39,11 +39,11 @@ from osscar.report.shown import Shown
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.memory import check_can_stream
 from osscar.run.points import (
-    Job,
-    Point,
     Quality,
     Recovered,
     SweepDirectory,
+    SweepJob,
+    SweepPoint,
     dense_job,
     jobs,
     prune_points,
@@ -154,7 +154,7 @@ class Sweep:
 
     place: SweepDirectory
     base: PruningRequest
-    points: Sequence[Job]
+    points: Sequence[SweepJob]
     score: TextSet | SampleSet | None
     """What quality is measured on."""
     classes: Sequence[str] = ()
@@ -226,7 +226,7 @@ class Sweep:
             write_text(self.place.directory / PAGE_FILE, sweep_page(document))
         return SweepResult(document)
 
-    def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[Point]:
+    def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[SweepPoint]:
         """Return all points, the dense model first; those that were not finished are measured."""
         unpruned = dense_job(self.points[0].budget)
         if self.place.point(unpruned) is None:
@@ -272,19 +272,19 @@ class Sweep:
 
     def _point(
         self,
-        job: Job,
+        job: SweepJob,
         result: PruningResult | None,
         dense: nn.Module,
         sample: Batch,
         recovered: Recovered | None,
-    ) -> Point:
+    ) -> SweepPoint:
         """Measure the model of a job; without a result, the dense one."""
         model = dense if result is None else result.model
         with timed(Stage.FORWARD):
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
-        return Point(
+        return SweepPoint(
             "osscar.sweep-point/8",
             job.method,
             str(job.budget),
@@ -327,7 +327,7 @@ def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
     return {what: published(score.source), "scored_sha256": digest(repr(score.fingerprints()))}
 
 
-def _entry(point: Point) -> dict[str, Any]:
+def _entry(point: SweepPoint) -> dict[str, Any]:
     entry = dataclasses.asdict(point)
     del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
     return entry

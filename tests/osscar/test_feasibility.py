@@ -20,7 +20,7 @@ from osscar.proof.plan import Form
 from osscar.request import PruningRequest
 from osscar.run import feasibility as feasibility_room
 from osscar.run.feasibility import feasible_groups
-from osscar.run.points import BudgetKind, Job, jobs, prune_points
+from osscar.run.points import BudgetKind, SweepJob, jobs, prune_points
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
 from tests.osscar.families import tiny, tokens
@@ -490,7 +490,7 @@ def test_a_sweep_tries_once(tries):
     base = PruningRequest(sparsity=0.3, device="cpu")
     points = (
         *jobs(BudgetKind.SPARSITY, (0.3, 0.6), allocation="uniform"),
-        Job("wanda", BudgetKind.SPARSITY, 0.5),
+        SweepJob("wanda", BudgetKind.SPARSITY, 0.5),
     )
     found = dict(prune_points(built(Transformer), words(), base, points))
     swept = list(tries)

@@ -19,7 +19,7 @@ from osscar.evaluation.quality import score
 from osscar.network.predictions import known_prediction, scored_output
 from osscar.preparation.failures import check_repeatable
 from osscar.request import PruningRequest
-from osscar.run.points import BudgetKind, Job, prune_points
+from osscar.run.points import BudgetKind, SweepJob, prune_points
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 
@@ -66,7 +66,7 @@ DIFFER = "two passes of Net over the same inputs differ"
 
 
 def _sweep(model):
-    points = [Job("measured", BudgetKind.FLOPS, 0.7)]
+    points = [SweepJob("measured", BudgetKind.FLOPS, 0.7)]
     return next(prune_points(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
 
 

@@ -44,7 +44,7 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest
 from osscar.run.memory import MemoryNeeds
-from osscar.run.points import BudgetKind, Job, prune_points
+from osscar.run.points import BudgetKind, SweepJob, prune_points
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
@@ -438,7 +438,9 @@ def test_what_needs_the_whole_model_is_refused(tmp_path, asked, named):
 
 
 def swept(allocation):
-    return Job(allocation, BudgetKind.SPARSITY, 0.2), Job("wanda", BudgetKind.SPARSITY, 0.4)
+    return SweepJob(allocation, BudgetKind.SPARSITY, 0.2), SweepJob(
+        "wanda", BudgetKind.SPARSITY, 0.4
+    )
 
 
 def test_a_sweep_of_a_streamed_model_comes_to_the_same(tmp_path):

@@ -24,10 +24,10 @@ from osscar.run.points import (
     BASELINES,
     METHODS,
     BudgetKind,
-    Job,
-    Point,
     Recovered,
     SweepDirectory,
+    SweepJob,
+    SweepPoint,
     jobs,
     prune_points,
 )
@@ -64,9 +64,9 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
     model, data = (tiny("opt", layers=1), tokens()) if kind == "opt" else (small_net(), images())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     points = (
-        Job(MEASURED, SPARSITY, 0.3),
-        Job(MEASURED, FLOPS, 0.7),
-        Job("wanda", SPARSITY, 0.5),
+        SweepJob(MEASURED, SPARSITY, 0.3),
+        SweepJob(MEASURED, FLOPS, 0.7),
+        SweepJob("wanda", SPARSITY, 0.5),
     )
     found = dict(prune_points(model, data, BASE, points))
     assert tuple(found) == points
@@ -84,9 +84,9 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind, monkeypatch):
 
 def test_baselines_are_the_methods_as_published():
     points = jobs(SPARSITY, (0.4, 0.2, 0.4), baselines=True)
-    assert points[:2] == (Job(MEASURED, SPARSITY, 0.2), Job(MEASURED, SPARSITY, 0.4))
+    assert points[:2] == (SweepJob(MEASURED, SPARSITY, 0.2), SweepJob(MEASURED, SPARSITY, 0.4))
     assert len(points) == 2 * (1 + len(BASELINES))
-    request = Job("multistage", SPARSITY, 0.2).request(
+    request = SweepJob("multistage", SPARSITY, 0.2).request(
         PruningRequest(sparsity=0.5, correction_weight=0.5)
     )
     assert (request.allocation, request.target, request.backend) == (
@@ -96,8 +96,8 @@ def test_baselines_are_the_methods_as_published():
     )
     assert request.sparsity == 0.2
     for method in METHODS:
-        assert Job(method, SPARSITY, 0.2).request(BASE).allocation == method
-        assert jobs(SPARSITY, (0.2,), allocation=method) == (Job(method, SPARSITY, 0.2),)
+        assert SweepJob(method, SPARSITY, 0.2).request(BASE).allocation == method
+        assert jobs(SPARSITY, (0.2,), allocation=method) == (SweepJob(method, SPARSITY, 0.2),)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     with prepare_for(model, data, BASE) as prepared:
         curves = random_curves(prepared, BASE)
         budgets = [
-            allocate(prepared, Job(MEASURED, SPARSITY, s).request(BASE), curves=curves).budget
+            allocate(prepared, SweepJob(MEASURED, SPARSITY, s).request(BASE), curves=curves).budget
             for s in (0.2, 0.5, 0.8)
         ]
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
@@ -191,7 +191,7 @@ def manifest(**more):
 
 
 def point(method=MEASURED, value=0.5):
-    return Point(
+    return SweepPoint(
         schema="osscar.sweep-point/8", method=method, budget="sparsity", value=value, limit=12.0,
         reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
         seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
@@ -209,12 +209,12 @@ def point(method=MEASURED, value=0.5):
 def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     place = SweepDirectory(tmp_path / "sweep")
     with place.begun(manifest()):
-        assert place.point(Job(MEASURED, SPARSITY, 0.5)) is None
+        assert place.point(SweepJob(MEASURED, SPARSITY, 0.5)) is None
         place.keep(point())
     again = SweepDirectory(tmp_path / "sweep")
     with again.begun(manifest()):
-        assert again.point(Job(MEASURED, SPARSITY, 0.5)) == point()
-        assert again.point(Job(MEASURED, SPARSITY, 0.25)) is None
+        assert again.point(SweepJob(MEASURED, SPARSITY, 0.5)) == point()
+        assert again.point(SweepJob(MEASURED, SPARSITY, 0.25)) is None
     with pytest.raises(JournalError, match=r"text was 'builtin' and is 'other\.txt'"):
         again.begun(manifest(text="other.txt")).__enter__()
     with pytest.raises(JournalError, match="seed was None and is 3"):
@@ -244,7 +244,7 @@ def test_a_damaged_point_is_refused_by_name(tmp_path, damage):
         file = tmp_path / "sweep" / "points" / "measured-sparsity-0.5.json"
         file.write_text(damage(file.read_text()))
         with pytest.raises(JournalError, match=r"measured-sparsity-0\.5\.json"):
-            place.point(Job(MEASURED, SPARSITY, 0.5))
+            place.point(SweepJob(MEASURED, SPARSITY, 0.5))
 
 
 # ---- as a person runs it -----------------------------------------------------------------
@@ -401,7 +401,9 @@ def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
     with prepare_for(model, data, BASE) as prepared:
         curves = random_curves(prepared, BASE)
         for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
-            asked = [Job(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")]
+            asked = [
+                SweepJob(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")
+            ]
             budgets = [allocate(prepared, request, curves=curves).budget for request in asked]
             assert len({budget.limit for budget in budgets}) == 1
             assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)

@@ -15,7 +15,7 @@ from osscar.base.errors import DataError, NoMemoryError, OptionError
 from osscar.base.memory import DeviceMemory
 from osscar.network.modules import copied
 from osscar.recovery import memory
-from osscar.recovery.memory import blocks, checkpointing, first_that_fits
+from osscar.recovery.memory import blocks, checkpointing, first_options_that_fit
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
@@ -38,7 +38,7 @@ def way(space: int, said: list[str], **asked: object) -> RecoveryRequest:
 
     model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
     setup = Setup(model, model, torch.zeros(64, 2), RecoveryRequest(batch_size=8, **asked))
-    return first_that_fits(setup, build, said.append)
+    return first_options_that_fit(setup, build, said.append)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monke
         return compared(self, model)
 
     def tried(self: Training) -> None:
-        if (self.way.micro_batch_size or 0) > 8:
+        if (self.options.micro_batch_size or 0) > 8:
             raise MemoryError
         try_step(self)
 
@@ -203,8 +203,8 @@ def test_a_block_that_writes_to_its_input_is_refused_if_it_was_asked_for(monkeyp
     tried, original = [], Training.try_step
 
     def short(self: Training) -> None:
-        tried.append(self.way.checkpointing)
-        if not self.way.checkpointing:
+        tried.append(self.options.checkpointing)
+        if not self.options.checkpointing:
             raise MemoryError
         original(self)
 

@@ -14,7 +14,7 @@ import osscar
 from osscar.data.samples import named_generator
 from osscar.recovery import training as loop
 from osscar.recovery.samples import Setup
-from osscar.recovery.training import Point, Training, nearest
+from osscar.recovery.training import Check, Training, nearest
 from tests.osscar.recovery.perturbed import perturbed
 
 CPU = {"device": "cpu", "mixed_precision": "no"}
@@ -118,7 +118,7 @@ def test_what_is_kept_and_when_it_ends():
         ((1.0, 2.0, 3.0, 4.0, 5.0), 0, True),
         ((1.0, 2.0, 3.0, 4.0, 0.9), 4, False),
     ):
-        found = tuple(Point(index, 0.1, None, one, 0.0) for index, one in enumerate(held))
+        found = tuple(Check(index, 0.1, None, one, 0.0) for index, one in enumerate(held))
         assert nearest(found).step == kept
         assert loop._is_over(found) == over
 
@@ -133,7 +133,7 @@ def test_the_rate_falls_after_four_steps_that_lead_away_or_at_once_where_nothing
         ((1.0, 2.0, 1.5, 1.2, 1.1), (1.0, 1.0, 1.0, 0.1, 0.1), 0.01),
     ):
         both = enumerate(zip(held, rates, strict=True))
-        found = [Point(2 * i, rate, None, one, 0.0) for i, (one, rate) in both]
+        found = [Check(2 * i, rate, None, one, 0.0) for i, (one, rate) in both]
         assert loop._next_rate(found) == pytest.approx(due)
 
 
@@ -147,7 +147,7 @@ def test_a_rate_that_leads_away_is_lowered_until_it_does_not(rate):
 
     asked = {"steps": 64, "batch_size": 16, **CPU, "loss": loss if rate > 1 else None}
     training = set_up(perturbed(dense), dense, data, **asked)
-    training.way.__dict__["learning_rate"] = rate
+    training.options.__dict__["learning_rate"] = rate
     points = training.run()
     first, *rest = points
     risen = [p.held_out is None or p.held_out > first.held_out for p in rest]
