@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.allocation.divergence import as_logits
+from osscar.allocation.divergence import as_logits, summed_divergence
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.progress import track
@@ -393,8 +393,8 @@ class _Tally:
             theirs = dense.scores
             self.compared += len(logits)
             self.agreeing += int((logits.argmax(1) == theirs.argmax(1)).sum())
-            p, q = (as_logits(one).log_softmax(1) for one in (logits, theirs))
-            self.kl += float(F.kl_div(p, q, reduction="sum", log_target=True))
+            p, q = (as_logits(one).log_softmax(1) for one in (theirs, logits))
+            self.kl += float(summed_divergence(p, q))
 
     def _compare(self, mine: _Outputs, dense: _Outputs) -> None:
         """Add up how far outputs are apart."""
