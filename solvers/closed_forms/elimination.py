@@ -29,14 +29,15 @@ _PENDING_ROWS = 64
 _SERIAL_ELEMENTS = 1 << 20
 """Below this size of the pending terms, waking threads costs more than they save."""
 
-_CACHED = 2
+_CACHED, _CACHED_ON_CARD = 2, 4
 """Units whose rows are at hand for a batch of removals, relative to those that will leave."""
 
 _MORE = 16
 """Units whose rows are read along with those of one that leaves against expectation."""
 
-_AT_ONCE = 8
-"""Units that leave before anybody looks which: a card is waited for once in so many removals."""
+_AT_ONCE, _AT_ONCE_ON_CARD = 8, 64
+"""Units that leave before anybody looks which: a card is waited for once in so many removals, and
+all of them leave anew where the rows of one were not at hand."""
 
 _CANCELS_AT = 1e-2
 """Share of a unit's K below which its row is multiplied out anew: two digits have cancelled."""
@@ -56,7 +57,7 @@ _NO_DIGITS = 1e-4
 Removals = list[tuple[int, float]]
 """The units that left, one after the other, and by how much the loss rose with each."""
 
-_Mark: TypeAlias = tuple[Tensor, Tensor, int, Tensor]
+_Mark: TypeAlias = tuple[Tensor, int, Tensor]
 
 
 def eliminate(problem: SubsetProblem, count: int) -> Removals:
@@ -106,6 +107,9 @@ class _Elimination:
         self._penalty = torch.zeros(len(units), dtype=torch.float64, device=units.device)
         self._left = torch.arange(len(units), device=units.device)
         """The places of those that are left."""
+        on_card = units.device.type != "cpu"
+        self._cached = _CACHED_ON_CARD if on_card else _CACHED
+        self._at_once = _AT_ONCE_ON_CARD if on_card else _AT_ONCE
         self._parts = [_ConsumerElimination(consumer, units) for consumer in problem.consumers]
         self._tolerance = max(_DRIFT_TOLERANCE, 100 * self._drift())
 
@@ -119,16 +123,16 @@ class _Elimination:
         removed: Removals = []
         for part in self._parts:
             part.begin(steps, self._penalty > 0)
-        count = min(_CACHED * steps, len(self._left))
+        count = min(self._cached * steps, len(self._left))
         likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
             part.cache_rows(likely)
         with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
             while len(removed) < steps:
-                removed += self._some(min(_AT_ONCE, steps - len(removed)), count)
+                removed += self._some(min(self._at_once, steps - len(removed)), count)
         for part in self._parts:
             part.apply()
-        self._compact()
+        self._compact(len(self._left) - steps)
         return removed
 
     def _some(self, steps: int, count: int) -> Removals:
@@ -182,8 +186,9 @@ class _Elimination:
             losses = part.add_losses(losses)
         return losses
 
-    def _compact(self) -> None:
-        self._left = left = torch.nonzero(self._penalty == 0).flatten()
+    def _compact(self, count: int) -> None:
+        places = torch.arange(len(self._units), device=self._units.device)
+        self._left = left = _first(self._penalty > 0, places, count)
         if len(left) <= _COMPACT_AT * len(self._units):
             for part in self._parts:
                 part.keep_only(left)
@@ -237,7 +242,8 @@ class _ConsumerElimination:
         self.A.factorize()
         self.W = self._refit(G)
         self.A.invert()
-        self.K_blocks = self._diagonal()
+        self.blocks = self._diagonal()
+        """The diagonal blocks of K, halved, and of A."""
         self.cache = self._read(units[:0])
         self.at_hand = torch.zeros(len(units), dtype=torch.bool, device=units.device)
         """Which units have rows in the cache, and have not left."""
@@ -264,27 +270,27 @@ class _ConsumerElimination:
         self.pending = self.W.new_empty(3, steps * w, len(self.W))
         self.left: list[Tensor] = []
         self.failed = torch.zeros_like(self.failed)
-        self.K_blocks = self._diagonal()
-        self.A_blocks = self.A.diagonal() if w == 1 else self.A.diagonal_blocks(w)
+        self.blocks = self._diagonal()
         # Units that are gone count no more; this keeps their scores finite.
         self.unscored = torch.eye(w, dtype=torch.float64, device=self.W.device).view(
-            self.A_blocks[:1].shape
+            self.blocks[1, :1].shape
         )
-        gone = gone.view(-1, *(1 for _ in self.A_blocks.shape[1:]))
-        self.A_blocks = torch.where(gone, self.unscored, self.A_blocks)
+        gone = gone.view(-1, *(1 for _ in self.blocks.shape[2:]))
+        self.blocks[1] = torch.where(gone, self.unscored, self.blocks[1])
 
     def _diagonal(self) -> Tensor:
-        """Return the diagonal blocks of K, (n,) or (n, w, w)."""
+        """Return the diagonal blocks of K, halved, and of A: (2, n) or (2, n, w, w)."""
         if self.width == 1:
-            sizes: Tensor = torch.linalg.vector_norm(self.W, dim=1).square_()
-            return sizes
+            sizes = torch.linalg.vector_norm(self.W, dim=1).square_()
+            return torch.stack([sizes.div_(2), self.A.diagonal()])
         blocks = self.W.view(len(self.W) // self.width, self.width, -1)
-        return blocks @ blocks.mT
+        return torch.stack([(blocks @ blocks.mT).div_(2), self.A.diagonal_blocks(self.width)])
 
     def cache_rows(self, units: Tensor) -> None:
         """Have the rows, pending removals left out, of units that are likely to leave."""
         known = torch.nonzero(torch.isin(self.cache.units, units)).flatten()
-        new = units[~torch.isin(units, self.cache.units)].sort().values
+        new = _first(torch.isin(units, self.cache.units), units, len(units) - len(known))
+        new = new.sort().values
         self.cache = self.cache.only(known, self.width).joined(self._read(new))
         self.at_hand = torch.zeros_like(self.rows[:: self.width], dtype=torch.bool)
         self._find(self.cache.units)
@@ -316,9 +322,9 @@ class _ConsumerElimination:
         Stork, NeurIPS 1992), a block at a time.
         """
         if self.width == 1:
-            return torch.addcdiv(losses, self.K_blocks, self.A_blocks)
-        solved = self._solved(self.A_blocks, self.K_blocks)
-        return losses + solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+            return torch.addcdiv(losses, *self.blocks, value=2)
+        solved = self._solved(self.blocks[1], self.blocks[0])
+        return losses.add(solved.diagonal(dim1=-2, dim2=-1).sum(-1), alpha=2)
 
     def _solved(self, A: Tensor, B: Tensor) -> Tensor:
         """Return ``inv(A) B`` of blocks, (..., w, w); whether all are definite is noted."""
@@ -328,11 +334,11 @@ class _ConsumerElimination:
 
     def mark(self) -> _Mark:
         """Return what removals change until they are applied."""
-        return self.A_blocks.clone(), self.K_blocks.clone(), len(self.left), self.failed
+        return self.blocks.clone(), len(self.left), self.failed
 
     def go_back(self, mark: _Mark) -> None:
         """Take back what was removed since a mark."""
-        self.A_blocks, self.K_blocks, count, self.failed = mark
+        self.blocks, count, self.failed = mark
         del self.left[count:]
 
     def remove(self, index: Tensor) -> None:
@@ -356,19 +362,14 @@ class _ConsumerElimination:
             Z_new.copy_(self._solved(A_own, a_new))
         Q_new.addmm_(K_own, Z_new, alpha=-0.5)
         self.left.append(own)
-        self._update_blocks(Z_new, Q_new, a_new)
-        self.A_blocks.index_copy_(0, index, self.unscored)
-
-    def _update_blocks(self, Z: Tensor, Q: Tensor, a: Tensor) -> None:
-        w = self.width
         if w == 1:
-            self.A_blocks.addcmul_(Z[0], a[0], value=-1)
-            self.K_blocks.addcmul_(Z[0], Q[0], value=-2)
-            return
-        Z, Q, a = (x.view(w, -1, w).transpose(0, 1) for x in (Z, Q, a))
-        self.A_blocks -= Z.mT @ a
-        cross = Z.mT @ Q
-        self.K_blocks -= cross + cross.mT
+            self.blocks.addcmul_(Z_new, rows[:, 0], value=-1)
+        else:
+            Z, Q, a = (x.view(w, -1, w).transpose(0, 1) for x in (Z_new, Q_new, a_new))
+            cross = Z.mT @ Q
+            self.blocks[0] -= (cross + cross.mT).div_(2)
+            self.blocks[1] -= Z.mT @ a
+        self.blocks[1].index_copy_(0, index, self.unscored)
 
     def apply(self) -> None:
         """Apply the pending removals; what is left in the removed rows is rounding."""
@@ -393,15 +394,14 @@ class _ConsumerElimination:
 
     def _sizes(self) -> Tensor:
         """Return the traces of the blocks of K, (n,)."""
-        blocks = self.K_blocks.view(-1, self.width, self.width)
-        traces: Tensor = blocks.diagonal(dim1=1, dim2=2).sum(1)
-        return traces
+        blocks = self.blocks[0].view(-1, self.width, self.width)
+        return 2 * blocks.diagonal(dim1=1, dim2=2).sum(1)
 
     def keep_only(self, left: Tensor) -> None:
         """Drop all rows but those of the units at the places `left`."""
         rows = unit_rows(left, self.width)
         self.A.keep_only(rows, width=self.width)
-        self.W, self.rows, self.K_blocks = self.W[rows], self.rows[rows], self.K_blocks[left]
+        self.W, self.rows, self.blocks = self.W[rows], self.rows[rows], self.blocks[:, left]
         self.G_signs = self.G_signs[rows]
         cache = self.cache
         self.cache = _RowCache(
@@ -462,6 +462,11 @@ class _RowCache:
             torch.cat([self.sizes, other.sizes]),
             torch.cat([self.rows, other.rows], 1),
         )
+
+
+def _first(marked: Tensor, of: Tensor, count: int) -> Tensor:
+    """Return those, as many as is known without a look at a card, that are not marked."""
+    return of[marked.argsort(stable=True)[:count]]
 
 
 def _signs(G: Tensor) -> Tensor:

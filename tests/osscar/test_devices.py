@@ -411,12 +411,12 @@ def test_a_backend_computes_where_its_problem_is(backend, width):
 
 
 def test_a_card_is_seldom_waited_for(monkeypatch):
-    """Units leave eight at a time, and rows are read, and updates checked, once in 64."""
+    """Units leave 64 at a time; then rows are read, and updates checked."""
     H, W0 = layer(400, 64, 0)
     work, tolist = Work(), torch.Tensor.tolist
 
     def waiting(tensor):
-        work.waits += 1
+        work.waits += torch._C._len_torch_function_stack() == 0  # that of the card calls this again
         return tolist(tensor)
 
     with pretended():
@@ -425,8 +425,8 @@ def test_a_card_is_seldom_waited_for(monkeypatch):
         with work:
             eliminate(problem, 300)
         monkeypatch.undo()
-    assert work.waits <= 300 / 2
-    assert work.kernels <= 300 * 22
+    assert work.waits <= 300 / 8
+    assert work.kernels <= 300 * 16
 
 
 class Work(TorchDispatchMode):
