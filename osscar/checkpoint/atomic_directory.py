@@ -69,7 +69,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    old = _replaced(path)
+    old = kept_aside(path)
     if path.exists():
         path.rename(old)
     try:
@@ -81,7 +81,7 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaced(path: Path) -> Path:
+def kept_aside(path: Path) -> Path:
     """Return what a directory is called while another takes its place."""
     return path.with_name(f".{path.name}.osscar-replaced")
 
@@ -90,7 +90,7 @@ def finish_killed(path: Path) -> None:
     """Put back or remove what killed processes have left beside an output (OSError)."""
     if remove_abandoned(path):  # whoever writes may be between its two renames
         return
-    old = _replaced(path)
+    old = kept_aside(path)
     if old.is_dir() and not (path.is_dir() and any(path.iterdir())):
         if path.is_dir():
             path.rmdir()

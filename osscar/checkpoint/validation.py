@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from osscar.base.errors import CheckpointError, first_line
 from osscar.base.json_files import read_object
+from osscar.checkpoint.atomic_directory import kept_aside
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.network.tensor_files import StoredTensor
@@ -62,7 +63,11 @@ def check_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG_FILE
     if not file.is_file():
-        raise CheckpointError(f"{path} holds no config.json; it is not a checkpoint")
+        old = kept_aside(path)
+        also = f"; a killed process left the old one as {old.name!r} beside it: rename that"
+        raise CheckpointError(
+            f"{path} holds no config.json; it is not a checkpoint{also if old.is_dir() else ''}"
+        )
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
     config = read_object(file)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from osscar.base.errors import OutputError
+import osscar
+from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import temporary_sibling
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output, finish_killed
@@ -200,6 +201,12 @@ def test_a_process_that_is_replacing_a_directory_is_left_alone(tmp_path: Path) -
         assert [place.exists() for place in (new, old, path)] == [True, True, False]
     finish_killed(path)
     assert [place.exists() for place in (old, path)] == [False, True]
+
+
+def test_a_reader_names_the_old_checkpoint_that_a_kill_left(tmp_path: Path) -> None:
+    (tmp_path / ".out.osscar-replaced").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json.*'\.out\.osscar-replaced'.*rename"):
+        osscar.load(tmp_path / "out")
 
 
 def test_a_path_through_a_file_is_found_at_the_start(tmp_path: Path) -> None:
