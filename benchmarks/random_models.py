@@ -52,6 +52,17 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-6.7b": _opt(4096, 32, 32),
     "opt-30b": _opt(7168, 48, 56),
+    "llama-2-7b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
     "llama-3-8b": {
         "model_type": "llama",
         "hidden_size": 4096,

@@ -199,6 +199,7 @@ _OF_TORCH = {
     "manual_seed": lambda seed: None,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
+    "memory_allocated": lambda device=None: 0,
     "memory_reserved": lambda device=None: 0,
     "max_memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,

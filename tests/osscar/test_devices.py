@@ -457,16 +457,28 @@ class Work(TorchDispatchMode):
 # ---- the benchmark -----------------------------------------------------------------------
 
 
-def test_the_benchmark_compares_a_device_with_the_cpu(monkeypatch):
-    monkeypatch.setitem(
-        gpu.TASKS, "opt-6.7b", gpu.Task(lambda: gpu.opt_block(32, 64, 4), {"neurons": 0.5})
-    )
-    cpu = torch.device("cpu")
-    lines = gpu.solver_table([48, 96], cpu, "greedy")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    assert [row[0] for row in rows] == ["48", "96"]
-    assert {row[5] for row in rows} == {"yes"}
-    assert all(float(row[3]) > 0 for row in rows)
+def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    def page(*more):
+        with pretended():
+            gpu.main([str(tmp_path), "--sizes", "48", "96", "--tasks", "tiny", *more])
+        assert (tmp_path / "page.md").read_text() == capsys.readouterr().out
+        lines = (tmp_path / "page.md").read_text().splitlines()
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+        return rows[2:4], rows[6:], lines
+
+    solved, pruned, lines = page("--minutes", "0")
+    assert {row[2] for row in solved} == {"not yet"}
+    assert lines[-1].startswith("6 rows are not measured yet")
+    first = page()
+    solved, pruned, lines = first
+    assert [row[0] for row in solved] == ["48", "96"]
+    assert {row[5] for row in solved} == {"the same"}
+    assert all(float(row[3]) > 0 for row in solved)
+    assert pruned[-1][1] == "all"
+    assert pruned[-1][6] == "the same"
     assert sum("GB hold p" in line for line in lines) == 2
-    lines = gpu.pipeline_table(["opt-6.7b"], cpu)
-    assert "all (the same units)" in lines[-1]
+    monkeypatch.delattr(gpu, "measured")  # nothing is measured anew
+    assert page()[:2] == first[:2]
+    (tmp_path / "prune tiny device.json").unlink()
+    with pytest.raises(NameError):
+        page()
