@@ -222,85 +222,76 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Budget: the share to *remove*, in (0, 1), of the parameters that heads, neurons and channels
-        own.
+        Share to remove, between 0 and 1, of the parameters that heads, neurons and channels own.
     params
-        Budget: what to *keep* of the model's parameters, a fraction or a count.
+        Parameters of the model to keep: a fraction such as 0.7, or a count.
     size
-        Budget: what to *keep* of the bytes that the weights take on disk: a fraction, a size such
-        as ``"200MB"``, or a number of bytes.  A fraction is of the dense model saved as modules,
-        whatever the form.
+        Bytes of the weights to keep: a fraction of the dense model's such as 0.8, or a size such as
+        ``200MB``.
     flops
-        Budget: the share to *keep*, in (0, 1), of its floating-point operations on one sample.
+        Share of the floating-point operations to keep, between 0 and 1.
     speedup
-        Budget: the speed of a forward pass of one calibration batch, as a multiple of the dense
-        model's, above 1.  It is timed on this device, where nothing else should run meanwhile.
+        Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
+        on this device, where nothing else should run meanwhile.
     allocation
-        How a budget is shared out.  ``measured`` prunes one group at a time, measures how far the
-        model's outputs move, and chooses the widths of least predicted distance.  ``uniform`` keeps
-        the same share of every group, the largest that the budget allows, as the paper does.
+        How layers share the budget.  ``measured`` chooses the widths that change the model's
+        outputs least; ``uniform`` keeps the same share of every layer, as the paper does.
     heads
-        Heads to keep in each layer, whatever the budget: a fraction such as ``"2/3"``, or a count.
+        Heads to keep in each layer: a fraction such as ``2/3``, or a count.  Under grouped-query
+        attention a head is a key-value head with its query heads.
     neurons
-        Neurons to keep in each feed-forward layer, likewise.
+        Neurons to keep in each feed-forward layer: a fraction, or a count.
     channels
-        Channels to keep in each convolution, likewise.
+        Channels to keep in each convolution: a fraction, or a count.
     residual
-        What residual streams *keep*, such as the channels that shortcuts add up.  They run through
-        many layers, and no other option removes any of them.
+        Channels to keep of the stream that shortcuts add up: a fraction, or a count.  No other
+        option removes any of these.
     experts
-        What to *keep* of the experts of each mixture: a fraction, a count, or ``auto``, which lets
-        experts share a budget of parameters or bytes.  Tokens are routed among the experts that
-        stay; units of other kinds are removed after the experts.
+        Experts to keep in each mixture: a fraction, a count, or ``auto``, which lets experts share
+        a budget of parameters or bytes.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
-        Each kept width (units times rows per unit) is rounded to a multiple of this.
+        Number that each kept width is a multiple of, such as 32 for llama.cpp.
     at_least
-        What every group that shares a budget keeps at least: a fraction of its units, or a count.
+        Units that every group keeps at least under a budget: a fraction, or a count.
     skip
-        Names of groups that keep all their units, or patterns of `fnmatch` such as ``h.0.*``; each
-        has to match a group.
+        Groups to leave alone: names, or patterns such as ``h.0.*``, each of which has to match one.
     backend, backend_options
-        A registered name, or ``file.py:Class`` of your own, with its options; or a backend object.
-        Of experts, one that takes a `solvers.ExpertProblem`.
+        Solver that chooses the units: a registered name, or ``file.py:Class`` of your own, with its
+        options; or a backend object.  For experts, one that takes a `solvers.ExpertProblem`.
     certify
-        Add a lower bound to every layer's solution, so that its gap is known, and verify each
-        solution from its problem alone; takes several times as long as the search.  Up to 32 units
-        the bound comes from branch and bound, which may take 10 seconds a group.
+        Bound each layer's loss from below, so that its gap is known, and verify each solution.  The
+        run takes several times as long.
     bound_rounds
-        With `certify`: rounds of the search for the bound of a larger group.  More rounds usually
-        give a better bound, and never a worse one than no rounds; each takes about a third of the
-        time of the bound without rounds.
+        With `certify`: rounds of the search for the bound of a group with more than 32 units; more
+        give a better bound and take longer.
     damp
-        How strongly weights are pulled towards the dense ones: the weight of the proximal term,
-        relative to each diagonal entry of the Gram matrix.  By default held-out calibration samples
-        choose it for each layer.
+        Strength of the pull towards the dense weights, relative to the diagonal of the Gram matrix.
+        By default held-out calibration samples choose it for each layer.
     target
-        What a layer is fitted to.  ``weights``: the output of its dense weights on the pruned
-        inputs, as in the paper.  ``residual``: its output in the dense model, plus what earlier
-        layers have lost of the residual stream that this output is added to.
+        Outputs that a layer is refitted to: ``weights``, those of its dense weights on the pruned
+        inputs, as in the paper; ``residual``, which also make up for what earlier layers lost.
     correction_weight
-        Share, in [0, 1], of what the target ``residual`` adds to the target ``weights``.  By
-        default held-out calibration samples choose it for each layer.
+        Share of the correction for earlier layers that the target ``residual`` makes, from 0 to 1.
+        By default held-out calibration samples choose it for each layer.
     batch_norm
-        ``correct`` moves the dense model's running statistics by what pruning has changed; ``keep``
-        leaves them as they are.
+        Running statistics of batch norm: ``correct`` moves the dense model's by what pruning
+        changed, and ``keep`` leaves them as they are.
     device
-        ``auto``, ``cpu`` or ``cuda``: where the model runs and the solver computes.
+        Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
-        Samples that run through the model at once; by default 8 windows, or 64 of anything else.
+        Samples in a forward pass: 8 windows of text by default, or 64 of anything else.
     seed
-        Random seed for the inputs on which outputs of the smaller model are compared.
+        Random seed for the inputs used to verify the pruned model; of the command line also for
+        drawing calibration data.
     form
-        What becomes smaller: ``eager``, the model's own modules, whose code has to work with fewer
-        units; ``exported``, its exported program, in which every size is known (see
-        `osscar.ProgramModule`); ``auto``, the modules, and the program where more
-        can follow there and some of that leaves, unless the model can generate text or is timed for
-        a speedup.
+        What becomes smaller: ``eager``, the model's own modules; ``exported``, its exported program
+        (`osscar.ProgramModule`), for code that cannot work with fewer units; ``auto``, the modules,
+        or the program if only that can lose more, unless the model generates text or is timed.
     strict
-        Refuse a model in which a group that is to be pruned cannot follow, such as one whose size
-        is written in the code around it; by default such groups are skipped, and named.
+        Refuse the model if a group to be pruned cannot lose units.  By default such groups are
+        skipped, and named.
 
     Raises
     ------

@@ -10,7 +10,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -21,40 +21,21 @@ from osscar.cli.common import err
 from osscar.cli.common import out as screen
 from osscar.cli.options import (
     Backend,
-    BackendOptions,
-    Dense,
-    Device,
     EvalOptions,
+    ExportOptions,
     GapOptions,
-    ImageSize,
+    InspectOptions,
     Json,
     Model,
     PruneOptions,
     RecoverOptions,
+    SolveOptions,
     SweepOptions,
-    Trust,
-    request_options,
 )
-from osscar.recovery.request import RecoveryRequest
 from osscar.report.sections import longest_stages
-from osscar.request import BOUND_ROUNDS, PruningRequest
-
-if TYPE_CHECKING:
-    Asked: TypeAlias = Any
-    Shared: TypeAlias = Any
-    Trained: TypeAlias = Any
-else:
-    Asked = request_options(PruningRequest, *{*PruningRequest.__dataclass_fields__} - {"groups"})
-    Trained = request_options(RecoveryRequest, *{*RecoveryRequest.__dataclass_fields__} - {"loss"})
-    Shared = request_options(
-        PruningRequest,
-        *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
-        *("experts", "skip", "form", "batch_norm", "strict", "device"),
-    )
 
 _ALL = Parameter(name="*")
 """Spreads a group of options out among those of the command."""
-
 
 _TIMED = ("demo", "prune", "recover", "sweep", "gap", "export")
 """Commands that tell how long they took, reading and saving included."""
@@ -79,17 +60,15 @@ def _run(command: str, *arguments: Any) -> None:
         screen.print(f"took {whole:.1f} s{longest_stages(spent.of(whole))}", highlight=False)
 
 
-def _version() -> str:
-    return f"osscar {__version__} (torch {metadata.version('torch')})"
-
-
 app = App(
     name="osscar",
-    help="Prune a network in one shot, and know how good the result is.\n\nStart with `osscar "
-    "demo`; then `osscar prune MODEL --sparsity 0.3 --calibration FILE --out DIR`.",
-    help_format="markdown",
+    help="Prune a network in one shot, and know how good the result is.\n\n"
+    "Start with:\n"
+    "  osscar demo\n"
+    "  osscar prune MODEL --sparsity 0.3 --calibration text.txt --out smaller",
+    help_format="plaintext",
     help_flags=("-h", "--help"),
-    version=_version,
+    version=lambda: f"osscar {__version__} (torch {metadata.version('torch')})",
     default_parameter=Parameter(
         negative=(),
         allow_repeating=True,
@@ -110,154 +89,111 @@ def demo(
     *,
     out: Annotated[
         Path | None,
-        Parameter(help="Where the smaller model goes; by default into a temporary directory."),
+        Parameter(help="Directory for the smaller model.  [default: a temporary one]"),
     ] = None,
     backend: Backend = "local_search",
     json: Json = None,
 ) -> None:
-    """Prune a small trained OPT model that ships with the package, and show what it did."""
+    """Prune a small trained language model that ships with the package, and show what it did."""
     _run("demo", out, backend, json)
 
 
 @app.command
-def prune(
-    model: Model,
-    /,
-    *,
-    asked: Annotated[Asked, _ALL] = Asked(),
-    options: Annotated[PruneOptions, _ALL] = PruneOptions(),
-) -> None:
-    """Prune a model in one shot, prove the result, and save it.
+def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOptions()) -> None:
+    """Prune a model in one shot, verify the result, and save it.
 
-    Give a budget (--sparsity, --params, --size, --flops or --speedup): heads, neurons and channels
-    of all layers share it so that the model's outputs change least.  Or say what every layer keeps
-    (--heads, --neurons, --channels), and every mixture of its experts (--experts).  --sparsity says
-    what to remove, all others say what to keep; a line tells it in numbers before the work
-    begins.  Under grouped-query attention a head is a key-value head with its query heads.  Groups
-    that are done are kept in OUT.run until the smaller model is saved: give the same command again
-    to go on with a run that was killed.
+    Remove 30 % of the parameters of heads, neurons and channels:
+      osscar prune MODEL --sparsity 0.3 --calibration text.txt --out smaller
+    Keep 70 % of the neurons of every layer:
+      osscar prune MODEL --neurons 0.7 --calibration text.txt --out smaller
+    Keep half of the computation, of a model that reads images:
+      osscar prune MODEL --flops 0.5 --calibration images/ --out smaller
+
+    Give a budget, which all layers share so that the model's outputs change
+    least, or what every layer keeps. --sparsity says what to remove, all other
+    options say what to keep. If the command is killed, give it again to go on.
     """
     with profiled() as spent:
-        _run("prune", model, options, asked, spent)
+        _run("prune", model, options, spent)
 
 
 @app.command
 def recover(
-    directory: Annotated[Path, Parameter(help="What `osscar prune` wrote.")],
+    directory: Annotated[Path, Parameter(help="Directory that `osscar prune` wrote.")],
     /,
     *,
-    dense: Annotated[
-        str,
-        Parameter(
-            help="The dense model that it was pruned from, as `osscar prune` takes it; code of "
-            "your own also builds the smaller one."
-        ),
-    ],
-    asked: Annotated[Trained, _ALL] = Trained(),
-    options: Annotated[RecoverOptions, _ALL] = RecoverOptions(),
+    options: Annotated[RecoverOptions, _ALL],
 ) -> None:
-    """Train a pruned model for some minutes towards the outputs of its dense one, and save it.
+    """Train a pruned model towards the outputs of its dense one, and save it.
 
-    Shapes do not change, and labels are not used.  Held-out samples decide which step is kept, so
-    that the model is never worse on them.  A command that was killed goes on if it is given again:
-    the state of the training is kept in OUT.recover until the model is saved.
+    A language model:
+      osscar recover smaller --dense MODEL --text training.txt
+    A model that reads images, whose labels are not used:
+      osscar recover smaller --dense torchvision:resnet50 --images images/
+
+    Shapes do not change. Held-out samples decide which step is kept, so that the
+    model is never worse on them. If the command is killed, give it again to go
+    on.
     """
-    _run("recover", directory, dense, options, asked)
+    _run("recover", directory, options)
 
 
 @app.command
-def sweep(
-    model: Model,
-    /,
-    *,
-    options: Annotated[SweepOptions, _ALL] = SweepOptions(),
-    shared: Annotated[Shared, _ALL] = Shared(),
-) -> None:
+def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOptions()) -> None:
     """Prune to several budgets in one run, and show quality against speed.
 
-    Give a list for one kind of budget: --sparsity, --params, --size, --flops or --speedup.  The
-    dense model is measured once for all of them.  Each point is kept once it is done: the same
-    command goes on where it was stopped, and more budgets, or --baselines, extend the sweep.  With
-    --recover each point is measured in one shot, and again after training on the calibration data.
+      osscar sweep MODEL --sparsity 0.1,0.2,0.3 --calibration text.txt --text test.txt
+
+    Give a list for one kind of budget. The same command goes on where it was
+    stopped; more budgets, or --baselines, extend the sweep.
     """
-    _run("sweep", model, options, shared)
+    _run("sweep", model, options)
 
 
 @app.command(name="eval")
 def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOptions()) -> None:
-    """Measure quality, speed, size and memory.
+    """Measure quality, speed, size and memory of a model.
 
-    Language models: perplexity over non-overlapping windows of the text, and the speed of reading a
-    prompt (prefill) and of writing token by token (decode).  Models that read images: top-1 and
-    top-5 where there are labels, and images per second.  All other models: the same, if they put
-    out scores of classes.  With --dense the two models are timed in turns, and of all but language
-    models agreement, divergence and the distance of each output are measured, without labels.
+    Perplexity and tokens per second of a language model:
+      osscar eval smaller --text test.txt
+    Accuracy of a model that reads images, beside its dense one:
+      osscar eval smaller --images test/ --dense torchvision:resnet50
+
+    With --dense the two models are timed in turns, and how far their outputs are
+    apart is measured, without labels.
     """
     _run("eval", model, options)
 
 
 @app.command
 def inspect(
-    model: Model,
-    /,
-    *,
-    svg: Annotated[Path | None, Parameter(help="Draw the groups to this SVG file.")] = None,
-    all_groups: Annotated[
-        bool,
-        Parameter(name="--all", help="Also list frozen groups inside the units of others."),
-    ] = False,
-    dense: Dense = None,
-    image_size: ImageSize = None,
-    json: Json = None,
-    trust_remote_code: Trust = False,
+    model: Model, /, *, options: Annotated[InspectOptions, _ALL] = InspectOptions()
 ) -> None:
-    """Show the coupling groups of a model as a table."""
-    _run("inspect", model, svg, all_groups, dense, image_size, json, trust_remote_code)
+    """Show the groups of units that can be removed from a model.
+
+    osscar inspect MODEL
+    """
+    _run("inspect", model, options)
 
 
 @app.command
 def export(
     directory: Annotated[
-        Path, Parameter(help="A checkpoint: for gguf of a language model, with its tokenizer.")
+        Path, Parameter(help="Checkpoint to export; to gguf a language model with its tokenizer.")
     ],
     /,
     *,
-    format: Annotated[
-        str,
-        Parameter(help="gguf, of llama.cpp; onnx, of ONNX Runtime; or pt2, of torch.export."),
-    ] = "gguf",
-    out: Annotated[
-        Path | None,
-        Parameter(help="The file; by default beside the directory, such as smaller-f16.gguf."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        Parameter(help="Number format of the matrices in gguf: f16 (the default), f32 or bf16."),
-    ] = None,
-    dense: Annotated[
-        str | None,
-        Parameter(
-            help="For onnx and pt2: code that builds the dense model, where the directory holds a "
-            "pruned model of your own code."
-        ),
-    ] = None,
-    inputs: Annotated[
-        str | None,
-        Parameter(
-            help="For onnx and pt2: an .npz or .safetensors file of what the model reads, two "
-            "samples or more, where it is not known what it was pruned with."
-        ),
-    ] = None,
-    overwrite: Annotated[bool, Parameter(help="Replace a file of that format.")] = False,
-    json: Json = None,
+    options: Annotated[ExportOptions, _ALL] = ExportOptions(),
 ) -> None:
-    """Write a model for llama.cpp, ONNX Runtime or torch.export, whatever its layers' widths.
+    """Write a model for llama.cpp, ONNX Runtime or torch.export.
 
-    To gguf LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE are
-    written; to onnx and pt2 any model that torch can trace. The file is read back and compared with
-    the model before it takes its place.
+      osscar export smaller --format gguf
+
+    To gguf LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE
+    and OLMoE are written; to onnx and pt2 any model that torch can trace. The file
+    is read back and compared with the model before it takes its place.
     """
-    _run("export", directory, format, out, dtype, dense, inputs, overwrite, json)
+    _run("export", directory, options)
 
 
 @app.command
@@ -266,54 +202,43 @@ def gap(
         str,
         Parameter(
             name="MODEL_OR_PROBLEM",
-            help="One model as for `osscar prune`, or problem files (.safetensors) and names "
-            "or patterns of instances (`osscar instances list`).",
+            help="One model as for `osscar prune`, or problem files (.safetensors) and names or "
+            "patterns of instances (`osscar instances list`).",
         ),
     ],
-    out: Annotated[Path, Parameter(help="Directory of the study; an existing study goes on.")],
-    options: Annotated[GapOptions, _ALL] = GapOptions(),
+    options: Annotated[GapOptions, _ALL],
 ) -> None:
-    """Solve, bound and verify every problem with every backend, and report the gaps.
+    """Solve the problems of a model exactly or with a bound, and report the gaps.
 
-    The problems of a model are posed on its dense activations, group by group. Answers to instances
-    are also compared with the best that is known. Run the same command again to go on with a study
-    that was interrupted, or with more sparsities or backends to extend it.
+    Problems of a model, or problem files and instances:
+      osscar gap MODEL --calibration text.txt --out study
+      osscar gap layer.safetensors 'resnet20-*' --out study
+
+    The problems of a model are posed on its dense activations, group by group.
+    Answers to instances are also compared with the best known. The same command
+    goes on with a study that was interrupted; more sparsities or backends extend
+    it.
     """
-    _run("gap", sources, out, options)
+    _run("gap", sources, options)
 
 
 @app.command
 def solve(
-    file: Annotated[Path, Parameter(help="A problem file (.safetensors).")],
+    file: Annotated[Path, Parameter(help="Problem file (.safetensors).")],
     /,
     *,
-    backend: Backend = "local_search",
-    keep: Annotated[
-        int | None, Parameter(help="How many units stay, instead of what the file says.")
-    ] = None,
-    option: BackendOptions = (),  # type: ignore[assignment]
-    bound: Annotated[
-        bool, Parameter(help="Add a lower bound where the backend gives none.")
-    ] = False,
-    bound_rounds: Annotated[
-        int, Parameter(help="Rounds of the search for that bound; never a worse one than with 0.")
-    ] = BOUND_ROUNDS,
-    list_problem: Annotated[
-        bool, Parameter(help="Show what the file holds and who can take it.")
-    ] = False,
-    device: Device = "auto",
-    json: Json = None,
+    options: Annotated[SolveOptions, _ALL] = SolveOptions(),
 ) -> None:
-    """Solve one problem, verify the answer from the problem alone, and show both."""
-    if list_problem:
-        _run("solve.list_problem", file, keep, device, json)
-    else:
-        _run("solve", file, backend, keep, list(option), bound, bound_rounds, device, json)
+    """Solve one problem, and verify the answer from the problem alone.
+
+    osscar solve layer.safetensors --backend local_search --keep 100
+    """
+    _run("solve", file, options)
 
 
 @app.command
 def backends(*, json: Json = None) -> None:
-    """List every backend: its kind, what it can take, and whether it is available here."""
+    """List all solvers: what each can take, and whether it is available here."""
     _run("solve.list_backends", json)
 
 
@@ -330,7 +255,7 @@ def list_instances(*, json: Json = None) -> None:
 @instances.command
 def make(
     *names: Annotated[str, Parameter(help="Names, or patterns such as 'resnet20-*'.")],
-    out: Annotated[Path, Parameter(help="The directory to write to.")] = Path("instances"),
+    out: Annotated[Path, Parameter(help="Directory for the files.")] = Path("instances"),
     json: Json = None,
 ) -> None:
     """Write instances as problem files, which `osscar solve` and anybody's code can read."""
@@ -339,7 +264,7 @@ def make(
 
 @instances.command
 def check(
-    solution: Annotated[Path, Parameter(help="A JSON file: instance, support, lower_bound, by.")],
+    solution: Annotated[Path, Parameter(help="JSON file: instance, support, lower_bound, by.")],
     /,
     *,
     json: Json = None,

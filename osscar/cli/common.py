@@ -162,6 +162,29 @@ def check_json_path(
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 
+_READ = ("dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
+_WRITTEN = ("json", "report", "svg")
+"""Options of commands that name what is read, and single files that are written."""
+
+
+def named_files(options: object) -> list[str | Path]:
+    """Return what options name to be read."""
+    return [found for name in _READ if (found := getattr(options, name, None)) is not None]
+
+
+def check_files(options: object, *read: str | os.PathLike[str], out: Path | None = None) -> None:
+    """Refuse files of options that must not be written, as `check_json_path` does.
+
+    `read` is what the command reads beside what its options name, and `out` where its output goes,
+    if that is no option of that name.
+    """
+    written = [getattr(options, "out", None) if out is None else out]
+    for name in _WRITTEN:
+        path = getattr(options, name, None)
+        check_json_path(path, (*read, *named_files(options)), written, f"--{name}")
+        written.append(path)
+
+
 def check_input(file: Path) -> None:
     """Refuse a pipe or a device, reading which may never end.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from osscar.base.errors import DataError, ModelError, OptionError, warn
 from osscar.base.printable import pluralize
-from osscar.cli.common import check_json_path, document, say, show, write_json
-from osscar.cli.opening import chat_template_unused, quiet, say_preprocessing, stated_preprocessing
+from osscar.cli.common import check_files, document, say, show, write_json
+from osscar.cli.opening import chat_template_unused, quiet, stated_preprocessing
 from osscar.cli.options import EvalOptions
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
@@ -32,7 +32,7 @@ def run(model: str, options: EvalOptions) -> None:
     """Measure quality, speed, size and memory."""
     text, images, inputs = options.text, options.images, options.inputs
     dense, weights = options.dense, options.weights
-    check_json_path(options.json, inputs=(model, dense, text, images, inputs, weights))
+    check_files(options, model)
     if options.prove and dense is None:
         raise OptionError("--prove compares with the dense model: give it, --dense MODEL")
     stated = stated_preprocessing(options)
@@ -59,7 +59,8 @@ def run(model: str, options: EvalOptions) -> None:
                 f"{model} reads no text: give --images a directory or an .npz file of images, or "
                 "--inputs a file of whatever else it reads"
             )
-        say_preprocessing(data)
+        if isinstance(data, ImageSet):
+            say(f"images: {data.sentence()}")
         if options.samples is not None:
             if isinstance(data, TextSet):
                 raise OptionError(f"{model} reads text, not images: omit --samples")

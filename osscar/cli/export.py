@@ -9,8 +9,9 @@ from typing import TypeAlias
 
 from osscar.base.errors import OptionError
 from osscar.base.printable import pluralize
-from osscar.cli.common import check_json_path, document, say, write_json
+from osscar.cli.common import check_files, document, say, write_json
 from osscar.cli.opening import quiet
+from osscar.cli.options import ExportOptions
 from osscar.export.gguf import Exported, export_gguf
 from osscar.export.onnx import ExportedOnnx, export_onnx
 from osscar.export.pt2 import ExportedArchive, export_pt2
@@ -22,18 +23,11 @@ _TRACED: dict[str, Callable[..., _Traced]] = {"onnx": export_onnx, "pt2": export
 """Formats of models of any sort, which are traced."""
 
 
-def run(
-    directory: Path,
-    format: str,
-    out: Path | None,
-    dtype: str | None,
-    dense: str | None,
-    inputs: str | None,
-    overwrite: bool,
-    json: Path | None,
-) -> None:
+def run(directory: Path, options: ExportOptions) -> None:
     """Write a model for llama.cpp, ONNX Runtime or torch.export."""
-    check_json_path(json, inputs=(directory, inputs), written=(out,))
+    check_files(options, directory)
+    format, out, overwrite = options.format, options.out, options.overwrite
+    dense, inputs, dtype = options.dense, options.inputs, options.dtype
     if format != "gguf" and format not in _TRACED:
         raise OptionError(f"--format is {format!r:.60}; give gguf, onnx or pt2")
     written: Exported | _Traced
@@ -77,4 +71,4 @@ def run(
             say(f"its weights are in {written.weights.name} beside it: move both together")
     content = {"directory": str(directory), "format": format, **dataclasses.asdict(written)}
     paths = {key: str(value) for key, value in content.items() if isinstance(value, Path)}
-    write_json(json, document("export", 1, {**content, **paths}))
+    write_json(options.json, document("export", 1, {**content, **paths}))

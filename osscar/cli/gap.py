@@ -18,8 +18,8 @@ from osscar.base.inputs import checked
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import (
+    check_files,
     check_input,
-    check_json_path,
     document,
     say,
     show,
@@ -42,14 +42,20 @@ from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
 _PROBLEM_SUFFIX = ".safetensors"
-_POSING = ("groups", "query_heads", "damp", "device", *DataOptions.__dataclass_fields__)
+_POSING = (
+    "groups",
+    "query_heads",
+    "damp",
+    "device",
+    *(one.name for one in dataclasses.fields(DataOptions)),
+)
 """Options that mean nothing to problem files."""
 
 
-def run(sources: Sequence[str], directory: Path, options: GapOptions) -> None:
+def run(sources: Sequence[str], options: GapOptions) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps."""
-    read = (*sources, options.calibration, options.weights)
-    check_json_path(options.json, inputs=read, written=(directory,))
+    directory = options.out
+    check_files(options, *sources)
     if options.ray is not None and options.jobs is not None:
         raise OptionError(
             "--jobs counts processes of this machine, and --ray solves on a cluster; give one"

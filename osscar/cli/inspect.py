@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from graph import UnitKind
 from osscar.base.errors import OptionError
 from osscar.base.printable import are, pluralize
-from osscar.cli.common import check_json_path, document, say, show, write_json
+from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
-from osscar.cli.options import OpenOptions
+from osscar.cli.options import InspectOptions
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
 from osscar.network.modules import count_parameters
@@ -19,26 +18,17 @@ from osscar.report.run_tables import groups_table
 from osscar.request import PRUNED_KINDS
 
 
-def run(
-    model: str,
-    svg: Path | None,
-    all_groups: bool,
-    dense: str | None,
-    image_size: str | None,
-    json: Path | None,
-    trust_remote_code: bool,
-) -> None:
+def run(model: str, options: InspectOptions) -> None:
     """Show the coupling groups of a model."""
-    stated = stated_preprocessing(OpenOptions(image_size=image_size))
-    check_json_path(json, inputs=(model,))
-    check_json_path(svg, inputs=(model,), written=(json,), option="--svg")
+    stated = stated_preprocessing(options)
+    check_files(options, model)
     with quiet():
         loaded = load_model(
             model,
             pretrained=False,
-            dense=dense,
+            dense=options.dense,
             device="cpu",
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             preprocessing=stated,
         )
         if loaded.example is None:
@@ -48,7 +38,7 @@ def run(
             )
         with prepare(loaded.model, loaded.example, copy=False) as prepared:
             groups, residual = prepared.every_group, prepared.residual
-    shown = [g for g in groups if all_groups or g.prunable or g.kind is not UnitKind.OTHER]
+    shown = [g for g in groups if options.all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     show(groups_table(shown, residual))
     for group in shown:
         for freeze in group.frozen[:1]:
@@ -67,8 +57,8 @@ def run(
     beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
     more = f"; --residual reaches another {beside / total:.1%}" if beside else ""
     say(f"a budget reaches {prunable / total:.1%} of {total:,} parameters{more}")
-    if svg is not None:
-        say(f"drawing: {prepared.traced.draw(svg)}")
+    if options.svg is not None:
+        say(f"drawing: {prepared.traced.draw(options.svg)}")
     content = {
         "model": loaded.source,
         "parameters": total,
@@ -76,4 +66,4 @@ def run(
         "residual_parameters": beside,
         "groups": [dataclasses.asdict(group) for group in groups],
     }
-    write_json(json, document("inspect", 1, content))
+    write_json(options.json, document("inspect", 1, content))

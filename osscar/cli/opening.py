@@ -15,7 +15,7 @@ from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
 from osscar.base.timing import Stage, timed
 from osscar.cli.common import err, say, say_aside
-from osscar.cli.options import DataOptions, OpenOptions, RunOptions
+from osscar.cli.options import DataOptions, InspectOptions, OpenOptions, RunOptions
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.loaders import DEFAULT_WINDOWS
@@ -53,32 +53,29 @@ def quiet() -> Iterator[None]:
         err.print(f"... and {more} more", style="yellow")
 
 
-def stated_preprocessing(options: OpenOptions) -> Preprocessing | None:
+def stated_preprocessing(options: OpenOptions | InspectOptions) -> Preprocessing | None:
     """Return what options state of images; None if they state nothing."""
-    mean, std, image_size = options.mean, options.std, options.image_size
-    if mean is None and std is None and image_size is None and not options.no_normalize:
-        return None
-    if options.no_normalize and (mean, std) != (None, None):
-        raise OptionError("--no-normalize is given with --mean or --std; give one or the other")
-    known: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)} if options.no_normalize else {}
-    for name, text in (("mean", mean), ("std", std)):
-        if text is not None:
-            known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
-    if image_size is not None:
-        *channels, height, width = _size(image_size)
-        known["channels"] = channels[0] if channels else None
+    known: dict[str, Any] = {}
+    if isinstance(options, OpenOptions):
+        for name, text in (("mean", options.mean), ("std", options.std)):
+            if text is not None:
+                known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
+        if options.no_normalize:
+            if known:
+                raise OptionError("--no-normalize goes with neither --mean nor --std; give one")
+            known = {"mean": 0.0, "std": 1.0}
+    if options.image_size is not None:
+        text = options.image_size
+        found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
+        if len(found) > 3 or min(found) < 1:
+            raise OptionError(
+                f"--image-size is {text!r:.60}; give pixels, such as 32, 24x32 or 1x28x28"
+            )
+        *channels, height, width = found * 2 if len(found) == 1 else found
         known["crop"] = height, width
-    return Preprocessing(**known)
-
-
-def _size(text: str) -> tuple[int, ...]:
-    """Return height and width, and channels before them where they are given."""
-    found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
-    if len(found) > 3 or min(found) < 1:
-        raise OptionError(
-            f"--image-size is {text!r:.60}; give pixels, such as 32, 24x32 or 1x28x28"
-        )
-    return found * 2 if len(found) == 1 else found
+        if channels:
+            known["channels"] = channels[0]
+    return Preprocessing(**known) if known else None
 
 
 def _numbers(
@@ -128,18 +125,21 @@ def opened(
             spec=options.calibration, samples=options.samples, seqlen=options.seqlen, seed=seed
         )
     if says:
-        say_preprocessing(data)
-        if isinstance(data, CalibrationSet):
-            plain = chat_template_unused(loaded.tokenizer)
-            computed = Computed.of(loaded.model).sentence()
-            say(f"calibration: {data.sentence()}{plain}; {computed}")
+        tell_data("calibration", loaded, data, always=False)
     return loaded, data
 
 
-def say_preprocessing(data: Any) -> None:
-    """Print what is done to an image, where data are images."""
+def tell_data(what_for: str, loaded: LoadedModel, data: CalibrationData, always: bool) -> None:
+    """Print what is done to images, and which text it is; or which data, where `always` is set."""
     if isinstance(data, ImageSet):
         say(f"images: {data.sentence()}")
+    if isinstance(data, CalibrationSet):
+        what = f"{data.sentence()}{chat_template_unused(loaded.tokenizer)}"
+    elif always:
+        what = f"{pluralize(len(data), data.sample_name)} of {data.source}"
+    else:
+        return
+    say(f"{what_for}: {what}; {Computed.of(loaded.model).sentence()}")
 
 
 def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | int | None:
@@ -165,8 +165,7 @@ def tell_dense(loaded: LoadedModel, data: CalibrationData) -> DenseScore | None:
     with timed(Stage.DENSE):
         score = score_dense(loaded.model, data, classes=loaded.classes)
     if score is not None:
-        told = dataclasses.asdict(score)
-        for name, fact in dense_facts(told):
+        for name, fact in dense_facts(dataclasses.asdict(score)):
             if name == "warning":
                 say_aside(name, fact, "bold yellow")
             else:

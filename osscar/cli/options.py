@@ -1,14 +1,18 @@
-"""What commands are given: groups of options, which the command line reads, and commands take."""
+"""The options of each command: a dataclass, whose fields say what help shows.
+
+Options of a request are its fields, with their types, defaults and words. Nothing here loads torch.
+"""
 
 import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from cyclopts import Group, Parameter, validators
+from cyclopts import Group, Parameter, Token
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import bare, safe_repr
@@ -20,286 +24,385 @@ T = TypeVar("T")
 Model = Annotated[
     str,
     Parameter(
-        help="Model id, directory, `demo`, `smollm2-135m`, `torchvision:NAME`, `timm:NAME`, or "
-        "code of your own that is imported and called: `module:function` or `file.py:function`."
+        help="Directory, Hugging Face id, demo, smollm2-135m, torchvision:NAME, timm:NAME, or "
+        "a function of your own that returns a model: module:function or file.py:function."
     ),
 ]
-Json = Annotated[Path | None, Parameter(help="Also write what is printed, as JSON, to this file.")]
-Report = Annotated[
-    Path | None,
-    Parameter(help="Also write `report.html`, the page in the output, to this file."),
-]
+Json = Annotated[Path | None, Parameter(help="Also write what is printed to this file, as JSON.")]
 Dense = Annotated[
     str | None,
     Parameter(
-        help="Code that builds the dense model, where MODEL is a directory that holds a pruned "
-        "model of your own code."
+        help="Code that builds the dense model, as file.py:function, if MODEL is a directory with "
+        "a pruned model of your own code."
     ),
 ]
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
-Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Device = Annotated[str, Parameter(help="Device to run on: auto, cpu or cuda.")]
 Backend = Annotated[
-    str, Parameter(help="`osscar backends` lists them; or file.py:Class of your own.")
+    str, Parameter(help="Solver: a name of `osscar backends`, or file.py:Class of your own.")
 ]
 BackendOptions = Annotated[
-    list[str],
-    Parameter(name="--option", help="Option of the backend, as NAME=VALUE; repeatable."),
+    list[str], Parameter(name="--option", help="Option of the solver, as NAME=VALUE.  Repeatable.")
 ]
-ImageSize = Annotated[
-    str | None,
-    Parameter(
-        help="Size of images: pixels of a square, HxW, or CxHxW.  [default: what the model brings, "
-        "or the size of its example]"
-    ),
-]
-_Count = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 
 _GROUPS = {
     "Budget": "sparsity params size flops speedup allocation round_to at_least",
-    "What to keep": "heads neurons channels residual experts skip groups query_heads",
-    "Solver": "backend backend_options backends certify bound_rounds damp target correction_weight "
-    "batch_norm baselines exact_units time_limit gap_tolerance jobs ray",
+    "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
+    "Calibration and test data": "calibration text images inputs samples seqlen windows units "
+    "held_out batch_size seed",
+    "Images": "mean std image_size no_normalize",
+    "Solver and refit": "backend backend_options backends certify bound bound_rounds damp target "
+    "correction_weight batch_norm baselines exact_units time_limit gap_tolerance jobs ray",
     "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
     "recover recover_text recover_steps",
-    "Data": "calibration text images inputs samples units windows held_out seqlen batch_size seed",
-    "Images": "mean std image_size no_normalize",
     "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
-    "Output": "out overwrite restart report json dry_run",
+    "Output": "out overwrite restart report json svg all_groups dry_run format list_problem",
 }
-"""Under which titles help shows the options of commands that have many, in this order."""
+"""Under which titles help shows options, in this order."""
+
+
+def _shown(console: Any, options: Any, panel: Any) -> None:
+    """Show a group of options, with the words of each as one paragraph."""
+    from cyclopts.help import DefaultFormatter
+
+    for entry in panel.entries:
+        words = getattr(entry.description, "primary_renderable", None)
+        if words is not None:
+            words.plain = " ".join(words.plain.replace("`", "").split())
+    DefaultFormatter()(console, options, panel)
+
 
 _GROUP_OF = {
-    name: Parameter(group=Group(title, sort_key=place))
+    name: Parameter(group=Group(title, sort_key=place, help_formatter=_shown))
     for place, (title, names) in enumerate(_GROUPS.items())
     for name in names.split()
 }
 
 
-def _in_groups(options: type[T]) -> type[T]:
-    """Let help show the fields of a class under the titles of `_GROUPS`."""
-    for name, annotation in options.__annotations__.items():
-        if name in _GROUP_OF:
-            options.__annotations__[name] = Annotated[annotation, _GROUP_OF[name]]
-    return options
+def _whole(_: Any, tokens: tuple[Token, ...]) -> int:
+    """Read a whole number, and round none."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{safe_repr(tokens[0].value)} is not a whole number") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
+def _help(documented: type) -> dict[str, str]:
+    """Return what the docstring of a class says of each parameter, which it names as options."""
+    _, _, text = (inspect.getdoc(documented) or "").partition("Parameters\n----------\n")
+    entries = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
+    said = {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+    option = re.compile(rf"(?<!`)`({'|'.join(said)})`(?!`)")
+    return {
+        name: option.sub(lambda found: f"--{found[1].replace('_', '-')}", words).replace("``", "")
+        for name, words in said.items()
+    }
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _command(
+    *requests: type[Any], but: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass of options of a class, with the fields of requests as further options.
+
+    Nothing of a request is checked before `request_of` makes it.
+    """
+
+    def made(options: type[T]) -> type[T]:
+        fields = options.__annotations__
+        for request in requests:
+            words = _help(request)
+            for one in dataclasses.fields(request):
+                if one.name not in but and (not only or one.name in only):
+                    kind = str | None if is_keep(one.type) else bare(one.type)
+                    default: Any = one.default
+                    if one.name in ("skip", "backend_options"):
+                        kind, default = list[str], ()
+                    help_ = Parameter(help=words[one.name])
+                    own = {"backend": Backend, "backend_options": BackendOptions}.get(one.name)
+                    fields[one.name] = own or Annotated[kind, help_]
+                    setattr(options, one.name, default)
+        for name, kind in fields.items():
+            if bare(kind) in (int, int | None):
+                kind = Annotated[kind, Parameter(converter=_whole)]
+            fields[name] = Annotated[kind, _GROUP_OF[name]]
+        return dataclass(frozen=True, kw_only=True)(options)
+
+    return made
+
+
+@_command()
 class OpenOptions:
     """How a model is opened, and what is done to images."""
 
     mean: str | None = None
-    """Mean of pixels / 255 that is subtracted from images: one number a channel, separated by
-    commas, or one for all.  [default: what the model brings]"""
+    """Mean of pixels / 255 to subtract: one number a channel, separated by commas, or one for all.
+    [default: what comes with the model]"""
     std: str | None = None
-    """Standard deviation of pixels / 255 by which images are divided, given as --mean is."""
-    image_size: ImageSize = None
+    """Standard deviation of pixels / 255 to divide by, in the same form.  [default: what comes with
+    the model]"""
+    image_size: str | None = None
+    """Size of images: pixels of a square, HxW, or CxHxW.  [default: what comes with the model, or
+    the size of its example]"""
     no_normalize: bool = False
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
-    """Weights for a model of torchvision or timm, or code of your own: .safetensors, or a state
-    dict, alone or as the only one among the entries of a file."""
-    dtype: Annotated[
-        str, Parameter(help="auto (float32 on a CPU), float32, bfloat16 or float16.")
-    ] = "auto"
+    """Weights for a model of torchvision or timm, or for code of your own: a .safetensors file, or
+    a state dict of torch."""
+    dtype: str = "auto"
+    """Number format: float32, bfloat16, float16, or auto (float32 on a CPU)."""
     trust_remote_code: Trust = False
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
+@_command()
 class DataOptions(OpenOptions):
     """How a model is opened and calibrated."""
 
     dense: Dense = None
     calibration: str | None = None
-    """What the model will read: a plain text file or a Hugging Face dataset (the demo has its own
-    text); for images a directory or an .npz file; for anything else FILE.npz or FILE.safetensors,
-    with an entry for each argument of the model's `forward`."""
-    samples: Annotated[int | None, Parameter(validator=validators.Number(lte=10**6))] = None
-    """Calibration windows (default 32), images or samples (default 256)."""
+    """Data like what the model will read.  Text: a file or a Hugging Face dataset.  Images: a
+    directory or an .npz file.  Anything else: FILE.npz or FILE.safetensors, with an entry for each
+    argument of the model's forward.  The demo has its own text."""
+    samples: int | None = None
+    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else."""
     seqlen: int | None = None
-    """Tokens in a calibration window (default 512, or the context if less); of a sweep also in a
-    window that is scored."""
+    """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
+@_command()
 class RunOptions(DataOptions):
     """What runs that prune have in common."""
 
     json: Json = None
     max_memory: str | None = None
-    """Most memory that a run may take, such as 8GB.  The weights of a language model in a directory
-    then stay on disk, and each is read when it is needed.  With --device cuda it is the card's
-    memory.  [default: what is free there, if the model does not fit in it]"""
+    """Memory that the run may take, such as 8GB; weights of a language model then stay on disk.
+    With --device cuda it is the card's memory.  [default: what is free, if the model needs more]"""
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
-class PruneOptions(RunOptions):
-    """What `osscar prune` takes beside the request."""
+@_command()
+class SavedOptions:
+    """Where commands write that save a model."""
 
-    out: Path | None = None
-    """Where the smaller model goes.  [required]"""
     overwrite: bool = False
     """Replace the checkpoint that is there."""
     restart: bool = False
     """Begin anew instead of going on with a run that was killed."""
-    report: Report = None
+    report: Path | None = None
+    """Also write the page of the output, `report.html`, to this file."""
+
+
+@_command(PruningRequest, but=("groups",))
+class PruneOptions(RunOptions, SavedOptions):
+    """What `osscar prune` takes."""
+
+    out: Path | None = None
+    """Directory for the smaller model.  [required]"""
     dry_run: bool = False
-    """Estimate the time, memory and disk of the run, stage by stage, from one pass of the dense
-    model and one group that is solved.  Writes nothing but --json FILE."""
+    """Estimate time, memory and disk of the run, and write nothing but --json FILE."""
     recover: bool = False
-    """Train the smaller model towards the dense one before it is saved, as `osscar recover` does:
-    on the calibration data, without labels."""
+    """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
+    data."""
     recover_text: str | None = None
-    """With --recover: train on this text or dataset.  [default: the calibration data]"""
-    recover_steps: _Count = None
+    """With --recover: text or dataset to train on.  [default: the calibration data]"""
+    recover_steps: int | None = None
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
-class RecoverOptions(OpenOptions):
-    """What `osscar recover` takes beside the request."""
+@_command(RecoveryRequest, but=("loss",))
+class RecoverOptions(OpenOptions, SavedOptions):
+    """What `osscar recover` takes."""
 
+    dense: Annotated[
+        str,
+        Parameter(
+            help="Dense model that it was pruned from, as `osscar prune` takes it; code of your "
+            "own also builds the smaller one."
+        ),
+    ]
     json: Json = None
     text: str | None = None
-    """Plain text file or Hugging Face dataset to train on, like what the model will read."""
+    """Text to train on, like what the model will read: a file or a Hugging Face dataset."""
     images: str | None = None
-    """Images to train on, whose labels are not used: a directory, or FILE.npz with `images`
-    (FILE.npz:train for `train_images`)."""
+    """Images to train on: a directory, or FILE.npz with `images` (FILE.npz:train for
+    `train_images`)."""
     inputs: str | None = None
-    """Samples of any other kind to train on: FILE.npz or FILE.safetensors, with an entry for each
-    argument of the model's `forward`."""
-    samples: _Count = None
-    """Windows (by default as many as the steps take, each once), images or samples (by default
-    all), drawn at random."""
+    """Other samples to train on: FILE.npz or FILE.safetensors, with an entry for each argument of
+    the model's forward."""
+    samples: int | None = None
+    """Samples to draw.  [default: as many windows as the steps take, or all images or samples]"""
     seqlen: int | None = None
-    """Tokens in a window.  [default: as many as when it was pruned]"""
+    """Tokens in a window of text.  [default: as many as when it was pruned]"""
     out: Path | None = None
-    """Where the recovered model goes.  [default: beside DIRECTORY, as DIRECTORY-recovered]"""
-    overwrite: bool = False
-    """Replace the checkpoint that is there."""
-    restart: bool = False
-    """Begin anew instead of going on with a run that was killed."""
-    report: Report = None
+    """Directory for the recovered model.  [default: DIRECTORY-recovered]"""
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
+@_command(
+    PruningRequest,
+    only=(
+        *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
+        *("experts", "skip", "form", "batch_norm", "strict", "device"),
+    ),
+)
 class SweepOptions(RunOptions):
-    """What `osscar sweep` takes beside what its points share."""
+    """What `osscar sweep` takes."""
 
     sparsity: str | None = None
-    """Shares to *remove* of the parameters that heads, neurons and channels own, separated by
+    """Shares to remove of the parameters that heads, neurons and channels own, separated by
     commas."""
     params: str | None = None
-    """Parameters of the model to *keep*: fractions, or counts, separated by commas."""
+    """Parameters of the model to keep: fractions, or counts, separated by commas."""
     size: str | None = None
-    """Shares to *keep* of the bytes that the weights take on disk."""
+    """Shares to keep of the bytes of the weights."""
     flops: str | None = None
-    """Shares to *keep* of the floating-point operations on one sample."""
+    """Shares to keep of the floating-point operations."""
     speedup: str | None = None
-    """Speeds of a forward pass of one calibration batch, as multiples of the dense model's, timed
-    on this device."""
+    """Speeds of a forward pass, as multiples of the dense model's, timed on this device."""
     out: Path = Path("osscar-sweep")
     """Directory of the sweep; an existing sweep goes on."""
     text: str | None = None
-    """Plain text to score; the demo has its own."""
+    """Text to score; the demo has its own."""
     images: str | None = None
-    """Images to score, as for `osscar eval`; without them only divergence is measured."""
+    """Images to score, as for `osscar eval`; without them only the distance is measured."""
     inputs: str | None = None
-    """Samples of any other kind to score, as for `osscar eval`."""
+    """Other samples to score, as for `osscar eval`."""
     windows: int | None = None
-    """Score only the first N windows; by default the full text."""
+    """Score only the first N windows.  [default: the full text]"""
     baselines: bool = False
-    """Also prune with equal shares of every group, each layer by itself, by `multistage` (the
-    choice of OSSCAR as published), `greedy`, `wanda` and `magnitude`."""
+    """Also prune with equal shares of every layer, by `multistage` (the paper's choice), `greedy`,
+    `wanda` and `magnitude`."""
     recover: bool = False
-    """Also train each pruned model towards the dense one, on the calibration data, and measure it
-    before and after."""
-    recover_steps: _Count = None
+    """Also train each pruned model on the calibration data, and score it before and after."""
+    recover_steps: int | None = None
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
+@_command()
 class EvalOptions(OpenOptions):
     """What `osscar eval` takes."""
 
     json: Json = None
     text: str | None = None
-    """Plain text to score; the demo has its own."""
+    """Text to score; the demo has its own."""
     images: str | None = None
     """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
     with `images` and `labels` (FILE.npz:test for `test_images`)."""
     inputs: str | None = None
-    """Samples to score of any other kind, fed as they are: FILE.npz or FILE.safetensors, with an
-    entry for each argument of the model's `forward`, and perhaps `labels`."""
-    samples: _Count = None
-    """Score only so many of these, drawn at random."""
+    """Other samples to score: FILE.npz or FILE.safetensors, with an entry for each argument of the
+    model's forward, and perhaps `labels`."""
+    samples: int | None = None
+    """Score only so many images or samples, drawn at random."""
     dense: str | None = None
-    """The dense model, to be measured side by side; code of your own also rebuilds the pruned
-    one."""
+    """Dense model to compare with; code of your own also rebuilds the pruned one."""
     prove: bool = False
-    """Prove again that the model's code computes what that of --dense does without the units that
-    were removed."""
+    """Verify again that the model computes what --dense computes without the removed units."""
     windows: int | None = None
-    """Score only the first N windows; by default the full text."""
+    """Score only the first N windows.  [default: the full text]"""
     seqlen: int | None = None
     """Tokens in a window."""
     batch_size: int | None = None
-    """Windows (default 4), images or samples (default 32) at once."""
+    """Samples in a forward pass: 4 windows of text by default, or 32 of anything else."""
     device: Device = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-@_in_groups
-class GapOptions(DataOptions):
-    """How `osscar gap` poses the problems of a model, and what it does with each."""
+@_command()
+class InspectOptions:
+    """What `osscar inspect` takes."""
 
+    svg: Path | None = None
+    """Draw the groups to this SVG file."""
+    all_groups: Annotated[bool, Parameter(name="--all")] = False
+    """Also list frozen groups inside the units of others."""
+    dense: Dense = None
+    image_size: str | None = None
+    """Size of images: pixels of a square, HxW, or CxHxW.  [default: what comes with the model, or
+    the size of its example]"""
+    json: Json = None
+    trust_remote_code: Trust = False
+
+
+@_command()
+class ExportOptions:
+    """What `osscar export` takes."""
+
+    format: str = "gguf"
+    """Format of the file: gguf (llama.cpp), onnx (ONNX Runtime) or pt2 (torch.export)."""
+    out: Path | None = None
+    """File to write.  [default: beside the directory, such as smaller-f16.gguf]"""
+    dtype: str | None = None
+    """Number format of the matrices in gguf: f16 (the default), f32 or bf16."""
+    dense: str | None = None
+    """For onnx and pt2: code that builds the dense model, if the directory holds a pruned model of
+    your own code."""
+    inputs: str | None = None
+    """For onnx and pt2: FILE.npz or FILE.safetensors with two samples or more, if it is not known
+    what the model reads."""
+    overwrite: bool = False
+    """Replace a file of that format."""
+    json: Json = None
+
+
+@_command()
+class GapOptions(DataOptions):
+    """What `osscar gap` takes."""
+
+    out: Path
+    """Directory of the study; an existing study goes on."""
     groups: str | None = None
-    """Only groups of the model that match one of these patterns (`*.heads`)."""
+    """Only groups of the model that match one of these patterns, such as `*.heads`."""
     query_heads: bool = False
     """Let single query heads be units, where only groups of them can be removed."""
     damp: float = 0.01
-    """Pull towards the dense weights, relative to diag(H)."""
+    """Strength of the pull towards the dense weights, relative to diag(H)."""
     device: str = "auto"
-    """Where the model runs: auto, cpu or cuda. Solves run on the CPU."""
+    """Device that runs the model: auto, cpu or cuda.  Solvers run on the CPU."""
     json: Json = None
     sparsity: str | None = None
-    """Shares of the units to remove, separated by commas; by default what a problem itself says, or
-    0.25,0.5,0.75 where it does not say, as problems of models do not."""
+    """Shares of the units to remove, separated by commas.  [default: what a problem file says, or
+    0.25,0.5,0.75]"""
     backends: str | None = None
-    """Backends, separated by commas, also file.py:Class; by default the heuristics, the root bound
-    and `branch_and_bound`."""
+    """Solvers, separated by commas, also file.py:Class.  [default: the heuristics, the root bound
+    and `branch_and_bound`]"""
     exact_units: int = 64
-    """Give problems of at most this many units to exact backends."""
+    """Largest problem, in units, that exact solvers are given."""
     units: int | None = None
-    """Draw windows of this many units from larger problems; all others stay or go as `local_search`
-    has them."""
+    """Draw windows of this many units from larger problems; `local_search` decides on the rest."""
     windows: int = 3
     """Windows for each problem and sparsity."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for the root bound.  More rounds usually give a better bound, and never
-    a worse one than no rounds."""
+    """Rounds of the search for the root bound; more give a better one."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
     """Relative gap at which an exact solve may stop."""
-    seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0
-    """Seed of everything that is drawn."""
-    jobs: _Count = None
-    """Processes that solve at once; by default one for each core, fewer where problems are so
-    large that half of the memory would not hold them."""
+    seed: int = 0
+    """Random seed of everything that is drawn."""
+    jobs: int | None = None
+    """Processes that solve at once.  [default: one for each core, if memory suffices]"""
     ray: str | None = None
-    """Solve on a Ray cluster: `auto` (the cluster of this machine), HOST:PORT, or
-    `local`.  [default: processes of this machine]"""
+    """Ray cluster to solve on: auto (of this machine), HOST:PORT, or local.  [default: none]"""
+
+
+@_command()
+class SolveOptions:
+    """What `osscar solve` takes."""
+
+    backend: Backend = "local_search"
+    keep: Annotated[int | None, Parameter(help="Units to keep, instead of what the file says.")] = (
+        None
+    )
+    backend_options: BackendOptions = ()  # type: ignore[assignment]
+    bound: bool = False
+    """Add a lower bound if the solver gives none."""
+    bound_rounds: int = BOUND_ROUNDS
+    """Rounds of the search for that bound; more give a better one."""
+    list_problem: bool = False
+    """Only show what the file holds, and which solvers can take it."""
+    device: Device = "auto"
+    json: Json = None
 
 
 def given(options: Any) -> dict[str, Any]:
-    """Return those of a group of options that are not as by default."""
+    """Return those options that are not as by default."""
     return {
         one.name: value
         for one in dataclasses.fields(options)
@@ -307,46 +410,25 @@ def given(options: Any) -> dict[str, Any]:
     }
 
 
-# ---- of a request ------------------------------------------------------------------------
+# ---- requests ----------------------------------------------------------------------------
 
 
-def request_options(request: type[Any], *names: str) -> type[Any]:
-    """Return a class of options for fields of a request, with their types, defaults and words.
-
-    Nothing in it is checked: `asked_with` does that.
-    """
-    said = _help(request)
-    changed: dict[str, tuple[Any, Any]] = {
-        "backend": (Backend, "local_search"),
-        "backend_options": (BackendOptions, ()),
-        "skip": (Annotated[list[str], Parameter(help=f"{said.get('skip')}  Repeatable.")], ()),
+def request_of(options: Any, request: Callable[..., T], **more: Any) -> T:
+    """Return the request that options ask for."""
+    asked = {
+        one.name: getattr(options, one.name)
+        for one in dataclasses.fields(request)  # type: ignore[arg-type]
+        if hasattr(options, one.name)
     }
-    options = dataclasses.make_dataclass(
-        "RequestOptions",
-        [
-            (one.name, *changed.get(one.name, (_option(one, said[one.name]), one.default)))
-            for one in dataclasses.fields(request)
-            if one.name in names
-        ],
-        namespace={"_request": request},
-        frozen=True,
-        kw_only=True,
-    )
-    options.__module__ = __name__  # for Python 3.11, which names the module of dataclasses
-    return _in_groups(options)
-
-
-def asked_with(options: Any, **more: Any) -> Any:
-    """Return the request that options of `request_options` ask for."""
-    asked = {**vars(options), **more}
+    asked |= more
     if "skip" in asked:
         asked["skip"] = [part.strip() for text in asked["skip"] for part in text.split(",")]
     if "backend_options" in asked:
         asked["backend_options"] = parse_options(asked["backend_options"])
-    return options._request(**asked)
+    return request(**asked)
 
 
-def recovery_asked_with(
+def recovery_of(
     options: PruneOptions | SweepOptions, request: PruningRequest
 ) -> RecoveryRequest | None:
     """Return what is asked of the recovery that follows a pruning; None if none does.
@@ -360,29 +442,13 @@ def recovery_asked_with(
     if options.recover:
         asked = RecoveryRequest(device=request.device, seed=request.seed)
         return asked if steps is None else dataclasses.replace(asked, steps=steps)
-    told = {name: value for name, value in given(options).items() if name.startswith("recover_")}
-    for name, value in told.items():
-        raise OptionError(
-            f"--{name.replace('_', '-')} is {safe_repr(value)} without --recover; give both, or "
-            "neither"
-        )
+    for name, value in given(options).items():
+        if name.startswith("recover_"):
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {safe_repr(value)} without --recover; give both, "
+                "or neither"
+            )
     return None
-
-
-def _option(one: dataclasses.Field[Any], words: str) -> Any:
-    return Annotated[str | None if is_keep(one.type) else bare(one.type), Parameter(help=words)]
-
-
-def _help(documented: type) -> dict[str, str]:
-    """Return what the docstring of a class says of each parameter, which it names as options."""
-    _, _, text = (inspect.getdoc(documented) or "").partition("Parameters\n----------\n")
-    entries = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
-    said = {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
-    option = re.compile(rf"(?<!`)`({'|'.join(said)})`(?!`)")
-    return {
-        name: option.sub(lambda found: f"--{found[1].replace('_', '-')}", words)
-        for name, words in said.items()
-    }
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

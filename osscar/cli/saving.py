@@ -1,57 +1,130 @@
-"""What commands that save a smaller model share: its log beside it, and what is said of it."""
+"""What commands share that save a model: how they run, and what is said of the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from osscar.base.journal import SavingJournal
+from osscar.base.files import resolved, write_text
 from osscar.base.printable import command_line
+from osscar.base.ranks import Ranks
 from osscar.checkpoint.atomic_directory import finish_killed
 from osscar.checkpoint.directory import SavedCheckpoint, read_saved
 from osscar.checkpoint.manifest import REPORT_FILE
-from osscar.cli.common import say
+from osscar.cli.common import say, way_back, write_json
+from osscar.cli.opening import quiet
+from osscar.cli.options import PruneOptions, RecoverOptions
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.samples import TensorSet
+from osscar.recovery.training import RecoveryLog
+from osscar.run.run_log import RunLog
 
 _AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 """Options without which `osscar eval` would open or score another model."""
 
+_OF_THIS_TIME = {"out", "overwrite", "restart", "json", "report", "dry_run"}
+"""Options that change nothing of what is saved."""
 
-def finished(
-    path: Path,
+
+def run_and_report(
+    options: PruneOptions | RecoverOptions,
     where: Path,
-    log: SavingJournal[Any],
+    logs: Sequence[RunLog | RecoveryLog],
+    ranks: Ranks,
+    *,
     words: Mapping[str, str],
-    copies: Callable[[Mapping[str, Any], SavedCheckpoint], None],
-    remove: Callable[[], None],
-) -> bool:
-    """Finish a command that was ended after its save, while it removed its log; whether it was.
+    anew: bool,
+    check: Callable[[], None],
+    work: Callable[[], Callable[[], None]],
+    complete: Callable[[Mapping[str, Any], SavedCheckpoint], None],
+) -> None:
+    """Run a command that saves a model, from its logs on if there are any, and tell of the result.
 
     Parameters
     ----------
-    path, where
-        What was saved, resolved, and as it was asked for.
-    log, words
-        The log, which keeps by what words the command was asked for.
-    copies
-        Writes what it was to write beside its output.
-    remove
-        Removes the log, and whatever else goes with it.
+    options, where, ranks
+        What is asked for, the output as people know it, and which of the processes this is.
+    logs
+        What is done so far, in directories beside the output; the first is the last to go.
+    words
+        By which the command was asked for.
+    anew
+        Whether what is saved already is to be made once more.
+    check
+        Refuses an output that must not be written to.
+    work
+        Makes the model, saves it on the first rank, and returns what tells of it.
+    complete
+        Does what a run has not done that was ended after its save.
     """
-    if log.saved(words, path / REPORT_FILE) is None:
-        return False
-    with log.held():
-        content = log.saved(words, path / REPORT_FILE)
-        if content is None:
+
+    def kept() -> str:
+        return ", and ".join(filter(None, (log.kept for log in logs)))
+
+    def remove() -> None:
+        for log in reversed(logs):
+            log.remove()
+
+    def finished() -> bool:
+        report = resolved(where) / REPORT_FILE
+        if anew or logs[0].saved(words, report) is None:
             return False
-        finish_killed(path)
-        copies(content, read_saved(path))
-        remove()
-    say(f"saved: {where}, before this run began, by one that was ended just then")
-    return True
+        with _held(logs):
+            content = logs[0].saved(words, report)
+            if content is None:
+                return False
+            finish_killed(resolved(where))
+            with quiet():
+                complete(content, read_saved(resolved(where)))
+            remove()
+        say(f"saved: {where}, before this run began, by one that was ended just then")
+        return True
+
+    if ranks.broadcast("whether it is saved already", finished):
+        return
+    if ranks.first:
+        check()
+    with _held(logs if ranks.first else ()), quiet():
+        if options.restart and ranks.first:
+            remove()
+        with way_back(kept, restarts=options.restart):
+            tell = work()
+        if ranks.first:
+            remove()
+    if ranks.first:
+        tell()
+
+
+@contextmanager
+def _held(logs: Sequence[RunLog | RecoveryLog]) -> Iterator[None]:
+    """Keep all other processes away while the block runs."""
+    with ExitStack() as stack:
+        for log in logs:
+            stack.enter_context(log.held())
+        yield
+
+
+def words_of(options: Any, *but: str, **more: Any) -> dict[str, str]:
+    """Return by what words a command is asked for, but for those that change nothing saved."""
+    words = {**more, **vars(options)}
+    return {n: str(value) for n, value in words.items() if n not in {*_OF_THIS_TIME, *but}}
+
+
+def write_copies(
+    options: PruneOptions | RecoverOptions,
+    content: Mapping[str, Any],
+    saved: SavedCheckpoint,
+    page: Callable[[Mapping[str, Any], str], str],
+) -> None:
+    """Write what a run is asked to write beside its output."""
+    where = {**dataclasses.asdict(saved), "path": str(saved.path)}
+    write_json(options.json, {**content, "saved": where})
+    if options.report is not None:
+        write_text(options.report, page(content, saved.path.name))
 
 
 def saved_line(saved: SavedCheckpoint, where: Path) -> str:
@@ -67,18 +140,10 @@ def saved_line(saved: SavedCheckpoint, where: Path) -> str:
 def to_evaluate(
     where: Path, data: CalibrationData, given: Mapping[str, Any], dense: str | None
 ) -> str:
-    """Return the command that scores what was written.
+    """Return the command that scores what was written, on data of the kind of `data`.
 
-    Parameters
-    ----------
-    where
-        What was written.
-    data
-        Tells of what kind those have to be that it is scored on.
-    given
-        The options that are not as by default.
-    dense
-        The dense model, where it can be compared.
+    `given` are the options that are not as by default; `dense` is the dense model, where it can be
+    compared.
     """
     options: dict[str, Any] = {"text": "FILE"}
     if isinstance(data, TensorSet):

@@ -7,15 +7,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.printable import are, pluralize
-from osscar.cli.common import check_input, check_json_path, document, say, show, write_json
+from osscar.cli.common import (
+    check_files,
+    check_input,
+    check_json_path,
+    document,
+    say,
+    show,
+    write_json,
+)
 from osscar.cli.opening import quiet
-from osscar.cli.options import parse_options
+from osscar.cli.options import SolveOptions, parse_options
 from osscar.report.run_tables import backends_table, takers_table
 from solvers import Solution, SubsetProblem, Verification
 
@@ -35,26 +41,20 @@ def list_backends(json: Path | None) -> None:
     write_json(json, document("backends", 1, rows))
 
 
-def list_problem(file: Path, keep: int | None, device: str, json: Path | None) -> None:
-    """Show what a file holds, and who can take it."""
-    problem, _ = _opened(file, keep, device, json)
-    _print_problem(problem, file)
-    write_json(json, document("problem", 1, {"file": str(file), **describe(problem)}))
-
-
-def run(
-    file: Path,
-    backend: str,
-    keep: int | None,
-    option: list[str],
-    bound: bool,
-    bound_rounds: int,
-    device: str,
-    json: Path | None,
-) -> None:
+def run(file: Path, options: SolveOptions) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
-    problem, target = _opened(file, keep, device, json)
-    if keep is None and problem.keep == problem.units:
+    check_files(options, file)
+    target = resolve_device(options.device)
+    check_input(file)
+    problem = SubsetProblem.load(file)
+    if options.keep is not None:
+        problem = problem.with_keep(options.keep)
+    if options.list_problem:
+        _print_problem(problem, file)
+        content = {"file": str(file), **describe(problem)}
+        write_json(options.json, document("problem", 1, content))
+        return
+    if options.keep is None and problem.keep == problem.units:
         raise OptionError(
             f"{file} keeps all of its {pluralize(problem.units, 'unit')}, so that there is nothing "
             "to choose; say with --keep how many stay"
@@ -62,27 +62,16 @@ def run(
     with quiet():
         solution = solvers.solve(
             problem,
-            backend,
+            options.backend,
             device=target,
-            bound=bound,
-            bound_rounds=bound_rounds,
-            options=parse_options(option),
+            bound=options.bound,
+            bound_rounds=options.bound_rounds,
+            options=parse_options(options.backend_options),
         )
         verification = solution.verify()
     _print_solution(solution, verification)
     content = {"file": str(file), "problem": describe(problem), **_content(solution, verification)}
-    write_json(json, document("solve", 2, content))
-
-
-def _opened(
-    file: Path, keep: int | None, device: str, json: Path | None
-) -> tuple[SubsetProblem, torch.device]:
-    """Return a file's problem, and where it is to be solved."""
-    check_json_path(json, inputs=(file,))
-    target = resolve_device(device)
-    check_input(file)
-    problem = SubsetProblem.load(file)
-    return problem if keep is None else problem.with_keep(keep), target
+    write_json(options.json, document("solve", 2, content))
 
 
 def describe(problem: SubsetProblem) -> dict[str, Any]:

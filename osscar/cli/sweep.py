@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from osscar.base.errors import OptionError
-from osscar.cli.common import check_json_path, say, say_verdict, show, way_back, write_json
+from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
-from osscar.cli.options import SweepOptions, asked_with, recovery_asked_with
+from osscar.cli.options import SweepOptions, recovery_of, request_of
 from osscar.report.run_tables import skipped_table
-from osscar.request import BudgetKind
+from osscar.request import BudgetKind, PruningRequest
 from osscar.run.points import SweepDirectory, jobs
 from osscar.run.sweep import PAGE_FILE, Sweep
 from osscar.run.sweep_page import sweep_table, sweep_verdict
 
 
-def run(model: str, options: SweepOptions, shared: Any) -> None:
+def run(model: str, options: SweepOptions) -> None:
     """Prune to several budgets, and show quality against speed."""
-    read = (model, options.calibration, options.weights, options.text, options.images)
-    check_json_path(options.json, inputs=(*read, options.inputs), written=(options.out,))
+    check_files(options, model)
     budget, values = _asked(options)
-    points = jobs(budget, values, baselines=options.baselines, allocation=shared.allocation)
-    base = asked_with(shared, **{str(budget): points[0].value})
-    recover = recovery_asked_with(options, base)
+    points = jobs(
+        budget, values, baselines=options.baselines, allocation=vars(options)["allocation"]
+    )
+    one = {str(kind): points[0].value if kind is budget else None for kind in BudgetKind}
+    base = request_of(options, PruningRequest, **one)
+    recover = recovery_of(options, base)
     place = SweepDirectory(options.out)
     with way_back(lambda: place.kept), quiet():
         loaded, data = opened(

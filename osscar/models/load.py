@@ -23,7 +23,12 @@ from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import LIBRARIES, ModelKind, directory_of, kind_of
 from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
-from osscar.models.pretrained import load_classifier, load_language_model
+from osscar.models.pretrained import (
+    class_names,
+    image_processor,
+    load_language_model,
+    transform_of,
+)
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers
@@ -57,10 +62,10 @@ def load_model(
     weights
         A ``.safetensors`` file, or a state dict that ``torch.load`` reads with ``weights_only``,
         alone or as the only one among the entries of a dictionary, for a model of torchvision, timm
-        or your own code.  Those of libraries are fetched without.
+        or your own code.  By default those of the library are fetched.
     pretrained
-        Whether a library's model without a file gets its weights at all, and code of your own is
-        called twice to warn of weights that it draws.
+        Whether a library's model gets weights at all, and code of your own is called twice to warn
+        of weights that it draws.
     dense
         What builds the dense model of a directory whose model is of your own code.
     dtype
@@ -71,10 +76,9 @@ def load_model(
     trust_remote_code
         Run the code that a checkpoint of transformers brings along. Off by default.
     max_memory
-        Most memory that the process may take, such as ``"8GB"``.  The weights of a language model
-        then stay on disk, and each is read when it is needed.  `osscar.prune` and
-        `PruningResult.save` keep to the limit, too.  On a GPU it is what torch has reserved there
-        for this process.
+        Memory that the process may take, such as ``"8GB"``.  The weights of a language model then
+        stay on disk, and each is read when it is needed.  `osscar.prune` and `PruningResult.save`
+        keep to the limit, too.  On a GPU it is what torch has reserved there for this process.
     preprocessing
         What is done to an image: a function from a PIL image to a tensor, or an
         `osscar.Preprocessing`.  By default what the library of the weights does, what the code
@@ -83,22 +87,14 @@ def load_model(
     Raises
     ------
     ModelError
-        If nothing answers to the name, or a packaged model cannot be fetched; if the checkpoint is
-        unsafe, or not a causal language model; if weights are missing or do not fit, or code fails.
-    CheckpointError
-        If the directory holds no model, or its config, plan or weights cannot be read or do not fit
-        one another, or the model cannot run.
-    DataError
-        If what is stated about images makes no sense, or contradicts the example inputs.
+        If nothing answers to the name, it cannot be fetched, or it is no model that is pruned here;
+        if weights are missing or do not fit, or code fails.
+    CheckpointError, FileError
+        If a directory holds no model, or a file in it is damaged or does not fit the others.
     NonFiniteError
         If a parameter holds NaN or infinity, or what a language model makes of two tokens is NaN.
-    OptionError
-        If the device or number format is not available; or if something is given that does not go
-        with the model: weights for one that brings its own, a dense model for one that needs none,
-        a limit of memory for one that is not read from disk, preprocessing for one that reads text;
-        or the limit is no size.
-    FileError
-        If a file of a directory is damaged or cut off.
+    OptionError, DataError
+        If an option is not available here, or does not go with the model or with the others.
     MissingDependency
         If torchvision, or what reads a packaged model, is needed and not installed.
 
@@ -143,8 +139,6 @@ def load_model(
             )
         if kind in LIBRARIES.values():
             loaded = load_of_library(text, weights, pretrained)
-        elif kind is ModelKind.CLASSIFIER:
-            loaded = load_classifier(text)
         elif kind is ModelKind.CODE:
             loaded = _from_code(text, weights, pretrained)
         else:
@@ -216,7 +210,7 @@ def _from_directory(
     name: str, kind: ModelKind, dense: str | None, dtype: torch.dtype | None
 ) -> LoadedModel:
     path, source = directory_of(name)
-    built, example, brought = None, None, None
+    built, example, brought, processor = None, None, None, None
     if kind is ModelKind.CODE_DIRECTORY:
         if dense is None or kind_of(dense) is not ModelKind.CODE:
             given = "" if dense is None else f", not {dense!r}"
@@ -226,9 +220,12 @@ def _from_directory(
                 f"osscar.load){given}"
             )
         built, example, brought = user_code.build(dense)
-    model = checkpoint.load(path, dense=built, dtype=dtype)
+    classifier = kind is ModelKind.CLASSIFIER  # whose own number format nothing else records
+    model = checkpoint.load(path, dense=built, dtype=None if classifier else dtype)
     lineage, builder = lineage_of(model), builder_of(model)
-    if isinstance(builder, TorchvisionOrigin):
+    if classifier and (processor := image_processor(path)) is not None:
+        brought = transform_of(processor)
+    elif isinstance(builder, TorchvisionOrigin):
         brought = preprocessing_of(builder, model)
     pruned_with = recorded_example(path, lineage.inputs)
     if pruned_with is not None and (example is None or image_of(pruned_with) is not None):
@@ -240,8 +237,9 @@ def _from_directory(
         source=source,
         path=path,
         stored_dtype=stored_dtype(model),
-        classes=lineage.classes,
-        stated=example,
+        processor=processor,
+        classes=lineage.classes or (class_names(model) if classifier else ()),
+        stated=None if classifier else example,
     )
 
 

@@ -37,32 +37,30 @@ class LoadedModel:
     Attributes
     ----------
     model
-        In evaluation mode, on its device.
+        The model, in evaluation mode, on its device.
     source
         Where it comes from, in words.
     path
-        Its directory, or None.
+        Directory that it was read from, or None.
     stored_dtype
         Number format of its weights on disk.
     tokenizer
-        The tokenizer that a language model was trained with; None of any other model.
+        Tokenizer of a language model; None of any other model.
     processor
-        The image processor of a classifier of transformers; None of any other model.
+        Image processor of a classifier of transformers; None of any other model.
     example
-        Inputs to trace it with; None where nothing tells what they look like.
+        Inputs to trace it with; None if nothing tells what they look like.
     stated
-        The example inputs that code of the user's own gave, which data have to be like; None where
-        there are none.
+        Example inputs that code of your own gave, which data have to be like; else None.
     preprocessing
-        What is done to an image before the model sees it, as far as it is stated; None of a model
-        whose inputs are no images.
+        What is done to an image before the model sees it, as far as it is known; None of a model
+        that reads no images.
     states_images
         Whether the caller stated what is done to an image.
     classes
-        The names of its classes; empty where they are not known, and of a language model.
+        Names of its classes; empty if they are not known, and of a language model.
     drawn
-        The share of its parameters that its code draws anew in each call, so that nothing has
-        trained them; 1 where a library built it without weights, and 0 where they come from a file.
+        Share of its parameters that are random, as its code draws them in each call.
     """
 
     model: nn.Module
@@ -102,28 +100,22 @@ class LoadedModel:
         Parameters
         ----------
         spec
-            For a language model as `osscar.load_calibration` takes it; the demo, and what was
-            pruned from it, have a text of their own.  For any other model a directory or ``.npz``
-            file of images, or a file of tensors, as `osscar.load_tensors` takes it.  For either,
-            what is at hand: images as `osscar.load_images` takes them, or anything that
-            `osscar.load_batches` takes.
+            A name or data at hand, as `osscar.load_calibration`, `osscar.load_images`,
+            `osscar.load_tensors` or `osscar.load_batches` takes them.  The demo, and what was
+            pruned from it, have a text of their own.
         samples
             How many; by default 32 windows, or 256 images or samples.
         seqlen
-            Tokens in each window; by default 512, or as many as the model can take if those are
-            fewer.  None for a model that reads no text.
+            Tokens in each window; by default 512, or the model's context if that is shorter.
         seed
-            Of the draw.
+            Random seed of the draw.
 
         Raises
         ------
-        DataError
-            If text is missing, unreadable, or shorter than one window; or if there are no images,
-            or one of them cannot be decoded.
-        FileError
-            If tensors cannot be read, or do not fit the model.
+        DataError, FileError
+            If data are missing, cannot be read, are too few, or do not fit the model.
         OptionError
-            If a length is given for what is no text, nothing states what is done to an image, or
+            If `seqlen` is given for what is no text, nothing states what is done to an image, or
             something does and the data are tensors.
         MissingDependency
             If ``datasets`` is needed and not installed.
@@ -167,20 +159,18 @@ class LoadedModel:
         text, images, inputs
             As `osscar.load_calibration`, `osscar.load_images` and `osscar.load_tensors` take them.
         windows
-            How many windows there are unless the caller says otherwise; fewer where the text has no
-            room for them.
+            How many windows, unless `samples` is given; fewer if the text has no room for them.
         samples
-            How many there are; by default all images or samples.
+            How many; by default all images or samples.
         seqlen
-            Tokens in each window; by default as many as when the model was calibrated, and where
-            that is not known, as for `calibration`.
+            Tokens in each window; by default as many as when the model was calibrated.
         seed
-            Of the draw.
+            Random seed of the draw.
 
         Raises
         ------
         DataError, FileError, OptionError, MissingDependency
-            As of `calibration`.
+            As of `calibration`; and if data are given that the model does not read.
         """
         self._check_given(text or seqlen, images, inputs)
         if self.tokenizer is not None:
@@ -219,7 +209,7 @@ class LoadedModel:
         Raises
         ------
         DataError, FileError, OptionError
-            As of `calibration`; and if data are given that the model does not read.
+            As of `training`.
         """
         self._check_given(text or windows or seqlen, images, inputs)
         if self.tokenizer is None:
@@ -273,12 +263,7 @@ class LoadedModel:
         return f"an .npz or .safetensors file of tensors for {needed}"
 
     def tensors(self, spec: str | Path) -> TensorSet:
-        """Read samples that are fed as they are.
-
-        Parameters
-        ----------
-        spec
-            As for `osscar.load_tensors`.
+        """Read samples that are fed as they are, as `osscar.load_tensors` does.
 
         Raises
         ------
@@ -298,12 +283,7 @@ class LoadedModel:
             )
 
     def images(self, spec: Any) -> ImageSet:
-        """Find images, which become what the model reads.
-
-        Parameters
-        ----------
-        spec
-            As for `osscar.load_images`.
+        """Find images, which become what the model reads, as `osscar.load_images` does.
 
         Raises
         ------

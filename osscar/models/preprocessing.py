@@ -30,12 +30,8 @@ def resolved(
 ) -> tuple[AnyPreprocessing | None, Batch | None]:
     """Return what is done to a model's images, and example inputs of their size.
 
-    What the caller has stated takes the place of what is brought with the model.
-
-    Raises
-    ------
-    DataError
-        If what is stated contradicts the example, or the example is no image.
+    What the caller has stated takes the place of what is brought with the model; if it contradicts
+    the example, or the example is no image, it is a DataError.
     """
     known = brought if stated is None else stated
     image = None if example is None else image_of(example)
@@ -71,11 +67,6 @@ def of_directory(
     """Return what was done to images in the run that wrote a directory.
 
     That is the numbers that it records, or else what its code or library brings again.
-
-    Raises
-    ------
-    CheckpointError
-        If what it records makes no sense.
     """
     recorded = lineage.preprocessing
     if recorded is None or "transform" in recorded:

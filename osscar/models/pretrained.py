@@ -34,11 +34,10 @@ from osscar.checkpoint.validation import check_config
 from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
-from osscar.models.preprocessing import of_directory, recorded_example
 from osscar.network.modules import DAMAGED, check_finite_weights, check_usable, example_length
 from osscar.network.tensor_files import read_headers
 from osscar.offload.weight_cache import WeightCache
-from osscar.proof.lineage import LINEAGE, lineage_of, note, stored_dtype
+from osscar.proof.lineage import LINEAGE, lineage_of, note
 
 _MOST_PADDED = 0.9
 """The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
@@ -201,29 +200,10 @@ def _explained(source: str, error: Exception) -> ModelError:
 # ---- image classifiers -------------------------------------------------------------------
 
 
-def load_classifier(name: str) -> LoadedModel:
-    """Load an image classifier with its image processor, in the number format that is stored."""
-    path, source = directory_of(name)
-    model: Any = checkpoint.load(path)
-    lineage = lineage_of(model)
-    processor = _load_processor(path) if (path / _PROCESSOR_FILE).is_file() else None
-    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    numbered = any(name == f"LABEL_{i}" for i, name in enumerate(names))
-    return LoadedModel(
-        model=model,
-        source=source,
-        path=path,
-        stored_dtype=stored_dtype(model),
-        example=recorded_example(path, lineage.inputs),
-        preprocessing=of_directory(
-            path, lineage, None if processor is None else _transform(processor)
-        ),
-        processor=processor,
-        classes=lineage.classes or (() if numbered else tuple(names)),
-    )
-
-
-def _load_processor(path: Path) -> Any:
+def image_processor(path: Path) -> Any:
+    """Return the image processor of a classifier in a directory; None if there is none."""
+    if not (path / _PROCESSOR_FILE).is_file():
+        return None
     try:
         return transformers.AutoImageProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -236,10 +216,19 @@ def _load_processor(path: Path) -> Any:
         ) from error
 
 
-def _transform(processor: Any) -> Transform:
+def transform_of(processor: Any) -> Transform:
+    """Return what an image processor does to an image."""
+
     def processed(image: Any) -> Tensor:
         pixels: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
     steps = " ".join(processor.to_json_string().split())
     return Transform(processed, type(processor).__name__, f"{steps:.500}")
+
+
+def class_names(model: Any) -> tuple[str, ...]:
+    """Return the names of a classifier's classes; none if they are numbers."""
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    numbered = any(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return () if numbered else tuple(names)

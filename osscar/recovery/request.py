@@ -18,43 +18,39 @@ class RecoveryRequest:
     steps
         Optimizer steps.  Training stops earlier if the held-out loss rises three times in a row.
     batch_size
-        Samples in an optimizer step; by default 4 windows of text, or 64 of anything else.
+        Samples in an optimizer step: 4 windows of text by default, or 64 of anything else.
     micro_batch_size
-        Samples that run through both models at once; the gradients of a step are added up.  By
-        default all samples of the step, and 1 window on a CPU that trains in float32.  Samples of a
-        list always run one at a time.
+        Samples in a forward pass; the gradients of a step are added up.  By default all of a step,
+        and 1 window on a CPU that trains in float32.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
-        It falls to a tenth where the held-out loss, after at least four steps at it, is higher than
-        before the training.
+        It falls to a tenth if training begins with a higher held-out loss.
     lora
         Rank of adapters that are trained instead of the weights, and merged into them at the end;
         needs peft (``pip install 'osscar[recover]'``).
     checkpointing
-        Compute the activations of each block again in the backward pass, which takes a third more
-        time and less memory.
+        Compute activations again in the backward pass: a third more time, and less memory.
     max_memory
-        Memory that the process may take, such as ``8GB``, or a number of bytes; by default nine
-        tenths of what is free.  If a step needs more, micro-batches are halved, then activations
-        are checkpointed, then adapters of rank 16 are trained.
+        Memory that the process may take, such as ``8GB``; by default nine tenths of what is free.
+        If a step needs more, micro-batches are halved, then activations are checkpointed, then
+        adapters of rank 16 are trained.
     held_out
-        Samples that are held out: they decide which step is kept, and are not trained on.  By
-        default an eighth of all, at most 8 windows of text, or 128 of anything else.
+        Samples that decide which step is kept, and are not trained on; by default an eighth of all,
+        at most 8 windows of text or 128 of anything else.
     augment
-        How training images are changed at random: ``flip-shift``, the default, mirrors them and
-        shifts them by at most an eighth of their width, with their edge repeated; ``none`` leaves
-        them as they are.
+        Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
+        by at most an eighth of their width; ``none`` leaves them as they are.
     loss
         A function of the outputs of the smaller and of the dense model for one batch, which returns
         a mean over its samples.  By default the divergence of their predictions if the models
         return logits, else the relative squared error of all outputs.
     mixed_precision
-        Number format of matrix products in training: ``bf16``, or ``no`` for that of the weights.
-        By default ``bf16`` if the processor multiplies bfloat16, else ``no``.
+        Number format of matrix products: ``bf16``, or ``no`` for that of the weights.  By default
+        ``bf16`` if the processor multiplies bfloat16.
     device
-        ``auto``, ``cpu`` or ``cuda``.
+        Device to run on: ``auto``, ``cpu`` or ``cuda``.
     seed
-        Seed of the order of the samples, and of `augment`.
+        Random seed for the order of the samples, and of `augment`.
 
     Raises
     ------

@@ -321,7 +321,11 @@ def test_a_command_takes_the_options_that_its_errors_advise(run, text, tmp_path)
     named = {"code": "brings", "shapes": "other shapes|do not fit its config", "own": "own code"}
     for command, more in (
         *(("inspect", ()), ("export", ()), ("eval", ()), ("prune", ("--neurons", "0.5"))),
-        *(("sweep", ("--sparsity", "0.3")), ("gap", ()), ("recover", ("--dense", "demo"))),
+        *(
+            ("sweep", ("--sparsity", "0.3")),
+            ("gap", ()),
+            ("recover", ("--dense", "demo", "--text", text)),
+        ),
     ):
         out = () if command in ("inspect", "eval") else ("--out", tmp_path / "out")
         for directory in (shapes, code, own):
@@ -596,6 +600,7 @@ def test_json_goes_through_links_and_into_pipes(run, tmp_path):
         (("eval", "demo", "--batch-size", 0, "--windows", 1), "must be at least 1, not 0"),
         (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
         (("prune", "demo", "--samples", "1e9", "--out", "small"), "--samples.*1e9"),
+        (("prune", "demo", "--batch-size", "2.7", "--out", "small"), "'2.7' is not a whole number"),
         (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
     ],
 )
@@ -718,12 +723,14 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         "Arguments",
         "Budget",
         "What to keep",
-        "Solver",
-        "Training",
-        "Data",
+        "Calibration and test data",
         "Images",
+        "Solver and refit",
+        "Training",
         "Model",
     ]
+    first = said["prune"].partition("Arguments")[0]
+    assert [first.count(f"--{budget} 0.") for budget in ("sparsity", "neurons", "flops")] == [1] * 3
     assert re.findall(r"╭─ ([\w ]+) ─", said["prune"]) == [*titles, "Output"]
 
 

@@ -1,5 +1,6 @@
 """``osscar recover`` and ``osscar prune --recover`` as a person runs them."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import osscar
 import osscar.cli.recover
 from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import OutputError
+from osscar.cli.options import RecoverOptions
 from osscar.data.text import load_calibration
 from osscar.recovery.page import recover_page, recovery_facts, recovery_table
 from osscar.recovery.request import RecoveryRequest
@@ -184,6 +186,7 @@ BAD = [
     (["small", "--loss", "mine"], "loss"),
     (["small", "--learning-rate", "2"], "learning-rate is 2"),
     (["small", "--samples", "2", "--batch-size", "2"], "2 samples are too few"),
+    (["small", "--batch-size", "2.7"], "--batch-size: '2.7' is not a whole number"),
     (["small", "--text", "missing.txt"], "missing.txt"),
     (["small", "--text", "short.txt"], "fewer than one window"),
     (["small", "--text", "text.txt", "--steps", "1000", "--batch-size", "500"], "too few"),
@@ -232,6 +235,13 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert contents(crowded) == before
 
 
+def test_what_trains_is_asked_for_before_a_model_is_read(run, crowded, tiny, monkeypatch):
+    monkeypatch.chdir(crowded)
+    monkeypatch.setattr("osscar.cli.recover.load_model", lambda *_, **__: pytest.fail("read"))
+    status, _, err = run("recover", "small", "--dense", tiny)
+    assert (status, "give --text, --images or --inputs, data like what small" in err) == (2, True)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": NaN}'])
 def test_a_report_that_cannot_go_along_is_named(run, small, tiny, content):
     (small / "osscar_report.json").write_text(content)
@@ -241,8 +251,8 @@ def test_a_report_that_cannot_go_along_is_named(run, small, tiny, content):
 
 
 def test_options_are_the_fields_of_the_request():
-    options = set(vars(osscar.cli.commands.Trained()))
-    assert options == set(RecoveryRequest.__dataclass_fields__) - {"loss"}
+    options = {one.name for one in dataclasses.fields(RecoverOptions)}
+    assert options >= set(RecoveryRequest.__dataclass_fields__) - {"loss"}
 
 
 # ---- that were ended ---------------------------------------------------------------------
@@ -383,7 +393,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     assert "(--dense module:function" in " ".join(err.split())
     status, _, err = run("recover", "small", *train[:-2], "--out", "other")
     assert status == 2
-    assert "reads no text: give --images" in err
+    assert "nothing to train on: give --text, --images or --inputs" in err
     for more in (("--text", "net.py"), ("--seqlen", "8")):
         status, _, err = run("recover", "small", *train, *more, "--out", "other")
         assert status == 2

@@ -116,6 +116,9 @@ def test_what_is_in_memory_is_read_to_its_end_and_a_loader_as_far_as_it_takes():
     whole = {*at_hand, "one dictionary", "a set"}
     assert counts == {form: 300 if form in whole else 256 for form in FORMS}
     assert len(load_batches(X.numpy(), rows_net())) == 300
+    parts = [X[:100], X[100:200], X[200:]]
+    for data, said in ((X[:256], "a Tensor, 256"), (X, "its first 256"), (parts, "its first 256")):
+        assert f"{said} samples" in load_batches(data, rows_net(), samples=256).source
 
 
 def test_tensors_with_gradients_are_read_as_numbers():

@@ -433,6 +433,7 @@ def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
         (osscar.TensorSet("x", {"input": torch.zeros(2, 3)}), DataError, r"input .*\(2, 3\)"),
         ({"input": torch.zeros(2, 5)}, DataError, "the data are a dict; give what osscar"),
         (samples(labels=torch.zeros(48, 2, dtype=int)), ModelError, r"the labels are \(32, 2\)"),
+        (samples(labels=torch.eye(4, dtype=int).repeat(12, 1)), ModelError, "one-hot, .*argmax.1"),
     ):
         with pytest.raises(error, match=message):
             osscar.evaluate(model, data)
