@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import osscar
 import solvers
-from benchmarks import gpu
+from benchmarks import card, gpu
 from benchmarks.scale import layer
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import DeviceMemory, memory_of
@@ -482,3 +483,12 @@ def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
     (tmp_path / "prune tiny device.json").unlink()
     with pytest.raises(NameError):
         page()
+
+
+def test_the_page_has_what_is_counted_now():
+    page = (Path(card.__file__).parents[1] / "docs/gpu.md").read_text()
+    for samples in (128, 32):
+        assert "\n".join(card.tables("llama-2-7b", samples, 2048)) in page
+    h100, rtx = card.CARDS
+    for rate in ("bf16", "fp32", "fp64", "bandwidth"):
+        assert f"| {getattr(h100, rate)} | {getattr(rtx, rate)} |" in page
