@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import SchemaValidator
 
 from osscar.base.errors import FileError
 from osscar.base.files import reason_of
@@ -51,8 +50,9 @@ def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
 
 def validated(content: Any, schema: type[T], name: str | os.PathLike[str]) -> T:
     """Check what JSON was parsed to against a schema; a FileError names the field."""
+    # As JSON: of Python's own values, pydantic would take tuples alone for tuples.
     with _named(name):
-        return cast(T, _validator(cast(Any, schema)).validate_python(content))
+        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(content), strict=True))
 
 
 def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
@@ -113,19 +113,8 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @cache
-def _validator(schema: type[Any]) -> SchemaValidator:
-    return SchemaValidator(_strict(TypeAdapter(schema).core_schema))
-
-
-def _strict(schema: Any) -> Any:
-    """Make the scalars of a schema strict.
-
-    Pydantic's own strict mode asks for tuples and members of enumerations, which JSON has not.
-    """
-    if isinstance(schema, dict):
-        strict = {"strict": True} if schema.get("type") in ("bool", "float", "int", "str") else {}
-        return {key: _strict(value) for key, value in schema.items()} | strict
-    return [*map(_strict, schema)] if isinstance(schema, list) else schema
+def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def _finite(text: str) -> float:

@@ -446,7 +446,7 @@ def test_json_does_not_take_the_place_of_something_else(tmp_path):
     [
         ("[]", "holds a list"),
         ('{"a": 1, "a": 2}', "stands there twice"),
-        ('{"a": NaN}', "not JSON"),
+        ('{"a": NaN}', "NaN is not a finite number"),
         ('{"a": ' + "1" * 5000 + "}", "4300 digits"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": "' + "x" * 200 + '"}', "more than 100 bytes"),
