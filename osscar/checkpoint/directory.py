@@ -45,7 +45,6 @@ from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card, renewed_
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import (
     cast,
-    memory_of,
     saved_format,
     tensors_of,
     written_tensors,
@@ -75,6 +74,7 @@ from osscar.network.modules import (
     copied,
     evaluating,
     example_length,
+    identity_of,
     number_format,
 )
 from osscar.network.tensor_files import (
@@ -367,9 +367,9 @@ def _fill(model: nn.Module, path: Path) -> None:
     """Give a model the weights in a directory; each tensor is stored under one of its names."""
     state = safetensors.torch.load_file(path / WEIGHTS_FILE)
     own = tensors_of(model)
-    filled = {memory_of(tensor) for name, tensor in own.items() if name in state}
+    filled = {identity_of(tensor) for name, tensor in own.items() if name in state}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    lacking = [name for name in missing if memory_of(own[name]) not in filled]
+    lacking = [name for name in missing if identity_of(own[name]) not in filled]
     for what, names in (("lacks", lacking), ("has", unexpected)):
         if names:
             raise CheckpointError(

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from osscar.checkpoint.builders import TransformersOrigin, builder_of
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.validation import EmptyOnMeta
-from osscar.network.modules import number_format
-from osscar.offload.on_disk import OnDisk
+from osscar.network.modules import identity_of, number_format
 from osscar.proof.lineage import stored_dtype
 from osscar.proof.program import ProgramModule
 
@@ -127,7 +126,7 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
     inner = f"{getattr(model, 'base_model_prefix', '')}."
     once: dict[object, str] = {}
     for name in sorted(tensors, key=lambda name: (not name.startswith(inner), name)):
-        once.setdefault(memory_of(tensors[name]), name)
+        once.setdefault(identity_of(tensors[name]), name)
     return {name: tensors[name] for name in sorted(once.values())}
 
 
@@ -135,10 +134,3 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in a model's state by name, tied ones under each of their names."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def memory_of(tensor: Tensor) -> object:
-    """Return what two tensors have in common if they are the same values in memory or on disk."""
-    if tensor.is_meta or isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
-        return id(tensor)
-    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()

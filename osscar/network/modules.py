@@ -56,6 +56,14 @@ def check_finite_weights(
             )
 
 
+def identity_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common if they are the same values in memory or on disk."""
+    if isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
+        return (id(tensor),)  # what shares its memory cannot be told
+    memory = tensor.untyped_storage()._cdata
+    return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the parameters and buffers of a model by the first of their names."""
     return [*model.named_parameters(), *model.named_buffers()]

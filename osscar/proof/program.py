@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import graph
-from graph.extents import Extent, Staying, TracedProgram, with_axes
+from graph.extents import Extent, Extents, Staying, TracedProgram, with_axes
 from graph.tracing.export import varies
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import without_cache
@@ -35,7 +35,9 @@ from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
 from osscar.network.hooks import followed_mixtures
 from osscar.network.model_state import restored
+from osscar.network.modules import device_of
 from osscar.offload.on_disk import shapes_only
+from osscar.proof.equivalence import in_format_of
 from osscar.proof.input_sizes import InputSizes
 from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
 from osscar.proof.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
@@ -85,12 +87,9 @@ class ProgramModule(GraphModule):
 
 def example_of(program: ProgramModule) -> dict[str, Tensor]:
     """Return zeros like the inputs that a program was traced with, by name."""
-    reference = next(program.parameters())
-    made = {given.name: given.example().to(reference.device) for given in _traced(program)}
-    return {
-        name: tensor.to(reference.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in made.items()
-    }
+    device = device_of(program)
+    made = {given.name: given.example().to(device) for given in _traced(program)}
+    return in_format_of(made, program)
 
 
 def open_sizes(program: ProgramModule) -> dict[str, tuple[int, ...]]:
@@ -284,13 +283,19 @@ def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict
 
 def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:
     """Return a copy of a tensor, without what leaves of it."""
-    new = tensor.detach()
-    for dim, extent in enumerate(() if name is None else staying.of_tensor(name)):
-        if extent.stays is not None:
-            new = new.index_select(dim, extent.stays.nonzero().flatten().to(new.device))
+    new = tensor.detach() if name is None else part_of(tensor.detach(), staying.of_tensor(name))
     new = new.clone(memory_format=torch.contiguous_format)
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+
+
+def part_of(tensor: Tensor, extents: Extents) -> Tensor:
+    """Return what stays of a tensor."""
+    for dim, extent in enumerate(extents):
+        if extent.stays is not None:
+            positions = extent.stays.nonzero().flatten()
+            tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor
 
 
 class _ShapeCheck(Interpreter):

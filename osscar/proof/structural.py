@@ -40,6 +40,7 @@ from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program import (
     ShrunkGraph,
     exported,
+    part_of,
     shrunk_graph,
     staying_of,
     traced_as_open,
@@ -238,10 +239,7 @@ def _compare_values(
         whole = before[name].detach()
         if isinstance(whole, OnDisk) or whole.is_meta:
             continue
-        for dim, extent in enumerate(staying.of_tensor(name)):
-            if extent.stays is not None:
-                positions = extent.stays.nonzero().flatten().to(whole.device)
-                whole = whole.index_select(dim, positions)
+        whole = part_of(whole, staying.of_tensor(name))
         if not _same_tensors(whole, after[canonical.get(name, name)]):
             raise StructureError(
                 f"{name!r} of the smaller model has other values than the dense one's"

@@ -15,8 +15,7 @@ from graph.groups import Role, Slot
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import ModelError, warn
 from osscar.network.model_state import restored
-from osscar.network.modules import check_module, is_deformable
-from osscar.offload.on_disk import OnDisk
+from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
 from osscar.shrinking.fold import fold
@@ -104,7 +103,7 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
             if is_list(slot):
                 continue
             tensor = _checked_tensor(model, group, slot)
-            key = _identity(tensor)
+            key = identity_of(tensor)
             tensors[key] = tensor
             passes = slot.role is Role.PASS_THROUGH and slot.dim == 0
             for place in ((key, slot.dim, False), (key, slot.dim, True))[: 1 + passes]:
@@ -175,16 +174,8 @@ def _holders(model: nn.Module) -> dict[_Storage, list[_Holder]]:
         for store in stores:
             for attribute, tensor in store.items():
                 if tensor is not None:
-                    found.setdefault(_identity(tensor), []).append((module, store, attribute))
+                    found.setdefault(identity_of(tensor), []).append((module, store, attribute))
     return found
-
-
-def _identity(tensor: Tensor) -> _Storage:
-    """Return a key that tied tensors share: those that are views of the same memory, too."""
-    if isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
-        return (id(tensor),)  # what shares its memory cannot be told
-    memory = tensor.untyped_storage()._cdata
-    return memory, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _checked_list(model: nn.Module, group: GroupPlan, slot: Slot) -> nn.ModuleList:
