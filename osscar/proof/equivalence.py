@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -400,8 +401,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     try:
         for group in (group for group in plan.groups if not group.kind.routed):
             for slot in group.consumers:
-                path, _, attribute = slot.tensor.rpartition(".")
-                weight = getattr(model.get_submodule(path), attribute)
+                weight = attrgetter(slot.tensor)(model)
                 index = torch.tensor(slot.indices(group.gone), device=weight.device)
                 if isinstance(weight, OnDisk):
                     on_disk.append((weight, weight.place))

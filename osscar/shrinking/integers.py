@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
+from operator import attrgetter
 from types import TracebackType
 from typing import TypeAlias
 
@@ -185,8 +186,7 @@ class IntegerSearch:
                     cut[slot.tensor, slot.dim] = old, new
         sizes: dict[int, int] = {}
         for (tensor, dim), (old, new) in cut.items():
-            module, _, attribute = tensor.rpartition(".")
-            now = getattr(self.model.get_submodule(module), attribute).shape[dim]
+            now = attrgetter(tensor)(self.model).shape[dim]
             sizes |= {now - new + old: now, old: new}
         return sizes
 
