@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.base.errors import AdapterError, CheckpointError, FileError, OptionError
+from osscar.base.errors import AdapterError, CheckpointError, FileError
 from osscar.base.json_files import STRICT, validated
 
 _MOST = 2**31
@@ -325,12 +325,3 @@ def experts_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
             units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))
             found[group.name] = dataclasses.replace(group, units=units, kept=kept)
     return list(found.values())
-
-
-def check_plan(plan: object) -> None:
-    """Refuse what is no plan."""
-    if not isinstance(plan, PruningPlan):
-        raise OptionError(
-            f"the plan is a {type(plan).__name__}; give a PruningPlan, which "
-            "PruningPlan.from_json makes of a saved one"
-        )

@@ -54,7 +54,7 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
     Raises
     ------
     OptionError
-        If one of them is neither, or what is decorated is no function.
+        If one of them is neither.
 
     Examples
     --------
@@ -73,8 +73,6 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
             )
 
     def register(function: _Function) -> _Function:
-        if not callable(function):
-            raise OptionError(f"an adapter is {safe_repr(function)}; give a function")
         for kind in classes:
             _ADAPTERS[kind if isinstance(kind, str) else full_name(kind)] = function
         return function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from osscar.base.errors import EquivalenceError, ModelError, OptionError, first_line
-from osscar.base.inputs import safe_repr
+from osscar.base.errors import EquivalenceError, ModelError, first_line
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState, restored
 from osscar.network.modules import (
@@ -34,7 +33,7 @@ from osscar.proof.equivalence import (
     prove_equal,
 )
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure, check_plan
+from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure
 from osscar.proof.structural import (
     DensePrograms,
     StructureError,
@@ -98,12 +97,9 @@ def shrink(
     ------
     ModelError
         If the plan does not fit the model, or the model cannot run on the inputs.
-    OptionError
-        If plan or inputs are none.
     EquivalenceError
         If the programs or the outputs differ; `AdapterError` if a module cannot follow.
     """
-    check_request(plan, inputs)
     with (
         evaluating(model),
         torch.random.fork_rng(graphics_cards(model)),
@@ -241,19 +237,6 @@ def _proved(
 
 
 # ---- the masked model --------------------------------------------------------------------
-
-
-def check_request(plan: object, inputs: Sequence[Inputs]) -> None:
-    """Refuse what no model can be shrunk by, or proved on."""
-    check_plan(plan)
-    are_inputs = isinstance(inputs, list | tuple) and all(
-        isinstance(one, tuple | Mapping) for one in inputs
-    )
-    if not inputs or not are_inputs:
-        raise OptionError(
-            f"the inputs of the proof are {safe_repr(inputs)}; give a list of tuples of positional "
-            "arguments, or of dicts of keyword arguments, at least one"
-        )
 
 
 def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> None:

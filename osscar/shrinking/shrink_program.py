@@ -37,7 +37,7 @@ from osscar.proof.program import (
 )
 from osscar.proof.structural import by_construction
 from osscar.shrinking.fold import fold
-from osscar.shrinking.shrink import Proof, check_request, fold_named
+from osscar.shrinking.shrink import Proof, fold_named
 from osscar.shrinking.slice import slice_units
 
 
@@ -89,12 +89,11 @@ def shrink_program(
     ModelError
         If the plan does not fit the model, or the model cannot run on the inputs.
     OptionError
-        If plan, inputs or example are none.
+        If the example is no dict of tensors, each of two samples or more.
     EquivalenceError
         If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
         follow.
     """
-    check_request(plan, inputs)
     _check_example(example)
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])

@@ -17,7 +17,7 @@ from osscar.base.errors import ModelError, warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, check_plan, experts_left
+from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, experts_left
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 
@@ -40,11 +40,8 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     ModelError
         If a tensor of the plan does not exist or has another size, or if tied tensors would be
         cut in different ways.  Whatever the error, the model is as it was before.
-    OptionError
-        If the plan is none.
     """
     check_module(model)
-    check_plan(plan)
     if plan.form is not Form.EAGER:
         raise ModelError(
             "the plan was carried out on the exported program of a model, whose modules may not be "
