@@ -94,7 +94,14 @@ def shrink_program(
         If the outputs differ; `AdapterError` if there is no such program, or something in it cannot
         follow.
     """
-    _check_example(example)
+    tensors = isinstance(example, Mapping) and all(
+        isinstance(value, Tensor) and value.dim() and len(value) > 1 for value in example.values()
+    )
+    if not tensors or not example:
+        raise OptionError(
+            f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
+            "each with two samples or more"
+        )
     with evaluating(model), restored(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
@@ -153,19 +160,6 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
     if isinstance(model, PreTrainedModel):
         program.built_by = type(model), copy.deepcopy(model.config)
     return program
-
-
-def _check_example(example: object) -> None:
-    """Refuse what a program cannot be traced with."""
-    tensors = isinstance(example, Mapping) and all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) > 1
-        for name, value in example.items()
-    )
-    if not tensors or not example:
-        raise OptionError(
-            f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
-            "each with two samples or more"
-        )
 
 
 class ProgramTrial:

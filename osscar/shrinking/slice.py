@@ -106,7 +106,12 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
             for place in ((key, slot.dim, False), (key, slot.dim, True))[: 1 + passes]:
                 undecided = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
                 _decide(fates.setdefault(place, undecided), group, slot)
-    holders = _holders(model)
+    holders: dict[_Storage, list[_Holder]] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store, (attribute, tensor) in ((s, item) for s in stores for item in s.items()):
+            if tensor is not None:
+                holders.setdefault(identity_of(tensor), []).append((module, store, attribute))
     for key, tensor in tensors.items():
         new = tensor.detach()
         for dim in range(tensor.dim()):
@@ -130,7 +135,15 @@ def _shorten(model: nn.Module, plan: PruningPlan) -> None:
     """
     for group in plan.groups:
         for slot in filter(is_list, group.slots):
-            members = _checked_list(model, group, slot)
+            try:
+                members = model.get_submodule(slot.tensor)
+            except AttributeError:
+                members = None
+            if not isinstance(members, nn.ModuleList) or len(members) != group.units:
+                raise ModelError(
+                    f"group {group.name!r}: no list {slot.tensor!r} of {group.units} modules in "
+                    "this model; the plan is for another"
+                )
             stay = [members[unit] for unit in group.kept]
             members._modules.clear()
             members._modules.update({str(number): member for number, member in enumerate(stay)})
@@ -162,30 +175,6 @@ def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
                 "alike, or untie them first"
             )
         fate[index] = decision
-
-
-def _holders(model: nn.Module) -> dict[_Storage, list[_Holder]]:
-    found: dict[_Storage, list[_Holder]] = {}
-    for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for store in stores:
-            for attribute, tensor in store.items():
-                if tensor is not None:
-                    found.setdefault(identity_of(tensor), []).append((module, store, attribute))
-    return found
-
-
-def _checked_list(model: nn.Module, group: GroupPlan, slot: Slot) -> nn.ModuleList:
-    try:
-        members = model.get_submodule(slot.tensor)
-    except AttributeError:
-        members = None
-    if not isinstance(members, nn.ModuleList) or len(members) != group.units:
-        raise ModelError(
-            f"group {group.name!r}: no list {slot.tensor!r} of {group.units} modules in this "
-            "model; the plan is for another"
-        )
-    return members
 
 
 def _checked_tensor(model: nn.Module, group: GroupPlan, slot: Slot) -> Tensor:
