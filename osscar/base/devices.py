@@ -10,7 +10,7 @@ import torch
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -44,19 +44,12 @@ def resolve_dtype(
     """
     if dtype is None or dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else None
-    resolved = next(
-        (
-            kind
-            for name, kind in _DTYPES.items()
-            if dtype is kind or dtype in (name, f"torch.{name}")
-        ),
-        None,
-    )
-    if resolved is None:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
         raise OptionError(
-            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(_DTYPES)}"
+            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(DTYPES)}"
         )
-    return resolved
+    return DTYPES[name]
 
 
 def this_device(device: torch.device) -> dict[str, str]:

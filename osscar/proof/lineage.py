@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from osscar.base.devices import DTYPES
 from osscar.base.errors import ModelError
 from osscar.base.json_files import STRICT
 from osscar.base.printable import published
@@ -176,10 +177,7 @@ def weights_digest(model: nn.Module) -> str:
     return sha256_of((str(index), one) for index, one in enumerate(tensors))[:16]
 
 
-FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
+FORMATS = {"float64": torch.float64, **DTYPES}
 """Number formats by the names that lineages have for them."""
 
 
