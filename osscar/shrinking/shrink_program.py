@@ -77,9 +77,7 @@ def shrink_program(
     plan
         What stays.
     inputs
-        On which both are compared, best of more than one number of samples.  Where the program
-        takes inputs of other sizes than those of the example, half and twice that size are tried,
-        too.
+        On which both are compared, best of more than one size.
     example
         What the model is traced with: keyword arguments of its forward pass, tensors of two samples
         or more.
@@ -177,7 +175,6 @@ class ProgramTrial:
         self.inputs = [in_format_of(one, model) for one in inputs]
         check_traced(self._form({}, {}))
         self.left_open, self.program = traced_as_open(self._traced, self.example)
-        self.inputs += self._of_other_size()
 
     @property
     def dense(self) -> nn.Module:
@@ -194,7 +191,8 @@ class ProgramTrial:
         """Dimensions of inputs of which the model takes other sizes, and the program does not."""
 
         def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
-            return runs(self.model, self._of_shapes(shapes))
+            drawn = {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
+            return runs(self.model, drawn)
 
         return sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
 
@@ -222,30 +220,6 @@ class ProgramTrial:
             )
         return program
 
-    def _of_other_size(self) -> list[Mapping[str, Tensor]]:
-        """Return a sample of half or twice the size, if model and program take that."""
-        open_sizes = self.program.standalone.sizes.shapes
-        if all(size is not None for sizes in open_sizes.values() for size in sizes[1:]):
-            return []
-        for numerator, denominator in ((1, 2), (2, 1)):
-            shapes = {
-                name: [
-                    *([1] if sizes[0] is None else sizes[:1]),
-                    *(
-                        n * numerator // denominator if size is None else n
-                        for size, n in zip(sizes[1:], self.example[name].shape[1:], strict=True)
-                    ),
-                ]
-                for name, sizes in open_sizes.items()
-            }
-            one = self._of_shapes(shapes)
-            if runs(self.model, one) and self.program.standalone.takes(one):
-                return [one]
-        return []
-
-    def _of_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        return {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
-
     def proved(self, plan: PruningPlan) -> tuple[ProgramModule, Proof]:
         """Return the smaller program, and how far it is from the masked model."""
         shrunk = shrunk_graph(self.program, plan)
@@ -265,11 +239,7 @@ class ProgramTrial:
 
 
 def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw a tensor of another shape from the values of an example, or noise around them."""
+    """Draw a tensor of another shape from the values of an example."""
     generator = torch.Generator().manual_seed(0)
-    values = example.flatten()
-    places = torch.randint(len(values), tuple(shape), generator=generator)
-    drawn = values[places.to(values.device)]
-    if drawn.is_floating_point():
-        drawn = drawn + torch.randn(drawn.shape, generator=generator).to(drawn)
-    return drawn
+    places = torch.randint(example.numel(), tuple(shape), generator=generator)
+    return example.flatten()[places.to(example.device)]
