@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -167,6 +167,21 @@ class TracedInput:
     def example(self) -> Tensor:
         """Return zeros of that form."""
         return torch.zeros(self.shape, dtype=_TRACED_FORMATS[self.dtype])
+
+
+def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
+    """Say which sizes a program takes no others of; nothing if it takes all that its model does.
+
+    `traced` are the fields of each `TracedInput`.
+    """
+    dims: dict[int, list[str]] = {}
+    for given in traced:
+        for dim in given["fixed"]:
+            dims.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
+    said = [f"{size} alone along {' and '.join(where)}" for size, where in dims.items()]
+    if not said:
+        return ""
+    return f"the exported program takes {', '.join(said)}, where the dense model takes other sizes"
 
 
 def _checked_inputs(traced: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:

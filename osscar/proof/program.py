@@ -9,7 +9,7 @@ and the outputs have to be those of the masked model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -30,6 +30,7 @@ from graph.tracing.export import varies
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import without_cache
 from graph.tracing.standalone import GUARDS, Standalone, export_standalone
+from graph.tracing.standalone import Sizes as OpenSizes
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
@@ -38,10 +39,47 @@ from osscar.network.model_state import restored
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import shapes_only
 from osscar.proof.equivalence import in_format_of
-from osscar.proof.input_sizes import InputSizes
 from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
 from osscar.proof.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
 from osscar.proof.plan import PruningPlan, TracedInput
+
+_OTHERWISE = (
+    "give inputs of such sizes; where the dense model takes others, so do its modules "
+    "(--form eager)"
+)
+
+
+class InputSizes(nn.Module):
+    """Refuses inputs of sizes that a program does not take, before it computes anything."""
+
+    _is_impure = True
+    """Lets torch keep it in a graph in which nobody reads what it returns."""
+
+    def __init__(self, sizes: OpenSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, *inputs: Tensor) -> None:
+        """Check the inputs of the program."""
+        given = dict(zip(self.sizes.shapes, inputs, strict=True))
+        wrong = self.sizes.misfit(given)
+        if wrong is not None:
+            raise ModelError(
+                f"{wrong} is of {_written(given[wrong].shape)}, and the exported program takes "
+                f"{_written(self.sizes.shapes[wrong])}, since it was traced with these sizes; "
+                f"{_OTHERWISE}"
+            )
+        condition = self.sizes.broken(given)
+        if condition is not None:
+            sizes = ", ".join(f"{name} of {_written(one.shape)}" for name, one in given.items())
+            raise ModelError(
+                f"the exported program does not hold for {sizes}, but where {condition}; "
+                f"{_OTHERWISE}"
+            )
+
+
+def _written(shape: Sequence[int | None]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
 class ProgramModule(GraphModule):

@@ -18,8 +18,7 @@ from osscar.base.printable import (
     share,
 )
 from osscar.evaluation.tables import comparison_rows, dense_facts
-from osscar.proof.input_sizes import fixed_in_words
-from osscar.proof.plan import Certificate
+from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
 from osscar.report.figures import color as color_of
 from osscar.report.figures import from_zero, legend, new_figure, png_of, shares

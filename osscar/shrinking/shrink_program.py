@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,6 @@ from osscar.base.memory import let_shortage_pass
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
-from osscar.proof.input_sizes import fixed_in_words, sizes_given_up
 from osscar.proof.lineage import hand_on_structure, lineage_of, note, remember_structure
 from osscar.proof.plan import (
     Certificate,
@@ -27,6 +26,7 @@ from osscar.proof.plan import (
     PruningPlan,
     TracedInput,
     check_traced,
+    fixed_in_words,
 )
 from osscar.proof.program import (
     ProgramModule,
@@ -194,7 +194,7 @@ class ProgramTrial:
             drawn = {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
             return runs(self.model, drawn)
 
-        return sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
+        return _sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
 
     def _form(
         self, left_open: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
@@ -236,6 +236,39 @@ class ProgramTrial:
                 f"the exported program fails on the inputs of the proof: {first_line(error)}"
             ) from error
         return made, Proof(plan, Certificate(match.error, match.ties, structure))
+
+
+def _sizes_given_up(
+    shapes: Mapping[str, Sequence[int | None]],
+    example: Mapping[str, Tensor],
+    runs: Callable[[Mapping[str, Sequence[int]]], bool],
+) -> dict[str, tuple[int, ...]]:
+    """Return the dimensions of which a model takes other sizes, and its program does not.
+
+    They are by the names of the inputs; `example` is what the program was traced with, and `runs`
+    tells whether the model takes inputs of some shapes.  Dimensions of one size may have to be
+    alike, so that all of them are tried together, and then each alone.
+    """
+    sizes: dict[int, list[tuple[str, int]]] = {}
+    for name, shape in shapes.items():
+        for dim, size in enumerate(shape):
+            if dim and size is not None:
+                sizes.setdefault(size, []).append((name, dim))
+    found: set[tuple[str, int]] = set()
+    for size, dims in sizes.items():
+        for some in (dims, *([dim] for dim in dims)):
+            for other in (2 * size, size // 2) if size > 3 else (2 * size,):
+                tried = {
+                    name: [other if (name, d) in some else n for d, n in enumerate(t.shape)]
+                    for name, t in example.items()
+                }
+                if not found.issuperset(some) and runs(tried):
+                    found.update(some)
+    return {
+        name: those
+        for name in shapes
+        if (those := tuple(sorted(dim for of, dim in found if of == name)))
+    }
 
 
 def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
