@@ -180,22 +180,20 @@ def refusal(node: Node, why: str) -> AdapterError:
 Rule: TypeAlias = Callable[[_Call], None]
 
 
+def _resize(call: _Call, name: str, extents: Sequence[Extent]) -> None:
+    """Let an argument that lists the sizes of some dimensions follow."""
+    numbers: Sequence[Number] = call.argument(name)
+    call.replace(name, [call.resized(n, e) for n, e in zip(numbers, extents, strict=True)])
+
+
 def _sized(name: str) -> Rule:
     """Make a rule for an argument that lists the sizes of the output."""
-
-    def follow(call: _Call) -> None:
-        numbers: Sequence[Number] = call.argument(name)
-        pairs = zip(numbers, call.outputs[0], strict=True)
-        call.replace(name, [call.resized(number, extent) for number, extent in pairs])
-
-    return follow
+    return lambda call: _resize(call, name, call.outputs[0])
 
 
 def _unflattened(call: _Call) -> None:
-    numbers: Sequence[Number] = call.argument("sizes")
     first = call.argument("dim") % len(call.input("self"))
-    made = call.outputs[0][first : first + len(numbers)]
-    call.replace("sizes", [call.resized(n, e) for n, e in zip(numbers, made, strict=True)])
+    _resize(call, "sizes", call.outputs[0][first:][: len(call.argument("sizes"))])
 
 
 def _repeated(name: str) -> Rule:
@@ -244,10 +242,7 @@ def _split_evenly(call: _Call) -> None:
 
 
 def _split_by_sizes(call: _Call) -> None:
-    dim = call.argument("dim")
-    numbers: Sequence[Number] = call.argument("split_sizes")
-    pairs = zip(numbers, call.outputs, strict=True)
-    call.replace("split_sizes", [call.resized(number, dims[dim]) for number, dims in pairs])
+    _resize(call, "split_sizes", [dims[call.argument("dim")] for dims in call.outputs])
 
 
 def _split_at(call: _Call) -> None:
