@@ -118,7 +118,7 @@ def shrink(
             attempt = partial(rehearse, model, inputs=inputs, programs=programs)
             found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
-            raise type(error)(f"{error}; nothing was written. {_blamed(found)}") from error
+            raise type(error)(f"{error}; nothing was written. {_advice(found)}") from error
 
 
 def rehearse(
@@ -346,7 +346,7 @@ _MOST_TRIALS = 64
 _MOST_SECONDS = 120.0
 
 
-def _blamed(found: Feasibility) -> str:
+def _advice(found: Feasibility) -> str:
     """Say which groups of a refused plan cannot go, and what to do."""
     names = list(found.reasons)
     shown = listed([*map(repr, names)], 8)
