@@ -44,7 +44,7 @@ def resolve_dtype(
     """
     if dtype is None or dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else None
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
     if name not in DTYPES:
         raise OptionError(
             f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(DTYPES)}"

@@ -24,12 +24,6 @@ LOCK_FILE = ".osscar.lock"
 PARTIAL = ".partial"
 """How the names of directories end in which something is being written."""
 
-_LONGEST_PATH = 4096
-"""Bytes, as Linux has it; other systems refuse earlier."""
-
-_DEEPEST = 256
-"""Directories in one another; Python makes each in the call that makes the next."""
-
 
 def cache_directory() -> Path:
     """Give the place of what is kept between runs: ``$OSSCAR_CACHE``, else ``~/.cache/osscar``."""
@@ -144,8 +138,6 @@ def resolved(path: str | os.PathLike[str]) -> Path:
                     f"cannot write {given}: {place} is a link to {str(place.readlink())!r}, where "
                     "there is nothing; make that, remove the link, or give another"
                 )
-        if len(os.fsencode(found)) >= _LONGEST_PATH or len(found.parts) > _DEEPEST:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
     return found
