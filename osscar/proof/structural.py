@@ -59,12 +59,12 @@ _NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
 class StructureError(EquivalenceError):
     """A smaller model's program is another one than that of the dense model without its units.
 
-    `by_module` are the errors of each module whose code makes a difference, by its name.
+    `by_module` says what differs first in each module whose code makes a difference, by its name.
     """
 
     def __init__(self, message: str, by_module: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.by_module = {name: EquivalenceError(what) for name, what in (by_module or {}).items()}
+        self.by_module = dict(by_module or {})
 
 
 @dataclass(frozen=True, eq=False)

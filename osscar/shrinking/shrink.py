@@ -298,34 +298,29 @@ class Feasibility:
         if failure is None:
             return [*going, *more]
         if len(more) == 1 or self.spent:
-            for plan in more:
-                self.leave(plan, failure)
+            self.reasons |= {plan.name: first_line(failure) for plan in more}
             return list(going)
         blamed = self._blamed(failure, more)
         if blamed:
-            for plan, error in blamed:
-                self.leave(plan, error)
-            left = {plan.name for plan, _ in blamed}
-            others = [plan for plan in more if plan.name not in left]
+            self.reasons |= blamed
+            others = [plan for plan in more if plan.name not in blamed]
             return self.grown(going, others) if others else list(going)
         middle = len(more) // 2
         grown = self.grown(going, more[:middle])
         all_went = len(grown) == len(going) + middle
         return self.grown(grown, more[middle:], failure if all_went else None)
 
-    def _blamed(
-        self, failure: Exception, more: Sequence[GroupPlan]
-    ) -> list[tuple[GroupPlan, Exception]]:
-        """Return groups with what their modules do, where no other group is near these."""
+    def _blamed(self, failure: Exception, more: Sequence[GroupPlan]) -> dict[str, str]:
+        """Return what modules of groups do, by group, where no other group is near these."""
         if not isinstance(failure, StructureError):
-            return []
+            return {}
         near = {plan.name: set(nearby(self.model, plan)) for plan in more}
-        found: dict[str, tuple[GroupPlan, Exception]] = {}
-        for module, error in failure.by_module.items():
-            those = [plan for plan in more if module in near[plan.name]]
+        found: dict[str, str] = {}
+        for module, reason in failure.by_module.items():
+            those = [name for name in near if module in near[name]]
             if len(those) == 1:
-                found.setdefault(those[0].name, (those[0], error))
-        return list(found.values())
+                found.setdefault(those[0], reason)
+        return found
 
     def failure(self, plans: Sequence[GroupPlan]) -> Exception | None:
         """Return how groups fail together, or None if they can go."""
@@ -336,10 +331,6 @@ class Feasibility:
             # Without the frames that raised it, which hold on to the shrunk model.
             return error.with_traceback(None)
         return None
-
-    def leave(self, plan: GroupPlan, failure: Exception) -> None:
-        """Note that a group cannot go."""
-        self.reasons[plan.name] = first_line(failure)
 
 
 _MOST_TRIALS = 64
