@@ -300,7 +300,8 @@ class ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture, which is called with what is `Routed`.
 
     Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
-    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.
+    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.  `dim` and
+    `form` are of the matrix of one expert.
     """
 
     mixture: Mixture
@@ -310,6 +311,11 @@ class ExpertMap(LinearMap):
     def label(self) -> str:
         """The module and the expert."""
         return f"{self.name}[{self.expert}]"
+
+    @property
+    def holder(self) -> str:
+        """What holds the matrix of this expert."""
+        return self.mixture.holder(self.expert)
 
     def read_inputs(self, x: Routed) -> Iterator[Tensor]:
         """Yield the tokens that are sent to this expert."""
@@ -333,4 +339,4 @@ class ExpertMap(LinearMap):
         return self.mixture.visits(x).expert == self.expert
 
     def _view(self, weight: Tensor) -> Tensor:
-        return weight[self.expert].movedim(self.mixture.dim - 1, 0)
+        return super()._view(weight[self.expert] if weight.ndim == 3 else weight)

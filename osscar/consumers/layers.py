@@ -8,7 +8,7 @@ weight::
     def scaled(layer, x, inputs):
         return features(layer, layer.scale * x, inputs)
 
-    LAYERS[code_of(ScaledLinear)] = Layer(lambda layer: ROWS, scaled)
+    LAYERS[ScaledLinear.forward] = Layer(lambda layer: ROWS, scaled)
 """
 
 from __future__ import annotations
@@ -64,12 +64,9 @@ ROWS = Form((1,), (0,), (-1,))
 
 def layer_of(module: nn.Module) -> Layer | None:
     """Return the row of `LAYERS` for a module; None where it runs other code than those."""
-    return None if "forward" in vars(module) else LAYERS.get(code_of(type(module)))
-
-
-def code_of(kind: type[nn.Module]) -> str:
-    """Return the full name of the forward pass of a class: a key of `LAYERS`."""
-    return f"{kind.forward.__module__}.{kind.forward.__qualname__}"
+    code: Any = type(module).forward
+    name = f"{code.__module__}.{getattr(code, '__qualname__', '')}"
+    return None if "forward" in vars(module) else LAYERS.get(code, LAYERS.get(name))
 
 
 # ---- what layers read --------------------------------------------------------------------
@@ -142,23 +139,27 @@ def input_gates(module: nn.Module, x: Tensor) -> Tensor:
 
 _LINEAR = Layer(lambda _: ROWS, features)
 _CONVOLUTION = Layer(_filters, _channels)
+_TRANSPOSED = Layer(_transposed, _channels)
+_RECURRENT = Layer(lambda _: ROWS, features, _gates, input_gates)
+_DEFORMED = Layer(_filters, _channels, product=_deformed)
 
-LAYERS: dict[str, Layer] = {
-    **dict.fromkeys(map(code_of, (nn.Conv1d, nn.Conv2d, nn.Conv3d)), _CONVOLUTION),
-    **dict.fromkeys(
-        map(code_of, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
-        Layer(_transposed, _channels),
-    ),
-    **dict.fromkeys(
-        map(code_of, (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
-        Layer(lambda _: ROWS, features, _gates, input_gates),
-    ),
-    code_of(nn.Linear): _LINEAR,
-    code_of(Conv1D): Layer(lambda _: Form((0,), (1,), (-1,)), features),
+LAYERS: dict[Callable[..., Any] | str, Layer] = {
+    nn.Linear.forward: _LINEAR,
+    Conv1D.forward: Layer(lambda _: Form((0,), (1,), (-1,)), features),
+    nn.Conv1d.forward: _CONVOLUTION,
+    nn.Conv2d.forward: _CONVOLUTION,
+    nn.Conv3d.forward: _CONVOLUTION,
+    nn.ConvTranspose1d.forward: _TRANSPOSED,
+    nn.ConvTranspose2d.forward: _TRANSPOSED,
+    nn.ConvTranspose3d.forward: _TRANSPOSED,
+    nn.LSTM.forward: _RECURRENT,
+    nn.GRU.forward: _RECURRENT,
+    nn.RNN.forward: _RECURRENT,
+    nn.LSTMCell.forward: _RECURRENT,
+    nn.GRUCell.forward: _RECURRENT,
+    nn.RNNCell.forward: _RECURRENT,
     "timm.layers.linear.Linear.forward": _LINEAR,
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": _LINEAR,
-    "torchvision.ops.deform_conv.DeformConv2d.forward": Layer(
-        _filters, _channels, product=_deformed
-    ),
+    "torchvision.ops.deform_conv.DeformConv2d.forward": _DEFORMED,
 }
-"""By the full name of a forward pass (`code_of`)."""
+"""By the function of the forward pass; by its full name where a library may not be installed."""

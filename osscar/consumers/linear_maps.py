@@ -12,7 +12,7 @@ from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.base.errors import ModelError
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.layers import RECURRENT, layer_of
-from osscar.consumers.mixtures import Mixture
+from osscar.consumers.mixtures import Mixture, sound_mixtures
 from osscar.consumers.products import Form, Product, holder, products_of, station
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
@@ -48,17 +48,6 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
     module = model.get_submodule(slots[0].module)
     plain = name != slots[0].module or isinstance(module, nn.modules.conv._ConvNd)
     return None if plain else Mixture(name, module, parameter, slots[0].dim)
-
-
-def mixtures_of(model: nn.Module, groups: Sequence[CouplingGroup]) -> dict[str, Mixture]:
-    """Return what reads prunable groups and may be a mixture of experts, by name of the tensor."""
-    found = {
-        slots[0].tensor: _mixture_of(model, slots)
-        for group in groups
-        if not group.frozen
-        for slots in _by_tensor(group)
-    }
-    return {name: mixture for name, mixture in found.items() if mixture is not None}
 
 
 def linear_maps(
@@ -109,8 +98,9 @@ def _of_product(model: nn.Module, slots: Sequence[Slot], product: Product) -> It
 
 
 def _of_experts(slots: Sequence[Slot], mixture: Mixture) -> Iterator[LinearMap]:
-    form = Form((mixture.dim,), (3 - mixture.dim,), (-1,))
-    read = mixture.name, mixture.module, mixture.parameter, None, mixture.dim, form, _owned(slots)
+    dim = mixture.dim - 1
+    form = Form((dim,), (1 - dim,), (-1,))
+    read = mixture.name, mixture.module, mixture.parameter, None, dim, form, _owned(slots)
     for expert in range(mixture.count):
         yield ExpertMap(*read, mixture=mixture, expert=expert)
 
@@ -158,34 +148,72 @@ def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
 # ---- what cannot be refitted -------------------------------------------------------------
 
 
-def readable_products(
+def refittable(
     model: nn.Module,
     example: Mapping[str, Tensor],
     groups: Sequence[CouplingGroup],
-    elsewhere: Collection[str],
-    mixtures: Collection[str],
-) -> dict[str, Product]:
-    """Return the weights that can be observed only where code multiplies by them, by name.
+    elsewhere: Collection[str] = (),
+) -> tuple[tuple[CouplingGroup, ...], dict[str, Product]]:
+    """Freeze the groups whose consumers cannot be refitted, and say why.
 
-    Those are left out of which not all that is done with them is known.
+    Parameters
+    ----------
+    model, example, groups
+        The traced model, inputs of it, and its groups; the frozen ones stay as they are.
+    elsewhere
+        Modules whose weights other code than their own reads, too.
+
+    Returns
+    -------
+    The groups, and the weights, by name, that are observed where code multiplies by them.
     """
-    read: dict[str, set[int]] = {}
-    wanted: set[str] = set()
-    for slots in (slots for g in groups if not g.frozen for slots in _by_tensor(g)):
-        name, weight = slots[0].tensor, attrgetter(slots[0].tensor)(model)
-        read.setdefault(name, set()).add(slots[0].dim)
-        real = isinstance(weight, nn.Parameter) and weight.is_floating_point()
-        owner = model.get_submodule(name.rpartition(".")[0])
-        plain = real and not isinstance(weight, OnDisk) and not isinstance(owner, RECURRENT)
-        plain = plain and _mixture_around(slots[0].module, mixtures) is None
-        if plain and _reason(model, slots, elsewhere, mixtures) is not None:
-            wanted.add(name)
-    found = products_of(model, example, wanted)
-    return {
-        name: one
-        for name, one in found.items()
-        if all(_is_matrix(model.get_parameter(name), one, dim) for dim in read[name])
+    consumers = {group.name: _by_tensor(group) for group in groups if not group.frozen}
+    read = [slots for some in consumers.values() for slots in some]
+    possible = {slots[0].tensor: _mixture_of(model, slots) for slots in read}
+    mixtures = sound_mixtures(
+        model, example, {name: one for name, one in possible.items() if one is not None}
+    )
+    reasons = {slots: _reason(model, slots, elsewhere, mixtures) for slots in read}
+    wanted = {
+        slots[0].tensor
+        for slots, reason in reasons.items()
+        if reason is not None and _may_be_product(model, slots[0], mixtures)
     }
+    products = {
+        name: product
+        for name, product in products_of(model, example, wanted).items()
+        if all(
+            _is_matrix(model.get_parameter(name), product, slots[0].dim)
+            for slots in read
+            if slots[0].tensor == name
+        )
+    }
+    found = []
+    for group in groups:
+        if not group.frozen:
+            alone = [slots for slots in consumers[group.name] if slots[0].tensor not in products]
+            freezes = tuple(
+                Freeze(reason, "refit", slots[0].module)
+                for slots in alone
+                if (reason := reasons[slots]) is not None
+            )
+            group = dataclasses.replace(group, frozen=freezes)
+            group = group if freezes else _with_steps(model, group, alone)
+        found.append(group)
+    return tuple(found), products
+
+
+def _may_be_product(model: nn.Module, slot: Slot, mixtures: Collection[str]) -> bool:
+    """Whether a weight that no layer reads may be observed where code multiplies by it."""
+    weight = attrgetter(slot.tensor)(model)
+    owner = model.get_submodule(slot.tensor.rpartition(".")[0])
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.is_floating_point()
+        and not isinstance(weight, OnDisk)
+        and not isinstance(owner, RECURRENT)
+        and _mixture_around(slot.module, mixtures) is None
+    )
 
 
 def _is_matrix(weight: Tensor, product: Product, dim: int) -> bool:
@@ -195,40 +223,6 @@ def _is_matrix(weight: Tensor, product: Product, dim: int) -> bool:
         return False
     columns = weight.permute(*form.made, *form.summed).flatten(0, len(form.made) - 1)
     return columns.data_ptr() == weight.data_ptr()
-
-
-def freeze_unreadable(
-    model: nn.Module,
-    groups: Sequence[CouplingGroup],
-    elsewhere: Collection[str] = (),
-    mixtures: Collection[str] = (),
-    products: Mapping[str, Product] | None = None,
-) -> tuple[CouplingGroup, ...]:
-    """Freeze the groups whose consumers cannot be refitted, and say why.
-
-    Parameters
-    ----------
-    model, groups
-        The traced model, and its groups; the frozen ones stay as they are.
-    elsewhere
-        Modules whose weights other code than their own reads, too.
-    mixtures
-        Tensors that were seen to be the last matrices of a mixture of experts.
-    products
-        Weights, by name, that are observed where code multiplies by them.
-    """
-    found = []
-    for group in groups:
-        if not group.frozen:
-            reasons = (
-                (slots[0].module, _reason(model, slots, elsewhere, mixtures))
-                for slots in _by_tensor(group)
-                if slots[0].tensor not in (products or {})
-            )
-            freezes = tuple(Freeze(why, "refit", name) for name, why in reasons if why is not None)
-            group = _with_steps(model, dataclasses.replace(group, frozen=freezes), products or {})
-        found.append(group)
-    return tuple(found)
 
 
 def _mixture_around(module: str, mixtures: Collection[str]) -> str | None:
@@ -256,24 +250,23 @@ def _reason(
     return _unreadable(model, slots)
 
 
-def _with_steps(model: nn.Module, group: CouplingGroup, products: Collection[str]) -> CouplingGroup:
+def _with_steps(
+    model: nn.Module, group: CouplingGroup, consumers: Sequence[tuple[Slot, ...]]
+) -> CouplingGroup:
     """Note which widths kernels take that multiply all experts at once: rows of 16 bytes.
 
     The model may run another kernel now, or in another number format than that of its files; what
     is saved of it is run by any, in that format.
     """
-    read = {} if group.frozen else mixtures_of(model, [group])
-    found = [mixture for name, mixture in read.items() if name not in products]
-    if not found:
+    mixtures = [one for slots in consumers if (one := _mixture_of(model, slots)) is not None]
+    if not mixtures:
         return group
     saved = stored_dtype(model).itemsize
-    step = max(_KERNEL_BYTES // min(one.weight.element_size(), saved) for one in found)
-    if step >= group.units:
-        module = found[0].name
-        return dataclasses.replace(
-            group, frozen=(Freeze(_TOO_NARROW.format(step), "refit", module),)
-        )
-    return dataclasses.replace(group, step=step)
+    step = max(_KERNEL_BYTES // min(one.weight.element_size(), saved) for one in mixtures)
+    if step < group.units:
+        return dataclasses.replace(group, step=step)
+    freeze = Freeze(_TOO_NARROW.format(step), "refit", mixtures[0].name)
+    return dataclasses.replace(group, frozen=(freeze,))
 
 
 def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:

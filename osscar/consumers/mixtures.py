@@ -80,27 +80,6 @@ class Routed:
         token, _ = taken.nonzero(as_tuple=True)
         return token, self.experts[taken], self.weights.detach()[taken]
 
-    def elsewhere(self) -> Routed:
-        """Return a call with drawn tokens: those of a model may be zero."""
-        drawn = torch.randn(self.hidden.shape, generator=torch.Generator().manual_seed(0))
-        return Routed(drawn.to(self.hidden), self.experts, self.weights)
-
-    def adds_up(self, token: Tensor, parts: Tensor, y: Tensor) -> bool:
-        """Whether y, (tokens, m), is the sum of what experts put out, (visits, m), times weights.
-
-        `token` is whose each part is.
-        """
-        if y.shape != (len(self.hidden), *parts.shape[1:]):
-            return False
-        total = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
-        return self.alike(total.index_add_(0, token, parts.double()), y)
-
-    def alike(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two outputs are the same to what rounding leaves, in the coarsest format."""
-        eps = max(torch.finfo(given.dtype).eps for given in (b, self.hidden, self.weights))
-        error = torch.linalg.vector_norm(a.double() - b.double())
-        return bool(error <= eps**_TOLERANCE * torch.linalg.vector_norm(b.double()))
-
 
 @dataclass(frozen=True, eq=False)
 class _Visits:
@@ -141,9 +120,9 @@ class Mixture:
         """How many experts there are."""
         return len(self.weight)
 
-    @property
-    def _bias(self) -> str:
-        return f"{self.parameter}_bias"
+    def holder(self, expert: int) -> str:
+        """Return the name of the module that has the last matrix of an expert."""
+        return self.name
 
     def visits(self, x: Routed) -> _Visits:
         """Return what the experts read in a call; computed once for all of them."""
@@ -182,44 +161,14 @@ class Mixture:
     def _replaced(self, weight: Tensor) -> Iterator[None]:
         """Let the module compute with another weight, and without a bias, while the block runs."""
         own: dict[str, Any] = self.module._parameters
-        before = dict(own)
+        before, bias = dict(own), f"{self.parameter}_bias"
         own[self.parameter] = weight
-        if own.get(self._bias) is not None:
-            own[self._bias] = torch.zeros_like(before[self._bias])
+        if own.get(bias) is not None:
+            own[bias] = torch.zeros_like(before[bias])
         try:
             yield
         finally:
             own.update(before)
-
-    def explains(self, x: Routed, y: Tensor) -> bool:
-        """Whether a call has put out the sum over experts of what they are found to read.
-
-        It has to with drawn weights, too: those of the model may be zero.
-        """
-        if y.shape != (len(x.hidden), self.weight.shape[3 - self.dim]):
-            return False
-        drawn = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(0))
-        drawn, elsewhere = drawn.to(self.weight), x.elsewhere()
-        with self._replaced(drawn):
-            other = self.module.forward(*elsewhere.tensors)
-        bias = self.module._parameters.get(self._bias)
-        return (
-            bool(other.any())
-            and x.adds_up(*self._parts(x, self.weight, bias), y)
-            and elsewhere.adds_up(*self._parts(elsewhere, drawn, None), other)
-        )
-
-    def _parts(self, x: Routed, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the token of each visit of a call, and what it adds, (visits, m), in float64."""
-        visits, W = self.visits(x), weight.movedim(self.dim, 1).double()
-        parts = visits.X.new_zeros(len(visits.token), W.shape[2], dtype=torch.float64)
-        for expert in set(visits.expert.tolist()):
-            here = visits.expert == expert
-            parts[here] = visits.X[here].double() @ W[expert]
-        if bias is not None:
-            _, expert, taken = x.taken(self.count)
-            parts += taken.double()[:, None] * bias.double()[expert.long()]
-        return visits.token, parts
 
 
 @torch.no_grad()
@@ -246,11 +195,32 @@ def sound_mixtures(
 
 
 def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
+    """Whether a mixture puts out the sum over experts of what they are found to read, times W.
+
+    Weights and tokens are drawn: those of a model may be zero.
+    """
     if x is None or not isinstance(y, Tensor):
         return False
+    chance = torch.Generator().manual_seed(0)
+    weight, hidden = (
+        torch.randn(t.shape, generator=chance).to(t) for t in (mixture.weight, x.hidden)
+    )
+    drawn = Routed(hidden, x.experts, x.weights)
     try:
-        return mixture.explains(x, y)
+        with mixture._replaced(weight):
+            found = drawn.output(mixture.module)
+        visits = mixture.visits(drawn)
     except (OsscarError, torch.OutOfMemoryError):
         raise
     except Exception:  # code of anyone's, which may not take single experts
         return False
+    W = weight.movedim(mixture.dim, 1).double()
+    expected = W.new_zeros(len(hidden), W.shape[2])
+    for expert in set(visits.expert.tolist()):
+        here = visits.expert == expert
+        expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
+    if not found.shape == expected.shape == y.shape or not bool(found.any()):
+        return False
+    eps = max(torch.finfo(given.dtype).eps for given in (found, hidden, x.weights))
+    error, size = (torch.linalg.vector_norm(t) for t in (expected - found.double(), found.double()))
+    return bool(error <= eps**_TOLERANCE * size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,20 +23,9 @@ from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.consumers.mixtures import Routed
-from osscar.experts.declared import (
-    alike,
-    calls_of,
-    declared_in,
-    expert_list,
-    is_named,
-    list_slots,
-    router_slots,
-    slots_in,
-    tensors_of,
-    undeclared,
-)
+from osscar.experts.declared import calls_of, declared_in, is_named, joined, undeclared
 from osscar.experts.last_layers import last_layers, last_matrices
-from osscar.experts.lists import ExpertList, joined
+from osscar.experts.lists import ExpertList, alike, expert_list
 from osscar.experts.routers import Call, Places, Router, router_of
 from osscar.kinds import Found
 from osscar.network.hooks import hooks
@@ -144,11 +134,14 @@ def mixtures_in(
 ) -> tuple[ExpertMixture | WholeMixture, ...]:
     """Run a model in evaluation mode, and return its mixtures of experts, whatever is refitted."""
     declared = declared_in(model)
-    lists = {joined(block, told.experts): block for block, told in declared.items()}
+    lists = {joined(block, one.experts): block for block, one in declared.items()}
     names = [
         name
         for name, module in model.named_modules()
-        if name in lists or _may_be_mixture(name, module)
+        if name in lists
+        or is_named(name)
+        or alike(module)
+        or any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
     ]
     names += [name for name in lists if name not in names]  # which their blocks do not have
     seen = _calls(model, example, names) if names else {}
@@ -164,13 +157,6 @@ def mixtures_in(
             reason = _NOT_ROUTED.format(name, type(model.get_submodule(name)).__name__)
             found.append(_frozen(model, name, reason + undeclared(model, name)))
     return tuple(found)
-
-
-def _may_be_mixture(name: str, module: nn.Module) -> bool:
-    """Whether a module is called like experts, has a matrix for each of several, or lists them."""
-    own = module.parameters(recurse=False)
-    stacked = any(p.ndim == 3 and len(p) > 1 for p in own)
-    return is_named(name) or alike(module) or stacked
 
 
 def _calls(model: nn.Module, example: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Seen]:
@@ -222,18 +208,18 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
         raise ModelError(_TWICE.format(name, seen.calls))
     if seen.router is None:
         raise ModelError(_NO_ROUTER.format(name))
-    experts, router = model.get_submodule(name), model.get_submodule(seen.router)
+    experts = model.get_submodule(name)
     count = _count(name, experts)
     if seen.x.experts.shape[1] >= count:
         raise ModelError(_TOO_FEW.format(count, name))
     try:
-        routing = router_of(router, seen.call, count)
+        routing = router_of(model.get_submodule(seen.router), seen.call, count)
     except ModelError as error:
         raise ModelError(f"the router {seen.router!r} {error}") from error
     slots = [
-        *router_slots(model, seen.router, count, order),
+        *_router_slots(model, seen.router, count, order),
         *_router_arguments(model, name, seen.router, seen.call, count, order),
-        *slots_in(model, name, count, Role.CONSUMER, order=order),
+        *_slots(model, name, count, Role.CONSUMER, order),
     ]
     last = _last_layer(experts, seen.x.hidden) if isinstance(experts, nn.ModuleList) else None
     group = _group(model, name, slots, routing.rule)
@@ -242,10 +228,15 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
 
 def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> ExpertMixture:
     """Return the mixture of a list of modules, given the tokens of a call of its block."""
-    name = joined(one.block, one.experts)
+    gate, name = joined(one.block, one.declared.gate), joined(one.block, one.declared.experts)
     routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
     last = _last_layer(model.get_submodule(name).children(), tokens)
-    group = _group(model, name, list_slots(model, one, order), one.rule)
+    slots = [
+        *_router_slots(model, gate, one.count, order),
+        *_slots(model, one.block, one.count, Role.PRODUCER, order, recurse=False),
+        *_slots(model, name, one.count, Role.CONSUMER, order),
+    ]
+    group = _group(model, name, slots, one.rule)
     return ExpertMixture(group, name, one.router, routing, one, last)
 
 
@@ -291,16 +282,44 @@ def _count(name: str, experts: nn.Module) -> int:
     return counts.pop()
 
 
+def _slots(
+    model: nn.Module, name: str, count: int, role: Role, order: int, *, recurse: bool = True
+) -> list[Slot]:
+    """Return where tensors of a module have entries for each of `count` experts.
+
+    Matrices have the role that is given.
+    """
+    module = model.get_submodule(name)
+    if isinstance(module, nn.ModuleList):
+        return [Slot(name, 0, role, name, count, order=order)]
+    tensors = (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse))
+    return [
+        Slot(
+            joined(name, tensor), tuple(t.shape).index(count),
+            Role.PASS_THROUGH if t.numel() == count else role, name, count, order=order,
+        )
+        for tensor, t in tensors
+        if count in t.shape
+    ]  # fmt: skip
+
+
+def _router_slots(model: nn.Module, router: str, count: int, order: int) -> list[Slot]:
+    slots = _slots(model, router, count, Role.PRODUCER, order)
+    if not any(slot.role is Role.PRODUCER for slot in slots):
+        raise ModelError(
+            f"the router {router!r} has no tensor with a row for each of {count} experts"
+        )
+    return slots
+
+
 def _router_arguments(
     model: nn.Module, experts: str, router: str, call: Call, count: int, order: int
 ) -> Iterator[Slot]:
     """Yield those tensors of the module around with a number for each expert that a router gets."""
     around = experts.rpartition(".")[0]
     leaves = {id(leaf) for leaf in pytree.tree_leaves(call)}
-    own = tensors_of(model.get_submodule(around), count, recurse=False)
-    given = {joined(around, name) for name, tensor in own.items() if id(tensor) in leaves}
-    for slot in slots_in(model, around, count, Role.PRODUCER, recurse=False, order=order):
-        if slot.role is Role.PASS_THROUGH and slot.tensor in given:
+    for slot in _slots(model, around, count, Role.PRODUCER, order, recurse=False):
+        if slot.role is Role.PASS_THROUGH and id(attrgetter(slot.tensor)(model)) in leaves:
             yield replace(slot, module=router)
 
 

@@ -39,6 +39,10 @@ class ListedMixture(Mixture):
         assert isinstance(found, nn.Linear)
         return found
 
+    def holder(self, expert: int) -> str:
+        """Return the name of the last layer of an expert."""
+        return f"{self.name}.{expert}.{self.parameter}".removesuffix(".")
+
     def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
         """Return what each expert's last layer reads, (visits, p)."""
         X = hidden.new_zeros(len(hidden), self.last(0).in_features)
@@ -72,24 +76,6 @@ def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _MemberMap(ExpertMap):
-    """What one expert adds to the output of a mixture whose experts are a list of modules.
-
-    `module` is the last layer of that expert, while calls are those of the list.
-    """
-
-    mixture: ListedMixture
-
-    @property
-    def holder(self) -> str:
-        """The last layer of the expert."""
-        return f"{self.name}.{self.expert}.{self.mixture.parameter}".removesuffix(".")
-
-    def _view(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-
 def last_matrices(
     prepared: Prepared, mixture: ExpertMixture
 ) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
@@ -109,6 +95,6 @@ def last_matrices(
         f"{mixture.group.name}.neurons", UnitKind.NEURONS, len(owned), (), removable=0
     )
     return neurons, tuple(
-        _MemberMap(name, layer, "weight", None, 1, ROWS, owned, mixture=listed, expert=expert)
+        ExpertMap(name, layer, "weight", None, 1, ROWS, owned, mixture=listed, expert=expert)
         for expert, layer in enumerate(layers)
     )

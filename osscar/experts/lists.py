@@ -3,7 +3,8 @@
 No module is called with tokens, their experts and weights there: the block asks a gate for logits,
 chooses, and adds up what the experts make of the tokens that it gives them.  How it weighs them is
 read off its outputs.  It is run with experts that put out a row of their own each, whatever they
-read: what these change about the output are the weights.
+read: what these change about the output are the weights.  The rule by which it routes is found so,
+on drawn numbers; and each call is held to it.
 
 While such a block is `called_as_mixtures`, it runs the rest of its code first.  Then it calls a
 module that routes by the rule that was found, and its list of experts with tokens, their experts
@@ -12,24 +13,40 @@ and weights, as a block with stacked matrices does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 
-from osscar.base.errors import ModelError
-from osscar.experts.routers import Call, logits_of, tied
-from osscar.network.hooks import hooks, other_forwards
+from osscar.base.errors import ModelError, OsscarError, first_line
+from osscar.base.memory import let_shortage_pass
+from osscar.experts.declared import Declaration, joined
+from osscar.experts.routers import (
+    Call,
+    SeenRoutes,
+    biases_in,
+    draw_tensors,
+    drawn_call,
+    logits_of,
+    misrouted,
+    rule_of,
+)
+from osscar.network.hooks import InDouble, hooks, other_forwards
+from osscar.network.modules import copied
 from solvers import RoutingRule
 
-MOST_TIED = 0.01
-"""The share of tokens that rounding may send to other experts than their logits say."""
+_NOTHING = 1e-10
+"""The share of a token's largest weight, in double precision, below which others are none."""
+_TOKENS = 256
+"""On how many tokens routes are read, at least."""
 
 _ROUTER = "osscar_router"
 """What a block calls the module that routes while it is `called_as_mixtures`."""
@@ -43,23 +60,20 @@ class ListInBlock:
     ----------
     block
         Its name in the model.
-    gate, experts
-        What the block calls the module whose logits route, and the list.
-    count
-        How many experts there are.
-    outputs
-        How many numbers they put out for a token.
+    declared
+        What the block calls its gate and the list.
+    count, outputs
+        How many experts there are, and how many numbers they put out for a token.
     """
 
     block: str
-    gate: str
-    experts: str
+    declared: Declaration
     count: int
     outputs: int
 
     def experts_in(self, block: nn.Module) -> nn.ModuleList:
         """Return the experts of a block."""
-        return cast(nn.ModuleList, block.get_submodule(self.experts))
+        return cast(nn.ModuleList, block.get_submodule(self.declared.experts))
 
 
 @dataclass(frozen=True)
@@ -82,17 +96,12 @@ class ExpertList(ListInBlock):
         """The name of the module that routes while the block is called as a mixture is."""
         return joined(self.block, _ROUTER)
 
-    def choice_bias(self, block: nn.Module) -> Tensor | None:
-        """Return what is added to scores for the choice, (experts,) float64, if something is."""
-        if self.bias is None:
-            return None
-        found: Tensor = attrgetter(self.bias)(block)
-        return found.flatten().double()
-
-
-def joined(outer: str, inner: str) -> str:
-    """Return the name of what lies in a module, either of which may be the whole model."""
-    return ".".join(filter(None, (outer, inner)))
+    def route(
+        self, block: nn.Module, logits: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """Return what is added to scores for the choice, and the experts and weights of tokens."""
+        own = None if self.bias is None else attrgetter(self.bias)(block).flatten().double()
+        return own, self.rule.route(logits.double(), None, own)
 
 
 def first_tensor(y: Any) -> Tensor:
@@ -104,7 +113,7 @@ def first_tensor(y: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     """What a block has put out whose experts ignore what they read, and what its gate was asked.
 
     Tokens are (tokens, d), logits (tokens, experts).
@@ -126,58 +135,217 @@ class Run:
         return found.reshape(len(self.tokens), -1)
 
 
-def run_with(
+def _run_with(
     one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
-) -> Run:
+) -> _Run:
     """Run the code of a block, `own`, with experts that put out a row, (outputs,), each."""
-    seen: list[tuple[Tensor, Tensor | None]] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def put_out(row: Tensor, x: Tensor) -> Tensor:
         return row.to(x).expand(*x.shape[:-1], -1).clone()
 
     def note(_: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        x = first_tensor((args, kwargs)).detach()
-        seen.append((x, logits_of(module, (args, kwargs), y, one.count)))
+        try:
+            logits = logits_of(module, (args, kwargs), y, one.count)
+        except ModelError as error:
+            raise ModelError(f"the gate {error}") from error
+        seen.append((first_tensor((args, kwargs)).detach(), logits))
 
     experts = one.experts_in(block)
     mute = [(expert, partial(put_out, row)) for expert, row in zip(experts, rows, strict=True)]
-    with other_forwards(mute), hooks(block, [one.gate], after=note):
+    with other_forwards(mute), hooks(block, [one.declared.gate], after=note):
         y = own(*call[0], **call[1])
     if len(seen) != 1:
         raise ModelError(f"the gate is called {len(seen)} times for the tokens of a call")
     x, logits = seen[0]
-    if logits is None:
-        raise ModelError(f"the gate puts out no logits of {one.count} experts")
-    return Run(y, x.reshape(-1, x.shape[-1]), logits)
+    return _Run(y, x.reshape(-1, x.shape[-1]), logits)
 
 
-def silence(one: ListInBlock) -> Tensor:
-    """Return rows, (experts, outputs), that add nothing to the sum over experts."""
-    return torch.zeros(one.count, one.outputs)
+def _weighed(
+    one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call
+) -> tuple[_Run, Tensor, float]:
+    """Run the code of a block without its experts, and return also how it would weigh them.
+
+    Weights are (tokens, experts), in double precision.  Experts put out multiples of unit vectors,
+    as many at a time as there are of these, and so large that rounding of the rest hides nothing;
+    how large comes last.
+    """
+    silent = torch.zeros(one.count, one.outputs)
+    rest = _run_with(one, block, own, call, silent)
+    size = 2.0 ** math.ceil(math.log2(1 + float(rest.sum.double().abs().mean())))
+    found = []
+    for start in range(0, one.count, one.outputs):
+        some = torch.arange(min(one.outputs, one.count - start))
+        rows = silent.clone()
+        rows[start + some, some] = size
+        changed = _run_with(one, block, own, call, rows).sum - rest.sum
+        found.append(changed[:, : len(some)].double() / size)
+    return rest, torch.cat(found, 1), size
+
+
+# ---- whether a declaration holds, and by which rule --------------------------------------
+
+
+def expert_list(
+    model: nn.Module, block: str, declared: Declaration, calls: Sequence[tuple[Call, Any]]
+) -> tuple[ExpertList, Tensor]:
+    """Return how a declared block sends tokens to its experts, and the tokens of its call.
+
+    Raises
+    ------
+    ModelError
+        If the declaration does not hold, or some of the experts could not leave.
+    """
+    try:
+        return _expert_list(model.get_submodule(block), block, declared, calls)
+    except OsscarError as error:
+        if not isinstance(error, ModelError):
+            raise
+        found = str(error)
+    except Exception as error:  # code of anyone's, which may not take other experts
+        let_shortage_pass(error)
+        found = (
+            "its code fails with experts that put out drawn numbers, or on drawn tokens: "
+            f"{first_line(error)}"
+        )
+    raise ModelError(f"{declared} does not hold for {block or 'the model'!r}: {found}")
+
+
+def _expert_list(
+    own: nn.Module, block: str, declared: Declaration, calls: Sequence[tuple[Call, Any]]
+) -> tuple[ExpertList, Tensor]:
+    for name in (declared.gate, declared.experts):
+        if name not in dict(own.named_modules()):
+            there = ", ".join(repr(child) for child, _ in own.named_children())
+            raise ModelError(f"it has no module {name!r}, and has {there or 'none'}")
+    experts = own.get_submodule(declared.experts)
+    if not isinstance(experts, nn.ModuleList):
+        raise ModelError(
+            f"{declared.experts!r} is a {type(experts).__name__}; experts leave from a "
+            "torch.nn.ModuleList that the code calls by number"
+        )
+    if not alike(experts):
+        raise ModelError(
+            f"the modules of {declared.experts!r} are not several of the same structure and "
+            "shapes, or share tensors: only experts that are alike can leave as a whole"
+        )
+    if len(calls) != 1:
+        raise ModelError(
+            f"it is called {len(calls)} times in a pass: only a block that is called once can do "
+            "without some experts; give each call a block of its own"
+        )
+    ((call, y),) = calls
+    one = ListInBlock(block, declared, len(experts), first_tensor(y).shape[-1])
+    tokens = _run_with(one, own, own.forward, call, torch.zeros(one.count, one.outputs)).tokens
+    found = ExpertList(**vars(one), **_rule_of_block(one, own, call, len(tokens)))
+    _check_sum(own, found, call)
+    return found, tokens
+
+
+def alike(module: nn.Module) -> bool:
+    """Whether a module is a list of several modules of the same structure and shapes."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    forms = {
+        (
+            tuple(type_before_parametrizations(inner) for inner in member.modules()),
+            tuple((n, t.shape, t.dtype) for n, t in member.state_dict(keep_vars=True).items()),
+        )
+        for member in module
+    }
+    own = [id(parameter) for member in module for parameter in member.parameters()]
+    return len(forms) == 1 and len(set(own)) == len(own) > 0
+
+
+def _rule_of_block(one: ListInBlock, block: nn.Module, call: Call, tokens: int) -> dict[str, Any]:
+    """Return by which rule tokens are sent to a list, and the name of the bias of the choice."""
+    copy = _drawn_copy(one, block)
+    draws = min(-(-_TOKENS // tokens), _TOKENS)
+    seen = [_seen(one, copy, drawn_call(call, one.count, seed)) for seed in range(draws)]
+    if seen[0].experts.shape[1] == one.count:
+        raise ModelError(
+            f"every token is sent to all {one.count} experts, or more is done with what they put "
+            "out than to add it up, so that none can leave"
+        )
+    try:
+        rule, bias = rule_of(seen, [copy.get_submodule(one.declared.gate), copy])
+    except ModelError as error:
+        raise ModelError(f"its code with the gate {error}") from error
+    return {"rule": rule, "bias": bias}
+
+
+def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
+    """Return a copy of a block in double precision that routes by drawn numbers.
+
+    Its experts have no weights.
+    """
+    blank = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in one.experts_in(block).parameters()
+    }
+    copy = copied(block, blank).double()
+    draw_tensors(copy.get_submodule(one.declared.gate), one.count)
+    for tensor in (*copy.parameters(recurse=False), *copy.buffers(recurse=False)):
+        if tensor.is_floating_point() and tensor.numel() == one.count:
+            generator = torch.Generator().manual_seed(1)
+            tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return copy
+
+
+def _seen(one: ListInBlock, copy: nn.Module, call: Call) -> SeenRoutes:
+    """Return how a copy of a block routes the tokens of a call."""
+    with InDouble():
+        rest, weights, _ = _weighed(one, copy, copy.forward, call)
+    taken = weights.abs() > _NOTHING * weights.abs().amax(1, keepdim=True)
+    counts = set(taken.sum(1).tolist())
+    if counts == {0}:
+        raise ModelError(
+            "what it puts out first does not depend on what the experts put out: put out their sum "
+            "there"
+        )
+    if len(counts) != 1:
+        raise ModelError(
+            f"it sends tokens to {sorted(counts)} experts: no rule is known for tokens that go to "
+            "different numbers of them"
+        )
+    experts = taken.nonzero()[:, 1].view(-1, counts.pop())
+    own = biases_in(copy, ((), {}), one.count).items()
+    biases = {n: t for n, t in own if "." not in n or n.startswith(f"{one.declared.gate}.")}
+    return SeenRoutes(rest.logits, experts, weights.gather(1, experts), biases)
+
+
+def _check_sum(block: nn.Module, one: ExpertList, call: Call) -> None:
+    """Refuse a block that does not put out the sum over experts of what they make of the tokens."""
+    args, kwargs = call
+    expected = first_tensor(block.forward(*args, **kwargs)).double()
+    with called_as_mixtures(block, [replace(one, block="")]):
+        found = first_tensor(block.forward(*args, **kwargs))
+    error, size = (torch.linalg.vector_norm(y) for y in (found.double() - expected, expected))
+    if not bool(error <= torch.finfo(found.dtype).eps ** 0.5 * size):
+        raise ModelError(
+            "it does not put out the sum of what experts make of the rows that "
+            f"{one.declared.gate!r} reads, times weights: they may be given other rows, such as "
+            "without the norm before it (let one module route: torch.nn.Sequential(norm, gate)), "
+            "or rows times weights"
+        )
 
 
 # ---- called as a mixture -----------------------------------------------------------------
 
 
 class _RuleRouter(nn.Module):
-    """Routes tokens by a rule, given their logits."""
+    """Puts out logits, experts and weights; who watches modules learns of them.
 
-    def __init__(self, rule: RoutingRule) -> None:
-        super().__init__()
-        self.rule = rule
+    `beside` is what the sum over experts will be added to.
+    """
 
     def forward(
-        self, logits: Tensor, bias: Tensor | None = None, *, beside: Tensor
+        self, logits: Tensor, bias: Tensor | None, routes: tuple[Tensor, Tensor], beside: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, experts and weights.
-
-        `beside` is what the sum over experts will be added to: who watches modules learns of it.
-        """
-        experts, weights = self.rule.route(logits.double(), None, bias)
-        return logits, experts, weights.to(beside)
+        return logits, routes[0], routes[1].to(beside)
 
 
-def sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Return the sum over experts, a list of modules, of what they make of tokens, times weights.
 
     The arguments behind the list are those of `Routed`.
@@ -212,11 +380,11 @@ def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterato
             if _ROUTER in block._modules:
                 continue
             experts = one.experts_in(block)
-            block.add_module(_ROUTER, _RuleRouter(one.rule).eval())
+            block.add_module(_ROUTER, _RuleRouter().eval())
             around.callback(block._modules.pop, _ROUTER)
             forwards = (
                 (block, partial(_forward, one, block, block.forward)),
-                (experts, partial(sum_over, experts)),
+                (experts, partial(_sum_over, experts)),
             )
             around.enter_context(other_forwards(forwards))
         yield
@@ -226,36 +394,20 @@ def _forward(
     one: ExpertList, block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Run the code of a block without its experts, and then call these."""
-    rest = run_with(one, block, own, (args, kwargs), silence(one))
-    _check_routes(one, block, own, (args, kwargs), rest)
-    bias = one.choice_bias(block)
-    router, experts = block.get_submodule(_ROUTER), one.experts_in(block)
-    given = (rest.logits,) if bias is None else (rest.logits, bias)
-    _, chosen, weights = router(*given, beside=rest.sum)
-    total = experts(rest.tokens, chosen, weights)
+    rest, weighed, size = _weighed(one, block, own, (args, kwargs))
+    bias, routes = one.route(block, rest.logits)
+    beside = rest.sum.double().abs().amax(1) / size
+    off = misrouted(routes, weighed, rest.logits, rest.sum.dtype, beside)
+    if off:
+        raise ModelError(
+            f"the code of {one.block or 'the model'!r} sends {off} of {len(weighed)} tokens to "
+            f"other experts of {joined(one.block, one.declared.experts)!r}, or with other weights, "
+            f"than the logits of {one.declared.gate!r} say: what changes them is not known with "
+            "fewer experts; leave it out (--skip)"
+        )
+    _, chosen, weights = block.get_submodule(_ROUTER)(rest.logits, bias, routes, rest.sum)
+    total = one.experts_in(block)(rest.tokens, chosen, weights)
     leaves, form = pytree.tree_flatten(rest.y)
     place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     leaves[place] = leaves[place] + total.reshape(leaves[place].shape)
     return pytree.tree_unflatten(leaves, form)
-
-
-def _check_routes(
-    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rest: Run
-) -> None:
-    """Refuse tokens that the code of a block does not send as the logits say."""
-    beside = rest.sum
-    rows = torch.randn(one.count, one.outputs, generator=torch.Generator().manual_seed(0))
-    rows *= 1 + float(beside.double().abs().mean())  # so that rounding of the rest hides nothing
-    found = (run_with(one, block, own, call, rows).sum - beside).double()
-    experts, weights = one.rule.route(rest.logits.double(), None, one.choice_bias(block))
-    expected = (weights[:, :, None] * rows.to(weights)[experts]).sum(1)
-    norm = torch.linalg.vector_norm
-    allowed = torch.finfo(beside.dtype).eps ** 0.5 * (norm(expected, dim=1) + norm(beside, dim=1))
-    off = ~(norm(found - expected, dim=1) <= allowed) & ~tied(rest.logits)
-    if int(off.sum()) > MOST_TIED * len(off):
-        raise ModelError(
-            f"the code of {one.block or 'the model'!r} sends {int(off.sum())} of {len(off)} tokens "
-            f"to other experts of {joined(one.block, one.experts)!r}, or with other weights, than "
-            f"the logits of {one.gate!r} say: what changes them cannot be told without some "
-            "experts; leave it out (--skip)"
-        )

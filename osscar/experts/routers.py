@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ TOLERANCE = 1e-5
 _TOKENS = 256
 """On how many tokens rules are compared, at least."""
 _MOST_DRAWS = 32
+_MOST_TIED = 0.01
+"""The share of tokens that rounding may send to other experts than their logits say."""
 
 _GROUPS = r"(n|num)_(expert_)?groups?"
 _OPEN_GROUPS = r"top_?k_groups?|(n|num)_(limited|open)_groups?"
@@ -88,6 +90,16 @@ class SeenRoutes:
     biases: Mapping[str, Tensor]
 
 
+class Scores(NamedTuple):
+    """By what a router chooses, in double precision.
+
+    These are logits, (tokens, experts), and what is added to scores, (experts,), if anything.
+    """
+
+    logits: Tensor
+    bias: Tensor | None
+
+
 @dataclass(frozen=True)
 class Router:
     """How a module routes.
@@ -100,17 +112,11 @@ class Router:
     places: Places
     bias: str | None
 
-    def scores(
-        self, module: nn.Module, call: Call, y: Any, count: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what a call of the module chooses among `count` experts by, in double precision.
-
-        These are logits, (tokens, experts), and what is added to scores, (experts,), if anything.
-        """
+    def scores(self, module: nn.Module, call: Call, y: Any, count: int) -> Scores:
+        """Return what a call of the module chooses among `count` experts by."""
         bias = None if self.bias is None else biases_in(module, call, count)[self.bias].flatten()
-        return _told_logits(
-            module, call, y, count
-        ).double(), None if bias is None else bias.double()
+        logits = logits_of(module, call, y, count).double()
+        return Scores(logits, None if bias is None else bias.double())
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
         """Return what the module would put out if of `count` experts it had those that are kept.
@@ -221,9 +227,12 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
     ModelError
         If no rule that is known puts out what it does; the message goes on after its name.
     """
-    (own,) = _runs(in_double(module), [call], count)
-    places, seen = own[1], [own[0], *drawn_routes(module, call, count)]
-    rule, bias = rule_of(seen, [module])
+    own, places = _run(_in_double(module), call, count)
+    copy = _in_double(module)
+    draw_tensors(copy, count)
+    draws = min(-(-_TOKENS // max(1, len(own.logits))), _MOST_DRAWS)
+    drawn = (drawn_call(call, count, seed) for seed in range(draws))
+    rule, bias = rule_of([own, *(_run(copy, one, count)[0] for one in drawn)], [module])
     return Router(rule, places, bias)
 
 
@@ -252,17 +261,7 @@ def rule_of(
     )
 
 
-def drawn_routes(module: nn.Module, call: Call, count: int) -> list[SeenRoutes]:
-    """Return what a router makes of tokens, weights and biases that are drawn."""
-    copy = in_double(module)
-    draw_tensors(copy, count)
-    tokens = max(1, _tokens(call))
-    draws = min(-(-_TOKENS // tokens), _MOST_DRAWS)
-    calls = [drawn_call(call, count, seed) for seed in range(draws)]
-    return [seen for seen, _ in _runs(copy, calls, count)]
-
-
-def in_double(module: nn.Module) -> nn.Module:
+def _in_double(module: nn.Module) -> nn.Module:
     """Return a copy of a module in double precision, whose weights are in memory."""
     on_disk = [p for p in module.parameters() if isinstance(p, OnDisk)]
     return copied(module, {id(p): nn.Parameter(p.values().clone()) for p in on_disk}).double()
@@ -297,29 +296,18 @@ def drawn_call(call: Call, count: int, seed: int) -> Call:
     return args, kwargs
 
 
-def _runs(module: nn.Module, calls: Sequence[Call], count: int) -> list[tuple[SeenRoutes, Places]]:
+def _run(module: nn.Module, call: Call, count: int) -> tuple[SeenRoutes, Places]:
     """Return what a router in double precision puts out, without its hooks."""
-    found = []
-    for args, kwargs in pytree.tree_map_only(Tensor, _in_double, list(calls)):
-        with InDouble():
-            leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
-        places = Places.of(leaves, count)
-        logits = _told_logits(module, (args, kwargs), leaves, count)
-        experts, weights = leaves[places.experts], leaves[places.weights]
-        seen = SeenRoutes(logits, experts, weights, biases_in(module, (args, kwargs), count))
-        found.append((seen, places))
-    return found
-
-
-def _in_double(given: Tensor) -> Tensor:
-    return given.double() if given.is_floating_point() else given
-
-
-def _tokens(call: Call) -> int:
-    """Return how many rows the largest tensor of a call has."""
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
-    largest = max(tensors, key=Tensor.numel, default=None)
-    return 1 if largest is None or not largest.ndim else largest.numel() // largest.shape[-1]
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda x: x.double() if x.is_floating_point() else x, call
+    )
+    with InDouble():
+        leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
+    places = Places.of(leaves, count)
+    logits = logits_of(module, (args, kwargs), leaves, count)
+    experts, weights = leaves[places.experts], leaves[places.weights]
+    biases = biases_in(module, (args, kwargs), count)
+    return SeenRoutes(logits, experts, weights, biases), places
 
 
 def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
@@ -367,12 +355,16 @@ def _scale(
             )
         except SolverError:  # not of so many experts
             return False, None
-        found, expected = by_expert(*routes), by_expert(one.experts, one.weights)
-        same = (found[0] == expected[0]).all(1) | tied(one.logits)
-        if not bool(same.all()):
+        clear = ~_tied(one.logits)
+        found, expected = (
+            (chosen.gather(1, order), weights.gather(1, order))
+            for chosen, weights in (routes, (one.experts, one.weights))
+            for order in [chosen.argsort(1)]
+        )
+        if not torch.equal(found[0][clear], expected[0][clear]):
             return False, None
-        mine.append(found[1][~tied(one.logits)])
-        theirs.append(expected[1][~tied(one.logits)])
+        mine.append(found[1][clear])
+        theirs.append(expected[1][clear])
     a, b = torch.cat(mine).flatten(), torch.cat(theirs).flatten()
     scale = float((a @ b) / (a @ a))
     fits = bool((b - scale * a).abs().max() <= TOLERANCE * b.abs().max())
@@ -385,49 +377,55 @@ def _like_logits(leaves: Sequence[Any], count: int) -> list[int]:
     return [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
 
 
-def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor | None:
-    """Return the logits, (tokens, experts), of a call of what may be a router; None if it is none.
+def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
+    """Return the logits, (tokens, experts), of a call of a router.
 
     A router that puts out experts and weights alone makes them of tokens times a matrix.
+
+    Raises
+    ------
+    ModelError
+        If it has none; the message goes on after its name.
     """
     leaves = pytree.tree_leaves(y)
     places = _like_logits(leaves, count)
     if len(places) == 1:
         found: Tensor = leaves[places[0]]
         return found.reshape(-1, count)
-    return _product(module, call, count) if _routes(y) else None
-
-
-def _told_logits(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
-    """Return the logits of a router, or refuse it; the message goes on after its name."""
-    found = logits_of(module, call, y, count)
-    if found is None:
-        raise ModelError(
-            f"puts out no logits of {count} experts, and multiplies tokens with no one matrix that "
-            "has a row for each of them"
-        )
-    return found
-
-
-def _product(module: nn.Module, call: Call, count: int) -> Tensor | None:
-    """Return tokens times the one matrix of a router with a row for each expert, if it is one."""
     matrices = [p for p in module.parameters() if p.ndim == 2 and len(p) == count]
-    if len(matrices) != 1:
-        return None
-    W = values_of(matrices[0]).detach()
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    given = (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
-    x = next((t for t in given if t.is_floating_point() and t.shape[-1:] == W.shape[1:]), None)
-    return None if x is None else x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
+    if _routes(y) and len(matrices) == 1:
+        W = values_of(matrices[0]).detach()
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        for x in (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)):
+            if x.is_floating_point() and x.shape[-1:] == W.shape[1:]:
+                return x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
+    raise ModelError(
+        f"puts out no logits of {count} experts, and multiplies tokens with no one matrix that has "
+        "a row for each of them"
+    )
 
 
-def by_expert(experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the experts of each token in ascending order, with their weights."""
-    experts, order = experts.sort(1)
-    return experts, weights.gather(1, order)
+def misrouted(
+    routes: tuple[Tensor, Tensor],
+    weighed: Tensor,
+    logits: Tensor,
+    rounded: torch.dtype,
+    beside: Any,
+) -> int:
+    """Return how many tokens are sent otherwise than a rule says; 0 where rounding may do so.
+
+    `routes` are experts and weights by the rule, (tokens, k).  `weighed` is the weight that each
+    expert has, and `logits` are by what it is chosen, (tokens, experts).  These weights were added
+    up in the number format `rounded`, to something that is `beside` times as large, (tokens,).
+    """
+    expected = torch.zeros_like(weighed).scatter(1, routes[0], routes[1].to(weighed))
+    allowed = torch.finfo(rounded).eps ** 0.5 * (expected.amax(1) + beside)
+    off = ~((weighed - expected).abs().amax(1) <= allowed)
+    off &= ~_tied(logits)  # as those of padding may be, which is all zero
+    return int(off.sum()) if int(off.sum()) > _MOST_TIED * len(off) else 0
 
 
-def tied(logits: Tensor) -> Tensor:
+def _tied(logits: Tensor) -> Tensor:
     """Tell the tokens, (tokens,) bool, that have the same logit twice: nothing says which is more.
 
     A router that is not trained may have zeros alone.

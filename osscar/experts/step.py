@@ -43,21 +43,6 @@ _BLOCK = 4096
 """Tokens in a block of a problem, about."""
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Relative errors of what a mixture puts out."""
-
-    fitted: float
-    """On the samples that weights are fitted to."""
-    held_out: float | None
-    """On the others, if there are any."""
-
-    @property
-    def telling(self) -> float:
-        """The one by which weights are judged."""
-        return self.fitted if self.held_out is None else self.held_out
-
-
 @dataclass(eq=False)
 class ExpertStep:
     """A mixture that all batches have reached: it can be solved and refitted."""
@@ -109,14 +94,14 @@ class ExpertStep:
         with timed(Stage.WALK), layer.tried(refits.weights, range(layer.group.units)):
             after = self.losses()
         # What is no worse for each expert can be for their sum.
-        if after.telling <= before.telling:
+        if after[-1] <= before[-1]:
             layer.commit(refits.weights)
         else:
             labels = tuple(gram.linear_map.label for gram in layer.known)
             refits, after = dataclasses.replace(refits, unrefitted=labels, growth=1.0), before
-        record = dataclasses.replace(record, relative_loss=before.fitted)
+        record = dataclasses.replace(record, relative_loss=before[0])
         dead = len(unreached)
-        return Solved(record, layer, refits, damp, dead, measured, after.fitted, choosing)
+        return Solved(record, layer, refits, damp, dead, measured, after[0], choosing)
 
     @contextmanager
     def alone(self, keep: int, damp: float | None, shaped: bool) -> Iterator[NDArray[np.float64]]:
@@ -220,15 +205,19 @@ class ExpertStep:
             for run, one in zip(walk._runs, arrived, strict=True):
                 run.arrived = one
 
-    def losses(self) -> Losses:
-        """Return the error of what the mixture puts out now, relative to what it is to put out."""
+    def losses(self) -> list[float]:
+        """Return the error of what the mixture puts out now, relative to what it is to put out.
+
+        That on the samples that weights are fitted to comes first, that on those held out last, if
+        there are any.
+        """
         error, size = [0.0, 0.0], [0.0, 0.0]
         for run, x, y in self._walk.here():
             held = run.index >= self._walk._held_from
             error[held] += float((y - output_of(self._module, x).double()).square().sum())
             size[held] += float(y.square().sum())
-        fitted, held_out = (e / s if s else e for e, s in zip(error, size, strict=True))
-        return Losses(fitted, held_out if size[1] else None)
+        found = [e / s if s else e for e, s in zip(error, size, strict=True)]
+        return found if size[1] else found[:1]
 
     def _refitted(self) -> LayerStep:
         """Return what the last matrices of those that stay read of the tokens that they now get."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from osscar.consumers.mixtures import Routed
 from osscar.consumers.observe import afresh, output_of
 from osscar.experts.find import ExpertMixture, mixtures_of
 from osscar.experts.last_layers import last_matrices
-from osscar.experts.lists import MOST_TIED, called_as_mixtures
-from osscar.experts.routers import by_expert, tied
+from osscar.experts.lists import called_as_mixtures
+from osscar.experts.routers import Scores, misrouted
 from osscar.experts.step import ExpertStep
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
@@ -87,13 +87,6 @@ def _routed(
         yield
 
 
-class Scores(NamedTuple):
-    """What a router has said of a batch: (tokens, experts) and (experts,), as `Router.scores`."""
-
-    logits: Tensor
-    bias: Tensor | None
-
-
 class ExpertWalk(Walk):
     """An iterator over the mixtures of a model; it yields an `ExpertStep` for each.
 
@@ -150,8 +143,8 @@ class ExpertWalk(Walk):
             run, mixture = running(), routers[name]
             if run is None or run.dense or mixture.group.name in self.kept:
                 return
-            said = mixture.routing.scores(module, (args, kwargs), y, mixture.group.units)
-            self.scores[name, run.index] = Scores(*said)
+            found = mixture.routing.scores(module, (args, kwargs), y, mixture.group.units)
+            self.scores[name, run.index] = found
 
         def into_mixture(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
             """Let a batch go on with what it was routed to where it stood."""
@@ -176,15 +169,18 @@ class ExpertWalk(Walk):
         """
         for run in self._runs:
             scores, x = self.scores[mixture.router, run.index], cast("Any", run.arrived).x
-            ours = by_expert(*mixture.rule.route(scores.logits, None, scores.bias))
-            theirs = by_expert(x.experts, x.weights)
-            error = (ours[1] - theirs[1].double()).abs().amax(1)
-            allowed = torch.finfo(x.weights.dtype).eps ** 0.5 * ours[1].amax(1)
-            off = (ours[0] != theirs[0]).any(1) | ~(error <= allowed)
-            off &= ~tied(scores.logits)  # as those of padding may be, which is all zero
-            if int(off.sum()) > MOST_TIED * len(off):
+            routes = mixture.rule.route(scores.logits, None, scores.bias)
+            sent, weighed = torch.zeros_like(scores.logits), torch.zeros_like(scores.logits)
+            token, expert, weight = x.taken(mixture.group.units)
+            sent[token, expert.long()], weighed[token, expert.long()] = 1.0, weight.double()
+            chosen = routes[0], torch.ones_like(routes[1])
+            off = max(
+                misrouted(ours, theirs, scores.logits, x.weights.dtype, 0.0)
+                for ours, theirs in ((chosen, sent), (routes, weighed))
+            )
+            if off:
                 raise ModelError(
-                    f"{mixture.experts!r} gets {int(off.sum())} of {len(off)} tokens of "
+                    f"{mixture.experts!r} gets {off} of {len(weighed)} tokens of "
                     f"calibration batch {run.index} with other experts or weights than the logits "
                     f"of its router {mixture.router!r} say: scores that are equal where these are "
                     "not need --dtype float32; what code changes cannot be told without some "

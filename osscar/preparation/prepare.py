@@ -20,13 +20,7 @@ from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.linear_maps import (
-    freeze_unreadable,
-    linear_maps,
-    mixtures_of,
-    readable_products,
-)
-from osscar.consumers.mixtures import sound_mixtures
+from osscar.consumers.linear_maps import linear_maps, refittable
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.kinds import Found, rooms
@@ -217,9 +211,8 @@ def _prepared(
             found = comparable(call(model, example))
         if expected:
             refuse_chance(model, example, expected, found)
-        summed = sound_mixtures(model, example, mixtures_of(model, traced.groups))
-        products = readable_products(model, example, traced.groups, elsewhere, summed)
-    groups = freeze_unreadable(model, traced.groups, elsewhere, summed, products) + untraced
+        groups, products = refittable(model, example, traced.groups, elsewhere)
+    groups += untraced
     plain = unfold(folded, groups)
     prepared = Prepared(
         model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
 
 import osscar
-from osscar.consumers.layers import LAYERS, Layer, code_of, features
+from osscar.consumers.layers import LAYERS, Layer, features
 from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
 from osscar.consumers.observe import reads
 from osscar.network.operations import count_flops
@@ -63,7 +64,7 @@ def scaled(layer: ScaledLinear, x: Tensor, inputs: Tensor | None) -> Iterator[Te
 
 @pytest.fixture(autouse=True)
 def known_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LAYERS, code_of(ScaledLinear), Layer(lambda _: ROWS_OF_LINEAR, scaled))
+    monkeypatch.setitem(LAYERS, ScaledLinear.forward, Layer(lambda _: ROWS_OF_LINEAR, scaled))
 
 
 class Twice(nn.Module):
@@ -216,10 +217,14 @@ def test_what_is_done_besides_freezes(way: str) -> None:
     assert all(reasons)
 
 
+@pytest.mark.parametrize("named_as_plain", [False, True])
 def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    named_as_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(LAYERS, code_of(ScaledLinear))
+    monkeypatch.delitem(LAYERS, ScaledLinear.forward)
+    if named_as_plain:  # as decorators do
+        code = functools.wraps(nn.Linear.forward)(ScaledLinear.forward)
+        monkeypatch.setattr(ScaledLinear, "forward", code)
     with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
         (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
     assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
