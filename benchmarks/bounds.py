@@ -14,7 +14,6 @@ search, and the gaps and seconds of one processor of
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -62,9 +61,8 @@ def together(problem: SubsetProblem, rounds: int, loss: float) -> str:
     seconds = time.process_time() - start
     certificate = claims["certificate"]
     value = certificate.bound(problem)
-    limit = certificate.limit(problem) if claims["bound_limit"] < math.inf else math.inf
-    shown = f", limit {max(0.0, 1 - limit / loss):.2%}" if limit < math.inf else ""
-    return f"{rounds} rounds {1 - value / loss:.2%} ({seconds:.1f} s{shown})"
+    shown = f"limit {max(0.0, 1 - certificate.limit(problem) / loss):.2%}"
+    return f"{rounds} rounds {1 - value / loss:.2%} ({seconds:.1f} s, {shown})"
 
 
 def main() -> None:

@@ -103,13 +103,11 @@ class Staying:
 
     def __init__(self, program: TracedProgram, kept: Mapping[int, Collection[int]]) -> None:
         self._program, self._axes = program, program.found.axes
-        self._masks = {axis: self._mask_of(axis, units) for axis, units in kept.items()}
+        self._masks: dict[int, Tensor] = {}
+        for axis, units in kept.items():
+            self._masks[axis] = torch.zeros(self._axes.axis_size(axis), dtype=torch.bool)
+            self._masks[axis][torch.tensor(sorted(units), dtype=torch.int64)] = True
         self._known: dict[Layout, Extent] = {}
-
-    def _mask_of(self, axis: int, units: Collection[int]) -> Tensor:
-        mask = torch.zeros(self._axes.axis_size(axis), dtype=torch.bool)
-        mask[torch.tensor(sorted(units), dtype=torch.int64)] = True
-        return mask
 
     def of(self, node: Node) -> tuple[Extents, ...]:
         """Return the dimensions of what a node puts out, for each tensor in it."""

@@ -324,7 +324,7 @@ class PruningRequest:
     round_to: Annotated[int, count_from(1)] = 1
     at_least: KeepOption = None
     skip: Annotated[Sequence[str], Read(_patterns)] = ()
-    backend: "str | solvers.Backend | solvers.ExpertBackend" = "local_search"
+    backend: "str | solvers.Backend" = "local_search"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
     bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
@@ -412,9 +412,9 @@ class PruningRequest:
         """Return the backend with its options."""
         return cast("solvers.Backend", self._chosen(solvers.BACKENDS))
 
-    def chosen_expert_backend(self) -> "solvers.ExpertBackend":
+    def chosen_expert_backend(self) -> "solvers.Backend":
         """Return the backend that chooses experts, with its options."""
-        return cast("solvers.ExpertBackend", self._chosen(solvers.EXPERT_BACKENDS))
+        return cast("solvers.Backend", self._chosen(solvers.EXPERT_BACKENDS))
 
     def _chosen(self, group: str) -> Any:
         if isinstance(self.backend, str):

@@ -13,10 +13,9 @@ True
 
 from solvers.closed_forms.refit import quadratic_loss, refit, refit_loss
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
-from solvers.experts.backends import ExpertBackend
 from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
 from solvers.experts.routing import GroupScore, RouterScores, RoutingRule
-from solvers.experts.solution import ExpertSolution, ExpertVerification, solve_experts
+from solvers.experts.solution import ExpertSolution, solve_experts
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
     Backend,
@@ -48,10 +47,8 @@ __all__ = [
     "BackendKind",
     "Capabilities",
     "Consumer",
-    "ExpertBackend",
     "ExpertProblem",
     "ExpertSolution",
-    "ExpertVerification",
     "GroupScore",
     "ProblemError",
     "RoutedTokens",

@@ -14,9 +14,10 @@ dense weights.  A problem is the sum over its consumers, to be minimized over th
 from __future__ import annotations
 
 import math
+import operator
 import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -258,41 +259,24 @@ class Consumer:
         return consumer
 
     def _check_shapes(self) -> int:
-        for name in ("H", "G", "W0"):
-            value = vars(self)[name]
-            if len(value.shape) != 2 or value.dtype != torch.float64:
+        held = self._tensors
+        p, m = (*held["H"].shape, 0)[0], (*held["G"].shape, 0)[1]
+        if p == 0:
+            raise ProblemError("H is empty; leave out a consumer of which no unit owns a row")
+        due = {"H": (p, p), "G": (p, m), "W0": (p, m), "variance": (p,)}
+        for name, tensor in held.items():
+            kind, shape = torch.int64 if name == "rows" else torch.float64, tuple(tensor.shape)
+            fits = len(shape) == 2 if name == "rows" else shape == due[name]
+            if not fits or tensor.dtype != kind:
                 raise ProblemError(
-                    f"{name} must be a float64 matrix, not {value.dtype} of {tuple(value.shape)}"
+                    f"{name} must be {due.get(name, '(units, width)')} in {kind}, not {shape} in "
+                    f"{tensor.dtype}"
                 )
-        held = self.hessian
-        p = held.shape[0]
-        if held.shape != (p, p) or p == 0:
-            raise ProblemError(
-                f"H must be square and not empty, not {tuple(held.shape)}; leave out a consumer "
-                "of which no unit owns a row"
-            )
-        if self.G.shape[0] != p or self.G.shape != self.W0.shape:
-            raise ProblemError(
-                f"G and W0 must both be ({p}, m), not {tuple(self.G.shape)} "
-                f"and {tuple(self.W0.shape)}"
-            )
-        if self.rows.ndim != 2 or self.rows.dtype != torch.int64:
-            raise ProblemError(
-                f"rows must be an int64 matrix (units, width), not {self.rows.dtype} "
-                f"of {tuple(self.rows.shape)}"
-            )
-        variance = self.variance
-        if variance is not None and (variance.shape != (p,) or variance.dtype != torch.float64):
-            raise ProblemError(
-                f"variance must be ({p},) in float64, not {variance.dtype} of "
-                f"{tuple(variance.shape)}"
-            )
-        for name, tensor in self._tensors.items():
-            if tensor.device != held.device:
+            if tensor.device != held["H"].device:
                 raise ProblemError(
-                    f"H is on {held.device}, and {name} on {tensor.device}; move them"
+                    f"H is on {held['H'].device}, and {name} on {tensor.device}; move them"
                 )
-        return p
+        return int(p)
 
     @cached_property
     def violation(self) -> str | None:
@@ -410,14 +394,8 @@ class SubsetProblem:
             )
 
     def _check_consumers(self) -> None:
-        consumers = tuple(self.consumers) if isinstance(self.consumers, Iterable) else (None,)
-        for consumer in consumers:
-            if not isinstance(consumer, Consumer):
-                raise ProblemError(
-                    f"consumers must be a tuple of Consumer, not {reprlib.repr(self.consumers)}"
-                )
-        object.__setattr__(self, "consumers", consumers)
-        if not consumers:
+        object.__setattr__(self, "consumers", tuple(self.consumers))
+        if not self.consumers:
             raise ProblemError("a problem needs at least one consumer")
         counts = [len(consumer.rows) for consumer in self.consumers]
         if len(set(counts)) != 1:
@@ -501,6 +479,10 @@ class SubsetProblem:
             active = consumer.G.any(1) | consumer.hessian.coupled()
             alive |= (active[consumer.rows] & (consumer.rows != NO_ROW)).any(1)
         return torch.nonzero(~alive).flatten()
+
+    def highest(self, scores: Tensor) -> Tensor:
+        """Return the `keep` units with the highest scores, (n,); the first of equals."""
+        return scores.argsort(descending=True, stable=True)[: self.keep]
 
     def check_definite(self) -> None:
         """Check what construction does not, as it takes factorizations: `Consumer.violation`.
@@ -604,24 +586,11 @@ def _unit_rows(units: Any, p: int) -> Tensor:
                 f"{rows.dtype} of {tuple(rows.shape)}"
             )
         return rows.to(torch.int64)
-    listed = _listed(units)
-    if not listed:
-        raise ProblemError("units is empty; name the rows of at least one unit")
+    listed = [[operator.index(row) for row in rows] for rows in units]
+    if not listed or any(row < 0 for rows in listed for row in rows):
+        raise ProblemError(
+            f"units is {reprlib.repr(units)}; name for each unit the rows that it owns, from 0 on"
+        )
     width = max(1, *(len(rows) for rows in listed))
     filled = [rows + [NO_ROW] * (width - len(rows)) for rows in listed]
     return torch.tensor(filled, dtype=torch.int64)
-
-
-def _listed(units: Any) -> list[list[int]]:
-    """Return the rows of each unit as plain lists."""
-    try:
-        listed = [[as_integer(row) for row in rows] for rows in units]
-    except TypeError:
-        listed = [[None]]
-    checked = [[row for row in rows if row is not None and row >= 0] for rows in listed]
-    if checked != listed:
-        raise ProblemError(
-            f"units is {reprlib.repr(units)}; it must be a number of units, or for each unit the "
-            "rows that it owns, counted from 0"
-        )
-    return checked

@@ -9,7 +9,7 @@ import enum
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -66,16 +66,10 @@ class Selection:
         A number that no support's loss can be below, or -inf.
     bound_from
         What proved `lower_bound`, in a few words.
-    bound_limit
-        What no bound of the kind of `lower_bound` can exceed, however long it is searched for, or
-        inf.
     iterations
         Removals, swaps, nodes: whatever the backend counts.
     history
         Loss after each improvement, as the backend saw it.
-    path
-        Loss for each number of units kept, ``path[k]`` for k = 0 .. n, where the backend computes
-        it; else empty.
     gap_tolerance
         Up to which relative gap the backend calls its answer optimal.
     certificate
@@ -89,10 +83,8 @@ class Selection:
     status: Status
     lower_bound: float = -math.inf
     bound_from: str = ""
-    bound_limit: float = math.inf
     iterations: int = 0
     history: tuple[float, ...] = field(default=(), repr=False)
-    path: tuple[float, ...] = field(default=(), repr=False)
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     certificate: Certificate | None = field(default=None, repr=False)
     windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
@@ -157,8 +149,8 @@ class Backend(Protocol):
         """Return None, or why the backend cannot run here and how to mend that."""
         return None
 
-    def select(self, problem: SubsetProblem) -> Selection:
-        """Choose ``problem.keep`` units."""
+    def select(self, problem: Any) -> Selection:
+        """Choose ``problem.keep`` units; of experts, `problem` is a `solvers.ExpertProblem`."""
 
 
 def missing(package: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +40,6 @@ class SolutionRecord:
         ``(loss - lower_bound) / loss``, from 0 (optimal) to 1; None without a bound.
     bound_from
         What proved the bound, in a few words.
-    bound_limit
-        What no bound of that kind can exceed, however long it is searched for; None where that is
-        not known.
     recomputed_bound
         What was recomputed of `lower_bound`; None where it is the backend's word, or nothing was
         verified.
@@ -65,7 +61,6 @@ class SolutionRecord:
     relative_bound: float | None
     gap: float | None
     bound_from: str
-    bound_limit: float | None
     recomputed_bound: float | None
     proved_optimal: bool
     iterations: int
@@ -73,21 +68,24 @@ class SolutionRecord:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Choice(Selection):
-    """A backend's selection for a problem, with what follows from any choice of units.
+class Solution(Selection):
+    """A backend's selection with its refitted weights; all else is as of the `Selection`.
 
     Parameters
     ----------
     problem, backend
         What was solved, and the name of the backend.
+    weights
+        For each consumer the refitted weights, (p, m) float64, zero on removed rows.
     loss
         ``E(support)``; divide by ``problem.scale`` for the relative loss.
     seconds
         Wall time of the selection and of the refit.
     """
 
-    problem: Any = field(repr=False)
+    problem: SubsetProblem = field(repr=False)
     backend: str
+    weights: tuple[Tensor, ...] = field(default=(), repr=False)
     loss: float
     seconds: float = 0.0
 
@@ -112,45 +110,6 @@ class Choice(Selection):
             return 0.0
         return max(0.0, (self.loss - max(self.lower_bound, 0.0)) / self.loss)
 
-    def _record(
-        self, loss: float, recomputed: float, bound_limit: float, gap_tolerance: float
-    ) -> SolutionRecord:
-        """Return a summary; `recomputed` is what was recomputed of the bound, NaN for nothing."""
-        scale = self.problem.scale or 1.0
-        bound, gap = _finite(self.lower_bound), _finite(self.gap)
-        return SolutionRecord(
-            backend=self.backend,
-            status=self.status.name,
-            support=tuple(self.support.tolist()),
-            loss=loss,
-            relative_loss=loss / scale,
-            lower_bound=bound,
-            relative_bound=None if bound is None else bound / scale,
-            gap=gap,
-            bound_from=self.bound_from,
-            bound_limit=_finite(bound_limit),
-            recomputed_bound=_finite(recomputed),
-            proved_optimal=gap is not None and gap <= gap_tolerance * (1 + _ROUNDING),
-            iterations=self.iterations,
-            seconds=self.seconds,
-        )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Solution(Choice):
-    """A backend's selection with its refitted weights.
-
-    Parameters
-    ----------
-    problem, backend, loss, seconds
-        As of `Choice`; all else is as of the `Selection`, its support sorted.
-    weights
-        For each consumer the refitted weights, (p, m) float64, zero on removed rows.
-    """
-
-    problem: SubsetProblem = field(repr=False)
-    weights: tuple[Tensor, ...] = field(repr=False)
-
     def verify(self) -> Verification:
         """Recompute in float64, from the problem alone, what this solution claims.
 
@@ -174,10 +133,25 @@ class Solution(Choice):
         verification
             What `verify` returned, if it was called: its loss and bound are then in the record.
         """
-        if verification is None:
-            return self._record(self.loss, math.nan, self.bound_limit, self.gap_tolerance)
-        loss = verification.loss if math.isfinite(verification.loss) else self.loss
-        return self._record(loss, verification.lower_bound, self.bound_limit, self.gap_tolerance)
+        checked = verification or Verification(self.loss, 0.0)
+        loss = checked.loss if math.isfinite(checked.loss) else self.loss
+        scale = self.problem.scale or 1.0
+        bound, gap = _finite(self.lower_bound), _finite(self.gap)
+        return SolutionRecord(
+            backend=self.backend,
+            status=self.status.name,
+            support=tuple(self.support.tolist()),
+            loss=loss,
+            relative_loss=loss / scale,
+            lower_bound=bound,
+            relative_bound=None if bound is None else bound / scale,
+            gap=gap,
+            bound_from=self.bound_from,
+            recomputed_bound=_finite(checked.lower_bound),
+            proved_optimal=gap is not None and gap <= self.gap_tolerance * (1 + _ROUNDING),
+            iterations=self.iterations,
+            seconds=self.seconds,
+        )
 
 
 def _finite(value: float) -> float | None:

@@ -22,7 +22,7 @@ from solvers.errors import (
 )
 from solvers.linalg.values import as_integer, as_number, as_tensor
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, Capabilities, Selection
+from solvers.protocol import Backend, Selection
 from solvers.registry import BACKENDS, backends, make_backend
 from solvers.solution import Solution
 from solvers.verification import check_fields, check_support
@@ -69,8 +69,7 @@ def solve(
         If the backend is unknown, unavailable, cannot take this problem, fails, or answers with
         what is no answer.
     ProblemError
-        If `problem` is none, or turns out to be ill posed (`Consumer.violation`), before the
-        backend starts.
+        If `problem` turns out to be ill posed (`Consumer.violation`), before the backend starts.
 
     Examples
     --------
@@ -80,8 +79,6 @@ def solve(
     >>> solve(problem, "enumerate").loss <= solve(problem, "magnitude").loss
     True
     """
-    if not isinstance(problem, SubsetProblem):
-        raise ProblemError(f"problem is {reprlib.repr(problem)}; it must be a SubsetProblem")
     name, chosen = chosen_backend(backend, options, more_options)
     bounding = make_backend("perspective", rounds=bound_rounds)
     assert isinstance(bounding, Perspective)
@@ -134,14 +131,6 @@ def chosen_backend(
     given = dict(**(options or {}), **more_options)  # the same name twice is a TypeError
     if isinstance(backend, str):
         return backend, make_backend(backend, group, **given)
-    able = callable(getattr(backend, "select", None))
-    if isinstance(backend, type) or not (
-        able and isinstance(getattr(backend, "capabilities", None), Capabilities)
-    ):
-        raise BackendError(
-            f"backend is {reprlib.repr(backend)}; give a registered name, or a backend object: "
-            "one with `capabilities` and `select`"
-        )
     if given:
         raise BackendError("options go with a backend's name; this backend object has its own")
     return type(backend).__name__, backend
@@ -164,11 +153,9 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             selection,
             support=as_tensor("support", selection.support).sort().values,
             lower_bound=as_number("lower_bound", selection.lower_bound),
-            bound_limit=as_number("bound_limit", selection.bound_limit),
             gap_tolerance=as_number("gap_tolerance", selection.gap_tolerance),
             iterations=iterations,
             history=tuple(as_number("history", value) for value in selection.history),
-            path=tuple(as_number("path", value) for value in selection.path),
             windows=tuple(selection.windows),
         )
         check_fields(checked, [field.name for field in dataclasses.fields(Selection)])

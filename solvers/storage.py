@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # NUL in a name
         raise ProblemError(f"{path} cannot be written: {error}") from error
     finally:
-        _remove(partial)
+        with suppress(OSError, ValueError):  # where nothing can be removed, nothing was written
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -65,15 +65,6 @@ def as_new_files(path: Path) -> Iterator[None]:
     mode = path.stat().st_mode
     yield
     path.chmod(mode)
-
-
-def _remove(partial: Path) -> None:
-    """Remove what is left of a file, if anything is."""
-    try:
-        partial.unlink(missing_ok=True)
-    except (OSError, ValueError):
-        # Where nothing can be removed, nothing could be written, which has been said.
-        return
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -108,9 +99,5 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _check_suffix(path: str | os.PathLike[str]) -> None:
-    try:
-        suffix = Path(path).suffix
-    except TypeError as error:
-        raise ProblemError(f"path is {reprlib.repr(path)}; it must name a file") from error
-    if suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise ProblemError(f"{path}: a problem file ends in .safetensors")

@@ -10,13 +10,12 @@ What `verify` recomputes, and what it can only fail to refute:
 - a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
   or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
   removing units never lowers the loss;
-- the limit of such bounds is recomputed from the moments in the certificate;
 - a lower bound without a certificate is the backend's word.  It is refused where the loss, or an
   exchange, refutes it; else `Verification.not_recomputed` names it, and the status that rests on
   it.
 
-That a limit was met, and how a backend got to its answer (its iterations, history, path and
-seconds), is not recomputed: nothing about the problem follows from it.
+That a limit was met, and how a backend got to its answer (its iterations, history and seconds), is
+not recomputed: nothing about the problem follows from it.
 
 Claims may come from files.  Every number is checked for its type, for being finite and for its
 range before it is compared, and compared such that NaN fails.
@@ -34,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import (
@@ -76,7 +74,7 @@ class Verification:
         Its distance from the claimed loss, relative to the scale of the problem.
     stationarity
         Largest entry of the gradient on the support, relative to the largest entry of G: zero when
-        the weights are the least-squares refit.
+        the weights are the least-squares refit; NaN of experts, which have none.
     swap_gain
         By how much the most promising exchange lowers the loss, refitted, relative to the scale of
         the problem; NaN where neither swap optimality nor a bound was claimed, or where rounding
@@ -84,8 +82,6 @@ class Verification:
     lower_bound
         What no support's loss can be below, recomputed, with what rounding can have done taken off;
         NaN where a bound is the backend's word, or none is claimed.
-    bound_limit
-        What no bound of that kind can exceed, recomputed; NaN where that is not claimed.
     tolerance
         What the claimed loss and bound may be wrong by, after all of this, in units of the loss.
     not_recomputed
@@ -96,10 +92,9 @@ class Verification:
 
     loss: float
     loss_error: float
-    stationarity: float
+    stationarity: float = math.nan
     swap_gain: float = math.nan
     lower_bound: float = math.nan
-    bound_limit: float = math.nan
     tolerance: float = 0.0
     not_recomputed: tuple[str, ...] = ()
 
@@ -133,10 +128,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_number(v) or (isinstance(v, float) and v == -math.inf),
         "a finite float, or -inf where there is none",
     ),
-    "bound_limit": (
-        lambda v: _is_number(v) or (isinstance(v, float) and v == math.inf),
-        "a finite float, or inf where there is none",
-    ),
     "gap_tolerance": (lambda v: _is_number(v) and 0 <= v < 1, "a float in [0, 1)"),
     "certificate": (
         lambda v: v is None or isinstance(v, Certificate),
@@ -147,7 +138,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a tuple of WindowCertificate",
     ),
     "history": (_are_numbers, "a tuple of finite floats"),
-    "path": (_are_numbers, "a tuple of finite floats"),
     "iterations": (lambda v: isinstance(v, int) and v >= 0, "an int, and not negative"),
     "seconds": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
     "backend": (lambda v: isinstance(v, str), "a string"),
@@ -166,23 +156,23 @@ def check_fields(claim: Any, names: Iterable[str] = tuple(_FIELDS)) -> None:
 
 def check_support(problem: Any, support: Tensor) -> None:
     """Refuse a support, (k,) int64, that is not sorted or no choice of `keep` units."""
-    _require(
+    require(
         support.device == problem.device,
         f"support is on {support.device}, the problem on {problem.device}",
     )
     distinct = len(set(support.tolist()))
-    _require(
+    require(
         support.numel() == problem.keep and distinct == problem.keep,
         f"support has {distinct} distinct units, keep is {problem.keep}",
     )
-    _require(
+    require(
         bool(((support >= 0) & (support < problem.units)).all()),
         f"support names units outside 0 .. {problem.units - 1}",
     )
-    _require(bool((support.diff() > 0).all()), "support is not sorted")
+    require(bool((support.diff() > 0).all()), "support is not sorted")
 
 
-def _require(condition: bool, otherwise: str) -> None:
+def require(condition: bool, otherwise: str) -> None:
     """Refuse the solution unless a condition holds; with NaN none does."""
     if not condition:
         raise VerificationError(otherwise)
@@ -227,18 +217,17 @@ def _recomputed(claim: Any) -> Verification:
     _check_weights(problem, claim)
     loss = quadratic_loss(problem, claim.weights)
     slack = _ROUNDINGS * loss_rounding(problem, claim.weights)
-    _require(
+    require(
         abs(loss - claim.loss) <= slack,
         f"loss is {loss:.9g} when recomputed, claimed {claim.loss:.9g}",
     )
     stationarity = _stationarity(problem, claim)
-    _require(
+    require(
         stationarity <= _STATIONARITY_TOLERANCE,
         f"weights are not the refit on the support: gradient {stationarity:.3g}",
     )
     gain, swap_proved = _check_exchanges(problem, claim, loss, slack)
     bound = _check_bound(problem, claim)
-    limit = _check_limit(problem, claim)
     _check_status(problem, claim, loss, slack)
     scale = problem.scale or 1.0
     return Verification(
@@ -247,7 +236,6 @@ def _recomputed(claim: Any) -> Verification:
         stationarity=stationarity,
         swap_gain=gain / scale,
         lower_bound=bound,
-        bound_limit=limit,
         tolerance=slack + (_BOUND_TOLERANCE * loss if _has_bound(claim) else 0.0),
         not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
     )
@@ -258,12 +246,12 @@ def _has_bound(claim: Any) -> bool:
 
 
 def _check_weights(problem: SubsetProblem, claim: Any) -> None:
-    _require(
+    require(
         len(claim.weights) == len(problem.consumers),
         f"weights for {len(claim.weights)} of {len(problem.consumers)} consumers",
     )
     for consumer, W in zip(problem.consumers, claim.weights, strict=True):
-        _require(
+        require(
             W.shape == consumer.W0.shape
             and W.device == problem.device
             and bool(torch.isfinite(W).all()),
@@ -271,7 +259,7 @@ def _check_weights(problem: SubsetProblem, claim: Any) -> None:
         )
         outside = torch.ones(len(W), dtype=torch.bool, device=W.device)
         outside[consumer.support_rows(claim.support)] = False
-        _require(not bool(W[outside].any()), "weights are not zero on the rows of removed units")
+        require(not bool(W[outside].any()), "weights are not zero on the rows of removed units")
 
 
 def _stationarity(problem: SubsetProblem, claim: Any) -> float:
@@ -285,7 +273,7 @@ def _stationarity(problem: SubsetProblem, claim: Any) -> float:
         for rows in torch.split(kept, TILE_ROWS):
             residual = consumer.hessian.entries(rows, kept) @ fitted - consumer.G[rows]
             gradient = float(residual.abs().max())
-            _require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
+            require(math.isfinite(gradient), "weights overflow: their gradient is not finite")
             worst = max(worst, gradient / largest)
     return worst
 
@@ -303,7 +291,7 @@ def _check_exchanges(
     """
     if claim.status is not Status.SWAP_OPTIMAL and not _has_bound(claim):
         return math.nan, False
-    _require(
+    require(
         not _has_bound(claim) or claim.lower_bound <= loss + slack,
         f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
     )
@@ -325,11 +313,11 @@ def _check_exchanges(
         leave, enter = swap.units
         exchanged = torch.cat([claim.support[claim.support != leave], enter[None]])
         gain = min(gain, loss - refit_loss(problem, exchanged))
-    _require(
+    require(
         claim.status is not Status.SWAP_OPTIMAL or gain <= allowed,
         f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
     )
-    _require(
+    require(
         not _has_bound(claim) or claim.lower_bound <= loss - gain + slack,
         f"bound {claim.lower_bound:.9g} is refuted by an exchange that lowers the loss to "
         f"{loss - gain:.9g}",
@@ -348,7 +336,7 @@ def _check_bound(problem: SubsetProblem, claim: Any) -> float:
         least = max(least - rounding, 0.0)
         return least if claim.lower_bound <= least + tolerated(least, problem) else math.nan
     proved: float = claim.certificate.bound(problem)
-    _require(
+    require(
         claim.lower_bound <= proved + tolerated(proved, problem),
         f"bound {claim.lower_bound:.9g} is claimed, its certificate proves {proved:.9g}",
     )
@@ -363,36 +351,20 @@ def tolerated(proved: float, problem: SubsetProblem) -> float:
     return _BOUND_TOLERANCE * max(proved, 0.0) + _EPS * problem.empty_loss
 
 
-def _check_limit(problem: SubsetProblem, claim: Any) -> float:
-    """Return the limit of bounds like the claimed one, NaN if none is said; refuse a lower one."""
-    if claim.bound_limit == math.inf:
-        return math.nan
-    _require(
-        isinstance(claim.certificate, MultiplierCertificate),
-        f"limit {claim.bound_limit:.9g} of the bound is claimed without a certificate of moments",
-    )
-    limit: float = claim.certificate.limit(problem)
-    _require(
-        claim.bound_limit >= limit - tolerated(limit, problem),
-        f"limit {claim.bound_limit:.9g} of the bound is claimed, its certificate gives {limit:.9g}",
-    )
-    return limit
-
-
 def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float) -> None:
     """Refuse a status that claims more than the bound, or the windows, say."""
     if claim.status is Status.BOUNDED:
-        _require(_has_bound(claim), "a bound is claimed, and there is none")
+        require(_has_bound(claim), "a bound is claimed, and there is none")
     if claim.status is Status.OPTIMAL:
-        _require(_has_bound(claim), "optimality is claimed without a bound")
+        require(_has_bound(claim), "optimality is claimed without a bound")
         left = loss - claim.lower_bound
-        _require(
+        require(
             left <= claim.gap_tolerance * loss + slack,
             f"optimality is claimed with a gap of {left:.3g} at a loss of {loss:.3g}; the "
             f"tolerance is {claim.gap_tolerance:.3g} of it",
         )
     if claim.status is Status.WINDOW_OPTIMAL:
-        _require(len(claim.windows) > 0, "window optimality is claimed without a window")
+        require(len(claim.windows) > 0, "window optimality is claimed without a window")
         for window in claim.windows:
             _check_window(problem, claim, loss, slack, window)
 
@@ -402,11 +374,11 @@ def _check_window(
 ) -> None:
     """Refuse a window in which a better choice may exist, all other units held where they are."""
     units = window.units
-    _require(
+    require(
         _is_tensor(units, torch.int64, 1) and units.device == problem.device,
         "the units of a window must be an int64 tensor beside the problem",
     )
-    _require(
+    require(
         isinstance(window.certificate, TreeCertificate),
         "a window is certified by a TreeCertificate",
     )
@@ -415,7 +387,7 @@ def _check_window(
     except ProblemError as error:
         raise VerificationError(f"a window is none of this problem: {error}") from error
     proved = window.certificate.bound(inside)
-    _require(
+    require(
         loss - proved <= claim.gap_tolerance * loss + slack + _BOUND_TOLERANCE * loss,
         f"a window of {len(units)} units is proved to {proved:.9g} only, and the loss is "
         f"{loss:.9g}",

@@ -43,25 +43,11 @@ def contract(call: Call, operands: Sequence[Operand], output: Sequence[str]) -> 
         # A head dimension of size one broadcasts against all heads (multi-query attention).
         shared = set.intersection(*(set(labels) for _, labels in operands))
         call.record_heads(merged[label] for label in output if label in shared)
-        _keep_single_head(call, merged, operands[0][1], shared, output)
+        # What they share is batch and heads, in this order; a single one may be the batch alone.
+        together = [label for label in operands[0][1] if label in shared and label in output]
+        if len(together) > 1 and merged[together[-1]] == ONE:
+            call.freeze((merged[label] for label in output if label not in shared), _SINGLE_HEAD)
     return Value(tuple(call.axes.resolve(merged[label]) for label in output))
-
-
-def _keep_single_head(
-    call: Call,
-    merged: dict[str, Layout],
-    order: Sequence[str],
-    shared: set[str],
-    output: Sequence[str],
-) -> None:
-    """Freeze what lies inside the heads if there is but one.
-
-    The dimensions that the operands share are batch and heads, in this order; a single one of
-    them may be the batch alone.
-    """
-    together = [label for label in order if label in shared and label in output]
-    if len(together) > 1 and merged[together[-1]] == ONE:
-        call.freeze((merged[label] for label in output if label not in shared), _SINGLE_HEAD)
 
 
 def _record(call: Call, label: str, holders: Sequence[Operand], *, summed: bool) -> None:

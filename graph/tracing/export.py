@@ -242,6 +242,21 @@ def _bind(
             f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional "
             "arguments or a dict of keyword arguments"
         )
+    bound = bound_arguments(model, args, kwargs)
+    if "use_cache" in bound.signature.parameters and "use_cache" not in bound.arguments:
+        # A cache would make keys and values outputs of the model.
+        kwargs["use_cache"] = False
+    device = next((tensor.device for _, tensor, _ in _named_tensors(model)), None)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))  # type: ignore[no-any-return]
+
+
+def bound_arguments(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """Return the arguments of a forward pass as its signature takes them.
+
+    Raises ExampleInputError if they do not fit.
+    """
     try:
         signature = inspect.signature(model.forward)
     except ValueError as error:
@@ -250,16 +265,11 @@ def _bind(
             "model; give the model that it was made of"
         ) from error
     try:
-        bound = signature.bind(*args, **kwargs)
+        return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ExampleInputError(
             f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from error
-    if "use_cache" in signature.parameters and "use_cache" not in bound.arguments:
-        # A cache would make keys and values outputs of the model.
-        kwargs["use_cache"] = False
-    device = next((tensor.device for _, tensor, _ in _named_tensors(model)), None)
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,10 +37,7 @@ def exporting(lines: bool) -> Iterator[None]:
 
     lines: Whether it is to note which lines of Python call each operator.
     """
-    with _EXPORT, ExitStack() as stack:
-        stack.enter_context(_stack_traces(lines))
-        for replaced in (symbolic_lengths, _no_warnings, _no_logs, _no_dump):
-            stack.enter_context(replaced())
+    with _EXPORT, _stack_traces(lines), symbolic_lengths(), _quiet():
         yield
 
 
@@ -118,14 +115,6 @@ def few_questions() -> Iterator[None]:
             setattr(symbolic_shapes.ShapeEnv, name, original)
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep quiet about attributes that a forward pass assigns: `preserved` puts them back."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The tensor attribute")
-        yield
-
-
 _LOGGERS = (
     "torch._subclasses.fake_tensor",
     "torch._export",
@@ -136,30 +125,27 @@ _LOGGERS = (
 
 
 @contextmanager
-def _no_logs() -> Iterator[None]:
-    """Keep the exporter from printing the error that is raised besides."""
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from telling of what is put back, or raised besides.
+
+    That are attributes that a forward pass assigns (`preserved`), the log of an error, and, on the
+    standard error, the graph of a failed export.
+    """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _no_dump() -> Iterator[None]:
-    """Hold back, of what is written to the standard error, the graph of a failed export."""
     written, dump = io.StringIO(), None
     try:
-        with redirect_stderr(written):
+        with warnings.catch_warnings(), redirect_stderr(written):
+            warnings.filterwarnings("ignore", "The tensor attribute")
             yield
     except Exception as error:
         dump = getattr(error.__cause__ or error, "partial_fx_graph", None)
         raise
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         text = written.getvalue()
         sys.stderr.write(text if dump is None else text.replace(f"{dump}\n", ""))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,9 +19,10 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from graph.errors import ExampleInputError, TraceError
+from graph.errors import TraceError
 from graph.tracing.export import (
     Program,
+    bound_arguments,
     canonical_names,
     concrete,
     inlined,
@@ -143,7 +143,8 @@ def export_standalone(
     Raises ExampleInputError if no argument of a name is taken.
     Raises TraceError if it cannot be exported.
     """
-    inputs = _in_order(model, example)
+    bound = bound_arguments(model, (), example).arguments
+    inputs = {name: value for name, value in bound.items() if name in example} | dict(example)
     sizes = {name: _sizes(given, left_open.get(name, ())) for name, given in inputs.items()}
     with few_questions(), every_size() if exact else nullcontext():
         exported = run_export(model, (), inputs, sizes, lines=lines)
@@ -161,7 +162,11 @@ def export_standalone(
         tuple(inputs),
         exported.call_spec.out_spec,
         _sizes_taken(graph),
-        _largest(exported),
+        {
+            size: int(limits.upper)
+            for size, limits in exported.range_constraints.items()
+            if limits.upper.is_Integer and limits.upper < LARGEST
+        },
         exact,
     )
 
@@ -175,19 +180,6 @@ def _sizes(given: Any, dims: Collection[int]) -> Any:
         return dict.fromkeys((dim for dim in dims if dim < leaf.dim()), Dim.AUTO)
 
     return pytree.tree_map(of, given)
-
-
-def _in_order(model: torch.nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments in the order in which the model takes them."""
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(**example).arguments
-    except TypeError as error:
-        raise ExampleInputError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
-    named = {name: value for name, value in bound.items() if name in example}
-    return named | dict(example)
 
 
 _KERNELS = ("_meta_registrations", "_subclasses", "_ops", "_prims", "_refs", "_decomp")
@@ -229,13 +221,6 @@ def _is_of_kernels(place: Any) -> bool:
     path = Path(place.framework_loc.filename) if place.framework_loc is not None else Path()
     inside = path.parts[path.parts.index("torch") + 1 :] if "torch" in path.parts else ()
     return bool(inside) and inside[0].removesuffix(".py").startswith(_KERNELS)
-
-
-def _largest(exported: torch.export.ExportedProgram) -> dict[Any, int]:
-    """Return the largest value of each open size that has one."""
-    found = exported.range_constraints.items()
-    known = {size: limits.upper for size, limits in found if limits.upper.is_Integer}
-    return {size: int(upper) for size, upper in known.items() if upper < LARGEST}
 
 
 def _check_modes(module: GraphModule) -> None:

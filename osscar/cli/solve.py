@@ -136,12 +136,6 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
             f"no support has a loss below {solution.lower_bound:.9g}, so that the gap is "
             f"{solution.gap:.4%} ({solution.bound_from})"
         )
-    if math.isfinite(solution.bound_limit):
-        least = 1 - solution.bound_limit / solution.loss if solution.loss > 0 else 0.0
-        if least > 0:
-            say(f"no bound of this kind leaves a gap below {least:.4%}")
-        else:
-            say("nothing is known of the gap that the best bound of this kind leaves")
     say(f"{solution.status.name}: {solution.status.value}")
     say(f"{solution.seconds:.2f} s, {pluralize(solution.iterations, 'iteration')}")
     say(

@@ -319,6 +319,5 @@ def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
         solution,
         lower_bound=proof.lower_bound,
         bound_from=proof.bound_from,
-        bound_limit=proof.bound_limit,
         certificate=proof.certificate,
     )

@@ -51,7 +51,6 @@ def claimed(record: Record, problem: solvers.SubsetProblem, certificate: Path) -
         status=solvers.Status[record.status],
         lower_bound=-math.inf if record.lower_bound is None else record.lower_bound,
         bound_from=record.bound_from,
-        bound_limit=math.inf if record.bound_limit is None else record.bound_limit,
         iterations=record.iterations,
         seconds=record.seconds or 0.0,
         gap_tolerance=record.gap_tolerance,
@@ -73,9 +72,20 @@ def answered(asked: Record, solution: Solution, certificate: str, unproved: Proo
         asked,
         **{name: value for name, value in vars(said).items() if name in fields},
         proof=ProofBasis.NONE if said.lower_bound is None else rests_on,
+        bound_limit=_limit(solution),
         gap_tolerance=solution.gap_tolerance,
         certificate=certificate,
     )
+
+
+def _limit(solution: Solution) -> float | None:
+    """Return what no bound of that kind can exceed; None where the certificate does not tell."""
+    if not isinstance(solution.certificate, MultiplierCertificate):
+        return None
+    try:
+        return solution.certificate.limit(solution.problem)
+    except solvers.VerificationError:  # rounded, they are no moments
+        return None
 
 
 # ---- certificates as files ---------------------------------------------------------------

@@ -108,6 +108,9 @@ class Record:
         What `lower_bound` rests on.
     gap_tolerance
         The relative gap up to which the backend calls its answer optimal.
+    bound_limit
+        What no bound of the kind of `lower_bound` can exceed, however long it is searched for; None
+        where nothing is known.
     certificate
         Digest of the file beside the record that holds the certificate; empty where there is none.
     """

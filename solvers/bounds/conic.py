@@ -118,8 +118,11 @@ class Conic(Backend):
         bound = relaxation.bound
         x, q = solve(bound, self.solver)
         point = torch.from_numpy(np.clip(x, 0.0, 1.0)).to(bound.point)
-        moved = replace(bound, point=point, q=torch.from_numpy(q).to(bound.q))
-        return replace(relaxation, bound=_made_definite(moved))
+        q = torch.maximum(torch.from_numpy(q).to(bound.q), bound.Q.diagonal())
+        scale = q.rsqrt()
+        largest = float(torch.linalg.eigvalsh(bound.Q * scale[:, None] * scale)[-1])
+        moved = replace(bound, point=point, q=q * max(largest, 1e-3))
+        return replace(relaxation, bound=made_dominating(moved))
 
 
 def _second_order(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
@@ -160,12 +163,3 @@ def _run(problem: Any, solver: str) -> None:
         raise BackendError(
             f"cvxpy: {solver} ended with status {problem.status!r}; try another solver"
         )
-
-
-def _made_definite(bound: QuadraticBound) -> QuadraticBound:
-    """Raise q until it dominates Q."""
-    Q = bound.Q
-    q = torch.maximum(bound.q, Q.diagonal())
-    scale = q.rsqrt()
-    largest = float(torch.linalg.eigvalsh(Q * scale[:, None] * scale)[-1])
-    return made_dominating(replace(bound, q=q * max(largest, 1e-3)))

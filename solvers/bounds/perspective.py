@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,7 +79,6 @@ class Perspective(Backend):
         claims = {
             "lower_bound": bound,
             "bound_from": _BOUND_FROM,
-            "bound_limit": math.inf if certificate is None else relaxation.limit,
             "certificate": certificate,
         }
         return claims, relaxation

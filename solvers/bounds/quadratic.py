@@ -87,12 +87,9 @@ class QuadraticBound:
 def scaled_diagonal(Q: Tensor, shape: Tensor, margin: float = LEAST_MARGIN) -> Tensor:
     """Return the least multiple q of ``shape o diag(Q)`` that dominates Q by a margin, (n,)."""
     d = _floored(Q.diagonal()) * shape
-    return d * (max(_least_factor(d, Q), 1e-3) * (1 + 2 * margin))
-
-
-def _least_factor(q: Tensor, Q: Tensor) -> float:
-    scale = q.rsqrt()
-    return largest_eigenvalue((Q * scale[:, None]).mul_(scale))
+    scale = d.rsqrt()
+    least = largest_eigenvalue((Q * scale[:, None]).mul_(scale))
+    return d * (max(least, 1e-3) * (1 + 2 * margin))
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:
@@ -141,13 +138,9 @@ def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
     return best
 
 
-def improved(
-    bound: QuadraticBound, barrier: float, steps: int, newton_steps: int = 1
-) -> QuadraticBound:
-    """Return the bound after some barrier steps for q, and a minimization over x."""
-    for _ in range(newton_steps):
-        bound = replace(bound, q=_newton_step(bound, barrier))
-    return minimize(bound, steps)
+def improved(bound: QuadraticBound, barrier: float, steps: int) -> QuadraticBound:
+    """Return the bound after a barrier step for q, and a minimization over x."""
+    return minimize(replace(bound, q=_newton_step(bound, barrier)), steps)
 
 
 def _newton_step(bound: QuadraticBound, barrier: float) -> Tensor:

@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from solvers.bounds.quadratic import (
-    LEAST_MARGIN,
     QuadraticBound,
     improved,
     inverse_of,
-    is_definite,
     minimize,
     scaled_diagonal,
     tighten,
@@ -117,7 +115,6 @@ class Relaxation:
         (`ConsumerRemoval.multipliers`): how likely each free unit is removed, (n,), the diagonal q
         relative to that of Q, (n,), and how removals go together, (n, n), None if they do not.
     bound: The bound of the cost of removing ``terms.removals`` free units.
-    limit: What no bound of the loss with common multipliers exceeds; infinite if not known.
     """
 
     terms: RemovalTerms
@@ -125,7 +122,6 @@ class Relaxation:
     shape: Tensor
     bound: QuadraticBound
     correlation: Tensor | None = None
-    limit: float = math.inf
 
     @property
     def value(self) -> float:
@@ -169,25 +165,18 @@ def relax(terms: RemovalTerms, effort: Effort, *, cutoff: float = math.inf) -> R
     if first.value >= cutoff:
         return first
     if not effort.rounds:
-        return _with_limit(_alone(first, effort))
+        return _alone(first, effort)
     found, most = _together(first, effort, cutoff)
     # Near a singular H the steps may need more rounds than there are.
     if math.isfinite(found.value) and found.bound.value >= most:
         return found
     alone = _alone(first, effort)
-    return found if found.value >= alone.value else _with_limit(alone)
+    return better(alone, found)
 
 
 def _alone(first: Relaxation, effort: Effort) -> Relaxation:
     """Return the relaxation with the best diagonal for its multipliers."""
     return better(first, replace(first, bound=tighten(first.bound, effort.steps)))
-
-
-def _with_limit(found: Relaxation) -> Relaxation:
-    """Return a relaxation of independent units with the limit that they give."""
-    n = len(found.share)
-    cost = found.terms.expected(found.share, 1.0, found.share.new_zeros(n, n))
-    return replace(found, limit=found.terms.limit(cost))
 
 
 def alternate(
@@ -278,25 +267,12 @@ def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxat
             ends.append(moments.towards(before, 0.5))
         del before
         barrier, shape = max(barrier * factor, least_barrier), 1 + left * (shape - 1)
-    moments, bound = max(
-        (_ended(terms, end, found, point, effort.steps) for end in ends),
-        key=lambda end: end[1].value,
-    )
-    ones, correlation = torch.ones_like(moments.mean), moments.correlation
-    limit = terms.limit(float(moments.mean @ bound.a))
-    if not is_definite(ones / (1 + LEAST_MARGIN), -correlation):
-        limit = math.inf  # rounded to float32, these are no moments
-    bound = tighten(bound, effort.steps)
-    together = Relaxation(terms, moments.mean, ones, bound, correlation, limit)
+    ends = [replace(end, mean=_summing_up(terms, end.mean)) for end in ends]
+    bounds = (minimize(_bound_at(terms, end, 1.0, found, point), effort.steps) for end in ends)
+    moments, bound = max(zip(ends, bounds, strict=True), key=lambda pair: pair[1].value)
+    bound, ones = tighten(bound, effort.steps), torch.ones_like(moments.mean)
+    together = Relaxation(terms, moments.mean, ones, bound, moments.correlation)
     return together, moments.most(first.bound)
-
-
-def _ended(
-    terms: RemovalTerms, moments: Moments, found: Tensor, point: Tensor, steps: int
-) -> tuple[Moments, QuadraticBound]:
-    """Return moments that sum up, and the bound of the multipliers that suit them."""
-    moments = replace(moments, mean=_summing_up(terms, moments.mean))
-    return moments, minimize(_bound_at(terms, moments, 1.0, found, point), steps)
 
 
 def _moved(

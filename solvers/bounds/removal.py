@@ -184,13 +184,6 @@ class RemovalTerms:
         """Return the maximum, over the multipliers, of the expected bound of the cost."""
         return sum(c.expected(share, shape, correlation) for c in self.consumers)
 
-    def limit(self, cost: float) -> float:
-        """Turn an upper bound of the costs that are bounds into one of the losses that are.
-
-        cost: As computed.
-        """
-        return self.rounding.exceeded(self.constant, cost)
-
     def single_costs(self) -> Tensor:
         """Return what each unit costs if it alone is removed, (n,)."""
         return self.costs(torch.arange(len(self.units), device=self.units.device)[:, None])

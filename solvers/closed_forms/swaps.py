@@ -117,10 +117,14 @@ def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
 
     leave, enter: Units inside and outside of its support, int64.
     """
-    return _total(
-        (_scalar_gains if consumer.width == 1 else _block_gains)(consumer, leave, enter)
-        for consumer in state.consumers
-    )
+
+    def gains(consumer: ConsumerState) -> Tensor:
+        if consumer.width == 1:
+            return _scalar_gains(consumer, leave, enter)
+        pairs = _Pairs.of(consumer, leave, enter)
+        return block_scores(pairs.Schur, pairs.residual) - pairs.loss[:, None]
+
+    return _total(map(gains, state.consumers))
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
@@ -137,11 +141,6 @@ def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
     numerator = numerator.mul_(2).addcmul_(F, W2).mul_(F).add_(K[enter])
     denominator = F.square_().mul_(A).add_(N[enter])
     return numerator.div_(denominator).sub_(W2 / A)
-
-
-def _block_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
-    pairs = _Pairs.of(state, leave, enter)
-    return block_scores(pairs.Schur, pairs.residual) - pairs.loss[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +162,10 @@ class _Pairs:
     @classmethod
     def of(cls, state: ConsumerState, leave: Tensor, enter: Tensor) -> _Pairs:
         w, N, K = state.width, state.N_blocks, state.K_blocks
-        inverse, root = _inverse_root(-N[leave])
+        factor = torch.linalg.cholesky(-N[leave])
+        unit = torch.eye(w, dtype=N.dtype, device=N.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor, unit, upper=False)
+        inverse = root.mT @ root
         N_ij, K_ij = (
             matrix.reshape(len(leave), w, len(enter), w).transpose(1, 2)
             for matrix in state.pairs(leave, enter)
@@ -229,11 +231,3 @@ def _inverse(A: Tensor) -> Tensor:
     if A.shape[-1] == 1:
         return 1 / A
     return torch.cholesky_inverse(torch.linalg.cholesky(A))
-
-
-def _inverse_root(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``inv(A) = B'B`` and B for batches of positive definite (w, w) blocks."""
-    factor = torch.linalg.cholesky(A)
-    unit = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    root: Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
-    return root.mT @ root, root

@@ -271,7 +271,8 @@ class _Search(Incumbent):
 
         Where fixing has decided everything, the node itself is opened again, as its only child.
         """
-        decided = self._is_decided(nodes.sides)
+        goes, stays = (nodes.sides == REMOVED).sum(1), (nodes.sides == KEPT).sum(1)
+        decided = (goes >= self.terms.removals) | (stays >= self.problem.keep)
         self._push(nodes[decided])
         kept = bound.if_kept(terms)
         promise = (kept.clamp(min=0.0) + _BRANCH_ON_DIAGONAL * bound.q) * bound.point
@@ -282,10 +283,6 @@ class _Search(Incumbent):
             value = torch.maximum(terms.certified(cost), nodes.bound)
             sides = nodes.sides.scatter(1, unit, side)
             self._push(replace(nodes, bound=value, sides=sides)[~decided])
-
-    def _is_decided(self, sides: Tensor) -> Tensor:
-        goes, stays = (sides == REMOVED).sum(1), (sides == KEPT).sum(1)
-        return (goes >= self.terms.removals) | (stays >= self.problem.keep)
 
     def _push(self, nodes: Nodes) -> None:
         """Open nodes, but those that remove or keep too many, or whose bound closes them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import ClassVar
@@ -42,10 +41,10 @@ class Enumerate(Backend):
     def select(self, problem: SubsetProblem) -> Selection:
         """Return the best support; the first in lexicographic order among equals."""
         best, best_loss, bound = None, math.inf, math.inf
-        compact = [_compress(consumer) for consumer in problem.consumers]
+        compact = [(c, c.H, narrowed(c.G)) for c in problem.consumers]
         rows = max((problem.keep * c.width) ** 2 for c in problem.consumers)
         supports = combinations(range(problem.units), problem.keep)
-        for batch in _batches(supports, max(1, _BATCH_ELEMENTS // rows)):
+        while batch := list(islice(supports, max(1, _BATCH_ELEMENTS // rows))):
             chosen = torch.tensor(batch, dtype=torch.int64, device=problem.device)
             parts = [_explained(*terms, chosen) for terms in compact]
             explained = torch.stack([part for part, _ in parts]).sum(0)
@@ -56,7 +55,11 @@ class Enumerate(Backend):
             if loss < best_loss:
                 best, best_loss = chosen[index], loss
         assert best is not None
-        bound = max(min(bound, _checkable(problem, bound)), 0.0)
+        # What is left of it where it is computed from the inverse of H, as in its check.
+        inverses = Inverses.of(problem)
+        cost = torch.tensor(bound - inverses.constant, dtype=torch.float64)
+        checkable = float(inverses.rounding.twice.certified(inverses.constant, cost))
+        bound = max(min(bound, checkable), 0.0)
         refitted, rounded = refit_loss_and_rounding(problem, best)
         # Near a singular H what rounding can have done to some loss may exceed the tolerance.
         slack = DEFAULT_GAP_TOLERANCE * refitted + rounded
@@ -69,23 +72,6 @@ class Enumerate(Backend):
             history=(best_loss,),
             certificate=EnumerationCertificate(),
         )
-
-
-def _checkable(problem: SubsetProblem, loss: float) -> float:
-    """Return what is left of a bound that is computed from the inverse of H, as in its check."""
-    inverses = Inverses.of(problem)
-    cost = torch.tensor(loss - inverses.constant, dtype=torch.float64)
-    return float(inverses.rounding.twice.certified(inverses.constant, cost))
-
-
-def _batches(supports: Iterator[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    while batch := list(islice(supports, size)):
-        yield batch
-
-
-def _compress(consumer: Consumer) -> tuple[Consumer, Tensor, Tensor]:
-    """Return the consumer, its H, and a G of at most p columns with the same G G'."""
-    return consumer, consumer.H, narrowed(consumer.G)
 
 
 def _explained(

@@ -24,17 +24,6 @@ class Highs(MixedInteger):
 
     The linear relaxation is tightened by cuts at its own optima first.  Then the integer search is
     solved again and again, each time with a cut at what it found: its bound rises to the optimum.
-
-    Parameters
-    ----------
-    time_limit
-        Seconds for the whole solve.
-    gap_tolerance
-        Relative gap at which the answer counts as optimal.
-    threads
-        Threads of the solver; 0 leaves the choice to it.
-    start
-        Units to start the warm-starting local search from; by default it starts from greedy.
     """
 
     summary: ClassVar[str] = "outer approximation as a linear integer program, without a licence"

@@ -73,7 +73,19 @@ def check_limits(time_limit: float, gap_tolerance: float, threads: int = 1) -> N
 
 @dataclass(frozen=True)
 class MixedInteger(Backend):
-    """A search by a mixed-integer solver, which starts from the swap optimum."""
+    """A search by a mixed-integer solver, which starts from the swap optimum.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds for the whole solve.
+    gap_tolerance
+        Relative gap at which the answer counts as optimal.
+    threads
+        Threads of the solver; 0 leaves the choice to it.
+    start
+        Units to start the warm-starting local search from; by default it starts from greedy.
+    """
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT
     time_limit: float = 60.0
@@ -87,7 +99,15 @@ class MixedInteger(Backend):
     def select(self, problem: SubsetProblem) -> Selection:
         """Search, unless there is no choice."""
         if problem.keep == problem.units:
-            return keep_everything(problem)
+            support = torch.arange(problem.units, device=problem.device)
+            loss, rounding = refit_loss_and_rounding(problem, support)
+            return Selection(
+                support,
+                Status.OPTIMAL,
+                lower_bound=max(loss - rounding, 0.0),
+                bound_from="the only support",
+                history=(loss,),
+            )
         return self.solve(Search(problem, self))
 
     def solve(self, search: Search) -> Selection:
@@ -204,16 +224,3 @@ def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
         rows = unit_rows(removed, consumer.width)
         Y[rows] = solve_spd(consumer.A[rows[:, None], rows], consumer.W[rows])
     return Y
-
-
-def keep_everything(problem: SubsetProblem) -> Selection:
-    """Answer a problem that leaves no choice."""
-    support = torch.arange(problem.units, device=problem.device)
-    loss, rounding = refit_loss_and_rounding(problem, support)
-    return Selection(
-        support,
-        Status.OPTIMAL,
-        lower_bound=max(loss - rounding, 0.0),
-        bound_from="the only support",
-        history=(loss,),
-    )

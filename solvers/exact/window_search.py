@@ -71,7 +71,7 @@ class WindowSearch(Backend):
         count = 0 if problem.keep == problem.units else self.windows
         if size == problem.units:
             count = min(count, 1)
-        proofs: list[WindowCertificate | None] = []
+        proofs: list[WindowCertificate] | None = []
         for index in range(count):
             units = (
                 random_window(problem, best.support, size, generator)
@@ -80,17 +80,19 @@ class WindowSearch(Backend):
             )
             found = self._solve(problem, best.support, units)
             if best.offer(apply_window(best.support, units, found.support)):
-                proofs.clear()
-            proofs.append(_proof(units, found))
-        windows = tuple(proof for proof in proofs if proof is not None)
-        solved = 0 < len(windows) == len(proofs)
+                proofs = []
+            tree = found.certificate
+            if found.status is not Status.OPTIMAL or not isinstance(tree, TreeCertificate):
+                proofs = None  # until the next improvement: this window may hold something better
+            elif proofs is not None:
+                proofs.append(WindowCertificate(units, tree))
         return Selection(
             best.support,
-            Status.WINDOW_OPTIMAL if solved else Status.FEASIBLE,
+            Status.WINDOW_OPTIMAL if proofs else Status.FEASIBLE,
             iterations=count,
             history=tuple(best.history),
             gap_tolerance=self.gap_tolerance,
-            windows=windows if solved else (),
+            windows=tuple(proofs or ()),
         )
 
     def _solve(self, problem: SubsetProblem, support: Tensor, units: Tensor) -> Selection:
@@ -101,10 +103,3 @@ class WindowSearch(Backend):
             start=tuple(inside.tolist()),
         )
         return exact.select(window_problem(problem, support, units))
-
-
-def _proof(units: Tensor, found: Selection) -> WindowCertificate | None:
-    """Return the evidence that a window holds nothing better; None where it may."""
-    if found.status is not Status.OPTIMAL or not isinstance(found.certificate, TreeCertificate):
-        return None
-    return WindowCertificate(units, found.certificate)

@@ -1,8 +1,4 @@
-"""Backends that choose which experts stay, and what a backend is.
-
-A backend is a frozen dataclass whose fields are its options, registered under the entry-point group
-``osscar.expert_backends``.
-"""
+"""Backends that choose which experts stay, registered under ``osscar.expert_backends``."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +14,8 @@ from torch import Tensor
 from solvers.errors import BackendError
 from solvers.experts.losses import Losses, losses_of
 from solvers.experts.problem import ExpertProblem
-from solvers.heuristics.scores import check_seed
-from solvers.protocol import BackendKind, Capabilities, Selection, Status
+from solvers.heuristics.scores import Random, Scored
+from solvers.protocol import Backend, BackendKind, Selection, Status
 
 ROUNDING = 1e-12
 """Losses are told apart if they differ by more than this share of the target's squared norm."""
@@ -30,60 +26,11 @@ _LEAST_GAIN = 1e-9
 MOST_SETS = 1 << 17
 """Of which the losses are all computed."""
 
-_ATTEMPTS = 32
-"""Exchanges tried after the best, before all are computed again."""
-
-
-class ExpertBackend(Protocol):
-    """A way to choose experts; implemented by a frozen dataclass whose fields are its options."""
-
-    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
-    summary: ClassVar[str]
-    capabilities: ClassVar[Capabilities] = Capabilities()
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None, or why the backend cannot run here and how to mend that."""
-        return None
-
-    def select(self, problem: ExpertProblem) -> Selection:
-        """Choose ``problem.keep`` experts."""
-
-
-class _Scored(ExpertBackend, Protocol):
-    """Keep the experts with the highest score, as many in each group; the first of equals stays."""
-
-    def scores(self, problem: ExpertProblem) -> Tensor:
-        """Return one score an expert, (experts,) float64."""
-
-    def select(self, problem: ExpertProblem) -> Selection:
-        """Rank the experts of each group and keep the best."""
-        grouped = self.scores(problem).view(problem.rule.groups, problem.size)
-        order = grouped.argsort(dim=1, descending=True, stable=True)
-        first = torch.arange(0, problem.experts, problem.size, device=problem.device)
-        best = (order + first[:, None])[:, : problem.keep // problem.rule.groups]
-        return Selection(best.flatten(), Status.FEASIBLE, iterations=1)
+__all__ = ["Enumerate", "Frequency", "Greedy", "LocalSearch", "Random", "Reap"]
 
 
 @dataclass(frozen=True)
-class Random(_Scored):
-    """Keep a random set: the floor that every other backend has to clear."""
-
-    summary: ClassVar[str] = "a random set of experts; the floor for comparisons"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_seed("random", self.seed)
-
-    def scores(self, problem: ExpertProblem) -> Tensor:
-        """Draw from a generator seeded with `seed`, on the CPU, so that devices agree."""
-        generator = torch.Generator().manual_seed(self.seed)
-        draws = torch.rand(problem.experts, generator=generator, dtype=torch.float64)
-        return draws.to(problem.device)
-
-
-@dataclass(frozen=True)
-class Frequency(_Scored):
+class Frequency(Scored):
     """Keep the experts to which the most tokens are sent."""
 
     summary: ClassVar[str] = "the experts to which the most tokens are sent"
@@ -94,7 +41,7 @@ class Frequency(_Scored):
 
 
 @dataclass(frozen=True)
-class Reap(_Scored):
+class Reap(Scored):
     """Keep the experts that add the most to a token that is sent to them, on average.
 
     Router weight times norm of the output, averaged over an expert's tokens (Lasby et al., "REAP
@@ -115,9 +62,10 @@ class Reap(_Scored):
 
 
 @dataclass(frozen=True)
-class Greedy(ExpertBackend):
+class Greedy(Backend):
     """Remove the expert without which the loss is least, route anew, repeat."""
 
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "one removal at a time, each the best by the loss after routing anew"
 
     def select(self, problem: ExpertProblem) -> Selection:
@@ -148,11 +96,8 @@ def _greedy(problem: ExpertProblem, losses: Losses) -> tuple[Tensor, list[float]
 
 
 @dataclass(frozen=True)
-class LocalSearch(ExpertBackend):
+class LocalSearch(Backend):
     """Start from greedy removal, then exchange one that stays for one that left until none helps.
-
-    The losses of all exchanges are computed.  After the best is made, the next best among other
-    experts are tried, each by its own loss, before all are computed again.
 
     Parameters
     ----------
@@ -160,6 +105,7 @@ class LocalSearch(ExpertBackend):
         The most exchanges.
     """
 
+    kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then the best exchanges until none lowers the loss"
     max_exchanges: int = 10_000
 
@@ -182,43 +128,21 @@ class LocalSearch(ExpertBackend):
             elif len(history) > self.max_exchanges:
                 status = Status.ITERATION_LIMIT
             else:
-                left = self.max_exchanges + 1 - len(history)
-                lower = _exchange(losses, kept, table, history[-1], least, left)
-                history += lower
-                status = None if lower else Status.FEASIBLE
+                leaves, enters = divmod(int(table.argmin()), len(kept))
+                then = kept.clone()
+                then[leaves], then[enters] = False, True
+                loss = losses.loss(then)
+                if loss < history[-1]:
+                    kept = then
+                    history.append(loss)
+                else:  # what it seems to gain is rounding
+                    status = Status.FEASIBLE
         support = torch.nonzero(kept).flatten()
         return Selection(support, status, iterations=len(history) - 1, history=tuple(history))
 
 
-def _exchange(
-    losses: Losses, kept: Tensor, table: Tensor, loss: float, least: float, most: int
-) -> list[float]:
-    """Make exchanges of which no two share an expert, the best first; return the losses after each.
-
-    `kept` is changed.
-    """
-    lower: list[float] = []
-    moved: set[int] = set()
-    best = table.flatten().argsort(stable=True).tolist()
-    tried = 0
-    for r, a in (divmod(place, len(kept)) for place in best):
-        if tried == _ATTEMPTS or len(lower) == most or not float(table[r, a]) < loss - least:
-            break
-        if r in moved or a in moved:
-            continue
-        then = kept.clone()
-        then[r], then[a] = False, True
-        after, tried = losses.loss(then), tried + 1
-        now = lower[-1] if lower else loss
-        if after < now - least:
-            kept.copy_(then)
-            moved |= {r, a}
-            lower.append(after)
-    return lower
-
-
 @dataclass(frozen=True)
-class Enumerate(ExpertBackend):
+class Enumerate(Backend):
     """Compute the loss of every set of experts among which the router can choose."""
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT

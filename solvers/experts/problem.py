@@ -94,7 +94,7 @@ class RoutedTokens:
     Raises
     ------
     ProblemError
-        If shapes or types are others, or an entry is not finite.
+        If an entry is not finite.
     """
 
     logits: Tensor
@@ -103,26 +103,8 @@ class RoutedTokens:
     energy: Tensor
 
     def __post_init__(self) -> None:
-        tensors = {name: getattr(self, name) for name in ("logits", "gram", "cross", "energy")}
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
-                raise ProblemError(f"{name} must be a float64 tensor")
-            if tensor.device != self.logits.device or not tensor.numel():
-                raise ProblemError(f"{name} must be beside the logits, and not empty")
-        tokens, count = len(self.logits), self.cross.shape[-1]
-        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-        expected = [
-            (tokens, self.logits.shape[-1]),
-            (tokens, count * (count + 1) // 2),
-            (tokens, count),
-            (tokens,),
-        ]
-        if shapes != expected:
-            raise ProblemError(f"{', '.join(tensors)} must be {expected}, not {shapes}")
-        for name, tensor in tensors.items():
+        for name, tensor in vars(self).items():
             check_entries(name, tensor)
-        if not float(self.energy.min()) >= 0:
-            raise ProblemError("energy is negative; it is the squared norm of the target")
 
     @classmethod
     def from_outputs(cls, logits: Tensor, outputs: Tensor, target: Tensor) -> RoutedTokens:
@@ -138,11 +120,6 @@ class RoutedTokens:
         target
             What the mixture is to give, (tokens, dim).
         """
-        if outputs.ndim != 3 or target.shape != (len(outputs), outputs.shape[2]):
-            raise ProblemError(
-                f"outputs are {tuple(outputs.shape)} and target {tuple(target.shape)}; they must "
-                "be (tokens, candidates, dim) and (tokens, dim)"
-            )
         o, y = outputs.double(), target.double()
         lower = torch.ones(2 * o.shape[1:2], dtype=torch.bool, device=o.device).tril()
         gram = torch.empty(len(o), int(lower.sum()), dtype=torch.float64, device=o.device)
@@ -154,8 +131,7 @@ class RoutedTokens:
     @classmethod
     def joined(cls, blocks: Sequence[RoutedTokens]) -> RoutedTokens:
         """Return the tokens of several blocks as one; copied."""
-        names = ("logits", "gram", "cross", "energy")
-        return cls(*(torch.cat([getattr(block, name) for block in blocks]) for name in names))
+        return cls(*map(torch.cat, zip(*(vars(block).values() for block in blocks), strict=True)))
 
     def entries(self, rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Return entries of the Gram matrices of tokens, of indices that broadcast."""
@@ -166,8 +142,7 @@ class RoutedTokens:
     def part(self, start: int, end: int) -> RoutedTokens:
         """Return some of the tokens, as views."""
         made = object.__new__(RoutedTokens)
-        for name in ("logits", "gram", "cross", "energy"):
-            object.__setattr__(made, name, getattr(self, name)[start:end])
+        vars(made).update({name: tensor[start:end] for name, tensor in vars(self).items()})
         return made
 
 
@@ -191,8 +166,8 @@ class ExpertProblem:
     Raises
     ------
     ProblemError
-        If blocks differ, hold fewer candidates than can be reached, or have logits so far apart
-        that their softmax vanishes, or if no `keep` experts are a choice for the router.
+        If blocks hold fewer candidates than can be reached, or have logits so far apart that their
+        softmax vanishes, or if no `keep` experts are a choice for the router.
     """
 
     rule: RoutingRule
@@ -205,31 +180,21 @@ class ExpertProblem:
         keep, blocks = as_integer(self.keep), tuple(self.tokens)
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "tokens", blocks)
-        if not blocks:
-            raise ProblemError("tokens are none; give a block of RoutedTokens")
-        kinds = {(b.logits.shape[1], b.cross.shape[1], str(b.logits.device)) for b in blocks}
-        if len(kinds) != 1:
-            raise ProblemError(f"blocks of tokens must be alike in experts and candidates: {kinds}")
         if keep is None or not 0 < keep <= self.experts or keep % self.rule.groups:
             raise ProblemError(
                 f"keep is {self.keep}; it must be in 1 .. {self.experts}, and a multiple of "
                 f"{self.rule.groups}, the number of groups"
             )
-        bias = self.choice_bias
-        if bias is not None and (bias.shape != (self.experts,) or bias.dtype != torch.float64):
-            raise ProblemError(f"choice_bias must be ({self.experts},) float64")
-        if bias is not None:
-            check_entries("choice_bias", bias)
+        if self.choice_bias is not None:
+            check_entries("choice_bias", self.choice_bias)
         stay = keep // self.rule.groups
         self.rule.check_kept([e for e in range(self.experts) if e % self.size < stay], self.experts)
-        needed, found = self._needed(keep), self.candidates
+        needed = candidate_count(self.rule, self.experts, keep, self.choice_bias)
+        found = self.candidates
         if found < needed or found % self.rule.groups:
             raise ProblemError(f"{found} candidates for each token; {needed} can be reached")
         if not min(float(gate_values(self.rule, b.logits).min()) for b in blocks) >= _SMALLEST:
             raise ProblemError("router logits are so far apart that weights vanish; check them")
-
-    def _needed(self, keep: int) -> int:
-        return candidate_count(self.rule, self.experts, keep, self.choice_bias)
 
     @staticmethod
     def memory(
@@ -282,6 +247,12 @@ class ExpertProblem:
     def unreached(self) -> Tensor:
         """The experts, (u,) int64, to which no token is sent while all stay."""
         return torch.nonzero(self.load == 0).flatten()
+
+    def highest(self, scores: Tensor) -> Tensor:
+        """Return the `keep` experts with the highest scores, as many in each group; (experts,)."""
+        order = scores.view(self.rule.groups, -1).argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(0, self.experts, self.size, device=self.device)
+        return (order + first[:, None])[:, : self.keep // self.rule.groups].flatten()
 
     def loss(self, support: Sequence[int] | Tensor) -> float:
         """Return E(S), by the router's own rule.

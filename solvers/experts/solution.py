@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 
 from solvers.errors import BackendError, ProblemError, VerificationError
-from solvers.experts.backends import MOST_SETS, ROUNDING, ExpertBackend, best_of_all, set_count
+from solvers.experts.backends import MOST_SETS, ROUNDING, best_of_all, set_count
 from solvers.experts.losses import losses_of
 from solvers.experts.problem import ExpertProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, Status
+from solvers.protocol import Backend, Status
 from solvers.registry import EXPERT_BACKENDS
-from solvers.solution import Choice, SolutionRecord
+from solvers.solution import Solution
 from solvers.solve import answer_of, checked_selection, chosen_backend
-from solvers.verification import check_fields, check_support
+from solvers.verification import Verification, check_fields, check_support, require
 
 _FIELDS = (
     *("support", "loss", "status", "lower_bound", "history", "iterations", "seconds"),
@@ -31,36 +30,13 @@ _EXCHANGE_TOLERANCE = 1e-6
 """An exchange refutes a swap optimum if it gains more than this share of the loss."""
 
 
-@dataclass(frozen=True)
-class ExpertVerification:
-    """Numbers recomputed from the problem alone.
-
-    Parameters
-    ----------
-    loss
-        Loss of the experts that stay, by the router's own rule.
-    loss_error
-        Its distance from the claimed loss, relative to `ExpertProblem.scale`.
-    exchange_gain
-        By how much the best exchange lowers the loss, relative to that; NaN unless claimed that
-        none does.
-    not_recomputed
-        ``("lower_bound",)`` where a bound is the backend's word.
-    """
-
-    loss: float
-    loss_error: float
-    exchange_gain: float = math.nan
-    not_recomputed: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ExpertSolution(Choice):
-    """The experts that stay, and what is claimed of them: a `Choice` for an `ExpertProblem`."""
+class ExpertSolution(Solution):
+    """The experts that stay, and what is claimed of them: a `Solution` without weights."""
 
-    problem: ExpertProblem = field(repr=False)
+    problem: ExpertProblem = field(repr=False)  # type: ignore[assignment]
 
-    def verify(self) -> ExpertVerification:
+    def verify(self) -> Verification:
         """Recompute, from the problem alone, what this solution claims.
 
         The loss is computed by routing all tokens.  Where no exchange is said to help, all are
@@ -72,7 +48,7 @@ class ExpertSolution(Choice):
             If a claim is false, or not well formed.
         """
         check_fields(self, _FIELDS)
-        _require(self.status in _STATUSES, f"status {self.status.name} is none of experts")
+        require(self.status in _STATUSES, f"status {self.status.name} is none of experts")
         problem, support = self.problem, self.support
         check_support(problem, support)
         try:
@@ -80,58 +56,44 @@ class ExpertSolution(Choice):
         except ProblemError as error:
             raise VerificationError(f"support is none: {error}") from error
         slack = ROUNDING * (problem.scale + loss)
-        _require(
+        require(
             abs(loss - self.loss) <= slack,
             f"loss is {loss:.9g} when recomputed, claimed {self.loss:.9g}",
         )
-        _require(
+        require(
             self.lower_bound <= loss + slack, f"bound {self.lower_bound} lies above the loss {loss}"
         )
-        gain = math.nan
+        gain = least = math.nan
         if self.status is Status.SWAP_OPTIMAL:
-            gain = self._exchange_gain(loss)
-            _require(
+            kept = torch.zeros(problem.experts, dtype=torch.bool, device=support.device)
+            kept[support] = True
+            gain = loss - float(losses_of(problem).exchanges(kept).min())
+            require(
                 gain <= _EXCHANGE_TOLERANCE * loss + slack,
                 f"not a swap optimum: an exchange lowers the loss {loss:.9g} by {gain:.3g}",
             )
-        bounded = self.lower_bound > -math.inf
         if self.status is Status.OPTIMAL:
             sets = set_count(problem)
-            _require(
+            require(
                 sets <= MOST_SETS, f"an optimum of {sets} sets cannot be recomputed: say FEASIBLE"
             )
             _, least = best_of_all(problem)
-            _require(loss <= least + 2 * slack, f"loss is {loss:.9g}, and {least:.9g} is possible")
-            _require(self.lower_bound <= least + slack, f"bound {self.lower_bound} exceeds {least}")
-            bounded = False
+            require(loss <= least + 2 * slack, f"loss is {loss:.9g}, and {least:.9g} is possible")
+            require(self.lower_bound <= least + slack, f"bound {self.lower_bound} exceeds {least}")
+        said = self.lower_bound > -math.inf and not math.isfinite(least)
         scale = problem.scale or 1.0
-        return ExpertVerification(
+        return Verification(
             loss,
             abs(loss - self.loss) / scale,
-            gain / scale,
-            ("lower_bound",) if bounded else (),
+            swap_gain=gain / scale,
+            lower_bound=least,
+            tolerance=slack,
+            not_recomputed=("lower_bound",) if said else (),
         )
-
-    def _exchange_gain(self, loss: float) -> float:
-        kept = torch.zeros(self.problem.experts, dtype=torch.bool, device=self.support.device)
-        kept[self.support] = True
-        return loss - float(losses_of(self.problem).exchanges(kept).min())
-
-    def record(self, verification: ExpertVerification | None = None) -> SolutionRecord:
-        """Return the summary of this solution, with what a verification recomputed of its bound."""
-        word = verification is None or "lower_bound" in verification.not_recomputed
-        recomputed = math.nan if word else self.lower_bound
-        return self._record(self.loss, recomputed, math.inf, DEFAULT_GAP_TOLERANCE)
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    """Refuse the solution unless a condition holds; with NaN none does."""
-    if not condition:
-        raise VerificationError(otherwise)
 
 
 def solve_experts(
-    problem: ExpertProblem, backend: str | ExpertBackend = "local_search", **options: Any
+    problem: ExpertProblem, backend: str | Backend = "local_search", **options: Any
 ) -> ExpertSolution:
     """Choose which experts stay, with the named backend.
 
@@ -149,11 +111,7 @@ def solve_experts(
     ------
     BackendError
         If the backend is unknown, fails, or answers with what is no choice.
-    ProblemError
-        If `problem` is no ExpertProblem.
     """
-    if not isinstance(problem, ExpertProblem):
-        raise ProblemError(f"problem is {reprlib.repr(problem)}; it must be an ExpertProblem")
     name, chosen = chosen_backend(backend, options, {}, EXPERT_BACKENDS)
     start = time.perf_counter()
     with torch.no_grad():

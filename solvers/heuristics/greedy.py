@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -17,26 +18,21 @@ from solvers.protocol import Backend, BackendKind, Selection, Status
 class Greedy(Backend):
     """Remove the unit that raises the loss least, refit exactly, repeat.
 
-    The order of ZipLM (Kurtic et al., NeurIPS 2023), with the losses of all support sizes as a
-    by-product: ``path[k]`` is the loss with k units kept.
+    The order of ZipLM (Kurtic et al., NeurIPS 2023).  Its history has the loss with n, n - 1, ...
+    units kept: with ``keep=1`` that of every number of units.
     """
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
-    summary: ClassVar[str] = "exact one-at-a-time backward elimination (ZipLM order), whole path"
+    summary: ClassVar[str] = "exact one-at-a-time backward elimination (ZipLM order)"
 
     def select(self, problem: SubsetProblem) -> Selection:
-        """Eliminate down to `keep` units, then on to one, for the path."""
-        n, k = problem.units, problem.keep
-        everything = torch.arange(n, device=problem.device)
-        removals = eliminate(problem, n - 1)
-        path = [refit_loss(problem, everything)]
-        for _, risen in removals:
-            path.append(path[-1] + risen)
-        path.append(problem.empty_loss)
+        """Eliminate down to `keep` units."""
+        removals = eliminate(problem, problem.units - problem.keep)
+        everything = torch.arange(problem.units, device=problem.device)
+        rises = (risen for _, risen in removals)
         return Selection(
-            support_after(removals[: n - k], problem),
+            support_after(removals, problem),
             Status.FEASIBLE,
-            iterations=n - k,
-            history=tuple(path[: n - k + 1]),
-            path=tuple(reversed(path)),
+            iterations=len(removals),
+            history=tuple(accumulate(rises, initial=refit_loss(problem, everything))),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,32 +19,32 @@ def check_seed(backend: str, seed: int) -> None:
         raise BackendError(f"{backend}: seed is {seed}; it must lie in [0, 2^63)")
 
 
-class _Scored(Backend):
-    """Keep the `keep` units with the highest score; the first of equals stays."""
+class Scored(Backend):
+    """Keep the units, or experts, with the highest score; the first of equals stays."""
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
 
-    def scores(self, problem: SubsetProblem) -> Tensor:
+    def scores(self, problem: Any) -> Tensor:
         """Return one score a unit, (n,) float64."""
         raise NotImplementedError
 
-    def select(self, problem: SubsetProblem) -> Selection:
+    def select(self, problem: Any) -> Selection:
         """Rank the units and keep the best."""
-        order = self.scores(problem).argsort(descending=True, stable=True)
-        return Selection(order[: problem.keep], Status.FEASIBLE, iterations=1)
+        best = problem.highest(self.scores(problem))
+        return Selection(best, Status.FEASIBLE, iterations=1)
 
 
 @dataclass(frozen=True)
-class Random(_Scored):
+class Random(Scored):
     """Keep a random subset: the floor that every other backend has to clear."""
 
-    summary: ClassVar[str] = "a random support; the floor for comparisons"
+    summary: ClassVar[str] = "a random choice; the floor for comparisons"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed("random", self.seed)
 
-    def scores(self, problem: SubsetProblem) -> Tensor:
+    def scores(self, problem: Any) -> Tensor:
         """Draw from a generator seeded with `seed`, on the CPU, so that devices agree."""
         generator = torch.Generator().manual_seed(self.seed)
         draws = torch.rand(problem.units, generator=generator, dtype=torch.float64)
@@ -52,7 +52,7 @@ class Random(_Scored):
 
 
 @dataclass(frozen=True)
-class Magnitude(_Scored):
+class Magnitude(Scored):
     """Keep the units whose dense weights have the largest Euclidean norm."""
 
     summary: ClassVar[str] = "largest norm of the dense weights that read the unit"
@@ -63,7 +63,7 @@ class Magnitude(_Scored):
 
 
 @dataclass(frozen=True)
-class Wanda(_Scored):
+class Wanda(Scored):
     """Keep the units with the largest weight norm times input norm.
 
     The structured form of Sun et al., "A simple and effective pruning approach for large language
@@ -78,7 +78,7 @@ class Wanda(_Scored):
 
 
 @dataclass(frozen=True)
-class Flap(_Scored):
+class Flap(Scored):
     """Keep the units whose inputs fluctuate most, weighted by the norm of what reads them.
 
     The metric WIFV of An et al., "Fluctuation-based adaptive structured pruning for large language
@@ -92,13 +92,11 @@ class Flap(_Scored):
 
     def scores(self, problem: SubsetProblem) -> Tensor:
         """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit."""
-        return _unit_sums(problem, [_weighted_variance(c) for c in problem.consumers])
-
-
-def _weighted_variance(consumer: Consumer) -> Tensor:
-    if consumer.variance is None:
-        return _weighted_square(consumer)
-    return consumer.W0.square().sum(1) * consumer.variance
+        scores = [
+            _weighted_square(c) if c.variance is None else c.W0.square().sum(1) * c.variance
+            for c in problem.consumers
+        ]
+        return _unit_sums(problem, scores)
 
 
 def _weighted_square(consumer: Consumer) -> Tensor:

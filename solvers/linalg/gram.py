@@ -213,7 +213,10 @@ def damp_terms(
     check_energy(energy)
     if given is not None and not factor.explains_at_most(target) <= energy:
         del factor  # as large as the one that comes next
-        energy = _raised(H, target, energy, digits)
+        least, size = unexplained(H, target, energy)
+        if least < -digits * size:
+            raise ProblemError(inconsistency(energy, least))
+        energy -= min(least, 0.0)  # only rounding makes it less
     return {"H": H, "G": target, "e": energy, "W0": W0, "damping": damping}
 
 
@@ -310,11 +313,3 @@ def _damp_until_definite(H: Symmetric, damp: float, mean: float) -> tuple[float,
         f"H is not positive semidefinite: damp={max(damp, _DAMP_LADDER[-1]):g} does not make it "
         "definite; check that it is X'X/N"
     )
-
-
-def _raised(H: Symmetric, G: Tensor, e: float, digits: float) -> float:
-    """Return e, raised to what G explains where only rounding makes it less."""
-    least, size = unexplained(H, G, e)
-    if least < -digits * size:
-        raise ProblemError(inconsistency(e, least))
-    return e - min(least, 0.0)

@@ -119,7 +119,7 @@ def test_torch_still_prints_the_errors_that_it_raises(capfd: pytest.CaptureFixtu
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(Branching(), (), EXAMPLE)
     assert "def forward" in capfd.readouterr().err, (
-        "torch.export prints no graph of a failed export any more: delete _no_dump"
+        "torch.export prints no graph of a failed export any more: delete that part of _quiet"
     )
 
 

@@ -612,7 +612,7 @@ def test_what_the_bound_of_an_open_case_rests_on_is_said(study):
     summary = summarize(study.run(design))
     assert [case.proof for case in summary.cases if not case.closed]
     assert {case.proof for case in summary.cases} == {ProofBasis.RECOMPUTED}
-    edit(study, "perspective", certificate="", bound_limit=None)
+    edit(study, "perspective", certificate="")
     summary = summarize(study.run(design))
     assert {case.best.instance: case.proof for case in summary.cases} == {
         "a": ProofBasis.RECORDED,

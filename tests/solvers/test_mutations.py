@@ -161,7 +161,6 @@ def changed_certificate(certificate, draw: np.random.Generator):
 def mutant(solution: Solution, draw: np.random.Generator) -> tuple[str, Solution]:
     """One or two fields changed."""
     fields = ["support", "weights", "loss", "status", "lower_bound", "gap_tolerance", "windows"]
-    fields += ["bound_limit"] * (solution.bound_limit < math.inf)
     fields += ["status and bound", "certificate", "certificate and bound", "consistent"]
     field = str(draw.choice(fields))
     statuses = list(Status)
@@ -175,7 +174,7 @@ def mutant(solution: Solution, draw: np.random.Generator) -> tuple[str, Solution
             changes = {"support": changed_tensor(solution.support, draw)}
         case "weights":
             changes = {"weights": tuple(changed_tensor(W, draw) for W in solution.weights)}
-        case "loss" | "gap_tolerance" | "lower_bound" | "bound_limit":
+        case "loss" | "gap_tolerance" | "lower_bound":
             changes = {field: changed_number(getattr(solution, field), draw)}
         case "status":
             changes = {"status": status}

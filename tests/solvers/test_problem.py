@@ -45,12 +45,12 @@ def poked(tensor, value, index=(0, 1)):
 
 
 BAD_FIELDS = [
-    ({"H": torch.ones(4).double()}, r"H must be a float64 matrix"),
-    ({"G": torch.ones(4, 2)}, r"G must be a float64 matrix, not torch.float32"),
-    ({"H": torch.ones(4, 3).double()}, r"H must be square .* not \(4, 3\)"),
-    ({"H": torch.ones(0, 0).double()}, r"H must be square and not empty"),
-    ({"W0": torch.ones(3, 2).double()}, r"G and W0 must both be \(4, m\)"),
-    ({"rows": torch.arange(4)}, r"rows must be an int64 matrix \(units, width\)"),
+    ({"H": torch.ones(4).double()}, r"H must be \(4, 4\) in torch.float64, not \(4,\)"),
+    ({"G": torch.ones(4, 2)}, r"G must be \(4, 2\) in .*64, not .* in torch.float32"),
+    ({"H": torch.ones(4, 3).double()}, r"H must be \(4, 4\) .* not \(4, 3\)"),
+    ({"H": torch.ones(0, 0).double()}, r"H is empty; leave out a consumer"),
+    ({"W0": torch.ones(3, 2).double()}, r"W0 must be \(4, 2\) in torch.float64, not \(3, 2\)"),
+    ({"rows": torch.arange(4)}, r"rows must be \(units, width\) in torch.int64"),
     ({"e": math.nan}, r"e is nan"),
     ({"e": -1.0}, r"e is -1.0; a mean squared norm"),
     ({"e": "5"}, r"e is '5'; it must be a number"),
@@ -65,8 +65,8 @@ BAD_FIELDS = [
     ({"H": torch.eye(4, device="meta")}, r"H must hold real numbers, not .* meta"),
     ({"H": None}, r"H must be a tensor of numbers, not of NoneType"),
     ({"rows": [["a"]] * 4}, r"rows must be a tensor of numbers, not of list"),
-    ({"variance": torch.ones(3).double()}, r"variance must be \(4,\) in flo"),
-    ({"variance": torch.ones(4)}, r"variance must be .* not torch.float32"),
+    ({"variance": torch.ones(3).double()}, r"variance must be \(4,\) in torch.float64, not \(3,\)"),
+    ({"variance": torch.ones(4)}, r"variance must be .* in torch.float32"),
     ({"variance": torch.full((4,), torch.nan).double()}, r"variance has NaN or"),
     (
         {"variance": -torch.ones(4).double()},
@@ -232,15 +232,9 @@ BAD_GRAMS = [
     ({"damp": math.inf}, r"damp is inf"),
     ({"G": torch.ones(4, 2)}, r"give both, or neither"),
     ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
-    ({"units": []}, r"units is empty"),
+    ({"units": []}, r"units is \[\]; name for each unit the rows"),
     ({"units": [[0, 1], [1, 2, 3]]}, r"must own each of the 4 rows"),
-    ({"units": [0, 1, 2, 3]}, r"units is \[0, 1, 2, 3\]; it must be a number of"),
-    ({"units": [[0.9, 1], [2, 3]]}, r"units is \[\[0.9, 1\], \[2, 3\]\]; it"),
-    ({"units": True}, r"units is True; it must be a number of units"),
-    (
-        {"units": [[-1, 0, 1], [2, 3]]},
-        r"the rows that it owns, counted from 0",
-    ),
+    ({"units": [[-1, 0, 1], [2, 3]]}, r"the rows that it owns, from 0 on"),
     ({"units": torch.rand(2, 2)}, r"whole numbers, not torch.float32 of"),
     ({"H": torch.eye(4) * 1j}, r"H must hold real numbers, not torch.complex64"),
     ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
@@ -428,9 +422,6 @@ def test_dead_inputs_of_any_scale(scale):
 def test_what_is_no_problem():
     H, W0 = gram()
     consumer = Consumer.from_gram(H, W0)
-    for consumers in (None, "consumers", [H], consumer):
-        with pytest.raises(ProblemError, match="consumers must be a tuple of Consumer"):
-            SubsetProblem(consumers, 1)
     with pytest.raises(ProblemError, match="at least one consumer"):
         SubsetProblem((), 1)
     with pytest.raises(ProblemError, match=r"disagree on the number of units: \[4, 2\]"):

@@ -73,16 +73,10 @@ def test_saving_replaces_a_file_whole(tmp_path, monkeypatch):
 
 def test_names_that_are_none_of_a_problem_file(tmp_path):
     problem = INSTANCES["scalar"].problem
-    ends, names = r"ends in \.safetensors", r"^path is .*; it must name a file$"
-    for path, message in [
-        (tmp_path / "layer.npz", ends),
-        (tmp_path / "layer", ends),
-        (None, names),
-        (5, names),
-    ]:
+    for name in ("layer.npz", "layer"):
         for use in (problem.save, SubsetProblem.load):
-            with pytest.raises(ProblemError, match=message):
-                use(path)
+            with pytest.raises(ProblemError, match=r"ends in \.safetensors"):
+                use(tmp_path / name)
 
 
 class Bomb:
@@ -132,7 +126,7 @@ CHANGES = [
     (lambda h, t: h.update(keep=100), "keep is 100"),
     (lambda h, t: t.update({"0.G": t["0.G"] * torch.nan}), "G has NaN"),
     (lambda h, t: t.update({"0.H": t["0.H"].triu()}), "H is not symmetric"),
-    (lambda h, t: t.update({"0.G": t["0.G"].float()}), "G must be a float64 matrix"),
+    (lambda h, t: t.update({"0.G": t["0.G"].float()}), r"G must be \(9, .* in torch.float32"),
     (lambda h, t: t.update({"0.variance": t["0.H"].clone()}), r"variance must be \(9,\)"),
     (lambda h, t: t.update({"0.variance": -t["0.H"][0].abs()}), "no variance is negative"),
 ]
