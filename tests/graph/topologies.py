@@ -272,6 +272,17 @@ class GatedHalves(nn.Module):
         return self.leave(a * F.silu(b))
 
 
+class GatedByGlu(nn.Module):
+    """The same by torch's own operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 14), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.glu(self.enter(x)))
+
+
 class IndependentHalves(nn.Module):
     """One projection whose two parts go different ways."""
 
@@ -400,6 +411,7 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     "group-norm": (GroupNormed, _IMAGE, {"enter.channels": 4}),
     "up-and-down": (UpAndDown, _LARGE, {"down.channels": 6, "up.channels": 4}),
     "gated-halves": (GatedHalves, _ROWS, {"neurons": 7}),
+    "glu": (GatedByGlu, _ROWS, {"neurons": 7}),
     "independent-halves": (IndependentHalves, _ROWS, {"enter.neurons": 5, "enter.neurons.2": 6}),
     "stacked": (Stacked, _ROWS, {"one.neurons": 6, "two.neurons": 5}),
 }
@@ -434,6 +446,25 @@ class Spectrum(_TwoLayers):
 class Softmax(_TwoLayers):
     def middle(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
+
+
+class Averaged(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+
+class Listed(_TwoLayers):
+    def middle(self, x: Tensor) -> Tensor:
+        return x[:, [1, 0, *range(2, 12)]]
+
+
+class Steps(_TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = nn.RNN(1, 1, batch_first=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.states(x.unsqueeze(-1))[0].squeeze(-1)
 
 
 class Gram(_TwoLayers):
@@ -516,6 +547,9 @@ FROZEN: dict[str, tuple[type[nn.Module], str]] = {
     "misaligned-views": (MisalignedViews, "aten.reshape.default"),
     "unknown-operator": (Spectrum, "aten.fft_fft.default"),
     "softmax": (Softmax, "aten.softmax.int"),
+    "averaged": (Averaged, "aten.mean.dim"),
+    "listed": (Listed, "aten.index.Tensor"),
+    "steps": (Steps, "aten.rnn_tanh.input"),
     "gram": (Gram, "aten.matmul.default"),
     "numbered": (Numbered, "aten.arange.default"),
     "reversed": (Reversed, "aten.flip.default"),

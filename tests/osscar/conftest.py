@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from osscar.base import progress
 from osscar.cli import main
 from osscar.cli.commands import app
+from tests.osscar.interrupted_cases import tiny_model
 from tests.osscar.runs import Runs
 from tests.traced import once
 
@@ -40,6 +41,12 @@ def structure_once(request: pytest.FixtureRequest) -> Iterator[None]:
 def runs() -> Runs:
     """Return models that are pruned already, by name."""
     return Runs()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a language model of two small layers, which nobody writes to."""
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture

@@ -252,6 +252,15 @@ def test_shared_parts_and_other_tensors_stay() -> None:
     assert list(model.state_dict()) == before
 
 
+def test_a_weight_is_folded_as_it_is_in_evaluation_mode() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(4, 6)).train()
+    before, due = copy.deepcopy(layer.state_dict()), copy.deepcopy(layer).eval().weight
+    (folded,) = fold(layer)
+    assert torch.equal(layer.weight, due)
+    folded.undo()
+    assert all(torch.equal(one, before[name]) for name, one in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_folding_is_undone_without_a_trace(name: str) -> None:
     model, x = tcn(name), series()

@@ -24,7 +24,6 @@ from tests.osscar.interrupted_cases import (
     recovery_case,
     stock_case,
     study_case,
-    tiny_model,
 )
 from tests.osscar.interruptions import Ended, Full, Kill, Refusal, Victim, hidden, orphans, run
 
@@ -34,11 +33,6 @@ pytestmark = [
 ]
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,8 @@ from osscar.study.directory import Study
 from osscar.study.page import summarize, write_report
 from tests.osscar.browser import DESK, PHONE, seen, seen_at
 from tests.osscar.conftest import lacking
-from tests.osscar.families import tiny, tokens
+from tests.osscar.families import tiny as tiny_of
+from tests.osscar.families import tokens
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
 
@@ -135,7 +136,7 @@ def test_stages_are_those_of_the_whole_run(document):
 
 
 def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
-    model, calibration = tiny("opt"), tokens()
+    model, calibration = tiny_of("opt"), tokens()
     with prepare(model, calibration) as prepared:
         reference = Reference.of_last(prepared, 2)
         assert reference.likeness(prepared.model) == (pytest.approx(0, abs=1e-9), 1.0)
@@ -271,9 +272,9 @@ def test_an_evaluation_is_shown_beside_the_dense_model(document, tmp_path):
     assert ["prefill, tokens/s", "10,000", "20,000", "2.00x"] in rows
 
 
-def small_prune(out, text, *more):
+def small_prune(model, out, text, *more):
     return (
-        *("prune", "demo", "--out", out, "--calibration", text, "--samples", 4, "--seqlen", 32),
+        *("prune", model, "--out", out, "--calibration", text, "--samples", 4, "--seqlen", 32),
         *("--backend", "magnitude", "--neurons", "0.5", "--device", "cpu", *more),
     )
 
@@ -285,9 +286,9 @@ def text(tmp_path):
     return file
 
 
-def test_prune_writes_a_page_and_replaces_none_of_somebody_elses(run, text, tmp_path):
+def test_prune_writes_a_page_and_replaces_none_of_somebody_elses(run, tiny, text, tmp_path):
     out, elsewhere = tmp_path / "small", tmp_path / "elsewhere.html"
-    status, printed, err = run(*small_prune(out, text, "--report", elsewhere))
+    status, printed, err = run(*small_prune(tiny, out, text, "--report", elsewhere))
     assert status == 0, err
     assert f"report: {out / 'report.html'}" in printed
     page = (out / "report.html").read_text()
@@ -298,7 +299,7 @@ def test_prune_writes_a_page_and_replaces_none_of_somebody_elses(run, text, tmp_
     manifest = json.loads((out / "osscar.json").read_text())
     manifest["files"].remove("report.html")
     (out / "osscar.json").write_text(json.dumps(manifest))
-    status, _, err = run(*small_prune(out, text, "--overwrite"))
+    status, _, err = run(*small_prune(tiny, out, text, "--overwrite"))
     assert status == 2
     assert "report.html" in err
 
@@ -313,22 +314,24 @@ def test_prune_writes_a_page_and_replaces_none_of_somebody_elses(run, text, tmp_
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
-    run, text, tmp_path, monkeypatch, place, message
+    run, tiny, text, tmp_path, monkeypatch, place, message
 ):
     def never(*_):
         raise AssertionError("work was begun")
 
     monkeypatch.setattr("osscar.cli.opening.load_model", never)
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(*small_prune("small", "text.txt", "--report", place))
+    status, _, err = run(*small_prune(tiny, "small", "text.txt", "--report", place))
     assert status == 2
     assert message in err
     assert text.read_text() == PROSE
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that nobody can write")
-def test_a_report_that_cannot_be_written_after_all_keeps_the_model(run, text, tmp_path):
-    status, _, err = run(*small_prune(tmp_path / "small", text, "--report", "/proc/page.html"))
+def test_a_report_that_cannot_be_written_after_all_keeps_the_model(run, tiny, text, tmp_path):
+    status, _, err = run(
+        *small_prune(tiny, tmp_path / "small", text, "--report", "/proc/page.html")
+    )
     assert status == 2
     assert "cannot write /proc/page.html" in err
     assert (tmp_path / "small" / "report.html").is_file()

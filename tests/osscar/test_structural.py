@@ -440,7 +440,7 @@ def test_branches_that_a_program_contains_are_compared(monkeypatch):
     programs, plan = dense_programs(net, {"x": x}), plan_of(net)
     slice_units(net, plan)
     assert programs.prove(net, plan).tensors == 4
-    for change in ({"divisor": 4}, {"copied": False}):
+    for change in ({"divisor": 4}, {"divisor": 3.0}, {"copied": False}):
         changed = copy.deepcopy(net)
         vars(changed).update(change)
         with pytest.raises(StructureError):
