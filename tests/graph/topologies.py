@@ -236,7 +236,7 @@ class GroupNormed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enter = nn.Conv2d(3, 12, 1)
-        self.norm = nn.GroupNorm(4, 12)
+        self.norm = nn.GroupNorm(3, 12)
         self.leave = nn.Conv2d(12, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,6 +355,29 @@ class LookedUp(nn.Module):
         return self.leave(torch.relu(x))
 
 
+class IndexedApart(nn.Module):
+    """Two dimensions are looked up together, with the units between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).transpose(1, 2)
+        return self.leave(torch.relu(x[torch.tensor([0, 1, 1]), :, torch.tensor([3, 0, 2])]))
+
+
+class Tail(nn.Module):
+    """The last units, counted from the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 12), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(torch.relu(self.enter(x)[:, -8:]))
+
+
 class Gathered(nn.Module):
     """A row of numbers for each unit, of which an index that the unit owns picks some."""
 
@@ -391,6 +414,12 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     "unused-mean": (UnusedMean, _ROWS, {"neurons": 6}),
     "weight-normed": (WeightNormed, _ROWS, {"neurons": 6}),
     "looked-up": (LookedUp, _ROWS, {"neurons": 6}),
+    "indexed-apart": (
+        IndexedApart,
+        (torch.randn(2, 5, 6, generator=_DRAWN),),
+        {"neurons": 9},
+    ),
+    "tail": (Tail, _ROWS, {"neurons": 8}),
     "gathered": (Gathered, _ROWS, {"neurons": 6}),
     "bare-parameters": (BareParameters, _ROWS, {"neurons": 9}),
     "shuffle": (Shuffle, _IMAGE, {"enter.channels": 4}),
@@ -408,7 +437,7 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
     ),
     "tied-autoencoder": (TiedAutoencoder, _ROWS, {"outer.hidden": 9, "neurons": 6}),
     "deformable": (Deformable, _IMAGE, {"enter.channels": 4, "deform.channels": 6}),
-    "group-norm": (GroupNormed, _IMAGE, {"enter.channels": 4}),
+    "group-norm": (GroupNormed, _IMAGE, {"enter.channels": 3}),
     "up-and-down": (UpAndDown, _LARGE, {"down.channels": 6, "up.channels": 4}),
     "gated-halves": (GatedHalves, _ROWS, {"neurons": 7}),
     "glu": (GatedByGlu, _ROWS, {"neurons": 7}),

@@ -60,6 +60,13 @@ def groups_with_losses(draw):
 
 @given(groups_with_losses())
 @example(({"0": np.array([1.0, 5e-324, 0.0])}, {"0": 2.0}, 2.0))
+@example(
+    (  # what HiGHS would take for within the limit
+        {"0": np.array([1.0, 0.0]), "1": np.array([1.0, 0.0]), "2": np.array([1.5, 0.0])},
+        {"0": 1.0, "1": 1.0, "2": 1.0},
+        2 * (1 - 3e-7),
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_widths_are_nearly_those_that_trying_everything_finds(problem):
     losses, costs, limit = problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,8 @@ import pytest
 
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
-from osscar.base.journal import Journal
-from osscar.preparation.fingerprint import JournalManifest
+from osscar.base.journal import Journal, SavingJournal
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 
 
 class Things(Journal[JournalManifest]):
@@ -25,6 +26,9 @@ class Things(Journal[JournalManifest]):
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
+
+
+DENSE = Fingerprint("w", "d", DenseOutputs({"device": "x"}, "s", ("0x0.0p+0",), 1e-4))
 
 
 class Killed(BaseException):
@@ -51,7 +55,8 @@ def names(place: Path) -> set[str]:
 def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
     again = Things(journal.directory)
     with again.held(), again.held():
-        assert again.begin(ASKED) == ASKED
+        read = dataclasses.replace(ASKED, dense=DENSE)  # which had not been read before
+        assert again.begin(ASKED) == again.begin(read) == ASKED
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
     for manifest, message in (
         (
@@ -69,6 +74,25 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         ):
             again.begin(manifest)
     assert again.begin(JournalManifest("osscar.thing/1", {}, None), anew=True).asked == {}
+
+
+class Saving(Things, SavingJournal[JournalManifest]):
+    """A journal of a command that saves something."""
+
+
+def test_what_was_saved_is_known_again_by_how_it_was_asked_for_and_by_its_report(tmp_path):
+    log, file = Saving(tmp_path / "log"), tmp_path / "report.json"
+    asked, report = {"out": "a"}, {"seconds": 1.5}
+    file.write_text(json.dumps({**report, "evaluation": 3}))
+    assert log.saved(asked, file) is None
+    log.make(".")
+    log.note(asked, report)
+    assert log.saved(asked, file) == {"seconds": 1.5, "evaluation": 3}
+    assert log.saved({"out": "b"}, file) is None
+    file.write_text(json.dumps({"seconds": 1.25}))
+    assert log.saved(asked, file) is None
+    file.unlink()
+    assert log.saved(asked, file) is None
 
 
 def test_where_nothing_is_done_nothing_stays(tmp_path, journal):

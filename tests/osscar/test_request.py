@@ -16,6 +16,7 @@ from torch import nn
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
+from osscar.allocation.widths import possible_widths
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE
@@ -170,6 +171,11 @@ def test_a_bad_value_is_refused_by_its_name_with_what_to_give(request_of, name, 
 )
 def test_allocation(asked, kept):
     assert allocate(GROUPS, asked) == kept
+
+
+def test_widths_are_round_and_no_narrower_than_the_least_that_is_asked_for():
+    widths = Asked(sparsity=0.5, at_least=0.4, round_to=256).widths
+    assert possible_widths(GROUPS[2], widths).tolist() == [768, 1024, 1280, 1536]
 
 
 @pytest.mark.parametrize("sparsity", [0.03, 0.1, 0.3, 0.45, 0.5, 0.8])

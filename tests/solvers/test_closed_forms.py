@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Consumer, SubsetProblem, refit, solve
+from solvers.closed_forms import elimination, swaps
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
@@ -248,6 +249,25 @@ def test_elimination_is_honest_on_a_nearly_singular_hessian(width):
         kept.remove(removed)
 
 
+def test_elimination_factorizes_once_unless_its_updates_have_drifted(monkeypatch):
+    """What drift hides: updates that are wrong would be done again, one by one, from the start."""
+    problem = INSTANCES["ragged_consumers"].problem
+    right, front, made = eliminate(problem, problem.units - 1), elimination._Elimination, []
+
+    class Noting(front):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(elimination, "_Elimination", Noting)
+    assert eliminate(problem, problem.units - 1) == right
+    assert len(made) == 1
+    monkeypatch.setattr(front, "_drift", lambda self: float(len(made) == 1))
+    again = eliminate(problem, problem.units - 1)
+    assert [unit for unit, _ in again] == [unit for unit, _ in right]
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("seed", [17, 40])
 def test_enumeration_is_no_more_certain_than_its_arithmetic(seed):
     """Near a singular H its bound lay above the exact optimum, by less than its own rounding."""
@@ -265,6 +285,24 @@ def test_enumeration_is_no_more_certain_than_its_arithmetic(seed):
     exact = exact_optimum(problem)
     assert Fraction(selection.lower_bound) <= exact
     assert selection.lower_bound == pytest.approx(float(exact), rel=1e-3)
+
+
+def test_the_first_candidates_are_the_best_exchange_and_no_nan_is_passed_over(monkeypatch):
+    data = random_data(5, 24, 3, noise=1.0)
+    state = state_of(build("drawn", [data], 12, [[[unit] for unit in range(24)]], 0.01), range(12))
+    best, few = best_swap(state), candidates(state, 3)
+    assert few.gain == pytest.approx(best.gain)
+    assert [int(few.units[0]), int(few.units[3])] == best.units.tolist()
+    monkeypatch.setattr(swaps, "_PASS_ROWS", 4)
+    monkeypatch.setattr(swaps, "_PASS_ELEMENTS", 1)
+    gains = swap_gains
+
+    def spoiled(state, leave, enter):
+        found = gains(state, leave, enter)
+        return found * torch.nan if 0 in leave else found
+
+    monkeypatch.setattr(swaps, "swap_gains", spoiled)
+    assert np.isnan(best_swap(state).gain)
 
 
 def test_drift_is_noticed():

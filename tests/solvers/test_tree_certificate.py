@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import Status, VerificationError, solve
+from solvers import Status, SubsetProblem, VerificationError, solve
 from solvers.certificates.inverses import Inverses
 from solvers.certificates.tree_certificate import KEPT, REMOVED
 from solvers.exact import frontier
@@ -101,6 +101,31 @@ def test_a_node_proves_no_less_of_either_side_of_a_unit_than_of_all_supports(sol
     for side in (bounds.goes, bounds.stays):
         assert bool((side >= bounds.value).all())
         assert bool((side > bounds.value).any())
+
+
+def test_what_a_parent_proves_of_a_unit_is_no_bound_where_that_is_free():
+    """Two enumerated children leave a unit free whose stay alone would cost more than all."""
+    generator = torch.Generator().manual_seed(0)
+    X, W0 = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((60, 9), (9, 4))
+    )
+    W0[4] *= 0.1  # whose unit goes
+    problem = SubsetProblem.from_gram(X.T @ X / 60, W0, keep=8)
+    solution = solve(problem, "branch_and_bound")
+    root = solution.certificate.root
+    stays = root.linearization(Inverses.of(problem), problem.keep).stays[0]
+    assert stays[4] == stays.max() > 1.5 * solution.loss
+    sides = torch.zeros(3, 9, dtype=torch.int8)
+    sides[1:, 5] = torch.tensor([REMOVED, KEPT], dtype=torch.int8)
+    tree = replace(
+        solution.certificate,
+        sides=sides,
+        parent=torch.tensor([-1, 0, 0]),
+        growth=torch.tensor([1.0, 0.0, 0.0]),
+        share=torch.full((3, 9), 0.5),
+        point=torch.full((3, 9), 0.5),
+    )
+    assert tree.bound(problem) == pytest.approx(solution.loss)
 
 
 def test_the_rounding_of_every_consumer_counts(solved):
