@@ -112,13 +112,7 @@ def check(file: Path, json: Path | None) -> None:
 
 
 def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:
-    """Return the loss of the refit on a support, a share of that of removing everything.
-
-    Raises
-    ------
-    OptionError
-        If it is no choice of as many units as stay.
-    """
+    """Return the loss of the refit on a support, a share of that of removing everything."""
     units = sorted(set(support))
     feasible = len(units) == len(support) == problem.keep
     if not feasible or units[0] < 0 or units[-1] >= problem.units:

@@ -431,13 +431,7 @@ def request_of(options: Any, request: Callable[..., T], **more: Any) -> T:
 def recovery_of(
     options: PruneOptions | SweepOptions, request: PruningRequest
 ) -> RecoveryRequest | None:
-    """Return what is asked of the recovery that follows a pruning; None if none does.
-
-    Raises
-    ------
-    OptionError
-        If something is asked of it, and not the recovery itself.
-    """
+    """Return what is asked of the recovery that follows a pruning; None if none does."""
     steps = options.recover_steps
     if options.recover:
         asked = RecoveryRequest(device=request.device, seed=request.seed)

@@ -54,13 +54,7 @@ def run(model: str, options: SweepOptions) -> None:
 
 
 def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:
-    """Return the one budget that is given a list, and what is in that.
-
-    Raises
-    ------
-    OptionError
-        If there is none or another, or it is no list of numbers.
-    """
+    """Return the one budget that is given a list, and what is in that."""
     lists = {budget: getattr(options, budget) for budget in BudgetKind}
     given = {budget: text for budget, text in lists.items() if text is not None}
     if len(given) != 1:

@@ -192,13 +192,6 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     calibration
         A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
         `TensorSet`, a `SampleList`, a tensor, or a mapping of tensors by argument name.
-
-    Raises
-    ------
-    DataError
-        If it is none of these, or the model cannot read it.
-    ModelError
-        If the model does not tell what it takes.
     """
     check_signature(model)
     if isinstance(calibration, CalibrationSet):
@@ -334,13 +327,7 @@ def needed_arguments(
 
 
 def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return positional arguments under the names that the model's forward pass gives them.
-
-    Raises
-    ------
-    DataError
-        If it takes fewer, or names none.
-    """
+    """Return positional arguments under the names that the model's forward pass gives them."""
     try:
         bound = inspect.signature(model.forward).bind(*args).arguments
     except TypeError as error:
@@ -353,13 +340,7 @@ def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name.
-
-    Raises
-    ------
-    DataError
-        If they are something else, or the model takes fewer.
-    """
+    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name."""
     args = tuple(example) if isinstance(example, list) else example
     named = _by_name(model, args) if isinstance(args, Tensor) or args else None
     if named is None:

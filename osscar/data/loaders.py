@@ -133,11 +133,6 @@ def read_once(
     Batches are read as by `load_batches`, with a warning where something was left out: `windows`
     of a causal language model, or `samples` of any other, but all of a list and of tensors.  With
     `whole` all of them are read, as for a score.
-
-    Raises
-    ------
-    DataError
-        As of `load_batches`; and, with `whole`, if nothing says how many samples there are.
     """
     if isinstance(data, Mapping):
         ready = not any(name in LABEL_NAMES or str(name).endswith("_mask") for name in data)

@@ -250,13 +250,7 @@ AnyPreprocessing: TypeAlias = Preprocessing | Transform
 
 
 def as_preprocessing(given: Any, source: str, channels: int = 3) -> AnyPreprocessing:
-    """Read what is done to an image: a `Preprocessing`, or a function from an image to a tensor.
-
-    Raises
-    ------
-    OptionError
-        If it is neither; `source` says whose it is.
-    """
+    """Read what is done to an image: a `Preprocessing`, or a function from an image to a tensor."""
     if isinstance(given, Preprocessing | Transform):
         return given
     if callable(given) and not isinstance(given, type):

@@ -31,13 +31,6 @@ def located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
 
     ``FILE.npz:PART`` is for the entries ``PART_...`` of a file, unless that is a file's name.
     `what` it names, and what to `give`, are words for messages.
-
-    Raises
-    ------
-    OptionError
-        If it is neither text nor a path.
-    FileError
-        If there can be no such place.
     """
     text = file_name(spec, what, give)
     try:
@@ -54,11 +47,6 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
     """Read the tensors of an ``.npz`` or ``.safetensors`` file that are wanted by their names.
 
     Nothing is unpickled.
-
-    Raises
-    ------
-    FileError
-        If the file is damaged, what is wanted is no numbers, or there is nothing of it.
     """
     try:
         check_regular(path)
@@ -90,11 +78,6 @@ def holds_images(
 
     Images are a directory, and uint8 `images` in an ``.npz`` file, unless the model reads uint8
     under that name in its `example`, or more inputs beside it.
-
-    Raises
-    ------
-    FileError
-        If it cannot be looked for, or is a damaged archive.
     """
     _, path, prefix = located(spec, "the data", "a directory or a file")
     if path.suffix != ".npz" or not path.is_file():

@@ -235,14 +235,7 @@ def _bytes(name: str, tensor: Tensor) -> bytes:
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse samples that no model can read.
-
-    Raises
-    ------
-    DataError
-        If there are none, or one is no tensor, empty or not finite, or they disagree on how many
-        they are.
-    """
+    """Refuse samples that no model can read."""
     if not isinstance(tensors, Mapping) or not tensors:
         raise DataError(
             f"the data are {'an empty' if isinstance(tensors, Mapping) else 'a'} "

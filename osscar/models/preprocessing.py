@@ -102,13 +102,7 @@ def no_images(example: Batch, source: str) -> DataError:
 
 
 def recorded_example(path: Path | str, inputs: Mapping[str, Input]) -> Batch | None:
-    """Return inputs like those that a model was pruned with; None if they are not known.
-
-    Raises
-    ------
-    CheckpointError
-        If what the directory records of them makes no sense.
-    """
+    """Return inputs like those that a model was pruned with; None if they are not known."""
     example = {}
     for name, kind in inputs.items():
         nonsense = CheckpointError(

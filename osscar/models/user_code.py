@@ -30,12 +30,6 @@ def build(name: str) -> _Built:
     The function of ``package.module:function`` or ``path/file.py:function`` takes no arguments and
     returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or these and
     what is done to an image (see `as_preprocessing`), where the example inputs may be None.
-
-    Raises
-    ------
-    ModelError
-        If there is no such file, module or function; or if the code fails, or returns something
-        else.
     """
     with importable(name):
         found = imported(name, ModelError)

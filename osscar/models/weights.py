@@ -27,11 +27,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     It is ``.safetensors``, or a state dict that ``torch.save`` wrote: alone, or as an entry of a
     dictionary, with a warning that names the entry.
-
-    Raises
-    ------
-    ModelError
-        If the file is missing, or holds no state dict or several.
     """
     name = file_name(path, "the file of weights", "its path")
     try:
@@ -74,13 +69,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Give a model its weights, by the names of its parameters and buffers.
-
-    Raises
-    ------
-    ModelError
-        If a tensor is missing, is left over, or has another shape.
-    """
+    """Give a model its weights, by the names of its parameters and buffers."""
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
