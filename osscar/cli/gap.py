@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
-from osscar.base.inputs import checked
+from osscar.base.inputs import checked, whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import (
@@ -42,13 +42,8 @@ from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
 _PROBLEM_SUFFIX = ".safetensors"
-_POSING = (
-    "groups",
-    "query_heads",
-    "damp",
-    "device",
-    *(one.name for one in dataclasses.fields(DataOptions)),
-)
+_POSING = {"groups", "query_heads", "damp", "device"}
+_POSING |= {one.name for one in dataclasses.fields(DataOptions)}
 """Options that mean nothing to problem files."""
 
 
@@ -56,6 +51,8 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
     """Solve, bound and verify every problem with every backend, and report the gaps."""
     directory = options.out
     check_files(options, *sources)
+    if options.jobs is not None:
+        whole_number(options.jobs, "the number of processes (--jobs)", 1)
     if options.ray is not None and options.jobs is not None:
         raise OptionError(
             "--jobs counts processes of this machine, and --ray solves on a cluster; give one"

@@ -600,6 +600,7 @@ def test_json_goes_through_links_and_into_pipes(run, tmp_path):
         (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
         (("prune", "demo", "--samples", "1e9", "--out", "small"), "--samples.*1e9"),
         (("prune", "demo", "--batch-size", "2.7", "--out", "small"), "'2.7' is not a whole number"),
+        (("gap", "demo", "--out", "study", "--jobs", 0), "--jobs. must be at least 1, not 0"),
         (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
     ],
 )
