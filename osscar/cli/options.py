@@ -101,27 +101,26 @@ def _help(documented: type) -> dict[str, str]:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _command(
-    *requests: type[Any], but: tuple[str, ...] = (), only: tuple[str, ...] = ()
+    request: type[Any] | None = None, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass of options of a class, with the fields of requests as further options.
+    """Make a dataclass of options of a class, with the fields of a request as further options.
 
     Nothing of a request is checked before `request_of` makes it.
     """
 
     def made(options: type[T]) -> type[T]:
         fields = options.__annotations__
-        for request in requests:
-            words = _help(request)
-            for one in dataclasses.fields(request):
-                if one.name not in but and (not only or one.name in only):
-                    kind = str | None if is_keep(one.type) else bare(one.type)
-                    default: Any = one.default
-                    if one.name in ("skip", "backend_options"):
-                        kind, default = list[str], ()
-                    help_ = Parameter(help=words[one.name])
-                    own = {"backend": Backend, "backend_options": BackendOptions}.get(one.name)
-                    fields[one.name] = own or Annotated[kind, help_]
-                    setattr(options, one.name, default)
+        words = {} if request is None else _help(request)
+        for one in () if request is None else dataclasses.fields(request):
+            if one.name in but or (only and one.name not in only):
+                continue
+            kind = str | None if is_keep(one.type) else bare(one.type)
+            default: Any = one.default
+            if one.name in ("skip", "backend_options"):
+                kind, default = list[str], ()
+            own = {"backend": Backend, "backend_options": BackendOptions}.get(one.name)
+            fields[one.name] = own or Annotated[kind, Parameter(help=words[one.name])]
+            setattr(options, one.name, default)
         for name, kind in fields.items():
             if bare(kind) in (int, int | None):
                 kind = Annotated[kind, Parameter(converter=_whole)]
