@@ -335,10 +335,7 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
 }
 """Class, configuration, and kind and two sizes of inputs; by default text."""
 
-_HEADS = {
-    "model.layers.*.self_attn.heads": 2,
-    "model.layers.*.mlp.neurons": 40,
-}
+_HEADS = {"model.layers.*.self_attn.heads": 2, "model.layers.*.mlp.neurons": 40}
 _ENCODER = {"model.encoder.layers.*.self_attn.heads": 6, "model.encoder.layers.*.neurons": 40}
 _DECODER = {
     "model.decoder.layers.*.self_attn.heads": 4,
@@ -349,10 +346,7 @@ _DECODER = {
 _GROUPS: dict[str, dict[str, int]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"), _HEADS),
     "llama-multi-query": {**_HEADS, "model.layers.*.self_attn.heads": 6},
-    "opt": {
-        "model.decoder.layers.*.self_attn.heads": 6,
-        "model.decoder.layers.*.neurons": 40,
-    },
+    "opt": {"model.decoder.layers.*.self_attn.heads": 6, "model.decoder.layers.*.neurons": 40},
     "gpt2": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
     "gpt-neox": {"gpt_neox.layers.*.attention.heads": 6, "gpt_neox.layers.*.mlp.neurons": 40},
     "gpt-j": {"transformer.h.*.attn.heads": 6, "transformer.h.*.mlp.neurons": 40},
@@ -364,10 +358,7 @@ _GROUPS: dict[str, dict[str, int]] = {
         "transformer.h.*.self_attention.heads": 2,
         "transformer.h.*.mlp.neurons": 192,
     },
-    "mixtral": {
-        "model.layers.*.self_attn.heads": 2,
-        "model.layers.*.mlp.experts.neurons": 40,
-    },
+    "mixtral": {"model.layers.*.self_attn.heads": 2, "model.layers.*.mlp.experts.neurons": 40},
     "bert": {"bert.encoder.layer.*.attention.self.heads": 6, "bert.encoder.layer.*.neurons": 40},
     "t5": {
         "encoder.block.0.layer.0.SelfAttention.heads": 6,

@@ -60,11 +60,7 @@ _RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
         {"heads": "1/2", "neurons": "1/2"},
     ),
     # Its layers differ, so that no stock config can say its widths.
-    "opt": (
-        lambda: tiny("opt"),
-        tokens,
-        {"sparsity": 0.6, "certify": True, "backend": "greedy"},
-    ),
+    "opt": (lambda: tiny("opt"), tokens, {"sparsity": 0.6, "certify": True, "backend": "greedy"}),
     "llama": (lambda: tiny("llama-gqa"), tokens, {"neurons": "1/2"}),
     "mixture": (lambda: mixture("mixtral"), tokens, {"neurons": "1/2"}),
     "own code": (OwnCode, lambda: torch.rand(32, 6), {"neurons": 4}),

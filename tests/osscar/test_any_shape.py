@@ -28,10 +28,9 @@ IDS = tokens(2)
 
 
 def neurons_of(family):
-    return {
-        "opt": "model.decoder.layers.1.neurons",
-        "gpt2": "transformer.h.1.mlp.neurons",
-    }.get(family, "model.layers.1.mlp.neurons")
+    return {"opt": "model.decoder.layers.1.neurons", "gpt2": "transformer.h.1.mlp.neurons"}.get(
+        family, "model.layers.1.mlp.neurons"
+    )
 
 
 def heads_of(family):
@@ -367,10 +366,7 @@ def test_tables_of_shapes_that_are_none_are_errors_of_ours(written, tmp_path):
         ({"numbers": {}}, "tensors: field required"),
         ({"tensors": {}}, "numbers: field required"),
         ({**shapes, "tensors": {name: [3]}}, rf"'{name}' a shape that it cannot have: \[3\]"),
-        (
-            {**shapes, "tensors": {"model.layers.1.forward": [3]}},
-            r"cannot have: \[3\]",
-        ),
+        ({**shapes, "tensors": {"model.layers.1.forward": [3]}}, r"cannot have: \[3\]"),
         ({**shapes, "tensors": {"lm_head.nothing": [3]}}, r"cannot have: \[3\]"),
         ({**shapes, "numbers": {"model.layers.1": {"forward": 3}}}, "only whole numbers"),
     ):

@@ -10,13 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import osscar
-from osscar.base.errors import (
-    CheckpointError,
-    DataError,
-    EquivalenceError,
-    FileError,
-    OutputError,
-)
+from osscar.base.errors import CheckpointError, DataError, EquivalenceError, FileError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.models.names import DEMO_DIRECTORY

@@ -258,17 +258,7 @@ def test_options_are_the_fields_of_the_request():
 def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, command, monkeypatch):
     def asked(out):
         if command[0] == "recover":
-            return (
-                *command,
-                tiny,
-                "--text",
-                CALIBRATION,
-                "--samples",
-                6,
-                "--out",
-                out,
-                *TRAINING,
-            )
+            return (*command, tiny, "--text", CALIBRATION, "--samples", 6, "--out", out, *TRAINING)
         more = ("--neurons", "0.25", "--recover", "--recover-steps", 4, "--out", out)
         return pruning(tiny, *map(str, more))
 
@@ -308,17 +298,7 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(run, small, tiny, comm
 
 
 def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch):
-    asked = (
-        "recover",
-        "small",
-        "--dense",
-        tiny,
-        "--text",
-        CALIBRATION,
-        "--samples",
-        6,
-        *TRAINING,
-    )
+    asked = ("recover", "small", "--dense", tiny, "--text", CALIBRATION, "--samples", 6, *TRAINING)
 
     def full(*given, **more):
         raise OutputError("the disk is full")

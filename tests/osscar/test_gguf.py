@@ -407,8 +407,7 @@ def test_mixtures_of_different_experts_are_refused() -> None:
         (LlamaConfig(**_SIZES, hidden_act="gelu"), "activation 'gelu'"),
         (
             LlamaConfig(
-                **_SIZES,
-                rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+                **_SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             ),
             "type 'yarn'",
         ),

@@ -272,11 +272,7 @@ def test_the_report_is_one_page_with_everything_in_it(solved):
     study, records = solved
     page = write_report(study, DESIGN, records, summarize(records)).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
-    for expected in (
-        "Settings",
-        "why open",
-        "osscar solve problems/",
-    ):
+    for expected in ("Settings", "why open", "osscar solve problems/"):
         assert expected in page
     for name in ("curves", "gaps"):
         assert f'alt="{name}"' in page

@@ -33,13 +33,7 @@ from osscar.run.points import (
 )
 from osscar.run.prune import prepare_for, prune_as_asked
 from osscar.run.prune_page import budget_fact
-from osscar.run.sweep_page import (
-    recovered_line,
-    sections,
-    sweep_page,
-    sweep_table,
-    sweep_verdict,
-)
+from osscar.run.sweep_page import recovered_line, sections, sweep_page, sweep_table, sweep_verdict
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
 from tests.osscar.families import CALIBRATION, tiny, tokens
@@ -312,15 +306,7 @@ def test_a_sweep_goes_on_and_its_page_shows_every_number(run, text, tmp_path):
 def test_a_model_on_disk_is_swept_to_the_same_numbers(run, text, tmp_path):
     dense, found = DEMO_DIRECTORY, []
     for name, limit in (("plain", ()), ("streamed", ("--max-memory", "64GB"))):
-        asked = (
-            "--calibration",
-            CALIBRATION,
-            "--allocation",
-            "uniform",
-            "--windows",
-            1,
-            *limit,
-        )
+        asked = ("--calibration", CALIBRATION, "--allocation", "uniform", "--windows", 1, *limit)
         command = list(
             small_sweep(tmp_path / f"{name}-sweep", "0.5", text, *asked, "--json", tmp_path / name)
         )
@@ -356,10 +342,7 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
     [
         (("--sparsity", "a,b"), "is not a list such as"),
         (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
-        (
-            ("--sparsity", "0.5", "--recover", "--samples", 1),
-            "1 sample is too few: 1 is held out",
-        ),
+        (("--sparsity", "0.5", "--recover", "--samples", 1), "1 sample is too few: 1 is held out"),
         (("--sparsity", ","), "needs budgets"),
         (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
         (("--flops", "0.5"), "--sparsity and --flops are budgets, of which a sweep has one sort"),
@@ -481,11 +464,7 @@ def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
     [
         (3, OptionError, r"recover is 3; give True, False, or an osscar\.RecoveryRequest"),
         ({"steps": 4}, OptionError, "recover is {'steps': 4}; give True"),
-        (
-            osscar.RecoveryRequest(held_out=8),
-            DataError,
-            "8 samples are too few: 8 are held out",
-        ),
+        (osscar.RecoveryRequest(held_out=8), DataError, "8 samples are too few: 8 are held out"),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_anything_is_pruned(

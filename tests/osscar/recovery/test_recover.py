@@ -17,12 +17,7 @@ from torch.testing import assert_close
 
 import osscar
 from osscar.allocation.divergence import Distance, Reference
-from osscar.base.errors import (
-    DataError,
-    ModelError,
-    NonFiniteError,
-    OptionError,
-)
+from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
 from osscar.data.text import CalibrationSet
