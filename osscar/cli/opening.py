@@ -62,7 +62,9 @@ def stated_preprocessing(options: OpenOptions | InspectOptions) -> Preprocessing
                 known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
         if options.no_normalize:
             if known:
-                raise OptionError("--no-normalize goes with neither --mean nor --std; give one")
+                raise OptionError(
+                    "--no-normalize is given with --mean or --std; give one or the other"
+                )
             known = {"mean": 0.0, "std": 1.0}
     if options.image_size is not None:
         text = options.image_size
