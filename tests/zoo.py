@@ -51,7 +51,7 @@ _TAGS = {
     },
     "cuts": {
         *("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate"),
-        *("up-and-down", "gated-halves", "stacked", "gathered"),
+        *("up-and-down", "gated-halves", "glu", "stacked", "gathered"),
     },
     "literal": {"padded", "einsum", "independent-halves", "tail"},
 }

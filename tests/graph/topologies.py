@@ -363,8 +363,8 @@ class IndexedApart(nn.Module):
         self.enter, self.leave = nn.Linear(6, 9), nn.Linear(9, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x).transpose(1, 2)
-        return self.leave(torch.relu(x[torch.tensor([0, 1, 1]), :, torch.tensor([3, 0, 2])]))
+        x = torch.relu(self.enter(x)).transpose(1, 2).unsqueeze(1)
+        return self.leave(x[:, torch.tensor([0, 0, 0]), :, torch.tensor([3, 0, 2])])
 
 
 class Tail(nn.Module):
@@ -484,7 +484,7 @@ class Averaged(_TwoLayers):
 
 class Listed(_TwoLayers):
     def middle(self, x: Tensor) -> Tensor:
-        return x[:, [1, 0, *range(2, 12)]]
+        return F.pad(x[:, [3, 2, 1]], (0, 9))
 
 
 class Steps(_TwoLayers):

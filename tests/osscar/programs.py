@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import graph
-import osscar
 from osscar.proof.plan import GroupPlan, PruningPlan
 from tests.osscar.test_feasibility import Gated, Generator, MaxOut, OptionA, Transformer
 
@@ -232,36 +231,7 @@ def without_units(net: nn.Module, plan: PruningPlan) -> nn.Module:
     return net
 
 
-def refitted_without_units(net: nn.Module, result: osscar.PruningResult) -> nn.Module:
-    """Return a copy of the dense network with refitted weights, in which nothing reads what left.
-
-    For consumers that are matrices.
-    """
-    net = copy.deepcopy(net)
-    weights = dict(result.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in net.named_parameters():
-            if name in weights and tensor.shape == weights[name].shape:
-                tensor.copy_(weights[name])
-        gone: dict[str, set[int]] = {}
-        for group in result.plan.groups:
-            for slot in group.consumers:
-                gone.setdefault(slot.tensor, set()).update(slot.indices(group.gone))
-        for name, columns in gone.items():
-            weight = net.get_parameter(name)
-            kept = [column for column in range(weight.shape[1]) if column not in columns]
-            weight.zero_()
-            weight[:, kept] = weights[name]
-    return net
-
-
 def far_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference, relative to the largest value."""
     one, other = one.detach(), other.detach()
     return float((one - other).abs().max() / one.abs().max())
-
-
-__all__ = [
-    *("CASES", "far_apart", "kept_at_random", "made", "randomized", "refitted_without_units"),
-    "without_units",
-]

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import osscar
 from osscar.base.errors import RequestError
-from tests.osscar.programs import far_apart, refitted_without_units
+from tests.osscar.masked import masked
+from tests.osscar.programs import far_apart
 
 MODELS = {
     # 6 heads are no power of two, for which slopes are made in two ways.
@@ -49,7 +50,7 @@ def test_heads_leave_with_their_slopes_in_a_program(name):
         osscar.prune(model, calibration, heads="1/2")  # in modules, as it can generate text
     result = osscar.prune(model, calibration, heads="1/2", form="exported")
     assert [str(group.kind) for group in result.plan.groups] == ["heads", "heads"]
-    reference = refitted_without_units(model, result)
+    reference = masked(model, result)
     inputs = calibration[:3, :9]
     expected = reference(inputs).logits
     assert far_apart(expected, result.model(inputs).logits) < 1e-5
@@ -106,7 +107,7 @@ def test_slopes_in_a_buffer_leave_in_the_module_form():
     assert result.form == "eager"
     assert result.model.table.shape == (3,)
     x = torch.randn(3, 9, 5)
-    assert far_apart(refitted_without_units(model, result)(x), result.model(x)) < 1e-5
+    assert far_apart(masked(model, result)(x), result.model(x)) < 1e-5
 
 
 class Made(Alibi):
@@ -150,13 +151,13 @@ def test_slopes_in_the_code_leave_in_a_program(name, tmp_path):
     smaller = result.model
     assert smaller.get_parameter("q.weight").shape == (12, 16)
     x = torch.randn(3, 9, 5)
-    expected = refitted_without_units(model, result)(x)
+    expected = masked(model, result)(x)
     assert far_apart(expected, smaller(x)) < 1e-5
     # With the slopes of the first heads it would be another model.
     wrong = copy.deepcopy(model)
     kept = model.slopes()[list(group.kept)]
     wrong.slopes = lambda: torch.cat((kept, kept))
-    assert far_apart(expected, refitted_without_units(wrong, result)(x)) > 1e-4
+    assert far_apart(expected, masked(wrong, result)(x)) > 1e-4
     again = osscar.load(result.save(tmp_path / "smaller").path, dense=model)
     assert_close(again(x), smaller(x))
 

@@ -35,7 +35,8 @@ from osscar.request import PruningRequest
 from osscar.run import feasibility
 from osscar.shrinking import follow
 from tests.osscar.families import tiny, tokens
-from tests.osscar.programs import CASES, far_apart, refitted_without_units, without_units
+from tests.osscar.masked import masked
+from tests.osscar.programs import CASES, far_apart, without_units
 
 OFTEN = {"device": "cpu", "damp": 1e-3, "correction_weight": 1.0}
 
@@ -135,7 +136,7 @@ def test_attention_in_windows_loses_heads_in_a_program(name):
     result = osscar.prune(net, data, heads="1/2", **OFTEN)
     assert (result.form, result.skipped) == (Form.EXPORTED, ())
     x = torch.randn(3, 4, 4, 5)
-    assert far_apart(refitted_without_units(net, result)(x), result.model(x)) < 1e-5
+    assert far_apart(masked(net, result)(x), result.model(x)) < 1e-5
     assert far_apart(net(x), result.model(x)) > 1e-3
 
 

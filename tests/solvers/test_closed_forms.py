@@ -262,6 +262,7 @@ def test_elimination_factorizes_once_unless_its_updates_have_drifted(monkeypatch
     monkeypatch.setattr(elimination, "_Elimination", Noting)
     assert eliminate(problem, problem.units - 1) == right
     assert len(made) == 1
+    made.clear()
     monkeypatch.setattr(front, "_drift", lambda self: float(len(made) == 1))
     again = eliminate(problem, problem.units - 1)
     assert [unit for unit, _ in again] == [unit for unit, _ in right]
