@@ -331,3 +331,29 @@ def test_outputs_that_are_compared_are_not_rounded_to_half_precision():
     assert found.dtype == torch.float32
     layer.bfloat16()
     assert all(map(torch.equal, before, layer.parameters()))
+
+
+@torch.no_grad()
+def test_both_streams_put_out_float32_where_a_model_runs_in_half_precision():
+    torch.manual_seed(0)
+    model, x = Stack("none").bfloat16().eval(), torch.randn(64, 8).bfloat16()
+    with prepare(model, x, batch_size=16) as prepared:
+        dense = copy.deepcopy(prepared.model)
+        groups = [g for g in prepared.groups if g.prunable and "up" in g.slots[0].module]
+        energies = []
+        for index, step in enumerate(walk(prepared, groups, target=Target.RESIDUAL)):
+            read = []
+            for network in (prepared.model, dense):
+                hook = network.blocks[index].down.register_forward_pre_hook(
+                    lambda _, args, read=read: read.append(args[0].float())
+                )
+                network(x)
+                hook.remove()
+            layer = copy.deepcopy(dense.blocks[index].down).float()
+            expected = (layer(read[1]) - layer(read[0])).square().sum()
+            energies.append(step.grams[0].fitted.energy)
+            assert energies[-1] == pytest.approx(float(expected), rel=1e-3)
+            W = step.consumers[0].read_weight()
+            W[::2] *= 0.98
+            step.commit([W])
+    assert 0 == energies[0] < energies[1]
