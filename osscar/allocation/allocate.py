@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Allocated, Budget
+from osscar.allocation.budget import Allocated, Budget, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count
-from osscar.allocation.curves import Curve
-from osscar.allocation.measured import measured_curves
-from osscar.allocation.sharing import Sharing
+from osscar.allocation.divergence import Measure
+from osscar.allocation.measured import Curve, measured_curves
+from osscar.allocation.search import Search, equal_shares
 from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.widths import (
     about_half,
     asked_groups,
     possible_counts,
+    possible_widths,
     why_frozen,
     why_out_of_reach,
 )
@@ -31,8 +36,81 @@ from osscar.base.errors import RequestError
 from osscar.base.printable import listed
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.request import PruningRequest, parse_keep, parse_size_kept
+from osscar.request import PruningRequest, Widths, parse_keep, parse_size_kept
 from osscar.shrinking.shrink_program import dense_program
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Groups that share a budget by curves, or evenly; `others` is what other groups keep."""
+
+    groups: Sequence[CouplingGroup]
+    widths: Widths
+    others: Mapping[str, int]
+    curves: Mapping[str, Curve] | None = None
+    measure: Measure = "nats"
+
+    @cached_property
+    def options(self) -> dict[str, NDArray[np.int64]]:
+        """The widths that each group may have, ascending."""
+        return {group.name: possible_widths(group, self.widths) for group in self.groups}
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The least widths."""
+        return {name: int(some[0]) for name, some in self.options.items()}
+
+    def choose(self, cost: CountedCost, limit: float) -> tuple[dict[str, int], float | None]:
+        """Return what groups keep so that the model costs at most the limit, or the least.
+
+        Beside it comes what no other widths are predicted to lose less than, as of
+        `Search.choose`.
+        """
+        if self.curves is not None:
+            return self._search(self.curves, cost).choose(limit)
+        return equal_shares(self.options, self.others, cost, limit), None
+
+    def budget(
+        self,
+        kind: Cost,
+        cost: CountedCost,
+        limit: float,
+        found: Mapping[str, int],
+        bound: float | None,
+    ) -> Budget:
+        """Report on a choice and its bound, with a prediction where there are curves."""
+        told: dict[str, Any] = {}
+        parts: dict[str, float] = {}
+        if self.curves is not None:
+            search = self._search(self.curves, cost)
+            own = {name: self.curves[name] for name in search.options}
+            parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
+            told = {
+                "predicted": search.loss(found),
+                "lower_bound": bound,
+                "measure": self.measure,
+                "curves": {
+                    name: tuple(curve.losses.tolist())
+                    for name, curve in own.items()
+                    if len(search.options[name]) > 1
+                },
+                "measured": {
+                    name: tuple(Measured(*point) for point in sorted(curve.measured.items()))
+                    for name, curve in own.items()
+                    if curve.measured
+                },
+                "frontier": search.frontier(),
+            }
+        widths = {
+            g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))
+            for g in self.groups
+        }
+        reached = cost.of({**self.others, **found})
+        return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
+
+    def _search(self, curves: Mapping[str, Curve], cost: CountedCost) -> Search:
+        losses = {name: curves[name].losses[some] for name, some in self.options.items()}
+        return Search(self.options, losses, self.others, cost)
 
 
 def allocate(
@@ -97,13 +175,15 @@ def _shared_out(
             curves, measure = measured_curves(prepared, request, sharing.groups, choose)
             sharing = replace(sharing, measure=measure)
         sharing = replace(sharing, curves=curves)
-    wanted = request.speedup
-    return ranks.broadcast(
-        "a budget that is shared out",
-        lambda: (
-            _counted(sharing, limit) if wanted is None else _timed(prepared, wanted, sharing, limit)
-        ),
-    )
+
+    def shared_out() -> Budget:
+        if request.speedup is not None:
+            return _timed(prepared, request.speedup, sharing, limit)
+        found, bound = sharing.choose(limit.cost, limit.most)
+        budget = sharing.budget(limit.kind, limit.cost, limit.most, found, bound)
+        return replace(budget, dense=limit.dense)
+
+    return ranks.broadcast("a budget that is shared out", shared_out)
 
 
 class _Limit(NamedTuple):
@@ -161,13 +241,6 @@ def _limit(prepared: Prepared, request: PruningRequest, sharing: Sharing, form: 
             f"{cost.dense:,.0f}; ask for less to be kept"
         )
     return _Limit(kind, cost, most, dense)
-
-
-def _counted(sharing: Sharing, limit: _Limit) -> Budget:
-    """Choose the best widths within a limit that is counted."""
-    found, bound = sharing.choose(limit.cost, limit.most)
-    budget = sharing.budget(limit.kind, limit.cost, limit.most, found, bound)
-    return replace(budget, dense=limit.dense)
 
 
 def _timed(prepared: Prepared, wanted: float, sharing: Sharing, limit: _Limit) -> Budget:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
+from osscar.allocation.prefix import Prefix
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
@@ -26,7 +29,6 @@ from osscar.network.predictions import (
     reads_sequences,
 )
 from osscar.preparation.failures import failures_named
-from osscar.preparation.prepare import Prepared
 from osscar.proof.equivalence import comparable
 
 Measure: TypeAlias = Literal["nats", "relative", "loss"]
@@ -50,6 +52,10 @@ MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
 
 
+_CACHED = 1 << 18
+"""Numbers of float32 of which several tensors fit into a cache."""
+
+
 @dataclass(frozen=True, eq=False)
 class Distance:
     """How far a model is from the dense one, by what it puts out.
@@ -67,6 +73,8 @@ class Distance:
         Whether it is these that the models put out, and not logits.
     powers
         Of each output, what the square of the dense one's is on a sample.
+    bytes
+        Memory of the log-probabilities of a batch.
     """
 
     inputs: ModelInputs
@@ -74,6 +82,7 @@ class Distance:
     loss: Loss | None = None
     probabilities: bool = False
     powers: tuple[float, ...] = ()
+    bytes: int = 0
 
     @classmethod
     @torch.no_grad()
@@ -86,17 +95,29 @@ class Distance:
         table = table_of(_run(dense, batch), batch, inputs)
         if table is None:
             return cls(inputs, "relative")
-        return cls(inputs, "nats", probabilities=holds_probabilities(table))
+        chances = holds_probabilities(table)
+        return cls(inputs, "nats", probabilities=chances, bytes=4 * table.numel())
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Any:
-        """Return what is compared of a model's outputs: log-probabilities, tensors, or all."""
-        result = _run(model, batch)
+    def outputs(self, model: nn.Module, batch: Batch, step: int = 1) -> Any:
+        """Return what is compared of a model's outputs: log-probabilities, tensors, or all.
+
+        Of predictions it is one in so many: a language model that can does not make the others.
+        """
+        asked = batch
+        picks = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if step > 1 and picks and self.inputs.tokens and len(batch["input_ids"]) == 1:
+            positions = torch.arange(batch["input_ids"].shape[1])
+            asked, step = {**batch, "logits_to_keep": spread(positions, step)}, 1
+        result = _run(model, asked)
         if self.measure == "loss":
             return result
         if self.measure == "relative":
             return comparable(result)
         table = table_of(result, batch, self.inputs)
-        return table if table is None else log_probabilities(as_logits(table, self.probabilities))
+        if table is None:
+            return None
+        rows = as_logits(table, self.probabilities).flatten(0, -2)
+        return spread(rows, step).float().log_softmax(-1)
 
     def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.
@@ -113,9 +134,12 @@ class Distance:
                 )
             return loss.reshape(()) * samples, samples
         if self.measure == "nats":
-            return summed_divergence(dense, found), len(dense)
-        pairs = zip(found, dense, self.powers, strict=True)
-        errors = [_square(b - a if a.shape == b.shape else a) / power for b, a, power in pairs]
+            # A few rows at a time, so that what is made of them stays in the processor's cache.
+            few = max(1, _CACHED // dense.shape[-1])
+            pairs = zip(dense.split(few), found.split(few), strict=True)
+            return torch.stack([summed_divergence(*pair) for pair in pairs]).sum(), len(dense)
+        outputs = zip(found, dense, self.powers, strict=True)
+        errors = [_square(b - a if a.shape == b.shape else a) / power for b, a, power in outputs]
         return torch.stack(errors).mean(), samples
 
 
@@ -135,15 +159,16 @@ def _square(tensor: Tensor) -> Tensor:
 class Reference:
     """What the dense model puts out on some samples, and so how far other models are.
 
-    Ranks share the batches out: here are those of this one.  Of the predictions of each batch
-    `rows` are kept; None stands for all that the model puts out.
+    Ranks share the batches out: here are those of this one.  Of the predictions of each one in
+    `step` is kept.  `prefixes` has what blocks put out for each batch.
     """
 
     distance: Distance
     batches: Sequence[Batch] = field(repr=False)
     expected: Sequence[Any] = field(repr=False)
-    rows: Sequence[slice | None] = field(repr=False)
+    step: int = 1
     ranks: Ranks = ALONE
+    prefixes: Sequence[Prefix] = field(default=(), repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -153,15 +178,23 @@ class Reference:
         dense: nn.Module,
         batches: Sequence[Batch],
         ranks: Ranks = ALONE,
+        step: int = 1,
+        reuse: bool = False,
     ) -> Reference:
-        """Run the dense model on the samples."""
+        """Run the dense model on the samples, and keep one in `step` predictions, or what fits.
+
+        `reuse` keeps what blocks put out, too, for passes that differ in one of them.
+        """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
-        expected, rows = list[Any](), list[slice | None]()
+        step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
+        expected, prefixes = list[Any](), list[Prefix]()
         for batch in mine:
-            found = distance.outputs(dense, batch)
-            kept = thinned(found, len(batches)) if distance.measure == "nats" else None
-            expected.append(fresh(found) if kept is None else found[kept].clone())
-            rows.append(kept)
+            run = partial(distance.outputs, dense, batch, step)
+            prefix = Prefix(dense, MOST_BYTES // len(batches) if reuse else 0)
+            with prefix.recorded():
+                expected.append(fresh(run()))
+            prefix.checked(run, expected[-1])
+            prefixes.append(prefix)
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))
@@ -172,35 +205,31 @@ class Reference:
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
-        return cls(distance, mine, expected, rows, ranks)
-
-    @classmethod
-    def of_last(cls, prepared: Prepared, samples: int, batch_size: int = 1) -> Reference:
-        """Run a prepared model, which is still dense, on its last samples."""
-        model, last = prepared.model, prepared.inputs.part(-samples)
-        batches = last.batches(model, batch_size)
-        return cls.of(Distance.of(model, last, batches[0]), model, batches, prepared.ranks)
+        return cls(distance, mine, expected, step, ranks, prefixes)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
         """Return the same on some of its batches alone."""
         mine = [any(one is other for other in batches) for one in self.batches]
-        expected, rows = list(compress(self.expected, mine)), list(compress(self.rows, mine))
-        kept = list(compress(self.batches, mine))
-        return dataclasses.replace(self, batches=kept, expected=expected, rows=rows)
+        kept, expected = (list(compress(all_, mine)) for all_ in (self.batches, self.expected))
+        prefixes = list(compress(self.prefixes, mine))
+        return dataclasses.replace(self, batches=kept, expected=expected, prefixes=prefixes)
 
-    def divergence(self, model: nn.Module) -> float:
-        """Return the mean distance of a model, which has to be finite."""
-        return self.likeness(model).distance
+    def divergence(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> float:
+        """Return the mean distance of a model, which has to be finite; see `likeness`."""
+        return self.likeness(model, changed).distance
 
-    def likeness(self, model: nn.Module) -> Likeness:
+    def likeness(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> Likeness:
         """Compare what a model puts out with what the dense one does.
+
+        Of the dense model itself, in which some parameters have changed, what comes before these
+        need not run again.
 
         Raises
         ------
         NonFiniteError
             If it is NaN or infinite.
         """
-        found = self.compared(model)
+        found = self.compared(model, changed)
         if not math.isfinite(found.distance):
             what = "logits are" if self.distance.measure == "nats" else "outputs are"
             raise NonFiniteError(
@@ -210,12 +239,13 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def compared(self, model: nn.Module) -> Likeness:
+    def compared(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> Likeness:
         """Return the same, whether it is finite or not."""
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch, expected, rows in zip(self.batches, self.expected, self.rows, strict=True):
-            found = self.distance.outputs(model, batch)
-            found = found if rows is None else found[rows]
+        own = zip(self.batches, self.expected, self.prefixes, strict=True)
+        for batch, expected, prefix in own:
+            with prefix.skipped(changed):
+                found = self.distance.outputs(model, batch, self.step)
             samples, same = self.distance.inputs.count(batch), 0.0
             total, count = self.distance.summed(found, expected, samples)
             if self.distance.measure == "nats":
@@ -224,12 +254,6 @@ class Reference:
         self.ranks.all_reduce("the distance from the dense model", [sums])
         total, same, count = sums.tolist()
         return Likeness(total / count, same / count)
-
-
-def logits_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
-    """Return a table of logits, a row a prediction, (..., classes); None if there is none."""
-    table = table_of(result, batch, inputs)
-    return None if table is None else as_logits(table)
 
 
 def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
@@ -282,16 +306,9 @@ def _sum_to_one(rows: Tensor) -> bool:
     return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Return the logarithms of what logits predict, float32 (predictions, classes)."""
-    return logits.flatten(0, -2).float().log_softmax(-1)
-
-
-def thinned(logarithms: Tensor, batches: int) -> slice:
-    """Return which predictions of one of so many batches are kept: evenly spread ones."""
-    most = max(1, MOST_BYTES // (batches * logarithms.shape[-1] * 4))
-    step = -(-len(logarithms) // most)
-    return slice(step // 2, None, step)
+def spread(rows: Tensor, step: int) -> Tensor:
+    """Return one row in so many, evenly spread, the last one among them."""
+    return rows[(len(rows) - 1) % step :: step]
 
 
 def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:

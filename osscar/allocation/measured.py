@@ -1,9 +1,10 @@
-"""Curves of groups, measured by forward passes, at about the widths that groups come to keep.
+"""What keeping k of a group's units costs in the outputs of the whole model, for every k.
 
 Widths are chosen, with equal shares at first.  A group by itself then loses as many units: it is
 refitted on the dense stream, put into the dense model, and taken out again.  Samples that no refit
 has seen tell how far outputs move.  With the curves through what was measured, widths are chosen
-anew, and groups whose widths have moved are measured again.
+anew, and groups whose widths have moved are measured again.  The shape of a curve between what was
+measured is that of what the group's own consumers lose.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from graph import CouplingGroup
-from osscar.allocation.curves import Curve
-from osscar.allocation.divergence import Measure, Reference
+from osscar.allocation.divergence import Distance, Measure, Reference
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
@@ -39,11 +42,20 @@ from solvers.closed_forms.refit import refit
 _COMPARED_TOKENS, _COMPARED_SAMPLES = 1024, 100
 """Tokens of a language model, or samples of any other, on which outputs are compared at most."""
 
+_WINDOW = 1024
+"""Tokens of a window that are among them at most."""
+
 _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
 """The same, to which a group that is pruned alone is refitted."""
 
 FEWEST = 4
 """One in so many samples is compared at most, so that there are as many at least."""
+
+ONE_IN = 1
+"""Of the predictions behind these tokens, one in so many is compared."""
+
+LEAST = 1e-7
+"""What is measured below this is rounding of logits."""
 
 _ROUNDS = 3
 """How often widths are chosen, and groups measured at them."""
@@ -55,10 +67,51 @@ _NEAR = 0.15
 """Share of a group's units: a measurement counts as one at a width that is no farther away."""
 
 
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The distance from the dense model of one in which a group has lost units.
+
+    `shape`, (units + 1,), is what its consumers lose as units leave one by one, relative to their
+    own outputs; it does not increase with the k units that are left, and ends with 0.  `measured`
+    is how far the model's outputs are from the dense ones with so many units.
+    """
+
+    name: str
+    shape: NDArray[np.float64] = field(repr=False)
+    measured: Mapping[int, float] = field(default_factory=dict)
+
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """The shape through what was measured, (units + 1,), which does not increase either.
+
+        Between two widths that were measured it is a power of the shape, and beyond them a
+        multiple; without any, the shape itself.
+        """
+        points: dict[float, float] = {}
+        least = LEAST
+        for kept, distance in sorted(self.measured.items(), reverse=True):
+            if self.shape[kept] > 0:  # units that do nothing do nothing
+                points[float(self.shape[kept])] = least = max(distance, least)
+        losses = self.shape.copy()
+        if points:
+            known = losses > 0
+            x, y = np.log(np.array(sorted(points.items()))).T
+            at = np.log(losses[known])
+            inside = np.clip(at, x[0], x[-1])
+            losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
+        return np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
+
+    def through(self, kept: int, distance: float) -> Curve:
+        """Return a curve that also goes through what was measured with so many units."""
+        return dataclasses.replace(self, measured={**self.measured, kept: distance})
+
+
 def compared_samples(prepared: Prepared) -> int:
     """Return on how many samples, the last ones, outputs are compared; 0: there are too few."""
     length = prepared.inputs.settings.get("seqlen")
-    wanted = _COMPARED_SAMPLES if length is None else max(1, _COMPARED_TOKENS // length)
+    wanted = _COMPARED_SAMPLES
+    if length is not None:
+        wanted = max(1, _COMPARED_TOKENS // min(length, _WINDOW))
     return min(wanted, prepared.inputs.samples // FEWEST)
 
 
@@ -67,6 +120,18 @@ def fitted_samples(prepared: Prepared) -> int:
     length = prepared.inputs.settings.get("seqlen")
     wanted = _FITTED_SAMPLES if length is None else max(1, _FITTED_TOKENS // length)
     return min(wanted, prepared.inputs.samples - compared_samples(prepared))
+
+
+def dense_reference(prepared: Prepared, samples: int) -> Reference:
+    """Run a prepared model, which is still dense, on its last samples."""
+    model, last = prepared.model, prepared.inputs.part(-samples)
+    size, step = prepared.batch_size, 1
+    if last.tokens:
+        windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
+        last, size, step = dataclasses.replace(last, tensors=windows), 1, ONE_IN
+    batches = last.batches(model, size)
+    distance = Distance.of(model, last, batches[0])
+    return Reference.of(distance, model, batches, prepared.ranks, step, reuse=True)
 
 
 def measured_curves(
@@ -105,20 +170,21 @@ def measured_curves(
             f"there are {prepared.inputs.samples} in all; give at least {FEWEST}, or --allocation "
             "uniform"
         )
-    size = 1 if prepared.inputs.tokens else prepared.batch_size
-    reference = Reference.of_last(prepared, samples, size)
+    reference = dense_reference(prepared, samples)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    curves: dict[str, Curve] = {}
+    alone = _Alone(request, few, reference)
     for _ in range(_ROUNDS):
-        wanted = widths_to_measure(groups, choose(curves or None), curves, request.widths)
+        wanted = widths_to_measure(
+            groups, choose(alone.curves or None), alone.curves, request.widths
+        )
         some = [group for group in groups if group.name in wanted]
         with stage("measuring curves", total=len(some)) as bar:
             for step in _steps(few, some) if some else ():
-                _measure(step, wanted[step.group.name], request, few, reference, curves)
+                alone.measure(step, wanted[step.group.name])
                 bar.advance()
         for group in groups:  # what has no other width keeps all its units
-            curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
-    return curves, reference.distance.measure
+            alone.curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
+    return alone.curves, reference.distance.measure
 
 
 def widths_to_measure(
@@ -167,62 +233,77 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
         yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // FEWEST))
 
 
-def _measure(
-    step: LayerStep | Step,
-    keep: int,
-    request: PruningRequest,
-    few: Prepared,
-    reference: Reference,
-    curves: dict[str, Curve],
-) -> None:
-    """Put a curve through what the model comes to with one group pruned to a width."""
-    name, known = step.group.name, step.group.name in curves
-    without = (
-        _without_units(step, keep, request.damp, few, shaped=not known)
-        if isinstance(step, LayerStep)
-        else step.alone(keep, request.damp, shaped=not known)
-    )
-    try:
-        with without as shape, timed(Stage.MEASURED):
-            distance = reference.divergence(few.model)
-    except NonFiniteError as error:
-        alone = f"{name!r} pruned alone cannot be measured: {error}"
-        if not known:
-            raise NonFiniteError(alone) from error
-        warn(f"{alone}; its curve stays as it was")
-        return
-    curve = curves[name] if known else Curve(name, shape)
-    curves[name] = curve.through(keep, distance)
+@dataclass(eq=False)
+class _Alone:
+    """Measures what the model comes to with one group alone pruned to a width."""
 
+    request: PruningRequest
+    few: Prepared
+    """The model with the samples to which a group is refitted."""
+    reference: Reference
+    curves: dict[str, Curve] = field(default_factory=dict)
+    _removals: dict[str, Removals] = field(default_factory=dict)
+    """By group, the order in which its units leave."""
 
-@contextmanager
-def _without_units(
-    step: LayerStep, keep: int, damp: float | None, few: Prepared, shaped: bool
-) -> Iterator[NDArray[np.float64]]:
-    """Have the first rank remove units, one by one, and refit what stays, while the block runs.
+    def measure(self, step: LayerStep | Step, keep: int) -> None:
+        """Put a curve through the distance of the model with this group pruned to a width."""
+        group, known = step.group.name, step.group.name in self.curves
+        changed = list[nn.Parameter]()
+        without: AbstractContextManager[NDArray[np.float64]]
+        if isinstance(step, LayerStep):
+            without = self._without_units(step, keep)
+            changed = [
+                parameter
+                for one in step.consumers
+                for name, parameter in one.module.named_parameters(recurse=False)
+                if name in one.parameters
+            ]
+        else:
+            without = step.alone(keep, self.request.damp, shaped=not known)
+        try:
+            with without as shape, timed(Stage.MEASURED):
+                distance = self.reference.divergence(self.few.model, changed)
+        except NonFiniteError as error:
+            alone = f"{group!r} pruned alone cannot be measured: {error}"
+            if not known:
+                raise NonFiniteError(alone) from error
+            warn(f"{alone}; its curve stays as it was")
+            return
+        curve = self.curves[group] if known else Curve(group, shape)
+        self.curves[group] = curve.through(keep, distance)
 
-    Yielded is the shape of the group's curve, if that is asked for.
-    """
+    @contextmanager
+    def _without_units(self, step: LayerStep, keep: int) -> Iterator[NDArray[np.float64]]:
+        """Have the first rank remove units, one by one, and refit what stays, while the block runs.
 
-    def make() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
+        Yielded is the shape of the group's curve.
+        """
+        few = self.few
+        inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
+        what = f"the problem of {step.group.name!r} with {inputs} inputs"
+        with memory_for(what, FOR_MATRICES), room_for(few.model, few.matrix_bytes):
+            weights, kept, shape = few.ranks.broadcast(
+                "a group that was pruned by itself", partial(self._refitted, step, keep)
+            )
+        with step.tried([W.to(device_of(few.model)) for W in weights], kept):
+            yield shape
+
+    def _refitted(
+        self, step: LayerStep, keep: int
+    ) -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
         with timed(Stage.MEASURED), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-            problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
-            gone = problem.units - keep
-            removals = eliminate(problem, problem.units - 1 if shaped else gone)
-            kept = support_after(removals[:gone], problem)
+            problem = step.problem(keep, step.regularization(keep, self.request.damp, 0.0)[0])
+            removals = self._removals.get(step.group.name)
+            if removals is None:
+                removals = eliminate(problem, problem.units - 1)
+                self._removals[step.group.name] = removals
+            kept = support_after(removals[: problem.units - keep], problem)
             weights, _ = refit(problem, kept)
             refits = step.refits(weights, kept.tolist())
-            shape = summed_losses(problem, removals) if shaped else np.zeros(0)
-        moved = [W if few.ranks.alone else W.cpu() for W in refits.weights]
+            shape = summed_losses(problem, removals)
+        moved = [W if self.few.ranks.alone else W.cpu() for W in refits.weights]
         return moved, kept.tolist(), shape
-
-    inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
-    what = f"the problem of {step.group.name!r} with {inputs} inputs"
-    with memory_for(what, FOR_MATRICES), room_for(few.model, few.matrix_bytes):
-        weights, kept, shape = few.ranks.broadcast("a group that was pruned by itself", make)
-    with step.tried([W.to(device_of(few.model)) for W in weights], kept):
-        yield shape
 
 
 def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:

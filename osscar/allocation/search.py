@@ -47,6 +47,9 @@ neurons there are half as many."""
 _SWEEPS = 30
 _BISECTIONS = 60
 _PRICES = 96
+_HALVINGS = 40
+"""Of the interval in which an equal share is looked for."""
+
 _FRONTIER = 24
 """Points of the frontier that are kept at most."""
 
@@ -273,3 +276,42 @@ class Search:
         if found.mip_dual_bound is not None:
             bound = max(bound, (float(found.mip_dual_bound) - _HIGHS) * known)
         return kept, bound
+
+
+# ---- equal shares ------------------------------------------------------------------------
+
+
+def equal_shares(
+    options: Mapping[str, NDArray[np.int64]],
+    others: Mapping[str, int],
+    cost: CountedCost,
+    limit: float,
+) -> dict[str, int]:
+    """Return widths near the share of every group that comes to the limit, within it.
+
+    The coarsest groups, such as heads, are settled first: the others, which move in finer steps,
+    make up for what these leave.  Groups of the same widths stay alike.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, some in options.items():
+        alike.setdefault(tuple(some.tolist()), []).append(name)
+    kept: dict[str, int] = {}
+
+    def fits(widths: Mapping[str, float]) -> bool:
+        return cost.of({**others, **kept, **widths}) <= limit * (1 + ROUNDING)
+
+    for widths in sorted(alike, key=len):
+        left = [name for name in options if name not in kept]
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            share = (low + high) / 2
+            within = fits({name: share * float(options[name][-1]) for name in left})
+            low, high = (share, high) if within else (low, share)
+        nearest = sorted(widths, key=lambda width: (abs(width - low * widths[-1]), -width))
+        least = {name: int(options[name][0]) for name in left}
+        for width in [*nearest, widths[0]]:  # the least, where nothing fits
+            found = dict.fromkeys(alike[widths], width)
+            if fits({**least, **found}):
+                break
+        kept.update(found)
+    return {name: kept[name] for name in options}

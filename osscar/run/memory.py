@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
-from osscar.allocation.measured import compared_samples
+from osscar.allocation.measured import ONE_IN, compared_samples
+from osscar.allocation.prefix import blocks
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
@@ -48,7 +49,8 @@ class MemoryNeeds:
     held
         What is held before it begins.
     batches
-        The hidden states of all batches, and the predictions of the dense model that are kept.
+        The hidden states of all batches, and what is kept of the dense model: predictions, and what
+        its blocks put out for the samples on which curves are measured.
     forward
         Any forward pass.
     matrices
@@ -95,10 +97,13 @@ class MemoryNeeds:
             vocabulary, width = wide, wide // 2
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
-        predictions = sum(
-            min(MOST_BYTES, 4 * samples * window * vocabulary)
-            for samples in (held_out, compared_samples(prepared) if measured else 0)
+        compared = compared_samples(prepared) if measured else 0
+        kept = (
+            held_out * vocabulary,
+            compared * vocabulary // (ONE_IN if prepared.inputs.tokens else 1),
+            compared * 2 * width * len(blocks(model)),
         )
+        predictions = sum(min(MOST_BYTES, 4 * window * numbers) for numbers in kept)
         suspended = suspended_bytes(sum(rows), width, read, itemsize)
         held_batches = suspended * streams + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graph.tracing.patches import ModeDepths, enter_again
 from osscar.network.model_state import PassState
-from osscar.walk.residual import Keeper
+from osscar.walk.targets import Keeper
 
 _CUDA, _MKLDNN = torch.backends.cuda, torch.backends.mkldnn
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (

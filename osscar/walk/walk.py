@@ -39,10 +39,9 @@ from osscar.preparation.prepare import Prepared
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
 from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
-from osscar.walk.residual import Keeper, kept_streams, streams
 from osscar.walk.schedule import Schedule, learned_calls
 from osscar.walk.sums import sum_bytes
-from osscar.walk.targets import Target, correction
+from osscar.walk.targets import Keeper, Target, correction, kept_streams, streams
 
 
 class Walk:

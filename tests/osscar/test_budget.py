@@ -16,8 +16,9 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.divergence import Distance, Reference, logits_of
+from osscar.allocation.divergence import Distance, Reference, as_logits, table_of
 from osscar.allocation.measured import summed_losses
+from osscar.allocation.prefix import Prefix
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.printable import engineering
@@ -373,14 +374,14 @@ def test_operations_outside_of_layers_are_no_groups(build, share):
 )
 def test_what_is_taken_for_logits(shape, x, expected):
     batch = {"x": torch.randn(x)}
-    found = logits_of(torch.randn(shape), batch, ModelInputs(batch))
+    found = table_of(torch.randn(shape), batch, ModelInputs(batch))
     assert (found is not None) == expected
 
 
 def test_probabilities_are_taken_for_what_they_are():
     logits = torch.randn(8, 5)
     batch = {"x": torch.randn(8, 3, 6, 6)}
-    found = logits_of(logits.softmax(-1), batch, ModelInputs(batch))
+    found = as_logits(table_of(logits.softmax(-1), batch, ModelInputs(batch)))
     torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
 
 
@@ -399,7 +400,7 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
             return self.out
 
     distance = Distance(ModelInputs(batch), "nats")
-    reference = Reference(distance, [batch], [dense], [slice(None)])
+    reference = Reference(distance, [batch], [dense], prefixes=[Prefix(nn.Module(), 0)])
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     terms = (dense.exp() * (dense - other))[:, 1:]
     assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))

@@ -19,7 +19,7 @@ import osscar
 from osscar.allocation import search
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, CountedCost, _Weight, count
-from osscar.allocation.curves import Curve
+from osscar.allocation.measured import Curve
 from osscar.allocation.widths import asked_groups, possible_widths
 from osscar.base.errors import RequestError
 from osscar.models.names import DEMO_DIRECTORY

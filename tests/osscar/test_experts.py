@@ -18,7 +18,7 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import note
 from osscar.request import PruningRequest
-from osscar.walk.residual import streams
+from osscar.walk.targets import streams
 from osscar.walk.walk import walk
 from tests.osscar.families import tokens
 from tests.osscar.mixtures import MIXTURES, mixture

@@ -12,9 +12,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
 from osscar.allocation.allocate import allocate
-from osscar.allocation.curves import LEAST, Curve
 from osscar.allocation.divergence import Distance, Reference
-from osscar.allocation.measured import measured_curves, widths_to_measure
+from osscar.allocation.measured import (
+    LEAST,
+    Curve,
+    dense_reference,
+    measured_curves,
+    widths_to_measure,
+)
+from osscar.allocation.prefix import Prefix
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.preparation.prepare import prepare
@@ -118,7 +124,7 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
         curves, measure = measured(prepared, halves(prepared))
         assert measure == "relative"
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
-        reference = Reference.of_last(prepared, 20)
+        reference = dense_reference(prepared, 20)
         dense = prepared.model(data[60:])
         prepared.model.sum.one.weight.mul_(0.5)
         found = prepared.model(data[60:])
@@ -131,7 +137,8 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
 def test_an_output_of_another_shape_is_wholly_in_error():
     batch = {"x": torch.ones(1)}
     distance = Distance(ModelInputs(batch), "relative", powers=(3.0, 2.0))
-    reference = Reference(distance, [batch], [[torch.ones(3), torch.ones(2)]], [None])
+    dense = [torch.ones(3), torch.ones(2)]
+    reference = Reference(distance, [batch], [dense], prefixes=[Prefix(nn.Module(), 0)])
 
     class Fewer(nn.Linear):
         def forward(self, x):
@@ -175,6 +182,94 @@ def test_models_are_left_as_they_were(name):
         assert all(next(iter(curve.measured.values())) > 0 for curve in curves.values())
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+# ---- passes that begin behind blocks ----------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Five blocks, of which the second is tied to the fourth; one may write to its input."""
+
+    def __init__(self, written=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5))
+        self.blocks[3][0].weight = self.blocks[1][0].weight
+        self.head, self.written = nn.Linear(6, 4), written
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            x = x + block(x.mul_(2) if index == self.written else x)
+        return SequenceClassifierOutput(logits=self.head(x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "written", "run"),
+    [
+        (["blocks.2.0.weight"], None, [2, 3, 4]),
+        (["blocks.4.0.weight", "blocks.2.0.bias"], None, [2, 3, 4]),
+        (["blocks.3.0.weight"], None, [1, 2, 3, 4]),
+        (["blocks.2.0.weight", "head.weight"], None, [0, 1, 2, 3, 4]),
+        ([], None, [0, 1, 2, 3, 4]),
+        (["blocks.4.0.weight"], 0, [4]),
+    ],
+)
+def test_a_pass_begins_behind_the_blocks_that_nothing_has_changed_before(changed, written, run):
+    torch.manual_seed(0)
+    model, ran = Blocks(written).eval(), []
+    with prepare(model, torch.randn(24, 6)) as prepared, torch.no_grad():
+        reference, parameters = (
+            dense_reference(prepared, 6),
+            dict(prepared.model.named_parameters()),
+        )
+        parameters |= {"blocks.3.0.weight": prepared.model.blocks[3][0].weight}
+        for name in changed:
+            parameters[name].mul_(0.5)
+        whole = reference.divergence(prepared.model)
+        for index, block in enumerate(prepared.model.blocks):
+            block[0].register_forward_hook(lambda *_, index=index: ran.append(index))
+        found = reference.divergence(prepared.model, [parameters[name] for name in changed])
+    assert found == whole
+    assert ran == run
+    assert not any("forward" in vars(block) for block in prepared.model.blocks)
+
+
+def test_blocks_that_hand_on_what_they_do_not_return_all_run():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x.add_(block(x).tanh_())
+            return SequenceClassifierOutput(logits=x)
+
+    class InPlace(nn.Linear):
+        def forward(self, x):
+            return x.add_(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Aside().eval()
+    model.blocks = nn.ModuleList(InPlace(6, 6) for _ in range(4))
+    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
+    batch = dict(data.tensors)
+    with torch.no_grad():
+        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
+        model.blocks[3].weight.mul_(0.5)
+        whole = reference.divergence(model)
+        assert reference.divergence(model, [model.blocks[3].weight]) == whole > 0
+
+
+def test_a_language_model_makes_one_prediction_in_two():
+    with prepare(tiny("opt"), tokens(2, 22)) as prepared, torch.no_grad():
+        model, inputs, seen = prepared.model, prepared.inputs, []
+        batches = inputs.batches(model, 1)
+        reference = Reference.of(Distance.of(model, inputs, batches[0]), model, batches, step=2)
+        model.lm_head.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
+        reference.divergence(model)
+        every = model(batches[0]["input_ids"]).logits
+    assert seen == [11, 11, 22]
+    assert torch.allclose(reference.expected[0], every[0, 1::2].log_softmax(-1), atol=1e-5)
 
 
 # ---- curves ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 import osscar
 import solvers
-from osscar.allocation.divergence import Reference
+from osscar.allocation.measured import dense_reference
 from osscar.preparation.prepare import prepare
 from osscar.recovery.page import loading_text
 from osscar.run.prune_page import prune_page, run_facts, verdict
@@ -138,7 +138,7 @@ def test_stages_are_those_of_the_whole_run(document):
 def test_the_likeliest_prediction_of_a_model_like_the_dense_one_is_the_same():
     model, calibration = tiny_of("opt"), tokens()
     with prepare(model, calibration) as prepared:
-        reference = Reference.of_last(prepared, 2)
+        reference = dense_reference(prepared, 2)
         assert reference.likeness(prepared.model) == (pytest.approx(0, abs=1e-9), 1.0)
         bias = torch.zeros(model.config.vocab_size)
         bias[0] = 1e4

@@ -16,8 +16,7 @@ from osscar.preparation.prepare import prepare
 from osscar.walk import regularization
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
-from osscar.walk.residual import streams
-from osscar.walk.targets import Target
+from osscar.walk.targets import Target, streams
 from osscar.walk.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
