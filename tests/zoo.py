@@ -47,13 +47,12 @@ _TAGS = {
         *PRUNABLE,
         *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent"),
         *("channel-shuffle", "pixel-shuffle", "messages", "fourier", "patches", "experts"),
-        "uneven-parts",
     },
     "cuts": {
         *("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate"),
         *("up-and-down", "gated-halves", "glu", "stacked", "gathered"),
     },
-    "literal": {"padded", "einsum", "independent-halves", "tail"},
+    "literal": {"padded", "einsum", "independent-halves"},
 }
 
 

@@ -367,17 +367,6 @@ class IndexedApart(nn.Module):
         return self.leave(x[:, torch.tensor([0, 0, 0]), :, torch.tensor([3, 0, 2])])
 
 
-class Tail(nn.Module):
-    """The last units, counted from the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = nn.Linear(4, 12), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(torch.relu(self.enter(x)[:, -8:]))
-
-
 class Gathered(nn.Module):
     """A row of numbers for each unit, of which an index that the unit owns picks some."""
 
@@ -419,7 +408,6 @@ PRUNABLE: dict[str, tuple[type[nn.Module], tuple[Tensor, ...], dict[str, int]]] 
         (torch.randn(2, 5, 6, generator=_DRAWN),),
         {"neurons": 9},
     ),
-    "tail": (Tail, _ROWS, {"neurons": 8}),
     "gathered": (Gathered, _ROWS, {"neurons": 6}),
     "bare-parameters": (BareParameters, _ROWS, {"neurons": 9}),
     "shuffle": (Shuffle, _IMAGE, {"enter.channels": 4}),

@@ -65,7 +65,7 @@ def groups_with_losses(draw):
     (  # what HiGHS would take for within the limit
         {"0": np.array([1.0, 0.0]), "1": np.array([1.0, 0.0]), "2": np.array([1.5, 0.0])},
         {"0": 1.0, "1": 1.0, "2": 1.0},
-        2 * (1 - 3e-7),
+        2 * (1 - 3e-8),
     )
 )
 @settings(max_examples=200, deadline=None)

@@ -135,6 +135,16 @@ def test_no_rate_makes_a_model_worse(seed, rate, noise, kind, steps):
         assert (recovery.kept, recovery.after) == (0, 0.0)
 
 
+def test_all_that_is_held_out_decides_and_not_only_what_is_checked(monkeypatch):
+    monkeypatch.setattr("osscar.recovery.training.CHECKED", {True: 1, False: 1})
+    dense, data = net(), numbers(40)
+    recovery = osscar.recover(perturbed(dense), dense, data, **OFTEN)
+    at_once = recovery.chosen["micro_batch_size"]
+    assert recovery.held_out > 1
+    found = recomputed(recovery.model, dense, data, at_once)
+    assert found == pytest.approx(recovery.after, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "program", "float64"])
 def test_most_of_what_was_lost_comes_back(kind):
     """Also where a step is smaller than what the number format can tell."""
