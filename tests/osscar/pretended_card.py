@@ -93,10 +93,9 @@ class _Operators(TorchDispatchMode):
             return func(*args, **options)
         meeting = _tensors((args[0], args[2:])) if name in _INDEXED else given
         held = {self.places.is_on_card(x) for x in meeting if x.ndim}
-        if (
-            name in _INDEXED
-        ):  # numbers of the host may be places on the card, not the other way round
-            held |= {True} & {self.places.is_on_card(x) for x in _tensors(args[1])}
+        # Places on the host may tell of numbers on the card, but not the other way round.
+        if name in _INDEXED and self.places.any_on_card(args[1]):
+            held.add(True)
         if len(held) > 1 and name not in _BETWEEN:
             raise WrongDevice(f"{func} of {[(tuple(x.shape), x.device) for x in given]}")
         halves = any(x.dtype in (torch.bfloat16, torch.float16) for x in given)
