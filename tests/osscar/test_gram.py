@@ -104,7 +104,7 @@ def test_products_of_fewer_digits_are_not_summed():
         assert _type_of_sums(X.cuda()) == torch.float32
         gram = accumulator(False, "cuda")
         gram.add(X.cuda())
-        assert worst_error(gram.fitted.gram.dense().cpu(), X) <= 1e-6
+        assert worst_error(gram.fitted.gram.dense().cpu(), X) <= 5e-6
     with pretended(), Coarse():
         assert _type_of_sums(X.cuda()) == torch.float64
         assert _type_of_sums(halves.cuda()) == torch.float32  # eleven digits hold them
