@@ -429,7 +429,7 @@ class PruningRequest:
 
     @property
     def holds_out(self) -> bool:
-        """Whether samples that no weight is fitted to choose what refits are held back by."""
+        """Whether samples are held out to choose the damping or the correction weight."""
         corrects = self.target != "weights" or self.experts is not None
         return self.damp is None or (self.correction_weight is None and corrects)
 

@@ -366,7 +366,7 @@ class GapOptions(DataOptions):
     units: int | None = None
     """Draw windows of this many units from larger problems; `local_search` decides on the rest."""
     windows: int = 3
-    """Windows for each problem and sparsity."""
+    """With --units: windows to draw from each problem, at each sparsity."""
     bound_rounds: int = BOUND_ROUNDS
     """Rounds of the search for the root bound; more give a better one."""
     time_limit: float = 60.0

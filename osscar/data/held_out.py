@@ -12,7 +12,7 @@ _FEWEST = 4
 
 
 def held_out(samples: int, most: int | None = None) -> int:
-    """Return how many of some samples are held out: one in eight, one at least, none of so few."""
+    """Return how many samples are held out: one in eight, at least one; none of fewer than four."""
     if samples < _FEWEST:
         return 0
     share = max(1, samples // _ONE_IN)

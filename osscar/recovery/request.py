@@ -24,7 +24,8 @@ class RecoveryRequest:
         and 1 window on a CPU that trains in float32.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
-        It falls to a tenth if training begins with a higher held-out loss.
+        It is divided by ten when a check, after at least four steps at a rate, finds a higher
+        held-out loss than before the training.
     lora
         Rank of adapters that are trained instead of the weights, and merged into them at the end;
         needs peft (``pip install 'osscar[recover]'``).

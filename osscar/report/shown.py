@@ -48,7 +48,7 @@ class Column:
     value
         Writes the value of the field.
     row
-        Writes it in its stead, and is given all fields by name.
+        Writes the cell from all fields, by name, in place of `value`.
     note
         What the column tells, where its title is not enough.
     """
