@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.coverage import images, shrunken
 from benchmarks.coverage.case import Inputs, Made, first_that_runs
-from tests.coverage import zoo
+from tests import zoo
 from tests.graph import blocks, topologies
 from tests.osscar import programs
 from tests.osscar.networks import small_net
