@@ -135,7 +135,8 @@ class Distance:
             return loss.reshape(()) * samples, samples
         if self.measure == "nats":
             # A few rows at a time, so that what is made of them stays in the processor's cache.
-            few = max(1, _CACHED // dense.shape[-1])
+            cached = dense.device.type == "cpu" and not torch.is_grad_enabled()
+            few = max(1, _CACHED // dense.shape[-1] if cached else len(dense))
             pairs = zip(dense.split(few), found.split(few), strict=True)
             return torch.stack([summed_divergence(*pair) for pair in pairs]).sum(), len(dense)
         outputs = zip(found, dense, self.powers, strict=True)
@@ -193,7 +194,7 @@ class Reference:
             prefix = Prefix(dense, MOST_BYTES // len(batches) if reuse else 0)
             with prefix.recorded():
                 expected.append(fresh(run()))
-            prefix.checked(run, expected[-1])
+            prefix.check(run, expected[-1], prefixes[0] if prefixes else None)
             prefixes.append(prefix)
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from osscar.base.memory import let_shortage_pass
 from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import fresh
 
@@ -30,6 +31,8 @@ class Prefix:
         """Of those that were called once, in the order in which they ended."""
         self._ended: dict[str, set[str]] = {}
         """By block, which others had ended when it began."""
+        self._sound: set[frozenset[str]] = set()
+        """Blocks that can be skipped together."""
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -53,30 +56,52 @@ class Prefix:
         with hooks(self._model, self._blocks, before, after):
             yield
 
-    def checked(self, run: Callable[[], Any], expected: Any) -> None:
-        """Forget everything if a pass that begins in the middle does not put out the same.
+    def check(self, run: Callable[[], Any], expected: Any, first: Prefix | None = None) -> None:
+        """Try passes that begin behind some blocks: only those that put out the same are made.
 
-        So it is where blocks write to their inputs, or leave something for others elsewhere.
+        Others are not, to the bit, where blocks write to their inputs, or leave something for one
+        another elsewhere.  The first of several batches is tried behind every block; one that
+        follows the `first`, with as many blocks skipped as can be.
         """
-        names = [*self._outputs]
-        if not names:
+        begins = {self._kept(ended) for ended in self._ended.values()} - {frozenset()}
+        if first is None:
+            self._sound = {skipped for skipped in begins if self._same(run, skipped, expected)}
             return
-        with self._without(names[: len(names) // 2]):
-            found = pytree.tree_leaves(run())
-        if not all(map(torch.equal, found, pytree.tree_leaves(expected))):
-            self._outputs.clear()
+        self._sound = begins & first._sound
+        most = max(self._sound, key=len, default=frozenset())
+        if not self._same(run, most, expected):
+            self._sound = set()
+
+    def _kept(self, ended: Collection[str]) -> frozenset[str]:
+        return frozenset(name for name in ended if name in self._outputs)
+
+    def _same(self, run: Callable[[], Any], skipped: Collection[str], expected: Any) -> bool:
+        try:
+            with self._without(skipped):
+                found = pytree.tree_leaves(run())
+        except Exception as error:  # of the user's code, which misses what a block would have left
+            let_shortage_pass(error)
+            return False
+        return all(map(torch.equal, found, pytree.tree_leaves(expected)))
 
     def skipped(self, changed: Collection[nn.Parameter]) -> AbstractContextManager[None]:
         """Skip, while the block runs, the blocks that end before any of these parameters is read.
 
-        Where a block does not own one of them, nobody knows, and all blocks run.
+        Where something else than a block owns one of them, nobody knows, and all blocks run.
         """
         owned = {name: {*map(id, self._blocks[name].parameters())} for name in self._ended}
         holders = [[name for name in owned if id(one) in owned[name]] for one in changed]
-        if not holders or not all(holders):
+        if not holders or not all(holders) or {*map(id, changed)} & self._outside():
             return self._without(())
         before = [self._ended[name] for names in holders for name in names]
-        return self._without(set.intersection(*before))
+        skipped = self._kept(set.intersection(*before))
+        return self._without(skipped if skipped in self._sound else ())
+
+    def _outside(self) -> set[int]:
+        """Return the parameters that modules outside of all blocks own, by `id`."""
+        named = self._model.named_parameters(remove_duplicate=False)
+        inside = tuple(f"{name}." for name in self._blocks)
+        return {id(one) for name, one in named if not name.startswith(inside)}
 
     def _without(self, names: Collection[str]) -> AbstractContextManager[None]:
         def again(output: Any) -> Callable[..., Any]:

@@ -260,6 +260,70 @@ def test_blocks_that_hand_on_what_they_do_not_return_all_run():
         assert reference.divergence(model, [model.blocks[3].weight]) == whole > 0
 
 
+@pytest.mark.parametrize(("writer", "default"), [(1, 0.0), (6, 0.0), (6, None)], ids=str)
+def test_blocks_that_leave_something_for_others_run(writer, default):
+    """One block writes to a shared mapping what a later one adds, or cannot do without."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(10))
+
+        def forward(self, x):
+            left = {}
+            for index, block in enumerate(self.blocks):
+                x = x + block(x, left) if index in (writer, 8) else x + block(x).tanh()
+            return SequenceClassifierOutput(logits=x)
+
+    class Writer(nn.Linear):
+        def forward(self, x, left):
+            left["x"] = super().forward(x)
+            return left["x"]
+
+    class Reader(nn.Linear):
+        def forward(self, x, left):
+            more = left["x"] if default is None else left.get("x", default)
+            return super().forward(x) + more
+
+    torch.manual_seed(0)
+    model = Shared().eval()
+    model.blocks[writer], model.blocks[8] = Writer(6, 6), Reader(6, 6)
+    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
+    batch = dict(data.tensors)
+    with torch.no_grad():
+        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
+        for index in (9, 8, 7, 3):
+            weight = model.blocks[index].weight
+            weight.mul_(0.5)
+            assert reference.divergence(model, [weight]) == reference.divergence(model) > 0
+            weight.mul_(2.0)
+
+
+def test_a_parameter_that_something_outside_of_the_blocks_reads_lets_all_run():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+            self.first = nn.Linear(6, 6)
+            self.first.weight = self.blocks[3].weight
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + block(x).tanh()
+            return SequenceClassifierOutput(logits=x)
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
+    batch = dict(data.tensors)
+    with torch.no_grad():
+        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
+        model.first.weight.mul_(0.5)
+        changed = [model.first.weight]
+        assert reference.divergence(model, changed) == reference.divergence(model) > 0
+
+
 def test_a_language_model_makes_one_prediction_in_two():
     with prepare(tiny("opt"), tokens(2, 22)) as prepared, torch.no_grad():
         model, inputs, seen = prepared.model, prepared.inputs, []
