@@ -283,6 +283,11 @@ def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
     layer = layer_of(module)
     names = [] if layer is None else [name for name, _ in layer.weights(module)]
     known = any(getattr(module, name) is weight for name in names)
+    if not known and "forward" in vars(module):
+        return (
+            f"is read by {tensor!r} in {slots[0].module!r}, whose forward was replaced on this "
+            "very module, as hooks of accelerate do: remove them"
+        )
     if not known and _mixture_of(model, slots) is None:
         return (
             f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "

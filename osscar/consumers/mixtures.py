@@ -219,7 +219,9 @@ def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
     for expert in set(visits.expert.tolist()):
         here = visits.expert == expert
         expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
-    if not found.shape == expected.shape == y.shape or not bool(found.any()):
+    if not isinstance(found, Tensor) or not found.shape == expected.shape == y.shape:
+        return False
+    if not bool(found.any()):
         return False
     eps = max(torch.finfo(given.dtype).eps for given in (found, hidden, x.weights))
     error, size = (torch.linalg.vector_norm(t) for t in (expected - found.double(), found.double()))

@@ -21,7 +21,7 @@ from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.models import user_code
 from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import LIBRARIES, ModelKind, directory_of, kind_of
+from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
 from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
 from osscar.models.pretrained import (
     class_names,
@@ -261,18 +261,17 @@ def fitting_memory(
     """Return the memory to prune a model within, if it is larger than that; None if it fits.
 
     That is nine tenths of what is free where the model would run: on this machine for the CPU, on
-    the card for CUDA. None also where nothing is known, or the model is no directory.
+    the card for CUDA. None also where nothing is known, or the model is built from code.
 
     positions: Tokens of all calibration samples, once for each stream that they run through.
     """
     target = resolve_device(device)
     available = memory_of(target).available()
-    if available is None:
+    if available is None or str(name) == DEMO:  # of a few megabytes
         return None
     try:
-        path = Path(name).expanduser()
-        stored = (read_headers(path) if path.is_dir() else None) or {}
-    except (OSError, RuntimeError, ValueError, FileError):
+        stored = read_headers(directory_of(str(name))[0]) or {}
+    except (OSError, RuntimeError, ValueError, FileError, ModelError):
         return None  # whoever loads the model will say so
     kept_as = resolve_dtype(dtype, target)  # None: as stored
     weights = sum(

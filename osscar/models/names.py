@@ -31,7 +31,10 @@ _REGISTERED = (DEMO, *PACKAGED_MODELS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """What ids of the hub look like; only old ones have no owner in front."""
 
-_HUB_FILES = [f"*.{end}" for end in ("json", "safetensors", "txt", "model", "jinja", "py")]
+_HUB_TEXT = [
+    f"*.{end}" for end in ("json", "txt", "model", "jinja", "py", "tiktoken", "bpe", "codes")
+]
+_HUB_FILES = [*_HUB_TEXT, "*.safetensors"]
 """What is fetched of an id: no pickled weights.  Code is fetched, and runs only if it is asked for.
 """
 
@@ -69,7 +72,8 @@ def kind_of(name: str | Path) -> ModelKind:
     """Tell what a name stands for; nothing is built.
 
     Names of models that come with OSSCAR or a library come before directories, which are meant by
-    ``./demo``.  An id of the hub is fetched, as its config tells what the model reads.
+    ``./demo``.  The files of an id of the hub are fetched but for its weights, as its config tells
+    what the model reads.
 
     Examples
     --------
@@ -86,7 +90,7 @@ def kind_of(name: str | Path) -> ModelKind:
     try:
         if colon and place and function.isidentifier() and not Path(text).expanduser().exists():
             return ModelKind.CODE
-        path, _ = directory_of(text)
+        path, _ = directory_of(text, weights=False)
         manifest = read_manifest(path)
         origin = None if manifest is None else manifest.lineage.origin
         if manifest is not None and not manifest.stock:
@@ -104,10 +108,10 @@ def kind_of(name: str | Path) -> ModelKind:
     return ModelKind.CLASSIFIER if str(named).endswith(_IMAGE_CLASSIFIER) else ModelKind.LANGUAGE
 
 
-def directory_of(name: str) -> tuple[Path, str]:
+def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     """Return the directory of a model of transformers or of OSSCAR, and in words where it is from.
 
-    What is not on this machine yet is fetched.
+    What is not on this machine yet is fetched; of an id of the hub without `weights` all else.
     """
     if name == DEMO:
         return DEMO_DIRECTORY, DEMO_SOURCE
@@ -129,7 +133,7 @@ def directory_of(name: str) -> tuple[Path, str]:
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"there is no directory {name!r}. {advice}")
     try:
-        return _fetched(name), f"Hugging Face {name}"
+        return _fetched(name, weights), f"Hugging Face {name}"
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"there is no directory {name!r}, and the Hugging Face hub does not give a model of "
@@ -138,7 +142,8 @@ def directory_of(name: str) -> tuple[Path, str]:
 
 
 @functools.cache
-def _fetched(name: str) -> Path:
+def _fetched(name: str, weights: bool) -> Path:
     """Return the files of an id of the hub: of its newest version, or those fetched before."""
+    wanted = _HUB_FILES if weights else _HUB_TEXT
     ignored = ["*/*", "consolidated*"]  # other formats, and the same weights once more
-    return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
+    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))

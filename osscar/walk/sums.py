@@ -1,12 +1,12 @@
-"""Sums over the positions that a consumer reads, in float64, and the second moments that they give.
+"""Sums over the positions that a consumer reads, and the second moments that they give.
 
 Everything that a problem needs follows from ``X'X``, ``X'D``, ``|D|^2`` and the sums of X and of D.
-All are summed from the same tensors, so that the energy of the targets is never less than what the
-inputs explain.  Of inputs in half precision, and of float32 on a card, whose float64 may be 64
-times as slow, products of `_POSITIONS` at a time are summed in float32: sums of n products,
-each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum of magnitudes (Higham,
-"Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and n does not grow with the
-positions.  Where a bias takes up means, a batch is summed about its own mean first
+All are summed in float64 from the same tensors, so that the energy of the targets is never less
+than what the inputs explain.  Of inputs in half precision, and of float32 on a card, whose float64
+may be 64 times as slow, products of `_POSITIONS` at a time are summed in float32: sums of n
+products, each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum of magnitudes
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and n does not grow
+with the positions.  Where a bias takes up means, a batch is summed about its own mean first
 (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
 
 A Gram matrix is symmetric, and half of it is summed: that takes half of the time and of the memory.
