@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.allocation.prefix import Prefix
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
@@ -161,7 +159,7 @@ class Reference:
     """What the dense model puts out on some samples, and so how far other models are.
 
     Ranks share the batches out: here are those of this one.  Of the predictions of each one in
-    `step` is kept.  `prefixes` has what blocks put out for each batch.
+    `step` is kept.
     """
 
     distance: Distance
@@ -169,7 +167,6 @@ class Reference:
     expected: Sequence[Any] = field(repr=False)
     step: int = 1
     ranks: Ranks = ALONE
-    prefixes: Sequence[Prefix] = field(default=(), repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -180,22 +177,11 @@ class Reference:
         batches: Sequence[Batch],
         ranks: Ranks = ALONE,
         step: int = 1,
-        reuse: bool = False,
     ) -> Reference:
-        """Run the dense model on the samples, and keep one in `step` predictions, or what fits.
-
-        `reuse` keeps what blocks put out, too, for passes that differ in one of them.
-        """
+        """Run the dense model on the samples, and keep one in `step` predictions, or what fits."""
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
-        expected, prefixes = list[Any](), list[Prefix]()
-        for batch in mine:
-            run = partial(distance.outputs, dense, batch, step)
-            prefix = Prefix(dense, MOST_BYTES // len(batches) if reuse else 0)
-            with prefix.recorded():
-                expected.append(fresh(run()))
-            prefix.check(run, expected[-1], prefixes[0] if prefixes else None)
-            prefixes.append(prefix)
+        expected = [fresh(distance.outputs(dense, batch, step)) for batch in mine]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))
@@ -206,31 +192,27 @@ class Reference:
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
-        return cls(distance, mine, expected, step, ranks, prefixes)
+        return cls(distance, mine, expected, step, ranks)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
         """Return the same on some of its batches alone."""
         mine = [any(one is other for other in batches) for one in self.batches]
         kept, expected = (list(compress(all_, mine)) for all_ in (self.batches, self.expected))
-        prefixes = list(compress(self.prefixes, mine))
-        return dataclasses.replace(self, batches=kept, expected=expected, prefixes=prefixes)
+        return dataclasses.replace(self, batches=kept, expected=expected)
 
-    def divergence(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> float:
+    def divergence(self, model: nn.Module) -> float:
         """Return the mean distance of a model, which has to be finite; see `likeness`."""
-        return self.likeness(model, changed).distance
+        return self.likeness(model).distance
 
-    def likeness(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> Likeness:
+    def likeness(self, model: nn.Module) -> Likeness:
         """Compare what a model puts out with what the dense one does.
-
-        Of the dense model itself, in which some parameters have changed, what comes before these
-        need not run again.
 
         Raises
         ------
         NonFiniteError
             If it is NaN or infinite.
         """
-        found = self.compared(model, changed)
+        found = self.compared(model)
         if not math.isfinite(found.distance):
             what = "logits are" if self.distance.measure == "nats" else "outputs are"
             raise NonFiniteError(
@@ -240,13 +222,11 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def compared(self, model: nn.Module, changed: Collection[nn.Parameter] = ()) -> Likeness:
+    def compared(self, model: nn.Module) -> Likeness:
         """Return the same, whether it is finite or not."""
         sums = torch.zeros(3, dtype=torch.float64)
-        own = zip(self.batches, self.expected, self.prefixes, strict=True)
-        for batch, expected, prefix in own:
-            with prefix.skipped(changed):
-                found = self.distance.outputs(model, batch, self.step)
+        for batch, expected in zip(self.batches, self.expected, strict=True):
+            found = self.distance.outputs(model, batch, self.step)
             samples, same = self.distance.inputs.count(batch), 0.0
             total, count = self.distance.summed(found, expected, samples)
             if self.distance.measure == "nats":

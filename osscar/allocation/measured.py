@@ -19,7 +19,6 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from graph import CouplingGroup
 from osscar.allocation.divergence import Distance, Measure, Reference
@@ -131,7 +130,7 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
         last, size, step = dataclasses.replace(last, tensors=windows), 1, ONE_IN
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
-    return Reference.of(distance, model, batches, prepared.ranks, step, reuse=True)
+    return Reference.of(distance, model, batches, prepared.ranks, step)
 
 
 def measured_curves(
@@ -248,21 +247,14 @@ class _Alone:
     def measure(self, step: LayerStep | Step, keep: int) -> None:
         """Put a curve through the distance of the model with this group pruned to a width."""
         group, known = step.group.name, step.group.name in self.curves
-        changed = list[nn.Parameter]()
         without: AbstractContextManager[NDArray[np.float64]]
         if isinstance(step, LayerStep):
             without = self._without_units(step, keep)
-            changed = [
-                parameter
-                for one in step.consumers
-                for name, parameter in one.module.named_parameters(recurse=False)
-                if name in one.parameters
-            ]
         else:
             without = step.alone(keep, self.request.damp, shaped=not known)
         try:
             with without as shape, timed(Stage.MEASURED):
-                distance = self.reference.divergence(self.few.model, changed)
+                distance = self.reference.divergence(self.few.model)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:

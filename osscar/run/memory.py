@@ -18,7 +18,6 @@ from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
 from osscar.allocation.measured import ONE_IN, compared_samples
-from osscar.allocation.prefix import blocks
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
@@ -49,8 +48,7 @@ class MemoryNeeds:
     held
         What is held before it begins.
     batches
-        The hidden states of all batches, and what is kept of the dense model: predictions, and what
-        its blocks put out for the samples on which curves are measured.
+        The hidden states of all batches, and the predictions of the dense model that are kept.
     forward
         Any forward pass.
     matrices
@@ -101,7 +99,6 @@ class MemoryNeeds:
         kept = (
             held_out * vocabulary,
             compared * vocabulary // (ONE_IN if prepared.inputs.tokens else 1),
-            compared * 2 * width * len(blocks(model)),
         )
         predictions = sum(min(MOST_BYTES, 4 * window * numbers) for numbers in kept)
         suspended = suspended_bytes(sum(rows), width, read, itemsize)

@@ -211,7 +211,7 @@ class Keeper(_Passing):
         total = self._kept[passages[0]]
         for passage in passages[1:]:
             total = total + self._kept[passage].reshape(total.shape)
-        for passage in passages:
+        for passage in dict.fromkeys(passages):  # a stream may be added twice
             if self._last[passage] == consumer:
                 del self._kept[passage]
         return total

@@ -18,7 +18,6 @@ from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.divergence import Distance, Reference, as_logits, table_of
 from osscar.allocation.measured import summed_losses
-from osscar.allocation.prefix import Prefix
 from osscar.allocation.search import Search
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.printable import engineering
@@ -400,7 +399,7 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
             return self.out
 
     distance = Distance(ModelInputs(batch), "nats")
-    reference = Reference(distance, [batch], [dense], prefixes=[Prefix(nn.Module(), 0)])
+    reference = Reference(distance, [batch], [dense])
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     terms = (dense.exp() * (dense - other))[:, 1:]
     assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))

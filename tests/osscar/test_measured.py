@@ -20,7 +20,6 @@ from osscar.allocation.measured import (
     measured_curves,
     widths_to_measure,
 )
-from osscar.allocation.prefix import Prefix
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.preparation.prepare import prepare
@@ -138,7 +137,7 @@ def test_an_output_of_another_shape_is_wholly_in_error():
     batch = {"x": torch.ones(1)}
     distance = Distance(ModelInputs(batch), "relative", powers=(3.0, 2.0))
     dense = [torch.ones(3), torch.ones(2)]
-    reference = Reference(distance, [batch], [dense], prefixes=[Prefix(nn.Module(), 0)])
+    reference = Reference(distance, [batch], [dense])
 
     class Fewer(nn.Linear):
         def forward(self, x):
@@ -182,146 +181,6 @@ def test_models_are_left_as_they_were(name):
         assert all(next(iter(curve.measured.values())) > 0 for curve in curves.values())
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-
-
-# ---- passes that begin behind blocks ----------------------------------------------------
-
-
-class Blocks(nn.Module):
-    """Five blocks, of which the second is tied to the fourth; one may write to its input."""
-
-    def __init__(self, written=None):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5))
-        self.blocks[3][0].weight = self.blocks[1][0].weight
-        self.head, self.written = nn.Linear(6, 4), written
-
-    def forward(self, x):
-        for index, block in enumerate(self.blocks):
-            x = x + block(x.mul_(2) if index == self.written else x)
-        return SequenceClassifierOutput(logits=self.head(x))
-
-
-@pytest.mark.parametrize(
-    ("changed", "written", "run"),
-    [
-        (["blocks.2.0.weight"], None, [2, 3, 4]),
-        (["blocks.4.0.weight", "blocks.2.0.bias"], None, [2, 3, 4]),
-        (["blocks.3.0.weight"], None, [1, 2, 3, 4]),
-        (["blocks.2.0.weight", "head.weight"], None, [0, 1, 2, 3, 4]),
-        ([], None, [0, 1, 2, 3, 4]),
-        (["blocks.4.0.weight"], 0, [4]),
-    ],
-)
-def test_a_pass_begins_behind_the_blocks_that_nothing_has_changed_before(changed, written, run):
-    torch.manual_seed(0)
-    model, ran = Blocks(written).eval(), []
-    with prepare(model, torch.randn(24, 6)) as prepared, torch.no_grad():
-        reference, parameters = (
-            dense_reference(prepared, 6),
-            dict(prepared.model.named_parameters()),
-        )
-        parameters |= {"blocks.3.0.weight": prepared.model.blocks[3][0].weight}
-        for name in changed:
-            parameters[name].mul_(0.5)
-        whole = reference.divergence(prepared.model)
-        for index, block in enumerate(prepared.model.blocks):
-            block[0].register_forward_hook(lambda *_, index=index: ran.append(index))
-        found = reference.divergence(prepared.model, [parameters[name] for name in changed])
-    assert found == whole
-    assert ran == run
-    assert not any("forward" in vars(block) for block in prepared.model.blocks)
-
-
-def test_blocks_that_hand_on_what_they_do_not_return_all_run():
-    class Aside(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x.add_(block(x).tanh_())
-            return SequenceClassifierOutput(logits=x)
-
-    class InPlace(nn.Linear):
-        def forward(self, x):
-            return x.add_(super().forward(x))
-
-    torch.manual_seed(0)
-    model = Aside().eval()
-    model.blocks = nn.ModuleList(InPlace(6, 6) for _ in range(4))
-    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
-    batch = dict(data.tensors)
-    with torch.no_grad():
-        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
-        model.blocks[3].weight.mul_(0.5)
-        whole = reference.divergence(model)
-        assert reference.divergence(model, [model.blocks[3].weight]) == whole > 0
-
-
-@pytest.mark.parametrize(("writer", "default"), [(1, 0.0), (6, 0.0), (6, None)], ids=str)
-def test_blocks_that_leave_something_for_others_run(writer, default):
-    """One block writes to a shared mapping what a later one adds, or cannot do without."""
-
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(10))
-
-        def forward(self, x):
-            left = {}
-            for index, block in enumerate(self.blocks):
-                x = x + block(x, left) if index in (writer, 8) else x + block(x).tanh()
-            return SequenceClassifierOutput(logits=x)
-
-    class Writer(nn.Linear):
-        def forward(self, x, left):
-            left["x"] = super().forward(x)
-            return left["x"]
-
-    class Reader(nn.Linear):
-        def forward(self, x, left):
-            more = left["x"] if default is None else left.get("x", default)
-            return super().forward(x) + more
-
-    torch.manual_seed(0)
-    model = Shared().eval()
-    model.blocks[writer], model.blocks[8] = Writer(6, 6), Reader(6, 6)
-    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
-    batch = dict(data.tensors)
-    with torch.no_grad():
-        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
-        for index in (9, 8, 7, 3):
-            weight = model.blocks[index].weight
-            weight.mul_(0.5)
-            assert reference.divergence(model, [weight]) == reference.divergence(model) > 0
-            weight.mul_(2.0)
-
-
-def test_a_parameter_that_something_outside_of_the_blocks_reads_lets_all_run():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
-            self.first = nn.Linear(6, 6)
-            self.first.weight = self.blocks[3].weight
-
-        def forward(self, x):
-            x = self.first(x)
-            for block in self.blocks:
-                x = x + block(x).tanh()
-            return SequenceClassifierOutput(logits=x)
-
-    torch.manual_seed(0)
-    model = Tied().eval()
-    data = ModelInputs({"x": torch.randn(4, 6)}, predictions=())
-    batch = dict(data.tensors)
-    with torch.no_grad():
-        reference = Reference.of(Distance.of(model, data, batch), model, [batch], reuse=True)
-        model.first.weight.mul_(0.5)
-        changed = [model.first.weight]
-        assert reference.divergence(model, changed) == reference.divergence(model) > 0
 
 
 def test_a_language_model_makes_one_prediction_in_two():

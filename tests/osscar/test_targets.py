@@ -16,7 +16,7 @@ from osscar.preparation.prepare import prepare
 from osscar.walk import regularization
 from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
-from osscar.walk.targets import Target, streams
+from osscar.walk.targets import Keeper, Target, streams
 from osscar.walk.walk import _parted, walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
@@ -356,3 +356,23 @@ def test_both_streams_put_out_float32_where_a_model_runs_in_half_precision():
             W[::2] *= 0.98
             step.commit([W])
     assert 0 == energies[0] < energies[1]
+
+
+def test_a_stream_that_is_added_twice_counts_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x):
+            x = self.first(x).tanh()
+            return x + self.down(self.up(x).relu()) + x
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    result = osscar.prune(model, torch.randn(96, 6), neurons=0.5)
+    assert result.model.down.in_features == 8
+    keeper, stream = Keeper({"down": (("x", 0, "in", 0), ("x", 0, "in", 0))}), torch.ones(2, 3)
+    keeper.see(("x", 0, "in", 0), stream)
+    assert torch.equal(keeper.take("down"), 2 * stream)
+    assert keeper.take("down") is None
