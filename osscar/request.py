@@ -283,8 +283,8 @@ class PruningRequest:
     batch_size
         Samples in a forward pass: 8 windows of text by default, or 64 of anything else.
     seed
-        Random seed for the inputs used to verify the pruned model; of the command line also for
-        drawing calibration data.
+        Random seed of the inputs that verify the pruned model, and on the command line of the
+        calibration data that are drawn.
     form
         What becomes smaller: ``eager``, the model's own modules; ``exported``, its exported program
         (`osscar.ProgramModule`), for code that cannot work with fewer units; ``auto``, the modules,

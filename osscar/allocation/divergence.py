@@ -176,11 +176,10 @@ class Reference:
         dense: nn.Module,
         batches: Sequence[Batch],
         ranks: Ranks = ALONE,
-        step: int = 1,
     ) -> Reference:
-        """Run the dense model on the samples, and keep one in `step` predictions, or what fits."""
+        """Run the dense model on the samples, and keep all predictions, or evenly spread ones."""
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
-        step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
+        step = max(1, -(-distance.bytes * len(batches) // MOST_BYTES))
         expected = [fresh(distance.outputs(dense, batch, step)) for batch in mine]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))

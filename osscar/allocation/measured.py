@@ -50,9 +50,6 @@ _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
 FEWEST = 4
 """One in so many samples is compared at most, so that there are as many at least."""
 
-ONE_IN = 1
-"""Of the predictions behind these tokens, one in so many is compared."""
-
 LEAST = 1e-7
 """What is measured below this is rounding of logits."""
 
@@ -124,13 +121,13 @@ def fitted_samples(prepared: Prepared) -> int:
 def dense_reference(prepared: Prepared, samples: int) -> Reference:
     """Run a prepared model, which is still dense, on its last samples."""
     model, last = prepared.model, prepared.inputs.part(-samples)
-    size, step = prepared.batch_size, 1
+    size = prepared.batch_size
     if last.tokens:
         windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
-        last, size, step = dataclasses.replace(last, tensors=windows), 1, ONE_IN
+        last, size = dataclasses.replace(last, tensors=windows), 1
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
-    return Reference.of(distance, model, batches, prepared.ranks, step)
+    return Reference.of(distance, model, batches, prepared.ranks)
 
 
 def measured_curves(

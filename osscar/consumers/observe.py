@@ -78,11 +78,14 @@ def output_of(module: nn.Module, x: Any) -> Any:
 
 
 def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
-    """Return `output_of`, in float32 where a module computes in half precision.
+    """Return `output_of`, in float32 where a module or a product computes in half precision.
 
-    Outputs of two streams differ by little, which half precision would round away.  `y` is what the
-    module has put out already, if that is known.
+    Outputs of two streams differ by little, which half precision would round away.  Mixtures keep
+    their format: all their experts in float32 would be a copy at every batch.  `y` is what was put
+    out already, if that is known.
     """
+    if isinstance(x, Taken) and x.multiplied.dtype in HALVES:
+        return x.finer().output()
     if not (isinstance(x, Tensor) and x.dtype in HALVES):
         layer = layer_of(module)
         put_out = layer is None or layer.output is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard
 
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.consumers.convolutions import UNFOLDED_BYTES
 from osscar.network.hooks import other_forwards, running_modules
-from osscar.network.modules import forward
+from osscar.network.modules import HALVES, forward
 from osscar.offload.on_disk import OnDisk
 
 
@@ -101,6 +101,14 @@ class Taken:
     def output(self, module: nn.Module | None = None) -> Any:
         """Take the product once more, with the weight as it is now."""
         return self.function(*self.given.values())
+
+    def finer(self) -> Taken:
+        """Return the call with all that it is given in half precision in float32."""
+        given = {
+            name: one.float() if isinstance(one, Tensor) and one.dtype in HALVES else one
+            for name, one in self.given.items()
+        }
+        return replace(self, given=given)
 
     def picked(self, weight: Tensor) -> Tensor:
         """Take the product with another weight, and without a bias."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
-from osscar.allocation.measured import ONE_IN, compared_samples
+from osscar.allocation.measured import compared_samples
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
@@ -96,11 +96,8 @@ class MemoryNeeds:
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
         compared = compared_samples(prepared) if measured else 0
-        kept = (
-            held_out * vocabulary,
-            compared * vocabulary // (ONE_IN if prepared.inputs.tokens else 1),
-        )
-        predictions = sum(min(MOST_BYTES, 4 * window * numbers) for numbers in kept)
+        kept = (4 * window * vocabulary * samples for samples in (held_out, compared))
+        predictions = sum(min(MOST_BYTES, numbers) for numbers in kept)
         suspended = suspended_bytes(sum(rows), width, read, itemsize)
         held_batches = suspended * streams + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL

@@ -92,21 +92,24 @@ class Sums:
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
         gram = self._sums()
-        total, mean = X.sum(0, dtype=torch.float64), torch.zeros_like(self.inputs)
+        total, about = X.sum(0, dtype=torch.float64), None
         self.inputs += total
         if self.centered and self._type == torch.float32:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
-            mean = (total / max(len(X), 1)).float().double()
+            about = (total / max(len(X), 1)).float()
+            mean = about.double()
             left = torch.stack([mean, total - len(X) * mean], 1)
             gram.subtract(left.neg_(), torch.stack([total, mean]))
         if D is not None:
             assert self.cross is not None
             changes = D.sum(0, dtype=torch.float64)
             self.corrections += changes
-            self.cross.addr_(mean, changes)
+            if about is not None:
+                self.cross.addr_(about.double(), changes)
         for start in range(0, len(X), _POSITIONS):
             stop = start + _POSITIONS
-            some = X[start:stop].to(self._type) - mean.to(self._type)
+            some = X[start:stop].to(self._type)
+            some = some if about is None else some - about
             gram.add_gram(some)
             if D is not None and self.cross is not None:
                 d = D[start:stop].to(some)

@@ -332,10 +332,21 @@ def test_outputs_that_are_compared_are_not_rounded_to_half_precision():
     assert all(map(torch.equal, before, layer.parameters()))
 
 
+class OwnForward(nn.Linear):
+    """A layer whose code multiplies by the weight itself."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OwnForward])
 @torch.no_grad()
-def test_both_streams_put_out_float32_where_a_model_runs_in_half_precision():
+def test_both_streams_put_out_float32_where_a_model_runs_in_half_precision(kind):
     torch.manual_seed(0)
-    model, x = Stack("none").bfloat16().eval(), torch.randn(64, 8).bfloat16()
+    model, x = Stack("none"), torch.randn(64, 8).bfloat16()
+    for block in model.blocks:
+        block.down = kind(block.down.in_features, block.down.out_features)
+    model = model.bfloat16().eval()
     with prepare(model, x, batch_size=16) as prepared:
         dense = copy.deepcopy(prepared.model)
         groups = [g for g in prepared.groups if g.prunable and "up" in g.slots[0].module]
