@@ -182,8 +182,7 @@ def estimate_as_asked(
             stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
         if request.has_budget and request.allocation != "uniform":
             shared = asked_groups(prepared, request, left)[2]
-            # What is compared begins in the middle, on average.
-            passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared) / 2
+            passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
             again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
             stages[Stage.MEASURED] = 1.5 * again
