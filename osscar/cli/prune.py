@@ -198,7 +198,10 @@ class _Job:
         loaded, data = self.load(saves=False)
         dense = loaded.model
         dtype, device = number_format(dense), device_of(dense)
-        smaller = lambda: load(saved.path, dense=dense, dtype=dtype).to(device)  # noqa: E731
+
+        def smaller() -> nn.Module:
+            return load(saved.path, dense=dense, dtype=dtype).to(device)
+
         self._measured(content, saved, loaded, smaller, data)
 
     def _measured(
