@@ -197,7 +197,7 @@ class PruneOptions(RunOptions, SavedOptions):
     out: Path | None = None
     """Directory for the smaller model.  [required]"""
     dry_run: bool = False
-    """Estimate time, memory and disk of the run, and write nothing but --json FILE."""
+    """Estimate time and memory of the run, and write nothing but --json FILE."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""
@@ -291,7 +291,7 @@ class EvalOptions(OpenOptions):
     samples: int | None = None
     """Score only so many images or samples, drawn at random."""
     dense: str | None = None
-    """Dense model to compare with; code of your own also rebuilds the pruned one."""
+    """Dense model to compare with.  A pruned model of your own code is built from it, too."""
     prove: bool = False
     """Verify again that the model computes what --dense computes without the removed units."""
     windows: int | None = None
@@ -308,7 +308,7 @@ class InspectOptions:
     """What `osscar inspect` takes."""
 
     svg: Path | None = None
-    """Draw the groups to this SVG file."""
+    """Draw the groups to this file: .svg, .png or .pdf."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
     """Also list frozen groups inside the units of others."""
     dense: Dense = None
