@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
+from osscar.allocation.resumed import Recording, recorded
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
@@ -26,6 +28,7 @@ from osscar.network.predictions import (
     place_of_classes,
     reads_sequences,
 )
+from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import comparable
 
@@ -96,17 +99,25 @@ class Distance:
         chances = holds_probabilities(table)
         return cls(inputs, "nats", probabilities=chances, bytes=4 * table.numel())
 
-    def outputs(self, model: nn.Module, batch: Batch, step: int = 1) -> Any:
+    def outputs(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        step: int = 1,
+        run: Callable[[nn.Module, Batch], Any] | None = None,
+    ) -> Any:
         """Return what is compared of a model's outputs: log-probabilities, tensors, or all.
 
         Of predictions it is one in so many: a language model that can does not make the others.
+        `run` makes a forward pass.
         """
+        run = run or _run
         asked = batch
         picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         if step > 1 and picks and self.inputs.tokens and len(batch["input_ids"]) == 1:
             positions = torch.arange(batch["input_ids"].shape[1])
             asked, step = {**batch, "logits_to_keep": spread(positions, step)}, 1
-        result = _run(model, asked)
+        result = run(model, asked)
         if self.measure == "loss":
             return result
         if self.measure == "relative":
@@ -148,6 +159,11 @@ def _run(model: nn.Module, batch: Batch) -> Any:
         return forward(model, batch)
 
 
+def _resumed(known: Recording, changed: Collection[Tensor], model: nn.Module, batch: Batch) -> Any:
+    with failures_named(model, batch):
+        return known.resumed(changed)
+
+
 def _square(tensor: Tensor) -> Tensor:
     """Return the sum of squares; those of half precision would overflow."""
     finer = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -159,7 +175,7 @@ class Reference:
     """What the dense model puts out on some samples, and so how far other models are.
 
     Ranks share the batches out: here are those of this one.  Of the predictions of each one in
-    `step` is kept.
+    `step` is kept.  `passes` are the dense model's, where they can be resumed.
     """
 
     distance: Distance
@@ -167,6 +183,7 @@ class Reference:
     expected: Sequence[Any] = field(repr=False)
     step: int = 1
     ranks: Ranks = ALONE
+    passes: Sequence[Recording | None] = field(default=(), repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -176,11 +193,25 @@ class Reference:
         dense: nn.Module,
         batches: Sequence[Batch],
         ranks: Ranks = ALONE,
+        *,
+        resumable: bool = False,
     ) -> Reference:
-        """Run the dense model on the samples, and keep all predictions, or evenly spread ones."""
+        """Run the dense model on the samples, and keep all predictions, or evenly spread ones.
+
+        With `resumable`, its passes are recorded, to be resumed where a few weights have changed.
+        """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         step = max(1, -(-distance.bytes * len(batches) // MOST_BYTES))
-        expected = [fresh(distance.outputs(dense, batch, step)) for batch in mine]
+        passes: list[Recording | None] = []
+
+        def run(model: nn.Module, batch: Batch) -> Any:
+            result, recording = recorded(_run, model, batch)
+            passes.append(recording)
+            return result
+
+        resumable = resumable and not is_on_disk(dense)
+        way = run if resumable else _run
+        expected = [fresh(distance.outputs(dense, batch, step, way)) for batch in mine]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))
@@ -191,27 +222,34 @@ class Reference:
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
-        return cls(distance, mine, expected, step, ranks)
+        return cls(distance, mine, expected, step, ranks, passes)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
         """Return the same on some of its batches alone."""
         mine = [any(one is other for other in batches) for one in self.batches]
         kept, expected = (list(compress(all_, mine)) for all_ in (self.batches, self.expected))
-        return dataclasses.replace(self, batches=kept, expected=expected)
+        passes = list(compress(self.passes, mine))
+        return dataclasses.replace(self, batches=kept, expected=expected, passes=passes)
 
-    def divergence(self, model: nn.Module) -> float:
+    def divergence(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> float:
         """Return the mean distance of a model, which has to be finite; see `likeness`."""
-        return self.likeness(model).distance
+        return self.likeness(model, changed).distance
 
-    def likeness(self, model: nn.Module) -> Likeness:
+    def likeness(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> Likeness:
         """Compare what a model puts out with what the dense one does.
+
+        Parameters
+        ----------
+        changed
+            The parameters that may have other values, of the dense model itself: what they do not
+            change is not computed again, where passes can be resumed.
 
         Raises
         ------
         NonFiniteError
             If it is NaN or infinite.
         """
-        found = self.compared(model)
+        found = self.compared(model, changed)
         if not math.isfinite(found.distance):
             what = "logits are" if self.distance.measure == "nats" else "outputs are"
             raise NonFiniteError(
@@ -221,11 +259,14 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def compared(self, model: nn.Module) -> Likeness:
+    def compared(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> Likeness:
         """Return the same, whether it is finite or not."""
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            found = self.distance.outputs(model, batch, self.step)
+        for index, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
+            known, run = self.passes[index] if self.passes else None, _run
+            if changed is not None and known is not None:
+                run = partial(_resumed, known, changed)
+            found = self.distance.outputs(model, batch, self.step, run)
             samples, same = self.distance.inputs.count(batch), 0.0
             total, count = self.distance.summed(found, expected, samples)
             if self.distance.measure == "nats":

@@ -2,9 +2,10 @@
 
 Widths are chosen, with equal shares at first.  A group by itself then loses as many units: it is
 refitted on the dense stream, put into the dense model, and taken out again.  Samples that no refit
-has seen tell how far outputs move.  With the curves through what was measured, widths are chosen
-anew, and groups whose widths have moved are measured again.  The shape of a curve between what was
-measured is that of what the group's own consumers lose.
+has seen tell how far outputs move, in passes that go on where the group is read.  With the curves
+through what was measured, widths are chosen anew, and groups whose widths have moved are measured
+again.  The shape of a curve between what was measured is that of what the group's own consumers
+lose.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
         last, size = dataclasses.replace(last, tensors=windows), 1
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
-    return Reference.of(distance, model, batches, prepared.ranks)
+    return Reference.of(distance, model, batches, prepared.ranks, resumable=True)
 
 
 def measured_curves(
@@ -245,13 +246,15 @@ class _Alone:
         """Put a curve through the distance of the model with this group pruned to a width."""
         group, known = step.group.name, step.group.name in self.curves
         without: AbstractContextManager[NDArray[np.float64]]
+        changed = None
         if isinstance(step, LayerStep):
             without = self._without_units(step, keep)
+            changed = step.parameters
         else:
             without = step.alone(keep, self.request.damp, shaped=not known)
         try:
             with without as shape, timed(Stage.MEASURED):
-                distance = self.reference.divergence(self.few.model)
+                distance = self.reference.divergence(self.few.model, changed)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:

@@ -96,6 +96,12 @@ class LayerStep:
         return tuple(gram.linear_map for gram in self.grams)
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """What is refitted."""
+        named = ((c, *one) for c in self.consumers for one in c.module.named_parameters("", False))
+        return [tensor for consumer, name, tensor in named if name in consumer.parameters]
+
+    @property
     def known(self) -> tuple[GramAccumulator, ...]:
         """Of the consumers that read anything: an expert to which no token is sent keeps its rows.
 
