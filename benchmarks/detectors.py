@@ -30,8 +30,8 @@ from benchmarks.coverage.case import alive
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.widths import asked_groups
 from osscar.request import PruningRequest
+from osscar.run.chain import prepare_for
 from osscar.run.feasibility import feasible_groups
-from osscar.run.prune import prepare_for
 
 SIDE, SAMPLES = 64, 8
 _PASSES, _MOMENTUM = 8, 0.3

@@ -51,10 +51,10 @@ PHASES = (
     ("osscar.proof.equivalence", "outputs_or_none", "opening"),
     ("osscar.preparation.prepare", "refuse_chance", "opening"),
     ("osscar.walk.walk", "learned_calls", "opening"),
-    ("osscar.run.prune", "feasible_groups", "trial"),
+    ("osscar.run.chain", "feasible_groups", "trial"),
     ("osscar.allocation.divergence", "Reference.of", "predictions"),
     ("osscar.allocation.divergence", "Reference.divergence", "predictions"),
-    ("osscar.run.prune", "shrunk", "proof"),
+    ("osscar.run.chain", "shrunk", "proof"),
     ("osscar.run.result", "PruningResult.save", "saving"),
 )
 """Module, name in it, and phase; the names are those under which callers find them."""

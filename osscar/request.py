@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -122,6 +123,19 @@ class BudgetKind(enum.StrEnum):
         return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
 
 
+class TargetKind(enum.StrEnum):
+    """What of a model's quality may be lost: the name of the field."""
+
+    DIVERGENCE = "max_divergence"
+    PERPLEXITY = "max_perplexity_increase"
+    TOP1 = "max_top1_drop"
+
+    @property
+    def option(self) -> str:
+        """As the command line has it."""
+        return f"--{self.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Widths:
     """What widths a group may have."""
@@ -200,6 +214,16 @@ def _groups(value: Any) -> Any:
     return value
 
 
+def _share_lost(value: Any) -> float:
+    text = str(value).strip()
+    percent = text.endswith("%")
+    with suppress(ValueError):
+        lost = float(text.removesuffix("%")) / (100 if percent else 1)
+        if 0 < lost < (math.inf if percent else 1) and not isinstance(value, bool):
+            return lost
+    raise ValueError("give a percentage above zero, such as 5%, or a share, such as 0.05")
+
+
 def _patterns(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
         raise ValueError("give a list of patterns for names of groups, such as ['h.0.*']")
@@ -208,6 +232,10 @@ def _patterns(value: Any) -> tuple[str, ...]:
 
 KeepOption: TypeAlias = Annotated[Keep | None, Read(_keep)]
 """What to keep, or None."""
+
+
+ShareLost: TypeAlias = Annotated[str | float | None, Read(_share_lost)]
+"""A percentage such as ``"5%"``, or a share; or None."""
 
 
 def is_keep(annotation: Any) -> bool:
@@ -233,6 +261,19 @@ class PruningRequest:
     speedup
         Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
         on this device, where nothing else should run meanwhile.
+    max_divergence
+        In the place of a budget: the most that the outputs may differ from the dense model's, in
+        nats a prediction, or as a relative squared error if the model has no scores of classes.
+        The smallest model within it is found in at most four walks, each on half of the calibration
+        samples; a quarter of them, which nothing is fitted to, decides, with 95 % confidence.
+    max_perplexity_increase
+        The same for a language model: the most that its perplexity may rise, such as ``5%``.
+    max_top1_drop
+        The same with labelled calibration data: the most that the share of right predictions may
+        fall, such as ``1%``, in percentage points.
+    smallest
+        With a target of quality: what the smallest model has fewest of, ``params`` (the default),
+        ``flops``, or ``size`` in bytes.
     allocation
         How layers share the budget.  ``measured`` chooses the widths that change the model's
         outputs least; ``uniform`` keeps the same share of every layer, as the paper does.
@@ -314,6 +355,10 @@ class PruningRequest:
     size: Annotated[Keep | None, Read(_size)] = None
     flops: Annotated[float | None, SHARE] = None
     speedup: Annotated[float | None, Gt(1)] = None
+    max_divergence: Annotated[float | None, Gt(0)] = None
+    max_perplexity_increase: ShareLost = None
+    max_top1_drop: ShareLost = None
+    smallest: Literal["params", "flops", "size"] | None = None
     allocation: Allocation = "measured"
     heads: KeepOption = None
     neurons: KeepOption = None
@@ -351,23 +396,45 @@ class PruningRequest:
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """Yield what each field may say, but not beside the others, and what to do about it."""
         budgets = [name for name in BudgetKind if getattr(self, name) is not None]
+        targets = [one.option for one in TargetKind if getattr(self, one) is not None]
+        shared = budgets or targets
         experts, auto = self.experts is not None, self.experts == AUTO
         yield (
             len(budgets) > 1,
             f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them",
         )
         yield (
-            not (experts or budgets or any(getattr(self, name) for name in _BESIDE)),
+            len(targets) > 1,
+            f"{' and '.join(targets)} are targets, of which a run has one; give one of them",
+        )
+        yield (
+            bool(targets and budgets),
+            f"{' and '.join(targets)} is a target, in the place of {' and '.join(budgets)}; give "
+            "one of them",
+        )
+        yield (
+            self.smallest is not None and not targets,
+            f"smallest is {self.smallest}, which is for a target of quality, and none is given; "
+            "give one, such as --max-divergence 0.1",
+        )
+        yield (
+            bool(targets) and self.allocation != "measured",
+            f"{' and '.join(targets)} finds a size by the curves that are measured, and allocation "
+            f"is {self.allocation}; omit --allocation",
+        )
+        yield (
+            not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
             "nothing to prune: give a budget (--sparsity, --params, --size, --flops or --speedup), "
+            "a target of quality (--max-divergence, --max-perplexity-increase or --max-top1-drop), "
             "or what to keep with --heads, --neurons, --channels, --residual or --experts",
         )
         yield (
-            self.at_least is not None and not budgets,
+            self.at_least is not None and not shared,
             f"at-least is {self.at_least}, which is for groups that share a budget, and no budget "
             "is given; give one, such as --sparsity",
         )
         yield (
-            self.allocation != "measured" and not budgets,
+            self.allocation != "measured" and not shared,
             f"allocation is {self.allocation}, which is for a budget, and none is given; give one, "
             "such as --sparsity, or omit --allocation",
         )
@@ -393,7 +460,7 @@ class PruningRequest:
             "such as 'local_search'",
         )
         yield (
-            auto and not budgets,
+            auto and not shared,
             "experts is 'auto', which needs a budget; give one, such as --params 0.75, or what "
             "each mixture keeps, such as --experts 0.75",
         )
@@ -461,9 +528,28 @@ class PruningRequest:
         return Widths(self.round_to, None if self.at_least is None else parse_keep(self.at_least))
 
     @property
+    def quality(self) -> TargetKind | None:
+        """What a size is to be found for, in the place of a budget; None if there is one."""
+        return next((one for one in TargetKind if getattr(self, one) is not None), None)
+
+    @property
+    def most_lost(self) -> float:
+        """How much of that quality may be lost."""
+        assert self.quality is not None
+        return float(getattr(self, self.quality))
+
+    @property
+    def target_in_words(self) -> str:
+        """The target of quality as the command line has it."""
+        lost = self.most_lost
+        assert self.quality is not None
+        amount = f"{lost:g}" if self.quality is TargetKind.DIVERGENCE else f"{100 * lost:g}%"
+        return f"{self.quality.option} {amount}"
+
+    @property
     def has_budget(self) -> bool:
-        """Whether groups share a budget."""
-        return any(getattr(self, name) is not None for name in BudgetKind)
+        """Whether groups share a budget, given or found."""
+        return any(getattr(self, name) is not None for name in (*BudgetKind, *TargetKind))
 
     @property
     def budget_in_words(self) -> str:

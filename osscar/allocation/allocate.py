@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,11 +120,13 @@ def allocate(
     left: Collection[str] = (),
     form: Form = Form.EAGER,
     curves: Mapping[str, Curve] | None = None,
+    known: Mapping[str, Curve] = MappingProxyType({}),
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
     Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
-    and is saved.  `curves` of the groups that share a budget are measured where they are not given.
+    and is saved.  `curves` of the groups that share a budget are measured where they are not given,
+    beginning with those that are `known` from other budgets.
 
     Raises
     ------
@@ -139,7 +142,7 @@ def allocate(
         raise RequestError(why_out_of_reach(groups, request, prepared.residual))
     if request.has_budget and shared:
         budget = _shared_out(
-            prepared, request, groups, Sharing(shared, request.widths, keep), form, curves
+            prepared, request, groups, Sharing(shared, request.widths, keep), form, curves, known
         )
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
     keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
@@ -155,6 +158,7 @@ def _shared_out(
     sharing: Sharing,
     form: Form,
     curves: Mapping[str, Curve] | None,
+    known: Mapping[str, Curve],
 ) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     ranks = prepared.ranks
@@ -172,7 +176,7 @@ def _shared_out(
         )
     if request.allocation != "uniform":
         if curves is None:
-            curves, measure = measured_curves(prepared, request, sharing.groups, choose)
+            curves, measure = measured_curves(prepared, request, sharing.groups, choose, known)
             sharing = replace(sharing, measure=measure)
         sharing = replace(sharing, curves=curves)
 

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
+from osscar.allocation.budget import Budget
 from osscar.allocation.divergence import Distance, Measure, Reference
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import NonFiniteError, RequestError, warn
@@ -136,6 +137,7 @@ def measured_curves(
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
+    known: Mapping[str, Curve],
 ) -> tuple[dict[str, Curve], Measure]:
     """Return the curve of each group that shares a budget, and what they count.
 
@@ -147,6 +149,8 @@ def measured_curves(
     ----------
     choose
         Returns what groups keep by some curves, or in equal shares without any.
+    known
+        Curves to begin with, which are measured again where widths have moved.
 
     Warns
     -----
@@ -169,7 +173,7 @@ def measured_curves(
         )
     reference = dense_reference(prepared, samples)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    alone = _Alone(request, few, reference)
+    alone = _Alone(request, few, reference, dict(known))
     for _ in range(_ROUNDS):
         wanted = widths_to_measure(
             groups, choose(alone.curves or None), alone.curves, request.widths
@@ -182,6 +186,18 @@ def measured_curves(
         for group in groups:  # what has no other width keeps all its units
             alone.curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
     return alone.curves, reference.distance.measure
+
+
+def known_curves(budget: Budget) -> dict[str, Curve]:
+    """Return the curves by which a budget was shared out."""
+    return {
+        name: Curve(
+            name,
+            np.array(losses),
+            {point.kept: point.distance for point in budget.measured.get(name, ())},
+        )
+        for name, losses in budget.curves.items()
+    }
 
 
 def widths_to_measure(

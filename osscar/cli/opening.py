@@ -95,6 +95,7 @@ def opened(
     seed: int,
     check: Callable[[Any], None] = lambda loaded: None,
     says: bool = True,
+    drawn: Callable[[LoadedModel], int | None] = lambda loaded: None,
     **more: Any,
 ) -> tuple[LoadedModel, CalibrationData]:
     """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
@@ -107,6 +108,8 @@ def opened(
         Of the draw.
     check
         What else to refuse of the model, before data are read.
+    drawn
+        How many samples are drawn if the options do not say; None as many as always.
     says
         Whether to print what the data are, and how they are prepared.
     more
@@ -123,8 +126,9 @@ def opened(
             **more,
         )
         check(loaded)
+        samples = drawn(loaded) if options.samples is None else options.samples
         data = loaded.calibration(
-            spec=options.calibration, samples=options.samples, seqlen=options.seqlen, seed=seed
+            spec=options.calibration, samples=samples, seqlen=options.seqlen, seed=seed
         )
     if says:
         tell_data("calibration", loaded, data, always=False)

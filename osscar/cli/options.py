@@ -47,6 +47,7 @@ BackendOptions = Annotated[
 
 _GROUPS = {
     "Budget": "sparsity params size flops speedup allocation round_to at_least",
+    "Quality in place of a budget": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
     "Calibration and test data": "calibration text images inputs samples seqlen windows units "
     "held_out batch_size seed",
@@ -163,7 +164,8 @@ class DataOptions(OpenOptions):
     directory or an .npz file.  Anything else: FILE.npz or FILE.safetensors, with an entry for each
     argument of the model's forward.  The demo has its own text."""
     samples: int | None = None
-    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else."""
+    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else.  With a
+    target of quality twice as many, or as many as it takes."""
     seqlen: int | None = None
     """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
 

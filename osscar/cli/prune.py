@@ -35,6 +35,7 @@ from osscar.cli.options import PruneOptions, given, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.cli.saving import run_and_report, saved_line, to_evaluate, words_of, write_copies
 from osscar.data.batches import CalibrationData, as_inputs
+from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import device_of, number_format
@@ -51,6 +52,7 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
 from osscar.run.run_log import RunLog
+from osscar.run.target import prune_to_target, samples_needed
 
 
 def run(model: str, options: PruneOptions, spent: Profile) -> None:
@@ -118,6 +120,12 @@ class _Job:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(self.path, overwrite=options.overwrite, needed_bytes=needed)
 
+        def drawn(loaded: LoadedModel) -> int | None:
+            if request.quality is None:
+                return None
+            usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
+            return max(2 * usual, samples_needed(request))
+
         with timed(Stage.LOAD):
             return opened(
                 self.model,
@@ -125,6 +133,7 @@ class _Job:
                 request.seed,
                 room,
                 says=self.ranks.first,
+                drawn=drawn,
                 device=request.device,
                 max_memory=limit_of(self.model, options, request),
             )
@@ -135,7 +144,7 @@ class _Job:
         loaded, data = self.load(saves=True)
         trains_on = self._trains_on(loaded, data)
         score = tell_dense(loaded, data) if ranks.first else None
-        result, recovery = self._made(loaded.model, data, trains_on)
+        result, recovery = self._made(loaded, data, trains_on)
         if not ranks.first:
             return lambda: None
         content = result.document(
@@ -177,12 +186,25 @@ class _Job:
         return data
 
     def _made(
-        self, model: nn.Module, data: CalibrationData, trains_on: CalibrationData
+        self, loaded: LoadedModel, data: CalibrationData, trains_on: CalibrationData
     ) -> tuple[PruningResult, Recovery | None]:
         """Prune a model, and recover the smaller one if that is asked for."""
-        ranks, first = self.ranks, self.ranks.first
+        model, ranks, first = loaded.model, self.ranks, self.ranks.first
         tell = say if first else (lambda line: None)
         log = self.log if first else None
+        if self.request.quality is not None:
+
+            def recover(pruned: PruningResult, part: Any, number: int) -> Recovery:
+                assert self.recovery is not None
+                own = RecoveryLog(self.log.walk(number).directory / "recovery") if first else None
+                mine = part if trains_on is data else trains_on
+                return recover_as_asked(pruned, model, mine, self.recovery, own, ranks, tell)
+
+            again = None if self.recovery is None else recover
+            made = prune_to_target(
+                model, data, self.request, log, ranks, tell, again, loaded.classes
+            )
+            return dataclasses.replace(made.pruned, model=made.model), made.recovery
         result = prune_as_asked(model, data, self.request, log, ranks, tell)
         if self.recovery is None:
             return result, None

@@ -76,7 +76,8 @@ class ImageSet(SampleSet):
     def __len__(self) -> int:
         return len(self.items)
 
-    def _rows(self, rows: Tensor) -> ImageSet:
+    def rows(self, rows: Tensor) -> ImageSet:
+        """Return the samples at these positions, (n,) int64."""
         if isinstance(self.items, np.ndarray):
             items: Any = self.items[rows.numpy()]
         else:

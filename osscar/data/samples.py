@@ -69,7 +69,7 @@ class SampleSet(ABC):
         """Yield at most `size` samples at a time."""
 
     @abstractmethod
-    def _rows(self, rows: Tensor) -> Self:
+    def rows(self, rows: Tensor) -> Self:
         """Return the samples at these positions, (n,) int64."""
 
     @property
@@ -88,7 +88,7 @@ class SampleSet(ABC):
         name = f"{self.sample_name}s"
         if not isinstance(count, int) or count < 1:
             raise DataError(f"cannot draw {safe_repr(count)} {name}; give at least 1 (--samples)")
-        return self._rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
+        return self.rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
         """Return the labels as numbers of a model's outputs, or None without labels.
@@ -151,7 +151,8 @@ class TensorSet(SampleSet):
         """Return the tensors."""
         return self.tensors
 
-    def _rows(self, rows: Tensor) -> TensorSet:
+    def rows(self, rows: Tensor) -> TensorSet:
+        """Return the samples at these positions, (n,) int64."""
         labels = None if self.labels is None else self.labels[rows]
         drawn = {name: tensor[rows] for name, tensor in self.tensors.items()}
         return replace(self, tensors=drawn, labels=labels)
@@ -204,7 +205,8 @@ class SampleList(SampleSet):
         """Return the samples."""
         return list(self.samples)
 
-    def _rows(self, rows: Tensor) -> SampleList:
+    def rows(self, rows: Tensor) -> SampleList:
+        """Return the samples at these positions, (n,) int64."""
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, samples=[self.samples[row] for row in rows.tolist()], labels=labels)
 

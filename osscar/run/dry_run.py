@@ -35,10 +35,10 @@ from osscar.proof.plan import Form
 from osscar.report.sections import Table, facts
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
+from osscar.run.chain import prepare_for
 from osscar.run.feasibility import feasible_groups
 from osscar.run.groups import samples_held_out, solved
 from osscar.run.memory import forecast
-from osscar.run.prune import prepare_for
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
@@ -135,6 +135,11 @@ def estimate_as_asked(
         raise RequestError(
             "what it takes to prune whole experts is not estimated; on a few samples, prune itself "
             "tells"
+        )
+    if request.quality is not None:
+        raise RequestError(
+            f"how often {request.target_in_words} walks is not known before; estimate a budget in "
+            "its place, such as --params 0.75, and count on up to four times as long"
         )
     calibration = read_once(model, calibration)
     began = clock()

@@ -37,14 +37,14 @@ from osscar.request import (
     parse_keep,
     parse_size_kept,
 )
-from osscar.run.feasibility import SkippedGroup
-from osscar.run.prune import (
+from osscar.run.chain import (
     note_origin,
     prepare_for,
     prune_prepared,
     run_dense,
     within_memory,
 )
+from osscar.run.feasibility import SkippedGroup
 from osscar.run.result import PruningResult
 
 

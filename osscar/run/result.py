@@ -31,6 +31,7 @@ from osscar.report.shown import Shown
 from osscar.request import PruningRequest
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.prune_page import kept_picture, prune_page, sections
+from osscar.run.target_search import TargetReport
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class PruningResult(Shown):
     folded
         Names of the weights that the dense model computes at every call, such as by weight
         normalization, and that are plain ones in the smaller model.
+    target
+        How the size was found, where a quality was asked for.
     """
 
     model: nn.Module
@@ -103,6 +106,7 @@ class PruningResult(Shown):
     stages: Mapping[str, float] = field(default_factory=dict)
     skipped: tuple[SkippedGroup, ...] = ()
     folded: tuple[str, ...] = ()
+    target: TargetReport | None = None
 
     def __repr__(self) -> str:
         told = "" if self.divergence is None else f"; {self.divergence:.4g} nats from dense"
@@ -146,6 +150,7 @@ class PruningResult(Shown):
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "budget": None if self.budget is None else self.budget.to_json(),
+            "target": None if self.target is None else self.target.to_json(),
             "divergence": self.divergence,
             "agreement": self.agreement,
             "held_out": self.held_out,

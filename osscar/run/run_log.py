@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,9 +35,10 @@ from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
+from osscar.run.target_search import TargetWalk
 from osscar.walk.layer_report import LayerReport
 
-ALLOCATION = "allocation.json"
+ALLOCATION, _WALKS = "allocation.json", "walks.json"
 _MOST_OF_ALLOCATION = 512 * MEGABYTE
 """Bytes: a curve has a number for each unit of the model."""
 
@@ -91,14 +92,33 @@ class _Allocation:
         return cls(run, allocated, digest(text))
 
 
+@dataclass(frozen=True)
+class _Walks:
+    """The sizes that were tried to reach a target."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run: str
+    walks: tuple[TargetWalk, ...]
+
+
+_GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
+
+
 class RunLog(SavingJournal[JournalManifest]):
-    """The records of a run, in the order in which groups were committed."""
+    """The records of a run, in the order in which groups were committed.
+
+    A run that finds a size has a log for each walk in its own.
+    """
 
     what = "run"
     manifest_file = "log.json"
     schema = JournalManifest
-    done_files = ("[0-9][0-9][0-9][0-9][0-9].safetensors",)
-    other_files = (REPORT, ALLOCATION)
+    done_files = (_GROUPS, f"walk-[1-9]/{_GROUPS}")
+    other_files = (
+        *("walk-[1-9]/recovery/*", "walk-[1-9]/recovery", "walk-[1-9]/*", "walk-[1-9]"),
+        *(REPORT, _WALKS, ALLOCATION),
+    )
     otherwise = "begin anew with --restart"
 
     def __init__(self, directory: Path) -> None:
@@ -136,15 +156,34 @@ class RunLog(SavingJournal[JournalManifest]):
         """Keep what was decided, so that a run that goes on decides nothing anew."""
         self.write(ALLOCATION, _Allocation.of(self._run, allocated))
 
+    def walk(self, number: int) -> RunLog:
+        """Return the log of one walk of a run that finds a size, from 1 on."""
+        return RunLog(self.directory / f"walk-{number}")
+
+    def walks(self) -> tuple[TargetWalk, ...]:
+        """Return the walks that are done and measured."""
+        found = self.read(_WALKS, _Walks)
+        if found is None:
+            return ()
+        if found.run != self._run:
+            raise JournalError(
+                f"{self.directory / _WALKS} is of another run; begin anew with --restart"
+            )
+        return found.walks
+
+    def note_walks(self, walks: Sequence[TargetWalk]) -> None:
+        """Keep what was measured, so that a run that goes on tries the same sizes."""
+        self.write(_WALKS, _Walks(self._run, tuple(walks)))
+
     @property
     def committed(self) -> int:
-        """How many groups have been committed."""
-        return len(self.done)
+        """How many groups have been committed, those of walks aside."""
+        return sum(path.parent == self.directory for path in self.done)
 
     @property
     def kept(self) -> str:
         """What a run that ends now leaves, in words; nothing if that is nothing."""
-        groups = self.committed
+        groups = len(self.done)
         where = f"done and kept in {self.directory}"
         return f"{pluralize(groups, 'group')} {are(groups)} {where}" if groups else ""
 

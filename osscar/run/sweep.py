@@ -36,7 +36,7 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import check_enough
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
-from osscar.request import BudgetKind, PruningRequest
+from osscar.request import BudgetKind, PruningRequest, TargetKind
 from osscar.run.memory import check_can_stream
 from osscar.run.points import (
     Quality,
@@ -139,6 +139,8 @@ def sweep(
     points = jobs(
         budget, values, baselines=baselines, allocation=asked.get("allocation", "measured")
     )
+    for target in (one for one in TargetKind if asked.get(one) is not None):
+        raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
     base = PruningRequest(**{**asked, str(budget): points[0].value})
     if isinstance(recover, bool):
         recovery = RecoveryRequest(device=base.device, seed=base.seed) if recover else None

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection
 from fractions import Fraction
 
 from osscar.allocation.allocate import allocate
-from osscar.allocation.budget import Allocated
+from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import Cost, count
+from osscar.allocation.measured import known_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering, share
@@ -25,8 +26,11 @@ def widths(
     feasible: Feasible,
     log: RunLog | None,
     tell: Callable[[str], None],
+    before: Budget | None = None,
 ) -> Allocated:
     """Allocate the units that groups keep, unless the log has them.
+
+    The curves of another budget `before` are where those of this one begin.
 
     Raises
     ------
@@ -40,9 +44,10 @@ def widths(
     )
     if noted is not None:
         return noted
+    known = {} if before is None else known_curves(before)
     try:
         tell(goal(prepared, request, feasible.skipped_names))
-        found = allocate(prepared, request, feasible.skipped_names, feasible.form)
+        found = allocate(prepared, request, feasible.skipped_names, feasible.form, known=known)
     except RequestError as error:
         also = f"; {in_words(feasible.skipped)}" if feasible.skipped else ""
         raise type(error)(f"{error}{also}") from error

@@ -19,9 +19,10 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
 from osscar.request import PruningRequest
 from osscar.run import feasibility as feasibility_room
+from osscar.run.chain import prepare_for
 from osscar.run.feasibility import feasible_groups
 from osscar.run.points import BudgetKind, SweepJob, jobs, prune_points
-from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked

@@ -519,7 +519,7 @@ def test_no_command_scores_or_prunes_a_program_of_transformers(
 
 def test_samples_that_no_plan_could_tell_of_are_refused_before_anything_is_solved(monkeypatch):
     monkeypatch.setattr("osscar.proof.plan._MOST_TRACED", 15)
-    monkeypatch.setattr("osscar.run.prune.prune_groups", None)  # which would fail
+    monkeypatch.setattr("osscar.run.chain.prune_groups", None)  # which would fail
     with pytest.raises(EquivalenceError, match=r"z float\d+ \(2, 8\).*up to 15 numbers"):
         prune("generator", form="exported")
 

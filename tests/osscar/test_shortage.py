@@ -11,7 +11,7 @@ from osscar.base.errors import NoMemoryError
 from osscar.cli import main
 from osscar.models import pretrained
 from osscar.offload.places import Slice
-from osscar.run import prune
+from osscar.run import chain
 from osscar.walk import walk
 from solvers.heuristics import greedy
 from tests.osscar.families import tiny, tokens
@@ -89,7 +89,7 @@ def test_a_weight_that_lies_on_disk_is_named(error, monkeypatch, tmp_path):
 
 @one
 def test_elsewhere_the_model_is_named(error, monkeypatch):
-    monkeypatch.setattr(prune, "shrunk", failing(error))
+    monkeypatch.setattr(chain, "shrunk", failing(error))
     assert "OPTForCausalLM, of which pruning makes copies" in refusal(tiny("opt"))
 
 

@@ -43,9 +43,10 @@ from osscar.offload.weight_cache import WeightCache
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest
+from osscar.run.chain import prepare_for
 from osscar.run.memory import MemoryNeeds
 from osscar.run.points import BudgetKind, SweepJob, prune_points
-from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
 from osscar.walk.sums import Sums
@@ -273,7 +274,7 @@ from osscar.run.groups import prune_groups
 from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import SMALL
 from osscar.run.memory import MemoryNeeds
-from osscar.run.prune import prepare_for
+from osscar.run.chain import prepare_for
 from osscar.request import PruningRequest
 
 kind, width, ffn, backend, target, what = sys.argv[1:]

@@ -19,6 +19,7 @@ from osscar.proof.plan import Form
 from osscar.recovery.recover import recover_as_asked
 from osscar.report.sections import Figure
 from osscar.request import PruningRequest
+from osscar.run.chain import prepare_for
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.points import (
     BASELINES,
@@ -31,7 +32,7 @@ from osscar.run.points import (
     jobs,
     prune_points,
 )
-from osscar.run.prune import prepare_for, prune_as_asked
+from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import budget_fact
 from osscar.run.sweep_page import recovered_line, sections, sweep_page, sweep_table, sweep_verdict
 from tests.docs.json_schema import missing, undescribed

@@ -1,0 +1,68 @@
+"""Calibration data in three parts: to prune on, to choose a size by, and to report on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from osscar.base.errors import DataError
+from osscar.data.samples import SampleSet, named_generator
+from osscar.data.text import CalibrationSet
+from osscar.proof.seen import Seen, fingerprints_of_runs
+
+_LARGEST_SHARE = 0.01
+"""Of the tokens of a part that may also be in another."""
+
+
+class Parts(NamedTuple):
+    """Data in three parts, none of which shares a sample with another."""
+
+    pruned_on: Any
+    choosing: Any
+    reporting: Any
+
+
+def in_parts(data: Any, samples: int, seed: int) -> Parts:
+    """Split so many samples at random: half to prune on, and a quarter for each of the other parts.
+
+    Parameters
+    ----------
+    data
+        In any of the forms that `osscar.prune` takes, loaders aside.
+    samples
+        How many there are.
+    seed
+        The same seed gives the same parts.
+
+    Raises
+    ------
+    DataError
+        If windows overlap, so that a part has seen text of another.
+    """
+    order = torch.randperm(samples, generator=named_generator("parts", seed))
+    quarter = samples // 4
+    sizes = [samples - 2 * quarter, quarter, quarter]
+    parts = Parts(*(_rows(data, rows.sort().values) for rows in torch.split(order, sizes)))
+    if isinstance(data, CalibrationSet):
+        mine, *others = (fingerprints_of_runs(part.tokens) for part in parts)
+        if max(Seen.of(mine).share(other) for other in others) > _LARGEST_SHARE:
+            raise DataError(
+                f"the windows of {data.source} overlap, so that none is fresh to what was pruned "
+                "on others; give a longer text, or fewer or shorter windows (--samples, --seqlen)"
+            )
+    return parts
+
+
+def _rows(data: Any, rows: Tensor) -> Any:
+    """Return the samples at these positions, (n,) int64."""
+    if isinstance(data, CalibrationSet):
+        return dataclasses.replace(data, tokens=data.tokens[rows])
+    if isinstance(data, SampleSet):
+        return data.rows(rows)
+    if isinstance(data, Mapping):
+        return {name: tensor[rows.to(tensor.device)] for name, tensor in data.items()}
+    return data[rows.to(data.device)]

@@ -1,0 +1,294 @@
+"""The smallest model of a quality: choose a size, walk, measure, correct, and walk again.
+
+Half of the calibration samples are what each walk prunes on.  A quarter, which nothing is fitted
+to, measures every walk, and so chooses the size.  The last quarter, which no choice has seen, tells
+what the chosen model is worth.  What is known of the dense model is found once: what can follow,
+its outputs, its batch-norm statistics, and the curves, which are measured again only where widths
+move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from osscar.allocation.allocate import Sharing
+from osscar.allocation.budget import Budget
+from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.widths import asked_groups
+from osscar.base.errors import DataError, RequestError
+from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.ranks import ALONE, Ranks
+from osscar.base.timing import Stage, profiled, timed
+from osscar.data.batches import as_inputs
+from osscar.data.loaders import read_once
+from osscar.data.parts import in_parts
+from osscar.evaluation.confidence import Judge, fewest_samples
+from osscar.network.modules import copied
+from osscar.preparation.prepare import Prepared
+from osscar.recovery.recover import Recovery
+from osscar.request import BudgetKind, PruningRequest, TargetKind
+from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense
+from osscar.run.result import PruningResult
+from osscar.run.run_log import LayerRecord, RunLog, begun
+from osscar.run.target_search import (
+    TargetReport,
+    TargetWalk,
+    next_limit,
+    smallest_within,
+)
+from osscar.run.widths import widths
+
+_FIRST = 0.3
+"""Of what may be removed: the size at which curves are first measured."""
+
+_COSTS = {"params": Cost.PARAMETERS, "flops": Cost.FLOPS, "size": Cost.BYTES}
+
+Recover = Callable[[PruningResult, Any, int], Recovery]
+"""Recovers what was pruned, on the data that it was pruned on, in the walk of a number from 1."""
+
+
+class Made(NamedTuple):
+    """What a walk comes to, and what a recovery makes of that, if there is one."""
+
+    pruned: PruningResult
+    recovery: Recovery | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is measured, and saved."""
+        return self.pruned.model if self.recovery is None else self.recovery.model
+
+
+def prune_to_target(
+    model: nn.Module,
+    calibration: Any,
+    request: PruningRequest,
+    log: RunLog | None = None,
+    ranks: Ranks = ALONE,
+    tell: Callable[[str], None] = lambda line: None,
+    recover: Recover | None = None,
+    classes: Sequence[str] = (),
+) -> Made:
+    """Find the smallest model within the target of quality that a request has.
+
+    Parameters
+    ----------
+    model, calibration, request, log, ranks, tell
+        As `osscar.run.prune.prune_as_asked` takes them; the model is not changed.
+    recover
+        Recovers what each walk comes to, before that is measured.
+    classes
+        The names of the model's classes, by which folders of images are recognized.
+
+    Raises
+    ------
+    RequestError
+        If no model that was tried is within the target.
+    DataError
+        If there are too few samples, or they lack labels that the target needs.
+    """
+    start = time.perf_counter()
+    calibration = read_once(model, calibration)
+    inputs = as_inputs(model, calibration)
+    needed = samples_needed(request)
+    if inputs.samples < needed:
+        raise DataError(
+            f"{request.target_in_words} takes {needed} calibration samples at least, for a bound "
+            "that holds with 95 % confidence: half to prune on, a quarter to choose the size by, "
+            f"and a quarter to report on; there are {inputs.samples}"
+        )
+    parts = in_parts(calibration, inputs.samples, request.seed)
+    with (
+        torch.inference_mode(False),  # in which there are no gradients
+        memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
+        profiled() as spent,
+        prepare_for(model, parts.pruned_on, request, ranks) as prepared,
+        begun(log, dataclasses.replace(prepared, inputs=inputs), request),
+    ):
+        judge = _judge(prepared, request, parts.choosing, classes)
+        dense = run_dense(prepared, request)
+        search = _Search(prepared, request, dense, judge, parts.pruned_on, log, tell, recover)
+        made, report = search.smallest()
+        reporting = _judge(prepared, request, parts.reporting, classes)
+        with timed(Stage.PRUNED):
+            reported = reporting.measure(made.model)
+            likeness = reporting.reference.likeness(made.pruned.model)
+    note_origin(made.pruned, model, calibration)
+    seconds = time.perf_counter() - start
+    scores = reporting.reference.distance.measure == "nats"
+    result = dataclasses.replace(
+        made.pruned,
+        target=dataclasses.replace(report, reported=reported),
+        divergence=likeness.distance if scores else None,
+        agreement=likeness.agreement if scores else None,
+        held_out=reported.samples,
+        request=request,
+        calibration=inputs.settings,
+        seconds=seconds,
+        stages=spent.of(seconds),
+    )
+    return Made(result, made.recovery)
+
+
+def samples_needed(request: PruningRequest) -> int:
+    """Return how many calibration samples a target takes: four times those of an interval."""
+    assert request.quality is not None
+    return 4 * fewest_samples(request.quality, request.most_lost)
+
+
+@timed(Stage.DENSE)
+def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str]) -> Judge:
+    """Run the dense model on a part of the data; refuse a target that nothing can miss."""
+    assert request.quality is not None
+    judge = Judge.of(request.quality, prepared.model, data, classes)
+    if request.quality is TargetKind.TOP1 and request.most_lost >= judge.dense_accuracy:
+        raise RequestError(
+            f"{request.target_in_words} is all that the dense model has, or more: it is right in "
+            f"{judge.dense_accuracy:.1%} of {len(judge.reference.batches)} samples; give less"
+        )
+    return judge
+
+
+@dataclass(eq=False)
+class _Search:
+    """The walks to a target; `data` is what they prune on, in the form that it was given in."""
+
+    prepared: Prepared
+    request: PruningRequest
+    dense: Dense
+    judge: Judge
+    data: Any
+    log: RunLog | None
+    tell: Callable[[str], None]
+    recover: Recover | None
+    walks: list[TargetWalk] = field(default_factory=list)
+
+    def smallest(self) -> tuple[Made, TargetReport]:
+        """Walk until no size is left to be tried; return the smallest that is within the target."""
+        ranks, log, most = self.prepared.ranks, self.log, self.request.most_lost
+        self.walks += ranks.broadcast("walks", lambda: () if log is None else log.walks())
+        budget, best = self._known_budget(), None
+        while (limit := self._next_limit(budget)) is not None:
+            number = len(self.walks) + 1
+            made = self._made(number, limit, budget)
+            budget = made.pruned.budget or budget
+            assert budget.predicted is not None
+            with timed(Stage.PRUNED):
+                lost = ranks.broadcast("a walk", partial(self.judge.measure, made.model))
+            self.walks.append(TargetWalk(limit, budget.reached, budget.predicted, lost))
+            if log is not None:
+                log.note_walks(self.walks)
+            self.tell(f"walk {number}: {self._report(budget).in_words(number - 1)}")
+            if smallest_within(self.walks, most) is self.walks[-1]:
+                best = made
+        report = self._report(budget)
+        if report.chosen is None:
+            if log is not None:
+                log.remove()  # it is of no use to another target
+            raise RequestError(
+                f"no model that was tried is within {self.request.target_in_words}: the nearest, "
+                f"{report.in_words(report.nearest)}; allow more to be lost, give more calibration "
+                "data (--samples), or recover what is pruned (--recover)"
+            )
+        if best is None:  # an earlier process has made it, of which the log has the weights
+            best = self._made(report.chosen + 1, self.walks[report.chosen].limit, budget)
+        return best, report
+
+    def _next_limit(self, budget: Budget) -> float | None:
+        """Return what the next model may cost, by the curves of the last budget."""
+        assert self.request.quality is not None
+        return next_limit(
+            budget.frontier,
+            self.walks,
+            self.request.quality,
+            self.request.most_lost,
+            recovers=self.recover is not None,
+        )
+
+    def _report(self, budget: Budget) -> TargetReport:
+        assert self.request.quality is not None
+        return TargetReport(
+            quality=self.request.quality,
+            most=self.request.most_lost,
+            measure=budget.measure,
+            cost=budget.cost,
+            dense=budget.dense,
+            walks=tuple(self.walks),
+        )
+
+    # ---- a size --------------------------------------------------------------------------
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        """The groups whose widths are to be found."""
+        skipped = self.dense.feasible.skipped_names
+        _, keep, shared = asked_groups(self.prepared, self.request, skipped)
+        return Sharing(shared, self.request.widths, keep)
+
+    @cached_property
+    def _cost(self) -> CountedCost:
+        """What the smallest model is to cost least of."""
+        groups = self.prepared.groups_with({*self._sharing.others, *self._sharing.least})
+        kind = _COSTS[self.request.smallest or "params"]
+        return count(kind, self.prepared.model, groups, self.prepared.sample)
+
+    def _within(self, limit: float) -> PruningRequest:
+        """Return what is asked for of a walk to a size."""
+        kind = BudgetKind(self.request.smallest or "params")
+        value = limit / self._cost.dense if kind is BudgetKind.FLOPS else int(limit)
+        asked: dict[str, Any] = {
+            kind: value,
+            **dict.fromkeys(map(str, TargetKind)),
+            "smallest": None,
+        }
+        return dataclasses.replace(self.request, **asked)
+
+    def _known_budget(self) -> Budget:
+        """Return the budget of the last walk that is done; before any, measure the first curves."""
+        if self.walks:
+            with self._begun(len(self.walks), self.walks[-1].limit) as (request, log, _):
+                return self._shared_out(request, log)
+        others, least = self._sharing.others, self._sharing.least
+        most = self._cost.of(others)
+        limit = most - _FIRST * (most - self._cost.of({**others, **least}))
+        return self._shared_out(self._within(limit), self.log)
+
+    def _shared_out(self, request: PruningRequest, log: RunLog | None) -> Budget:
+        """Share out a budget without a walk, unless the log has it."""
+        found = widths(self.prepared, request, self.dense.feasible, log, lambda line: None).budget
+        assert found is not None  # or the request would have been refused
+        return found
+
+    # ---- a walk --------------------------------------------------------------------------
+
+    def _made(self, number: int, limit: float, before: Budget) -> Made:
+        """Make the model of a walk, which its log may have a part or all of."""
+        with self._begun(number, limit) as (request, log, committed):
+            work = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
+            tell = partial(self._tell_of, number)
+            pruned = prune_prepared(work, request, self.dense, log, committed, tell, before)
+        if self.recover is None:
+            return Made(pruned, None)
+        return Made(pruned, self.recover(pruned, self.data, number))
+
+    @contextmanager
+    def _begun(
+        self, number: int, limit: float
+    ) -> Iterator[tuple[PruningRequest, RunLog | None, tuple[LayerRecord, ...]]]:
+        """Begin a walk, or go on with one; yield what it is asked, its log, and what that has."""
+        request = self._within(limit)
+        log = None if self.log is None else self.log.walk(number)
+        with begun(log, self.prepared, request) as committed:
+            yield request, log, committed
+
+    def _tell_of(self, number: int, line: str) -> None:
+        self.tell(f"walk {number}: {line}")

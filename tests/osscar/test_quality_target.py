@@ -1,0 +1,267 @@
+"""A quality in place of a size: the bounds, the search, and whole runs on tiny models."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch.nn import functional as F
+
+import osscar
+from osscar.allocation.costs import Cost
+from osscar.base.errors import DataError, OptionError, OsscarError, RequestError
+from osscar.data.parts import in_parts
+from osscar.data.samples import IGNORED
+from osscar.evaluation.confidence import Bounded, Judge, bounded_drop, bounded_mean
+from osscar.request import PruningRequest, TargetKind
+from osscar.run import chain
+from osscar.run.prune import prune_as_asked
+from osscar.run.run_log import RunLog
+from osscar.run.target_search import MOST_WALKS, TargetReport, TargetWalk, next_limit
+from tests.osscar.families import tiny
+from tests.osscar.networks import images, small_net
+from tests.osscar.test_run_log import Killed
+
+DIVERGENCE, TOP1 = TargetKind.DIVERGENCE, TargetKind.TOP1
+
+# ---- bounds ------------------------------------------------------------------------------
+
+
+def test_the_bound_of_a_mean_is_where_a_one_sided_t_test_is_at_five_percent():
+    values = np.random.default_rng(0).gamma(2.0, size=16)
+    found = bounded_mean(values)
+    assert found.value == pytest.approx(values.mean())
+    assert found.samples == 16
+    test = scipy.stats.ttest_1samp(values, found.bound, alternative="less")
+    assert test.pvalue == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.0, 0.0), (0.01, 0.0), (0.05, 0.03), (0.1, 0.2)])
+def test_the_bound_of_a_drop_covers_it_in_about_nineteen_of_twenty_sets(lost, gained):
+    n = 40
+    chances = scipy.stats.multinomial(n, [lost, gained, 1 - lost - gained])
+    covered = sum(
+        chances.pmf([b, c, n - b - c])
+        for b, c in itertools.product(range(n + 1), repeat=2)
+        if b + c <= n and bounded_drop(b, c, n).bound >= lost - gained
+    )
+    assert covered >= 0.93
+
+
+def test_where_no_prediction_changes_the_bound_of_a_drop_is_that_of_wilson():
+    z = scipy.stats.norm.ppf(0.95)
+    assert bounded_drop(0, 0, 268).bound == pytest.approx(z**2 / (268 + z**2))
+    assert bounded_drop(40, 0, 40).bound == 1
+    assert bounded_drop(0, 40, 40).bound < 0
+
+
+# ---- the search --------------------------------------------------------------------------
+
+COSTS = 1 - np.append(np.geomspace(0.8, 0.001, 30), 0)
+FRONTIER = tuple((float(c), float((1 / c) ** 2 - 1)) for c in COSTS)
+
+
+def searched(truth, most, recovers=False):
+    """Return the walks to a target, where models of a cost have a bound."""
+    walks = []
+    options = {"recovers": recovers}
+    while (limit := next_limit(FRONTIER, walks, DIVERGENCE, most, **options)) is not None:
+        predicted = (1 / limit) ** 2 - 1
+        walks.append(TargetWalk(limit, limit, predicted, Bounded(0.0, truth(predicted), 16)))
+    return walks
+
+
+@pytest.mark.parametrize("most", [0.05, 0.3, 2.0])
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.6])
+def test_few_walks_find_nearly_the_smallest_model(most, factor, power):
+    walks = searched(lambda predicted: factor * predicted**power, most)
+    least = 1 / math.sqrt((most / factor) ** (1 / power) + 1)
+    found = min(one.reached for one in walks if one.measured.bound <= most)
+    assert len(walks) <= MOST_WALKS
+    assert max(least, 0.2) <= found + 1e-9
+    assert found - max(least, 0.2) < 0.05
+
+
+def test_a_target_that_no_model_meets_ends_at_the_largest():
+    walks = searched(lambda predicted: 1.0, 0.1)
+    assert 2 <= len(walks) <= MOST_WALKS
+    report = TargetReport(DIVERGENCE, 0.1, "nats", Cost.PARAMETERS, 1.0, tuple(walks))
+    assert report.chosen is None
+    assert all(a.limit < b.limit for a, b in itertools.pairwise(walks))
+
+
+def test_where_the_smallest_model_is_within_the_target_it_is_the_one():
+    assert searched(lambda predicted: 0.01, 50.0)[-1].limit == pytest.approx(0.2)
+
+
+# ---- the parts ---------------------------------------------------------------------------
+
+
+def test_the_parts_share_no_sample_and_have_all_of_them():
+    data = torch.arange(35)[:, None]
+    parts = in_parts(data, 35, seed=3)
+    assert [len(part) for part in parts] == [19, 8, 8]
+    assert torch.equal(torch.cat([*parts]).sort(0).values, data)
+    assert not torch.equal(in_parts(data, 35, seed=4).choosing, parts.choosing)
+    assert torch.equal(in_parts({"x": data}, 35, seed=3).reporting["x"], parts.reporting)
+
+
+def test_windows_that_overlap_are_in_no_two_parts():
+    text = torch.arange(4000)
+    windows = torch.stack([text[start : start + 64] for start in range(0, 800, 20)])
+    overlapping = osscar.CalibrationSet(windows, "a text", 0)
+    with pytest.raises(DataError, match="the windows of a text overlap"):
+        in_parts(overlapping, 40, seed=0)
+
+
+# ---- whole runs --------------------------------------------------------------------------
+
+
+def labelled(count=192):
+    """Return images, with what the dense model says of them; a few labels are not scored."""
+    dense, data = small_net(), images(count)
+    labels = dense(data).argmax(1)
+    labels[::40] = IGNORED
+    return dense, osscar.TensorSet("images", {"x": data}, labels)
+
+
+def text():
+    """Return a language model and windows for it."""
+    return tiny("llama-gqa"), torch.randint(0, 64, (48, 24), generator=torch.manual_seed(5))
+
+
+def by_hand(quality, dense, model, data):
+    """Return what is lost of a quality, in the plainest way."""
+    with torch.no_grad():
+        if quality is TargetKind.PERPLEXITY:
+            found = [
+                F.cross_entropy(one(data).logits[:, :-1].flatten(0, 1), data[:, 1:].flatten())
+                for one in (model, dense)
+            ]
+            return float((found[0] - found[1]).expm1())
+        x = data.tensors["x"]
+        p, q = (one(x).double().log_softmax(-1) for one in (dense, model))
+        if quality is DIVERGENCE:
+            return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
+        known = data.labels != IGNORED
+        right = [(one.argmax(-1) == data.labels)[known].double().mean() for one in (p, q)]
+        return float(right[0] - right[1])
+
+
+@pytest.mark.parametrize(
+    ("quality", "most", "case"),
+    [
+        (DIVERGENCE, 0.02, labelled),
+        (TOP1, "25%", labelled),
+        (TargetKind.PERPLEXITY, "1%", text),
+    ],
+)
+def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
+    quality, most, case, monkeypatch
+):
+    dense, data = case()
+    prepared, fitted = [], []
+    monkeypatch.setattr(
+        chain, "prepare", lambda *given, **more: prepared.append(1) or prepare(*given, **more)
+    )
+    monkeypatch.setattr(
+        chain,
+        "prune_groups",
+        lambda now, *rest: fitted.append(now.inputs.tensors) or prune_groups(now, *rest),
+    )
+    lines = []
+    request = PruningRequest(**{quality: most, "smallest": "flops"})
+    result = prune_as_asked(dense, data, request, tell=lines.append)
+    report, most = result.target, request.most_lost
+    chosen = report.walks[report.chosen]
+    assert len(prepared) == 1
+    assert 1 <= len(fitted) == len(report.walks) <= MOST_WALKS
+    assert chosen.measured.bound <= most
+    assert chosen.reached == min(w.reached for w in report.walks if w.measured.bound <= most)
+    assert chosen.reached < report.dense
+    parts = in_parts(data, len(data), request.seed)
+    of = {name: getattr(parts, name) for name in parts._fields}
+    inputs = {name: getattr(part, "tensors", {"input_ids": part}) for name, part in of.items()}
+    assert all(torch.equal(used[n], t) for used in fitted for n, t in inputs["pruned_on"].items())
+    for measured, part in ((chosen.measured, "choosing"), (report.reported, "reporting")):
+        assert measured.value == pytest.approx(
+            by_hand(quality, dense, result.model, of[part]), abs=1e-5
+        )
+        assert measured.bound > measured.value
+    assert sum("with 95 % confidence" in line for line in lines) == len(report.walks)
+    assert result.held_out == report.reported.samples
+    assert result.record()["target"]["chosen"] == report.chosen
+
+
+prepare, prune_groups = chain.prepare, chain.prune_groups
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
+    count, tmp_path, monkeypatch
+):
+    request = PruningRequest(max_divergence=0.02)
+    whole = prune_as_asked(small_net(), images(), request)
+    log, appended = RunLog(tmp_path / "log"), []
+
+    def append(self, index, record):
+        original(self, index, record)
+        appended.append((self.directory.name, index))
+        if len(appended) == count:
+            raise Killed
+
+    original = RunLog.append
+    monkeypatch.setattr(RunLog, "append", append)
+    with pytest.raises(Killed):
+        prune_as_asked(small_net(), images(), request, log)
+    again = prune_as_asked(small_net(), images(), request, log)
+    assert len(appended) == len(set(appended))
+    assert again.target == whole.target
+    assert again.plan == whole.plan
+    finished = prune_as_asked(small_net(), images(), request, log)  # from its log alone
+    assert len(appended) == len(set(appended))
+    assert finished.target == whole.target
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+        assert torch.equal(tensor, finished.model.state_dict()[name])
+    log.remove()
+    assert not log.directory.exists()
+
+
+def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp_path, monkeypatch):
+    log = RunLog(tmp_path / "log")
+    request = PruningRequest(max_divergence=0.02)
+    monkeypatch.setattr(Judge, "measure", lambda self, model: Bounded(0.01, 0.03, 16))
+    with pytest.raises(RequestError, match=r"within max_divergence=0.02: the nearest, .* of"):
+        prune_as_asked(small_net(), images(), request, log)
+    assert not log.directory.exists()
+
+
+UNLABELLED = osscar.TensorSet("images", {"x": images()})
+REFUSED = {
+    "too few samples": ({"max_divergence": 0.1}, lambda: images(31), "32 calibration samples"),
+    "too few labels": ({"max_top1_drop": "1%"}, lambda: labelled(64)[1], "1072 calibration samp"),
+    "no labels": ({"max_top1_drop": "30%"}, lambda: UNLABELLED, "these have no labels"),
+    "a tensor": ({"max_top1_drop": "30%"}, images, "these have no labels"),
+    "more than there is": ({"max_top1_drop": 0.9999}, lambda: labelled(64)[1], "has, or more"),
+    "no language model": ({"max_perplexity_increase": "5%"}, images, "SmallNet is none"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_bound_is_refused_before_a_walk(name, monkeypatch):
+    asked, data, advice = REFUSED[name]
+    monkeypatch.setattr(chain, "prune_groups", None)
+    if name == "more than there is":
+        asked = {"max_top1_drop": "100%"}
+    with pytest.raises(OsscarError, match=advice), warnings.catch_warnings():
+        osscar.prune(small_net(), data(), **asked)
+
+
+def test_a_sweep_has_no_target(tmp_path):
+    with pytest.raises(OptionError, match="a sweep has budgets"):
+        osscar.sweep(small_net(), images(), tmp_path / "s", sparsity=[0.5], max_divergence=0.1)
