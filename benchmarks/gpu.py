@@ -44,7 +44,7 @@ from osscar.run.prune import prune_as_asked
 CPU = torch.device("cpu")
 
 SQUARES = 2.2
-"""Numbers of p x p in float64 that a solve holds at its peak (docs/scale.md)."""
+"""Numbers of p x p in float64 that a solve holds at its peak."""
 
 HOUR = 3600.0
 

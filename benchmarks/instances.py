@@ -1,12 +1,10 @@
 """Look for better values of the instances of the library.
 
     python -m benchmarks.instances best [PATTERN...] --time 60
-    python -m benchmarks.instances table
     python -m benchmarks.instances search [PATTERN...]
 
 ``best`` runs backends, and writes what is better into the index, with the certificates that are
-small enough to ship.  ``table`` writes what the index has into docs/instances.md.  ``search``
-measures what lies beyond the swap optimum.
+small enough to ship.  ``search`` measures what lies beyond the swap optimum.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import dataclasses
 import json
 import time
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 
@@ -47,8 +44,6 @@ from solvers.exact.window_search import WindowSearch
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 
-PAGE = Path(__file__).parents[1] / "docs" / "instances.md"
-
 LARGEST_CERTIFICATE = 60_000
 """Bytes of a certificate that the package ships."""
 
@@ -61,14 +56,11 @@ def main() -> None:
     finding.add_argument("--time", type=float, default=60.0)
     finding.add_argument("--rounds", type=int, default=8, help="of perspective")
     finding.add_argument("--backends", default="perspective,window_search,branch_and_bound")
-    commands.add_parser("table")
     searching = commands.add_parser("search")
     searching.add_argument("patterns", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.command == "table":
-        write_tables()
-    elif options.command == "search":
+    if options.command == "search":
         compare_searches(options.patterns)
     else:
         improve(options.patterns, options.backends.split(","), options.time, options.rounds)
@@ -211,40 +203,6 @@ def restarted(problem: SubsetProblem, support: torch.Tensor) -> torch.Tensor:
         start = torch.cat([stays, enter[:size]]).tolist()
         best.offer(LocalSearch(start=tuple(start)).support(problem))
     return best.support
-
-
-def write_tables() -> None:
-    """Replace the tables of the page, which a test compares with the index."""
-    text = PAGE.read_text()
-    for name, lines in (("table", instance_rows(library())), ("sources", source_rows(library()))):
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = "\n".join((f"{before}{begin}", *lines, end)) + rest.partition(end)[2]
-    PAGE.write_text(text)
-
-
-def instance_rows(known: Library) -> list[str]:
-    rows = ["| instance | k of n | damp | loss | bound | gap | found by, s | bound by, s |"]
-    rows.append("| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |")
-    for name, one in known.instances.items():
-        best = one.best
-        gap = "proved" if best.proved else f"{best.gap:.2%}"
-        rows.append(
-            f"| `{name}` | {one.keep} of {known.sources[one.source].units} | {one.damp:g} "
-            f"| {best.loss:.8f} | {best.bound:.8f} | {gap} "
-            f"| `{best.found_by}`, {best.found_in:.3g} | `{best.bound_by}`, {best.bound_in:.3g} |"
-        )
-    return rows
-
-
-def source_rows(known: Library) -> list[str]:
-    rows = ["| source | what | units | rows | consumers | outputs |"]
-    rows.append("| --- | --- | ---: | ---: | ---: | ---: |")
-    rows += [
-        f"| `{name}` | {one.words} | {one.units} | {one.rows} | {one.consumers} | {one.outputs} |"
-        for name, one in known.sources.items()
-    ]
-    return rows
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def slope(sizes: list[int], values: list[float]) -> str:
 # ---- a picture -----------------------------------------------------------------------------------
 
 _HELD = 2.0
-"""Numbers of eight bytes that are held at once, in p^2: see docs/scale.md."""
+"""Numbers of eight bytes that are held at once, in p^2."""
 
 
 def growth(directory: Path, backend: str) -> list[Report]:

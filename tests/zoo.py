@@ -84,7 +84,7 @@ SMALL = {
 
 
 def torchvision_case(name: str) -> Case:
-    """Return a model of torchvision by name, as docs/coverage.md has it."""
+    """Return a model of torchvision by name, as docs/coverage.csv has it."""
     made = cache(lambda: make_torchvision(name))
     return Case(
         name,

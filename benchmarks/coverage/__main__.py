@@ -1,10 +1,10 @@
-"""Write docs/coverage.md: which architectures are pruned, how much of them, and what is skipped.
+"""Measure which architectures are pruned, how much of them, and what is skipped.
 
     python -m benchmarks.coverage run DIR                     # everything; goes on where it stopped
     python -m benchmarks.coverage run DIR --lists timm,nets --seconds 500
     python -m benchmarks.coverage run DIR --models resnet,llama --again
     python -m benchmarks.coverage run DIR --alone             # a quarter of the time
-    python -m benchmarks.coverage page DIR                    # docs/coverage.md from what DIR holds
+    python -m benchmarks.coverage page DIR                    # docs/results.md, coverage.csv
 
 Each model has two processes of its own, one for OSSCAR and one for Torch-Pruning, with a limit of
 time and one of memory; what came of it is a file of JSON in DIR.  Names in DIR that end in .json
@@ -35,9 +35,9 @@ import transformers
 from benchmarks.coverage import peer, row
 from benchmarks.coverage.case import Made, NotBuilt
 from benchmarks.coverage.lists import DEFAULT, LISTS
-from benchmarks.coverage.page import Entry, page
+from benchmarks.coverage.page import Entry, put_table, sheet
 
-TARGET = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 SECONDS = 120
 """CPU time that either tool has for one model, after it is built, unless `--limit` says another."""
@@ -201,12 +201,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def write_page(options: argparse.Namespace) -> None:
-    """Make the page of what a directory holds."""
+    """Write what a directory holds as a table in docs/results.md and as docs/coverage.csv."""
     place = Path(options.directory)
     entries = [_read(file) for listed in LISTS for file in sorted((place / listed).glob("*.json"))]
-    lists = {entry.listed for entry in entries}
-    counts = {listed: len(LISTS[listed].names(place)) for listed in lists}
-    TARGET.write_text(page(entries, counts))
+    (DOCS / "coverage.csv").write_text(sheet(entries), encoding="utf-8")
+    page = DOCS / "results.md"
+    page.write_text(put_table(page.read_text(encoding="utf-8"), entries), encoding="utf-8")
 
 
 def main() -> None:
@@ -223,7 +223,7 @@ def main() -> None:
     measuring.add_argument("--again", action="store_true", help="also what is measured already")
     measuring.add_argument("--alone", action="store_true", help="without Torch-Pruning, for now")
     measuring.set_defaults(command=run)
-    writing = commands.add_parser("page", help="write docs/coverage.md")
+    writing = commands.add_parser("page", help="write coverage.csv, and into results.md")
     writing.add_argument("directory")
     writing.set_defaults(command=write_page)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The lists of architectures that docs/coverage.md tells of."""
+"""The lists of architectures that docs/coverage.csv has."""
 
 from __future__ import annotations
 
@@ -88,4 +88,4 @@ LISTS: Mapping[str, Listed] = {
 """By the names that the command line knows them by."""
 
 DEFAULT = ("torchvision", "timm", "transformers", "families", "nets")
-"""What the page tells of."""
+"""What is measured unless others are named."""

@@ -1,14 +1,15 @@
-"""docs/coverage.md, made of what was measured."""
+"""The table of families in docs/results.md, and docs/coverage.csv with a row for each model."""
 
 from __future__ import annotations
 
+import csv
 import enum
-import math
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage.lists import LISTS
@@ -24,6 +25,16 @@ class Outcome(enum.IntEnum):
     SOME_LEFT = 2
     NOTHING = 3
     WHOLE = 4
+
+
+_KINDS = (
+    ("Image|Video|Segmentation|Depth|Detection", "images and video"),
+    ("MaskedLM", "masked language models"),
+    ("ConditionalGeneration|TextToText", "sequence to sequence"),
+    ("CausalLM|LMHead|Decoder", "language models"),
+    ("", "other"),
+)
+"""What a model of transformers does, by what its class's name contains."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,13 @@ class Entry:
         return Outcome.WHOLE if self.row.parameters_after is not None else Outcome.NOTHING
 
     @property
-    def order(self) -> tuple[int, float, str]:
-        """What is missing first: failures, then groups skipped, then the lowest shares."""
-        assert self.row is not None
-        return (int(self.outcome), self.row.share, self.name)
+    def family(self) -> str:
+        """The row of the table that counts the model."""
+        title = LISTS[self.listed].title
+        if self.listed != "transformers" or self.row is None:
+            return title
+        kinds = (kind for pattern, kind in _KINDS if re.search(pattern, self.row.variant))
+        return f"{title}: {next(kinds)}"
 
     def brief(self) -> str:
         """Return a line for the terminal."""
@@ -79,236 +93,133 @@ class Entry:
         row, other = self.row, self.peer or Peer()
         return (
             f"{self.listed} {self.name} ({row.variant}): {self.outcome.name} "
-            f"{row.prunable}/{row.groups} {row.share:.0%} {row.form} {_smaller(row)} "
+            f"{row.prunable}/{row.groups} {row.share:.0%} {row.form} {row.parameters_after} "
             f"{row.compared} {row.seconds:.0f}s {row.failure[:150]} {list(row.left)[:1]} | "
             f"{other.parameters_after} {other.failure[:80]} {other.seconds:.0f}s"
         )
 
 
-_INTRODUCTION = """# Coverage
-
-Every model below has random weights and is traced, and loses half of the units of *every* prunable
-group. What becomes smaller, its modules or its exported program, is what `--form auto` chooses; a
-group that neither can do without stays as it is, and is named with the cause. The rest is proved
-as `osscar.prune` proves it, [by its program](mathematics.md#what-is-proved-of-a-smaller-model), and
-compared once more by code that shares nothing with the proof: the
-dense model, in which whatever reads a removed unit is zero, against the smaller one, on other
-random inputs and in float64 (float32 where code or kernels know nothing else).
-
-Which models there are is read from the installed packages: a small variant of each module of
-torchvision and timm, and of transformers each family with a head for text or images, its config
-shrunk by rules on the names of its fields. Models with more than 60 million parameters are left
-out (150 in torchvision, where VGG has no smaller one). Inputs are as small as the model takes.
-Where fewer are measured than there are, the others are named below the tables, with what keeps
-them from being built, or have not been run yet.
-
-Each model also goes to [Torch-Pruning](https://github.com/VainF/Torch-Pruning), by the same
-command, where that has been run yet: `BasePruner`, `MagnitudeImportance`, half of the channels, the
-output layer ignored. It is told nothing of the model, as OSSCAR is told nothing; with counts of
-heads, or rules for single modules, it does more of them than this. It counts if the pruned model
-runs, puts out the shapes it did, and has fewer parameters; what it computes is not compared, since
-nothing is promised there. Both tools have two minutes of CPU time and 5 GiB for each model; what
-says that it was not done within 30 s had half a minute.
-
-    python -m benchmarks.coverage run DIR     # goes on where it was stopped; an hour of CPU time
-    python -m benchmarks.coverage page DIR    # writes this page
-
-Whole experts of mixtures are no groups of a trace, and are not in these tables. Of transformers
-they can leave DeepSeek-V2 and V3, ERNIE 4.5, GLM-4-MoE, GPT-OSS, Granite-MoE, Hunyuan, Jamba,
-LFM2-MoE, MiniMax and MiniMax-M2, Mixtral, Nemotron-H, OLMoE, Qwen2-MoE and Qwen3-MoE: a tiny
-model of each is pruned, proved, saved under its family's config and read by plain transformers
-(`tests/osscar/test_expert_groups.py`, with `-m "slow or not slow"`). PhiMoE's stay (its router
-follows another rule), and Llama 4's (its experts are not called with tokens and experts); other
-families have not been tried. Those of one's own may be a list of modules, once
-their block is declared (`tests/osscar/test_expert_lists.py`).
-
-"""
-
-_LEGEND = """
-- **prunable**: coupling groups that may be pruned, of all groups; **share**: of the parameters,
-  those that belong to one.
-- **smaller**: parameters after the cut, as a share of those before; **form**: what became smaller.
-- **program**: whether the smaller model's program was *proved* to be the dense one without those
-  units, or outputs alone could be *compared*. An exported program is right as it is made.
-- **apart**: largest difference in the independent comparison, relative to the largest output.
-- **s**: CPU seconds of tracing, grouping, trying, shrinking and proving; of these **proof**,
-  seconds of shrinking and proving.
-- **Torch-Pruning**: parameters left, as a share; or what it raises.
-- **what is missing**: failures and groups skipped, with the cause; then what may not be pruned,
-  and why, apart from inputs and outputs of the model. `N x` counts groups; the operator that froze
-  them is in brackets.
-"""
-
-
-def _table(*columns: str) -> str:
-    """Return the head of a table; columns that begin with a blank are aligned to the right."""
-    lines = "".join(f"| {'---:' if column[:1] == ' ' else '---'} " for column in columns)
-    return f"| {' | '.join(column.strip() for column in columns)} |\n{lines}|\n"
-
-
-_HEADER = _table(
-    *("model", " parameters", " prunable", " share", " smaller", "form", "program", " apart"),
-    *(" s", " proof", "Torch-Pruning", "what is missing"),
+_COLUMNS = (
+    "family",
+    *("models", "traced", "every group halved", "some groups skipped", "nothing prunable"),
+    *("failed", "proved", "compared", "Torch-Pruning runs"),
 )
-_SUMMARY = _table(
-    *(
-        "list",
-        " models there are",
-        " measured",
-        " traced",
-        " pruned, nothing skipped",
-        " pruned, some skipped",
-    ),
-    *(" nothing prunable", " failed", " proved", " compared", " slowest, s"),
-    " Torch-Pruning runs, of those it was given",
-)
-
+_MARKS = ("<!-- coverage -->", "<!-- end of coverage -->")
 _MOST_REASONS = 3
 _LEAST_EFFECT = 1e-4
 """Of masking, as a share of the largest output."""
 
 
-def page(entries: Iterable[Entry], listed: Mapping[str, int]) -> str:
-    """Return the whole page.
+def put_table(text: str, entries: Iterable[Entry]) -> str:
+    """Return a page with the table of families between its two marks.
 
+    text: The page.
     entries: What was measured.
-    listed: How many models there are on each list, measured or not.
     """
-    of_lists: dict[str, list[Entry]] = {}
-    for entry in entries:
-        of_lists.setdefault(entry.listed, []).append(entry)
-    built = {listed: [e for e in found if e.row] for listed, found in of_lists.items()}
-    rows = "".join(_summed(LISTS[name].title, listed[name], found) for name, found in built.items())
-    every = [entry for found in built.values() for entry in found]
-    total = _summed("**together**", sum(listed[name] for name in built), every)
-    sections = "".join(_section(name, found) for name, found in of_lists.items())
-    summary = f"{_SUMMARY}{rows}{total}{_versions()}{_freezes(every)}"
-    return f"{_INTRODUCTION}{summary}\n## The tables\n{_LEGEND}{sections}"
+    before, _, rest = text.partition(_MARKS[0])
+    return "".join(
+        (before, _MARKS[0], "\n\n", table(entries), _MARKS[1], rest.partition(_MARKS[1])[2])
+    )
 
 
-def models_by_title(text: str) -> dict[str, set[str]]:
-    """Return the names of the models that each list of a page has, by the list's title."""
-    found = {}
-    for section in text.split("\n### ")[1:]:
-        lines = section.splitlines()
-        found[lines[0]] = {line.split("`")[1] for line in lines if line[:3] in ("| `", "- `")}
+def table(entries: Iterable[Entry]) -> str:
+    """Return a row for each family, and the names of the models that something is missing of."""
+    built = [entry for entry in entries if entry.row]
+    families: dict[str, list[Entry]] = {}
+    for entry in built:
+        families.setdefault(entry.family, []).append(entry)
+    lines = [_line(_COLUMNS), _line(("---", *("---:" for _ in _COLUMNS[1:])))]
+    lines += [_summed(*family) for family in (*families.items(), ("**all**", built))]
+    for words, outcome in (
+        ("Not traced", Outcome.NOT_TRACED),
+        ("Failed", Outcome.FAILED),
+        ("Some groups skipped", Outcome.SOME_LEFT),
+    ):
+        names = [f"`{entry.name}`" for entry in built if entry.outcome is outcome]
+        lines += ["", f"{words}: {', '.join(names)}."] if names else []
+    return "\n".join((*lines, ""))
+
+
+def sheet(entries: Iterable[Entry]) -> str:
+    """Return a row for each model, as CSV."""
+    text = io.StringIO()
+    rows = [_cells(entry) for entry in entries]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def models_by_list(file: Path) -> dict[str, set[str]]:
+    """Return the names of the models in a CSV file, by list."""
+    found: dict[str, set[str]] = {}
+    with file.open(newline="", encoding="utf-8") as rows:
+        for row in csv.DictReader(rows):
+            found.setdefault(row["list"], set()).add(row["model"])
     return found
 
 
-def _versions() -> str:
-    names = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
-    return f"\nWith {', '.join(f'{name} {_version(name)}' for name in names)}.\n"
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # the page can be made where nothing is measured
-        return "(not installed)"
-
-
-def _summed(title: str, listed: int, entries: Sequence[Entry]) -> str:
+def _summed(title: str, entries: Sequence[Entry]) -> str:
     count = Counter(entry.outcome for entry in entries)
     rows = [entry.row for entry in entries if entry.row]
     peers = [entry.peer for entry in entries if entry.peer]
-    cells = (
-        title,
-        listed,
-        len(entries),
-        sum(row.traced for row in rows),
-        count[Outcome.WHOLE],
-        count[Outcome.SOME_LEFT],
-        count[Outcome.NOTHING],
-        count[Outcome.FAILED],
-        sum(row.proved is not None for row in rows),
-        sum(bool(row.unproved) for row in rows),
-        f"{max((row.seconds for row in rows), default=0):.0f}",
-        f"{sum(p.parameters_after is not None for p in peers)} of {len(peers)}",
-    )
-    return f"| {' | '.join(map(str, cells))} |\n"
-
-
-def _freezes(entries: Sequence[Entry]) -> str:
-    """Tell what freezes groups in the most models."""
-    counted: Counter[str] = Counter()
-    for entry in entries:
-        assert entry.row is not None
-        counted.update({re.sub(r"\.\d+\.", ".*.", cause) for cause in entry.row.frozen})
-    lines = "".join(f"| {_plain(reason)} | {n} |\n" for reason, n in counted.most_common(25))
-    return (
-        "\n## What freezes groups\n\nIn how many models each cause freezes a group, the most "
-        f"frequent first.\n\n| cause | models |\n| --- | ---: |\n{lines}"
+    return _line(
+        (
+            title,
+            len(entries),
+            sum(row.traced for row in rows),
+            count[Outcome.WHOLE],
+            count[Outcome.SOME_LEFT],
+            count[Outcome.NOTHING],
+            count[Outcome.FAILED],
+            sum(row.proved is not None for row in rows),
+            sum(bool(row.unproved) for row in rows),
+            f"{sum(p.parameters_after is not None for p in peers)} of {len(peers)}",
+        )
     )
 
 
-def _section(listed: str, entries: Sequence[Entry]) -> str:
-    built = sorted((entry for entry in entries if entry.row), key=lambda entry: entry.order)
-    lines = "\n".join(map(_line, built))
-    absent = [entry for entry in entries if not entry.row]
-    told = "".join(f"- `{entry.name}`: {_plain(entry.not_built)}\n" for entry in absent)
-    none = "of which no model was built, since the rules or the limits do not fit them"
-    more = f"\n{len(absent)} more, {none}:\n\n{told}" if absent else ""
-    return f"\n### {LISTS[listed].title}\n\n{_HEADER}{lines}\n{more}"
-
-
-def _line(entry: Entry) -> str:
-    row = entry.row
-    assert row is not None
-    named = f"`{entry.name}`"
-    if row.variant and row.variant != entry.name:
-        named += f" ({row.variant})"
-    cells = (
-        named,
-        f"{row.parameters:,}",
-        f"{row.prunable} of {row.groups}" if row.traced else "not traced",
-        f"{row.share:.1%}",
-        _smaller(row),
-        row.form,
-        "proved" if row.proved is not None else "compared" if row.unproved else "",
-        _power(row.compared) + (" (float32)" if row.precision == "float32" else ""),
-        f"{row.seconds:.1f}",
-        f"{row.shrink_seconds:.1f}" if row.shrink_seconds else "",
-        _peer(entry.peer, row.parameters),
-        _plain("; ".join(_missing(row))) or "nothing",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _smaller(row: Row) -> str:
-    return "" if row.parameters_after is None else f"{row.parameters_after / row.parameters:.2f}x"
-
-
-def _power(error: float | None) -> str:
-    if error is None or not math.isfinite(error):
-        return "" if error is None else "everything"
-    return f"< 1e{math.ceil(math.log10(error))}" if error else "0"
-
-
-def _peer(peer: Peer | None, parameters: int) -> str:
-    if peer is None:
-        return "not run"
-    if peer.parameters_after is None:
-        return _plain(f"{peer.failure:.90}")
-    return f"{peer.parameters_after / parameters:.2f}x"
+def _cells(entry: Entry) -> dict[str, object]:
+    row, peer = entry.row or Row(), entry.peer or Peer()
+    program = "proved" if row.proved is not None else "compared" if row.unproved else ""
+    return {
+        "list": entry.listed,
+        "model": entry.name,
+        "class": row.variant,
+        "outcome": entry.outcome.name.lower() if entry.row else "not_built",
+        "parameters": row.parameters or "",
+        "parameters_after": row.parameters_after or "",
+        "groups": row.groups,
+        "prunable": row.prunable,
+        "prunable_share": f"{row.share:.4f}",
+        "form": row.form,
+        "program": program,
+        "difference": "" if row.compared is None else f"{row.compared:.1e}",
+        "precision": row.precision,
+        "seconds": f"{row.seconds:.1f}",
+        "shrink_seconds": f"{row.shrink_seconds:.1f}",
+        "torch_pruning_after": peer.parameters_after or "",
+        "torch_pruning_failure": " ".join(peer.failure.split())[:150],
+        "missing": " ".join("; ".join(_missing(row)).split()) or entry.not_built,
+    }
 
 
 def _missing(row: Row) -> list[str]:
-    failure = [f"**{row.failure}**"] if row.failure else []
-    unproved = [f"**compared, not proved**: {row.unproved}"] if row.unproved else []
-    left = [f"**skipped**: {_times(row.left)}"] if row.left else []
-    refit = [f"not refitted by `osscar.prune`: {_times(row.unrefitted)}"] if row.unrefitted else []
     idle = row.effect is not None and row.effect < _LEAST_EFFECT
-    moved = ["masking moves the outputs too little for the comparison to tell"] if idle else []
-    unread = [f"not run in evaluation mode: {', '.join(row.unread)}"] if row.unread else []
-    return [
-        *failure,
-        *unproved,
-        *moved,
-        *left,
-        *refit,
-        *([_times(row.frozen)] if row.frozen else []),
-        *unread,
-    ]
+    told = (
+        (row.failure, row.failure),
+        (row.unproved, f"compared, not proved: {row.unproved}"),
+        (idle, "masking moves the outputs too little for the comparison to tell"),
+        (row.left, f"skipped: {_times(row.left)}"),
+        (row.unrefitted, f"not refitted by osscar.prune: {_times(row.unrefitted)}"),
+        (row.frozen, _times(row.frozen)),
+        (row.unread, f"not run in evaluation mode: {', '.join(row.unread)}"),
+    )
+    return [words for there, words in told if there]
 
 
 def _times(reasons: Mapping[str, int]) -> str:
@@ -316,8 +227,3 @@ def _times(reasons: Mapping[str, int]) -> str:
     told = [f"{count} x {reason}" for reason, count in most[:_MOST_REASONS]]
     rest = sum(count for _, count in most[_MOST_REASONS:])
     return "; ".join([*told, *([f"{rest} more"] if rest else [])])
-
-
-def _plain(text: str) -> str:
-    """Return text that breaks no table."""
-    return " ".join(text.replace("|", "/").replace("<", "&lt;").split())

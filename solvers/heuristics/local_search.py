@@ -25,7 +25,7 @@ _FEW_PAIRS = 1 << 18
 
 _AT_ONCE = 256
 """Of more pairs, so many units of either side are exchanged among themselves until none of them
-gains, before all are scored again: docs/scale.md has what that saves."""
+gains, before all are scored again: docs/results.md has seconds."""
 
 _ROUNDING = 1e-15
 """No exchange counts that gains less than this share of the loss of the empty support: at a loss of

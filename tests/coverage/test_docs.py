@@ -1,19 +1,20 @@
-"""The page that lists what is covered, and what it is made of."""
+"""The table and the sheet of what is covered, and what they are made of."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
-import re
 from pathlib import Path
 
 from benchmarks.coverage.lists import LISTS
-from benchmarks.coverage.page import Entry, Outcome, models_by_title, page
+from benchmarks.coverage.page import Entry, Outcome, models_by_list, put_table, sheet
 from benchmarks.coverage.peer import Peer
 from benchmarks.coverage.row import Row
 from tests.zoo import FAMILIES
 
-_PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+_SHEET = Path(__file__).parents[2] / "docs" / "coverage.csv"
 
 _SOUND = Row(parameters=100, traced=True, groups=4, prunable=2, share=0.9, form="eager")
 _ROWS = {
@@ -36,17 +37,21 @@ def _entries() -> list[Entry]:
     return [*rows, Entry("nets", "absent", not_built="ValueError: no")]
 
 
-def test_a_page() -> None:
-    text = page(_entries(), {"nets": 9})
-    named = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
-    assert named == ["wrong", "untraced", "left", "frozen", "low", "whole"]
-    assert "- `absent`: ValueError: no" in text
-    assert "a / b" in text
-    assert "it &lt;differs>" in text
-    assert "**compared, not proved**: no program" in text
-    assert all(line.count("|") == 13 for line in text.splitlines() if line[:3] == "| `")
-    (line,) = re.findall(r"^\| hand-written networks \| (.*) \|$", text, re.MULTILINE)
-    assert line.split(" | ") == ["9", "6", "5", "2", "1", "1", "1", "1", "1", "1", "1 of 6"]
+def test_a_table_and_a_sheet() -> None:
+    text = put_table("above\n<!-- coverage -->\nold\n<!-- end of coverage -->\nbelow\n", _entries())
+    assert text.startswith("above\n")
+    assert text.endswith("<!-- end of coverage -->\nbelow\n")
+    assert "old" not in text
+    (line,) = (one for one in text.splitlines() if one.startswith("| hand-written networks |"))
+    assert line.split(" | ")[1:] == [*"652111", *"11", "1 of 6 |"]
+    assert {"Not traced: `untraced`.", "Failed: `wrong`.", "Some groups skipped: `left`."} <= set(
+        text.splitlines()
+    )
+    rows = {row["model"]: row for row in csv.DictReader(io.StringIO(sheet(_entries())))}
+    assert rows["absent"]["missing"] == "ValueError: no"
+    assert rows["left"]["missing"] == "skipped: 3 x a | b"
+    assert rows["low"]["missing"] == "compared, not proved: no program"
+    assert (rows["whole"]["parameters_after"], rows["whole"]["torch_pruning_after"]) == ("50", "30")
     for entry in _entries():
         assert Entry.from_json(json.loads(json.dumps(dataclasses.asdict(entry)))) == entry
     outcomes = {entry.name: entry.outcome for entry in _entries() if entry.row}
@@ -60,7 +65,7 @@ def test_a_page() -> None:
     }
 
 
-def test_the_page_knows_the_architectures_of_the_tests() -> None:
-    found = models_by_title(_PAGE.read_text())
-    assert found["transformers, sizes chosen by hand"] == set(FAMILIES)
-    assert found["hand-written networks"] <= set(LISTS["nets"].names(None))
+def test_the_sheet_knows_the_architectures_of_the_tests() -> None:
+    found = models_by_list(_SHEET)
+    assert found["families"] == set(FAMILIES)
+    assert found["nets"] <= set(LISTS["nets"].names(None))

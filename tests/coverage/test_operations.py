@@ -1,4 +1,4 @@
-"""What a budget of operations counts, against torch's own counter, on all that the page lists."""
+"""What a budget of operations counts, beside torch's own counter, on models of coverage.csv."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import osscar
 from benchmarks.coverage.case import Inputs, NotBuilt
 from benchmarks.coverage.images import make_timm
 from benchmarks.coverage.lists import LISTS
-from benchmarks.coverage.page import models_by_title
+from benchmarks.coverage.page import models_by_list
 from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
@@ -26,7 +26,7 @@ from tests.zoo import FAMILIES, transformers_case
 
 from .measure import shrink_by_half
 
-_PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+_SHEET = Path(__file__).parents[2] / "docs" / "coverage.csv"
 
 
 def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -67,16 +67,14 @@ def test_operations_are_those_that_torch_counts_before_and_after(family: str) ->
 
 
 _LISTED = [
-    (name, model)
-    for name, listed in LISTS.items()
-    for model in sorted(models_by_title(_PAGE.read_text()).get(listed.title, ()))
+    (name, model) for name, models in models_by_list(_SHEET).items() for model in sorted(models)
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("listed", "name"), _LISTED)
-def test_operations_of_every_model_of_the_page_are_those_that_torch_counts(
+def test_operations_of_every_listed_model_are_those_that_torch_counts(
     listed: str, name: str
 ) -> None:
     try:
@@ -85,7 +83,7 @@ def test_operations_of_every_model_of_the_page_are_those_that_torch_counts(
         pytest.skip(str(error))
     try:
         groups = graph.trace(made.model, made.inputs[0]).groups
-    except GraphError:  # as the page says
+    except GraphError:  # as docs/coverage.csv says
         groups = ()
     _counted(made.model, groups, made.inputs[0])
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.instances import PAGE, instance_rows, source_rows
 from benchmarks.official import in_blocks, official
 from osscar.base.errors import OptionError, OutputError
 from osscar.base.files import file_digest
@@ -62,12 +61,6 @@ def test_the_index_and_the_files_belong_together() -> None:
     assert proofs == {n for n, one in known.instances.items() if one.best.certificate}
     size = sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file())
     assert size < 6_500_000
-
-
-def test_the_page_has_what_the_index_has() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for row in (*instance_rows(library()), *source_rows(library())):
-        assert row in text
 
 
 def test_several_consumers_and_wide_units_are_among_them() -> None:
