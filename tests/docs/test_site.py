@@ -7,9 +7,11 @@ from types import ModuleType
 
 import pytest
 
+import docs_hooks
 import graph
 import osscar
 import solvers
+from osscar.cli.commands import app
 from tests.docs.pages import PAGES, ROOT
 
 
@@ -26,6 +28,16 @@ def test_the_reference_has_every_public_name_once(package: ModuleType) -> None:
     text = (ROOT / "docs" / "api" / f"{name}.md").read_text()
     described = re.findall(rf"^(?:::: |### ){name}\.(\w+)$", text, re.MULTILINE)
     assert sorted(described) == sorted(package.__all__)
+
+
+def test_the_page_of_commands_has_every_command_and_option() -> None:
+    text = docs_hooks.on_page_markdown((ROOT / "docs/api/commands.md").read_text())
+    for name in ("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve"):
+        _, _, section = text.partition(f"\n## osscar {name}\n")
+        section = section.partition("\n## ")[0]
+        arguments = app.parse_commands([name])[1][-1].assemble_argument_collection()
+        options = {one.name for one in arguments if one.show and one.name.startswith("--")}
+        assert options <= set(re.findall(r"`(--[\w-]+)", section))
 
 
 @pytest.mark.parametrize("page", PAGES)
