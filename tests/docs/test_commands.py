@@ -26,6 +26,7 @@ from tests.osscar.interrupted_cases import tiny_model
 
 INSTALLS = "needs an index of packages; `.ci/run` does it in a fresh environment"
 THIS_SUITE = "is this suite"
+BENCHMARK = "takes minutes to hours, and data; its arguments are parsed"
 PARSED = {
     "python3 -m pip install -e .[all]": INSTALLS,
     "python3 -m pip install -e .[test]": INSTALLS,
@@ -47,20 +48,12 @@ PARSED = {
     "osscar export smaller --format onnx": "takes a directory; test_export.py runs it",
     "osscar export tuned": "takes a model of ultralytics; test_python.py runs it",
     "osscar export recovered": "takes a LLaMA, and the demo is an OPT; test_gguf.py runs it",
-    "python benchmarks/quality.py": "takes hours, on text that is not shipped",
-    "python -m benchmarks.recovery": "takes hours, on data that are not shipped",
-    "python -m benchmarks.joined": "takes minutes of training, on images that are not shipped",
-    "python -m benchmarks.rounding": "takes minutes of timing",
-    "python -m benchmarks.detectors": "takes minutes, and ultralytics; a slow test runs its parts",
-    "python benchmarks/vision.py": "takes hours, on images that are not shipped",
-    "python -m benchmarks.train_mixture": "trains for half an hour",
-    "python -m benchmarks.experts": "takes minutes, and a mixture that was trained",
     "osscar solve layer.safetensors --backend largest_input.py": "in test_user_code.py",
     "osscar prune demo --neurons 0.5 --backend largest_input.py": "in test_user_code.py",
     "osscar gap layer.safetensors --backends largest_input.py": "in test_user_code.py",
+    "python benchmarks/": BENCHMARK,
+    "python -m benchmarks.": BENCHMARK,
     "osscar instances": "test_instances.py runs its commands on the smallest",
-    "python -m benchmarks.instances": "takes hours of proofs",
-    "python -m benchmarks.gpu": "takes a graphics card; test_devices.py runs its parts",
 }
 """Commands, by what they begin with, that are not run here, and why."""
 
@@ -140,7 +133,11 @@ def vision(place: Path) -> None:
     torch.save(runpy.run_path(str(place / "net.py"))["build"]()[0].state_dict(), place / "net.pt")
 
 
-OWN = {"docs/howto/own-model.md": "net.py", "docs/howto/nanogpt.md": "gpt.py"}
+OWN = {
+    "docs/howto/own-model.md": "net.py",
+    "docs/howto/nanogpt.md": "gpt.py",
+    "docs/tutorials/image-classifier.md": "shapes.py",
+}
 """Pages that build a network of one's own, and the file that holds it."""
 
 
@@ -214,7 +211,9 @@ def test_a_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPat
     if program == "osscar":
         app.parse_args(words)
     elif program.startswith("python") and words[0].endswith(".py"):
-        assert parse_script(words[0], words[1:], monkeypatch)
+        assert parses(runpy.run_path, str(ROOT / words[0]), words[1:], monkeypatch)
+    elif words[:1] == ["-m"] and words[1].startswith("benchmarks."):
+        assert parses(runpy.run_module, words[1], words[2:], monkeypatch)
     else:
         assert reason(command) is not None, f"add {command} to PARSED, with a reason, or run it"
 
@@ -252,8 +251,10 @@ def osscar_options(words: list[str]) -> set[str]:
     return {option for one in command.assemble_argument_collection() for option in one.names}
 
 
-def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Run a script up to where it has parsed its arguments."""
+def parses(
+    run: Callable[..., Any], script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """Run a script or module up to where it has parsed its arguments."""
     parse: Callable[..., Any] = argparse.ArgumentParser.parse_args
 
     def stop(self: argparse.ArgumentParser, *given: Any) -> None:
@@ -263,5 +264,5 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run(script, run_name="__main__")
     return True

@@ -243,6 +243,25 @@ def check_own_model(names: dict[str, Any]) -> None:
     assert names["result"].calibration["samples"] == 128
 
 
+def check_image_classifier(names: dict[str, Any]) -> None:
+    result, compared = names["result"], names["compared"]
+    assert result.parameters_after < 0.7 * result.parameters_before
+    assert compared.dense.quality.top1 > 0.9
+    assert compared.model.quality.top1 > 0.9
+    assert names["recovery"].after < names["recovery"].before
+    with torch.no_grad():
+        expected = names["recovery"].model(names["draw"](3, 2000)[0])
+    assert_close(torch.from_numpy(names["scores"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def check_solver(names: dict[str, Any]) -> None:
+    excess = names["excess"]
+    assert min(min(row) for row in excess.values()) > -0.011  # percent, up to the tolerance
+    assert max(excess["local_search"]) < 0.011
+    assert max(excess["restarts"]) < max(excess["magnitude"])
+    assert Path("excess.svg").is_file()
+
+
 def check_nanogpt(names: dict[str, Any]) -> None:
     result, idx = names["result"], names["test"].tensors["idx"][:5]
     assert 0 < result.divergence < 0.5
@@ -254,6 +273,7 @@ def check_nanogpt(names: dict[str, Any]) -> None:
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 NEEDS = {
+    "docs/tutorials/image-classifier.md": ONNX,
     "docs/howto/nanogpt.md": ONNX,
     "docs/howto/formats.md": ONNX,
     "docs/after.md": (*ONNX, "accelerate", "datasets", "peft"),
@@ -272,6 +292,8 @@ CHECKS = {
     "docs/instances.md": check_instances,
     "docs/recover.md": check_recover,
     "docs/after.md": check_after,
+    "docs/tutorials/image-classifier.md": check_image_classifier,
+    "docs/tutorials/solver.md": check_solver,
     "docs/from-model-to-file.ipynb": check_notebook,
     "docs/mathematics.md": check_mathematics,
     "docs/howto/backend.md": check_backend,
