@@ -585,7 +585,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 
 def test_help_and_docs_name_the_families_that_are_written() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "howto" / "formats.md").read_text()
+    pages = Path(__file__).parents[2] / "docs" / "howto"
+    docs = "".join((pages / f"{name}.md").read_text() for name in ("formats", "llama-cpp"))
     lists = re.findall(r"LLaMA,[^.|(`]*?OLMoE", f"{osscar.cli.commands.export.__doc__} {docs}")
     assert len(lists) == 3
     written = {name.removesuffix("ForCausalLM").lower() for name in _FAMILIES} | {"smollm2"}
