@@ -9,6 +9,8 @@ operations that stays with one unit of each group, for images of this size; in b
 residual channels of convolutions are down to one, too.  ``ONNX`` is the largest
 difference between what ONNX Runtime and the pruned model put out, relative to each output's
 largest entry.  Ends with a Markdown table.
+
+Takes minutes.
 """
 
 from __future__ import annotations

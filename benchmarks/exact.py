@@ -12,6 +12,8 @@ Three sorts of problems, at several shares of removed units:
 
 Of the first two, n grows until a backend fails to close one within the limit.  Prints a row a
 solve, then the largest n that each backend closed at every share.
+
+Takes minutes to an hour.
 """
 
 from __future__ import annotations

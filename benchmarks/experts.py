@@ -10,6 +10,8 @@ that of prefill, relative to the dense model's.  At the end of each share, model
 parameters lose neurons of all their experts, heads as well, some experts first and the rest by a
 budget, or whatever one budget of all three takes.  Where no backend is given, a share is one of all
 parameters.
+
+Takes minutes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 
 ``best`` runs backends, and writes what is better into the index, with the certificates that are
 small enough to ship.  ``search`` measures what lies beyond the swap optimum.
+
+Takes hours.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Attention outputs of consecutive layers are added to the same residual stream, s
 all of them read as one linear map are a subset-selection problem with as many units as one wishes,
 on real activations: 12 heads of width 64 have the shape of a layer of OPT-125M, 32 that of
 OPT-1.3B.
+
+Takes a minute.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ so that no two layers need have one shape; with `--sparsity` a budget chooses th
 models are written as GGUF; transformers and llama.cpp score the same windows of the text, each
 token from all before it, and continue the text greedily.  Speed is measured in llama.cpp, on files
 of the number format of `--speed-dtype`, the models taking turns.  Needs `gguf` and `xllamacpp`.
+
+Takes minutes, once llama.cpp is built.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ map, so that only instances of one consumer are run.  Weights start from the lea
 which the functions presume.  Losses are of this toolkit's refit on the support that comes back,
 relative to the best known one; seconds are of the processor, one thread, the least of all rounds,
 in which the searches take turns.
+
+Takes minutes.
 """
 
 from __future__ import annotations

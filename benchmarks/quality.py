@@ -16,6 +16,8 @@ up by biases, where there are any.  Whatever shares a budget gets as much as
 uniform shares come to in whole units.
 Seconds are those of the processor, so that others on the machine do not count; give
 OMP_NUM_THREADS=1 where there are any, as threads that wait for each other count, too.
+
+Takes two to fifteen minutes a row.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ brought to the next multiple.  Nothing is said about quality: units are the larg
 random samples.  Images are classified by torch and by ONNX Runtime; a language model reads a text
 and goes on with it in llama.cpp, in float16 and in Q8_0, for which it gets neurons of zeros as
 `osscar export` adds them.  All models take turns.
+
+Takes minutes.
 """
 
 from __future__ import annotations

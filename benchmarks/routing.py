@@ -4,6 +4,8 @@
     python -m benchmarks.routing --keep 64 --normalized
 
 Logits and outputs are random.  The time is CPU time of `local_search`, less that of the problem.
+
+Takes a minute.
 """
 
 from __future__ import annotations

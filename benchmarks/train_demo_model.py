@@ -6,7 +6,9 @@ The text is the training part of ``benchmarks.prose`` and the docstrings of the 
 less every paragraph that shares eight words in a row with the calibration or held-out parts. The
 result is a stock OPT checkpoint. The script prints the held-out perplexity of the model and of a
 unigram model over the same tokens, and saves nothing unless they are at least five times
-apart. Five minutes on two cores.
+apart.
+
+Takes five minutes of two cores.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m benchmarks.train_mixture OUT [--steps 1500]
 
 Eight experts a layer, of which each token is sent to two; a loss of balance (0.01 of the one that
-Mixtral has) spreads tokens over them.  The result is a stock Mixtral checkpoint.  Half an hour of
-one core.
+Mixtral has) spreads tokens over them.  The result is a stock Mixtral checkpoint.
+
+Takes half an hour.
 """
 
 from __future__ import annotations

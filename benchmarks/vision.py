@@ -10,6 +10,8 @@ For each sparsity and backend, with and without the residual channels, prints th
 FLOPs that are left and the summed relative loss; and, for batch-norm statistics kept and
 corrected, top-1 where there are labels, agreement with the dense model, and the divergence from it.
 The first rows are the dense model itself.  Ends with all of it as a Markdown table.
+
+Takes hours.
 """
 
 from __future__ import annotations

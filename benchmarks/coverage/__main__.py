@@ -9,6 +9,8 @@
 Each model has two processes of its own, one for OSSCAR and one for Torch-Pruning, with a limit of
 time and one of memory; what came of it is a file of JSON in DIR.  Names in DIR that end in .json
 and lie beside the lists' folders keep which variant of each family is the smallest.
+
+Takes an hour.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import osscar.cli
+from benchmarks.__main__ import benchmarks
 from benchmarks.prose import Split, builtin_text
 from osscar.cli.commands import app
 from tests.docs.json_schema import missing, undescribed
@@ -203,6 +204,12 @@ def _clear(directory: Path) -> None:
 
 class Parsed(Exception):
     """The arguments were understood; nothing was run."""
+
+
+def test_every_benchmark_says_what_it_tells_and_how_long_it_takes() -> None:
+    told = benchmarks()
+    assert {"quality", "recovery", "coverage", "scale", "train_demo_model"} <= set(told)
+    assert {name for name, words in told.items() if "\nTakes " not in words} == set()
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)
