@@ -30,8 +30,13 @@ def sections() -> dict[str, str]:
 
 
 def undescribed(document: dict[str, Any]) -> set[str]:
-    """The fields of a document, at any depth, that the page does not name."""
-    body = sections()[document["schema"]]
+    """The fields of a document, at any depth, that the page does not name.
+
+    Where it says *as in* another schema, that one's fields are the same.
+    """
+    described = sections()
+    body = described[document["schema"]]
+    body += "".join(described[name] for name in re.findall(r"as in `(osscar\.\w+/\d+)`", body))
     return (
         set(_fields(document))
         - set(re.findall(r"`(?:\w+\[?\]?\.)*(\w+)(?:\[\])?`", body))
