@@ -46,7 +46,7 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
     order = torch.randperm(samples, generator=named_generator("parts", seed))
     quarter = samples // 4
     sizes = [samples - 2 * quarter, quarter, quarter]
-    parts = Parts(*(_rows(data, rows.sort().values) for rows in torch.split(order, sizes)))
+    parts = Parts(*(rows_of(data, rows.sort().values) for rows in torch.split(order, sizes)))
     if isinstance(data, CalibrationSet):
         mine, *others = (fingerprints_of_runs(part.tokens) for part in parts)
         if max(Seen.of(mine).share(other) for other in others) > _LARGEST_SHARE:
@@ -57,7 +57,7 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
     return parts
 
 
-def _rows(data: Any, rows: Tensor) -> Any:
+def rows_of(data: Any, rows: Tensor) -> Any:
     """Return the samples at these positions, (n,) int64."""
     if isinstance(data, CalibrationSet):
         return dataclasses.replace(data, tokens=data.tokens[rows])

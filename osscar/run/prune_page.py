@@ -39,6 +39,8 @@ from osscar.report.sections import (
 )
 from osscar.report.shown import columns, notes
 from osscar.request import PruningRequest
+from osscar.run.size_figure import frontier_figure, target_figure
+from osscar.run.target_search import reported_in_words, target_in_words
 from osscar.study.cases import proofs_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
@@ -100,7 +102,16 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
             "as many units can beat.",
             partial(depth_figure, groups, layers),
         )
-    if budget and len(budget["frontier"]["cost"]) > 1:
+    target = document.get("target")
+    if target and budget:
+        yield Figure(
+            "quality over size",
+            "The sizes that were tried: what was lost on the samples that choose the size, with "
+            "the end of its one-sided 95 % interval, which has to be within the target; and what "
+            "the chosen model has lost on samples that no choice has seen.",
+            partial(target_figure, target, budget),
+        )
+    elif budget and len(budget["frontier"]["cost"]) > 1:
         yield Figure(
             "divergence over the budget",
             "The least predicted divergence at every budget, and where this run lies: as "
@@ -149,6 +160,8 @@ def _answer(document: Mapping[str, Any]) -> str:
     for label, before, after, _ in _rows(document):
         if label in _QUALITY:
             sentence += f"; {label} goes from {before} to {after}"
+    if document.get("target"):
+        return f"{sentence}; {reported_in_words(document['target'])}."
     return f"{sentence}{_divergence(document, '; ')}."
 
 
@@ -177,7 +190,11 @@ def verdict(document: Mapping[str, Any]) -> str:
 
     A recovery that measures divergence decides by what it has come to.
     """
-    recovery = document.get("recovery") or {}
+    target, recovery = document.get("target"), document.get("recovery") or {}
+    if target:
+        missed = target["reported"]["value"] > target["most"]
+        again = "the target is missed where no choice was made: give more calibration data"
+        return f"{reported_in_words(target)}: {again}" if missed else ""
     nats_lost, same = document.get("divergence"), document.get("agreement")
     remedies = "recover (osscar recover, or --recover), calibrate on more data, or remove less"
     if recovery:
@@ -197,14 +214,17 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer)"
     yield "time", f"{document['seconds']:.1f} s{longest_stages(stages)}"
     yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
-    budget = document.get("budget")
-    if budget is not None:
+    target, budget = document.get("target"), document.get("budget")
+    if target:
+        yield "target", target_in_words(target)
+        yield "reported", reported_in_words(target)
+    elif budget is not None:
         yield budget_fact(budget)
-        if budget["predicted"] is not None:
-            unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
-            gap = budget.get("gap")
-            within = "" if gap is None else f" (within {gap:.1e} of the least)"
-            yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
+    if budget is not None and budget["predicted"] is not None:
+        unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
+        gap = budget.get("gap")
+        within = "" if gap is None else f" (within {gap:.1e} of the least)"
+        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same likeliest {_what(document)} in {same:.1%}"
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
@@ -375,30 +395,5 @@ def depth_figure(
     below.set_ylabel("relative loss")
     below.set_xlabel("group of its kind, from the input on")
     below.locator_params(axis="x", integer=True, min_n_ticks=1)
-    legend(figure)
-    return figure
-
-
-def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawing:
-    """Draw the predicted divergence over the budget, and where a run lies."""
-    figure, (axes,) = new_figure()
-    dense, reached = budget["dense"], budget["reached"] / budget["dense"]
-    curve = zip(budget["frontier"]["cost"], budget["frontier"]["distance"], strict=True)
-    least = [(cost / dense, distance) for cost, distance in curve if distance > 0]
-    axes.plot(*zip(*least, strict=True), "-", color=color_of(0), linewidth=1.2, label="least")
-    for index, (label, value) in enumerate(
-        (("predicted", budget["predicted"]), ("measured", measured))
-    ):
-        if value:
-            axes.plot([reached], [value], "oD"[index], color=color_of(index), markersize=7,
-                      markerfacecolor="none", markeredgewidth=1.5, label=label)  # fmt: skip
-    axes.set_yscale("log")
-    # What is far below both ends of the curve and this run is not drawn.
-    highest = axes.dataLim.ymax
-    here = [value for value in (budget["predicted"], measured) if value]
-    axes.set_ylim(min([*here, 1e-4 * highest]) / 3, 3 * highest)
-    axes.xaxis.set_major_formatter(shares)
-    axes.set_xlabel(f"{budget['cost']} kept")
-    axes.set_ylabel("relative error" if budget["measure"] == "relative" else "divergence, nats")
     legend(figure)
     return figure

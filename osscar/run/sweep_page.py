@@ -27,6 +27,7 @@ from osscar.report.sections import (
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.prune_page import verdict
+from osscar.run.size_figure import Line, draw_over_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -275,36 +276,36 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure, varied: _Vari
     methods = dict.fromkeys(p["method"] for p in points if p["method"] != _DENSE)
     for axes, across in ((speed, lambda p: float(p["speedup"])), (budget, varied.at)):
         start = [] if level is None else [(across(dense), level)]
+        lines = []
         for index, method in enumerate(methods):
             mine = [point for point in points if point["method"] == method]
-            look: Any = {"color": color(index), "linewidth": 1, "markersize": 3.5}
             one_shot, recovered = (
                 [(across(p), v) for p in mine if (v := _values(p, after).get(name)) is not None]
                 for after in (False, True)
             )
             if recovered:
-                axes.plot(*zip(*start, *one_shot, strict=True), ".--", alpha=0.6, **look)
+                lines.append(Line([*start, *one_shot], ".--", color(index), alpha=0.6))
             if shown := recovered or one_shot:
-                axes.plot(*zip(*start, *shown, strict=True), "o-", label=method, **look)
+                lines.append(Line([*start, *shown], "o-", color(index), method))
             if shown and axes is speed:
                 lows, highs = zip(*map(_between, mine), strict=True)
                 axes.hlines(
                     [v for _, v in shown], lows, highs, color=color(index), linewidth=3, alpha=0.2
                 )
+        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
+        if axes is budget and name in ("divergence", "nats"):
+            lines.append(Line(predicted, ":", "gray", "predicted"))
+        across_what = str(varied.kind) if axes is budget else "speed, times that of dense"
+        draw_over_size(axes, lines, across_what)
         if level is not None:
             axes.plot(*start[0], "k*", markersize=8, zorder=3)
             axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
         axes.set_ylabel(measure.label)
-    predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
-    if predicted and name in ("divergence", "nats"):
-        budget.plot(*zip(*predicted, strict=True), ":", color="gray", label="predicted")
     if log:
         speed.set_yscale("log")
     if measure.written.endswith("%"):
         speed.yaxis.set_major_formatter(shares)
     if not varied.counts and varied.kind is not BudgetKind.SPEEDUP:
         budget.xaxis.set_major_formatter(shares)
-    speed.set_xlabel("speed, times that of dense")
-    budget.set_xlabel(str(varied.kind))
     legend(figure)
     return figure

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 from osscar.allocation.costs import Cost
 from osscar.allocation.divergence import Measure
 from osscar.base.json_files import STRICT
-from osscar.base.printable import share
+from osscar.base.printable import pluralize, share
 from osscar.evaluation.confidence import Bounded
 from osscar.request import TargetKind
 
@@ -133,16 +133,36 @@ class TargetReport:
 def amount(quality: TargetKind, lost: float, measure: Measure = "nats") -> str:
     """Write how much of a quality is lost."""
     if quality is TargetKind.DIVERGENCE:
-        return f"{lost:.4g} {'nats' if measure == 'nats' else 'of the squared outputs'}"
+        return f"{lost:.3g} {'nats' if measure == 'nats' else 'of the squared outputs'}"
     if quality is TargetKind.PERPLEXITY:
         return f"{lost:.2%} more perplexity"
     return f"{100 * lost:.2f} points of top-1"
 
 
-def lost_in_words(quality: TargetKind, lost: Bounded, measure: Measure = "nats") -> str:
+def lost_in_words(
+    kind: TargetKind, lost: Bounded, measure: Measure = "nats", what: str = "samples"
+) -> str:
     """Say how much of a quality is lost on some samples, and at most on others."""
-    found, most = (amount(quality, one, measure) for one in (lost.value, lost.bound))
-    return f"{found} on {lost.samples} samples, at most {most} with 95 % confidence"
+    found, most = (amount(kind, one, measure) for one in (lost.value, lost.bound))
+    return f"{found} on {lost.samples} {what}, at most {most} with 95 % confidence"
+
+
+def target_in_words(target: Mapping[str, Any]) -> str:
+    """Say which of the sizes was chosen, of the ``target`` of an ``osscar.prune/5``."""
+    kind, measure = TargetKind(target["quality"]), target["measure"]
+    walk, walks = target["walks"][target["chosen"]], len(target["walks"])
+    kept = share(walk["reached"] / target["dense"])
+    lost = lost_in_words(kind, Bounded(**walk["measured"]), measure)
+    return (
+        f"at most {amount(kind, target['most'], measure)}; the smallest model within it, of "
+        f"{pluralize(walks, 'walk')}, keeps {kept} of {target['cost']}: {lost}"
+    )
+
+
+def reported_in_words(target: Mapping[str, Any]) -> str:
+    """Say what the chosen model has lost where no choice was made."""
+    kind, lost = TargetKind(target["quality"]), Bounded(**target["reported"])
+    return lost_in_words(kind, lost, target["measure"], "samples that no choice has seen")
 
 
 def smallest_within(walks: Sequence[TargetWalk], most: float) -> TargetWalk | None:

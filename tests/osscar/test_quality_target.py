@@ -1,7 +1,9 @@
 """A quality in place of a size: the bounds, the search, and whole runs on tiny models."""
 
 import itertools
+import json
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -13,14 +15,23 @@ from torch.nn import functional as F
 import osscar
 from osscar.allocation.costs import Cost
 from osscar.base.errors import DataError, OptionError, OsscarError, RequestError
+from osscar.cli import main
 from osscar.data.parts import in_parts
 from osscar.data.samples import IGNORED
 from osscar.evaluation.confidence import Bounded, Judge, bounded_drop, bounded_mean
+from osscar.report.sections import Figure
 from osscar.request import PruningRequest, TargetKind
 from osscar.run import chain
 from osscar.run.prune import prune_as_asked
+from osscar.run.prune_page import sections
 from osscar.run.run_log import RunLog
-from osscar.run.target_search import MOST_WALKS, TargetReport, TargetWalk, next_limit
+from osscar.run.target_search import (
+    MOST_WALKS,
+    TargetReport,
+    TargetWalk,
+    next_limit,
+    reported_in_words,
+)
 from tests.osscar.families import tiny
 from tests.osscar.networks import images, small_net
 from tests.osscar.test_run_log import Killed
@@ -194,7 +205,19 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
         assert measured.bound > measured.value
     assert sum("with 95 % confidence" in line for line in lines) == len(report.walks)
     assert result.held_out == report.reported.samples
-    assert result.record()["target"]["chosen"] == report.chosen
+    record = result.record()
+    assert record["target"]["chosen"] == report.chosen
+    shown = list(sections(record))
+    assert reported_in_words(record["target"]) in shown[0].lines[0]
+    (figure,) = [one for one in shown if isinstance(one, Figure) and "size" in one.name]
+    (axes,) = figure.draw().axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    at = chosen.reached / report.dense
+    assert lines["chosen"] == [[at, chosen.measured.value]]
+    assert lines["reported"] == [[at, report.reported.value]]
+    assert len(lines["walks"]) == len(report.walks)
+    assert [y for _, y in lines["target"]] == [most, most]
+    assert ("least" in lines) == (quality is DIVERGENCE)
 
 
 prepare, prune_groups = chain.prepare, chain.prune_groups
@@ -239,6 +262,33 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
     with pytest.raises(RequestError, match=r"within max_divergence=0.02: the nearest, .* of"):
         prune_as_asked(small_net(), images(), request, log)
     assert not log.directory.exists()
+
+
+def test_the_command_recovers_each_walk_and_measures_what_it_saves(tmp_path, monkeypatch, capsys):
+    dense, data = labelled(96)
+    np.savez(tmp_path / "data.npz", x=data.tensors["x"], labels=data.labels)
+    code = "from tests.osscar.networks import images, small_net\n"
+    code += "def build():\n    return small_net(), images(2)\n"
+    (tmp_path / "net.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    words = "prune net.py:build --calibration data.npz --samples 96 --max-divergence 0.01"
+    words += " --recover --recover-steps 4 --out smaller --json run.json"
+    monkeypatch.setattr(sys, "argv", ["osscar", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    printed = capsys.readouterr().out
+    assert not stop.value.code
+    assert "walk 1: keeps" in printed
+    assert "samples that no choice has seen" in printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"smaller", "run.json"}
+    assert not list(tmp_path.glob("smaller.*"))
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["recovery"]["samples"] + found["recovery"]["held_out"] == 48  # none that chooses
+    assert "quality over size" in (tmp_path / "smaller" / "report.html").read_text()
+    drawn = osscar.load_tensors(tmp_path / "data.npz", dense).sample(96, 0)
+    saved = osscar.load(tmp_path / "smaller", dense=dense)
+    due = by_hand(DIVERGENCE, dense, saved, in_parts(drawn, 96, 0).reporting)
+    assert found["target"]["reported"]["value"] == pytest.approx(due, rel=1e-3)
 
 
 UNLABELLED = osscar.TensorSet("images", {"x": images()})

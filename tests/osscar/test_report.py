@@ -20,7 +20,7 @@ from osscar.report.sections import Table, Text, settings, settings_table, table
 from osscar.report.shown import Column, columns, notes
 from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
-from osscar.run import prune_page
+from osscar.run import prune_page, size_figure
 from osscar.study.cases import Case
 from osscar.study.figures import curves_figure, gaps_figure
 from osscar.study.records import Record
@@ -130,7 +130,7 @@ def test_a_run_lies_within_the_plot_of_its_budget(measured):
         "cost": "bytes",
         "measure": "nats",
     }
-    figure = prune_page.frontier_figure(budget, measured)
+    figure = size_figure.frontier_figure(budget, measured)
     (axes,) = drawn(figure).axes
     frame = axes.get_window_extent()
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}

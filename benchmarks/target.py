@@ -1,0 +1,197 @@
+"""Targets of quality: the size that is found, and what fresh samples then say.
+
+    python benchmarks/target.py DIRECTORY --data DATA --tasks resnet20 demo --seeds 0 1 2 3
+
+Each row is one search, written to a file of its own in DIRECTORY, so that the same command goes on
+where it was stopped.  A pool of samples, the test images or all windows of a text, is drawn from
+anew with each seed; what is left of it is fresh, and is measured as the search measures.  With
+`--bisect` the size is also bisected by hand, with a whole run of `osscar.prune` at each of six.
+Ends with a Markdown table.  Seconds are those of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import osscar
+from osscar.base.files import write_json
+from osscar.data.parts import in_parts, rows_of
+from osscar.evaluation.confidence import Judge
+from osscar.models.names import DEMO_CALIBRATION
+from osscar.request import TargetKind
+
+SIZES = 6
+"""Whole runs of a bisection: the last differs by a 64th of the model."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, how many samples are drawn for a search, tokens of a window of text, and targets."""
+
+    model: str
+    samples: int
+    targets: tuple[tuple[TargetKind, float], ...]
+    seqlen: int | None = None
+
+
+DIVERGENCE, PERPLEXITY, TOP1 = TargetKind.DIVERGENCE, TargetKind.PERPLEXITY, TargetKind.TOP1
+TASKS = {
+    "resnet20": Task(
+        f"{Path(__file__).parent / 'resnet20.py'}:build",
+        768,
+        ((DIVERGENCE, 0.05), (DIVERGENCE, 0.2), (TOP1, 0.03)),
+    ),
+    "demo": Task("demo", 64, ((DIVERGENCE, 0.03), (DIVERGENCE, 0.1), (PERPLEXITY, 0.05)), 64),
+    "smollm2": Task(
+        "smollm2-135m", 64, ((DIVERGENCE, 0.1), (DIVERGENCE, 0.3), (PERPLEXITY, 0.1)), 512
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One search, or one bisection."""
+
+    task: str
+    target: str
+    most: float
+    seed: int
+    method: str
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.task}-{self.target}-{self.most:g}-{self.seed}-{self.method}.json"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    for name in arguments.tasks:
+        rows = [
+            row for row in asked(name, arguments) if not (arguments.directory / row.file).exists()
+        ]
+        if rows:
+            loaded, pool = opened(TASKS[name], arguments.data)
+            for row in rows:
+                measure(row, loaded, pool, arguments)
+    print(*table(arguments.directory), sep="\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--bisect", action="store_true", help="also by hand, with the first seed")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def asked(name: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows that are asked for, all targets of a seed before the next."""
+    for seed in arguments.seeds:
+        for kind, most in TASKS[name].targets:
+            yield Row(name, kind, most, seed, "search")
+            if arguments.bisect and seed == arguments.seeds[0]:
+                yield Row(name, kind, most, seed, "bisection")
+
+
+def opened(task: Task, data: Path) -> tuple[osscar.LoadedModel, Any]:
+    """Open a model, and all samples that there are for it, none of which overlap."""
+    if task.seqlen is None:
+        weights = data / "resnet20-cifar10.safetensors"
+        loaded = osscar.load_model(task.model, weights=weights)
+        return loaded, loaded.images(f"{data / 'cifar10-subset.npz'}:test")
+    loaded = osscar.load_model(task.model)
+    text = DEMO_CALIBRATION if task.model == "demo" else data / "wikitext2-raw-test.txt"
+    return loaded, osscar.load_calibration(
+        text, loaded.tokenizer, samples=10**5, seqlen=task.seqlen, overlapping=False
+    )
+
+
+def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse.Namespace) -> None:
+    """Search, score on what is left of the pool, and write what was found."""
+    task, kind = TASKS[row.task], TargetKind(row.target)
+    samples = len(pool.tokens) if task.seqlen else len(pool)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(row.seed))
+    data, fresh = (
+        rows_of(pool, rows) for rows in (order[: task.samples], order[task.samples :][:1000])
+    )
+    began, model = time.process_time(), loaded.model
+    found: dict[str, Any] = {}
+    if row.method == "search":
+        asked: dict[str, Any] = {kind: row.most}
+        result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
+        assert result.target is not None
+        report = result.target.to_json()
+        found = {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
+    else:
+        result = bisected(row, loaded, data, arguments.device)
+    seconds = time.process_time() - began
+    judge = Judge.of(kind, model, fresh, loaded.classes)
+    found["fresh"] = dataclasses.asdict(judge.measure(result.model))
+    kept = result.parameters_after / result.parameters_before
+    whole = {**dataclasses.asdict(row), **found, "kept": kept, "seconds": seconds}
+    write_json(arguments.directory / row.file, whole)
+    print(json.dumps({name: whole[name] for name in ("task", "target", "most", "seed", "kept")}))
+
+
+def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> osscar.PruningResult:
+    """Bisect the size by hand, on the same parts of the samples."""
+    parts = in_parts(data, TASKS[row.task].samples, row.seed)
+    judge = Judge.of(TargetKind(row.target), loaded.model, parts.choosing, loaded.classes)
+    low, high, best = 0.0, 1.0, None
+    for _ in range(SIZES):
+        middle = (low + high) / 2
+        try:
+            result = osscar.prune(loaded.model, parts.pruned_on, params=middle, device=device)
+        except osscar.OsscarError:  # there is not so much to remove
+            low = middle
+            continue
+        if judge.measure(result.model).bound <= row.most:
+            high, best = middle, result
+        else:
+            low = middle
+    assert best is not None
+    return best
+
+
+def table(directory: Path) -> Sequence[str]:
+    """Return a Markdown table of the rows in a directory, one for each task, target and method."""
+    rows = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    keys = list(dict.fromkeys((r["task"], r["target"], r["most"], r["method"]) for r in rows))
+    lines = [
+        "| model | target | method | tries | parameters kept | fresh value, mean | fresh within "
+        "the target | fresh within the reported bound | walks | seconds |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for task, target, most, method in keys:
+        own = [r for r in rows if (r["task"], r["target"], r["most"], r["method"]) == (
+            task, target, most, method)]  # fmt: skip
+        fresh = [r["fresh"]["value"] for r in own]
+        known = [r for r in own if "reported" in r]
+        bound = sum(r["fresh"]["value"] <= r["reported"]["bound"] for r in known)
+        walks = f"{np.mean([len(r['walks']) for r in known]):.1f}" if known else f"{SIZES}"
+        kept, seconds = (np.mean([r[name] for r in own]) for name in ("kept", "seconds"))
+        lines.append(
+            f"| {task} | {target} {most:g} | {method} | {len(own)} | {kept:.1%} | "
+            f"{np.mean(fresh):.4f} | {sum(v <= most for v in fresh)} | "
+            f"{bound if known else ''} | {walks} | {seconds:.0f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
