@@ -376,7 +376,7 @@ def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
 def is_of_capture(error: BaseException) -> bool:
     """Tell whether an operator such as `torch.cond` could not capture what it calls.
 
-    `torch._dynamo` is what captures it, and nothing here imports that.
+    `torch._dynamo` is what captures it, which nothing but an export loads.
     """
     from_capture = any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)
     called = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))

@@ -7,6 +7,7 @@ no longer.  Locks see to it that nothing stays replaced, however many threads th
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import itertools
 import logging
@@ -20,9 +21,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.fx import config as fx_config
 from torch.fx.experimental import _config as size_config
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.graph import _PyTreeCodeGen
 
 _EXPORT = threading.RLock()
 """Held during an export: torch replaces functions of Python and of its own meanwhile, too."""
@@ -37,8 +40,42 @@ def exporting(lines: bool) -> Iterator[None]:
 
     lines: Whether it is to note which lines of Python call each operator.
     """
-    with _EXPORT, _stack_traces(lines), symbolic_lengths(), _quiet():
-        yield
+    with _EXPORT, _stack_traces(lines), symbolic_lengths(), compiled_when_run(), _quiet():
+        collects = gc.isenabled()
+        gc.disable()  # it would look through all of torch again and again, a sixth of the time
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
+@contextmanager
+def compiled_when_run() -> Iterator[None]:
+    """Write the Python code of a graph when it is first run, as few are that an export makes.
+
+    Torch writes and compiles it a dozen times in an export, an eighth of all the time.
+    """
+    original = GraphModule.recompile
+
+    def recompile(module: GraphModule) -> None:
+        codegen = module.graph._codegen
+        if isinstance(codegen, _PyTreeCodeGen):
+            module._in_spec = codegen.pytree_info.in_spec
+            module._out_spec = codegen.pytree_info.out_spec
+
+        def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+            original(self)
+            return self.forward(*args, **kwargs)
+
+        type(module).forward = forward  # each has its own class
+
+    with _EXPORT:
+        GraphModule.recompile = recompile  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            GraphModule.recompile = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -90,19 +127,34 @@ def every_size() -> Iterator[None]:
         yield
 
 
-_MOST_QUESTIONS = 200
-"""About open sizes: language models ask 20 to 110, and code that pads to windows or chunks 500."""
+@contextmanager
+def shapes_computed() -> Iterator[None]:
+    """Compute the shape of each result, where torch looks up what it was of an equal call.
+
+    If sizes are open, it takes longer to put a known shape together than to compute it, but for
+    those of convolutions: a third of the export of a language model.
+    """
+    from torch._dynamo import config  # which an export loads
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
+_MOST_QUESTIONS, _MOST_OF_IMAGES = 80, 200
+"""About open sizes: language models ask 10 to 40, and code that pads to windows or chunks 120.  Of
+images, shapes that torch looks up ask again."""
 
 
 @contextmanager
-def few_questions() -> Iterator[None]:
+def few_questions(images: bool = False) -> Iterator[None]:
     """Give up an export whose code asks too much about open sizes: it would take minutes."""
+    most = _MOST_OF_IMAGES if images else _MOST_QUESTIONS
     name, asked = "_evaluate_expr", itertools.count(1)
     original = getattr(symbolic_shapes.ShapeEnv, name)
 
     def counted(env: symbolic_shapes.ShapeEnv, *args: Any, **options: Any) -> Any:
-        if next(asked) > _MOST_QUESTIONS:
-            raise RuntimeError(f"the code asks more than {_MOST_QUESTIONS} questions about sizes")
+        if next(asked) > most:
+            raise RuntimeError(f"the code asks more than {most} questions about sizes")
         return original(env, *args, **options)
 
     # A guard notes the innermost frame that is none of its own file.

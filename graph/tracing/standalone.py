@@ -31,7 +31,12 @@ from graph.tracing.export import (
     tensors_of,
     varies,
 )
-from graph.tracing.patches import every_size, few_questions
+from graph.tracing.patches import (
+    compiled_when_run,
+    every_size,
+    few_questions,
+    shapes_computed,
+)
 
 LARGEST = 2**16
 """A limit of a size beyond this is that of an index, and not one of the code."""
@@ -146,9 +151,16 @@ def export_standalone(
     bound = bound_arguments(model, (), example).arguments
     inputs = {name: value for name, value in bound.items() if name in example} | dict(example)
     sizes = {name: _sizes(given, left_open.get(name, ())) for name, given in inputs.items()}
-    with few_questions(), every_size() if exact else nullcontext():
+    leaves = pytree.tree_leaves(inputs)
+    images = any(isinstance(leaf, Tensor) and leaf.dim() > 3 for leaf in leaves)
+    with (
+        few_questions(images),
+        nullcontext() if images else shapes_computed(),
+        every_size() if exact else nullcontext(),
+    ):
         exported = run_export(model, (), inputs, sizes, lines=lines)
-    unlifted = exported.module()
+    with compiled_when_run():
+        unlifted = exported.module()
     graph = inlined(unlifted)
     _check_modes(unlifted)
     for node in list(graph.nodes):
@@ -156,8 +168,10 @@ def export_standalone(
         # Number formats are asserted as they were in the example.
         if node.target == GUARDS or "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)
+    with compiled_when_run():
+        module = GraphModule(unlifted, graph)
     return Standalone(
-        GraphModule(unlifted, graph),
+        module,
         _program(model, graph, exported),
         tuple(inputs),
         exported.call_spec.out_spec,
