@@ -1,13 +1,10 @@
 """The public names, each with the module from which it is imported on first use."""
 
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
-from .export.gguf import Exported as Exported, export_gguf as export_gguf
-from .export.onnx import (
-    ExportedOnnx as ExportedOnnx,
-    OnnxTensor as OnnxTensor,
-    export_onnx as export_onnx,
-)
-from .export.pt2 import ExportedArchive as ExportedArchive, export_pt2 as export_pt2
+from .export.gguf import export_gguf as export_gguf
+from .export.onnx import export_onnx as export_onnx
+from .export.pt2 import export_pt2 as export_pt2
+from .export.target import Exported as Exported
 from .base.errors import OsscarError as OsscarError
 from .data.loaders import load_batches as load_batches
 from .data.images import ImageSet as ImageSet, load_images as load_images

@@ -26,12 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from osscar.base.errors import (
-    EquivalenceError,
-    ModelError,
-    OptionError,
-    optional,
-)
+from osscar.base.errors import EquivalenceError, ModelError, OptionError, optional
 from osscar.base.files import atomic_write
 from osscar.checkpoint.directory import load
 from osscar.export.gguf_experts import (
@@ -42,7 +37,7 @@ from osscar.export.gguf_experts import (
     why_no_mixture,
 )
 from osscar.export.gguf_tokens import add_value, vocabulary_fields
-from osscar.export.target import checked_target, checkpoint_directory
+from osscar.export.target import Exported, checked_target, checkpoint_directory
 
 FORMATS = ("f32", "f16", "bf16")
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
@@ -95,36 +90,6 @@ Where other rows are, its program leaves the matrix as it is (``Q4_K_M``) or fai
 
 _MAGIC = b"GGUF"
 
-_TELLING = ("phi-3", "phi3", "modern-bert")
-"""Names of models, in lower case, from which llama.cpp concludes how special tokens are found."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Parameters
-    ----------
-    path
-        The file.
-    architecture
-        Of llama.cpp: ``llama`` or ``qwen3``, and ``deci`` or ``openelm`` where layers differ; of
-        other mixtures of experts ``qwen2moe``, ``qwen3moe`` or ``olmoe``.
-    dtype
-        Number format of the matrices.
-    bytes
-        Size of the file.
-    padding
-        Neurons of zeros, which make up whole blocks of 32 in each layer: llama.cpp could not
-        quantize it otherwise.
-    """
-
-    path: Path
-    architecture: str
-    dtype: str
-    bytes: int
-    padding: int
-
 
 def export_gguf(
     directory: str | os.PathLike[str],
@@ -170,9 +135,12 @@ def export_gguf(
     graph = Graph(load(source), dtype, library)
     fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size, library)
     with atomic_write(target) as partial:
-        _write(partial, source.name, graph, fields)
+        _write(partial, graph, fields)
         _check_written(partial, graph, fields)
-    return Exported(target, graph.architecture, dtype, target.stat().st_size, graph.padding)
+    return Exported(
+        target, target.stat().st_size,
+        architecture=graph.architecture, dtype=dtype, padding=graph.padding,
+    )  # fmt: skip
 
 
 def _is_gguf(file: Path) -> bool:
@@ -367,21 +335,20 @@ def _halves(rows: Tensor, heads: int) -> Tensor:
 
 # ---- the file ----------------------------------------------------------------------------
 
-_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _type_of(tensor: Tensor, dtype: str) -> str:
-    return _TYPES[dtype] if tensor.dim() > 1 else "F32"
+    return dtype.upper() if tensor.dim() > 1 else "F32"
 
 
-def _write(path: Path, name: str, graph: Graph, fields: Mapping[str, Any]) -> None:
+def _write(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
+    """Write a file without the model's name, from which llama.cpp would conclude how it reads."""
     library = graph.library
     writer = library.GGUFWriter(path, graph.architecture)
     try:
-        if not any(word in name.lower() for word in _TELLING):
-            writer.add_name(name)
-        writer.add_file_type(library.LlamaFileType[_file_type(graph.dtype)])
+        writer.add_file_type(library.LlamaFileType[_FILE_TYPES[graph.dtype]])
         for key, value in fields.items():
             add_value(writer, key, value)
         for key, tensor, _ in graph.tensors():
@@ -402,10 +369,6 @@ def _write(path: Path, name: str, graph: Graph, fields: Mapping[str, Any]) -> No
             writer.write_tensor_data(_bits(stored))
     finally:
         writer.close()
-
-
-def _file_type(dtype: str) -> str:
-    return "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
 
 
 def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import MissingDependency, ModelError, OutputError, first_line
+from osscar.base.errors import ModelError, OutputError, first_line, optional
 from osscar.base.files import atomic_write
 from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, read
-from osscar.export.target import traced_target
+from osscar.export.target import Exported, traced_target
 from osscar.network.hooks import computable_mixtures
 from osscar.network.modules import number_format
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-_BLOCK = 4
-"""ONNX Runtime has faster convolutions on CPUs for a multiple of so many filters (measured)."""
-
-
-@dataclass(frozen=True)
-class OnnxTensor:
-    """An input or output of the file.
-
-    Parameters
-    ----------
-    dtype
-        Number format, such as ``float32``.
-    shape
-        Its sizes; a word, such as ``batch``, is one that may vary.
-    """
-
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} ({', '.join(map(str, self.shape))})"
-
-
-@dataclass(frozen=True)
-class ExportedOnnx:
-    """What was written.
-
-    Parameters
-    ----------
-    path
-        The file.
-    bytes
-        Its size, with that of the weights beside it.
-    inputs, outputs
-        What it takes and returns, by name.
-    weights
-        The file beside it that holds its weights, where these are too large for one; else None.
-    unaligned_convolutions
-        Convolutions whose filters are no multiple of 4, and take ONNX Runtime longer on CPUs.
-    """
-
-    path: Path
-    bytes: int
-    inputs: dict[str, OnnxTensor]
-    outputs: dict[str, OnnxTensor]
-    weights: Path | None = None
-    unaligned_convolutions: int = 0
 
 
 def export_onnx(
@@ -82,7 +31,7 @@ def export_onnx(
     dense: nn.Module | None = None,
     example_inputs: Any = None,
     overwrite: bool = False,
-) -> ExportedOnnx:
+) -> Exported:
     """Write a model as ONNX, let ONNX Runtime run it, compare, and only then put it in its place.
 
     The number of samples is left open, and the length of text, where the file computes what the
@@ -121,7 +70,7 @@ def export_onnx(
     MissingDependency
         If a package is not installed.
     """
-    runtime = _runtime()
+    *_, runtime = (optional(name, "onnx", "writing ONNX") for name in _PACKAGES)
     target = traced_target(model, out, ".onnx", overwrite=overwrite)
     found = read(model, dense, torch.float32)
     if number_format(found) != torch.float32:
@@ -137,12 +86,11 @@ def export_onnx(
         raise OutputError(f"{weights} is there already, where weights might go; give another --out")
     with atomic_write(target) as partial:
         session: Any = None
-        unaligned_convolutions = 0
 
         def write(traced: Traced) -> Run:
-            nonlocal session, unaligned_convolutions
+            nonlocal session
             session = None  # the one before holds all weights
-            unaligned_convolutions = _write(traced, opened.output_names, partial)
+            _write(traced, opened.output_names, partial)
             session = _session(runtime, partial)
             return lambda inputs: _outputs(session, inputs)
 
@@ -151,28 +99,16 @@ def export_onnx(
     kept = [target.with_name(name) for name in files]
     if before and weights not in kept:
         weights.unlink(missing_ok=True)  # of the file that was replaced
-    return ExportedOnnx(
-        path=target,
-        bytes=sum(file.stat().st_size for file in kept),
-        inputs=_described(session.get_inputs()),
-        outputs=_described(session.get_outputs()),
-        weights=weights if weights in kept else None,
-        unaligned_convolutions=unaligned_convolutions,
+    return Exported(
+        target,
+        sum(file.stat().st_size for file in kept),
+        _described(session.get_inputs()),
+        _described(session.get_outputs()),
+        weights if weights in kept else None,
     )
 
 
-def _runtime() -> Any:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependency(
-            f"writing ONNX needs the packages {', '.join(map(repr, missing))}; install them with "
-            "`python3 -m pip install 'osscar[onnx]'`"
-        )
-    return importlib.import_module("onnxruntime")
-
-
-def _write(traced: Traced, outputs: Sequence[str], path: Path) -> int:
-    """Write a file, and return how many of its convolutions have no multiple of 4 filters."""
+def _write(traced: Traced, outputs: Sequence[str], path: Path) -> None:
     for old in path.parent.iterdir():
         old.unlink()  # of a try with more sizes open
     try:
@@ -198,9 +134,6 @@ def _write(traced: Traced, outputs: Sequence[str], path: Path) -> int:
             if str(size).isdigit():  # torch writes some numbers as words, of sizes that may vary
                 shape[dim] = int(str(size))
     written.save(path)
-    weights: list[Any] = [one.inputs[1] for one in written.model.graph if one.op_type == "Conv"]
-    filters = [weight.shape[0] for weight in weights if weight.shape is not None]
-    return sum(isinstance(count, int) and count % _BLOCK > 0 for count in filters)
 
 
 def _session(runtime: Any, file: Path) -> Any:
@@ -225,11 +158,11 @@ def _refused(error: Exception) -> ModelError:
     return ModelError(f"ONNX Runtime does not run what was written: {first_line(error):.300}")
 
 
-def _described(tensors: Sequence[Any]) -> dict[str, OnnxTensor]:
+def _described(tensors: Sequence[Any]) -> dict[str, str]:
     """Describe what a session takes or returns."""
     kinds = {"float": "float32", "double": "float64"}
     found = {}
     for one in tensors:
         kind = one.type.removeprefix("tensor(").removesuffix(")")
-        found[one.name] = OnnxTensor(kinds.get(kind, kind), tuple(one.shape))
+        found[one.name] = f"{kinds.get(kind, kind)} ({', '.join(map(str, one.shape))})"
     return found

@@ -243,6 +243,15 @@ class Traced:
             for name, shape in self.shapes.items()
         }
 
+    def described(self) -> dict[str, str]:
+        """Return number format and shape of each input; a word is a size that may vary."""
+        words = {symbol: axis.name for axis in self.axes for symbol in axis.symbols}
+        return {
+            name: f"{str(self.example[name].dtype).removeprefix('torch.')} "
+            f"({', '.join(str(words.get(size, size)) for size in shape)})"
+            for name, shape in self.shapes.items()
+        }
+
     def resized(self, axis: Axis) -> Iterator[Batch]:
         """Yield inputs in which one axis has another size: entries of the example, repeated.
 

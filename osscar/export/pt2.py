@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +15,8 @@ from torch import nn
 
 from osscar.base.files import atomic_write
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, outputs, read
-from osscar.export.target import traced_target
+from osscar.export.target import Exported, traced_target
 from osscar.network.hooks import followed_mixtures
-
-
-@dataclass(frozen=True)
-class ExportedArchive:
-    """What was written.
-
-    Parameters
-    ----------
-    path, bytes
-        The file.
-    inputs
-        The shape of each input by its name; -1 stands for a size that may vary.
-    """
-
-    path: Path
-    bytes: int
-    inputs: dict[str, tuple[int, ...]]
 
 
 def export_pt2(
@@ -45,26 +26,16 @@ def export_pt2(
     dense: nn.Module | None = None,
     example_inputs: Any = None,
     overwrite: bool = False,
-) -> ExportedArchive:
+) -> Exported:
     """Write a model as an archive of `torch.export`, and compare what was written.
 
     Sizes of the inputs are left open where the archive computes what the model does at other sizes.
 
     Parameters
     ----------
-    model
-        A model, or a directory that holds one.
-    out
-        The file; by default beside the directory, such as ``smaller.pt2`` for ``smaller``.
-    dense
-        The dense model of a directory whose model is of your own code, as `osscar.load` takes it.
-    example_inputs
-        What the model is traced with: a tensor, a tuple in the order of its
-        arguments, a mapping by their names, or a file as `osscar.load_tensors` takes it; two
-        samples or more.  By default of the form that it was pruned with, and tokens for a language
-        model.
-    overwrite
-        Replace a file that ends in ``.pt2``; nothing else is ever replaced.
+    model, out, dense, example_inputs, overwrite
+        As `osscar.export_onnx` takes them; the model may be in any number format, and the file ends
+        in ``.pt2``.
 
     Raises
     ------
@@ -94,8 +65,4 @@ def export_pt2(
                 return partial(outputs, torch.export.load(archive).module())
 
         traced = opened.written(write, "torch.export")
-    sizes = {
-        name: tuple(size if isinstance(size, int) else -1 for size in shape)
-        for name, shape in traced.shapes.items()
-    }
-    return ExportedArchive(target, target.stat().st_size, sizes)
+    return Exported(target, target.stat().st_size, traced.described())

@@ -1,9 +1,10 @@
-"""Where an exported file goes, and what may be replaced there."""
+"""What an export writes: where it goes, what may be replaced there, and what is told of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +13,41 @@ from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import reason_of, resolved
 from osscar.base.inputs import file_name
 from osscar.checkpoint.manifest import is_checkpoint
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    bytes
+        Its size, with that of the weights beside it.
+    inputs, outputs
+        Of ONNX and pt2: what it takes, and of ONNX what it returns, by name: number format and
+        shape, such as ``float32 (batch, 3, 32, 32)``, where a word is a size that may vary.
+    weights
+        The file beside an ONNX file that holds its weights, where these are too large for one.
+    architecture
+        Of GGUF: ``llama`` or ``qwen3``, and ``deci`` or ``openelm`` where layers differ; of other
+        mixtures of experts ``qwen2moe``, ``qwen3moe`` or ``olmoe``.
+    dtype
+        Of GGUF: number format of the matrices.
+    padding
+        Of GGUF: neurons of zeros, which make up whole blocks of 32 in each layer: llama.cpp could
+        not quantize it otherwise.
+    """
+
+    path: Path
+    bytes: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    weights: Path | None = None
+    architecture: str | None = None
+    dtype: str | None = None
+    padding: int = 0
 
 
 def checkpoint_directory(directory: object) -> Path:

@@ -207,7 +207,7 @@ def check_module(names: dict[str, Any]) -> None:
 def check_forms(names: dict[str, Any]) -> None:
     assert names["result"].form == "exported"
     assert not names["result"].skipped
-    assert names["archive"].inputs == {"input": (-1, -1, 8)}
+    assert names["archive"].inputs == {"input": "float32 (batch, input_1, 8)"}
 
 
 def check_frozen(names: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import osscar
@@ -110,7 +109,7 @@ def test_a_language_model_whose_layers_differ(run: Any, tmp_path: Path) -> None:
     assert "it returns logits float32 (batch, length, 97)" in out
     document = json.loads((tmp_path / "out.json").read_text())
     assert undescribed(document) == missing(document) == set()
-    assert document["inputs"] == {"input_ids": {"dtype": "int64", "shape": ["batch", "length"]}}
+    assert document["inputs"] == {"input_ids": "int64 (batch, length)"}
     for shape in ((1, 1), (3, 30)):
         ids = tokens(*shape)
         with torch.no_grad():
@@ -144,7 +143,7 @@ def test_images_of_the_size_that_a_config_says(tmp_path: Path, runs: Runs) -> No
     model = runs["vit"].result.model
     osscar.save(model, tmp_path / "vit")
     found = osscar.export_pt2(tmp_path / "vit")
-    assert found.inputs == {"pixel_values": (-1, 3, 32, 32)}
+    assert found.inputs == {"pixel_values": "float32 (batch, 3, 32, 32)"}
     images, program = torch.randn(5, 3, 32, 32), torch.export.load(found.path).module()
     assert torch.allclose(program(pixel_values=images).logits, model(images).logits, atol=1e-5)
 
@@ -158,7 +157,7 @@ def test_images_of_the_size_that_a_model_was_pruned_with(
         osscar.export_onnx(tmp_path / "dense")
     runs["resnet"].result.save(tmp_path / "small")
     found = osscar.export_pt2(tmp_path / "small")
-    assert found.inputs == {"pixel_values": (-1, 3, 24, 24)}
+    assert found.inputs == {"pixel_values": "float32 (batch, 3, 24, 24)"}
     np.savez(tmp_path / "x.npz", pixel_values=np.ones((1, 3, 20, 28), "f"))
     asked = ("--format", "pt2", "--inputs", tmp_path / "x.npz")
     status, _, err = run("export", tmp_path / "dense", *asked, "--out", tmp_path / "dense.pt2")
@@ -175,26 +174,10 @@ def test_an_exported_program(tmp_path: Path) -> None:
         dense, tokens(), backend="magnitude", device="cpu", heads="1/2", form="exported"
     )
     found = osscar.export_onnx(result.save(tmp_path / "small").path)
-    assert found.inputs["input_ids"].shape == ("batch", "length")
+    assert found.inputs["input_ids"] == "int64 (batch, length)"
     ids = tokens(3, 9)
     assert torch.allclose(
         run_file(found.path, input_ids=ids)[0], result.model(ids).logits, atol=1e-4
-    )
-
-
-def test_convolutions_without_whole_blocks_of_filters_are_counted(tmp_path: Path) -> None:
-    class Correlated(nn.Sequential):
-        """Each sample is a filter for all of them: nobody knows how many."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = super().forward(x)
-            return F.conv2d(x, x[:, :, :2, :2])
-
-    model = Correlated(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 12, 3)).eval()
-    x = torch.randn(2, 3, 8, 8)
-    assert (
-        osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x).unaligned_convolutions
-        == 1
     )
 
 
@@ -205,7 +188,7 @@ def test_a_mask_beside_the_tokens(tmp_path: Path) -> None:
     mask[1, -3:] = 0
     given = {"attention_mask": mask, "input_ids": tokens(2, 10)}
     found = osscar.export_onnx(model, tmp_path / "masked.onnx", example_inputs=given)
-    assert {one.shape for one in found.inputs.values()} == {("batch", "length")}
+    assert set(found.inputs.values()) == {"int64 (batch, length)"}
     ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
     mask[1, :4] = 0
     (logits,) = run_file(found.path, input_ids=ids, attention_mask=mask)
@@ -223,7 +206,7 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     model = MixtralForCausalLM(config).eval()
     kernel = config._experts_implementation
     found = osscar.export_onnx(model, tmp_path / "mixture.onnx")
-    assert found.inputs["input_ids"].shape == ("batch", "length")
+    assert found.inputs["input_ids"] == "int64 (batch, length)"
     assert config._experts_implementation == kernel
 
 
@@ -236,7 +219,7 @@ def test_a_length_that_is_a_number_in_the_file_is_not_called_open(tmp_path: Path
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1)
     found = osscar.export_onnx(MambaForCausalLM(config).eval(), tmp_path / "mamba.onnx")
-    assert found.inputs["input_ids"].shape == ("batch", 12)
+    assert found.inputs["input_ids"] == "int64 (batch, 12)"
 
 
 @pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
@@ -251,7 +234,7 @@ def test_sizes_that_an_engine_gets_wrong_are_closed(
 
     monkeypatch.setattr("osscar.export.open_program._prove", only_two)
     found = EITHER[form](model, tmp_path / f"net.{form}", example_inputs=x)
-    assert getattr(found.inputs["input"], "shape", found.inputs["input"]) == (2, 4)
+    assert found.inputs["input"] == "float32 (2, 4)"
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(
@@ -395,10 +378,7 @@ def test_a_disk_that_refuses_is_named_and_nothing_is_left(write: Any, tmp_path: 
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "onnxscript" else found(name)
-    )
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingDependency, match=r"'onnxscript'; install.*'osscar\[onnx\]'"):
         osscar.export_onnx(net(), tmp_path / "net.onnx", example_inputs=torch.randn(2, 4))
 

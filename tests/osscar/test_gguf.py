@@ -614,6 +614,9 @@ def test_the_command_writes_the_file(
         "dtype": "bf16",
         "bytes": out.stat().st_size,
         "padding": 0,
+        "inputs": {},
+        "outputs": {},
+        "weights": None,
     }
 
 
