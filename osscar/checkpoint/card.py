@@ -19,7 +19,6 @@ CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
 
 _TEMPLATE = jinja2.Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
-_HEADING = "## Scores"
 
 _ASKED = (
     *("sparsity", "params", "size", "flops", "speedup"),
@@ -55,9 +54,11 @@ def model_card(
     picture
         Whether `PICTURE_FILE` lies beside it.
     """
-    _, pruning = _parts(report)
+    schema = str(report.get("schema"))
+    pruning = report if schema.startswith("osscar.prune/") else {}
+    recovers = pruning or schema.startswith("osscar.recover/")
     after, removed = count_parameters(model), list(_removed(lineage))
-    before = pruning.get("parameters_before", after)
+    before, held = pruning.get("parameters_before", after), pruning.get("held_out")
     structure = structure_of(model)
     card: str = _TEMPLATE.render(
         library="transformers" if isinstance(model, PreTrainedModel) else "pytorch",
@@ -70,39 +71,14 @@ def model_card(
         picture=PICTURE_FILE if picture else "",
         removed=removed,
         kinds=" and ".join(kind for kind, *_ in removed) or "units",
+        before=before,
+        after=after,
         made=list(_made(model, lineage, pruning)),
-        **_scores(report),
+        divergence=pruning.get("divergence"),
+        judged=pluralize(held, "held-out sample") if held else "calibration data",
+        recovery=report["recovery"] if recovers else None,
     )
     return card
-
-
-def renewed_card(card: str, report: Mapping[str, Any]) -> str:
-    """Return a model card with the scores of another report."""
-    scores = _TEMPLATE.blocks["scores"](_TEMPLATE.new_context(_scores(report)))
-    return card[: card.index(_HEADING)] + "".join(scores)
-
-
-def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the last section of a card says."""
-    recovery, pruning = _parts(report)
-    held = pruning.get("held_out")
-    return {
-        "heading": _HEADING,
-        "forward": _forward(pruning.get("forward")),
-        "divergence": pruning.get("divergence"),
-        "judged": pluralize(held, "held-out sample") if held else "calibration data",
-        "recovery": recovery,
-    }
-
-
-def _parts(report: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
-    """Return what a report tells of a recovery, and of a pruning."""
-    schema = str(report.get("schema"))
-    if schema.startswith("osscar.recover/"):
-        return report["recovery"], {}
-    if schema.startswith("osscar.prune/"):
-        return report["recovery"], report
-    return None, {}
 
 
 def _short(source: str) -> str:
@@ -142,13 +118,3 @@ def _made(
         yield from certificate.rows()
     yield "number format", str(number_format(model)).removeprefix("torch.")
     yield "made with", f"osscar {__version__}"
-
-
-def _forward(measured: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return what a pass of both models takes, where all of it was measured."""
-    if measured is None or not all(
-        measured[one][what] for one in ("dense", "pruned") for what in ("flops", "seconds")
-    ):
-        return None
-    shapes = ", ".join(f"{name} {shape}" for name, shape in measured["shapes"].items())
-    return {**measured, "shapes": shapes}

@@ -41,7 +41,7 @@ from osscar.checkpoint.builders import (
     config_builder,
     read_builder,
 )
-from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card, renewed_card
+from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import (
     cast,
@@ -201,9 +201,7 @@ def save(
 
 
 def renew_report(checkpoint: SavedCheckpoint, report: Mapping[str, Any], page: str) -> None:
-    """Write the scores in the card of a checkpoint anew, its page, and last its report."""
-    card = checkpoint.path / CARD_FILE
-    write_text(card, renewed_card(card.read_text(encoding="utf-8"), report))
+    """Write the page of a checkpoint anew, and last its report."""
     write_text(checkpoint.path / PAGE_FILE, page)
     write_json(checkpoint.path / REPORT_FILE, report)
 
@@ -246,7 +244,7 @@ def _write(
     picture: bytes | None,
 ) -> None:
     """Write all files of a checkpoint."""
-    config, auto, known = None, None, lineage
+    config, auto, known, builder = None, None, lineage, builder_of(model)
     if isinstance(model, PreTrainedModel):
         config = stock_config(model, lineage.plans)
     if config is not None:
@@ -254,7 +252,9 @@ def _write(
         _save_stock(model, config, path)
         lineage = dataclasses.replace(lineage, plans=(), listed=0)
     else:
-        _save_planned(model, path)
+        if builder is not None:
+            builder.write(model, path)
+        _save_one_by_one(model, path)
         auto = _list_shapes(model, lineage, path, example_inputs)
         if auto is not None:
             lineage = dataclasses.replace(lineage, listed=len(lineage.plans))
@@ -266,7 +266,6 @@ def _write(
         write_text(path / PAGE_FILE, page)
     if picture is not None:
         (path / PICTURE_FILE).write_bytes(picture)
-    builder = builder_of(model)
     card = model_card(
         model, known, report or {},
         stock=config is not None, auto=auto, own_code=builder is None, picture=picture is not None,
@@ -431,13 +430,6 @@ def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
         model.save_pretrained(path)
     finally:
         model.config = original
-
-
-def _save_planned(model: nn.Module, path: Path) -> None:
-    builder = builder_of(model)
-    if builder is not None:
-        builder.write(model, path)
-    _save_one_by_one(model, path)
 
 
 def _save_one_by_one(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import OPTConfig, OPTForCausalLM
 import osscar
 import solvers
 from osscar.base.files import PARTIAL
-from osscar.checkpoint.card import CARD_FILE
 from osscar.checkpoint.manifest import REPORT_FILE
 from tests.osscar.families import CALIBRATION
 from tests.osscar.interruptions import Ended, Full, Kill, content, hidden, run
@@ -79,9 +77,8 @@ class Case:
 def _unmeasured(files: dict[str, Any]) -> dict[str, Any]:
     """Return files of a checkpoint without what is measured, or written again, after its save."""
     report = {k: v for k, v in files[REPORT_FILE].items() if k not in ("forward", "unmeasured")}
-    card = list(takewhile(lambda line: line != "## Scores", files[CARD_FILE]))
     whole = {name: text for name, text in files.items() if PARTIAL not in name}
-    return {**whole, REPORT_FILE: report, CARD_FILE: card}
+    return {**whole, REPORT_FILE: report}
 
 
 def outputs(root: Path) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def test_a_card_tells_what_was_removed_over_all_runs_and_shows_it(runs, tmp_path
     assert f"| heads | {len(units['heads'])} | {sum(units['heads'])} | {left} |" in card
     count = len(units["neurons"])
     assert f"| neurons | {count} | {sum(units['neurons'])} | {4 * count} |" in card
-    assert f"| parameters | {twice.parameters_before:,} | {twice.parameters_after:,} |" in card
+    assert f"| parameters | | {twice.parameters_before:,} | {twice.parameters_after:,} |" in card
     assert f"({PICTURE_FILE})" in card
     assert (tmp_path / "small" / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
 
