@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -30,7 +30,7 @@ from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest
 from osscar.checkpoint.validation import check_config, check_tensors, structure
 from osscar.network.detectors import DetectorNetwork
 from osscar.network.tensor_files import read_headers
-from osscar.proof.lineage import Origin, Scalar, lineage_of, note
+from osscar.proof.lineage import Origin, lineage_of, note
 from osscar.proof.program import ProgramModule
 
 
@@ -174,18 +174,15 @@ _DETECTION = "torchvision.models.detection"
 
 
 @dataclass(frozen=True)
-class TorchvisionOrigin:
-    """A model of torchvision by name; of a detector its `DetectorNetwork`.
+class LibraryOrigin(Origin):
+    """A model of torchvision or timm by name; of a detector its `DetectorNetwork`.
 
     `options` are keyword arguments of its builder, such as ``num_classes``; no weights.
     """
 
-    library: ClassVar = "torchvision"
-
-    name: str
-    options: Mapping[str, Scalar] = field(default_factory=dict)
-
     def __post_init__(self) -> None:
+        if self.library not in ("torchvision", "timm"):
+            raise CheckpointError(f"the model is one of {self.library!r}, which is not known here")
         simple = int | float | str | bool | None
         for key, value in self.options.items():
             if key.startswith("weights") or not isinstance(value, simple):
@@ -193,13 +190,21 @@ class TorchvisionOrigin:
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""
-        models = import_torchvision("models")
-        accepted = inspect.signature(models.get_model_builder(self.name)).parameters
-        # Of segmentation and detection models the backbone would be fetched.
-        none = {"weights": None, **{key: None for key in accepted if key.startswith("weights")}}
-        model: nn.Module = models.get_model(self.name, **none, **self.options)
-        if models.get_model_builder(self.name).__module__.startswith(_DETECTION):
-            model = DetectorNetwork(model)
+        if self.library == "timm":
+            model: nn.Module = import_timm().create_model(
+                self.name, pretrained=False, **self.options
+            )
+        else:
+            models = import_torchvision("models")
+            builder = models.get_model_builder(self.name)
+            # Of segmentation and detection models the backbone would be fetched.
+            accepted = (
+                key for key in inspect.signature(builder).parameters if key[:7] == "weights"
+            )
+            none = {"weights": None, **dict.fromkeys(accepted)}
+            model = models.get_model(self.name, **none, **self.options)
+            if builder.__module__.startswith(_DETECTION):
+                model = DetectorNetwork(model)
         note(model, origin=self.origin)
         return model if dtype is None else model.to(dtype)
 
@@ -212,22 +217,7 @@ class TorchvisionOrigin:
         return Origin(self.library, self.name, self.options)
 
 
-@dataclass(frozen=True)
-class TimmOrigin(TorchvisionOrigin):
-    """A model of timm by name, with or without the tag of its weights."""
-
-    library: ClassVar = "timm"
-
-    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Build the model with random weights; none are fetched."""
-        model: nn.Module = import_timm().create_model(self.name, pretrained=False, **self.options)
-        note(model, origin=self.origin)
-        return model if dtype is None else model.to(dtype)
-
-
-_LIBRARIES = {one.library: one for one in (TorchvisionOrigin, TimmOrigin)}
-
-Builder: TypeAlias = TransformersOrigin | TorchvisionOrigin
+Builder: TypeAlias = TransformersOrigin | LibraryOrigin
 """Builds a dense model, and writes what its `origin` does not hold into a checkpoint."""
 
 
@@ -241,7 +231,8 @@ def builder_of(model: nn.Module) -> Builder | None:
         known = _is_known(architecture(kind))
         return TransformersOrigin(class_of(kind, config), config) if known else None
     origin = lineage_of(model).origin
-    return None if origin is None or origin.library not in _LIBRARIES else _of_library(origin)
+    library = origin is not None and origin.library != TransformersOrigin.library
+    return LibraryOrigin(**vars(origin)) if library else None
 
 
 def _is_known(kind: type) -> bool:
@@ -255,7 +246,7 @@ def read_builder(origin: Origin | None, path: Path) -> Builder | None:
         return None
     if origin.library == TransformersOrigin.library:
         return TransformersOrigin.of_directory(path)
-    return _of_library(origin)
+    return LibraryOrigin(**vars(origin))
 
 
 def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin | None:
@@ -278,9 +269,3 @@ def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin 
         )
     known = manifest is None or manifest.stock or is_any_shape(found.config)
     return found if known else None
-
-
-def _of_library(origin: Origin) -> TorchvisionOrigin:
-    if origin.library not in _LIBRARIES:
-        raise CheckpointError(f"the model is one of {origin.library!r}, which is not known here")
-    return _LIBRARIES[origin.library](origin.name, origin.options)

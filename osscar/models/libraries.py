@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line, import_timm, import_torchvision
-from osscar.checkpoint.builders import TimmOrigin, TorchvisionOrigin
+from osscar.checkpoint.builders import LibraryOrigin
 from osscar.data.batches import named_inputs
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
 from osscar.models.loaded import LoadedModel
@@ -25,6 +25,8 @@ _OPTIONS: dict[str, dict[str, bool]] = {
 }
 """What torchvision sets for its own weights beyond the defaults."""
 
+_TIMM = "timm"
+
 _FRAMES, _FLOW_SIDE = 16, 128
 """Frames of a clip for a video model, and the least side of images for one of optical flow."""
 
@@ -32,8 +34,8 @@ _FRAMES, _FLOW_SIDE = 16, 128
 def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
     """Load ``LIBRARY:NAME`` with weights of a file, of its library, or none that were trained."""
     library, _, own = name.partition(":")
-    timm = library == TimmOrigin.library
-    origin = TimmOrigin(own) if timm else TorchvisionOrigin(own, dict(_OPTIONS.get(own, {})))
+    options = {} if library == _TIMM else dict(_OPTIONS.get(own, {}))
+    origin = LibraryOrigin(library, own, options)
     _check_known(origin)
     task = _task(origin)
     if task == "quantization":
@@ -67,10 +69,10 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
     )
 
 
-def preprocessing_of(origin: TorchvisionOrigin, model: nn.Module) -> AnyPreprocessing | None:
+def preprocessing_of(origin: LibraryOrigin, model: nn.Module) -> AnyPreprocessing | None:
     """Return what the library does to images for the weights of a name; None if to no images."""
     source = f"{origin.library} {origin.name}"
-    if isinstance(origin, TimmOrigin):
+    if origin.library == _TIMM:
         data = import_timm("timm.data")
         config = data.resolve_model_data_config(model)
         channels = config["input_size"][0]
@@ -95,10 +97,10 @@ def preprocessing_of(origin: TorchvisionOrigin, model: nn.Module) -> AnyPreproce
     )
 
 
-def _check_known(origin: TorchvisionOrigin) -> None:
+def _check_known(origin: LibraryOrigin) -> None:
     """Refuse a name that the library does not have; the part behind a dot is of timm's weights."""
     name, bare = origin.name, origin.name.partition(".")[0]
-    if not isinstance(origin, TimmOrigin):
+    if origin.library != _TIMM:
         known = import_torchvision("models").list_models()
     elif bare in (known := import_timm().list_models()) and name != bare:
         known = import_timm().list_pretrained(f"{bare}.*")
@@ -108,21 +110,21 @@ def _check_known(origin: TorchvisionOrigin) -> None:
         raise ModelError(f"{origin.library} has no model {name!r}; {hint}")
 
 
-def _task(origin: TorchvisionOrigin) -> str:
+def _task(origin: LibraryOrigin) -> str:
     """Return the part of `torchvision.models` that a model is in; its file of a classifier."""
-    if isinstance(origin, TimmOrigin):
+    if origin.library == _TIMM:
         return "classification"
     builder = import_torchvision("models").get_model_builder(origin.name)
     return str(builder.__module__.split(".")[2])
 
 
-def _preset(origin: TorchvisionOrigin) -> Any:
+def _preset(origin: LibraryOrigin) -> Any:
     return import_torchvision("models").get_model_weights(origin.name).DEFAULT
 
 
-def _fetched(origin: TorchvisionOrigin) -> dict[str, Tensor]:
+def _fetched(origin: LibraryOrigin) -> dict[str, Tensor]:
     try:
-        if isinstance(origin, TimmOrigin):
+        if origin.library == _TIMM:
             model: nn.Module = import_timm().create_model(origin.name, pretrained=True)
             return model.state_dict()
         # Not by torchvision's own builder, which would unpickle what lies in the cache.
@@ -138,7 +140,7 @@ def _fetched(origin: TorchvisionOrigin) -> dict[str, Tensor]:
         ) from error
 
 
-def _filled(origin: TorchvisionOrigin, state: Mapping[str, Tensor], source: str) -> nn.Module:
+def _filled(origin: LibraryOrigin, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Build a model, with as many classes as the weights have, and fill it."""
     model = origin.build()
     own = model.state_dict()
@@ -148,15 +150,15 @@ def _filled(origin: TorchvisionOrigin, state: Mapping[str, Tensor], source: str)
     if len(counts) == 1 and all(mine[1:] == theirs[1:] for mine, theirs in differing):
         ((classes,),) = counts
         options = {**origin.options, "num_classes": classes}
-        model = type(origin)(origin.name, options).build()
+        model = LibraryOrigin(origin.library, origin.name, options).build()
     auxiliary = {key for key in state if key.startswith(("aux", "AuxLogits")) and key not in own}
     fill(model, {key: one for key, one in state.items() if key not in auxiliary}, source)
     return model.eval()
 
 
-def _classes(origin: TorchvisionOrigin, model: Any) -> tuple[str, ...]:
+def _classes(origin: LibraryOrigin, model: Any) -> tuple[str, ...]:
     """Return the names of a model's classes, if they are those of its library's weights."""
-    if isinstance(origin, TimmOrigin):
+    if origin.library == _TIMM:
         data = import_timm("timm.data")
         subset = data.infer_imagenet_subset(model)
         names = data.ImageNetInfo(subset).label_names() if subset else ()

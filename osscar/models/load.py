@@ -14,7 +14,7 @@ from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.builders import TorchvisionOrigin, builder_of
+from osscar.checkpoint.builders import LibraryOrigin, builder_of
 from osscar.checkpoint.formats import cast
 from osscar.data.batches import needed_arguments, to_model
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
@@ -225,7 +225,7 @@ def _from_directory(
     lineage, builder = lineage_of(model), builder_of(model)
     if classifier and (processor := image_processor(path)) is not None:
         brought = transform_of(processor)
-    elif isinstance(builder, TorchvisionOrigin):
+    elif isinstance(builder, LibraryOrigin):
         brought = preprocessing_of(builder, model)
     pruned_with = recorded_example(path, lineage.inputs)
     if pruned_with is not None and (example is None or image_of(pruned_with) is not None):

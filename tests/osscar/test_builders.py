@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError
-from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.proof.equivalence import proof_outputs
@@ -29,7 +29,7 @@ IMAGES = [(torch.randn(2, 3, 32, 32),), (torch.randn(1, 3, 48, 48),)]
 def resnet() -> nn.Module:
     pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    model = TorchvisionOrigin("resnet18", {"num_classes": 10}).build().eval()
+    model = LibraryOrigin("torchvision", "resnet18", {"num_classes": 10}).build().eval()
     shrink_by_half(model, IMAGES)
     return model
 

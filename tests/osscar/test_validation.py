@@ -15,7 +15,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForC
 
 import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError
-from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.validation import structure
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_DIRECTORY
@@ -144,9 +144,9 @@ def test_tables_that_are_computed_count_too(checkpoint, reader):
 def test_a_model_that_nobody_could_hold(tmp_path, name):
     pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
     weights = {"a": StoredTensor(torch.float32, (1000, 1000))}
-    built = TorchvisionOrigin(name)
+    built = LibraryOrigin("torchvision", name)
     assert structure(built.build, weights, tmp_path, pruned=True).training
-    built = TorchvisionOrigin(name, {"num_classes": 10**11})
+    built = LibraryOrigin("torchvision", name, {"num_classes": 10**11})
     with pytest.raises(CheckpointError, match=r"asks for .* numbers, and the weights"):
         structure(built.build, weights, tmp_path, pruned=True)
 

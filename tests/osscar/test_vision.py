@@ -25,7 +25,7 @@ from osscar.base.errors import (
     import_torchvision,
 )
 from osscar.base.json_files import validated
-from osscar.checkpoint.builders import TorchvisionOrigin
+from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.directory import save
 from osscar.cli import main
 from osscar.data.images import ImageSet, load_images
@@ -312,7 +312,7 @@ def test_a_model_that_a_plan_names_is_built_without_fetching_anything(name, monk
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", torch.hub.load_state_dict_from_url
     )
-    save(TorchvisionOrigin(name).build(), tmp_path / "small")
+    save(LibraryOrigin("torchvision", name).build(), tmp_path / "small")
     assert osscar.load(tmp_path / "small").training is False
     example = load_model(tmp_path / "small", device="cpu").example
     side = {"resnet18": 224, "fcn_resnet50": 520}.get(name, 320)
@@ -482,11 +482,9 @@ def test_images_that_would_not_be_seen_as_they_are_are_refused(tmp_path, monkeyp
         with pytest.raises(DataError, match=f"pixels of mode '{mode}'.*rescale it to 8 bits"):
             load_images(tmp_path, IMAGENET).tensor()
         file.unlink()
-    Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="30000 x 1 pixels, more than 200 times longer"):
-        load_images(tmp_path, IMAGENET).tensor()
+    Image.new("RGB", (30, 1)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=r"a\.png' is too large"):
+    with pytest.raises(DataError, match=r"a\.png' cannot be decoded .*exceeds limit of 20 pixels"):
         load_images(tmp_path, IMAGENET).tensor()
     (tmp_path / "a.png").unlink()
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
