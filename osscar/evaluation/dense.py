@@ -11,6 +11,7 @@ from scipy.special import bdtrc
 from torch import nn
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError
+from osscar.base.printable import pluralize
 from osscar.data.loaders import read_once
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.text import CalibrationSet
@@ -38,31 +39,21 @@ class DenseScore:
     value
         Of that measure; None where the labels are not the model's classes.
     samples
-        How many labelled images or tensors, or windows, were scored.
-    predictions
-        How many of their labels were scored; None of windows.
-    positions
-        How many labels each has, if more than one was given: the last alone is scored where the
-        model puts out scores of its last position.
-    seqlen
-        Tokens in a window; None of images.
+        How many windows, images or samples were scored.
+    data
+        The same in words.
     chance
         What guessing comes to: the share of the most frequent class, or the size of the vocabulary.
     near_chance
         Whether the model is not significantly better than that.
     reason
         Why there is no value; empty if there is one.
-    sample
-        What one of them is: ``"window"``, ``"image"`` or ``"sample"``.
     """
 
     measure: str
     value: float | None
-    sample: str
     samples: int
-    predictions: int | None = None
-    positions: int | None = None
-    seqlen: int | None = None
+    data: str
     chance: float | None = None
     near_chance: bool = False
     reason: str = ""
@@ -113,9 +104,8 @@ def score_dense(
     return DenseScore(
         "perplexity",
         found.perplexity,
-        "window",
         found.windows,
-        seqlen=found.seqlen,
+        f"{pluralize(found.windows, 'calibration window')} of {found.seqlen} tokens",
         chance=vocabulary,
         near_chance=found.perplexity > _CHANCE_SHARE * vocabulary,
     )
@@ -126,23 +116,20 @@ def _score_labelled(model: nn.Module, data: SampleSet, classes: Sequence[str]) -
         data = data.sample(_SAMPLES, seed=0)
     assert data.labels is not None
     known, n = data.labels[data.labels != IGNORED], len(data)
+    of = pluralize(n, f"labelled calibration {data.sample_name}")
     try:
         found: SampleQuality = score([model], data, classes=classes)[0]
     except (DataError, ModelError, NonFiniteError) as error:
         # Labels may mean something else than its classes, and some classes be shut off by infinity.
-        return DenseScore("top1", None, data.sample_name, n, reason=str(error))
+        return DenseScore("top1", None, n, of, reason=str(error))
     if found.top1 is None:
         return None
     predictions, most = found.predictions, int(known.bincount().max()) / len(known)
+    if predictions != n:
+        of = f"{predictions:,} predictions in {of}"
+    elif data.labels.ndim > 1 and data.labels.shape[1] > 1:
+        of = f"{of}, at the last of {data.labels.shape[1]} labels each"
     by_chance = float(bdtrc(round(found.top1 * predictions) - 1, predictions, most))
-    return DenseScore(
-        "top1",
-        found.top1,
-        data.sample_name,
-        n,
-        predictions,
-        positions=data.labels.shape[1] if data.labels.ndim > 1 else None,
-        chance=most,
-        # Of so few that even getting all of them right would be no proof, nothing is said.
-        near_chance=by_chance > _SIGNIFICANCE >= most**predictions,
-    )
+    # Of so few that even getting all of them right would be no proof, nothing is said.
+    near = by_chance > _SIGNIFICANCE >= most**predictions
+    return DenseScore("top1", found.top1, n, of, chance=most, near_chance=near)

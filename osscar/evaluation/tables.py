@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from osscar.base.printable import engineering, in_bytes, pluralize
+from osscar.base.printable import engineering, in_bytes
 from osscar.report.sections import Table
 
 _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -64,28 +64,25 @@ def dense_facts(score: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     """
     if score is None:
         return
-    sample = score["sample"]
-    if score["value"] is None:
-        yield "dense model", f"not scored on the calibration {sample}s: {score['reason']}"
+    value, chance, data = score["value"], score["chance"], score["data"]
+    if value is None:
+        yield "dense model", f"not scored on {data}: {score['reason']}"
         return
     if score["measure"] == "top1":
-        each = score.get("predictions") or score["samples"]
-        of = "" if each == score["samples"] else f"{each:,} predictions in "
-        last = each == score["samples"] and (score["positions"] or 1) > 1
-        data = pluralize(score["samples"], f"labelled calibration {sample}")
-        where = f", at the last of {score['positions']} labels each" if last else ""
-        yield "dense model", f"top-1 {score['value']:.1%} of {of}{data}{where}"
-        chance, checked = (
-            f"{score['chance']:.1%} for the most frequent class",
-            (
-                f"that {sample}s are preprocessed as in its training, and that classes are in the "
-                "order of the labels"
-            ),
+        yield "dense model", f"top-1 {value:.1%} of {data}"
+        guess, check = (
+            f"{chance:.1%} for the most frequent class",
+            "that the data are preprocessed as in its training, and that classes are in the order "
+            "of the labels",
         )
     else:
-        data = f"{pluralize(score['samples'], 'calibration window')} of {score['seqlen']} tokens"
-        yield "dense model", f"perplexity {score['value']:,.1f} on {data}"
-        chance, checked = f"{score['chance']:,.0f} for a guess", "that the tokenizer is its own"
+        yield "dense model", f"perplexity {value:,.1f} on {data}"
+        guess, check = f"{chance:,.0f} for a guess", "that the tokenizer is its own"
     if score["near_chance"]:
-        said = f"the dense model does no better than chance ({chance}): check that its weights"
-        yield "warning", f"{said} are trained and loaded, {checked}"
+        yield (
+            "warning",
+            (
+                f"the dense model does no better than chance ({guess}): check that its weights are "
+                f"trained and loaded, {check}"
+            ),
+        )
