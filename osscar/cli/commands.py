@@ -91,11 +91,12 @@ def demo(
         Path | None,
         Parameter(help="Directory for the smaller model.  [default: a temporary one]"),
     ] = None,
+    overwrite: Annotated[bool, Parameter(help="Replace the checkpoint that is there.")] = False,
     backend: Backend = "local_search",
     json: Json = None,
 ) -> None:
     """Prune a small trained language model that ships with the package, and show what it did."""
-    _run("demo", out, backend, json)
+    _run("demo", out, overwrite, backend, json)
 
 
 @app.command

@@ -11,20 +11,18 @@ from pathlib import Path
 
 import torch
 
-from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import load
-from osscar.checkpoint.manifest import PAGE_FILE, is_checkpoint, read_manifest
+from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
 from osscar.evaluation.evaluate import compare
 from osscar.evaluation.tables import comparison_table
 from osscar.models.load import load_model
-from osscar.models.names import DEMO, DEMO_COMMAND
-from osscar.proof.lineage import note
+from osscar.models.names import DEMO
 from osscar.report.sections import facts
 from osscar.run.prune import prune
 from osscar.run.prune_page import layers_table, prune_page, run_facts
@@ -33,20 +31,17 @@ _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
 
 
-def run(directory: Path | None, backend: str, json: Path | None) -> None:
+def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None) -> None:
     """Prune the embedded model, and compare it with itself."""
     check_json_path(json)
     with _given_or_temporary(directory) as where:
-        # A directory that an earlier demo made may go; anything else may not.
-        ours = _made_by_demo(where)
-        path = check_output(where, overwrite=ours, inputs=(json,))
+        path = check_output(where, overwrite=overwrite, inputs=(json,))
         with quiet():
             dense = load_model(DEMO, dtype=torch.float32, device="cpu")
-            note(dense.model, source=DEMO_COMMAND)
             windows = dense.calibration(samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")
             report = result.document(dense.model, windows, source=dense.source)
-            saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=ours)
+            saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=overwrite)
             comparison = compare(
                 load(saved.path, dtype=torch.float32), dense.model,
                 dense.held_out(seqlen=_SEQLEN),
@@ -84,21 +79,3 @@ def _given_or_temporary(directory: Path | None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-
-
-def _made_by_demo(directory: Path) -> bool:
-    """Tell whether a demo wrote a directory, and refuse one with another checkpoint."""
-    manifest = None
-    try:
-        if not is_checkpoint(directory):
-            return False
-        manifest = read_manifest(directory)
-    except CheckpointError:
-        pass  # none that a demo wrote
-    except OSError:
-        return False  # such as a name that is too long, which is said when it is written
-    if manifest is None or manifest.lineage.source != DEMO_COMMAND:
-        raise OutputError(
-            f"{directory} holds a checkpoint that `osscar demo` did not write; give another --out"
-        )
-    return True

@@ -24,7 +24,7 @@ from osscar.data.text import (
     load_calibration,
     load_text,
 )
-from osscar.models.names import DEMO_CALIBRATION, DEMO_COMMAND, DEMO_HELD_OUT, DEMO_SOURCE
+from osscar.models.names import DEMO_CALIBRATION, DEMO_HELD_OUT, DEMO_SOURCE
 from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
 from osscar.proof.lineage import lineage_of
@@ -234,7 +234,7 @@ class LoadedModel:
 
     def _own_text(self, text: Path, option: str) -> Path:
         """Return a text of the demo, or refuse to do without one for any other model."""
-        if lineage_of(self.model).source not in (DEMO_SOURCE, DEMO_COMMAND):
+        if lineage_of(self.model).source != DEMO_SOURCE:
             raise DataError(
                 f"give {option} a text like what {self.source} will read, such as text.txt"
             )

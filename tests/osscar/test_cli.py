@@ -79,9 +79,9 @@ def test_demo_does_the_whole_job(run, tmp_path, monkeypatch):
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"] < 200
     model = osscar.load(place)
     assert sum(p.numel() for p in model.parameters()) == document["parameters_after"]
-    # Another demo may replace what one made.
     monkeypatch.setattr("osscar.cli.demo.load_model", _interrupted)
-    assert run("demo", "--out", place)[0] == 130
+    assert run("demo", "--out", place)[0] == 2
+    assert run("demo", "--out", place, "--overwrite")[0] == 130
 
 
 def _interrupted(*_, **__):
@@ -567,7 +567,7 @@ def test_options_reach_the_backend_and_what_they_made_is_not_taken_for_a_demo(ru
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("keep me")
     for place, why in (
-        ("mine", "holds a checkpoint that `osscar demo` did not write; give another --out"),
+        ("mine", "a checkpoint is there; give another directory, or --overwrite"),
         ("other", "not empty"),
         ("x" * 300, "File name too long"),
     ):
