@@ -26,7 +26,9 @@ class TraceError(GraphError):
 
     def __init__(self, reason: str, module: str, hint: str) -> None:
         where = f" in module {module!r}" if module else ""
-        super().__init__(f"the model could not be traced{where}: {reason}\n{hint}")
+        super().__init__(
+            f"the model could not be traced{where}: {reason.removesuffix('.')}.\n{hint}"
+        )
         self.reason = reason
         self.module = module
         self.hint = hint

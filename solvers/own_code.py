@@ -24,6 +24,8 @@ def imported(name: str, error: type[Exception]) -> Any:
     Raises `error` if there is no such file or module, or its code fails.
     """
     place, _, own = name.rpartition(":")
+    if not place:
+        raise error(f"{name!r} names no code; give module:name or path/file.py:name")
     if not place.endswith(".py"):
         return getattr(_installed(place, own, error), own, None)
     path = Path(place).expanduser()

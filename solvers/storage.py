@@ -23,8 +23,8 @@ _LONGEST_REASON = 300
 """Characters of a reader's message that are passed on: a file can put anything into it."""
 
 _UNREADABLE = (
-    # What a foreign file does to json and to the reader: no header, wrong types, too deep nesting.
-    *(KeyError, TypeError, ValueError, OverflowError, OSError, RuntimeError, MemoryError),
+    # What a foreign file does to json and to the reader: wrong types, too deep nesting.
+    *(TypeError, ValueError, OverflowError, OSError, RuntimeError, MemoryError),
     safetensors.SafetensorError,
 )
 
@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     _check_suffix(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = _parsed((file.metadata() or {})[_HEADER])
+            header = _parsed((file.metadata() or {}).get(_HEADER))
             # Copied: what the library returns may be a view of the file, which others can write to.
             return header, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
@@ -91,7 +91,9 @@ def printable(text: str) -> str:
     return escaped + "..." * (len(text) > _LONGEST_REASON)
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise ValueError("it holds tensors alone, such as weights of a model")
     if len(text) > _LONGEST_HEADER:
         raise ValueError(f"the header takes {len(text)} characters")
     header: dict[str, Any] = json.loads(text)

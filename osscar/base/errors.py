@@ -109,8 +109,8 @@ class BusyError(OutputError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of what an error says, without a full stop, or else its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 # ---- messages in the words of their reader ----------------------------------------------------

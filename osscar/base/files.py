@@ -120,7 +120,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     ------
     OutputError
         If it cannot be a path: links that lead nowhere or in a circle, a user without a home, NUL,
-        bytes that are not UTF-8, more than a system takes.
+        bytes that are not UTF-8, more than a system takes; or it is the root of all.
     OptionError
         If it is neither text nor a path.
     """
@@ -140,6 +140,8 @@ def resolved(path: str | os.PathLike[str]) -> Path:
                 )
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
+    if not found.name:
+        raise OutputError(f"cannot write {found}, which holds everything else; give a path in it")
     return found
 
 

@@ -154,4 +154,4 @@ def _first(error: ValidationError) -> str:
     if found["type"] in ("dataclass_type", "dict_type"):
         message = "input should be an object"
     message = message[:1].lower() + message[1:]
-    return f"{place or 'it'}: {message}{shown}"
+    return f"{place}: {message}{shown}" if place else f"{message}{shown}"

@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from osscar import __version__
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.files import write_json
+from osscar.base.inputs import file_name
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.proof.lineage import Lineage
 
@@ -53,10 +54,20 @@ class Manifest:
         write_json(directory / MANIFEST_FILE, dataclasses.asdict(self), indent=1)
 
 
-def is_checkpoint(directory: Path) -> bool:
-    """Tell whether a directory holds a checkpoint, as far as the names of its files tell."""
-    names = (MANIFEST_FILE, CONFIG_FILE)
-    return any((directory / name).is_file() for name in names)
+def checkpoint_directory(directory: object) -> Path:
+    """Return the directory of a checkpoint, as far as the names of its files tell."""
+    example = "the directory of a checkpoint, such as result.save(directory).path"
+    source = Path(file_name(directory, "the checkpoint", example)).expanduser()
+    try:
+        found = any((source / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE))
+    except OSError:  # such as of a name that is too long
+        found = False
+    if not found:
+        raise CheckpointError(
+            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
+            "wrote, or one of a model of transformers"
+        )
+    return source.resolve()
 
 
 def read_manifest(directory: Path) -> Manifest | None:

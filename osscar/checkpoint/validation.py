@@ -62,14 +62,14 @@ def check_config(path: Path) -> dict[str, Any]:
         If it is damaged.
     """
     file = path / CONFIG_FILE
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
     if not file.is_file():
         old = kept_aside(path)
         also = f"; a killed process left the old one as {old.name!r} beside it: rename that"
         raise CheckpointError(
             f"{path} holds no config.json; it is not a checkpoint{also if old.is_dir() else ''}"
         )
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
     config = read_object(file)
     for name, why in _REFUSED.items():
         if config.get(name) is not None:

@@ -155,8 +155,10 @@ def check_json_path(
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
-        if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<"):
-            raise OutputError(f"{path} is no JSON or SVG, and would be lost; give another name")
+        if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<", b"\x89", b"%"):
+            raise OutputError(
+                f"{path} is no JSON, page or drawing, and would be lost; give another"
+            )
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}") from error

@@ -61,7 +61,7 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
         sparsities=None if options.sparsity is None else _numbers(options.sparsity),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),
         exact_units=options.exact_units,
-        window_units=options.units,
+        window_units=options.window_units,
         windows=options.windows,
         bound_rounds=options.bound_rounds,
         time_limit=options.time_limit,

@@ -49,8 +49,8 @@ _GROUPS = {
     "Budget": "sparsity params size flops speedup allocation round_to at_least",
     "Quality in place of a budget": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
-    "Calibration and test data": "calibration text images inputs samples seqlen windows units "
-    "held_out batch_size seed",
+    "Calibration and test data": "calibration text images inputs samples seqlen windows "
+    "window_units held_out batch_size seed",
     "Images": "mean std image_size no_normalize",
     "Solver and refit": "backend backend_options backends certify bound bound_rounds damp target "
     "correction_weight batch_norm baselines exact_units time_limit gap_tolerance jobs ray",
@@ -365,10 +365,10 @@ class GapOptions(DataOptions):
     and `branch_and_bound`]"""
     exact_units: int = 64
     """Largest problem, in units, that exact solvers are given."""
-    units: int | None = None
+    window_units: int | None = None
     """Draw windows of this many units from larger problems; `local_search` decides on the rest."""
     windows: int = 3
-    """With --units: windows to draw from each problem, at each sparsity."""
+    """With --window-units: windows to draw from each problem, at each sparsity."""
     bound_rounds: int = BOUND_ROUNDS
     """Rounds of the search for the root bound; more give a better one."""
     time_limit: float = 60.0

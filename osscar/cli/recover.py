@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from osscar.base.errors import CheckpointError, DataError, ModelError, OutputError
+from osscar.base.errors import DataError, ModelError, OutputError
 from osscar.base.files import resolved
 from osscar.base.json_files import MEGABYTE, read_json
 from osscar.base.printable import published
@@ -19,7 +19,12 @@ from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
-from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, is_checkpoint, read_manifest
+from osscar.checkpoint.manifest import (
+    PAGE_FILE,
+    REPORT_FILE,
+    checkpoint_directory,
+    read_manifest,
+)
 from osscar.cli.common import check_files, document, named_files, out, say, say_next, show
 from osscar.cli.opening import stated_preprocessing, tell_data
 from osscar.cli.options import RecoverOptions, given, request_of
@@ -28,7 +33,7 @@ from osscar.data.batches import CalibrationData
 from osscar.data.text import CalibrationSet
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO_COMMAND, DEMO_SOURCE, ModelKind, kind_of
+from osscar.models.names import DEMO_SOURCE, ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.proof.lineage import Computed, weights_digest
 from osscar.recovery.page import recover_page, recovery_facts, recovery_table
@@ -48,14 +53,9 @@ def run(directory: Path, options: RecoverOptions) -> None:
     """Recover a pruned model."""
     with together() as ranks:
         request = request_of(options, RecoveryRequest)
-        place = resolved(directory)
-        if not is_checkpoint(place):
-            raise CheckpointError(
-                f"{str(directory)!r} is no directory that holds a checkpoint; give one that "
-                "`osscar prune` wrote"
-            )
+        place = checkpoint_directory(directory)
         manifest = read_manifest(place)
-        of_demo = manifest is not None and manifest.lineage.source in (DEMO_SOURCE, DEMO_COMMAND)
+        of_demo = manifest is not None and manifest.lineage.source == DEMO_SOURCE
         if not (options.text or options.images or options.inputs or of_demo):
             raise DataError(
                 f"nothing to train on: give --text, --images or --inputs, data like what "

@@ -40,12 +40,6 @@ _IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 )
 
-_GRAY = frozenset({"1", "L", "LA", "La"})
-"""What PIL calls images in shades of gray."""
-
-_LONGEST = 200
-"""How many times longer than wide an image may be; it is resized by its shorter side."""
-
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(SampleSet):
@@ -145,12 +139,8 @@ class ImageSet(SampleSet):
         return {**super().describe(), "preprocessing": self.preprocessing.record()}
 
     def sentence(self) -> str:
-        """Say what is done to the images, and how many of them are grayscale where that counts."""
-        told = self.preprocessing.sentence()
-        gray = sum(map(_is_gray, self.items)) if self.preprocessing.mode == "RGB" else 0
-        if gray:
-            told += f"; {gray:,} of {len(self):,} are grayscale, repeated in each channel"
-        return told
+        """Say what is done to the images."""
+        return self.preprocessing.sentence()
 
     def fingerprints(self) -> list[int]:
         """Return a hash of each image as it is stored, to recognize it by."""
@@ -178,8 +168,6 @@ class ImageSet(SampleSet):
                 return image.convert(mode)
         except DataError:
             raise
-        except Image.DecompressionBombError as error:
-            raise DataError(f"{str(item)!r} is too large: {error}; shrink the file") from error
         except Exception as error:  # of a damaged file a decoder raises whatever it meets
             raise DataError(
                 f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
@@ -188,31 +176,11 @@ class ImageSet(SampleSet):
 
 
 def _check_form(item: str, image: Any) -> None:
-    """Refuse images that a conversion to 8 bits would clip, or that resizing would blow up."""
+    """Refuse images that a conversion to 8 bits would clip."""
     if image.mode.startswith(("I", "F")):
         raise DataError(
             f"{item!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to 8 bits"
         )
-    if max(image.size) > _LONGEST * min(image.size):
-        raise DataError(
-            f"{item!r} has {image.size[0]} x {image.size[1]} pixels, more than {_LONGEST} "
-            "times longer than wide; cut it"
-        )
-
-
-def _is_gray(item: Any) -> bool:
-    """Whether an image is stored in shades of gray; what cannot be opened is found out later."""
-    from PIL import Image
-
-    if isinstance(item, np.ndarray):
-        return item.ndim == 2
-    if isinstance(item, Image.Image):
-        return item.mode in _GRAY
-    try:
-        with Image.open(item, formats=_IMAGE_FORMATS) as image:
-            return image.mode in _GRAY
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
-        return False
 
 
 def _stored(item: Any) -> bytes:

@@ -132,8 +132,8 @@ class TensorSet(SampleSet):
     Raises
     ------
     DataError
-        If they are no mapping of tensors, one is empty, has NaN or infinite entries or no plain
-        values, or the numbers of samples differ.
+        If they are no mapping of tensors, one is empty, has NaN or infinite entries, or the
+        numbers of samples differ.
     """
 
     source: str
@@ -252,12 +252,6 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise DataError(f"the data {name!r} are empty")
-        odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
-        if odd or tensor.is_meta:
-            raise DataError(
-                f"the data {name!r} are sparse, nested, quantized or on the device 'meta'; give "
-                "plain tensors with values"
-            )
         eighth = tensor.is_floating_point() and tensor.element_size() == 1
         finite = torch.isfinite(tensor.float() if eighth else tensor)
         if not bool(finite.all()):

@@ -367,8 +367,8 @@ class TextSet:
         room, least = length - len(self.before), max(2, len(self.before) + 1)
         if not least <= length <= limit:
             raise OptionError(
-                f"a window of {length} tokens does not fit this model: give from {least}, which "
-                f"has room for the text, to {limit}, which is its context (--seqlen)"
+                f"a window of {pluralize(length, 'token')} does not fit this model: give from "
+                f"{least}, which has room for the text, to {limit}, which is its context (--seqlen)"
             )
         pieces = [torch.cat([self.before, piece]) for piece in torch.split(self.tokens, room)]
         return tuple(piece for piece in pieces[: self.windows] if len(piece) > 1)

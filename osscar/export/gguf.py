@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, optional
 from osscar.base.files import atomic_write
 from osscar.checkpoint.directory import load
+from osscar.checkpoint.manifest import checkpoint_directory
 from osscar.export.gguf_experts import (
     in_parts,
     mixture_sizes,
@@ -37,7 +38,7 @@ from osscar.export.gguf_experts import (
     why_no_mixture,
 )
 from osscar.export.gguf_tokens import add_value, vocabulary_fields
-from osscar.export.target import Exported, checked_target, checkpoint_directory
+from osscar.export.target import Exported, checked_target
 
 FORMATS = ("f32", "f16", "bf16")
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""

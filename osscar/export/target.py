@@ -9,10 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from osscar.base.errors import CheckpointError, OutputError
+from osscar.base.errors import OutputError
 from osscar.base.files import reason_of, resolved
-from osscar.base.inputs import file_name
-from osscar.checkpoint.manifest import is_checkpoint
+from osscar.checkpoint.manifest import checkpoint_directory
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,6 @@ class Exported:
     architecture: str | None = None
     dtype: str | None = None
     padding: int = 0
-
-
-def checkpoint_directory(directory: object) -> Path:
-    """Return the directory of a checkpoint: a model has to be saved before it is exported."""
-    example = "the directory of a checkpoint, such as result.save(directory).path"
-    source = Path(file_name(directory, "the checkpoint", example)).expanduser()
-    try:
-        found = source.is_dir() and is_checkpoint(source)
-    except OSError:  # such as of a name that is too long
-        found = False
-    if not found:
-        raise CheckpointError(
-            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
-            "wrote, or one of a model of transformers"
-        )
-    return source.resolve()
 
 
 def traced_target(

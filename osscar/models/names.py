@@ -22,8 +22,6 @@ DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 DEMO_CALIBRATION, DEMO_HELD_OUT = (
     DEMO_DIRECTORY / name for name in ("calibration.txt", "held_out.txt")
 )
-DEMO_COMMAND = "osscar demo"
-"""Stands as source in a directory that the command wrote, and may replace."""
 
 _REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR."""
@@ -123,7 +121,8 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
         if name and path.is_dir():
             return path, f"directory {path}"
         if name and path.exists():
-            raise ModelError(f"{name!r} is a file; give the directory that holds the checkpoint")
+            give = f"{name}:function" if path.suffix == ".py" else "the directory of a checkpoint"
+            raise ModelError(f"{name!r} is a file; give {give}")
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"cannot look for {name!r}: {reason}") from error

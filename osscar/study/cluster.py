@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import re
 import signal
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from osscar.base.errors import JournalError, MissingDependency
+from osscar.base.errors import JournalError, optional
 from osscar.base.process import handling
 from osscar.study.jobs import KILLED, Task, solve_task
 from osscar.study.records import Record
@@ -67,13 +65,11 @@ def connected(address: str) -> Iterator[RayCluster]:
     The address is ``auto`` for the cluster that this machine belongs to, ``HOST:PORT``, or
     ``local`` for one of this machine alone that ends with the block.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise MissingDependency("a cluster needs ray: python3 -m pip install 'osscar[ray]'")
+    ray = optional("ray", "ray", "a cluster")
     host = re.fullmatch(r"(?:ray://)?\[?([^/\]]+?)\]?:(\d{1,5})", address)
     try:
         if host is not None:
             socket.create_connection((host[1], int(host[2])), _PATIENCE).close()
-        ray = importlib.import_module("ray")
         # SIGTERM does what it did, which Ray would replace.
         with handling(signal.getsignal(signal.SIGTERM), (signal.SIGTERM,)):
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)

@@ -181,5 +181,5 @@ def _studying(place: Path, jobs: int) -> tuple[str, ...]:
     return (
         *("gap", *map(str, files), "--sparsity", "0.4,0.6", "--jobs", str(jobs)),
         *("--backends", "greedy,local_search,perspective,branch_and_bound"),
-        *("--units", "8", "--windows", "1", "--exact-units", "18"),
+        *("--window-units", "8", "--windows", "1", "--exact-units", "18"),
     )

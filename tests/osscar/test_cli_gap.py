@@ -47,7 +47,18 @@ def test_gap_on_a_model_writes_a_study(run, tmp_path):
             "*layers.0*heads,*layers.1.*heads",
         ),
         *("--sparsity", "0.5", "--backends", "wanda,local_search,perspective,branch_and_bound"),
-        *("--calibration", text, "--samples", 8, "--seqlen", 64, "--units", 6, "--windows", 1),
+        *(
+            "--calibration",
+            text,
+            "--samples",
+            8,
+            "--seqlen",
+            64,
+            "--window-units",
+            6,
+            "--windows",
+            1,
+        ),
         *("--jobs", 1, "--device", "cpu", "--json", tmp_path / "gap.json"),
     )
     status, out, err = run(*arguments)

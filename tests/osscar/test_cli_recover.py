@@ -168,8 +168,8 @@ def test_where_nothing_was_better_the_model_is_as_it_came(run, small, tiny):
 # ---- what is refused ---------------------------------------------------------------------
 
 BAD = [
-    (["nothing"], "'nothing' is no directory that holds a checkpoint"),
-    (["."], "'.' is no directory that holds a checkpoint"),
+    (["nothing"], "'nothing' is no directory with a checkpoint"),
+    (["."], "'.' is no directory with a checkpoint"),
     (["small\0"], "cannot write"),
     (["small", "--out", "small/inner"], "lies in small, which stays as it is"),
     (["small", "--out", "small/.."], "in use"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -109,7 +108,7 @@ def test_what_a_task_raises_and_a_lost_worker_end_the_study_and_what_was_solved_
 
 
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(MissingDependency, match=r"pip install 'osscar\[ray\]'"),
         connected("auto"),
@@ -204,7 +203,14 @@ def test_a_study_on_ray_is_that_of_one_machine_though_a_worker_is_killed(ray_clu
         _problem(units).save(file)
     arguments = (
         *("gap", *map(str, problems), "--sparsity", "0.4,0.6", "--exact-units", "30"),
-        *("--backends", "greedy,local_search,branch_and_bound", "--units", "8", "--windows", "1"),
+        *(
+            "--backends",
+            "greedy,local_search,branch_and_bound",
+            "--window-units",
+            "8",
+            "--windows",
+            "1",
+        ),
     )
     killed: list[int] = []
     over = threading.Event()

