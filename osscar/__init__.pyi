@@ -1,6 +1,7 @@
 """The public names, each with the module from which it is imported on first use."""
 
-from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, load as load, save as save
+from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, save as save
+from .checkpoint.reading import load as load
 from .export.gguf import export_gguf as export_gguf
 from .export.onnx import export_onnx as export_onnx
 from .export.pt2 import export_pt2 as export_pt2

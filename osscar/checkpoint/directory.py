@@ -1,4 +1,4 @@
-"""Writing a shrunk model and reading it back; nothing is pickled, and no half-written directory.
+"""Writing a shrunk model, read back and compared before it takes its place; nothing is pickled.
 
 Where the family's config can express the new shapes, the directory is a stock transformers
 checkpoint.  Elsewhere it holds what builds the dense model (see `osscar.checkpoint.builders`), the
@@ -14,41 +14,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from osscar.base.errors import (
-    AdapterError,
-    CheckpointError,
-    EquivalenceError,
-    OptionError,
-    OsscarError,
-    first_line,
-    warn,
-)
+from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, first_line, warn
 from osscar.base.files import system_errors, write_json, write_text
-from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output
-from osscar.checkpoint.builders import (
-    TransformersOrigin,
-    builder_of,
-    config_builder,
-    read_builder,
-)
+from osscar.checkpoint.builders import TransformersOrigin, builder_of
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
-from osscar.checkpoint.first_pass import check_runs, vocabulary_of
-from osscar.checkpoint.formats import (
-    cast,
-    saved_format,
-    tensors_of,
-    written_tensors,
-)
+from osscar.checkpoint.first_pass import vocabulary_of
+from osscar.checkpoint.formats import cast, saved_format, written_tensors
 from osscar.checkpoint.hf_config import (
     CODE,
     DESCRIPTION_ERRORS,
@@ -65,44 +45,22 @@ from osscar.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from osscar.checkpoint.reading import check_dtype, load
 from osscar.checkpoint.regrouped import parts_in_files
 from osscar.checkpoint.streamed import read_streamed
-from osscar.checkpoint.validation import check_tensors, readable, structure
-from osscar.network.modules import (
-    check_finite_weights,
-    check_usable,
-    copied,
-    evaluating,
-    example_length,
-    identity_of,
-    number_format,
-)
-from osscar.network.tensor_files import (
-    WEIGHTS_FILE,
-    Part,
-    StoredTensor,
-    check_written,
-    read_headers,
-    write_tensors,
-)
+from osscar.network.modules import check_usable, copied, evaluating, example_length, number_format
+from osscar.network.tensor_files import WEIGHTS_FILE, Part, check_written, write_tensors
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.proof.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
 from osscar.proof.lineage import (
-    FORMATS,
-    LINEAGE,
     Lineage,
     Origin,
     lineage_of,
-    remember_structure,
     stored_dtype,
     structure_of,
     without_values,
 )
-from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold, is_foldable
-from osscar.shrinking.shrink_program import replayed
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -179,7 +137,7 @@ def save(
         If it cannot be read back.
     """
     check_usable(model)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     lineage = lineage_of(model)
     dtype = stored_dtype(model) if dtype is None else dtype
     path = check_output(directory, overwrite=overwrite, needed_bytes=weight_bytes(model, dtype))
@@ -279,142 +237,6 @@ def _write(
     for other in path.rglob("*"):
         if other.is_file():
             other.chmod(mode)
-
-
-@overload
-def load(
-    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense: None = None
-) -> PreTrainedModel | Any: ...
-@overload
-def load(
-    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense: M
-) -> M | Any: ...
-def load(
-    directory: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
-    dense: nn.Module | None = None,
-) -> nn.Module:
-    """Read a model that `save` wrote, stock or not, on the CPU and in evaluation mode.
-
-    It is of the class that was saved (one of transformers is a subclass of that, where
-    ``config.json`` lists its shapes), or a `ProgramModule`: type checkers are told of the usual
-    class, and that there are others.
-
-    Shapes and numbers are checked, and no file is signed: a plan that was edited to keep other
-    units, as many as before, is not noticed.  All weights come from the file of weights, so that it
-    changes what the lineage says, and what a model computes unit by unit from no weight, such as
-    the slopes of ALiBi.
-
-    Parameters
-    ----------
-    directory
-        Where from.
-    dtype
-        By default that of the file.
-    dense
-        For a model of your own: the dense model with any weights.  A copy of it is shrunk and
-        filled, since a checkpoint holds no code.
-
-    Raises
-    ------
-    CheckpointError
-        If the directory does not hold such a model, its weights are not what it says, or a language
-        model cannot run.
-    FileError
-        If a file in it is damaged.
-    OptionError
-        If an argument is of a wrong type.
-    ModelError
-        If `dense` is no model.
-    NonFiniteError
-        If a weight is NaN or infinite, or what a language model makes of two tokens is NaN.
-
-    Warns
-    -----
-    UserWarning
-        If there is no ``osscar.json``, as after ``save_pretrained`` of transformers, so that what
-        the model has seen is not known.
-    """
-    name = file_name(directory, "the checkpoint", "the directory that holds it")
-    _check_dtype(dtype)
-    if dense is not None:
-        check_usable(dense)
-    with readable(name):
-        path = Path(name).expanduser()
-        manifest = read_manifest(path)
-        whole = config_builder(path, manifest)
-        if whole is not None:
-            return _checked(whole.read_stock(path, dtype), manifest, path)
-        assert manifest is not None  # whose plan it is
-        stored = read_headers(path) or {}
-        # Converted before plans are carried out, since the trace of a program holds number formats.
-        if dense is not None:
-            model = copied(dense) if dtype is None else cast(copied(dense), dtype)
-            remember_structure(model)
-        else:
-            model = _original(manifest, stored, path, dtype)
-        fold(model, stored)  # what the pruned model has as a plain weight
-        for plan in manifest.lineage.replayed:
-            model = _carried_out(model, plan, path)
-        check_tensors(model, stored, path)
-        _fill(model, path)
-    return _checked(model.eval(), manifest, path)
-
-
-def _fill(model: nn.Module, path: Path) -> None:
-    """Give a model the weights in a directory; each tensor is stored under one of its names."""
-    state = safetensors.torch.load_file(path / WEIGHTS_FILE)
-    own = tensors_of(model)
-    filled = {identity_of(tensor) for name, tensor in own.items() if name in state}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    lacking = [name for name in missing if identity_of(own[name]) not in filled]
-    for what, names in (("lacks", lacking), ("has", unexpected)):
-        if names:
-            raise CheckpointError(
-                f"the weights in {path} do not fit its plan: the file {what} {names[0]!r}; get the "
-                "checkpoint anew"
-            )
-
-
-def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
-    """Return a model without what a plan removes."""
-    try:
-        return replayed(model, plan)
-    except AdapterError as error:
-        raise CheckpointError(
-            f"{path} cannot be made again of {type(model).__name__}: {error}; give the dense model "
-            "that it was made of (dense=), with the code and the torch of that time"
-        ) from error
-
-
-def _check_dtype(dtype: object) -> None:
-    known = isinstance(dtype, torch.dtype) and dtype in FORMATS.values()
-    if dtype is not None and not known:
-        raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FORMATS)} of torch")
-
-
-def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Module:
-    """Return a model that was read, with its lineage, once it is seen to run."""
-    check_finite_weights(model)
-    if vocabulary_of(model) is not None:
-        check_runs(model, str(path))
-    if manifest is not None:
-        setattr(model, LINEAGE, manifest.lineage)
-    return model
-
-
-def _original(
-    manifest: Manifest, stored: Mapping[str, StoredTensor], path: Path, dtype: torch.dtype | None
-) -> nn.Module:
-    """Return the model before pruning, to be cut, built as the manifest says."""
-    builder = read_builder(manifest.lineage.origin, path)
-    if builder is None:
-        raise CheckpointError(
-            f"{path} holds a model of your own code; build the dense model and give it (--dense)"
-        )
-    structure(builder.build, stored, path, pruned=True)
-    return builder.build(dtype)
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:

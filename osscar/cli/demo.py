@@ -14,8 +14,8 @@ import torch
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
 from osscar.checkpoint.atomic_directory import check_output
-from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import PAGE_FILE
+from osscar.checkpoint.reading import load
 from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line

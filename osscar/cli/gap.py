@@ -17,15 +17,7 @@ from osscar.base.files import file_digest
 from osscar.base.inputs import checked, whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
-from osscar.cli.common import (
-    check_files,
-    check_input,
-    document,
-    say,
-    show,
-    way_back,
-    write_json,
-)
+from osscar.cli.common import check_files, check_input, document, say, show, way_back, write_json
 from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, given

@@ -17,8 +17,9 @@ from osscar.base.files import resolved
 from osscar.base.ranks import Ranks, together
 from osscar.base.timing import Profile, Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
-from osscar.checkpoint.directory import SavedCheckpoint, load, renew_report, weight_bytes
+from osscar.checkpoint.directory import SavedCheckpoint, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
+from osscar.checkpoint.reading import load
 from osscar.cli.common import (
     check_files,
     document,

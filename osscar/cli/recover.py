@@ -19,12 +19,7 @@ from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
-from osscar.checkpoint.manifest import (
-    PAGE_FILE,
-    REPORT_FILE,
-    checkpoint_directory,
-    read_manifest,
-)
+from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory, read_manifest
 from osscar.cli.common import check_files, document, named_files, out, say, say_next, show
 from osscar.cli.opening import stated_preprocessing, tell_data
 from osscar.cli.options import RecoverOptions, given, request_of

@@ -17,21 +17,9 @@ from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
-from osscar.data.preprocessing import (
-    AnyPreprocessing,
-    Transform,
-    as_preprocessing,
-    check_stated,
-)
+from osscar.data.preprocessing import AnyPreprocessing, Transform, as_preprocessing, check_stated
 from osscar.data.sample_files import located, read_tensors
-from osscar.data.samples import (
-    IMAGES,
-    LABEL_NAMES,
-    LABELS,
-    SampleSet,
-    checked_labels,
-    columns_of,
-)
+from osscar.data.samples import IMAGES, LABEL_NAMES, LABELS, SampleSet, checked_labels, columns_of
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""

@@ -15,12 +15,7 @@ from transformers import PreTrainedModel
 from osscar.base.errors import DataError, warn
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.printable import listed, pluralize
-from osscar.data.batches import (
-    accepted_arguments,
-    check_arguments,
-    named_inputs,
-    needed_arguments,
-)
+from osscar.data.batches import accepted_arguments, check_arguments, named_inputs, needed_arguments
 from osscar.data.samples import (
     LABEL_NAMES,
     SampleList,

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
 from osscar.base.inputs import check_regular, file_name
-from osscar.data.batches import (
-    accepted_arguments,
-    check_arguments,
-    named_example,
-    needed_arguments,
-)
+from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
 from osscar.data.samples import IMAGES, LABELS, TensorSet, kind_of_numbers
 
 SUFFIXES = (".npz", ".safetensors")

@@ -28,8 +28,8 @@ from torch.nn.functional import pad
 
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, optional
 from osscar.base.files import atomic_write
-from osscar.checkpoint.directory import load
 from osscar.checkpoint.manifest import checkpoint_directory
+from osscar.checkpoint.reading import load
 from osscar.export.gguf_experts import (
     in_parts,
     mixture_sizes,

@@ -24,14 +24,8 @@ from graph.tracing.standalone import LARGEST
 from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
-from osscar.checkpoint.directory import load
-from osscar.data.batches import (
-    Batch,
-    check_arguments,
-    check_signature,
-    named_example,
-    to_model,
-)
+from osscar.checkpoint.reading import load
+from osscar.data.batches import Batch, check_arguments, check_signature, named_example, to_model
 from osscar.data.sample_files import load_tensors
 from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating

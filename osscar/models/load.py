@@ -13,7 +13,7 @@ from osscar.base.errors import FileError, ModelError, OptionError, warn
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
-from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import LibraryOrigin, builder_of
 from osscar.checkpoint.formats import cast
 from osscar.data.batches import needed_arguments, to_model
@@ -23,12 +23,7 @@ from osscar.models.libraries import load_of_library, preprocessing_of
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
 from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
-from osscar.models.pretrained import (
-    class_names,
-    image_processor,
-    load_language_model,
-    transform_of,
-)
+from osscar.models.pretrained import class_names, image_processor, load_language_model, transform_of
 from osscar.models.weights import fill, read_state
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
 from osscar.network.tensor_files import read_headers

@@ -12,17 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from osscar.base.errors import (
-    ModelError,
-    OptionError,
-    OsscarError,
-    first_line,
-    warn,
-)
+from osscar.base.errors import ModelError, OptionError, OsscarError, first_line, warn
 from osscar.base.inputs import panics_are_errors, parse_size
 from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
 from osscar.base.printable import pluralize, published
-from osscar.checkpoint import directory as checkpoint
+from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
 from osscar.checkpoint.formats import cast

@@ -206,7 +206,7 @@ def check_traced(traced: tuple[TracedInput, ...]) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """Everything that one pruning run removed.
 
@@ -230,6 +230,11 @@ class PruningPlan:
         tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...],
         AfterValidator(_checked_inputs),
     ] = ()
+
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{g.name} {len(g.kept)} of {g.units}" for g in self.groups[:3])
+        more = f" and {len(self.groups) - 3} groups more" if len(self.groups) > 3 else ""
+        return f"PruningPlan({kept}{more})"
 
     @property
     def form(self) -> Form:

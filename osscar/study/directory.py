@@ -30,13 +30,7 @@ from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint, JournalManifest
 from osscar.study.design import StudyDesign
-from osscar.study.jobs import (
-    RECORDS,
-    Task,
-    affordable_jobs,
-    solve_here,
-    solve_task,
-)
+from osscar.study.jobs import RECORDS, Task, affordable_jobs, solve_here, solve_task
 from osscar.study.records import (
     ROOT_BOUND,
     WINDOW,

@@ -26,12 +26,7 @@ from osscar.report.sections import (
 from osscar.report.shown import Shown, columns
 from osscar.study.cases import HIT, Case, proofs_in_words
 from osscar.study.design import SPARSITIES
-from osscar.study.figures import (
-    curves_figure,
-    gaps_figure,
-    profiles_figure,
-    time_ratios,
-)
+from osscar.study.figures import curves_figure, gaps_figure, profiles_figure, time_ratios
 from osscar.study.records import WINDOW, Instance, Record, window_layer
 
 if TYPE_CHECKING:
