@@ -636,7 +636,8 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
         one.replace(annotation=bare(one.annotation))
         for one in inspect.signature(request).parameters.values()
     ]
-    signature = inspect.Signature([*first, *fields])
+    made = inspect.signature(run).return_annotation
+    signature = inspect.Signature([*first, *fields], return_annotation=made)
 
     def keywords(*args: Any, **asked: Any) -> Any:
         for unknown in asked.keys() - signature.parameters:

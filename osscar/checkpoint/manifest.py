@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -57,17 +58,16 @@ class Manifest:
 def checkpoint_directory(directory: object) -> Path:
     """Return the directory of a checkpoint, as far as the names of its files tell."""
     example = "the directory of a checkpoint, such as result.save(directory).path"
-    source = Path(file_name(directory, "the checkpoint", example)).expanduser()
-    try:
-        found = any((source / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE))
-    except OSError:  # such as of a name that is too long
-        found = False
-    if not found:
-        raise CheckpointError(
-            f"{str(directory)!r} is no directory with a checkpoint; give one that `osscar prune` "
-            "wrote, or one of a model of transformers"
-        )
-    return source.resolve()
+    name = file_name(directory, "the checkpoint", example)
+    # Such as of a name that is too long, and of a user without a home.
+    with suppress(OSError, RuntimeError, ValueError):
+        source = Path(name).expanduser()
+        if any((source / one).is_file() for one in (MANIFEST_FILE, CONFIG_FILE)):
+            return source.resolve()
+    raise CheckpointError(
+        f"{name!r} is no directory with a checkpoint; give one that `osscar prune` wrote, or one "
+        "of a model of transformers"
+    )
 
 
 def read_manifest(directory: Path) -> Manifest | None:

@@ -296,6 +296,7 @@ def test_help_and_signature_name_every_field():
     fields = [field.name for field in dataclasses.fields(Asked)]
     for function in (osscar.prune, osscar.estimate):
         parameters = inspect.signature(function).parameters
+        assert inspect.signature(function).return_annotation is not inspect.Signature.empty
         assert list(parameters) == ["model", "calibration", *fields]
         assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
         entries = re.findall(r"^(\w[\w, ]*)$", inspect.getdoc(function), re.MULTILINE)
