@@ -199,7 +199,7 @@ class LibraryOrigin(Origin):
             builder = models.get_model_builder(self.name)
             # Of segmentation and detection models the backbone would be fetched.
             accepted = (
-                key for key in inspect.signature(builder).parameters if key[:7] == "weights"
+                key for key in inspect.signature(builder).parameters if key.startswith("weights")
             )
             none = {"weights": None, **dict.fromkeys(accepted)}
             model = models.get_model(self.name, **none, **self.options)
