@@ -116,7 +116,7 @@ def timed(running: Stage) -> Iterator[None]:
 
 # ---- what is compared --------------------------------------------------------------------
 
-WORTHWHILE_SECONDS = 2.0
+WORTHWHILE_SECONDS = 0.5
 """Fast functions are timed more often than asked, for so long."""
 
 
@@ -124,21 +124,18 @@ def interleaved(
     timers: Sequence[timeit.Timer],
     repetitions: int,
     description: str,
-    *,
-    worthwhile: float | None = None,
 ) -> list[list[float]]:
     """Return the seconds of each timer in each turn, after a warm-up.
 
-    There are at least so many turns, and as many as fit into so many seconds (`WORTHWHILE_SECONDS`
-    by default).  The description is what a progress bar says.
+    There are at least so many turns, and as many as fit into `WORTHWHILE_SECONDS`.  The description
+    is what a progress bar says.
     """
     for timer in timers:
         timer.timeit(1)  # warm-up: allocations, thread pools, kernels chosen at first use
-    least = WORTHWHILE_SECONDS if worthwhile is None else worthwhile
     turns: list[list[float]] = []
     began = time.perf_counter()
     with stage(description) as bar:
-        while len(turns) < repetitions or time.perf_counter() - began < least:
+        while len(turns) < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
             order = -1 if len(turns) % 2 else 1
             turns.append([timer.timeit(1) for timer in timers[::order]][::order])
             bar.advance()
