@@ -124,7 +124,7 @@ _on_command_line = False
 _COMMAND_ALONE = ("restart", "json", "report", "dry-run")
 """Options for which Python has no keyword."""
 
-_NAME = r"(?<![\w-])--[a-z][a-z-]*[a-z]"
+_NAME = r"(?<![\w-])--[a-z][a-z0-9-]*[a-z]"
 _VALUE = (
     r" (?:'[^']*'|\d[\w./-]*|[A-Z]{2,}\w*|auto|cpu|cuda|b?float\d+|eager|exported|keep|measured"
     r"|uniform)(?![\w:])"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +95,7 @@ def opened(
     seed: int,
     check: Callable[[Any], None] = lambda loaded: None,
     says: bool = True,
-    drawn: Callable[[LoadedModel], int | None] = lambda loaded: None,
+    drawn: Callable[[LoadedModel], Mapping[str, Any]] = lambda loaded: {},
     **more: Any,
 ) -> tuple[LoadedModel, CalibrationData]:
     """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
@@ -109,7 +109,8 @@ def opened(
     check
         What else to refuse of the model, before data are read.
     drawn
-        How many samples are drawn if the options do not say; None as many as always.
+        Returns how calibration data are drawn where that is not as usual, as keywords of
+        `LoadedModel.calibration`.
     says
         Whether to print what the data are, and how they are prepared.
     more
@@ -126,10 +127,8 @@ def opened(
             **more,
         )
         check(loaded)
-        samples = drawn(loaded) if options.samples is None else options.samples
-        data = loaded.calibration(
-            spec=options.calibration, samples=samples, seqlen=options.seqlen, seed=seed
-        )
+        asked = {"samples": options.samples, "seqlen": options.seqlen, "seed": seed}
+        data = loaded.calibration(options.calibration, **{**asked, **drawn(loaded)})
     if says:
         tell_data("calibration", loaded, data, always=False)
     return loaded, data

@@ -121,11 +121,13 @@ class _Job:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
                 check_output(self.path, overwrite=options.overwrite, needed_bytes=needed)
 
-        def drawn(loaded: LoadedModel) -> int | None:
+        def drawn(loaded: LoadedModel) -> dict[str, Any]:
             if request.quality is None:
-                return None
+                return {}
             usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-            return max(2 * usual, samples_needed(request))
+            most = max(2 * usual, samples_needed(request))
+            samples = most if options.samples is None else options.samples
+            return {"samples": samples, "overlapping": False}
 
         with timed(Stage.LOAD):
             return opened(

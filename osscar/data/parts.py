@@ -52,7 +52,7 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
         if max(Seen.of(mine).share(other) for other in others) > _LARGEST_SHARE:
             raise DataError(
                 f"the windows of {data.source} overlap, so that none is fresh to what was pruned "
-                "on others; give a longer text, or fewer or shorter windows (--samples, --seqlen)"
+                "on others; cut them with overlapping=False, or give a longer text"
             )
     return parts
 

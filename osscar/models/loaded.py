@@ -94,6 +94,7 @@ class LoadedModel:
         samples: int | None = None,
         seqlen: int | None = None,
         seed: int = 0,
+        overlapping: bool = True,
     ) -> CalibrationSet | SampleSet:
         """Draw what calibrates the model: windows of text, images, or samples of tensors.
 
@@ -109,6 +110,8 @@ class LoadedModel:
             Tokens in each window; by default 512, or the model's context if that is shorter.
         seed
             Random seed of the draw.
+        overlapping
+            Whether windows of a short text may overlap; otherwise there are fewer.
 
         Raises
         ------
@@ -124,7 +127,9 @@ class LoadedModel:
         if self.tokenizer is not None and (named or is_text(spec)):
             length = self._window_length() if seqlen is None else seqlen
             count = DEFAULT_WINDOWS if samples is None else samples
-            return self._windows(spec, "--calibration", count, length, seed, overlapping=True)
+            return self._windows(
+                spec, "--calibration", count, length, seed, overlapping=overlapping
+            )
         if seqlen is not None:
             raise OptionError(f"--seqlen is {seqlen}, and the data are no text; omit it")
         if spec is None:

@@ -30,8 +30,9 @@ MOST_WALKS = 4
 _USUAL = {False: 0.8, True: 0.4}
 """Of the bound that is measured to what was predicted, without recovery and with it: a guess."""
 
-_AIM, _AIM_BETWEEN = 0.95, 0.98
-"""Of the target: what a walk is to come to, after one walk, and after several."""
+_AIM, _AIM_BETWEEN = (0.95, 0.7, 0.3), 0.98
+"""Of the target: what a walk is to come to, after one, two and three that are beyond it, and where
+others tell the slope."""
 
 _SLOPE = {False: 1.0, True: 1.3}
 """Power of what is predicted that the bound goes with, taken from a model beyond the target, and
@@ -202,7 +203,9 @@ def next_limit(
         return float(np.interp(predicted, losses, costs))
 
     if not walks:
-        nats = math.log1p(most) if quality is TargetKind.PERPLEXITY else most
+        nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}.get(
+            quality, most
+        )
         return cost_at(math.log(nats / _USUAL[recovers]))
     # Logarithms of what was predicted, and of the bound in units of the target, the nearest first.
     known = [
@@ -210,13 +213,13 @@ def next_limit(
         for one in walks
     ]
     (x, y), *others = sorted(known, key=lambda point: abs(point[1]))
-    slope, aim = _SLOPE[y <= 0], _AIM
+    best = smallest_within(walks, most)
+    slope, aim = _SLOPE[y <= 0], _AIM[0 if best is not None else len(walks) - 1]
     if others and abs(others[0][0] - x) > _APART:
         slope = (others[0][1] - y) / (others[0][0] - x)
-        aim = _AIM_BETWEEN
+        aim = aim if best is None else _AIM_BETWEEN
     move = (math.log(aim) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
     limit = cost_at(x + min(max(move, -math.log(_STEP)), math.log(_STEP)))
-    best = smallest_within(walks, most)
     beyond = [one.reached for one in walks if one.measured.bound > most]
     gain = _GAIN * dense
     if beyond:

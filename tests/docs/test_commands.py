@@ -54,6 +54,8 @@ PARSED = {
     "osscar gap layer.safetensors --backends largest_input.py": "in test_user_code.py",
     "python benchmarks/": BENCHMARK,
     "python -m benchmarks.": BENCHMARK,
+    "osscar prune smollm2-135m --max-perplexity-increase": "takes text that does not repeat",
+    "osscar prune net.py:build --max-top1-drop": "takes labels; in test_quality_target.py",
     "osscar instances": "test_instances.py runs its commands on the smallest",
 }
 """Commands, by what they begin with, that are not run here, and why."""
@@ -163,6 +165,8 @@ def smaller(words: tuple[str, ...], of_text: bool) -> Iterator[str]:
             yield from SMALL.get(word, (word,))
     if words[1] == "gap" and "--calibration" not in words:  # of problems as they are
         yield from ("--backends", "greedy,local_search", "--jobs", "1")
+    elif "--max-divergence" in words:  # which takes as many, of text that does not repeat
+        yield from ("--samples", "32", "--seqlen", "32")
     elif of_text:
         yield from FEWER[words[1]]
 

@@ -23,6 +23,7 @@ SMALL = {
     '"smollm2-135m"': '"demo"',
     "samples=32, seqlen=512": "samples=4, seqlen=64",
     "samples=264, seqlen=512": "samples=12, seqlen=32",
+    "samples=64, seqlen=64": "samples=32, seqlen=32",
     "steps=64": "steps=4",
     "SIDE = 640": "SIDE = 64",
     '"epochs": 100': '"epochs": 1, "batch": 4, "workers": 0, "device": "cpu"',
@@ -138,6 +139,12 @@ def check_vision(names: dict[str, Any]) -> None:
     model, example, stated = names["stating"]()
     assert model(example).shape == (2, 10)
     assert stated == osscar.Preprocessing(mean=(0.49, 0.48, 0.45), std=(0.25,), channels=3)
+
+
+def check_quality(names: dict[str, Any]) -> None:
+    found = names["found"]
+    assert found.walks[found.chosen].measured.bound <= found.most == 0.1
+    assert found.reported.samples == 8
 
 
 def check_recover(names: dict[str, Any]) -> None:
@@ -297,6 +304,7 @@ CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_start,
     "docs/howto/estimate.md": check_estimate,
+    "docs/howto/quality.md": check_quality,
     "docs/vision.md": check_vision,
     "docs/walk.md": check_walk,
     "docs/experts.md": check_experts,

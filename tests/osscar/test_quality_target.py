@@ -42,12 +42,22 @@ DIVERGENCE, TOP1 = TargetKind.DIVERGENCE, TargetKind.TOP1
 
 
 def test_the_bound_of_a_mean_is_where_a_one_sided_t_test_is_at_five_percent():
-    values = np.random.default_rng(0).gamma(2.0, size=16)
+    half = np.random.default_rng(0).gamma(2.0, size=8)
+    values = np.concatenate([half, 9 - half])  # not skewed
     found = bounded_mean(values)
     assert found.value == pytest.approx(values.mean())
     assert found.samples == 16
     test = scipy.stats.ttest_1samp(values, found.bound, alternative="less")
     assert test.pvalue == pytest.approx(0.05)
+
+
+def test_the_bound_of_a_skewed_mean_covers_it_more_often_than_that_of_student():
+    drawn = np.random.default_rng(1).lognormal(0, 0.8, size=(2000, 128))
+    truth = math.exp(0.8**2 / 2)
+    ours = np.mean([bounded_mean(values).bound >= truth for values in drawn])
+    student = drawn.mean(1) + scipy.stats.t.ppf(0.95, 127) * scipy.stats.sem(drawn, axis=1)
+    assert np.mean(student >= truth) < 0.92
+    assert ours > 0.93
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0.0, 0.0), (0.01, 0.0), (0.05, 0.03), (0.1, 0.2)])
