@@ -129,7 +129,9 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
         last, size = dataclasses.replace(last, tensors=windows), 1
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
-    return Reference.of(distance, model, batches, prepared.ranks, resumable=True)
+    # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
+    captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
+    return Reference.of(distance, model, batches, prepared.ranks, resumable=not captures)
 
 
 def measured_curves(

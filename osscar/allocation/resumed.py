@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 
 _HELD_BYTES = 32 << 20
@@ -100,9 +101,13 @@ def recorded(
     run: Callable[[nn.Module, Batch], Any], model: nn.Module, batch: Batch
 ) -> tuple[Any, Recording | None]:
     """Return what `run` does for a model and a batch, with a recording if it can be resumed."""
-    recorder = _Recorder(model, batch)
-    with recorder, _NoNumbers(recorder):
-        result = run(model, batch)
+    try:
+        recorder = _Recorder(model, batch)
+        with recorder, _NoNumbers(recorder):
+            result = run(model, batch)
+    except Exception as error:  # of operators and kinds of tensors that no mode sees
+        let_shortage_pass(error)
+        return run(model, batch), None
     recording = None
     if recorder.sound:
         with suppress(_Unsound):

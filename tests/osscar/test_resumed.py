@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from graph.tracing.preserve import without_cache
+from osscar.allocation.measured import dense_reference
 from osscar.allocation.resumed import recorded
 from osscar.network.modules import forward
+from osscar.preparation.prepare import prepare
 from tests.osscar.families import FAMILIES, tiny, tokens
 from tests.osscar.mixtures import mixture
 
@@ -60,6 +62,14 @@ def listed(self, x):
 
 def only_some(self, x):
     return x.where(x > 0, 0.0)[x.sum(1) > -100]
+
+
+def conditional(self, x):
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def sparse(self, x):
+    return (self.seen.diag().to_sparse() @ x.T).T + x
 
 
 def unasked(self, x):
@@ -115,7 +125,7 @@ def test_a_pass_that_is_resumed_is_the_whole_one(name):
     assert min(lengths) < len(recording._steps) / 3
 
 
-@pytest.mark.parametrize("way", [by_numpy, counted, chosen, listed, only_some])
+@pytest.mark.parametrize("way", [by_numpy, counted, chosen, listed, only_some, sparse])
 def test_what_operators_do_not_tell_is_not_resumed(way):
     model = Perceptron(way).eval()
     batch = {"x": torch.randn(5, 6)}
@@ -123,3 +133,11 @@ def test_what_operators_do_not_tell_is_not_resumed(way):
         found, recording = recorded(forward, copy.deepcopy(model), batch)
     assert torch.equal(found, passed(model, batch))
     assert recording is None
+
+
+def test_what_is_captured_is_left_alone():
+    model = Perceptron(conditional)
+    with prepare(model, torch.randn(16, 6)) as prepared:
+        reference = dense_reference(prepared, 4)
+        assert not any(reference.passes)
+        assert reference.divergence(prepared.model, list(prepared.model.parameters())) == 0
