@@ -78,7 +78,7 @@ def measured(prepared, keep, **asked):
     """Measure groups at some widths."""
     groups = [group for group in prepared.groups if group.name in keep]
     request = PruningRequest(sparsity=0.5, **asked)
-    return measured_curves(prepared, request, groups, lambda curves: keep)
+    return measured_curves(prepared, request, groups, lambda curves: keep, {})
 
 
 def halves(prepared):

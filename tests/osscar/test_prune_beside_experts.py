@@ -180,7 +180,7 @@ def test_a_curve_goes_through_what_predictions_diverge_by():
         groups = [one.group for one in prepared.routed]
         request = some_budget(params=0.7, damp=1e9)
         keep = {group.name: 3 for group in groups}
-        curves, measure = measured_curves(prepared, request, groups, lambda curves: keep)
+        curves, measure = measured_curves(prepared, request, groups, lambda curves: keep, {})
         curve = curves[groups[0].name]
         assert all(torch.equal(state[n], v) for n, v in prepared.model.state_dict().items())
         last = tokens()[-compared_samples(prepared) :]
