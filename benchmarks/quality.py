@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -102,7 +103,12 @@ class Task:
 class Subject(Protocol):
     """A dense model that can be calibrated and scored."""
 
-    dense: dict[str, float]
+    model: Any
+
+    @functools.cached_property
+    def dense(self) -> dict[str, float]:
+        """Quality of the dense model, by name of its measure."""
+        return self.score(self.model)
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         """Return calibration data."""
@@ -124,7 +130,6 @@ class Text(Subject):
         second = whole[half:]
         self.scored = osscar.load_text([second], self.loaded.tokenizer, windows=arguments.windows)
         self.shifted = arguments.data / "wikitext2-valid.txt"
-        self.dense = self.score(self.model)
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         samples = samples or 32
@@ -168,7 +173,6 @@ class Images(Subject):
         self.model, self.train = self.loaded.model, train
         images = self.loaded.images(test).sample(arguments.images, 0)
         self.images = images if labels else dataclasses.replace(images, labels=None)
-        self.dense = self.score(self.model)
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         if source != "same form":
@@ -383,9 +387,15 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
     return {"flops": budget.reached / budget.dense}
 
 
+def read(file: Path) -> dict[str, Any]:
+    """Return the row in a file."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 def table(directory: Path) -> list[str]:
     """Return all rows of a directory as a Markdown table."""
-    rows = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    rows = [read(file) for file in sorted(directory.glob("*.json"))]
     methods = list(METHODS)
     order = {s.name: i for t in TASKS.values() for i, s in enumerate(t.settings)}
     rows.sort(

@@ -1,0 +1,222 @@
+"""FLAP, SliceGPT and ShortGPT, from the formulas of their papers, for OPT and Llama."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.backends import with_counts
+from benchmarks.peers.case import Case, Decoder, Form, Smaller
+from osscar.network.modules import count_parameters
+
+# ---- FLAP --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def flap(case: Case) -> Smaller:
+    """Compare heads and neurons of all layers by how much their outputs fluctuate.
+
+    An et al., "Fluctuation-based adaptive structured pruning for large language models", AAAI 2024,
+    arXiv 2312.11983: an input j of a layer with weights W scores ``var(x_j) |W_j|^2`` on the dense
+    model, a head the mean of its inputs; scores of a layer are standardized, and the highest of all
+    layers stay until the size is reached.  Means of what leaves are added to biases, so that there
+    have to be some.
+    """
+    parts = Decoder.of(case.model)
+    halves = [half for block in parts.blocks for half in block]
+    if any(half.writer.bias is None for half in halves):
+        raise NotImplementedError("FLAP adds biases to layers that have none, which is not done")
+    inputs: list[list[Tensor]] = [[] for _ in halves]
+    hooks = [
+        half.writer.register_forward_pre_hook(
+            lambda _, args, kept=kept: kept.append(args[0].flatten(0, -2))
+        )
+        for half, kept in zip(halves, inputs, strict=True)
+    ]
+    for batch in case.batches:
+        case.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    heads = case.model.config.num_attention_heads
+    names = {module: name for name, module in case.model.named_modules()}
+    units: list[tuple[float, str, float]] = []  # score, group, parameters
+    for index, (half, kept) in enumerate(zip(halves, inputs, strict=True)):
+        block = names[parts.stack.layers[index // 2]]
+        group = f"{block}.neurons" if index % 2 else f"{block}.self_attn.heads"
+        scores = torch.cat(kept).var(0) * half.writer.weight.square().sum(0)
+        scores = scores if index % 2 else scores.view(heads, -1).mean(1)
+        scores = (scores - scores.mean()) / scores.std()
+        owned = half.writer.weight.numel() + sum(
+            count_parameters(reader) for reader in half.readers
+        )
+        units += [(score, group, owned / len(scores)) for score in scores.tolist()]
+    left = case.allowed - count_parameters(case.model) + sum(cost for *_, cost in units)
+    counts = dict.fromkeys((group for _, group, _ in units), 0)
+    for _, group, cost in sorted(units, reverse=True):
+        if cost > left:
+            break
+        counts[group] += 1
+        left -= cost
+    return with_counts(case, {group: max(1, count) for group, count in counts.items()})
+
+
+# ---- ShortGPT ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def short_gpt(case: Case) -> Smaller:
+    """Remove whole blocks that turn the stream least, as many as come nearest to the size.
+
+    Men et al., "ShortGPT: layers in large language models are more redundant than you expect",
+    arXiv 2403.03853: the influence of block i is ``1 - mean(cos(x_i, x_i+1))`` over all tokens, of
+    what it reads and what it puts out; blocks of the least influence leave at once.
+    """
+    model: Any = copy.deepcopy(case.model)
+    stack = Decoder.of(model).stack
+    similar = torch.zeros(len(stack.layers), dtype=torch.float64)
+
+    def see(index: int, x: Tensor, y: Tensor) -> None:
+        similar[index] += torch.cosine_similarity(x, y, dim=-1).double().sum()
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, y, index=index: see(index, args[0], y))
+        for index, layer in enumerate(stack.layers)
+    ]
+    for batch in case.batches:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    each = count_parameters(stack.layers[0])
+    count = round((count_parameters(model) - case.allowed) / each)
+    gone = set(similar.argsort(descending=True)[:count].tolist())
+    stack.layers = nn.ModuleList(b for i, b in enumerate(stack.layers) if i not in gone)
+    for index, block in enumerate(stack.layers):
+        block.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(stack.layers)
+    return Smaller(model, Form.PRETRAINED)
+
+
+# ---- SliceGPT ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def slice_gpt(case: Case) -> Smaller:
+    """Turn the stream to its principal components, and keep the first of them.
+
+    Ashkboos et al., "SliceGPT: compress large language models by deleting rows and columns", ICLR
+    2024, arXiv 2401.15024.  A root-mean-square norm commutes with a rotation Q, so that weights
+    that read the stream may be W Q and those that write it Q'W; LayerNorm becomes one as its mean
+    is taken from what is written, and its scale and bias go into what reads.  Each norm has a Q of
+    its own, eigenvectors of X'X of what it reads (here of the dense model), which is why the
+    stream is multiplied by Q_i'Q_i+1 where it passes by.  Input and output embeddings are turned
+    by different Q, so that they are no longer tied.
+    """
+    model: Any = copy.deepcopy(case.model)
+    parts = Decoder.of(model)
+    parts.head.weight = nn.Parameter(parts.head.weight.clone())
+    model.config.tie_word_embeddings = False
+    width = parts.head.in_features
+    make_root_mean_square(parts)
+    turns = principal_components(model, parts, case)
+    halves = [half for block in parts.blocks for half in block]
+    across = [turns[i].T @ turns[i + 1] for i in range(len(halves))]
+    linear = sum(m.weight.numel() for m in (*parts.embeddings, parts.head))
+    linear += sum(w.weight.numel() for half in halves for w in (*half.readers, half.writer))
+    linear += sum(half.writer.out_features for half in halves if half.writer.bias is not None)
+    fixed = count_parameters(model) - linear
+    sizes = (fixed + linear * k / width + len(halves) * k * k for k in range(width + 1))
+    kept = max(k for k, size in enumerate(sizes) if size <= case.allowed)
+    cut = [turn[:, :kept] for turn in turns]
+    for one in parts.embeddings:
+        one.weight = nn.Parameter(one.weight @ cut[0])
+    for i, half in enumerate(halves):
+        for reader in half.readers:
+            reader.weight = nn.Parameter(reader.weight @ cut[i])
+        half.writer.weight = nn.Parameter(cut[i + 1].T @ half.writer.weight)
+        if half.writer.bias is not None:
+            half.writer.bias = nn.Parameter(cut[i + 1].T @ half.writer.bias)
+    parts.head.weight = nn.Parameter(parts.head.weight @ cut[-1])
+    passing = [nn.Parameter(one[:kept, :kept].clone()) for one in across]
+    for i, block in enumerate(parts.stack.layers):
+        parts.stack.layers[i] = SlicedBlock(block, parts.blocks[i], passing[2 * i : 2 * i + 2])
+    return Smaller(model)
+
+
+class RootMeanSquare(nn.Module):
+    """Divide by the root of the mean square over what was the width before it was cut."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().sum(-1, keepdim=True) / self.width + self.eps).rsqrt()
+
+
+class SlicedBlock(nn.Module):
+    """A decoder block whose stream is turned where it passes by attention and feed-forward part."""
+
+    def __init__(self, block: Any, halves: Any, passing: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.block, self.passing = block, nn.ParameterList(passing)
+        self.norms = [half.norm for half in halves]
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        first, second = (getattr(self.block, name) for name in self.norms)
+        attended, _ = self.block.self_attn(hidden_states=first(x), **given)
+        x = x @ self.passing[0] + attended
+        y = second(x)
+        if hasattr(self.block, "mlp"):
+            return x @ self.passing[1] + self.block.mlp(y)
+        return x @ self.passing[1] + self.block.fc2(self.block.activation_fn(self.block.fc1(y)))
+
+
+def make_root_mean_square(parts: Decoder) -> None:
+    """Give what norms multiply, add and subtract to the layers around them."""
+    readers = [(b, half.norm, half.readers) for b, pair in zip(parts.stack.layers, parts.blocks,
+                strict=True) for half in pair]  # fmt: skip
+    centred = False
+    for owner, name, linears in (*readers, (parts.stack, parts.last, (parts.head,))):
+        norm: Any = getattr(owner, name)
+        shift = getattr(norm, "bias", None)
+        centred |= isinstance(norm, nn.LayerNorm)
+        for linear in linears:
+            if shift is not None:
+                old = 0 if linear.bias is None else linear.bias
+                linear.bias = nn.Parameter(old + linear.weight @ shift)
+            linear.weight = nn.Parameter(linear.weight * norm.weight)
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+        setattr(owner, name, RootMeanSquare(parts.head.in_features, eps))
+    if not centred:
+        return
+    for embedding in parts.embeddings:
+        embedding.weight = nn.Parameter(embedding.weight - embedding.weight.mean(1, keepdim=True))
+    for half in (half for pair in parts.blocks for half in pair):
+        half.writer.weight = nn.Parameter(half.writer.weight - half.writer.weight.mean(0))
+        half.writer.bias = nn.Parameter(half.writer.bias - half.writer.bias.mean())
+
+
+def principal_components(model: Any, parts: Decoder, case: Case) -> list[Tensor]:
+    """Return eigenvectors of X'X at each norm, the largest first, (width, width) each."""
+    norms = [getattr(b, half.norm) for b, pair in zip(parts.stack.layers, parts.blocks, strict=True)
+             for half in pair]  # fmt: skip
+    norms.append(getattr(parts.stack, parts.last))
+    width = parts.head.in_features
+    squares = [torch.zeros(width, width, dtype=torch.float64) for _ in norms]
+
+    def see(index: int, x: Tensor) -> None:
+        rows = x.flatten(0, -2).double()
+        squares[index] += rows.T @ rows
+
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, args, index=index: see(index, args[0]))
+        for index, norm in enumerate(norms)
+    ]
+    for batch in case.batches:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return [torch.linalg.eigh(one).eigenvectors.flip(1).float() for one in squares]

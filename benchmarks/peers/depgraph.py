@@ -1,0 +1,294 @@
+"""Torch-Pruning (Fang et al., "DepGraph", CVPR 2023, arXiv 2301.12900), by its own examples.
+
+Images: its CIFAR scripts (`reproduce/main.py` and `reproduce/scripts/prune/cifar` of its
+repository): channels of all layers are ranked together, and leave in 400 small steps until the
+operations are few enough; magnitude is the l1 norm, and group norm is divided by its maximum, after
+sparse training with ``reg=5e-4``.  Taylor and Hessian importance do better with the same share of
+each layer, which is the default; their gradients are of the calibration images with their labels.
+Batch-norm statistics are then taken anew.
+
+Text: its example for language models (`examples/LLMs/prune_llm.py`): equal shares of each layer,
+whole heads, the head of the vocabulary ignored; where the stream keeps its width, what writes to
+it is ignored, too.  LLM-Pruner's importance (Ma et al., NeurIPS 2023, arXiv 2305.11627, the
+first-order term ``|w dL/dw|``) is the one that Torch-Pruning calls Taylor.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from benchmarks.peers.case import Case, Decoder, Smaller
+
+STEPS = 400
+"""In which all channels would leave."""
+
+MOST = 0.8
+"""Share of a layer that may leave; 1 is the default, and half of the operations of ResNet-20 then
+leave single channels: top-1 of 49.8 % in the place of 54.0 %."""
+
+HESSIAN_SAMPLES = 64
+"""Whose gradients are taken one by one."""
+
+SPARSE_STEPS, SPARSE_RATE, SPARSE_REG = 64, 0.01, 5e-4
+"""Of the training that makes groups sparse, by stochastic gradient descent with momentum 0.9."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One of Torch-Pruning's criteria, with the settings of its examples.
+
+    Parameters
+    ----------
+    make
+        Given the module `torch_pruning.importance`, returns it.
+    gradients
+        In how many steps those of a loss are taken anew; 0: it needs none.
+    together
+        Whether the channels of all layers are ranked together, or the same share of each leaves.
+    sparse
+        Whether groups are trained to be sparse before.
+    everything
+        Whether the stream that blocks add to is made narrower, too.
+    """
+
+    make: Callable[[Any], Any]
+    gradients: int = 0
+    together: bool = True
+    sparse: bool = False
+    everything: bool = False
+
+
+def all_samples(importance: Any) -> Any:
+    """Return Hessian importance that adds up the squared gradients of all samples.
+
+    That of version 1.6.1 looks for parameters by name among parameters, and so keeps the last
+    sample's alone.
+    """
+
+    class AllSamples(importance.GroupHessianImportance):  # type: ignore[misc]
+        def accumulate_grad(self, model: nn.Module) -> None:
+            for p in model.parameters():
+                if p.grad is not None:
+                    self._accu_grad[p] = self._accu_grad.get(p, 0) + p.grad.square()
+                    self._counter[p] = self._counter.get(p, 0) + 1
+
+    return AllSamples()
+
+
+IMAGES = {
+    "magnitude": Importance(lambda i: i.GroupMagnitudeImportance(p=1)),
+    "Taylor": Importance(lambda i: i.GroupTaylorImportance(), gradients=8, together=False),
+    "Hessian": Importance(lambda i: i.GroupHessianImportance(), gradients=STEPS, together=False),
+    "Hessian of all samples": Importance(all_samples, gradients=STEPS, together=False),
+    "group norm": Importance(
+        lambda i: i.GroupMagnitudeImportance(p=2, normalizer="max"), sparse=True
+    ),
+    "magnitude, every layer": Importance(
+        lambda i: i.GroupMagnitudeImportance(p=1), everything=True
+    ),
+}
+TEXT = {
+    "magnitude": Importance(lambda i: i.GroupMagnitudeImportance(p=2)),
+    "Taylor": Importance(lambda i: i.GroupTaylorImportance(), gradients=1),
+    "Hessian of all samples": Importance(all_samples, gradients=1),
+    "magnitude, every layer": Importance(
+        lambda i: i.GroupMagnitudeImportance(p=2), everything=True
+    ),
+}
+"""Group norm differs from magnitude in its sparse training alone, which the example lacks."""
+
+
+def prune_images(case: Case, name: str) -> Smaller:
+    """Remove channels until the operations are few enough."""
+    import torch_pruning as tp
+
+    asked = IMAGES[name]
+    model: Any = copy.deepcopy(case.model)
+    importance = asked.make(tp.importance)
+    example = next(iter(case.batches[0].values()))[:1]
+    pruner = (tp.pruner.GroupNormPruner if asked.sparse else tp.pruner.BasePruner)(
+        model,
+        example,
+        importance=importance,
+        global_pruning=asked.together,
+        pruning_ratio=1.0,
+        iterative_steps=STEPS,
+        max_pruning_ratio=MOST,
+        ignored_layers=ignored(model, everything=asked.everything),
+        **({"reg": SPARSE_REG} if asked.sparse else {}),
+    )
+    images = torch.cat([next(iter(batch.values())) for batch in case.batches])
+    assert case.labels is not None
+    if asked.sparse:
+        train_sparse(model, pruner, images, case.labels, case.seed)
+    for step in range(STEPS):
+        if asked.gradients and step % asked.gradients == 0:
+            take_gradients(model, importance, images, case.labels)
+        if step_down(case, model, pruner):
+            break
+    model.zero_grad()
+    update_bn(images.split(64), model)
+    return Smaller(model.eval())
+
+
+def step_down(case: Case, model: nn.Module, pruner: Any) -> bool:
+    """Take one step, group by group, and tell whether the model became small enough in it."""
+    for group in pruner.step(interactive=True):
+        group.prune()
+        if case.used(model) <= case.allowed:
+            return True
+    return False
+
+
+def ignored(model: Any, *, everything: bool) -> list[nn.Module]:
+    """Return the layers that stay as wide as they are: the classifier, and what writes the stream.
+
+    In ResNet-20 that is the last convolution of each block, and the first of all.  Blocks of
+    MobileNetV2 can follow, so that only its classifier stays.
+    """
+    if not hasattr(model, "layer1"):
+        return [model.classifier]
+    if everything:
+        return [model.linear]
+    stages = (model.layer1, model.layer2, model.layer3)
+    return [model.linear, model.conv1, *(block.conv2 for stage in stages for block in stage)]
+
+
+def train_sparse(model: nn.Module, pruner: Any, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Train with the pruner's own regularization, as its README says."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=SPARSE_RATE, momentum=0.9)
+    model.train()
+    pruner.update_regularizer()
+    for _ in range(SPARSE_STEPS):
+        drawn = torch.randint(len(images), (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[drawn]), labels[drawn]).backward()
+        pruner.regularize(model)
+        optimizer.step()
+    model.eval()
+
+
+def take_gradients(model: nn.Module, importance: Any, images: Tensor, labels: Tensor) -> None:
+    """Leave the gradients of the classification in the weights, or their mean squares."""
+    model.zero_grad()
+    if not hasattr(importance, "accumulate_grad"):
+        F.cross_entropy(model(images), labels).backward()
+        return
+    for start in range(0, HESSIAN_SAMPLES, 8):
+        part = slice(start, start + 8)
+        for loss in F.cross_entropy(model(images[part]), labels[part], reduction="none"):
+            add_gradients(model, importance, loss)
+    keep_squares(importance)
+
+
+# ---- text --------------------------------------------------------------------------------
+
+
+def prune_text(case: Case, name: str) -> Smaller:
+    """Remove the same share of heads in each layer, and of neurons until the model is small.
+
+    The share of neurons is the least of hundredths that makes it so; where the stream gives, it is
+    that of all.
+    """
+    import torch_pruning as tp
+
+    asked = TEXT[name]
+    dense: Any = copy.deepcopy(case.model)
+    dense.config.use_cache = False
+    importance = asked.make(tp.importance)
+    if asked.gradients:
+        take_text_gradients(dense, importance, case)
+    count = dense.config.num_attention_heads
+    heads = math.floor((1 - case.setting.units["heads"]) * count) / count
+    low, high, found = 0, 100, None
+    while high - low > 1:
+        share = (low + high) // 2
+        model = copy.deepcopy(dense)
+        for new, old in zip(model.parameters(), dense.parameters(), strict=True):
+            new.grad = old.grad
+        taken = share / 100
+        cut(model, importance, case, taken if asked.everything else heads, taken, asked.everything)
+        if case.used(model) <= case.allowed:
+            high, found = share, model
+        else:
+            low = share
+    if found is None:
+        raise ValueError("no share of neurons makes it small enough")
+    found.zero_grad()
+    return Smaller(found)
+
+
+def take_text_gradients(model: Any, importance: Any, case: Case) -> None:
+    """Leave the gradients of the loss on the calibration text in the weights, or their squares."""
+    for batch in case.batches:
+        for tokens in batch["input_ids"].split(1):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            add_gradients(model, importance, loss)
+    keep_squares(importance)
+
+
+def add_gradients(model: nn.Module, importance: Any, loss: Tensor) -> None:
+    """Add up the gradients of samples, or have the importance add up their squares."""
+    if hasattr(importance, "accumulate_grad"):
+        model.zero_grad()
+    loss.backward(retain_graph=True)
+    if hasattr(importance, "accumulate_grad"):
+        importance.accumulate_grad(model)
+
+
+def keep_squares(importance: Any) -> None:
+    """Put mean squares where the importance puts them at its first call, and copies find them."""
+    if hasattr(importance, "accumulate_grad"):
+        for p, total in importance._accu_grad.items():
+            p.grad = total / importance._counter[p]
+        importance.zero_grad()
+
+
+def cut(
+    model: Any,
+    importance: Any,
+    case: Case,
+    heads: float,
+    neurons: float,
+    everything: bool,
+) -> None:
+    """Remove shares of each layer, and tell the attention how many heads it has."""
+    import torch_pruning as tp
+
+    parts = Decoder.of(model)
+    width = model.config.num_attention_heads
+    counts = (width, *2 * (getattr(model.config, "num_key_value_heads", width),))
+    writers = [half.writer for block in parts.blocks for half in block]
+    frozen = [*writers, *parts.embeddings, parts.head]
+    pruner = tp.pruner.BasePruner(
+        model,
+        {"input_ids": case.batches[0]["input_ids"][:1, :16]},
+        importance=importance,
+        global_pruning=False,
+        pruning_ratio=neurons,
+        head_pruning_ratio=heads,
+        num_heads={
+            m: n for half, _ in parts.blocks for m, n in zip(half.readers, counts, strict=True)
+        },
+        prune_num_heads=True,
+        prune_head_dims=False,
+        ignored_layers=[parts.head] if everything else frozen,
+        output_transform=lambda output: output.logits,
+    )
+    pruner.step()
+    for layer in parts.stack.layers:
+        attention = layer.self_attn
+        query, key, _ = Decoder.of(model).blocks[attention.layer_idx][0].readers
+        attention.num_heads = query.out_features // attention.head_dim
+        attention.embed_dim = query.out_features
+        attention.num_key_value_groups = query.out_features // key.out_features

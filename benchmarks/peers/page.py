@@ -1,0 +1,240 @@
+"""The page: where peers are better, a table for each size, and the figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import read
+from osscar.base.printable import share
+from osscar.report.figures import color, legend, new_figure, shares, svg_of
+
+DENSE, OURS = "dense", "this toolkit"
+
+TITLES = {
+    "resnet20": "ResNet-20 on CIFAR-10",
+    "demo": "The model that is shipped",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "mobilenet": "MobileNetV2",
+}
+MARKERS = "os^D"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one method came to at one size.
+
+    Parameters
+    ----------
+    dense
+        The row of the dense model.
+    shots, trained
+        Its rows by seed, in one shot, and after a recovery.
+    """
+
+    method: str
+    dense: Mapping[str, Any]
+    shots: tuple[Mapping[str, Any], ...]
+    trained: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def measure(self) -> str:
+        """What tells quality: top1 of labelled images, agreement of others, or perplexity."""
+        return str(next(iter(self.dense["quality"])))
+
+    @property
+    def failed(self) -> str:
+        """The exception, if all seeds ended in one."""
+        failures = [row.get("failed", "") for row in self.shots]
+        return failures[0] if failures and all(failures) else ""
+
+    def values(self, name: str, trained: bool = False) -> list[float]:
+        """Return one value a seed: of quality, of the size, or of what it took."""
+        rows = [row for row in (self.trained if trained else self.shots) if "failed" not in row]
+        if name == "quality":
+            return [row["quality"][self.measure] for row in rows]
+        if name == "forward":
+            return [row["forward"]["model"] / row["forward"]["dense"] for row in rows]
+        return [row[name] for row in rows]
+
+    def size(self) -> float:
+        """Return the share that is left of what was limited."""
+        name = "parameters" if "params" in self.dense["size"] else "flops"
+        return statistics.mean(self.values(name)) / float(self.dense[name])
+
+
+def entries(directory: Path) -> dict[tuple[str, str], list[Entry]]:
+    """Return what the rows of a directory come to, by model and size."""
+    rows = [read(file) for file in sorted(directory.glob("*.json"))]
+    order = list(TITLES)
+    sizes = sorted({(order.index(row["task"]), row["setting"]) for row in rows})
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for index, setting in sizes:
+        here = [r for r in rows if (r["task"], r["setting"]) == (order[index], setting)]
+        (dense,) = (row for row in here if row["method"] == DENSE)
+        here.sort(key=lambda row: (row["method"] != OURS, row["method"], row["seed"]))
+        for method in dict.fromkeys(row["method"] for row in here if row is not dense):
+            own = [row for row in here if row["method"] == method]
+            shots = tuple(row for row in own if not row["steps"])
+            trained = tuple(row for row in own if row["steps"])
+            found.setdefault((order[index], setting), []).append(
+                Entry(method, dense, shots, trained)
+            )
+    return found
+
+
+def write_page(directory: Path) -> str:
+    """Write `peers.md` and its figure, and return the page."""
+    known = entries(directory)
+    (directory / "images").mkdir(exist_ok=True)
+    (directory / "images" / "peers.svg").write_bytes(drawing(known))
+    page = "\n".join(lines(known)) + "\n"
+    (directory / "peers.md").write_text(page, encoding="utf-8")
+    return page
+
+
+def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
+    """Yield the page."""
+    yield from ("## Where a peer is better", "")
+    better = [line for size, here in known.items() for line in beaten(size, here)]
+    yield from better or ["Nowhere in these rows."]
+    yield from ("", "## Size against quality", "", f"![{ALTERNATIVE}](images/peers.svg)")
+    for (task, setting), here in known.items():
+        first = here[0]
+        told = written(first.measure, [first.dense["quality"][first.measure]])
+        yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {told}.", "")
+        yield from table(here)
+    failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
+    if failures:
+        yield from ("", "## What failed", "")
+        yield from (f"- {method}: `{failed}`" for method, failed in sorted(failures))
+
+
+ALTERNATIVE = "Quality over the share that is left, one line a method, in one shot and recovered"
+
+COSTS = {
+    "forward": ("seconds of a forward pass, of the dense model's", lambda x: f"{x:.2f}"),
+    "seconds": ("seconds of pruning", lambda x: f"{x:.0f}"),
+    "peak_bytes": ("peak memory of pruning, GB", lambda x: f"{x / 1e9:.2f}"),
+}
+"""What is better if it is less."""
+
+
+def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
+    """Yield a line for each measure in which the mean of a peer is better than this toolkit's."""
+    ours = {entry.method: entry for entry in here}.get(OURS)
+    if ours is None:
+        return
+    perplexity = ours.measure == "perplexity"
+    compared: list[tuple[str, str, bool, Callable[[float], str]]] = [
+        ("in one shot", "quality", False, lambda x: written(ours.measure, [x])),
+        ("recovered", "quality", True, lambda x: written(ours.measure, [x])),
+        *((title, name, False, form) for name, (title, form) in COSTS.items()),
+    ]
+    for title, name, trained, form in compared:
+        mine = ours.values(name, trained)
+        if not mine:
+            continue
+        own = statistics.mean(mine)
+        sign = -1 if name == "quality" and not perplexity else 1
+        theirs = [
+            (sign * statistics.mean(values), entry.method)
+            for entry in here
+            if entry is not ours and (values := entry.values(name, trained))
+        ]
+        best = [
+            f"{method} {form(sign * x)}"
+            for x, method in sorted(theirs)
+            if x < sign * own and form(sign * x) != form(own)  # the same digits are no less
+        ]
+        if best:
+            told = "; ".join(best)
+            yield f"- {TITLES[size[0]]}, {size[1]}, {title}: {told}; this toolkit {form(own)}."
+
+
+def table(here: Sequence[Entry]) -> Iterator[str]:
+    """Yield the rows of one size."""
+    names = ("method", "parameters", "operations", "one shot", "recovered", "forward pass")
+    rest = ("pruning, s", "memory, GB", "read back", "proved")
+    yield line((*names, *rest))
+    yield line(["---"] + ["---:"] * 7 + ["---"] * 2)
+    for entry in here:
+        if entry.failed:
+            yield line([entry.method, *[""] * 2, "failed", *[""] * 6])
+            continue
+        parts = [
+            statistics.mean(entry.values(name)) / entry.dense[name]
+            for name in ("parameters", "flops")
+        ]
+        costs = [form(statistics.mean(entry.values(name))) for name, (_, form) in COSTS.items()]
+        yield line(
+            [
+                entry.method,
+                *(share(part) for part in parts),
+                *(written(entry.measure, entry.values("quality", t)) for t in (False, True)),
+                *costs,
+                ", ".join(sorted({row["read_back"] for row in entry.shots if "form" in row})),
+                entry.shots[0].get("proved", "") or "no",
+            ]
+        )
+
+
+def written(measure: str, values: Sequence[float]) -> str:
+    """Write a mean over seeds, and the least and the greatest."""
+    if not values:
+        return ""
+    form: Callable[[float], str] = (
+        (lambda x: f"{x:.2f}") if measure == "perplexity" else (lambda x: f"{100 * x:.1f} %")
+    )
+    mean = form(statistics.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form(min(values)).removesuffix(' %')} to {form(max(values))})"
+
+
+def line(words: Sequence[str]) -> str:
+    return f"| {' | '.join(words)} |"
+
+
+def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
+    """Return the figure: a row a model, in one shot and recovered, one line a method."""
+    tasks = list(dict.fromkeys(task for task, _ in known))
+    methods = list(dict.fromkeys(e.method for here in known.values() for e in here))
+    both = any(entry.trained for here in known.values() for entry in here)
+    figure, panels = new_figure(len(tasks), 1 + both, width=8.8, height=1.2 + 3 * len(tasks))
+    for index, axes in enumerate(panels):
+        task, trained = tasks[index // (1 + both)], bool(index % (1 + both))
+        here = [entry for (name, _), found in known.items() if name == task for entry in found]
+        for number, method in enumerate(methods):
+            points = sorted(
+                (entry.size(), entry.values("quality", trained))
+                for entry in here
+                if entry.method == method and entry.values("quality", trained)
+            )
+            if not points:
+                continue
+            sizes, values = zip(*points, strict=True)
+            means = [statistics.mean(one) for one in values]
+            spread = [
+                [mean - min(one) for mean, one in zip(means, values, strict=True)],
+                [max(one) - mean for mean, one in zip(means, values, strict=True)],
+            ]
+            marker = MARKERS[number // 8 % len(MARKERS)]
+            axes.errorbar(
+                sizes, means, spread, marker=marker, markersize=4, linewidth=1, capsize=2,
+                color=color(number), label=method,
+            )  # fmt: skip
+        first = here[0]
+        axes.axhline(first.dense["quality"][first.measure], color="black", linewidth=0.7)
+        if first.measure == "perplexity":
+            axes.set_yscale("log")
+        limited = "parameters" if "params" in first.dense["size"] else "operations"
+        axes.set_xlabel(f"{limited} left")
+        axes.xaxis.set_major_formatter(shares)
+        axes.set_ylabel({"top1": "top-1"}.get(first.measure, first.measure))
+        axes.set_title(f"{TITLES[task]}, {'recovered' if trained else 'one shot'}", fontsize=9)
+    legend(figure, columns=3)
+    return svg_of(figure)

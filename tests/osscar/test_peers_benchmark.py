@@ -1,0 +1,152 @@
+"""The rows of `benchmarks/peers`: each method meets the size, and the page says who is better."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import quality
+from benchmarks.peers import backends, depgraph
+from benchmarks.peers.__main__ import Row, methods, written
+from benchmarks.peers.case import Case
+from benchmarks.peers.decoders import short_gpt, slice_gpt
+from benchmarks.peers.page import DENSE, OURS, write_page
+from benchmarks.resnet20 import MEAN, STD, ResNet20
+from osscar.base.files import write_json
+from osscar.data.images import ImageSet
+from osscar.data.preprocessing import Preprocessing
+from osscar.network.modules import count_parameters
+from tests.zoo import transformers_case
+
+SETTING = "30% of heads and neurons"
+PEERS = [name for name in methods(text=True) if name.startswith(("Torch", "Slice", "Short"))]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    place = tmp_path_factory.mktemp("peers")
+    told = argparse.Namespace(
+        directory=place, windows=1, images=1, device="cpu", data=None, official=None
+    )
+    written(row(DENSE), told)
+    return told
+
+
+def row(method, **fields):
+    return Row("demo", SETTING, method, samples=2, scored=(1, 1), **fields)
+
+
+def found(one, options):
+    written(one, options)
+    return quality.read(options.directory / one.key)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in PEERS else pytest.mark.slow)
+        for name in methods(text=True)
+        if "public code" not in name  # which no package holds
+    ],
+)
+def test_each_method_meets_the_size_and_is_read_back(method, options):
+    if method.startswith("Torch"):
+        pytest.importorskip("torch_pruning")
+    dense = quality.read(options.directory / row(DENSE).key)
+    one = found(row(method), options)
+    assert "failed" not in one
+    most = dense["size"]["params"]
+    if method == "ShortGPT":  # whole blocks, as many as come nearest
+        most += dense["parameters"] / 8
+    assert dense["parameters"] / 2 < one["parameters"] <= most
+    assert one["read_back"] == "equal"
+    assert bool(one["proved"]) == (method in ("FLAP", *backends.METHODS))
+
+
+def test_a_peer_is_recovered_as_this_toolkit_is(options):
+    found(row("SliceGPT"), options)
+    one = found(row("SliceGPT", steps=1), options)
+    assert one["quality"]["perplexity"] > 1
+
+
+def test_what_a_peer_raises_is_the_row(options):
+    one = found(row("the paper's public code"), options)
+    assert one["failed"].startswith("FileNotFoundError: needs --official")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("magnitude") else pytest.mark.slow)
+        for name in depgraph.IMAGES
+    ],
+)
+def test_channels_leave_until_operations_are_few(name):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = ResNet20().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    labels = torch.arange(16) % 10
+    images = ImageSet("random", pixels, Preprocessing(32, 32, MEAN, STD, channels=3), labels)
+    (setting,) = quality.flops(0.7)
+    case = Case(model, images, setting, {"flops": 0.7}, 0, SimpleNamespace())
+    if depgraph.IMAGES[name].everything:  # shortcuts of ResNet-20 pad by a number of their own
+        with pytest.raises(IndexError):
+            depgraph.prune_images(case, name)
+        return
+    smaller = depgraph.prune_images(case, name).model
+    assert 0.6 * case.used(model) < case.used(smaller) <= 0.7 * case.used(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_slices_of_full_width_and_no_removed_block_leave_the_model_as_it_is(family):
+    model = transformers_case(family).build()
+    tokens = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    case = Case(model, tokens, SimpleNamespace(), {"params": 10**9}, 0, SimpleNamespace())
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        sliced = slice_gpt(case).model(input_ids=tokens).logits
+        short = short_gpt(replace(case, size={"params": count_parameters(model)})).model
+        assert torch.allclose(sliced, expected, atol=1e-4)
+        assert torch.equal(short(input_ids=tokens).logits, expected)
+
+
+def rows(theirs, seconds):
+    shared = {"task": "demo", "setting": SETTING, "samples": 2, "steps": 0}
+    size = {"parameters": 80, "flops": 80, "forward": {"model": 1.0, "dense": 1.0}}
+    done = {**size, "peak_bytes": 1e9, "form": "pickle", "read_back": "equal", "proved": ""}
+    yield {**shared, "method": DENSE, "seed": 0, "quality": {"perplexity": 10.0}, **size,
+           "parameters": 100, "flops": 100, "size": {"params": 80}}  # fmt: skip
+    for seed in range(3):
+        for method, value in ((OURS, 12.0), ("theirs", theirs)):
+            known = {"quality": {"perplexity": value + seed}, "seconds": seconds[method]}
+            yield {**shared, "method": method, "seed": seed, **done, **known}
+    yield {**shared, "method": "broken", "seed": 0, "failed": "IndexError: index 32"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "seconds", "better"),
+    [
+        (11.0, 2.0, ["in one shot: theirs 12.00; this toolkit 13.00"]),
+        (14.0, 1.0, ["seconds of pruning: theirs 1; this toolkit 2"]),
+        (14.0, 3.0, ["Nowhere in these rows."]),
+    ],
+)
+def test_the_page_says_first_where_a_peer_is_better(theirs, seconds, better, tmp_path, drawn):
+    for index, one in enumerate(rows(theirs, {OURS: 2.0, "theirs": seconds})):
+        write_json(tmp_path / f"{index}.json", one)
+    page = write_page(tmp_path)
+    first, rest = page.split("## Size against quality")
+    assert first.startswith("## Where a peer is better")
+    assert all(words in first for words in better)
+    assert first.count("\n- ") == (better != ["Nowhere in these rows."])
+    assert f"| theirs | 80% | 80% | {theirs + 1:.2f} ({theirs:.2f} to {theirs + 2:.2f}) |" in rest
+    assert "- broken: `IndexError: index 32`" in rest
+    figure = (tmp_path / "images" / "peers.svg").read_text()
+    assert "theirs" in figure
+    assert "broken" not in figure
