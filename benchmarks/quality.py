@@ -361,7 +361,7 @@ def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -
         "solve_seconds": result.solve_seconds,
         "parameters": result.parameters_after,
         "dense_parameters": result.parameters_before,
-        "reached": None if budget is None else budget.reached / budget.dense,
+        "reached": None if budget is None else budget.tightest.reached / budget.tightest.dense,
         "predicted": None if budget is None else budget.predicted,
         "divergence": result.divergence,
         "kept": {layer.name: layer.kept for layer in result.layers},
@@ -384,7 +384,7 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
             return {"sparsity": None, "params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None
-    return {"flops": budget.reached / budget.dense}
+    return {"flops": budget.tightest.reached / budget.tightest.dense}
 
 
 def read(file: Path) -> dict[str, Any]:

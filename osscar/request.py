@@ -10,7 +10,7 @@ import enum
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -99,7 +99,7 @@ All are refitted in the same way, biases too, on the paper's target.
 
 
 class BudgetKind(enum.StrEnum):
-    """What a run may be given as a budget: the name of the field."""
+    """What a run may be given as budgets, all of which hold: the name of the field."""
 
     SPARSITY = "sparsity"
     PARAMS = "params"
@@ -395,14 +395,9 @@ class PruningRequest:
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """Yield what each field may say, but not beside the others, and what to do about it."""
-        budgets = [name for name in BudgetKind if getattr(self, name) is not None]
+        budgets, experts, auto = self.budgets, self.experts is not None, self.experts == AUTO
         targets = [one.option for one in TargetKind if getattr(self, one) is not None]
         shared = budgets or targets
-        experts, auto = self.experts is not None, self.experts == AUTO
-        yield (
-            len(budgets) > 1,
-            f"{' and '.join(budgets)} are budgets, of which a run has one; give one of them",
-        )
         yield (
             len(targets) > 1,
             f"{' and '.join(targets)} are targets, of which a run has one; give one of them",
@@ -465,7 +460,7 @@ class PruningRequest:
             "each mixture keeps, such as --experts 0.75",
         )
         yield (
-            auto and self.flops is not None,
+            auto and budgets == (BudgetKind.FLOPS,),
             "fewer experts save no flops, since each token is sent to as many as before; give "
             "params or size as the budget, or omit experts 'auto'",
         )
@@ -528,6 +523,11 @@ class PruningRequest:
         return Widths(self.round_to, None if self.at_least is None else parse_keep(self.at_least))
 
     @property
+    def budgets(self) -> tuple[BudgetKind, ...]:
+        """Which budgets are given; groups that share them keep all of them."""
+        return tuple(name for name in BudgetKind if getattr(self, name) is not None)
+
+    @property
     def quality(self) -> TargetKind | None:
         """What a size is to be found for, in the place of a budget; None if there is one."""
         return next((one for one in TargetKind if getattr(self, one) is not None), None)
@@ -549,16 +549,12 @@ class PruningRequest:
     @property
     def has_budget(self) -> bool:
         """Whether groups share a budget, given or found."""
-        return any(getattr(self, name) is not None for name in (*BudgetKind, *TargetKind))
+        return bool(self.budgets) or self.quality is not None
 
-    @property
-    def budget_in_words(self) -> str:
-        """The budget as the command line has it."""
-        return " ".join(
-            f"--{n} {v:g}" if isinstance(v := getattr(self, n), float) else f"--{n} {v}"
-            for n in BudgetKind
-            if getattr(self, n) is not None
-        )
+    def in_words(self, budgets: Iterable[BudgetKind]) -> str:
+        """Return some budgets as the command line has them."""
+        values = ((name, getattr(self, name)) for name in budgets)
+        return " ".join(f"--{n} {v:g}" if isinstance(v, float) else f"--{n} {v}" for n, v in values)
 
     def reach(self, kind: "UnitKind") -> bool:
         """Tell whether groups of a kind may lose units."""

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Allocated, Budget, Measured, Width
-from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count
+from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
+from osscar.allocation.costs import ROUNDING, Cost, Costs
 from osscar.allocation.divergence import Measure
+from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, measured_curves
-from osscar.allocation.search import Search, equal_shares
+from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.widths import (
     about_half,
@@ -37,13 +37,12 @@ from osscar.base.errors import RequestError
 from osscar.base.printable import listed
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.request import PruningRequest, Widths, parse_keep, parse_size_kept
-from osscar.shrinking.shrink_program import dense_program
+from osscar.request import BudgetKind, PruningRequest, Widths
 
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """Groups that share a budget by curves, or evenly; `others` is what other groups keep."""
+    """Groups that share budgets by curves, or evenly; `others` is what other groups keep."""
 
     groups: Sequence[CouplingGroup]
     widths: Widths
@@ -61,34 +60,38 @@ class Sharing:
         """The least widths."""
         return {name: int(some[0]) for name, some in self.options.items()}
 
-    def choose(self, cost: CountedCost, limit: float) -> tuple[dict[str, int], float | None]:
-        """Return what groups keep so that the model costs at most the limit, or the least.
+    def choose(self, allowed: Sequence[Allowance]) -> Chosen:
+        """Return what groups keep so that the model costs at most what is allowed, or the least.
 
         Beside it comes what no other widths are predicted to lose less than, as of
         `Search.choose`.
         """
+        costs, limits = Costs(tuple(one.cost for one in allowed)), [one.most for one in allowed]
         if self.curves is not None:
-            return self._search(self.curves, cost).choose(limit)
-        return equal_shares(self.options, self.others, cost, limit), None
+            return self._search(self.curves, costs).choose(limits)
+        return Chosen(equal_shares(self.options, self.others, costs, limits))
 
-    def budget(
-        self,
-        kind: Cost,
-        cost: CountedCost,
-        limit: float,
-        found: Mapping[str, int],
-        bound: float | None,
-    ) -> Budget:
-        """Report on a choice and its bound, with a prediction where there are curves."""
+    def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
+        """Report on a choice, with a prediction and prices where there are curves."""
+        found, prices = chosen.kept, chosen.prices
+        kept = {**self.others, **found}
+        limits = [
+            Limit(one.budget, one.kind, one.most, one.dense, one.cost.of(kept), price)
+            for one, price in zip(
+                allowed, [None] * len(allowed) if prices is None else prices.tolist(), strict=True
+            )
+        ]
+        # What is left to a limit may be all that tells which binds.
+        order = sorted(range(len(limits)), key=lambda i: _binds(limits[i]), reverse=True)
         told: dict[str, Any] = {}
         parts: dict[str, float] = {}
         if self.curves is not None:
-            search = self._search(self.curves, cost)
+            search = self._search(self.curves, Costs(tuple(one.cost for one in allowed)))
             own = {name: self.curves[name] for name in search.options}
             parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
             told = {
                 "predicted": search.loss(found),
-                "lower_bound": bound,
+                "lower_bound": chosen.bound,
                 "measure": self.measure,
                 "curves": {
                     name: tuple(curve.losses.tolist())
@@ -100,18 +103,22 @@ class Sharing:
                     for name, curve in own.items()
                     if curve.measured
                 },
-                "frontier": search.frontier(),
+                "frontier": () if prices is None else search.frontier(prices, order[0]),
             }
         widths = {
             g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))
             for g in self.groups
         }
-        reached = cost.of({**self.others, **found})
-        return Budget(kind, limit, cost.dense, reached, widths=widths, **told)
+        return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
-    def _search(self, curves: Mapping[str, Curve], cost: CountedCost) -> Search:
+    def _search(self, curves: Mapping[str, Curve], costs: Costs) -> Search:
         losses = {name: curves[name].losses[some] for name, some in self.options.items()}
-        return Search(self.options, losses, self.others, cost)
+        return Search(self.options, losses, self.others, costs)
+
+
+def _binds(limit: Limit) -> tuple[float, float]:
+    """Return how much a limit binds: what it is worth by its price, and how much of it is spent."""
+    return (limit.price or 0.0) * limit.limit, limit.reached / limit.limit
 
 
 def allocate(
@@ -161,19 +168,23 @@ def _shared_out(
     known: Mapping[str, Curve],
 ) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
-    ranks = prepared.ranks
-    limit = ranks.broadcast("a budget", lambda: _limit(prepared, request, sharing, form))
+    ranks, others = prepared.ranks, sharing.others
+    allowed = ranks.broadcast(
+        "budgets", lambda: allowances(prepared, request, others, sharing.least, form)
+    )
 
     def choose(curves: Mapping[str, Curve] | None) -> Mapping[str, int]:
         now = replace(sharing, curves=curves)
-        return ranks.broadcast("widths", lambda: now.choose(limit.cost, limit.most)[0])
+        return ranks.broadcast("widths", lambda: now.choose(allowed).kept)
 
-    least = {**sharing.others, **sharing.least}
-    if limit.cost.of(least) > limit.most * (1 + ROUNDING):
-        raise RequestError(
-            f"{request.budget_in_words} cannot be met: {limit.compared(limit.cost.of(least))}; "
-            f"remove less, or let {_more_to_prune(prepared, request, groups, sharing.others)}"
-        )
+    for one in allowed:
+        least = one.cost.of({**others, **sharing.least})
+        if least > one.most * (1 + ROUNDING):
+            more = _more_to_prune(prepared, request, groups, others, one.budget)
+            raise RequestError(
+                f"{request.in_words([one.budget])} cannot be met: {one.compared(least)}; "
+                f"remove less, or let {more}"
+            )
     if request.allocation != "uniform":
         if curves is None:
             curves, measure = measured_curves(prepared, request, sharing.groups, choose, known)
@@ -182,83 +193,34 @@ def _shared_out(
 
     def shared_out() -> Budget:
         if request.speedup is not None:
-            return _timed(prepared, request.speedup, sharing, limit)
-        found, bound = sharing.choose(limit.cost, limit.most)
-        budget = sharing.budget(limit.kind, limit.cost, limit.most, found, bound)
-        return replace(budget, dense=limit.dense)
+            return _timed(prepared, request.speedup, sharing, allowed)
+        return sharing.budget(allowed, sharing.choose(allowed))
 
-    return ranks.broadcast("a budget that is shared out", shared_out)
+    return ranks.broadcast("budgets that are shared out", shared_out)
 
 
-class _Limit(NamedTuple):
-    """What a model may cost, and what it does; `dense` as that of the dense model is told."""
-
-    kind: Cost
-    cost: CountedCost
-    most: float
-    dense: float
-
-    def compared(self, reached: float) -> str:
-        """Say what is allowed, and what is reached."""
-        form = "" if self.dense == self.cost.dense else ", as an exported program,"
-        return (
-            f"it allows {self.most:,.0f} {self.kind}, and what may be pruned comes to "
-            f"{reached:,.0f}{form} of {self.dense:,.0f} at least ({reached / self.dense:.3f} of "
-            "the dense model's)"
-        )
-
-
-def _limit(prepared: Prepared, request: PruningRequest, sharing: Sharing, form: Form) -> _Limit:
-    """Count what the model costs, and read what it may."""
-    kind = Cost.PARAMETERS
-    if request.flops is not None or request.speedup is not None:
-        kind = Cost.FLOPS
-    elif request.size is not None:
-        kind = Cost.BYTES
-    groups = prepared.groups_with({*sharing.others, *sharing.least})
-    cost = count(kind, prepared.model, groups, prepared.sample)
-    dense = cost.dense
-    if (
-        kind is Cost.BYTES and form is Form.EXPORTED
-    ):  # a share is of what one has: the modules' file
-        proofs = prepared.inputs.proofs(prepared.model, request.seed)
-        program = dense_program(prepared.model, proofs, prepared.example)
-        cost = count(kind, prepared.model, groups, prepared.sample, program)
-    if request.speedup is not None:  # where the search begins; how fast the least is will be timed
-        least = cost.of({**sharing.others, **sharing.least})
-        return _Limit(kind, cost, max(dense / request.speedup, least), dense)
-    if request.sparsity is not None:
-        # Of the parameters that the shared groups own, as the others are.
-        all_gone = cost.of({**sharing.others, **dict.fromkeys(sharing.least, 0)})
-        most = all_gone + (1 - request.sparsity) * (cost.of(sharing.others) - all_gone)
-    elif request.flops is not None:
-        most = request.flops * dense
-    else:
-        kept = parse_keep(request.params) if request.params is not None else None
-        asked_for = parse_size_kept(request.size) if request.size is not None else kept
-        assert asked_for is not None
-        most = float(asked_for if isinstance(asked_for, int) else asked_for * Fraction(int(dense)))
-    if most >= cost.dense:
-        raise RequestError(
-            f"{request.budget_in_words} asks for no less than there is: it allows {most:,.0f} "
-            f"{kind}, and the {'model' if form is Form.EAGER else 'exported program'} has "
-            f"{cost.dense:,.0f}; ask for less to be kept"
-        )
-    return _Limit(kind, cost, most, dense)
-
-
-def _timed(prepared: Prepared, wanted: float, sharing: Sharing, limit: _Limit) -> Budget:
-    """Choose widths whose model was timed to be as fast as wanted."""
-    cost = limit.cost
-    least = cost.of({**sharing.others, **sharing.least}) / cost.dense
+def _timed(
+    prepared: Prepared, wanted: float, sharing: Sharing, allowed: Sequence[Allowance]
+) -> Budget:
+    """Choose widths whose model was timed to be as fast as wanted, within all other limits."""
+    (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
+    dense = operations.cost.dense
 
     def within(share: float) -> dict[str, int]:
-        return sharing.choose(cost, share * cost.dense)[0]
+        limit = replace(operations, most=share * dense)
+        return sharing.choose([limit if one is operations else one for one in allowed]).kept
 
-    found, speedup = as_fast_as(prepared, wanted, sharing.others, least, within)
+    def share(kept: Mapping[str, int]) -> float:
+        return operations.cost.of({**sharing.others, **kept}) / dense
+
+    found, speedup = as_fast_as(
+        prepared, wanted, sharing.others, share(sharing.least), share(within(1.0)), within
+    )
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
-    budget = replace(sharing.budget(Cost.FLOPS, cost, 0.0, found, None), frontier=())
-    return replace(budget, cost=Cost.TIME, limit=1 / wanted, dense=1.0, reached=1 / speedup)
+    budget = sharing.budget(allowed, Chosen(found))
+    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, 1 / speedup)
+    others = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
+    return replace(budget, limits=(timed, *others))
 
 
 def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
@@ -281,11 +243,12 @@ def _more_to_prune(
     request: PruningRequest,
     groups: Sequence[CouplingGroup],
     keep: Mapping[str, int],
+    budget: BudgetKind,
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
     residual = prepared.residual
     kinds = {one.group.kind for one in prepared.routed if one.group.prunable}
-    if kinds and not request.routed and request.flops is None and request.speedup is None:
+    if kinds and not request.routed and budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP):
         return " and ".join(f"{kind} leave, too (--{kind} auto)" for kind in kinds)
     streams = [
         group.name

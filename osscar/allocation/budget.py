@@ -1,4 +1,4 @@
-"""One budget that groups share, and what it came to."""
+"""The budgets that groups share, and what they came to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from osscar.allocation.costs import Cost
 from osscar.allocation.divergence import Measure
 from osscar.base.json_files import STRICT
+from osscar.request import BudgetKind
 
 _ROUNDING = 1e-9
 
@@ -43,11 +44,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What the groups that share a budget came to.
+class Limit:
+    """What one budget allows the whole model, and what that came to.
 
     Parameters
     ----------
+    budget
+        Which budget of the request it is.
     cost
         What it is counted in.
     limit
@@ -55,11 +58,34 @@ class Budget:
     dense, reached
         What it costs, and what it will; bytes of the dense model are those of its modules, also
         where a program is saved.
+    price
+        By how much the least predicted distance would fall for one more of what is counted: 0 where
+        other limits bind and this one does not; None where nothing is predicted.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    budget: BudgetKind
+    cost: Cost
+    limit: float
+    dense: float
+    reached: float
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the groups that share one or several budgets came to.
+
+    Parameters
+    ----------
+    limits
+        One for each budget, all of which hold; the one that binds most comes first.
     predicted
         The predicted distance of the pruned model from the dense one; None where nothing predicts
         it, as with equal shares.
     lower_bound
-        No choice of widths within the limit has a smaller prediction; None where costs of too many
+        No choice of widths within all limits has a smaller prediction; None where costs of too many
         groups multiply, so that nothing was proved, or nothing is predicted.
     measure
         What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
@@ -72,15 +98,13 @@ class Budget:
         By group, the widths at which its curve was measured.
     frontier
         Costs of the whole model, ascending, and the least predicted distance at each: what other
-        limits would have come to.
+        limits would have come to.  Costs are what the tightest limit counts, of the best choices at
+        multiples of the prices.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    cost: Cost
-    limit: float
-    dense: float
-    reached: float
+    limits: tuple[Limit, ...]
     predicted: float | None = None
     lower_bound: float | None = None
     measure: Measure = "nats"
@@ -90,8 +114,17 @@ class Budget:
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
+    def tightest(self) -> Limit:
+        """The only limit, or the one of several that binds most."""
+        return self.limits[0]
+
+    def of(self, budget: BudgetKind) -> Limit:
+        """Return the limit of one budget that was given."""
+        return next(limit for limit in self.limits if limit.budget is budget)
+
+    @property
     def gap(self) -> float | None:
-        """How far the prediction can be above the least one within the limit, relative to it."""
+        """How far the prediction can be above the least one within the limits, relative to it."""
         if self.predicted is None or self.lower_bound is None:
             return None
         above = self.predicted - self.lower_bound
@@ -103,7 +136,10 @@ class Budget:
         cost, distance = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
         return {
             **data,
-            "cost": str(self.cost),
+            "limits": [
+                {**dataclasses.asdict(one), "budget": str(one.budget), "cost": str(one.cost)}
+                for one in self.limits
+            ],
             "curves": {name: _at_some_points(losses) for name, losses in self.curves.items()},
             "widths": {name: dataclasses.asdict(width) for name, width in self.widths.items()},
             "measured": {
@@ -122,7 +158,7 @@ def _at_some_points(losses: Sequence[float]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Allocated:
-    """How many units groups keep, only those that lose some, and the budget that some share."""
+    """How many units groups keep, only those that lose some, and the budgets that some share."""
 
     keep: Mapping[str, int]
     budget: Budget | None = None

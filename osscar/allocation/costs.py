@@ -122,6 +122,29 @@ class CountedCost:
         return connected_components(chosen, map(multiplied, self.weights))
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Several costs of one model, as vectors."""
+
+    each: tuple[CountedCost, ...]
+
+    def of(self, kept: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return the costs, (costs,), where groups keep so many units, as `CountedCost.of`."""
+        return np.array([cost.of(kept) for cost in self.each])
+
+    def over(
+        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
+    ) -> NDArray[np.float64]:
+        """Return the costs, (counts, costs), as `CountedCost.over`."""
+        return np.stack([cost.over(name, counts, kept) for cost in self.each], axis=-1)
+
+    def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Return these groups in classes over which all of the costs add up."""
+        chosen = list(names)
+        together = (set(some) for cost in self.each for some in cost.classes(chosen))
+        return connected_components(chosen, together)
+
+
 def connected_components(
     names: Sequence[str], together: Iterable[set[str]]
 ) -> tuple[tuple[str, ...], ...]:

@@ -1,15 +1,21 @@
-"""The widths of least predicted divergence within a budget: one search over a price of its cost.
+"""The widths of least predicted divergence within some limits: one search over prices of costs.
 
-Minimize ``sum_g f_g(k_g)`` over the widths ``k_g`` that each group may have, with a cost ``C(k) <=
-c``.  At a price p every group takes the width of the least loss plus price; the price is raised
-until all of them fit, and what the budget leaves is spent (Everett, "Generalized Lagrange
-multiplier method for solving problems of optimum allocation of resources", Operations Research 11,
-1963).  By weak duality no choice within the budget loses less than
+Minimize ``f(k) = sum_g f_g(k_g)`` over the widths ``k_g`` that each group may have, with costs
+``C_i(k) <= c_i`` for every limit i.  At prices p >= 0, one a limit, every group takes the width of
+the least loss plus prices (Everett, "Generalized Lagrange multiplier method for solving problems of
+optimum allocation of resources", Operations Research 11, 1963).  By weak duality no choice within
+the limits loses less than
 
-    min over k of  sum_g f_g(k_g) + p C(k)  -  p c,
+    L(p) = min over k of  f(k) + sum_i p_i (C_i(k) - c_i),
 
-so that it is known how far from the best a choice may be.  With hundreds of widths a group that is
-next to nothing; with few, what the bound does not rule out is a small integer program.
+so that it is known how far from the best a choice may be.  L is concave, and each k that was chosen
+at some prices is a plane above it.  The next prices are where the planes so far allow the most,
+until the choice at these is on one of them (Kelley, "The cutting-plane method for solving convex
+programs", Journal of the Society for Industrial and Applied Mathematics 8, 1960).
+
+What the best prices choose may be a little over a limit: then groups are narrowed; and what the
+limits leave is spent.  With hundreds of widths a group the gap is next to nothing; with few, what
+the bound does not rule out is a small integer program.
 
 Where a weight loses along two dimensions, costs of groups multiply.  All choices of such groups are
 listed together, so that costs add up over the lists; of a long chain of convolutions, where these
@@ -21,15 +27,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
-from osscar.allocation.costs import ROUNDING, CountedCost
+from osscar.allocation.costs import ROUNDING, Costs
 
 _GAP = 1e-3
 """Of the loss, above which the integer program is solved, and to which."""
@@ -45,7 +52,10 @@ _MOST_TOGETHER = 1 << 16
 neurons there are half as many."""
 
 _SWEEPS = 30
-_BISECTIONS = 60
+_PLANES = 200
+_CLOSED = 1e-7
+"""Of the loss, by which planes may lie above the bound when prices are the best."""
+
 _PRICES = 96
 _HALVINGS = 40
 """Of the interval in which an equal share is looked for."""
@@ -54,12 +64,24 @@ _FRONTIER = 24
 """Points of the frontier that are kept at most."""
 
 
+class Chosen(NamedTuple):
+    """What groups keep; no other widths within the limits lose less than `bound`.
+
+    The bound is None where too many groups' costs multiply; `prices`, (limits,), are those at which
+    it was found, in losses for one of what a limit counts.
+    """
+
+    kept: dict[str, int]
+    bound: float | None = None
+    prices: NDArray[np.float64] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """Groups whose costs multiply, with all choices that they have together, the least first.
 
-    `counts` are what the groups keep, (choices, groups); `losses` and `costs`, the latter above
-    that of the least widths, are of each choice.
+    `counts` are what the groups keep, (choices, groups); `losses`, (choices,), and `costs`,
+    (choices, limits), the latter above those of the least widths, are of each choice.
     """
 
     names: tuple[str, ...]
@@ -72,9 +94,20 @@ class _Part:
         return dict(zip(self.names, self.counts[choice].tolist(), strict=True))
 
 
+class _Plane(NamedTuple):
+    """A choice, its loss, and by how much it is over each limit: L(p) <= loss + p @ over."""
+
+    kept: dict[str, int]
+    loss: float
+    over: NDArray[np.float64]
+
+    def at(self, prices: NDArray[np.float64]) -> float:
+        return self.loss + float(prices @ self.over)
+
+
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Groups with a loss for each width that they may have, and a cost of them all.
+    """Groups with a loss for each width that they may have, and costs of them all.
 
     Parameters
     ----------
@@ -84,70 +117,60 @@ class Search:
         Of each of these.
     others
         What other groups keep.
-    cost
+    costs
         Of the whole model.
     """
 
     options: Mapping[str, NDArray[np.int64]]
     losses: Mapping[str, NDArray[np.float64]]
     others: Mapping[str, int]
-    cost: CountedCost
+    costs: Costs
 
-    def choose(self, limit: float) -> tuple[dict[str, int], float | None]:
-        """Return the best widths within a limit, and what no others lose less than.
+    def choose(self, limits: Sequence[float]) -> Chosen:
+        """Return the best widths within limits, one for each cost.
 
-        They are the least widths where nothing is within it.  The bound is None where too many
-        groups' costs multiply.
+        They are the least widths where nothing is within them.
         """
-        limit *= 1 + ROUNDING
-        least = self._least
-        if not self.cost.of({**self.others, **least}) <= limit:
-            return least, None
-        room = limit - self.cost.of({**self.others, **least})
-        kept, price = self._at(0.0), 0.0
-        bound = self.loss(kept)
-        if self._total(kept) > limit:
-            low, high = self._prices
-            kept = self._at(high)
-            if self._total(kept) > limit:  # of losses that are next to nothing beside costs
-                kept = least
-            for _ in range(_BISECTIONS):  # prices differ by magnitudes
-                price = math.sqrt(low * high)
-                found = self._at(price)
-                if self._total(found) > limit:
-                    low = price
-                else:
-                    high, kept = price, found
-            bound = max(self._dual(low, room), self._dual(high, room)) if self._parts else 0.0
-            price = high
-        kept = self._spent(kept, limit)
+        most = np.array(limits) * (1 + ROUNDING)
+        if not (self._total(self._least) <= most).all():
+            return Chosen(self._least)
+        planes, bound, prices = self._priced(most)
+        nearest = sorted(planes, key=lambda plane: plane.at(prices))[: len(most) + 1]
+        found = (self._spent(self._narrowed(plane.kept, most), most) for plane in nearest)
+        kept = min(found, key=self.loss)
         if not self._parts:
-            return kept, None
+            return Chosen(kept, None, prices)
         if self.loss(kept) - bound > _GAP * self.loss(kept):
-            kept, bound = self._exchanged(kept, bound, price, room, limit)
-        return kept, min(bound, self.loss(kept))
+            kept, bound = self._exchanged(kept, bound, prices, most)
+        return Chosen(kept, min(bound, self.loss(kept)), prices)
 
     def loss(self, kept: Mapping[str, int]) -> float:
         """Return the sum of what groups lose."""
         indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
         return sum(float(self.losses[name][index]) for name, index in indices.items())
 
-    def frontier(self) -> tuple[tuple[float, float], ...]:
-        """Return costs of the whole model with the least loss at each, whatever the limit.
+    def frontier(
+        self, prices: NDArray[np.float64], index: int = 0
+    ) -> tuple[tuple[float, float], ...]:
+        """Return one of the costs of the whole model with the least loss at each.
 
-        They are the choices at one price each, from that at which nothing leaves to that at which
-        all leaves that may: no choice of the same cost loses less where there is a bound.
+        They are the choices at multiples of some prices, from those at which nothing leaves to
+        those at which all leaves that may: no choice that costs no more in any way loses less
+        where there is a bound.
         """
+        ray = prices / prices.sum() if prices.any() else np.eye(len(prices))[index]
         choices = [{name: int(some[-1]) for name, some in self.options.items()}]
-        choices += [self._at(price) for price in np.geomspace(*self._prices, _PRICES).tolist()]
+        scales = np.geomspace(*self._scales(ray), _PRICES).tolist()
+        choices += [self._at(scale * ray) for scale in scales]
+        points = {(float(self._total(kept)[index]), self.loss(kept)) for kept in choices}
         found: list[tuple[float, float]] = []
-        for cost, loss in sorted({(self._total(kept), self.loss(kept)) for kept in choices}):
+        for cost, loss in sorted(points):
             if not found or loss <= found[-1][1]:  # to the dense model, which others may equal
                 found.append((cost, loss))
         chosen = np.unique(np.linspace(0, len(found) - 1, _FRONTIER).round().astype(int))
         return tuple(found[i] for i in chosen)
 
-    # ---- at a price ----------------------------------------------------------------------
+    # ---- at prices -----------------------------------------------------------------------
 
     @cached_property
     def _least(self) -> dict[str, int]:
@@ -157,7 +180,7 @@ class Search:
     def _parts(self) -> tuple[_Part, ...]:
         """Groups in parts whose costs add up; none where one has too many choices."""
         parts = []
-        for names in self.cost.classes(self.options):
+        for names in self.costs.classes(self.options):
             sizes = [len(self.options[name]) for name in names]
             if math.prod(sizes) > _MOST_TOGETHER:
                 return ()
@@ -167,64 +190,111 @@ class Search:
             *front, last = names
             rows = []
             for few in itertools.product(*(self.options[name].tolist() for name in front)):
-                kept = {**self.others, **self._least, **dict(zip(front, few, strict=True))}
-                own = self.cost.over(last, self.options[last], kept)
-                rows.append(own - own[0] + (self.cost.of(kept) if front else 0.0))
+                kept = {**self._least, **dict(zip(front, few, strict=True))}
+                own = self._over(last, kept)
+                rows.append(own - own[0] + (self._total(kept) if front else 0.0))
             costs = np.concatenate(rows)
             parts.append(_Part(names, counts, np.sum(lost, axis=0).ravel(), costs - costs[0]))
         return tuple(parts)
 
-    def _total(self, kept: Mapping[str, int]) -> float:
-        return self.cost.of({**self.others, **kept})
+    def _total(self, kept: Mapping[str, int]) -> NDArray[np.float64]:
+        return self.costs.of({**self.others, **kept})
 
-    def _at(self, price: float) -> dict[str, int]:
-        """Return the widths of the least loss plus price, the smallest of several."""
+    def _over(self, name: str, kept: Mapping[str, int]) -> NDArray[np.float64]:
+        """Return costs by the width of one group, (widths, limits), less what is the same."""
+        return self.costs.over(name, self.options[name], {**self.others, **kept})
+
+    def _at(self, prices: NDArray[np.float64]) -> dict[str, int]:
+        """Return the widths of the least loss plus prices, the smallest of several."""
         kept: dict[str, int] = {}
         if self._parts:
             for part in self._parts:
-                kept |= part.at(int((part.losses + price * part.costs).argmin()))
+                kept |= part.at(int((part.losses + part.costs @ prices).argmin()))
             return {name: kept[name] for name in self.options}
         kept = {name: int(some[-1]) for name, some in self.options.items()}
         for _ in range(_SWEEPS):
             before = dict(kept)
             for name, some in self.options.items():
-                costs = self.cost.over(name, some, {**self.others, **kept})
-                kept[name] = int(some[(self.losses[name] + price * costs).argmin()])
+                paid = self.losses[name] + self._over(name, kept) @ prices
+                kept[name] = int(some[paid.argmin()])
             if kept == before:
                 break
         return kept
 
-    def _dual(self, price: float, room: float) -> float:
-        paid = (float((part.losses + price * part.costs).min()) for part in self._parts)
-        return sum(paid) - price * room
+    def _priced(
+        self, limits: NDArray[np.float64]
+    ) -> tuple[list[_Plane], float, NDArray[np.float64]]:
+        """Return the greatest bound with its prices, and the planes that were met on the way."""
+        prices = best = np.zeros(len(limits))
+        ends = ({name: int(some[-1]) for name, some in self.options.items()}, self._least)
+        planes = [self._plane(kept, limits) for kept in ends]
+        bound, saved = -math.inf, planes[0].over - planes[1].over
+        most = np.array([self._scales(one)[1] for one in np.eye(len(limits))])
+        unit = np.divide(planes[1].loss, saved, where=saved > 0, out=np.ones(len(limits)))
+        while len(planes) < _PLANES:
+            plane = self._plane(self._at(prices), limits)
+            if plane.at(prices) > bound:
+                bound, best = plane.at(prices), prices
+            known = any(plane.kept == one.kept for one in planes)
+            planes.append(plane)
+            if known and prices.any():
+                break
+            unit = np.where(best > 0, best, unit)
+            prices, height = _highest(planes, most, unit)
+            if height - bound <= _CLOSED * height:
+                break
+        return planes, bound, best
 
-    @cached_property
-    def _prices(self) -> tuple[float, float]:
-        """Return a price below which nothing leaves, and one above which all leaves that may."""
-        every = {**self.others, **{name: int(some[-1]) for name, some in self.options.items()}}
+    def _plane(self, kept: dict[str, int], limits: NDArray[np.float64]) -> _Plane:
+        return _Plane(kept, self.loss(kept), self._total(kept) - limits)
+
+    def _scales(self, ray: NDArray[np.float64]) -> tuple[float, float]:
+        """Return by which prices on a ray nothing leaves, and by which all leaves that may."""
+        every = {name: int(some[-1]) for name, some in self.options.items()}
         low, high = math.inf, 0.0
         for name, losses in self.losses.items():
-            costs = self.cost.over(name, self.options[name], every)
+            costs = self._over(name, every) @ ray
             lost, spared = losses[:-1] - losses[-1], costs[-1] - costs[:-1]
             some = (lost > 0) & (spared > 0)
             low = min([low, *(lost[some] / spared[some])])
-            costs = self.cost.over(name, self.options[name], {**self.others, **self._least})
+            costs = self._over(name, self._least) @ ray
             gained, paid = losses[0] - losses[1:], costs[1:] - costs[0]
             high = max([high, *(gained[paid > 0] / paid[paid > 0])])
         return (0.9 * low, 1.1 * high) if math.isfinite(low) else (1.0, 1.0)
 
-    # ---- within the limit ----------------------------------------------------------------
+    # ---- within the limits ---------------------------------------------------------------
 
-    def _spent(self, kept: dict[str, int], limit: float) -> dict[str, int]:
-        """Widen groups, the one that gains most first, as far as the limit allows."""
-        while True:
-            room = limit - self._total(kept)
+    def _narrowed(self, kept: dict[str, int], limits: NDArray[np.float64]) -> dict[str, int]:
+        """Narrow groups until all limits hold, first what loses least for what it spares.
+
+        What it spares counts relative to what is over a limit, and no more than that.
+        """
+        while ((over := self._total(kept) - limits) > 0).any():
+            excess = over[over > 0]
             best: tuple[float, str, int] | None = None
             for name, some in self.options.items():
                 now = int(np.searchsorted(some, kept[name]))
-                costs = self.cost.over(name, some, {**self.others, **kept})
+                costs = self._over(name, kept)[: now + 1]
+                spared = (costs[-1] - costs[:-1])[:, over > 0] / excess
+                spared = spared.clip(max=1).sum(axis=1)
+                lost = self.losses[name][:now] - self.losses[name][now]
+                rates = np.divide(lost, spared, where=spared > 0, out=np.full(now, np.inf))
+                if now and (best is None or rates.min() < best[0]):
+                    best = float(rates.min()), name, int(some[rates.argmin()])
+            assert best is not None  # since the least widths are within the limits
+            kept = {**kept, best[1]: best[2]}
+        return kept
+
+    def _spent(self, kept: dict[str, int], limits: NDArray[np.float64]) -> dict[str, int]:
+        """Widen groups, the one that gains most first, as far as the limits allow."""
+        while True:
+            room = limits - self._total(kept)
+            best: tuple[float, str, int] | None = None
+            for name, some in self.options.items():
+                now = int(np.searchsorted(some, kept[name]))
+                costs = self._over(name, kept)
                 gains = self.losses[name][now] - self.losses[name]
-                gains = np.where(costs - costs[now] <= room, gains, 0.0)
+                gains = np.where((costs - costs[now] <= room).all(axis=1), gains, 0.0)
                 widest = int(gains.argmax())
                 if gains[widest] > 0 and (best is None or gains[widest] > best[0]):
                     best = float(gains[widest]), name, int(some[widest])
@@ -233,28 +303,30 @@ class Search:
             kept = {**kept, best[1]: best[2]}
 
     def _exchanged(
-        self, kept: dict[str, int], bound: float, price: float, room: float, limit: float
+        self,
+        kept: dict[str, int],
+        bound: float,
+        prices: NDArray[np.float64],
+        limits: NDArray[np.float64],
     ) -> tuple[dict[str, int], float]:
         """Return what an integer program finds over the choices that may be part of better ones.
 
-        A choice may be, as long as its loss plus price is no more above the least of its part than
+        A choice may be, as long as its loss plus prices is no more above the least of its part than
         the bound is below what is known (Sinha and Zoltners, "The multiple-choice knapsack
         problem", Operations Research 27, 1979).
         """
-        known = self.loss(kept)
-        paid = [part.losses + price * part.costs for part in self._parts]
+        known, room = self.loss(kept), limits - self._total(self._least)
         slack = (known - bound) * (1 + 1e-9)
-        left = [
-            np.flatnonzero(
-                (own - own.min() <= slack) & (part.costs <= room) & (part.losses <= known)
-            )
-            for own, part in zip(paid, self._parts, strict=True)
-        ]
+        left = []
+        for part in self._parts:
+            paid = part.losses + part.costs @ prices
+            within = (part.costs <= room).all(axis=1) & (part.losses <= known)
+            left.append(np.flatnonzero((paid - paid.min() <= slack) & within))
         if not all(map(len, left)):
             return kept, bound
         pairs = list(zip(self._parts, left, strict=True))
         losses = np.concatenate([part.losses[some] for part, some in pairs]) / known
-        costs = np.concatenate([part.costs[some] for part, some in pairs]) / max(room, 1e-300)
+        costs = np.concatenate([part.costs[some] for part, some in pairs]) / room.clip(1e-300)
         owner = np.repeat(np.arange(len(left)), [len(some) for some in left])
         one_each = scipy.sparse.csr_array(
             (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(left), len(owner))
@@ -263,19 +335,41 @@ class Search:
             losses,
             integrality=np.ones(len(owner), dtype=np.int64),
             bounds=scipy.optimize.Bounds(0.0, 1.0),
-            constraints=[(one_each, 1, 1), (costs[None], -np.inf, 1)],
+            constraints=[(one_each, 1, 1), (costs.T, -np.inf, 1)],
             options={"mip_rel_gap": _GAP, "node_limit": _NODES},
         )
         if found.x is not None:
             chosen: dict[str, int] = {}
             for index, (part, some) in enumerate(pairs):
                 chosen |= part.at(int(some[found.x[owner == index].argmax()]))
-            # It counts a little over the limit as within.
-            if self._total(chosen) <= limit and self.loss(chosen) < known:
-                kept = self._spent({name: chosen[name] for name in self.options}, limit)
+            # It counts a little over a limit as within.
+            if (self._total(chosen) <= limits).all() and self.loss(chosen) < known:
+                kept = self._spent({name: chosen[name] for name in self.options}, limits)
         if found.mip_dual_bound is not None:
             bound = max(bound, (float(found.mip_dual_bound) - _HIGHS) * known)
         return kept, bound
+
+
+def _highest(
+    planes: Sequence[_Plane], most: NDArray[np.float64], unit: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Return the prices, none above the most, where the least of the planes is highest; its height.
+
+    Prices differ by magnitudes: they are counted in units of about what they are.
+    """
+    within = [plane.loss for plane in planes if (plane.over <= 0).all() and plane.loss > 0]
+    scale = min(within, default=1.0)
+    over = np.array([plane.over for plane in planes]) * unit / scale
+    losses = np.array([plane.loss for plane in planes]) / scale
+    found = scipy.optimize.linprog(
+        np.append(np.zeros(len(unit)), -1.0),
+        A_ub=np.column_stack([-over, np.ones(len(planes))]),
+        b_ub=losses,
+        bounds=[*((0.0, top) for top in most / unit), (None, None)],
+    )
+    if found.x is None:  # of numbers that HiGHS cannot tell apart
+        return unit, -math.inf
+    return found.x[:-1] * unit, float(found.x[-1]) * scale
 
 
 # ---- equal shares ------------------------------------------------------------------------
@@ -284,10 +378,10 @@ class Search:
 def equal_shares(
     options: Mapping[str, NDArray[np.int64]],
     others: Mapping[str, int],
-    cost: CountedCost,
-    limit: float,
+    costs: Costs,
+    limits: Sequence[float],
 ) -> dict[str, int]:
-    """Return widths near the share of every group that comes to the limit, within it.
+    """Return widths near the share of every group that comes to a limit, within all of them.
 
     The coarsest groups, such as heads, are settled first: the others, which move in finer steps,
     make up for what these leave.  Groups of the same widths stay alike.
@@ -296,9 +390,10 @@ def equal_shares(
     for name, some in options.items():
         alike.setdefault(tuple(some.tolist()), []).append(name)
     kept: dict[str, int] = {}
+    most = np.array(limits) * (1 + ROUNDING)
 
     def fits(widths: Mapping[str, float]) -> bool:
-        return cost.of({**others, **kept, **widths}) <= limit * (1 + ROUNDING)
+        return bool((costs.of({**others, **kept, **widths}) <= most).all())
 
     for widths in sorted(alike, key=len):
         left = [name for name in options if name not in kept]

@@ -40,6 +40,7 @@ def as_fast_as(
     wanted: float,
     fixed: Mapping[str, int],
     least: float,
+    most: float,
     choose: Callable[[float], dict[str, int]],
 ) -> tuple[dict[str, int], float]:
     """Return widths whose model was timed to be as fast as wanted, and how fast that was.
@@ -52,10 +53,11 @@ def as_fast_as(
         How many times as fast as the dense model.
     fixed
         What other groups keep.
-    least
-        The share of the dense model's operations with the least widths.
+    least, most
+        The share of the dense model's operations with the least widths, and with the widest that
+        the request's other limits allow: a model of these may be faster than wanted.
     choose
-        Returns the best widths within such a share, from `least` to 1.
+        Returns the best widths within such a share, from `least` to `most`.
 
     Raises
     ------
@@ -64,11 +66,11 @@ def as_fast_as(
     """
     batch = prepared.batches()[0]
     # Shares of operations, with the times of their models: one too slow, one fast enough.
-    slow, fast = (1.0, 1.0), (0.0, 0.0)
+    slow, fast = (most, 1.0), (0.0, 0.0)
     best: tuple[dict[str, int], float] | None = None
     share = 1 / wanted
     for _ in range(MOST_MODELS):
-        share = max(share, least)
+        share = min(max(share, least), most)
         kept = choose(share)
         try:
             speedup = time_against(prepared.model, _built(prepared, {**fixed, **kept}), batch)
@@ -78,7 +80,7 @@ def as_fast_as(
             break
         if best is None or abs(speedup - wanted) < abs(best[1] - wanted):
             best = kept, speedup
-        if abs(speedup / wanted - 1) <= CLOSE:
+        if abs(speedup / wanted - 1) <= CLOSE or (speedup > wanted and share == most):
             break
         if speedup < wanted and share <= least:
             raise RequestError(

@@ -236,9 +236,9 @@ def why_out_of_reach(
     named = _kept_by_name(groups, request, residual)
     if any(group.name in named for group in others):
         return (
-            f"{request.budget_in_words} is shared by what nothing else names, and nothing is left "
-            "for it: what to keep of heads, neurons, channels or single groups is given for all "
-            "of them; omit one of these, or the budget"
+            f"{request.in_words(request.budgets)} is shared by what nothing else names, and "
+            "nothing is left for it: what to keep of heads, neurons, channels or single groups is "
+            "given for all of them; omit one of these, or the budget"
         )
     if not others:
         return why_frozen(groups) or (

@@ -145,8 +145,8 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
 
       osscar sweep MODEL --sparsity 0.1,0.2,0.3 --calibration text.txt --text test.txt
 
-    Give a list for one kind of budget. The same command goes on where it was
-    stopped; more budgets, or --baselines, extend the sweep.
+    Give a list for one kind of budget; others hold at every point. The same
+    command goes on where it was stopped; more values, or --baselines, extend the sweep.
     """
     _run("sweep", model, options)
 

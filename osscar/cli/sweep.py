@@ -7,7 +7,7 @@ from osscar.cli.common import check_files, say, say_verdict, show, way_back, wri
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, recovery_of, request_of
 from osscar.report.run_tables import skipped_table
-from osscar.request import BudgetKind, PruningRequest
+from osscar.request import BudgetKind, Keep, PruningRequest
 from osscar.run.points import SweepDirectory, jobs
 from osscar.run.sweep import PAGE_FILE, Sweep
 from osscar.run.sweep_page import sweep_table, sweep_verdict
@@ -16,12 +16,11 @@ from osscar.run.sweep_page import sweep_table, sweep_verdict
 def run(model: str, options: SweepOptions) -> None:
     """Prune to several budgets, and show quality against speed."""
     check_files(options, model)
-    budget, values = _asked(options)
+    budget, values, fixed = _asked(options)
     points = jobs(
         budget, values, baselines=options.baselines, allocation=vars(options)["allocation"]
     )
-    one = {str(kind): points[0].value if kind is budget else None for kind in BudgetKind}
-    base = request_of(options, PruningRequest, **one)
+    base = request_of(options, PruningRequest, **{**fixed, str(budget): points[0].value})
     recover = recovery_of(options, base)
     place = SweepDirectory(options.out)
     with way_back(lambda: place.kept), quiet():
@@ -53,22 +52,28 @@ def run(model: str, options: SweepOptions) -> None:
     write_json(options.json, document)
 
 
-def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[float | int, ...]]:
-    """Return the one budget that is given a list, and what is in that."""
-    lists = {budget: getattr(options, budget) for budget in BudgetKind}
-    given = {budget: text for budget, text in lists.items() if text is not None}
-    if len(given) != 1:
-        named = [f"--{budget}" for budget in given or BudgetKind]
+def _asked(
+    options: SweepOptions,
+) -> tuple[BudgetKind, tuple[float | int, ...], dict[str, Keep | None]]:
+    """Return the one budget that is given a list, what is in that, and the other budgets.
+
+    A single value is a list where nothing else is given.
+    """
+    given = {kind: text for kind in BudgetKind if (text := getattr(options, kind)) is not None}
+    lists = {kind: text for kind, text in given.items() if "," in text or len(given) == 1}
+    if len(lists) != 1:
+        named = " and ".join(f"--{kind}" for kind in lists or given or BudgetKind)
         raise OptionError(
-            f"{' and '.join(named)} are budgets, of which a sweep has one sort; give a list "
-            "for one of them"
+            f"{named}: a sweep goes over one of the budgets; give a list for one of them, such as "
+            f"--sparsity {BudgetKind.SPARSITY.examples}, and single values for others"
         )
-    ((budget, text),) = given.items()
+    ((budget, text),) = lists.items()
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         counts = budget is BudgetKind.PARAMS and all(part.isdecimal() for part in parts)
-        return budget, tuple(map(int if counts else float, parts))
+        values = tuple(map(int if counts else float, parts))
     except ValueError:
         raise OptionError(
             f"--{budget} {text!r:.80} is not a list such as {budget.examples}"
         ) from None
+    return budget, values, {str(kind): given.get(kind) for kind in BudgetKind}

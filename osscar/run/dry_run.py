@@ -210,12 +210,13 @@ estimate = by_keywords(PruningRequest, estimate_as_asked)
 def _expected_keep(
     prepared: Prepared, request: PruningRequest, left: Sequence[str], form: Form
 ) -> dict[str, int]:
-    """Return what groups keep that lose units; equal shares of a budget, as curves are not known.
+    """Return what groups keep that lose units; equal shares of budgets, as curves are not known.
 
     That the least widths meet the budget is checked here.
     """
     if request.speedup is not None:  # which is a matter of operations first
-        request = dataclasses.replace(request, speedup=None, flops=1 / request.speedup)
+        flops = min(1 / request.speedup, request.flops or 1.0)
+        request = dataclasses.replace(request, speedup=None, flops=flops)
     if request.has_budget:
         request = dataclasses.replace(request, allocation="uniform")
     return dict(allocate(prepared, request, left=left, form=form).keep)

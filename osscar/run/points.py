@@ -58,8 +58,7 @@ class SweepJob:
 
     def request(self, base: PruningRequest) -> PruningRequest:
         """Return what is asked of a pruning run for this point."""
-        asked: dict[str, Any] = dict.fromkeys(map(str, BudgetKind))
-        asked[self.budget] = self.value
+        asked: dict[str, Any] = {self.budget: self.value}
         if self.method in METHODS:
             asked["allocation"] = self.method
             return dataclasses.replace(base, **asked)
@@ -175,8 +174,7 @@ def sweep_manifest(
 
     That is also whether they are recovered: pruned models are not kept, so none could be later.
     """
-    varied = {str(kind) for kind in BudgetKind}
-    shared = {name: value for name, value in run.asked.items() if name not in varied}
+    shared = {name: value for name, value in run.asked.items() if name != budget}
     asked = {**shared, "budget": str(budget), **scored}
     if recover is not None:
         asked["recover"] = True

@@ -219,7 +219,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "target", target_in_words(target)
         yield "reported", reported_in_words(target)
     elif budget is not None:
-        yield budget_fact(budget)
+        yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:
         unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
         gap = budget.get("gap")
@@ -260,18 +260,26 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "not measured", document.get("unmeasured", "")
 
 
-def budget_fact(budget: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what was asked for, and what it came to, with a name."""
-    limit, reached, dense = budget["limit"], budget["reached"], budget["dense"]
-    if budget["cost"] == "time":
-        return "timed", (
-            f"{1 / reached:.2f} times as fast as the dense model on a calibration batch; "
-            f"{1 / limit:g} was asked for"
+def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield what each budget allows, and what that came to, with a name; of several, which bind."""
+    for one in limits:
+        limit, reached, dense, price = (one[n] for n in ("limit", "reached", "dense", "price"))
+        if one["cost"] == "time":
+            yield (
+                "timed",
+                f"{1 / reached:.2f} times as fast as the dense model on a calibration batch; "
+                f"{1 / limit:g} was asked for",
+            )
+            continue
+        binds = ""
+        if len(limits) > 1 and price is not None:
+            less = f"1% more of it would take {price * limit / 100:.2g} off the predicted distance"
+            binds = f"; {less}" if price else "; it does not bind"
+        yield (
+            "budget",
+            f"{reached:,.0f} of {dense:,.0f} {one['cost']} ({reached / dense:.1%}), at most "
+            f"{limit:,.0f} were asked for{binds}",
         )
-    return "budget", (
-        f"{reached:,.0f} of {dense:,.0f} {budget['cost']} ({reached / dense:.1%}), at most "
-        f"{limit:,.0f} were asked for"
-    )
 
 
 def layers_table(

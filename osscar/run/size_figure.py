@@ -54,7 +54,8 @@ def draw_over_size(
 
 def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawing:
     """Draw the predicted distance over the budget, and where a run lies."""
-    at, highest = budget["reached"] / budget["dense"], max(budget["frontier"]["distance"])
+    limit, highest = budget["limits"][0], max(budget["frontier"]["distance"])
+    at = limit["reached"] / limit["dense"]
     here = {"predicted": budget["predicted"], "measured": measured}
     own = [
         Line([(at, value)], "oD"[index], color(index + 1), label)
@@ -62,7 +63,7 @@ def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawin
         if value
     ]
     figure, (axes,) = new_figure()
-    draw_over_size(axes, [_least(budget), *own], f"{budget['cost']} kept")
+    draw_over_size(axes, [_least(budget), *own], f"{limit['cost']} kept")
     axes.set_yscale("log")
     # What is far below both ends of the curve and this run is not drawn.
     shown = [value for value in here.values() if value]
@@ -111,7 +112,7 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
 def _least(budget: Mapping[str, Any]) -> Line:
     """Return the least predicted distance at each size, but for those without any."""
     points = zip(budget["frontier"]["cost"], budget["frontier"]["distance"], strict=True)
-    least = [(cost / budget["dense"], at) for cost, at in points if at > 0]
+    least = [(cost / budget["limits"][0]["dense"], at) for cost, at in points if at > 0]
     return Line(least, "-", color(0), "least")
 
 

@@ -49,7 +49,7 @@ from osscar.run.points import (
     prune_points,
     sweep_manifest,
 )
-from osscar.run.prune_page import budget_fact
+from osscar.run.prune_page import budget_facts
 from osscar.run.result import PruningResult
 from osscar.run.run_log import run_manifest
 from osscar.run.sweep_page import recovered_line, sections, sweep_page
@@ -106,6 +106,7 @@ def sweep(
         device and with the seed of the pruning.
     asked
         Fields of `osscar.PruningRequest`, of which one budget is a list: ``sparsity=[0.1, 0.2]``.
+        Other budgets hold at every point.
 
     Returns
     -------
@@ -249,7 +250,8 @@ class Sweep:
                 self.place.keep(point)
                 self.tell(f"{job}: done, {number} of {len(todo)}")
                 if result.budget is not None:
-                    self.tell(": ".join(budget_fact(vars(result.budget))))
+                    for fact in budget_facts([*map(vars, result.budget.limits)]):
+                        self.tell(": ".join(fact))
                 if point.recovered is not None:
                     self.tell(recovered_line(vars(point.recovered)))
                 bar.advance()
@@ -286,13 +288,14 @@ class Sweep:
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
+        limit = None if budget is None else budget.of(job.budget)
         return SweepPoint(
             "osscar.sweep-point/8",
             job.method,
             str(job.budget),
             job.value,
-            limit=None if budget is None else budget.limit,
-            reached=None if budget is None else budget.reached,
+            limit=None if limit is None else limit.limit,
+            reached=None if limit is None else limit.reached,
             **after,
             form=Form.EAGER if result is None else result.form,
             speedup=before["seconds"] / after["seconds"],

@@ -184,7 +184,7 @@ class _Search:
             assert budget.predicted is not None
             with timed(Stage.PRUNED):
                 lost = ranks.broadcast("a walk", partial(self.judge.measure, made.model))
-            self.walks.append(TargetWalk(limit, budget.reached, budget.predicted, lost))
+            self.walks.append(TargetWalk(limit, budget.tightest.reached, budget.predicted, lost))
             if log is not None:
                 log.note_walks(self.walks)
             self.tell(f"walk {number}: {self._report(budget).in_words(number - 1)}")
@@ -220,8 +220,8 @@ class _Search:
             quality=self.request.quality,
             most=self.request.most_lost,
             measure=budget.measure,
-            cost=budget.cost,
-            dense=budget.dense,
+            cost=budget.tightest.cost,
+            dense=budget.tightest.dense,
             walks=tuple(self.walks),
         )
 

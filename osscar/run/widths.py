@@ -14,7 +14,7 @@ from osscar.base.errors import RequestError
 from osscar.base.printable import engineering, share
 from osscar.base.timing import Stage, timed
 from osscar.preparation.prepare import Prepared
-from osscar.request import PruningRequest, parse_keep
+from osscar.request import BudgetKind, PruningRequest, parse_keep
 from osscar.run.feasibility import Feasible, in_words
 from osscar.run.run_log import RunLog
 
@@ -59,21 +59,31 @@ def widths(
 def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:
     """Say what the run is to keep and to remove, in parameters where the request tells."""
     _, keep, shared = asked_groups(prepared, request, skipped)
-    if request.speedup is not None:
-        return f"is to be {request.speedup:g} times as fast as the dense model"
-    if request.flops is not None:
-        return f"keeps {share(request.flops)} of the operations, removes {share(1 - request.flops)}"
-    if request.size is not None:
-        return f"keeps {request.size} of the bytes that the weights take on disk"
     leaving = {*keep, *(group.name for group in shared)}
-    cost = count(Cost.PARAMETERS, prepared.model, prepared.groups_with(leaving), prepared.sample)
-    kept = cost.of(keep)
-    if request.sparsity is not None:
-        kept -= request.sparsity * (kept - cost.of({**keep, **{one.name: 0 for one in shared}}))
-    elif request.params is not None:
-        asked = parse_keep(request.params)
-        kept = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
-    return (
-        f"keeps {engineering(kept)} of {engineering(cost.dense)} parameters, removes "
-        f"{engineering(cost.dense - kept)}"
-    )
+
+    def of_parameters(budget: BudgetKind | None) -> str:
+        groups = prepared.groups_with(leaving)
+        cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+        kept = cost.of(keep)
+        if budget is BudgetKind.SPARSITY and request.sparsity is not None:
+            kept -= request.sparsity * (kept - cost.of({**keep, **{one.name: 0 for one in shared}}))
+        elif budget is BudgetKind.PARAMS and request.params is not None:
+            asked = parse_keep(request.params)
+            kept = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
+        return (
+            f"keeps {engineering(kept)} of {engineering(cost.dense)} parameters, removes "
+            f"{engineering(cost.dense - kept)}"
+        )
+
+    def told(budget: BudgetKind) -> str:
+        asked = getattr(request, budget)
+        match budget:
+            case BudgetKind.SPEEDUP:
+                return f"is to be {asked:g} times as fast as the dense model"
+            case BudgetKind.FLOPS:
+                return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
+            case BudgetKind.SIZE:
+                return f"keeps {asked} of the bytes that the weights take on disk"
+        return of_parameters(budget)
+
+    return "; ".join(map(told, request.budgets)) or of_parameters(None)

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.costs import Cost, Costs, CountedCost, count
 from osscar.allocation.divergence import Distance, Reference, as_logits, table_of
 from osscar.allocation.measured import summed_losses
 from osscar.allocation.search import Search
@@ -27,6 +27,7 @@ from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.request import BudgetKind
 from osscar.request import PruningRequest as Asked
 from osscar.run.widths import goal
 from osscar.shrinking.slice import slice_units
@@ -38,11 +39,11 @@ from tests.osscar.families import tiny, tokens
 # ---- the search --------------------------------------------------------------------------
 
 
-def searched(losses, costs):
-    """Return a search over groups whose units cost as much each, with a loss for each width."""
+def searched(losses, *costs):
+    """Return a search over groups with a loss for each width, whose units cost so much each."""
     units = {name: len(some) - 1 for name, some in losses.items()}
     options = {name: np.arange(len(some)) for name, some in losses.items()}
-    return Search(options, losses, {}, CountedCost((), 0.0, costs, units))
+    return Search(options, losses, {}, Costs(tuple(CountedCost((), 0.0, c, units) for c in costs)))
 
 
 @st.composite
@@ -53,48 +54,58 @@ def groups_with_losses(draw):
         falls = draw(st.lists(st.floats(0, 8), min_size=units, max_size=units))
         curve = np.append(np.cumsum(falls)[::-1], 0.0) * 10.0 ** draw(st.integers(-6, 2))
         losses[str(index)] = curve
-    costs = {name: float(draw(st.integers(0, 19))) for name in losses}
-    most = sum(cost * (len(losses[name]) - 1) for name, cost in costs.items())
-    return losses, costs, draw(st.floats(0, 1)) * most
+    costs, limits = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        units = {name: float(draw(st.integers(0, 19))) for name in losses}
+        most = sum(cost * (len(losses[name]) - 1) for name, cost in units.items())
+        costs.append(units)
+        limits.append(draw(st.floats(0, 1)) * most)
+    return losses, costs, limits
 
 
 @given(groups_with_losses())
-@example(({"0": np.array([1.0, 5e-324, 0.0])}, {"0": 2.0}, 2.0))
+@example(({"0": np.array([1.0, 5e-324, 0.0])}, [{"0": 2.0}], [2.0]))
 @example(
     (  # what HiGHS would take for within the limit
         {"0": np.array([1.0, 0.0]), "1": np.array([1.0, 0.0]), "2": np.array([1.5, 0.0])},
-        {"0": 1.0, "1": 1.0, "2": 1.0},
-        2 * (1 - 3e-8),
+        [{"0": 1.0, "1": 1.0, "2": 1.0}],
+        [2 * (1 - 3e-8)],
     )
 )
 @settings(max_examples=200, deadline=None)
 def test_widths_are_nearly_those_that_trying_everything_finds(problem):
-    losses, costs, limit = problem
-    search = searched(losses, costs)
-    best = min(
-        sum(some[k] for some, k in zip(losses.values(), counts, strict=True))
-        for counts in itertools.product(*(range(len(some)) for some in losses.values()))
-        if sum(c * k for c, k in zip(costs.values(), counts, strict=True)) <= limit * (1 + 1e-12)
-    )
-    kept, bound = search.choose(limit)
-    assert sum(costs[name] * k for name, k in kept.items()) <= limit * (1 + 1e-9)
+    losses, costs, limits = problem
+    search = searched(losses, *costs)
+
+    def within(widths, slack):
+        spent = (sum(cost[name] * k for name, k in widths.items()) for cost in costs)
+        return all(one <= limit * (1 + slack) for one, limit in zip(spent, limits, strict=True))
+
+    every = itertools.product(*(range(len(some)) for some in losses.values()))
+    choices = (dict(zip(losses, counts, strict=True)) for counts in every)
+    best = min(search.loss(widths) for widths in choices if within(widths, 1e-12))
+    kept, bound, prices = search.choose(limits)
+    assert within(kept, 1e-9)
+    assert (prices >= 0).all()
     assert best <= search.loss(kept) * (1 + 1e-12) <= 1.005 * best + 1e-300
     assert bound <= best * (1 + 1e-9)
 
 
-def test_a_search_over_many_widths_has_a_small_gap():
+@pytest.mark.parametrize("limits", [1, 2, 3])
+def test_a_search_over_many_widths_has_a_small_gap(limits):
     random = np.random.default_rng(0)
     falls = {str(g): np.sort(random.exponential(size=1536) ** 3) for g in range(60)}
     losses = {name: np.append(some.cumsum()[::-1], 0.0) for name, some in falls.items()}
-    search = searched(losses, {name: float(random.integers(1000, 9000)) for name in losses})
-    kept, bound = search.choose(0.6 * search.cost.dense)
+    costs = [{name: float(random.integers(1000, 9000)) for name in losses} for _ in range(limits)]
+    search = searched(losses, *costs)
+    kept, bound, _ = search.choose([0.6 * cost.dense for cost in search.costs.each])
     assert search.loss(kept) - bound < 1e-4 * search.loss(kept)
 
 
 def test_groups_whose_losses_are_their_costs_are_searched_to_an_end():
     losses = {str(g): np.arange(50.0)[::-1] * (g + 1) for g in range(12)}
     search = searched(losses, {str(g): float(g + 1) for g in range(12)})
-    kept, bound = search.choose(0.5 * search.cost.dense)
+    kept, bound, _ = search.choose([0.5 * search.costs.each[0].dense])
     assert search.loss(kept) - bound <= 1e-3 * search.loss(kept)
 
 
@@ -229,24 +240,48 @@ def test_a_shape_is_that_of_fresh_refits():
         {"flops": 0.7},
         {"sparsity": 0.5, "round_to": 2},
         {"params": 0.8, "at_least": "1/3"},
+        {"params": 0.8, "flops": 0.7},
+        {"sparsity": 0.2, "params": 0.9, "size": 0.8, "flops": 0.8},
     ],
 )
 def test_budgets_are_kept_and_reports_are_right(prepared, asked, allocation):
     found = allocate(prepared, Asked(**asked, allocation=allocation))
     budget = found.budget
-    assert budget.reached <= budget.limit * (1 + 1e-9)
-    assert budget.reached >= 0.7 * budget.limit
-    cost = count(budget.cost, prepared.model, prepared.groups, prepared.sample)
-    assert budget.dense == cost.dense
-    assert budget.reached == pytest.approx(cost.of(found.keep), rel=1e-12)
+    assert {one.budget for one in budget.limits} == asked.keys() & {*BudgetKind}
+    assert budget.tightest.reached >= 0.7 * budget.tightest.limit
+    for one in budget.limits:
+        assert one.reached <= one.limit * (1 + 1e-9)
+        cost = count(one.cost, prepared.model, prepared.groups, prepared.sample)
+        assert one.dense == cost.dense
+        assert one.reached == pytest.approx(cost.of(found.keep), rel=1e-12)
+        assert (one.price is None) == (allocation == "uniform")
     assert {n: w.kept for n, w in budget.widths.items() if w.kept < w.units} == found.keep
-    if budget.cost is Cost.PARAMETERS:
-        assert budget.dense == count_parameters(prepared.model)
+    if budget.tightest.cost is Cost.PARAMETERS:
+        assert budget.tightest.dense == count_parameters(prepared.model)
     if "at_least" in asked:
         assert all(3 * width.kept >= width.units for width in budget.widths.values())
     if allocation == "measured":
         assert budget.predicted > 0
         assert budget.gap <= 1e-3
+
+
+@pytest.mark.parametrize("allocation", ["measured", "uniform"])
+def test_a_slack_budget_changes_nothing_and_a_binding_one_is_said_to_bind(opt, allocation):
+    def allocated(**asked):
+        return allocate(opt, Asked(**asked, allocation=allocation))
+
+    alone = allocated(flops=0.7)
+    both = allocated(flops=0.7, params=1.0)
+    assert both.keep == alone.keep
+    assert both.budget.tightest.budget == "flops"
+    assert both.budget.frontier == alone.budget.frontier
+    if allocation == "measured":
+        assert [one.price > 0 for one in both.budget.limits] == [True, False]
+        assert both.budget.gap <= 1e-3
+    with pytest.raises(RequestError, match=r"^flops=0.01 cannot be met"):
+        allocated(flops=0.01, params=0.9)
+    with pytest.raises(RequestError, match=r"^size=10MB params=1.0 asks for no less than there is"):
+        allocated(size="10MB", params=1.0)
 
 
 def test_buffers_count_and_the_most_that_one_may_ask_for_is_all():
@@ -284,7 +319,7 @@ def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
     half = allocate(opt, Asked(params=0.6, heads="1/2"))
     kept = {name: k for name, k in half.keep.items() if units[name][0] == "heads"}
     assert set(kept.values()) == {opt.model.config.num_attention_heads // 2}
-    assert half.budget.reached <= 0.6 * half.budget.dense
+    assert half.budget.tightest.reached <= 0.6 * half.budget.tightest.dense
 
 
 @pytest.mark.parametrize("allocation", ["measured", "uniform"])
@@ -355,7 +390,9 @@ def test_operations_outside_of_layers_are_no_groups(build, share):
         dense = count_flops(prepared.model, prepared.sample)
         smaller = count_flops(result.model, prepared.sample)
     assert smaller <= share * dense * 1.001
-    assert result.budget.reached / result.budget.dense == pytest.approx(smaller / dense, rel=1e-3)
+    assert result.budget.tightest.reached / result.budget.tightest.dense == pytest.approx(
+        smaller / dense, rel=1e-3
+    )
 
 
 # ---- what is no prediction ---------------------------------------------------------------
@@ -412,7 +449,7 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
     [(2.0, 1.5, 0.25), (2.0, 2.0 * (1 - 1e-16), 0.0), (0.0, 0.0, 0.0), (math.nan, 1.0, math.nan)],
 )
 def test_only_what_rounding_parts_from_its_bound_is_the_least(predicted, bound, gap):
-    budget = Budget(Cost.PARAMETERS, 1.0, 1.0, 1.0, predicted=predicted, lower_bound=bound)
+    budget = Budget((), predicted=predicted, lower_bound=bound)
     assert budget.gap == pytest.approx(gap, nan_ok=True)
 
 
@@ -437,6 +474,10 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand():
             assert told(**asked) == f"keeps {kept} of {of} parameters, removes {gone}"
         assert told(flops=0.3) == "keeps 30% of the operations, removes 70%"
         assert told(size="20KB") == "keeps 20KB of the bytes that the weights take on disk"
+        assert told(flops=0.5, size=0.8) == (
+            "keeps 0.8 of the bytes that the weights take on disk; keeps 50% of the operations, "
+            "removes 50%"
+        )
         assert told(speedup=2.0) == "is to be 2 times as fast as the dense model"
     result = osscar.prune(model, tokens(8, 24), heads=0.5, neurons=0.25, backend="magnitude")
     with prepare(model, tokens(8, 24)) as prepared:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import osscar
 from osscar.allocation import search
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, CountedCost, _Weight, count
+from osscar.allocation.costs import Cost, Costs, CountedCost, _Weight, count
 from osscar.allocation.measured import Curve
 from osscar.allocation.widths import asked_groups, possible_widths
 from osscar.base.errors import RequestError
@@ -100,21 +100,24 @@ def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(problem, shar
     losses = {name: curves[name].losses[some] for name, some in options.items()}
     for most in (search._MOST_TOGETHER, 0):  # none is listed then
         with mock.patch.object(search, "_MOST_TOGETHER", most):
-            searched = search.Search(options, losses, {}, cost)
-            kept, bound = searched.choose(limit)
+            searched = search.Search(options, losses, {}, Costs((cost,)))
+            kept, bound, prices = searched.choose([limit])
             assert cost.of(kept) <= limit
             assert (bound is None) == (most == 0)
             budget = SimpleNamespace(
-                predicted=searched.loss(kept), lower_bound=bound, frontier=searched.frontier()
+                predicted=searched.loss(kept),
+                lower_bound=bound,
+                frontier=searched.frontier(prices),
             )
             check_bound(budget, found, limit)
 
 
 def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
     cost = CountedCost((_Weight(1.0, (2, 7_000_000_000), ((0, "a", 1),)),), 0.0, {}, {"a": 2})
-    one = search.Search({"a": np.array([1, 2])}, {"a": np.array([1.0, 0.0])}, {}, cost)
-    assert one.choose(7e9)[0] == {"a": 1}
-    assert one.choose(7e9 - 3) == ({"a": 1}, None)
+    losses = {"a": np.array([1.0, 0.0])}
+    one = search.Search({"a": np.array([1, 2])}, losses, {}, Costs((cost,)))
+    assert one.choose([7e9]).kept == {"a": 1}
+    assert one.choose([7e9 - 3]) == ({"a": 1}, None, None)
 
 
 # ---- budgets of networks in which a group meets itself -----------------------------------
@@ -262,7 +265,7 @@ def test_every_budget_that_some_widths_meet_is_met_and_no_other(name, widths, ki
             limit = limit / cost.dense if kind is Cost.FLOPS else int(limit)
             request = Asked(**asked, **{BUDGETS[kind]: limit})
             budget = allocate(prepared, request, curves=curves).budget
-            return budget.reached, budget
+            return budget.tightest.reached, budget
 
         tight = 1 + 1e-12 if kind is Cost.FLOPS else 1
         for limit in [least, *others[:: max(1, len(others) // 12)]]:
@@ -305,7 +308,7 @@ def test_models_have_no_more_than_the_parameters_that_were_asked_for(name):
         some = sorted({cost.of(k) for k in every_choice(prepared, Asked(params=0.5, **asked))})
     limit = int(some[len(some) // 3])
     result = osscar.prune(model, data, params=limit, allocation="uniform", backend="wanda", **asked)
-    assert count_parameters(result.model) == result.budget.reached <= limit
+    assert count_parameters(result.model) == result.budget.tightest.reached <= limit
 
 
 # ---- bytes -------------------------------------------------------------------------------
@@ -365,7 +368,9 @@ def test_the_tensors_of_a_file_have_the_bytes_that_were_promised(case, tmp_path)
     asked = {"size": 0.8, "allocation": "uniform", "backend": "wanda", **asked}
     result = osscar.prune(build().eval(), data(), **asked)
     osscar.save(result.model, tmp_path / "saved")
-    assert stored(tmp_path / "saved") == result.budget.reached <= result.budget.limit
+    assert (
+        stored(tmp_path / "saved") == result.budget.tightest.reached <= result.budget.tightest.limit
+    )
 
 
 def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
@@ -375,8 +380,8 @@ def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
     osscar.save(net, tmp_path / "dense")
     dense = stored(tmp_path / "dense")
     result = osscar.prune(net, data, size=0.8, **asked)
-    assert dense == result.budget.dense
-    assert result.budget.limit == pytest.approx(0.8 * result.budget.dense, abs=1)
+    assert dense == result.budget.tightest.dense
+    assert result.budget.tightest.limit == pytest.approx(0.8 * result.budget.tightest.dense, abs=1)
     osscar.save(result.model, tmp_path / "saved")
     assert 0.75 * dense < stored(tmp_path / "saved") <= 0.8 * dense
     with pytest.raises(RequestError, match=r"allows 1,000,000 bytes, and the exported program has"):
@@ -562,8 +567,8 @@ def test_layers_that_torch_runs_as_one_operator_are_counted():
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(8, 5, 16)
     assert count_flops(model, {"src": x}) == by_torch(model, x) > 0
     result = osscar.prune(model, x, flops=0.7, backend="wanda")
-    assert result.budget.dense == pytest.approx(by_torch(model, x[:1]), rel=1e-12)
-    assert count_flops(result.model, {"src": x[:1]}) <= 0.7 * result.budget.dense
+    assert result.budget.tightest.dense == pytest.approx(by_torch(model, x[:1]), rel=1e-12)
+    assert count_flops(result.model, {"src": x[:1]}) <= 0.7 * result.budget.tightest.dense
 
 
 def dense_and_halved(model, data):

@@ -278,15 +278,15 @@ def test_a_budget_does_not_count_what_is_skipped(name, allocation):
     budget, skipped = result.budget, osscar.prune(dense, data(), **asked, skip=expected)
     assert not set(budget.widths) & set(expected)
     assert budget.widths == skipped.budget.widths
-    assert budget.limit == skipped.budget.limit
-    assert budget.reached == result.parameters_after == skipped.parameters_after
+    assert budget.tightest.limit == skipped.budget.tightest.limit
+    assert budget.tightest.reached == result.parameters_after == skipped.parameters_after
     assert result.plan == skipped.plan
     for key, value in skipped.model.state_dict().items():  # a trial leaves no trace
         assert torch.equal(value, result.model.state_dict()[key]), key
     if allocation == "uniform":
         assert all(width.kept == width.units // 2 for width in budget.widths.values())
     else:
-        assert budget.reached <= budget.limit
+        assert budget.tightest.reached <= budget.tightest.limit
 
 
 def test_users_are_warned_by_name():

@@ -124,10 +124,8 @@ def test_a_run_lies_within_the_plot_of_its_budget(measured):
     frontier = {"cost": [30, 50, 90, 100], "distance": [1.0, 0.1, 1e-12, 0.0]}
     budget = {
         "frontier": frontier,
-        "dense": 100,
-        "reached": 50,
+        "limits": [{"dense": 100, "reached": 50, "cost": "bytes"}],
         "predicted": 0.1,
-        "cost": "bytes",
         "measure": "nats",
     }
     figure = size_figure.frontier_figure(budget, measured)

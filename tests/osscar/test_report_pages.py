@@ -67,7 +67,7 @@ def check_numbers(document, text):
     for number in (document["parameters_before"], document["parameters_after"]):
         assert f"{number:,}" in text
     budget, forward = document["budget"], document["forward"]
-    assert f"{budget['reached']:,.0f}" in text
+    assert f"{budget['limits'][0]['reached']:,.0f}" in text
     for nats in (budget["predicted"], document["divergence"]):
         assert f"{nats:.4f}" in text
     assert f"{1000 * forward['dense']['seconds']:,.1f} ms" in text
@@ -172,7 +172,7 @@ def test_a_run_in_which_nothing_predicts_still_shows_its_budget(document, tmp_pa
         name: {**width, "predicted": None} for name, width in budget["widths"].items()
     }
     text = check_shown(seen(written(tmp_path, {**document, "budget": budget}), DESK), pictures=1)
-    assert f"at most {budget['limit']:,.0f} were asked for" in text
+    assert f"at most {budget['limits'][0]['limit']:,.0f} were asked for" in text
 
 
 @pytest.mark.usefixtures("drawn")
@@ -227,7 +227,8 @@ def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
 
 
 def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
-    budget = {**document["budget"], "cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51}
+    limit = {"cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51, "price": None}
+    budget = {**document["budget"], "limits": [limit]}
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "distance": [2.0, 0.5, 0.0]}
     settings = {**document["settings"], "sparsity": None, "speedup": 2.0}
     page = prune_page({**document, "budget": budget, "settings": settings})

@@ -191,8 +191,6 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron(sparsity):
     ("asked", "message"),
     [
         (lambda: Asked(), "nothing to prune"),
-        (lambda: Asked(sparsity=0.5, params=0.5), "sparsity and params are budgets"),
-        (lambda: Asked(size="100MB", params=0.5), "params and size are budgets"),
         (lambda: Asked(heads=0.5, at_least=0.5), "no budget is given; give one, such as sparsity="),
         (lambda: Asked(neurons=0.5, allocation="uniform"), "is uniform, .* none is given"),
         (lambda: Asked(heads=0.01), "keeps none"),

@@ -167,7 +167,7 @@ def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
     file = log.directory / "allocation.json"
     good = json.loads(file.read_text())
     for part, key, value in (
-        *(("keep", NEURONS, 10**6), ("keep", "nowhere", 1), ("budget", "reached", -1.0)),
+        *(("keep", NEURONS, 10**6), ("keep", "nowhere", 1), ("budget", "limits", [])),
         *(("budget", "curves", {"nowhere": [1.0, 0.0]}), ("budget", "predicted", 1e-9)),
     ):
         content = copy.deepcopy(good)

@@ -49,9 +49,25 @@ def test_a_speed_up_is_aimed_at_by_timing(timed, wanted, allocation):
     reached = seconds(model) / seconds(result.model)
     # Uniform shares come to whole heads in all layers at once.
     assert reached == pytest.approx(wanted, rel=0.03 if allocation == "measured" else 0.1)
-    assert 1 / result.budget.reached == pytest.approx(reached, rel=1e-6)
-    assert result.budget.limit == pytest.approx(1 / wanted)
+    assert 1 / result.budget.tightest.reached == pytest.approx(reached, rel=1e-6)
+    assert result.budget.tightest.limit == pytest.approx(1 / wanted)
     assert len(timed) <= speedup.MOST_MODELS
+
+
+@pytest.mark.parametrize("allocation", ["measured", "uniform"])
+@pytest.mark.parametrize(("wanted", "binds"), [(1.1, True), (1.5, False)])
+def test_other_budgets_hold_at_every_step_of_a_speed_up(timed, wanted, binds, allocation):
+    """At 1.1 times the speed the model would be larger than it may be."""
+    model = tiny("opt")
+    result = osscar.prune(
+        model, tokens(8, 24), speedup=wanted, params=0.8, allocation=allocation, backend="wanda"
+    )
+    assert result.parameters_after <= 0.8 * result.parameters_before
+    assert {one.budget for one in result.budget.limits} == {"speedup", "params"}
+    reached = seconds(model) / seconds(result.model)
+    assert reached == pytest.approx(1 / result.budget.of("speedup").reached)
+    assert reached >= 0.9 * wanted
+    assert (reached > 1.03 * wanted) == binds
 
 
 def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):

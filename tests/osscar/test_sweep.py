@@ -33,7 +33,7 @@ from osscar.run.points import (
     prune_points,
 )
 from osscar.run.prune import prune_as_asked
-from osscar.run.prune_page import budget_fact
+from osscar.run.prune_page import budget_facts
 from osscar.run.sweep_page import recovered_line, sections, sweep_page, sweep_table, sweep_verdict
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.browser import DESK, PHONE, seen
@@ -114,7 +114,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
     for job in points:
         request = job.request(BASE)
         asked = {kind: getattr(request, kind) for kind in BudgetKind}
-        assert {kind for kind, value in asked.items() if value is not None} == {budget}
+        assert {kind for kind, value in asked.items() if value is not None} == {budget, SPARSITY}
         assert asked[budget] == job.value
 
 
@@ -149,7 +149,7 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
     assert len(costs) > 5
     assert (np.diff(costs) > 0).all()
-    assert costs[-1] == budgets[0].dense
+    assert costs[-1] == budgets[0].tightest.dense
     assert nats[-1] == 0
     if kind == "opt":
         assert (np.diff(nats) <= 0).all()
@@ -158,7 +158,10 @@ def test_no_run_is_predicted_to_lie_below_the_frontier(kind):
         assert budget.frontier == budgets[0].frontier
         assert sum(width.predicted for width in budget.widths.values()) == budget.predicted
         if kind == "opt":  # costs add up: the frontier is the lower hull of all choices
-            within, beyond = nats[costs <= budget.reached], nats[costs >= budget.reached]
+            within, beyond = (
+                nats[costs <= budget.tightest.reached],
+                nats[costs >= budget.tightest.reached],
+            )
             assert beyond.max() <= budget.predicted * (1 + 1e-9)
             assert budget.predicted <= within.min() * (1 + 1e-9)
     data = json.loads(json.dumps(budgets[0].to_json(), allow_nan=False))
@@ -345,8 +348,11 @@ def test_a_model_on_disk_is_refused_before_it_is_scored(run, tmp_path, asked, na
         (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
         (("--sparsity", "0.5", "--recover", "--samples", 1), "1 sample is too few: 1 is held out"),
         (("--sparsity", ","), "needs budgets"),
-        (("--size", "0.5"), "--sparsity and --size are budgets, of which a sweep has one sort"),
-        (("--flops", "0.5"), "--sparsity and --flops are budgets, of which a sweep has one sort"),
+        (
+            ("--size", "0.5"),
+            "a sweep goes over one of the budgets; give a list for one of them, such as",
+        ),
+        (("--sparsity", "0.5,0.6", "--flops", "0.5,0.6"), "--sparsity and --flops: a sweep goes"),
         (("--sparsity", "0.5,1.5"), "sparsity is 1.5; it should be less than 1"),
         (("--images", "pictures"), "reads text, not images"),
         (("--backend", "none"), "none"),
@@ -385,12 +391,16 @@ def test_every_method_meets_every_budget_and_is_asked_for_the_same(net):
     with prepare_for(model, data, BASE) as prepared:
         curves = random_curves(prepared, BASE)
         for kind, value in ((SPARSITY, 0.3), ("params", 0.8), ("size", 0.8), (FLOPS, 0.7)):
+            base = dataclasses.replace(BASE, **{SPARSITY: None, kind: value})
             asked = [
-                SweepJob(m, BudgetKind(kind), value).request(BASE) for m in (*METHODS, "wanda")
+                SweepJob(m, BudgetKind(kind), value).request(base) for m in (*METHODS, "wanda")
             ]
             budgets = [allocate(prepared, request, curves=curves).budget for request in asked]
-            assert len({budget.limit for budget in budgets}) == 1
-            assert all(0.9 < budget.reached / budget.limit <= 1 + 1e-12 for budget in budgets)
+            assert len({budget.tightest.limit for budget in budgets}) == 1
+            assert all(
+                0.9 < budget.tightest.reached / budget.tightest.limit <= 1 + 1e-12
+                for budget in budgets
+            )
 
 
 def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path, monkeypatch):
@@ -418,7 +428,8 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
         assert f"{p['reached'] / p['limit']:.1%}" in page
     short = 1 - points[-1]["reached"] / points[-1]["limit"]
     told = {"limit": 100.0, "reached": 100 * (1 - short), "dense": 200, "cost": "parameters"}
-    assert budget_fact(told)[1].endswith("at most 100 were asked for")
+    ((_, words),) = budget_facts([{**told, "price": 0.0}])
+    assert words.endswith("at most 100 were asked for")
 
     monkeypatch.setattr(points_room, "prune_prepared", None)  # what is done is not done again
     assert osscar.sweep(model, data, out, sparsity=(0.4,), **asked) == document

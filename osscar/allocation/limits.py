@@ -1,0 +1,119 @@
+"""What the budgets of a request allow a model to cost, and what it does cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.base.errors import RequestError
+from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form
+from osscar.request import BudgetKind, PruningRequest, parse_keep, parse_size_kept
+from osscar.shrinking.shrink_program import dense_program
+
+_COUNTED = {
+    BudgetKind.SPARSITY: Cost.PARAMETERS,
+    BudgetKind.PARAMS: Cost.PARAMETERS,
+    BudgetKind.SIZE: Cost.BYTES,
+    BudgetKind.FLOPS: Cost.FLOPS,
+    BudgetKind.SPEEDUP: Cost.FLOPS,
+}
+"""What each budget is counted in; a speed-up is looked for among models of fewer operations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Allowance:
+    """What one budget allows; `dense` is what is told of the dense model."""
+
+    budget: BudgetKind
+    kind: Cost
+    cost: CountedCost
+    most: float
+    dense: float
+
+    def compared(self, reached: float) -> str:
+        """Say what is allowed, and what is reached."""
+        form = "" if self.dense == self.cost.dense else ", as an exported program,"
+        return (
+            f"it allows {self.most:,.0f} {self.kind}, and what may be pruned comes to "
+            f"{reached:,.0f}{form} of {self.dense:,.0f} at least ({reached / self.dense:.3f} of "
+            "the dense model's)"
+        )
+
+
+def allowances(
+    prepared: Prepared,
+    request: PruningRequest,
+    others: Mapping[str, int],
+    least: Mapping[str, int],
+    form: Form,
+) -> list[Allowance]:
+    """Count what the model costs, and read what it may: one allowance for each budget.
+
+    Parameters
+    ----------
+    others
+        What groups keep that share no budget.
+    least
+        The least that those keep that do.
+    form
+        What becomes smaller, and is saved.
+
+    Raises
+    ------
+    RequestError
+        If no budget asks for less than there is.
+    """
+    groups = prepared.groups_with({*others, *least})
+
+    @cache
+    def counted(kind: Cost, form: Form) -> CountedCost:
+        program = None
+        if form is Form.EXPORTED:
+            proofs = prepared.inputs.proofs(prepared.model, request.seed)
+            program = dense_program(prepared.model, proofs, prepared.example)
+        return count(kind, prepared.model, groups, prepared.sample, program)
+
+    found = []
+    for budget in request.budgets:
+        kind = _COUNTED[budget]
+        dense = counted(kind, Form.EAGER).dense  # a share is of what one has: the modules' file
+        cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
+        most = _most(budget, request, cost, dense, others, least)
+        found.append(Allowance(budget, kind, cost, most, dense))
+    if all(one.most >= one.cost.dense for one in found):
+        has = f"the {'model' if form is Form.EAGER else 'exported program'} has"
+        told = (f"{one.most:,.0f} {one.kind}, and {has} {one.cost.dense:,.0f}" for one in found)
+        raise RequestError(
+            f"{request.in_words(request.budgets)} asks for no less than there is: it allows "
+            f"{'; '.join(told)}; ask for less to be kept"
+        )
+    return found
+
+
+def _most(
+    budget: BudgetKind,
+    request: PruningRequest,
+    cost: CountedCost,
+    dense: float,
+    others: Mapping[str, int],
+    least: Mapping[str, int],
+) -> float:
+    """Return what a budget allows, of a cost that is so much of the dense model."""
+    match budget:
+        case BudgetKind.SPARSITY:  # of the parameters that the shared groups own, as others are
+            assert request.sparsity is not None
+            all_gone = cost.of({**others, **dict.fromkeys(least, 0)})
+            return all_gone + (1 - request.sparsity) * (cost.of(others) - all_gone)
+        case BudgetKind.FLOPS:
+            assert request.flops is not None
+            return request.flops * dense
+        case BudgetKind.SPEEDUP:  # where the search begins; how fast the least is will be timed
+            assert request.speedup is not None
+            return max(dense / request.speedup, cost.of({**others, **least}))
+    kept = getattr(request, budget)
+    asked = parse_keep(kept) if budget is BudgetKind.PARAMS else parse_size_kept(kept)
+    return float(asked if isinstance(asked, int) else asked * Fraction(int(dense)))
