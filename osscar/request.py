@@ -104,6 +104,7 @@ class BudgetKind(enum.StrEnum):
     SPARSITY = "sparsity"
     PARAMS = "params"
     SIZE = "size"
+    MEMORY = "memory"
     FLOPS = "flops"
     SPEEDUP = "speedup"
 
@@ -256,6 +257,13 @@ class PruningRequest:
     size
         Bytes of the weights to keep: a fraction of the dense model's such as 0.8, or a size such as
         ``200MB``.
+    memory
+        Bytes to keep of what serving a language model takes, weights and the key/value cache: a
+        fraction of the dense model's, or a size such as ``2GB``.
+    context
+        With `memory`: tokens of each sequence in the cache.
+    batch
+        With `memory`: sequences that are served at once.
     flops
         Share of the floating-point operations to keep, between 0 and 1.
     speedup
@@ -353,6 +361,9 @@ class PruningRequest:
     sparsity: Annotated[float | None, SHARE] = None
     params: KeepOption = None
     size: Annotated[Keep | None, Read(_size)] = None
+    memory: Annotated[Keep | None, Read(_size)] = None
+    context: Annotated[int | None, count_from(1)] = None
+    batch: Annotated[int, count_from(1)] = 1
     flops: Annotated[float | None, SHARE] = None
     speedup: Annotated[float | None, Gt(1)] = None
     max_divergence: Annotated[float | None, Gt(0)] = None
@@ -419,7 +430,8 @@ class PruningRequest:
         )
         yield (
             not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
-            "nothing to prune: give a budget (--sparsity, --params, --size, --flops or --speedup), "
+            "nothing to prune: give a budget (--sparsity, --params, --size, --memory, --flops or "
+            "--speedup), "
             "a target of quality (--max-divergence, --max-perplexity-increase or --max-top1-drop), "
             "or what to keep with --heads, --neurons, --channels, --residual or --experts",
         )
@@ -432,6 +444,20 @@ class PruningRequest:
             self.allocation != "measured" and not shared,
             f"allocation is {self.allocation}, which is for a budget, and none is given; give one, "
             "such as --sparsity, or omit --allocation",
+        )
+        yield (
+            self.memory is not None and self.context is None,
+            f"memory is {self.memory}, which counts the keys and values of a number of tokens, and "
+            "--context does not say of how many; give both, such as --context 4096",
+        )
+        yield (
+            self.memory is None and (self.context is not None or self.batch != 1),
+            "context and batch say what --memory counts, which is not given; give all, or neither",
+        )
+        yield (
+            self.memory is not None and self.form == "exported",
+            "memory counts what a model keeps that generates text, which form 'exported' cannot; "
+            "give size as the budget",
         )
         yield (
             self.speedup is not None and self.form == "exported",

@@ -75,13 +75,11 @@ class Sharing:
         """Report on a choice, with a prediction and prices where there are curves."""
         found, prices = chosen.kept, chosen.prices
         kept = {**self.others, **found}
+        each = [None] * len(allowed) if prices is None else prices.tolist()
         limits = [
-            Limit(one.budget, one.kind, one.most, one.dense, one.cost.of(kept), price)
-            for one, price in zip(
-                allowed, [None] * len(allowed) if prices is None else prices.tolist(), strict=True
-            )
+            Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), price, a.cost.assumed)
+            for a, price in zip(allowed, each, strict=True)
         ]
-        # What is left to a limit may be all that tells which binds.
         order = sorted(range(len(limits)), key=lambda i: _binds(limits[i]), reverse=True)
         told: dict[str, Any] = {}
         parts: dict[str, float] = {}

@@ -61,6 +61,8 @@ class Limit:
     price
         By how much the least predicted distance would fall for one more of what is counted: 0 where
         other limits bind and this one does not; None where nothing is predicted.
+    assumed
+        What was taken for granted where costs were counted, in words.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -71,6 +73,7 @@ class Limit:
     dense: float
     reached: float
     price: float | None = None
+    assumed: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Budget:
 
     def of(self, budget: BudgetKind) -> Limit:
         """Return the limit of one budget that was given."""
-        return next(limit for limit in self.limits if limit.budget is budget)
+        return next(limit for limit in self.limits if limit.budget == budget)
 
     @property
     def gap(self) -> float | None:

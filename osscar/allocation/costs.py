@@ -37,6 +37,8 @@ class Cost(enum.StrEnum):
     PARAMETERS = "parameters"
     BYTES = "bytes"
     """Of the weights, as the model is saved."""
+    MEMORY = "serving bytes"
+    """Of the weights, as the model is saved, and of the keys and values that it keeps."""
     FLOPS = "flops"
     TIME = "time"
     """Of a forward pass, relative to the dense model's."""
@@ -68,13 +70,14 @@ class CountedCost:
     """A cost that is counted, over every tensor that groups own a part of.
 
     `fixed` does not depend on them, and `each` is what one unit of a group costs besides, such as
-    its attention scores.
+    its attention scores.  `assumed` is what was taken for granted, in words.
     """
 
     weights: tuple[_Weight, ...] = field(repr=False)
     fixed: float
     each: Mapping[str, float] = field(repr=False)
     units: Mapping[str, int] = field(repr=False)
+    assumed: str = ""
 
     def of(self, kept: Mapping[str, float]) -> float:
         """Return the cost where groups keep so many units; those not named keep all."""
@@ -285,7 +288,7 @@ def _operations(
     on disk of the module that was running.
     """
     names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
-    heads = _heads_by_module(groups)
+    heads = heads_by_module(groups)
     prices: Counter[str] = Counter()
     each: Counter[str] = Counter()
     fixed = 0.0
@@ -297,7 +300,7 @@ def _operations(
             entries = sum(tensors[name].numel() for name in weights)
             prices.update(dict.fromkeys(weights, product.operations / entries))
             continue
-        several = _nearest(heads, product.module)
+        several = nearest(heads, product.module)
         units = sum(group.units for group in several)
         each.update({group.name: product.operations / units for group in several})
         fixed += 0 if several else product.operations
@@ -310,7 +313,7 @@ def _on_disk(module: nn.Module, names: Mapping[int, str]) -> frozenset[str]:
     return frozenset(names[id(p)] for p in own if isinstance(p, OnDisk) and id(p) in names)
 
 
-def _heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:
+def heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:
     """Return the groups of heads by the modules around the layers that make or read them."""
     found: dict[str, list[CouplingGroup]] = {}
     for group in groups:
@@ -320,7 +323,7 @@ def _heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[Coupling
     return found
 
 
-def _nearest(heads: Mapping[str, list[CouplingGroup]], module: str) -> list[CouplingGroup]:
+def nearest(heads: Mapping[str, list[CouplingGroup]], module: str) -> list[CouplingGroup]:
     """Return the groups of heads whose scores a module may take: its own, or those around it."""
     while module and module not in heads:
         module = module.rpartition(".")[0]

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import cache
 
 from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.serving import serving_memory
 from osscar.base.errors import RequestError
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
@@ -18,6 +19,7 @@ _COUNTED = {
     BudgetKind.SPARSITY: Cost.PARAMETERS,
     BudgetKind.PARAMS: Cost.PARAMETERS,
     BudgetKind.SIZE: Cost.BYTES,
+    BudgetKind.MEMORY: Cost.MEMORY,
     BudgetKind.FLOPS: Cost.FLOPS,
     BudgetKind.SPEEDUP: Cost.FLOPS,
 }
@@ -65,12 +67,19 @@ def allowances(
     Raises
     ------
     RequestError
-        If no budget asks for less than there is.
+        If no budget asks for less than there is, or the model keeps nothing that memory counts.
     """
     groups = prepared.groups_with({*others, *least})
 
     @cache
     def counted(kind: Cost, form: Form) -> CountedCost:
+        if kind is Cost.MEMORY:
+            assert request.context is not None
+            return serving_memory(
+                counted(Cost.BYTES, form),
+                *(prepared.model, groups, prepared.sample),
+                *(request.context, request.batch),
+            )
         program = None
         if form is Form.EXPORTED:
             proofs = prepared.inputs.proofs(prepared.model, request.seed)

@@ -53,6 +53,9 @@ neurons there are half as many."""
 
 _SWEEPS = 30
 _PLANES = 200
+_NOTHING = 1e-200
+"""A loss below which numbers in units of it overflow."""
+
 _CLOSED = 1e-7
 """Of the loss, by which planes may lie above the bound when prices are the best."""
 
@@ -358,7 +361,7 @@ def _highest(
     Prices differ by magnitudes: they are counted in units of about what they are.
     """
     within = [plane.loss for plane in planes if (plane.over <= 0).all() and plane.loss > 0]
-    scale = min(within, default=1.0)
+    scale = max(min(within, default=1.0), _NOTHING)
     over = np.array([plane.over for plane in planes]) * unit / scale
     losses = np.array([plane.loss for plane in planes]) / scale
     found = scipy.optimize.linprog(

@@ -110,7 +110,7 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOpti
     Keep half of the computation, of a model that reads images:
       osscar prune MODEL --flops 0.5 --calibration images/ --out smaller
 
-    Give a budget, which all layers share so that the model's outputs change
+    Give budgets, which all layers share so that the model's outputs change
     least, or what every layer keeps. --sparsity says what to remove, all other
     options say what to keep. If the command is killed, give it again to go on.
     """

@@ -46,7 +46,8 @@ BackendOptions = Annotated[
 ]
 
 _GROUPS = {
-    "Budget": "sparsity params size flops speedup allocation round_to at_least",
+    "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
+    "at_least",
     "Quality in place of a budget": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
@@ -240,7 +241,17 @@ class RecoverOptions(OpenOptions, SavedOptions):
 @_command(
     PruningRequest,
     only=(
-        *("allocation", "seed", "batch_size", "round_to", "at_least", "backend", "damp"),
+        *(
+            "context",
+            "batch",
+            "allocation",
+            "seed",
+            "batch_size",
+            "round_to",
+            "at_least",
+            "backend",
+            "damp",
+        ),
         *("experts", "skip", "form", "batch_norm", "strict", "device"),
     ),
 )
@@ -254,6 +265,8 @@ class SweepOptions(RunOptions):
     """Parameters of the model to keep: fractions, or counts, separated by commas."""
     size: str | None = None
     """Shares to keep of the bytes of the weights."""
+    memory: str | None = None
+    """Shares to keep of what serving a language model takes, weights and the key/value cache."""
     flops: str | None = None
     """Shares to keep of the floating-point operations."""
     speedup: str | None = None

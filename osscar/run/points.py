@@ -97,23 +97,28 @@ def jobs(
         raise OptionError(
             f"{', '.join(map(str, read))} are counts and shares; give either to --{budget}"
         )
-    if budget is BudgetKind.SIZE and any(isinstance(value, int) for value in read):
+    if budget in _SIZES and any(isinstance(value, int) for value in read):
         raise OptionError(
             f"a sweep takes sizes as shares of the dense model's, not {read[0]}; give a list "
-            f"such as --size {budget.examples}"
+            f"such as --{budget} {budget.examples}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
     ordered = sorted(set(read), reverse=not budget.rises)
     return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
 
 
+_SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
+
+
 def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
     """Return a value as the command line reads it: a plain number, which names its point."""
     asked: dict[str, Any] = {str(budget): value}
+    if budget is BudgetKind.MEMORY:
+        asked["context"] = 1
     request = PruningRequest(**asked, allocation=allocation)
     if budget is BudgetKind.PARAMS:
         kept = parse_keep(value)
-    elif budget is BudgetKind.SIZE:
+    elif budget in _SIZES:
         kept = parse_size_kept(value)
     else:
         kept = getattr(request, budget)

@@ -271,14 +271,14 @@ def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
                 f"{1 / limit:g} was asked for",
             )
             continue
-        binds = ""
+        binds, assumed = "", f" ({one['assumed']})" if one["assumed"] else ""
         if len(limits) > 1 and price is not None:
             less = f"1% more of it would take {price * limit / 100:.2g} off the predicted distance"
             binds = f"; {less}" if price else "; it does not bind"
         yield (
             "budget",
             f"{reached:,.0f} of {dense:,.0f} {one['cost']} ({reached / dense:.1%}), at most "
-            f"{limit:,.0f} were asked for{binds}",
+            f"{limit:,.0f} were asked for{binds}{assumed}",
         )
 
 

@@ -84,6 +84,8 @@ def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) 
                 return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
             case BudgetKind.SIZE:
                 return f"keeps {asked} of the bytes that the weights take on disk"
+            case BudgetKind.MEMORY:
+                return f"keeps {asked} of the memory that serving takes"
         return of_parameters(budget)
 
     return "; ".join(map(told, request.budgets)) or of_parameters(None)

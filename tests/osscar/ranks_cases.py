@@ -47,7 +47,7 @@ CASES = {
     "a budget without gradients": Case(
         lambda: tiny("llama-gqa").double(),
         lambda: tokens(16, 48),
-        {"sparsity": 0.4, "batch_size": 3, "allocation": "measured"},
+        {"sparsity": 0.4, "flops": 0.7, "batch_size": 3, "allocation": "measured"},
     ),
     "images": Case(small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "experts": Case(

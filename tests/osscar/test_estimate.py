@@ -239,7 +239,7 @@ def test_what_the_run_refuses_is_refused(smaller):
     with pytest.raises(RequestError, match="no group of channels"):
         osscar.estimate(smaller.model, data, channels=0.5)
     with pytest.raises(RequestError, match="cannot be met"):
-        osscar.estimate(smaller.model, data, params=0.001)
+        osscar.estimate(smaller.model, data, params=0.001, flops=0.9)
     with pytest.raises(OptionError, match="damp is -1"):
         osscar.estimate(smaller.model, data, neurons=0.5, damp=-1)
     with pytest.raises(TypeError, match="unexpected"):

@@ -228,6 +228,7 @@ def test_sizes_that_a_program_takes_no_others_of_are_a_remark(document):
 
 def test_a_budget_of_time_is_a_share_of_the_dense_time(document):
     limit = {"cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51, "price": None}
+    limit["assumed"] = ""
     budget = {**document["budget"], "limits": [limit]}
     budget["frontier"] = {"cost": [0.25, 0.5, 1.0], "distance": [2.0, 0.5, 0.0]}
     settings = {**document["settings"], "sparsity": None, "speedup": 2.0}

@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, count, killing, tmp
 
 # ---- a log of a whole run ----------------------------------------------------------------
 
-OPT = PruningRequest(sparsity=0.5, backend="wanda", device="cpu")
+OPT = PruningRequest(sparsity=0.5, memory=0.9, context=24, backend="wanda", device="cpu")
 
 
 @pytest.fixture(scope="module")

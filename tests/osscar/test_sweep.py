@@ -428,7 +428,7 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
         assert f"{p['reached'] / p['limit']:.1%}" in page
     short = 1 - points[-1]["reached"] / points[-1]["limit"]
     told = {"limit": 100.0, "reached": 100 * (1 - short), "dense": 200, "cost": "parameters"}
-    ((_, words),) = budget_facts([{**told, "price": 0.0}])
+    ((_, words),) = budget_facts([{**told, "price": 0.0, "assumed": ""}])
     assert words.endswith("at most 100 were asked for")
 
     monkeypatch.setattr(points_room, "prune_prepared", None)  # what is done is not done again

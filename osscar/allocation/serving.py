@@ -1,0 +1,128 @@
+"""What serving a language model takes: its weights, and the keys and values that it keeps.
+
+How many numbers each layer keeps is read off the cache of transformers itself, which the model
+fills in a pass: layers may share keys and values, keep none, or keep a window of positions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from graph import CouplingGroup
+from osscar.allocation.costs import CountedCost, heads_by_module, nearest
+from osscar.base.errors import RequestError
+from osscar.data.batches import Batch
+from osscar.network.hooks import running_modules
+from osscar.network.modules import context_length, fresh
+from osscar.proof.equivalence import has_cache
+from osscar.proof.lineage import stored_dtype
+
+
+class _Kept(NamedTuple):
+    """Keys and values of one layer after `positions` of one sequence: numbers in all its heads."""
+
+    module: str
+    heads: int
+    numbers: int
+    positions: int
+
+
+def serving_memory(
+    weights: CountedCost,
+    model: nn.Module,
+    groups: Sequence[CouplingGroup],
+    example: Batch,
+    context: int,
+    batch: int,
+) -> CountedCost:
+    """Add to the bytes of the weights those of keys and values, in the format that is saved.
+
+    Parameters
+    ----------
+    weights
+        The bytes of the weights.
+    model, groups, example
+        The dense model, what may leave it, and what it reads.
+    context, batch
+        Positions of each sequence in the cache, and how many sequences there are.
+
+    Raises
+    ------
+    RequestError
+        If the model keeps no keys and values, something else besides, or reads fewer positions.
+    """
+    longest = context_length(model)
+    if longest is not None and context > longest:
+        raise RequestError(
+            f"--context is {context}, and the model reads {longest:,} positions at most; give "
+            "no more"
+        )
+    layers, dtype = _kept(model, example, context), stored_dtype(model)
+    heads, each, fixed = heads_by_module(groups), dict(weights.each), weights.fixed
+    for layer in layers:
+        size = layer.numbers * dtype.itemsize * batch
+        owners = nearest(heads, layer.module)
+        if len(owners) == 1 and layer.heads % owners[0].units == 0:
+            each[owners[0].name] = each.get(owners[0].name, 0.0) + size / owners[0].units
+        else:  # one head of keys and values that serves all queries
+            fixed += size
+    short = Counter(layer.positions for layer in layers if layer.positions < context)
+    fewer = "".join(f", {n} of {len(layers)} layers {at:,}" for at, n in sorted(short.items()))
+    assumed = (
+        f"weights as saved, and keys and values in {str(dtype).removeprefix('torch.')} as "
+        f"transformers caches them: {context:,} positions{fewer}, {batch:,} "
+        f"sequence{'s' if batch > 1 else ''}"
+    )
+    return replace(weights, each=each, fixed=fixed, assumed=assumed)
+
+
+def _kept(model: nn.Module, example: Batch, context: int) -> list[_Kept]:
+    """Run a model once, and return what each layer of its cache keeps at a length."""
+    if (
+        not isinstance(model, PreTrainedModel)
+        or not (model.can_generate() and has_cache(model))
+        or model.config.is_encoder_decoder
+    ):
+        raise RequestError(
+            f"--memory counts the keys and values that a decoder of transformers keeps as it "
+            f"generates text, and {type(model).__name__} keeps none; give --size"
+        )
+    seen: dict[int, tuple[str, Tensor, Tensor]] = {}
+    cache = DynamicCache(config=model.config)
+    plain = cache.update
+    with running_modules(model) as running, torch.no_grad():
+
+        def noted(keys: Tensor, values: Tensor, layer: int, *more: Any, **by: Any) -> Any:
+            seen[layer] = running[-1], keys[:1, :, :1], values[:1, :, :1]
+            return plain(keys, values, layer, *more, **by)
+
+        cache.update = noted
+        model(**{**fresh(example), "past_key_values": cache, "use_cache": True})
+    others = {
+        type(layer).__name__
+        for index, layer in enumerate(cache.layers)
+        if index not in seen or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if others or not seen:
+        raise RequestError(
+            f"--memory counts keys and values, and {type(model).__name__} keeps "
+            f"{' and '.join(sorted(others)) or 'none'}; give --size"
+        )
+    # The cache itself says how many positions it holds, of states that take no memory.
+    filled = DynamicCache(config=model.config)
+    found = []
+    for index, (module, *states) in sorted(seen.items()):
+        keys, values = (one.to("meta").expand(-1, -1, context, -1) for one in states)
+        filled.update(keys, values, index)
+        held = filled.layers[index]
+        numbers = held.keys.numel() + held.values.numel()
+        found.append(_Kept(module, keys.shape[1], numbers, held.keys.shape[-2]))
+    return found
