@@ -270,10 +270,11 @@ class PruningRequest:
         Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
         on this device, where nothing else should run meanwhile.
     max_divergence
-        In the place of a budget: the most that the outputs may differ from the dense model's, in
-        nats a prediction, or as a relative squared error if the model has no scores of classes.
-        The smallest model within it is found in at most four walks, each on half of the calibration
-        samples; a quarter of them, which nothing is fitted to, decides, with 95 % confidence.
+        The most that the outputs may differ from the dense model's, in nats a prediction, or as a
+        relative squared error if the model has no scores of classes.  The smallest model within it,
+        and within budgets that are given too, is found in at most four walks, each on half of the
+        calibration samples; a quarter of them, which nothing is fitted to, decides, with 95 %
+        confidence.
     max_perplexity_increase
         The same for a language model: the most that its perplexity may rise, such as ``5%``.
     max_top1_drop
@@ -414,9 +415,9 @@ class PruningRequest:
             f"{' and '.join(targets)} are targets, of which a run has one; give one of them",
         )
         yield (
-            bool(targets and budgets),
-            f"{' and '.join(targets)} is a target, in the place of {' and '.join(budgets)}; give "
-            "one of them",
+            bool(targets) and self.speedup is not None,
+            f"a speedup is timed for every size, so that it does not go with {' '.join(targets)}; "
+            "give flops beside it",
         )
         yield (
             self.smallest is not None and not targets,
@@ -555,7 +556,7 @@ class PruningRequest:
 
     @property
     def quality(self) -> TargetKind | None:
-        """What a size is to be found for, in the place of a budget; None if there is one."""
+        """What a size is to be found for; None if budgets give it."""
         return next((one for one in TargetKind if getattr(self, one) is not None), None)
 
     @property

@@ -93,7 +93,7 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
     sizes = [size for size, _ in tried]
     wide = max(0.05, max(sizes) - min(sizes))
     figure, (axes,) = new_figure()
-    if kind is TargetKind.DIVERGENCE:
+    if kind is TargetKind.DIVERGENCE and budget["limits"][0]["cost"] == target["cost"]:
         least, ends = _least(budget), (min(sizes) - wide, max(sizes) + wide)
         near = [point for point in least.points if ends[0] <= point[0] <= ends[1]]
         lines.insert(0, least._replace(points=near))

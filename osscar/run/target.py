@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.limits import Allowance, allowances
+from osscar.allocation.measured import Curve, known_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import DataError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -40,6 +43,7 @@ from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, ru
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
 from osscar.run.target_search import (
+    Frontier,
     TargetReport,
     TargetWalk,
     next_limit,
@@ -50,7 +54,14 @@ from osscar.run.widths import widths
 _FIRST = 0.3
 """Of what may be removed: the size at which curves are first measured."""
 
-_COSTS = {"params": Cost.PARAMETERS, "flops": Cost.FLOPS, "size": Cost.BYTES}
+_SIZES = 12
+"""At which widths are chosen where budgets beside the target hold as well."""
+
+_COSTS = {
+    BudgetKind.PARAMS: Cost.PARAMETERS,
+    BudgetKind.FLOPS: Cost.FLOPS,
+    BudgetKind.SIZE: Cost.BYTES,
+}
 
 Recover = Callable[[PruningResult, Any, int], Recovery]
 """Recovers what was pruned, on the data that it was pruned on, in the walk of a number from 1."""
@@ -184,7 +195,8 @@ class _Search:
             assert budget.predicted is not None
             with timed(Stage.PRUNED):
                 lost = ranks.broadcast("a walk", partial(self.judge.measure, made.model))
-            self.walks.append(TargetWalk(limit, budget.tightest.reached, budget.predicted, lost))
+            reached = budget.of(self._kind).reached
+            self.walks.append(TargetWalk(limit, reached, budget.predicted, lost))
             if log is not None:
                 log.note_walks(self.walks)
             self.tell(f"walk {number}: {self._report(budget).in_words(number - 1)}")
@@ -195,7 +207,8 @@ class _Search:
             if log is not None:
                 log.remove()  # it is of no use to another target
             raise RequestError(
-                f"no model that was tried is within {self.request.target_in_words}: the nearest, "
+                f"no model that was tried is within {self.request.target_in_words}"
+                f"{self._beside}: the nearest, "
                 f"{report.in_words(report.nearest)}; allow more to be lost, give more calibration "
                 "data (--samples), or recover what is pruned (--recover)"
             )
@@ -207,7 +220,7 @@ class _Search:
         """Return what the next model may cost, by the curves of the last budget."""
         assert self.request.quality is not None
         return next_limit(
-            budget.frontier,
+            self._frontier(budget),
             self.walks,
             self.request.quality,
             self.request.most_lost,
@@ -220,8 +233,8 @@ class _Search:
             quality=self.request.quality,
             most=self.request.most_lost,
             measure=budget.measure,
-            cost=budget.tightest.cost,
-            dense=budget.tightest.dense,
+            cost=budget.of(self._kind).cost,
+            dense=budget.of(self._kind).dense,
             walks=tuple(self.walks),
         )
 
@@ -234,16 +247,62 @@ class _Search:
         _, keep, shared = asked_groups(self.prepared, self.request, skipped)
         return Sharing(shared, self.request.widths, keep)
 
+    @property
+    def _kind(self) -> BudgetKind:
+        """What the smallest model has least of."""
+        return BudgetKind(self.request.smallest or "params")
+
+    @property
+    def _beside(self) -> str:
+        """The budgets that are given beside the target, in words."""
+        budgets = self.request.budgets
+        return f" and {self.request.in_words(budgets)}" if budgets else ""
+
     @cached_property
     def _cost(self) -> CountedCost:
-        """What the smallest model is to cost least of."""
+        """That as it is counted."""
         groups = self.prepared.groups_with({*self._sharing.others, *self._sharing.least})
-        kind = _COSTS[self.request.smallest or "params"]
-        return count(kind, self.prepared.model, groups, self.prepared.sample)
+        return count(_COSTS[self._kind], self.prepared.model, groups, self.prepared.sample)
+
+    @cached_property
+    def _allowed(self) -> list[Allowance]:
+        """What the budgets beside the target allow."""
+        sharing, form = self._sharing, self.dense.feasible.form
+        if not self.request.budgets:
+            return []
+        return allowances(self.prepared, self.request, sharing.others, sharing.least, form)
+
+    @property
+    def _largest(self) -> float:
+        """What the model may cost at most."""
+        own = (one.most for one in self._allowed if one.budget is self._kind)
+        return min([self._cost.dense, *own])
+
+    def _frontier(self, budget: Budget) -> Frontier:
+        """Return the least predicted distance at each size, within budgets that are given too."""
+        if not self._allowed:
+            return budget.frontier
+        cost, dense, others = self._cost, self._cost.dense, self._sharing.others
+        known = known_curves(budget)
+        curves = {
+            group.name: known.get(group.name) or Curve(group.name, np.zeros(group.units + 1))
+            for group in self._sharing.groups
+        }
+        sharing = dataclasses.replace(self._sharing, curves=curves)
+        beside = [one for one in self._allowed if one.budget is not self._kind]
+        least = cost.of({**others, **sharing.least})
+        found = [(least, float("inf"))]
+        for most in np.linspace(least, self._largest, _SIZES).tolist():
+            own = Allowance(self._kind, _COSTS[self._kind], cost, most, dense)
+            kept = sharing.choose([own, *beside]).kept
+            lost = sum(float(curves[name].losses[units]) for name, units in kept.items())
+            if lost < found[-1][1]:
+                found.append((cost.of({**others, **kept}), lost))
+        return (*found[1:], (dense, 0.0))
 
     def _within(self, limit: float) -> PruningRequest:
         """Return what is asked for of a walk to a size."""
-        kind = BudgetKind(self.request.smallest or "params")
+        kind = self._kind
         value = limit / self._cost.dense if kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = {
             kind: value,
@@ -260,7 +319,7 @@ class _Search:
         others, least = self._sharing.others, self._sharing.least
         most = self._cost.of(others)
         limit = most - _FIRST * (most - self._cost.of({**others, **least}))
-        return self._shared_out(self._within(limit), self.log)
+        return self._shared_out(self._within(min(limit, self._largest)), self.log)
 
     def _shared_out(self, request: PruningRequest, log: RunLog | None) -> Budget:
         """Share out a budget without a walk, unless the log has it."""

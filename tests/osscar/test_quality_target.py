@@ -19,6 +19,7 @@ from osscar.cli import main
 from osscar.data.parts import in_parts
 from osscar.data.samples import IGNORED
 from osscar.evaluation.confidence import Bounded, Judge, bounded_drop, bounded_mean
+from osscar.network.operations import count_flops
 from osscar.report.sections import Figure
 from osscar.request import PruningRequest, TargetKind
 from osscar.run import chain
@@ -272,6 +273,27 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
     with pytest.raises(RequestError, match=r"within max_divergence=0.02: the nearest, .* of"):
         prune_as_asked(small_net(), images(), request, log)
     assert not log.directory.exists()
+
+
+def test_budgets_beside_a_target_hold_too(monkeypatch):
+    dense, data = labelled(64)
+    sample = {"x": images(1)}
+    most = count_flops(dense, sample)
+
+    def measure(self, model):  # as if all that counts were whether a third of the operations stays
+        enough = count_flops(model, sample) > 0.35 * most
+        return Bounded(0.01, 0.015 if enough else 0.025, 16)
+
+    monkeypatch.setattr(Judge, "measure", measure)
+    asked = {"max_divergence": 0.02, "smallest": "flops"}
+    alone, beside = (osscar.prune(dense, data, **asked, params=share) for share in (0.9, 0.42))
+    assert alone.parameters_after > 0.42 * alone.parameters_before  # or nothing is seen
+    assert beside.parameters_after <= 0.42 * beside.parameters_before
+    for result in (alone, beside):
+        assert count_flops(result.model, sample) > 0.35 * most
+        assert result.target.cost == "flops"
+    with pytest.raises(RequestError, match=r"max_divergence=0\.01 and params=0\.5: the nearest"):
+        osscar.prune(dense, data, max_divergence=0.01, params=0.5)
 
 
 def test_the_command_recovers_each_walk_and_measures_what_it_saves(tmp_path, monkeypatch, capsys):
