@@ -65,6 +65,11 @@ def run(model: str, options: PruneOptions, spent: Profile) -> None:
             raise OptionError("give --out, the directory that the smaller model goes to")
         check_files(options, model)
         request = request_of(options, PruningRequest)
+        if request.quality is not None and options.recover_text is not None:
+            raise OptionError(
+                f"--recover-text may hold samples that measure {request.target_in_words}; omit it: "
+                "each walk is recovered on the calibration samples that it prunes on"
+            )
         recovery = recovery_of(options, request)
         where = options.out or Path()
         job = _Job(model, options, where, request, recovery, ranks)
@@ -200,8 +205,7 @@ class _Job:
             def recover(pruned: PruningResult, part: Any, number: int) -> Recovery:
                 assert self.recovery is not None
                 own = RecoveryLog(self.log.walk(number).directory / "recovery") if first else None
-                mine = part if trains_on is data else trains_on
-                return recover_as_asked(pruned, model, mine, self.recovery, own, ranks, tell)
+                return recover_as_asked(pruned, model, part, self.recovery, own, ranks, tell)
 
             again = None if self.recovery is None else recover
             made = prune_to_target(

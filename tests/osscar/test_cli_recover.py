@@ -411,6 +411,10 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
             "would write to text.txt",
         ),
         (("--recover", "--samples", "1"), "1 sample is too few"),
+        (
+            ("--recover", "--recover-text", "text.txt", "--max-divergence", "0.1"),
+            "--recover-text may hold samples that measure",
+        ),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_anything_is_pruned(
