@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,13 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
     found: dict[str, Any] = {}
     if row.method == "search":
         asked: dict[str, Any] = {kind: row.most}
-        result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
+        try:
+            result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
+        except osscar.RequestError as error:
+            refused = {**dataclasses.asdict(row), "refused": str(error)}
+            write_json(arguments.directory / row.file, refused)
+            print(json.dumps(refused))
+            return
         assert result.target is not None
         report = result.target.to_json()
         found = {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
@@ -172,27 +179,38 @@ def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> os
 
 def table(directory: Path) -> Sequence[str]:
     """Return a Markdown table of the rows in a directory, one for each task, target and method."""
-    rows = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    keys = list(dict.fromkeys((r["task"], r["target"], r["most"], r["method"]) for r in rows))
+    every = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    refused = Counter(_cell(row) for row in every if "refused" in row)
+    rows = [row for row in every if "refused" not in row]
     lines = [
-        "| model | target | method | tries | parameters kept | fresh value, mean | fresh within "
-        "the target | fresh within the reported bound | walks | seconds |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | target | method | tries | refused | parameters kept | fresh value, mean | fresh "
+        "within the target | fresh within the reported bound | walks | seconds |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for task, target, most, method in keys:
-        own = [r for r in rows if (r["task"], r["target"], r["most"], r["method"]) == (
-            task, target, most, method)]  # fmt: skip
+    for cell in dict.fromkeys(map(_cell, every)):
+        task, target, most, method = cell
+        own = [row for row in rows if _cell(row) == cell]
+        tries = len(own) + refused[cell]
+        if not own:
+            lines.append(
+                f"| {task} | {target} {most:g} | {method} | {tries} | {tries} | | | | | | |"
+            )
+            continue
         fresh = [r["fresh"]["value"] for r in own]
         known = [r for r in own if "reported" in r]
         bound = sum(r["fresh"]["value"] <= r["reported"]["bound"] for r in known)
         walks = f"{np.mean([len(r['walks']) for r in known]):.1f}" if known else f"{SIZES}"
         kept, seconds = (np.mean([r[name] for r in own]) for name in ("kept", "seconds"))
         lines.append(
-            f"| {task} | {target} {most:g} | {method} | {len(own)} | {kept:.1%} | "
+            f"| {task} | {target} {most:g} | {method} | {tries} | {refused[cell]} | {kept:.1%} | "
             f"{np.mean(fresh):.4f} | {sum(v <= most for v in fresh)} | "
             f"{bound if known else ''} | {walks} | {seconds:.0f} |"
         )
     return lines
+
+
+def _cell(row: dict[str, Any]) -> tuple[str, str, float, str]:
+    return row["task"], row["target"], row["most"], row["method"]
 
 
 if __name__ == "__main__":
