@@ -251,19 +251,20 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Share to remove, between 0 and 1, of the parameters that heads, neurons and channels own.
+        Share to remove, between 0 and 1, of the parameters that heads, neurons and channels own;
+        the other parameters of the model do not count.
     params
-        Parameters of the model to keep: a fraction such as 0.7, or a count.
+        Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size
-        Bytes of the weights to keep: a fraction of the dense model's such as 0.8, or a size such as
-        ``200MB``.
+        Bytes that the weights of the smaller model may take: a fraction of the dense model's, such
+        as 0.8, or a size such as ``200MB``.
     memory
-        Bytes to keep of what serving a language model takes, weights and the key/value cache: a
-        fraction of the dense model's, or a size such as ``2GB``.
+        Memory that serving the smaller language model may take for its weights and its key/value
+        cache: a fraction of the dense model's, or a size such as ``2GB``.  It needs `context`.
     context
-        With `memory`: tokens of each sequence in the cache.
+        With `memory`: tokens of each sequence in the key/value cache.
     batch
-        With `memory`: sequences that are served at once.
+        With `memory`: sequences that are served at the same time.
     flops
         Share of the floating-point operations to keep, between 0 and 1.
     speedup
@@ -272,20 +273,20 @@ class PruningRequest:
     max_divergence
         The most that the outputs may differ from the dense model's, in nats a prediction, or as a
         relative squared error if the model has no scores of classes.  The smallest model within it,
-        and within budgets that are given too, is found in at most four walks, each on half of the
-        calibration samples; a quarter of them, which nothing is fitted to, decides, with 95 %
-        confidence.
+        and within budgets that are given too, is found by pruning at most four times, each time on
+        half of the calibration samples.  A quarter, to which nothing is fitted, tells with 95 %
+        confidence whether a model is within it.
     max_perplexity_increase
         The same for a language model: the most that its perplexity may rise, such as ``5%``.
     max_top1_drop
-        The same with labelled calibration data: the most that the share of right predictions may
-        fall, such as ``1%``, in percentage points.
+        The same for labelled calibration data: the most that top-1 accuracy may fall, in percentage
+        points, such as ``1%``.
     smallest
-        With a target of quality: what the smallest model has fewest of, ``params`` (the default),
-        ``flops``, or ``size`` in bytes.
+        With one of these targets of quality: what is made as small as possible, ``params`` (the
+        default), ``flops``, or ``size`` in bytes.
     allocation
-        How layers share the budget.  ``measured`` chooses the widths that change the model's
-        outputs least; ``uniform`` keeps the same share of every layer, as the paper does.
+        How layers share the budget.  ``measured`` gives each layer the width with which the model's
+        outputs change least; ``uniform`` keeps the same share of every layer, as the paper does.
     heads
         Heads to keep in each layer: a fraction such as ``2/3``, or a count.  Under grouped-query
         attention a head is a key-value head with its query heads.
@@ -294,54 +295,58 @@ class PruningRequest:
     channels
         Channels to keep in each convolution: a fraction, or a count.
     residual
-        Channels to keep of the stream that shortcuts add up: a fraction, or a count.  No other
-        option removes any of these.
+        Channels to keep of each residual stream, to which shortcuts add: a fraction, or a count.
+        No other option removes any of these.
     experts
-        Experts to keep in each mixture: a fraction, a count, or ``auto``, which lets experts share
-        a budget of parameters or bytes.
+        Experts to keep in each mixture: a fraction, a count, or ``auto``, with which a budget of
+        parameters or bytes decides about experts, too.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
-        Number that each kept width is a multiple of, such as 32 for llama.cpp.
+        Number of which the width of every pruned layer is a multiple, such as 32 for llama.cpp.
     at_least
-        Units that every group keeps at least under a budget: a fraction, or a count.
+        Fewest units that a budget leaves in each group: a fraction of the group's, or a count.
     skip
-        Groups to leave alone: names, or patterns such as ``h.0.*``, each of which has to match one.
+        Groups to leave as they are: names, or patterns such as ``h.0.*``, each of which has to
+        match a group.  ``osscar inspect`` lists the names.
     backend, backend_options
         Solver that chooses the units: a registered name, or ``file.py:Class`` of your own, with its
         options; or a backend object.  For experts, one that takes a `solvers.ExpertProblem`.
     certify
-        Bound each layer's loss from below, so that its gap is known, and verify each solution.  The
-        run takes several times as long.
+        Compute a lower bound of each layer's loss, which tells how far its selection can be from
+        optimal, and verify each solution.  The run takes several times as long.
     bound_rounds
-        With `certify`: rounds of the search for the bound of a group with more than 32 units; more
-        give a better bound and take longer.
+        With `certify`: rounds of the search for the lower bound of a group with more than 32 units.
+        More rounds give a better bound, and take longer.
     damp
-        Strength of the pull towards the dense weights, relative to the diagonal of the Gram matrix.
-        By default held-out calibration samples choose it for each layer.
+        Damping of the refit: the strength of a ridge term that pulls weights to the dense ones,
+        relative to the diagonal of the Gram matrix.  By default held-out calibration samples choose
+        it for each layer.
     target
-        Outputs that a layer is refitted to: ``weights``, those of its dense weights on the pruned
-        inputs, as in the paper; ``residual``, which also make up for what earlier layers lost.
+        Outputs that a layer is refitted to.  ``weights``: those of its dense weights on the inputs
+        that pruning has left, as in the paper.  ``residual``: the same with a correction for what
+        earlier layers lost.
     correction_weight
-        Share of the correction for earlier layers that the target ``residual`` makes, from 0 to 1.
+        With the target ``residual``: how much of its correction is made, from 0, none, to 1, all.
         By default held-out calibration samples choose it for each layer.
     batch_norm
-        Running statistics of batch norm: ``correct`` moves the dense model's by what pruning
-        changed, and ``keep`` leaves them as they are.
+        What becomes of the running statistics of batch norm: ``correct`` moves them by as much as
+        pruning moves the statistics of the calibration data, and ``keep`` leaves them as they are.
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
         Samples in a forward pass: 8 windows of text by default, or 64 of anything else.
     seed
-        Random seed of the inputs that verify the pruned model, and on the command line of the
-        calibration data that are drawn.
+        Random seed of the inputs on which the pruned model is verified.  On the command line it is
+        also the seed by which calibration samples are drawn.
     form
-        What becomes smaller: ``eager``, the model's own modules; ``exported``, its exported program
-        (`osscar.ProgramModule`), for code that cannot work with fewer units; ``auto``, the modules,
-        or the program if only that can lose more, unless the model generates text or is timed.
+        What becomes smaller.  ``eager``: the model's own modules.  ``exported``: its exported
+        program (`osscar.ProgramModule`), for code that cannot work with fewer units.  ``auto``: the
+        modules, or the program if more groups can lose units there; a model that generates text or
+        is timed keeps its modules.
     strict
-        Refuse the model if a group to be pruned cannot lose units.  By default such groups are
-        skipped, and named.
+        End with an error if a group that is to be pruned cannot lose units.  By default such groups
+        are skipped, and the report names them.
 
     Raises
     ------

@@ -116,7 +116,7 @@ def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
 ALTERNATIVE = "Quality over the share that is left, one line a method, in one shot and recovered"
 
 COSTS = {
-    "forward": ("seconds of a forward pass, of the dense model's", lambda x: f"{x:.2f}"),
+    "forward": ("time of a forward pass, over the dense model's", lambda x: f"{x:.2f}"),
     "seconds": ("seconds of pruning", lambda x: f"{x:.0f}"),
     "peak_bytes": ("peak memory of pruning, GB", lambda x: f"{x / 1e9:.2f}"),
 }

@@ -110,9 +110,10 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOpti
     Keep half of the computation, of a model that reads images:
       osscar prune MODEL --flops 0.5 --calibration images/ --out smaller
 
-    Give budgets, which all layers share so that the model's outputs change
-    least, or what every layer keeps. --sparsity says what to remove, all other
-    options say what to keep. If the command is killed, give it again to go on.
+    Give one budget or several, which the layers share so that the model's
+    outputs change least, or say what every layer keeps. --sparsity says what to
+    remove; all other options say what to keep. If the command is killed, give it
+    again to go on.
     """
     with profiled() as spent:
         _run("prune", model, options, spent)
@@ -145,8 +146,9 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
 
       osscar sweep MODEL --sparsity 0.1,0.2,0.3 --calibration text.txt --text test.txt
 
-    Give a list for one kind of budget; others hold at every point. The same
-    command goes on where it was stopped; more values, or --baselines, extend the sweep.
+    Give a list for one kind of budget. Other budgets take one value, which holds
+    at every point. The same command goes on where it was stopped; more values, or
+    --baselines, extend the sweep.
     """
     _run("sweep", model, options)
 
@@ -160,8 +162,8 @@ def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOpt
     Accuracy of a model that reads images, beside its dense one:
       osscar eval smaller --images test/ --dense torchvision:resnet50
 
-    With --dense the two models are timed in turns, and how far their outputs are
-    apart is measured, without labels.
+    With --dense the two models are timed in turns, and the distance between their
+    outputs is measured, which needs no labels.
     """
     _run("eval", model, options)
 
@@ -180,7 +182,7 @@ def inspect(
 @app.command
 def export(
     directory: Annotated[
-        Path, Parameter(help="Checkpoint to export; to gguf a language model with its tokenizer.")
+        Path, Parameter(help="Checkpoint to export; for gguf, a language model with its tokenizer.")
     ],
     /,
     *,
@@ -190,9 +192,9 @@ def export(
 
       osscar export smaller --format gguf
 
-    To gguf LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE
-    and OLMoE are written; to onnx and pt2 any model that torch can trace. The file
-    is read back and compared with the model before it takes its place.
+    gguf takes LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE
+    and OLMoE; onnx and pt2 take any model that torch can trace. The file is read
+    back and compared with the model before it takes its place.
     """
     _run("export", directory, options)
 
@@ -209,16 +211,16 @@ def gap(
     ],
     options: Annotated[GapOptions, _ALL],
 ) -> None:
-    """Solve the problems of a model exactly or with a bound, and report the gaps.
+    """Study how far the selections of solvers are from optimal.
 
     Problems of a model, or problem files and instances:
       osscar gap MODEL --calibration text.txt --out study
       osscar gap layer.safetensors 'resnet20-*' --out study
 
-    The problems of a model are posed on its dense activations, group by group.
-    Answers to instances are also compared with the best known. The same command
-    goes on with a study that was interrupted; more sparsities or backends extend
-    it.
+    Each group of a model gives a problem, from the activations of the dense
+    model. Each problem is given to heuristics, bounds and exact solvers. Answers
+    to instances are also compared with the best known. The same command goes on
+    with a study that was interrupted; more sparsities or backends extend it.
     """
     _run("gap", sources, options)
 
@@ -243,7 +245,7 @@ def backends(*, json: Json = None) -> None:
     _run("solve.list_backends", json)
 
 
-instances = App(name="instances", help="A library of problems for solvers, and what is known.")
+instances = App(name="instances", help="List, write and check the library of problems for solvers.")
 app.command(instances)
 
 

