@@ -86,7 +86,7 @@ def lacking(arguments: Sequence[str], said: str) -> set[str]:
     }
     rest = re.sub(r"osscar [\w-]+ (?:'[^']*'|[^`;\n'])*", "", said)  # what other commands have
     return (
-        {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)}
+        {*re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", rest)}
         - known
         - {"--help", "--version", *arguments}
     )

@@ -722,6 +722,7 @@ def test_version_and_help_name_every_command_and_every_choice(run):
     titles = [
         "Arguments",
         "Budget",
+        "Target of quality",
         "What to keep",
         "Calibration and test data",
         "Images",

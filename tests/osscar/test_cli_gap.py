@@ -329,7 +329,8 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() == 130, process.stderr
-    (line,) = process.stderr.strip().splitlines()
+    lines = process.stderr.strip().splitlines()
+    (line,) = (line for line in lines if not line.startswith("progress: "))  # of a slow machine
     answers = len(list(tmp_path.glob("study/records/*.json")))
     kept = f"1 problem and {answers} answers are kept in study"
     assert line == f"interrupted: {kept}; give the same command again to go on"
