@@ -200,7 +200,7 @@ def test_the_demo_model_knows_what_a_unigram_model_does_not(tokenizer):
 
 def test_what_cannot_be_scored_is_refused(model, tokenizer):
     for options, error, message in (
-        ({"seqlen": 1}, OptionError, "window of 1 tokens.*from 2, .* to 64"),
+        ({"seqlen": 1}, OptionError, "window of 1 token .*from 2, .* to 64"),
         ({"seqlen": 65}, OptionError, "window of 65 tokens.*from 2, .* to 64"),
         ({"windows": 0}, OptionError, "windows=. must be at least 1, not 0"),
         ({"batch_size": 0}, OptionError, r"batch_size=. must be at least 1, not 0"),

@@ -92,7 +92,7 @@ class TestDirectories:
         )
 
     def test_what_is_no_checkpoint(self, checkpoint, tmp_path):
-        with pytest.raises(CheckpointError, match=r"neither osscar\.json nor config\.json"):
+        with pytest.raises(CheckpointError, match=r"holds no config\.json; it is not a checkpoint"):
             load_model(tmp_path)
         with pytest.raises(ModelError, match="is a file"):
             load_model(checkpoint / "config.json")
