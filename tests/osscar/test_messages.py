@@ -91,7 +91,5 @@ def test_a_model_in_memory_is_no_checkpoint() -> None:
     with pytest.raises(NonFiniteError, match=r"1 of 240 .*'0\.weight'") as caught:
         osscar.prune(model, torch.randn(64, 6), neurons=0.5)
     assert "checkpoint" not in str(caught.value)
-    with pytest.raises(
-        RequestError, match=r"budget \(sparsity=, params=, size=, memory=, flops= or"
-    ):
+    with pytest.raises(RequestError, match=r"a budget \(sparsity=, params=, size=, memory="):
         osscar.prune(wide(), torch.randn(64, 6))
