@@ -563,12 +563,6 @@ def test_a_layer_with_code_of_its_own_is_not_refitted():
     )
 
 
-def test_data_without_plain_values_are_refused():
-    for data in (torch.randn(20, 6).to_sparse(), torch.empty(20, 6, device="meta")):
-        with pytest.raises(DataError, match="give plain tensors"), prepare(Plain(), data):
-            pass
-
-
 class ReadTwice(nn.Module):
     """Uses a layer's weight on its own, besides calling the layer."""
 
