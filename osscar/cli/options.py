@@ -48,7 +48,7 @@ BackendOptions = Annotated[
 _GROUPS = {
     "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
     "at_least",
-    "Quality in place of a budget": "max_divergence max_perplexity_increase max_top1_drop smallest",
+    "Target of quality": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
     "window_units held_out batch_size seed",
@@ -241,18 +241,8 @@ class RecoverOptions(OpenOptions, SavedOptions):
 @_command(
     PruningRequest,
     only=(
-        *(
-            "context",
-            "batch",
-            "allocation",
-            "seed",
-            "batch_size",
-            "round_to",
-            "at_least",
-            "backend",
-            "damp",
-        ),
-        *("experts", "skip", "form", "batch_norm", "strict", "device"),
+        *("context", "batch", "allocation", "seed", "batch_size", "round_to", "at_least"),
+        *("backend", "damp", "experts", "skip", "form", "batch_norm", "strict", "device"),
     ),
 )
 class SweepOptions(RunOptions):
