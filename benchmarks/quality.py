@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import sysconfig
@@ -317,16 +318,21 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 def asked(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows that are asked for."""
-    for setting in task.settings:
-        wanted = arguments.settings
-        if wanted and not any(text in setting.name for text in wanted):
-            continue
-        for source in arguments.sources or task.sources:
-            for seed in arguments.seeds or task.seeds:
-                for samples in arguments.samples:
-                    for method in arguments.methods:
-                        scored = (arguments.windows, arguments.images)
-                        yield Row(name, setting.name, method, source, samples, seed, scored)
+    scored = (arguments.windows, arguments.images)
+    for setting, source, seed, samples, method in itertools.product(
+        wanted_settings(task, arguments),
+        arguments.sources or task.sources,
+        arguments.seeds or task.seeds,
+        arguments.samples,
+        arguments.methods,
+    ):
+        yield Row(name, setting.name, method, source, samples, seed, scored)
+
+
+def wanted_settings(task: Task, arguments: argparse.Namespace) -> list[Setting]:
+    """Return the settings whose name holds one of the texts of --settings; without any, all."""
+    wanted = arguments.settings or [""]
+    return [one for one in task.settings if any(text in one.name for text in wanted)]
 
 
 def done(row: Row, arguments: argparse.Namespace) -> bool:
@@ -337,13 +343,21 @@ def pruned(row: Row, task: Task, subject: Any, device: str) -> osscar.PruningRes
     """Prune one model as its row says."""
     (setting,) = [s for s in task.settings if s.name == row.setting]
     data = subject.calibration(row.source, row.samples, row.seed)
-    request = {**setting.asked, **METHODS[row.method], "seed": row.seed}
-    if request.get("allocation") != "uniform":
-        request.update(same_size(subject.model, data, setting))
-    elif setting.units:
-        request = {**setting.units, **METHODS[row.method], "seed": row.seed}
-        del request["allocation"]
-    return osscar.prune(subject.model, data, device=device, **request)
+    request = request_of(
+        setting, METHODS[row.method], lambda: same_size(subject.model, data, setting)
+    )
+    return osscar.prune(subject.model, data, device=device, seed=row.seed, **request)
+
+
+def request_of(
+    setting: Setting, method: Mapping[str, Any], size: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return fields of a request: equal shares as the setting has them, or the size of these."""
+    if method.get("allocation") != "uniform":
+        return {**setting.asked, **method, "sparsity": None, **size()}
+    if not setting.units:
+        return {**setting.asked, **method}
+    return {**setting.units, **method, "allocation": "measured"}
 
 
 def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -> None:
@@ -381,7 +395,7 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
         allocated = allocate(prepared, PruningRequest(**asked))
         if setting.units:
             cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
-            return {"sparsity": None, "params": int(cost.of(allocated.keep))}
+            return {"params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None
     return {"flops": budget.tightest.reached / budget.tightest.dense}

@@ -125,7 +125,7 @@ class BudgetKind(enum.StrEnum):
 
 
 class TargetKind(enum.StrEnum):
-    """What of a model's quality may be lost: the name of the field."""
+    """Which loss of quality a target limits: the name of the field."""
 
     DIVERGENCE = "max_divergence"
     PERPLEXITY = "max_perplexity_increase"
@@ -437,9 +437,9 @@ class PruningRequest:
         yield (
             not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
             "nothing to prune: give a budget (--sparsity, --params, --size, --memory, --flops or "
-            "--speedup), "
-            "a target of quality (--max-divergence, --max-perplexity-increase or --max-top1-drop), "
-            "or what to keep with --heads, --neurons, --channels, --residual or --experts",
+            "--speedup), a target of quality (--max-divergence, --max-perplexity-increase or "
+            "--max-top1-drop), or what to keep with --heads, --neurons, --channels, --residual or "
+            "--experts",
         )
         yield (
             self.at_least is not None and not shared,
@@ -561,12 +561,12 @@ class PruningRequest:
 
     @property
     def quality(self) -> TargetKind | None:
-        """What a size is to be found for; None if budgets give it."""
+        """Which loss of quality the target limits; None without a target."""
         return next((one for one in TargetKind if getattr(self, one) is not None), None)
 
     @property
     def most_lost(self) -> float:
-        """How much of that quality may be lost."""
+        """The target: the most of that quality that may be lost."""
         assert self.quality is not None
         return float(getattr(self, self.quality))
 

@@ -5,11 +5,11 @@
     python -m benchmarks.peers DIRECTORY --data DATA --official CHECKOUT --steps 64
 
 Models and data are those of `benchmarks/quality.py`, but for the model that is shipped, which has
-text of its own.  Each row has a process of its own and is
-written to a file of its own in DIRECTORY, its model beside it, so that the same command goes on
-where it was stopped.  With `--steps`, each model that was pruned is then trained by
-`osscar.recover`, whoever made it smaller.  What fails is a row, too, with the exception.  Ends with
-a page, `peers.md`, and its figure, of all rows there.
+text of its own.  Each row has a process of its own and is written to a file of its own in
+DIRECTORY, its model beside it, so that the same command goes on where it was stopped.  With
+`--steps`, each model that was pruned is then trained by `osscar.recover`, whoever made it smaller.
+What fails is a row, too, with the exception.  Ends with a page, `peers.md`, and its figure, of all
+rows there.
 
 Seconds are those of the processor; give OMP_NUM_THREADS=1 where others use the machine.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import multiprocessing
 import resource
 import shutil
@@ -136,21 +137,15 @@ def asked(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows that are asked for, the dense model first, then one seed after the other."""
     scored = (arguments.windows, arguments.images)
     for task in arguments.tasks:
-        settings = [
-            one.name
-            for one in TASKS[task].settings
-            if any(text in one.name for text in arguments.settings or [""])
-        ]
-        known = methods(task in TEXTS)
+        settings = [one.name for one in quality.wanted_settings(TASKS[task], arguments)]
+        known = [name for name in arguments.methods if name in methods(task in TEXTS)]
         for setting in settings:
             yield Row(task, setting, DENSE, samples=arguments.samples, scored=scored)
-        for seed in arguments.seeds:
-            for setting in settings:
-                for method in filter(known.__contains__, arguments.methods):
-                    row = Row(task, setting, method, "same form", arguments.samples, seed, scored)
-                    yield row
-                    if arguments.steps:
-                        yield dataclasses.replace(row, steps=arguments.steps)
+        for seed, setting, method in itertools.product(arguments.seeds, settings, known):
+            row = Row(task, setting, method, "same form", arguments.samples, seed, scored)
+            yield row
+            if arguments.steps:
+                yield dataclasses.replace(row, steps=arguments.steps)
 
 
 def words(row: Row) -> dict[str, Any]:
@@ -180,9 +175,8 @@ def dense(row: Row, subject: Subject, arguments: argparse.Namespace) -> dict[str
     """Measure the dense model, and the size that all others are to have."""
     (setting,) = [one for one in TASKS[row.task].settings if one.name == row.setting]
     data = subject.calibration("same form", row.samples, 0)
-    size = quality.same_size(subject.model, data, setting)
     return {
-        "size": {name: value for name, value in size.items() if value is not None},
+        "size": quality.same_size(subject.model, data, setting),
         "quality": subject.dense,
         **measured(subject.model, subject),
     }

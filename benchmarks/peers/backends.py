@@ -31,34 +31,25 @@ one, and batch-norm statistics are corrected."""
 
 def prune(case: Case, name: str) -> Smaller:
     """Prune with this toolkit."""
-    return _pruned(case, METHODS[name])
+    return _pruned(case, quality.request_of(case.setting, METHODS[name], lambda: case.size))
 
 
 def public_code(case: Case) -> Smaller:
     """Prune as the paper does, with the functions of its public code choosing the units."""
     if case.options.official is None:
         raise FileNotFoundError("needs --official, a checkout of github.com/mazumder-lab/OSSCAR")
-    backend = PublicCode(str(case.options.official))
-    return _pruned(case, {**quality.UNIFORM, "backend": backend})
+    method = {**quality.UNIFORM, "backend": PublicCode(str(case.options.official))}
+    return _pruned(case, quality.request_of(case.setting, method, lambda: case.size))
 
 
 def with_counts(case: Case, counts: dict[str, int]) -> Smaller:
     """Prune to so many units of each group, by FLAP's score, with biases alone."""
-    method = quality.METHODS["flap's compensation"]
-    asked = {**method, "groups": counts, "seed": case.seed}
-    del asked["allocation"]
-    result = osscar.prune(case.model, case.data, device=case.options.device, **asked)
-    return Smaller(result.model, Form.OSSCAR, result)
+    return _pruned(case, {**METHODS[FLAP], "allocation": "measured", "groups": counts})
 
 
-def _pruned(case: Case, method: dict[str, Any]) -> Smaller:
-    asked = {**case.setting.asked, **method, "seed": case.seed}
-    if method.get("allocation") != "uniform":
-        asked.update({"sparsity": None, **case.size})
-    elif case.setting.units:
-        asked = {**case.setting.units, **method, "seed": case.seed}
-        del asked["allocation"]
-    result = osscar.prune(case.model, case.data, device=case.options.device, **asked)
+def _pruned(case: Case, asked: dict[str, Any]) -> Smaller:
+    device = case.options.device
+    result = osscar.prune(case.model, case.data, device=device, seed=case.seed, **asked)
     return Smaller(result.model, Form.OSSCAR, result)
 
 

@@ -113,7 +113,7 @@ def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
         yield from (f"- {method}: `{failed}`" for method, failed in sorted(failures))
 
 
-ALTERNATIVE = "Quality over the share that is left, one line a method, in one shot and recovered"
+ALTERNATIVE = "Quality over the share that is left, one line a method"
 
 COSTS = {
     "forward": ("time of a forward pass, over the dense model's", lambda x: f"{x:.2f}"),

@@ -15,7 +15,7 @@ from osscar.proof.plan import Form
 from osscar.request import BudgetKind, PruningRequest, parse_keep, parse_size_kept
 from osscar.shrinking.shrink_program import dense_program
 
-_COUNTED = {
+COUNTED = {
     BudgetKind.SPARSITY: Cost.PARAMETERS,
     BudgetKind.PARAMS: Cost.PARAMETERS,
     BudgetKind.SIZE: Cost.BYTES,
@@ -88,7 +88,7 @@ def allowances(
 
     found = []
     for budget in request.budgets:
-        kind = _COUNTED[budget]
+        kind = COUNTED[budget]
         dense = counted(kind, Form.EAGER).dense  # a share is of what one has: the modules' file
         cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
         most = _most(budget, request, cost, dense, others, least)

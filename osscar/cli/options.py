@@ -248,18 +248,8 @@ class RecoverOptions(OpenOptions, SavedOptions):
 @_command(
     PruningRequest,
     only=(
-        *(
-            "context",
-            "batch",
-            "allocation",
-            "seed",
-            "batch_size",
-            "round_to",
-            "at_least",
-            "backend",
-            "damp",
-        ),
-        *("experts", "skip", "form", "batch_norm", "strict", "device"),
+        *("context", "batch", "allocation", "seed", "batch_size", "round_to", "at_least"),
+        *("backend", "damp", "experts", "skip", "form", "batch_norm", "strict", "device"),
     ),
 )
 class SweepOptions(RunOptions):

@@ -12,10 +12,7 @@ from torch import Tensor
 from osscar.base.errors import DataError
 from osscar.data.samples import SampleSet, named_generator
 from osscar.data.text import CalibrationSet
-from osscar.proof.seen import Seen, fingerprints_of_runs
-
-_LARGEST_SHARE = 0.01
-"""Of the tokens of a part that may also be in another."""
+from osscar.proof.seen import LARGEST_SHARE, Seen, fingerprints_of_runs
 
 
 class Parts(NamedTuple):
@@ -49,7 +46,7 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
     parts = Parts(*(rows_of(data, rows.sort().values) for rows in torch.split(order, sizes)))
     if isinstance(data, CalibrationSet):
         mine, *others = (fingerprints_of_runs(part.tokens) for part in parts)
-        if max(Seen.of(mine).share(other) for other in others) > _LARGEST_SHARE:
+        if max(Seen.of(mine).share(other) for other in others) > LARGEST_SHARE:
             raise DataError(
                 f"the windows of {data.source} overlap, so that none is fresh to what was pruned "
                 "on others; cut them with overlapping=False, or give a longer text"

@@ -24,8 +24,8 @@ RUN = 32
 _MOST = 4096
 """Fingerprints that are kept of a set."""
 
-_LARGEST_SHARE = 0.01
-"""Of data that are scored, and may have been seen."""
+LARGEST_SHARE = 0.01
+"""Of samples, or runs of tokens, that data may have in common with what a model has seen."""
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -135,7 +135,7 @@ def refuse_overlap(data: _Scored, calibration: Iterable[Calibration]) -> None:
         mine = data.fingerprints() if mine is None else mine
         share = known.seen.share(mine)
         said = f"about {100 * share:.3g}% of {data.source} calibrated or recovered this model"
-        if share > _LARGEST_SHARE:
+        if share > LARGEST_SHARE:
             raise DataError(f"{said} ({known.source}); score other data")
         if share:
             warn(f"{said} ({known.source})")

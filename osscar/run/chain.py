@@ -1,11 +1,11 @@
-"""The chain of a pruning run, link by link: every run, sweep, dry run and target calls these.
+"""The steps of a pruning run, which runs, sweeps, dry runs and targets of quality share.
 
-prepare     copy the model, trace it, find its groups of coupled units
-dense       try which groups can lose units; run the dense model
-widths      choose how many units each group keeps
-groups      group by group: measure on the stream that everything before has shaped, solve,
-refit, commit
-shrunk      cut the units out, and prove that the smaller model computes the same
+- `prepare_for`: copy the model, trace it, and find its groups of coupled units.
+- `run_dense`: try which groups can lose units, and run the dense model.
+- `widths`: choose how many units each group keeps.
+- `prune_groups`: group by group measure its inputs in the model as pruned so far, solve, refit,
+  and commit.
+- `shrunk`: cut the units out, and prove that the smaller model computes the same.
 """
 
 from __future__ import annotations

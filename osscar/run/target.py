@@ -1,10 +1,11 @@
-"""The smallest model of a quality: choose a size, walk, measure, correct, and walk again.
+"""Find the smallest model whose loss of quality is within a target.
 
-Half of the calibration samples are what each walk prunes on.  A quarter, which nothing is fitted
-to, measures every walk, and so chooses the size.  The last quarter, which no choice has seen, tells
-what the chosen model is worth.  What is known of the dense model is found once: what can follow,
-its outputs, its batch-norm statistics, and the curves, which are measured again only where widths
-move.
+The model is pruned to a size, which is a *walk*, and measured; what was measured chooses the next
+size.  Half of the calibration samples prune.  A quarter, to which nothing is fitted, measures each
+walk, and so chooses the size.  The last quarter measures the chosen model once.
+
+What the dense model alone decides is found once: which groups can lose units, its outputs, and its
+batch-norm statistics.  Curves are measured again only where widths move.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import nn
 
 from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.limits import Allowance, allowances
+from osscar.allocation.costs import CountedCost, count
+from osscar.allocation.limits import COUNTED, Allowance, allowances
 from osscar.allocation.measured import Curve, known_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import DataError, RequestError
@@ -52,23 +53,17 @@ from osscar.run.target_search import (
 from osscar.run.widths import widths
 
 _FIRST = 0.3
-"""Of what may be removed: the size at which curves are first measured."""
+"""Share of what may be removed that is gone where curves are first measured."""
 
 _SIZES = 12
-"""At which widths are chosen where budgets beside the target hold as well."""
-
-_COSTS = {
-    BudgetKind.PARAMS: Cost.PARAMETERS,
-    BudgetKind.FLOPS: Cost.FLOPS,
-    BudgetKind.SIZE: Cost.BYTES,
-}
+"""Points of the frontier where budgets beside the target hold as well."""
 
 Recover = Callable[[PruningResult, Any, int], Recovery]
-"""Recovers what was pruned, on the data that it was pruned on, in the walk of a number from 1."""
+"""Recovers a pruned model, given the data that it was pruned on and the number of its walk."""
 
 
 class Made(NamedTuple):
-    """What a walk comes to, and what a recovery makes of that, if there is one."""
+    """A pruned model, and its recovery if there is one."""
 
     pruned: PruningResult
     recovery: Recovery | None
@@ -96,7 +91,7 @@ def prune_to_target(
     model, calibration, request, log, ranks, tell
         As `osscar.run.prune.prune_as_asked` takes them; the model is not changed.
     recover
-        Recovers what each walk comes to, before that is measured.
+        Recovers the model of each walk before it is measured.
     classes
         The names of the model's classes, by which folders of images are recognized.
 
@@ -126,10 +121,10 @@ def prune_to_target(
         begun(log, dataclasses.replace(prepared, inputs=inputs), request),
     ):
         judge = _judge(prepared, request, parts.choosing, classes)
+        reporting = _judge(prepared, request, parts.reporting, classes)  # may refuse its labels
         dense = run_dense(prepared, request)
         search = _Search(prepared, request, dense, judge, parts.pruned_on, log, tell, recover)
         made, report = search.smallest()
-        reporting = _judge(prepared, request, parts.reporting, classes)
         with timed(Stage.PRUNED):
             reported = reporting.measure(made.model)
             likeness = reporting.reference.likeness(made.pruned.model)
@@ -171,7 +166,7 @@ def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequ
 
 @dataclass(eq=False)
 class _Search:
-    """The walks to a target; `data` is what they prune on, in the form that it was given in."""
+    """The walks to a target, and the data that they prune on, in the form of the caller."""
 
     prepared: Prepared
     request: PruningRequest
@@ -218,19 +213,13 @@ class _Search:
 
     def _next_limit(self, budget: Budget) -> float | None:
         """Return what the next model may cost, by the curves of the last budget."""
-        assert self.request.quality is not None
-        return next_limit(
-            self._frontier(budget),
-            self.walks,
-            self.request.quality,
-            self.request.most_lost,
-            recovers=self.recover is not None,
-        )
+        most, recovers = self.request.most_lost, self.recover is not None
+        frontier = self._frontier(budget)
+        return next_limit(frontier, self.walks, self.judge.quality, most, recovers=recovers)
 
     def _report(self, budget: Budget) -> TargetReport:
-        assert self.request.quality is not None
         return TargetReport(
-            quality=self.request.quality,
+            quality=self.judge.quality,
             most=self.request.most_lost,
             measure=budget.measure,
             cost=budget.of(self._kind).cost,
@@ -249,7 +238,7 @@ class _Search:
 
     @property
     def _kind(self) -> BudgetKind:
-        """What the smallest model has least of."""
+        """The budget by which a walk asks for a size."""
         return BudgetKind(self.request.smallest or "params")
 
     @property
@@ -260,9 +249,9 @@ class _Search:
 
     @cached_property
     def _cost(self) -> CountedCost:
-        """That as it is counted."""
+        """What sizes are counted in."""
         groups = self.prepared.groups_with({*self._sharing.others, *self._sharing.least})
-        return count(_COSTS[self._kind], self.prepared.model, groups, self.prepared.sample)
+        return count(COUNTED[self._kind], self.prepared.model, groups, self.prepared.sample)
 
     @cached_property
     def _allowed(self) -> list[Allowance]:
@@ -274,7 +263,7 @@ class _Search:
 
     @property
     def _largest(self) -> float:
-        """What the model may cost at most."""
+        """The largest size within the budgets beside the target."""
         own = (one.most for one in self._allowed if one.budget is self._kind)
         return min([self._cost.dense, *own])
 
@@ -293,7 +282,7 @@ class _Search:
         least = cost.of({**others, **sharing.least})
         found = [(least, float("inf"))]
         for most in np.linspace(least, self._largest, _SIZES).tolist():
-            own = Allowance(self._kind, _COSTS[self._kind], cost, most, dense)
+            own = Allowance(self._kind, COUNTED[self._kind], cost, most, dense)
             kept = sharing.choose([own, *beside]).kept
             lost = sum(float(curves[name].losses[units]) for name, units in kept.items())
             if lost < found[-1][1]:
@@ -301,18 +290,17 @@ class _Search:
         return (*found[1:], (dense, 0.0))
 
     def _within(self, limit: float) -> PruningRequest:
-        """Return what is asked for of a walk to a size."""
-        kind = self._kind
-        value = limit / self._cost.dense if kind is BudgetKind.FLOPS else int(limit)
+        """Return the request of a walk: a size in place of the target."""
+        value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = {
-            kind: value,
+            self._kind: value,
             **dict.fromkeys(map(str, TargetKind)),
             "smallest": None,
         }
         return dataclasses.replace(self.request, **asked)
 
     def _known_budget(self) -> Budget:
-        """Return the budget of the last walk that is done; before any, measure the first curves."""
+        """Return the budget of the last walk; before the first one, measure the curves."""
         if self.walks:
             with self._begun(len(self.walks), self.walks[-1].limit) as (request, log, _):
                 return self._shared_out(request, log)
@@ -330,7 +318,7 @@ class _Search:
     # ---- a walk --------------------------------------------------------------------------
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
-        """Make the model of a walk, which its log may have a part or all of."""
+        """Make the model of a walk; groups that its log has are not solved again."""
         with self._begun(number, limit) as (request, log, committed):
             work = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
             tell = partial(self._tell_of, number)
@@ -343,7 +331,7 @@ class _Search:
     def _begun(
         self, number: int, limit: float
     ) -> Iterator[tuple[PruningRequest, RunLog | None, tuple[LayerRecord, ...]]]:
-        """Begin a walk, or go on with one; yield what it is asked, its log, and what that has."""
+        """Begin a walk, or go on with one; yield its request, its log, and the log's records."""
         request = self._within(limit)
         log = None if self.log is None else self.log.walk(number)
         with begun(log, self.prepared, request) as committed:

@@ -1,10 +1,10 @@
-"""Which size is tried next to find the smallest model of a quality, and what became of each.
+"""Choose the next size that is tried for a target of quality, and report the sizes that were tried.
 
-Curves predict a distance for each cost of the model, and what is measured after a walk is about a
-multiple of it: refits make up for one another, so that it is mostly less.  The first size is where
-the multiple is assumed to be a usual one; the second, where it is that of the first walk; each
-other is where a line through the two nearest walks, in logarithms, meets the target (the secant
-method).
+A *walk* prunes to a size and measures the model.  Curves predict its distance from the dense model;
+the bound that is measured is about a multiple of that, mostly less than one, as refits make up for
+one another.  The first size assumes a usual multiple, the second the multiple of the first walk.
+Each other size is where a line through the two nearest walks, in logarithms, meets the target (the
+secant method).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import ConfigDict
 
 from osscar.allocation.costs import Cost
 from osscar.allocation.divergence import Measure
+from osscar.allocation.measured import LEAST
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, share
 from osscar.evaluation.confidence import Bounded
@@ -28,33 +29,34 @@ from osscar.request import TargetKind
 MOST_WALKS = 4
 
 _USUAL = {False: 0.8, True: 0.4}
-"""Of the bound that is measured to what was predicted, without recovery and with it: a guess."""
+"""Ratio of the measured bound to the prediction in the first walk, without recovery and with it: a
+guess."""
 
-_AIM, _AIM_BETWEEN = (0.95, 0.7, 0.3), 0.98
-"""Of the target: what a walk is to come to, after one, two and three that are beyond it, and where
-others tell the slope."""
+_AIM = 0.95, 0.7, 0.3
+"""Share of the target that the next bound is to reach.  The first holds once a model is within the
+target, or after one walk; the others after two and three walks that are all beyond it."""
+
+_AIM_BETWEEN = 0.98
+"""The same once a model is within the target, and two walks tell the slope."""
 
 _SLOPE = {False: 1.0, True: 1.3}
-"""Power of what is predicted that the bound goes with, taken from a model beyond the target, and
-from one within it: what overshoots is then the larger model."""
+"""Power of the prediction with which the bound grows, assumed where no two walks tell it: nearest
+to a walk beyond the target, and to one within it.  The higher one makes the smaller step."""
 
 _SLOPES = 0.5, 3.0
-"""Between what it is taken to be where two walks tell it."""
+"""The least and the greatest power that two walks may tell."""
 
 _APART = 0.02
-"""Two predictions that tell it differ by so much, in logarithms."""
+"""Two walks tell the power if the logarithms of their predictions differ by more."""
 
 _STEP = 5.0
-"""By which a prediction is corrected at most."""
+"""The prediction changes by at most this factor from the nearest walk to the next."""
 
 _FLOOR = 0.01
-"""Of the target: a bound below it, which may be negative, is taken for this."""
-
-_LEAST = 1e-7
-"""Of a predicted distance: less is rounding."""
+"""Share of the target that stands for every bound below it; bounds may be negative."""
 
 _GAIN = 0.01
-"""Of what the dense model costs: a walk that would save less is not made."""
+"""Share of the dense model's cost that another walk has to save, or it is not made."""
 
 Frontier = Sequence[tuple[float, float]]
 """Costs of the whole model, ascending, with the least predicted distance at each."""
@@ -69,7 +71,7 @@ class TargetWalk:
     limit, reached
         What the model was allowed to cost, and what it does.
     predicted
-        Its distance from the dense one, by the curves.
+        Its distance from the dense model, by the curves.
     measured
         The quality lost on the samples that choose a size, after the recovery if there was one.
     """
@@ -84,20 +86,20 @@ class TargetWalk:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """The sizes that were tried, and which is the smallest of the quality that was asked for.
+    """The sizes that were tried for a target of quality, and which of them was chosen.
 
     Parameters
     ----------
     quality, most
-        What may be lost, and how much of it.
+        The quality that is limited, and the most of it that may be lost.
     measure
-        What a divergence is counted in.
+        Unit of a divergence.
     cost, dense
-        What sizes are counted in, and that of the dense model.
+        Unit of sizes, and the dense model's size.
     walks
         In the order in which they were made.
     reported
-        The quality that the chosen model has lost on samples that no choice has seen.
+        The loss of quality of the chosen model, on samples that no choice has seen.
     """
 
     quality: TargetKind
@@ -121,18 +123,18 @@ class TargetReport:
         return bounds.index(min(bounds))
 
     def in_words(self, index: int) -> str:
-        """Say what a walk has come to."""
+        """Return the size and the loss of quality of a walk, in words."""
         walk = self.walks[index]
         kept = f"{share(walk.reached / self.dense)} of {self.cost}"
-        return f"{kept}, {lost_in_words(self.quality, walk.measured, self.measure)}"
+        return f"{kept}, {_lost_in_words(self.quality, walk.measured, self.measure)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with what is chosen."""
         return {**dataclasses.asdict(self), "cost": str(self.cost), "chosen": self.chosen}
 
 
-def amount(quality: TargetKind, lost: float, measure: Measure = "nats") -> str:
-    """Write how much of a quality is lost."""
+def _amount(quality: TargetKind, lost: float, measure: Measure) -> str:
+    """Return a loss of quality with its unit."""
     if quality is TargetKind.DIVERGENCE:
         return f"{lost:.3g} {'nats' if measure == 'nats' else 'of the squared outputs'}"
     if quality is TargetKind.PERPLEXITY:
@@ -140,30 +142,28 @@ def amount(quality: TargetKind, lost: float, measure: Measure = "nats") -> str:
     return f"{100 * lost:.2f} points of top-1"
 
 
-def lost_in_words(
-    kind: TargetKind, lost: Bounded, measure: Measure = "nats", what: str = "samples"
-) -> str:
-    """Say how much of a quality is lost on some samples, and at most on others."""
-    found, most = (amount(kind, one, measure) for one in (lost.value, lost.bound))
+def _lost_in_words(kind: TargetKind, lost: Bounded, measure: Measure, what: str = "samples") -> str:
+    """Return a loss of quality on some samples, and its bound, in words."""
+    found, most = (_amount(kind, one, measure) for one in (lost.value, lost.bound))
     return f"{found} on {lost.samples} {what}, at most {most} with 95 % confidence"
 
 
 def target_in_words(target: Mapping[str, Any]) -> str:
-    """Say which of the sizes was chosen, of the ``target`` of an ``osscar.prune/5``."""
+    """Return the target and the chosen size in words, of the ``target`` of ``osscar.prune/5``."""
     kind, measure = TargetKind(target["quality"]), target["measure"]
     walk, walks = target["walks"][target["chosen"]], len(target["walks"])
     kept = share(walk["reached"] / target["dense"])
-    lost = lost_in_words(kind, Bounded(**walk["measured"]), measure)
+    lost = _lost_in_words(kind, Bounded(**walk["measured"]), measure)
     return (
-        f"at most {amount(kind, target['most'], measure)}; the smallest model within it, of "
+        f"at most {_amount(kind, target['most'], measure)}; the smallest model within it, of "
         f"{pluralize(walks, 'walk')}, keeps {kept} of {target['cost']}: {lost}"
     )
 
 
 def reported_in_words(target: Mapping[str, Any]) -> str:
-    """Say what the chosen model has lost where no choice was made."""
+    """Return the loss of the chosen model on samples that no choice has seen, in words."""
     kind, lost = TargetKind(target["quality"]), Bounded(**target["reported"])
-    return lost_in_words(kind, lost, target["measure"], "samples that no choice has seen")
+    return _lost_in_words(kind, lost, target["measure"], "samples that no choice has seen")
 
 
 def smallest_within(walks: Sequence[TargetWalk], most: float) -> TargetWalk | None:
@@ -180,21 +180,21 @@ def next_limit(
     *,
     recovers: bool = False,
 ) -> float | None:
-    """Return what the next model may cost; None where none is to be tried.
+    """Return what the next model may cost; None if the search ends.
 
     Parameters
     ----------
     frontier
-        As the curves have it by now; the last point is the dense model.
+        By the curves of the last walk; the last point is the dense model.
     walks
-        What was tried.
+        The sizes that were tried.
     quality, most
         The target.
     recovers
         Whether models are recovered before they are measured.
     """
     dense = frontier[-1][0]
-    points = {max(loss, _LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
+    points = {max(loss, LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
     if len(walks) == MOST_WALKS or not points:
         return None
     losses, costs = np.log(list(points)), list(points.values())
@@ -203,13 +203,12 @@ def next_limit(
         return float(np.interp(predicted, losses, costs))
 
     if not walks:
-        nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}.get(
-            quality, most
-        )
-        return cost_at(math.log(nats / _USUAL[recovers]))
+        # In nats; a drop of accuracy by d is taken for d / 2 nats, which is a guess.
+        nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}
+        return cost_at(math.log(nats.get(quality, most) / _USUAL[recovers]))
     # Logarithms of what was predicted, and of the bound in units of the target, the nearest first.
     known = [
-        (math.log(max(one.predicted, _LEAST)), math.log(max(one.measured.bound / most, _FLOOR)))
+        (math.log(max(one.predicted, LEAST)), math.log(max(one.measured.bound / most, _FLOOR)))
         for one in walks
     ]
     (x, y), *others = sorted(known, key=lambda point: abs(point[1]))

@@ -95,7 +95,7 @@ def test_operations_of_every_listed_model_are_those_that_torch_counts(
 )
 def test_budgets_of_operations_are_met_and_spent(name: str) -> None:
     """Modules that hold tokens and biases of their own, which are no matrices of experts."""
-    pytest.importorskip("timm", reason="timm is in the extra osscar[test-coverage]")
+    pytest.importorskip("timm", reason="timm is in the extra osscar[benchmarks]")
     made = make_timm(name)
     x = torch.randn(8, *made.inputs[0][0].shape[1:])
     result = osscar.prune(
