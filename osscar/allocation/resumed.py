@@ -33,6 +33,9 @@ _aten = torch.ops.aten
 _BY_INDEX = (_aten.index.Tensor, _aten.masked_select.default)
 """Operators of which an index, and not the values, says how large the result is."""
 
+_DRAWING = ("dropout_p", "dropout", "p", "train", "training")
+"""Arguments without which an operator that may draw random numbers draws none."""
+
 _PAST_OPERATORS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """What gives values to other code than operators."""
 
@@ -156,7 +159,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if self.sound:
             try:
-                self._note(func, args, leaves, named, form, result)
+                self._note(func, args, kwargs or {}, leaves, named, form, result)
             except _Unsound:
                 self.sound = False
         return result
@@ -186,6 +189,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         func: OpOverload,
         args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         leaves: Sequence[Any],
         named: list[Any],
         form: pytree.TreeSpec,
@@ -198,9 +202,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plain = all(isinstance(one, Tensor | None) for one in found)
         if varying and (by_values or not plain or func.namespace != "aten"):
             raise _Unsound
-        for argument, place in zip(func._schema.arguments, args, strict=False):
+        given = {one.name: one.default_value for one in func._schema.arguments}
+        given |= {**dict(zip(given, args, strict=False)), **kwargs}
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn and all(given[name] for name in _DRAWING if name in given):
+            raise _Unsound  # seeds are set past all operators
+        for argument in func._schema.arguments:
             if argument.is_write:
-                for tensor in pytree.tree_leaves(place):
+                for tensor in pytree.tree_leaves(given[argument.name]):
                     self._write(tensor, here, varying)
         read = {_memory(one) for one in leaves if isinstance(one, Tensor)}
         numbers: list[int | None] = []

@@ -233,7 +233,7 @@ class Search:
         planes = [self._plane(kept, limits) for kept in ends]
         bound, saved = -math.inf, planes[0].over - planes[1].over
         most = np.array([self._scales(one)[1] for one in np.eye(len(limits))])
-        unit = np.divide(planes[1].loss, saved, where=saved > 0, out=np.ones(len(limits)))
+        unit = np.divide(planes[1].loss or 1.0, saved, where=saved > 0, out=np.ones(len(limits)))
         while len(planes) < _PLANES:
             plane = self._plane(self._at(prices), limits)
             if plane.at(prices) > bound:

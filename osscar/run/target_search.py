@@ -219,7 +219,7 @@ def next_limit(
         aim = aim if best is None else _AIM_BETWEEN
     move = (math.log(aim) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
     limit = cost_at(x + min(max(move, -math.log(_STEP)), math.log(_STEP)))
-    beyond = [one.reached for one in walks if one.measured.bound > most]
+    beyond = [one.limit for one in walks if one.measured.bound > most]  # less reaches no more
     gain = _GAIN * dense
     if beyond:
         limit = max(limit, max(beyond) + gain)

@@ -108,6 +108,12 @@ def test_few_walks_find_nearly_the_smallest_model(most, factor, power):
     assert found - max(least, 0.2) < 0.05
 
 
+def test_a_size_within_a_limit_that_was_tried_is_not_tried_again():
+    within = TargetWalk(0.979, 0.979, 0.0, Bounded(0.0, 1e-9, 16))
+    beyond = TargetWalk(0.968, 0.957, 0.5, Bounded(0.01, 0.011, 16))  # no model is between
+    assert next_limit(FRONTIER, [within, beyond], DIVERGENCE, 0.01) is None
+
+
 def test_a_target_that_no_model_meets_ends_at_the_largest():
     walks = searched(lambda predicted: 1.0, 0.1)
     assert 2 <= len(walks) <= MOST_WALKS

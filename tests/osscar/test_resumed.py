@@ -72,6 +72,15 @@ def sparse(self, x):
     return (self.seen.diag().to_sparse() @ x.T).T + x
 
 
+def drawn(self, x):
+    return x + torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def added_up(self, x):
+    total = x.clone()
+    return torch.add(total, self.second(x), out=total)
+
+
 def unasked(self, x):
     """Look at values that no weight changes, and past autograd."""
     x = x.data
@@ -86,7 +95,8 @@ def inputs_of(name):
         return tiny(name), {"input_ids": tokens(2, 12)}
     if name == "mixtral":
         return mixture(name), {"input_ids": tokens(2, 12)}
-    return Perceptron(unasked if name == "unasked" else lambda self, x: x), {"x": torch.randn(5, 6)}
+    between = {"unasked": unasked, "added up": added_up}.get(name, lambda self, x: x)
+    return Perceptron(between), {"x": torch.randn(5, 6)}
 
 
 def passed(model, batch):
@@ -96,7 +106,9 @@ def passed(model, batch):
     return getattr(result, "logits", result)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "unasked", "residual", "mixtral", *FAMILIES])
+@pytest.mark.parametrize(
+    "name", ["perceptron", "unasked", "added up", "residual", "mixtral", *FAMILIES]
+)
 def test_a_pass_that_is_resumed_is_the_whole_one(name):
     model, batch = inputs_of(name)
     model.eval()
@@ -125,7 +137,7 @@ def test_a_pass_that_is_resumed_is_the_whole_one(name):
     assert min(lengths) < len(recording._steps) / 3
 
 
-@pytest.mark.parametrize("way", [by_numpy, counted, chosen, listed, only_some, sparse])
+@pytest.mark.parametrize("way", [by_numpy, counted, chosen, listed, only_some, sparse, drawn])
 def test_what_operators_do_not_tell_is_not_resumed(way):
     model = Perceptron(way).eval()
     batch = {"x": torch.randn(5, 6)}
