@@ -492,7 +492,7 @@ class PruningRequest:
             "each mixture keeps, such as --experts 0.75",
         )
         yield (
-            auto and budgets == (BudgetKind.FLOPS,),
+            auto and {*budgets, *filter(None, [self.smallest])} == {BudgetKind.FLOPS},
             "fewer experts save no flops, since each token is sent to as many as before; give "
             "params or size as the budget, or omit experts 'auto'",
         )

@@ -364,12 +364,11 @@ def _highest(
     scale = max(min(within, default=1.0), _NOTHING)
     over = np.array([plane.over for plane in planes]) * unit / scale
     losses = np.array([plane.loss for plane in planes]) / scale
-    tops = np.divide(most, unit, out=np.zeros_like(unit), where=unit > 0)
     found = scipy.optimize.linprog(
         np.append(np.zeros(len(unit)), -1.0),
         A_ub=np.column_stack([-over, np.ones(len(planes))]),
         b_ub=losses,
-        bounds=[*((0.0, top) for top in tops), (None, None)],
+        bounds=[*((0.0, top) for top in most / unit), (None, None)],
     )
     if found.x is None:  # of numbers that HiGHS cannot tell apart
         return unit, -math.inf

@@ -1,8 +1,8 @@
-"""How much worse than the dense model another is on some samples, and at most on others like these.
+"""How much worse than the dense model another is, with the bound of a one-sided 95 % interval.
 
-Each value comes with the end of a one-sided interval: of twenty sets of samples, drawn alike, it is
-at least what all such samples would come to in nineteen.  All differences are paired: both models
-read the same samples, so that what makes a sample hard for both drops out.
+All differences are paired: both models read the same samples, so that what makes a sample hard for
+both drops out.  The bound of a mean covers 95 % where samples are near normal, and less where few
+samples have skewed values: in simulation 86 and 92 % of 16 and 128 lognormal ones (sigma 1).
 """
 
 from __future__ import annotations

@@ -253,6 +253,7 @@ def test_sweeps_take_experts(experts):
         ({}, "needs a budget; give one, such as params="),
         ({"heads": 0.5}, "needs a budget; give one, such as params="),
         ({"flops": 0.7}, "experts save no flops"),
+        ({"max_divergence": 0.1, "smallest": "flops"}, "experts save no flops"),
         ({"speedup": 2.0}, "give params or size"),
         ({"params": 0.5, "form": "exported"}, "removed from modules only"),
     ],
