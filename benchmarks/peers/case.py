@@ -85,7 +85,11 @@ class Case:
 
 
 class Form(enum.Enum):
-    """How a smaller model is written, and read again."""
+    """How a smaller model is written, and read again, as its own documentation has it.
+
+    That of Torch-Pruning is a pickle, which may run any code: only give this benchmark a directory
+    that it has written itself.
+    """
 
     OSSCAR = "weights and plan"
     PRETRAINED = "transformers"

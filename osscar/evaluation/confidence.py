@@ -157,6 +157,11 @@ class Judge:
         return cls(quality, reference, labels)
 
     @property
+    def labelled(self) -> int:
+        """How many samples have a label."""
+        return 0 if self.labels is None else int((self.labels != IGNORED).sum())
+
+    @property
     def dense_accuracy(self) -> float:
         """The share of the labels that the dense model predicts."""
         assert self.labels is not None
@@ -202,5 +207,7 @@ class Judge:
             following = tokens[at[rows] + 1, None]
             return float((dense - found)[rows].gather(1, following).double().mean())
         assert self.labels is not None
+        if found.isnan().any():  # of which some class would be the likeliest all the same
+            return math.nan
         label = int(self.labels[index])
         return float(dense.argmax() == label) - float(found.argmax() == label)

@@ -153,13 +153,21 @@ def samples_needed(request: PruningRequest) -> int:
 
 @timed(Stage.DENSE)
 def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str]) -> Judge:
-    """Run the dense model on a part of the data; refuse a target that nothing can miss."""
+    """Run the dense model on a part of the data; refuse what no model can meet, or miss."""
     assert request.quality is not None
     judge = Judge.of(request.quality, prepared.model, data, classes)
-    if request.quality is TargetKind.TOP1 and request.most_lost >= judge.dense_accuracy:
+    if request.quality is not TargetKind.TOP1:
+        return judge
+    needed = fewest_samples(request.quality, request.most_lost)
+    if judge.labelled < needed:
+        raise DataError(
+            f"{request.target_in_words} takes {needed} labelled samples in each quarter of the "
+            f"calibration data, and one has {judge.labelled}; give more, or label them"
+        )
+    if request.most_lost >= judge.dense_accuracy:
         raise RequestError(
             f"{request.target_in_words} is all that the dense model has, or more: it is right in "
-            f"{judge.dense_accuracy:.1%} of {len(judge.reference.batches)} samples; give less"
+            f"{judge.dense_accuracy:.1%} of {judge.labelled} samples; give less"
         )
     return judge
 

@@ -1,5 +1,6 @@
 """A quality in place of a size: the bounds, the search, and whole runs on tiny models."""
 
+import copy
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import osscar
 from osscar.allocation.costs import Cost
-from osscar.base.errors import DataError, OptionError, OsscarError, RequestError
+from osscar.base.errors import DataError, NonFiniteError, OptionError, OsscarError, RequestError
 from osscar.cli import main
 from osscar.data.parts import in_parts
 from osscar.data.samples import IGNORED
@@ -329,11 +330,18 @@ def test_the_command_recovers_each_walk_and_measures_what_it_saves(tmp_path, mon
     assert found["target"]["reported"]["value"] == pytest.approx(due, rel=1e-3)
 
 
+def nearly_unlabelled():
+    _, data = labelled(64)
+    data.labels[4:] = IGNORED
+    return data
+
+
 UNLABELLED = osscar.TensorSet("images", {"x": images()})
 REFUSED = {
     "too few samples": ({"max_divergence": 0.1}, lambda: images(31), "32 calibration samples"),
     "too few labels": ({"max_top1_drop": "1%"}, lambda: labelled(64)[1], "1072 calibration samp"),
     "no labels": ({"max_top1_drop": "30%"}, lambda: UNLABELLED, "these have no labels"),
+    "few with labels": ({"max_top1_drop": "30%"}, nearly_unlabelled, "8 labelled samples in each"),
     "a tensor": ({"max_top1_drop": "30%"}, images, "these have no labels"),
     "more than there is": ({"max_top1_drop": 0.9999}, lambda: labelled(64)[1], "has, or more"),
     "no language model": ({"max_perplexity_increase": "5%"}, images, "SmallNet is none"),
@@ -348,6 +356,17 @@ def test_what_has_no_bound_is_refused_before_a_walk(name, monkeypatch):
         asked = {"max_top1_drop": "100%"}
     with pytest.raises(OsscarError, match=advice), warnings.catch_warnings():
         osscar.prune(small_net(), data(), **asked)
+
+
+@pytest.mark.parametrize("quality", TargetKind)
+def test_outputs_that_are_nan_are_no_measurement(quality):
+    (dense, data) = text() if quality is TargetKind.PERPLEXITY else labelled(16)
+    judge = Judge.of(quality, dense, data)
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        list(broken.parameters())[-1].fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        judge.measure(broken)
 
 
 def test_a_sweep_has_no_target(tmp_path):
