@@ -28,12 +28,18 @@ reveal_type(solve)
 reveal_type(trace)
 osscar.no_such_name
 """
-
+SAID = (
+    r"PreTrainedModel \| Any",
+    r"Linear \| Any",
+    r"-> ([\w.]+\.)?Solution",
+    r"-> ([\w.]+\.)?DependencyGraph",
+    "error: .*no_such_name",
+)
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory):
     """An interpreter that has this project as an editable install, and what it needs."""
     place = tmp_path_factory.mktemp("types")
     source = place / "source"
@@ -46,32 +52,21 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [packages] = (place / "venv").glob("lib/python*/site-packages")
     [wheel] = place.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(packages)
+    [laid] = packages.glob("*osscar*.pth")
+    assert laid.read_text().split() == [str(source)]  # a path, which type checkers follow
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     (place / "use.py").write_text(USE)
     return place / "venv" / "bin" / "python"
 
 
 @pytest.mark.slow
-def test_an_editable_install_is_a_path(python: Path) -> None:
-    [laid] = python.parents[1].glob("lib/python*/site-packages/*osscar*.pth")
-    assert laid.read_text().split() == [str(python.parents[2] / "source")]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_type_checkers_see_the_public_names(checker: str, python: Path) -> None:
+def test_type_checkers_see_the_public_names(checker, python):
     pytest.importorskip(checker)
     interpreter = {"mypy": "--python-executable", "pyright": "--pythonpath"}[checker]
     command = [sys.executable, "-m", checker, interpreter, str(python), "use.py"]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=python.parents[2], env=alone)
-    said = done.stdout
-    assert said.count("error: ") == 1, said + done.stderr
-    for expected in (
-        r"PreTrainedModel \| Any",
-        r"Linear \| Any",
-        r"-> ([\w.]+\.)?Solution",
-        r"-> ([\w.]+\.)?DependencyGraph",
-        "error: .*no_such_name",
-    ):
-        assert re.search(expected, said), (expected, said)
+    assert done.stdout.count("error: ") == 1, done.stdout + done.stderr
+    for expected in SAID:
+        assert re.search(expected, done.stdout), (expected, done.stdout)

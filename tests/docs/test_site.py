@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import ModuleType
 
 import pytest
 
@@ -15,7 +14,7 @@ from osscar.cli.commands import app
 from tests.docs.pages import PAGES, ROOT
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_every_page_is_in_the_navigation():
     listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(listed) == len(set(listed))
     pages = {page for page in PAGES if page.startswith("docs/") and page.endswith(".md")}
@@ -23,14 +22,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.parametrize("package", [osscar, solvers, graph])
-def test_the_reference_has_every_public_name_once(package: ModuleType) -> None:
+def test_the_reference_has_every_public_name_once(package):
     name = package.__name__
     text = (ROOT / "docs" / "api" / f"{name}.md").read_text()
     described = re.findall(rf"^(?:::: |### ){name}\.(\w+)$", text, re.MULTILINE)
     assert sorted(described) == sorted(package.__all__)
 
 
-def test_the_page_of_commands_has_every_command_and_option() -> None:
+def test_the_page_of_commands_has_every_command_and_option():
     text = docs_hooks.on_page_markdown((ROOT / "docs/api/commands.md").read_text())
     for name in ("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve"):
         _, _, section = text.partition(f"\n## osscar {name}\n")
@@ -41,7 +40,7 @@ def test_the_page_of_commands_has_every_command_and_option() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_that_a_page_links_exist(page: str) -> None:
+def test_files_that_a_page_links_exist(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), target

@@ -95,11 +95,11 @@ def _case(place: Path, arguments: tuple[str, ...], before: Path | None = None) -
     return Case(arguments, content(root / "out"), ended.events, ended.writes, before)
 
 
-def tiny_model(place: Path) -> Path:
+def tiny_model(place: Path, ffn_dim: int = 24) -> Path:
     """Write a language model of two small layers that ``from_pretrained`` reads."""
     demo = osscar.load_model("demo")
-    size = {"num_hidden_layers": 2, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24}
-    config = {**demo.model.config.to_dict(), **size, "num_attention_heads": 4}
+    size = {"num_hidden_layers": 2, "hidden_size": 16, "word_embed_proj_dim": 16}
+    config = {**demo.model.config.to_dict(), **size, "num_attention_heads": 4, "ffn_dim": ffn_dim}
     torch.manual_seed(0)
     OPTForCausalLM(OPTConfig(**config)).save_pretrained(place)
     demo.tokenizer.save_pretrained(place)

@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+from unittest.mock import Mock
 
 import filelock
 import pytest
@@ -32,9 +33,11 @@ from osscar.base.files import (
     write_json,
     write_text,
 )
-from osscar.base.json_files import STRICT, read_json, validated
+from osscar.base.json_files import STRICT, read_json, read_object
 from osscar.base.process import handling, uninterrupted, unwinds
-from tests.osscar.forked import PATIENCE
+from tests.osscar.forked import PATIENCE, forked
+
+# ---- JSON --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,40 +54,34 @@ class Outer:
     inner: tuple[Inner, ...] = ()
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_what_is_written_is_read_again(tmp_path):
     value = Outer("n", 0.5, (Inner(1), Inner(2)))
     write_json(tmp_path / "x.json", dataclasses.asdict(value))
     assert read_json(tmp_path / "x.json", Outer) == value
-    assert validated(dataclasses.asdict(value), Outer, "x") == value
+    (tmp_path / "theirs").write_text('{"a": 1, "time_step_limit": [0.0, Infinity]}')
+    assert read_object(tmp_path / "theirs")["time_step_limit"] == [0.0, float("inf")]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "nan", float("nan"))
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "Expecting value"),
-        ("{", "property name"),
         ("[" * 10**5, "nested too deeply"),
         ("5", "input should be an object"),
         ('{"name": "n"}', "share: field required"),
-        ('{"name": "n", "share": 1.0, "more": 1}', "more: unexpected keyword argument, not 1"),
-        ('{"name": 5, "share": 1.0}', "name: input should be a valid string, not 5"),
-        ('{"name": "n", "share": "1.0"}', "share: input should be a valid number"),
         ('{"name": "n", "share": true}', "share: input should be a valid number, not True"),
         ('{"name": "n", "share": NaN}', "NaN is not a finite number"),
-        ('{"name": "n", "share": -Infinity}', "-Infinity is not a finite number"),
         ('{"name": "n", "share": 1e999}', "1e999 is not a finite number"),
         ('{"name": "n", "share": 1' + "0" * 5000 + "}", "not a number below 2^63"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 9223372036854775808}]}', "below 2^63"),
-        ('{"name": "n", "share": 1.0, "inner": [{"size": 1.0}]}', "inner.0.size: input should be"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 1, "x": 2}]}', "inner.0.x: unexpected"),
         ('{"name": "n", "name": "m", "share": 1.0}', "the key 'name' stands there twice"),
         ('{"name": "\\ud800", "share": 1.0}', "escapes half of a surrogate pair"),
-        ("\x00", "Expecting value"),
     ],
 )
-def test_a_file_that_does_not_hold_what_it_should_is_one_error(
-    text: str, reason: str, tmp_path: Path
-) -> None:
+def test_a_file_that_does_not_hold_what_it_should_is_one_error(text, reason, tmp_path):
     file = tmp_path / "x.json"
     file.write_text(text)
     with pytest.raises(FileError) as caught:
@@ -92,12 +89,11 @@ def test_a_file_that_does_not_hold_what_it_should_is_one_error(
     assert caught.value.path == file
     assert reason in caught.value.reason
     assert len(caught.value.reason) < 200
-    assert str(caught.value) == f"{file}: {caught.value.reason}"
     again = pickle.loads(pickle.dumps(caught.value))  # as a worker hands it to its parent
-    assert str(again) == str(caught.value)
+    assert str(again) == str(caught.value) == f"{file}: {caught.value.reason}"
 
 
-def test_what_cannot_be_read_at_all_is_the_same_error(tmp_path: Path) -> None:
+def test_what_cannot_be_read_at_all_is_the_same_error(tmp_path):
     (tmp_path / "bytes").write_bytes(b'{"name": "\xff"}')
     (tmp_path / "large").write_text(" " * 101)
     (tmp_path / "directory").mkdir()
@@ -116,55 +112,58 @@ def test_what_cannot_be_read_at_all_is_the_same_error(tmp_path: Path) -> None:
         file_digest(tmp_path / "directory")
 
 
-def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("old")
-
-    def fail(partial: Path) -> None:
-        assert partial.name == "x.csv"  # whose suffix says what it holds
-        assert str(os.getpid()) in partial.parent.name
-        partial.write_text("new")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "x.csv") as partial:
-        fail(partial)
-    assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
-    assert (tmp_path / "x.csv").read_text() == "old"
+# ---- writing -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills itself")
-def test_what_killed_processes_were_writing_goes_and_what_others_write_stays(
-    tmp_path: Path,
-) -> None:
-    code = f"""
-import os, signal, sys
-from pathlib import Path
-from osscar.base.files import atomic_write
-with atomic_write(Path({str(tmp_path / "x[1].csv")!r})) as partial:
-    partial.write_text("half")
-    partial.with_name("beside").write_text("half")
-    print(flush=True)
-    sys.stdin.read(1)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    killed, running = (subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2))
-    for process in (killed, running):
-        process.stdout.readline()
-    killed.communicate(b".")
+def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("old")
+
+    def fail(error):
+        with atomic_write(file) as partial:
+            assert partial.name == "x.csv"  # whose suffix says what it holds
+            assert str(os.getpid()) in partial.parent.name
+            partial.write_text("new")
+            raise error
+
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+    for text in ("I/O error: No space left (os error 28)", "[Errno 28] No space left"):
+        with pytest.raises(OutputError, match=r"x\.csv: No space left on device; make room"):
+            fail(Exception(text))  # as libraries in Rust say it
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+    assert file.read_text() == "old"
+
+
+def test_what_killed_processes_were_writing_goes_and_what_others_write_stays(tmp_path):
+    def write():
+        with atomic_write(tmp_path / "x[1].csv") as partial:
+            partial.write_text("half")
+            time.sleep(PATIENCE)
+
+    killed, running = forked(write, tmp_path), forked(write, tmp_path)
+    while len(list(tmp_path.glob(".*.partial/x*"))) < 2:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    host = socket.gethostname()
     of_another_host = tmp_path / f".x[1].csv.elsewhere-{killed.pid}.partial"
-    of_another_file = tmp_path / f".x[1].csv.gz.{socket.gethostname()}-{killed.pid}.partial"
+    of_another_file = tmp_path / f".x[1].csv.gz.{host}-{killed.pid}.partial"
     for place in (of_another_host, of_another_file):
         place.mkdir()
-    files.write_text(tmp_path / "x[1].csv", "whole")
-    left = {path.name for path in tmp_path.iterdir()}
-    own = f".x[1].csv.{socket.gethostname()}-{running.pid}.partial"
-    assert left == {"x[1].csv", own, of_another_host.name, of_another_file.name}
-    running.communicate(b".")
-    files.write_text(tmp_path / "x[1].csv", "again")
-    assert own not in {path.name for path in tmp_path.iterdir()}
+    write_text(tmp_path / "x[1].csv", "whole")
+    others = {"x[1].csv", of_another_host.name, of_another_file.name}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *others,
+        f".x[1].csv.{host}-{running.pid}.partial",
+    }
+    running.kill()
+    running.wait()
+    write_text(tmp_path / "x[1].csv", "again")
+    assert {p.name for p in tmp_path.iterdir()} == others
 
 
-def test_links_pipes_and_modes_are_respected(tmp_path: Path) -> None:
+def test_links_pipes_and_modes_are_respected(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_text(tmp_path / "link", "new")
@@ -176,12 +175,10 @@ def test_links_pipes_and_modes_are_respected(tmp_path: Path) -> None:
     for name in ("loop", "missing/x", "real/x"):
         with pytest.raises(OutputError, match="cannot write"):
             write_text(tmp_path / name, "x")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "nan", float("nan"))
     assert {file.name for file in tmp_path.iterdir()} == {"real", "link", "loop"}
 
 
-def test_places_that_are_none_are_refused_whole(tmp_path: Path) -> None:
+def test_places_that_are_none_are_refused_whole(tmp_path):
     """A link to nothing was followed, and what it leads to made."""
     (tmp_path / "link").symlink_to("there")
     for name in (tmp_path / "link", tmp_path / "link" / "x", f"{tmp_path}/link/../y"):
@@ -195,7 +192,29 @@ def test_places_that_are_none_are_refused_whole(tmp_path: Path) -> None:
     assert resolved(tmp_path / "link" / "x") == tmp_path / "there" / "x"
 
 
-def test_a_lock_is_held_by_one_who_is_named_until_the_block_ends(tmp_path: Path) -> None:
+def test_files_are_on_the_disk_before_they_take_their_names_and_their_own_is_last(
+    tmp_path, monkeypatch
+):
+    path, done = tmp_path / "new.txt", list[tuple[str, bool]]()
+    fsync, replace = files.fsync, Path.replace
+    monkeypatch.setattr(files, "fsync", lambda place: done.append((place.name, path.exists())))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: done.append((f"to {to.name}", False)) or replace(self, to)
+    )
+    with atomic_write(path) as partial:
+        partial.write_text("abc")
+        (partial.parent / "zzz").write_text("which it names")
+    names = ["zzz", "new.txt", "to zzz", "to new.txt"]
+    assert done == [*((name, False) for name in names), (tmp_path.name, True)]
+    fsync(path)
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256
+    assert digest("abc") == digest(b"abc") == file_digest(path) == expected
+
+
+# ---- locks and signals -------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_who_is_named_until_the_block_ends(tmp_path):
     place = tmp_path / ".lock"
     with file_lock(place, tmp_path) as held:
         assert held
@@ -214,22 +233,17 @@ def test_a_lock_is_held_by_one_who_is_named_until_the_block_ends(tmp_path: Path)
     assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [NotImplementedError(), OSError(38, "Function not implemented")])
-def test_a_file_system_without_locks_is_better_unguarded_than_unusable(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with file_lock(tmp_path / ".lock", tmp_path) as held:
-        assert not held
+def test_a_file_system_without_locks_is_better_unguarded_than_unusable(tmp_path, monkeypatch):
+    for error in (NotImplementedError(), OSError(38, "Function not implemented")):
+        monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=error))
+        with file_lock(tmp_path / ".lock", tmp_path) as held:
+            assert not held
 
 
-def test_signals_wait_for_short_blocks() -> None:
+def test_signals_wait_for_short_blocks():
     done = []
 
-    def interrupted() -> None:
+    def interrupted():
         with uninterrupted():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
@@ -245,13 +259,13 @@ def test_signals_wait_for_short_blocks() -> None:
     assert done == [True, True]
 
 
-def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported() -> None:
+def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported():
     class Library(ExtensionFileLoader):
-        def exec_module(self, module: Any) -> None:
+        def exec_module(self, module):
             signal.raise_signal(signal.SIGTERM)
             done.append("imported")
 
-    def imported() -> None:
+    def imported():
         Library("library", "library.so").exec_module(None)
         time.sleep(PATIENCE)
 
@@ -263,45 +277,23 @@ def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("delay", [0, 0.05, 0.3, 1, 3])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_is_ended_while_it_imports_says_so_in_one_line(
-    number: signal.Signals, delay: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [
+        (signal.SIGINT, 0.3),
+        *(pytest.param(signal.SIGTERM, d, marks=pytest.mark.slow) for d in (0, 1, 3)),
+    ],
+)
+def test_a_command_that_is_ended_while_it_imports_says_so_in_one_line(number, delay):
     command = [sys.executable, "-m", "osscar", "inspect", "demo"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not _catches(process.pid, signal.SIGTERM):  # the interpreter itself is starting
+    status, caught = Path(f"/proc/{process.pid}/status"), 0
+    while not caught >> (signal.SIGTERM - 1) & 1:  # the interpreter itself is starting
         time.sleep(0.002)
+        caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
     time.sleep(delay)
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number, err
-    lines = [line for line in err.splitlines() if not line.startswith("progress: ")]
-    assert len(lines) == 1
-    assert lines[0].startswith("interrupted: ")
-
-
-def _catches(process: int, number: int) -> bool:
-    status = Path(f"/proc/{process}/status").read_text()
-    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
-
-
-def test_what_libraries_in_rust_say_of_the_system_is_an_error_of_the_system(tmp_path):
-    for text in ("I/O error: No space left on device (os error 28)", "[Errno 28] No space left"):
-        full = pytest.raises(OutputError, match=r"new\.txt: No space left on device; make room")
-        with full, files.atomic_write(tmp_path / "new.txt"):
-            raise Exception(text)
-    with pytest.raises(ValueError, match="another"), files.atomic_write(tmp_path / "new.txt"):
-        raise ValueError("another")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    path, synced = tmp_path / "new.txt", []
-    monkeypatch.setattr(files, "fsync", lambda place: synced.append((place, path.exists())))
-    files.write_text(path, "abc")
-    (part, was_there), (directory, is_there) = synced
-    assert part.parent.name.endswith(files.PARTIAL)
-    assert (was_there, directory, is_there) == (False, tmp_path, True)
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256
-    assert digest("abc") == digest(b"abc") == file_digest(path) == expected
+    (line,) = (line for line in err.splitlines() if not line.startswith("progress: "))
+    assert line.startswith("interrupted: ")

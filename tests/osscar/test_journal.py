@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
-from osscar.base.journal import Journal, SavingJournal
+from osscar.base.journal import SavingJournal
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 
 
-class Things(Journal[JournalManifest]):
+class Things(SavingJournal[JournalManifest]):
     what = "thing"
     manifest_file = "thing.json"
     schema = JournalManifest
@@ -26,8 +25,6 @@ class Things(Journal[JournalManifest]):
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
-
-
 DENSE = Fingerprint("w", "d", DenseOutputs({"device": "x"}, "s", ("0x0.0p+0",), 1e-4))
 
 
@@ -48,7 +45,7 @@ def journal(tmp_path):
     return journal
 
 
-def names(place: Path) -> set[str]:
+def names(place):
     return {str(path.relative_to(place)) for path in place.rglob("*")}
 
 
@@ -58,30 +55,19 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         read = dataclasses.replace(ASKED, dense=DENSE)  # which had not been read before
         assert again.begin(ASKED) == again.begin(read) == ASKED
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
-    for manifest, message in (
-        (
-            JournalManifest("osscar.thing/2", ASKED.asked, None),
-            "it is 'osscar.thing/1', and this version",
-        ),
-        (JournalManifest("osscar.thing/1", {"files": ["a"]}, None), "batch-size was 4 and is None"),
-        (
-            JournalManifest("osscar.thing/1", {**ASKED.asked, "more": 1}, None),
-            "more was None and is 1",
-        ),
+    for change, message in (
+        ({"schema": "osscar.thing/2"}, "it is 'osscar.thing/1', and this version"),
+        ({"asked": {"files": ["a"]}}, "batch-size was 4 and is None"),
+        ({"asked": {**ASKED.asked, "more": 1}}, "more was None and is 1"),
     ):
-        with pytest.raises(
-            JournalError, match=f"holds another thing: {message}.* or give another out="
-        ):
-            again.begin(manifest)
-    assert again.begin(JournalManifest("osscar.thing/1", {}, None), anew=True).asked == {}
-
-
-class Saving(Things, SavingJournal[JournalManifest]):
-    """A journal of a command that saves something."""
+        expected = f"holds another thing: {message}.* or give another out="
+        with pytest.raises(JournalError, match=expected):
+            again.begin(dataclasses.replace(ASKED, **change))
+    assert again.begin(dataclasses.replace(ASKED, asked={}), anew=True).asked == {}
 
 
 def test_what_was_saved_is_known_again_by_how_it_was_asked_for_and_by_its_report(tmp_path):
-    log, file = Saving(tmp_path / "log"), tmp_path / "report.json"
+    log, file = Things(tmp_path / "log"), tmp_path / "report.json"
     asked, report = {"out": "a"}, {"seconds": 1.5}
     file.write_text(json.dumps({**report, "evaluation": 3}))
     assert log.saved(asked, file) is None
@@ -108,28 +94,24 @@ def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
 
 
 def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
-    for place, partial in ((journal.directory / "done", "x.txt"), (tmp_path / "new", "thing.json")):
-        place.mkdir(exist_ok=True)
-        half = place / f".{partial}.some.host-4711.partial"
-        half.mkdir()
-        (half / ".tmpjpcEv5").write_text("half")  # as safetensors calls it
-        (place / "mine.partial").write_text("mine")
-    with pytest.raises(JournalError, match=r"holds 'mine\.partial' and no thing"):
-        Things(tmp_path / "new").held().__enter__()
-    (tmp_path / "new" / "mine.partial").unlink()
+    half = journal.directory / "done" / ".x.txt.some.host-4711.partial"
+    half.mkdir()
+    (half / ".tmpjpcEv5").write_text("half")  # as safetensors calls it
+    (half.parent / "mine.partial").write_text("mine")
+    (tmp_path / "new" / ".thing.json.some.host-4711.partial").mkdir(parents=True)
     (tmp_path / "new" / LOCK_FILE).touch()
     for place in (journal.directory, tmp_path / "new"):
         with Things(place).held():
             pass
     assert "done/mine.partial" in names(journal.directory)
-    assert not [name for name in names(tmp_path) if "4711.partial" in name]
+    assert not half.exists()
     assert not (tmp_path / "new").exists()
 
 
 def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
+    other = Things(journal.directory)
     with journal.held():
         before = names(tmp_path)
-        other = Things(journal.directory)
         for step in (other.remove, other.held().__enter__):
             with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
                 step()
@@ -146,10 +128,8 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
         ("file", "is a file and holds no thing"),
         ("x" * 300, "cannot look into .*: File name too long"),
     ):
-        other = Things(tmp_path / place)
-        for step in (other.refuse_foreign, other.held().__enter__):
-            with pytest.raises(JournalError, match=message):
-                step()
+        with pytest.raises(JournalError, match=message):
+            Things(tmp_path / place).held().__enter__()
     with pytest.raises(OutputError, match=r"cannot write .*: Not a dir"):
         Things(tmp_path / "file" / "deep").make("x")
     (tmp_path / "mine" / "0.txt").rename(tmp_path / "mine" / "thing.json")
@@ -158,52 +138,45 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     assert names(tmp_path / "mine") >= {"thing.json"}
 
 
+@pytest.mark.parametrize("killed_at", range(6))
 def test_a_removal_that_is_killed_leaves_what_goes_on_or_can_be_removed(
-    tmp_path, journal, monkeypatch
+    killed_at, journal, monkeypatch
 ):
-    (journal.directory / "thesis.tex").write_text("mine")
-    unlink = Path.unlink
-    for killed_at in range(6):
-        copy = Things(tmp_path / f"{killed_at}")
-        shutil.copytree(journal.directory, copy.directory)
-        left = [killed_at]
+    place, left, unlink = journal.directory, [killed_at], Path.unlink
+    (place / "thesis.tex").write_text("mine")
 
-        def some(self: Path, left: list[int] = left, **options: bool) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            unlink(self, **options)
+    def some(self, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        unlink(self, **options)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", some)
-            with pytest.raises(Killed):
-                copy.remove()
-        assert len(copy.done) == max(0, 3 - killed_at)
-        assert [path.stem for path in copy.done] == [str(n) for n in range(len(copy.done))]
-        if (copy.directory / "thing.json").exists():
-            assert copy.begin(ASKED) == ASKED
-            Things(copy.directory).remove()
-        assert names(copy.directory) <= {"thesis.tex", LOCK_FILE}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", some)
+        with pytest.raises(Killed):
+            journal.remove()
+    assert [path.stem for path in journal.done] == [str(n) for n in range(max(0, 3 - killed_at))]
+    if (place / "thing.json").exists():
+        assert Things(place).begin(ASKED) == ASKED
+        Things(place).remove()
+    assert names(place) <= {"thesis.tex", LOCK_FILE}
 
 
-def manifest(**change: object) -> str:
+def manifest(**change):
     return json.dumps({"schema": "x", "asked": {}, "dense": None, **change})
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "5", "[]", "[" * 10**5, "{}", manifest()[:-1], manifest()[:-1] + ', "asked": {}}'),
-        *(manifest(asked=asked) for asked in (5, [], {"large": 1e999}, {"torn": "\ud800"})),
-        manifest(asked={"deep": json.loads("[" * 500 + "]" * 500)}),
-        *(manifest(dense={"weights": 5}), manifest(more=1), manifest(asked={"large": 10**400})),
+        *("", "[]", manifest()[:-1], manifest(more=1), manifest(asked=5)),
+        *(manifest(dense={"weights": 5}), manifest(asked={"large": 10**400})),
     ],
 )
 def test_a_manifest_that_is_none_is_one_error(text, journal):
     (journal.directory / "thing.json").write_text(text)
-    with pytest.raises(
-        JournalError, match=r"thing\.json is not the manifest of a thing: .*; give ano"
-    ):
+    expected = r"thing\.json is not the manifest of a thing: .*; give ano"
+    with pytest.raises(JournalError, match=expected):
         journal.begin(ASKED)
     (journal.directory / "note").write_text(text)
     with pytest.raises(JournalError, match=r"note: .*; remove it"):

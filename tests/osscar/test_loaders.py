@@ -1,21 +1,14 @@
 """Data as people have them: loaders, data sets, and lists of batches with labels and masks."""
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DetrConfig,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification, DetrConfig
+from transformers import DetrForObjectDetection as Detr
 
 import osscar
 from osscar.base.errors import DataError, ModelError, OptionError
@@ -81,59 +74,49 @@ FORMS = {
 }
 
 
+WHOLE = {
+    *("pairs", "a tuple in a pair", "dictionaries", "a dictionary in a pair", "arrays"),
+    *("one dictionary", "a set"),
+}
+"""What is in memory, and read to its end."""
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_read_for_the_same_samples_and_labels(form):
+    found = load_batches(FORMS[form](), rows_net(), samples=300)
+    assert torch.equal(found.tensors["input"], X)
+    assert torch.equal(found.labels, Y)
+    assert "labels set aside to score by" in found.source
     loaded = LoadedModel(rows_net(), "net", None, torch.float32)
-    for read in (partial(load_batches, model=loaded.model), loaded.calibration):
-        found = read(FORMS[form](), samples=300)
-        assert torch.equal(found.tensors["input"], X)
-        assert torch.equal(found.labels, Y)
-        assert "labels set aside to score by" in found.source
-        assert len(read(FORMS[form](), samples=40)) == 40
+    assert len(loaded.calibration(FORMS[form](), samples=40)) == 40
+    assert len(load_batches(FORMS[form](), rows_net())) == (300 if form in WHOLE else 256)
 
 
 def test_data_without_labels_are_read_as_well():
-    for data in (
-        [X[:8], X[8:]],
-        [[X]],
-        DataLoader(TensorDataset(X), 64),
-        [X.numpy()],
-        X,
-        X.numpy(),
-    ):
+    loader = DataLoader(TensorDataset(X), 64)
+    for data in ([X[:8], X[8:]], [[X]], loader, [X.numpy()], X.clone().requires_grad_(), X.numpy()):
         found = load_batches(data, rows_net(), samples=300)
         assert torch.equal(found.tensors["input"], X)
-        assert found.labels is None
-    targets = load_batches([(X, torch.randn(300, 3))], rows_net())
-    assert (targets.labels, targets.source) == (None, "a list, 300 samples; without labels")
-    named = load_batches([by_name()], rows_net())
-    assert named.source.endswith("labels set aside to score by; without idx, names")
-
-
-def test_what_is_in_memory_is_read_to_its_end_and_a_loader_as_far_as_it_takes():
-    counts = {form: len(load_batches(made(), rows_net())) for form, made in FORMS.items()}
-    at_hand = ("pairs", "a tuple in a pair", "dictionaries", "a dictionary in a pair", "arrays")
-    whole = {*at_hand, "one dictionary", "a set"}
-    assert counts == {form: 300 if form in whole else 256 for form in FORMS}
-    assert len(load_batches(X.numpy(), rows_net())) == 300
+        assert (found.labels, found.tensors["input"].requires_grad) == (None, False)
     parts = [X[:100], X[100:200], X[200:]]
-    for data, said in ((X[:256], "a Tensor, 256"), (X, "its first 256"), (parts, "its first 256")):
-        assert f"{said} samples" in load_batches(data, rows_net(), samples=256).source
-
-
-def test_tensors_with_gradients_are_read_as_numbers():
-    for data in (X.clone().requires_grad_(), [X.clone().requires_grad_()]):
-        assert osscar.prune(rows_net(), data, **MAGNITUDE).calibration["samples"] == 300
+    for data, samples, said in (
+        ([(X, torch.randn(300, 3))], None, "a list, 300 samples; without labels"),
+        ([by_name()], None, "labels set aside to score by; without idx, names"),
+        (X[:256], 256, "a Tensor, 256 samples"),
+        (X, 256, "a Tensor, its first 256 samples"),
+        (parts, 256, "a list, its first 256 samples"),
+    ):
+        assert load_batches(data, rows_net(), samples=samples).source.endswith(said)
 
 
 def test_what_is_no_data_and_no_model_is_named():
-    for data in (None, 3, "demo", (X, Y)):
-        with pytest.raises(DataError, match=r"cannot read batches of .*; give a tensor, a mapping"):
-            load_batches(data, rows_net())
-    with pytest.raises(ModelError, match="the model is a str"):
-        load_batches([X], "demo")
-    with pytest.raises(OptionError, match=r"the seed .* 'a'"):
-        load_batches([X], rows_net(), seed="a")
+    for given, error, message in (
+        ({"data": (X, Y)}, DataError, r"cannot read batches of .*; give a tensor, a mapping"),
+        ({"model": "demo"}, ModelError, "the model is a str"),
+        ({"samples": 0}, OptionError, "number of samples"),
+    ):
+        with pytest.raises(error, match=message):
+            load_batches(**{"data": [X], "model": rows_net(), **given})
 
 
 def test_a_stream_without_end_is_read_as_far_as_asked():
@@ -149,17 +132,11 @@ def test_a_stream_without_end_is_read_as_far_as_asked():
     assert (result.calibration["samples"], len(read)) == (256, 26)
     assert len(load_batches(endless(), rows_net(), samples=30)) == 30
     assert len(read) == 29
-    asked = {"steps": 70, "batch_size": 10, "held_out": 7, "learning_rate": 1e-3, "device": "cpu"}
-    with pytest.warns(UserWarning, match="a generator, its first 707 samples; labels"):
-        recovery = osscar.recover(result, rows_net(), endless(), **asked)
-    assert (recovery.samples, recovery.held_out) == (700, 7)  # each step has others
     with pytest.raises(DataError, match=r"does not say how many .*load_batches\(data, model, sam"):
         osscar.evaluate(rows_net(), endless())
-    with pytest.raises(OptionError, match="number of samples"):
-        load_batches(endless(), rows_net(), samples=0)
 
 
-def test_what_a_shuffled_loader_gave_is_what_is_pruned_with_and_recorded():
+def test_what_a_shuffled_loader_gave_is_recorded():
     seen = []
 
     def collate(rows):
@@ -168,13 +145,10 @@ def test_what_a_shuffled_loader_gave_is_what_is_pruned_with_and_recorded():
 
     loader = DataLoader(TensorDataset(X, Y), 32, shuffle=True, collate_fn=collate)
     with pytest.warns(UserWarning, match="first 256 samples; labels"):
-        result = osscar.prune(rows_net(), loader, neurons=0.5, device="cpu")
+        result = osscar.prune(rows_net(), loader, **MAGNITUDE)
     given = osscar.TensorSet("the same", {"input": torch.cat(seen)})
     [record] = lineage_of(result.model).calibration
     assert record.seen == Seen.of(given.fingerprints())
-    again = osscar.prune(rows_net(), given, neurons=0.5, device="cpu")
-    assert again.plan == result.plan
-    assert torch.equal(again.model(X), result.model(X))
 
 
 def test_rows_are_drawn_at_random_by_the_seed():
@@ -193,28 +167,6 @@ def test_a_score_reads_all_of_a_loader():
     assert (quality.samples, quality.top1) == (300, pytest.approx(float(right)))
 
 
-def test_a_loader_recovers_estimates_and_sweeps(tmp_path):
-    class Single:
-        """A stream that can be read once."""
-
-        def __init__(self):
-            self.batches = iter(DataLoader(TensorDataset(X, Y), 64))
-
-        def __iter__(self):
-            return self.batches
-
-    model = rows_net()
-    pruned = osscar.prune(model, Single(), **MAGNITUDE)
-    recovery = osscar.recover(pruned, model, Single(), steps=2, learning_rate=1e-3, device="cpu")
-    assert osscar.estimate(model, Single(), sparsity=0.5, device="cpu").seconds > 0
-    told = osscar.sweep(
-        model, Single(), tmp_path / "sweep", sparsity=[0.5], backend="magnitude", device="cpu"
-    )
-    assert osscar.score_dense(model, Single()).samples == 256
-    for found in (recovery.data, told["calibration"]):
-        assert found["source"].startswith("a Single, its first 256 samples; labels set aside")
-
-
 # ---- padding -----------------------------------------------------------------------------
 
 
@@ -227,59 +179,44 @@ def padded(side, filler, extra=()):
     return {"input_ids": ids, "attention_mask": mask, **dict(extra)}
 
 
-def bare(batch):
-    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-    return [{"input_ids": ids[kept][None]} for ids, kept in rows]
-
-
 @pytest.mark.parametrize(("family", "side"), [("opt", "left"), ("llama-gqa", "right")])
 def test_padding_counts_nowhere(family, side):
-    model, asked = tiny(family), {"neurons": 0.5, "device": "cpu"}
-    batch = padded(side, 3)
-    with pytest.warns(UserWarning, match="without labels; padding cut off"):
-        result = osscar.prune(model, {**batch, "labels": batch["input_ids"]}, **asked)
-    other = osscar.prune(model, [padded(side, 7, {"labels": tokens(12, 20)})], **asked)
-    expected = osscar.prune(model, osscar.SampleList("bare", bare(batch)), **asked)
-    ids = tokens(2, 16)
-    for found in (result, other):
-        assert found.plan == expected.plan
-        assert_close(found.model(ids).logits, expected.model(ids).logits)
-        assert found.divergence == expected.divergence
-    assert result.calibration["sizes"] == {"input_ids": [1, None]}
-    with pytest.warns(UserWarning, match="padding cut off"):
-        one, two = (
-            osscar.compare(result.model, model, padded(side, filler)).model.quality
-            for filler in (3, 7)
-        )
-    assert (one.kl, one.errors) == (two.kl, two.errors)
+    model = tiny(family, layers=1)
+    batch, other = padded(side, 3), padded(side, 7, {"labels": tokens(12, 20)})
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    expected = [ids[kept][None] for ids, kept in rows]
+    for padding in (batch, other):
+        found = load_batches(padding, model)
+        assert all(map(torch.equal, (one["input_ids"] for one in found.samples), expected))
+        assert [*found.samples[0]] == ["input_ids"]
+        assert found.source.endswith("padding cut off")
+    assert as_inputs(model, found).settings["sizes"] == {"input_ids": [1, None]}
+    one, two = (
+        osscar.compare(tiny(family, layers=1, seed=1), model, data, repetitions=1).model.quality
+        for data in (batch, padded(side, 7))
+    )
+    assert (one.kl, one.errors, one.classes_in) == (two.kl, two.errors, "logits")
     assert one.kl > 0
-    assert one.classes_in == "logits"
 
 
 def test_a_batch_that_needs_no_padding_is_windows():
-    model, ids = tiny("opt"), tokens(6, 20)
-    ones = torch.ones_like(ids)
+    model, ids = tiny("opt", layers=1), tokens(6, 20)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with pytest.warns(UserWarning, match="without labels$"):
-        found = read_once(model, {"input_ids": ids, "attention_mask": ones, "labels": ids})
-    assert isinstance(found, osscar.CalibrationSet)
+        found = read_once(model, batch)
     assert torch.equal(found.tokens, ids)
     assert found.describe()["seen"]["count"] == 6  # of less than a run each, one hash
     assert "seed" not in found.sentence()
     assert as_inputs(model, found).tokens
-    with pytest.warns(UserWarning, match="without labels$"):
-        scored = osscar.evaluate(model, [{"input_ids": ids, "labels": ids}], repetitions=1)
-    assert scored.quality.tokens == 6 * 19
 
 
 def test_texts_in_tokens_are_drawn_as_windows_or_one_by_one():
-    model = tiny("opt")
+    model = tiny("opt", layers=1)
     alike = hub().Dataset.from_dict({"input_ids": tokens(50, 20).tolist()})
     drawn = load_batches(alike, model, seed=3)
     assert (drawn.samples, drawn.seqlen, drawn.seed) == (32, 20, 3)
-    asked = {"steps": 5, "batch_size": 8, "held_out": 4, "learning_rate": 1e-3, "device": "cpu"}
     with pytest.warns(UserWarning, match="44 of its 50 rows, drawn with seed 0"):
-        recovery = osscar.recover(tiny("opt"), model, alike, **asked)
-    assert (recovery.samples, recovery.held_out) == (40, 4)
+        assert read_once(model, alike, windows=44).samples == 44
     lengths = [row.tolist()[: 8 + i % 3] for i, row in enumerate(tokens(50, 20))]
     texts = hub().Dataset.from_dict({"input_ids": lengths, "text": ["a"] * 50})
     apart = load_batches(texts, model, samples=50)
@@ -287,43 +224,25 @@ def test_texts_in_tokens_are_drawn_as_windows_or_one_by_one():
     assert apart.source == "a Dataset, 50 samples; without text"
 
 
-def bert():
+def test_a_classifier_of_padded_texts_is_scored_on_its_labels():
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         vocab_size=VOCABULARY, num_labels=3,
     )  # fmt: skip
-    return BertForSequenceClassification(config).eval()
-
-
-def test_a_classifier_of_padded_texts_is_scored_on_its_labels():
-    model, labels = bert(), torch.arange(12) % 3
-    extra = {"labels": labels, "token_type_ids": torch.zeros(12, 20, dtype=torch.int64)}
-    batch = padded("right", 0, extra)
+    model, labels = BertForSequenceClassification(config).eval(), torch.arange(12) % 3
+    given = padded("right", 0, {"token_type_ids": torch.zeros(12, 20, dtype=torch.int64)})
+    batch = {**given, "labels": labels}
     with torch.no_grad():
-        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
         right = (model(**given).logits.argmax(1) == labels).float().mean()
     with pytest.warns(UserWarning, match="labels set aside to score by; padding cut off"):
         quality = osscar.evaluate(model, batch, repetitions=1).quality
-    result = osscar.prune(model, batch, **MAGNITUDE)
     assert quality.top1 == pytest.approx(float(right))
-    assert result.calibration["sizes"]["token_type_ids"] == [1, None]
+    sizes = as_inputs(model, load_batches(batch, model)).settings["sizes"]
+    assert sizes["token_type_ids"] == [1, None]
     of_file = osscar.TensorSet("a file", given, labels)
     with pytest.warns(UserWarning, match="the data are a file, 12 samples; labels"):
         assert osscar.evaluate(model, of_file, repetitions=1).quality == quality
-
-
-def test_images_of_transformers_come_with_labels():
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        image_size=16, patch_size=8, num_labels=4,
-    )  # fmt: skip
-    model = ViTForImageClassification(config).eval()
-    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
-    for data in ([{"pixel_values": x, "labels": y}], [(x, y)], DataLoader(TensorDataset(x, y), 3)):
-        found = load_batches(data, model)
-        assert torch.equal(found.tensors["pixel_values"], x)
-        assert torch.equal(found.labels, y)
 
 
 def test_targets_of_a_gpt_of_ones_own_are_inputs_where_they_are_named():
@@ -367,20 +286,15 @@ def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     loaded = LoadedModel(small_net(), "net", None, torch.float32, preprocessing=plain(12))
     drawn = loaded.calibration(table, samples=5, seed=1)
     assert (drawn.source, len(drawn), len(drawn.fingerprints())) == ("Dataset, 12 images", 5, 5)
-    osscar.prune(loaded.model, drawn, channels=0.5, backend="magnitude", device="cpu")
     with pytest.raises(DataError, match=r"there are image, label; name the .* osscar.load_images"):
         osscar.prune(loaded.model, table, channels=0.5)
 
 
 def test_texts_of_a_data_set_become_windows():
-    loaded = osscar.load_model("demo")
+    loaded, asked = osscar.load_model("demo"), {"samples": 3, "seqlen": 32, "seed": 1}
     table = hub().Dataset.from_dict({"text": ["Some words of a text. " * 20] * 30})
-    found = loaded.calibration(table, samples=3, seqlen=32, seed=1)
-    expected = osscar.load_calibration(
-        table["text"][:4], loaded.tokenizer, samples=3, seqlen=32, seed=1
-    )
-    assert found.source.startswith("a Dataset")
-    assert torch.equal(found.tokens, expected.tokens)
+    expected = osscar.load_calibration(table["text"][:4], loaded.tokenizer, **asked)
+    assert torch.equal(loaded.calibration(table, **asked).tokens, expected.tokens)
     with pytest.raises(OptionError, match=r"seqlen.* is 32, and the data are no text; omit it"):
         loaded.calibration([tokens(2, 8)], seqlen=32)
 
@@ -388,62 +302,42 @@ def test_texts_of_a_data_set_become_windows():
 # ---- what is refused ---------------------------------------------------------------------
 
 
-def ragged():
+def hidden(*places):
+    """Return tokens of which a mask hides some of the second sequence."""
     mask = torch.ones(2, 6, dtype=torch.int64)
-    mask[1, 2] = 0
+    mask[1, list(places)] = 0
     return {"input_ids": tokens(2, 6), "attention_mask": mask}
 
 
-def nothing_left():
-    mask = torch.ones(2, 6, dtype=torch.int64)
-    mask[0] = 0
-    return {"input_ids": tokens(2, 6), "attention_mask": mask}
+OPT = tiny("opt", layers=1)
 
 
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (rows_net, lambda: DataLoader(TensorDataset(X[:0], Y[:0])), "DataLoader yields nothing"),
-        (rows_net, lambda: iter([]), "yields nothing; give one .* not read to its end before"),
-        (rows_net, lambda: [X, torch.zeros(2, 7)], r"1 of .* of \[7\], and batch 0 .* of \[6\]"),
-        (rows_net, lambda: iter([X[:9], X.double()]), "1 .* has input float64 .* input float32"),
-        (rows_net, lambda: iter([X[:9], by_name(X * torch.nan)]), "batch 1 of the .* have NaN"),
-        (rows_net, lambda: [(X, Y[:7])], "batch 0 of the data: it has 300 samples and 7 labels"),
+        (rows_net(), lambda: iter([]), "yields nothing; give one .* not read to its end before"),
+        (rows_net(), lambda: [X, X[:, :5]], r"1 of .* of \[5\], and batch 0 .* of \[6\]"),
+        (rows_net(), lambda: iter([X[:9], X.double()]), "1 .* has input float64 .* input float32"),
+        (rows_net(), lambda: iter([X[:9], by_name(X * torch.nan)]), "batch 1 of the .* have NaN"),
+        (rows_net(), lambda: [(X, Y[:7])], "batch 0 of the data: it has 300 samples and 7 labels"),
+        (rows_net(), lambda: [*zip(X, Y, strict=True)], "its label is one number .* of a sample"),
+        (rows_net(), lambda: iter(["a"]), "batch 0 of the data: a str is no tensor; give a tensor"),
+        (rows_net(), lambda: [(X, X, Y)], "batch 0 of the data: a tuple of 3 is no pair; give"),
         (
-            rows_net,
-            lambda: [*zip(X, Y, strict=True)],
-            "0 of .* its label is one number .* of a sample",
-        ),
-        (rows_net, lambda: iter(["a"]), "batch 0 of the data: a str is no tensor; give a tensor"),
-        (
-            rows_net,
-            lambda: [(X, X, Y)],
-            "batch 0 of the data: a tuple of 3 is no pair; give a tensor",
-        ),
-        (
-            rows_net,
+            rows_net(),
             lambda: hub().Dataset.from_dict({"wave": [[0.0]], "text": ["a"]}),
             "row 0 of the data: .* takes input, and there are wave, text; name the entries .colu",
         ),
-        (lambda: tiny("opt"), ragged, "of sequence 1 in batch 0 .* leaves gaps in it; give"),
-        (lambda: tiny("opt"), nothing_left, "of sequence 0 in batch 0 .* hides all of it"),
+        (OPT, lambda: hidden(2), "of sequence 1 in batch 0 .* leaves gaps in it; give"),
+        (OPT, lambda: hidden(*range(6)), "of sequence 1 in batch 0 .* hides all of it"),
+        (OPT, lambda: [tokens(2, 6) + 0.5], "'input_ids' of batch 0 .* is torch.float32; give"),
         (
-            lambda: tiny("opt"),
-            lambda: [tokens(2, 6) + 0.5],
-            "'input_ids' of batch 0 .* is torch.float32; give the ids",
-        ),
-        (
-            lambda: tiny("opt"),
-            lambda: {**ragged(), "attention_mask": torch.zeros(2, 1, 6, 6)},
+            OPT,
+            lambda: {**hidden(), "attention_mask": torch.zeros(2, 1, 6, 6)},
             r"has shape \(2, 1, 6, 6\) for 'input_ids' of \(2, 6\); give",
         ),
         (
-            lambda: tiny("opt"),
-            lambda: iter([{"input_ids": tokens(2, 6) + VOCABULARY}]),
-            r"tokens run from .* and the model knows 0 to",
-        ),
-        (
-            lambda: tiny("opt"),
+            OPT,
             lambda: {**padded("left", 0), "input_ids": tokens(12, 20) + VOCABULARY},
             r"sample 0: calibration tokens run from",
         ),
@@ -451,18 +345,10 @@ def nothing_left():
 )
 def test_data_that_cannot_be_read_are_refused_by_place(model, data, message):
     with pytest.raises(DataError, match=message):
-        osscar.prune(model(), data(), neurons=0.5, device="cpu")
-
-
-@pytest.mark.parametrize("labels", [[0, 1], torch.zeros(2), torch.zeros(3).long()])
-def test_labels_of_samples_apart_are_checked(labels):
-    with pytest.raises(DataError, match="labels must be 2 whole numbers, one a sample, not "):
-        osscar.SampleList("two", [{"input": X[:3]}, {"input": X[:5]}], labels)
+        osscar.prune(model, data(), neurons=0.5, device="cpu")
 
 
 def test_padded_pixels_are_refused():
-    from transformers import DetrForObjectDetection
-
     config = DetrConfig(
         d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=3,
@@ -470,12 +356,10 @@ def test_padded_pixels_are_refused():
         backbone_config={"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8],
                          "depths": [1, 1, 1, 1], "out_features": ["stage4"]},
     )  # fmt: skip
-    model = DetrForObjectDetection(config).eval()
+    model = Detr(config).eval()
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32)}
-    batch["labels"] = [{"class_labels": torch.zeros(1), "boxes": torch.zeros(1, 4)}] * 2
     found = load_batches([batch], model)
     assert set(found.tensors) == {"pixel_values", "pixel_mask"}
-    assert found.source == "a list, 2 samples; without labels"
     batch["pixel_mask"][0, 20:] = 0
     with pytest.raises(DataError, match=r"a mask of the data hides parts .* without padding"):
         osscar.prune(model, batch, sparsity=0.5)

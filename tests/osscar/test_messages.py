@@ -1,6 +1,8 @@
-"""What errors and warnings say: where they point, and by which names they call options."""
+"""What `import osscar` offers and costs, and what errors and warnings say and point at."""
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,19 +14,40 @@ import osscar
 import solvers
 from osscar.base.errors import (
     FileError,
-    NonFiniteError,
     OptionError,
-    RequestError,
     for_reader,
     on_command_line,
 )
 from tests.osscar.families import tiny, tokens
 
 
+def test_public_names_are_where_the_stub_says():
+    for name in osscar.__all__:
+        assert callable(getattr(osscar, name))
+        assert name in dir(osscar)
+    with pytest.raises(AttributeError, match="nothing"):
+        osscar.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["prune", "demo"], 7)])
+def test_help_loads_no_numerics_and_a_command_says_what_it_does_before_it_does(words, status):
+    script = (
+        "import sys, osscar.cli\n"
+        "class Ends:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'numpy', 'transformers', 'matplotlib'): sys.exit(7)\n"
+        "sys.meta_path.insert(0, Ends())\n"
+        f"sys.argv = ['osscar', *{words}]\n"
+        "osscar.cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = "progress: loading torch, which takes seconds\n" if status else ""
+    assert (ended.returncode, ended.stderr, bool(ended.stdout)) == (status, said, not status)
+
+
 @pytest.mark.parametrize(
     ("message", "in_python"),
     [
-        ("omit --max-memory", "omit max_memory="),
         ("give --dtype float32, or raise --damp", "give dtype=float32, or raise damp="),
         ("--size 1.50GB cannot be met", "size=1.50GB cannot be met"),
         ("leave it out (--skip 'h.0.*').", "leave it out (skip='h.0.*')."),
@@ -34,62 +57,46 @@ from tests.osscar.families import tiny, tokens
         ("run `osscar prune --max-memory 8GB`", "run `osscar prune --max-memory 8GB`"),
     ],
 )
-def test_options_have_the_names_that_their_reader_gives(message: str, in_python: str) -> None:
+def test_options_have_the_names_that_their_reader_gives(message, in_python):
     assert for_reader(message) == str(OptionError(message)) == in_python
     assert str(FileError("a.npz", message)) == f"a.npz: {in_python}"
     with on_command_line():
         assert str(OptionError(message)) == re.sub(r" \(\S+ in Python\)", "", message)
 
 
-def wide() -> nn.Module:
+def wide():
     return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
 
 
-def singular() -> None:
+def singular():
     X = torch.randn(4, 8, dtype=torch.float64)
     solvers.SubsetProblem.from_gram(X.T @ X / 4, torch.randn(8, 3).double(), keep=4, damp=0)
 
 
+FEW = {"neurons": 0.5, "device": "cpu"}
 WARNING = {
-    "of the walk": lambda: osscar.prune(tiny("opt"), tokens(1, 16), neurons=0.5, device="cpu"),
-    "of the groups": lambda: osscar.prune(wide(), torch.zeros(64, 6), neurons=0.5, device="cpu"),
-    "of solvers through prune": lambda: osscar.prune(
-        wide(), torch.randn(16, 6), neurons=0.5, damp=0.0, target="weights", device="cpu"
-    ),
+    "of the walk": lambda: osscar.prune(tiny("opt", layers=1), tokens(1, 16), **FEW),
+    "of the groups": lambda: osscar.prune(wide(), torch.zeros(64, 6), **FEW),
     "of solvers": singular,
-    "of loaders": lambda: osscar.prune(
-        wide(), [(torch.randn(64, 6), torch.zeros(64))], neurons=0.5, device="cpu"
-    ),
+    "of loaders": lambda: osscar.prune(wide(), [(torch.randn(64, 6), torch.zeros(64))], **FEW),
 }
 
 
 @pytest.mark.parametrize("warned", WARNING.values(), ids=[*WARNING])
-def test_a_warning_points_at_the_line_that_called(warned) -> None:
+def test_a_warning_points_at_the_line_that_called(warned):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         warned()
     own = [one for one in seen if issubclass(one.category, UserWarning)]
-    assert own
     assert {Path(one.filename) for one in own} == {Path(__file__)}
 
 
-def test_a_keyword_that_is_almost_one_is_suggested() -> None:
+def test_a_keyword_that_is_almost_one_is_suggested():
     for ask, name, meant in (
         (osscar.prune, "sparcity", "sparsity"),
-        (osscar.estimate, "batchsize", "batch_size"),
         (osscar.recover, "learnin_rate", "learning_rate"),
     ):
         with pytest.raises(TypeError, match=f"'{name}'; did you mean '{meant}'"):
             ask(wide(), wide(), None, **{name: 1})
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'xyz'$"):
         osscar.prune(wide(), torch.randn(8, 6), xyz=1)
-
-
-def test_a_model_in_memory_is_no_checkpoint() -> None:
-    model = wide()
-    model[0].weight.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"1 of 240 .*'0\.weight'") as caught:
-        osscar.prune(model, torch.randn(64, 6), neurons=0.5)
-    assert "checkpoint" not in str(caught.value)
-    with pytest.raises(RequestError, match=r"a budget \(sparsity=, params=, size=, memory="):
-        osscar.prune(wide(), torch.randn(64, 6))

@@ -1,8 +1,6 @@
 """What is done to images: stated, brought by code, recorded, shown by an example, or refused."""
 
 import json
-import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +9,12 @@ from PIL import Image
 from torch import nn
 
 import osscar
-from osscar.base.errors import DataError, FileError, ModelError, OptionError, import_torchvision
-from osscar.cli import main
+from osscar.base.errors import DataError, ModelError, OptionError, import_torchvision
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing, Transform
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
-from osscar.proof.lineage import lineage_of
 from tests.osscar.networks import plain
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -55,81 +51,43 @@ def pixels_of(image):
 def function(image):
     return pixels_of(image) / 127.5 - 1
 
-IMAGES = torch.zeros(2, 3, 12, 12)
+IMAGES, SCALED = torch.zeros(2, 3, 12, 12), osscar.Preprocessing(mean=0.5, std=0.25)
+PRESET = ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=10)
 
-def build():
-    return net(), IMAGES
-
-def alone():
-    return net()
-
-def stating():
-    return net(), IMAGES, osscar.Preprocessing(mean=0.5, std=0.25)
-
-def preset():
-    return net(), None, ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=10)
-
-def gray():
-    return net(1), torch.zeros(2, 1, 12, 12)
-
-def bytes_():
-    return Bytes(), IMAGES.to(torch.uint8), pixels_of
-
-def last():
-    return net(), torch.zeros(2, 12, 12, 3)
-
-def whole():
-    return net(), IMAGES.long()
-
-def pair():
-    return Pair(), (IMAGES, IMAGES)
-
-def own():
-    return net(), IMAGES, function
-
-def drawing():
-    return net(), IMAGES, lambda image: function(image) + torch.rand(1)
-
-def untensor():
-    return net(), IMAGES, lambda image: image
-
-def failing():
-    return net(), IMAGES, lambda image: image.no_such_thing
-
-def nothing():
-    return net(), IMAGES, 3
+alone = net
+build = lambda: (net(), IMAGES)
+stating = lambda: (net(), IMAGES, SCALED)
+preset = lambda: (net(), None, PRESET)
+gray = lambda: (net(1), torch.zeros(2, 1, 12, 12))
+bytes_ = lambda: (Bytes(), IMAGES.to(torch.uint8), pixels_of)
+last = lambda: (net(), torch.zeros(2, 12, 12, 3))
+whole = lambda: (net(), IMAGES.long())
+pair = lambda: (Pair(), (IMAGES, IMAGES))
+own = lambda: (net(), IMAGES, function)
+drawing = lambda: (net(), IMAGES, lambda image: function(image) + torch.rand(1))
+untensor = lambda: (net(), IMAGES, lambda image: image)
+failing = lambda: (net(), IMAGES, lambda image: image.no_such_thing)
+nothing = lambda: (net(), IMAGES, 3)
 """
 SPARSITY = {"sparsity": 0.5, "backend": "magnitude", "device": "cpu"}
+PLAIN = Preprocessing(mean=0, std=1)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A directory with the user's code and images, which is the current one."""
     (tmp_path / "net.py").write_text(CODE)
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 12, 12, 3), dtype=np.uint8)
     labels = np.arange(12) % 5
-    np.savez(tmp_path / "images.npz", train_images=pixels[:12],
-             test_images=pixels[12:], test_labels=labels)  # fmt: skip
+    images = {"train_images": pixels[:12], "test_images": pixels[12:], "test_labels": labels}
+    np.savez(tmp_path / "images.npz", **images)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.fixture
-def run(place, monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return call
-
-
-def prune(function, *options, out="small"):
+def prune(function, *options):
     return (
-        *("prune", f"net.py:{function}", "--calibration", "images.npz:train", "--out", out),
+        *("prune", f"net.py:{function}", "--calibration", "images.npz:train", "--out", "small"),
         *("--channels", "0.5", "--backend", "magnitude", "--form", "eager", "--device", "cpu"),
         *options,
     )
@@ -142,29 +100,36 @@ def evaluate(function, *options):
     )
 
 
-def pixels(part="test"):
+def lineage(place):
+    return json.loads((place / "small" / "osscar.json").read_text())["lineage"]
+
+
+def pixels():
     """The images of the archive, pixels / 255, (n, 3, 12, 12)."""
-    return torch.from_numpy(np.load("images.npz")[f"{part}_images"]).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(np.load("images.npz")["test_images"]).permute(0, 3, 1, 2) / 255
 
 
 # ---- stated ------------------------------------------------------------------------------
 
 
 def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
-    for arguments in (
-        prune("build"),
-        ("sweep", *prune("build")[1:6], "--sparsity", "0.5"),
-        ("gap", *prune("build")[1:6]),
-        ("eval", "net.py:build", "--images", "images.npz:test"),
-    ):
+    for arguments in (prune("build"), ("eval", "net.py:build", "--images", "images.npz:test")):
         status, _, err = run(*arguments)
         assert status == 2
         assert "nothing states the transform of the images that net.py:build reads. " in err
         for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
             assert way in err
     assert not (place / "small").exists()
-    status, _, err = run(*prune("alone", "--no-normalize"))
-    assert (status, "nothing states the size and channels of the images" in err) == (2, True), err
+    for arguments, message in (
+        (prune("alone", "--no-normalize"), "nothing states the size and channels of the images"),
+        (("inspect", "net.py:alone"), "give --image-size CxHxW"),
+        (("prune", "demo", "--sparsity", "0.3", "--out", "o", "--no-normalize"), "reads text, not"),
+        (("gap", "resnet20-c16-k4", "--out", "o", "--mean", "0", "--std", "1"), "is for models"),
+    ):
+        status, _, err = run(*arguments)
+        assert (status, message in err) == (2, True), err
+    status, out, err = run("inspect", "net.py:alone", "--image-size", "3x12x12")
+    assert (status, "channels" in out) == (0, True), err
     with pytest.raises(OptionError, match="nothing states the mean and std"):
         load_images("images.npz:train", Preprocessing(crop=10, channels=3))
 
@@ -173,96 +138,63 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     status, out, err = run(*prune("build", "--mean", "0.5,0.4,0.3", "--std", "0.25"))
     assert status == 0, err
     said = "pixels / 255, mean 0.5, 0.4, 0.3, std 0.25"
-    assert f"images: RGB, resized to a shorter side of 12 (bilinear); 12 x 12 cut from the centre; {said}" in out  # fmt: skip  # noqa: E501
-    manifest = json.loads((place / "small" / "osscar.json").read_text())["lineage"]
+    size = "resized to a shorter side of 12 (bilinear); 12 x 12 cut from the centre"
+    assert f"images: RGB, {size}; {said}" in out
     report = json.loads((place / "small" / "osscar_report.json").read_text())["calibration"]
-    known = {"mean": [0.5, 0.4, 0.3], "std": [0.25], "crop": 12, "channels": 3}
-    for recorded in (manifest["preprocessing"], report["preprocessing"]):
-        assert recorded.items() >= known.items()
+    known = {"mean": [0.5, 0.4, 0.3], "std": [0.25], "crop": 12, "channels": 3}.items()
+    assert lineage(place)["preprocessing"].items() >= known
+    assert report["preprocessing"].items() >= known
+    assert lineage(place)["inputs"] == {"input": {"shape": [3, 12, 12], "dtype": "float32"}}
     (line,) = (line for line in out.splitlines() if "osscar eval small" in line)
     assert "--mean" not in line  # which the directory records
-    assert manifest["inputs"] == {"input": {"shape": [3, 12, 12], "dtype": "float32"}}
-
     status, out, err = run(*evaluate("build"))
     assert (status, said in out, "warning" in err) == (0, True, False), err
-    assert json.loads((place / "eval.json").read_text())["preprocessing"].items() >= known.items()
-    again = ("prune", "small", "--dense", "net.py:build", *prune("build", out="smaller")[2:])
-    status, out, err = run(*again)
-    assert (status, said in out) == (0, True), err
-    loaded = load_model(
-        "small", dense="net.py:build", preprocessing=Preprocessing(crop=(8, 10), mean=0, std=1)
-    )
+    assert json.loads((place / "eval.json").read_text())["preprocessing"].items() >= known
+    stated = Preprocessing(crop=(8, 10), mean=0, std=1)
+    loaded = load_model("small", dense="net.py:build", preprocessing=stated)
     assert loaded.example["input"].shape == (2, 3, 8, 10)
     assert loaded.preprocessing.sentence() == (
         "RGB, resized to 8 x 10 (bilinear); 8 x 10 cut from the centre; pixels / 255, mean 0, std 1"
     )
 
 
-def test_what_makes_no_sense_is_refused_before_any_work(run, place):
-    none = ("--no-normalize",)
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (("--mean", "0.5,0.5", "--std", "1"), "mean is (0.5, 0.5); give one number for all"),
         (("--mean", "0.5"), "mean is given without std; give both"),
-        (("--std", "0.5"), "std is given without mean; give both"),
         (("--mean", "0.5", "--std", "0"), "std is (0.0,); give that of pixels / 255, above 0"),
-        (("--mean", "nan", "--std", "1"), "mean is (nan,); give that of pixels"),
-        (("--mean", "127.5", "--std", "127.5"), "give that of pixels / 255"),
-        (("--mean", "0.5", "--std", "127.5"), "std is (127.5,); give that of pixels"),
-        (("--mean", "a", "--std", "1"), "--mean 'a' is not numbers such as"),
-        (("--mean", "0", "--std", "1", *none), "give one or the other"),
-        ((*none, "--image-size", "0"), "--image-size is '0'; give pixels"),
-        ((*none, "--image-size", "1x2x3x4"), "--image-size is '1x2x3x4'"),
-        ((*none, "--image-size", "large"), "--image-size 'large' is not numbers"),
-        ((*none, "--image-size", "2x8x8"), "channels is 2; give 1 or 3"),
-        ((*none, "--image-size", "1x8x8"), "float tensors of 1 channels, and the example"),
-    ):
-        status, _, err = run(*prune("build", *options))
-        assert (status, message in err) == (2, True), err
+        (("--mean", "127.5", "--std", "1"), "give that of pixels / 255"),
+        (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
+        (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
+        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; give 1 or 3"),
+        (("--no-normalize", "--image-size", "1x8x8"), "float tensors of 1 channels, and the exa"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(options, message, run, place):
+    status, _, err = run(*prune("build", *options))
+    assert (status, message in err) == (2, True), err
     assert not (place / "small").exists()
 
 
-def test_models_of_text_have_no_images_to_state_anything_of(run):
-    for arguments in (("prune", "demo", "--sparsity", "0.3", "--out", "small"), ("eval", "demo")):
-        status, _, err = run(*arguments, "--no-normalize")
-        assert (status, "reads text, not images" in err) == (2, True), err
-    status, _, err = run("gap", "resnet20-c16-k4", "--out", "study", "--mean", "0.5", "--std", "1")
-    assert (status, "--mean is for models" in err) == (2, True), err
-
-
-def test_what_is_stated_takes_the_place_of_what_is_brought(place):
+def test_what_is_stated_takes_the_place_of_what_is_brought():
     """Three equal numbers are one for all, and a square is its side."""
     stated = Preprocessing(crop=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3)
-    assert (stated.crop, stated.resize, stated.mean, stated.std) == (64, 64, (0.5,), (0.25,))
-    for name, side in (("torchvision:squeezenet1_1", 64), ("net.py:stating", 12)):
-        one = replace(stated, crop=side, resize=side)
-        loaded = load_model(name, preprocessing=one, pretrained=False, device="cpu")
-        assert loaded.preprocessing == one
-        assert [tuple(x.shape) for x in loaded.example.values()] == [(2, 3, side, side)]
+    assert stated == Preprocessing(crop=64, resize=64, mean=0.5, std=0.25, channels=3)
+    for name in ("torchvision:squeezenet1_1", "net.py:stating"):
+        loaded = load_model(name, preprocessing=stated, pretrained=False, device="cpu")
+        assert loaded.preprocessing == stated
+        assert [tuple(x.shape) for x in loaded.example.values()] == [(2, 3, 64, 64)]
     with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
         load_model("net.py:nothing")
     with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
         load_model("net.py:build", preprocessing="x")
 
 
-def test_tensors_are_refused_where_something_is_stated_of_images(place):
-    loaded = load_model("net.py:build", preprocessing=Preprocessing(mean=0, std=1))
-    np.savez("tensors.npz", input=np.zeros((4, 3, 12, 12), np.float32))
-    for read in (
-        lambda: loaded.calibration("tensors.npz"),
-        lambda: loaded.held_out(inputs="tensors.npz"),
-    ):
-        with pytest.raises(
-            OptionError, match=r"fed as they are, and no images; omit preprocessing="
-        ):
-            read()
-    with pytest.raises(FileError, match="no_such"):  # and not for what is said of images
-        loaded.calibration("no_such")
-
-
 # ---- brought by code ---------------------------------------------------------------------
 
 
-def test_code_brings_a_preprocessing_or_a_preset(place):
+def test_code_brings_a_preprocessing_or_a_preset():
     images = load_model("net.py:stating").images("images.npz:test").tensor()
     torch.testing.assert_close(images, (pixels() - 0.5) / 0.25)
     loaded = load_model("net.py:preset")
@@ -274,23 +206,23 @@ def test_code_brings_a_preprocessing_or_a_preset(place):
 
 
 def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, place):
-    status, out, err = run(*prune("own"))
-    assert (status, "images: RGB, by the transform of net.py:own: <function" in out) == (0, True)
-    lineage = json.loads((place / "small" / "osscar.json").read_text())["lineage"]
-    assert lineage["preprocessing"] == {"transform": "net.py:own", "steps": "<function function>"}
-    status, out, err = run(*evaluate("own"))
-    assert (status, "by the transform of net.py:own" in out) == (0, True), err
+    loaded = load_model("net.py:own")
+    osscar.prune(loaded.model, loaded.calibration("images.npz:train"), **SPARSITY).save("small")
+    known = {"transform": "net.py:own", "steps": "<function function>"}
+    assert lineage(place)["preprocessing"] == known
     loaded = load_model("small", dense="net.py:own")
+    assert "by the transform of net.py:own: <function" in loaded.preprocessing.sentence()
     assert torch.equal(loaded.images("images.npz:test").tensor(), pixels() * 255 / 127.5 - 1)
-
     status, _, err = run(*evaluate("build"))
     assert (status, "nothing states the transform" in err) == (2, True), err
     with pytest.warns(UserWarning, match="pruned on images that were prepared otherwise than now"):
-        stated = load_model("small", dense="net.py:own", preprocessing=Preprocessing(mean=0, std=1))
+        stated = load_model("small", dense="net.py:own", preprocessing=PLAIN)
     torch.testing.assert_close(stated.images("images.npz:test").tensor(), pixels())
+    own = load_model("net.py:build", preprocessing=lambda image: image)
+    assert (type(own.preprocessing), own.preprocessing.source) == (Transform, "the caller")
 
 
-def test_a_function_that_makes_no_image_for_the_model_is_refused(place):
+def test_a_function_that_makes_no_image_for_the_model_is_refused():
     for function, message in (
         ("drawing", "makes another tensor of one image each time"),
         ("untensor", "returns a Image; return a tensor"),
@@ -316,15 +248,14 @@ def test_an_example_of_another_layout_is_refused(run, place):
         ("pair", r"is x torch.float32 .*, y torch.float32 .*, and images are one"),
     ):
         with pytest.raises(DataError, match=message):
-            load_model(f"net.py:{function}", preprocessing=Preprocessing(mean=0, std=1))
+            load_model(f"net.py:{function}", preprocessing=PLAIN)
         with pytest.raises(DataError, match=message):
             load_model(f"net.py:{function}").images("images.npz:test")
     status, _, err = run(*prune("last", "--no-normalize"))
     assert (status, "let the code return (model, example, transform)" in err) == (2, True), err
-    assert not (place / "small").exists()
 
 
-def test_a_model_of_uint8_gets_pixels_as_they_are(place):
+def test_a_model_of_uint8_gets_pixels_as_they_are():
     loaded = load_model("net.py:bytes_", device="cpu")
     assert torch.equal(loaded.images("images.npz:test").tensor(), (pixels() * 255).round().byte())
     images = loaded.calibration("images.npz:train", samples=8)
@@ -335,31 +266,20 @@ def test_a_model_of_uint8_gets_pixels_as_they_are(place):
         load_model("net.py:bytes_", preprocessing=Preprocessing(mean=0.5, std=0.5))
 
 
-def test_a_model_of_one_channel_gets_grayscale_images(place):
-    stated = Preprocessing(mean=0, std=1)
-    loaded = load_model("net.py:gray", preprocessing=stated)
+def test_a_model_of_one_channel_gets_grayscale_images():
+    loaded = load_model("net.py:gray", preprocessing=PLAIN)
     found = loaded.images("images.npz:test").tensor()
     images = [Image.fromarray(image) for image in np.load("images.npz")["test_images"]]
     gray = np.stack([np.array(image.convert("L")) for image in images])
     assert torch.equal(found, torch.from_numpy(gray)[:, None] / 255)
-    for name, array in (("a.npz", gray), ("b.npz", gray[..., None])):
-        np.savez(name, images=array)
-        assert torch.equal(loaded.images(name).tensor(), found)
-        repeated = load_images(name, plain(12))
-        assert torch.equal(repeated.tensor()[:, 1:2], repeated.tensor()[:, :1])
-    (place / "files").mkdir()
-    images[0].save("files/a.png")
-    assert torch.equal(loaded.images("files").tensor(), found[:1])
+    for array in (gray, gray[..., None]):
+        np.savez("gray.npz", images=array)
+        assert torch.equal(loaded.images("gray.npz").tensor(), found)
+        repeated = load_images("gray.npz", plain(12)).tensor()
+        assert torch.equal(repeated[:, 1:2], repeated[:, :1])
     assert loaded.preprocessing.sentence().startswith("grayscale, ")
     with pytest.raises(DataError, match=r"float tensors of 3 channels, and the example"):
         load_model("net.py:gray", preprocessing=Preprocessing(mean=(0.5, 0.4, 0.5), std=0.5))
-
-
-def test_the_size_of_images_is_never_assumed(run, place):
-    status, _, err = run("inspect", "net.py:alone")
-    assert (status, "give --image-size CxHxW" in err) == (2, True), err
-    status, out, err = run("inspect", "net.py:alone", "--image-size", "3x12x12")
-    assert (status, "channels" in out) == (0, True), err
 
 
 # ---- pruned from Python with tensors -----------------------------------------------------
@@ -367,32 +287,13 @@ def test_the_size_of_images_is_never_assumed(run, place):
 
 def test_a_model_is_scored_in_the_shape_that_it_was_pruned_with(run, place):
     """Of a plain tensor its shape is known, and how it was normalized is not."""
-    dense = load_model("net.py:build").model
-    net = nn.Sequential(*dense)  # of which nothing is noted
+    net = nn.Sequential(*load_model("net.py:build").model)  # of which nothing is noted
     osscar.prune(net, torch.rand(12, 3, 16, 18), **SPARSITY).save("small")
-    torch.save(net.state_dict(), "net.pt")
-    inputs = json.loads((place / "small" / "osscar.json").read_text())["lineage"]["inputs"]
-    assert inputs == {"input": {"shape": [3, 16, 18], "dtype": "float32"}}
-    for function in ("build", "alone", "stating"):
-        options = ("--weights", "net.pt")
-        if function != "stating":
-            status, _, err = run(*evaluate(function, *options))
-            assert (status, "nothing states the transform" in err) == (2, True), err
-            options = (*options, "--mean", "0.5", "--std", "0.25")
-        status, out, err = run(*evaluate(function, *options))
-        assert (status, "RGB, resized to 16 x 18 (bilinear); 16 x 18 cut from the centre" in out) == (0, True)  # fmt: skip  # noqa: E501
-        flops = json.loads((place / "eval.json").read_text())["dense"]["footprint"]["flops"]
-        assert flops == 2 * (16 * 18 * (27 * 8 + 8 * 6) + 6 * 5)
-
-
-def test_python_records_what_its_own_images_went_through(place):
-    loaded = load_model("net.py:build", preprocessing=plain(12))
-    other = Preprocessing(crop=10, mean=0.25, std=0.5, channels=3)
-    result = osscar.prune(loaded.model, load_images("images.npz:train", other), **SPARSITY)
-    result.save("small")
-    again = load_model("small", dense="net.py:build")
-    assert again.preprocessing.record().items() >= other.record().items()
-    assert again.example["input"].shape == (2, 3, 10, 10)
-    assert lineage_of(again.model).inputs == lineage_of(result.model).inputs
-    own = load_model("net.py:build", preprocessing=lambda image: image)
-    assert (type(own.preprocessing), own.preprocessing.source) == (Transform, "the caller")
+    assert lineage(place)["inputs"] == {"input": {"shape": [3, 16, 18], "dtype": "float32"}}
+    status, _, err = run(*evaluate("alone"))
+    assert (status, "nothing states the transform" in err) == (2, True), err
+    status, out, err = run(*evaluate("stating"))
+    size = "RGB, resized to 16 x 18 (bilinear); 16 x 18 cut from the centre"
+    assert (status, size in out) == (0, True), err
+    flops = json.loads((place / "eval.json").read_text())["dense"]["footprint"]["flops"]
+    assert flops == 2 * (16 * 18 * (27 * 8 + 8 * 6) + 6 * 5)
