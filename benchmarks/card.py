@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.gpu import markdown
+from benchmarks.measuring import markdown
 from benchmarks.random_models import SHAPES
 from osscar.base.timing import Stage
 from osscar.network.operations import count_flops
@@ -39,17 +39,18 @@ READ_PASSES = 14
 
 @dataclass(frozen=True)
 class Card:
-    """A card, at half of what its data sheet says; a start of a kernel takes 5 microseconds."""
+    """A card, at half of what its data sheet says.
+
+    Operations a second are in units of 1e12, as are bytes a second of its memory and of a disk; a
+    start of a kernel takes 5 microseconds.
+    """
 
     name: str
-    memory: float
-    """GB."""
+    gigabytes: float
     bf16: float
-    """Operations a second, in units of 1e12, of products in bfloat16."""
     fp32: float
     fp64: float
     bandwidth: float
-    """Bytes a second, in units of 1e12, of its memory."""
     disk: float = 2e-3
     launch: float = 5e-6
 
@@ -78,31 +79,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Counted:
-    """A model of a shape, and what pruning it does by stage.
-
-    Parameters
-    ----------
-    stages
-        Work by stage.
-    weights, smaller
-        Bytes of the model, and of what is left of it.
-    batches
-        Bytes that all batches hold while they are suspended in both streams.
-    matrices
-        Bytes of the problem of the layer that needs most (docs/streaming.md).
-    forward
-        Bytes of any forward pass.
-    held
-        Samples that are held out.
-    """
+    """What pruning a model does by stage, and the bytes of what it holds."""
 
     stages: Mapping[Stage, Work]
     weights: int
     smaller: int
+    """What is left of the weights."""
     batches: int
+    """What all batches hold while they are suspended in both streams."""
     matrices: int
+    """The problem of the layer that needs most (docs/streaming.md)."""
     forward: int
+    """Any forward pass."""
     held: int
+    """Samples that are held out."""
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that there are at once, by part of the run."""
@@ -183,7 +173,7 @@ def tables(name: str, samples: int, seqlen: int, cards: Sequence[Card] = CARDS) 
     rows.append(["weights on disk: reading them", "", "", "", f"{read:,.1f}", *reading])
     memory = [["part", "GB", *(c.name for c in cards)]]
     for part, size in found.memory().items():
-        fit = ("fits" if size <= card.memory * 1e9 else "no" for card in cards)
+        fit = ("fits" if size <= card.gigabytes * 1e9 else "no" for card in cards)
         memory.append([part, f"{size / 1e9:.1f}", *fit])
     parts = {
         "weights": found.weights,
@@ -192,7 +182,7 @@ def tables(name: str, samples: int, seqlen: int, cards: Sequence[Card] = CARDS) 
         "matrices of one layer": found.matrices,
     }
     line = "; ".join(f"{part} {size / 1e9:.1f} GB" for part, size in parts.items())
-    return [*markdown(rows), "", *markdown(memory), "", f"Of these: {line}."]
+    return [*markdown(rows, 0), "", *markdown(memory, 0), "", f"Of these: {line}."]
 
 
 def _short(seconds: float) -> str:

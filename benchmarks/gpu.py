@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import solvers
+from benchmarks.measuring import markdown, read
 from benchmarks.random_models import SHAPES
 from benchmarks.scale import layer
 from osscar.base.devices import this_device
@@ -50,33 +50,28 @@ SQUARES = 2.2
 
 HOUR = 3600.0
 
+BACKEND = "local_search"
+
+PATIENCE = 120.0
+"""Seconds of the CPU: what would take longer is told from smaller sizes."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One problem solved, or one model pruned, on one device.
-
-    Parameters
-    ----------
-    name
-        The number of inputs, or the name of the task.
-    device
-        Where, in words.
-    seconds
-        By stage.
-    units
-        A digest of the units kept.
-    loss
-        Relative to removing everything; of a model the sum over its layers.
-    peak_bytes
-        The most that tensors took on a card; 0 on the CPU.
-    """
+    """One problem solved, or one model pruned, on one device."""
 
     name: str
+    """The number of inputs, or the name of the task."""
     device: str
+    """Where, in words."""
     seconds: Mapping[str, float]
+    """By stage."""
     units: str
+    """A digest of the units kept."""
     loss: float
+    """Relative to removing everything; of a model the sum over its layers."""
     peak_bytes: int
+    """The most that tensors took on a card; 0 on the CPU."""
 
     @property
     def total(self) -> float:
@@ -97,12 +92,12 @@ def measured(
     return Row(name, this_device(device)["device"], seconds, digest, loss, peak)
 
 
-def solved(p: int, device: torch.device, backend: str) -> tuple[Mapping[str, float], Any, float]:
+def solved(p: int, device: torch.device) -> tuple[Mapping[str, float], Any, float]:
     """Solve one made-up layer of p inputs and p / 4 outputs, half of the inputs to go."""
     H, W0 = (matrix.to(device) for matrix in layer(p, max(1, p // 4), 0))
     began = clock()
     problem = solvers.SubsetProblem.from_gram(H, W0, keep=p // 2, overwrite=True)
-    solution = solvers.solve(problem, backend)
+    solution = solvers.solve(problem, BACKEND)
     seconds = clock() - began
     return {str(Stage.SOLVER): seconds}, solution.support.tolist(), solution.relative_loss
 
@@ -120,26 +115,18 @@ def largest(memory: int) -> int:
     return math.isqrt(int(memory / (8 * SQUARES)))
 
 
-def predicted(p: int, found: Sequence[tuple[int, float]]) -> float | None:
-    """Return the seconds for p inputs, told from two smaller sizes; None without these."""
+def power(found: Sequence[tuple[int, float]]) -> float:
+    """Return the power of p by which seconds grow between the last two sizes: 2 to 3."""
+    (small, less), (large, more) = found[-2:]
+    return min(max(math.log(more / less) / math.log(large / small), 2.0), 3.0)
+
+
+def predicted(p: int, found: Sequence[tuple[int, float]]) -> float:
+    """Return the seconds for p inputs, told from two smaller sizes; 0 without these."""
     if len(found) < 2:
-        return None
+        return 0.0
     size, seconds = found[-1]
-    growth = max(p, size) / size
-    ratio, less = found[-2][0] / size, found[-2][1]
-    # a + b = seconds and a ratio^2 + b ratio^3 = less, for sizes relative to the larger one.
-    b = min(max((seconds * ratio**2 - less) / (ratio**2 - ratio**3), 0.0), seconds)
-    return (seconds - b) * growth**2 + b * growth**3
-
-
-def in_an_hour(found: Sequence[tuple[int, float]]) -> int:
-    """Return the most inputs of a layer that can be solved in an hour, from two sizes or more."""
-    low, high = 1, 1 << 20
-    while high - low > 1:
-        middle = (low + high) // 2
-        told = predicted(middle, found)
-        low, high = (middle, high) if told is not None and told <= HOUR else (low, middle)
-    return low
+    return float(seconds * (p / size) ** power(found))
 
 
 # ---- the pipeline --------------------------------------------------------------------------------
@@ -147,17 +134,7 @@ def in_an_hour(found: Sequence[tuple[int, float]]) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A model to prune.
-
-    Parameters
-    ----------
-    make
-        Returns it, with its calibration data.
-    asked
-        Fields of the request.
-    on_cpu
-        Whether the CPU prunes it in minutes.
-    """
+    """A model with its calibration data, fields of the request, and if the CPU takes minutes."""
 
     make: Callable[[], tuple[nn.Module, Any]]
     asked: Mapping[str, Any]
@@ -215,31 +192,20 @@ def pruned(name: str, device: torch.device) -> tuple[Mapping[str, float], Any, f
 
 @dataclass
 class Bench:
-    """Measures rows that DIRECTORY does not have yet, and makes the tables of all.
-
-    Parameters
-    ----------
-    directory
-        Where rows are.
-    device
-        What is set against the CPU.
-    patience
-        Seconds: what would take the CPU longer is told from smaller sizes.
-    minutes
-        After which no row is begun.
-    """
+    """Measures rows that DIRECTORY does not have yet, and makes the tables of all."""
 
     directory: Path
     device: torch.device
-    patience: float = 120.0
-    minutes: float = 25.0
+    """What is set against the CPU."""
+    minutes: float
+    """After which no row is begun."""
+    late: int = 0
+    """Rows that are left to the next call."""
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._began = clock()
         self._warm: set[str] = set()
-        self.late = 0
-        """Rows that are left to the next call."""
 
     @property
     def sides(self) -> tuple[tuple[str, torch.device], ...]:
@@ -252,20 +218,20 @@ class Bench:
         """Return a row that is there, or is measured now; None if there is no time left."""
         file = self.directory / f"{kind} {name} {side}.json"
         if file.exists():
-            return Row(**json.loads(file.read_text()))
+            return Row(**read(file))
         if clock() - self._began > 60 * self.minutes:
             self.late += 1
             return None
         device = dict(self.sides)[side]
         if side not in self._warm:
-            solved(256, device, "local_search")
+            solved(256, device)
             pruned("tiny", device)
             self._warm.add(side)
         found = measured(name, device, lambda: work(device))
         write_json(file, dataclasses.asdict(found))
         return found
 
-    def solver_table(self, sizes: Sequence[int], backend: str) -> list[str]:
+    def solver_table(self, sizes: Sequence[int]) -> list[str]:
         """Solve problems of growing size on both, as far as memory goes; return Markdown."""
         rows = [["p", "CPU, s", f"{self.device.type}, s", "ratio", "peak, GB", "units", "loss"]]
         known: dict[str, list[tuple[int, float]]] = {"cpu": [], "device": []}
@@ -276,16 +242,15 @@ class Bench:
                 told = predicted(p, known[side])
                 if p > largest(free_bytes(place)):
                     cells[side] = "no memory"
-                elif side == "cpu" and told is not None and told > self.patience:
+                elif side == "cpu" and told > PATIENCE:
                     cells[side] = f"about {told:.0f}"
                 else:
-                    work = partial(solved, p, backend=backend)
-                    found[side] = row = self.row(backend, str(p), side, work)
+                    found[side] = row = self.row(BACKEND, str(p), side, partial(solved, p))
                     cells[side] = f"{row.total:.2f}" if row else "not yet"
                     known[side] += [(p, row.total)] if row else []
             pair = found.get("cpu"), found.get("device")
             rows.append([f"{p:,}", cells["cpu"], cells["device"], *compared(*pair)])
-        return [*markdown(rows), "", *self.possible(known)]
+        return [*markdown(rows, 0), "", *self.possible(known)]
 
     def possible(self, known: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
         """Say what fits in the memory of each, and what takes an hour."""
@@ -294,7 +259,9 @@ class Bench:
             memory = free_bytes(place)
             line = f"- {side} ({place.type}): {memory / 1e9:.0f} GB hold p = {largest(memory):,}"
             if len(known[side]) > 1:
-                line += f"; an hour is enough for p = {in_an_hour(known[side]):,}"
+                size, seconds = known[side][-1]
+                most = size * (HOUR / seconds) ** (1 / power(known[side]))
+                line += f"; an hour is enough for p = {int(most):,}"
             lines.append(line)
         return lines
 
@@ -316,7 +283,7 @@ class Bench:
                     rows.append([name, stage, *cells, ratio(*pair), "", "", ""])
             cells = [f"{one.total:.2f}" if one else "" for one in (slow, fast)]
             rows.append([name, "all", *cells, *compared(slow, fast)])
-        return markdown(rows)
+        return markdown(rows, 0)
 
 
 def ratio(slow: float | None, fast: float | None) -> str:
@@ -333,19 +300,11 @@ def compared(slow: Row | None, fast: Row | None) -> list[str]:
     return [of_both, f"{fast.peak_bytes / 1e9:.2f}", same, f"{fast.loss:.6f}"]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table whose first row is its head."""
-    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
-    return [head, f"|{' ---: |' * len(rows[0])}", *rest]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="of the rows, and of the page")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu against itself")
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 28672])
-    parser.add_argument("--backend", default="local_search")
-    parser.add_argument("--patience", type=float, default=120, help="seconds of the CPU")
     parser.add_argument("--minutes", type=float, default=25, help="no row is begun after them")
     tasks = [name for name in TASKS if name != "tiny"]
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=tasks)
@@ -353,11 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; give --device cpu to try this out")
-    bench = Bench(given.directory, device, given.patience, given.minutes)
+    bench = Bench(given.directory, device, given.minutes)
     names = [this_device(place)["device"] for _, place in bench.sides]
     page = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {' and '.join(names)}"]
     if given.sizes:
-        page += ["", *bench.solver_table(given.sizes, given.backend)]
+        page += ["", *bench.solver_table(given.sizes)]
     if given.tasks:
         page += ["", *bench.pipeline_table(given.tasks)]
     if bench.late:

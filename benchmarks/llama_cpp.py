@@ -1,18 +1,12 @@
 """Run a model in llama.cpp, dense and with layers of different widths: the same, and faster.
 
-The directory that was saved is also read by `osscar.load`, and by transformers with remote code in
-a process that cannot import this toolkit.
+    python -m benchmarks.llama_cpp smollm2-135m --calibration FILE --text FILE
 
-For example:
-
-    python benchmarks/llama_cpp.py smollm2-135m --calibration wikitext2-valid.txt \
-        --text wikitext2-raw-test.txt --json out.json
-
-Neurons thin out from the first layer to the last, and the last third of the layers loses heads,
-so that no two layers need have one shape; with `--sparsity` a budget chooses the widths.  Both
-models are written as GGUF; transformers and llama.cpp score the same windows of the text, each
-token from all before it, and continue the text greedily.  Speed is measured in llama.cpp, on files
-of the number format of `--speed-dtype`, the models taking turns.  Needs `gguf` and `xllamacpp`.
+Neurons thin out from the first layer to the last, from 0.9 to 0.5, and the last third of the layers
+loses a head, so that no two layers need have one shape.  Both models are written as GGUF.
+transformers and llama.cpp score the same windows of the text, each token from all before it, in
+float32, and continue the text greedily.  Speed is measured in llama.cpp in float16, the models
+taking turns.  Needs `gguf` and `xllamacpp`.
 
 Takes minutes, once llama.cpp is built.
 """
@@ -23,8 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Sequence
@@ -37,91 +29,53 @@ import xllamacpp
 import osscar
 from osscar.data.text import read_text
 
+NEW_TOKENS, TURNS = 64, 7
+
 
 def main() -> None:
-    arguments = parse_arguments()
-    loaded = osscar.load_model(arguments.model, device="cpu")
-    calibration = osscar.load_calibration(
-        arguments.calibration, loaded.tokenizer, samples=32, seqlen=arguments.seqlen
-    )
-    asked = {"groups": widths(loaded.model, arguments)}
-    if arguments.sparsity is not None:
-        asked = {"sparsity": arguments.sparsity}
-    result = osscar.prune(
-        loaded.model, calibration, **asked, backend=arguments.backend, device="cpu"
-    )
-    tokens = loaded.tokenizer(read_text(arguments.text), add_special_tokens=False).input_ids
-    windows = [
-        tokens[start : start + arguments.seqlen]
-        for start in range(0, arguments.windows * arguments.seqlen, arguments.seqlen)
-    ]
-    rows: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        engines = {}
-        for name, model in (("dense", loaded.model), ("pruned", result.model)):
-            directory = osscar.save(
-                model, Path(place) / name, tokenizer=loaded.tokenizer, dtype=torch.float32
-            ).path
-            file = osscar.export_gguf(directory, dtype="f32")
-            exact = Engine(file.path, arguments, exact=True)
-            start = windows[0][: arguments.seqlen // 2]
-            rows[name] = {
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "architecture": file.architecture,
-                "transformers_perplexity": perplexity(model, windows),
-                "remote_code_perplexity": perplexity_elsewhere(directory, windows),
-                "osscar_load_perplexity": perplexity(osscar.load(directory), windows),
-                "llama_cpp_perplexity": exact.perplexity(windows),
-                "same_greedy_tokens": same_tokens(model, exact, start, arguments.new_tokens),
-                "f32_bytes": file.bytes,
-            }
-            del exact
-            file = osscar.export_gguf(directory, dtype=arguments.speed_dtype)
-            rows[name]["speed_bytes"] = file.bytes
-            engines[name] = Engine(file.path, arguments, exact=False)
-        for name, speeds in measure_speed(engines, windows, arguments).items():
-            rows[name].update(speeds)
-    for name, row in rows.items():
-        print(name, json.dumps(row))
-    if arguments.json:
-        content = {"arguments": vars(arguments), "rows": rows}
-        arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
-
-
-def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--calibration")
+    parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--sparsity", type=float, help="let a budget choose the widths instead")
-    parser.add_argument("--first", type=float, default=0.9, help="neurons kept in the first layer")
-    parser.add_argument("--last", type=float, default=0.5, help="and in the last one")
-    parser.add_argument("--backend", default="local_search")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4, help="to score")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--speed-dtype", default="f16")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    given = parser.parse_args()
+    loaded = osscar.load_model(given.model, device="cpu")
+    tokenizer, length = loaded.tokenizer, given.seqlen
+    calibration = osscar.load_calibration(given.calibration, tokenizer, samples=32, seqlen=length)
+    result = osscar.prune(loaded.model, calibration, groups=widths(loaded.model), device="cpu")
+    tokens = tokenizer(read_text(given.text), add_special_tokens=False).input_ids
+    windows = [tokens[start * length : (start + 1) * length] for start in range(given.windows)]
+    engines, rows = {}, {}
+    with tempfile.TemporaryDirectory() as place:
+        for name, model in (("dense", loaded.model), ("pruned", result.model)):
+            directory = Path(place) / name
+            osscar.save(model, directory, tokenizer=tokenizer, dtype=torch.float32)
+            exact = Engine(osscar.export_gguf(directory, dtype="f32").path, length, exact=True)
+            rows[name] = {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "perplexity in transformers": perplexity(model, windows),
+                "in llama.cpp": exact.perplexity(windows),
+                "the same greedy tokens": same_tokens(model, exact, windows[0][: length // 2]),
+            }
+            del exact
+            half = osscar.export_gguf(directory, dtype="f16").path
+            engines[name] = Engine(half, length, exact=False)
+        for name, speeds in measure_speed(engines, windows[0]).items():
+            print(name, {**rows[name], **speeds})
 
 
-def widths(model: Any, arguments: argparse.Namespace) -> dict[str, int]:
+def widths(model: Any) -> dict[str, int]:
     """Return how many neurons and heads each layer keeps, by group."""
-    count, neurons = model.config.num_hidden_layers, model.config.intermediate_size
-    heads = model.config.num_key_value_heads
+    config = model.config
+    count, heads = config.num_hidden_layers, config.num_key_value_heads
     groups = {}
     for layer in range(count):
-        share = layer / (count - 1)
-        kept = arguments.first * (1 - share) + arguments.last * share
-        groups[f"model.layers.{layer}.mlp.neurons"] = round(kept * neurons / 32) * 32
+        kept = (0.9 - 0.4 * layer / (count - 1)) * config.intermediate_size
+        groups[f"model.layers.{layer}.mlp.neurons"] = round(kept / 32) * 32
         if heads > 1 and layer >= count - count // 3:
             groups[f"model.layers.{layer}.self_attn.heads"] = heads - 1
     return groups
-
-
-# ---- quality -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -135,65 +89,29 @@ def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
     return math.exp(statistics.fmean(losses))
 
 
-_ELSEWHERE = """
-import json, math, statistics, sys
-sys.modules.update(dict.fromkeys(("osscar", "solvers", "graph")))
-import torch
-from transformers import AutoModelForCausalLM
-directory, windows = json.load(sys.stdin)
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-losses = []
-with torch.no_grad():
-    for window in windows:
-        ids = torch.tensor([window])
-        found = model(ids).logits[0, :-1].double().log_softmax(-1)
-        losses += found.gather(-1, ids[0, 1:, None]).flatten().neg().tolist()
-print(math.exp(statistics.fmean(losses)))
-"""
-
-
-def perplexity_elsewhere(directory: Path, windows: Sequence[Sequence[int]]) -> float:
-    """Score as `perplexity` does, where only transformers is at hand."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ELSEWHERE],
-        input=json.dumps([str(directory), windows]),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout)
-
-
-def same_tokens(model: Any, engine: Engine, start: Sequence[int], count: int) -> int:
+def same_tokens(model: Any, engine: Engine, start: Sequence[int]) -> int:
     """Return how many tokens transformers and llama.cpp agree on before they first differ."""
-    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
     ids = torch.tensor([start])
     own = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(start) :]
-    other = engine.complete(start, n_predict=count, return_tokens=True, ignore_eos=True)["tokens"]
-    pairs = zip(own.tolist(), other, strict=True)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), count)
+    asked = {"n_predict": NEW_TOKENS, "return_tokens": True, "ignore_eos": True}
+    pairs = zip(own.tolist(), engine.complete(start, **asked)["tokens"], strict=True)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), NEW_TOKENS)
 
 
 class Engine:
     """A model of llama.cpp behind its own server, in this process.
 
-    Parameters
-    ----------
-    file
-        A GGUF file.
-    arguments
-        Of the command line.
-    exact
-        Keep keys and values in float32, and compute attention in float32.
+    An exact one keeps keys and values in float32, and computes attention in float32.
     """
 
-    def __init__(self, file: Path, arguments: argparse.Namespace, *, exact: bool) -> None:
+    def __init__(self, file: Path, seqlen: int, *, exact: bool) -> None:
         options = xllamacpp.CommonParams()
         options.model.path = str(file)
-        options.n_ctx = arguments.seqlen + 2 * arguments.new_tokens
+        options.n_ctx = seqlen + 2 * NEW_TOKENS
         options.verbosity = 0
         options.cache_ram_mib = 0
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = arguments.threads
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 2
         if exact:
             kinds = xllamacpp.llama_flash_attn_type
             options.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -228,37 +146,28 @@ class Engine:
                 raise RuntimeError(f"llama.cpp chose {chosen['id']}, not {token}")
             return float(chosen["logprob"])
         # Part of a character is not shown until it is whole: ask for all tokens, forcing another.
-        every = self.complete(prefix, n_predict=1, n_probs=2**20, logit_bias=[[self.shown, 1e6]])
+        shown = self.complete([0], n_predict=1, return_tokens=True, grammar='root ::= "a"')
+        bias = [[shown["tokens"][0], 1e6]]
+        every = self.complete(prefix, n_predict=1, n_probs=2**20, logit_bias=bias)
         listed = every["completion_probabilities"][0]["top_logprobs"]
         return next(float(other["logprob"]) for other in listed if other["id"] == token)
 
-    @property
-    def shown(self) -> int:
-        """A token that is a whole character."""
-        chosen = self.complete([0], n_predict=1, return_tokens=True, grammar='root ::= "a"')
-        return int(chosen["tokens"][0])
 
-
-# ---- speed -------------------------------------------------------------------------------
-
-
-def measure_speed(
-    engines: dict[str, Engine], windows: Sequence[Sequence[int]], arguments: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+def measure_speed(engines: dict[str, Engine], window: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return tokens a second, medians of several runs in which the models take turns."""
-    options = {"n_predict": arguments.new_tokens, "ignore_eos": True, "cache_prompt": False}
+    options = {"n_predict": NEW_TOKENS, "ignore_eos": True, "cache_prompt": False}
     found: dict[str, list[Any]] = {name: [] for name in engines}
-    for run in range(arguments.repetitions + 1):
+    for turn in range(TURNS + 1):
         for name, engine in engines.items():
-            timings = engine.complete(windows[0], **options)["timings"]
-            if run:  # the first one warms up
+            timings = engine.complete(window, **options)["timings"]
+            if turn:  # the first one warms up
                 found[name].append(timings)
     return {
         name: {
-            f"{part}_tokens_per_second": statistics.median(t[f"{key}_per_second"] for t in runs)
+            f"{part}, tokens/s": statistics.median(t[f"{key}_per_second"] for t in turns)
             for part, key in (("prefill", "prompt"), ("decode", "predicted"))
         }
-        for name, runs in found.items()
+        for name, turns in found.items()
     }
 
 

@@ -1,262 +1,96 @@
-"""Quality at a given size: this toolkit's default against the paper's method and other baselines.
+"""Quality at a given size, in one shot and recovered: this toolkit's default against baselines.
 
-    python benchmarks/quality.py DIRECTORY --tasks smollm2-neurons --data DATA
+    python -m benchmarks.quality DIRECTORY --data DATA --tasks smollm2 --settings "of neurons"
+    python -m benchmarks.quality DIRECTORY --data DATA --tasks resnet20 --steps 64
 
-Each row is one pruned model, written to a file of its own in DIRECTORY as soon as it is scored, so
-that the same command goes on where it was stopped.  Ends with a Markdown table of all rows there.
+Each row is one pruned model.  It has a process of its own and is written to a file of its own in
+DIRECTORY, its model beside it, so that the same command goes on where it was stopped.  With
+`--steps`, each is then recovered: text on at most 256 windows of what calibrates, of which a step
+has 4, with 8 more that are held out, and images on all that there are to train, without labels.
+Ends with tables of all rows; give each source, each number of samples and of steps a DIRECTORY.
 
-Text is calibrated on the first half of `wikitext2-raw-test.txt` and scored on the second (same
-form), or calibrated on `wikitext2-valid.txt` (shifted: another tokenization of the same source), on
-the built-in text, on code (modules of Python), or on as many windows of the same form and of code
-(mixed).
-Baselines are uniform, on the paper's target: every group keeps the same share of its units, as if
-asked for by --heads and --neurons, or the largest one within a budget of FLOPs; all of
-them refit by least squares, but for FLAP's compensation, which leaves weights as they are and makes
-up by biases, where there are any.  Whatever shares a budget gets as much as
-uniform shares come to in whole units.
-Seconds are those of the processor, so that others on the machine do not count; give
-OMP_NUM_THREADS=1 where there are any, as threads that wait for each other count, too.
+Baselines are uniform, on the paper's target: every group keeps the same share of its units, or the
+largest one within a budget of FLOPs, and is refitted by least squares.  Whatever shares a budget
+gets as much as uniform shares come to in whole units.  Seconds are those of the processor; give
+OMP_NUM_THREADS=1 where others use the machine.
 
-Takes two to fifteen minutes a row.
+Takes two to fifteen minutes a row of SmolLM2, half a minute one of another model.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import hashlib
 import itertools
-import json
-import math
-import sysconfig
+import multiprocessing
+import resource
+import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import osscar
-from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, count
+from benchmarks.case import Case, Form, Smaller
+from benchmarks.measuring import Asked, read
+from benchmarks.peers.page import DENSE, OURS, lines
+from benchmarks.tasks import SOURCES, TASKS, Setting, Subject, Task, Text, same_size
+from osscar.base.errors import first_line
 from osscar.base.files import write_json
-from osscar.data.text import CalibrationSet, load_calibration
-from osscar.evaluation.quality import score
-from osscar.models.load import load_model
-from osscar.models.names import DEMO_CALIBRATION
-from osscar.preparation.prepare import prepare
-from osscar.request import PruningRequest
+from osscar.data.batches import as_inputs
+from osscar.network.modules import count_parameters
+from osscar.network.operations import count_flops
 
 UNIFORM = {"allocation": "uniform", "target": "weights", "damp": 0.01}
-FLAP = {**UNIFORM, "backend": "flap"}
-METHODS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "multistage (the paper's)": {**UNIFORM, "backend": "multistage"},
+NO_REFIT = 1e9
+"""What damping leaves dense weights as they are."""
+
+PAPER = "multistage (the paper's)"
+BASELINES: dict[str, dict[str, Any]] = {
+    OURS: {},
+    PAPER: {**UNIFORM, "backend": "multistage"},
     "greedy (ZipLM's)": {**UNIFORM, "backend": "greedy"},
     "wanda": {**UNIFORM, "backend": "wanda"},
     "magnitude": {**UNIFORM, "backend": "magnitude"},
-    "flap, refitted": FLAP,
-    "flap's compensation": {**FLAP, "damp": 1e9},
-    # One thing at a time, from the paper's method to the default and back.
-    "multistage, damping chosen": {**UNIFORM, "backend": "multistage", "damp": None},
+}
+CHANGED: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "weights": {"target": "weights"},
     "correction weight 1": {"correction_weight": 1.0},
     "damp 0.01": {"damp": 0.01},
-    "damp 0.1": {"damp": 0.1},
-    "wanda, default otherwise": {"backend": "wanda"},
+    "batch norm kept": {"batch_norm": "keep"},
 }
-BASELINES = tuple(METHODS)[:7]
+"""The default but for one thing; only where it is named."""
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    f"{name}{', not refitted' if damp else ''}": {"allocation": "uniform", "backend": name, **damp}
+    for name in ("random", "frequency", "reap", "local_search")
+    for damp in ({}, {"damp": NO_REFIT})
+}
+
+STEP, WINDOWS, DECIDING = 4, 256, 8
+"""Windows in a step of recovery; those that train at most; those that are held out."""
+
+IMAGES = 1000
+"""All that there are to train."""
+
+TURNS = 7
+"""Of the forward passes that are timed."""
+
+Method = Callable[[Case], Smaller]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is removed, and how it is asked for.
+class Row(Asked):
+    """One model, as a method made it, or trained for so many steps after that.
 
-    Parameters
-    ----------
-    name
-        In the table.
-    asked
-        Fields of the request that every method has.
-    units
-        Fields in their place where every group keeps the same share of its units; without, equal
-        shares meet the budget as all others do.
+    `scored` are the windows and images on which.
     """
-
-    name: str
-    asked: Mapping[str, Any]
-    units: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model with its data, and what is to be removed of it."""
-
-    load: Callable[[argparse.Namespace], Subject]
-    settings: tuple[Setting, ...]
-    seeds: tuple[int, ...] = (0,)
-    sources: tuple[str, ...] = ("same form",)
-
-
-class Subject(Protocol):
-    """A dense model that can be calibrated and scored."""
-
-    model: Any
-
-    @functools.cached_property
-    def dense(self) -> dict[str, float]:
-        """Quality of the dense model, by name of its measure."""
-        return self.score(self.model)
-
-    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
-        """Return calibration data."""
-
-    def score(self, model: Any) -> dict[str, float]:
-        """Return quality by name of its measure."""
-
-
-class Text(Subject):
-    """A language model on WikiText-2."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.loaded = osscar.load_model(name, device=arguments.device)
-        self.model = self.loaded.model
-        whole = (arguments.data / arguments.text).read_text(encoding="utf-8")
-        half = whole.rfind("\n", 0, len(whole) // 2)
-        self.first = arguments.directory / "first-half.txt"
-        self.first.write_text(whole[:half], encoding="utf-8")
-        second = whole[half:]
-        self.scored = osscar.load_text([second], self.loaded.tokenizer, windows=arguments.windows)
-        self.shifted = arguments.data / "wikitext2-valid.txt"
-
-    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
-        samples = samples or 32
-        length = min(512, self.model.config.max_position_embeddings)
-        asked = {"samples": samples, "seqlen": length, "seed": seed}
-        if source == "code":
-            found = load_calibration([python_code()], self.loaded.tokenizer, **asked)
-            return dataclasses.replace(found, source=source)
-        if source == "mixed":
-            parts = [self.calibration(one, samples, seed).tokens for one in ("same form", "code")]
-            tokens = torch.cat([part[at::2] for at, part in enumerate(parts)])
-            return CalibrationSet(tokens, source, seed)
-        file = {"same form": self.first, "shifted": self.shifted, "built-in": DEMO_CALIBRATION}[
-            source
-        ]
-        return osscar.load_calibration(file, self.loaded.tokenizer, **asked)
-
-    def score(self, model: Any) -> dict[str, float]:
-        return {"perplexity": score([model], self.scored)[0].perplexity}
-
-
-def python_code() -> str:
-    """Return the source of some modules of this Python."""
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
-    return "\n".join(module.read_text(encoding="utf-8", errors="ignore") for module in modules)
-
-
-class Images(Subject):
-    """A classifier of images."""
-
-    def __init__(
-        self,
-        model: str,
-        weights: Path | None,
-        train: str,
-        test: str,
-        arguments: argparse.Namespace,
-        labels: bool = True,
-    ) -> None:
-        self.loaded = load_model(model, weights=weights, device=arguments.device)
-        self.model, self.train = self.loaded.model, train
-        images = self.loaded.images(test).sample(arguments.images, 0)
-        self.images = images if labels else dataclasses.replace(images, labels=None)
-
-    def calibration(self, source: str, samples: int | None, seed: int) -> Any:
-        if source != "same form":
-            raise SystemExit(f"--sources {source!r} is of text; omit it for images")
-        return self.loaded.calibration(self.train, samples=samples or 256, seqlen=None, seed=seed)
-
-    def score(self, model: Any) -> dict[str, float]:
-        (found,) = score([model], self.images, dense=self.model, classes=self.loaded.classes)
-        top1 = {} if found.top1 is None else {"top1": found.top1}
-        return {**top1, "agreement": found.agreement, "kl": found.kl}
-
-
-def resnet20(arguments: argparse.Namespace) -> Subject:
-    """Load the CIFAR-10 ResNet-20 of He et al."""
-    return Images(
-        f"{Path(__file__).parent / 'resnet20.py'}:build",
-        arguments.data / "resnet20-cifar10.safetensors",
-        f"{arguments.data / 'cifar10-subset.npz'}:train",
-        f"{arguments.data / 'cifar10-subset.npz'}:test",
-        arguments,
-    )
-
-
-def mobilenet(arguments: argparse.Namespace) -> Subject:
-    """Load MobileNetV2 with ImageNet weights, for CIFAR images: agreement with the dense model."""
-    return Images(
-        "torchvision:mobilenet_v2",
-        arguments.mobilenet,
-        f"{arguments.data / 'cifar10-subset.npz'}:train",
-        f"{arguments.data / 'cifar10-subset.npz'}:test",
-        arguments,
-        labels=False,
-    )
-
-
-def neurons(*shares: float) -> tuple[Setting, ...]:
-    """Remove shares of the parameters of neurons."""
-    return tuple(
-        Setting(
-            f"{s:.0%} of neurons",
-            {"sparsity": s, "heads": 1.0},
-            {"neurons": round(1 - s, 3), "heads": 1.0},
-        )
-        for s in shares
-    )
-
-
-def both(*shares: float) -> tuple[Setting, ...]:
-    """Remove shares of the parameters of heads and neurons."""
-    return tuple(
-        Setting(
-            f"{s:.0%} of heads and neurons",
-            {"sparsity": s},
-            dict.fromkeys(("heads", "neurons"), round(1 - s, 3)),
-        )
-        for s in shares
-    )
-
-
-def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
-    """Keep shares of the operations; with residual channels, half of the way by these."""
-    extra = {s: {"residual": round(math.sqrt(s), 3)} if residual else {} for s in shares}
-    name = " with residual channels" if residual else ""
-    return tuple(Setting(f"{s} of FLOPs{name}", {"flops": s, **extra[s]}) for s in shares)
-
-
-SHARES = (0.2, 0.3, 0.4, 0.5)
-SOURCES = ("same form", "shifted", "built-in", "code", "mixed")
-TASKS = {
-    "smollm2": Task(
-        lambda a: Text("smollm2-135m", a),
-        (*neurons(*SHARES), *both(*SHARES)),
-        sources=("same form", "shifted"),
-    ),
-    "demo": Task(lambda a: Text("demo", a), (*neurons(*SHARES), *both(*SHARES)), seeds=(0, 1, 2)),
-    "resnet20": Task(resnet20, (*flops(0.7, 0.5, 0.3), *flops(0.7, 0.5, 0.3, residual=True))),
-    "mobilenet": Task(mobilenet, flops(0.66)),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One pruned model."""
 
     task: str
     setting: str
@@ -265,173 +99,238 @@ class Row:
     samples: int | None = None
     seed: int = 0
     scored: tuple[int, int] = (40, 2000)
-    """Windows and images that are scored."""
+    steps: int = 0
 
     @property
-    def key(self) -> str:
-        """The name of its file."""
-        words = dataclasses.astuple(self)
-        return hashlib.sha256(repr(words).encode()).hexdigest()[:16] + ".json"
+    def dense(self) -> Row:
+        """The row of the dense model that this one is compared with."""
+        return dataclasses.replace(self, method=DENSE, source="same form", seed=0, steps=0)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What tells it from others, for its file."""
+        names = ("task", "setting", "method", "seed", "samples", "steps")
+        return {name: getattr(self, name) for name in names}
+
+
+# ---- methods of this toolkit -------------------------------------------------------------
+
+
+def run(case: Case, asked: Mapping[str, Any]) -> Smaller:
+    """Prune with this toolkit, as fields of a request ask."""
+    device = case.options.device
+    result = osscar.prune(case.model, case.data, device=device, seed=case.seed, **asked)
+    return Smaller(result.model, Form.OSSCAR, result)
+
+
+def prune(case: Case, method: Mapping[str, Any]) -> Smaller:
+    """Prune to equal shares as the setting has them, or to the size of these."""
+    setting = case.setting
+    if method.get("allocation") != "uniform":
+        return run(case, {**setting.asked, **method, "sparsity": None, **case.size})
+    if not setting.units:
+        return run(case, {**setting.asked, **method})
+    return run(case, {**setting.units, **method, "allocation": "measured"})
+
+
+def baselines(task: str) -> dict[str, Method]:
+    """Return the methods that there are for a task."""
+    known = {OURS: {}, **EXPERTS} if task == "mixture" else {**BASELINES, **CHANGED}
+    return {name: partial(prune, method=method) for name, method in known.items()}
+
+
+# ---- rows --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared: tasks, and the methods for each by its name."""
+
+    tasks: Mapping[str, Task]
+    methods: Callable[[str], Mapping[str, Method]]
+
+    def parser(self, description: str) -> argparse.ArgumentParser:
+        """Return a parser of the command line."""
+        parser = argparse.ArgumentParser(description=description.splitlines()[0])
+        known = list(dict.fromkeys(name for task in self.tasks for name in self.methods(task)))
+        add = parser.add_argument
+        add("directory", type=Path)
+        add("--data", type=Path, required=True, help="directory of the files named")
+        add("--tasks", nargs="*", choices=self.tasks, default=["resnet20", "demo"])
+        add("--settings", nargs="*", default=[""], help="only those that hold one of these texts")
+        standard = [name for name in known if name not in CHANGED]
+        add("--methods", nargs="*", choices=known, default=standard)
+        add("--source", choices=SOURCES, default="same form", help="of the text that calibrates")
+        add("--samples", type=int, help="that calibrate: 256 images, or 32 windows")
+        add("--seeds", nargs="*", type=int, default=[0])
+        add("--steps", type=int, default=0, help="of a recovery; 0: one shot alone")
+        add("--mobilenet", type=Path, help="weights of MobileNetV2")
+        add("--mixture", type=Path, help="directory of a mixture")
+        add("--official", type=Path, help="checkout of the paper's public code")
+        add("--windows", type=int, default=40, help="score only the first N windows")
+        add("--images", type=int, default=2000, help="score only N images")
+        add("--device", default="auto")
+        return parser
+
+    def measure(self, arguments: argparse.Namespace) -> None:
+        """Measure the rows that DIRECTORY does not have."""
+        arguments.directory.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+        for row in self.asked(arguments):
+            file = arguments.directory / row.key
+            if file.exists():
+                continue
+            context = multiprocessing.get_context("fork")
+            process = context.Process(target=self.written, args=(row, arguments))
+            process.start()
+            process.join()
+            if process.exitcode:
+                failed = f"the process ended with status {process.exitcode}"
+                if row.method == DENSE:
+                    raise SystemExit(f"{row}: {failed}")
+                write_json(file, {**row.words, "failed": failed})
+
+    def asked(self, arguments: argparse.Namespace) -> Iterator[Row]:
+        """Yield the rows asked for, the dense model first, then one seed after the other."""
+        scored = (arguments.windows, arguments.images)
+        for task in arguments.tasks:
+            settings = [
+                one.name
+                for one in self.tasks[task].settings
+                if any(text in one.name for text in arguments.settings)
+            ]
+            known = [name for name in arguments.methods if name in self.methods(task)]
+            for setting in settings:
+                yield Row(task, setting, DENSE, samples=arguments.samples, scored=scored)
+            for seed, setting, method in itertools.product(arguments.seeds, settings, known):
+                source, samples = arguments.source, arguments.samples
+                row = Row(task, setting, method, source, samples, seed, scored)
+                yield row
+                if arguments.steps:
+                    yield dataclasses.replace(row, steps=arguments.steps)
+
+    def written(self, row: Row, arguments: argparse.Namespace) -> None:
+        """Measure a row and write it, in a process that does nothing else."""
+        torch.manual_seed(row.seed)
+        subject = self.tasks[row.task].load(arguments)
+        content = row.words
+        try:
+            work = self.dense if row.method == DENSE else recovered if row.steps else self.pruned
+            content.update(work(row, subject, arguments))
+        except Exception as error:  # what a peer raises is what the page has to tell
+            if row.method == DENSE:
+                raise
+            content["failed"] = told(error)
+        write_json(arguments.directory / row.key, content)
+        print({name: value for name, value in content.items() if name != "forward"}, flush=True)
+
+    def setting(self, row: Row) -> Setting:
+        """Return what is removed."""
+        return next(one for one in self.tasks[row.task].settings if one.name == row.setting)
+
+    def dense(self, row: Row, subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
+        """Measure the dense model, and the size that all others are to have."""
+        data = subject.calibration("same form", row.samples, 0)
+        return {
+            "size": same_size(subject.model, data, self.setting(row)),
+            "quality": subject.dense,
+            **measured(subject.model, subject),
+        }
+
+    def pruned(self, row: Row, subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
+        """Make a model smaller, save it, read it back, and score it."""
+        size = read(arguments.directory / row.dense.key)["size"]
+        data = subject.calibration(row.source, row.samples, row.seed)
+        case = Case(subject.model, data, self.setting(row), size, row.seed, arguments)
+        began = time.process_time()
+        found = self.methods(row.task)[row.method](case)
+        content = {
+            "seconds": time.process_time() - began - sum(case.counting),
+            "peak_bytes": peak(),
+            "quality": subject.score(found.model),
+            **measured(found.model, subject),
+            "form": found.form.value,
+            "proved": found.proved,
+        }
+        place = (arguments.directory / row.key).with_suffix("")
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped here
+        try:
+            found.form.write(found, place)
+            again = found.form.read(place, subject.model)
+            same = same_outputs(found.model, again, subject)
+            content["read_back"] = "equal" if same else "outputs differ"
+        except Exception as error:
+            content["read_back"] = told(error)
+        return content
+
+
+def recovered(row: Row, subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a model that was pruned and saved, and score it."""
+    before = arguments.directory / dataclasses.replace(row, steps=0).key
+    known = read(before)
+    if "failed" in known:
+        return {"failed": known["failed"]}
+    smaller = Form(known["form"]).read(before.with_suffix(""), subject.model)
+    text = isinstance(subject, Text)
+    samples = min(STEP * row.steps, WINDOWS) + DECIDING if text else IMAGES
+    data = subject.calibration("same form", samples, 0)
+    began = time.process_time()
+    recovery = osscar.recover(
+        smaller, subject.model, data, steps=row.steps, seed=row.seed, device=arguments.device
+    )
+    content = {"seconds": time.process_time() - began, "peak_bytes": peak()}
+    divergence = recovery.document()
+    held_out = {name: divergence[name] for name in ("before", "after")}
+    return {**content, "quality": subject.score(recovery.model), "held_out": held_out}
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error):.200}"
+
+
+def peak() -> int:
+    """Return the greatest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def sample(subject: Subject) -> dict[str, torch.Tensor]:
+    """Return what forward passes are timed on: 64 images, or one window."""
+    text = isinstance(subject, Text)
+    data = subject.calibration("same form", 1 if text else 64, 0)
+    return as_inputs(subject.model, data).batches(subject.model, 64)[0]
+
+
+@torch.no_grad()
+def measured(model: Any, subject: Subject) -> dict[str, Any]:
+    """Return size, operations a sample, and seconds of a forward pass beside the dense model's."""
+    batch = sample(subject)
+    seconds: dict[str, list[float]] = {"model": [], "dense": []}
+    for _ in range(TURNS):
+        for name, one in (("model", model), ("dense", subject.model)):
+            began = time.process_time()
+            one(**batch)
+            seconds[name].append(time.process_time() - began)
+    rows = len(next(iter(batch.values())))
+    return {
+        "parameters": count_parameters(model),
+        "flops": count_flops(model, batch) / rows,
+        "forward": {name: statistics.median(times) for name, times in seconds.items()},
+    }
+
+
+@torch.no_grad()
+def same_outputs(model: Any, again: Any, subject: Subject) -> bool:
+    """Tell whether two models put out the same."""
+    outputs = [one(**sample(subject)) for one in (model, again)]
+    first, second = (getattr(one, "logits", one) for one in outputs)
+    return torch.equal(first, second)
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    for name in arguments.tasks:
-        task = TASKS[name]
-        rows = [row for row in asked(name, task, arguments) if not done(row, arguments)]
-        if rows:
-            subject = task.load(arguments)
-            for row in rows:
-                measure(row, task, subject, arguments)
-    print(*table(arguments.directory), sep="\n")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    parser.add_argument("--sources", nargs="*", choices=SOURCES)
-    parser.add_argument("--seeds", nargs="*", type=int)
-    parser.add_argument("--samples", nargs="*", type=int, default=[None])
-    return parser.parse_args()
-
-
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what every benchmark of rows is told."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--settings", nargs="*", help="only those that hold one of these texts")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=BASELINES)
-    parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
-    parser.add_argument(
-        "--text",
-        default="wikitext2-raw-test.txt",
-        help="file of DATA: half of it calibrates, half is scored; takes its own DIRECTORY",
-    )
-    parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
-    parser.add_argument("--windows", type=int, default=40, help="score only the first N windows")
-    parser.add_argument("--images", type=int, default=2000, help="score only N images")
-    parser.add_argument("--device", default="auto")
-    return parser
-
-
-def asked(name: str, task: Task, arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield the rows that are asked for."""
-    scored = (arguments.windows, arguments.images)
-    for setting, source, seed, samples, method in itertools.product(
-        wanted_settings(task, arguments),
-        arguments.sources or task.sources,
-        arguments.seeds or task.seeds,
-        arguments.samples,
-        arguments.methods,
-    ):
-        yield Row(name, setting.name, method, source, samples, seed, scored)
-
-
-def wanted_settings(task: Task, arguments: argparse.Namespace) -> list[Setting]:
-    """Return the settings whose name holds one of the texts of --settings; without any, all."""
-    wanted = arguments.settings or [""]
-    return [one for one in task.settings if any(text in one.name for text in wanted)]
-
-
-def done(row: Row, arguments: argparse.Namespace) -> bool:
-    return (arguments.directory / row.key).exists()
-
-
-def pruned(row: Row, task: Task, subject: Any, device: str) -> osscar.PruningResult:
-    """Prune one model as its row says."""
-    (setting,) = [s for s in task.settings if s.name == row.setting]
-    data = subject.calibration(row.source, row.samples, row.seed)
-    request = request_of(
-        setting, METHODS[row.method], lambda: same_size(subject.model, data, setting)
-    )
-    return osscar.prune(subject.model, data, device=device, seed=row.seed, **request)
-
-
-def request_of(
-    setting: Setting, method: Mapping[str, Any], size: Callable[[], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return fields of a request: equal shares as the setting has them, or the size of these."""
-    if method.get("allocation") != "uniform":
-        return {**setting.asked, **method, "sparsity": None, **size()}
-    if not setting.units:
-        return {**setting.asked, **method}
-    return {**setting.units, **method, "allocation": "measured"}
-
-
-def measure(row: Row, task: Task, subject: Any, arguments: argparse.Namespace) -> None:
-    """Prune and score one model, and write what was found."""
-    began = time.process_time()
-    result = pruned(row, task, subject, arguments.device)
-    seconds = time.process_time() - began
-    budget = result.budget
-    content = {
-        **{key: getattr(row, key) for key in ("task", "setting", "method", "source", "seed")},
-        "samples": result.calibration["samples"],
-        "dense": subject.dense,
-        "quality": subject.score(result.model),
-        "seconds": seconds,
-        "solve_seconds": result.solve_seconds,
-        "parameters": result.parameters_after,
-        "dense_parameters": result.parameters_before,
-        "reached": None if budget is None else budget.tightest.reached / budget.tightest.dense,
-        "predicted": None if budget is None else budget.predicted,
-        "divergence": result.divergence,
-        "kept": {layer.name: layer.kept for layer in result.layers},
-        "correction_weights": {layer.name: layer.correction_weight for layer in result.layers},
-    }
-    write_json(arguments.directory / row.key, content)
-    print(
-        json.dumps({k: v for k, v in content.items() if k not in {"kept", "correction_weights"}}),
-        flush=True,
-    )
-
-
-def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
-    """Return the budget that equal shares, whose counts are rounded, really come to."""
-    asked = setting.units or {**setting.asked, "allocation": "uniform"}
-    with prepare(model, data) as prepared:
-        allocated = allocate(prepared, PruningRequest(**asked))
-        if setting.units:
-            cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
-            return {"params": int(cost.of(allocated.keep))}
-    budget = allocated.budget
-    assert budget is not None
-    return {"flops": budget.tightest.reached / budget.tightest.dense}
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Return the row in a file."""
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
-def table(directory: Path) -> list[str]:
-    """Return all rows of a directory as a Markdown table."""
-    rows = [read(file) for file in sorted(directory.glob("*.json"))]
-    methods = list(METHODS)
-    order = {s.name: i for t in TASKS.values() for i, s in enumerate(t.settings)}
-    rows.sort(
-        key=lambda r: (
-            *(r["task"], order[r["setting"]], r["source"], r["samples"], r["seed"]),
-            methods.index(r["method"]),
-        )
-    )
-    head = ["model", "removed or kept", "calibration", "method", "quality", "excess", "seconds"]
-    lines = [head, ["---"] * 4 + ["---:"] * 3]
-    for row in rows:
-        measure, value = next(iter(row["quality"].items()))
-        dense = row["dense"][measure]
-        if measure == "perplexity":
-            worse = f"{value / dense - 1:+.1%}"
-        else:  # the dense model agrees with itself, where labels are unknown
-            worse = f"{100 * (value - (1.0 if dense is None else dense)):+.1f} points"
-        data = f"{row['source']}, {row['samples']} samples, seed {row['seed']}"
-        quality = f"{value:.2f}" if measure == "perplexity" else f"{value:.1%}"
-        seconds = f"{row['seconds']:.0f}"
-        lines.append([row["task"], row["setting"], data, row["method"], quality, worse, seconds])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    bench = Bench(TASKS, baselines)
+    arguments = bench.parser(__doc__).parse_args()
+    bench.measure(arguments)
+    print(*lines(arguments.directory), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,95 @@
-"""What one large problem takes: time by phase, resident memory, and how both grow.
+"""What one large layer takes, and what models larger than memory take: seconds, and memory.
 
-    python -m benchmarks.scale DIRECTORY --tasks solver --sizes 4096 8192 --plot growth.svg
+    python -m benchmarks.scale DIRECTORY --sizes 1024 2048 4096 8192
+    python -m benchmarks.scale DIRECTORY --model opt-350m -- --heads 0.5 --max-memory 1.4GB
+    python -m benchmarks.scale DIRECTORY --model opt-6.7b --layers 2 -- --neurons 0.5
 
-Each row is one run in a process of its own, whose largest resident set the operating system tells
-once it has ended; it is written to a file of its own in DIRECTORY, so that the same command goes on
-where it was stopped.  Ends with Markdown tables of all rows there, and slopes on log axes.
+A layer is made up, with so many inputs; half of them leave by local search.  A model has random
+weights, and is written to DIRECTORY once for each shape; `osscar prune` gets the options behind
+``--``.  Each row is one run in a process of its own, whose seconds of the processor and whose
+greatest resident size the operating system tells once it has ended.  It is written to a file of its
+own in DIRECTORY, so that the same command goes on where it was stopped.  Ends with tables of all
+rows there.
 
-Seconds are those of the processor (all threads) and of the wall; others on the machine count in the
-second only.  Give OMP_NUM_THREADS.
-
-Takes a minute up to 8,192 inputs, and half an hour for 28,672.
+Takes a minute up to 8,192 inputs, half an hour for 28,672; two minutes to two hours a model.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 import solvers
-from benchmarks.measuring import Clock, measured
+from benchmarks.measuring import Asked, Measured, markdown, measured, read, rows_in
+from benchmarks.random_models import SHAPES, write_model
 from osscar.base.files import write_json
 from solvers.linalg.symmetric import Symmetric
 
-Report = dict[str, Any]
+
+@dataclass(frozen=True)
+class Layer(Asked):
+    """One layer of `inputs` inputs, and a quarter as many outputs."""
+
+    inputs: int
 
 
-# ---- one layer -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Model(Asked):
+    """A shape of `SHAPES`, how many of its layers, and the options of `osscar prune`."""
 
-PHASES = (
-    ("solvers.problem", "Consumer.from_gram", "problem"),
-    ("solvers.heuristics.local_search", "eliminate", "elimination"),
-    ("solvers.heuristics.greedy", "eliminate", "elimination"),
-    ("solvers.closed_forms.pivot", "PivotState.on_support", "factorization"),
-    ("solvers.closed_forms.pivot", "PivotState.sweep", "sweeps"),
-    ("solvers.heuristics.local_search", "candidates", "exchanges"),
-    ("solvers.closed_forms.pivot", "PivotState.hold_products", "exchanges"),
-    ("solvers.heuristics.local_search", "possible_gain", "proof"),
-    ("solvers.heuristics.local_search", "refit_loss", "refit"),
-    ("solvers.heuristics.local_search", "refit_loss_and_rounding", "refit"),
-    ("solvers.closed_forms.pivot", "PivotState.loss", "refit"),
-    ("solvers.heuristics.incumbent", "refit_loss", "refit"),
-    ("solvers.solve", "refit", "refit"),
-    ("solvers.solution", "verify", "verification"),
-)
-"""Module, name in it, and phase; the names are those under which callers find them."""
+    shape: str
+    layers: int | None
+    dtype: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.layers or 'all'}-{self.dtype}"
+
+
+def main() -> None:
+    words = [*sys.argv[1:], "--"]
+    own, options = words[: words.index("--")], words[words.index("--") + 1 : -1]
+    arguments = parse_arguments(own)
+    if arguments.solve is not None:
+        print(json.dumps(solved(arguments.solve)))
+        return
+    place: Path = arguments.directory
+    place.mkdir(parents=True, exist_ok=True)
+    rows: list[Layer | Model] = [Layer(size) for size in arguments.sizes]
+    if arguments.model is not None:
+        rows.append(Model(arguments.model, arguments.layers, arguments.dtype, tuple(options)))
+    for row in rows:
+        if not (place / row.key).exists():
+            work = layer_row if isinstance(row, Layer) else model_row
+            write_json(place / row.key, {**asdict(row), **work(row, place)})
+            print(read(place / row.key), flush=True)
+    print(*tables(place), sep="\n")
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--sizes", nargs="*", type=int, default=[], help="inputs of layers")
+    parser.add_argument("--model", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--solve", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+# ---- one layer ---------------------------------------------------------------------------
 
 
 def layer(p: int, m: int, seed: int) -> tuple[Symmetric, torch.Tensor]:
@@ -80,208 +114,81 @@ def layer(p: int, m: int, seed: int) -> tuple[Symmetric, torch.Tensor]:
     return H, torch.randn(p, m, generator=generator).double().div_(math.sqrt(p))
 
 
-def solver(row: Row) -> Report:
-    """Solve one layer, half of its inputs to go, and perhaps verify the answer."""
-    clock = Clock()
-    for entry in PHASES:
-        clock.watch(*entry)
-    with clock.phase("data"):
-        H, W0 = layer(row.p, row.m, row.seed)
-    problem = solvers.SubsetProblem.from_gram(H, W0, keep=row.p // 2, overwrite=True)
+def solved(p: int) -> dict[str, Any]:
+    """Solve one layer in this process."""
+    H, W0 = layer(p, p // 4, 0)
+    began = time.process_time()
+    problem = solvers.SubsetProblem.from_gram(H, W0, keep=p // 2, overwrite=True)
     del H, W0
-    with clock.phase("rest"):
-        solution = solvers.solve(problem, row.backend, options=dict(row.options))
-    if row.verify:
-        solution.verify()
+    solution = solvers.solve(problem, "local_search")
     return {
-        "phases": clock.phases,
+        "seconds": time.process_time() - began,
         "status": solution.status.name,
-        "iterations": solution.iterations,
         "relative_loss": solution.relative_loss,
     }
 
 
-# ---- rows ----------------------------------------------------------------------------------------
+def layer_row(row: Layer, place: Path) -> dict[str, Any]:
+    words = ["-m", "benchmarks.scale", str(place), "--solve", str(row.inputs)]
+    found = successful([sys.executable, *words])
+    return {**json.loads(found.output), "peak_bytes": found.peak}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One run.
-
-    Parameters
-    ----------
-    task
-        What is measured.
-    p, m
-        Inputs and outputs of the layer.
-    backend, options
-        What solves it.
-    verify
-        Whether the answer is verified.
-    seed
-        Of the data.
-    """
-
-    task: str
-    p: int
-    m: int
-    backend: str
-    options: tuple[tuple[str, float], ...] = ()
-    verify: bool = False
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """The name of its file."""
-        words = dataclasses.astuple(self)
-        return hashlib.sha256(repr(words).encode()).hexdigest()[:16] + ".json"
-
-
-TASKS: dict[str, Callable[[Row], Report]] = {"solver": solver}
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.row is not None:
-        words = json.loads(arguments.row)
-        row = Row(**{**words, "options": tuple(map(tuple, words["options"]))})
-        print(json.dumps(TASKS[row.task](row)))
-        return
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    options = tuple((name, float(value)) for name, value in arguments.options)
-    for task in arguments.tasks:
-        for p in arguments.sizes:
-            row = Row(task, p, p // 4, arguments.backend, options, arguments.verify)
-            if not (arguments.directory / row.key).exists():
-                measure(row, arguments.directory)
-    print(*tables(arguments.directory), sep="\n")
-    if arguments.plot is not None:
-        draw(growth(arguments.directory, arguments.backend), arguments.plot)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--sizes", nargs="*", type=int, default=[4096, 8192], help="inputs p")
-    parser.add_argument("--backend", default="local_search")
-    parser.add_argument(
-        "--options",
-        nargs="*",
-        type=lambda text: tuple(text.split("=", 1)),
-        default=[],
-        help="of the backend, as NAME=NUMBER",
-    )
-    parser.add_argument("--verify", action="store_true")
-    parser.add_argument("--plot", type=Path, help="file for a picture of what local_search takes")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def measure(row: Row, directory: Path) -> None:
-    """Run one row in a process of its own, and write what it took."""
-    this = [sys.executable, "-m", "benchmarks.scale", str(directory)]
-    found = measured([*this, "--row", json.dumps(asdict(row))])
+def successful(command: list[str]) -> Measured:
+    found = measured(command)
     if found.status:
-        raise SystemExit(f"{row} failed with status {found.status}")
-    content = {
-        **asdict(row),
-        **json.loads(found.output.splitlines()[-1]),
-        "threads": torch.get_num_threads(),
+        raise SystemExit(f"{' '.join(command)} ended with {found.status}:\n{found.output}")
+    return found
+
+
+# ---- a model -----------------------------------------------------------------------------
+
+
+def model_row(row: Model, place: Path) -> dict[str, Any]:
+    """Prune a model as the command does."""
+    if not (place / row.name).exists():
+        new = place / f"{row.name}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        fewer = {} if row.layers is None else {"num_hidden_layers": row.layers}
+        write_model(new, {**SHAPES[row.shape], **fewer}, row.dtype)
+        new.rename(place / row.name)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        out, report = Path(scratch) / "out", Path(scratch) / "report.json"
+        command = [sys.executable, "-m", "osscar", "prune", str(place / row.name)]
+        found = successful([*command, "--out", str(out), "--json", str(report), *row.options])
+        content = read(report)
+    return {
+        "weights": sum(file.stat().st_size for file in (place / row.name).glob("*.safetensors")),
+        "layers_solved": len(content["layers"]),
+        "relative_loss": content["summed_relative_loss"],
         "peak_bytes": found.peak,
-        "seconds": found.cpu_seconds,
+        "cpu_seconds": found.cpu_seconds,
     }
-    write_json(directory / row.key, content)
-    print(json.dumps(content), flush=True)
 
 
-# ---- tables --------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------
 
 
-def tables(directory: Path) -> list[str]:
-    """Return all rows of a directory as Markdown, a table for each way to solve."""
-    rows = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
-    found: dict[tuple[str, ...], list[Report]] = {}
-    for row in sorted(rows, key=lambda row: row["p"]):
-        shares = ", ".join(f"{name}={value:g}" for name, value in row["options"])
-        found.setdefault((row["task"], row["backend"], shares), []).append(row)
-    lines: list[str] = []
-    for name, group in sorted(found.items()):
-        lines += ["", f"{': '.join(filter(None, name))}", "", *table(group)]
-    return lines
-
-
-def table(rows: list[Report]) -> list[str]:
-    """Return rows of growing size, with the slope of each time on log axes."""
-    phases = list(dict.fromkeys(name for row in rows for name in row["phases"]))
-    head = ["p", "m", *phases, "processor, s", "wall, s", "peak, GB", "peak / p^2", "status"]
-    lines = [[*head, "loss"], ["---:"] * (len(head) + 1)]
-    for row in rows:
-        spent = [row["phases"].get(name, [0, 0, 0]) for name in phases]
-        times = [f"{seconds:.1f}" for seconds, _, _ in spent]
-        wall, peak = sum(part[1] for part in spent), row["peak_bytes"]
-        share = peak / (8 * row["p"] ** 2)
-        status = f"{row['status']}, {row['iterations']} steps"
-        lines.append(
-            [
-                *(str(row["p"]), str(row["m"]), *times, f"{row['seconds']:.0f}", f"{wall:.0f}"),
-                *(f"{peak / 1e9:.2f}", f"{share:.2f}", status, f"{row['relative_loss']:.6f}"),
-            ]
-        )
-    if len(rows) > 1:
-        sizes = [row["p"] for row in rows]
-        spent = [[row["phases"].get(name, [0])[0] for row in rows] for name in phases]
-        growth = [slope(sizes, times) for times in (*spent, [row["seconds"] for row in rows])]
-        lines.append(["slope", "", *growth, "", "", "", "", ""])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def slope(sizes: list[int], values: list[float]) -> str:
-    """Return the least-squares slope of some values over p on log axes."""
-    pairs = zip(sizes, values, strict=True)
-    points = [(math.log(size), math.log(value)) for size, value in pairs if value > 0]
-    if len({x for x, _ in points}) < 2:
-        return ""
-    x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
-    return f"{sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points):.2f}"
-
-
-# ---- a picture -----------------------------------------------------------------------------------
-
-_HELD = 2.0
-"""Numbers of eight bytes that are held at once, in p^2."""
-
-
-def growth(directory: Path, backend: str) -> list[Report]:
-    """Return the rows of one backend, as it is by default, by size."""
-    rows = [json.loads(file.read_text()) for file in directory.glob("*.json")]
-    chosen = [row for row in rows if row["backend"] == backend and not row["options"]]
-    return sorted(chosen, key=lambda row: row["p"])
-
-
-def draw(rows: list[Report], path: Path) -> None:
-    """Draw seconds by phase and resident memory over p, both on log axes."""
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    sizes = [row["p"] for row in rows]
-    for phase in ("problem", "elimination", "factorization", "refit", "exchanges", "proof"):
-        spent = [row["phases"].get(phase, [math.nan])[0] for row in rows]
-        time.loglog(sizes, spent, marker=".", linewidth=1, label=phase)
-    whole = [sum(part[0] for part in row["phases"].values()) for row in rows]
-    time.loglog(sizes, whole, marker="o", color="black", label=f"all, slope {slope(sizes, whole)}")
-    time.set(xlabel="inputs p", ylabel="seconds of one core")
-    peaks = [row["peak_bytes"] / 1e9 for row in rows]
-    memory.loglog(sizes, peaks, marker="o", color="black", label="resident peak")
-    held = [_HELD * 8 * p**2 / 1e9 for p in sizes]
-    memory.loglog(sizes, held, linestyle="--", color="gray", label=f"{_HELD} p² numbers")
-    memory.set(xlabel="inputs p", ylabel="GB")
-    for axes in (time, memory):
-        axes.set_xticks(sizes, [f"{p:,}" for p in sizes], rotation=30)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
-    with rc_context({"svg.hashsalt": "osscar"}):
-        figure.savefig(path, metadata={"Date": None})
+def tables(place: Path) -> list[str]:
+    """Return all rows of a directory as Markdown."""
+    rows = rows_in(place)
+    layers = sorted((r for r in rows if "inputs" in r), key=lambda r: r["inputs"])
+    lines: list[list[str]] = [["p", "CPU s", "peak, GB", "relative loss", "status"]]
+    for row in layers:
+        took = [f"{row['seconds']:.2f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+        lines.append([f"{row['inputs']:,}", *took, f"{row['relative_loss']:.6f}", row["status"]])
+    told = markdown(lines, 0) if layers else []
+    if len(layers) > 1:
+        sizes, seconds = ([row[name] for row in layers] for name in ("inputs", "seconds"))
+        slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+        told += ["", f"Time grows as p to the power {slope:.2f}.", ""]
+    lines = [["model", "options", "weights, GB", "peak, GB", "CPU s", "summed loss"]]
+    for row in (row for row in rows if "shape" in row):
+        name = f"{row['shape']}, {row['layers'] or 'all'} layers, {row['dtype']}"
+        sizes = [f"{row[size] / 1e9:.2f}" for size in ("weights", "peak_bytes")]
+        loss = f"{row['relative_loss']:.6f}"
+        lines.append([name, " ".join(row["options"]), *sizes, f"{row['cpu_seconds']:.0f}", loss])
+    return [*told, *(markdown(lines, 2) if len(lines) > 1 else [])]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 
 import osscar
+from benchmarks.measuring import markdown, rows_in
 from osscar.base.files import write_json
 from osscar.data.parts import in_parts, rows_of
 from osscar.evaluation.confidence import Judge
@@ -126,35 +125,30 @@ def opened(task: Task, data: Path) -> tuple[osscar.LoadedModel, Any]:
 
 def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse.Namespace) -> None:
     """Search, score on what is left of the pool, and write what was found."""
-    task, kind = TASKS[row.task], TargetKind(row.target)
+    task, kind, model = TASKS[row.task], TargetKind(row.target), loaded.model
     samples = len(pool.tokens) if task.seqlen else len(pool)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(row.seed))
-    data, fresh = (
-        rows_of(pool, rows) for rows in (order[: task.samples], order[task.samples :][:1000])
-    )
-    began, model = time.process_time(), loaded.model
-    found: dict[str, Any] = {}
-    if row.method == "search":
-        asked: dict[str, Any] = {kind: row.most}
-        try:
+    chosen, rest = order[: task.samples], order[task.samples :][:1000]
+    data, fresh = rows_of(pool, chosen), rows_of(pool, rest)
+    began, found = time.process_time(), dataclasses.asdict(row)
+    asked: dict[str, Any] = {kind: row.most}
+    try:
+        if row.method == "search":
             result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
-        except osscar.RequestError as error:
-            refused = {**dataclasses.asdict(row), "refused": str(error)}
-            write_json(arguments.directory / row.file, refused)
-            print(json.dumps(refused))
-            return
-        assert result.target is not None
-        report = result.target.to_json()
-        found = {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
+            assert result.target is not None
+            report = result.target.to_json()
+            found |= {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
+        else:
+            result = bisected(row, loaded, data, arguments.device)
+    except osscar.RequestError as error:
+        found["refused"] = str(error)
     else:
-        result = bisected(row, loaded, data, arguments.device)
-    seconds = time.process_time() - began
-    judge = Judge.of(kind, model, fresh, loaded.classes)
-    found["fresh"] = dataclasses.asdict(judge.measure(result.model))
-    kept = result.parameters_after / result.parameters_before
-    whole = {**dataclasses.asdict(row), **found, "kept": kept, "seconds": seconds}
-    write_json(arguments.directory / row.file, whole)
-    print(json.dumps({name: whole[name] for name in ("task", "target", "most", "seed", "kept")}))
+        found["seconds"] = time.process_time() - began
+        judge = Judge.of(kind, model, fresh, loaded.classes)
+        found["fresh"] = dataclasses.asdict(judge.measure(result.model))
+        found["kept"] = result.parameters_after / result.parameters_before
+    write_json(arguments.directory / row.file, found)
+    print(row, found.get("refused") or f"keeps {found['kept']:.1%}", flush=True)
 
 
 def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> osscar.PruningResult:
@@ -177,40 +171,30 @@ def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> os
     return best
 
 
-def table(directory: Path) -> Sequence[str]:
+def table(directory: Path) -> list[str]:
     """Return a Markdown table of the rows in a directory, one for each task, target and method."""
-    every = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    refused = Counter(_cell(row) for row in every if "refused" in row)
-    rows = [row for row in every if "refused" not in row]
-    lines = [
-        "| model | target | method | tries | refused | parameters kept | fresh value, mean | fresh "
-        "within the target | fresh within the reported bound | walks | seconds |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for cell in dict.fromkeys(map(_cell, every)):
-        task, target, most, method = cell
-        own = [row for row in rows if _cell(row) == cell]
-        tries = len(own) + refused[cell]
+    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows_in(directory):
+        cell = (row["task"], f"{row['target']} {row['most']:g}", row["method"])
+        cells.setdefault(cell, []).append(row)
+    head = ["model", "target", "method", "tries", "refused", "parameters kept", "fresh value, mean"]
+    end = ["fresh within the target", "fresh within the reported bound", "walks", "seconds"]
+    lines: list[list[str]] = [[*head, *end]]
+    for cell, tries in cells.items():
+        own = [row for row in tries if "refused" not in row]
+        counts = [*cell, str(len(tries)), str(len(tries) - len(own))]
         if not own:
-            lines.append(
-                f"| {task} | {target} {most:g} | {method} | {tries} | {tries} | | | | | | |"
-            )
+            lines.append([*counts, *[""] * 6])
             continue
-        fresh = [r["fresh"]["value"] for r in own]
-        known = [r for r in own if "reported" in r]
-        bound = sum(r["fresh"]["value"] <= r["reported"]["bound"] for r in known)
-        walks = f"{np.mean([len(r['walks']) for r in known]):.1f}" if known else f"{SIZES}"
-        kept, seconds = (np.mean([r[name] for r in own]) for name in ("kept", "seconds"))
-        lines.append(
-            f"| {task} | {target} {most:g} | {method} | {tries} | {refused[cell]} | {kept:.1%} | "
-            f"{np.mean(fresh):.4f} | {sum(v <= most for v in fresh)} | "
-            f"{bound if known else ''} | {walks} | {seconds:.0f} |"
-        )
-    return lines
-
-
-def _cell(row: dict[str, Any]) -> tuple[str, str, float, str]:
-    return row["task"], row["target"], row["most"], row["method"]
+        fresh = [row["fresh"]["value"] for row in own]
+        known = [row for row in own if "reported" in row]
+        bound = sum(row["fresh"]["value"] <= row["reported"]["bound"] for row in known)
+        within = [sum(row["fresh"]["value"] <= row["most"] for row in own), bound if known else ""]
+        walks = f"{np.mean([len(row['walks']) for row in known]):.1f}" if known else f"{SIZES}"
+        kept, seconds = (np.mean([row[name] for row in own]) for name in ("kept", "seconds"))
+        sizes = [f"{kept:.1%}", f"{np.mean(fresh):.4f}"]
+        lines.append([*counts, *sizes, *map(str, within), walks, f"{seconds:.0f}"])
+    return markdown(lines, 3)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,9 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A model and what it runs on.
+    """A model in evaluation mode, two inputs that it runs on, and which of its family it is.
 
-    model: In evaluation mode.
-    inputs: Two; the second differ in batch, and in length or resolution where the model allows.
-    variant: Which of its family it is.
+    The second inputs differ in batch, and in length or resolution where the model allows.
     """
 
     model: nn.Module

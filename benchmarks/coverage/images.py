@@ -1,13 +1,9 @@
-"""Models of torchvision and timm with random weights: the smallest of each of their modules."""
+"""Models of torchvision and timm with random weights, and images as small as they take."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,59 +11,10 @@ from torch import Tensor, nn
 from benchmarks.coverage.case import Inputs, Made, NotBuilt, check_size, first_that_runs
 
 _SIZES = (
-    (64, 96),
-    (96, 128),
-    (128, 192),
-    (160, 160),
-    (192, 192),
-    (224, 224),
-    (256, 256),
-    (300, 300),
+    *((64, 96), (96, 128), (128, 192)),
+    *((size, size) for size in (160, 192, 224, 256, 300)),
 )
 _FRAMES = ((4, 32), (8, 64), (16, 64), (16, 112), (16, 224))
-
-
-def smallest_of_each(
-    variants: Mapping[str, Iterable[str]], build: Callable[[str], nn.Module], known: Path | None
-) -> list[str]:
-    """Return, for each family, the variant with the fewest parameters among the promising ones.
-
-    variants: The names of each family's.
-    build: Builds one; on the device ``meta``, where that takes no memory.
-    known: A file that keeps the answer, since this takes minutes.
-    """
-    if known is not None and known.exists():
-        names: list[str] = json.loads(known.read_text())
-        return names
-    found = []
-    for family in sorted(variants):
-        small = sorted(variants[family], key=_promise)[:_CANDIDATES]
-        sizes = {name: size for name in small if (size := _size(build, name))}
-        if sizes:
-            found.append(min(sizes, key=lambda name: sizes[name]))
-    if known is not None:
-        known.write_text(json.dumps(found))
-    return found
-
-
-_SMALL = r"atto|femto|pico|nano|xxs|xx_small|xs|x_small|tiny|mini|small|lite|_s\b|_t\b"
-_CANDIDATES = 5
-
-
-def _promise(name: str) -> tuple[float, int, str]:
-    """Sort names: those that say that they are small, then those with small numbers."""
-    words = re.findall(_SMALL, name)
-    numbers = [int(number) for number in re.findall(r"\d+", name)]
-    return (-len(words), sum(numbers[:2]), name)
-
-
-def _size(build: Callable[[str], nn.Module], name: str) -> int:
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        try:
-            return sum(p.numel() for p in build(name).parameters())
-        except Exception:  # code that computes with values while it is built
-            return 0
 
 
 def alive_images(model: nn.Module, inputs: Inputs) -> None:
@@ -88,16 +35,6 @@ def alive_images(model: nn.Module, inputs: Inputs) -> None:
 
 
 # ---- timm --------------------------------------------------------------------------------
-
-
-def timm_names(known: Path | None) -> list[str]:
-    """Return the smallest variant of each of timm's modules; those made for its tests aside."""
-    models = importlib.import_module("timm.models")
-    variants = {
-        module: [n for n in models.list_models(module=module) if not n.startswith("test_")]
-        for module in models.list_modules()
-    }
-    return smallest_of_each(variants, importlib.import_module("timm").create_model, known)
 
 
 def make_timm(name: str) -> Made:
@@ -139,22 +76,6 @@ def _pair(sizes: tuple[int, int]) -> list[Inputs]:
 # ---- torchvision -------------------------------------------------------------------------
 
 
-def torchvision_names(known: Path | None, *, all_of_them: bool = False) -> list[str]:
-    """Return the smallest model of each of torchvision's modules, or all models.
-
-    Those that are made to be quantized are the same networks again.  Of detectors, which put out as
-    many boxes as they find, there is the backbone, too.
-    """
-    models = importlib.import_module("torchvision.models")
-    names = [name for name in models.list_models() if not name.startswith("quantized")]
-    if not all_of_them:
-        variants: dict[str, list[str]] = {}
-        for name in names:
-            variants.setdefault(models.get_model_builder(name).__module__, []).append(name)
-        names = smallest_of_each(variants, _torchvision, known)
-    return [f"{name}{part}" for name in names for part in _parts(name)]
-
-
 class _OfBatch(nn.Module):
     """A detector that takes its images as one tensor, rather than a list of them."""
 
@@ -166,40 +87,28 @@ class _OfBatch(nn.Module):
         return self.detector(list(images.unbind(0)))
 
 
-def _parts(name: str) -> tuple[str, ...]:
-    return ("", ".backbone") if re.match(r".*rcnn|fcos|retinanet|ssd", name) else ("",)
-
-
-def _torchvision(name: str) -> nn.Module:
-    models = importlib.import_module("torchvision.models")
-    module = models.get_model_builder(name).__module__
-    # Of segmentation and detection models the backbone would be fetched.
-    of_two = "segmentation" in module or "detection" in module
-    model: nn.Module = models.get_model(
-        name, weights=None, **({"weights_backbone": None} if of_two else {})
-    )
-    return model
-
-
 def make_torchvision(name: str) -> Made:
     """Build a model of torchvision, or its backbone, for inputs as small as it takes."""
     torch.manual_seed(0)
     whole, _, part = name.partition(".")
-    model = _torchvision(whole).eval()
+    models = importlib.import_module("torchvision.models")
+    kind = models.get_model_builder(whole).__module__
+    detects = "detection" in kind
+    fetched = detects or "segmentation" in kind  # the backbone, if it is not refused
+    other = {"weights_backbone": None} if fetched else {}
+    model = models.get_model(whole, weights=None, **other).eval()
     model = model.backbone if part else model
     check_size(model, 150_000_000)  # VGG has no small one
-    if part != "backbone" and _parts(whole)[1:]:
+    if detects and not part:
         inputs: list[Inputs] = [(torch.rand(n, 3, 96, 96),) for n in (2, 3)]
         model = _OfBatch(model)
         return Made(model, first_that_runs(model, [inputs]), name)
-    inputs = first_that_runs(model, _torchvision_inputs(whole))
+    inputs = first_that_runs(model, _torchvision_inputs(kind))
     alive_images(model, inputs[0])
     return Made(model, inputs, name)
 
 
-def _torchvision_inputs(name: str) -> Iterator[list[Inputs]]:
-    models = importlib.import_module("torchvision.models")
-    kind = models.get_model_builder(name).__module__
+def _torchvision_inputs(kind: str) -> Iterator[list[Inputs]]:
     if "optical_flow" in kind:
         yield [tuple(torch.randn(n, 3, 128, 128) for _ in range(2)) for n in (2, 3)]
     elif "video" in kind:

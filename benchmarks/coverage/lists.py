@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import csv
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,19 +21,30 @@ from tests.osscar.networks import small_net
 
 @dataclass(frozen=True)
 class Listed:
-    """A list of architectures.
+    """A list of architectures: its title on the page, names, and what builds one of them.
 
-    title: On the page.
-    names: Return the names of its models; a directory keeps what takes long to find out.
-    make: Builds one of them, or raises `NotBuilt`.
+    `make` raises `NotBuilt`; `kind` tells the class of what could not be measured.
     """
 
     title: str
-    names: Callable[[Path | None], list[str]]
+    names: Callable[[], Iterable[str]]
     make: Callable[[str], Made]
+    kind: Callable[[str], str] = str
 
 
-# ---- hand-written networks ---------------------------------------------------------------
+SHEET = Path(__file__).resolve().parents[2] / "docs" / "coverage.csv"
+
+
+def known_rows() -> list[dict[str, str]]:
+    """Return the rows of docs/coverage.csv."""
+    with SHEET.open(newline="", encoding="utf-8") as rows:
+        return list(csv.DictReader(rows))
+
+
+def listed(name: str) -> list[str]:
+    """Return the models of a list in the sheet: of a library, the smallest of each module."""
+    return [row["model"] for row in known_rows() if row["list"] == name]
+
 
 _NETS: Mapping[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     **{
@@ -66,26 +79,15 @@ def _make_family(name: str) -> Made:
 
 
 LISTS: Mapping[str, Listed] = {
-    "torchvision": Listed(
-        "torchvision",
-        lambda place: images.torchvision_names(place and place / "torchvision.json"),
-        images.make_torchvision,
+    "torchvision": Listed("torchvision", partial(listed, "torchvision"), images.make_torchvision),
+    "timm": Listed("timm", partial(listed, "timm"), images.make_timm),
+    "transformers": Listed(
+        "transformers",
+        shrunken.families,
+        shrunken.make,
+        lambda name: shrunken.families()[name],
     ),
-    "torchvision-all": Listed(
-        "torchvision: every model",
-        lambda place: images.torchvision_names(None, all_of_them=True),
-        images.make_torchvision,
-    ),
-    "timm": Listed(
-        "timm", lambda place: images.timm_names(place and place / "timm.json"), images.make_timm
-    ),
-    "transformers": Listed("transformers", lambda place: list(shrunken.families()), shrunken.make),
-    "families": Listed(
-        "transformers, sizes chosen by hand", lambda place: list(zoo.FAMILIES), _make_family
-    ),
-    "nets": Listed("hand-written networks", lambda place: list(_NETS), _make_net),
+    "families": Listed("transformers, sizes chosen by hand", lambda: zoo.FAMILIES, _make_family),
+    "nets": Listed("hand-written networks", lambda: _NETS, _make_net),
 }
 """By the names that the command line knows them by."""
-
-DEFAULT = ("torchvision", "timm", "transformers", "families", "nets")
-"""What is measured unless others are named."""

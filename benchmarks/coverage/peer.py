@@ -4,72 +4,53 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.coverage.case import Inputs, Made
+from benchmarks.coverage.case import Made
 from benchmarks.coverage.row import by_name
 
 
-@dataclass(frozen=True)
-class Peer:
-    """What came of it.
+def outcome(made: Made) -> dict[str, Any]:
+    """Let Torch-Pruning remove half of the channels of a model, in place.
 
-    parameters_after: How many are left, if it runs and puts out the shapes it did.
-    failure: What went wrong, in a few words.
-    seconds: CPU time.
+    Return how many parameters are left, if it runs and puts out the shapes it did; or what failed.
     """
-
-    parameters_after: int | None = None
-    failure: str = ""
-    seconds: float = 0.0
-
-
-def outcome(made: Made) -> Peer:
-    """Let Torch-Pruning remove half of the channels of a model, in place."""
     pruning = importlib.import_module("torch_pruning")
     model = made.model
     before = sum(p.numel() for p in model.parameters())
     try:
-        example = _example(model, made.inputs[0])
+        example: dict[str, Any] = by_name(model, made.inputs[0])
+        if hasattr(getattr(model, "config", None), "use_cache"):  # as it is for OSSCAR
+            model.config.use_cache = False  # type: ignore[union-attr]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shapes, last = _output_layers(model, example)
-            pruner = pruning.pruner.BasePruner(
+            pruning.pruner.BasePruner(
                 model,
                 example,
                 importance=pruning.importance.MagnitudeImportance(p=2),
                 pruning_ratio=0.5,
                 ignored_layers=last,
                 output_transform=_tensors,
-            )
-            pruner.step()
-            found = _shapes(model, example)
+            ).step()
+            with torch.no_grad():
+                found = [t.shape for t in _tensors(model(**example))]
     except MemoryError:
         raise
     except Exception as error:  # whatever another tool raises is what is asked for
-        text = " ".join(str(error).split())
-        return Peer(failure=f"{type(error).__name__}: {text:.160}")
+        return _failed(f"{type(error).__name__}: {error}")
     if found != shapes:
-        return Peer(failure="it puts out other shapes")
+        return _failed("it puts out other shapes")
     after = sum(p.numel() for p in model.parameters())
-    return Peer(after) if after < before else Peer(failure="it removes nothing")
+    return {"torch_pruning_after": after} if after < before else _failed("it removes nothing")
 
 
-def _example(model: nn.Module, inputs: Inputs) -> dict[str, object]:
-    """Return inputs by name; caches are turned off, as they are for OSSCAR."""
-    named: dict[str, object] = dict(by_name(model, inputs))
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        model.config.use_cache = False  # type: ignore[union-attr]
-    return named
-
-
-def _shapes(model: nn.Module, example: dict[str, object]) -> list[torch.Size]:
-    with torch.no_grad():
-        return [t.shape for t in _tensors(model(**example))]
+def _failed(why: str) -> dict[str, Any]:
+    return {"torch_pruning_failure": " ".join(why.split())[:150]}
 
 
 def _tensors(result: object) -> list[Tensor]:
@@ -77,7 +58,7 @@ def _tensors(result: object) -> list[Tensor]:
 
 
 def _output_layers(
-    model: nn.Module, example: dict[str, object]
+    model: nn.Module, example: dict[str, Any]
 ) -> tuple[list[torch.Size], list[nn.Module]]:
     """Return the shapes of the outputs, and the layers that compute them: those, or the last."""
     results: list[tuple[nn.Module, object]] = []

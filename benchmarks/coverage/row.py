@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.request import PruningRequest
-from osscar.run.feasibility import SkippedGroup, feasible_groups
+from osscar.run.feasibility import feasible_groups
 from osscar.run.shrunk import shrunk
 from tests.osscar.programs import without_units
 
@@ -34,72 +34,49 @@ inside even where they run in float64."""
 
 BOUNDARY = ("input of the model", "output of the model")
 
+LEAST_EFFECT = 1e-4
+"""Of masking, as a share of the largest output."""
 
-@dataclass(frozen=True)
-class Row:
-    """What was found.
+MOST_REASONS = 3
 
-    variant: Which of its family the model is.
-    parameters, parameters_after: Before and after; the latter None if nothing was removed.
-    traced: Whether `graph.trace` could follow it.
-    groups, prunable: How many coupling groups there are, and how many may be pruned.
-    share: Of the parameters, those that belong to a prunable group.
-    form: What became smaller: ``eager`` or ``exported``.
-    left: Why prunable groups keep their units, with how many.
-    unrefitted: Why `osscar.prune`, which refits, leaves prunable groups alone, with how many.
-    frozen: Why groups may not be pruned, with how many, apart from inputs and outputs of the model.
-    unread: Parts of the model whose parameters no operator reads in evaluation mode.
-    proof: Error of the comparison of outputs.
-    proved: How many operators are equal in the programs of the smaller and of the dense model; None
-        if these could not be compared, and `unproved` says why.
-    sizes: For inputs of which sizes that holds.
-    shrink_seconds: CPU time of shrinking and proving alone.
-    compared: Largest difference to the masked model that this file computes for itself.
-    precision: The number format in which.
-    effect: How far masking has moved the outputs: else the comparison would say nothing.
-    seconds: CPU time of tracing, trying, shrinking and proving.
-    failure: What went wrong; empty if nothing did.
-    """
+Row = dict[str, Any]
+"""What was found, by the columns of docs/coverage.csv.
 
-    variant: str = ""
-    parameters: int = 0
-    parameters_after: int | None = None
-    traced: bool = False
-    groups: int = 0
-    prunable: int = 0
-    share: float = 0.0
-    form: str = ""
-    left: Mapping[str, int] = field(default_factory=dict)
-    unrefitted: Mapping[str, int] = field(default_factory=dict)
-    frozen: Mapping[str, int] = field(default_factory=dict)
-    unread: Sequence[str] = field(default_factory=list)
-    proof: float | None = None
-    proved: int | None = None
-    unproved: str = ""
-    sizes: Sequence[str] = field(default_factory=list)
-    shrink_seconds: float = 0.0
-    compared: float | None = None
-    precision: str = ""
-    effect: float | None = None
-    seconds: float = 0.0
-    failure: str = ""
+``outcome`` is ``whole``, where half of every prunable group left; ``some_left``, where groups kept
+their units; ``nothing``, where none may be pruned; ``failed``; or ``not_traced``.  ``program`` says
+whether the programs of the smaller and of the dense model were proved equal, or outputs only
+compared; ``difference`` is the largest one that this file finds, in that precision.  ``missing``
+says why groups stay and what is not known."""
 
 
 def measured(made: Made) -> Row:
     """Shrink a model by half, prove it, compare it, and say what was found."""
-    start = time.process_time()
-    model = made.model
-    row = Row(made.variant, sum(p.numel() for p in model.parameters()))
+    start, model = time.process_time(), made.model
+    row: Row = {
+        "class": made.variant,
+        "outcome": "not_traced",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "groups": 0,
+        "prunable": 0,
+        "prunable_share": "0.0000",
+    }
+    told: list[str] = []
+    why: list[str] = []
     try:
-        example = by_name(model, made.inputs[0])
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            with prepare(model, example) as prepared:
-                row = _traced(row, prepared)
-                row = _shrunk(row, prepared, made, start)
+            with prepare(model, by_name(model, made.inputs[0])) as prepared:
+                row |= {"outcome": "nothing", **counts(prepared)}
+                why = reasons(prepared)
+                failure = halved(row, told, prepared, made, start)
+        if failure:
+            row["outcome"] = "failed"
+            told.insert(0, failure)
     except (OsscarError, graph.GraphError) as error:
-        row = dataclasses.replace(row, failure=f"{type(error).__name__}: {first_line(error):.400}")
-    return dataclasses.replace(row, seconds=row.seconds or time.process_time() - start)
+        row["outcome"] = "not_traced" if row["outcome"] == "not_traced" else "failed"
+        told.insert(0, f"{type(error).__name__}: {first_line(error):.400}")
+    row.setdefault("seconds", f"{time.process_time() - start:.1f}")
+    return {**row, "missing": " ".join("; ".join([*told, *why]).split())}
 
 
 def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -107,52 +84,52 @@ def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return dict(inputs) if isinstance(inputs, dict) else named_inputs(model, inputs)
 
 
-def _traced(row: Row, prepared: Prepared) -> Row:
-    """Add what the dependency graph tells."""
-    dependencies = prepared.traced
-    prunable = dependencies.prunable
+def counts(prepared: Prepared) -> Row:
+    """Return how many groups there are, and which share of the parameters they own."""
     shapes = {name: parameter.shape for name, parameter in prepared.model.named_parameters()}
-    refused = [g for g in prepared.groups if g.frozen and g.name in {p.name for p in prunable}]
-    return dataclasses.replace(
-        row,
-        traced=True,
-        groups=len(dependencies.groups),
-        prunable=len(prunable),
-        share=owned(prunable, shapes) / max(1, row.parameters),
-        frozen=_frozen(dependencies),
-        unread=_unread(dependencies, shapes),
-        unrefitted=dict(Counter(group.frozen[0].reason for group in refused)),
-    )
+    total = sum(math.prod(shape) for shape in shapes.values())
+    prunable = prepared.traced.prunable
+    return {
+        "groups": len(prepared.traced.groups),
+        "prunable": len(prunable),
+        "prunable_share": f"{owned(prunable, shapes) / max(1, total):.4f}",
+    }
 
 
-def _shrunk(row: Row, prepared: Prepared, made: Made, start: float) -> Row:
-    """Add what came of removing half of every prunable group."""
+def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: float) -> str:
+    """Add to a row what came of removing half of every prunable group, and say what failed."""
+    whole = prepared.groups
     prepared = dataclasses.replace(prepared, groups=prepared.traced.groups)
     halves = {g.name: math.ceil(g.units / 2) for g in prepared.groups if g.prunable and g.units > 1}
     if not halves:
-        return row
+        return ""
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
     form, skipped = feasible_groups(prepared, request)
     left = {group.name for group in skipped}
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
-    row = dataclasses.replace(row, form=str(form), left=_counted(skipped))
     dense = copy.deepcopy(prepared.model)
     began = time.process_time()
     smaller, proof, _ = shrunk(prepared, plan, request, form, ())
-    certificate = proof.certificate
-    row = dataclasses.replace(
-        row,
-        parameters_after=sum(p.numel() for p in smaller.parameters()),
-        proof=certificate.error,
-        proved=None if certificate.structure is None else certificate.structure.operators,
-        unproved=certificate.unproved,
-        sizes=() if certificate.structure is None else certificate.structure.sizes,
-        shrink_seconds=time.process_time() - began,
-        seconds=time.process_time() - start,
-    )
+    now, certificate = time.process_time(), proof.certificate
+    row |= {
+        "outcome": "some_left" if left else "whole",
+        "parameters_after": sum(p.numel() for p in smaller.parameters()),
+        "form": str(form),
+        "program": "compared" if certificate.structure is None else "proved",
+        "seconds": f"{now - start:.1f}",
+        "shrink_seconds": f"{now - began:.1f}",
+    }
+    if certificate.structure is None:
+        told.append(f"compared, not proved: {certificate.unproved}")
     # A program may keep the sizes it was traced with, but for the number of samples.
-    which = made.inputs[0 if form is Form.EXPORTED else 1]
-    return _compared(row, made.model, dense, smaller, plan, which)
+    fresh = _fresh(by_name(made.model, made.inputs[0 if form is Form.EXPORTED else 1]))
+    failure = compared(row, told, (made.model, dense, smaller), plan, fresh)
+    if skipped:
+        told.append(f"skipped: {_times(f'{group.reason:.300}' for group in skipped)}")
+    names = {group.name for group in prepared.traced.prunable}
+    refused = [group.frozen[0].reason for group in whole if group.frozen and group.name in names]
+    told += [f"not refitted by osscar.prune: {_times(refused)}"] if refused else []
+    return failure
 
 
 def half_of(groups: Iterable[CouplingGroup]) -> PruningPlan:
@@ -169,78 +146,42 @@ def half_of(groups: Iterable[CouplingGroup]) -> PruningPlan:
 # ---- the comparison, which knows nothing of the proof ------------------------------------
 
 
-def _compared(
-    row: Row, model: nn.Module, dense: nn.Module, small: nn.Module, plan: PruningPlan, like: Inputs
-) -> Row:
-    """Compare the smaller model with the masked one on inputs that nothing has seen.
-
-    row: What is known.
-    model: As it came.
-    dense: The same, prepared; its tensors are those of the plan.
-    small: Smaller.
-    plan: What stays.
-    like: Inputs of the form to use.
-    """
-    fresh = _fresh(by_name(model, like))
-    finer = True
-    try:
-        came, before, masked, after = _all_four(model, dense, small, plan, fresh, torch.float64)
-    except (RuntimeError, TypeError):  # code, kernels or programs that know float32 alone
-        finer = False
-        came, before, masked, after = _all_four(model, dense, small, plan, fresh, torch.float32)
-    precision = "float64" if finer else "float32"
-    compared = max(_apart(masked, after), _apart(came, before))
-    wrong = not compared <= ALLOWED[precision]
-    failure = f"the smaller model is {compared:.1e} away from the masked one" if wrong else ""
-    return dataclasses.replace(
-        row,
-        compared=compared,
-        precision=precision,
-        effect=_apart(before, masked),
-        failure=failure or _in_training(row.form, model, small, fresh),
-    )
-
-
-def _in_training(form: str, model: nn.Module, small: nn.Module, inputs: Inputs) -> str:
-    """Say how the smaller model fails in training, if the model as it came does not.
-
-    A program is one of evaluation.
-    """
-    failures = []
-    for one in (model, small) if form == Form.EAGER else ():
-        one = copy.deepcopy(one).float().train()
-        torch.manual_seed(0)
-        try:
-            with torch.no_grad():
-                one(**inputs)
-            failures.append("")
-        except Exception as error:  # the model may be anyone's code
-            failures.append(f"it fails in training: {first_line(error):.150}")
-    return failures[-1] if failures and not failures[0] else ""
-
-
-def _all_four(
-    model: nn.Module,
-    dense: nn.Module,
-    small: nn.Module,
+def compared(
+    row: Row,
+    told: list[str],
+    models: Sequence[nn.Module],
     plan: PruningPlan,
     inputs: Mapping[str, Tensor],
-    kind: torch.dtype,
-) -> tuple[list[Tensor], ...]:
-    """Return what the model, its prepared form, that without units, and the smaller one put out."""
-    return tuple(
-        _put_out(one, inputs, kind) for one in (model, dense, without_units(dense, plan), small)
-    )
+) -> str:
+    """Compare the smaller model with the masked one on inputs that nothing has seen.
+
+    The models are the one that came, the same prepared, whose tensors are those of the plan, and
+    the smaller one.  Return what failed.
+    """
+    model, dense, small = models
+    four = (model, dense, without_units(dense, plan), small)
+    try:
+        precision = "float64"
+        came, before, masked, after = (_put_out(one, inputs, torch.float64) for one in four)
+    except (RuntimeError, TypeError):  # code, kernels or programs that know float32 alone
+        precision = "float32"
+        came, before, masked, after = (_put_out(one, inputs, torch.float32) for one in four)
+    difference = max(_apart(masked, after), _apart(came, before))
+    row |= {"difference": f"{difference:.1e}", "precision": precision}
+    if _apart(before, masked) < LEAST_EFFECT:
+        told.append("masking moves the outputs too little for the comparison to tell")
+    if not difference <= ALLOWED[precision]:
+        return f"the smaller model is {difference:.1e} away from the masked one"
+    return ""
 
 
 def _put_out(model: nn.Module, inputs: Mapping[str, Tensor], kind: torch.dtype) -> list[Tensor]:
     model = copy.deepcopy(model).to(kind).eval()
     cast = {n: t.to(kind) if t.is_floating_point() else t for n, t in inputs.items()}
     has_cache = "use_cache" in inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if has_cache else {}
     torch.manual_seed(0)
     with torch.no_grad():
-        leaves = pytree.tree_leaves(model(**cast, **options))
+        leaves = pytree.tree_leaves(model(**cast, **({"use_cache": False} if has_cache else {})))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -288,21 +229,23 @@ def owned(groups: Iterable[CouplingGroup], shapes: Mapping[str, torch.Size]) -> 
     )
 
 
-def _counted(left: Iterable[SkippedGroup]) -> dict[str, int]:
-    return dict(Counter(f"{group.reason:.300}" for group in left))
-
-
-def _unread(dependencies: DependencyGraph, names: Iterable[str]) -> list[str]:
-    read = {tensor for operator in dependencies.operators for tensor in operator.tensors}
-    return list(dict.fromkeys(name.partition(".")[0] for name in names if name not in read))
-
-
-def _frozen(dependencies: DependencyGraph) -> dict[str, int]:
-    """Count the frozen groups by what froze them, and the operator that did."""
-    found: Counter[str] = Counter()
-    for group in dependencies.groups:
-        freeze = next(iter(group.frozen), None)
-        if freeze is not None and not freeze.reason.endswith(BOUNDARY):
+def reasons(prepared: Prepared) -> list[str]:
+    """Say what froze groups apart from inputs and outputs, and which parts no operator reads."""
+    dependencies: DependencyGraph = prepared.traced
+    causes = []
+    for freeze in (group.frozen[0] for group in dependencies.groups if group.frozen):
+        if not freeze.reason.endswith(BOUNDARY):
             operator = f" (`{freeze.operator}`)" if freeze.operator else ""
-            found[f"{freeze.reason}{operator}"] += 1
-    return dict(found)
+            causes.append(f"{freeze.reason}{operator}")
+    read = {tensor for operator in dependencies.operators for tensor in operator.tensors}
+    names = (name for name, _ in prepared.model.named_parameters())
+    unread = dict.fromkeys(name.partition(".")[0] for name in names if name not in read)
+    idle = f"not run in evaluation mode: {', '.join(unread)}"
+    return [*([_times(causes)] if causes else []), *([idle] if unread else [])]
+
+
+def _times(causes: Iterable[str]) -> str:
+    most = Counter(causes).most_common()
+    told = [f"{count} x {reason}" for reason, count in most[:MOST_REASONS]]
+    rest = sum(count for _, count in most[MOST_REASONS:])
+    return "; ".join([*told, *([f"{rest} more"] if rest else [])])

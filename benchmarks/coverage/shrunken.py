@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def make(family: str) -> Made:
     for way in _WAYS:
         torch.manual_seed(0)
         try:
-            config = shrunken(kind.config_class, way)
+            config = kind.config_class(**smaller(kind.config_class(), way))
             with torch.device("meta"):
                 check_size(kind(config))
             model = kind(config).eval()
@@ -74,18 +74,16 @@ def make(family: str) -> Made:
 
 @dataclass(frozen=True)
 class Way:
-    """How a config is shrunk.
-
-    layers: How many are left, if all kinds of layers are among them then.
-    grouped: Whether several query heads share keys and values, also where they need not.
-    derived: Whether numbers that the config would compute are shrunk and given, too.
-    widths: Whether all sizes become smaller, rather than depth, vocabulary and lengths alone.
-    """
+    """How a config is shrunk."""
 
     layers: int = 2
+    """How many are left, if all kinds of layers are among them then."""
     grouped: bool = False
+    """Whether several query heads share keys and values, also where they need not."""
     derived: bool = False
+    """Whether numbers that the config would compute are shrunk and given, too."""
     widths: bool = True
+    """Whether all sizes become smaller, rather than depth, vocabulary and lengths alone."""
 
 
 _WAYS = (
@@ -96,84 +94,38 @@ _WAYS = (
 """They are tried one after another, since no rule fits all families."""
 
 
-def shrunken(kind: type, way: Way) -> Any:
-    """Return a small config of a class.
-
-    kind: A class of configs that can be made without arguments.
-    """
-    return kind(**_smaller(kind(), way))
-
-
 # ---- sizes -------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class _Rule:
-    """What becomes of the whole numbers in fields of some names.
-
-    names: A regular expression.
-    size: From the number that was there.
-    """
-
-    names: str
-    size: Callable[[int], int]
-
-
-def _at_most(most: int) -> Callable[[int], int]:
-    return lambda was: min(was, most)
-
-
-_RULES = (
-    _Rule(r"num_kv_shared_layers|num_(nextn|mtp)_.*|num_.*predict_layers", lambda was: 0),
-    _Rule(r".*first_k_dense_replace|moe_layer_start_index", _at_most(1)),
-    _Rule(r"(.*_)?(n|num)_group|n_groups|(.*_)?topk_group", _at_most(1)),
-    _Rule(r".*(experts_per_tok(en)?|top_?k|moe_k|num_selected_experts).*", _at_most(2)),
-    _Rule(r"(.*_)?(num|n)_(\w+_)?experts|moe_num_experts", _at_most(4)),
-    _Rule(r"n_shared_experts|num_shared_experts", _at_most(1)),
-    _Rule(r"(.*_)?(vocab_size|vocab)(_.*)?|n_words", lambda was: _VOCABULARY),
-    _Rule(r".*(lora_rank|_rank|dt_rank).*", _at_most(24)),
-    _Rule(r".*(qk_rope_head_dim|rotary_dim|rope_dim)", lambda was: 8),
-    _Rule(r".*(d_ssm|d_inner)", lambda was: _HIDDEN),
-    _Rule(r"qk_head_dim", lambda was: _HEAD + 8),
-    _Rule(
-        r".*(head_dim|head_size|d_head|d_kv|kv_channels|dim_head|attention_head_dim)",
-        lambda was: _HEAD,
-    ),
-    _Rule(r".*num_key_heads", _at_most(2)),
-    _Rule(r".*heads?(_\w+)?|nhead", _at_most(_HEADS)),
-    _Rule(r"(.*_)?expand(_v)?", lambda was: 1),
-    _Rule(r".*(state_size|d_state|ssm_state).*", _at_most(16)),
-    _Rule(
-        r"moe_\w*(intermediate|hidden|ffn)\w*|.*expert\w*_(intermediate|ffn|hidden)\w*",
-        lambda was: 32,
-    ),
-    _Rule(
-        r".*(intermediate|ffn|feedforward|mlp_dim|d_ff|n_inner|filter_size|mlp_hidden).*",
-        lambda was: _NEURONS,
-    ),
-    _Rule(
-        r"(?!.*(fusion|per_|every|index|offset|period|freq|step|interval|start|end|first|last|replace)"
-        r").*(layers?|depth|num_blocks|num_stages_text)",
-        _at_most(2),
-    ),
-    _Rule(
-        r".*(max_position|n_positions|n_ctx|max_seq|max_target|max_source|max_length|context_len|"
-        r"num_positions|seq_length|block_size|max_context).*",
-        _at_most(_POSITIONS),
-    ),
-    _Rule(
-        r".*(sliding_window|attention_window|window|chunk_size|local_attention).*",
-        _at_most(_WINDOW),
-    ),
-    _Rule(r".*patch_size", _at_most(_PATCH)),
-    _Rule(r".*image_size|input_size", _at_most(_IMAGE)),
-    _Rule(
-        r".*(hidden_size|d_model|n_embd|embed_dim|model_dim|hidden_dim|projection_dim|embedding_size"
-        r"|emb_dim|_width|width|_dim|dim|_channels|features?|_size|n_embed|embed_proj_dim)",
-        lambda was: _HIDDEN if was >= _HIDDEN else was,
-    ),
-)
-"""The first whose names match; a number that none matches stays."""
+_MOST = {
+    r"num_kv_shared_layers|num_(nextn|mtp)_.*|num_.*predict_layers": 0,
+    r".*first_k_dense_replace|moe_layer_start_index": 1,
+    r"(.*_)?(n|num)_group|n_groups|(.*_)?topk_group": 1,
+    r".*(experts_per_tok(en)?|top_?k|moe_k|num_selected_experts).*": 2,
+    r"(.*_)?(num|n)_(\w+_)?experts|moe_num_experts": 4,
+    r"n_shared_experts|num_shared_experts": 1,
+    r"(.*_)?(vocab_size|vocab)(_.*)?|n_words": _VOCABULARY,
+    r".*(lora_rank|_rank|dt_rank).*": 24,
+    r".*(qk_rope_head_dim|rotary_dim|rope_dim)": 8,
+    r".*(d_ssm|d_inner)": _HIDDEN,
+    r"qk_head_dim": _HEAD + 8,
+    r".*(head_dim|head_size|d_head|d_kv|kv_channels|dim_head|attention_head_dim)": _HEAD,
+    r".*num_key_heads": 2,
+    r".*heads?(_\w+)?|nhead": _HEADS,
+    r"(.*_)?expand(_v)?": 1,
+    r".*(state_size|d_state|ssm_state).*": 16,
+    r"moe_\w*(intermediate|hidden|ffn)\w*|.*expert\w*_(intermediate|ffn|hidden)\w*": 32,
+    r".*(intermediate|ffn|feedforward|mlp_dim|d_ff|n_inner|filter_size|mlp_hidden).*": _NEURONS,
+    r"(?!.*(fusion|per_|every|index|offset|period|freq|step|interval|start|end|first|last|replace))"
+    r".*(layers?|depth|num_blocks|num_stages_text)": 2,
+    r".*(max_position|n_positions|n_ctx|max_seq|max_target|max_source|max_length|context_len|"
+    r"num_positions|seq_length|block_size|max_context).*": _POSITIONS,
+    r".*(sliding_window|attention_window|window|chunk_size|local_attention).*": _WINDOW,
+    r".*patch_size": _PATCH,
+    r".*image_size|input_size": _IMAGE,
+    r".*(hidden_size|d_model|n_embd|embed_dim|model_dim|hidden_dim|projection_dim|embedding_size"
+    r"|emb_dim|_width|width|_dim|dim|_channels|features?|_size|n_embed|embed_proj_dim)": _HIDDEN,
+}
+"""What a whole number may be at most, by the first expression that matches its name."""
 
 _KEY_HEADS = r".*(key_value_heads|kv_heads?|n_head_kv|multi_query_group_num)"
 _NOT_WIDTHS = (
@@ -185,19 +137,20 @@ _WIDTHS = r".*(hidden_size|dims?|channels|width|filters|embed|sizes|planes).*"
 _ID = r".*(_token_id|_token_index|_token_ids?|_id)"
 
 
-def _smaller(config: Any, way: Way) -> dict[str, Any]:
+def smaller(config: Any, way: Way) -> dict[str, Any]:
     """Return what a config is to be made with: every size smaller, as the rules say."""
     fields = {name: value for name, value in vars(config).items() if name[0] != "_"}
     kept = _layers_to_keep(fields, way.layers)
     new: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, hf.PreTrainedConfig):
-            new[name] = type(value)(**_smaller(value, way))
+            new[name] = type(value)(**smaller(value, way))
             continue
         is_number = type(value) is int
         if is_number and re.fullmatch(_KEY_HEADS, name) and value > 1:
             if way.grouped or (way.derived or not _is_derived(config, name)):
-                new[name] = 2 if way.grouped or not _is_count_of_heads(value, fields) else _HEADS
+                every = value in (fields.get("num_attention_heads"), fields.get("n_head"))
+                new[name] = _HEADS if every and not way.grouped else 2
             continue
         if is_number and not way.derived and _is_derived(config, name):
             continue
@@ -209,10 +162,6 @@ def _smaller(config: Any, way: Way) -> dict[str, Any]:
     return new
 
 
-def _is_count_of_heads(value: int, fields: Mapping[str, Any]) -> bool:
-    return value in (fields.get("num_attention_heads"), fields.get("n_head"))
-
-
 def _is_derived(config: Any, name: str) -> bool:
     """Whether a config computes a number from others where none is given."""
     known: Mapping[str, Any] = getattr(type(config), "__dataclass_fields__", {})
@@ -221,7 +170,7 @@ def _is_derived(config: Any, name: str) -> bool:
 
 def _layers_to_keep(fields: Mapping[str, Any], least: int) -> list[int]:
     """Return numbers of layers among which there is one of each kind."""
-    count = next((fields[n] for n in _COUNTS if isinstance(fields.get(n), int)), 0)
+    count = _count(fields)
     lists = [v for v in fields.values() if isinstance(v, list) and len(v) == count > 4]
     kinds = [tuple(map(str, found)) for found in zip(*lists, strict=True)]
     firsts = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i][:4]
@@ -232,6 +181,10 @@ def _layers_to_keep(fields: Mapping[str, Any], least: int) -> list[int]:
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
+def _count(fields: Mapping[str, Any]) -> int:
+    return next((fields[n] for n in _COUNTS if isinstance(fields.get(n), int)), 0)
+
+
 def _shrunk(name: str, value: Any, fields: Mapping[str, Any], kept: list[int]) -> Any:
     if isinstance(value, bool) or value is None:
         return value
@@ -240,8 +193,8 @@ def _shrunk(name: str, value: Any, fields: Mapping[str, Any], kept: list[int]) -
             return value if value < 8 else 3 + sum(map(ord, name)) % 40
         if name in _COUNTS:
             return min(value, len(kept))
-        rule = next((rule for rule in _RULES if re.fullmatch(rule.names, name)), None)
-        return value if rule is None else rule.size(value)
+        fitting = (most for names, most in _MOST.items() if re.fullmatch(names, name))
+        return min(value, next(fitting, value))
     if isinstance(value, list | tuple):
         return type(value)(_shrunk_list(name, list(value), fields, kept))
     if isinstance(value, dict) and "rope" in name:
@@ -252,8 +205,7 @@ def _shrunk(name: str, value: Any, fields: Mapping[str, Any], kept: list[int]) -
 def _shrunk_list(
     name: str, values: list[Any], fields: Mapping[str, Any], kept: list[int]
 ) -> list[Any]:
-    count = next((fields[n] for n in _COUNTS if isinstance(fields.get(n), int)), 0)
-    if len(values) == count > 4:  # shorter ones are of stages
+    if len(values) == _count(fields) > 4:  # shorter ones are of stages
         return [_shrunk(name, values[i], fields, kept) for i in kept]
     numbers = all(type(value) is int for value in values)
     if not values or not numbers:

@@ -3,16 +3,77 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.case import Case, Form, Smaller
 from benchmarks.peers.backends import with_counts
-from benchmarks.peers.case import Case, Decoder, Form, Smaller
 from osscar.network.modules import count_parameters
 
-# ---- FLAP --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Half:
+    """Attention or the feed-forward part of a decoder block.
+
+    Its readers read the stream that the norm, a name in the block, has normalized; its writer adds
+    to the stream.
+    """
+
+    block: Any
+    norm: str
+    readers: tuple[nn.Linear, ...]
+    writer: nn.Linear
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of an OPT or a Llama that methods for decoders name.
+
+    The embeddings write the first of the stream, the head reads the last of it, from a norm whose
+    name in the stack is `last`; attention and feed-forward parts take turns.
+    """
+
+    stack: Any
+    last: str
+    embeddings: tuple[nn.Embedding, ...]
+    head: nn.Linear
+    halves: tuple[Half, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Decoder:
+        """Find them."""
+        if hasattr(model.model, "decoder"):
+            stack, last = model.model.decoder, "final_layer_norm"
+            embeddings = (stack.embed_tokens, stack.embed_positions)
+            halves = [half for block in stack.layers for half in _opt(block)]
+        else:
+            stack, last, embeddings = model.model, "norm", (model.model.embed_tokens,)
+            halves = [half for block in stack.layers for half in _llama(block)]
+        return cls(stack, last, embeddings, model.lm_head, tuple(halves))
+
+
+def _opt(block: Any) -> Iterator[Half]:
+    inner = block.self_attn
+    yield Half(block, "self_attn_layer_norm", _qkv(inner), inner.out_proj)
+    yield Half(block, "final_layer_norm", (block.fc1,), block.fc2)
+
+
+def _llama(block: Any) -> Iterator[Half]:
+    mlp = block.mlp
+    yield Half(block, "input_layernorm", _qkv(block.self_attn), block.self_attn.o_proj)
+    yield Half(block, "post_attention_layernorm", (mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+
+
+def _qkv(attention: Any) -> tuple[nn.Linear, ...]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+# ---- FLAP and ShortGPT -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -25,33 +86,24 @@ def flap(case: Case) -> Smaller:
     layers stay until the size is reached.  Means of what leaves are added to biases, so that there
     have to be some.
     """
-    parts = Decoder.of(case.model)
-    halves = [half for block in parts.blocks for half in block]
+    halves = Decoder.of(case.model).halves
     if any(half.writer.bias is None for half in halves):
         raise NotImplementedError("FLAP adds biases to layers that have none, which is not done")
     inputs: list[list[Tensor]] = [[] for _ in halves]
-    hooks = [
-        half.writer.register_forward_pre_hook(
-            lambda _, args, kept=kept: kept.append(args[0].flatten(0, -2))
-        )
-        for half, kept in zip(halves, inputs, strict=True)
-    ]
-    for batch in case.batches:
-        case.model(**batch)
-    for hook in hooks:
-        hook.remove()
+    case.observe(
+        case.model,
+        [half.writer for half in halves],
+        lambda index, x, _: inputs[index].append(x.flatten(0, -2)),
+    )
     heads = case.model.config.num_attention_heads
     names = {module: name for name, module in case.model.named_modules()}
     units: list[tuple[float, str, float]] = []  # score, group, parameters
-    for index, (half, kept) in enumerate(zip(halves, inputs, strict=True)):
-        block = names[parts.stack.layers[index // 2]]
-        group = f"{block}.neurons" if index % 2 else f"{block}.self_attn.heads"
-        scores = torch.cat(kept).var(0) * half.writer.weight.square().sum(0)
+    for index, (half, seen) in enumerate(zip(halves, inputs, strict=True)):
+        group = f"{names[half.block]}.{'neurons' if index % 2 else 'self_attn.heads'}"
+        scores = torch.cat(seen).var(0) * half.writer.weight.square().sum(0)
         scores = scores if index % 2 else scores.view(heads, -1).mean(1)
         scores = (scores - scores.mean()) / scores.std()
-        owned = half.writer.weight.numel() + sum(
-            count_parameters(reader) for reader in half.readers
-        )
+        owned = half.writer.weight.numel() + sum(map(count_parameters, half.readers))
         units += [(score, group, owned / len(scores)) for score in scores.tolist()]
     left = case.allowed - count_parameters(case.model) + sum(cost for *_, cost in units)
     counts = dict.fromkeys((group for _, group, _ in units), 0)
@@ -61,9 +113,6 @@ def flap(case: Case) -> Smaller:
         counts[group] += 1
         left -= cost
     return with_counts(case, {group: max(1, count) for group, count in counts.items()})
-
-
-# ---- ShortGPT ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -81,14 +130,7 @@ def short_gpt(case: Case) -> Smaller:
     def see(index: int, x: Tensor, y: Tensor) -> None:
         similar[index] += torch.cosine_similarity(x, y, dim=-1).double().sum()
 
-    hooks = [
-        layer.register_forward_hook(lambda _, args, y, index=index: see(index, args[0], y))
-        for index, layer in enumerate(stack.layers)
-    ]
-    for batch in case.batches:
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
+    case.observe(model, stack.layers, see)
     each = count_parameters(stack.layers[0])
     count = round((count_parameters(model) - case.allowed) / each)
     gone = set(similar.argsort(descending=True)[:count].tolist())
@@ -116,14 +158,14 @@ def slice_gpt(case: Case) -> Smaller:
     """
     model: Any = copy.deepcopy(case.model)
     parts = Decoder.of(model)
-    parts.head.weight = nn.Parameter(parts.head.weight.clone())
+    halves, head = parts.halves, parts.head
+    head.weight = nn.Parameter(head.weight.clone())
     model.config.tie_word_embeddings = False
-    width = parts.head.in_features
+    width = head.in_features
     make_root_mean_square(parts)
     turns = principal_components(model, parts, case)
-    halves = [half for block in parts.blocks for half in block]
-    across = [turns[i].T @ turns[i + 1] for i in range(len(halves))]
-    linear = sum(m.weight.numel() for m in (*parts.embeddings, parts.head))
+    across = [one.T @ after for one, after in itertools.pairwise(turns)]
+    linear = sum(m.weight.numel() for m in (*parts.embeddings, head))
     linear += sum(w.weight.numel() for half in halves for w in (*half.readers, half.writer))
     linear += sum(half.writer.out_features for half in halves if half.writer.bias is not None)
     fixed = count_parameters(model) - linear
@@ -138,10 +180,11 @@ def slice_gpt(case: Case) -> Smaller:
         half.writer.weight = nn.Parameter(cut[i + 1].T @ half.writer.weight)
         if half.writer.bias is not None:
             half.writer.bias = nn.Parameter(cut[i + 1].T @ half.writer.bias)
-    parts.head.weight = nn.Parameter(parts.head.weight @ cut[-1])
+    head.weight = nn.Parameter(head.weight @ cut[-1])
     passing = [nn.Parameter(one[:kept, :kept].clone()) for one in across]
-    for i, block in enumerate(parts.stack.layers):
-        parts.stack.layers[i] = SlicedBlock(block, parts.blocks[i], passing[2 * i : 2 * i + 2])
+    for i in range(len(parts.stack.layers)):
+        two = slice(2 * i, 2 * i + 2)
+        parts.stack.layers[i] = SlicedBlock(halves[two], passing[two])
     return Smaller(model)
 
 
@@ -159,9 +202,9 @@ class RootMeanSquare(nn.Module):
 class SlicedBlock(nn.Module):
     """A decoder block whose stream is turned where it passes by attention and feed-forward part."""
 
-    def __init__(self, block: Any, halves: Any, passing: list[nn.Parameter]) -> None:
+    def __init__(self, halves: tuple[Half, ...], passing: list[nn.Parameter]) -> None:
         super().__init__()
-        self.block, self.passing = block, nn.ParameterList(passing)
+        self.block, self.passing = halves[0].block, nn.ParameterList(passing)
         self.norms = [half.norm for half in halves]
 
     def forward(self, x: Tensor, **given: Any) -> Tensor:
@@ -176,9 +219,8 @@ class SlicedBlock(nn.Module):
 
 def make_root_mean_square(parts: Decoder) -> None:
     """Give what norms multiply, add and subtract to the layers around them."""
-    readers = [(b, half.norm, half.readers) for b, pair in zip(parts.stack.layers, parts.blocks,
-                strict=True) for half in pair]  # fmt: skip
     centred = False
+    readers = [(half.block, half.norm, half.readers) for half in parts.halves]
     for owner, name, linears in (*readers, (parts.stack, parts.last, (parts.head,))):
         norm: Any = getattr(owner, name)
         shift = getattr(norm, "bias", None)
@@ -194,29 +236,21 @@ def make_root_mean_square(parts: Decoder) -> None:
         return
     for embedding in parts.embeddings:
         embedding.weight = nn.Parameter(embedding.weight - embedding.weight.mean(1, keepdim=True))
-    for half in (half for pair in parts.blocks for half in pair):
+    for half in parts.halves:
         half.writer.weight = nn.Parameter(half.writer.weight - half.writer.weight.mean(0))
         half.writer.bias = nn.Parameter(half.writer.bias - half.writer.bias.mean())
 
 
 def principal_components(model: Any, parts: Decoder, case: Case) -> list[Tensor]:
     """Return eigenvectors of X'X at each norm, the largest first, (width, width) each."""
-    norms = [getattr(b, half.norm) for b, pair in zip(parts.stack.layers, parts.blocks, strict=True)
-             for half in pair]  # fmt: skip
+    norms = [getattr(half.block, half.norm) for half in parts.halves]
     norms.append(getattr(parts.stack, parts.last))
     width = parts.head.in_features
     squares = [torch.zeros(width, width, dtype=torch.float64) for _ in norms]
 
-    def see(index: int, x: Tensor) -> None:
+    def see(index: int, x: Tensor, _: Tensor) -> None:
         rows = x.flatten(0, -2).double()
         squares[index] += rows.T @ rows
 
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, args, index=index: see(index, args[0]))
-        for index, norm in enumerate(norms)
-    ]
-    for batch in case.batches:
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
+    case.observe(model, norms, see)
     return [torch.linalg.eigh(one).eigenvectors.flip(1).float() for one in squares]

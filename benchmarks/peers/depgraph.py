@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.peers.case import Case, Decoder, Smaller
+from benchmarks.case import Case, Smaller
+from benchmarks.peers.decoders import Decoder
 
 STEPS = 400
 """In which all channels would leave."""
@@ -44,27 +45,17 @@ SPARSE_STEPS, SPARSE_RATE, SPARSE_REG = 64, 0.01, 5e-4
 
 @dataclass(frozen=True)
 class Importance:
-    """One of Torch-Pruning's criteria, with the settings of its examples.
-
-    Parameters
-    ----------
-    make
-        Given the module `torch_pruning.importance`, returns it.
-    gradients
-        In how many steps those of a loss are taken anew; 0: it needs none.
-    together
-        Whether the channels of all layers are ranked together, or the same share of each leaves.
-    sparse
-        Whether groups are trained to be sparse before.
-    everything
-        Whether the stream that blocks add to is made narrower, too.
-    """
+    """One of Torch-Pruning's criteria, made from its module, with the settings of its examples."""
 
     make: Callable[[Any], Any]
     gradients: int = 0
+    """In how many steps those of a loss are taken anew; 0: it needs none."""
     together: bool = True
+    """Whether the channels of all layers are ranked together, or the same share of each leaves."""
     sparse: bool = False
+    """Whether groups are trained to be sparse before."""
     everything: bool = False
+    """Whether the stream that blocks add to is made narrower, too."""
 
 
 def all_samples(importance: Any) -> Any:
@@ -268,7 +259,7 @@ def cut(
     parts = Decoder.of(model)
     width = model.config.num_attention_heads
     counts = (width, *2 * (getattr(model.config, "num_key_value_heads", width),))
-    writers = [half.writer for block in parts.blocks for half in block]
+    writers = [half.writer for half in parts.halves]
     frozen = [*writers, *parts.embeddings, parts.head]
     pruner = tp.pruner.BasePruner(
         model,
@@ -278,7 +269,7 @@ def cut(
         pruning_ratio=neurons,
         head_pruning_ratio=heads,
         num_heads={
-            m: n for half, _ in parts.blocks for m, n in zip(half.readers, counts, strict=True)
+            m: n for half in parts.halves[::2] for m, n in zip(half.readers, counts, strict=True)
         },
         prune_num_heads=True,
         prune_head_dims=False,
@@ -286,9 +277,9 @@ def cut(
         output_transform=lambda output: output.logits,
     )
     pruner.step()
-    for layer in parts.stack.layers:
-        attention = layer.self_attn
-        query, key, _ = Decoder.of(model).blocks[attention.layer_idx][0].readers
-        attention.num_heads = query.out_features // attention.head_dim
-        attention.embed_dim = query.out_features
-        attention.num_key_value_groups = query.out_features // key.out_features
+    for half in parts.halves[::2]:
+        attention = half.block.self_attn
+        query, key = (getattr(attention, f"{name}_proj").out_features for name in "qk")
+        attention.num_heads = query // attention.head_dim
+        attention.embed_dim = query
+        attention.num_key_value_groups = query // key

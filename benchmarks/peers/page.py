@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import read
+from benchmarks.measuring import markdown, rows_in
 from osscar.base.printable import share
 from osscar.report.figures import color, legend, new_figure, shares, svg_of
 
@@ -19,21 +19,14 @@ TITLES = {
     "demo": "The model that is shipped",
     "smollm2": "SmolLM2-135M-Instruct",
     "mobilenet": "MobileNetV2",
+    "mixture": "A mixture of 8 experts",
 }
 MARKERS = "os^D"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one method came to at one size.
-
-    Parameters
-    ----------
-    dense
-        The row of the dense model.
-    shots, trained
-        Its rows by seed, in one shot, and after a recovery.
-    """
+    """What one method came to at one size: its rows by seed, in one shot and after a recovery."""
 
     method: str
     dense: Mapping[str, Any]
@@ -68,7 +61,7 @@ class Entry:
 
 def entries(directory: Path) -> dict[tuple[str, str], list[Entry]]:
     """Return what the rows of a directory come to, by model and size."""
-    rows = [read(file) for file in sorted(directory.glob("*.json"))]
+    rows = rows_in(directory)
     order = list(TITLES)
     sizes = sorted({(order.index(row["task"]), row["setting"]) for row in rows})
     found: dict[tuple[str, str], list[Entry]] = {}
@@ -91,21 +84,22 @@ def write_page(directory: Path) -> str:
     known = entries(directory)
     (directory / "images").mkdir(exist_ok=True)
     (directory / "images" / "peers.svg").write_bytes(drawing(known))
-    page = "\n".join(lines(known)) + "\n"
+    page = "\n".join(lines(directory)) + "\n"
     (directory / "peers.md").write_text(page, encoding="utf-8")
     return page
 
 
-def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
-    """Yield the page."""
+def lines(directory: Path) -> Iterator[str]:
+    """Yield the page of the rows in a directory."""
+    known = entries(directory)
     yield from ("## Where a peer is better", "")
     better = [line for size, here in known.items() for line in beaten(size, here)]
     yield from better or ["Nowhere in these rows."]
     yield from ("", "## Size against quality", "", f"![{ALTERNATIVE}](images/peers.svg)")
     for (task, setting), here in known.items():
         first = here[0]
-        told = written(first.measure, [first.dense["quality"][first.measure]])
-        yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {told}.", "")
+        dense = told(first.measure, [first.dense["quality"][first.measure]])
+        yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {dense}.", "")
         yield from table(here)
     failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
     if failures:
@@ -125,13 +119,13 @@ COSTS = {
 
 def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
     """Yield a line for each measure in which the mean of a peer is better than this toolkit's."""
-    ours = {entry.method: entry for entry in here}.get(OURS)
+    ours = next((entry for entry in here if entry.method == OURS), None)
     if ours is None:
         return
     perplexity = ours.measure == "perplexity"
     compared: list[tuple[str, str, bool, Callable[[float], str]]] = [
-        ("in one shot", "quality", False, lambda x: written(ours.measure, [x])),
-        ("recovered", "quality", True, lambda x: written(ours.measure, [x])),
+        ("in one shot", "quality", False, lambda x: told(ours.measure, [x])),
+        ("recovered", "quality", True, lambda x: told(ours.measure, [x])),
         *((title, name, False, form) for name, (title, form) in COSTS.items()),
     ]
     for title, name, trained, form in compared:
@@ -140,49 +134,47 @@ def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
             continue
         own = statistics.mean(mine)
         sign = -1 if name == "quality" and not perplexity else 1
-        theirs = [
+        others = [
             (sign * statistics.mean(values), entry.method)
             for entry in here
             if entry is not ours and (values := entry.values(name, trained))
         ]
         best = [
             f"{method} {form(sign * x)}"
-            for x, method in sorted(theirs)
+            for x, method in sorted(others)
             if x < sign * own and form(sign * x) != form(own)  # the same digits are no less
         ]
         if best:
-            told = "; ".join(best)
-            yield f"- {TITLES[size[0]]}, {size[1]}, {title}: {told}; this toolkit {form(own)}."
+            theirs = "; ".join(best)
+            yield f"- {TITLES[size[0]]}, {size[1]}, {title}: {theirs}; this toolkit {form(own)}."
 
 
-def table(here: Sequence[Entry]) -> Iterator[str]:
-    """Yield the rows of one size."""
+def table(here: Sequence[Entry]) -> list[str]:
+    """Return the rows of one size."""
     names = ("method", "parameters", "operations", "one shot", "recovered", "forward pass")
-    rest = ("pruning, s", "memory, GB", "read back", "proved")
-    yield line((*names, *rest))
-    yield line(["---"] + ["---:"] * 7 + ["---"] * 2)
+    lines: list[Sequence[str]] = [(*names, "pruning, s", "memory, GB", "read back", "proved")]
     for entry in here:
         if entry.failed:
-            yield line([entry.method, *[""] * 2, "failed", *[""] * 6])
+            lines.append([entry.method, *[""] * 2, "failed", *[""] * 6])
             continue
         parts = [
             statistics.mean(entry.values(name)) / entry.dense[name]
             for name in ("parameters", "flops")
         ]
-        costs = [form(statistics.mean(entry.values(name))) for name, (_, form) in COSTS.items()]
-        yield line(
+        lines.append(
             [
                 entry.method,
-                *(share(part) for part in parts),
-                *(written(entry.measure, entry.values("quality", t)) for t in (False, True)),
-                *costs,
+                *map(share, parts),
+                *(told(entry.measure, entry.values("quality", t)) for t in (False, True)),
+                *(form(statistics.mean(entry.values(name))) for name, (_, form) in COSTS.items()),
                 ", ".join(sorted({row["read_back"] for row in entry.shots if "form" in row})),
                 entry.shots[0].get("proved", "") or "no",
             ]
         )
+    return markdown(lines)
 
 
-def written(measure: str, values: Sequence[float]) -> str:
+def told(measure: str, values: Sequence[float]) -> str:
     """Write a mean over seeds, and the least and the greatest."""
     if not values:
         return ""
@@ -193,10 +185,6 @@ def written(measure: str, values: Sequence[float]) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({form(min(values)).removesuffix(' %')} to {form(max(values))})"
-
-
-def line(words: Sequence[str]) -> str:
-    return f"| {' | '.join(words)} |"
 
 
 def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:

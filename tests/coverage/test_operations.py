@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -14,8 +12,7 @@ import graph
 import osscar
 from benchmarks.coverage.case import Inputs, NotBuilt
 from benchmarks.coverage.images import make_timm
-from benchmarks.coverage.lists import LISTS
-from benchmarks.coverage.page import models_by_list
+from benchmarks.coverage.lists import LISTS, known_rows
 from graph import CouplingGroup, GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import Cost, CountedCost, count
@@ -25,8 +22,6 @@ from osscar.network.operations import count_flops
 from tests.zoo import FAMILIES, transformers_case
 
 from .measure import shrink_by_half
-
-_SHEET = Path(__file__).parents[2] / "docs" / "coverage.csv"
 
 
 def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -66,9 +61,7 @@ def test_operations_are_those_that_torch_counts_before_and_after(family: str) ->
     assert cost.of(kept) == pytest.approx(count_flops(model, given), rel=1e-12)
 
 
-_LISTED = [
-    (name, model) for name, models in models_by_list(_SHEET).items() for model in sorted(models)
-]
+_LISTED = sorted((row["list"], row["model"]) for row in known_rows())
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ class Parsed(Exception):
 
 def test_every_benchmark_says_what_it_tells_and_how_long_it_takes():
     told = benchmarks()
-    assert {"quality", "recovery", "coverage", "scale", "train_demo_model"} <= set(told)
+    assert {"quality", "peers", "coverage", "scale", "train_demo_model"} <= set(told)
     assert {name for name, words in told.items() if "\nTakes " not in words} == set()
 
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks.case import Case
+from benchmarks.measuring import read
 from benchmarks.peers import backends, depgraph
-from benchmarks.peers.__main__ import Row, methods, written
-from benchmarks.peers.case import Case
+from benchmarks.peers.__main__ import BENCH, methods
 from benchmarks.peers.decoders import short_gpt, slice_gpt
 from benchmarks.peers.page import DENSE, OURS, write_page
+from benchmarks.quality import Row
 from benchmarks.resnet20 import MEAN, STD, ResNet20
+from benchmarks.tasks import flops
 from osscar.base.files import write_json
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
@@ -24,7 +26,7 @@ from osscar.network.modules import count_parameters
 from tests.zoo import transformers_case
 
 SETTING = "30% of heads and neurons"
-PEERS = [name for name in methods(text=True) if name.startswith(("Torch", "Slice", "Short"))]
+PEERS = [name for name in methods("demo") if name.startswith(("Torch", "Slice", "Short"))]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def options(tmp_path_factory):
     told = argparse.Namespace(
         directory=place, windows=1, images=1, device="cpu", data=None, official=None
     )
-    written(row(DENSE), told)
+    BENCH.written(row(DENSE), told)
     return told
 
 
@@ -42,22 +44,22 @@ def row(method, **fields):
 
 
 def found(one, options):
-    written(one, options)
-    return quality.read(options.directory / one.key)
+    BENCH.written(one, options)
+    return read(options.directory / one.key)
 
 
 @pytest.mark.parametrize(
     "method",
     [
         pytest.param(name, marks=() if name in PEERS else pytest.mark.slow)
-        for name in methods(text=True)
+        for name in methods("demo")
         if "public code" not in name  # which no package holds
     ],
 )
 def test_each_method_meets_the_size_and_is_read_back(method, options):
     if method.startswith("Torch"):
         pytest.importorskip("torch_pruning")
-    dense = quality.read(options.directory / row(DENSE).key)
+    dense = read(options.directory / row(DENSE).key)
     one = found(row(method), options)
     assert "failed" not in one, one["failed"]
     most = dense["size"]["params"]
@@ -93,7 +95,7 @@ def test_channels_leave_until_operations_are_few(name):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     labels = torch.arange(16) % 10
     images = ImageSet("random", pixels, Preprocessing(32, 32, MEAN, STD, channels=3), labels)
-    (setting,) = quality.flops(0.7)
+    (setting,) = flops(0.7)
     case = Case(model, images, setting, {"flops": 0.7}, 0, SimpleNamespace())
     if depgraph.IMAGES[name].everything:  # shortcuts of ResNet-20 pad by a number of their own
         with pytest.raises(IndexError):

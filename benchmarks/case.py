@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
-import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import osscar
-from benchmarks.quality import Setting
+from benchmarks.tasks import Setting
 from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
 from osscar.network.modules import count_parameters
@@ -26,34 +25,21 @@ IMAGES_AT_ONCE, WINDOWS_AT_ONCE = 64, 4
 
 @dataclass(frozen=True)
 class Case:
-    """One model to be made smaller.
-
-    Parameters
-    ----------
-    model
-        The dense one, which stays as it is.
-    data
-        Calibrates: an `ImageSet` with labels, or a `CalibrationSet`.
-    setting
-        What is removed, and how this toolkit is asked for it.
-    size
-        What equal shares in whole units come to, as fields of a request: ``flops``, a share, or
-        ``params``, a count.  No method may keep more.
-    seed
-        Of the data, and of whatever a method draws.
-    options
-        Of the command line.
-    counting
-        Processor seconds of each count of what is left, which no method is charged with.
-    """
+    """One model to be made smaller, which stays as it is itself."""
 
     model: nn.Module
     data: Any
+    """Calibrates: an `ImageSet` with labels, or a `CalibrationSet`."""
     setting: Setting
+    """What is removed, and how this toolkit is asked for it."""
     size: Mapping[str, Any]
+    """What equal shares in whole units come to, as fields of a request: ``flops``, a share, or
+    ``params``, a count.  No method may keep more."""
     seed: int
     options: Any
+    """Of the command line."""
     counting: list[float] = field(default_factory=list)
+    """Processor seconds of each count of what is left, which no method is charged with."""
 
     @functools.cached_property
     def batches(self) -> list[dict[str, Tensor]]:
@@ -82,6 +68,17 @@ class Case:
         if "params" in self.size:
             return float(self.size["params"])
         return float(self.size["flops"]) * self.used(self.model)
+
+    def observe(self, model: Any, modules: Sequence[Any], see: Callable[..., None]) -> None:
+        """Run the data, and show what each module is given and puts out: its index, x and y."""
+        hooks = [
+            module.register_forward_hook(lambda _, args, y, index=index: see(index, args[0], y))
+            for index, module in enumerate(modules)
+        ]
+        for batch in self.batches:
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
 
 
 class Form(enum.Enum):
@@ -117,17 +114,7 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Smaller:
-    """What a method made of a model.
-
-    Parameters
-    ----------
-    model
-        The smaller one.
-    form
-        In which its own documentation writes it.
-    result
-        Of a run of this toolkit; None of a peer.
-    """
+    """A smaller model, the form in which its own documentation writes it, and a run of OSSCAR's."""
 
     model: nn.Module
     form: Form = Form.PICKLE
@@ -139,84 +126,3 @@ class Smaller:
         if self.result is None:
             return ""
         return "program" if self.result.certificate.structure is not None else "outputs"
-
-
-# ---- decoders ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Half:
-    """Attention or the feed-forward part of a decoder block: what reads the stream, and adds to it.
-
-    Parameters
-    ----------
-    norm
-        Name of the normalization in its block.
-    readers
-        Read the normalized stream.
-    writer
-        Adds to the stream.
-    """
-
-    norm: str
-    readers: tuple[nn.Linear, ...]
-    writer: nn.Linear
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The parts of an OPT or a Llama that methods for decoders name.
-
-    Parameters
-    ----------
-    stack
-        Holds the blocks as `layers`.
-    last
-        Name of the last normalization in the stack.
-    embeddings
-        Write the first of the stream.
-    head
-        Reads the last of it.
-    blocks
-        Attention and feed-forward part of each.
-    """
-
-    stack: Any
-    last: str
-    embeddings: tuple[nn.Embedding, ...]
-    head: nn.Linear
-    blocks: tuple[tuple[Half, Half], ...]
-
-    @classmethod
-    def of(cls, model: Any) -> Decoder:
-        """Find them."""
-        if hasattr(model.model, "decoder"):
-            stack = model.model.decoder
-            blocks = [
-                (
-                    Half("self_attn_layer_norm", _qkv(b.self_attn), b.self_attn.out_proj),
-                    Half("final_layer_norm", (b.fc1,), b.fc2),
-                )
-                for b in stack.layers
-            ]
-            embeddings = (stack.embed_tokens, stack.embed_positions)
-            return cls(stack, "final_layer_norm", embeddings, model.lm_head, tuple(blocks))
-        stack = model.model
-        blocks = [
-            (
-                Half("input_layernorm", _qkv(b.self_attn), b.self_attn.o_proj),
-                Half("post_attention_layernorm", (b.mlp.gate_proj, b.mlp.up_proj), b.mlp.down_proj),
-            )
-            for b in stack.layers
-        ]
-        return cls(stack, "norm", (stack.embed_tokens,), model.lm_head, tuple(blocks))
-
-
-def _qkv(attention: Any) -> tuple[nn.Linear, ...]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
-
-
-def first_line(error: BaseException) -> str:
-    """Return an exception in one line."""
-    words = inspect.cleandoc(str(error)).splitlines() or [""]
-    return f"{type(error).__name__}: {words[0]:.200}"
