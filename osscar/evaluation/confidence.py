@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 _FEWEST = 8
 """Samples of an interval at least: of seven degrees of freedom, t is 1.9 and not 6.3 as of one."""
 
-_MOST_LOG = 700.0
+MOST_EXPONENT = 700.0
 """Of more, the exponential is no number."""
 
 
@@ -191,7 +191,7 @@ class Judge:
         mean = bounded_mean(values)
         if self.quality is TargetKind.DIVERGENCE:
             return mean
-        increase, most = (math.expm1(min(x, _MOST_LOG)) for x in (mean.value, mean.bound))
+        increase, most = (math.expm1(min(x, MOST_EXPONENT)) for x in (mean.value, mean.bound))
         return Bounded(increase, most, mean.samples)
 
     def _worse(self, found: Any, index: int) -> float:

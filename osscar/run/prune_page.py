@@ -17,6 +17,7 @@ from osscar.base.printable import (
     pluralize,
     share,
 )
+from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows, dense_facts
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
@@ -56,9 +57,6 @@ MUCH_NATS, MUCH_AGREEMENT = 0.2, 0.8
 
 At 0.2 nats the perplexity on text of the dense model's is 1.22 times its own.
 """
-
-_MOST_NATS = 700.0
-"""Of more, the exponential is no number."""
 
 
 def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
@@ -348,7 +346,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     if document.get("recovery"):
         when = ", before the recovery"
     if divergence is not None:
-        times = math.exp(min(divergence, _MOST_NATS))
+        times = math.exp(min(divergence, MOST_EXPONENT))
         yield f"divergence, nats{when}", "0", _nats(divergence), ""
         yield f"exp(divergence){when}", "1", f"{times:.4g}", ""
     if document.get("agreement") is not None:
