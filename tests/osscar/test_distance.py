@@ -74,26 +74,25 @@ def test_a_small_divergence_is_told_from_none(dense, noise, seed):
     assert float(summed_divergence(log_p, log_p)) == 0.0
 
 
+def test_agreement_is_the_share_of_predictions_with_the_same_likeliest_class():
+    dense, found = Table([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0]]), Table([[0.0, 2.0], [0.0, 1.0]] * 2)
+    held = held_out(dense, {"which": torch.arange(3)}, at_once=2)
+    assert held.likeness(dense).agreement == 1.0
+    assert held.likeness(found).agreement == pytest.approx(2 / 3)
+
+
 def test_what_is_impossible_counts_nothing_and_has_no_gradient():
     held = held_out(Table([[0.0, 1.0, -math.inf]]), {"which": torch.zeros(1, dtype=torch.int64)})
     smaller = Table([[1.0, 0.5, 3.0]])
-    q = torch.tensor([1.0, 0.5, 3.0]).log_softmax(0)
-    p = torch.tensor([0.0, 1.0]).softmax(0)
-    expected = float((p * (p.log() - q[:2])).sum())
-    assert held.divergence(smaller) == pytest.approx(expected, rel=1e-5)
+    assert held.divergence(smaller) == pytest.approx(
+        divergence([0.0, 1.0, -math.inf], [1.0, 0.5, 3.0]), rel=1e-5
+    )
     found = held.distance.outputs(smaller, held.batches[0])
     held.distance.summed(found, held.expected[0], 1)[0].backward()
-    torch.testing.assert_close(smaller.rows.grad[0], q.exp() - torch.cat([p, torch.zeros(1)]))
+    p = torch.tensor([0.0, 1.0, -math.inf]).softmax(0)
+    torch.testing.assert_close(smaller.rows.grad[0], smaller.rows[0].detach().softmax(0) - p)
     with pytest.raises(NonFiniteError):  # where the dense one says 73 %
         held.divergence(Table([[1.0, -math.inf, 3.0]]))
-
-
-@pytest.mark.parametrize("family", ["opt", "llama-gqa"])
-def test_the_dense_model_itself_is_no_distance_away(family):
-    dense = tiny(family)
-    held = held_out(dense, tokens(4), at_once=2)
-    assert held.divergence(dense) == pytest.approx(0.0, abs=1e-9)
-    assert held.divergence(perturbed(dense)) > 0.01
 
 
 class Several(nn.Module):
@@ -111,7 +110,7 @@ class Several(nn.Module):
         return one, {"two": 300 * two, "wave": wave, "which": one.argmax(-1), "nothing": 0 * two}
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
 def test_the_relative_error_is_that_of_its_definition(kind):
     dense, smaller = Several(kind), perturbed(Several(kind))
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)).to(kind)
@@ -128,10 +127,9 @@ def test_the_relative_error_is_that_of_its_definition(kind):
         for a, b in zip(outputs(dense), outputs(smaller), strict=True)
     ]
     assert len(errors) == 4
-    expected = sum(errors) / len(errors)
-    rel = 1e-5 if kind in (torch.float32, torch.float64) else 1e-2
+    rel = 1e-5 if kind is torch.float64 else 1e-2
     found = [held_out(dense, x, at_once=size).divergence(smaller) for size in (1, 5, 12)]
-    assert found == [pytest.approx(expected, rel=rel)] * 3  # however they run together
+    assert found == [pytest.approx(sum(errors) / 4, rel=rel)] * 3  # however they run together
     assert held_out(dense, x).divergence(dense) == 0.0
 
 
@@ -147,52 +145,43 @@ def test_a_loss_of_the_callers_own_takes_what_the_models_put_out():
         expected = float((smaller(x)[0] - dense(x)[0]).abs().mean())
     for _ in range(2):
         assert held.divergence(smaller) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "loss", [lambda a, b: 0.5, lambda a, b: (a[0] - b[0]).abs(), lambda a, b: torch.tensor(1)]
-)
-def test_a_loss_that_is_no_number_is_refused(loss):
-    held = held_out(Several(), torch.randn(3, 4), loss)
-    with pytest.raises(OptionError, match=r"the loss returned .*a tensor with one number"):
-        held.divergence(Several())
+    for wrong in (lambda a, b: 0.5, lambda a, b: (a[0] - b[0]).abs(), lambda a, b: torch.tensor(1)):
+        held = held_out(dense, x, wrong)
+        with pytest.raises(OptionError, match=r"the loss returned .*a tensor with one number"):
+            held.divergence(dense)
 
 
 @pytest.mark.parametrize("data", ["logits", "numbers"])
 def test_the_gradient_is_that_of_finite_differences(data):
     if data == "logits":
-        dense, given = tiny("opt").double(), tokens(2, 8)
+        dense = tiny("opt", layers=1).double()
+        given = tokens(2, 8).clamp(min=2)  # no padding, whose embedding has no gradient
     else:
         dense, given = Several(torch.float64), torch.randn(3, 4, dtype=torch.float64)
     model = perturbed(dense)
     inputs = as_inputs(dense, given)
     (batch,) = in_batches(inputs.batches(dense, 1), 3)
-    distance = Reference.of(Distance.of(dense, inputs, batch), dense, [batch]).distance
-    due = distance.outputs(dense, batch)
+    held = Reference.of(Distance.of(dense, inputs, batch), dense, [batch])
+    assert held.divergence(dense) == pytest.approx(0.0, abs=1e-9)
+    distance, (due,) = held.distance, held.expected
 
     def loss():
         total, count = distance.summed(distance.outputs(model, batch), due, inputs.count(batch))
         return total / count
 
     loss().backward()
-    generator = torch.Generator().manual_seed(0)
-    steps = [
-        torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        for weight in model.parameters()
-    ]
-    slope = sum(
-        float((weight.grad * step).sum())
-        for weight, step in zip(model.parameters(), steps, strict=True)
-        if weight.grad is not None
-    )
+    weights, generator = list(model.parameters()), torch.Generator().manual_seed(0)
+    steps = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights]
+    pairs = list(zip(weights, steps, strict=True))
+    slope = sum(float((w.grad * step).sum()) for w, step in pairs if w.grad is not None)
     values = []
-    h = 1e-2 if data == "logits" else 1e-5  # log-probabilities are float32
+    h = 3e-4 if data == "logits" else 1e-6  # log-probabilities are float32
     with torch.no_grad():
         for shift in (h, -2 * h):
-            for weight, step in zip(model.parameters(), steps, strict=True):
-                weight.add_(shift * step / 10)
+            for weight, step in pairs:
+                weight.add_(shift * step)
             values.append(float(loss()))
-    assert (values[0] - values[1]) / (2 * h / 10) == pytest.approx(slope, rel=1e-2)
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-2)
 
 
 def test_data_on_which_a_model_fails_are_named():

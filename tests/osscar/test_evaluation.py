@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 from timeit import Timer
 from types import SimpleNamespace
 
@@ -26,17 +25,20 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from benchmarks.prose import Split, builtin_text
 from osscar.base import timing as timing_room
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.text import encode, load_calibration, load_text
 from osscar.evaluation import quality as evaluation
 from osscar.evaluation import speed
-from osscar.evaluation.evaluate import compare, evaluate
+from osscar.evaluation.evaluate import compare
 from osscar.evaluation.quality import score
-from osscar.evaluation.size import count_disk_bytes, count_parameter_bytes
-from osscar.evaluation.speed import measure_forward, measure_speed
-from osscar.models.load import load_model
+from osscar.evaluation.size import (
+    count_disk_bytes,
+    count_parameter_bytes,
+    read_peak_memory,
+    reset_peak_memory,
+)
+from osscar.evaluation.speed import measure_speed
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
@@ -45,6 +47,8 @@ from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
 TEXT = "The import statement binds names. " * 12
 VOCABULARY = 2048
 WIDTH = 32
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -66,45 +70,18 @@ def measure_quality(model, tokenizer, text, batch_size=4, **options):
     return score([model], load_text([text], tokenizer, **options), batch_size=batch_size)[0]
 
 
-def tiny_opt(ffn: int = 64, **options):
+def tiny_opt(ffn=64, **options):
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        word_embed_proj_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        ffn_dim=ffn,
-        max_position_embeddings=64,
-        init_std=0.2,
-        **options,
-    )
-    return OPTForCausalLM(config).eval()
+    own = {"word_embed_proj_dim": WIDTH, "ffn_dim": ffn, "init_std": 0.2}
+    own |= {"max_position_embeddings": 64, **options}
+    return OPTForCausalLM(OPTConfig(**SIZES, **own)).eval()
 
 
-def tiny_llama(**options):
+def tiny_llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        **options,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def two_tokens_first():
-    """A tokenizer that puts two tokens before each text."""
-    tokenizer = framing_tokenizer()
-    ends = [("<s>", 0), ("</s>", 2)]
-    frame = TemplateProcessing(single="<s> </s> $A", special_tokens=ends)
-    tokenizer.backend_tokenizer.post_processor = frame
-    return tokenizer
+    own = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    own["max_position_embeddings"] = 64
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **own)).eval()
 
 
 @torch.no_grad()
@@ -116,7 +93,7 @@ def direct_perplexity(model, tokens, seqlen):
         for position in range(1, len(window)):
             logits = model(input_ids=window[None, :position]).logits[0, -1].double()
             losses.append(-logits.log_softmax(0)[window[position]].item())
-    return math.exp(sum(losses) / len(losses)), len(losses)
+    return pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4), len(losses)
 
 
 # ---- perplexity --------------------------------------------------------------------------
@@ -125,14 +102,20 @@ def direct_perplexity(model, tokens, seqlen):
 def test_perplexity_is_what_it_says(model, tokenizer, monkeypatch):
     tokens = encode(tokenizer, TEXT)
     assert len(tokens) % 13 > 1  # a shorter window at the end
-    expected, count = direct_perplexity(model, tokens, 13)
     found = measure_quality(model, tokenizer, TEXT, seqlen=13, batch_size=3)
-    assert found.perplexity == pytest.approx(expected, rel=1e-4)
-    assert (found.tokens, found.windows) == (count, math.ceil(len(tokens) / 13))
+    assert (found.perplexity, found.tokens) == direct_perplexity(model, tokens, 13)
+    assert found.windows == math.ceil(len(tokens) / 13)
     assert (found.seqlen, found.special_tokens) == (13, 0)
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 5)
     pieces = measure_quality(model, tokenizer, TEXT, seqlen=13)
     assert pieces.perplexity == pytest.approx(found.perplexity, rel=1e-6)
+
+    # Windows of calibration data are scored as they are.
+    windows = load_calibration([TEXT], tokenizer, samples=3, seqlen=20, seed=0)
+    (found,) = score([model], windows)
+    expected = direct_perplexity(model, windows.tokens.flatten(), 20)
+    assert (found.perplexity, found.tokens) == expected
+    assert found.windows == 3
 
 
 def test_how_a_text_is_cut(model, tokenizer):
@@ -141,15 +124,11 @@ def test_how_a_text_is_cut(model, tokenizer):
     found = measure_quality(model, tokenizer, TEXT, seqlen=seqlen)  # one token is left over
     assert (found.windows, found.tokens) == (len(tokens) // seqlen, found.windows * (seqlen - 1))
     limited = measure_quality(model, tokenizer, TEXT, seqlen=16, windows=2)
-    expected, count = direct_perplexity(model, tokens[:32], 16)
-    assert limited.perplexity == pytest.approx(expected, rel=1e-4)
-    assert (limited.windows, limited.tokens) == (2, count)
+    assert (limited.perplexity, limited.tokens) == direct_perplexity(model, tokens[:32], 16)
     short = measure_quality(model, tokenizer, "import names")
-    expected, count = direct_perplexity(model, encode(tokenizer, "import names"), 64)
-    assert short.perplexity == pytest.approx(expected, rel=1e-4)
-    assert (short.windows, short.tokens) == (1, count)
+    expected = direct_perplexity(model, encode(tokenizer, "import names"), 64)
+    assert (short.perplexity, short.tokens) == expected
     assert measure_quality(model, tokenizer, TEXT).seqlen == 64
-    assert len(load_text([words(600)], tokenizer).cut([load_model("demo").model])[0]) == 512
 
 
 @torch.no_grad()
@@ -162,18 +141,12 @@ def test_windows_begin_as_the_tokenizer_says(model):
     expected = torch.cat(losses)
     found = measure_quality(model, framing, TEXT, seqlen=16)
     assert found.perplexity == pytest.approx(expected.mean().exp().item(), rel=1e-4)
-    assert (found.tokens, found.special_tokens) == (len(expected), 1)
-    assert found.tokens == len(encode(framing, TEXT))
+    assert (found.tokens, found.special_tokens) == (len(encode(framing, TEXT)), 1)
+    ends = [("<s>", 0), ("</s>", 2)]  # two tokens before each text
+    frame = TemplateProcessing(single="<s> </s> $A", special_tokens=ends)
+    framing.backend_tokenizer.post_processor = frame
     with pytest.raises(OptionError, match="which has room for the text"):
-        measure_quality(model, two_tokens_first(), TEXT, seqlen=2)
-
-
-def test_windows_of_calibration_data_are_scored_as_they_are(model, tokenizer):
-    windows = load_calibration([TEXT], tokenizer, samples=3, seqlen=20, seed=0)
-    expected, count = direct_perplexity(model, windows.tokens.flatten(), 20)
-    (found,) = score([model], windows)
-    assert found.perplexity == pytest.approx(expected, rel=1e-4)
-    assert (found.windows, found.tokens) == (3, count)
+        measure_quality(model, framing, TEXT, seqlen=2)
 
 
 def test_dropout_is_off_the_mode_restored_and_bfloat16_close(tokenizer):
@@ -187,59 +160,49 @@ def test_dropout_is_off_the_mode_restored_and_bfloat16_close(tokenizer):
     assert rounded == pytest.approx(expected.perplexity, rel=0.05)
 
 
-def test_the_demo_model_knows_what_a_unigram_model_does_not(tokenizer):
-    """Held-out perplexity, a few windows; unigram frequencies are those of training text."""
+def test_calibration_text_is_not_scored(tokenizer):
+    windows = load_calibration(CALIBRATION, tokenizer, samples=4, seqlen=64)
     held_out = HELD_OUT.read_text()
-    found = measure_quality(load_model("demo").model, tokenizer, held_out, windows=6)
-    counts = torch.bincount(encode(tokenizer, builtin_text(Split.TRAINING)), minlength=VOCABULARY)
-    frequencies = (counts + 1).double() / (counts + 1).sum()
-    scored = encode(tokenizer, held_out)[: 6 * 512].view(6, 512)[:, 1:]
-    unigram = math.exp(-frequencies[scored].log().mean().item())
-    assert unigram > 5 * found.perplexity
+    assert not any(tokenizer.decode(window[8:-8]) in held_out for window in windows.tokens)
 
 
 def test_what_cannot_be_scored_is_refused(model, tokenizer):
-    for options, error, message in (
-        ({"seqlen": 1}, OptionError, "window of 1 token .*from 2, .* to 64"),
-        ({"seqlen": 65}, OptionError, "window of 65 tokens.*from 2, .* to 64"),
-        ({"windows": 0}, OptionError, "windows=. must be at least 1, not 0"),
-        ({"batch_size": 0}, OptionError, r"batch_size=. must be at least 1, not 0"),
+    for options, message in (
+        ({"seqlen": 1}, "window of 1 token .*from 2, .* to 64"),
+        ({"seqlen": 65}, "window of 65 tokens.*from 2, .* to 64"),
+        ({"windows": 0}, "windows=. must be at least 1, not 0"),
+        ({"batch_size": 0}, r"batch_size=. must be at least 1, not 0"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(OptionError, match=message):
             measure_quality(model, tokenizer, TEXT, **options)
     for text, message in (("", "has no text"), ("a", "has 1 token; scoring needs at least 2")):
         with pytest.raises(DataError, match=message):
             load_text([text], tokenizer)
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=64,
-    )  # fmt: skip
-    both_ways = BertForMaskedLM(config).train()
-    with pytest.raises(ModelError, match="BertForMaskedLM that reads in both directions"):
-        measure_quality(both_ways, tokenizer, TEXT)
+    both_ways = BertForMaskedLM(BertConfig(**SIZES, intermediate_size=16)).train()
+    few = tiny_opt()
+    few.resize_token_embeddings(100)
+    for wrong, message in (
+        (both_ways, "BertForMaskedLM that reads in both directions"),
+        (nn.Linear(2, 2), "Linear is no language model of transformers"),
+        (few, "knows only 100"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            measure_quality(wrong, tokenizer, TEXT)
     assert both_ways.training
-    with pytest.raises(ModelError, match="Linear is no language model of transformers"):
-        measure_quality(nn.Linear(2, 2), tokenizer, TEXT)
-    model.resize_token_embeddings(100)
-    with pytest.raises(ModelError, match="knows only 100"):
-        measure_quality(model, tokenizer, TEXT)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_logits_name_the_window(model, tokenizer, value):
+def test_non_finite_logits_name_the_window(model, tokenizer):
     """The embedding of one token is damaged, which occurs late in the text."""
     text = TEXT + "zebra crossing"
     usual, tokens = set(encode(tokenizer, TEXT).tolist()), encode(tokenizer, text).tolist()
     place = next(n for n, token in enumerate(tokens) if token not in usual)
     assert place % 16 < 15  # at the end of a window it would not be read
     weight = model.get_input_embeddings().weight.detach().clone()
-    weight[tokens[place]] = value
+    weight[tokens[place]] = torch.nan
     model.set_input_embeddings(nn.Embedding.from_pretrained(weight))  # the output stays whole
     with pytest.raises(NonFiniteError, match=f"window {place // 16};"):
         measure_quality(model, tokenizer, text, seqlen=16)
-
-
-def test_perplexity_beyond_numbers(model, tokenizer):
+    model = tiny_opt()
     with torch.no_grad():
         model.model.decoder.final_layer_norm.weight.mul_(1e6)
     with pytest.raises(NonFiniteError, match="overflows"):
@@ -249,21 +212,20 @@ def test_perplexity_beyond_numbers(model, tokenizer):
 # ---- size --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_flops_by_hand(attention):
+def test_flops_by_hand():
     tokens, ffn = 20, 64
     window = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
     pairs = 2 * tokens * WIDTH  # each query with each key, and each weight with each value
+    of_opt = 4 * WIDTH * WIDTH + 2 * WIDTH * ffn
     for model, layer in (
-        (tiny_opt(ffn, attn_implementation=attention), 4 * WIDTH * WIDTH + 2 * WIDTH * ffn),
+        (tiny_opt(ffn), of_opt),
+        (tiny_opt(ffn, attn_implementation="eager"), of_opt),
         (tiny_llama(), 2 * WIDTH * WIDTH + 2 * WIDTH * 16 + 3 * WIDTH * 48),  # grouped queries
         (GPT2LMHeadModel(config).eval(), 12 * WIDTH * WIDTH),  # Conv1D
     ):
         expected = 2 * tokens * (2 * (layer + pairs) + WIDTH * VOCABULARY)
         assert count_flops(model, window) == expected
-    saved = count_flops(tiny_opt(64), window) - count_flops(tiny_opt(40), window)
-    assert saved == 2 * 20 * 2 * (2 * WIDTH * 24)
 
 
 def test_bytes_in_memory_and_on_disk(model, tmp_path):
@@ -273,26 +235,22 @@ def test_bytes_in_memory_and_on_disk(model, tmp_path):
     assert count_parameter_bytes(model.bfloat16()) == 2 * count_parameters(model)
     assert count_disk_bytes(None) is None
     assert count_disk_bytes(tmp_path) is None
-    (tmp_path / "a.safetensors").write_bytes(b"12345")
-    (tmp_path / "b.safetensors").write_bytes(b"123")
-    (tmp_path / "config.json").write_bytes(b"1")
+    for name, content in (("a.safetensors", "12345"), ("b.safetensors", "123"), ("c.json", "1")):
+        (tmp_path / name).write_text(content)
     assert count_disk_bytes(tmp_path) == count_disk_bytes(str(tmp_path)) == 8
 
 
 def test_peak_memory_sees_an_allocation():
-    """In a process of its own, whose memory no other test has grown or given back."""
-    code = (
-        "import torch; from osscar.evaluation.size import read_peak_memory, reset_peak_memory;"
-        "cpu = torch.device('cpu'); reset_peak_memory(cpu); before = read_peak_memory(cpu);"
-        "block = torch.ones(400_000_000, dtype=torch.uint8);"
-        "print(before, read_peak_memory(cpu), block.nbytes)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    before, after, size = run.stdout.split()
-    if before == "None":
-        pytest.skip("this system does not tell")
-    assert int(after) >= int(before) + 0.3 * int(size)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not tell, or resets nothing")
+    cpu = torch.device("cpu")
+    torch.ones(300_000_000, dtype=torch.uint8)  # which is given back
+    reset_peak_memory(cpu)
+    before = read_peak_memory(cpu)
+    block = torch.ones(200_000_000, dtype=torch.uint8)
+    assert before + 0.5 * block.nbytes < read_peak_memory(cpu) < before + 1.5 * block.nbytes
 
 
 # ---- speed -------------------------------------------------------------------------------
@@ -320,7 +278,7 @@ def test_medians_are_taken_without_the_warm_up(model, monkeypatch):
     seconds = {
         40: iter([9.0, 0.5, 2.0, 0.25]),
         38: iter([7.0] * 4),
-        1: iter([9.0, 9, 1, 5, 2, 2, 3, 1]),
+        1: iter([9.0, 9, 1, 5, 2, 2, 3, 8]),
     }
 
     def forward(input_ids, **_):
@@ -331,7 +289,7 @@ def test_medians_are_taken_without_the_warm_up(model, monkeypatch):
     monkeypatch.setattr(speed, "clock", lambda: now[0])
     (found,) = measure_speed([model], torch.arange(40), new_tokens=2, repetitions=3)
     assert found.prefill_tokens_per_second == 40 / 0.5
-    assert found.decode_tokens_per_second == 2 / 4.0
+    assert found.decode_tokens_per_second == 2 / 6.0
 
 
 @pytest.mark.parametrize("build", [tiny_opt, tiny_llama])
@@ -348,16 +306,11 @@ def test_what_the_model_is_asked_to_do(build):
     prefill, decode = [(40, 40)], [(37, 37), (1, 38), (1, 39), (1, 40)]
     assert shapes == 2 * prefill + 2 * decode  # each after a warm-up
     assert (found.prompt_tokens, found.new_tokens, found.repetitions) == (40, 3, 1)
-    assert found.prefill_tokens_per_second > 0
-    assert found.decode_tokens_per_second > 0
-
-
-def test_any_model_with_a_cache_can_be_timed(model):
-    uneven = without_first_group(tiny_llama())
-    (found,) = measure_speed([uneven], torch.arange(40), new_tokens=4, repetitions=1)
-    assert found.decode_tokens_per_second > 0
     (found,) = measure_speed([model], torch.arange(6), new_tokens=32, repetitions=1)
     assert found.new_tokens == 3  # half of a short prompt
+
+
+def test_what_cannot_be_timed_is_refused(model):
     with pytest.raises(OptionError, match="at least 2 tokens, not 1"):
         measure_speed([model], torch.arange(1), repetitions=1)
     model.register_forward_hook(lambda _, __, output: type(output)(logits=output.logits))
@@ -368,72 +321,30 @@ def test_any_model_with_a_cache_can_be_timed(model):
 # ---- together ----------------------------------------------------------------------------
 
 
-def test_an_evaluation_is_json(tokenizer):
-    loaded = load_model("demo", device="cpu")
-    text = load_text([words(600)], tokenizer, windows=1)
-    found = evaluate(loaded.model, text, repetitions=1, path=loaded.path)
-    plain = json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
-    assert plain["footprint"]["parameters"] == count_parameters(loaded.model)
-    assert plain["footprint"]["disk_bytes"] == count_disk_bytes(DEMO_DIRECTORY)
-    assert plain["footprint"]["peak_memory_bytes"] > plain["footprint"]["parameter_bytes"]
-    assert plain["quality"]["tokens"] == 511
-    assert (plain["device"], plain["dtype"]) == ("cpu", "float32")
-    window = {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
-    flops = count_flops(loaded.model, window) / 512
-    assert plain["footprint"]["flops"] == flops
-
-
 def test_a_comparison_divides_by_the_dense_model(tokenizer, tmp_path):
     small, dense, text = tiny_opt(32), tiny_opt(64), load_text([TEXT], tokenizer)
     dense.train()
     small.save_pretrained(tmp_path)
-    found = compare(small, dense, text, repetitions=1, new_tokens=2, path=tmp_path)
+    options = {"repetitions": 1, "new_tokens": 2}
+    found = compare(small, dense, text, path=tmp_path, **options)
     assert found.model.quality == measure_quality(small, tokenizer, TEXT)
     assert found.dense.quality == measure_quality(dense, tokenizer, TEXT)
     ratios, mine, other = found.ratios, found.model, found.dense
     assert ratios["perplexity"] == mine.quality.perplexity / other.quality.perplexity
     assert ratios["parameters"] == count_parameters(small) / count_parameters(dense) < 1
-    assert ratios["flops"] < 1
+    window = {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
+    assert mine.footprint.flops == count_flops(small, window) / 64 < other.footprint.flops
+    assert mine.footprint.peak_memory_bytes > mine.footprint.parameter_bytes
+    assert json.loads(json.dumps(dataclasses.asdict(mine), allow_nan=False))["dtype"] == "float32"
     assert ratios["decode_tokens_per_second"] == (
         mine.speed.decode_tokens_per_second / other.speed.decode_tokens_per_second
     )
     assert ratios["disk_bytes"] is None
     assert set(ratios) < set(mine.numbers())
-    assert found.model.footprint.disk_bytes == count_disk_bytes(tmp_path)
     assert dense.training
-    options = {"repetitions": 1, "new_tokens": 2, "dense_path": DEMO_DIRECTORY}
-    both = compare(load_model("demo").model, small, text, path=tmp_path, **options)
-    expected = count_disk_bytes(tmp_path) / count_disk_bytes(DEMO_DIRECTORY)
+    # Windows fit both models, and each directory has its size.
+    long = tiny_opt(max_position_embeddings=128)
+    both = compare(long, small, text, path=DEMO_DIRECTORY, dense_path=tmp_path, **options)
+    expected = count_disk_bytes(DEMO_DIRECTORY) / count_disk_bytes(tmp_path)
     assert both.ratios["disk_bytes"] == expected
-    assert both.model.quality.seqlen == both.dense.quality.seqlen == 64  # which fit both
-
-
-def test_calibration_text_is_not_scored(tokenizer):
-    windows = load_calibration(CALIBRATION, tokenizer, samples=4, seqlen=64)
-    held_out = HELD_OUT.read_text()
-    assert not any(tokenizer.decode(window[8:-8]) in held_out for window in windows.tokens)
-
-
-def words(count: int) -> str:
-    return " ".join(str(number) for number in range(count))
-
-
-def without_first_group(model):
-    """Remove a key-value group with its two query heads from the first layer of `tiny_llama`."""
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        for name, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
-            linear = getattr(attention, name)
-            linear.weight = nn.Parameter(linear.weight[rows:].clone())
-        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, 16:].clone())
-    return model
-
-
-@pytest.mark.parametrize("batch", [{}, {"xs": [torch.ones(2, 3), torch.ones(2, 3)]}])
-def test_a_forward_pass_is_measured_of_any_inputs(batch):
-    class Summed(torch.nn.Linear):
-        def forward(self, xs=()):
-            return super().forward(sum(xs, start=torch.ones(2, 3)))
-
-    (found,) = measure_forward([Summed(3, 3)], batch)
-    assert found["flops"] == 36
+    assert both.model.quality.seqlen == both.dense.quality.seqlen == 64

@@ -1,3 +1,5 @@
+"""Requests: what they take, what they refuse, and what the groups of a model then keep."""
+
 import dataclasses
 import inspect
 import json
@@ -25,7 +27,6 @@ from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest as Asked
 from osscar.request import parse_keep
 from osscar.study.design import StudyDesign
-from tests.osscar.families import tiny, tokens
 
 
 def group(name, kind, units, *, width=1, frozen=()):
@@ -43,85 +44,48 @@ GROUPS = (
 
 def allocate(groups, asked):
     """Return what the groups of a model keep, where a budget is shared out uniformly."""
-    model = nn.ModuleDict(
-        {"hidden": nn.Linear(48, 2), "heads": nn.Linear(576, 2), "neurons": nn.Linear(1536, 2)}
-    )
-    prepared = SimpleNamespace(
-        model=model,
-        groups=groups,
-        every_group=groups,
-        routed=(),
-        groups_with=lambda names: groups,
-        residual=frozenset(),
-        sample={},
-        ranks=ALONE,
-    )
+    sizes = {"hidden": 48, "heads": 576, "neurons": 1536}
+    model = nn.ModuleDict({name: nn.Linear(inputs, 2) for name, inputs in sizes.items()})
+    prepared = SimpleNamespace(model=model, groups=groups, every_group=groups, routed=(),
+                               groups_with=lambda names: groups, residual=frozenset(), sample={},
+                               ranks=ALONE)  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(prepared, asked).keep
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("0.7", Fraction(7, 10)),
-        (0.7, Fraction(7, 10)),
-        ("2/3", Fraction(2, 3)),
-        ("512", 512),
-        (512, 512),
-        ("1.0", Fraction(1)),
-        (1 / 768, Fraction(str(1 / 768))),
-        (Fraction(0.001), Fraction(0.001)),
-    ],
-)
-def test_what_to_keep_is_a_fraction_or_a_count(text, value):
-    assert parse_keep(text) == value
+def test_what_to_keep_is_a_fraction_or_a_count():
+    for text, value in (
+        *(("0.7", Fraction(7, 10)), (0.7, Fraction(7, 10)), ("2/3", Fraction(2, 3))),
+        *(("512", 512), (512, 512), ("1.0", Fraction(1)), (1 / 768, Fraction(str(1 / 768)))),
+    ):
+        assert parse_keep(text) == value
 
 
 NAN, INF = float("nan"), float("inf")
 NO_KEEP = (
-    *(
-        "0",
-        "-3",
-        0,
-        "0.0",
-        "1.5",
-        "3/2",
-        1.5,
-        "half",
-        "1/0",
-        "",
-        "nan",
-        "-0.2",
-        "0x1",
-        True,
-        NAN,
-        INF,
-    ),
-    *("1e-99999999", "1e99999999", "9" * 5000, "1/" + "9" * 5000, 10**4000, 1e300),
+    *("0", "-3", "0.0", "1.5", "3/2", "half", "1/0", "nan", "0x1", "1e-99999999", "1e99999999"),
+    *("", 0, 1.5, True, NAN, INF, 10**4000, 1e300, "9" * 5000, "1/" + "9" * 5000),
 )
 """What keeps nothing or more than all, is no number, or one that nobody could compute with."""
 
 BAD = [
-    (Asked, "sparsity", (0.0, 1, -0.1, 1.2, NAN, INF, True, "a lot", [0.5]), "it should be "),
-    (Asked, "flops", (0.0, 1.0, NAN, True), "it should be "),
+    (Asked, "sparsity", (0.0, 1, NAN, True, "a lot", [0.5]), "it should be "),
     (Asked, "speedup", (1.0, NAN, INF, 10**400), "it should be "),
-    *((Asked, name, NO_KEEP, "give a fraction") for name in ("params", "neurons", "at_least")),
-    (Asked, "size", (*NO_KEEP, "much", "-1MB", "0MB"), "give a fraction .* or a size such as"),
-    (Asked, "experts", ("most", 0, 10**5000), "give a fraction"),
+    (Asked, "params", NO_KEEP, "give a fraction"),
+    (Asked, "size", ("0", 1.5, NAN, "much", "-1MB", "0MB"), "fraction .* or a size such as"),
+    (Asked, "memory", ("nothing",), "give a fraction"),
+    (Asked, "context", (0,), "it should be "),
+    (Asked, "experts", ("most", 0), "give a fraction"),
     (Asked, "groups", (["0.heads"], {1: 0.5}), "give a mapping of names"),
     (Asked, "groups", ({"0.heads": True}, {"0.heads": None}), "give a fraction"),
     (Asked, "allocation", ("fair", None), "it should be 'measured' or 'uniform'"),
     (Asked, "skip", ("0.*", [1], 3), "give a list of patterns"),
-    (Asked, "round_to", (0, 1.5, True, None, "x"), "it should be "),
-    (Asked, "batch_size", (0, -1, 10**20), "it should be "),
-    (Asked, "seed", (-1, 2**63, "x"), "it should be "),
+    (Asked, "seed", (-1, 2**63, 1.5, True, "x"), "it should be "),
     (Asked, "damp", (NAN, INF, 1e300, -1, True), "it should be "),
-    (Asked, "correction_weight", (1.5, NAN), "it should be "),
     (Asked, "backend_options", ([1],), "it should be a valid dictionary"),
     (Asked, "certify", (None, "perhaps"), "it should be a valid boolean"),
-    (RecoveryRequest, "steps", (0, 1.5), "it should be "),
-    (RecoveryRequest, "learning_rate", (0, 1.5, NAN), "it should be "),
+    (RecoveryRequest, "learning_rate", (0, 1.5), "it should be "),
     (RecoveryRequest, "lora", (0, 4097), "it should be "),
     (RecoveryRequest, "max_memory", ("much", 0, True), "give "),
     (RecoveryRequest, "augment", ("mirror",), "it should be 'flip-shift' or 'none'"),
@@ -130,28 +94,25 @@ BAD = [
     (StudyDesign, "sparsities", ((),), "give at least one"),
     (StudyDesign, "sparsities.0", ((0.0,), (1,), (NAN,), (True,)), "it should be "),
     (StudyDesign, "sparsities", ((0.5, 0.5),), "give each once"),
-    (StudyDesign, "backends", ("greedy",), "uple"),
-    (StudyDesign, "backends", ((),), "give at least one"),
     (StudyDesign, "backends.0", ((5,),), "it should be a valid string"),
     (StudyDesign, "backends", (("greedy", "greedy"),), "give each once"),
     (StudyDesign, "window_units", (1, 2.5), "it should be "),
-    (StudyDesign, "exact_units", (0, 2.5), "it should be "),
     (StudyDesign, "time_limit", (0.0, INF, "x"), "it should be "),
-    (StudyDesign, "gap_tolerance", (1.0, None), "it should be "),
 ]
 
 
 @pytest.mark.parametrize(
-    ("request_of", "name", "value", "advice"),
-    [(cls, name, value, advice) for cls, name, values, advice in BAD for value in values],
+    ("request_of", "name", "values", "advice"),
+    BAD,
     ids=lambda value: getattr(value, "__name__", None) or f"{safe_repr(value):.30}",
 )
-def test_a_bad_value_is_refused_by_its_name_with_what_to_give(request_of, name, value, advice):
-    with pytest.raises(OptionError, match=advice) as refused:
-        request_of(**{name.partition(".")[0]: value})
-    [shown] = value if "." in name else [value]
-    assert str(refused.value).startswith(f"{name.replace('_', '-')} is {safe_repr(shown)}; ")
-    assert re.fullmatch(".{,300}", str(refused.value))  # one line
+def test_a_bad_value_is_refused_by_its_name_with_what_to_give(request_of, name, values, advice):
+    for value in values:
+        with pytest.raises(OptionError, match=advice) as refused:
+            request_of(**{name.partition(".")[0]: value})
+        [shown] = value if "." in name else [value]
+        assert str(refused.value).startswith(f"{name.replace('_', '-')} is {safe_repr(shown)}; ")
+        assert re.fullmatch(".{,300}", str(refused.value))  # one line
 
 
 @pytest.mark.parametrize(
@@ -159,13 +120,10 @@ def test_a_bad_value_is_refused_by_its_name_with_what_to_give(request_of, name, 
     [
         (Asked(sparsity=0.3), {"0.heads": 6, "0.neurons": 1094}),
         (Asked(heads="2/3"), {"0.heads": 6}),
-        (Asked(neurons="0.7"), {"0.neurons": 1075}),
         (Asked(neurons=512, heads=9), {"0.neurons": 512}),
         (Asked(sparsity=0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
         (Asked(sparsity=0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
-        (Asked(sparsity=0.4, round_to=256), {"0.heads": 4, "0.neurons": 768}),
         (Asked(sparsity=0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
-        (Asked(groups={"0.neurons": 7}), {"0.neurons": 7}),
         (Asked(sparsity=0.5, groups={"0.neurons": 7}), {"0.heads": 4, "0.neurons": 7}),
     ],
 )
@@ -174,102 +132,89 @@ def test_allocation(asked, kept):
 
 
 def test_widths_are_round_and_no_narrower_than_the_least_that_is_asked_for():
+    assert Asked(sparsity=0.5, at_least=0.4).widths.least(9) == 4
     widths = Asked(sparsity=0.5, at_least=0.4, round_to=256).widths
     assert possible_widths(GROUPS[2], widths).tolist() == [768, 1024, 1280, 1536]
 
 
-@pytest.mark.parametrize("sparsity", [0.03, 0.1, 0.3, 0.45, 0.5, 0.8])
-def test_equal_shares_spend_a_sparsity_to_the_last_neuron(sparsity):
-    kept = allocate(GROUPS, Asked(sparsity=sparsity))
-    heads, neurons = (kept.get(group.name, group.units) for group in GROUPS[1:])
-    left = (1 - sparsity) * (9 * 128 + 1536 * 2) - (heads * 128 + neurons * 2)
-    assert 0 <= left < 2
-    assert abs(heads - 9 * neurons / 1536) < 1
+def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
+    for sparsity in (0.03, 0.3, 0.8):
+        kept = allocate(GROUPS, Asked(sparsity=sparsity))
+        heads, neurons = (kept.get(group.name, group.units) for group in GROUPS[1:])
+        left = (1 - sparsity) * (9 * 128 + 1536 * 2) - (heads * 128 + neurons * 2)
+        assert 0 <= left < 2
+        assert abs(heads - 9 * neurons / 1536) < 1
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (lambda: Asked(), "nothing to prune"),
-        (lambda: Asked(heads=0.5, at_least=0.5), "no budget is given; give one, such as sparsity="),
-        (lambda: Asked(neurons=0.5, allocation="uniform"), "is uniform, .* none is given"),
-        (lambda: Asked(heads=0.01), "keeps none"),
-        (lambda: Asked(heads=10), "cannot keep 10 units of '0.heads', which has 9"),
-        (lambda: Asked(groups={"nowhere": 1}), "no group 'nowhere'"),
-        (lambda: Asked(heads="0.99"), "nothing would be removed"),
-        (
-            lambda: Asked(sparsity=0.5, skip=["7.*"]),
-            r"no group is called '7\.\*', which skip= names",
-        ),
-        (lambda: Asked(sparsity=0.5, skip=["*"]), "nothing would be removed.*skip less"),
-        (lambda: Asked(sparsity=0.5, round_to=1000), "round-to 1000 cannot be met by '0.heads'"),
+        ({}, "nothing to prune"),
+        ({"heads": 0.5, "at_least": 0.5}, "no budget is given; give one, such as sparsity="),
+        ({"neurons": 0.5, "allocation": "uniform"}, "is uniform, .* none is given"),
+        ({"memory": "1GB"}, "memory is 1GB, .* context= does not say of how many"),
+        ({"params": 0.8, "context": 8}, "say what memory= counts, which is not given"),
+        ({"params": 0.8, "batch": 8}, "say what memory= counts, which is not given"),
+        ({"memory": 0.8, "context": 8, "form": "exported"}, "'exported' cannot; give size"),
+        ({"heads": 0.01}, "keeps none"),
+        ({"heads": 10}, "cannot keep 10 units of '0.heads', which has 9"),
+        ({"heads": "0.99"}, "nothing would be removed"),
+        ({"channels": "0.5"}, "no group of channels"),
+        ({"groups": {"nowhere": 1}}, "no group 'nowhere'"),
+        ({"groups": {"hidden": 3}}, r"attention mixes it \(aten.softmax.int in block.a"),
+        ({"sparsity": 0.5, "skip": ["7.*"]}, r"no group is called '7\.\*', which skip= names"),
+        ({"sparsity": 0.5, "skip": ["*"]}, "nothing would be removed.*skip less"),
+        ({"sparsity": 0.5, "round_to": 1000}, "round-to 1000 cannot be met by '0.heads'"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(asked, message):
     with pytest.raises(RequestError, match=message):
-        allocate(GROUPS, asked())
+        allocate(GROUPS, Asked(**asked))
 
 
-def test_a_frozen_group_that_is_asked_for_says_what_froze_it():
-    with pytest.raises(RequestError, match=r"attention mixes it \(aten.softmax.int in block.a"):
-        allocate(GROUPS, Asked(groups={"hidden": 3}))
+def test_what_is_frozen_or_skipped_is_left_alone_whatever_else_is_asked():
     frozen = (group("0.heads", UnitKind.HEADS, 9, frozen=(FREEZE,)), GROUPS[2])
     with pytest.raises(RequestError, match=r"0\.heads"):
         allocate(frozen, Asked(heads="0.5"))
     assert allocate(frozen, Asked(sparsity=0.5)) == {"0.neurons": 768}
-
-
-def test_a_kind_that_does_not_exist_is_refused_when_it_is_named():
-    with pytest.raises(RequestError, match="no group of heads"):
-        allocate(GROUPS[2:], Asked(heads="0.5", neurons="0.5"))
-
-
-def test_what_is_skipped_is_left_alone_whatever_else_is_asked():
-    assert allocate(GROUPS, Asked(sparsity=0.5)).keys() == {"0.heads", "0.neurons"}
     skipped = Asked(sparsity=0.5, groups={"0.heads": 3}, skip=["0.h*"])
     assert allocate(GROUPS, skipped) == {"0.neurons": 768}
 
 
 def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
-    swaps = {"backend_options": {"max_swaps": np.int64(3)}}
     given = {"sparsity": Fraction(1, 2), "damp": np.float32(0.5), "seed": np.int64(3)}
     given |= {"heads": Fraction(2, 3), "neurons": np.int64(7), "channels": np.float32(0.5)}
-    data = json.loads(json.dumps(Asked(**given, device=torch.device("cpu"), **swaps).to_json()))
-    told = {
-        "sparsity": 0.5,
-        "damp": 0.5,
-        "seed": 3,
-        "device": "cpu",
-        "backend_options": {"max_swaps": 3},
-    }
-    told |= {"heads": "2/3", "neurons": "7", "channels": "0.5"}
+    given |= {"device": torch.device("cpu"), "backend_options": {"max_swaps": np.int64(3)}}
+    data = json.loads(json.dumps(Asked(**given).to_json()))
+    told = {"sparsity": 0.5, "damp": 0.5, "seed": 3, "heads": "2/3", "neurons": "7"}
+    told |= {"channels": "0.5", "device": "cpu", "backend_options": {"max_swaps": 3}}
     assert data == {**Asked(sparsity=0.5).to_json(), **told}
+    assert Asked(**data) == Asked(**told)
     for true in (np.True_, torch.tensor(True)):
         with pytest.raises(OptionError, match="damp is True; it should be a valid number"):
             Asked(sparsity=0.5, damp=true)
-    assert Asked(**data) == Asked(**told)
     asked = RecoveryRequest(max_memory=np.int64(10**9), steps=np.int32(3)).to_json()
     assert json.loads(json.dumps(asked)) == RecoveryRequest(max_memory="1GB", steps=3).to_json()
 
 
 def test_fields_are_keywords_and_models_may_be():
-    model = tiny("opt")
+    model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(64, 4)
     with pytest.raises(TypeError):
-        osscar.prune(model, tokens(), 0.5)
-    result = osscar.prune(model=model, calibration=tokens(), sparsity=0.5, backend="magnitude")
-    assert result.request.sparsity == 0.5
+        osscar.prune(model, data, 0.5)
+    options = {"backend": "flap", "target": "weights", "damp": 1e9, "device": "cpu"}
+    result = osscar.prune(model=model, calibration=data, neurons=0.5, **options)
+    assert result.request.damp == 1e9  # the greatest, which leaves the dense weights
+    kept = list(result.plan.groups[0].kept)
+    torch.testing.assert_close(result.model[2].weight, model[2].weight[:, kept])
 
 
 RIGHT = (
     'nn.Linear(2, 2), None, sparsity=0.3, target="weights", heads="2/3", skip=["a"]',
     'model=nn.Linear(2, 2), calibration=None, speedup=2, form="exported"',
 )
-WRONG = (
-    "nn.Linear(2, 2), None, sparsty=0.3",
-    'nn.Linear(2, 2), None, sparsity="a lot"',
-    'nn.Linear(2, 2), None, target="residuals"',
-    'nn.Linear(2, 2), None, allocation="fair"',
-    "nn.Linear(2, 2), None, 0.3",
+WRONG = tuple(
+    f"nn.Linear(2, 2), None, {asked}"
+    for asked in ("sparsty=0.3", 'sparsity="a lot"', 'target="residuals"', "0.3")
 )
 
 
@@ -305,12 +250,3 @@ def test_help_and_signature_name_every_field():
     renamed = {"backend_options": "option"}
     for name in set(fields) - {"groups"}:
         assert f"--{renamed.get(name, name).replace('_', '-')}" in options
-
-
-def test_the_damping_that_leaves_the_dense_weights_is_one():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    options = {"backend": "flap", "target": "weights", "damp": 1e9, "device": "cpu"}
-    result = osscar.prune(model, torch.randn(64, 4), neurons=0.5, **options)
-    kept = list(result.plan.groups[0].kept)
-    torch.testing.assert_close(result.model[2].weight, model[2].weight[:, kept])
