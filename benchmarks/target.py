@@ -27,6 +27,7 @@ import torch
 import osscar
 from benchmarks.measuring import markdown, rows_in
 from osscar.base.files import write_json
+from osscar.data.batches import as_inputs
 from osscar.data.parts import in_parts, rows_of
 from osscar.evaluation.confidence import Judge
 from osscar.models.names import DEMO_CALIBRATION
@@ -44,6 +45,8 @@ class Task:
     samples: int
     targets: tuple[tuple[TargetKind, float], ...]
     seqlen: int | None = None
+    own_labels: bool = False
+    """Whether images are labelled with the class that the dense model puts first."""
 
 
 DIVERGENCE, PERPLEXITY, TOP1 = TargetKind.DIVERGENCE, TargetKind.PERPLEXITY, TargetKind.TOP1
@@ -52,6 +55,9 @@ TASKS = {
         f"{Path(__file__).parent / 'resnet20.py'}:build",
         768,
         ((DIVERGENCE, 0.05), (DIVERGENCE, 0.2), (TOP1, 0.03)),
+    ),
+    "mobilenet": Task(
+        "torchvision:mobilenet_v2", 384, ((TOP1, 0.05), (TOP1, 0.1), (DIVERGENCE, 0.2)), None, True
     ),
     "demo": Task("demo", 64, ((DIVERGENCE, 0.03), (DIVERGENCE, 0.1), (PERPLEXITY, 0.05)), 64),
     "smollm2": Task(
@@ -84,7 +90,7 @@ def main() -> None:
             row for row in asked(name, arguments) if not (arguments.directory / row.file).exists()
         ]
         if rows:
-            loaded, pool = opened(TASKS[name], arguments.data)
+            loaded, pool = opened(TASKS[name], arguments)
             for row in rows:
                 measure(row, loaded, pool, arguments)
     print(*table(arguments.directory), sep="\n")
@@ -95,6 +101,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="directory of the files named")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
+    parser.add_argument("--targets", nargs="*", type=float, help="only those of these values")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--bisect", action="store_true", help="also by hand, with the first seed")
     parser.add_argument("--device", default="auto")
@@ -105,22 +113,36 @@ def asked(name: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows that are asked for, all targets of a seed before the next."""
     for seed in arguments.seeds:
         for kind, most in TASKS[name].targets:
+            if arguments.targets and most not in arguments.targets:
+                continue
             yield Row(name, kind, most, seed, "search")
             if arguments.bisect and seed == arguments.seeds[0]:
                 yield Row(name, kind, most, seed, "bisection")
 
 
-def opened(task: Task, data: Path) -> tuple[osscar.LoadedModel, Any]:
+def opened(task: Task, arguments: argparse.Namespace) -> tuple[osscar.LoadedModel, Any]:
     """Open a model, and all samples that there are for it, none of which overlap."""
+    data = arguments.data
     if task.seqlen is None:
-        weights = data / "resnet20-cifar10.safetensors"
+        weights = arguments.mobilenet if task.own_labels else data / "resnet20-cifar10.safetensors"
         loaded = osscar.load_model(task.model, weights=weights)
-        return loaded, loaded.images(f"{data / 'cifar10-subset.npz'}:test")
+        images = loaded.images(f"{data / 'cifar10-subset.npz'}:test")
+        if task.own_labels:
+            labels = first_classes(loaded.model, images)
+            images = dataclasses.replace(images, labels=labels, classes=())
+        return loaded, images
     loaded = osscar.load_model(task.model)
     text = DEMO_CALIBRATION if task.model == "demo" else data / "wikitext2-raw-test.txt"
     return loaded, osscar.load_calibration(
         text, loaded.tokenizer, samples=10**5, seqlen=task.seqlen, overlapping=False
     )
+
+
+@torch.no_grad()
+def first_classes(model: Any, images: Any) -> torch.Tensor:
+    """Return the class that a model puts first, for each image."""
+    batches = as_inputs(model, images).batches(model, 50)
+    return torch.cat([model(**batch).argmax(1) for batch in batches])
 
 
 def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse.Namespace) -> None:
