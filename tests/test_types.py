@@ -1,7 +1,5 @@
 """Type checkers see what `pip install -e` has installed, as the README says it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -92,7 +92,7 @@ def to_run():
 
 
 TO_RUN = to_run()
-LONG = ("README.md", "docs/vision.md")
+LONG = ("README.md", "docs/vision.md", "docs/budget.md")
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 The commands that pages show are held to it in `test_commands.py`; here are the others.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The site lists every page, and its reference every public name."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Where checkpoints go: nothing of anyone's is lost, whatever happens in the middle of a save."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat

@@ -15,6 +15,7 @@ import osscar
 from osscar.base.errors import CheckpointError, DataError, EquivalenceError, FileError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE
+from osscar.checkpoint.hf_config import any_shape_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.network.modules import copied
 from osscar.proof.lineage import lineage_of
@@ -80,6 +81,13 @@ def test_what_no_stock_config_can_express_is_saved_and_read(family, keep, tmp_pa
     assert tied == model.config.tie_word_embeddings
 
 
+def test_a_table_of_shapes_holds_sizes_alone():
+    model = copied(pruned("opt", heads="2/3", neurons="0.5"))
+    assert any_shape_config(model) is not None
+    model.model.decoder.layers[0].self_attn.scaling += 1.0
+    assert any_shape_config(model) is None
+
+
 def test_equal_models_are_equal_files(tmp_path):
     """safetensors draws the order in which it says what is shared."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in "abcdef"})
@@ -113,8 +121,10 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
     def fail(*_args, **_kwargs):
         raise failure
 
-    def renamed(path, to):  # the second of two, after what was there has gone aside
-        return rename(path, to) if to != directory or path.name.endswith("replaced") else fail()
+    def renamed(path, to):
+        if to == directory and not path.name.endswith("replaced"):
+            raise failure  # after what was there has gone aside
+        return rename(path, to)
 
     with monkeypatch.context() as patch:
         if place == "rename":

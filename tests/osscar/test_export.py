@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import osscar
@@ -68,7 +68,7 @@ class FlipsLargeBatches(nn.Sequential):
     """Does something else for more than four samples."""
 
     def forward(self, x):
-        y: Tensor = super().forward(x)
+        y = super().forward(x)
         return y.flip(1) if x.shape[0] > 4 else y
 
 

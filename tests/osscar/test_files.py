@@ -1,7 +1,5 @@
 """Files: whole or absent, locked by one, and read without being believed."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Journals: of one sort and one process at a time, gone where nothing is done, never believed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

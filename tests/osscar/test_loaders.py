@@ -5,18 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, DetrConfig
 from transformers import DetrForObjectDetection as Detr
 
 import osscar
-from osscar.base.errors import DataError, ModelError, OptionError
+from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import load_batches, read_once
 from osscar.models.loaded import LoadedModel
-from osscar.proof.lineage import lineage_of
-from osscar.proof.seen import Seen
 from tests.osscar.families import VOCABULARY, tiny, tokens
 from tests.osscar.gpts import nano
 from tests.osscar.networks import plain, small_net
@@ -109,16 +108,6 @@ def test_data_without_labels_are_read_as_well():
         assert load_batches(data, rows_net(), samples=samples).source.endswith(said)
 
 
-def test_what_is_no_data_and_no_model_is_named():
-    for given, error, message in (
-        ({"data": (X, Y)}, DataError, r"cannot read batches of .*; give a tensor, a mapping"),
-        ({"model": "demo"}, ModelError, "the model is a str"),
-        ({"samples": 0}, OptionError, "number of samples"),
-    ):
-        with pytest.raises(error, match=message):
-            load_batches(**{"data": [X], "model": rows_net(), **given})
-
-
 def test_a_stream_without_end_is_read_as_far_as_asked():
     read = []
 
@@ -134,21 +123,6 @@ def test_a_stream_without_end_is_read_as_far_as_asked():
     assert len(read) == 29
     with pytest.raises(DataError, match=r"does not say how many .*load_batches\(data, model, sam"):
         osscar.evaluate(rows_net(), endless())
-
-
-def test_what_a_shuffled_loader_gave_is_recorded():
-    seen = []
-
-    def collate(rows):
-        seen.append(torch.stack([x for x, _ in rows]))
-        return seen[-1], torch.tensor([y for _, y in rows])
-
-    loader = DataLoader(TensorDataset(X, Y), 32, shuffle=True, collate_fn=collate)
-    with pytest.warns(UserWarning, match="first 256 samples; labels"):
-        result = osscar.prune(rows_net(), loader, **MAGNITUDE)
-    given = osscar.TensorSet("the same", {"input": torch.cat(seen)})
-    [record] = lineage_of(result.model).calibration
-    assert record.seen == Seen.of(given.fingerprints())
 
 
 def test_rows_are_drawn_at_random_by_the_seed():
@@ -245,7 +219,12 @@ def test_a_classifier_of_padded_texts_is_scored_on_its_labels():
         assert osscar.evaluate(model, of_file, repetitions=1).quality == quality
 
 
-def test_targets_of_a_gpt_of_ones_own_are_inputs_where_they_are_named():
+def test_targets_and_labels_are_inputs_where_the_model_names_or_needs_them():
+    class Learns(nn.Linear):
+        def forward(self, input, labels):
+            return super().forward(input), labels
+
+    assert set(load_batches([by_name()], Learns(6, 3)).tensors) == {"input", "labels"}
     model, _ = nano()
     x, y = torch.randint(12, (2, 8, 10))
     for batch in ({"idx": x, "targets": y, "labels": y}, ({"idx": x, "targets": y}, y)):
@@ -258,28 +237,23 @@ def test_targets_of_a_gpt_of_ones_own_are_inputs_where_they_are_named():
 # ---- images ------------------------------------------------------------------------------
 
 
-def pictures(count=12):
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
-    return [Image.fromarray(p if i % 3 else p[..., 0]) for i, p in enumerate(pixels)]
-
-
 def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     pytest.importorskip("torchvision")
     datasets = hub()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(p if i % 3 else p[..., 0]) for i, p in enumerate(pixels)]
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index:02}.png")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("vwxyz"))}
     )
-    columns = {"image": pictures(), "label": [i % 5 for i in range(12)]}
+    columns = {"image": pictures, "label": [i % 5 for i in range(12)]}
     table = datasets.Dataset.from_dict(columns, features=features)
-    for index, picture in enumerate(pictures()):
-        picture.save(tmp_path / f"{index:02}.png")
+    pairs = [*zip(pictures, columns["label"], strict=True)]
     expected = osscar.load_images(tmp_path, plain(12)).tensor()
-    for data in (table, pictures(), [*zip(pictures(), columns["label"], strict=True)]):
+    for data, labelled in ((table, True), (pictures, False), (pairs, True)):
         found = osscar.load_images(data, plain(12))
         assert torch.equal(found.tensor(), expected)
-        labelled = data[0] is not found.items[0] and not hasattr(data[0], "mode")
         assert (found.labels is not None) == labelled
     named = osscar.load_images(table, plain(12))
     assert named.classes == tuple("vwxyz")

@@ -75,7 +75,9 @@ def singular():
 
 FEW = {"neurons": 0.5, "device": "cpu"}
 WARNING = {
-    "of the walk": lambda: osscar.prune(tiny("opt", layers=1), tokens(1, 16), **FEW),
+    "of the walk": lambda: osscar.prune(
+        tiny("opt", layers=1), tokens(1, 16), backend="magnitude", **FEW
+    ),
     "of the groups": lambda: osscar.prune(wide(), torch.zeros(64, 6), **FEW),
     "of solvers": singular,
     "of loaders": lambda: osscar.prune(wide(), [(torch.randn(64, 6), torch.zeros(64))], **FEW),

@@ -1,7 +1,5 @@
 """Models by name: the embedded one, packaged ones, directories, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

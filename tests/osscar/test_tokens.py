@@ -1,7 +1,5 @@
 """Calibration: windows are reproducible, parts are disjoint, and bad text is refused by name."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import types
