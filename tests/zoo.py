@@ -70,13 +70,7 @@ def _small(
     return Case(name, build, (lambda: example, other), groups, tags)
 
 
-SMALL = {
-    name: _small(name, *case)
-    for name, case in (
-        *PRUNABLE.items(),
-        *((name, (kind, (x,), groups)) for name, (kind, x, groups) in BLOCKS.items()),
-    )
-}
+SMALL = {name: _small(name, *case) for name, case in {**PRUNABLE, **BLOCKS}.items()}
 """Networks of a few layers, one for each way in which axes hang together, and each operator."""
 
 

@@ -48,14 +48,14 @@ def listed(name: str) -> list[str]:
 
 _NETS: Mapping[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     **{
-        f"topologies.{name}": (kind, inputs)
-        for name, (kind, inputs, _) in topologies.PRUNABLE.items()
+        f"{room}.{name}": (kind, inputs)
+        for room, nets in (("topologies", topologies.PRUNABLE), ("blocks", blocks.BLOCKS))
+        for name, (kind, inputs, _) in nets.items()
     },
     **{
         f"topologies.{name}": (kind, (torch.randn(3, 4),))
         for name, (kind, _) in topologies.FROZEN.items()
     },
-    **{f"blocks.{name}": (kind, (inputs,)) for name, (kind, inputs, _) in blocks.BLOCKS.items()},
     **{
         f"programs.{name}": (kind, (torch.randn(2, *shape),))
         for name, (kind, shape) in programs.CASES.items()

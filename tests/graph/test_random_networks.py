@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import graph
 
@@ -17,144 +16,91 @@ from .topologies import randomized
 
 
 class Chain(nn.Module):
-    """Random steps on rows of features, some of them with parameters, then a linear readout."""
+    """Random steps on rows of features, ``(net, x)``, some of them with parameters."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width):
         super().__init__()
-        self.layers = nn.ModuleList()
-        self.steps: list[Step] = []
-        self.width = width
+        self.layers, self.steps, self.width = nn.ModuleList(), [], width
 
-    def linear(self, width: int) -> int:
-        """Make a layer and return its number; a copy of the network has a layer of its own."""
-        self.layers.append(nn.Linear(self.width, width))
-        return len(self.layers) - 1
-
-    def add(self, step: Step) -> None:
+    def add(self, step):
         self.steps.append(step)
         self.width = step(self, torch.randn(2, self.width)).shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for step in self.steps:
             x = step(self, x)
         return x
 
 
-Step = Callable[[Chain, Tensor], Tensor]
+def _linear(net, width, use):
+    """Return a step with a layer, which a copy of the network has for itself."""
+    net.layers.append(nn.Linear(net.width, width))
+    number = len(net.layers) - 1
+    return lambda net, x: use(net.layers[number], x)
 
 
-def _split(data: st.DataObject, width: int) -> tuple[int, int]:
-    outer = data.draw(st.sampled_from([d for d in range(1, width + 1) if width % d == 0]))
-    return outer, width // outer
+def _dense(draw, net):
+    return _linear(net, draw(st.sampled_from([4, 6, 8, 12])), lambda f, x: f(x).tanh())
 
 
-def _dense(data: st.DataObject, net: Chain) -> Step:
-    layer = net.linear(data.draw(st.sampled_from([4, 6, 8, 12])))
-    return lambda net, x: torch.tanh(net.layers[layer](x))
+def _split(draw, net, use):
+    """Return a step on features in rows."""
+    width = net.width
+    outer = draw(st.sampled_from([d for d in range(1, width + 1) if width % d == 0]))
+    return lambda net, x: use(x.view(-1, outer, width // outer))
 
 
-def _residual(data: st.DataObject, net: Chain) -> Step:
-    layer = net.linear(net.width)
-    return lambda net, x: x + torch.tanh(net.layers[layer](x))
+def _grouped_product(draw, net):
+    outer = draw(st.sampled_from([d for d in range(1, net.width + 1) if net.width % d == 0]))
+    net.layers.append(nn.ParameterList([torch.randn(outer, net.width // outer, 3)]))
+    number = len(net.layers) - 1
 
-
-def _shuffle(data: st.DataObject, net: Chain) -> Step:
-    outer, inner = _split(data, net.width)
-    return lambda net, x: x.view(-1, outer, inner).transpose(1, 2).reshape(-1, outer * inner)
-
-
-def _grouped_softmax(data: st.DataObject, net: Chain) -> Step:
-    outer, inner = _split(data, net.width)
-    return lambda net, x: x.view(-1, outer, inner).softmax(-1).flatten(1)
-
-
-def _grouped_mean(data: st.DataObject, net: Chain) -> Step:
-    outer, inner = _split(data, net.width)
-    if outer == 1:
-        return lambda net, x: torch.tanh(x)
-    return lambda net, x: x.view(-1, outer, inner).mean(2)
-
-
-def _grouped_product(data: st.DataObject, net: Chain) -> Step:
-    outer, inner = _split(data, net.width)
-    net.layers.append(nn.ParameterList([torch.randn(outer, inner, 3)]))
-    layer = len(net.layers) - 1
-
-    def step(net: Chain, x: Tensor) -> Tensor:
-        groups = x.view(-1, outer, inner)
-        return torch.einsum("ngi,gij->ngj", groups, net.layers[layer][0]).flatten(1)
+    def step(net, x):
+        weight = net.layers[number][0]
+        return torch.einsum("ngi,gij->ngj", x.view(-1, *weight.shape[:2]), weight).flatten(1)
 
     return step
 
 
-def _swap(data: st.DataObject, net: Chain) -> Step:
-    cut = data.draw(st.integers(1, max(net.width - 1, 1)))
+def _swap(draw, net):
+    cut = draw(st.integers(1, max(net.width - 1, 1)))
     return lambda net, x: torch.cat((x[:, cut:], x[:, :cut]), 1)
 
 
-def _gate(data: st.DataObject, net: Chain) -> Step:
-    if net.width % 2:
-        return lambda net, x: torch.sigmoid(x)
-
-    def step(net: Chain, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, 1)
-        return a * torch.sigmoid(b)
-
-    return step
+def _gate(net, x):
+    a, b = x.chunk(2, 1) if x.shape[1] % 2 == 0 else (1.0, x)
+    return a * torch.sigmoid(b)
 
 
-def _copies(data: st.DataObject, net: Chain) -> Step:
-    return data.draw(
-        st.sampled_from([lambda net, x: x.repeat(1, 2), lambda net, x: x.repeat_interleave(2, 1)])
-    )
-
-
-def _pad(data: st.DataObject, net: Chain) -> Step:
-    return lambda net, x: nn.functional.pad(x, (1, 2))
-
-
-def _strided(data: st.DataObject, net: Chain) -> Step:
-    return lambda net, x: x[:, ::2] + 0.5
-
-
-def _flip(data: st.DataObject, net: Chain) -> Step:
-    return lambda net, x: x.flip(1)
-
-
-def _stacked(data: st.DataObject, net: Chain) -> Step:
-    layer = net.linear(net.width)
-    return lambda net, x: torch.stack((x, net.layers[layer](x)), 2).flatten(1)
-
-
-_STEPS = (
-    _dense,
-    _dense,
-    _residual,
-    _shuffle,
-    _grouped_softmax,
-    _grouped_mean,
-    _grouped_product,
-    _swap,
+_PLAIN = (
     _gate,
-    _copies,
-    _pad,
-    _strided,
-    _flip,
-    _stacked,
+    lambda net, x: x.repeat(1, 2),
+    lambda net, x: x.repeat_interleave(2, 1),
+    lambda net, x: nn.functional.pad(x, (1, 2)),
+    lambda net, x: x[:, ::2] + 0.5,
+    lambda net, x: x.flip(1),
+)
+_DRAWN = (
+    *(_dense, _dense, _grouped_product, _swap),
+    lambda draw, net: _linear(net, net.width, lambda f, x: x + f(x).tanh()),
+    lambda draw, net: _linear(net, net.width, lambda f, x: torch.stack((x, f(x)), 2).flatten(1)),
+    lambda draw, net: _split(draw, net, lambda x: x.transpose(1, 2).flatten(1)),
+    lambda draw, net: _split(draw, net, lambda x: x.softmax(-1).flatten(1)),
+    lambda draw, net: _split(draw, net, lambda x: x.mean(2) if x.shape[1] > 1 else x[:, 0]),
+    *((lambda draw, net, step=step: step) for step in _PLAIN),
 )
 
 
-def random_network(data: st.DataObject) -> nn.Module:
+def random_network(data):
     """Draw a network that reads rows of five features."""
     torch.manual_seed(0)
     net = Chain(5)
-    net.add(_dense(data, net))
+    net.add(_dense(data.draw, net))
     for _ in range(data.draw(st.integers(1, 6))):
-        step = data.draw(st.sampled_from(_STEPS))
+        step = data.draw(st.sampled_from(_DRAWN))
         if net.width <= 48:
-            net.add(step(data, net))
-    readout = net.linear(7)
-    net.add(lambda net, x: net.layers[readout](x))
+            net.add(step(data.draw, net))
+    net.add(_linear(net, 7, lambda f, x: f(x)))
     model = randomized(net)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,7 +110,7 @@ def random_network(data: st.DataObject) -> nn.Module:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_whatever_is_prunable_is_sound(data: st.DataObject) -> None:
+def test_whatever_is_prunable_is_sound(data):
     model = random_network(data)
     inputs = (torch.randn(16, 5),)
     for group in graph.trace(model, inputs).prunable:

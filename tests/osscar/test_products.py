@@ -22,7 +22,7 @@ from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
-from tests.graph.topologies import Deformable, EinsumLayers, TiedAutoencoder, randomized
+from tests.graph.topologies import Deformable, einsum_layers, randomized, tied_autoencoder
 
 PLAIN = {"device": "cpu", "backend": "magnitude"}
 
@@ -184,7 +184,7 @@ def test_it_is_refitted_and_the_smaller_model_is_the_masked_one(name: str) -> No
 
 def test_heads_of_weights_with_a_dimension_for_heads_leave() -> None:
     torch.manual_seed(0)
-    model, x = EinsumLayers().double(), torch.randn(32, 4, 6, dtype=torch.float64)
+    model, x = einsum_layers().double(), torch.randn(32, 4, 6, dtype=torch.float64)
     result = osscar.prune(model, x, groups={"heads": 2, "neurons": 4}, **PLAIN)
     assert result.certificate.error < 1e-10
     assert [(layer.name, layer.kept) for layer in result.layers] == [("heads", 2), ("neurons", 4)]
@@ -293,9 +293,9 @@ def test_a_model_with_deformable_convolutions_is_read_and_pruned_again(
 # ---- weights that are read twice ---------------------------------------------------------
 
 
-def tied() -> tuple[TiedAutoencoder, Tensor]:
+def tied() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = TiedAutoencoder().double()
+    model = tied_autoencoder().double()
     return model, torch.randn(200, 4, dtype=torch.float64)
 
 

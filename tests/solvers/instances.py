@@ -1,14 +1,15 @@
 """Small problems that every backend must handle, each with the raw data that it came from.
 
 The reference answers are computed here with numpy from the data alone, sharing no code with the
-package: least squares on the augmented system ``[X/sqrt(N); sqrt(lambda) I]``, and enumeration.
+package: least squares on the augmented system ``[X/sqrt(N); sqrt(lambda) I]``, and enumeration; or
+in fractions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -26,6 +27,11 @@ class Data:
     Y: np.ndarray
     W0: np.ndarray
 
+    def tensors(self):
+        """Return ``X'X/N``, ``X'Y/N``, ``|Y|^2/N`` and W0."""
+        X, Y, N = torch.from_numpy(self.X), torch.from_numpy(self.Y), len(self.X)
+        return X.T @ X / N, X.T @ Y / N, float(Y.square().sum() / N), torch.from_numpy(self.W0)
+
 
 @dataclass(frozen=True, eq=False)
 class Instance:
@@ -42,74 +48,75 @@ class Instance:
             for data, consumer in zip(self.data, self.problem.consumers, strict=True)
         )
 
+    @cached_property
     def optimum(self) -> float:
         """Lowest loss of any support, by enumeration."""
-        return _optimum(self.name)
+        supports = combinations(range(self.problem.units), self.problem.keep)
+        return min(map(self.loss, supports))
+
+    @cached_property
+    def exact_optimum(self) -> Fraction:
+        return exact_optimum(self.problem)
 
 
-@cache
-def _optimum(name: str) -> float:
-    instance = INSTANCES[name]
-    supports = combinations(range(instance.problem.units), instance.problem.keep)
-    return min(instance.loss(support) for support in supports)
+def _augmented_loss(data, consumer, support):
+    samples, p = data.X.shape
+    root = np.sqrt(consumer.damping)
+    design = np.vstack([data.X / np.sqrt(samples), root * np.eye(p)])
+    target = np.vstack([data.Y / np.sqrt(samples), root * data.W0])
+    columns = unit_rows(consumer, support)
+    fitted, *_ = np.linalg.lstsq(design[:, columns], target, rcond=None)
+    return float(np.square(target - design[:, columns] @ fitted).sum())
 
 
-def exact_loss(problem: SubsetProblem, support) -> Fraction:
-    """Loss on a support in exact arithmetic, by elimination in fractions; for small problems."""
-    return sum((_exact_loss(c, sorted(support)) for c in problem.consumers), Fraction(0))
+def exact_loss(problem, support) -> Fraction:
+    """Loss on a support in exact arithmetic; for small problems."""
+    total = Fraction(0)
+    for c in problem.consumers:
+        rows = unit_rows(c, sorted(support))
+        total += Fraction(c.e) - explained(c.H[rows][:, rows], c.G[rows])
+    return total
 
 
-def exact_optimum(problem: SubsetProblem) -> Fraction:
+def exact_optimum(problem) -> Fraction:
     """Lowest loss of any support, in exact arithmetic; zero where e lost its last digit."""
     supports = combinations(range(problem.units), problem.keep)
     return max(min(exact_loss(problem, support) for support in supports), Fraction(0))
 
 
-def _exact_loss(consumer: Consumer, support) -> Fraction:
-    rows = [row for unit in support for row in unit_rows(consumer, unit)]
-    table = torch.cat([consumer.H[rows][:, rows], consumer.G[rows]], 1).tolist()
-    table = [[Fraction(entry) for entry in row] for row in table]
-    explained = Fraction(0)
+def explained(H, G) -> Fraction:
+    """``tr(G' inv(H) G)`` by elimination in fractions."""
+    table = [[Fraction(entry) for entry in row] for row in torch.cat([H, G], 1).tolist()]
+    total = Fraction(0)
     for i, pivot in enumerate(table):
         for row in table[i + 1 :]:
             factor = row[i] / pivot[i]
             for j in range(i, len(row)):
                 row[j] -= factor * pivot[j]
-        explained += sum(entry**2 for entry in pivot[len(rows) :]) / pivot[i]
-    return Fraction(consumer.e) - explained
+        total += sum(entry**2 for entry in pivot[len(H) :]) / pivot[i]
+    return total
 
 
-def unit_rows(consumer: Consumer, unit: int) -> list[int]:
-    """Rows that a unit owns."""
-    return [row for row in consumer.rows[unit].tolist() if row != NO_ROW]
+def unit_rows(consumer, units) -> list[int]:
+    """Rows that some units own, one unit after the other."""
+    return [row for unit in units for row in consumer.rows[unit].tolist() if row != NO_ROW]
 
 
-def _augmented_loss(data: Data, consumer: Consumer, support: list[int]) -> float:
-    samples, p = data.X.shape
-    root = np.sqrt(consumer.damping)
-    design = np.vstack([data.X / np.sqrt(samples), root * np.eye(p)])
-    target = np.vstack([data.Y / np.sqrt(samples), root * data.W0])
-    columns = [row for unit in support for row in unit_rows(consumer, unit)]
-    fitted, *_ = np.linalg.lstsq(design[:, columns], target, rcond=None)
-    return float(np.square(target - design[:, columns] @ fitted).sum())
+def build(name, data, keep, units=None, damp=0.01, *, variances=False, given=True) -> Instance:
+    """Make an instance; `units` is one description a consumer.
 
-
-def build(name, data, keep, units=None, damp=0.01, variances=False) -> Instance:
-    """Make an instance; `units` is one description a consumer, `variances` says to give them."""
-    units = units or [None] * len(data)
-    consumers = tuple(
-        Consumer.from_gram(
-            torch.from_numpy(d.X.T @ d.X / len(d.X)),
-            torch.from_numpy(d.W0),
-            G=torch.from_numpy(d.X.T @ d.Y / len(d.X)),
-            e=float(np.square(d.Y).sum() / len(d.X)),
-            units=u,
-            damp=damp,
-            variance=torch.from_numpy(d.X.var(0)) if variances else None,
+    variances: Whether to give them.
+    given: Whether to give the targets, which are otherwise those of the dense weights.
+    """
+    consumers = []
+    for d, own in zip(data, units or [None] * len(data), strict=True):
+        H, G, e, W0 = d.tensors()
+        targets = {"G": G, "e": e} if given else {}
+        variance = torch.from_numpy(d.X.var(0)) if variances else None
+        consumers.append(
+            Consumer.from_gram(H, W0, **targets, units=own, damp=damp, variance=variance)
         )
-        for d, u in zip(data, units, strict=True)
-    )
-    return Instance(name, SubsetProblem(consumers, keep, name), tuple(data))
+    return Instance(name, SubsetProblem(tuple(consumers), keep, name), tuple(data))
 
 
 def random_data(seed, p, m, samples=60, noise=0.0, mix=None) -> Data:
@@ -120,6 +127,21 @@ def random_data(seed, p, m, samples=60, noise=0.0, mix=None) -> Data:
     return Data(X, X @ W0 + noise * rng.normal(size=(samples, m)), W0)
 
 
+def random_problem(seed, n, width, responses, keep, *, spread=1.0, damp=0.01, consumers=1):
+    """A problem with correlated inputs; the rows of all consumers belong to the same units."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for _ in range(consumers):
+        p = n * width
+        mix = torch.eye(p).double() + spread * torch.randn(p, p, generator=generator).double()
+        X = torch.randn(2 * p, p, generator=generator).double() @ mix
+        W0 = torch.randn(p, responses, generator=generator).double()
+        Y = X @ W0 + torch.randn(2 * p, responses, generator=generator).double()
+        G, e = X.T @ Y / len(X), float(Y.square().sum()) / len(X)
+        parts.append(Consumer.from_gram(X.T @ X / len(X), W0, G=G, e=e, units=n, damp=damp))
+    return SubsetProblem(tuple(parts), keep)
+
+
 def shuffled_units(seed, widths):
     """Units of the given widths whose rows lie anywhere."""
     rows = np.random.default_rng(seed).permutation(sum(widths)).tolist()
@@ -127,74 +149,60 @@ def shuffled_units(seed, widths):
     return [rows[end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
-def _correlated() -> Instance:
-    rng = np.random.default_rng(3)
-    mix = rng.normal(size=(10, 3)) @ rng.normal(size=(3, 10)) + 0.2 * np.eye(10)
-    return build("correlated", [random_data(4, 10, 5, mix=mix)], keep=5)
+def mixed(seed, p, rank, level):
+    """A matrix that mixes inputs such that all but `rank` directions are faint."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(p, rank)) @ rng.normal(size=(rank, p)) + level * np.eye(p)
 
 
-def _nearly_singular() -> Instance:
-    rng = np.random.default_rng(5)
-    mix = rng.normal(size=(8, 4)) @ rng.normal(size=(4, 8)) + 1e-3 * np.eye(8)
-    return build("nearly_singular", [random_data(6, 8, 4, mix=mix)], keep=3, damp=1e-7)
+def _changed(data, change) -> Data:
+    """Inputs and weights that a function changes, and the targets that they give."""
+    X, W0 = change(data.X.copy(), data.W0.copy())
+    return Data(X, X @ W0, W0)
 
 
-def _ties() -> Instance:
-    data = random_data(7, 8, 3)
-    X, W0 = np.repeat(data.X[:, :4], 2, axis=1), np.repeat(data.W0[:4], 2, axis=0)
-    return build("ties", [Data(X, X @ W0, W0)], keep=4)
+def _twice(X, W0):
+    return np.repeat(X[:, :4], 2, axis=1), np.repeat(W0[:4], 2, axis=0)
 
 
-def _dead() -> Instance:
-    data = random_data(8, 9, 4)
-    X, W0 = data.X.copy(), data.W0.copy()
-    X[:, [1, 6]] = 0
-    W0[[1, 6]] = 0
-    return build("dead", [Data(X, X @ W0, W0)], keep=5)
+def _dead(X, W0):
+    X[:, [1, 6]], W0[[1, 6]] = 0, 0
+    return X, W0
 
 
-def _uncentred() -> Instance:
-    """Two consumers of six units, with variances that H does not tell."""
-    first, second = random_data(23, 6, 3), random_data(24, 12, 2)
-    X, Z = first.X + 2 * np.arange(6), second.X - 1
-    data = [Data(X, X @ first.W0, first.W0), Data(Z, Z @ second.W0, second.W0)]
-    return build("uncentred", data, keep=3, units=[None, 6], variances=True)
-
-
-def _sparse() -> Instance:
-    """Two consumers of five units: the first has no row of one, the second none of three."""
-    units = [[[3], [0, 4], [], [1], [2]], [[], [1], [], [0, 2], []]]
-    data = [random_data(21, 5, 3, noise=0.4), random_data(22, 3, 4)]
-    return build("sparse", data, keep=3, units=units)
-
-
-def _all() -> list[Instance]:
-    blocks = [list(range(3 * j, 3 * j + 3)) for j in range(6)]
-    widths = [1, 3, 2, 4, 1, 2]
-    two = [random_data(10, 7, 3), random_data(11, 14, 5, noise=0.5)]
-    uneven = [random_data(12, 13, 3), random_data(13, 6, 8)]
-    return [
-        build("scalar", [random_data(0, 9, 4)], keep=4),
-        build("target", [random_data(1, 9, 4, noise=1.0)], keep=4),
-        build("wide_output", [random_data(2, 6, 20, noise=0.3)], keep=3),
-        _correlated(),
-        _nearly_singular(),
-        _ties(),
-        _dead(),
-        build("keep_1", [random_data(14, 7, 3)], keep=1),
-        build("all_but_1", [random_data(15, 7, 3)], keep=6),
-        build("keep_all", [random_data(16, 5, 3, noise=0.2)], keep=5),
-        build("blocks", [random_data(17, 18, 4)], keep=3, units=[blocks]),
-        build("blocks_keep_1", [random_data(18, 8, 3)], keep=1, units=[4]),
-        build("permuted", [random_data(19, 12, 4)], keep=3, units=[shuffled_units(1, [2] * 6)]),
-        build("ragged", [random_data(20, 13, 3)], keep=3, units=[shuffled_units(2, widths)]),
-        build("two_consumers", two, keep=3, units=[None, 7]),
-        build(
-            "ragged_consumers", uneven, keep=4, units=[shuffled_units(3, widths), None], damp=0.1
-        ),
-        _sparse(),
-        _uncentred(),
-    ]
-
-
-INSTANCES = {instance.name: instance for instance in _all()}
+WIDTHS = [1, 3, 2, 4, 1, 2]
+# The first consumer has no row of one unit, the second none of three.
+_SPARSE = [[[3], [0, 4], [], [1], [2]], [[], [1], [], [0, 2], []]]
+_UNCENTRED = [
+    _changed(random_data(23, 6, 3), lambda X, W0: (X + 2 * np.arange(6), W0)),
+    _changed(random_data(24, 12, 2), lambda X, W0: (X - 1, W0)),
+]
+_ALL = [
+    build("scalar", [random_data(0, 9, 4)], 4),
+    build("target", [random_data(1, 9, 4, noise=1.0)], 4),
+    build("wide_output", [random_data(2, 6, 20, noise=0.3)], 3),
+    build("correlated", [random_data(4, 10, 5, mix=mixed(3, 10, 3, 0.2))], 5),
+    build("nearly_singular", [random_data(6, 8, 4, mix=mixed(5, 8, 4, 1e-3))], 3, damp=1e-7),
+    build("ties", [_changed(random_data(7, 8, 3), _twice)], 4),
+    build("dead", [_changed(random_data(8, 9, 4), _dead)], 5),
+    build("keep_1", [random_data(14, 7, 3)], 1),
+    build("all_but_1", [random_data(15, 7, 3)], 6),
+    build("keep_all", [random_data(16, 5, 3, noise=0.2)], 5),
+    build("blocks", [random_data(17, 18, 4)], 3, [6]),
+    build("permuted", [random_data(19, 12, 4)], 3, [shuffled_units(1, [2] * 6)]),
+    build("ragged", [random_data(20, 13, 3)], 3, [shuffled_units(2, WIDTHS)]),
+    build(
+        "two_consumers", [random_data(10, 7, 3), random_data(11, 14, 5, noise=0.5)], 3, [None, 7]
+    ),
+    build(
+        "ragged_consumers",
+        [random_data(12, 13, 3), random_data(13, 6, 8)],
+        4,
+        [shuffled_units(3, WIDTHS), None],
+        damp=0.1,
+    ),
+    build("sparse", [random_data(21, 5, 3, noise=0.4), random_data(22, 3, 4)], 3, _SPARSE),
+    # Variances that H does not tell.
+    build("uncentred", _UNCENTRED, 3, [None, 6], variances=True),
+]
+INSTANCES = {instance.name: instance for instance in _ALL}

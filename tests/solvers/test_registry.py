@@ -21,7 +21,6 @@ from solvers import (
     Selection,
     Status,
     SubsetProblem,
-    backend_class,
     backend_names,
     backends,
     make_backend,
@@ -32,10 +31,6 @@ from solvers.heuristics.local_search import LocalSearch
 from tests.solvers.instances import INSTANCES
 
 PROBLEM = INSTANCES["scalar"].problem
-
-SOLVERS = ("branch_and_bound", "highs", "gurobi")
-BAD_LIMITS = ({"time_limit": -1.0}, {"gap_tolerance": 1.0}, {"time_limit": math.nan})
-
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -79,16 +74,7 @@ def installed(tmp_path, monkeypatch):
     sys.modules.pop("their_package", None)
 
 
-def test_own_backends_are_registered():
-    own = {"random", "magnitude", "wanda", "flap", "greedy", "multistage", "local_search"}
-    assert own | {"enumerate"} <= set(backend_names())
-    table = {info.name: info for info in backends()}
-    assert table["enumerate"].kind == "exact"
-    assert table["enumerate"].capabilities.max_units == 16
-    assert table["multistage"].options["max_batches"] == 20
-    assert all(info.summary for info in table.values())
-
-
+@pytest.mark.slow
 def test_optional_packages_are_neither_imported_nor_heard_of():
     """Listing the backends imports none: a broken native library must not break the rest."""
     code = (
@@ -113,57 +99,49 @@ def test_a_users_backend(installed):
     ]:
         with pytest.raises(BackendError, match=f"'theirs' {reason}; choose another: .*greedy"):
             solve(INSTANCES[name].problem, "theirs")
-
-
-def test_a_backend_that_does_not_load(installed):
-    with pytest.raises(BackendError, match="'no_module' is registered but does not load"):
-        solve(PROBLEM, "no_module")
-    with pytest.raises(BackendError, match="'no_class' is registered but does not load"):
-        solve(PROBLEM, "no_class")
+    for name in ("no_module", "no_class"):
+        with pytest.raises(BackendError, match=f"'{name}' is registered but does not load"):
+            solve(PROBLEM, name)
     rows = {info.name: info.unavailable for info in backends()}
     assert "does not load" in rows["no_module"]
     assert rows["theirs"] is None
 
 
-WRONG_TYPES = [
-    ("branch_and_bound", "time_limit", "abc", "float"),
-    ("branch_and_bound", "node_limit", 2.5, "int"),
-    ("branch_and_bound", "start", 5, "tuple[int, ...] | None"),
-    ("branch_and_bound", "start", [0, 1, "a"], "tuple[int, ...] | None"),
-    ("branch_and_bound", "start", "0123", "tuple[int, ...] | None"),
-    ("random", "seed", True, "int"),
-    ("perspective", "polish", 1, "bool"),
-    ("multistage", "stage_size", "x", "int | None"),
-]
+# ---- options -------------------------------------------------------------------------------------
 
+LIMITS = "time_limit is .* and gap_tolerance"
 BAD_OPTIONS = [
+    ("gredy", {}, r"^there is no backend 'gredy'; choose .*greedy"),
     ("local_search", {"max_swaps": -1}, "max_swaps is -1"),
     ("local_search", {"tolerance": math.nan}, "tolerance nan"),
     ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
-    ("local_search", {"start": (0, 1, 2, 10**30)}, "start must name 4 distinct units below 9"),
     ("random", {"seed": -1}, "seed is -1; it must lie in"),
     ("random", {"sed": 1}, r"'random' has no option sed; it has seed"),
-    ("greedy", {"b": 1, "a": 2}, r"'greedy' has no option a, b; it has none"),
-    ("window_search", {"seed": -1}, "seed is -1; it must lie in"),
     ("window_search", {"units": 1}, "two units or more"),
     ("multistage", {"stage_size": 0}, "stage_size is 0"),
-    ("multistage", {"batch_size": 0}, "batch_size is 0"),
-    ("multistage", {"max_batches": -1}, "max_batches is -1"),
     ("group_lasso", {"bisections": 0}, "bisections is 0"),
     ("perspective", {"rounds": -1}, "use 0 or more rounds"),
-    ("perspective", {"steps": 0}, "1 or more steps"),
     ("branch_and_bound", {"node_limit": -1}, "limits must not be negative"),
+    ("branch_and_bound", {"time_limit": -1.0}, LIMITS),
+    ("branch_and_bound", {"time_limit": math.nan}, LIMITS),
     ("cvxpy", {"relaxation": "linear"}, "choose semidefinite or second_order"),
-    ("cvxpy", {"rounds": 0}, "rounds is 0"),
     ("cvxpy", {"solver": "NONE_SUCH"}, "'NONE_SUCH' is not installed; choose from .*CLARABEL"),
-    *((b, {"threads": t}, f"threads is {t}; give 1 to") for b in SOLVERS[1:] for t in (-5, 10**30)),
-    *((b, limits, "time_limit is .* and gap_tolerance") for b in SOLVERS for limits in BAD_LIMITS),
+    ("highs", {"threads": -5}, "threads is -5; give 1 to"),
+    ("gurobi", {"threads": 10**30}, "threads is .*; give 1 to"),
+]
+WRONG_TYPES = [
+    ("branch_and_bound", "time_limit", "abc", "float"),
+    ("branch_and_bound", "node_limit", 2.5, "int"),
+    ("branch_and_bound", "start", [0, 1, "a"], "tuple[int, ...] | None"),
+    ("random", "seed", True, "int"),
+    ("perspective", "polish", 1, "bool"),
 ]
 
 
 def test_bad_options():
+    unavailable = {info.name for info in backends() if info.unavailable}
     for name, options, message in BAD_OPTIONS:
-        if backend_class(name).available() is None:
+        if name not in unavailable:
             with pytest.raises(BackendError, match=message):
                 solve(PROBLEM, name, **options)
     for name, option, value, expected in WRONG_TYPES:
@@ -185,10 +163,8 @@ def test_no_option_ends_in_anything_but_a_backend_error():
 def test_options_are_converted_to_their_types(monkeypatch):
     made = make_backend("branch_and_bound", time_limit=3, node_limit=np.int64(5), start=[2, 1])
     assert (made.time_limit, made.node_limit, made.start) == (3.0, 5, (2, 1))
-    assert type(made.time_limit) is float
-    assert type(made.node_limit) is int
+    assert (type(made.time_limit), type(made.node_limit)) == (float, int)
     assert make_backend("branch_and_bound", time_limit=float("inf")).time_limit == float("inf")
-    assert make_backend("multistage", stage_size=None, batch_size=3).batch_size == 3
     monkeypatch.setattr(LocalSearch, "__post_init__", lambda self: None)
     with pytest.raises(BackendError, match="'local_search': tolerance is nan; it must be a number"):
         make_backend("local_search", tolerance=math.nan)
@@ -198,99 +174,59 @@ def test_options_in_a_mapping():
     """Names of options cannot collide with the parameters of `solve` there."""
     expected = solve(PROBLEM, "random", seed=3).support
     assert torch.equal(solve(PROBLEM, "random", options={"seed": 3}).support, expected)
-    for name in ("bound", "device", "backend", "problem", "name", "options"):
+    for name in ("bound", "name", "options"):
         with pytest.raises(BackendError, match=f"'random' has no option {name}; it has seed"):
             solve(PROBLEM, "random", options={name: 1})
     with pytest.raises(TypeError, match=r"multiple values .*'seed'"):
         solve(PROBLEM, "random", options={"seed": 3}, seed=3)
-    with pytest.raises(BackendError, match="'random' has no option name; it has seed"):
-        make_backend("random", name=1)
     with pytest.raises(BackendError, match="this backend object has its own"):
         solve(PROBLEM, LocalSearch(), options={"max_swaps": 3})
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    kind: ClassVar = BackendKind.HEURISTIC
-    summary: ClassVar = "computes on another device only"
-    capabilities: ClassVar = Capabilities(several_consumers=False, devices=("cuda",))
-
-    def select(self, problem):
-        return Selection(torch.arange(problem.keep), Status.FEASIBLE)
-
-
-def test_capabilities():
-    with pytest.raises(BackendError, match="computes on cuda, and this problem is on cpu"):
-        solve(PROBLEM, Elsewhere())
-    with pytest.raises(BackendError, match="takes one consumer only, and this problem has 2"):
-        solve(INSTANCES["two_consumers"].problem, Elsewhere())
-    with pytest.raises(BackendError, match="at most 16 units"):
-        solve(SubsetProblem.from_gram(torch.eye(17), torch.ones(17, 1), keep=2), "enumerate")
-
-
-def test_iteration_limit_is_a_status():
-    start = tuple(solve(PROBLEM, "random", seed=3).support.tolist())
-    stopped = solve(PROBLEM, "local_search", start=start, max_swaps=0)
-    assert stopped.status is Status.ITERATION_LIMIT
-    assert stopped.support.tolist() == list(start)
-    finished = solve(PROBLEM, "local_search", start=start)
-    assert finished.status is Status.SWAP_OPTIMAL
-    assert finished.iterations > 0
-    assert finished.loss < stopped.loss
-
-
-def test_multistage():
-    for name in ("correlated", "ragged", "ragged_consumers"):
-        problem = INSTANCES[name].problem
-        one_by_one = solve(problem, "multistage", stage_size=1, max_batches=0)
-        assert torch.equal(one_by_one.support, solve(problem, "greedy").support)
-    problem = INSTANCES["correlated"].problem
-    with_swaps = solve(problem, "multistage", stage_size=5, batch_size=1)
-    without = solve(problem, "multistage", stage_size=5, max_batches=0)
-    assert with_swaps.loss <= without.loss
-    assert with_swaps.history[0] == pytest.approx(without.loss)
-
-
-def test_a_name_that_no_backend_has():
-    for function in (make_backend, backend_class):
-        with pytest.raises(BackendError, match=r"^there is no backend 'gredy'; choose .*greedy"):
-            function("gredy")
 
 
 # ---- what backends answer ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Answers what it is given, or raises it."""
+
+    answer: object
+    kind: ClassVar = BackendKind.HEURISTIC
+    summary: ClassVar = "whatever"
+    capabilities: ClassVar = Capabilities()
+
+    def select(self, problem):
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class Elsewhere(Answers):
+    capabilities: ClassVar = Capabilities(several_consumers=False, devices=("cuda",))
+
+
+def test_capabilities():
+    with pytest.raises(BackendError, match="takes one consumer only, and this problem has 2"):
+        solve(INSTANCES["two_consumers"].problem, Elsewhere(None))
+    with pytest.raises(BackendError, match="computes on cuda, and this problem is on cpu"):
+        solve(PROBLEM, Elsewhere(None))
+    with pytest.raises(BackendError, match="at most 16 units"):
+        solve(SubsetProblem.from_gram(torch.eye(17), torch.ones(17, 1), keep=2), "enumerate")
+
+
 def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
     """`solve` refuses it in the backend's name; nothing ends in a raw error."""
-
-    @dataclass(frozen=True)
-    class Answers:
-        answer: object
-        kind = BackendKind.HEURISTIC
-        summary = "whatever"
-        capabilities = Capabilities()
-
-        def select(self, problem):
-            return self.answer
-
     good = torch.tensor([0, 1, 2, 3])
     for answer in [
         None,
-        good,
         Selection([0, 1, 2, 9], Status.FEASIBLE),
-        Selection(None, Status.FEASIBLE),
         Selection(good.double(), Status.FEASIBLE),
         Selection(torch.tensor([0, 1, 1, 2]), Status.FEASIBLE),
         Selection(good, "OPTIMAL"),
         Selection(good, Status.OPTIMAL, lower_bound=math.nan),
-        Selection(good, Status.OPTIMAL, lower_bound=math.inf),
         Selection(good, Status.OPTIMAL, lower_bound="low"),
-        Selection(good, Status.OPTIMAL, lower_bound=None),
-        Selection(good, Status.OPTIMAL, gap_tolerance=math.nan),
-        Selection(good, Status.OPTIMAL, gap_tolerance=1.0),
         Selection(good, Status.FEASIBLE, iterations="many"),
         Selection(good, Status.FEASIBLE, history=("a",)),
-        Selection(good, Status.FEASIBLE, history=None),
     ]:
         with pytest.raises(BackendError, match="backend 'Answers' answered with"):
             solve(PROBLEM, Answers(answer))
@@ -301,23 +237,11 @@ def test_what_a_backend_answers_is_checked_before_it_is_a_solution():
 
 def test_what_a_backend_raises():
     """By accident, it is named; on purpose, or as an interrupt, it passes."""
-    for error in (ValueError("no luck"), RuntimeError()):
-        with pytest.raises(BackendError, match="backend 'Fails' failed with") as caught:
-            solve(PROBLEM, Fails(error))
-        assert f"{type(error).__name__}: {error}" in str(caught.value)
-        assert caught.value.__cause__ is error
+    error = ValueError("no luck")
+    with pytest.raises(BackendError, match="'Answers' failed with ValueError: no luck") as caught:
+        solve(PROBLEM, Answers(error))
+    assert caught.value.__cause__ is error
     for error in (BackendError("asked for too much"), KeyboardInterrupt(), SystemExit(3)):
         with pytest.raises(type(error)) as caught:
-            solve(PROBLEM, Fails(error))
+            solve(PROBLEM, Answers(error))
         assert caught.value is error
-
-
-@dataclass(frozen=True)
-class Fails:
-    error: BaseException
-    kind = BackendKind.HEURISTIC
-    summary = "raises what it is given"
-    capabilities = Capabilities()
-
-    def select(self, problem):
-        raise self.error

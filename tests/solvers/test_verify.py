@@ -16,6 +16,7 @@ from solvers import (
     Status,
     SubsetProblem,
     VerificationError,
+    WindowCertificate,
     quadratic_loss,
     refit,
     solve,
@@ -23,37 +24,16 @@ from solvers import (
 )
 from tests.solvers.instances import INSTANCES
 
-NAMES = ["target", "ragged_consumers"]
+SCALAR = INSTANCES["scalar"].problem
+SILENT = SubsetProblem.from_gram(torch.zeros(3, 3), torch.ones(3, 2), keep=1)
 
 
-def exact(instance) -> Solution:
-    return solve(instance.problem, "enumerate")
-
-
-def on(instance, support, **claims) -> Solution:
+def on(problem, support, **claims) -> Solution:
     """An honest refit on `support`, with claims that may not be."""
     support = torch.tensor(support)
-    weights, loss = refit(instance.problem, support)
-    claims = {"status": Status.FEASIBLE, **claims}
-    return Solution(
-        problem=instance.problem,
-        backend="planted",
-        support=support,
-        weights=weights,
-        loss=loss,
-        **claims,
-    )
-
-
-def worst(instance) -> list[int]:
-    """A support that one exchange improves: the optimum with its best unit exchanged."""
-    best = exact(instance)
-    supports = [
-        sorted({*best.support.tolist()} - {out} | {into})
-        for out in best.support.tolist()
-        for into in best.removed.tolist()
-    ]
-    return max(supports, key=instance.loss)
+    weights, loss = refit(problem, support)
+    fields = {"problem": problem, "support": support, "weights": weights, "loss": loss}
+    return Solution(backend="planted", **fields, **{"status": Status.FEASIBLE, **claims})
 
 
 def refused(solution, message, **changes) -> None:
@@ -61,23 +41,27 @@ def refused(solution, message, **changes) -> None:
         replace(solution, **changes).verify()
 
 
-@pytest.mark.parametrize("instance", [INSTANCES[n] for n in NAMES], ids=NAMES)
-def test_planted_faults(instance):
+@pytest.mark.parametrize("name", ["target", "ragged_consumers"])
+def test_planted_faults(name):
     """An honest solution is accepted, and each fault that is planted in one is named."""
-    solution, scale = exact(instance), instance.problem.scale
+    instance = INSTANCES[name]
+    problem, scale = instance.problem, instance.problem.scale
+    solution = solve(problem, "enumerate")
     report = solution.verify()
-    assert report.loss == pytest.approx(instance.optimum(), rel=1e-8)
+    assert report.loss == pytest.approx(instance.optimum, rel=1e-8)
     assert report.loss_error < 1e-12
     assert report.stationarity < 1e-9
     assert report.swap_gain <= 1e-12
-    other = on(instance, worst(instance))
+    best, gone = solution.support.tolist(), solution.removed.tolist()
+    exchanged = [sorted({*best} - {out} | {into}) for out in best for into in gone]
+    other = on(problem, max(exchanged, key=instance.loss))
     assert math.isnan(other.verify().swap_gain)
     for factor in (0.99, 1.01):
         wrong = {"loss": solution.loss * factor, "lower_bound": -math.inf}
         refused(solution, "when recomputed, claimed", **wrong)
     # Dense weights on the kept rows have a loss of their own, and it is not the refit's.
     weights = tuple(W * 1.001 for W in other.weights)
-    loss = quadratic_loss(instance.problem, weights)
+    loss = quadratic_loss(problem, weights)
     refused(other, "not the refit on the support", weights=weights, loss=loss)
     moved = {"weights": other.weights, "loss": other.loss}
     refused(solution, "not zero on the rows of removed units", **moved)
@@ -89,47 +73,22 @@ def test_planted_faults(instance):
     refused(other, r"bound .* is refuted by an exchange", **false)
 
 
-def test_infeasible_supports():
-    for support, message in [
-        ([0, 1, 2], "support has 3 distinct units, keep is 4"),
-        ([0, 1, 2, 2], "support has 3 distinct units, keep is 4"),
-        ([0, 1, 2, 3, 4], "support has 5 distinct units, keep is 4"),
-        ([0, 1, 2, 9], "outside 0 .. 8"),
-        ([-1, 0, 1, 2], "outside 0 .. 8"),
-    ]:
-        refused(exact(INSTANCES["scalar"]), message, support=torch.tensor(support))
-
-
-def faint():
-    """Losses of 1e-10 of the scale on units 0 and 2, and of 1e-9 on units 0 and 1."""
+def test_losses_far_below_the_scale_are_told_apart():
+    """The optimum is a tenth of what is claimed, and both are less than 1e-8 of the scale."""
+    # Losses of 1e-10 of the scale on units 0 and 2, and of 1e-9 on units 0 and 1.
     G = torch.tensor([1.0, 1e-10, 1e-9], dtype=torch.float64).sqrt()[:, None]
     rows = torch.arange(3)[:, None]
     consumer = Consumer(torch.eye(3).double(), G, 1 + 1.1e-9, torch.zeros_like(G), rows)
-    return SubsetProblem((consumer,), keep=2)
-
-
-def test_losses_far_below_the_scale_are_told_apart():
-    """The optimum is a tenth of what is claimed, and both are less than 1e-8 of the scale."""
-    problem = faint()
+    problem = SubsetProblem((consumer,), keep=2)
     best = solve(problem, "enumerate")
     best.verify()
     assert best.support.tolist() == [0, 2]
-    support = torch.tensor([0, 1])
-    weights, loss = refit(problem, support)
+    planted = on(problem, [0, 1])
     assert best.loss == pytest.approx(1e-10, rel=1e-4)
-    assert loss == pytest.approx(1e-9, rel=1e-4)
-    planted = Solution(
-        problem=problem,
-        backend="planted",
-        support=support,
-        weights=weights,
-        loss=loss,
-        status=Status.OPTIMAL,
-        lower_bound=loss,
-    )
-    refused(planted, r"bound .* is refuted by an exchange")
-    unbounded = {"status": Status.SWAP_OPTIMAL, "lower_bound": -math.inf}
-    refused(planted, "not a swap optimum", **unbounded)
+    assert planted.loss == pytest.approx(1e-9, rel=1e-4)
+    false = {"status": Status.OPTIMAL, "lower_bound": planted.loss}
+    refused(planted, r"bound .* is refuted by an exchange", **false)
+    refused(planted, "not a swap optimum", status=Status.SWAP_OPTIMAL)
     for claim in (0.9 * best.loss, 1.1 * best.loss):
         changes = {"loss": claim, "lower_bound": 0.0, "status": Status.FEASIBLE}
         refused(best, "when recomputed, claimed", **changes)
@@ -138,14 +97,59 @@ def test_losses_far_below_the_scale_are_told_apart():
     refused(best, "optimality is claimed with a gap", **open_gap)
 
 
+def test_supports_and_weights_that_are_none():
+    solution = solve(SCALAR, "enumerate")
+    for support, message in [
+        ([0, 1, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 9], "outside 0 .. 8"),
+        ([-1, 0, 1, 2], "outside 0 .. 8"),
+        ([3, 2, 1, 0], "not sorted"),
+    ]:
+        refused(solution, message, support=torch.tensor(support))
+    (W,) = solution.weights
+    for weights, message in [
+        ((W[:-1],), "wrong shape or device, or are not finite"),
+        ((torch.full_like(W, torch.nan),), "wrong shape or device, or are not finite"),
+        ((W, W), "weights for 2 of 1 consumers"),
+    ]:
+        refused(solution, message, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("loss", (math.nan, math.inf, -1.0, None, "0.5", 1)),
+        ("gap_tolerance", (math.nan, -1.0, 1.0, math.nextafter(1.0, 2.0), None)),
+        ("lower_bound", (math.nan, math.inf, None, "0.5")),
+        ("seconds", (math.nan, -1.0)),
+        ("iterations", (None, 2.0, -1)),
+        ("history", ([1.0], (math.nan,), ("1",))),
+        ("status", ("OPTIMAL", None)),
+        ("support", (None, [0, 1, 2], torch.tensor([0.0, 1, 2]), torch.tensor([[0, 1, 2]]))),
+        ("weights", (None, [], (torch.zeros(7),), (torch.zeros(7, 3),))),
+        ("certificate", ("trust me",)),
+        ("windows", ([], ("w",))),
+        ("backend", (None,)),
+        ("problem", (None,)),
+    ],
+)
+def test_fields_of_another_type_or_range(field, values):
+    solution = solve(SCALAR, "greedy")
+    for value in values:
+        refused(solution, f"{field} is .*; it must be", **{field: value})
+
+
+def test_an_ill_posed_problem_is_not_verified():
+    (consumer,) = SCALAR.consumers
+    low = SubsetProblem((replace(consumer, e=consumer.e / 2),), SCALAR.keep)
+    refused(solve(SCALAR, "greedy"), "the problem is ill posed: consumer 0: e is", problem=low)
+
+
 def test_a_certificate_needs_no_exchanges(monkeypatch):
     """Where the formula of exchanges breaks down near a singular H, honest proofs still hold."""
-
-    def fails(*_):
-        torch.linalg.cholesky(-torch.eye(2))
-
-    monkeypatch.setattr(verification, "best_swap", fails)
-    solution = exact(INSTANCES["scalar"])
+    monkeypatch.setattr(verification, "best_swap", lambda *_: torch.linalg.cholesky(-torch.eye(2)))
+    solution = solve(SCALAR, "enumerate")
     report = solution.verify()
     assert math.isnan(report.swap_gain)
     assert report.not_recomputed == ()
@@ -153,20 +157,68 @@ def test_a_certificate_needs_no_exchanges(monkeypatch):
         refused(solution, "cannot be recomputed, H is too close to singular", **changes)
 
 
-def test_an_ill_posed_problem_is_not_verified():
-    solution = exact(INSTANCES["scalar"])
-    consumer = solution.problem.consumers[0]
-    low = SubsetProblem((replace(consumer, e=consumer.e / 2),), solution.problem.keep)
-    refused(solution, "the problem is ill posed: consumer 0: e is", problem=low)
+# ---- claims without evidence ---------------------------------------------------------------------
 
 
-def test_gap():
-    solution = on(INSTANCES["scalar"], [0, 1, 2, 3])
-    assert math.isnan(solution.gap)
-    assert replace(solution, lower_bound=solution.loss).gap == 0
-    assert replace(solution, lower_bound=solution.loss / 4).gap == pytest.approx(0.75)
-    assert replace(solution, lower_bound=-1.0).gap == 1
-    assert replace(solution, lower_bound=0.0, loss=0.0).gap == 0
+def test_a_backends_word_is_named_as_such():
+    for backend in ("enumerate", "branch_and_bound", "perspective", "local_search", "greedy"):
+        assert solve(SCALAR, backend).verify().not_recomputed == ()
+    word = replace(solve(SCALAR, "enumerate"), certificate=None)
+    report = word.verify()
+    assert math.isnan(report.lower_bound)
+    assert report.not_recomputed == ("lower_bound", "status")
+    limited = replace(word, status=Status.TIME_LIMIT).verify()
+    assert limited.not_recomputed == ("lower_bound",)
+    for status in (Status.BOUNDED, Status.OPTIMAL):
+        refused(solve(SCALAR, "greedy"), "claimed", status=status)
+
+
+def test_a_bound_that_needs_no_evidence():
+    """Removing units never lowers the loss, so the loss with all of them bounds any other."""
+    noisy = INSTANCES["target"].problem
+    least = refit(noisy, torch.arange(noisy.units))[1]
+    best = replace(solve(noisy, "local_search"), status=Status.BOUNDED)
+    report = replace(best, lower_bound=least).verify()
+    assert report.lower_bound == pytest.approx(least)
+    assert report.not_recomputed == ()
+    report = replace(best, lower_bound=least * 1.001).verify()
+    assert report.not_recomputed == ("lower_bound", "status")
+
+
+def test_a_loss_of_zero_with_a_bound_below_it():
+    """No division by the loss, and no optimum within a tolerance of nothing."""
+    best = replace(solve(SILENT, "local_search"), status=Status.OPTIMAL)
+    refused(best, "with a gap of 1 at a loss of 0", lower_bound=-1.0)
+    report = replace(best, lower_bound=0.0).verify()
+    assert (report.lower_bound, report.not_recomputed) == (0.0, ())
+
+
+def test_window_optima_need_their_windows():
+    problem = INSTANCES["correlated"].problem
+    best = solve(problem, "window_search")
+    assert best.status is Status.WINDOW_OPTIMAL
+    assert best.verify().not_recomputed == ()
+    (window,) = best.windows
+    other = on(problem, [*range(5)], status=Status.WINDOW_OPTIMAL)
+    for solution in (replace(best, windows=()), other):
+        refused(solution, "without a window")
+    perspective = solve(problem, "perspective").certificate
+    loose = solve(problem, "branch_and_bound", node_limit=1).certificate
+    for forged, message in [
+        (replace(window, units=window.units[:-1]), "a tree of 9 units"),
+        (replace(window, units=window.units.double()), "an int64 tensor"),
+        (replace(window, units=window.units.to_sparse()), "an int64 tensor"),
+        (replace(window, units=window.units * 0), "names a unit twice"),
+        (replace(window, units=window.units + 1), "must name units from 0"),
+        (replace(window, certificate=perspective), "by a TreeCertificate"),
+        (WindowCertificate(torch.arange(10), loose), "is proved to .* only"),
+    ]:
+        refused(best, message, windows=(forged,))
+    taken = {"windows": best.windows, "gap_tolerance": best.gap_tolerance}
+    refused(other, "proved to .* only", **taken)
+
+
+# ---- gaps and records ----------------------------------------------------------------------------
 
 
 def test_the_record_is_what_json_can_hold():
@@ -182,13 +234,9 @@ def test_the_record_is_what_json_can_hold():
             assert record.relative_loss == pytest.approx(record.loss / problem.scale)
             assert (record.gap is None) == (record.lower_bound is None) == (backend == "greedy")
             assert (record.recomputed_bound is None) == (checked is None or backend == "greedy")
-    assert record.proved_optimal is False
-    proved = exact(INSTANCES["target"])
-    assert proved.record().proved_optimal
-    assert proved.record().relative_bound == pytest.approx(proved.record().relative_loss)
-    word = replace(proved, certificate=None)
+            assert record.proved_optimal == (backend == "enumerate")
+    word = replace(solve(problem, "enumerate"), certificate=None)
     record = word.record(word.verify())
     assert record.recomputed_bound is None
-    assert record.lower_bound is not None
-    silent = SubsetProblem.from_gram(torch.zeros(3, 3), torch.ones(3, 2), keep=1)
-    assert solve(silent, "greedy").record().relative_loss == 0.0
+    assert record.relative_bound == pytest.approx(record.relative_loss)
+    assert solve(SILENT, "greedy").record().relative_loss == 0.0

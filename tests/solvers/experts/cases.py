@@ -41,9 +41,8 @@ def masked(rule, logits, kept, bias):
             RouterScores.SOFTMAX_OF_CHOSEN: token,
             RouterScores.SIGMOID: [1 / (1 + math.exp(-x)) for x in token],
         }[rule.scores]
-        choice = [
-            -math.inf if g else s + b for g, s, b in zip(gone, score, bias.tolist(), strict=True)
-        ]
+        biased = [s + b for s, b in zip(score, bias.tolist(), strict=True)]
+        choice = [-math.inf if g else s for g, s in zip(gone, biased, strict=True)]
         size = EXPERTS // rule.groups
         groups = [range(g * size, (g + 1) * size) for g in range(rule.groups)]
         best = [sorted((choice[j] for j in group), reverse=True) for group in groups]

@@ -1,4 +1,4 @@
-"""Every loss that a search asks for is that of the definition, by brute force."""
+"""Routing and losses of sets of experts are those of the definition, by brute force."""
 
 from __future__ import annotations
 
@@ -11,9 +11,32 @@ import torch
 from solvers import ExpertProblem, ProblemError, RouterScores, RoutingRule
 from solvers.experts import losses as expert_losses
 from solvers.experts.losses import ReroutedLosses, losses_of
-from tests.solvers.experts.cases import CASES, EXPERTS, RULES, mixture_of, problem_of
+from tests.solvers.experts.cases import CASES, EXPERTS, RULES, masked, mixture_of, problem_of
 
 cases = pytest.mark.parametrize("mixture", CASES.values(), ids=CASES.keys())
+
+
+# ---- routing among those that stay ---------------------------------------------------------------
+
+
+@cases
+@pytest.mark.parametrize("kept", [range(EXPERTS), (0, 2, 3, 5, 6, 7, 9, 10, 11)[::-1]])
+def test_routing_is_that_of_masked_logits(mixture, kept):
+    rule, logits, bias = mixture.rule, mixture.logits, mixture.bias
+    experts, weights = rule.route(logits, kept, bias)
+    none = torch.zeros(EXPERTS) if bias is None else bias
+    expected = list(masked(rule, logits, set(kept), none))
+    assert experts.tolist() == [chosen for chosen, _ in expected]
+    assert torch.allclose(weights, torch.tensor([w for _, w in expected], dtype=torch.float64))
+    # A router that has only the rows of those that stay does the same.
+    staying = torch.tensor(sorted(kept))
+    own = None if bias is None else bias[staying]
+    local, same = rule.route(logits[:, staying], None, own)
+    assert torch.equal(staying[local], experts)
+    assert torch.equal(same, weights)
+
+
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def mask(kept):
@@ -27,7 +50,7 @@ def some_set(mixture):
 
 
 @cases
-def test_losses_of_sets_and_exchanges_are_those_of_the_definition(mixture):
+def test_losses_are_those_of_the_definition(mixture):
     problem, kept = mixture.problem, some_set(mixture)
     loss = pytest.approx(mixture.loss(kept), rel=1e-10)
     assert problem.loss(kept[::-1]) == loss
@@ -42,13 +65,9 @@ def test_losses_of_sets_and_exchanges_are_those_of_the_definition(mixture):
         for table in tables:
             assert float(table[r, a]) == pytest.approx(expected, rel=1e-10)
     assert torch.allclose(*tables, rtol=1e-10)
-
-
-@cases
-def test_losses_of_removals_are_those_of_the_definition(mixture):
-    """Also while groups are of unequal sizes, as a greedy search has them on its way."""
-    problem, kept = mixture.problem, list(range(1, EXPERTS))
-    for losses in {losses_of(problem), ReroutedLosses(problem)}:
+    # Removals also while groups are of unequal sizes, as a greedy search has them on its way.
+    kept = list(range(1, EXPERTS))
+    for losses in every:
         after = losses.removals(mask(kept))
         assert float(after[0]) == math.inf
         for r in (1, 5, 11):
@@ -61,13 +80,13 @@ def test_an_expert_with_nearly_all_of_the_weight_can_leave(name):
     mixture = mixture_of(RULES[name])
     mixture.logits[:, 4] += 60
     mixture = dataclasses.replace(mixture, target=torch.zeros_like(mixture.target) + 1.0)
-    problem, kept = problem_of(mixture), set(some_set(mixture)) | {4}
-    table = losses_of(problem).exchanges(mask(kept))
+    losses, kept = losses_of(problem_of(mixture)), set(some_set(mixture)) | {4}
     entering = next(a for a in (5, 6, 7) if a not in kept)
     expected = mixture.loss(kept - {4} | {entering})
-    assert float(table[4, entering]) == pytest.approx(expected, rel=1e-12)
+    found = losses.exchanges(mask(kept))[4, entering]
+    assert float(found) == pytest.approx(expected, rel=1e-12)
     all_but_one = mixture.loss(set(range(EXPERTS)) - {4})
-    after = losses_of(problem).removals(torch.ones(EXPERTS, dtype=torch.bool))
+    after = losses.removals(torch.ones(EXPERTS, dtype=torch.bool))
     assert float(after[4]) == pytest.approx(all_but_one, rel=1e-12)
 
 
@@ -90,12 +109,11 @@ def test_equal_scores_are_sent_as_the_router_sends_them(name):
     mixture = mixture_of(RULES[name], tokens=60)
     mixture = dataclasses.replace(mixture, logits=mixture.logits.round())
     problem, kept = problem_of(mixture), some_set(mixture)
+    exchanged = mixture.loss({*kept, 9} - {11})
     for losses in (losses_of(problem), ReroutedLosses(problem)):
         assert losses.loss(mask(kept)) == pytest.approx(mixture.loss(kept), rel=1e-10)
-        exchanged = {*kept, 9} - {11}
-        assert float(losses.exchanges(mask(kept))[11, 9]) == pytest.approx(
-            mixture.loss(exchanged), rel=1e-10
-        )
+        table = losses.exchanges(mask(kept))
+        assert float(table[11, 9]) == pytest.approx(exchanged, rel=1e-10)
 
 
 def test_a_problem_does_not_depend_on_its_blocks():
@@ -104,47 +122,42 @@ def test_a_problem_does_not_depend_on_its_blocks():
     assert len(whole.tokens) == 1
     assert whole.loss(range(7)) == pytest.approx(single.loss(range(7)), rel=1e-14)
     assert whole.scale == pytest.approx(float(mixture.target.square().sum()))
-    more = whole.with_keep(9)
-    assert more.loss(range(9)) == pytest.approx(mixture.loss(range(9)))
+    assert whole.with_keep(9).loss(range(9)) == pytest.approx(mixture.loss(range(9)))
+    held = sum(tensor.nbytes for tensor in vars(whole.tokens[0]).values())
+    assert held < ExpertProblem.memory(whole.rule, EXPERTS, 7, 30) < 2.5 * held
 
 
-def test_memory_is_that_of_the_tensors():
-    problem = CASES["normalized"].problem
-    held = sum(
-        tensor.numel() * tensor.element_size()
-        for block in problem.tokens
-        for tensor in (block.logits, block.gram, block.cross, block.energy)
-    )
-    told = ExpertProblem.memory(problem.rule, EXPERTS, 7, 30)
-    assert held < told < 2.5 * held
-
-
-def test_tokens_that_are_none_are_refused():
-    block = CASES["normalized"].problem.tokens[0]
-    for name in ("logits", "gram", "cross", "energy"):
-        broken = getattr(block, name).clone()
-        broken[-1] = math.nan
-        with pytest.raises(ProblemError, match=f"{name} has NaN"):
-            dataclasses.replace(block, **{name: broken})
-
-
-def test_problems_that_are_none_are_refused():
+def test_problems_and_rules_that_are_none_are_refused():
     mixture = CASES["normalized"]
-    problem = mixture.problem
-    for changes, message in [
-        ({"keep": 0}, "in 1 .. 12"),
-        ({"keep": 2}, "needs 3"),
-        ({"keep": 4}, "11 can be reached"),
-        ({"choice_bias": torch.full((EXPERTS,), math.inf).double()}, "choice_bias has NaN or inf"),
+    problem, two = mixture.problem, RULES["groups of two"]
+    # As many have to stay of a group as it is scored by.
+    assert dataclasses.replace(two, top_k=1, open_groups=1).fewest == 6
+    block, endless = problem.tokens[0], torch.full((EXPERTS,), math.inf).double()
+    far = dataclasses.replace(mixture, logits=500 * mixture.logits)
+
+    def route(rule, kept):
+        return lambda: RULES[rule].route(torch.zeros(1, EXPERTS), kept)
+
+    for make, message in [
+        (route("softmax", (0, 1)), "needs 3 at least"),
+        (route("softmax", (0, 0, 1, 2)), "once at most"),
+        (route("softmax", (0, 1, 12)), "once at most"),
+        (route("groups", (0, 1, 4, 5, 8)), "as many must in each"),
+        (route("groups of two", (0, 4, 8)), "needs 6 at least"),
+        (lambda: dataclasses.replace(block, cross=block.cross * math.nan), "cross has NaN"),
+        (lambda: dataclasses.replace(problem, keep=0), "in 1 .. 12"),
+        (lambda: dataclasses.replace(problem, keep=2), "needs 3"),
+        (lambda: dataclasses.replace(problem, keep=4), "11 can be reached"),
+        (lambda: dataclasses.replace(problem, choice_bias=endless), "choice_bias has NaN or inf"),
+        (lambda: CASES["groups"].problem.with_keep(10), "multiple of 3"),
+        (lambda: problem.loss(range(6)), "7 or more"),
+        (lambda: problem_of(far), "far apart"),
+        (lambda: RoutingRule(1, RouterScores.SOFTMAX, scale=math.nan), "scale must be positive"),
+        (lambda: RoutingRule(0, RouterScores.SOFTMAX), "top_k"),
+        (
+            lambda: RoutingRule(1, RouterScores.SOFTMAX, groups=2).route(torch.zeros(1, 5)),
+            "groups of one size",
+        ),
     ]:
         with pytest.raises(ProblemError, match=message):
-            dataclasses.replace(problem, **changes)
-    with pytest.raises(ProblemError, match="multiple of 3"):
-        CASES["groups"].problem.with_keep(10)
-    with pytest.raises(ProblemError, match="7 or more"):
-        problem.loss(range(6))
-    far = dataclasses.replace(mixture, logits=500 * mixture.logits)
-    with pytest.raises(ProblemError, match="far apart"):
-        problem_of(far)
-    with pytest.raises(ProblemError, match="scale must be positive"):
-        RoutingRule(1, RouterScores.SOFTMAX, scale=math.nan)
+            make()

@@ -1,21 +1,79 @@
-"""Many nodes at once: the same conditioning as one by one, valid bounds, nodes in order."""
+"""Exact searches: stopped, they are valid; nodes at once are bounded as one by one; cuts hold."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import SubsetProblem, refit_loss
+from solvers import BackendError, Status, backend_class, refit_loss, solve
 from solvers.bounds.batch import TermsBatch, bound_nodes, dominating
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
 from solvers.exact.frontier import Frontier, Nodes
-from tests.solvers.test_perspective import random_problem
+from solvers.exact.gurobi import _licence_errors
+from solvers.exact.outer_approximation import MixedInteger, Search
+from tests.solvers.instances import INSTANCES, build, random_data, random_problem
+
+# ---- whole searches ------------------------------------------------------------------------------
+
+
+def needs(name):
+    reason = backend_class(name).available()
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+exact = pytest.mark.parametrize(
+    "backend", ["branch_and_bound", *(pytest.param(n, marks=needs(n)) for n in ("highs", "gurobi"))]
+)
+HARD = build("hard", [random_data(5, 14, 8, samples=28)], 7)
+"""Too many units to close at once, few enough that the optimum is known."""
+
+
+@exact
+def test_a_search_that_is_stopped_has_a_valid_bound(backend):
+    optimum = solve(HARD.problem, "enumerate").loss
+    solution = solve(HARD.problem, backend, time_limit=0.0)
+    assert solution.status is Status.TIME_LIMIT
+    assert 0 < solution.lower_bound <= optimum * (1 + 1e-9)
+    assert 0 < solution.gap < 1
+    solution.verify()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7])
+def test_node_limit_returns_a_valid_bound(limit):
+    solution = solve(HARD.problem, "branch_and_bound", node_limit=limit)
+    assert solution.status is Status.NODE_LIMIT
+    assert solution.iterations == limit
+    assert solution.lower_bound <= solve(HARD.problem, "enumerate").loss * (1 + 1e-12)
+    solution.verify()
+
+
+@exact
+def test_a_loose_gap_tolerance_ends_the_search_early(backend):
+    solution = solve(HARD.problem, backend, gap_tolerance=0.6)
+    assert solution.status is Status.OPTIMAL
+    assert 1e-4 < solution.gap <= solution.gap_tolerance == 0.6
+    solution.verify()
+
+
+@exact
+def test_the_worst_start_still_reaches_the_optimum(backend):
+    problem = build("trap", [random_data(0, 10, 5, samples=20)], 5).problem
+    best = solve(problem, "enumerate")
+    worst = tuple(best.removed.tolist())
+    assert solve(problem, "local_search", start=worst).loss > 1.1 * best.loss
+    solution = solve(problem, backend, start=worst)
+    assert solution.status is Status.OPTIMAL
+    assert torch.equal(solution.support, best.support)
+    assert solution.history[0] > 1.1 * best.loss
+
+
+# ---- many nodes at once --------------------------------------------------------------------------
 
 
 def random_sides(seed, n, removals, nodes):
@@ -39,8 +97,7 @@ def losses(problem, row):
 
 
 def left(problem, gone) -> float:
-    support = [unit for unit in range(problem.units) if unit not in gone]
-    return refit_loss(problem, torch.tensor(support))
+    return refit_loss(problem, torch.tensor([u for u in range(problem.units) if u not in gone]))
 
 
 @given(
@@ -51,7 +108,7 @@ def left(problem, gone) -> float:
     spread=st.sampled_from([0.0, 0.5, 3.0]),
     consumers=st.integers(1, 2),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consumers):
     problem = random_problem(
         seed, n, width, responses, 1 + seed % (n - 1), spread=spread, consumers=consumers
@@ -86,12 +143,10 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
 
 def test_leaves_are_enumerated():
     problem = random_problem(3, 7, 2, 4, 4, consumers=2)
-    root = RemovalTerms.of(problem)
     sides = torch.full((3, 7), FREE, dtype=torch.int8)
-    sides[0, [1, 4]] = torch.tensor([REMOVED, KEPT], dtype=torch.int8)
-    sides[1, [0, 6]] = torch.tensor([KEPT, REMOVED], dtype=torch.int8)
-    sides[2, [2, 3]] = torch.tensor([KEPT, REMOVED], dtype=torch.int8)
-    terms = TermsBatch.of(root, sides)
+    for row, (goes, stays) in zip(sides, [(1, 4), (6, 0), (3, 2)], strict=True):
+        row[goes], row[stays] = REMOVED, KEPT
+    terms = TermsBatch.of(RemovalTerms.of(problem), sides)
     costs, places = terms.cheapest(5, 2)
     for index, row in enumerate(sides):
         free, choices, found = losses(problem, row)
@@ -111,17 +166,6 @@ def test_a_node_has_the_least_diagonal_of_its_shape():
     assert bool((least[1] < 0).all())
 
 
-def test_units_that_cost_nothing_give_a_finite_bound():
-    (consumer,) = random_problem(1, 6, 1, 3, 3).consumers
-    silent = replace(consumer, G=torch.zeros_like(consumer.G), e=0.0)
-    root = RemovalTerms.of(SubsetProblem((silent,), 3))
-    terms = TermsBatch.of(root, torch.full((2, 6), FREE, dtype=torch.int8))
-    half, one = torch.full((2, 6), 0.5).double(), torch.ones(2, 6).double()
-    bound = bound_nodes(terms, half, one, half, 8)
-    assert bool(torch.isfinite(bound.cost).all())
-    assert bool((bound.cost <= 0).all())
-
-
 def test_the_frontier_gives_nodes_in_order_and_loses_none():
     generator = torch.Generator().manual_seed(0)
     frontier = Frontier(3, torch.device("cpu"))
@@ -138,3 +182,44 @@ def test_the_frontier_gives_nodes_in_order_and_loses_none():
     assert sorted(taken) == [pair for pair in expected if pair[0] < 0.9]
     assert [bound for bound, _ in taken] == sorted(bound for bound, _ in taken)
     assert frontier.least == float(bounds[bounds >= 0.9].min())
+
+
+# ---- through other packages ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scalar", "correlated", "ragged_consumers"])
+def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
+    instance = INSTANCES[name]
+    problem = instance.problem
+    master = Search(problem, MixedInteger(10.0))
+    n, r = problem.units, master.removals
+    supports = list(combinations(range(n), r))
+    points = np.array([[float(j in removed) for j in range(n)] for removed in supports])
+    lost = np.array([instance.loss(set(range(n)) - set(removed)) for removed in supports])
+    costs = (lost - master.terms.constant) / master.unit
+    fractional = np.random.default_rng(0).dirichlet(np.ones(n), size=3) * r
+    for point in [*points[:: max(1, len(points) // 7)], *np.minimum(fractional, 1.0)]:
+        for slopes, constant in (master.root_cut(), *master.cuts_at(point)):
+            assert (points @ slopes - constant <= costs + 1e-8).all()
+    for point, cost in zip(points, costs, strict=True):
+        slopes, constant = master.cut(point)
+        assert point @ slopes - constant == pytest.approx(cost, abs=1e-8 * costs.max())
+
+
+@needs("gurobi")
+def test_a_licence_limit_names_the_limit_and_what_to_use_instead():
+    """The error of a licence that is limited in size; a full one has none."""
+    import gurobipy
+
+    with gurobipy.Env(params={"OutputFlag": 0}) as env, gurobipy.Model(env=env) as model:
+        model.addMVar(2001, vtype="B")
+        try:
+            model.optimize()
+        except gurobipy.GurobiError as error:
+            limit = error
+        else:
+            pytest.skip("a full licence is installed")
+    message = "of 2001 units exceeds the licence, which takes 2000 variables .* or use branch_and"
+    what = "outer approximation of 2001 units"
+    with pytest.raises(BackendError, match=message), _licence_errors(what):
+        raise limit

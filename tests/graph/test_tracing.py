@@ -1,0 +1,226 @@
+"""What cannot be traced is explained, and a trace leaves a model and torch as they were."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graph
+from graph.tracing.export import run_export
+from graph.tracing.preserve import caching, without_cache
+from tests.zoo import transformers_case
+
+from .topologies import linear, network
+
+_ROWS = torch.randn(3, 4)
+
+# ---- what cannot be traced -----------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Keeps a tensor, counts in a list and prints, before it branches on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = []
+
+    def forward(self, x):
+        print("said by the model", file=sys.stderr)
+        self.calls.append(1)
+        self.kept = self.linear(x)
+        return self.kept + 1 if self.kept.sum() > 0 else self.kept
+
+
+def test_a_decision_on_data_is_explained_and_leaves_nothing_behind(capfd):
+    model = nn.Sequential(nn.Sequential(Branching())).train()
+    with pytest.raises(graph.TraceError, match="depends on the values") as caught:
+        graph.trace(model, (_ROWS,))
+    assert caught.value.module == "0.0"  # the innermost
+    assert caught.value.reason
+    assert caught.value.__cause__ is not None
+    assert all(module.training for module in model.modules())
+    assert not hasattr(model[0][0], "kept")
+    assert model[0][0].calls == []
+    assert set(capfd.readouterr().err.splitlines()) == {"said by the model"}
+
+
+@dataclass
+class Pair:
+    one: Tensor
+    two: Tensor
+
+
+masked = network()(lambda net, x: x[x > 0])
+returns_pair = network()(lambda net, x: Pair(x, x + 1))
+
+
+@network()
+def branches(net, x):
+    """One of whose branches puts out another form: "Expected ..." of it is not about the inputs."""
+    return torch.cond(x.sum() > 0, lambda x: x.double(), lambda x: x[:1], (x,))
+
+
+def _quantized():
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "said", "module"),
+    [
+        (lambda: nn.Sequential(masked()), (_ROWS,), "products with the mask", "0"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2)),
+            (_ROWS,),
+            "check their shapes",
+            "1",
+        ),
+        (
+            transformers_case("opt", num_hidden_layers=1).build,
+            {"input_ids": torch.randn(2, 7)},
+            "check their shapes and types",
+            None,
+        ),
+        (returns_pair, (_ROWS,), "register_dataclass", None),
+        (lambda: torch.jit.script(nn.Linear(4, 5)), (_ROWS,), "pass the Python module", None),
+        (_quantized, (_ROWS,), "prune the floating-point model", None),
+        (branches, (_ROWS,), r"torch\.cond", None),
+    ],
+)
+def test_what_cannot_be_exported_is_explained(build, inputs, said, module):
+    with pytest.raises(graph.TraceError, match=said) as caught:
+        graph.trace(build(), inputs)
+    assert module in (None, caught.value.module)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ((), r"Linear\.forward"),
+        ((1, 2), r"Linear\.forward"),
+        ({"y": 1}, r"Linear\.forward"),
+        (torch.ones(3), "a tuple"),
+    ],
+    ids=str,
+)
+def test_inputs_that_do_not_fit_the_signature_are_refused(inputs, said):
+    with pytest.raises(graph.ExampleInputError, match=said):
+        graph.trace(nn.Linear(4, 5), inputs)
+
+
+# ---- what is left as it was ----------------------------------------------------------------------
+
+
+class Keeping(nn.Module):
+    """Holds containers of its own and one that others hold too."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.linear, self.shared, self.seen = nn.Linear(4, 4), shared, []
+
+    def forward(self, x):
+        self.shared["calls"].append(1)
+        return self.linear(x)
+
+
+def test_the_model_is_left_as_it_was():
+    shared = {"calls": []}
+    model = nn.Sequential(Keeping(shared), nn.Dropout(0.5), nn.BatchNorm1d(4), Keeping(shared))
+    model.train()
+    model[2].eval()
+    model[0].register_forward_hook(lambda module, args, output: module.seen.append(output))
+    seen, before = model[0].seen, {name: t.clone() for name, t in model.state_dict().items()}
+    graph.trace(model, (_ROWS,))
+    assert [module.training for module in model] == [True, True, False, True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # Containers are neither copied nor changed.
+    assert model[0].seen is seen
+    assert model[0].shared is model[3].shared is shared
+    assert (seen, shared) == ([], {"calls": []})
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.fx.config, "do_not_emit_stack_traces"), reason="an older torch notes them"
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_lines_of_python_are_noted_and_torch_is_left_as_it_was(asked, monkeypatch):
+    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", asked)
+    inputs = {"input": _ROWS}
+    exported = run_export(nn.Linear(4, 5), (), inputs)
+    assert not any("stack_trace" in node.meta for node in exported.graph.nodes)
+    with pytest.raises(graph.TraceError):
+        run_export(nn.Linear(5, 5), (), inputs)
+    assert torch.fx.config.do_not_emit_stack_traces is asked
+
+
+class Converting(nn.Linear):
+    """Is in half precision whatever it is asked to be."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda t: t.to(torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_modules_do_when_they_are_converted_changes_no_model():
+    layer = Converting(4, 8)
+    before = [parameter.clone() for parameter in layer.parameters()]
+    graph.trace(nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 4)), (_ROWS,))
+    assert all(map(torch.equal, layer.parameters(), before))
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+
+
+class Caching(nn.Module):
+    """Puts out a thing of no known type unless its own config says no, as language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x))), object() if self.config.use_cache else None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A config that cannot be changed."""
+
+    use_cache: bool = True
+
+
+def test_caches_are_off_while_a_model_is_traced_and_on_again():
+    model = network(language=Caching, frozen=linear(2, 2))(lambda net, x: net.language(x))()
+    model.config, model.frozen.config = SimpleNamespace(use_cache=None), Frozen()
+    (group,) = graph.trace(model, (_ROWS,)).prunable
+    assert group.units == 8
+    assert list(caching(model)) == ["language", "frozen"]
+    with without_cache(model):
+        assert not model.language.config.use_cache
+    with pytest.raises(ZeroDivisionError), without_cache(model):
+        raise ZeroDivisionError
+    assert model.language.config.use_cache is True
+    assert model.config.use_cache is None
+
+
+@network(up=linear(4, 8), down=linear(8, 4))
+def casting_itself(net, x):
+    """Casts its own layers on the way, as routers of mixtures do."""
+    net.up = net.up.to(torch.float32)
+    net.down.to(x.device, torch.float32)
+    return net.down(torch.relu(net.up(x)))
+
+
+def test_modules_may_cast_others_in_their_forward_where_that_changes_nothing():
+    model, to = casting_itself(), nn.Module.to
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    assert graph.trace(model, (_ROWS,)).prunable
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+    assert nn.Module.to is to
+    with pytest.raises(graph.TraceError):
+        graph.trace(model.double(), (_ROWS.double(),))

@@ -1,0 +1,204 @@
+"""What the searches and scores of this package promise beyond `test_conformance`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from solvers import Consumer, ProblemError, Status, SubsetProblem, refit, solve
+from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
+from solvers.closed_forms.windows import apply_window, window_problem
+from solvers.heuristics import local_search
+from solvers.linalg import symmetric
+from tests.solvers.instances import INSTANCES, build, random_data, random_problem
+
+PROBLEM = INSTANCES["scalar"].problem
+
+# ---- exchanges -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["correlated", "ties", "dead", "ragged", "ragged_consumers"])
+def test_exchanges_of_many_units_end_where_none_helps(name, monkeypatch):
+    """Also where units of several rows do not fit into panels of a power of two."""
+    monkeypatch.setattr(symmetric, "PANEL_ROWS", 4)
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(local_search, "_AT_ONCE", 5)
+    instance = INSTANCES[name]
+    problem = instance.problem
+    start = tuple(range(problem.keep))  # far from the best
+    for options in ({}, {"start": start}, {"start": start, "max_swaps": 1}):
+        found = solve(problem, "local_search", options=options)
+        found.verify()
+        assert found.status in (Status.SWAP_OPTIMAL, Status.ITERATION_LIMIT)
+        loss = instance.loss(found.support)
+        assert found.loss == pytest.approx(loss, abs=1e-8 * problem.scale)
+        assert found.iterations <= options.get("max_swaps", 10_000)
+        if found.status is Status.SWAP_OPTIMAL:
+            state = PivotState.on_support(problem, found.support)
+            assert best_swap(state).gain <= 1e-6 * found.loss + 1e-12 * problem.scale
+
+
+@pytest.mark.parametrize("few", [0, 1 << 18])
+def test_exchanges_end_where_nothing_is_left_to_lose(few, monkeypatch):
+    """Gains are then rounding, by which the same units would come and go."""
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", few)
+    H, _, _, W0 = random_data(0, 8, 5, samples=64).tensors()
+    W0[3:] = 0
+    found = solve(SubsetProblem.from_gram(H, W0, keep=4), "local_search", start=(4, 5, 6, 7))
+    assert found.loss <= 1e-15 * found.problem.scale
+    assert found.iterations < 20
+    assert found.status is Status.SWAP_OPTIMAL
+    found.verify()
+
+
+def test_many_exchanges_that_gain_the_same_find_their_partners(monkeypatch):
+    """The second half of inputs are to take the places of the first, each that of its partner.
+
+    With that as much is gained by all, and with any other much is lost.
+    """
+    monkeypatch.setattr(local_search, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(local_search, "_AT_ONCE", 4)
+    pairs, one = 40, torch.arange(40)
+    partners = pairs + torch.randperm(pairs, generator=torch.Generator().manual_seed(1))
+    H, W0 = torch.eye(2 * pairs).double(), torch.zeros(2 * pairs, pairs).double()
+    H[one, partners] = H[partners, one] = 0.95
+    W0[one, one], W0[partners, one] = 1.0, 1.3
+    problem = SubsetProblem.from_gram(H, W0, keep=pairs, damp=0.0)
+    state = PivotState.on_support(problem, one)
+    best = candidates(state, 4)
+    pair = best.units[[0]], best.units[[4]]
+    assert float(swap_gains(state, *pair)) == best.gain == best_swap(state).gain
+    found = solve(problem, "local_search", start=tuple(range(pairs)), max_swaps=pairs)
+    assert found.support.tolist() == list(range(pairs, 2 * pairs))
+    assert found.status is Status.SWAP_OPTIMAL
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_exchanges_do_not_depend_on_the_scale_of_the_inputs(scale):
+    for seed in (10, 17):
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(80, 27, generator=generator).double()
+        X = X[:, torch.randint(0, 13, (27,), generator=generator)]  # many of them twice
+        H, W0 = X.T @ X / 80, torch.randn(27, 4, generator=generator).double()
+        problems = [SubsetProblem.from_gram(h, W0, keep=4, units=9) for h in (H, H * scale)]
+        expected, found = (solve(p, "local_search", start=(0, 1, 2, 3)) for p in problems)
+        assert torch.equal(found.support, expected.support)
+        assert found.status is expected.status is Status.SWAP_OPTIMAL
+
+
+def test_multistage():
+    for name in ("correlated", "ragged", "ragged_consumers"):
+        problem = INSTANCES[name].problem
+        one_by_one = solve(problem, "multistage", stage_size=1, max_batches=0)
+        assert torch.equal(one_by_one.support, solve(problem, "greedy").support)
+    problem = INSTANCES["correlated"].problem
+    with_swaps = solve(problem, "multistage", stage_size=5, batch_size=1)
+    without = solve(problem, "multistage", stage_size=5, max_batches=0)
+    assert with_swaps.loss <= without.loss
+    assert with_swaps.history[0] == pytest.approx(without.loss)
+
+
+def test_searches_beat_chance():
+    layer = build("layer", [random_data(3, 40, 10, samples=200, noise=0.5)], 20)
+    for instance in (INSTANCES["correlated"], INSTANCES["ragged_consumers"], layer):
+        random = np.mean([solve(instance.problem, "random", seed=s).loss for s in range(8)])
+        for backend in ("greedy", "local_search", "multistage", "group_lasso"):
+            assert solve(instance.problem, backend).loss < 0.9 * random
+
+
+# ---- scores, from the data alone -----------------------------------------------------------------
+
+UNITS = ([[3], [0, 4], [6, 5], [1], [2]], [[0], [5, 1], [2], [3], [4]])
+
+
+def shifted(seed, p, m):
+    """Data whose inputs have means that differ."""
+    data = random_data(seed, p, m)
+    return data.X + 3 * np.random.default_rng(seed + 1000).normal(size=p), data.W0
+
+
+def consumer(X, W0, units=None, *, known=True):
+    H = torch.from_numpy(X.T @ X / len(X))
+    variance = torch.from_numpy(X.var(0)) if known else None
+    return Consumer.from_gram(H, torch.from_numpy(W0), units=units, damp=0.01, variance=variance)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flap_adds_up_the_variances_that_the_weights_see(seed):
+    data = [shifted(seed, 7, 3), shifted(seed + 100, 6, 4)]
+    scores = np.zeros(5)
+    for (X, W0), units in zip(data, UNITS, strict=True):
+        rows = X.var(0) * np.square(W0).sum(1)
+        scores += [rows[own].sum() for own in units]
+    consumers = tuple(consumer(*d, u) for d, u in zip(data, UNITS, strict=True))
+    found = solve(SubsetProblem(consumers, 3), "flap")
+    assert found.support.tolist() == sorted(np.argsort(-scores)[:3].tolist())
+
+
+def test_where_inputs_are_centred_flap_is_wanda():
+    for name in ("scalar", "correlated", "ragged_consumers"):
+        problem = INSTANCES[name].problem
+        assert torch.equal(solve(problem, "flap").support, solve(problem, "wanda").support)
+    X, W0 = shifted(3, 9, 2)
+    X = X - X.mean(0)
+    known, unknown = (SubsetProblem((consumer(X, W0, known=k),), 4) for k in (True, False))
+    assert torch.equal(solve(known, "flap").support, solve(unknown, "flap").support)
+
+
+# ---- windows: their loss is the whole layer's, and searching them improves it --------------------
+
+
+@pytest.mark.parametrize("name", ["target", "permuted", "ragged_consumers", "sparse"])
+def test_window_loss_is_the_loss_of_the_whole(name):
+    problem = INSTANCES[name].problem
+    support = torch.arange(problem.keep)
+    units = torch.tensor([problem.units - 1, 1, 0, problem.keep])
+    window = window_problem(problem, support, units)
+    assert window.units == 4
+    for chosen in torch.combinations(torch.arange(4), window.keep):
+        whole = apply_window(support, units, chosen)
+        assert len(whole) == problem.keep
+        loss = refit(problem, whole)[1]
+        assert refit(window, chosen)[1] == pytest.approx(loss, rel=1e-9, abs=1e-10)
+
+
+def test_a_consumer_without_a_row_in_the_window_is_a_constant():
+    problem = INSTANCES["sparse"].problem
+    support, units = torch.tensor([0, 1, 3]), torch.tensor([0, 4])
+    window = window_problem(problem, support, units)
+    assert window.consumers[1].H.shape == (1, 1)
+    solution = solve(window, "enumerate")
+    solution.verify()
+    whole = refit(problem, apply_window(support, units, solution.support))[1]
+    assert solution.loss == pytest.approx(whole, rel=1e-12)
+    solve(problem, "window_search", units=2).verify()
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([], "must name units"),
+        ([0, 9], "must name units from 0 to 8"),
+        ([0, 0], "twice"),
+        ([6, 7], "no kept unit"),
+    ],
+)
+def test_bad_windows_are_refused(units, message):
+    with pytest.raises(ProblemError, match=message):
+        window_problem(PROBLEM, torch.arange(4), torch.tensor(units, dtype=torch.int64))
+
+
+def test_window_search():
+    small = random_problem(0, 11, 1, 4, 5, spread=1.0)
+    solution = solve(small, "window_search")  # one window holds everything
+    assert solution.status is Status.WINDOW_OPTIMAL
+    assert solution.loss == pytest.approx(solve(small, "enumerate").loss, rel=2e-5)
+    large = random_problem(3, 30, 1, 3, 15, spread=1.0)
+    solution = solve(large, "window_search", units=14, windows=4)
+    solution.verify()
+    assert list(solution.history) == sorted(solution.history, reverse=True)
+    assert solution.loss < solve(large, "local_search").loss
+    unsolved = solve(large, "window_search", units=28, windows=1, time_limit=0.0)
+    assert unsolved.status is Status.FEASIBLE
