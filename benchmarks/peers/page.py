@@ -84,27 +84,31 @@ def write_page(directory: Path) -> str:
     known = entries(directory)
     (directory / "images").mkdir(exist_ok=True)
     (directory / "images" / "peers.svg").write_bytes(drawing(known))
-    page = "\n".join(lines(directory)) + "\n"
+    page = "\n".join(lines(known)) + "\n"
     (directory / "peers.md").write_text(page, encoding="utf-8")
     return page
 
 
-def lines(directory: Path) -> Iterator[str]:
-    """Yield the page of the rows in a directory."""
-    known = entries(directory)
+def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
+    """Yield the page."""
     yield from ("## Where a peer is better", "")
     better = [line for size, here in known.items() for line in beaten(size, here)]
     yield from better or ["Nowhere in these rows."]
     yield from ("", "## Size against quality", "", f"![{ALTERNATIVE}](images/peers.svg)")
+    yield from tables(known)
+    failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
+    if failures:
+        yield from ("", "## What failed", "")
+        yield from (f"- {method}: `{failed}`" for method, failed in sorted(failures))
+
+
+def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
+    """Yield a table for each model and size."""
     for (task, setting), here in known.items():
         first = here[0]
         dense = told(first.measure, [first.dense["quality"][first.measure]])
         yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {dense}.", "")
         yield from table(here)
-    failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
-    if failures:
-        yield from ("", "## What failed", "")
-        yield from (f"- {method}: `{failed}`" for method, failed in sorted(failures))
 
 
 ALTERNATIVE = "Quality over the share that is left, one line a method"
