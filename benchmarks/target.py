@@ -162,7 +162,7 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
             found |= {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
         else:
             result = bisected(row, loaded, data, arguments.device)
-    except osscar.RequestError as error:
+    except osscar.OsscarError as error:
         found["refused"] = str(error)
     else:
         found["seconds"] = time.process_time() - began

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import DataError
+from osscar.base.printable import share
 from osscar.data.samples import SampleSet, named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.seen import LARGEST_SHARE, Seen, fingerprints_of_runs
@@ -38,7 +39,8 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
     Raises
     ------
     DataError
-        If windows overlap, so that a part has seen text of another.
+        If more than 1 % of the text of a part is also in another's: windows overlap, or the text
+        repeats itself.
     """
     order = torch.randperm(samples, generator=named_generator("parts", seed))
     quarter = samples // 4
@@ -46,10 +48,13 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
     parts = Parts(*(rows_of(data, rows.sort().values) for rows in torch.split(order, sizes)))
     if isinstance(data, CalibrationSet):
         mine, *others = (fingerprints_of_runs(part.tokens) for part in parts)
-        if max(Seen.of(mine).share(other) for other in others) > LARGEST_SHARE:
+        known = max(Seen.of(mine).share(other) for other in others)
+        if known > LARGEST_SHARE:
             raise DataError(
-                f"the windows of {data.source} overlap, so that none is fresh to what was pruned "
-                "on others; cut them with overlapping=False, or give a longer text"
+                f"{share(known)} of the text that chooses or reports a size is also pruned on, and "
+                f"{share(LARGEST_SHARE)} may be: the windows of {data.source} overlap, or the text "
+                "repeats itself; cut them with overlapping=False, give a longer text, or take "
+                "another seed"
             )
     return parts
 
