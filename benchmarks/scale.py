@@ -6,10 +6,10 @@
 
 A layer is made up, with so many inputs; half of them leave by local search.  A model has random
 weights, and is written to DIRECTORY once for each shape; `osscar prune` gets the options behind
-``--``.  Each row is one run in a process of its own, whose seconds of the processor and whose
-greatest resident size the operating system tells once it has ended.  It is written to a file of its
-own in DIRECTORY, so that the same command goes on where it was stopped.  Ends with tables of all
-rows there.
+``--``, and the demo's text to calibrate on.  Each row is one run in a process of its own, whose
+seconds of the processor and whose greatest resident size the operating system tells once it has
+ended.  It is written to a file of its own in DIRECTORY, so that the same command goes on where it
+was stopped.  Ends with tables of all rows there.
 
 Takes a minute up to 8,192 inputs, half an hour for 28,672; two minutes to two hours a model.
 """
@@ -34,6 +34,7 @@ import solvers
 from benchmarks.measuring import Asked, Measured, markdown, measured, read, rows_in
 from benchmarks.random_models import SHAPES, write_model
 from osscar.base.files import write_json
+from osscar.models.names import DEMO_CALIBRATION
 from solvers.linalg.symmetric import Symmetric
 
 
@@ -155,7 +156,8 @@ def model_row(row: Model, place: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         out, report = Path(scratch) / "out", Path(scratch) / "report.json"
         command = [sys.executable, "-m", "osscar", "prune", str(place / row.name)]
-        found = successful([*command, "--out", str(out), "--json", str(report), *row.options])
+        command += ["--calibration", str(DEMO_CALIBRATION), "--out", str(out)]
+        found = successful([*command, "--json", str(report), *row.options])
         content = read(report)
     return {
         "weights": sum(file.stat().st_size for file in (place / row.name).glob("*.safetensors")),
