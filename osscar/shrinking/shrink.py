@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, ModelError, first_line
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState, restored
@@ -223,6 +224,7 @@ def _proved(
             match, found = IntegerSearch(model, plan, check).run()
         # What passes keep for the next would be another program.
         untouched.put_back(kept={(number.module, number.attribute) for number in found})
+        forget_derived(model)  # what modules had computed of the tensors before they were cut
         plan = replace(plan, integers=plan.integers + found)
         try:
             anew = adapted(model, plan)
