@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ import transformers as hf
 from torch import Tensor, nn
 
 from benchmarks.coverage.case import Inputs, alive
-from benchmarks.coverage.images import make_torchvision
 from tests.graph.blocks import BLOCKS
 from tests.graph.topologies import PRUNABLE, randomized
 
@@ -72,19 +69,6 @@ def _small(
 
 SMALL = {name: _small(name, *case) for name, case in {**PRUNABLE, **BLOCKS}.items()}
 """Networks of a few layers, one for each way in which axes hang together, and each operator."""
-
-
-# ---- torchvision -------------------------------------------------------------------------
-
-
-def torchvision_case(name: str) -> Case:
-    """Return a model of torchvision by name, as docs/coverage.csv has it."""
-    made = cache(lambda: make_torchvision(name))
-    return Case(
-        name,
-        lambda: copy.deepcopy(made().model),
-        (lambda: made().inputs[0], lambda: made().inputs[1]),
-    )
 
 
 # ---- transformers ------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.data.batches import named_inputs
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
+from osscar.shrinking.slice import slice_units
 from tests.zoo import FAMILIES, transformers_case
 
-from .measure import shrink_by_half
+from .measure import half_of
 
 
 def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -54,10 +55,12 @@ _QUICK = ("bert", "mixtral")
 )
 def test_operations_are_those_that_torch_counts_before_and_after(family: str) -> None:
     case = transformers_case(family)
-    model, inputs = case.build(), case.make_inputs()
-    cost, given = _counted(model, graph.trace(model, inputs[0]).groups, inputs[0])
-    _, proof, _ = shrink_by_half(model, inputs)
-    kept = {group.name: len(group.kept) for group in proof.plan.groups}
+    model, inputs = case.build(), case.make_inputs()[0]
+    dependencies = graph.trace(model, inputs)
+    cost, given = _counted(model, dependencies.groups, inputs)
+    plan = half_of(dependencies.prunable)
+    slice_units(model, plan)
+    kept = {group.name: len(group.kept) for group in plan.groups}
     assert cost.of(kept) == pytest.approx(count_flops(model, given), rel=1e-12)
 
 

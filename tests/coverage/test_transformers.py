@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from osscar.checkpoint import directory as checkpoint
 from osscar.proof.equivalence import proof_outputs
 from tests import collected
 from tests.zoo import FAMILIES, transformers_case
 
-from .measure import LEAST_EFFECT, Coverage, measure, shrink_by_half
+from .measure import LEAST_EFFECT, shrink_by_half
+
+pytestmark = pytest.mark.slow
 
 _EXPECTED = {
     # Blocks share their position bias, and so their heads: of encoder, decoder, and in between.
@@ -35,14 +37,15 @@ _EXPECTED = {
 _TWO_LAYERS = {"heads": 2, "neurons": 2}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A shrunk model on disk, and what it computes."""
-
-    coverage: Coverage
-    stock: bool
-    with_code: bool
-    outputs: list[Tensor]
+def _shrunk(family: str, attention: str | None = None) -> tuple[Any, list[Any]]:
+    """Return a family's model without half of each group, and its inputs."""
+    case = transformers_case(family, attention)
+    model, inputs = case.build(), case.make_inputs()
+    dependencies, _, effect = shrink_by_half(model, inputs)
+    kinds = Counter(str(group.kind) for group in dependencies.prunable)
+    assert kinds == _EXPECTED.get(family, _TWO_LAYERS)
+    assert effect > LEAST_EFFECT
+    return model, inputs
 
 
 _READER = """
@@ -55,14 +58,14 @@ from osscar.proof.equivalence import proof_outputs
 
 for directory in sys.argv[1:]:
     inputs = torch.load(f"{directory}.inputs", weights_only=True)
-    outputs = proof_outputs(osscar.load(directory), inputs)
+    outputs = [proof_outputs(osscar.load(directory), inputs)]
     with open(f"{directory}/config.json") as file:
         config = json.load(file)
     for auto, name in config.get("auto_map", {}).items():
         if name.endswith("." + config["architectures"][0]):
             reader = getattr(transformers, auto)
             model = reader.from_pretrained(directory, trust_remote_code=True).eval()
-            outputs += proof_outputs(model, inputs)
+            outputs.append(proof_outputs(model, inputs))
             break
     torch.save(outputs, f"{directory}.outputs")
 """
@@ -71,89 +74,57 @@ for directory in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def saved(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Saved | Exception]:
-    """Shrink and save every family that is tested, and let one other process read them all."""
-    place = tmp_path_factory.mktemp("families")
-    results: dict[str, Saved | Exception] = {}
-    for name in collected.values(request, "family"):
-        try:
-            results[name] = _save(name, place / name)
-        except Exception as error:  # raised again by the test of that family
-            results[name] = error
-    written = [str(place / name) for name, result in results.items() if isinstance(result, Saved)]
+) -> dict[str, tuple[Any, Any, Any]]:
+    """Shrink and save every family that is tested, and let one other process read them all.
+
+    Of each there is how it was written, what it computes, and what each reader's copy does.
+    """
+    place, found = tmp_path_factory.mktemp("families"), {}
+    for family in collected.values(request, "family"):
+        model, inputs = _shrunk(family)
+        written = checkpoint.save(model, place / family, example_inputs=inputs[0])
+        torch.save(inputs, f"{place / family}.inputs")
+        found[family] = written, proof_outputs(model, inputs)
     environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules")}
-    subprocess.run([sys.executable, "-c", _READER, *written], check=True, env=environment)
-    for name, result in results.items():
-        if isinstance(result, Saved):
-            result.outputs.extend(torch.load(place / f"{name}.outputs", weights_only=True))
-    return results
+    command = [sys.executable, "-c", _READER, *(str(place / family) for family in found)]
+    subprocess.run(command, check=True, env=environment)
+    return {
+        family: (*of, torch.load(Path(f"{place / family}.outputs"), weights_only=True))
+        for family, of in found.items()
+    }
 
 
-def _save(name: str, directory: Path) -> Saved:
-    case = transformers_case(name)
-    model, inputs = case.build(), case.make_inputs()
-    coverage = measure(model, inputs)
-    written = checkpoint.save(model, directory, example_inputs=inputs[0])
-    torch.save(inputs, f"{directory}.inputs")
-    return Saved(coverage, written.stock, written.with_code, proof_outputs(model, inputs))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_shrunk_proved_saved_and_reloaded(
-    family: str, saved: dict[str, Saved | Exception]
+    family: str, saved: dict[str, tuple[Any, Any, Any]]
 ) -> None:
-    result = saved[family]
-    if isinstance(result, Exception):
-        raise result
-    assert result.coverage.kinds == _EXPECTED.get(family, _TWO_LAYERS)
-    assert result.coverage.effect > LEAST_EFFECT
-    assert result.stock == ("stock" in transformers_case(family).tags)
-    assert result.with_code is not result.stock
-    readers = 2 if result.with_code else 1
-    own = len(result.outputs) // (1 + readers)
-    for before, after in zip(result.outputs[:own] * readers, result.outputs[own:], strict=True):
-        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    written, outputs, readers = saved[family]
+    assert written.stock == ("stock" in transformers_case(family).tags)
+    assert written.with_code is not written.stock
+    assert len(readers) == (2 if written.with_code else 1)
+    for again in readers:
+        for before, after in zip(outputs, again, strict=True):
+            atol = 1e-5 * float(before.abs().max())
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_written_out_attention_is_shrunk_too(name: str) -> None:
-    case = transformers_case(name, "eager")
-    coverage = measure(case.build(), case.make_inputs())
-    assert coverage.kinds == _EXPECTED.get(name, _TWO_LAYERS)
-    assert coverage.effect > LEAST_EFFECT
+    _shrunk(name, "eager")
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", ["llama", "llama-multi-query", "gpt2", "bloom", "falcon-grouped"])
+@pytest.mark.parametrize("name", ["llama-multi-query", "gpt2", "bloom", "falcon-grouped", "t5"])
 def test_numbers_off_the_traced_path_follow_too(name: str) -> None:
-    """A mask, or another implementation of attention, reads what the traced path does not."""
-    case = transformers_case(name)
-    model = case.build()
+    """A mask, a cache, or another kernel of attention reads what the traced path does not."""
+    model, inputs = _shrunk(name)
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[1, 4:] = 0
-    padded = {"input_ids": torch.randint(3, 64, (2, 7)), "attention_mask": mask}
-    shrink_by_half(model, [*case.make_inputs(), padded])
+    padded = {**inputs[0], "attention_mask": mask}
     expected = proof_outputs(model, [padded])
-    if name != "bloom":  # which has one implementation
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-        torch.testing.assert_close(proof_outputs(model, [padded]), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("name", ["llama-multi-query", "bloom", "falcon-grouped", "t5"])
-def test_generation_with_a_cache_follows(name: str) -> None:
-    case = transformers_case(name)
-    model = case.build()
-    shrink_by_half(model, case.make_inputs())
-    assert _generated(model, use_cache=True) == _generated(model, use_cache=False)
-
-
-def _generated(model: nn.Module, *, use_cache: bool) -> list[list[int]]:
-    torch.manual_seed(0)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     ids = torch.randint(3, 64, (2, 5))
-    tokens = model.generate(  # type: ignore[operator]
-        ids, max_new_tokens=4, do_sample=False, use_cache=use_cache, eos_token_id=None
-    )
-    return tokens.tolist()  # type: ignore[no-any-return]
+    with_cache, without = (model.generate(ids, use_cache=c, **options) for c in (True, False))
+    assert torch.equal(with_cache, without)
+    if name != "bloom":  # which has one implementation
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(proof_outputs(model, [padded]), expected, rtol=1e-4, atol=1e-4)

@@ -8,155 +8,192 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graph
 from osscar.proof.plan import GroupPlan, PruningPlan
-from tests.osscar.test_feasibility import Gated, Generator, MaxOut, OptionA, Transformer
+from tests.graph.topologies import conv, network
+
+WIDTH = 16
 
 
-class Grouped(nn.Module):
-    """Grouped and depthwise convolutions, group normalization, channels cut by number."""
+class Attention(nn.Module):
+    """Takes the width of a head from the width of the stream."""
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 24, 3, padding=1)
-        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
-        self.grouped = nn.Conv2d(24, 32, 3, padding=1, groups=4)
-        self.norm = nn.GroupNorm(4, 32)
-        self.head = nn.Linear(32, 5)
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
-        x = torch.relu(self.depthwise(torch.relu(self.stem(x))))
-        x = torch.relu(self.norm(self.grouped(x)))
-        return self.head(x.mean((2, 3)).view(x.shape[0], 32))
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
 
 
-class Folding(nn.Module):
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH)
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
+
+
+@network(blocks=lambda: nn.Sequential(Block(), Block()), head=(WIDTH, 5))
+def Transformer(net, x):
+    """A model whose heads cannot follow, and whose neurons can."""
+    return net.head(net.blocks(x).mean(1))
+
+
+@network(
+    enter=(8, 64 * 4 * 4),
+    up=lambda: nn.ConvTranspose2d(64, 12, 2, stride=2),
+    leave=conv(12, 3, 3, padding=1),
+)
+def Generator(net, z):
+    """A generator, which reads channels from features by a size that is written down."""
+    x = torch.relu(net.enter(z)).view(-1, 64, 4, 4)
+    return net.leave(torch.relu(net.up(x)))
+
+
+def gated(gate):
+    """Make a network with a gate of a written size before a plain layer."""
+
+    @network(enter=(8, 64), leave=(32, 20), head=(20, 3))
+    def Gated(net, x):
+        a, b = net.enter(x).split(32, -1)
+        return net.head(torch.tanh(net.leave(gate(a, b))))
+
+    return Gated
+
+
+Gated, MaxOut = gated(lambda a, b: a * F.gelu(b)), gated(torch.maximum)
+
+
+@network(
+    stem=conv(3, 8, 3, padding=1),
+    one=conv(8, 10, 3, padding=1),
+    two=conv(10, 8, 3, padding=1),
+    wide=conv(8, 16, 3, stride=2, padding=1),
+    head=(16, 5),
+)
+def OptionA(net, x):
+    """A residual network whose shortcut adds zeros for the channels that it lacks."""
+    x = torch.relu(net.stem(x))
+    x = torch.relu(x + net.two(torch.relu(net.one(x))))
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+    return net.head(torch.relu(net.wide(x) + shortcut).mean((2, 3)))
+
+
+@network(
+    stem=conv(3, 24, 3, padding=1),
+    depthwise=conv(24, 24, 3, padding=1, groups=24),
+    grouped=conv(24, 32, 3, padding=1, groups=4),
+    norm=lambda: nn.GroupNorm(4, 32),
+    head=(32, 5),
+)
+def Grouped(net, x):
+    """A net of grouped and depthwise convolutions, group normalization, sizes by number."""
+    x = torch.relu(net.depthwise(torch.relu(net.stem(x))))
+    x = torch.relu(net.norm(net.grouped(x)))
+    return net.head(x.mean((2, 3)).view(x.shape[0], 32))
+
+
+@network(q=(16, 24), k=(16, 24), v=(16, 24), out=(24, 16))
+def Folding(net, x):
     """Attention with heads folded into the batch, its tables of zeros made by size."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(16, 24) for _ in range(3))
-        self.out = nn.Linear(24, 16)
-
-    def split(self, x):
-        b, n, _ = x.shape
-        return x.view(b, n, 6, 4).transpose(1, 2).reshape(b * 6, n, 4)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        mixed = torch.bmm((q @ k.transpose(1, 2) * 0.5).softmax(-1), v)
-        mixed = mixed.view(b, 6, n, 4).transpose(1, 2).reshape(b, n, 24)
-        return self.out(mixed + x.new_zeros(b, n, 24))
+    b, n, _ = x.shape
+    q, k, v = (
+        part.view(b, n, 6, 4).transpose(1, 2).reshape(b * 6, n, 4)
+        for part in (net.q(x), net.k(x), net.v(x))
+    )
+    mixed = torch.bmm((q @ k.transpose(1, 2) * 0.5).softmax(-1), v)
+    mixed = mixed.view(b, 6, n, 4).transpose(1, 2).reshape(b, n, 24)
+    return net.out(mixed + x.new_zeros(b, n, 24))
 
 
-class Sliced(nn.Module):
+@network(wide=(8, 40), one=(10, 6), two=(18, 6), three=(12, 6))
+def Sliced(net, x):
     """One wide layer whose parts are cut out by number, from the front and from the back."""
-
-    def __init__(self):
-        super().__init__()
-        self.wide = nn.Linear(8, 40)
-        self.one, self.two, self.three = nn.Linear(10, 6), nn.Linear(18, 6), nn.Linear(12, 6)
-
-    def forward(self, x):
-        y = torch.tanh(self.wide(x))
-        a, b, c = y[:, :10], y.narrow(1, 10, 18), y[:, -12:]
-        return self.one(a) + self.two(b) * self.three(c)
+    y = torch.tanh(net.wide(x))
+    a, b, c = y[:, :10], y.narrow(1, 10, 18), y[:, -12:]
+    return net.one(a) + net.two(b) * net.three(c)
 
 
-class Repeating(nn.Module):
-    """Heads that share keys, repeated by number, and features repeated inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.kv, self.out = nn.Linear(16, 24), nn.Linear(16, 4), nn.Linear(24, 16)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q = self.q(x).view(b, n, 6, 4).transpose(1, 2)
-        kv = self.kv(x).view(b, n, 1, 4).transpose(1, 2)
-        kv = kv.expand(b, 6, n, 4)
-        mask = torch.zeros(n, n, dtype=x.dtype).repeat(6, 1, 1)
-        mixed = ((q @ kv.transpose(-2, -1)) + mask).softmax(-1) @ kv
-        return self.out(mixed.transpose(1, 2).reshape(b, n, 24))
+@network(q=(16, 24), kv=(16, 4), out=(24, 16))
+def Repeating(net, x):
+    """Attention whose heads share keys, repeated by number."""
+    b, n, _ = x.shape
+    q = net.q(x).view(b, n, 6, 4).transpose(1, 2)
+    kv = net.kv(x).view(b, n, 1, 4).transpose(1, 2)
+    kv = kv.expand(b, 6, n, 4)
+    mask = torch.zeros(n, n, dtype=x.dtype).repeat(6, 1, 1)
+    mixed = ((q @ kv.transpose(-2, -1)) + mask).softmax(-1) @ kv
+    return net.out(mixed.transpose(1, 2).reshape(b, n, 24))
 
 
-class Points(nn.Module):
+@network(
+    one=lambda: nn.Conv1d(3, 16, 1),
+    two=lambda: nn.Conv1d(16, 24, 1),
+    three=lambda: nn.Conv1d(40, 12, 1),
+    head=lambda: nn.Conv1d(12, 4, 1),
+)
+def Points(net, x):
     """A small PointNet: features of points, maxima over them, put beside each point again."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv1d(3, 16, 1), nn.Conv1d(16, 24, 1)
-        self.three, self.head = nn.Conv1d(40, 12, 1), nn.Conv1d(12, 4, 1)
-
-    def forward(self, x):
-        near = torch.relu(self.one(x))
-        far = torch.relu(self.two(near)).max(2, keepdim=True)[0].view(-1, 24, 1)
-        both = torch.cat((far.expand(-1, 24, x.shape[2]), near), 1)
-        return self.head(torch.relu(self.three(both)))
+    near = torch.relu(net.one(x))
+    far = torch.relu(net.two(near)).max(2, keepdim=True)[0].view(-1, 24, 1)
+    both = torch.cat((far.expand(-1, 24, x.shape[2]), near), 1)
+    return net.head(torch.relu(net.three(both)))
 
 
-class Counted(nn.Module):
-    """Asks how many samples there are as lists are asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(8, 12), nn.Linear(12, 3)
-
-    def forward(self, x):
-        y = torch.relu(self.enter(x)).view(len(x), 12)
-        return self.leave(y + y.sum(0).expand(len(y), 12) / len(x))
+@network(enter=(8, 12), leave=(12, 3))
+def Counted(net, x):
+    """Code that asks how many samples there are as lists are asked."""
+    y = torch.relu(net.enter(x)).view(len(x), 12)
+    return net.leave(y + y.sum(0).expand(len(y), 12) / len(x))
 
 
-class Coincidence(nn.Module):
-    """Writes 16 for its features, for its points and for a mixture of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, x):  # (samples, 16 points, 16 features)
-        y = torch.relu(self.enter(x.reshape(-1, 16))).view(-1, 16, 16)
-        y = torch.relu(self.mix(y.transpose(1, 2).reshape(-1, 16))).view(-1, 16, 16)
-        return self.head(torch.tanh(self.leave(y.transpose(1, 2))))
+@network(enter=(16, 16), leave=(16, 16), mix=(16, 16), head=(16, 3))
+def Coincidence(net, x):  # (samples, 16 points, 16 features)
+    """Code that writes 16 for its features, for its points and for a mixture of both."""
+    y = torch.relu(net.enter(x.reshape(-1, 16))).view(-1, 16, 16)
+    y = torch.relu(net.mix(y.transpose(1, 2).reshape(-1, 16))).view(-1, 16, 16)
+    return net.head(torch.tanh(net.leave(y.transpose(1, 2))))
 
 
-class UnevenHeads(nn.Module):
+@network(
+    qkv=(16, 3 * 5 * 4),
+    out=(20, 16),
+    near=lambda: nn.Conv1d(8, 8, 3, padding=1, groups=8),
+    far=lambda: nn.Conv1d(12, 12, 5, padding=2, groups=12),
+)
+def UnevenHeads(net, x):
     """Factorized attention like that of CoaT, whose positions are of two sorts of heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(16, 3 * 5 * 4), nn.Linear(20, 16)
-        self.near = nn.Conv1d(8, 8, 3, padding=1, groups=8)
-        self.far = nn.Conv1d(12, 12, 5, padding=2, groups=12)
-
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, 5, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = q @ (k.softmax(2).transpose(-1, -2) @ v)
-        near, far = v.transpose(-1, -2).reshape(b, 20, n).split([8, 12], 1)
-        beside = torch.cat((self.near(near), self.far(far)), 1).reshape(b, 5, 4, n)
-        mixed = mixed + q * beside.transpose(-1, -2)
-        return self.out(mixed.transpose(1, 2).reshape(b, n, 20))
+    b, n, _ = x.shape
+    q, k, v = net.qkv(x).reshape(b, n, 3, 5, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = q @ (k.softmax(2).transpose(-1, -2) @ v)
+    near, far = v.transpose(-1, -2).reshape(b, 20, n).split([8, 12], 1)
+    beside = torch.cat((net.near(near), net.far(far)), 1).reshape(b, 5, 4, n)
+    mixed = mixed + q * beside.transpose(-1, -2)
+    return net.out(mixed.transpose(1, 2).reshape(b, n, 20))
 
 
-class GroupsOfParts(nn.Module):
-    """Channels put together group by group, and read together."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 20, 3, padding=1, groups=4)
-        self.three, self.head = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        one = torch.relu(self.one(x))
-        n, _, h, w = x.shape
-        two = torch.relu(self.two(one)).view(n, 4, 5, h, w)
-        both = torch.cat((one.view(n, 4, 3, h, w), two), 2).view(n, 32, h, w)
-        return self.head(torch.relu(self.three(both)))
+@network(one=(3, 12, 1), two=conv(12, 20, 3, padding=1, groups=4), three=(32, 8, 1), head=(8, 2, 1))
+def GroupsOfParts(net, x):
+    """A net whose channels are put together group by group, and read together."""
+    one = torch.relu(net.one(x))
+    n, _, h, w = x.shape
+    two = torch.relu(net.two(one)).view(n, 4, 5, h, w)
+    both = torch.cat((one.view(n, 4, 3, h, w), two), 2).view(n, 32, h, w)
+    return net.head(torch.relu(net.three(both)))
 
 
 CASES = {

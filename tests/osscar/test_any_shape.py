@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import graph
 import osscar
@@ -27,24 +27,18 @@ from tests.osscar.families import FAMILIES, logits, tiny, tokens
 IDS = tokens(2)
 
 
-def neurons_of(family):
-    return {"opt": "model.decoder.layers.1.neurons", "gpt2": "transformer.h.1.mlp.neurons"}.get(
-        family, "model.layers.1.mlp.neurons"
-    )
-
-
-def heads_of(family):
-    return {
-        "opt": "model.decoder.layers.0.self_attn.heads",
-        "gpt2": "transformer.h.0.attn.heads",
-    }.get(family, "model.layers.0.self_attn.heads")
+HEADS = {"opt": "model.decoder.layers.0.self_attn.heads", "gpt2": "transformer.h.0.attn.heads"}
+NEURONS = {"opt": "model.decoder.layers.1.neurons", "gpt2": "transformer.h.1.mlp.neurons"}
 
 
 def uneven(family):
     """A model one layer of which loses heads, and the other one neurons."""
     model, inputs = tiny(family), {"input_ids": IDS}
     found = graph.trace(model, inputs)
-    keep = ((neurons_of(family), range(10)), (heads_of(family), (0, 2)))
+    keep = (
+        (NEURONS.get(family, "model.layers.1.mlp.neurons"), range(10)),
+        (HEADS.get(family, "model.layers.0.self_attn.heads"), (0, 2)),
+    )
     plan = PruningPlan(tuple(GroupPlan.of(found.group(name), tuple(of)) for name, of in keep))
     osscar.shrink(model, plan, [inputs])
     return model
@@ -127,58 +121,48 @@ def test_the_shapes_are_read_here_and_the_code_never_run(family, written, tmp_pa
     again = osscar.load(directory)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
     assert type(again) is getattr(modeling_pruned, type(model).__name__)
-    named = again.config.to_dict().keys() - model.config.to_dict().keys()
-    assert named == {"osscar_shapes", "auto_map"}
-    twice = osscar.prune(again, tokens(), neurons=8, backend="magnitude", device="cpu").model
-    saved = checkpoint.save(twice, directory, overwrite=True)
+    groups = [g for g in graph.trace(again, {"input_ids": IDS}).prunable if g.kind == "neurons"]
+    plan = PruningPlan(tuple(GroupPlan.of(group, tuple(range(8))) for group in groups))
+    osscar.shrink(again, plan, [{"input_ids": IDS}])
+    saved = checkpoint.save(again, directory, overwrite=True)
     assert saved.with_code
     lineage = read_manifest(saved.path).lineage
     assert (len(lineage.plans), lineage.listed) == (2, 2)
-    read = getattr(modeling_pruned, type(twice).__name__).from_pretrained(directory).eval()
-    torch.testing.assert_close(logits(read, IDS), logits(twice, IDS), rtol=1e-5, atol=1e-5)
+    read = type(again).from_pretrained(directory).eval()
+    torch.testing.assert_close(logits(read, IDS), logits(again, IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reader", [AutoConfig, AutoModelForCausalLM])
-def test_without_trust_transformers_says_what_to_do(reader, written, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda _: "n")
-    for family in ("opt", "llama-gqa"):
-        path = written[family][1]
-        for trust in (None, False):
-            with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):
-                reader.from_pretrained(path, trust_remote_code=trust)
-
-
-def test_transformers_warns_of_nothing(written, tmp_path):
+def test_transformers_warns_of_nothing_and_the_config_names_no_family(
+    written, tmp_path, monkeypatch
+):
+    """By the name of a family it would be built in one width."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     try:
-        for family in ("llama-gqa", "opt"):
-            model, path = written[family]
-            for attempt in ("first", "second"):
-                read = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-                path = tmp_path / f"{family}-{attempt}"
-                read.save_pretrained(path)
-            torch.testing.assert_close(logits(read.eval(), IDS), logits(model, IDS))
+        model, path = written["llama-gqa"]
+        for attempt in ("first", "second"):
+            config = json.loads((path / "config.json").read_text())
+            assert not {"model_type", "per_layer_config"} & config.keys()
+            assert config["auto_map"]["AutoConfig"] == "modeling_pruned.LlamaConfig"
+            assert (path / MODELLING_FILE.name).read_text() == MODELLING_FILE.read_text()
+            read = by_transformers(path).eval()
+            assert read.config.model_type == model.config.model_type
+            torch.testing.assert_close(logits(read, IDS), logits(model, IDS))
+            path = tmp_path / attempt
+            read.save_pretrained(path)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
     assert messages == []
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    for trust in (None, False):
+        with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):
+            AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust)
 
 
-def test_the_config_names_no_family_that_would_be_built_in_one_width(written, tmp_path):
-    for family in ("opt", "gpt2", "llama-gqa", "qwen3"):
-        model, path = written[family]
-        read = getattr(modeling_pruned, type(model).__name__).from_pretrained(path)
-        read.save_pretrained(tmp_path / family)
-        for place in (path, tmp_path / family):
-            config = json.loads((place / "config.json").read_text())
-            assert not {"model_type", "per_layer_config"} & config.keys()
-            assert (
-                config["auto_map"]["AutoConfig"] == f"modeling_pruned.{type(model.config).__name__}"
-            )
-            assert (place / MODELLING_FILE.name).read_text() == MODELLING_FILE.read_text()
-        assert read.config.model_type == model.config.model_type
+def by_transformers(path):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 
 def edited(directory, place, **changes):
@@ -189,15 +173,11 @@ def edited(directory, place, **changes):
     return place
 
 
-def test_the_file_is_small_and_needs_torch_and_transformers_alone():
-    source = MODELLING_FILE.read_text()
-    imported = {line.split()[1].partition(".")[0] for line in source.splitlines()
-                if line.startswith(("import ", "from "))}  # fmt: skip
+def test_the_file_needs_torch_and_transformers_alone_and_makes_nothing_but_architectures():
+    lines = MODELLING_FILE.read_text().splitlines()
+    imports = [line.split() for line in lines if line.startswith(("import ", "from "))]
+    imported = {words[1].partition(".")[0] for words in imports}
     assert imported == {"__future__", "copy", "torch", "transformers", "typing"}
-    assert len(source.splitlines()) < 150
-
-
-def test_nothing_but_architectures_is_made():
     for name in ("BertTokenizer", "torch", "no_such_thing", "_LazyModule"):
         with pytest.raises(AttributeError, match=name):
             getattr(modeling_pruned, name)
@@ -205,14 +185,12 @@ def test_nothing_but_architectures_is_made():
 
 NO_NUMBERS = [
     ({"scaling": 9.0}, r"scaling = 9\.0"),
-    ({"scaling": 9}, "scaling = 9;"),
     ({"forward": 3}, "forward = 3"),
     ({"is_causal": 3}, "is_causal = 3"),
     ({"layer_idx": True}, "layer_idx = True"),
     ({"layer_idx": [1]}, r"layer_idx = \[1\]"),
     ({"config": 3}, "config = 3"),
     ({"config": {"hidden_act": 3}}, "hidden_act = 3"),
-    ({"config": {"new": 3}}, "new = 3"),
 ]
 
 
@@ -234,13 +212,15 @@ def test_nothing_but_whole_numbers_that_are_there_is_changed():
     assert model.config.hidden_size != 5
 
 
-def test_half_precision(tmp_path):
+def test_half_precision_stays_and_a_model_that_differs_in_more_than_sizes_has_no_code(tmp_path):
     model = uneven("llama-gqa").to(torch.bfloat16)
     saved = checkpoint.save(model, tmp_path / "small")
     assert saved.with_code
     read = modeling_pruned.LlamaForCausalLM.from_pretrained(saved.path, dtype="auto").eval()
     assert {name: t for name, t in read.state_dict().items() if t.dtype != torch.bfloat16} == {}
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in read.state_dict().items())
+    model.model.layers[0].self_attn.scaling *= 2
+    assert checkpoint.any_shape_config(model) is None
 
 
 def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
@@ -264,33 +244,16 @@ def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
     torch.testing.assert_close(logits(osscar.load(saved.path), IDS), logits(model, IDS))
 
 
-def test_a_model_that_differs_in_more_than_sizes_is_saved_with_its_plan_alone(tmp_path):
-    model = uneven("llama-gqa")
-    model.model.layers[0].self_attn.scaling *= 2
-    assert checkpoint.any_shape_config(model) is None
-
-
 # ---- saved by transformers ---------------------------------------------------------------
-
-
-def trained(model):
-    """The same model after a step along the gradient of its loss."""
-    model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.01 * parameter.grad
-    return model.eval()
-
-
-def by_transformers(path):
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reader", [by_transformers, osscar.load])
-def test_what_was_trained_and_saved_by_transformers_is_read(family, reader, written, tmp_path):
-    model = trained(reader(written[family][1]))
+def test_what_was_trained_and_saved_by_transformers_is_read(family, written, tmp_path):
+    model = by_transformers(written[family][1])
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(model.parameters(), 0.01).step()
+    model.eval()
     model.save_pretrained(tmp_path / "tuned")
     found = by_transformers(tmp_path / "tuned").eval()
     torch.testing.assert_close(logits(found, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
@@ -302,29 +265,6 @@ def test_what_was_trained_and_saved_by_transformers_is_read(family, reader, writ
         torch.testing.assert_close(logits(found, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
 
 
-def test_what_transformers_read_with_that_code_is_pruned_and_saved(written, tmp_path):
-    model = by_transformers(written["llama-gqa"][1])
-    small = osscar.prune(model, tokens(), neurons=8, backend="magnitude", device="cpu").model
-    model.save_pretrained(tmp_path / "small")
-    saved = osscar.save(small, tmp_path / "small", overwrite=True)
-    assert saved.with_code
-    lineage = read_manifest(saved.path).lineage
-    assert (len(lineage.plans), lineage.replayed) == (1, ())  # of the first, nothing is known
-    torch.testing.assert_close(logits(osscar.load(saved.path), IDS), logits(small, IDS))
-
-
-@pytest.mark.slow
-def test_a_program_of_what_was_read_by_its_shapes_is_saved_and_read(written, tmp_path):
-    model = osscar.load(written["llama-gqa"][1])
-    result = osscar.prune(
-        model, tokens(), neurons=8, backend="magnitude", device="cpu", form="exported"
-    )
-    saved = result.save(tmp_path / "small")
-    assert not saved.with_code
-    found = osscar.load(saved.path)(input_ids=IDS).logits
-    torch.testing.assert_close(found, result.model(input_ids=IDS).logits)
-
-
 def test_what_a_config_can_say_again_is_stock(tmp_path):
     heads = {"backend": "magnitude", "device": "cpu"}
     once = osscar.prune(tiny("llama-mha"), tokens(), heads=5, **heads)  # 48 is no multiple of 5
@@ -332,9 +272,6 @@ def test_what_a_config_can_say_again_is_stock(tmp_path):
     twice = osscar.prune(osscar.load(tmp_path / "once"), tokens(), heads=4, **heads)
     assert twice.save(tmp_path / "twice").stock
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice").eval()
-    torch.testing.assert_close(logits(again, IDS), logits(twice.model, IDS))
-    twice.model.save_pretrained(tmp_path / "bare")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "bare").eval()
     torch.testing.assert_close(logits(again, IDS), logits(twice.model, IDS))
 
 
@@ -359,21 +296,17 @@ def test_tables_of_shapes_that_are_none_are_errors_of_ours(written, tmp_path):
     shapes, name = whole["osscar_shapes"], "model.layers.1.mlp.up_proj.weight"
     for changes, message in (
         (None, r"osscar_shapes in .*config\.json: .*should be an object"),
-        ([1], "should be an object"),
-        ({**shapes, "tensors": {name: "x"}}, rf"tensors.*{name}.*'x'"),
         ({**shapes, "tensors": {name: [8, 1.5]}}, rf"tensors.*{name}.*1\.5"),
         ({**shapes, "tensors": {name: [8, -1]}}, rf"tensors.*{name}.*-1"),
         ({"numbers": {}}, "tensors: field required"),
-        ({"tensors": {}}, "numbers: field required"),
         ({**shapes, "tensors": {name: [3]}}, rf"'{name}' a shape that it cannot have: \[3\]"),
         ({**shapes, "tensors": {"model.layers.1.forward": [3]}}, r"cannot have: \[3\]"),
-        ({**shapes, "tensors": {"lm_head.nothing": [3]}}, r"cannot have: \[3\]"),
         ({**shapes, "numbers": {"model.layers.1": {"forward": 3}}}, "only whole numbers"),
     ):
         (directory / "config.json").write_text(json.dumps({**whole, "osscar_shapes": changes}))
         with pytest.raises((CheckpointError, FileError), match=message):
             osscar.load(directory)
-    for names in (["NoSuchForCausalLM"], ["torch"], [], None):
+    for names in (["NoSuchForCausalLM"], ["torch"], None):
         (directory / "config.json").write_text(json.dumps({**whole, "architectures": names}))
         with pytest.raises(CheckpointError, match="lists shapes of the architecture"):
             osscar.load(directory)

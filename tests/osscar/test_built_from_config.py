@@ -5,17 +5,10 @@ others, by what these say of their sizes, and an attention of its own, with the 
 heads in all layers; then it fills every tensor by its name.  vLLM itself is not run.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,39 +20,25 @@ IDS = tokens(2, 16, seed=9)
 OWN = "vllm"
 
 
-seen: list[int] = []
-"""The layers that have attended."""
-
-
 class Linear(nn.Module):
     """A linear layer of an engine, which knows of another one its sizes alone."""
 
-    def __init__(self, other: nn.Linear) -> None:
+    def __init__(self, other):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(other.out_features, other.in_features))
-        bias = torch.empty(other.out_features) if other.bias is not None else None
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        bias = None if other.bias is None else nn.Parameter(torch.empty(other.out_features))
+        self.register_parameter("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    *,
-    scaling: float,
-    **others: Any,
-) -> tuple[Tensor, None]:
+def attention(module, query, key, value, mask, *, scaling, **others):
     """Attend with as many heads as the config names, whatever the layer."""
-    config, tokens = module.config, query.shape[2]
-    seen.append(module.layer_idx)
+    config, length = module.config, query.shape[2]
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (
-        of.transpose(1, 2).reshape(-1, tokens, count, module.head_dim).transpose(1, 2)
+        of.transpose(1, 2).reshape(-1, length, count, module.head_dim).transpose(1, 2)
         for of, count in zip((query, key, value), heads, strict=True)
     )
     found = nn.functional.scaled_dot_product_attention(
@@ -68,33 +47,29 @@ def attention(
     return found.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Let parameters that are registered go to 'meta', and buffers be."""
+def on_meta(monkeypatch, build):
+    """Build with parameters that go to 'meta' once they are registered, and buffers that do not."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def registered(module, name, parameter):
         register(module, name, parameter)
         if parameter is not None:
-            empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            module._parameters[name] = empty
+            module._parameters[name] = nn.Parameter(parameter.to("meta"))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "register_parameter", registered)
+        return build()
 
 
-def served(directory: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def served(directory, files, monkeypatch):
     """Build the model in a directory without its head, and fill it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(files))
     monkeypatch.syspath_prepend(str(files))
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, OWN, attention)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     config._attn_implementation = OWN
-    with parameters_on_meta():
-        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=True)
+    options = {"dtype": torch.float32, "trust_remote_code": True}
+    model = on_meta(monkeypatch, lambda: AutoModel.from_config(config, **options))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     for module in list(model.modules()):
@@ -111,43 +86,30 @@ def served(directory: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     return model.eval()
 
 
+def pruned(family, place, groups):
+    result = osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", groups=groups)
+    saved = result.save(place)
+    assert saved.with_code
+    return result.model, saved.path
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen2", "qwen3"])
-def test_an_engine_that_knows_the_config_alone_computes_the_same(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_knows_the_config_alone_computes_the_same(family, tmp_path, monkeypatch):
     groups = {"model.layers.0.mlp.neurons": 12, "model.layers.1.mlp.neurons": 30}
-    dense = tiny(family)
-    result = osscar.prune(dense, tokens(), backend="magnitude", device="cpu", groups=groups)
-    saved = result.save(tmp_path / "small")
-    assert saved.with_code
-    model = served(saved.path, tmp_path / "modules", monkeypatch)
+    small, path = pruned(family, tmp_path / "small", groups)
+    model = served(path, tmp_path / "modules", monkeypatch)
     assert type(model).__module__.endswith(MODELLING_FILE.stem)
     assert [layer.mlp.up_proj.weight.shape[0] for layer in model.layers] == [12, 30]
-    assert model.tp_plan == dense.base_model.tp_plan != {}
+    assert model.tp_plan == small.base_model.tp_plan != {}
     assert type(model).is_backend_compatible()
-    seen.clear()
     with torch.no_grad():
-        expected = result.model.base_model(IDS).last_hidden_state
+        expected = small.base_model(IDS).last_hidden_state
         found = model(IDS, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert seen == [0, 1]
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("family", ["opt", "llama-gqa"])
-def test_an_engine_with_one_number_of_heads_is_not_given_others(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heads = (
-        "model.decoder.layers.0.self_attn.heads"
-        if family == "opt"
-        else ("model.layers.0.self_attn.heads")
-    )
-    result = osscar.prune(
-        tiny(family), tokens(), backend="magnitude", device="cpu", groups={heads: 2}
-    )
-    saved = result.save(tmp_path / "small")
-    assert saved.with_code
+def test_an_engine_with_one_number_of_heads_is_not_given_others(tmp_path, monkeypatch):
+    _, path = pruned("opt", tmp_path / "small", {"model.decoder.layers.0.self_attn.heads": 2})
     with pytest.raises(ValueError, match=r"self_attn\..*has lost heads, and vLLM gives all layers"):
-        served(saved.path, tmp_path / "modules", monkeypatch)
+        served(path, tmp_path / "modules", monkeypatch)

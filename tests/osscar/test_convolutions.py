@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import graph
 import osscar.consumers.convolutions
 import solvers
 from osscar.consumers.convolutions import windows_of
-from osscar.consumers.linear_maps import linear_maps, refittable
+from osscar.consumers.linear_maps import linear_maps
 from osscar.walk.gram import GramAccumulator, pose
 
 C = 6
@@ -208,39 +207,8 @@ def test_the_groups_of_a_convolution_are_one_layer():
     assert [c.e for c in pose(accumulators, 2, "grouped", 0.01).consumers] == alone
 
 
-class Flattened(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, 3)
-        self.second = nn.Linear(4 * 9, 3)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)).flatten(1))
-
-
 def test_a_linear_layer_after_flatten_reads_all_positions_of_a_channel():
-    model = Flattened().double()
-    group, (accumulator,), _ = measured(model, (3, 2, 5, 5))
+    layers = (nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3))
+    group, (accumulator,), _ = measured(nn.Sequential(*layers).double(), (3, 2, 5, 5))
     assert group.units == 4
     assert accumulator.linear_map.unit_rows == [list(range(9 * u, 9 * u + 9)) for u in range(4)]
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, 1)
-        self.weight = nn.Parameter(torch.randn(3, 4, 1, 1))
-
-    def forward(self, x):
-        return F.conv2d(self.first(x), 2 * self.weight)
-
-
-def test_what_no_module_reads_is_frozen_by_name():
-    model, x = Functional(), torch.randn(2, 2, 4, 4)
-    groups = graph.trace(model, (x,)).groups
-    found, products = refittable(model, {"x": x}, groups)
-    (group,) = [g for g in found if g.name == "first.channels"]
-    assert not products
-    assert not group.prunable
-    assert "'weight' in '', a Functional" in group.frozen[0].reason
-    assert all(g.prunable for g in groups if g.name == "first.channels")

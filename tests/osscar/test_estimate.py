@@ -23,8 +23,8 @@ from osscar.walk.walk import Walk, walk
 from tests.osscar.families import CALIBRATION, tokens
 from tests.osscar.interrupted_cases import tiny_model
 from tests.osscar.networks import images, small_net
+from tests.osscar.programs import Transformer
 from tests.osscar.test_experts import mixture
-from tests.osscar.test_feasibility import Transformer
 from tests.osscar.test_streamed import windows as streamed_windows
 from tests.osscar.test_streamed import written
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import DeformConv2d
 
 import osscar
 from osscar.consumers.layers import LAYERS, Layer, features
@@ -86,7 +84,6 @@ class Twice(nn.Module):
 ROWS, SERIES, IMAGE = (40, 3), (12, 3, 7), (6, 3, 5, 5)
 
 MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "einsum": (lambda: Bare(lambda x, w: torch.einsum("bi,oi->bo", x, w), (5, 8)), ROWS),
     "einsum of lists": (
         lambda: Bare(lambda x, w: torch.einsum("io,...i->...o", [w, x]), (8, 5)),
         ROWS,
@@ -114,7 +111,6 @@ MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "groups": (lambda: Bare(lambda x, w: F.conv2d(x, w, groups=2), (4, 4, 2, 2), space=2), IMAGE),
     "padding of its own": (lambda: nn.Sequential(nn.Conv1d(3, 8, 1), Causal(8, 5, 3)), SERIES),
-    "deformable": (lambda: Deformable(), IMAGE),
     "deformable in groups": (lambda: Deformable(fields=4, groups=2), IMAGE),
     "deformable, a field each": (lambda: Deformable(fields=8, masked=False), IMAGE),
     "a row of the table": (
@@ -139,27 +135,27 @@ def test_what_is_read_times_the_weight_is_what_is_put_out(name: str) -> None:
     with prepare(model, x) as prepared:
         group = next(group for group in prepared.groups if group.prunable)
         maps = prepared.linear_maps(group)
-        seen: dict[str, list[Tensor]] = {one.name: [] for one in maps}
+        seen = dict.fromkeys((one.name for one in maps), 0)
 
         def see(station: str, read: object, y: Tensor) -> None:
-            for one in maps:
-                if one.name == station:
-                    X, W = torch.cat([*one.read_inputs(read)]), one.read_weight()
-                    bias = (
-                        one.read_bias() if one.has_bias else one.read_outputs(y, read)[0] - X[0] @ W
-                    )
-                    torch.testing.assert_close(X @ W + bias, one.read_outputs(y, read))
-                    assert X.shape == (len(X), one.rows)
-                    seen[station].append(X)
+            seen[station] += 1
+            for one in (one for one in maps if one.name == station):
+                X, W = torch.cat([*one.read_inputs(read)]), one.read_weight()
+                Y = one.read_outputs(y, read)
+                bias = one.read_bias() if one.has_bias else Y[0] - X[0] @ W
+                torch.testing.assert_close(X @ W + bias, Y)
+                assert X.shape == (len(X), one.rows)
 
         with reads(prepared.model, seen, after=see):
             prepared.model(**prepared.batches()[0])
-        assert all(seen.values())
-        assert len(seen[maps[-1].name]) == len([m for m in maps if m.name == maps[-1].name]) * (
-            2 if name in ("shared", "read elsewhere") else 1
-        )
+        assert set(seen.values()) == {2 if name in ("shared", "read elsewhere") else 1}
+        for one in maps:
+            W = torch.randn(one.rows, one.outputs, dtype=torch.float64)
+            one.write_weight(W)
+            assert torch.equal(one.read_weight(), W)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MULTIPLIED)
 def test_it_is_refitted_and_the_smaller_model_is_the_masked_one(name: str) -> None:
     model, x = made(name)
@@ -217,23 +213,23 @@ def test_what_is_done_besides_freezes(way: str) -> None:
     assert all(reasons)
 
 
-@pytest.mark.parametrize("named_as_plain", [False, True])
 def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
-    named_as_plain: bool, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delitem(LAYERS, ScaledLinear.forward)
-    if named_as_plain:  # as decorators do
-        code = functools.wraps(nn.Linear.forward)(ScaledLinear.forward)
-        monkeypatch.setattr(ScaledLinear, "forward", code)
-    with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
-        (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
-    assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
+    for forward in (  # the latter named as that of a plain layer, as decorators do
+        ScaledLinear.forward,
+        functools.wraps(nn.Linear.forward)(ScaledLinear.forward),
+    ):
+        monkeypatch.setattr(ScaledLinear, "forward", forward)
+        with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
+            (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
+        assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
 
 
 def test_modules_may_be_called_as_products_are() -> None:
-    layers = {"first[0]": nn.Linear(3, 8), "second[1]": nn.Linear(8, 5)}
     model = nn.Sequential()
-    for name, layer in layers.items():
+    for name, layer in {"first[0]": nn.Linear(3, 8), "second[1]": nn.Linear(8, 5)}.items():
         model.add_module(name, layer)
     result = osscar.prune(model, torch.randn(40, 3), neurons=0.5, **PLAIN)
     assert result.model.get_submodule("second[1]").in_features == 4
@@ -242,52 +238,28 @@ def test_modules_may_be_called_as_products_are() -> None:
 # ---- deformable convolutions -------------------------------------------------------------
 
 
-def deformable(fields: int, groups: int, masked: bool) -> tuple[Deformable, Tensor]:
+@pytest.mark.parametrize(("fields", "groups", "masked"), [(2, 2, True), (2, 1, False)])
+def test_deformable_convolutions_lose_channels_on_both_sides(
+    fields: int, groups: int, masked: bool
+) -> None:
     torch.manual_seed(0)
     model = randomized(Deformable(fields, groups, masked)).double()
-    return model, torch.randn(6, 3, 5, 5, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("fields", "groups", "masked", "units"),
-    [(1, 1, True, 8), (2, 1, False, 4), (2, 2, True, 4), (8, 1, True, 8)],
-)
-def test_deformable_convolutions_lose_channels_on_both_sides(
-    fields: int, groups: int, masked: bool, units: int
-) -> None:
-    model, x = deformable(fields, groups, masked)
-    keep = {"enter.channels": units // 2, "deform.channels": 6 // groups // 2}
+    x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    keep = {"enter.channels": 2, "deform.channels": 6 // groups // 2}
     result = osscar.prune(model, x, groups=keep, **PLAIN)
     assert result.certificate.error < 1e-10
     assert {layer.name: layer.units for layer in result.layers} == {
-        "enter.channels": units,
+        "enter.channels": 4,
         "deform.channels": 6 // groups,
     }
     small, left = result.model, groups * (6 // groups // 2)
-    assert isinstance(small.deform, DeformConv2d)
     assert small.deform.weight.shape == (left, 4 // groups, 3, 3)
     shown = small.deform.in_channels, small.deform.out_channels, small.deform.groups
     assert shown == (4, left, groups)
     dense, less = (count_flops(one, {"x": x}) for one in (model, small))
     assert dense - less > 6 * 25 * 9 * 2 * (6 * 8 - left * 4) // groups
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["eager", "exported"])
-def test_a_model_with_deformable_convolutions_is_read_and_pruned_again(
-    form: str, tmp_path: Path
-) -> None:
-    for fields, groups in ((1, 1), (4, 2), (8, 1)):
-        model, x = deformable(fields, groups, masked=True)
-        result = osscar.prune(model, x, channels=0.5, form=form, **PLAIN)
-        assert result.certificate.error < 1e-10
-        result.save(tmp_path / str(fields))
-        again = osscar.load(tmp_path / str(fields), dense=copy.deepcopy(model))
-        torch.testing.assert_close(again(x), result.model(x), rtol=1e-12, atol=1e-12)
-        if form == "eager":
-            twice = osscar.prune(again, x, channels=0.5, **PLAIN)
-            assert twice.certificate.error < 1e-10
-            assert twice.parameters_after < result.parameters_after
+    twice = osscar.prune(small, x, channels=0.5, **PLAIN)
+    assert twice.certificate.error < 1e-10
 
 
 # ---- weights that are read twice ---------------------------------------------------------
@@ -295,13 +267,10 @@ def test_a_model_with_deformable_convolutions_is_read_and_pruned_again(
 
 def tied() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = tied_autoencoder().double()
-    return model, torch.randn(200, 4, dtype=torch.float64)
+    return tied_autoencoder().double(), torch.randn(200, 4, dtype=torch.float64)
 
 
-def test_units_of_a_tied_autoencoder_leave_both_sides_and_no_weight_is_refitted(
-    tmp_path: Path,
-) -> None:
+def test_units_of_a_tied_autoencoder_leave_both_sides_and_no_weight_is_refitted() -> None:
     model, x = tied()
     before = copy.deepcopy(model.state_dict())
     keep = {"outer.hidden": 6, "neurons": 3}
@@ -318,9 +287,6 @@ def test_units_of_a_tied_autoencoder_leave_both_sides_and_no_weight_is_refitted(
     }
     page = prune_page(result.document(model, x))
     assert "not refitted, since other code reads the weight in another way" in page
-    result.save(tmp_path / "small")
-    again = osscar.load(tmp_path / "small", dense=tied()[0])
-    torch.testing.assert_close(again(x), result.model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_bias_takes_up_what_a_tied_weight_cannot() -> None:
@@ -336,14 +302,12 @@ def test_a_bias_takes_up_what_a_tied_weight_cannot() -> None:
 
     torch.manual_seed(0)
     model, x = Own().double(), torch.randn(200, 4, dtype=torch.float64)
-    dense = model(x).detach()
     with pytest.warns(UserWarning, match="read in another way"):
         result = osscar.prune(model, x, neurons=0.5, device="cpu")
-    assert result.certificate.error < 1e-10
     # The bias corrects the means of the outputs on what was fitted, which is most of the data.
-    off = (result.model(x) - dense).mean(0)
+    off = (result.model(x) - model(x)).mean(0)
     result.model.down.data = model.down.data
-    assert off.abs().max() < 0.2 * (result.model(x) - dense).mean(0).abs().max()
+    assert off.abs().max() < 0.2 * (result.model(x) - model(x)).mean(0).abs().max()
 
 
 def test_the_dense_stream_of_a_tied_autoencoder_stays_dense() -> None:
