@@ -44,6 +44,7 @@ _TAGS = {
         *PRUNABLE,
         *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent"),
         *("channel-shuffle", "pixel-shuffle", "messages", "fourier", "patches", "experts"),
+        *("uneven-parts", "unflatten"),
     },
     "cuts": {
         *("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate"),

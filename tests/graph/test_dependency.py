@@ -9,7 +9,6 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 import torch
-import transformers
 
 import graph
 from graph import CouplingGroup, Role, UnitKind
@@ -132,17 +131,3 @@ def test_tied_embeddings_are_one_tensor_with_two_roles():
     assert {slot.role for slot in embedding} == {Role.PRODUCER, Role.CONSUMER}
     assert {slot.module for slot in embedding} == {"transformer.wte", "lm_head"}
     assert not [slot for slot in hidden.slots if slot.tensor == "lm_head.weight"]
-
-
-def test_a_deep_model_on_meta_is_traced_in_linear_time():
-    def operators(layers):
-        sizes = {"hidden_size": 7168, "ffn_dim": 28672, "word_embed_proj_dim": 7168}
-        config = transformers.OPTConfig(num_hidden_layers=layers, num_attention_heads=56, **sizes)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        dependencies = graph.trace(model, {"input_ids": torch.zeros(2, 7).long()})
-        assert len(dependencies.prunable) == 2 * layers
-        return len(dependencies.operators)
-
-    one, two, four = (operators(layers) for layers in (1, 2, 4))
-    assert four - two == 2 * (two - one)

@@ -24,10 +24,10 @@ from graph.tracing.export import varies
 from graph.tracing.patches import ModeDepths, assignments_told, enter_again
 from graph.tracing.standalone import export_standalone
 
-from .topologies import linear, network
+from .topologies import network
 
 
-@network(up=linear(12, 8), down=linear(8, 4))
+@network(up=(12, 8), down=(8, 4))
 def lengths(net, x):
     """Takes the number of samples with `len`, casts its layers, and keeps what it has seen."""
     net.seen = x.reshape(len(x), 12)

@@ -12,7 +12,7 @@ from tests.zoo import SMALL
 
 from .blocks import BLOCKS
 from .masking import assert_sliced, assert_sound
-from .topologies import FROZEN, PRUNABLE, conv, linear, network, parameter, randomized
+from .topologies import FROZEN, PRUNABLE, network, parameter, randomized
 
 
 def traced(name, **options):
@@ -87,7 +87,7 @@ def test_slots_lie_where_units_do(name, group, role, places):
     assert found == places
 
 
-@network(enter=linear(4, 6), leave=linear(6, 5), weight=parameter(3, 2, 2))
+@network(enter=(4, 6), leave=(6, 5), weight=parameter(3, 2, 2))
 def by_group(net, x):
     """A matrix for each of three groups of features."""
     x = net.enter(x).unflatten(1, (3, 2))
@@ -117,13 +117,13 @@ def test_inputs_and_outputs_are_frozen():
     assert "output of the model" in reasons["outputs"]
 
 
-@network(up=linear(6, 12), label=lambda: nn.Embedding(5, 12), down=linear(12, 4))
+@network(up=(6, 12), label=lambda: nn.Embedding(5, 12), down=(12, 4))
 def labelled(net, x):
     """A layer to which an embedding is added, and nothing is written back."""
     return net.down((net.up(x) + net.label(x[:, 0].long())).relu())
 
 
-@network(body=conv(3, 8, 3), gate=linear(3, 8), last=conv(8, 4, 1))
+@network(body=(3, 8, 3), gate=(3, 8), last=(8, 4, 1))
 def gated(net, x):
     """Channels times a gate, in the way that code multiplies heads."""
     gate = net.gate(x.mean((2, 3))).sigmoid()
@@ -175,7 +175,7 @@ def test_an_opaque_module_must_exist():
         traced("called-twice", opaque=["blocks"])
 
 
-@network(enter=linear(4, 6), leave=linear(6, 3))
+@network(enter=(4, 6), leave=(6, 3))
 def numbered(net, x):
     """Neurons that meet numbers made and listed by the code."""
     x = net.enter(x).tanh() * torch.arange(6)
@@ -200,10 +200,10 @@ def shortcuts(blocks):
     """Make a network with shortcuts around blocks whose inner channels are summed nowhere."""
 
     @network(
-        stem=conv(3, 8, 3),
+        stem=(3, 8, 3),
         up=lambda: nn.ModuleList(nn.Conv2d(8, 12, 1) for _ in range(blocks)),
         down=lambda: nn.ModuleList(nn.Conv2d(12, 8, 1) for _ in range(blocks)),
-        head=conv(8, 2, 1),
+        head=(8, 2, 1),
     )
     def made(net, x):
         x = net.stem(x)
@@ -216,8 +216,15 @@ def shortcuts(blocks):
 
 def joined(join):
     """Make a network of two convolutions of one input, joined, and read by a third."""
-    layers = {"left": conv(3, 6, 1), "right": conv(3, 6, 1), "last": conv(6, 4, 1)}
+    layers = {"left": (3, 6, 1), "right": (3, 6, 1), "last": (6, 4, 1)}
     return network(**layers)(lambda net, x: net.last(join(net.left(x), net.right(x))))
+
+
+@network(left=(3, 6, 1), right=(3, 6, 1), one=(6, 4, 1), two=(6, 4, 1), both=(6, 4, 1))
+def read_apart(net, x):
+    """Channels that a product couples, read by layers whose outputs are added up."""
+    a, b = net.left(x), net.right(x)
+    return net.both(a * b) + net.one(a) + net.two(b)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +238,7 @@ def joined(join):
         (joined(lambda a, b: torch.cat([a, b])), set()),
         (shortcuts(3), {"stem.channels"}),
         (shortcuts(0), set()),
+        (read_apart, set()),
     ],
 )
 def test_sums_of_two_producers_are_residual(kind, names):

@@ -15,7 +15,7 @@ from graph.tracing.export import run_export
 from graph.tracing.preserve import caching, without_cache
 from tests.zoo import transformers_case
 
-from .topologies import linear, network
+from .topologies import network
 
 _ROWS = torch.randn(3, 4)
 
@@ -159,22 +159,6 @@ def test_no_lines_of_python_are_noted_and_torch_is_left_as_it_was(asked, monkeyp
     assert torch.fx.config.do_not_emit_stack_traces is asked
 
 
-class Converting(nn.Linear):
-    """Is in half precision whatever it is asked to be."""
-
-    def _apply(self, fn, recurse=True):
-        return super()._apply(lambda t: t.to(torch.bfloat16))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_what_modules_do_when_they_are_converted_changes_no_model():
-    layer = Converting(4, 8)
-    before = [parameter.clone() for parameter in layer.parameters()]
-    graph.trace(nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 4)), (_ROWS,))
-    assert all(map(torch.equal, layer.parameters(), before))
-    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
-
-
 class Caching(nn.Module):
     """Puts out a thing of no known type unless its own config says no, as language models do."""
 
@@ -195,7 +179,7 @@ class Frozen:
 
 
 def test_caches_are_off_while_a_model_is_traced_and_on_again():
-    model = network(language=Caching, frozen=linear(2, 2))(lambda net, x: net.language(x))()
+    model = network(language=Caching, frozen=(2, 2))(lambda net, x: net.language(x))()
     model.config, model.frozen.config = SimpleNamespace(use_cache=None), Frozen()
     (group,) = graph.trace(model, (_ROWS,)).prunable
     assert group.units == 8
@@ -208,7 +192,7 @@ def test_caches_are_off_while_a_model_is_traced_and_on_again():
     assert model.config.use_cache is None
 
 
-@network(up=linear(4, 8), down=linear(8, 4))
+@network(up=(4, 8), down=(8, 4))
 def casting_itself(net, x):
     """Casts its own layers on the way, as routers of mixtures do."""
     net.up = net.up.to(torch.float32)

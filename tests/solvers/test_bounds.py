@@ -142,16 +142,6 @@ def test_the_search_comes_close_to_its_limit():
     assert 0.1 > left[2] < left[1]
 
 
-def test_more_than_one_row_and_consumer():
-    problem = random_problem(8, 10, 3, 7, 5, spread=0.3, consumers=2)
-    apart, together = (solve(problem, "perspective", rounds=rounds) for rounds in (0, 12))
-    assert apart.lower_bound < together.lower_bound
-    made = together.certificate
-    assert float(torch.linalg.eigvalsh(unpacked(made) + torch.eye(10))[0]) > 0
-    assert float(made.share.sum()) == pytest.approx(5, abs=1e-12)
-    assert made.limit(problem) == pytest.approx(plain_limit(problem, made), rel=1e-9)
-
-
 def degenerate():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(60, 8, generator=generator).double()
@@ -187,13 +177,6 @@ def test_degenerate_problems(name, problem):
         with contextlib.suppress(VerificationError):  # rounded, some are no moments
             limit = solution.certificate.limit(problem)
             assert solution.lower_bound <= limit + SLACK * problem.scale
-
-
-def test_rounds_together_are_never_worse_than_none():
-    for seed in range(4):
-        problem = random_problem(seed, 8, 1, 1, keep=4 + seed, spread=2.0)
-        alone, together = (solve(problem, "perspective", rounds=k) for k in (0, 2))
-        assert together.lower_bound >= alone.lower_bound * (1 - 1e-12)
 
 
 def test_rounds_that_end_at_a_cutoff_keep_what_has_reached_it():

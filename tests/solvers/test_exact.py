@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import BackendError, Status, backend_class, refit_loss, solve
-from solvers.bounds.batch import TermsBatch, bound_nodes, dominating
+from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
 from solvers.exact.frontier import Frontier, Nodes
@@ -154,16 +154,6 @@ def test_leaves_are_enumerated():
         assert loss == pytest.approx(float(found.min()), rel=1e-9)
         best = tuple(free[place] for place in places[index].tolist())
         assert float(found[choices.index(best)]) == pytest.approx(loss, rel=1e-9)
-
-
-def test_a_node_has_the_least_diagonal_of_its_shape():
-    factors = torch.randn(5, 12, 9, generator=torch.Generator().manual_seed(0)).double()
-    Q, shape = factors @ factors.mT, torch.linspace(0.5, 2, 12).double().expand(5, 12)
-    growth, q = dominating(Q, shape, 1e-7)
-    assert torch.allclose(q, growth[:, None] * shape * Q.diagonal(dim1=1, dim2=2))
-    least = [torch.linalg.eigvalsh(torch.diag_embed(q * part) - Q)[:, 0] for part in (1, 1 - 1e-6)]
-    assert bool((least[0] > 0).all())
-    assert bool((least[1] < 0).all())
 
 
 def test_the_frontier_gives_nodes_in_order_and_loses_none():

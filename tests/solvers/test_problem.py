@@ -282,18 +282,12 @@ def test_arrays_and_other_formats_are_read():
         (H.numpy(), W0.numpy(), np.int64(2), np.arange(4)[:, None]),
         (H.clone().requires_grad_(), torch.nn.Parameter(W0), torch.tensor(2), np.int32(4)),
         (H.to_sparse(), W0.tolist(), 2, [np.arange(1), [1], (2,), torch.tensor([3])]),
-        (H.numpy()[::-1, ::-1], W0.numpy()[::-1], 2, None),
     ]:
         problem = SubsetProblem.from_gram(H2, W2, keep=keep, units=units)
         assert type(problem.keep) is int
         solution = solve(problem, "greedy")
         solution.verify()
         assert solution.loss == pytest.approx(expected, rel=1e-12)
-    given = fields()
-    consumer = Consumer(
-        H.numpy(), given["G"].numpy(), np.float32(2 * given["e"]), W0, np.arange(4)[:, None]
-    )
-    assert type(consumer.e) is float
     H, W0 = 3 * torch.eye(4) + 1, torch.arange(8).reshape(4, 2) % 2
     for kind in (torch.uint8, torch.int32, torch.bfloat16):
         made, same = (
@@ -335,10 +329,6 @@ def test_a_consumer_of_half_a_matrix_is_the_same(panel, monkeypatch):
     taken = Consumer.from_gram(half, W0.clone(), units=units, overwrite=True)
     assert taken.hessian is half
     assert torch.equal(taken.H, dense.H)
-    for spoil, message in [
-        (lambda half: half.panels[-1].fill_(torch.nan), "H has NaN"),
-        (lambda half: half.panels[0].diagonal().fill_(-1.0), "H has -1 on its diagonal"),
-    ]:
-        spoil(half := Symmetric.of(H))
-        with pytest.raises(ProblemError, match=message):
-            Consumer.from_gram(half, W0)
+    half.panels[-1].fill_(torch.nan)
+    with pytest.raises(ProblemError, match="H has NaN"):
+        Consumer.from_gram(half, W0)

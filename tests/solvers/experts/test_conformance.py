@@ -16,8 +16,6 @@ from solvers import (
     EXPERT_BACKENDS,
     BackendError,
     BackendKind,
-    RouterScores,
-    RoutingRule,
     Selection,
     Status,
     VerificationError,
@@ -26,7 +24,6 @@ from solvers import (
     solve_experts,
 )
 from solvers.experts import solution
-from solvers.experts.losses import losses_of
 from solvers.protocol import Capabilities
 from tests.solvers.experts.cases import CASES, EXPERTS, RULES, mixture_of, problem_of
 
@@ -133,18 +130,6 @@ def test_nothing_to_lose_and_nothing_to_reproduce():
     assert found.loss == found.relative_loss == found.verify().loss == 0
     assert found.record().recomputed_bound is None
     assert found.record(found.verify()).recomputed_bound == found.lower_bound
-
-
-def test_a_target_may_be_that_of_another_stream():
-    """It is then no mixture of these outputs, and a set of experts can be better than all."""
-    mixture = mixture_of(RoutingRule(2, RouterScores.SOFTMAX, normalized=True), tokens=80)
-    outputs = mixture.outputs.clone()
-    outputs[:, :5] *= -3
-    mixture = dataclasses.replace(mixture, outputs=outputs)
-    problem = problem_of(mixture)
-    found = solve_experts(problem)
-    assert found.loss < losses_of(problem).loss(torch.ones(EXPERTS, dtype=torch.bool))
-    assert found.loss == pytest.approx(mixture.loss(found.support.tolist()))
 
 
 # ---- claims, and backends of one's own -----------------------------------------------------------
