@@ -33,27 +33,24 @@ function seen(window) {{
 }}
 onload = () => document.getElementById("seen").textContent = JSON.stringify(windows.map(seen))
 </script></body>"""
-_WINDOW = '<iframe style="width:{}px;height:900px" src="{}"></iframe>'
+_WINDOW = '<iframe style="width:{}px;height:900px" src="{}.html"></iframe>'
 
 
-def seen(page, width):
-    """What a browser shows of a page (a file) in a window of so many pixels."""
-    (shown,) = seen_at(page, width)
-    return shown
-
-
-def seen_at(page, *widths):
-    """The same in several windows of one browser, which takes longer to start than to show."""
+def seen(directory, pages, *widths):
+    """What a browser shows of pages, by name and by the pixels of its window."""
     if BROWSER is None:
         pytest.skip("needs chromium")
-    harness = page.with_name(f"{page.stem}.harness.html")
-    windows = "".join(_WINDOW.format(width, page.name) for width in widths)
+    for name, page in pages.items():
+        (directory / f"{name}.html").write_text(page, encoding="utf-8")
+    places = [(name, width) for name in pages for width in widths]
+    windows = "".join(_WINDOW.format(width, name) for name, width in places)
+    harness = directory / "all of them.html"
     harness.write_text(_HARNESS.format(windows=windows))
     ran = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
             *("--allow-file-access-from-files", "--virtual-time-budget=10000"),
-            f"--user-data-dir={page.parent / 'browser'}",
+            f"--user-data-dir={directory / 'browser'}",
             harness.as_uri(),
         ],
         capture_output=True,
@@ -61,6 +58,5 @@ def seen_at(page, *widths):
         timeout=300,
         check=True,
     )
-    harness.unlink()
     (found,) = re.findall(r'<pre id="seen">(.+?)</pre>', ran.stdout, re.DOTALL)
-    return json.loads(html.unescape(found))
+    return dict(zip(places, json.loads(html.unescape(found)), strict=True))
