@@ -20,7 +20,7 @@ from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
-from tests.graph.topologies import Deformable, einsum_layers, randomized, tied_autoencoder
+from tests.graph.topologies import Deformable, randomized, tied_autoencoder
 
 PLAIN = {"device": "cpu", "backend": "magnitude"}
 
@@ -176,18 +176,6 @@ def test_it_is_refitted_and_the_smaller_model_is_the_masked_one(name: str) -> No
     after = model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert "forward" not in vars(model)
-
-
-def test_heads_of_weights_with_a_dimension_for_heads_leave() -> None:
-    torch.manual_seed(0)
-    model, x = einsum_layers().double(), torch.randn(32, 4, 6, dtype=torch.float64)
-    result = osscar.prune(model, x, groups={"heads": 2, "neurons": 4}, **PLAIN)
-    assert result.certificate.error < 1e-10
-    assert [(layer.name, layer.kept) for layer in result.layers] == [("heads", 2), ("neurons", 4)]
-    small = result.model
-    assert small.query.shape == small.value.shape == (6, 2, 5)
-    assert (small.out.shape, small.up.shape, small.down.shape) == ((2, 5, 6), (4, 6), (4, 4))
-    assert count_flops(small, {"x": x}) < count_flops(model, {"x": x})
 
 
 OTHERWISE: dict[str, Callable[[], Bare]] = {

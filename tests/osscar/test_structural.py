@@ -198,6 +198,13 @@ def test_the_certificate_says_what_is_equal_and_for_which_sizes():
         "x (any, any, 6) where x.shape[1] > 16",
     )
 
+    def after(net, y, x, w):  # a smaller one takes one length alone
+        return y.flatten(0, 1).unflatten(0, x.shape[:2]) if w == UNITS or x.shape[1] == 5 else y
+
+    closed = Net(after).eval()
+    (found,) = shrink(closed, plan_of(closed), [(X,)]).certificate.structure.sizes
+    assert found.startswith("x (any, 5, 6)")
+
 
 def test_values_are_compared_that_only_inputs_of_other_sizes_read():
     net = Net(

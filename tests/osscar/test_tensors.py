@@ -394,16 +394,6 @@ def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_the
         score([network()], samples(labels=torch.zeros(48, 5, dtype=int)))
 
 
-def test_the_first_of_several_outputs_is_scored_by_labels_with_a_warning_as_of_images():
-    labels, net = torch.arange(48) % 4, network()
-    both = nn.Sequential(net)
-    both.forward = lambda input: (net(input), input)
-    with pytest.warns(UserWarning, match=r"scored is '0', the first; to score another, call it"):
-        several = score([both], samples(labels=labels))[0]
-    assert (several.classes_in, several.top1) == ("0", score([net], samples(labels=labels))[0].top1)
-    assert score([both], samples())[0].classes_in is None
-
-
 def test_the_example_of_a_file_may_be_a_tensor_or_several(tmp_path):
     np.savez(tmp_path / "x.npz", **GOOD)
     np.savez(tmp_path / "y.npz", input=GOOD["features"])
