@@ -22,20 +22,9 @@ PATIENCE = 900
 """Seconds that nothing takes, however busy the machine is."""
 
 
-_NOTHING: Mapping[str, str] = {}
-
-
 @dataclass
 class Forked:
-    """A child, and what it has said when it has ended.
-
-    Parameters
-    ----------
-    pid
-        Its number.
-    status
-        How it ended, as the shell has it, and -n where signal n ended it; None until then.
-    """
+    """A child by its number, and its status once it has ended: as the shell has it, or -signal."""
 
     pid: int
     _streams: tuple[IO[str], IO[str]]
@@ -62,57 +51,34 @@ class Forked:
     @property
     def stdout(self) -> str:
         """What it has said on standard output."""
-        return self._said(0)
+        self._streams[0].seek(0)
+        return self._streams[0].read()
 
     @property
     def stderr(self) -> str:
         """What it has said on standard error."""
-        return self._said(1)
-
-    def _said(self, number: int) -> str:
-        self._streams[number].seek(0)
-        return self._streams[number].read()
+        self._streams[1].seek(0)
+        return self._streams[1].read()
 
 
 def forked(
-    run: Callable[[], object], place: Path, environment: Mapping[str, str] = _NOTHING
+    run: Callable[[], object], place: Path, environment: Mapping[str, str] | None = None
 ) -> Forked:
-    """Start a child.
+    """Start a child that runs something in a directory, with more variables of the environment.
 
-    Parameters
-    ----------
-    run
-        What it does; what it raises ends it as it ends an interpreter.
-    place
-        Its working directory.
-    environment
-        What is added to this process's variables.
+    What it raises ends it as it ends an interpreter.
     """
-    out, err = _stream(), _stream()
+    out, err = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))  # noqa: SIM115
     child = os.fork()
-    if not child:
-        _be(run, place, environment, out, err)
-    return Forked(child, (out, err))
-
-
-def _stream() -> IO[str]:
-    return tempfile.TemporaryFile("w+", encoding="utf-8")
-
-
-def _be(
-    run: Callable[[], object],
-    place: Path,
-    environment: Mapping[str, str],
-    out: IO[str],
-    err: IO[str],
-) -> None:
+    if child:
+        return Forked(child, (out, err))
     status = 1
     try:
         for number, stream in enumerate((out, err), 1):
             os.dup2(stream.fileno(), number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8") for n in (1, 2))
         os.chdir(place)
-        os.environ |= environment
+        os.environ |= environment or {}
         torch.set_num_threads(1)
         run()
         status = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import solvers
 from osscar.base.files import PARTIAL
 from osscar.checkpoint.manifest import REPORT_FILE
 from tests.osscar.families import CALIBRATION
-from tests.osscar.interruptions import Ended, Full, Kill, content, hidden, run
+from tests.osscar.interruptions import Ended, Plan, content, hidden, run
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,16 @@ class Case:
         if self.before is not None:
             shutil.copytree(self.before, root / "out")
 
-    def run(self, root: Path, plan: Kill | Full | None = None) -> Ended:
+    def run(self, root: Path, plan: Plan | None = None) -> Ended:
         return run(root, [*self.arguments, *outputs(root)], plan)
 
-    def is_whole(self, root: Path) -> bool:
-        """Whether the output is what was there before, or what was asked for.
-
-        What is measured after the save may be missing.
-        """
-        out = root / "out"
-        if not out.exists():  # where it has no name between two renames, the next start gives it
-            out = root / ".out.osscar-replaced"
-            if not out.exists():
-                return self.before is None
-        old = self.before is not None and content(out) == content(self.before)
-        return old or self.is_done(root)
+    @property
+    def keeps_old(self) -> bool:
+        """Whether the output appears at once; a study grows where it lies."""
+        return self.arguments[0] != "gap"
 
     def is_done(self, root: Path) -> bool:
-        """Whether the output is what was asked for; what is measured after the save may be missing.
-
-        A study is done once all of its files are there.
-        """
+        """Whether the output is what was asked for; a study is once all of its files are there."""
         if not (root / "out").exists():
             return False
         found = content(root / "out")
@@ -62,10 +52,16 @@ class Case:
             return found == self.result
         return _unmeasured(found) == _unmeasured(self.result)
 
-    @property
-    def keeps_old(self) -> bool:
-        """Whether the output appears at once; a study grows where it lies."""
-        return self.arguments[0] in ("prune", "recover")
+    def is_whole(self, root: Path) -> bool:
+        """Whether the output is what was there before, or what was asked for; or a study grows."""
+        out, replaced = root / "out", root / ".out.osscar-replaced"
+        if not self.keeps_old or self.is_done(root):
+            return True
+        # Where it has no name between two renames, the next start gives it one.
+        found = out if out.exists() else replaced
+        if self.before is None or not found.exists():
+            return self.before is None and not found.exists()
+        return content(found) == content(self.before)
 
     def wrong(self, root: Path) -> list[str]:
         """Return what is not as an uninterrupted command makes it, and what should be gone."""
@@ -113,59 +109,7 @@ def pruning(model: Path, *more: str) -> tuple[str, ...]:
     )
 
 
-def plan_case(model: Path, place: Path) -> Case:
-    """Prune so that the output holds plans, where nothing was before."""
-    return _case(place, pruning(model, "--sparsity", "0.5"))
-
-
-def stock_case(model: Path, place: Path) -> Case:
-    """Prune so that the output is a checkpoint of transformers, and replaces another."""
-    before = place / "before"
-    before.mkdir()
-    ended = run(before, [*pruning(model, "--neurons", "0.75"), *outputs(before)])
-    assert ended.status == 0, ended.err
-    return _case(place, pruning(model, "--neurons", "0.5", "--overwrite"), before / "out")
-
-
-def both_case(model: Path, place: Path) -> Case:
-    """Prune and recover in one run."""
-    more = ("--sparsity", "0.5", "--recover", "--recover-steps", "4")
-    return _case(place, pruning(model, *more))
-
-
-def recovering(model: Path, smaller: Path, *more: str) -> tuple[str, ...]:
-    return (
-        *(
-            "recover",
-            str(smaller),
-            "--dense",
-            str(model),
-            "--text",
-            str(CALIBRATION),
-            "--samples",
-            "6",
-            "--seqlen",
-            "32",
-        ),
-        *("--steps", "4", "--batch-size", "2", "--device", "cpu", *more),
-    )
-
-
-def recovery_case(model: Path, place: Path) -> Case:
-    """Recover a pruned model, so that the output replaces another."""
-    before = place / "before"
-    before.mkdir()
-    ended = run(before, [*pruning(model, "--neurons", "0.25"), *outputs(before)])
-    assert ended.status == 0, ended.err
-    return _case(place, recovering(model, before / "out", "--overwrite"), before / "out")
-
-
-def study_case(place: Path, jobs: int) -> Case:
-    """Study problems that a pool solves, and windows so small that the command itself does."""
-    return _case(place, _studying(place, jobs))
-
-
-def _problem(units: int) -> solvers.SubsetProblem:
+def problem(units: int) -> solvers.SubsetProblem:
     generator = torch.Generator().manual_seed(units)
     X = torch.randn(200, units, generator=generator, dtype=torch.float64)
     mix = torch.randn(units, units, generator=generator, dtype=torch.float64) / units**0.5
@@ -174,12 +118,60 @@ def _problem(units: int) -> solvers.SubsetProblem:
     return solvers.SubsetProblem.from_gram(X.T @ X / 200, W0, units=units, keep=2, name=f"p{units}")
 
 
-def _studying(place: Path, jobs: int) -> tuple[str, ...]:
+def _plan(model: Path, place: Path) -> Case:
+    """Prune so that the output holds plans, where nothing was before."""
+    return _case(place, pruning(model, "--sparsity", "0.5", "--allocation", "uniform"))
+
+
+def _stock(model: Path, place: Path) -> Case:
+    """Prune so that the output is a checkpoint of transformers, and replaces another."""
+    more = pruning(model, "--neurons", "0.5", "--overwrite")
+    return _case(place, more, _pruned(model, place))
+
+
+def _both(model: Path, place: Path) -> Case:
+    """Prune and recover in one run."""
+    return _case(place, pruning(model, "--sparsity", "0.5", "--recover", "--recover-steps", "4"))
+
+
+def _recovery(model: Path, place: Path) -> Case:
+    """Recover a pruned model, so that the output replaces another."""
+    smaller = _pruned(model, place)
+    command = (
+        *("recover", str(smaller), "--dense", str(model), "--text", str(CALIBRATION)),
+        *("--samples", "6", "--seqlen", "32", "--steps", "4", "--batch-size", "2"),
+        *("--device", "cpu", "--overwrite"),
+    )
+    return _case(place, command, smaller)
+
+
+def _pruned(model: Path, place: Path) -> Path:
+    """Prune a model; return where it is."""
+    (place / "before").mkdir()
+    command = [*pruning(model, "--neurons", "0.75"), *outputs(place / "before")]
+    ended = run(place / "before", command)
+    assert ended.status == 0, ended.err
+    return place / "before" / "out"
+
+
+def _study(_: Path, place: Path) -> Case:
+    """Study two problems."""
     files = [place / f"p{units}.safetensors" for units in (18, 20)]
     for units, file in zip((18, 20), files, strict=True):
-        _problem(units).save(file)
-    return (
-        *("gap", *map(str, files), "--sparsity", "0.4,0.6", "--jobs", str(jobs)),
+        problem(units).save(file)
+    command = (
+        *("gap", *map(str, files), "--sparsity", "0.4,0.6", "--jobs", "1"),
         *("--backends", "greedy,local_search,perspective,branch_and_bound"),
         *("--window-units", "8", "--windows", "1", "--exact-units", "18"),
     )
+    return _case(place, command)
+
+
+CASES: Mapping[str, Callable[[Path, Path], Case]] = {
+    "plan": _plan,
+    "stock": _stock,
+    "both": _both,
+    "recovery": _recovery,
+    "study": _study,
+}
+"""By name, what makes a case of a dense model and of a place to run it."""

@@ -1,7 +1,6 @@
 """Everything that a run makes lies where the model does, on a card as on the CPU."""
 
 import copy
-import re
 from pathlib import Path
 
 import numpy
@@ -17,13 +16,12 @@ import solvers
 from benchmarks import card, gpu
 from benchmarks.scale import layer
 from osscar.base.errors import OptionError, RequestError
-from osscar.base.memory import DeviceMemory, memory_of
+from osscar.base.memory import memory_of
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import load as loading
 from osscar.network.modules import device_of
 from osscar.offload import on_disk
-from osscar.offload.on_disk import OnDisk, is_on_disk, weight_cache
-from osscar.offload.places import Place
+from osscar.offload.on_disk import OnDisk, weight_cache
 from osscar.offload.weight_cache import WeightCache
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
@@ -38,40 +36,30 @@ from tests.osscar.test_streamed import written
 # ---- that a mistake would be seen --------------------------------------------------------
 
 
-def on_card():
-    return torch.randn(3, 3, device="cuda")
+MISTAKES = (
+    lambda x: x + torch.zeros(3),
+    lambda x: x * torch.from_numpy(numpy.ones(3)),
+    lambda x: x.index_select(0, torch.tensor([1])),
+    lambda x: x.index_fill_(0, torch.tensor([1]), 0.0),
+    lambda x: torch.zeros(3)[x.argsort()[0]],
+    lambda x: x[torch.tensor([0])] + torch.tensor([1.0]),
+    lambda x: torch.rand(3, device=x.device, generator=torch.Generator()),
+    lambda x: x.numpy(),
+    lambda x: torch.cat([x, torch.zeros(1, 3)]),
+    lambda x: x - x.cpu(),
+    lambda x: x * torch.ones(3, device="cpu"),
+    lambda x: x + torch.ones(3, dtype=torch.float64).to(torch.zeros(3)),
+    lambda x: torch.zeros(3, 3).add_(x),
+    lambda x: torch.linalg.cholesky(x.bfloat16()),
+)
 
 
-MISTAKES = {
-    "made on the host": lambda x: x + torch.zeros(3),
-    "an identity": lambda x: x @ torch.eye(3),
-    "left by numpy": lambda x: x * torch.from_numpy(numpy.ones(3)),
-    "indices": lambda x: x.index_select(0, torch.tensor([1])),
-    "written at an index": lambda x: x.index_fill_(0, torch.tensor([1]), 0.0),
-    "places on the card": lambda x: torch.zeros(3)[x.argsort()[0]],
-    "a part": lambda x: x[torch.tensor([0])] + torch.tensor([1.0]),
-    "a generator": lambda x: torch.rand(3, device=x.device, generator=torch.Generator()),
-    "numpy": lambda x: x.numpy(),
-    "put together": lambda x: torch.cat([x, torch.zeros(1, 3)]),
-    "moved": lambda x: x - x.cpu(),
-    "asked for": lambda x: x * torch.ones(3, device="cpu"),
-    "as another": lambda x: x + torch.ones(3, dtype=torch.float64).to(torch.zeros(3)),
-    "in place": lambda x: torch.zeros(3, 3).add_(x),
-    "half precision": lambda x: torch.linalg.cholesky(x.bfloat16()),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(mistake):
+def test_a_mistake_is_seen_and_what_a_card_allows_is_none():
+    for mistake in MISTAKES:
+        with pretended(), pytest.raises(WrongDevice):
+            mistake(torch.randn(3, 3, device="cuda"))
     with pretended():
-        x = on_card()
-        with pytest.raises(WrongDevice):
-            MISTAKES[mistake](x)
-
-
-def test_what_a_card_allows_is_no_mistake():
-    with pretended():
-        x = on_card()
+        x = torch.randn(3, 3, device="cuda")
         made = [x + 1, x @ x.T, x.new_zeros(3), torch.zeros(3).to(x), torch.zeros(3).cuda(), x[0]]
         assert {y.device for y in (*made, torch.zeros(3, device=x.device))} == {CARD}
         assert {y.device.type for y in (torch.zeros(3), torch.tensor([1.0]), x.cpu())} == {"cpu"}
@@ -88,35 +76,28 @@ def test_what_a_card_allows_is_no_mistake():
     [
         ("opt", {"heads": 0.5, "neurons": 0.5}),
         ("qwen2", {"sparsity": 0.4, "certify": True}),
-        ("qwen2", {"heads": 0.5, "neurons": 0.5, "target": "weights", "damp": 0.1}),
-        ("mixtral", {"experts": 0.75, "heads": 0.5}),
+        ("mixtral", {"experts": 0.75}),
     ],
     ids=str,
 )
 def test_a_language_model_is_pruned_on_a_card_as_on_the_cpu(family, asked, tmp_path):
-    model = mixture(family, kernel="eager") if family in MIXTURES else tiny(family, layers=1)
-    data, asked = tokens(5), {**asked, "batch_size": 3}
+    routed = family in MIXTURES  # whose kernel on a card takes numbers that a CPU's refuses
+    model = (
+        mixture(family, kernel="eager", num_hidden_layers=1) if routed else tiny(family, layers=1)
+    )
+    data, asked = tokens(4, 12), {**asked, "batch_size": 3}
     plain = osscar.prune(copy.deepcopy(model), data, device="cpu", **asked)
     with pretended():
         result = osscar.prune(model, data, device="cuda", **asked)
         assert {p.device for p in result.model.parameters()} == {CARD}
-        if family not in MIXTURES:  # whose kernel on a card takes numbers that a CPU's refuses
+        if not routed:
             result.save(tmp_path / "small")
             assert device_of(osscar.load(tmp_path / "small").to("cuda")) == CARD
     assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"channels": 0.5, "residual": 0.5},
-        {"channels": 0.5, "form": "exported"},
-        {"flops": 0.6},
-        {"speedup": 1.05},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("asked", [{"channels": 0.5, "residual": 0.5}, {"speedup": 1.05}], ids=str)
 def test_a_network_is_pruned_on_a_card(asked, monkeypatch):
     monkeypatch.setattr("osscar.allocation.speedup.time_against", as_fast_as_it_is_small)
     monkeypatch.setattr("osscar.walk.regularization._DIRECTIONS", 3)  # as of layers that are wide
@@ -130,24 +111,13 @@ def as_fast_as_it_is_small(dense, other, batch):
     return sum(p.numel() for p in dense.parameters()) / sum(p.numel() for p in other.parameters())
 
 
-def test_a_pruned_model_is_recovered_and_scored_on_a_card():
-    dense, data = tiny("opt", layers=1), tokens(8)
+def test_a_model_is_estimated_and_recovered_on_a_card():
+    dense, data = tiny("opt", layers=1), tokens(8, 12)
     with pretended():
-        result = osscar.prune(dense, data, device="cuda", neurons=0.5)
-        recovery = osscar.recover(result, dense, data, steps=2, device="cuda")
+        osscar.estimate(dense, data, neurons=0.5, device="cuda")
+        smaller = copy.deepcopy(dense).to("cuda")
+        recovery = osscar.recover(smaller, dense, data, steps=2, device="cuda")
         assert {p.device for p in recovery.model.parameters()} == {CARD}
-
-
-def test_the_newer_switches_of_precision_may_be_set(monkeypatch):
-    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    dense = small_net()
-    result = osscar.prune(dense, images(12), channels=0.5, device="cpu")
-    osscar.recover(result, dense, images(12), steps=1, device="cpu")
-
-
-def test_an_estimate_is_made_on_a_card():
-    with pretended():
-        osscar.estimate(small_net(), images(12), channels=0.5, device="cuda")
 
 
 class Counting(nn.Module):
@@ -162,10 +132,12 @@ class Counting(nn.Module):
         return self.second(self.first(x).relu()) + places[:, None]
 
 
-def test_what_a_program_makes_itself_moves_with_it():
-    program = osscar.prune(
-        Counting(), torch.rand(16, 5, 8), neurons=0.5, form="exported", device="cpu"
-    ).model
+def test_what_a_program_makes_itself_moves_with_it(monkeypatch):
+    """Where the newer switches of precision are set, too, which torch does not let be mixed."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    dense, data = Counting(), torch.rand(16, 5, 8)
+    program = osscar.prune(dense, data, neurons=0.5, form="exported", device="cpu").model
+    osscar.recover(program, dense, data, steps=1, device="cpu")
     x = torch.rand(3, 5, 8)
     before = program(x)
     with pretended():
@@ -177,60 +149,25 @@ def test_what_a_program_makes_itself_moves_with_it():
 
 # ---- a run that is read from disk --------------------------------------------------------
 
-STREAMED = [
-    ("opt", {"heads": 0.5, "neurons": 0.7, "target": "weights"}),  # which its config cannot say
-    ("qwen2", {"neurons": 0.5, "heads": 0.5}),  # tied, with rotary frequencies that are computed
-]
 
-
-class Full(DeviceMemory):
-    """Memory in which nothing can be kept."""
-
-    def excess(self, needed, ceiling):
-        return 1 << 60
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("holding", [True, False], ids=["kept", "read anew"])
-@pytest.mark.parametrize(("family", "asked"), STREAMED, ids=str)
-def test_a_streamed_model_is_pruned_on_a_card(family, asked, holding, tmp_path):
-    dense = written(tmp_path / "dense", family, layers=1)
-    on_card = PruningRequest(**asked, device="cuda", batch_size=3)
+def test_a_streamed_model_is_pruned_on_a_card(tmp_path):
+    dense = written(tmp_path / "dense", "opt", layers=1)
+    on_card = PruningRequest(heads=0.5, target="weights", device="cuda", batch_size=3)
     with pretended():
         plain = prune_as_asked(osscar.load_model(dense, device="cuda").model, tokens(), on_card)
-        stock = plain.save(tmp_path / "plain").stock
-        loaded = osscar.load_model(dense, device="cuda", max_memory="64GB")
-        if not holding:
-            weight_cache(loaded.model).memory = Full()
-        result = prune_as_asked(loaded.model, tokens(), on_card, RunLog(tmp_path / "log"))
-        read_back = result.save(tmp_path / "streamed")
+        model = osscar.load_model(dense, device="cuda", max_memory="64GB").model
+        result = prune_as_asked(model, tokens(), on_card, RunLog(tmp_path / "log"))
+        assert result.save(tmp_path / "streamed").stock is plain.save(tmp_path / "plain").stock
         assert result.model(torch.zeros(1, 4, dtype=int, device="cuda")).logits.device == CARD
         assert {buffer.device for buffer in result.model.buffers()} <= {CARD}
-    assert is_on_disk(result.model)
     assert all(isinstance(p, OnDisk) for p in result.model.parameters())
     assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
-    assert read_back.stock is stock
     same = "model.safetensors"
     assert (tmp_path / "streamed" / same).read_bytes() == (tmp_path / "plain" / same).read_bytes()
 
 
-@pytest.mark.parametrize("reader", ["read", "read_rows"])
-def test_values_that_are_left_on_the_host_are_seen(reader, tmp_path, monkeypatch):
-    dense, read = written(tmp_path / "dense", "opt"), getattr(Place, reader)
-    with pretended():
-        model = osscar.load_model(dense, device="cuda", max_memory="64GB").model
-        batch = tokens(2).cuda()
-        assert model(batch).logits.device == CARD
-        cache = weight_cache(model)
-        cache.memory = Full()
-        cache.leave_free(0)
-        monkeypatch.setattr(Place, reader, lambda *asked: read(*asked).cpu())
-        with pytest.raises(WrongDevice):
-            model(batch)
-
-
 def test_what_is_done_to_values_on_disk_is_done_on_the_card(tmp_path):
-    dense, index = written(tmp_path / "dense", "opt"), torch.tensor([0, 2])
+    dense, index = written(tmp_path / "dense", "opt", layers=1), torch.tensor([0, 2])
     with pretended(), torch.no_grad():
         model = osscar.load_model(dense, device="cuda", max_memory="64GB").model
         weight = model.model.decoder.layers[0].fc1.weight
@@ -249,7 +186,7 @@ def test_what_is_done_to_values_on_disk_is_done_on_the_card(tmp_path):
 @pytest.fixture
 def streamed(tmp_path):
     """A model that runs on a card that is not there: shapes can be computed, and no values."""
-    dense = written(tmp_path / "dense", "opt")
+    dense = written(tmp_path / "dense", "opt", layers=1)
     return read_streamed(dense, WeightCache(1 << 40, CARD), torch.float32)
 
 
@@ -267,18 +204,6 @@ def test_parameters_on_disk_are_on_the_device_of_their_cache(streamed):
         weight.to("meta")
 
 
-def test_a_card_that_is_not_there_is_refused_as_for_a_plain_parameter(tmp_path):
-    streamed = read_streamed(
-        written(tmp_path / "dense", "opt"), WeightCache(1 << 40), torch.float32
-    )
-    device = f"cuda:{max(7, torch.cuda.device_count())}"
-    with pytest.raises((RuntimeError, AssertionError)) as refused:
-        nn.Linear(1, 1).to(device)
-    with pytest.raises(refused.type, match=re.escape(str(refused.value).splitlines()[0])):
-        streamed.to(device)
-    assert device_of(streamed) == torch.device("cpu")
-
-
 def test_shapes_are_computed_on_the_device_of_the_cache(streamed):
     decoder = streamed.model.decoder
     with FakeTensorMode(), torch.no_grad():
@@ -289,7 +214,13 @@ def test_shapes_are_computed_on_the_device_of_the_cache(streamed):
             decoder.layers[0].fc1(found.cpu())
 
 
-def test_a_streamed_model_moves_whole(streamed, tmp_path):
+def test_a_streamed_model_moves_whole_and_to_be_traced(streamed, tmp_path):
+    with FakeTensorMode():
+        example = {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device=CARD)}
+    with on_disk.shapes_only(streamed, example) as small:  # which take no memory on a card
+        assert {p.device.type for p in streamed.parameters()} == {"cpu"}
+        assert small["input_ids"].device.type == "cpu"
+    assert device_of(streamed) == CARD
     model, batch = streamed.to("cpu"), tokens(2)
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -297,15 +228,6 @@ def test_a_streamed_model_moves_whole(streamed, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(batch).logits, dense(batch).logits)
     assert device_of(model.to(CARD)) == CARD
-
-
-def test_tracing_takes_no_memory_on_a_card(streamed):
-    with FakeTensorMode():
-        example = {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device=CARD)}
-    with on_disk.shapes_only(streamed, example) as small:
-        assert {p.device.type for p in streamed.parameters()} == {"cpu"}
-        assert small["input_ids"].device.type == "cpu"
-    assert device_of(streamed) == CARD
 
 
 # ---- memory of a card --------------------------------------------------------------------
@@ -359,14 +281,7 @@ def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
     assert cache.read_bytes == before
     first.values()
     assert cache.read_bytes > before
-
-
-def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
-    model = osscar.load_model(
-        written(tmp_path / "dense", "opt"), device="cpu", max_memory="1GB"
-    ).model
-    Counted(monkeypatch, total=10**12, used=950_000_000)
-    weight_cache(model).memory = memory_of(CARD)
+    counted.used = 950_000_000
     said = r"max_memory=1.00GB cannot hold .* for what is on the card already; give at least 1\."
     with pytest.raises(RequestError, match=said):
         prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
@@ -374,13 +289,13 @@ def test_a_limit_that_a_card_cannot_keep_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_fit_on_the_card_stays_on_disk_by_default(tmp_path, monkeypatch, dtype):
-    dense = written(tmp_path / "dense", "opt", dtype=dtype)
+    dense = written(tmp_path / "dense", "opt", dtype=dtype, layers=1)
     size = 4 * sum(t.nbytes for t in load_file(dense / "model.safetensors").values())
     monkeypatch.setattr(loading, "resolve_device", lambda _: CARD)
     # With batches, which are there beside two copies of the weights: 48 is the width, 48 what the
     # widest layer reads, and of six tensors as wide as the model one is in float32.
     batches = 1000 * ((5 * 48 + 48) * dtype.itemsize + 4 * 48)
-    for needed, positions in ((size, 0), (size, 1), (size // 2 + batches, 1000)):
+    for needed, positions in ((size, 1), (size // 2 + batches, 1000)):
         for total, expected in ((needed, None), (needed - 10, (needed - 10) * 9 // 10)):
             Counted(monkeypatch, total=total)
             found = loading.fitting_memory(dense, device="cuda", positions=positions)
@@ -394,20 +309,19 @@ ON_CARDS = [
     pytest.param(info.name, width, id=f"{info.name}, {width} rows a unit")
     for info in solvers.backends()
     if info.unavailable is None and "cuda" in info.capabilities.devices
-    for width in (1, 3)[: 1 + info.capabilities.wide_units]
+    for width in (1, 2)[: 1 + info.capabilities.wide_units]
 ]
 
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width):
-    generator = numpy.random.default_rng(0)
-    X = torch.tensor(generator.standard_normal((64, 6 * width)))
-    W0 = torch.tensor(generator.standard_normal((6 * width, 4)))
+    torch.manual_seed(0)
+    X, W0 = torch.randn(32, 4 * width).double(), torch.randn(4 * width, 3).double()
     with pretended():
         X, W0 = X.cuda(), W0.cuda()
-        problem = solvers.SubsetProblem.from_gram(X.T @ X / 64, W0, keep=3, units=6)
-        solution = solvers.solve(problem, backend, bound=True)
+        problem = solvers.SubsetProblem.from_gram(X.T @ X / 32, W0, keep=2, units=4)
+        solution = solvers.solve(problem, backend, bound=backend == "greedy")
         solution.verify()
         assert {x.device for x in (solution.support, *solution.weights)} == {CARD}
 
@@ -460,9 +374,13 @@ class Work(TorchDispatchMode):
 
 
 def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    task = gpu.Task(lambda: (net, torch.ones(24, 6).cumsum(0).sin()), {"neurons": 0.5})
+    monkeypatch.setattr(gpu, "TASKS", {"tiny": task})
+
     def page(*more):
-        with pretended():
-            gpu.main([str(tmp_path), "--sizes", "48", "96", "--tasks", "tiny", *more])
+        asked = ["--device", "cpu", "--sizes", "48", "96", "--tasks", "tiny"]
+        gpu.main([str(tmp_path), *asked, *more])
         assert (tmp_path / "page.md").read_text() == capsys.readouterr().out
         lines = (tmp_path / "page.md").read_text().splitlines()
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
@@ -471,13 +389,10 @@ def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsy
     solved, pruned, lines = page("--minutes", "0")
     assert {row[2] for row in solved} == {"not yet"}
     assert lines[-1].startswith("6 rows are not measured yet")
-    first = page()
-    solved, pruned, lines = first
+    first = solved, pruned, lines = page()
     assert [row[0] for row in solved] == ["48", "96"]
     assert {row[5] for row in solved} == {"the same"}
-    assert all(float(row[3]) > 0 for row in solved)
-    assert pruned[-1][1] == "all"
-    assert pruned[-1][6] == "the same"
+    assert [pruned[-1][column] for column in (1, 6)] == ["all", "the same"]
     assert sum("GB hold p" in line for line in lines) == 2
     monkeypatch.delattr(gpu, "measured")  # nothing is measured anew
     assert page()[:2] == first[:2]

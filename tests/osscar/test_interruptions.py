@@ -6,130 +6,82 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from osscar.cli import main
+import osscar
 from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
-from tests.osscar.interrupted_cases import (
-    Case,
-    both_case,
-    outputs,
-    plan_case,
-    pruning,
-    recovery_case,
-    stock_case,
-    study_case,
-)
-from tests.osscar.interruptions import Ended, Full, Kill, Refusal, Victim, hidden, orphans, run
+from tests.osscar.families import tokens
+from tests.osscar.interrupted_cases import CASES, Case, outputs
+from tests.osscar.interruptions import Ended, Plan, Refusal, hidden, run
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc"),
-    pytest.mark.usefixtures("drawn"),  # bytes of pictures are compared
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+ALL = [name if name == "plan" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported(tiny, tmp_path_factory):
-    """Run a command in this process, whose children then have imported what it takes."""
-    place = tmp_path_factory.mktemp("imported")
+def imported(tiny):
+    """Import what commands take, which their children then have; figures are not drawn there."""
+    model = osscar.load_model(tiny).model
+    osscar.recover(osscar.prune(model, tokens(), neurons=0.5), model, tokens(), steps=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["osscar", *pruning(tiny, "--sparsity", "0.5"), *outputs(place)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    assert not stop.value.code
+        patch.setattr(Figure, "savefig", drawn_by_nobody)
+        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
+        yield
+
+
+def drawn_by_nobody(_, file, **__):
+    (file.write_bytes if isinstance(file, Path) else file.write)(b"a picture")
 
 
 @pytest.fixture(scope="module")
-def plan(tiny, tmp_path_factory):
-    return plan_case(tiny, tmp_path_factory.mktemp("plan"))
+def cases(tiny, tmp_path_factory):
+    """Return a case by its name; each is run as a whole once."""
+    made = {}
 
+    def made_once(name):
+        if name not in made:
+            made[name] = CASES[name](tiny, tmp_path_factory.mktemp(name))
+        return made[name]
 
-@pytest.fixture(scope="module")
-def stock(tiny, tmp_path_factory):
-    return stock_case(tiny, tmp_path_factory.mktemp("stock"))
-
-
-@pytest.fixture(scope="module")
-def both(tiny, tmp_path_factory):
-    return both_case(tiny, tmp_path_factory.mktemp("both"))
-
-
-@pytest.fixture(scope="module")
-def recovery(tiny, tmp_path_factory):
-    return recovery_case(tiny, tmp_path_factory.mktemp("recovery"))
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    return study_case(tmp_path_factory.mktemp("study"), jobs=2)
-
-
-@pytest.fixture(scope="module")
-def study_alone(tmp_path_factory):
-    return study_case(tmp_path_factory.mktemp("alone"), jobs=1)
-
-
-@pytest.fixture
-def case(request):
-    return request.getfixturevalue(request.param)
+    return made_once
 
 
 # ---- kills -------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("case", ["plan", "stock", "both", "recovery"], indirect=True)
-@pytest.mark.parametrize("seed", range(2))
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(case, seed, tmp_path):
-    _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["plan", "stock", "both", "recovery"], indirect=True)
-@pytest.mark.parametrize("seed", range(100, 105))
-def test_ten_runs_that_are_killed_go_on_to_the_same_bytes(case, seed, tmp_path):
-    _kill_and_go_on(case, seed, tmp_path / "root", (Victim.COMMAND,))
-
-
-@pytest.mark.slow
-def test_a_study_whose_worker_is_killed_goes_on_to_the_same_bytes(study, tmp_path):
-    _kill_and_go_on(study, 1, tmp_path / "root", (Victim.WORKER,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 130))
-def test_thirty_studies_that_are_killed_go_on_to_the_same_bytes(study, seed, tmp_path):
-    _kill_and_go_on(study, seed, tmp_path / "root", tuple(Victim))
-
-
-def _kill_and_go_on(case: Case, seed: int, root: Path, victims: tuple[Victim, ...]) -> None:
-    """Kill a command once or twice, somewhere, and let the same command finish it."""
-    draw = random.Random(seed)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(name, seed, cases, tmp_path):
+    """Once or twice, somewhere."""
+    case, draw, root = cases(name), random.Random(seed), tmp_path / "root"
     case.begin(root)
     for _ in range(draw.choice((1, 2))):
-        victim = draw.choice(victims)
-        number = signal.SIGINT if victim == Victim.GROUP else draw.choice(SIGNALS)
-        if victim == Victim.WORKER:
-            number = signal.SIGKILL
-        ended = case.run(root, Kill(draw.randrange(1, case.events + 1), number, victim))
-        assert orphans(ended) == []
+        number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        ended = case.run(root, Plan(draw.randrange(1, case.events + 1), number))
         if ended.status == 0:
             break
-        _check_end(case, root, ended, victim, number)
+        assert ended.status in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+        assert case.is_whole(root)
+        if ended.status > 0 and not case.is_done(root):
+            line = last_word(ended)
+            logs = ("out.run", "out.recover") if case.keeps_old else ("out",)
+            goes_on = any((root / name).exists() for name in logs)
+            assert ("same command again to go on" in line) == goes_on, line
+            assert ("nothing was done that could be kept" in line) == (not goes_on), line
+            assert hidden(root, case.shown) == []
     if ended.status:
         again = case.run(root)
         assert again.status == 0, again.err
     assert case.wrong(root) == []
 
 
-def _last_word(ended: Ended) -> str:
+def last_word(ended: Ended) -> str:
     """Return the one line that is said of an end; a warning before it is of random weights."""
     *before, line = ended.err.strip().splitlines()
     expected = ("warning: the dense model does no better than chance", "progress: ")
@@ -137,49 +89,19 @@ def _last_word(ended: Ended) -> str:
     return line
 
 
-def _check_end(case: Case, root: Path, ended: Ended, victim: Victim, number: int) -> None:
-    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-    assert ended.status == (2 if victim == Victim.WORKER else expected), ended.err
-    if case.keeps_old:
-        assert case.is_whole(root)
-    if ended.status == -signal.SIGKILL:
-        return
-    line = _last_word(ended)
-    if victim == Victim.WORKER:
-        assert "what was solved is kept: give the same command again" in line
-    elif not case.is_done(root):
-        logs = ("out.run", "out.recover") if case.keeps_old else ("out",)
-        goes_on = any((root / name).exists() for name in logs)
-        assert ("same command again to go on" in line) == goes_on, line
-        assert ("nothing was done that could be kept" in line) == (not goes_on), line
-    assert hidden(root, case.shown) == []
-
-
 @pytest.mark.slow
-def test_a_run_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(plan, tmp_path):
-    root = tmp_path / "root"
-    plan.begin(root)
-    plan.run(root, Kill(plan.events))  # the last event is that the --json file is there
-    assert (root / "out").exists()
-    assert (root / "out.run" / "log.json").exists()
-    other = run(root, [*plan.arguments, "--damp", "0.02", *outputs(root)])
-    assert other.status == 2
-    assert "is not empty" in other.err
-    (root / "said.json").unlink(missing_ok=True)
-    again = plan.run(root)
-    assert again.status == 0
-    assert (root / "said.json").exists()
-    assert plan.wrong(root) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["both", "recovery"], indirect=True)
-def test_a_recovery_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(case, tmp_path):
-    root = tmp_path / "root"
+@pytest.mark.parametrize("name", ["plan", "both", "recovery"])
+def test_a_run_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(name, cases, tmp_path):
+    case, root = cases(name), tmp_path / "root"
     case.begin(root)
-    case.run(root, Kill(case.events))
-    assert (root / "out.recover" / "report.json").exists() or (root / "out.run").exists()
-    assert (root / "out.recover").exists()
+    # The last event is that the --json file is there.
+    case.run(root, Plan(case.events, signal.SIGKILL))
+    assert (root / "out").exists()
+    assert list(root.glob("out.*/log.json"))
+    if name == "plan":
+        other = run(root, [*case.arguments, "--damp", "0.02", *outputs(root)])
+        assert other.status == 2
+        assert "is not empty" in other.err
     (root / "said.json").unlink(missing_ok=True)
     again = case.run(root)
     assert again.status == 0, again.err
@@ -190,123 +112,57 @@ def test_a_recovery_that_was_killed_while_it_removed_its_log_is_known_to_be_save
 # ---- two at once -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [(), ("--restart",), ("--overwrite",)])
-def test_a_second_run_to_one_output_is_refused_before_it_reads_its_model(more, tmp_path):
-    root = tmp_path / "root"
-    with RunLog(root / "out.run").held():
-        asked = ("prune", "no-such-model", "--sparsity", "0.5", *more)
-        ended = run(root, [*asked, *outputs(root)])
-        assert ended.status == 2
-        assert f"out.run (process {os.getpid()} on " in ended.err
-    assert not root.exists()
-
-
-def test_a_second_study_in_one_directory_is_refused_before_it_reads_its_model(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "place", "held"),
+    [
+        (
+            ("prune", "none", "--sparsity", "0.5", "--restart"),
+            "out.run",
+            lambda x: RunLog(x).held(),
+        ),
+        (("gap", "none"), "out", lambda x: Study(x, {}).locked()),
+    ],
+)
+def test_a_second_run_to_one_output_is_refused_before_it_reads_its_model(
+    command, place, held, tmp_path
+):
     root = tmp_path / "root"
     root.mkdir()
-    with Study(root / "out", {}).locked():
-        ended = run(root, ["gap", "no-such-model", *outputs(root)])
+    with held(root / place):
+        ended = run(root, [*command, *outputs(root)])
         assert ended.status == 2
-        assert f"out (process {os.getpid()} on " in ended.err
+        assert f"{place} (process {os.getpid()} on " in ended.err
     assert list(root.iterdir()) == []
 
 
 # ---- a full disk -------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(
-    ("case", "refusal"),
-    [
-        *(("plan", refusal) for refusal in Refusal),
-        ("stock", Refusal.FROM_NOW_ON),
-        ("recovery", Refusal.ONCE),
-        ("study_alone", Refusal.SHORT),
-    ],
-    indirect=["case"],
-)
-def test_a_full_disk_is_said_and_nothing_is_lost(case, refusal, tmp_path):
-    at = random.Random(f"{case.arguments[0]} {refusal}").randrange(1, case.writes + 1)
-    _fill_and_go_on(case, Full(at, refusal), tmp_path / "root")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["plan", "stock", "both", "recovery", "study_alone"], indirect=True
-)
 @pytest.mark.parametrize("refusal", Refusal)
-def test_each_write_may_find_the_disk_full(case, refusal, tmp_path):
-    for at in range(1, case.writes + 1):
-        _fill_and_go_on(case, Full(at, refusal), tmp_path / f"{at}")
+@pytest.mark.parametrize("name", CASES)
+def test_each_write_may_find_the_disk_full(name, refusal, cases, tmp_path):
+    for at in range(1, cases(name).writes + 1):
+        fill_and_go_on(cases(name), Plan(at, refusal), tmp_path / f"{at}")
         shutil.rmtree(tmp_path / f"{at}")
 
 
-def _fill_and_go_on(case: Case, full: Full, root: Path) -> None:
+def test_a_full_disk_is_said_and_nothing_is_lost(cases, tmp_path):
+    case = cases("plan")
+    fill_and_go_on(case, Plan(case.writes // 2, Refusal.FROM_NOW_ON), tmp_path / "root")
+
+
+def fill_and_go_on(case: Case, full: Plan, root: Path) -> None:
     case.begin(root)
     ended = case.run(root, full)
-    _check_refusal(case, root, ended)
-    if ended.status:
+    if ended.status:  # else what failed was not needed: the number of the process in a lock
+        assert ended.status == 2, ended.err
+        line = last_word(ended)
+        assert line.startswith("error: cannot write")
+        assert str(root) in line
+        assert "make room" in line or "ulimit" in line
+        assert case.is_whole(root)
+        assert hidden(root, case.shown) == []
         again = case.run(root)
         assert again.status == 0, again.err
-    assert case.wrong(root) == []
-
-
-def _check_refusal(case: Case, root: Path, ended: Ended) -> None:
-    """Look at what a command has said and left that may have found the disk full."""
-    if ended.status == 0:
-        return  # what failed was not needed: the number of the process in a lock
-    assert ended.status == 2, ended.err
-    line = _last_word(ended)
-    assert line.startswith("error: cannot write")
-    assert str(root) in line
-    assert "make room" in line or "ulimit" in line
-    if case.keeps_old:
-        assert case.is_whole(root)
-    assert hidden(root, case.shown) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Give a file system of so many bytes, and let it become as large as is needed."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mounted(size: str) -> Path:
-        remount = ("remount,",) if os.path.ismount(place) else ("",)
-        command = ["mount", "-t", "tmpfs", "-o", f"{remount[0]}size={size}", "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("file systems cannot be mounted here")
-        return place
-
-    yield mounted
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts file systems")
-@pytest.mark.parametrize("case", ["plan", "stock", "study_alone"], indirect=True)
-def test_a_small_file_system_is_filled_and_then_made_larger(case, small_disk, tmp_path):
-    _fill_a_file_system(case, 0, small_disk)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts file systems")
-@pytest.mark.parametrize("case", ["plan", "stock", "study"], indirect=True)
-@pytest.mark.parametrize("seed", range(1, 11))
-def test_file_systems_of_thirty_sizes_are_filled_and_then_made_larger(case, seed, small_disk):
-    _fill_a_file_system(case, seed, small_disk)
-
-
-def _fill_a_file_system(case: Case, seed: int, small_disk) -> None:
-    before = sum(file.stat().st_size + 4096 for file in case.before.iterdir()) if case.before else 0
-    needed = sum(len(data) if isinstance(data, bytes) else 4096 for data in case.result.values())
-    size = before + random.Random(seed).randrange(8192, needed)
-    root = small_disk(str(size)) / "root"
-    case.begin(root)
-    ended = case.run(root)
-    _check_refusal(case, root, ended)
-    small_disk("64m")
-    again = case.run(root)
-    assert again.status == 0, again.err
     assert case.wrong(root) == []

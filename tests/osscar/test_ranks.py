@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -18,26 +16,26 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import osscar
 import osscar.cli
-from benchmarks.prose import Split, builtin_text
 from osscar.base.errors import RanksError
 from osscar.base.process import launched
-from osscar.base.ranks import ALONE, Ranks
+from osscar.base.ranks import ALONE, Ranks, together
+from osscar.cli.common import guard
 from osscar.data.samples import named_generator
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
-from tests import collected
-from tests.osscar import ranks_worker
-from tests.osscar.families import CALIBRATION
+from osscar.request import PruningRequest
+from osscar.run.prune import prune_as_asked
+from tests.osscar.families import CALIBRATION, tiny, tokens
 from tests.osscar.forked import PATIENCE, Forked, forked
-from tests.osscar.ranks_cases import CASES, TWO_BATCHES, Case, cases, summary, weights
+from tests.osscar.interrupted_cases import pruning
+from tests.osscar.mixtures import mixture
+from tests.osscar.networks import images, small_net
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
-
-ROOT = Path(__file__).parents[2]
 
 SMALL = ("--heads", "3/4", "--neurons", "1/2", "--samples", "16", "--seqlen", "64")
 PRUNE = ("prune", "demo", *SMALL, "--batch-size", "4", "--device", "cpu")
@@ -75,10 +73,6 @@ def ended(runs: Sequence[Callable[[], object]], place: Path) -> list[Forked]:
         return started
 
 
-def scenario(run: Callable[[Path], object], size: int, place: Path) -> list[Forked]:
-    return ended([lambda: run(place)] * size, place)
-
-
 def command(*arguments: str) -> Callable[[], object]:
     """What a rank does that runs a command of osscar."""
 
@@ -89,38 +83,18 @@ def command(*arguments: str) -> Callable[[], object]:
     return run
 
 
-# ---- the same as one process -------------------------------------------------------------
-
-
-@pytest.fixture(
-    scope="module",
-    params=[False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["children", "new processes"],
-)
-def two(request, tmp_path_factory):
-    place = tmp_path_factory.mktemp("two")
-    TWO_BATCHES.run()  # imports what children then have from the start
-    names = collected.values(request, "name")
-    if request.param:  # which order their sets in ways of their own
-        process = torchrun("tests.osscar.ranks_cases", str(place), *names, place=place)
-        assert process.returncode == 0, process.stderr
-    else:
-        for process in scenario(lambda place: cases(place, names), 2, place):
-            assert process.status == 0, process.stderr
-    return place
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_come_to_what_one_process_does(name, two):
-    check_same(CASES[name], [two / f"{name}.{rank}" for rank in range(2)])
-
-
-@pytest.mark.slow
-def test_a_rank_without_any_batch_changes_nothing(tmp_path):
-    for process in scenario(lambda place: cases(place, ["two batches"]), 3, tmp_path):
-        assert process.status == 0, process.stderr
-    check_same(TWO_BATCHES, [tmp_path / f"two batches.{rank}" for rank in range(3)])
+def torchrun(*arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in two new processes, which order their sets in ways of their own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "osscar", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -132,29 +106,91 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def check_same(case: Case, places: list[Path]) -> None:
-    """Compare what ranks have written with what this process comes to by itself."""
-    result = case.run()
-    expected = json.loads(json.dumps(summary(result)))
-    models = [safetensors.torch.load_file(f"{place}.safetensors") for place in places]
-    for model in models[1:]:
-        assert all(torch.equal(x, model[name]) for name, x in models[0].items())
-    for name, x in weights(result.model).items():
-        torch.testing.assert_close(models[0][name], x, rtol=1e-6, atol=1e-6)
-    for place in places:
-        found = json.loads(Path(f"{place}.json").read_text())
-        for key in ("loss", "divergence"):
+# ---- the same as one process -------------------------------------------------------------
+
+CASES = {
+    "a budget": (
+        lambda: tiny("llama-gqa", layers=1).double(),
+        lambda: tokens(16, 24),
+        {"sparsity": 0.4, "batch_size": 3, "certify": True, "bound_rounds": 0},
+    ),
+    "images": (small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
+    "experts": (
+        lambda: mixture("mixtral"),
+        lambda: tokens(16, 24),
+        {"neurons": 0.5, "batch_size": 3},
+    ),
+    # Of seven samples, and of one that is held out: one rank of three has nothing to do.
+    "two batches": (lambda: tiny("llama-gqa"), tokens, {"sparsity": 0.5}),
+}
+
+
+def summary(name: str, ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """Prune in a case; return what it comes to."""
+    model, data, asked = CASES[name]
+    result = prune_as_asked(model(), data(), PruningRequest(device="cpu", **asked), ranks=ranks)
+    found = {
+        "loss": {layer.name: layer.loss for layer in result.layers},
+        "divergence": result.divergence,
+        "curves": {} if result.budget is None else result.budget.curves,
+        "support": {layer.name: list(layer.support) for layer in result.layers},
+        "damp": [layer.damp for layer in result.layers],
+        "batch_norms": result.batch_norms,
+        "skipped": [group.name for group in result.skipped],
+    }
+    weights = {name: x.detach().clone() for name, x in result.model.state_dict().items()}
+    return json.loads(json.dumps(found)), weights
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("a budget", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("images", 2), ("experts", 2))),
+        pytest.param("two batches", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_come_to_what_one_process_does(name, size, tmp_path):
+    def run() -> None:
+        with together() as ranks:
+            found, weights = summary(name, ranks)
+            safetensors.torch.save_file(weights, tmp_path / f"{ranks.rank}.safetensors")
+            (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(found))
+
+    expected, weights = summary(name)
+    for process in ended([run] * size, tmp_path):
+        assert process.status == 0, process.stderr
+    assert len({(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(size)}) == 1
+    for key, x in safetensors.torch.load_file(tmp_path / "0.safetensors").items():
+        torch.testing.assert_close(x, weights[key], rtol=1e-6, atol=1e-6)
+    for rank in range(size):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for key in ("loss", "divergence"):  # of sums that were added up in another order
             assert found.pop(key) == pytest.approx(expected[key], rel=1e-9, abs=1e-15)
-        curves = found.pop("curves")  # measured of sums that were added up in another order
-        assert curves.keys() == expected["curves"].keys()
-        for name, losses in curves.items():
-            assert losses == pytest.approx(expected["curves"][name], rel=1e-9, abs=1e-15)
+        for group, losses in found.pop("curves").items():
+            assert losses == pytest.approx(expected["curves"][group], rel=1e-9, abs=1e-15)
         assert found == {key: expected[key] for key in found}
-    assert all(len(support) > 0 for support in expected["support"].values())
 
 
 def test_words_and_tensors_arrive_as_they_were(tmp_path):
-    for process in scenario(ranks_worker.told, 3, tmp_path):
+    def tell() -> None:
+        with together() as ranks:
+            mine = f"of {ranks.rank}", torch.full((2, 3), ranks.rank + 0.5).bfloat16()
+            everyone = ranks.all_gather("greetings", mine)
+            text, x = ranks.broadcast("the first", lambda: mine)
+            powers = torch.full((3,), 2.0**ranks.rank, dtype=torch.float64)
+            sums = [torch.tensor(ranks.rank), powers]
+            ranks.all_reduce("sums", sums)
+            said = {
+                "texts": [words for words, _ in everyone],
+                "tensors": [tensor.tolist() for _, tensor in everyone],
+                "first": [text, str(x.dtype)],
+                "sums": [x.tolist() for x in sums],
+                "any": [ranks.any("one", ranks.rank == 2), ranks.any("none", False)],
+            }
+            (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(said))
+
+    for process in ended([tell] * 3, tmp_path):
         assert process.status == 0, process.stderr
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert said[0] == said[1] == said[2]
@@ -174,8 +210,6 @@ def test_work_is_shared_out_whole_and_evenly(costs, size):
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[piece] for piece in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0.0) + 1e-9
-    if size == 1:
-        assert ALONE.share(costs) == list(range(len(costs)))
     # One large piece weighs as much as many small ones.
     assert [Ranks(rank, 2).share([1, 1, 5, 1, 1]) for rank in (0, 1)] == [[2], [0, 1, 3, 4]]
 
@@ -183,37 +217,79 @@ def test_work_is_shared_out_whole_and_evenly(costs, size):
 # ---- what goes wrong ---------------------------------------------------------------------
 
 
+def apart(ranks: Ranks) -> None:
+    """Do different things on different ranks."""
+    ranks.all_reduce("apples" if ranks.first else "pears", [torch.ones(2)])
+
+
+def formats(ranks: Ranks) -> None:
+    """Add up numbers that do not have the same format."""
+    dtype = torch.float32 if ranks.first else torch.float64
+    ranks.all_reduce("ones", [torch.ones(2, dtype=dtype)])
+
+
+def defect(ranks: Ranks) -> None:
+    """Fail on rank 1 by a defect, while the others add up."""
+    ranks.all_reduce("ones", [torch.ones(2)])
+    if ranks.rank == 1:
+        raise ZeroDivisionError("of rank 1")
+    ranks.all_reduce("more ones", [torch.ones(2)])
+
+
+def guarded(run: Callable[[Ranks], None]) -> Callable[[], None]:
+    """What a rank does that ends as a command does."""
+
+    def guarded_run() -> None:
+        with guard(), together() as ranks:
+            run(ranks)
+
+    return guarded_run
+
+
 @pytest.mark.parametrize(
     ("run", "size", "message"),
     [
-        (
-            ranks_worker.apart,
-            2,
-            "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch",
-        ),
-        (ranks_worker.formats, 2, "rank 1 is at 'ones (torch.float64 [2])'"),
-        (ranks_worker.defect, 3, "rank 1: ZeroDivisionError: of rank 1"),
+        (apart, 2, "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch"),
+        (formats, 2, "rank 1 is at 'ones (torch.float64 [2])'"),
+        (defect, 3, "rank 1: ZeroDivisionError: of rank 1"),
     ],
 )
 def test_the_first_rank_says_what_another_failed_of(run, size, message, tmp_path):
-    processes = scenario(run, size, tmp_path)
+    processes = ended([guarded(run)] * size, tmp_path)
     assert all(process.status for process in processes)
     assert message in processes[0].stderr
 
 
-@pytest.mark.parametrize(
-    "run", [ranks_worker.refused_first, ranks_worker.refused_before_all_are_there]
-)
-def test_all_end_where_the_first_rank_fails(run, tmp_path):
-    first, second = scenario(run, 2, tmp_path)
+@pytest.mark.parametrize("early", [False, True])
+def test_all_end_where_the_first_rank_fails(early, tmp_path):
+    """Also while rank 1 still asks the store who is there."""
+    failed, made = tmp_path / "failed", dist.new_group
+
+    def slowly(**options):
+        group = made(**options)
+        store = dist.distributed_c10d._get_default_store()
+        for _ in range(100):
+            time.sleep(0.01)
+            while failed.exists():
+                store.set("rank 1", "is there")  # until there is no store any more
+        return group
+
+    def run() -> None:
+        if early and os.environ["RANK"] == "1":
+            dist.new_group = slowly
+        with guard(), together() as ranks:
+            failed.touch()
+            ranks.broadcast("what to do", lambda: [][0])
+
+    first, second = ended([run] * 2, tmp_path)
     assert "IndexError" in first.stderr
     assert second.status == 2
     assert "rank 0 has ended without a word" in second.stderr
 
 
-def test_ranks_with_other_options_are_refused(tmp_path):
-    out = tmp_path / "out"
-    asked = [(*PRUNE, "--out", str(out)), (*PRUNE, "--out", "x", "--damp", "0.1")]
+def test_ranks_with_other_options_are_refused(tiny, tmp_path):
+    prune = pruning(tiny, "--neurons", "0.5", "--out")
+    asked = [(*prune, str(tmp_path / "out")), (*prune, "x", "--damp", "0.1")]
     first, second = ended([command(*words) for words in asked], tmp_path)
     assert (first.status, second.status) == (2, 2)
     assert "rank 1" in first.stderr
@@ -222,33 +298,11 @@ def test_ranks_with_other_options_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-OUTPUTS = DenseOutputs({"device": "x", "threads": "1", "torch": "2.9"}, "s", ("0x0.0p+0",), 1e-4)
-
-
-def test_a_rank_that_differs_is_named_with_what_differs():
-    asked, dense = {"torch": "2.9", "damp": None}, Fingerprint("v", "d", OUTPUTS)
-    own = JournalManifest("osscar.run-log/3", asked, dense)
-
-    class Three(Ranks):
-        def all_gather(self, place, mine):
-            return [mine, mine, other]
-
-    for changed, difference in (
-        ({"asked": {**asked, "torch": "1.0"}}, "torch was '2.9' and is '1.0' there"),
-        ({"asked": {**asked, "damp": 0.1}}, "damp was None and is 0.1 there"),
-        ({"dense": Fingerprint("w", "d", OUTPUTS)}, "the model's weights are others there"),
-        ({"dense": Fingerprint("v", "e", OUTPUTS)}, "the calibration data are others there"),
-    ):
-        other = dataclasses.replace(own, **changed)
-        with pytest.raises(RanksError, match=f"rank 2 is not asked .*{re.escape(difference)}"):
-            own.check_alike(Three())
-
-
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
-    run = command(*PRUNE, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "said.json"))
-    log = tmp_path / "out.run"
-    with ranks_of([run] * 2, tmp_path) as (first, second):
+    more = ("--recover", "--recover-steps", "2", "--out", "out", "--json", "said.json")
+    log, asked = tmp_path / "out.run", (*PRUNE, *more)
+    with ranks_of([command(*asked)] * 2, tmp_path) as (first, second):
         end = time.monotonic() + PATIENCE
         while not list(log.glob("*.safetensors")) and time.monotonic() < end:
             time.sleep(0.01)
@@ -257,32 +311,24 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     assert "rank 1 has ended without a word" in first.stderr
     assert "give the same command again to go on" in first.stderr
     assert not (tmp_path / "out").exists()
-    done = len(list(log.glob("*.safetensors")))
-    assert 1 <= done < 8
+    assert 1 <= len(list(log.glob("*.safetensors"))) < 8
 
-    for process in ended([run] * 2, tmp_path):
-        assert process.status == 0, process.stderr
-    found = json.loads((tmp_path / "said.json").read_text())
-    expected = summary(CASES_AS_PRUNED.run())
-    assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
-    assert {layer["name"]: layer["loss"] for layer in found["layers"]} == pytest.approx(
-        expected["loss"],
-        rel=1e-6,  # the model is in float32, whose kernels round by shape
-    )
+    process = torchrun(*asked, place=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for line in ("parameters became", "recovered: ", "saved: "):
+        assert process.stdout.count(line) == 1
     assert not log.exists()
-
-
-def _demo_tokens() -> object:
-    tokenizer = osscar.load_model("demo").tokenizer
-    return osscar.load_calibration(CALIBRATION, tokenizer, samples=16, seqlen=64)
-
-
-CASES_AS_PRUNED = Case(
-    lambda: osscar.load_model("demo", device="cpu").model,
-    _demo_tokens,
-    {"heads": "3/4", "neurons": "1/2", "batch_size": 4},
-)
-"""What `PRUNE` asks for."""
+    demo = osscar.load_model("demo", device="cpu")
+    data = osscar.load_calibration(CALIBRATION, demo.tokenizer, samples=16, seqlen=64)
+    kept = {"heads": "3/4", "neurons": "1/2", "batch_size": 4}
+    expected = osscar.prune(demo.model, data, **kept, device="cpu")
+    found = json.loads((tmp_path / "said.json").read_text())
+    assert [layer["support"] for layer in found["layers"]] == [
+        list(layer.support) for layer in expected.layers
+    ]
+    losses = [layer.loss for layer in expected.layers]  # float32, whose kernels round by shape
+    assert [layer["loss"] for layer in found["layers"]] == pytest.approx(losses, rel=1e-6)
+    assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
 
 
 NET = """
@@ -307,116 +353,39 @@ def build():
 """
 
 
-FLAWED = (
-    *("prune", "net.py:build", "--channels", "0.5", "--calibration", "images.npz"),
-    *("--samples", "16", "--no-normalize", "--batch-size", "4", "--out", "out"),
-)
-SAYS_OF_WHAT = "error: rank 1: the inputs of 'net.2' have NaN or infinite entries"
-
-
-@pytest.fixture
-def flawed(tmp_path):
-    """Where the data lie that rank 1 fails of; nothing else may be left there."""
+def test_the_first_rank_says_of_what_another_failed_and_leaves_nothing(tmp_path):
     (tmp_path / "net.py").write_text(NET)
     pixels = np.random.default_rng(0).integers(0, 200, (16, 12, 12, 3), dtype=np.uint8)
     sixth = torch.randperm(16, generator=named_generator("images", 0))[5]
     pixels[sixth] = 100  # without contrast; drawn into the second batch of four, which is rank 1's
     np.savez(tmp_path / "images.npz", images=pixels)
-    before = sorted(tmp_path.iterdir())
-    yield tmp_path
-    assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
-
-
-def test_the_first_rank_says_of_what_another_failed_and_leaves_nothing(flawed):
-    first, second = ended([command(*FLAWED)] * 2, flawed)
-    assert (first.status, second.status) == (2, 2)
-    assert SAYS_OF_WHAT in first.stderr
-    assert (first.stderr.count("error: "), second.stderr) == (1, "")
-
-
-@pytest.mark.slow
-def test_torchrun_says_of_what_a_rank_failed_and_leaves_nothing(flawed):
-    ended = torchrun("osscar", *FLAWED, place=flawed)
-    assert ended.returncode == 1
-    assert SAYS_OF_WHAT in ended.stderr
-    assert ended.stderr.count("error: ") == 1
-
-
-@pytest.mark.slow
-def test_torchrun_prunes(tmp_path):
-    ended = torchrun("osscar", *PRUNE, "--out", "out", "--json", "said.json", place=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("parameters became") == 1
-    found = json.loads((tmp_path / "said.json").read_text())
-    expected = summary(CASES_AS_PRUNED.run())
-    assert {layer["name"]: layer["support"] for layer in found["layers"]} == expected["support"]
-    assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]
-
-
-@pytest.mark.slow
-def test_torchrun_recovers_what_one_process_does(tmp_path):
-    data = ("--samples", "8", "--seqlen", "32", "--device", "cpu")
-    prune = ("prune", "demo", "--neurons", "1/8", "--backend", "wanda", *data)
-    train = ("--dense", "demo", "--steps", "4", "--learning-rate", "1e-4", "--device", "cpu")
-    train = (*train, "--mixed-precision", "no")
-    recover = ("recover", "small", *train, "--text", "text.txt")
-    (tmp_path / "text.txt").write_text(builtin_text(Split.TRAINING)[:5000])
-    for words in ((*prune, "--out", "small"), (*recover, "--out", "alone")):
-        alone = forked(command(*words), tmp_path)
-        assert alone.wait() == 0, alone.stderr
-    for words in (
-        (*prune, "--recover", "--recover-steps", "2", "--out", "both"),
-        (*recover, "--out", "two"),
-    ):
-        process = torchrun("osscar", *words, place=tmp_path)
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("saved: ") == process.stdout.count("recovered: ") == 1
-    names = ("small", "alone", "two", "both")
-    small, one, two, _ = (osscar.load(tmp_path / name).state_dict() for name in names)
-    assert not all(torch.equal(x, small[name]) for name, x in one.items())
-    for name, x in one.items():
-        torch.testing.assert_close(two[name], x, rtol=2e-3, atol=1e-4)  # float16 on disk
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*names, "text.txt"))
-
-
-def torchrun(module: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", module, *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+    asked = (
+        *("prune", "net.py:build", "--channels", "0.5", "--calibration", "images.npz"),
+        *("--samples", "16", "--no-normalize", "--batch-size", "4", "--out", "out"),
     )
+    first, second = ended([command(*asked)] * 2, tmp_path)
+    assert (first.status, second.status) == (2, 2)
+    assert "error: rank 1: the inputs of 'net.2' have NaN or infinite entries" in first.stderr
+    assert (first.stderr.count("error: "), second.stderr) == (1, "")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left - {"__pycache__"} == {"net.py", "images.npz"}
 
 
-@pytest.fixture
-def told(monkeypatch):
+def test_launches_of_several_processes_that_make_no_sense_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
     def tell(rank: str, size: str) -> None:
-        for name, value in {"RANK": rank, "WORLD_SIZE": size}.items():
+        for name, value in {**environment(0, 1, 1), "RANK": rank, "WORLD_SIZE": size}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", "1")
 
-    return tell
-
-
-def test_commands_for_one_process_refuse_to_run_in_several(told, monkeypatch, capsys):
-    told("0", "2")
-    monkeypatch.setattr(sys, "argv", ["osscar", "backends"])
-    with pytest.raises(SystemExit) as stop:
-        osscar.cli.main()
-    assert stop.value.code == 2
-    assert "osscar backends runs in one process, and 2 were launched" in capsys.readouterr().err
-
-
-def test_a_launch_that_makes_no_sense_is_refused(told, monkeypatch):
     for rank, size in (("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0"), ("0", "9" * 20)):
-        told(rank, size)
+        tell(rank, size)
         with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
             launched()
+    tell("0", "2")
+    with pytest.raises(SystemExit, match="2"):
+        command("backends")()
+    assert "osscar backends runs in one process, and 2 were launched" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "8")  # which some set for all containers
     monkeypatch.delenv("RANK")
     assert launched() == (0, 1)

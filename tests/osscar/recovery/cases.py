@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config
+from transformers import T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 import graph
 import osscar
 from graph.tracing.preserve import without_cache
 from osscar.data.batches import as_inputs
-from tests.osscar.families import gated, tiny, tokens
+from tests.osscar.families import tiny, tokens
 from tests.osscar.mixtures import mixture
 from tests.osscar.networks import images, small_net
-from tests.osscar.programs import CASES, Gated, kept_at_random, made
+from tests.osscar.programs import CASES, kept_at_random, made
 from tests.osscar.recovery.perturbed import perturbed
 
 
@@ -94,37 +94,20 @@ class Normed(nn.Module):
 def graphs() -> osscar.SampleList:
     draw = torch.Generator().manual_seed(0)
     sizes = (4, 7, 3, 5, 6, 4, 8, 5)
-    samples = [
-        {
-            "nodes": torch.randn(size, 5, generator=draw),
-            "edges": torch.randint(size, (2, 9), generator=draw),
-        }
-        for size in sizes
-    ]
-    return osscar.SampleList("graphs", samples)
+    nodes = [torch.randn(size, 5, generator=draw) for size in sizes]
+    edges = [torch.randint(size, (2, 9), generator=draw) for size in sizes]
+    both = zip(nodes, edges, strict=True)
+    return osscar.SampleList("graphs", [{"nodes": n, "edges": e} for n, e in both])
 
 
 def _t5() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
     return T5(T5Config(vocab_size=97, decoder_start_token_id=0, **sizes)).eval()
 
 
-def _bert() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
-    config = BertConfig(vocab_size=97, num_hidden_layers=2, num_attention_heads=4, **sizes)
-    return BertModel(config).eval()
-
-
-def _gated() -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(gated(), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.15)
-    return model.eval()
+def windows() -> Tensor:
+    return tokens(8, 12)
 
 
 def _pruned(**asked: Any) -> Callable[[nn.Module, Any], nn.Module]:
@@ -165,41 +148,21 @@ class Form:
         return self.smaller(copy.deepcopy(dense), data), dense, data
 
 
-LONG = ("a program of a language model", "a program with bf16 products")
-"""Of which the trace takes seconds."""
-
-
-def _windows() -> Tensor:
-    return tokens(8)
-
-
 ADAPTED = "bfloat16 with adapters"
 
 FORMS = {
-    "tied embeddings": Form(lambda: tiny("qwen2"), _windows),
+    "tied embeddings": Form(lambda: tiny("qwen2", layers=1), windows),
     "per-layer shapes": Form(
         lambda: tiny("llama-gqa"),
-        _windows,
+        windows,
         _pruned(groups={"model.layers.0.mlp.neurons": 12}, backend="magnitude"),
     ),
-    "a program": Form(
-        lambda: made(CASES["generator"][0]).float(), lambda: torch.randn(24, 8), _program
-    ),
-    "a program of a language model": Form(lambda: tiny("opt"), _windows, _program),
     "a program in bfloat16": Form(
         lambda: made(CASES["gated"][0]).bfloat16(), lambda: torch.randn(24, 8), _program
     ),
-    "a program with bf16 products": Form(
-        lambda: tiny("opt"), _windows, _program, {"mixed_precision": "bf16"}
-    ),
-    "experts": Form(lambda: mixture("mixtral"), _windows),
-    "experts one by one": Form(lambda: mixture("qwen2-moe", kernel="eager"), _windows),
+    "experts one by one": Form(lambda: mixture("qwen2-moe", kernel="eager"), windows),
     "batch norm": Form(small_net, images, _pruned(channels=0.5, backend="magnitude")),
-    "bfloat16": Form(lambda: tiny("llama-gqa").bfloat16(), _windows),
-    "bfloat16 with gates in float32": Form(_gated, _windows),
-    ADAPTED: Form(lambda: tiny("llama-gqa").bfloat16(), _windows, asked={"lora": 2}),
-    "float16": Form(lambda: tiny("opt").half(), _windows),
-    "float64": Form(lambda: made(Gated), lambda: torch.randn(24, 8).double()),
+    ADAPTED: Form(lambda: tiny("llama-gqa", layers=1).bfloat16(), windows, asked={"lora": 2}),
     "bf16 products": Form(small_net, images, asked={"mixed_precision": "bf16"}),
     "mixed": Form(lambda: _training(Mixed()), lambda: torch.randn(24, 4)),
     "graphs": Form(Graphs, graphs),
@@ -208,5 +171,4 @@ FORMS = {
     "an encoder and decoder": Form(
         _t5, lambda: {"input_ids": tokens(8, 10), "decoder_input_ids": tokens(8, 6, seed=2)}
     ),
-    "hidden states": Form(_bert, lambda: {"input_ids": tokens(8, 10)}),
 }

@@ -1,4 +1,4 @@
-"""Smaller models for tests of recovery, in their place: the dense one with noise on its weights."""
+"""A small network, and in place of smaller models the dense one with noise on its weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def numbers(count: int = 24, seed: int = 0) -> Tensor:
+    """Return what `net` reads."""
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
 
 
 def perturbed(dense: nn.Module, share: float = 0.3, seed: int = 0) -> nn.Module:

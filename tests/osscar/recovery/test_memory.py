@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from osscar.base.memory import DeviceMemory
 from osscar.network.modules import copied
 from osscar.recovery import memory
 from osscar.recovery.memory import blocks, checkpointing, first_options_that_fit
-from osscar.recovery.recover import recover_as_asked
+from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import bytes_of, perturbed
+from tests.osscar.recovery.perturbed import bytes_of, numbers, perturbed
 
 # ---- ways that need less -----------------------------------------------------------------
 
@@ -69,25 +70,25 @@ def test_what_is_asked_for_stays():
 
 
 class Wide(nn.Module):
-    """Makes 20 MB for each sample between small matrices."""
+    """Makes 4 MB for each sample between small matrices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.enter, self.leave = nn.Linear(8, 1), nn.Linear(1, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(self.enter(x).expand(-1, 5 * 10**6).sigmoid().mean(1, keepdim=True))
+        return self.leave(self.enter(x).expand(-1, 10**6).sigmoid().mean(1, keepdim=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has in memory")
 def test_a_step_that_takes_more_than_it_may_is_made_in_smaller_parts():
     torch.manual_seed(0)
-    dense, data = Wide(), torch.randn(40, 8)
-    asked = {"steps": 3, "batch_size": 32, "device": "cpu", "mixed_precision": "no"}
+    dense, data = Wide(), torch.randn(34, 8)
+    asked = {"steps": 2, "batch_size": 32, "device": "cpu", "mixed_precision": "no"}
     request = RecoveryRequest(held_out=2, learning_rate=1e-2, **asked)
     gc.collect()
     DeviceMemory().give_back()
-    limit = DeviceMemory().held() + 400 * 10**6
+    limit = DeviceMemory().held() + 80 * 10**6
     said: list[str] = []
     limited = dataclasses.replace(request, max_memory=limit)
     result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
@@ -130,7 +131,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monke
 @pytest.mark.parametrize("multiplies", ["bf16", "no"])
 def test_bfloat16_is_the_default_where_it_is_multiplied_and_runs(multiplies, monkeypatch):
     monkeypatch.setattr(memory, "precision_of", lambda device: multiplies)
-    seen, code = set(), {}
+    seen, code = set(), {"refuses": False}
 
     class Seen(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -141,25 +142,26 @@ def test_bfloat16_is_the_default_where_it_is_multiplied_and_runs(multiplies, mon
                 raise RuntimeError("expected m1 and m2 to have the same dtype")
             return found
 
+    dense = nn.Sequential(Seen(6, 3))
+
+    def recovered(asked: str | None) -> Recovery:
+        seen.clear()
+        request = RecoveryRequest(steps=1, device="cpu", mixed_precision=asked)
+        return recover_as_asked(perturbed(dense), dense, numbers(), request)
+
     for refuses, asked, due in (
-        (False, None, multiplies),
-        (True, None, "no"),
-        (False, "no", "no"),
+        *((False, None, multiplies), (True, None, "no"), (False, "no", "no")),
         (False, "bf16", "bf16"),
     ):
-        seen.clear()
         code["refuses"] = refuses
-        request = RecoveryRequest(steps=1, device="cpu", mixed_precision=asked)
-        dense = nn.Sequential(Seen(6, 3))
-        recovery = recover_as_asked(perturbed(dense), dense, torch.randn(24, 6), request)
+        recovery = recovered(asked)
         assert recovery.chosen["mixed_precision"] == due
         assert seen == {torch.bfloat16 if due == "bf16" else torch.float32}
         words = "bfloat16" if due == "bf16" else "the format of the weights"
         assert f"matrix products in {words}" in recovery.summary()
     code["refuses"] = True
-    request = dataclasses.replace(request, mixed_precision="bf16")
     with pytest.raises(DataError, match="expected m1 and m2"):
-        recover_as_asked(perturbed(dense), dense, torch.randn(24, 6), request)
+        recovered("bf16")
 
 
 # ---- checkpointed activations ------------------------------------------------------------
@@ -171,14 +173,10 @@ def test_gradients_are_the_same_and_no_trace_is_left(which, dense, windows):
     own, other = copied(model), copied(model)
     assert len(blocks(own)) == 2
     kept = [vars(one).keys() for one in own.modules()]
-    for one, again in ((own, True), (other, False)):
-        if again:
-            with checkpointing(one):
-                out = one(x)
-        else:
+    for one, around in ((own, checkpointing(own)), (other, nullcontext())):
+        with around:
             out = one(x)
-        out = out if isinstance(out, Tensor) else out.logits
-        out.square().mean().backward()
+        getattr(out, "logits", out).square().mean().backward()
     assert [vars(one).keys() for one in own.modules()] == kept
     for mine, theirs in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-7)

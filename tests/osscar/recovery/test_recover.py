@@ -22,24 +22,18 @@ from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.samples import named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.lineage import lineage_of, note_dense
-from osscar.proof.program import ProgramModule
 from osscar.proof.seen import Calibration
-from osscar.recovery import recover as recovering
 from osscar.recovery import samples as drawing
-from osscar.recovery.training import Training
+from osscar.recovery.training import Training, nearest
 from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
 from tests.osscar.networks import plain, small_net
-from tests.osscar.recovery.cases import ADAPTED, FORMS, LONG
+from tests.osscar.recovery.cases import ADAPTED, FORMS
 from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import bytes_of, perturbed, raw
+from tests.osscar.recovery.perturbed import bytes_of, net, numbers, perturbed, raw
 
 HELD = 2
 OFTEN = {"steps": 3, "learning_rate": 1e-3, "held_out": HELD, "batch_size": 4, "device": "cpu"}
 EXACT = {**OFTEN, "mixed_precision": "no"}
-
-
-FEW = {"steps": 8, "learning_rate": 1e-4}
-"""What makes a model better that has hardly lost anything."""
 
 
 def recomputed(model, dense, data, at_once, seed=0):
@@ -55,11 +49,6 @@ def recomputed(model, dense, data, at_once, seed=0):
     return Reference.of(distance, dense, deciding).divergence(model)
 
 
-def _kind(module):
-    """The class of a module; torch makes one for each program."""
-    return ProgramModule if isinstance(module, ProgramModule) else type(module)
-
-
 def held(model):
     """All that is to stay: types, names, shapes, formats, flags, modes, and what is one tensor."""
     tensors = [
@@ -70,17 +59,18 @@ def held(model):
     for name, tensor in tensors:
         same[id(tensor)].append(name)
     return (
-        [(name, _kind(module), module.training) for name, module in model.named_modules()],
+        # torch makes a class for each program
+        [(n, type(m).__name__, m.training) for n, m in model.named_modules()],
         [(name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors],
         sorted(same.values()),
     )
 
 
-MARKS = {**dict.fromkeys(LONG, pytest.mark.slow), ADAPTED: needs_peft}
-
-
-@pytest.mark.sampled(10)
-@pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, ())) for one in FORMS])
+@pytest.mark.sampled(7)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=needs_peft) if one == ADAPTED else one for one in FORMS],
+)
 def test_only_weights_change_and_never_for_the_worse(name):
     form = FORMS[name]
     smaller, dense, data = form.made()
@@ -90,8 +80,7 @@ def test_only_weights_change_and_never_for_the_worse(name):
     assert held(recovery.model) == was[0][0]
     assert all(p.grad is None for m in (smaller, dense, recovery.model) for p in m.parameters())
     (found, before) = (bytes_of(one) for one in (recovery.model, smaller))
-    buffers = {buffer for buffer, _ in smaller.named_buffers()}
-    assert {b: found[b] for b in buffers} == {b: before[b] for b in buffers}
+    assert all(found[name] == before[name] for name, _ in smaller.named_buffers())
     assert lineage_of(recovery.model).plans == lineage_of(smaller).plans
     assert recovery.after <= recovery.before
     at_once = recovery.chosen["micro_batch_size"]
@@ -104,16 +93,7 @@ def test_only_weights_change_and_never_for_the_worse(name):
 # ---- never worse -------------------------------------------------------------------------
 
 
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def numbers(count=24, seed=0):
-    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([1e-5, 1e-3, 0.03, 0.3, 1.0]),
@@ -143,15 +123,22 @@ def test_all_that_is_held_out_decides_and_not_only_what_is_checked(monkeypatch):
     assert recovery.held_out > 1
     found = recomputed(recovery.model, dense, data, at_once)
     assert found == pytest.approx(recovery.after, rel=1e-6)
+    outvoted = 0  # where steps are too long, the one sample that is checked may be nearer by chance
+    for seed in range(12):
+        asked = {**OFTEN, "held_out": 8, "learning_rate": 0.03, "seed": seed}
+        recovery = osscar.recover(perturbed(dense, 0.05, seed), dense, data, **asked)
+        assert recovery.after <= recovery.before
+        outvoted += recovery.kept == 0 and nearest(recovery.points).step > 0
+    assert outvoted
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "program", "float64"])
+@pytest.mark.parametrize("kind", ["bfloat16", "program"])
 def test_most_of_what_was_lost_comes_back(kind):
     """Also where a step is smaller than what the number format can tell."""
     if kind == "program":
         smaller, dense, data = FORMS["a program in bfloat16"].made()
     else:
-        dense, data = net().to(getattr(torch, kind)), numbers(200)
+        dense, data = net().bfloat16(), numbers(200)
         smaller = perturbed(dense)
     rate, share = (3e-4, 0.75) if kind == "program" else (3e-3, 0.3)
     asked = {"steps": 100, "learning_rate": rate, "device": "cpu"}
@@ -160,8 +147,7 @@ def test_most_of_what_was_lost_comes_back(kind):
     assert recovery.kept > 10
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass(kind):
+def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass():
     """Whatever measures the distance: what it keeps would hang on a graph that is gone."""
 
     class Keeping(nn.Linear):
@@ -172,28 +158,24 @@ def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass(kind):
                 self.kept = 2 * self.weight
             return nn.functional.linear(input, self.kept, self.bias)
 
-    def loss(found, due):
-        return (found - due).square().mean()
-
-    dense = Keeping(6, 3).to(kind)
+    dense = Keeping(6, 3).bfloat16()
     smaller = perturbed(dense)
-    for asked in ({}, {"loss": loss}):
+    for asked in ({}, {"loss": nn.functional.mse_loss}):
         recovery = osscar.recover(smaller, dense, numbers(), **{**OFTEN, "steps": 30, **asked})
         assert recovery.after < 0.99 * recovery.before
         assert (dense.kept, smaller.kept, recovery.model.kept) == (None,) * 3
 
 
-@pytest.mark.parametrize("rate", [1e-6, 1e-3])
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "rate"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-6)])
 def test_a_model_that_does_what_the_dense_one_does_is_not_made_better(kind, rate):
     """Also where sums of its numbers are rounded in another order."""
-    dense = tiny("llama-gqa").to(kind)
+    dense = tiny("llama-gqa", layers=1).to(kind)
     other = copy.deepcopy(dense)
+    (layer,) = other.model.layers
     with torch.no_grad():
-        for layer in other.model.layers:
-            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
-                matrix.weight.copy_(matrix.weight.flip(0))
-            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight.flip(1))
+        for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            matrix.weight.copy_(matrix.weight.flip(0))
+        layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight.flip(1))
     for smaller in (copy.deepcopy(dense), other):
         recovery = osscar.recover(smaller, dense, tokens(8), **{**OFTEN, "learning_rate": rate})
         assert 0.0 <= recovery.before < (1e-11 if kind == torch.float32 else 1e-4)
@@ -204,14 +186,10 @@ def test_a_model_that_does_what_the_dense_one_does_is_not_made_better(kind, rate
 # ---- which weights -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pruned():
-    return FORMS["batch norm"].made()
-
-
-def test_what_was_made_of_it_is_told(pruned):
-    smaller, dense, data = pruned
-    recovery = osscar.recover(smaller, dense, data, **{**OFTEN, **FEW})
+def test_what_was_made_of_it_is_told():
+    dense, data = net(), numbers(200)
+    smaller = perturbed(dense)
+    recovery = osscar.recover(smaller, dense, data, **{**OFTEN, "steps": 8})
     assert repr(recovery).startswith(f"Recovery({recovery.measure} from the dense model: ")
     assert f"{recovery.trained:,} weights" in recovery.summary()
     assert recovery._repr_html_().count("<figure") == 1
@@ -247,11 +225,11 @@ def tokenizers():
 
 def split(inputs, **asked):
     request = osscar.RecoveryRequest(**asked)
-    training, deciding = drawing.split(inputs, tiny("opt"), request)
+    training, deciding = drawing.split(inputs, net(), request)
     return ([one["input_ids"][0].tolist() for one in some] for some in (training, deciding))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     words=st.integers(40, 900),
     samples=st.integers(2, 24),
@@ -295,39 +273,27 @@ def test_too_few_samples_are_refused_in_numbers():
     assert (recovery.samples, recovery.held_out) == (1, 1)
 
 
-def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path, monkeypatch):
+def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
     dense = small_net()
     loaded = osscar.load_images(tmp_path / "images.npz", plain(12))
-    inputs = as_inputs(dense, loaded)
-    seen = []
+    tensors = as_inputs(dense, loaded).tensors
 
-    class Spy(Training):
-        def run(self, *rest):
-            samples = [one for step in self._steps() for one in step]
-            seen.append(torch.cat([next(iter(one.values())) for one in samples]))
-            return super().run(*rest)
+    def seen(data, **asked):
+        request = osscar.RecoveryRequest(**OFTEN, **asked)
+        steps = Training(drawing.Setup(dense, dense, data, request), request)._steps()
+        return torch.cat([next(iter(one.values())) for step in steps for one in step])
 
-    monkeypatch.setattr(recovering, "Training", Spy)
-    for data, asked in (
-        (loaded, {}),
-        (loaded, {}),
-        (loaded, {"seed": 1}),
-        (loaded, {"augment": "none"}),
-        (dict(inputs.tensors), {}),
-    ):
-        osscar.recover(perturbed(dense), dense, data, **{**OFTEN, "steps": 4, **asked})
-    first, again, other, none, tensors = seen
-    assert torch.equal(first, again)
-    assert torch.equal(none, tensors)
-    assert not torch.equal(first, other)
+    first, none = seen(loaded), seen(loaded, augment="none")
+    assert torch.equal(first, seen(loaded))
+    assert torch.equal(none, seen(dict(tensors)))
+    assert not torch.equal(first, seen(loaded, seed=1))
     told = osscar.recover(perturbed(dense), dense, loaded, **OFTEN).document()
     assert (told["settings"]["augment"], told["chosen"]["augment"]) == (None, "flip-shift")
-    asked = {**OFTEN, "augment": "flip-shift"}
     with pytest.raises(OptionError, match="augment is 'flip-shift', and the data are no images"):
-        osscar.recover(perturbed(dense), dense, dict(inputs.tensors), **asked)
-    images = set(map(raw, next(iter(inputs.tensors.values()))))
+        seen(dict(tensors), augment="flip-shift")
+    images = set(map(raw, next(iter(tensors.values()))))
     assert set(map(raw, none)) <= images
     assert not set(map(raw, first)) <= images
 
@@ -347,21 +313,14 @@ def test_an_image_is_mirrored_and_shifted():
 # ---- what is refused, and how it is called -----------------------------------------------
 
 
-def changed(forward):
-    """The net, of which the outputs are changed."""
-    kind = type("Changed", (nn.Sequential,), {"forward": forward})
-    return lambda: kind(*net())
+def changed(of_outputs):
+    """Return the net, of which the outputs are changed."""
 
+    class Changed(nn.Sequential):
+        def forward(self, input):
+            return of_outputs(super().forward(input))
 
-def outputs(model, input):
-    return nn.Sequential.forward(model, input)
-
-
-cut = changed(lambda self, input: outputs(self, input).detach())
-which = changed(lambda self, input: outputs(self, input).argmax(-1))
-infinite = changed(lambda self, input: outputs(self, input) / 0.0)
-twice = changed(lambda self, input: (outputs(self, input),) * 2)
-scores = changed(lambda self, input: {"logits": outputs(self, input)})
+    return Changed(*net())
 
 
 def edited(place, value):
@@ -377,50 +336,48 @@ def noted():
     return model
 
 
-OTHERS = r"have the shapes \[\[2, {}\]\], and the dense one's "
-REFUSED = (
-    (noted, lambda: edited((1, 5), 1e-6), ModelError, "was not pruned from this Sequential"),
-    (lambda: nn.Sequential(nn.Linear(6, 4)), net, ModelError, OTHERS.format(4)),
-    (changed(outputs), twice, ModelError, OTHERS.format(3)),
-    (lambda: nn.Linear(6, 3), scores, ModelError, r"shapes \[\], and the dense one's \[\[2, 3"),
-    (lambda: nn.Sequential(nn.Linear(5, 3)), net, DataError, "Sequential fails on the data"),
-    (lambda: edited((0, 0), torch.nan), net, NonFiniteError, "'2.weight' are NaN"),
-    (net, lambda: edited((0, 0), torch.nan), NonFiniteError, "'2.weight' are NaN"),
-    (infinite, net, NonFiniteError, "distance of the two models is not finite on the held-out"),
-    (net, infinite, NonFiniteError, "distance of the two models is not finite on the held-out"),
-    (cut, net, ModelError, "no gradients flow through Changed: .*no_grad"),
-    (which, which, ModelError, "no gradients flow through Changed: .*return scores or other real"),
-    (lambda: "demo", net, ModelError, "the model is a str; give a torch.nn.Module"),
-    (net, lambda: osscar.load_model("demo"), ModelError, "is a LoadedModel"),
-)
+def refused():
+    """Yield smaller models, dense ones, and what is said of them."""
+    infinite, which = changed(lambda y: y / 0.0), changed(lambda y: y.argmax(-1))
+    other = r"have the shapes \[\[2, {}\]\], and the dense one's "
+    finite = "distance of the two models is not finite on the held-out"
+    yield noted(), edited((1, 5), 1e-6), ModelError, "was not pruned from this Sequential"
+    yield nn.Sequential(nn.Linear(6, 4)), net(), ModelError, other.format(4)
+    yield net(), changed(lambda y: (y, y)), ModelError, other.format(3)
+    yield nn.Sequential(nn.Linear(5, 3)), net(), DataError, "Sequential fails on the data"
+    yield edited((0, 0), torch.nan), net(), NonFiniteError, "'2.weight' are NaN"
+    yield net(), edited((0, 0), torch.nan), NonFiniteError, "'2.weight' are NaN"
+    yield infinite, net(), NonFiniteError, finite
+    yield net(), infinite, NonFiniteError, finite
+    yield changed(torch.detach), net(), ModelError, "no gradients flow through Changed: .*no_grad"
+    yield which, which, ModelError, "no gradients flow through Changed: .*return scores or other"
+    yield "demo", net(), ModelError, "the model is a str; give a torch.nn.Module"
+    yield net(), osscar.load_model("demo"), ModelError, "is a LoadedModel"
 
 
-@pytest.mark.parametrize(("smaller", "dense", "error", "message"), REFUSED)
-def test_what_cannot_be_trained_is_refused_and_stays_as_it_was(smaller, dense, error, message):
-    smaller, dense = smaller(), dense()
-    models = [one for one in (smaller, dense) if isinstance(one, nn.Module)]
-    before = [(held(one), bytes_of(one)) for one in models]
-    with pytest.raises(error, match=message):
-        osscar.recover(smaller, dense, numbers(), **OFTEN)
-    assert [(held(one), bytes_of(one)) for one in models] == before
+def test_what_cannot_be_trained_is_refused_and_stays_as_it_was():
+    for smaller, dense, error, message in refused():
+        models = [one for one in (smaller, dense) if isinstance(one, nn.Module)]
+        before = [(held(one), bytes_of(one)) for one in models]
+        with pytest.raises(error, match=message):
+            osscar.recover(smaller, dense, numbers(), **OFTEN)
+        assert [(held(one), bytes_of(one)) for one in models] == before
 
 
 def test_a_loss_that_is_no_number_and_weights_on_disk_are_refused(monkeypatch):
     asked = {**OFTEN, "loss": lambda found, due: (found - due).square().mean() / 0.0}
     with pytest.raises(NonFiniteError, match="the loss is not finite on the held-out samples"):
         osscar.recover(perturbed(net()), net(), numbers(), **asked)
-    monkeypatch.setattr(recovering, "is_on_disk", lambda model: True)
+    monkeypatch.setattr("osscar.recovery.recover.is_on_disk", lambda model: True)
     with pytest.raises(ModelError, match=r"stay on disk.*without max_memory="):
         osscar.recover(perturbed(net()), net(), numbers(), **OFTEN)
 
 
 def test_a_dense_model_of_another_vocabulary_is_refused():
-    smaller = tiny("opt")
+    smaller = tiny("opt", layers=1)
     smaller.resize_token_embeddings(90)
     with pytest.raises(DataError, match="the model knows 0 to 89"):
-        osscar.recover(smaller, tiny("opt"), tokens(8), **OFTEN)
-    with pytest.raises(ModelError, match=r"shapes \[\[24, 90\]\], and"):
-        osscar.recover(smaller, tiny("opt"), tokens(8) % 90, **OFTEN)
+        osscar.recover(smaller, tiny("opt", layers=1), tokens(8), **OFTEN)
 
 
 def test_a_module_with_a_model_in_it_is_the_model_itself():
@@ -440,22 +397,19 @@ def test_a_module_with_a_model_in_it_is_the_model_itself():
     assert bytes_of(again.model) == bytes_of(recovery.model)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("name", ["tied embeddings", "graphs"])
+@pytest.mark.parametrize(
+    ("name", "around"), [("tied embeddings", torch.inference_mode), ("graphs", torch.no_grad)]
+)
 def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
-    form = FORMS[name]
-    expected = osscar.recover(*form.made(), **OFTEN).model
-    other = osscar.recover(*form.made(), **EXACT).model
+    expected = osscar.recover(*FORMS[name].made(), **EXACT).model
     with around():
-        smaller, dense, data = form.made()
-        found = osscar.recover(smaller, dense, data, **OFTEN).model
+        found = osscar.recover(*FORMS[name].made(), **EXACT).model
         assert not any(tensor.is_inference() for tensor in found.state_dict().values())
     assert bytes_of(found) == bytes_of(expected)
-    assert bytes_of(found) != bytes_of(other)
 
 
 def test_a_recovered_model_is_written_and_read_like_any(tmp_path):
-    dense = tiny("opt")
+    dense = tiny("opt", layers=1)
     text, other = (CalibrationSet(tokens(9, seed=n), "a text", n) for n in (1, 2))
     small = osscar.prune(dense, text, neurons=0.5, backend="magnitude", device="cpu").model
     recovery = osscar.recover(perturbed(small), dense, other, **OFTEN)

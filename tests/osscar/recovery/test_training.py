@@ -15,18 +15,9 @@ from osscar.data.samples import named_generator
 from osscar.recovery import training as loop
 from osscar.recovery.samples import Setup
 from osscar.recovery.training import Check, Training, nearest
-from tests.osscar.recovery.perturbed import perturbed
+from tests.osscar.recovery.perturbed import net, numbers, perturbed
 
 CPU = {"device": "cpu", "mixed_precision": "no"}
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def numbers(count=24):
-    return torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
 
 
 def set_up(smaller, dense, data, **asked):
@@ -34,7 +25,7 @@ def set_up(smaller, dense, data, **asked):
     return Training(Setup(smaller, dense, data, request), request)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 9, 64])
+@pytest.mark.parametrize("steps", [1, 9, 64])
 def test_the_rate_rises_and_falls_and_eight_checks_are_made(steps, monkeypatch):
     rates = []
     original = torch.optim.AdamW.step
