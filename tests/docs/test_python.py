@@ -102,7 +102,8 @@ def shapes(model):
 
 
 def close(found, expected, atol=1e-4):
-    return torch.allclose(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-3, atol=atol)
+    mine, theirs = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    return torch.allclose(mine, theirs, rtol=1e-3, atol=atol)
 
 
 def run_onnx(file, **inputs):
