@@ -20,97 +20,65 @@ block = partial(registered, BLOCKS)
 # ---- attention -------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Query heads of width four on six features, mixed as by `mixed`."""
+def attention(name, units, heads=4, key_heads=4, **makers):
+    """Put attentions over heads of width four into the table, by how they mix."""
 
-    heads, key_heads, width = 4, 4, 4
+    def made(mixed):
+        def forward(net, x):
+            query, key, value = (
+                project(x).unflatten(-1, (-1, 4)).transpose(1, 2)
+                for project in (net.query, net.key, net.value)
+            )
+            return net.out(mixed(net, query, key, value).transpose(1, 2).flatten(2))
 
-    def __init__(self):
-        super().__init__()
-        self.query = nn.Linear(6, self.heads * self.width)
-        self.key = nn.Linear(6, self.key_heads * self.width)
-        self.value = nn.Linear(6, self.key_heads * self.width)
-        self.out = nn.Linear(self.heads * self.width, 6)
+        keys = {"key": (6, 4 * key_heads), "value": (6, 4 * key_heads)}
+        layers = {"query": (6, 4 * heads), **keys, "out": (4 * heads, 6), **makers}
+        BLOCKS[name] = network(**layers)(forward), (_TOKENS,), {"heads": units}
+        return mixed
 
-    def forward(self, x):
-        query, key, value = (
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
-        return self.out(self.mixed(query, key, value).transpose(1, 2).flatten(2))
-
-
-class WrittenOut(Attention):
-    """Attention as in a textbook, with a causal mask."""
-
-    def mixed(self, query, key, value):
-        scores = query @ key.transpose(-1, -2) / self.width**0.5
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
+    return made
 
 
-class MultiQuery(WrittenOut):
-    """One key head, which is broadcast against all heads."""
+@attention("attention", 4)
+@attention("multi-query", 4, key_heads=1)  # which is broadcast against all heads
+def written_out(net, query, key, value):
+    """As in a textbook, with a causal mask."""
+    scores = query @ key.transpose(-1, -2) / 2
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value
 
-    key_heads = 1
 
-
-class BatchedProducts(Attention):
+@attention("bmm-baddbmm", 4, bias=parameter(1, 5, 5))
+def batched_products(net, query, key, value):
     """Batch and heads in one dimension, scores added to a bias of the positions."""
-
-    def __init__(self):
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(1, 5, 5))
-
-    def mixed(self, query, key, value):
-        shape = query.shape
-        query, key, value = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
-        scores = torch.baddbmm(self.bias, query, key.transpose(1, 2), alpha=0.5)
-        return torch.bmm(scores.softmax(-1), value).view(shape)
+    shape = query.shape
+    query, key, value = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
+    scores = torch.baddbmm(net.bias, query, key.transpose(1, 2), alpha=0.5)
+    return torch.bmm(scores.softmax(-1), value).view(shape)
 
 
-class GroupedQueries(Attention):
-    heads, key_heads = 6, 2
-
-    def mixed(self, query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+@attention("enable-gqa", 2, heads=6, key_heads=2)
+def grouped_queries(net, query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
-class RepeatedKeys(Attention):
-    key_heads = 2
-
-    def mixed(self, query, key, value):
-        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
-        return F.scaled_dot_product_attention(query, key, value)
+@attention("repeated-keys", 2, key_heads=2)
+def repeated_keys(net, query, key, value):
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
-class RotaryByComplexNumbers(Attention):
+@attention("complex-rotary", 4, turns=lambda: torch.polar(torch.ones(9, 2), torch.rand(9, 2)))
+def rotary_by_complex_numbers(net, query, key, value):
     """Pairs of features turned as complex numbers, as the published LLaMA does."""
 
-    def __init__(self):
-        super().__init__()
-        angles = torch.rand(9, self.width // 2)
-        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
-
-    def turned(self, x):
+    def turned(x):
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        turns = self.turns[: x.shape[2]].view(1, 1, x.shape[2], -1)
+        turns = net.turns[: x.shape[2]].view(1, 1, x.shape[2], -1)
         return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
 
-    def mixed(self, query, key, value):
-        query, key = self.turned(query), self.turned(key)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-for _name, _kind, _units in [
-    ("attention", WrittenOut, 4),
-    ("multi-query", MultiQuery, 4),
-    ("bmm-baddbmm", BatchedProducts, 4),
-    ("enable-gqa", GroupedQueries, 2),
-    ("repeated-keys", RepeatedKeys, 2),
-    ("complex-rotary", RotaryByComplexNumbers, 4),
-]:
-    BLOCKS[_name] = _kind, (_TOKENS,), {"heads": _units}
+    query, key = turned(query), turned(key)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 # ---- a hidden layer --------------------------------------------------------------------------

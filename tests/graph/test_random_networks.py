@@ -75,6 +75,7 @@ def _gate(net, x):
 _PLAIN = (
     _gate,
     lambda net, x: x.repeat(1, 2),
+    lambda net, x: x.tile(2),
     lambda net, x: x.repeat_interleave(2, 1),
     lambda net, x: nn.functional.pad(x, (1, 2)),
     lambda net, x: x[:, ::2] + 0.5,

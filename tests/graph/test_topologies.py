@@ -103,6 +103,21 @@ def test_what_has_a_matrix_for_each_unit_passes_through():
     ]
 
 
+@network(enter=(4, 20), leave=(20, 5))
+def parts_of_pairs(net, x):
+    """Two rows of parts whose units are pairs of features."""
+    two, three = net.enter(x).unflatten(1, (2, 5, 2)).split((2, 3), 2)
+    return net.leave(torch.cat((two.tanh(), three.relu()), 2).flatten(1))
+
+
+def test_units_inside_parts_may_be_wide():
+    model, example = randomized(parts_of_pairs()), (torch.randn(3, 4),)
+    groups = graph.trace(model, example).prunable
+    assert sorted(group.units for group in groups) == [2, 3]
+    for group in groups:
+        assert_sound(model, group, example)
+
+
 def test_slots_name_the_module_that_uses_a_tensor():
     """A bias that another layer adds is passed through there, not where it is held."""
     groups = traced("addmm").groups
@@ -224,7 +239,7 @@ def joined(join):
 def read_apart(net, x):
     """Channels that a product couples, read by layers whose outputs are added up."""
     a, b = net.left(x), net.right(x)
-    return net.both(a * b) + net.one(a) + net.two(b)
+    return net.one(a) + net.two(b) + net.both(a * b)
 
 
 @pytest.mark.parametrize(
