@@ -45,6 +45,8 @@ def test_groups_are_found_and_sound(case):
     for group in groups:
         assert_sound(model, group, inputs)
         assert group.removable == size - left_by_slicing(model, group)
+        other = {(s.tensor, s.dim, s.offset) for s in (*group.producers, *group.consumers)}
+        assert other.isdisjoint((s.tensor, s.dim, s.offset) for s in group.pass_through)
     if "cuts" in case.tags:
         assert_sliced(model, groups, inputs)
 
