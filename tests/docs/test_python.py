@@ -27,7 +27,7 @@ SMALL = {
     '"epochs": 100': '"epochs": 1, "batch": 4, "workers": 0, "device": "cpu"',
 }
 YOLO = "docs/howto/yolo.md"
-LONG = ("README.md", "docs/after.md", "docs/experts.md", YOLO)
+LONG = ("README.md", "docs/after.md", "docs/experts.md", "docs/from-model-to-file.ipynb", YOLO)
 
 PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
