@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class ConvNormAct(nn.Module):
@@ -86,8 +86,3 @@ def detector(gain: float = 2.5, seed: int = 0, width: int = 8) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
     return model.eval()
-
-
-def noise(count: int = 16, side: int = 32, seed: int = 1) -> Tensor:
-    """Return images of noise."""
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,12 +9,10 @@ from torch import Tensor, nn
 import osscar
 import solvers
 from osscar.consumers import consumer as consumers
-from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.run.prune_page import layers_table, prune_page
+from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
-from tests.osscar.networks import small_net
 
 SAMPLES = 40
 
@@ -34,9 +30,6 @@ class Joined(nn.Module):
 
     def read(self, x: Tensor) -> list[Tensor]:
         return [x, torch.relu(self.one(x)), torch.ones_like(x[:, :1]), torch.relu(self.two(x))]
-
-
-ONE, TWO = slice(5, 11), slice(12, 20)
 
 
 class Stacked(nn.Module):
@@ -79,44 +72,43 @@ def least_squares(X: Tensor, Y: Tensor, pulled: Tensor, W0: Tensor) -> tuple[Ten
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_fixed_rows_are_refitted_with_the_units_that_stay(bias):
-    model, x, damp = joined(bias=bias), inputs(), 0.03
+    model, x, damp, kept = joined(bias=bias), inputs(), 0.03, [0, 2, 5]
     with torch.no_grad():
         X = torch.cat(model.read(x), 1)
     W0, middle = model.head.weight.detach().T.clone(), X.mean(0)
     centred = X - middle if bias else X
     varies = centred.square().mean(0) > 1e-20
     order = [*range(5), *range(11, 20), *range(5, 11)]  # what stays, and then the units
-    for kept in itertools.islice(itertools.combinations(range(6), 3), 0, None, 7):
-        with prepare(model, x) as prepared:
-            (step,) = walk(prepared, [reading(prepared, "one")])
-            (one,) = step.consumers
-            assert one.inputs.tolist() == order
-            assert one.fixed_inputs == (14, 0)
-            problem = step.problem(3, damp)
-            weights, loss = solvers.refit(problem, torch.tensor(kept))
-            refits = step.refits(weights, kept)
-            step.commit(refits.weights, kept)
-            found = prepared.model.head.weight.detach().T.clone()
-            energies = centred.square().mean(0) * varies
-            pulled = damp * energies.clamp(min=float(energies[varies].mean()) * 0.1 / SAMPLES)
-            fixed = [*range(5), *range(11, 20)]
-            pulled[fixed] *= 10
-            gone = [5 + unit for unit in range(6) if unit not in kept]
-            used = [row for row in range(20) if row not in gone and varies[row]]
-            exact, least = least_squares(centred[:, used], centred @ W0, pulled[used], W0[used])
-            least += float((pulled[gone] * W0[gone].square().sum(1)).sum())
-            torch.testing.assert_close(found[used], exact, rtol=1e-8, atol=1e-9)
-            assert loss == pytest.approx(least, rel=1e-8)
-            # It is relative to what is lost without the units where nothing else is refitted.
-            units = list(range(5, 11))
-            bare = (centred[:, units] @ W0[units]).square().sum() / SAMPLES
-            bare += (pulled[units] * W0[units].square().sum(1)).sum()
-            assert problem.scale == pytest.approx(float(bare), rel=1e-8)
-            assert not found[gone].any()
-            if bias:  # a constant says nothing then, and keeps its weight
-                assert torch.equal(found[11], W0[11])
-                change = prepared.model.head.bias - model.head.bias
-                torch.testing.assert_close(change, (W0 - found).T @ middle)
+    with prepare(model, x) as prepared:
+        (step,) = walk(prepared, [reading(prepared, "one")])
+        (one,) = step.consumers
+        assert one.inputs.tolist() == order
+        assert one.fixed_inputs == (14, 0)
+        problem = step.problem(3, damp)
+        weights, loss = solvers.refit(problem, torch.tensor(kept))
+        refits = step.refits(weights, kept)
+        step.commit(refits.weights, kept)
+        found = prepared.model.head.weight.detach().T.clone()
+        energies = centred.square().mean(0) * varies
+        pulled = damp * energies.clamp(min=float(energies[varies].mean()) * 0.1 / SAMPLES)
+        fixed = [*range(5), *range(11, 20)]
+        pulled[fixed] *= 10
+        gone = [5 + unit for unit in range(6) if unit not in kept]
+        used = [row for row in range(20) if row not in gone and varies[row]]
+        exact, least = least_squares(centred[:, used], centred @ W0, pulled[used], W0[used])
+        least += float((pulled[gone] * W0[gone].square().sum(1)).sum())
+        torch.testing.assert_close(found[used], exact, rtol=1e-8, atol=1e-9)
+        assert loss == pytest.approx(least, rel=1e-8)
+        # It is relative to what is lost without the units where nothing else is refitted.
+        units = list(range(5, 11))
+        bare = (centred[:, units] @ W0[units]).square().sum() / SAMPLES
+        bare += (pulled[units] * W0[units].square().sum(1)).sum()
+        assert problem.scale == pytest.approx(float(bare), rel=1e-8)
+        assert not found[gone].any()
+        if bias:  # a constant says nothing then, and keeps its weight
+            assert torch.equal(found[11], W0[11])
+            change = prepared.model.head.bias - model.head.bias
+            torch.testing.assert_close(change, (W0 - found).T @ middle)
 
 
 @pytest.mark.parametrize("target", list(Target))
@@ -138,28 +130,6 @@ def test_groups_that_share_a_consumer_come_to_their_joint_refit(target):
     exact = torch.linalg.lstsq(X[:, used], X @ model.head.weight.detach().T).solution
     torch.testing.assert_close(found[used], exact, rtol=0, atol=1e-3)
     assert not found[[row for row in range(20) if row not in used]].any()
-
-
-def test_rows_of_a_unit_that_has_left_stay_zero_and_are_worth_nothing():
-    model, x = joined(), inputs(samples=64)
-    result = osscar.prune(model, x, sparsity=0.5, allocation="uniform")
-    assert [layer.fixed for layer in result.layers if layer.fixed] == [14, 12]
-    table = layers_table([vars(layer) for layer in result.layers])
-    fixed = table.columns.index("fixed >")
-    assert [row[fixed] for row in table.rows] == ["14", "12"]
-    assert "Fixed: inputs that no unit owns" in prune_page(result.document(model, x))
-    gone = {"one": ONE, "two": TWO}
-    with prepare(model, x) as prepared:
-        for step in walk(prepared, [reading(prepared, name) for name in gone]):
-            kept = list(range(step.group.units // 2))
-            weights, _ = solvers.refit(step.problem(len(kept), 0.01), torch.tensor(kept))
-            step.commit(step.refits(weights, kept).weights, kept)
-            rows = gone.pop(step.group.slots[0].module)
-            left = slice((rows.start + rows.stop) // 2, rows.stop)
-            assert not prepared.model.head.weight[:, left].any()
-        head = prepared.model.head.weight
-        assert not head[:, [8, 9, 10, 16, 17, 18, 19]].any()
-        assert head[:, [*range(8), *range(11, 16)]].all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -189,45 +159,34 @@ def test_convolutions_are_refitted_on_all_channels_that_they_read(transposed, mo
     assert scales[1] == pytest.approx(scales[0])
 
 
-class Explained(nn.Module):
-    """Few samples of its hidden layers are linear in the inputs that its head reads, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 8), nn.Linear(6, 7)
-        self.head = nn.Linear(8 + 6 + 6 + 7, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.cat([torch.tanh(self.one(x)), x, x, torch.relu(self.two(x))], 1))
-
-
 def test_what_fixed_rows_explain_but_for_rounding_is_no_error():
-    torch.manual_seed(0)
-    result = osscar.prune(
-        Explained().eval(), torch.randn(4, 6), sparsity=0.4, allocation="uniform", damp=0
-    )
-    assert [layer.fixed for layer in result.layers] == [19, 20]
-    assert all(0 <= layer.relative_loss < 1e-3 for layer in result.layers)
+    """Hidden layers of four samples are linear in what the head reads, too."""
+    with prepare(joined().float(), inputs(samples=4).float()) as prepared:
+        for step in walk(prepared, [reading(prepared, name) for name in ("one", "two")]):
+            problem = step.problem(3, 0.0)
+            weights, loss = solvers.refit(problem, torch.arange(3))
+            assert 0 <= loss < 1e-3 * problem.scale
+            step.commit(step.all_rows(weights), range(3))
 
 
-def test_consumers_with_too_many_rows_keep_fixed_weights_and_the_report_says_so(monkeypatch):
+@pytest.mark.parametrize(
+    ("most", "fixed", "dense", "told"),
+    [
+        (consumers.MOST_ROWS, [14, 12], [0, 0], "Fixed: inputs that no unit owns"),
+        (19, [0, 0], [14, 12], "Fixed, dense: inputs that no unit owns"),
+    ],
+)
+def test_the_report_counts_fixed_rows_and_those_too_many_to_refit(
+    most, fixed, dense, told, monkeypatch
+):
     model, x = joined(), inputs(samples=64)
-    monkeypatch.setattr(consumers, "MOST_ROWS", 19)
+    monkeypatch.setattr(consumers, "MOST_ROWS", most)
     result = osscar.prune(model, x, sparsity=0.5, allocation="uniform")
-    assert [(one.fixed, one.fixed_dense) for one in result.layers] == [(0, 14), (0, 12)]
-    torch.testing.assert_close(
-        result.model.head.weight[:, :5], model.head.weight[:, :5], rtol=0, atol=0
-    )
-    assert "Fixed, dense: inputs that no unit owns" in prune_page(result.document(model, x))
-
-
-def test_where_everything_belongs_to_the_group_nothing_is_fixed():
-    model = small_net()
-    with prepare(model, torch.randn(4, 3, 8, 8)) as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
-        maps = [one for group in groups for one in linear_maps(prepared.model, group)]
-        assert len(maps) > 4
-        assert {one.fixed_inputs for one in maps} == {(0, 0)}
+    assert [layer.fixed for layer in result.layers] == fixed
+    assert [layer.fixed_dense for layer in result.layers] == dense
+    head, before = result.model.head.weight[:, :5], model.head.weight[:, :5]
+    assert torch.equal(head, before) == (most == 19)
+    assert told in prune_page(result.document(model, x))
 
 
 def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
@@ -246,16 +205,9 @@ def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
 
 def test_another_process_adopts_fixed_rows_too():
     model, x = joined(bias=True), inputs()
-    written = None
-    for _ in range(2):
-        with prepare(model, x) as prepared:
-            (step,) = walk(prepared, [reading(prepared, "two")])
-            if written is None:
-                weights, _ = solvers.refit(step.problem(4, 0.01), torch.arange(4))
-                step.commit(step.all_rows(weights), range(4))
-                written = [tensor for one in step.consumers for tensor in one.read()]
-                head = [p.detach().clone() for p in prepared.model.head.parameters()]
-            else:
-                step.adopt(written)
-                for a, b in zip(head, prepared.model.head.parameters(), strict=True):
-                    assert torch.equal(a, b)
+    with prepare(model, x) as one, prepare(model, x) as other:
+        (step,), (same,) = (walk(each, [reading(each, "two")]) for each in (one, other))
+        weights, _ = solvers.refit(step.problem(4, 0.01), torch.arange(4))
+        step.commit(step.all_rows(weights), range(4))
+        same.adopt(tensor for consumer in step.consumers for tensor in consumer.read())
+        assert all(map(torch.equal, one.model.head.parameters(), other.model.head.parameters()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ import solvers
 from osscar.base.errors import ModelError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.walk.gram import GramAccumulator
+from osscar.walk.gram import GramAccumulator, pose
 from osscar.walk.sums import _type_of_sums
 from solvers.linalg import symmetric
 from tests.osscar.pretended_card import pretended
@@ -20,19 +22,13 @@ P, TOKENS = 24, 100_000
 HALVES = (torch.bfloat16, torch.float16)
 
 
-class Layer(nn.Module):
-    def __init__(self, bias):
-        super().__init__()
-        self.up, self.down = nn.Linear(8, P), nn.Linear(P, 6, bias=bias)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
-def accumulator(bias=False, device="cpu", **parts) -> GramAccumulator:
+def accumulator(rows=P, outputs=6, *, bias=False, device="cpu", **parts) -> GramAccumulator:
+    """Return sums of nothing yet, of a layer that reads so many neurons."""
     torch.manual_seed(0)
-    with prepare(Layer(bias).eval().to(device), torch.randn(4, 8).to(device)) as prepared:
-        (group,) = (group for group in prepared.groups if group.prunable)
+    layers = nn.Linear(8, rows), nn.ReLU(), nn.Linear(rows, outputs, bias=bias)
+    model = nn.Sequential(*layers).eval().to(device)
+    with prepare(model, torch.randn(4, 8, device=device)) as prepared:
+        (group,) = (g for g in prepared.groups if g.prunable and g.slots[0].module == "0")
         (consumer,) = linear_maps(prepared.model, group)
         return GramAccumulator(consumer, **parts)
 
@@ -56,7 +52,7 @@ def worst_error(found, X):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_hundred_thousand_tokens_are_summed_as_exactly_as_is_said(dtype, bias):
-    X, gram = activations(dtype), accumulator(bias)
+    X, gram = activations(dtype), accumulator(bias=bias)
     for batch in torch.split(X, 30_001):
         gram.add(batch)
     error = worst_error(gram.fitted.gram.dense(), X)
@@ -74,7 +70,7 @@ def test_what_varies_about_a_large_mean_is_no_rounding_of_it(dtype):
     X = X.to(dtype)
     D = X[:, 4:5].float() - 100 + torch.arange(6)
     with pretended():
-        gram = accumulator(True, "cuda", corrections=True)
+        gram = accumulator(bias=True, device="cuda", corrections=True)
         for x, d in zip(X.cuda().split(1000), D.cuda().split(1000), strict=True):
             gram.add(x, d)
         terms = gram.fitted.centred()
@@ -102,7 +98,7 @@ def test_products_of_fewer_digits_are_not_summed():
     halves = X.bfloat16()
     with pretended():
         assert _type_of_sums(X.cuda()) == torch.float32
-        gram = accumulator(False, "cuda")
+        gram = accumulator(device="cuda")
         gram.add(X.cuda())
         assert worst_error(gram.fitted.gram.dense().cpu(), X) <= 5e-6
     with pretended(), Coarse():
@@ -112,7 +108,7 @@ def test_products_of_fewer_digits_are_not_summed():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
-    gram, X = accumulator(bias, corrections=True), activations(torch.float64)[:400]
+    gram, X = accumulator(bias=bias, corrections=True), activations(torch.float64)[:400]
     X[:, 5] = 3.0  # constant: dead where a bias takes it up
     D = torch.randn(400, 6).double() + 1
     gram.add(X[:150], D[:150])
@@ -145,7 +141,7 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
 @pytest.mark.parametrize("corrected", [False, True])
 def test_moments_without_a_dense_matrix_are_those_of_the_samples(bias, corrected, monkeypatch):
     monkeypatch.setattr(symmetric, "PANEL_ROWS", 7)
-    gram = accumulator(bias, held=True, corrections=corrected)
+    gram = accumulator(bias=bias, held=True, corrections=corrected)
     X = activations(torch.float64)[:500]
     X[:, 5] = 3.0
     D = torch.randn(500, 6).double() + 2 if corrected else None
@@ -165,3 +161,30 @@ def test_moments_without_a_dense_matrix_are_those_of_the_samples(bias, corrected
         assert (C is None) == (not corrected)
         if C is not None:
             torch.testing.assert_close(C, off.T @ (D[some] - d) / len(off))
+
+
+class Branches(nn.Module):
+    """Two layers read the same units, one of them through a convolution's taps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.wide, self.point = nn.Conv2d(8, 5, 3, padding=1), nn.Conv2d(8, 5, 1, bias=False)
+
+    def forward(self, x):
+        x = torch.sigmoid(self.first(x))
+        return self.wide(x) + self.point(x)
+
+
+def test_each_layer_counts_relative_to_what_it_puts_out_and_variances_follow():
+    torch.manual_seed(0)
+    with prepare(Branches().eval(), torch.randn(6, 3, 9, 9)) as prepared:
+        [group] = [group for group in prepared.groups if group.units == 8]
+        grams = [GramAccumulator(one) for one in linear_maps(prepared.model, group)]
+        for gram in grams:
+            gram.add(torch.rand(400, gram.linear_map.rows) + 3)
+        alone = [copy.deepcopy(gram).consumer(0.1) for gram in grams]
+        together = pose(grams, 4, "some", damp=0.1)
+    for one, part in zip(alone, together.consumers, strict=True):
+        torch.testing.assert_close(part.H, one.H / one.e)
+        torch.testing.assert_close(part.variance, one.variance / one.e)
