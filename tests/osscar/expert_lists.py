@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 import osscar
 
@@ -26,8 +24,8 @@ class Expert(nn.Module):
         return y
 
 
-def experts(count: int = COUNT) -> nn.ModuleList:
-    return nn.ModuleList(Expert() for _ in range(count))
+def experts() -> nn.ModuleList:
+    return nn.ModuleList(Expert() for _ in range(COUNT))
 
 
 @osscar.mixture(gate="gate", experts="experts")
@@ -80,10 +78,10 @@ class TopKThenSoftmax(nn.Module):
 class Gate(nn.Module):
     """A router that keeps its logits for itself."""
 
-    def __init__(self, count: int = COUNT) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(count, WIDTH) / WIDTH**0.5)
-        self.register_buffer("bias", 0.1 * torch.randn(count))
+        self.weight = nn.Parameter(torch.randn(COUNT, WIDTH) / WIDTH**0.5)
+        self.register_buffer("bias", 0.1 * torch.randn(COUNT))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = nn.functional.linear(x.reshape(-1, WIDTH), self.weight).sigmoid()
@@ -190,58 +188,3 @@ def net(*kinds: type[nn.Module]) -> Net:
             if name.endswith(("gate.weight", "router.weight", "down.weight")):
                 parameter.mul_(3)
     return found
-
-
-class OwnConfig(PretrainedConfig):
-    """Of a model of transformers' kind that is code of one's own."""
-
-    model_type = "own-experts"
-
-    def __init__(self, vocab_size: int = 97, num_experts: int = COUNT, **more: Any) -> None:
-        self.vocab_size, self.num_experts, self.hidden_size = vocab_size, num_experts, WIDTH
-        super().__init__(**more)
-
-
-@osscar.mixture(gate="gate", experts="experts")
-class OwnBlock(nn.Module):
-    """As transformers had mixtures: experts that are hit, counted by the config, with logits."""
-
-    def __init__(self, config: OwnConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = nn.Linear(WIDTH, config.num_experts, bias=False)
-        self.experts = experts(config.num_experts)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        flat = x.view(-1, WIDTH)
-        logits = self.gate(flat)
-        weights, chosen = logits.softmax(1, dtype=torch.float).topk(2, dim=-1)
-        weights /= weights.sum(-1, keepdim=True)
-        y = torch.zeros_like(flat)
-        mask = nn.functional.one_hot(chosen, self.config.num_experts).permute(2, 1, 0)
-        for number in mask.sum((-1, -2)).greater(0).nonzero():
-            place, token = torch.where(mask[number].squeeze(0))
-            part = self.experts[number](flat[None, token].reshape(-1, WIDTH))
-            y.index_add_(0, token, (part * weights[token, place, None]).to(x.dtype))
-        return y.view(x.shape), logits
-
-
-class OwnModel(PreTrainedModel):
-    config_class = OwnConfig
-
-    def __init__(self, config: OwnConfig) -> None:
-        super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, WIDTH)
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.blocks = nn.ModuleList(OwnBlock(config) for _ in range(2))
-        self.head = nn.Linear(WIDTH, config.vocab_size)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
-        x = self.embed(input_ids)
-        for norm, block in zip(self.norms, self.blocks, strict=True):
-            x = x + block(norm(x))[0]
-        return CausalLMOutput(logits=self.head(x))

@@ -3,71 +3,29 @@
 import copy
 import gc
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import T5Config, T5ForConditionalGeneration
 
 import osscar
-import solvers
 from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
 from osscar.walk.targets import Target
 from osscar.walk.walk import walk
+from solvers.heuristics.greedy import Greedy
 from tests.osscar.families import tiny, tokens
-from tests.osscar.networks import images, small_net
+from tests.osscar.networks import Twice, images, small_net
+from tests.zoo import transformers_case
 
 BATCH = 3
 
 
 # ---- models ------------------------------------------------------------------------------
-
-
-class Twice(nn.Module):
-    """One feed-forward layer that is called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 4)
-
-    def forward(self, x):
-        for _ in range(2):
-            x = x + self.down(torch.relu(self.up(x)))
-        return self.head(x)
-
-
-class Steps(nn.Module):
-    """A cell that is called once for each position, as often as the data are long."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(5, 8), nn.Linear(8, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        state = torch.zeros_like(x[:, 0])
-        for step in x.unbind(1):
-            state = torch.tanh(self.down(torch.relu(self.up(step + state))))
-        return self.head(state)
-
-
-class Skipping(nn.Module):
-    """A late layer reads an early one's output, and layers work in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.early, self.middle = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-        self.joined, self.late = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x):
-        early = self.early(x)
-        middle = torch.relu_(self.middle(early.relu()))
-        return self.late(self.joined(torch.cat([early, middle], 1)).relu_())
 
 
 class Hoarding(nn.Module):
@@ -117,27 +75,19 @@ class Unwritten(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """A stem that a block and its shortcut read, as in ResNet-50."""
+    """A stem that a block and its shortcut read, as in ResNet-50, or that is written to between."""
 
-    def __init__(self):
+    def __init__(self, writes=False):
         super().__init__()
         self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
         self.second, self.shortcut = nn.Conv2d(6, 10, 1), nn.Conv2d(8, 10, 1)
-        self.head = nn.Linear(10, 4)
+        self.head, self.writes = nn.Linear(10, 4), writes
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
         y = self.second(torch.relu(self.first(x)))
+        x = x.mul_(1.5) if self.writes else x
         return self.head((y + self.shortcut(x)).relu().mean((2, 3)))
-
-
-class Overwritten(Shortcut):
-    """The same, but the stem's output is written to in between."""
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        y = self.second(torch.relu(self.first(x)))
-        return self.head((y + self.shortcut(x.mul_(1.5))).relu().mean((2, 3)))
 
 
 class Surrounded(nn.Module):
@@ -158,24 +108,6 @@ class Surrounded(nn.Module):
         return last(torch.relu(fifth(torch.relu(x)))).detach()
 
 
-def t5():
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=97, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(2)
-    return model
-
-
-def pairs_of_tokens():
-    return {"input_ids": tokens(7, 10) + 0, "decoder_input_ids": tokens(7, 6, seed=5)}
-
-
 def seeded(kind):
     def build():
         torch.manual_seed(0)
@@ -184,29 +116,20 @@ def seeded(kind):
     return build
 
 
+T5 = transformers_case("t5")
 CASES = {
-    "opt": (lambda: tiny("opt"), lambda: tokens(7)),
     "gpt2": (lambda: tiny("gpt2"), lambda: tokens(7)),
-    "t5": (t5, pairs_of_tokens),
+    "t5": (T5.build, lambda: {name: x.repeat(4, 1)[:7] for name, x in T5.make_inputs()[0].items()}),
     "cnn": (small_net, lambda: images(7)),
-    "skipping": (seeded(Skipping), lambda: images(7)),
     "shortcut": (seeded(Shortcut), lambda: images(7)),
-    "overwritten": (seeded(Overwritten), lambda: images(7)),
+    "overwritten": (seeded(partial(Shortcut, writes=True)), lambda: images(7)),
     "twice": (seeded(Twice), lambda: torch.randn(7, 6)),
-    "steps": (seeded(Steps), lambda: torch.randn(7, 4, 5)),
     "hoarding": (seeded(Hoarding), lambda: torch.randn(7, 6)),
     "chunked": (seeded(Chunked), lambda: torch.randn(9, 6)),
     "unwritten": (seeded(Unwritten), lambda: torch.randn(7, 6)),
     "surrounded": (seeded(Surrounded), lambda: torch.randn(7, 8)),
 }
 TOLERANCE = {"surrounded": 1e-2}  # a layer of it computes in bfloat16
-
-
-@pytest.fixture(params=CASES)
-def case(request):
-    build, data = CASES[request.param]
-    torch.manual_seed(1)
-    return request.param, build(), data()
 
 
 # ---- measured as if each group were alone ------------------------------------------------
@@ -223,36 +146,33 @@ def half_gone(step):
     return weights
 
 
-def commit_all(way):
+def commit_all(way, early=False):
     for step in way:
         step.commit(half_gone(step))
+        if early:
+            raise EOFError("left early")
+
+
+def calls(network, name, batch):
+    """Return what a module reads and puts out, call by call."""
+    seen = []
+    hook = network.get_submodule(name).register_forward_hook(
+        lambda _, args, y: seen.append((args[0].clone(), y.clone()))
+    )
+    with hook:
+        network(**batch)
+    return seen
 
 
 def read_by(consumer, prepared, dense):
     """Return all that a consumer reads, and what its output lacks to that in the dense model."""
     inputs, corrections = [], []
     for batch in prepared.batches():
-        (x, pruned), (_, wanted) = (
-            _calls(network, consumer.name, batch) for network in (prepared.model, dense)
-        )
-        for read, a, b in zip(x, pruned, wanted, strict=True):
-            inputs += [piece.double() for piece in consumer.read_inputs(read)]
-            corrections.append(consumer.read_outputs(b - a, read).double())
+        both = (calls(network, consumer.name, batch) for network in (prepared.model, dense))
+        for (x, y), (_, wanted) in zip(*both, strict=True):
+            inputs += [piece.double() for piece in consumer.read_inputs(x)]
+            corrections.append(consumer.read_outputs(wanted - y, x).double())
     return torch.cat(inputs), torch.cat(corrections)
-
-
-def _calls(network, name, batch):
-    """Return what a module reads and puts out, call by call."""
-    read, put_out = [], []
-
-    def see(module, args, output):
-        read.append(args[0].detach().clone())
-        put_out.append(output.detach().clone())
-
-    hook = network.get_submodule(name).register_forward_hook(see)
-    network(**batch)
-    hook.remove()
-    return read, put_out
 
 
 def close(found, expected, to):
@@ -260,11 +180,12 @@ def close(found, expected, to):
     torch.testing.assert_close(found, expected, rtol=0, atol=to * scale)
 
 
-@pytest.mark.sampled(4)
-def test_groups_are_measured_alone_or_through_what_was_committed_before(case, monkeypatch):
+@pytest.mark.parametrize("name", CASES)
+def test_groups_are_measured_alone_or_through_what_was_committed_before(name, monkeypatch):
     """And with targets that are what the dense model puts out, where nobody adds to that."""
     monkeypatch.setattr("osscar.walk.walk.streams", lambda *_: {})
-    name, model, data = case
+    torch.manual_seed(1)
+    model, data = (make() for make in CASES[name])
     near, seen = TOLERANCE.get(name, 1e-4), []
     with prepare(model, data, batch_size=BATCH) as prepared, torch.no_grad():
         groups = [group for group in prepared.groups if group.prunable]
@@ -296,71 +217,41 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(case, mo
     assert sorted(seen) == sorted(group.name for group in groups)
 
 
-@pytest.mark.sampled(2)
-def test_a_study_poses_the_problem_that_pruning_solves(case):
+def test_a_study_poses_the_problem_that_pruning_solves(monkeypatch):
     """Where nothing else is pruned, the stream of `prune` is the dense one."""
-    _, model, data = case
-    posed = {group.name: problem for group, problem in model_problems(model, data)}
-    names = [name for name, problem in posed.items() if problem.units > 1]
-    for name in dict.fromkeys((names[0], names[-1])):
-        problem, spy = posed[name], Spy()
-        keep = max(1, problem.units // 2)
-        asked = {"groups": {name: keep}, "target": "weights", "damp": 0.01}
-        osscar.prune(model, data, backend=spy, batch_norm="keep", **asked)
-        (solved,) = spy.seen
-        assert (solved.name, solved.keep) == (name, keep)
-        for mine, theirs in zip(problem.consumers, solved.consumers, strict=True):
-            for part in ("H", "G", "W0", "rows"):
-                assert torch.equal(getattr(mine, part), getattr(theirs, part)), (name, part)
-            assert (mine.e, mine.damping) == (theirs.e, theirs.damping)
-
-
-@dataclass(frozen=True)
-class Spy:
-    """Keeps the first units, and the problems that it was given."""
-
-    kind: ClassVar = solvers.BackendKind.HEURISTIC
-    summary: ClassVar = "keeps the first units"
-    capabilities: ClassVar = solvers.Capabilities()
-    seen: list = field(default_factory=list)
-
-    @classmethod
-    def available(cls):
-        return None
-
-    def select(self, problem):
-        self.seen.append(problem)
-        return solvers.Selection(torch.arange(problem.keep), solvers.Status.FEASIBLE)
+    seen, select = [], Greedy.select
+    monkeypatch.setattr(Greedy, "select", lambda *given: seen.append(given[1]) or select(*given))
+    model, data = seeded(Twice)(), torch.randn(7, 6)
+    problem = next(one for _, one in model_problems(model, data) if one.units == 10)
+    asked = {"groups": {problem.name: 5}, "target": "weights", "damp": 0.01, "backend": "greedy"}
+    osscar.prune(model, data, **asked)
+    (solved,) = seen
+    assert (solved.name, solved.keep) == (problem.name, 5)
+    for mine, theirs in zip(problem.consumers, solved.consumers, strict=True):
+        for part in ("H", "G", "W0", "rows"):
+            assert torch.equal(getattr(mine, part), getattr(theirs, part)), part
+        assert (mine.e, mine.damping) == (theirs.e, theirs.damping)
 
 
 # ---- how often the batches set out -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds", "passes"),
+    ("name", "residual", "passes"),
     [
-        ("opt", ("heads", "neurons"), 1),
-        ("t5", ("neurons",), 1),
-        ("shortcut", ("channels",), 1),  # a block and its shortcut read the same tensor
-        ("cnn", ("inner",), 3),  # two gated blocks: the gate is read before the projection
-        ("twice", ("neurons",), 1),  # nothing comes after it
+        ("gpt2", True, 1),
+        ("shortcut", False, 1),  # a block and its shortcut read the same tensor
+        ("cnn", False, 3),  # two gated blocks: the gate is read before the projection
+        ("twice", True, 2),
     ],
 )
-def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, passes):
+def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, residual, passes):
     build, data = CASES[name]
     with prepare(build(), data(), batch_size=BATCH) as prepared:
-        groups = [
-            group
-            for group in prepared.groups
-            if group.prunable
-            and (name != "shortcut" or group.name not in prepared.residual)
-            and (
-                group.kind in kinds or (kinds == ("inner",) and group.name not in prepared.residual)
-            )
-        ]
+        left = () if residual else prepared.residual
+        groups = [one for one in prepared.groups if one.prunable and one.name not in left]
         way = walk(prepared, groups)
-        for step in way:
-            step.commit(half_gone(step))
+        commit_all(way)
         assert way.passes == passes
 
 
@@ -368,16 +259,17 @@ def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, kinds, pas
 
 
 class Moody(nn.Module):
-    """Does as it is told, by batch."""
+    """Does as it is told in its second batch."""
 
     def __init__(self):
         super().__init__()
         self.up, self.down, self.head = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 7)
         self.last = nn.Linear(7, 2)
-        self.mood, self.inside, self.largest = {}, [], 0
+        self.mood, self.inside = None, []
 
     def forward(self, x):
-        here = self.mood.get(float(x[0, 0].detach())) if self.mood else None
+        second = self.mood and float(x[0, 0].detach()) == float(DATA[BATCH, 0])
+        here = self.mood if second else None
         with self.visited():
             hidden = torch.relu(self.up(x))
             if here == "ends":
@@ -404,106 +296,71 @@ class Moody(nn.Module):
 DATA = torch.arange(54.0).view(9, 6) / 27
 
 
-def moody(mood, batch):
-    torch.manual_seed(0)
-    model = Moody().eval()
-    prepared = prepare(model, DATA, batch_size=BATCH)
-    return model, prepared, {float(DATA[batch * BATCH, 0]): mood}
-
-
 @pytest.mark.parametrize(
-    ("mood", "message"),
+    ("mood", "error", "message"),
     [
-        ("fails", r"batch 1 fails in 'the model': ValueError: no such luck"),
-        ("skips", r"batch 1 calls 'head' where others call 'down'"),
-        ("repeats", r"batch 1 calls 'down' where others call 'head'"),
-        ("ends", r"batch 1 never reaches 'down'"),
+        ("fails", DataError, r"batch 1 fails in 'the model': ValueError: no such luck"),
+        ("skips", DataError, r"batch 1 calls 'head' where others call 'down'"),
+        ("repeats", DataError, r"batch 1 calls 'down' where others call 'head'"),
+        ("ends", DataError, r"batch 1 never reaches 'down'"),
+        ("interrupted", KeyboardInterrupt, ""),
+        (None, EOFError, "left early"),
     ],
 )
-def test_a_batch_that_goes_astray_is_named_and_nothing_stays_behind(mood, message):
-    model, manager, moods = moody(mood, 1)
+def test_a_walk_that_ends_early_leaves_nothing_behind(mood, error, message):
+    model, grad = seeded(Moody)(), torch.is_grad_enabled()
     before = copy.deepcopy(model.state_dict())
-    with manager as prepared:
+    with prepare(model, DATA, batch_size=BATCH) as prepared:
         groups = [group for group in prepared.groups if group.prunable]
-        prepared.model.mood = moods
-        with pytest.raises(DataError, match=message):
-            commit_all(walk(prepared, groups))
+        prepared.model.mood = mood
+        with pytest.raises(error, match=message):
+            commit_all(walk(prepared, groups), early=mood is None)
+        gc.collect()
         assert prepared.model.inside == []  # every pass has left its context managers
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in prepared.model.modules())
+    assert torch.is_grad_enabled() == grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    gc.collect()
     assert not [o for o in gc.get_objects() if isinstance(o, Coroutine) and o.arrived is not None]
 
 
-@pytest.mark.parametrize("mood", ["interrupted", "left early"])
-def test_a_walk_that_ends_early_ends_its_passes(mood):
-    _, manager, moods = moody(mood, 2)
-    grad = torch.is_grad_enabled()
-    with manager as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
-        if mood == "interrupted":
-            prepared.model.mood = moods
-            with pytest.raises(KeyboardInterrupt):
-                list(walk(prepared, groups))
-        else:
-            for step in walk(prepared, groups):
-                step.commit(half_gone(step))
-                break
-        gc.collect()
-        assert prepared.model.inside == []
-        assert not any(m._forward_pre_hooks for m in prepared.model.modules())
-    assert torch.is_grad_enabled() == grad
+class Plain(nn.Module):
+    """Gives its layer an argument by keyword, and goes on where that fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.ends = nn.Linear(6, 9), nn.Linear(9, 6), 0
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        try:
+            return self.down(input=hidden)
+        except BaseException:
+            self.ends += 1
+            return self.down(input=hidden)
 
 
 def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
-    class Stubborn(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down, self.last = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 2)
-            self.ends = 0
-
-        def forward(self, x):
-            hidden = torch.relu(self.up(x))
-            try:
-                y = self.down(hidden)
-            except BaseException:
-                self.ends += 1
-                y = self.down(hidden)
-            return self.last(y)
-
-    torch.manual_seed(0)
-    with prepare(Stubborn().eval(), DATA, batch_size=BATCH) as prepared:
-        for step in walk(prepared, [group for group in prepared.groups if group.prunable][:1]):
-            step.commit(half_gone(step))
+    with prepare(seeded(Plain)(), DATA, batch_size=BATCH) as prepared:
+        commit_all(walk(prepared, [group for group in prepared.groups if group.prunable]))
         assert prepared.model.ends == 3
         assert not any(m._forward_pre_hooks for m in prepared.model.modules())
 
 
 def test_activations_that_are_not_finite_are_refused_with_their_consumer():
-    model = seeded(Twice)()
     data = torch.randn(7, 6)
     data[5] = 3e38
-    with prepare(model, data, batch_size=BATCH) as prepared:
+    with prepare(seeded(Twice)(), data, batch_size=BATCH) as prepared:
         prepared.model.up.weight.data.mul_(1e3)
         with pytest.raises(NonFiniteError, match="'down'"):
             list(walk(prepared, [group for group in prepared.groups if group.prunable]))
 
 
 def test_a_consumer_that_is_never_called_is_refused():
-    class Unread(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
-
-        def forward(self, x):
-            return self.down(torch.relu(self.up(x)))
-
-    model = seeded(Unread)()
-    with prepare(model, torch.randn(7, 6)) as prepared:
-        (group,) = [group for group in prepared.groups if group.prunable]
+    with prepare(seeded(Plain)(), torch.randn(7, 6)) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
         prepared.model.forward = lambda x: x
         with pytest.raises(ModelError, match="'down' was never called"):
-            walk(prepared, [group])
+            walk(prepared, groups)
 
 
 def test_modes_of_a_suspended_pass_are_not_seen_outside():
@@ -522,16 +379,8 @@ def test_modes_of_a_suspended_pass_are_not_seen_outside():
 
 
 def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
-    class Keyword(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
-
-        def forward(self, x):
-            return self.down(input=torch.relu(self.up(x)))
-
     data = torch.randn(7, 6)
-    with prepare(seeded(Keyword)(), data, batch_size=BATCH) as prepared:
+    with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
         (step,) = walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
         (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
     assert (gram.positions, gram.held_rows) == (5, 2)
