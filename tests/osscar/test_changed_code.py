@@ -16,7 +16,7 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
-from tests.osscar.test_sweep import point
+from tests.osscar.test_sweep import POINT
 
 NOTICED = "the dense model puts out other values on the same inputs: its code has changed"
 REQUEST = PruningRequest(neurons=0.5, backend="wanda", device="cpu")
@@ -46,7 +46,7 @@ def begun(tmp_path_factory):
         log.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
     sweep = SweepDirectory(place / "sweep")
     with sweep.begun(sweep_manifest(manifest, BudgetKind.FLOPS, {})):
-        sweep.keep(point())
+        sweep.keep(POINT)
     posed = ((str(group.kind), problem) for group, problem in model_problems(model, DATA))
     Study(place / "study", {}).capture(posed, manifest.dense)
     return place
