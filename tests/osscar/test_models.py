@@ -125,6 +125,12 @@ def test_what_is_no_language_model_is_refused(damage, error, message, checkpoint
         load_model(checkpoint)
 
 
+def test_weights_that_are_left_out_are_named(checkpoint):
+    changed("model.adapter.weight", lambda ones: ones)(checkpoint)
+    with pytest.warns(UserWarning, match=r"1 tensor .*'model\.adapter\.weight'.* are left out"):
+        load_model(checkpoint)
+
+
 def test_pickled_weights_are_refused_unread(checkpoint, tmp_path):
     witness = tmp_path / "pickle-ran"
 

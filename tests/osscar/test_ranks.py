@@ -298,6 +298,22 @@ def test_ranks_with_other_options_are_refused(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_ranks_that_recover_share_one_training_and_save_once(tiny, tmp_path):
+    prune = command(*pruning(tiny, "--neurons", "0.25", "--out", "small"))
+    assert forked(prune, tmp_path).wait() == 0
+    data = ("--dense", str(tiny), "--text", str(CALIBRATION), "--samples", "6")
+    recover = ("recover", "small", *data, "--steps", "2", "--device", "cpu", "--out", "out")
+    first, second = ended([command(*recover), command(*recover, "--seed", "1")], tmp_path)
+    assert (first.status, second.status) == (2, 2)
+    assert "rank 1 is not asked for the same as rank 0" in first.stderr
+    assert not (tmp_path / "out").exists()
+    first, second = ended([command(*recover)] * 2, tmp_path)
+    assert (first.status, second.status) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.count("saved: ") == first.stdout.count("recovered: ") == 1
+    assert second.stdout + second.stderr == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     more = ("--recover", "--recover-steps", "2", "--out", "out", "--json", "said.json")

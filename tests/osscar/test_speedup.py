@@ -61,6 +61,7 @@ def test_other_budgets_hold_at_every_step_of_a_speed_up(timed, wanted, binds):
     assert reached == pytest.approx(1 / result.budget.of("speedup").reached)
     assert reached >= 0.9 * wanted
     assert (reached > 1.03 * wanted) == binds
+    assert (len(timed) == 1) == binds  # nothing larger is built than may be
 
 
 def test_a_speed_up_out_of_reach_says_what_is_in_reach(timed):
