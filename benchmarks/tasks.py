@@ -122,7 +122,7 @@ class Images(Subject):
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         if source != "same form":
-            raise SystemExit(f"--sources {source!r} is of text; omit it for images")
+            raise SystemExit(f"--source {source!r} is of text; omit it for images")
         train = f"{self.file}:train"
         return self.loaded.calibration(train, samples=samples or 256, seqlen=None, seed=seed)
 

@@ -42,7 +42,6 @@ PARSED = {
     "osscar solve layer.safetensors --backend largest_input.py": "in test_user_code.py",
     "osscar prune demo --neurons 0.5 --backend largest_input.py": "in test_user_code.py",
     "osscar gap layer.safetensors --backends largest_input.py": "in test_user_code.py",
-    "python benchmarks/": BENCHMARK,
     "python -m benchmarks.": BENCHMARK,
     "osscar prune smollm2-135m --max-perplexity-increase": "takes text that does not repeat",
     "osscar prune net.py:build --max-top1-drop": "takes labels; in test_quality_target.py",
@@ -155,10 +154,7 @@ def smaller(words, of_text):
     "page",
     [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in TO_RUN],
 )
-def test_the_commands_of_a_page_run(
-    page, place, request, monkeypatch,
-    capsys
-):  # fmt: skip
+def test_the_commands_of_a_page_run(page, place, request, monkeypatch, capsys):
     for command in TO_RUN[page]:
         signs = ("torchvision:resnet50", "net.py:build", "--images")
         of_images = any(word in command.words for word in signs)
@@ -195,27 +191,24 @@ def test_a_command_is_understood(command, monkeypatch):
     program, *words = command.words
     if program == "osscar":
         app.parse_args(words)
-    elif program.startswith("python") and words[0].endswith(".py"):
-        assert parses(runpy.run_path, str(ROOT / words[0]), words[1:], monkeypatch)
     elif words[:1] == ["-m"] and words[1].startswith("benchmarks."):
-        assert parses(runpy.run_module, words[1], words[2:], monkeypatch)
+        parse(words[1], words[2:], monkeypatch)
     else:
         assert reason(command) is not None, f"add {command} to PARSED, with a reason, or run it"
 
 
-def parses(run, script, arguments, monkeypatch):
-    """Run a script or module up to where it has parsed its arguments."""
-    parse: Callable[..., Any] = argparse.ArgumentParser.parse_args
+def parse(module, arguments, monkeypatch):
+    """Run a module up to where it has parsed its arguments."""
+    parse_args: Callable[..., Any] = argparse.ArgumentParser.parse_args
 
     def stop(self, *given):
-        parse(self, *given)
+        parse_args(self, *given)
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(Parsed):
-        run(script, run_name="__main__")
-    return True
+        runpy.run_module(module, run_name="__main__")
 
 
 @pytest.mark.parametrize(
