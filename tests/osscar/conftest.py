@@ -20,8 +20,8 @@ from tests.traced import once
 _OF_STRUCTURE = frozenset(
     f"test_{what}"
     for what in (
-        *("alibi", "changed_code", "equivalence", "experts", "forms", "feasibility", "programs"),
-        *("shrinking", "structural", "unread", "user_code"),
+        *("alibi", "changed_code", "equivalence", "experts", "forms", "feasibility", "integers"),
+        *("programs", "shrinking", "structural", "user_code"),
     )
 )
 """Files about how structure is found, and what can follow: nothing is remembered there."""

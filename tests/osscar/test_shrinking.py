@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +15,6 @@ from osscar.base.errors import AdapterError, EquivalenceError, ModelError
 from osscar.proof.equivalence import masked, proof_outputs
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.shrinking.follow import adapter
-from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.shrink import Proof, shrink
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.graph.topologies import PRUNABLE, network, randomized
@@ -200,200 +194,6 @@ def test_a_language_model_on_meta_keeps_the_scale_of_its_attention_and_how_keys_
         assert attention.num_key_value_groups == shared
 
 
-# ---- numbers under any name --------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """As many heads as each is wide, under names that no one else uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nheads, self.each, self.span = 4, 4, 16
-        self.qkv = nn.Linear(10, 3 * self.span)
-        self.out = nn.Linear(self.span, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x, self.nheads, self.span)
-
-    def attend(self, x: Tensor, heads: int, span: int) -> Tensor:
-        n, length, _ = x.shape
-        q, k, v = (
-            part.view(n, length, heads, self.each).transpose(1, 2)
-            for part in self.qkv(x).split(span, -1)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(1, 2).reshape(n, length, span))
-
-
-class Decoder(nn.Module):
-    """Attention, and features that become an image by a module without a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Attention(), Attention())
-        self.layers = nn.Sequential(
-            nn.Linear(10, 6 * 4),
-            nn.ReLU(),
-            nn.Unflatten(1, (6, 2, 2)),
-            nn.ConvTranspose2d(6, 3, 2, stride=2),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.blocks(x).mean(1))
-
-
-def test_numbers_under_unknown_names_are_found_by_trial() -> None:
-    model, inputs = randomized(Decoder()), [(torch.randn(2, 5, 10),), (torch.randn(3, 6, 10),)]
-    dense = copy.deepcopy(model)
-    _, proof, _ = shrink_by_half(model, inputs)
-    assert {(n.module, n.attribute, n.value) for n in proof.plan.integers} == {
-        ("layers.2", "unflattened_size", (3, 2, 2)),
-        *(
-            (f"blocks.{block}", name, n)
-            for block in "01"
-            for name, n in (("nheads", 2), ("span", 8))
-        ),
-    }
-    # What was found is part of the plan, which works without inputs from then on.
-    osscar.slice_units(dense, PruningPlan.from_json(json.loads(json.dumps(proof.plan.to_json()))))
-    dense.load_state_dict(model.state_dict())
-    assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
-
-
-class FourNumbers(nn.Module):
-    """Gated heads whose code keeps four numbers that have to follow."""
-
-    def __init__(self, heads: int = 6, width: int = 5, rest: int = 7) -> None:
-        super().__init__()
-        self.sections, self.per, self.all = heads, width, heads * width
-        self.joint, self.doubled, self.rest = heads * width + rest, 2 * heads * width, rest
-        self.put_in = nn.Linear(9, 2 * self.all + rest)
-        self.scale = nn.Parameter(torch.rand(self.joint) + 0.5)
-        self.put_out = nn.Linear(self.all, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        both, extra = self.put_in(x).split([self.doubled, self.rest], dim=-1)
-        value, gate = both.split([self.all, self.all], dim=-1)
-        scaled = torch.cat((value, extra), -1) * self.scale
-        scaled = scaled.view(*x.shape[:-1], self.joint)
-        value, extra = scaled.split([self.all, self.rest], dim=-1)
-        value = value.view(*value.shape[:-1], self.sections, self.per).softmax(-1)
-        gate = gate.view(*gate.shape[:-1], self.sections, self.per).sigmoid()
-        mixed = (value * gate).view(*x.shape[:-1], self.all)
-        return self.put_out(torch.relu(mixed)) + extra.sum(-1, keepdim=True)
-
-
-def test_more_numbers_than_two_follow_all_together() -> None:
-    net = randomized(FourNumbers())
-    _, proof, _ = shrink_by_half(net, [(torch.randn(8, 9),)])
-    found = {n.attribute: n.value for n in proof.plan.integers}
-    assert found == {"sections": 3, "all": 15, "joint": 22, "doubled": 30}
-
-
-class OfConfig(nn.Module):
-    """Reads the number of its neurons from a config that others read, too."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.both = nn.Linear(6, 2 * config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.both(x).split([self.config.intermediate_size] * 2, dim=-1)
-        return x + self.down(gate.sigmoid() * up)
-
-
-@dataclass(frozen=True)
-class Frozen:
-    intermediate_size: int = 10
-
-
-def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own() -> None:
-    config = SimpleNamespace(intermediate_size=10, name="shared")
-    net, x = nn.Sequential(OfConfig(config), OfConfig(config)).eval(), torch.randn(8, 6)
-    shrunk(net, x, **{"0_both": 4, "1_both": 7})
-    assert [part.config.intermediate_size for part in net] == [4, 7]
-    assert (config.intermediate_size, net[0].config.name) == (10, "shared")
-    for other in (Frozen(), type("Shared", (), {"intermediate_size": 10})):  # cannot be changed
-        net = nn.Sequential(OfConfig(other)).eval()
-        plan = half_of(graph.trace(net, (x,)).prunable)
-        assert_refused(net, plan, [(x,)], AdapterError, "cannot follow")
-        assert other.intermediate_size == 10
-
-
-@network(up=(6, 32), down=(32, 6), sizes=lambda: (32, 32))
-def Limited(net: Any, x: Tensor) -> Tensor:
-    """A net whose tuple has the longest sequence beside the number of neurons, as long."""
-    x = x[:, -net.sizes[0] :]
-    return net.down(torch.relu(net.up(x)).view(*x.shape[:2], net.sizes[1]))
-
-
-def test_only_the_entry_and_the_block_that_have_to_follow_do() -> None:
-    net, x = nn.Sequential(Limited(), Limited()).eval(), torch.randn(2, 6, 6)
-    shrunk(net, x, **{"1_up": 16})
-    assert [block.sizes for block in net] == [(32, 32), (32, 16)]
-
-
-def test_a_stride_never_follows_nor_the_padding_of_a_layer_nor_what_has_followed() -> None:
-    class Strided(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter = nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2)
-            self.middle, self.leave = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 3, 1)
-            self.stride, self.layer_idx, self.mine, self.padding = 2, 2, 4, 2
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.leave(self.middle(self.enter(x)))
-
-    model, x = Strided().eval(), torch.randn(1, 3, 9, 9)
-    plan = half_of(graph.trace(model, (x,)).prunable)
-    search = IntegerSearch(model, plan, lambda: 0.0)  # type: ignore[arg-type,return-value]
-    names = {name for name, _ in search._following("enter")}
-    assert not {"stride", "padding", "dilation", "kernel_size"} & names
-    assert search._following("") == {("mine", None): 2, ("padding", None): 1}  # of channels, here
-    search._follow(Strided, (("mine", None),))
-    assert model.mine == 2  # which is a size as well
-    assert search._following("") == {("padding", None): 1}
-
-
-class Remembering(nn.Module):
-    """Keeps what it makes of a parameter until it is converted, as position biases often are.
-
-    It also notes its width when it is called first.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(width) + 0.5)
-        self.kept: dict[str, Tensor] = {}
-
-    def _apply(self, *args: object, **kwargs: object) -> nn.Module:
-        self.kept = {}
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not hasattr(self, "width"):
-            self.width = x.shape[-1]
-        kept = self.kept.setdefault(str(x.device), torch.tanh(self.gain.detach()))
-        return x.view(-1, self.width) * kept
-
-
-@pytest.mark.parametrize("has_run", [False, True])
-def test_what_modules_remember_of_their_parameters_is_made_anew(has_run: bool) -> None:
-    net = nn.Sequential(nn.Linear(5, 12), Remembering(12), nn.ReLU(), nn.Linear(12, 3)).eval()
-    x = torch.randn(8, 5)
-    if has_run:
-        net(x)  # so that it remembers
-    proof = shrink(net, half_of(graph.trace(net, (x,)).prunable), [(x,)])
-    assert proof.certificate.error < 1e-12  # in float64, although it remembered float32
-    assert len(proof.plan.integers) == has_run
-    found = net(x)
-    assert found.dtype == torch.float32
-    net[1].kept = {}
-    assert torch.equal(net(x), found)
-
-
 # ---- attention of torch ------------------------------------------------------------------
 
 
@@ -512,30 +312,6 @@ def test_keys_that_attention_adds_are_refused() -> None:
 
 
 # ---- what a refusal says -----------------------------------------------------------------
-
-
-class Stubborn(Attention):
-    """Keeps its number of heads where nobody looks for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes = {"heads": self.nheads, "span": self.span}
-        del self.nheads, self.span
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x, self.sizes["heads"], self.sizes["span"])
-
-
-def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
-    model, inputs = randomized(Stubborn()), [(torch.randn(2, 5, 10),)]
-    plan = half_of(graph.trace(model, inputs[0]).prunable)
-    assert_refused(model, plan, inputs, AdapterError, r"Stubborn\) cannot follow.*osscar\.adapter")
-
-    @adapter(Stubborn)
-    def follow(module: Stubborn, group: GroupPlan) -> None:
-        module.sizes = {name: group.scaled(size) for name, size in module.sizes.items()}
-
-    assert shrink(model, plan, inputs).certificate.error < 1e-6
 
 
 @network(enter=(6, 8), leave=(8, 6))
