@@ -13,7 +13,7 @@ Takes seconds.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -157,23 +157,23 @@ def counted(name: str, samples: int, seqlen: int) -> Counted:
     )
 
 
-def tables(name: str, samples: int, seqlen: int, cards: Sequence[Card] = CARDS) -> list[str]:
+def tables(name: str, samples: int, seqlen: int) -> list[str]:
     """Return tables in Markdown: counts and seconds by stage, and memory by part of the run."""
     found = counted(name, samples, seqlen)
-    head = ["stage", "bfloat16", "float32", "float64", "TB moved", *(f"{c.name}, s" for c in cards)]
+    head = ["stage", "bfloat16", "float32", "float64", "TB moved", *(f"{c.name}, s" for c in CARDS)]
     rows = [head]
     for stage, work in found.stages.items():
         numbers = (work.bf16, work.fp32, work.fp64, work.moved)
-        times = (work.seconds(card) for card in cards)
+        times = (work.seconds(card) for card in CARDS)
         rows.append([str(stage), *(f"{x:,.1f}" if x else "" for x in numbers), *map(_short, times)])
-    sums = [sum(work.seconds(card) for work in found.stages.values()) for card in cards]
+    sums = [sum(work.seconds(card) for work in found.stages.values()) for card in CARDS]
     rows.append(["all", "", "", "", "", *map(_short, sums)])
     read = found.weights * (READ_PASSES + 2 * found.held + 1) / 1e12
-    reading = [_short(read / card.disk) for card in cards]
+    reading = [_short(read / card.disk) for card in CARDS]
     rows.append(["weights on disk: reading them", "", "", "", f"{read:,.1f}", *reading])
-    memory = [["part", "GB", *(c.name for c in cards)]]
+    memory = [["part", "GB", *(c.name for c in CARDS)]]
     for part, size in found.memory().items():
-        fit = ("fits" if size <= card.gigabytes * 1e9 else "no" for card in cards)
+        fit = ("fits" if size <= card.gigabytes * 1e9 else "no" for card in CARDS)
         memory.append([part, f"{size / 1e9:.1f}", *fit])
     parts = {
         "weights": found.weights,

@@ -54,9 +54,9 @@ class Pyramid(nn.Module):
 class Detector(nn.Module):
     """Two scales, and a raw map of outputs for each."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        w = width
+        w = 8
         self.stem, self.one = ConvNormAct(3, w, 3, 2), Split(w, w)
         self.down, self.two = ConvNormAct(w, 2 * w, 3, 2), Split(2 * w, 2 * w)
         self.pyramid, self.up = Pyramid(2 * w), nn.Upsample(scale_factor=2)
@@ -75,14 +75,14 @@ class Detector(nn.Module):
         return [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
 
-def detector(gain: float = 2.5, seed: int = 0, width: int = 8) -> nn.Module:
+def detector() -> nn.Module:
     """Return a detector whose signal grows from layer to layer.
 
     Far below zero SiLU is not zero, but nearly so: exp(-50) for instance.
     """
-    torch.manual_seed(seed)
-    model = Detector(width)
+    torch.manual_seed(0)
+    model = Detector()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
+            nn.init.normal_(module.weight, std=2.5 / math.sqrt(module.weight[0].numel()))
     return model.eval()

@@ -80,9 +80,7 @@ def gated() -> DeepseekV3Config:
     )
 
 
-def tiny(
-    family: str, *, attention: str = "sdpa", seed: int = 0, layers: int = 2
-) -> PreTrainedModel:
+def tiny(family: str, *, seed: int = 0, layers: int = 2) -> PreTrainedModel:
     """Build a tiny random model whose weights are large enough to matter."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
@@ -90,7 +88,7 @@ def tiny(
     kinds = getattr(config, "layer_types", None)
     if kinds:
         config.layer_types = kinds[:layers]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

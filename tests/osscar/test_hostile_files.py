@@ -323,8 +323,8 @@ def safetensors_file(header, data=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def entry(begin, end, shape=(2,), dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def entry(begin, end, shape=(2,)):
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
 
 
 EIGHT = b"\0" * 8

@@ -72,9 +72,9 @@ def assert_markers_are_whole(axes):
             assert frame.y0 - 1e-6 <= up < up + radius <= frame.y1
 
 
-def layer(name, loss, bound=None, kept=5):
+def layer(name, loss, bound=None):
     return {
-        **{"name": name, "kind": name.rpartition(".")[2], "kept": kept, "units": 10},
+        **{"name": name, "kind": name.rpartition(".")[2], "kept": 5, "units": 10},
         **{"relative_loss": loss, "relative_bound": bound, "lower_bound": bound},
     }
 

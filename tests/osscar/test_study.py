@@ -48,9 +48,9 @@ WINDOWS = len(DESIGN.sparsities) * DESIGN.windows
 QUICK = StudyDesign(sparsities=(0.5,), backends=("greedy", "enumerate"))
 
 
-def captured(directory, *problems, kind="units"):
+def captured(directory, *problems):
     study = Study(directory, {"problems": [{"file": p.name} for p in problems]})
-    study.capture([(kind, p) for p in problems])
+    study.capture([("units", p) for p in problems])
     return study
 
 

@@ -291,9 +291,9 @@ def network():
     return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
 
 
-def samples(seed=0, labels=None, count=48):
+def samples(seed=0, labels=None):
     generator = torch.Generator().manual_seed(seed)
-    return osscar.TensorSet("drawn", {"input": torch.randn(count, 5, generator=generator)}, labels)
+    return osscar.TensorSet("drawn", {"input": torch.randn(48, 5, generator=generator)}, labels)
 
 
 def test_labels_say_that_a_matrix_is_of_scores_of_classes_and_are_part_of_the_data():
