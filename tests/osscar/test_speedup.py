@@ -40,7 +40,7 @@ def timed(monkeypatch):
 
 def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
     model, points = tiny("opt"), jobs(BudgetKind.SPEEDUP, (1.2, 1.5))
-    base = PruningRequest(speedup=2.0, backend="wanda", device="cpu")
+    base, swept = PruningRequest(speedup=2.0, backend="wanda", device="cpu"), []
     for job, result in prune_points(model, tokens(8, 24), base, points):
         reached = seconds(model) / seconds(result.model)
         assert reached == pytest.approx(job.value, rel=0.03)
@@ -48,6 +48,8 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
         assert result.budget.tightest.limit == pytest.approx(1 / job.value)
         assert len(timed) <= speedup.MOST_MODELS
         timed.clear()
+        swept.append(job)
+    assert swept == [*points]
 
 
 @pytest.mark.parametrize(("wanted", "binds"), [(1.1, True), (1.5, False)])
