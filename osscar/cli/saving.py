@@ -88,11 +88,14 @@ def run_and_report(
         return
     if ranks.first:
         check()
-    with _held(logs if ranks.first else ()), quiet():
+    with (
+        way_back(kept, restarts=options.restart),
+        _held(logs if ranks.first else ()),
+        quiet(),
+    ):
         if options.restart and ranks.first:
             remove()
-        with way_back(kept, restarts=options.restart):
-            tell = work()
+        tell = work()
         if ranks.first:
             remove()
     if ranks.first:
