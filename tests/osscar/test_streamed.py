@@ -346,6 +346,14 @@ JOBS = tuple(SweepJob(m, BudgetKind.SPARSITY, s) for m, s in (("uniform", 0.2), 
 BASE = PruningRequest(sparsity=0.2, allocation="uniform", backend="greedy", device="cpu")
 
 
+def test_a_streamed_model_is_swept_to_the_same_points(tmp_path):
+    dense, found = written(tmp_path / "dense", "opt", layers=1), []
+    for limit in (None, PLENTY):
+        points = prune_points(opened(dense, limit), windows(), BASE, JOBS)
+        found.append([(result.plan, result.divergence) for _, result in points])
+    assert found[0] == found[1]
+
+
 def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("osscar.run.points.run_dense", None)
     model = opened(written(tmp_path / "dense", "opt", layers=1), "100MB")

@@ -15,6 +15,7 @@ from osscar.allocation.allocate import allocate
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.data.images import ImageSet
 from osscar.evaluation.quality import score
+from osscar.evaluation.speed import measure_forward
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
 from osscar.proof.plan import Form
@@ -220,9 +221,18 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     torch.manual_seed(0)
     model, data, out = grouped_net(), torch.randn(24, 3, 12, 12), tmp_path / "sweep"
     asked = {"baselines": True, "backend": "magnitude", "device": "cpu"}
+    turns = []  # of the dense model, and of a smaller one
+
+    def noted(models, batch):
+        turns.append(measure_forward(models, batch))
+        return turns[-1]
+
+    monkeypatch.setattr("osscar.run.sweep.measure_forward", noted)
     document = osscar.sweep(model, data, out, sparsity=[0.4], **asked)
     assert document == json.loads((out / "sweep.json").read_text())
     dense, *points = document["points"]
+    for point, (before, after) in zip(points, turns[1:], strict=True):
+        assert point["speedup"] == before["seconds"] / after["seconds"]
     assert repr(document) == "SweepResult('Sequential', 6 points over sparsity)"
     assert "magnitude" in document.summary()
     assert document._repr_html_().count("<figure") == len({"divergence"})

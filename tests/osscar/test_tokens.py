@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import AutoTokenizer, BertTokenizerFast, XLNetConfig
 
 import osscar
 from benchmarks.prose import shingles, split_paragraphs
 from osscar.base.errors import DataError, MissingDependency, OptionError
 from osscar.data.text import encode, load_calibration, read_text, special_tokens
 from osscar.models.names import DEMO_DIRECTORY
+from osscar.network.modules import context_length
 from osscar.proof.lineage import note
 from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
 
@@ -103,6 +104,12 @@ def test_a_short_text_gives_overlapping_windows_and_says_so(tokenizer):
 
 
 # ---- sources -----------------------------------------------------------------------------
+
+
+def test_a_class_that_answers_minus_one_takes_any_number_of_tokens():
+    config = XLNetConfig()
+    assert config.max_position_embeddings == -1
+    assert context_length(types.SimpleNamespace(config=config)) is None
 
 
 def test_only_the_demo_has_texts_of_its_own():
