@@ -15,6 +15,7 @@ import osscar
 from osscar.base.errors import CheckpointError, DataError, EquivalenceError, FileError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE
+from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import any_shape_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.models.names import DEMO_DIRECTORY
@@ -338,6 +339,12 @@ def test_a_model_that_was_converted_by_hand_can_be_saved(tmp_path):
     assert half.bytes < 0.6 * full.bytes
     assert model.dtype == torch.bfloat16
     assert_same(osscar.load(half.path), as_transformers(half.path, torch.bfloat16))
+
+
+def test_a_model_of_ones_own_is_converted_as_a_whole():
+    model = cast(torch.nn.BatchNorm1d(3), torch.bfloat16)
+    assert set(formats(model).values()) == {torch.bfloat16}
+    assert model.num_batches_tracked.dtype == torch.int64
 
 
 def test_what_a_family_keeps_in_float32_is_kept_and_counted(tmp_path):
