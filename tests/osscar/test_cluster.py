@@ -143,14 +143,19 @@ def test_a_pool_ends_with_its_command_and_the_command_with_its_pool(victim, tmp_
         pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
         return [pid for pid in pids if _session_of(pid) == process.pid and pid != process.pid]
 
+    def workers():
+        return [
+            pid for pid in session() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+
     def wait_for(condition):
         end = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    wait_for(session)
-    os.kill(session()[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    wait_for(workers)
+    os.kill(workers()[0] if victim == "worker" else process.pid, signal.SIGKILL)
     assert process.wait() == (2 if victim == "worker" else -signal.SIGKILL)
     assert ("a worker was killed" in process.stderr) == (victim == "worker")
     wait_for(lambda: not session())

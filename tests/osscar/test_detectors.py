@@ -96,7 +96,8 @@ def check_exported(model, place):
 
     written = osscar.export_onnx(model, place / "it.onnx", example_inputs=images(2, 0))
     session = onnxruntime.InferenceSession(written.path)
-    found = session.run(None, {written.inputs[0]: images(3, 30).numpy()})
+    (name,) = written.inputs
+    found = session.run(None, {name: images(3, 30).numpy()})
     with torch.no_grad():
         outputs = pytree.tree_leaves(model(images(3, 30)))
     outputs = [one for one in outputs if isinstance(one, torch.Tensor)]
