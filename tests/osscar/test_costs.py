@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -62,7 +62,12 @@ def test_a_cost_over_one_group_differs_from_that_of_the_model_by_a_constant(cost
         np.testing.assert_array_equal(over - over[0], whole - whole[0])
 
 
+BESIDE = _Weight(1, (3,), ((0, "a", 1), (0, "b", 1)))
+"""A weight that two groups take from along one dimension."""
+
+
 @given(costs(outside=1), st.sets(st.sampled_from(NAMES)))
+@example(CountedCost((BESIDE,), 0, {}, dict.fromkeys(NAMES, 1)), {"a", "b"})
 @settings(max_examples=60)
 def test_costs_are_separable_where_no_mixed_difference_is_anything(cost, names):
     mixed = (
