@@ -88,14 +88,13 @@ def run_and_report(
         return
     if ranks.first:
         check()
-    with (
-        way_back(kept, restarts=options.restart),
-        _held(logs if ranks.first else ()),
-        quiet(),
-    ):
-        if options.restart and ranks.first:
-            remove()
-        tell = work()
+    with ExitStack() as stack:
+        with way_back(kept, restarts=options.restart):
+            stack.enter_context(_held(logs if ranks.first else ()))
+            stack.enter_context(quiet())
+            if options.restart and ranks.first:
+                remove()
+            tell = work()
         if ranks.first:
             remove()
     if ranks.first:
