@@ -16,6 +16,8 @@ from osscar.base.errors import EquivalenceError, ModelError, OptionError, Reques
 from osscar.experts.find import mixtures_in
 from osscar.experts.lists import called_as_mixtures
 from osscar.preparation.prepare import prepare
+from osscar.proof.equivalence import masked
+from osscar.proof.plan import GroupPlan, PruningPlan
 from solvers import RouterScores, RoutingRule
 from tests.osscar.expert_lists import (
     COUNT,
@@ -96,6 +98,17 @@ def test_experts_of_a_list_leave_and_the_model_is_proved_saved_and_loaded(kind, 
     cost = count(Cost.BYTES, model, [one.group], {"x": x[:2]})
     tensors = load_file(tmp_path / "smaller" / "model.safetensors").values()
     assert cost.of({layer.name: 4}) == sum(t.nbytes for t in tensors)
+
+
+def test_a_block_whose_experts_were_masked_chooses_as_before(x):
+    """Its own bias, which decides with the scores, is put back."""
+    model = net(Masked)
+    (one,) = mixtures(model, x)
+    plan = PruningPlan((GroupPlan.of(one.group, range(4)),))
+    dense = model(x)
+    with masked(model, plan):
+        assert not torch.equal(model(x), dense)
+    assert torch.equal(model(x), dense)
 
 
 def test_experts_whose_last_layer_is_not_seen_stay(x):
