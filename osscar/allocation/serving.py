@@ -22,7 +22,7 @@ from osscar.base.errors import RequestError
 from osscar.data.batches import Batch
 from osscar.network.hooks import running_modules
 from osscar.network.modules import context_length, fresh
-from osscar.proof.equivalence import has_cache
+from osscar.proof.equivalence import cache_name, has_cache
 from osscar.proof.lineage import stored_dtype
 
 
@@ -105,7 +105,7 @@ def _kept(model: nn.Module, example: Batch, context: int) -> list[_Kept]:
             return plain(keys, values, layer, *more, **by)
 
         cache.update = noted
-        model(**{**fresh(example), "past_key_values": cache, "use_cache": True})
+        model(**{**fresh(example), cache_name(model): cache, "use_cache": True})
     others = {
         type(layer).__name__
         for index, layer in enumerate(cache.layers)

@@ -23,11 +23,9 @@ from osscar.evaluation.size import count_parameter_bytes
 from osscar.network.modules import count_parameters, evaluating, forward
 from osscar.network.operations import count_flops
 from osscar.offload.on_disk import room_for_pass
+from osscar.proof.equivalence import cache_name
 
 _REPETITIONS = 5
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the key-value cache, newest name first."""
 
 
 def _forward_timer(model: nn.Module, batch: Mapping[str, Tensor]) -> Timer:
@@ -162,9 +160,9 @@ class _Decoding:
     def decode(self) -> None:
         for _ in range(self.new_tokens):
             token = self.output.logits[:, -1:].argmax(-1)
-            found = ((name, getattr(self.output, name, None)) for name in CACHE_NAMES)
-            cache = next(((name, one) for name, one in found if one is not None), None)
+            name = cache_name(self.model)
+            cache = getattr(self.output, name, None)
             if cache is None:
                 kind = type(self.model).__name__
                 raise ModelError(f"{kind} has no key-value cache to decode with")
-            self.output = self.model(input_ids=token, use_cache=True, **dict([cache]))
+            self.output = self.model(input_ids=token, use_cache=True, **{name: cache})

@@ -110,6 +110,11 @@ def has_cache(model: nn.Module) -> bool:
     return _takes(model, "use_cache")
 
 
+def cache_name(model: nn.Module) -> str:
+    """Return what a model of transformers calls its cache, by an older or a newer name."""
+    return "cache" if _takes(model, "cache") else "past_key_values"
+
+
 def _takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
@@ -343,10 +348,11 @@ def proof_outputs(
 def _kept_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return the logits of a pass that keeps keys and values, and of one that goes on from it."""
     begun = call(model, {**inputs, "use_cache": True})
-    kept, tokens = getattr(begun, "past_key_values", None), inputs.get("input_ids")
+    name, tokens = cache_name(model), inputs.get("input_ids")
+    kept = getattr(begun, name, None)
     if kept is None or tokens is None or set(inputs) != {"input_ids"}:
         return [_first(begun)]
-    step = {"input_ids": tokens[:, -1:], "past_key_values": kept, "use_cache": True}
+    step = {"input_ids": tokens[:, -1:], name: kept, "use_cache": True}
     return [_first(begun), _first(call(model, step))]
 
 

@@ -42,6 +42,7 @@ from osscar.evaluation.speed import measure_speed
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
+from osscar.proof.equivalence import cache_name
 from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
 
 TEXT = "The import statement binds names. " * 12
@@ -298,7 +299,7 @@ def test_what_the_model_is_asked_to_do(build):
     shapes = []
 
     def note(_, __, keywords, output):
-        cache = next(c for c in (getattr(output, n, None) for n in speed.CACHE_NAMES) if c)
+        cache = getattr(output, cache_name(model))
         shapes.append((keywords["input_ids"].shape[1], cache.get_seq_length()))
 
     model.register_forward_hook(note, with_kwargs=True)
