@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import osscar
 from tests.docs.pages import ROOT
 
 EVERYWHERE = {"schema", "osscar_version"}
@@ -32,16 +34,16 @@ def sections() -> dict[str, str]:
 def undescribed(document: dict[str, Any]) -> set[str]:
     """The fields of a document, at any depth, that the page does not name.
 
-    Where it says *as in* another schema, that one's fields are the same.
+    Where it says *as in* another schema, that one's fields are the same, and *the fields of* a
+    class are described in the reference.
     """
     described = sections()
     body = described[document["schema"]]
     body += "".join(described[name] for name in re.findall(r"as in `(osscar\.\w+/\d+)`", body))
-    return (
-        set(_fields(document))
-        - set(re.findall(r"`(?:\w+\[?\]?\.)*(\w+)(?:\[\])?`", body))
-        - EVERYWHERE
-    )
+    named = set(re.findall(r"`(?:\w+\[?\]?\.)*(\w+)(?:\[\])?`", body))
+    for name in re.findall(r"the fields of \[`(\w+)`\]", body):
+        named |= {field.name for field in dataclasses.fields(getattr(osscar, name))}
+    return set(_fields(document)) - named - EVERYWHERE
 
 
 def _fields(value: Any) -> Iterator[str]:
