@@ -1,16 +1,24 @@
-"""What the site makes of code: the page of commands, of their help."""
+"""What the site takes from elsewhere: its first page from README, and commands from their help."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
-
-MARK = "<!-- commands -->"
 
 
 def on_page_markdown(markdown: str, **given: Any) -> str:
-    """Put the help of all commands in the place of its mark; mkdocs calls this for each page."""
-    return markdown.replace(MARK, help_of_commands()) if MARK in markdown else markdown
+    """Put in the place of a mark what it names; mkdocs calls this for each page."""
+    for mark, text in {"<!-- readme -->": readme, "<!-- commands -->": help_of_commands}.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, text())
+    return markdown
+
+
+def readme() -> str:
+    """Return README with its links as they are from the first page of the site."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return text.replace("](docs/", "](")
 
 
 def help_of_commands() -> str:
