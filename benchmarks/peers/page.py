@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import markdown, rows_in
-from osscar.base.printable import share
+from osscar.base.printable import listed, share
 from osscar.report.figures import color, legend, new_figure, shares, svg_of
 
 DENSE, OURS = "dense", "this toolkit"
@@ -92,8 +92,9 @@ def write_page(directory: Path) -> str:
 def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
     """Yield the page."""
     yield from ("## Where a peer is better", "")
-    better = [line for size, here in known.items() for line in beaten(size, here)]
-    yield from better or ["Nowhere in these rows."]
+    better = [one for size, here in known.items() for one in beaten(size, here)]
+    better.sort(key=lambda one: one[0])
+    yield from [line for _, line in better] or ["Nowhere in these rows."]
     yield from ("", "## Size against quality", "", f"![{ALTERNATIVE}](images/peers.svg)")
     yield from tables(known)
     failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
@@ -121,8 +122,11 @@ COSTS = {
 """What is better if it is less."""
 
 
-def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
-    """Yield a line for each measure in which the mean of a peer is better than this toolkit's."""
+def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[tuple[int, str]]:
+    """Yield a line for each measure in which the mean of a peer is better than this toolkit's.
+
+    Before it comes the position of the measure: quality first, then what it costs.
+    """
     ours = next((entry for entry in here if entry.method == OURS), None)
     if ours is None:
         return
@@ -132,7 +136,7 @@ def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
         ("recovered", "quality", True, lambda x: told(ours.measure, [x])),
         *((title, name, False, form) for name, (title, form) in COSTS.items()),
     ]
-    for title, name, trained, form in compared:
+    for position, (title, name, trained, form) in enumerate(compared):
         mine = ours.values(name, trained)
         if not mine:
             continue
@@ -149,8 +153,9 @@ def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[str]:
             if x < sign * own and form(sign * x) != form(own)  # the same digits are no less
         ]
         if best:
-            theirs = "; ".join(best)
-            yield f"- {TITLES[size[0]]}, {size[1]}, {title}: {theirs}; this toolkit {form(own)}."
+            theirs = listed(best, 2, "; ")
+            where = f"{TITLES[size[0]]}, {size[1]}"
+            yield position, f"- {where}, {title}: {theirs}; this toolkit {form(own)}."
 
 
 def table(here: Sequence[Entry]) -> list[str]:
