@@ -39,7 +39,10 @@ SIZES = 6
 
 @dataclass(frozen=True)
 class Task:
-    """A model, how many samples are drawn for a search, tokens of a window of text, and targets."""
+    """A model, how many samples are drawn for a search, tokens of a window of text, and targets.
+
+    Of what is left, `fresh` samples are measured at most.
+    """
 
     model: str
     samples: int
@@ -47,6 +50,7 @@ class Task:
     seqlen: int | None = None
     own_labels: bool = False
     """Whether images are labelled with the class that the dense model puts first."""
+    fresh: int = 1000
 
 
 DIVERGENCE, PERPLEXITY, TOP1 = TargetKind.DIVERGENCE, TargetKind.PERPLEXITY, TargetKind.TOP1
@@ -61,7 +65,11 @@ TASKS = {
     ),
     "demo": Task("demo", 64, ((DIVERGENCE, 0.03), (DIVERGENCE, 0.1), (PERPLEXITY, 0.05)), 64),
     "smollm2": Task(
-        "smollm2-135m", 64, ((DIVERGENCE, 0.1), (DIVERGENCE, 0.3), (PERPLEXITY, 0.1)), 256
+        "smollm2-135m",
+        64,
+        ((DIVERGENCE, 0.1), (DIVERGENCE, 0.3), (PERPLEXITY, 0.1)),
+        256,
+        fresh=128,
     ),
 }
 
@@ -150,7 +158,7 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
     task, kind, model = TASKS[row.task], TargetKind(row.target), loaded.model
     samples = len(pool.tokens) if task.seqlen else len(pool)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(row.seed))
-    chosen, rest = order[: task.samples], order[task.samples :][:1000]
+    chosen, rest = order[: task.samples], order[task.samples :][: task.fresh]
     data, fresh = rows_of(pool, chosen), rows_of(pool, rest)
     began, found = time.process_time(), dataclasses.asdict(row)
     asked: dict[str, Any] = {kind: row.most}
