@@ -38,7 +38,7 @@ import torch
 import osscar
 from benchmarks.case import Case, Form, Smaller
 from benchmarks.measuring import Asked, read
-from benchmarks.peers.page import DENSE, OURS, entries, tables
+from benchmarks.page import DENSE, OURS, entries, tables
 from benchmarks.tasks import SOURCES, TASKS, Setting, Subject, Task, Text, same_size
 from osscar.base.errors import first_line
 from osscar.base.files import write_json

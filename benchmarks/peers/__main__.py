@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from functools import partial
 
 from benchmarks import tasks
+from benchmarks.page import write_page
 from benchmarks.peers import backends, depgraph
 from benchmarks.peers.decoders import flap, short_gpt, slice_gpt
-from benchmarks.peers.page import write_page
 from benchmarks.quality import Bench, Method, prune
 
 SETTINGS = {

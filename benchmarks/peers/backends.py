@@ -11,7 +11,7 @@ import torch
 import solvers
 from benchmarks import official
 from benchmarks.case import Case, Smaller
-from benchmarks.peers.page import OURS
+from benchmarks.page import OURS
 from benchmarks.quality import BASELINES, NO_REFIT, PAPER, UNIFORM, prune, run
 
 FLAP = "FLAP, equal shares"

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.measuring import read
+from benchmarks.page import DENSE, OURS, write_page
 from benchmarks.peers import backends, depgraph
 from benchmarks.peers.__main__ import BENCH, methods
 from benchmarks.peers.decoders import short_gpt, slice_gpt
-from benchmarks.peers.page import DENSE, OURS, write_page
 from benchmarks.quality import Row
 from benchmarks.resnet20 import MEAN, STD, ResNet20
 from benchmarks.tasks import flops
