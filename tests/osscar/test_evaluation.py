@@ -203,7 +203,15 @@ def test_non_finite_logits_name_the_window(model, tokenizer):
     model.set_input_embeddings(nn.Embedding.from_pretrained(weight))  # the output stays whole
     with pytest.raises(NonFiniteError, match=f"window {place // 16};"):
         measure_quality(model, tokenizer, text, seqlen=16)
+
+    def never(_, __, output):
+        output.logits[..., tokens[1]] = -torch.inf
+
     model = tiny_opt()
+    hook = model.register_forward_hook(never)
+    with pytest.raises(NonFiniteError, match="window 0;"):
+        measure_quality(model, tokenizer, text, seqlen=16)
+    hook.remove()
     with torch.no_grad():
         model.model.decoder.final_layer_norm.weight.mul_(1e6)
     with pytest.raises(NonFiniteError, match="overflows"):
