@@ -162,7 +162,7 @@ def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn
         if wanted not in (modules if isinstance(wanted, str) else kinds):
             near = difflib.get_close_matches(str(wanted), modules, n=3)
             hint = f"; near it: {', '.join(near)}" if near else ""
-            raise ExampleInputError(f"the model has no module {wanted!r} to leave whole{hint}")
+            raise ExampleInputError(f"the model has no module {wanted!r}, which opaque names{hint}")
 
 
 # ---- residual streams --------------------------------------------------------------------

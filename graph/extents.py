@@ -83,7 +83,7 @@ class TracedProgram:
                         f"it is frozen in the exported program: {group.frozen[0].reason}"
                     )
                 return axis
-        raise UnknownGroupError("the exported program has no group of the same tensors")
+        raise UnknownGroupError("the exported program has no such group")
 
 
 def _locations(slots: Iterable[Slot]) -> set[tuple[object, ...]]:

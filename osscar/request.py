@@ -76,10 +76,10 @@ Allocation: TypeAlias = Literal["measured", "uniform"]
 
 METHODS = MappingProxyType(
     {
-        "measured": "widths of least divergence, measured group by group; layers make up for one "
-        "another's errors",
-        "uniform": "the same share of every group, the largest within the budget; "
-        "layers make up for one another's errors",
+        "measured": "widths of least divergence, measured group by group; refits correct the "
+        "errors of earlier layers",
+        "uniform": "the same fraction of every group, the largest within the budget; refits "
+        "correct the errors of earlier layers",
     }
 )
 """What the request itself may be called, by how it shares a budget; all others are baselines."""
@@ -222,7 +222,7 @@ def _share_lost(value: Any) -> float:
         lost = float(text.removesuffix("%")) / (100 if percent else 1)
         if 0 < lost < (math.inf if percent else 1) and not isinstance(value, bool):
             return lost
-    raise ValueError("give a percentage above zero, such as 5%, or a share, such as 0.05")
+    raise ValueError("give a percentage above zero, such as 5%, or a fraction, such as 0.05")
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
@@ -246,13 +246,13 @@ def is_keep(annotation: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningRequest:
-    """What a user asks of a pruning run.
+    """The options of a pruning run.
 
     Parameters
     ----------
     sparsity
-        Share to remove, between 0 and 1, of the parameters that heads, neurons and channels own;
-        the other parameters of the model do not count.
+        Fraction to remove, between 0 and 1, of the parameters of heads, neurons and channels; the
+        other parameters of the model do not count.
     params
         Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size
@@ -266,27 +266,28 @@ class PruningRequest:
     batch
         With `memory`: sequences that are served at the same time.
     flops
-        Share of the floating-point operations to keep, between 0 and 1.
+        Fraction of the floating-point operations to keep, between 0 and 1.
     speedup
         Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
         on this device, where nothing else should run meanwhile.
     max_divergence
-        The most that the outputs may differ from the dense model's, in nats a prediction, or as a
-        relative squared error if the model has no scores of classes.  The smallest model within it,
-        and within budgets that are given too, is found by pruning at most four times, each time on
-        half of the calibration samples.  A quarter, to which nothing is fitted, tells with 95 %
-        confidence whether a model is within it.
+        Largest divergence of the outputs from the dense model's, in nats per prediction; or largest
+        relative squared error, if the outputs are no class scores.  The smallest model within it
+        and within all budgets is found by pruning up to four times, on half of the calibration
+        samples.  A quarter of them chooses the size, with 95 % confidence, and the last quarter
+        measures the result.
     max_perplexity_increase
-        The same for a language model: the most that its perplexity may rise, such as ``5%``.
+        The same search for a language model: largest increase of its perplexity, such as ``5%``.
     max_top1_drop
-        The same for labelled calibration data: the most that top-1 accuracy may fall, in percentage
-        points, such as ``1%``.
+        The same search for labelled data: largest drop of the top-1 accuracy, in percentage points,
+        such as ``1%``.
     smallest
-        With one of these targets of quality: what is made as small as possible, ``params`` (the
-        default), ``flops``, or ``size`` in bytes.
+        With a quality target: what to make as small as possible, ``params`` (the default),
+        ``flops``, or ``size`` in bytes.
     allocation
-        How layers share the budget.  ``measured`` gives each layer the width with which the model's
-        outputs change least; ``uniform`` keeps the same share of every layer, as the paper does.
+        How the budgets are divided among layers.  ``measured`` chooses widths with which the
+        model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
+        paper does.
     heads
         Heads to keep in each layer: a fraction such as ``2/3``, or a count.  Under grouped-query
         attention a head is a key-value head with its query heads.
@@ -295,58 +296,58 @@ class PruningRequest:
     channels
         Channels to keep in each convolution: a fraction, or a count.
     residual
-        Channels to keep of each residual stream, to which shortcuts add: a fraction, or a count.
-        No other option removes any of these.
+        Channels to keep in each residual stream, the sum along shortcuts: a fraction, or a count.
+        Only this option removes residual channels.
     experts
-        Experts to keep in each mixture: a fraction, a count, or ``auto``, with which a budget of
-        parameters or bytes decides about experts, too.
+        Experts to keep in each mixture: a fraction, or a count.  With ``auto``, a budget of
+        parameters or bytes decides.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
-        Number of which the width of every pruned layer is a multiple, such as 32 for llama.cpp.
+        Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp.
     at_least
         Fewest units that a budget leaves in each group: a fraction of the group's, or a count.
     skip
-        Groups to leave as they are: names, or patterns such as ``h.0.*``, each of which has to
-        match a group.  ``osscar inspect`` lists the names.
+        Groups to leave as they are: names, or patterns such as ``h.0.*``.  ``osscar inspect`` lists
+        the names.
     backend, backend_options
         Solver that chooses the units: a registered name, or ``file.py:Class`` of your own, with its
         options; or a backend object.  For experts, one that takes a `solvers.ExpertProblem`.
     certify
-        Compute a lower bound of each layer's loss, which tells how far its selection can be from
+        Compute a lower bound on each layer's loss, which limits how far its selection can be from
         optimal, and verify each solution.  The run takes several times as long.
     bound_rounds
         With `certify`: rounds of the search for the lower bound of a group with more than 32 units.
         More rounds give a better bound, and take longer.
     damp
-        Damping of the refit: the strength of a ridge term that pulls weights to the dense ones,
-        relative to the diagonal of the Gram matrix.  By default held-out calibration samples choose
-        it for each layer.
+        Damping of the refit: the weight of a ridge penalty on changes of the dense weights,
+        relative to the diagonal of the Gram matrix.  By default chosen for each layer on held-out
+        calibration samples.
     target
-        Outputs that a layer is refitted to.  ``weights``: those of its dense weights on the inputs
-        that pruning has left, as in the paper.  ``residual``: the same with a correction for what
-        earlier layers lost.
+        Outputs that a layer is refitted to.  ``weights``: those of its dense weights on its inputs
+        in the pruned model, as in the paper.  ``residual``: the same, corrected for the errors of
+        earlier layers.
     correction_weight
-        With the target ``residual``: how much of its correction is made, from 0, none, to 1, all.
-        By default held-out calibration samples choose it for each layer.
+        With the target ``residual``: weight of its correction, from 0 (none) to 1 (full).  By
+        default chosen for each layer on held-out calibration samples.
     batch_norm
-        What becomes of the running statistics of batch norm: ``correct`` moves them by as much as
-        pruning moves the statistics of the calibration data, and ``keep`` leaves them as they are.
+        Running statistics of batch norm: ``correct`` shifts them as pruning shifts the statistics
+        of the calibration data; ``keep`` leaves them as they are.
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
         Samples in a forward pass: 8 windows of text by default, or 64 of anything else.
     seed
-        Random seed of the inputs on which the pruned model is verified.  On the command line it is
-        also the seed by which calibration samples are drawn.
+        Random seed of the calibration samples that a command draws, of their parts for a quality
+        target, and of the inputs on which the pruned model is verified.
     form
-        What becomes smaller.  ``eager``: the model's own modules.  ``exported``: its exported
-        program (`osscar.ProgramModule`), for code that cannot work with fewer units.  ``auto``: the
-        modules, or the program if more groups can lose units there; a model that generates text or
+        What is made smaller.  ``eager``: the model's modules.  ``exported``: its ``torch.export``
+        program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``: the
+        modules, or the program if more groups can be pruned there; a model that generates text or
         is timed keeps its modules.
     strict
-        End with an error if a group that is to be pruned cannot lose units.  By default such groups
-        are skipped, and the report names them.
+        Stop with an error if a group that is to be pruned cannot lose units.  By default such
+        groups are skipped, and the report names them.
 
     Raises
     ------
@@ -417,63 +418,63 @@ class PruningRequest:
         shared = budgets or targets
         yield (
             len(targets) > 1,
-            f"{' and '.join(targets)} are targets, of which a run has one; give one of them",
+            f"{' and '.join(targets)} are given, and a run takes one quality target; omit the "
+            "others",
         )
         yield (
             bool(targets) and self.speedup is not None,
-            f"a speedup is timed for every size, so that it does not go with {' '.join(targets)}; "
-            "give flops beside it",
+            f"speedup does not go with {' '.join(targets)}, as every size that is tried would be "
+            "timed; give flops in its place",
         )
         yield (
             self.smallest is not None and not targets,
-            f"smallest is {self.smallest}, which is for a target of quality, and none is given; "
-            "give one, such as --max-divergence 0.1",
+            f"smallest is {self.smallest}, which needs a quality target; give one, such as "
+            "--max-divergence 0.1",
         )
         yield (
             bool(targets) and self.allocation != "measured",
-            f"{' and '.join(targets)} finds a size by the curves that are measured, and allocation "
-            f"is {self.allocation}; omit --allocation",
+            f"allocation is {self.allocation}, and {' and '.join(targets)} needs measured curves; "
+            "omit --allocation",
         )
         yield (
             not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
             "nothing to prune: give a budget (--sparsity, --params, --size, --memory, --flops or "
-            "--speedup), a target of quality (--max-divergence, --max-perplexity-increase or "
+            "--speedup), a quality target (--max-divergence, --max-perplexity-increase or "
             "--max-top1-drop), or what to keep with --heads, --neurons, --channels, --residual or "
             "--experts",
         )
         yield (
             self.at_least is not None and not shared,
-            f"at-least is {self.at_least}, which is for groups that share a budget, and no budget "
-            "is given; give one, such as --sparsity",
+            f"at-least is {self.at_least}, which needs a budget; give one, such as --sparsity",
         )
         yield (
             self.allocation != "measured" and not shared,
-            f"allocation is {self.allocation}, which is for a budget, and none is given; give one, "
-            "such as --sparsity, or omit --allocation",
+            f"allocation is {self.allocation}, which needs a budget; give one, such as --sparsity, "
+            "or omit --allocation",
         )
         yield (
             self.memory is not None and self.context is None,
-            f"memory is {self.memory}, which counts the keys and values of a number of tokens, and "
-            "--context does not say of how many; give both, such as --context 4096",
+            f"memory is {self.memory}, which needs the length of the key/value cache; give "
+            "--context, too, such as --context 4096",
         )
         yield (
             self.memory is None and (self.context is not None or self.batch != 1),
-            "context and batch say what --memory counts, which is not given; give all, or neither",
+            "context and batch are for --memory, which is not given; give it, or omit both",
         )
         yield (
             self.memory is not None and self.form == "exported",
-            "memory counts what a model keeps that generates text, which form 'exported' cannot; "
-            "give size as the budget",
+            "memory counts the key/value cache of a model that generates text, which one of form "
+            "'exported' cannot; give size as the budget",
         )
         yield (
             self.speedup is not None and self.form == "exported",
-            "a speedup is timed on modules, so that it does not go with form 'exported'; give "
-            "flops, params or sparsity as the budget",
+            "speedup does not go with form 'exported', as it is timed on modules; give flops, "
+            "params or sparsity as the budget",
         )
         yield (
             self.speedup is not None and experts,
-            "a speedup is timed on models that keep all their experts, so that it does not go with "
-            "experts; give params or size as the budget",
+            "speedup does not go with experts, as it is timed on models with all their experts; "
+            "give params or size as the budget",
         )
         yield (
             experts and self.form == "exported",
@@ -482,9 +483,9 @@ class PruningRequest:
         )
         yield (
             experts and not self.experts_alone and not isinstance(self.backend, str),
-            f"backend is {safe_repr(self.backend)}, which chooses either experts or units of "
-            "layers, and this run removes both; give a name that stands for a backend of each, "
-            "such as 'local_search'",
+            f"backend is {safe_repr(self.backend)}, which chooses either experts or other units, "
+            "and this run removes both; give the name of a backend of both, such as "
+            "'local_search'",
         )
         yield (
             auto and not shared,
@@ -515,7 +516,8 @@ class PruningRequest:
             return solvers.make_backend(self.backend, group, **dict(self.backend_options))
         if not callable(getattr(type(self.backend), "select", None)):
             raise OptionError(
-                f"backend is {safe_repr(self.backend)}; give a name, or an object that selects"
+                f"backend is {safe_repr(self.backend)}; give a name, or an object with a method "
+                "select"
             )
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
@@ -572,7 +574,7 @@ class PruningRequest:
 
     @property
     def target_in_words(self) -> str:
-        """The target of quality as the command line has it."""
+        """The quality target as the command line has it."""
         lost = self.most_lost
         assert self.quality is not None
         amount = f"{lost:g}" if self.quality is TargetKind.DIVERGENCE else f"{100 * lost:g}%"

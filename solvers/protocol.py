@@ -38,7 +38,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class WindowCertificate:
-    """Evidence that no other choice within some units is better, the others held where they are.
+    """Evidence that no choice among some units is better, while all other units stay fixed.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class WindowCertificate:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a backend answers with: a choice, and what it claims about it.
+    """A backend's choice, and what the backend claims about it.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class Selection:
 
 
 class BackendKind(enum.StrEnum):
-    """What a backend's answer is worth."""
+    """What a backend's solution guarantees."""
 
     HEURISTIC = "heuristic"
     EXACT = "exact"
@@ -100,7 +100,7 @@ class BackendKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can take.
+    """Which problems a backend can take.
 
     Parameters
     ----------

@@ -385,7 +385,9 @@ def _check_window(
     try:
         inside = window_problem(problem, claim.support, units)
     except ProblemError as error:
-        raise VerificationError(f"a window is none of this problem: {error}") from error
+        raise VerificationError(
+            f"a window certificate does not fit the problem: {error}"
+        ) from error
     proved = window.certificate.bound(inside)
     require(
         loss - proved <= claim.gap_tolerance * loss + slack + _BOUND_TOLERANCE * loss,

@@ -155,7 +155,7 @@ def few_questions(images: bool = False) -> Iterator[None]:
 
     def counted(env: symbolic_shapes.ShapeEnv, *args: Any, **options: Any) -> Any:
         if next(asked) > most:
-            raise RuntimeError(f"the code asks more than {most} questions about sizes")
+            raise RuntimeError(f"the code compares sizes more than {most} times")
         return original(env, *args, **options)
 
     # A guard notes the innermost frame that is none of its own file.

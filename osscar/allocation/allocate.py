@@ -181,7 +181,7 @@ def _shared_out(
             more = _more_to_prune(prepared, request, groups, others, one.budget)
             raise RequestError(
                 f"{request.in_words([one.budget])} cannot be met: {one.compared(least)}; "
-                f"remove less, or let {more}"
+                f"remove less, or prune {more}"
             )
     if request.allocation != "uniform":
         if curves is None:
@@ -247,16 +247,16 @@ def _more_to_prune(
     residual = prepared.residual
     kinds = {one.group.kind for one in prepared.routed if one.group.prunable}
     if kinds and not request.routed and budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP):
-        return " and ".join(f"{kind} leave, too (--{kind} auto)" for kind in kinds)
+        return " and ".join(f"{kind}, too (--{kind} auto)" for kind in kinds)
     streams = [
         group.name
         for group in groups
         if group.prunable and group.units > 1 and group.name in residual and group.name not in keep
     ]
     if not streams:
-        return "more kinds of units be pruned"
+        return "more kinds of units"
     return (
-        "residual channels leave, too, of which no budget takes any by itself "
+        "residual channels, too, which no budget prunes by itself "
         f"(--residual): {listed([*map(repr, streams)], 3)}"
     )
 

@@ -97,8 +97,8 @@ def allowances(
         has = f"the {'model' if form is Form.EAGER else 'exported program'} has"
         told = (f"{one.most:,.0f} {one.kind}, and {has} {one.cost.dense:,.0f}" for one in found)
         raise RequestError(
-            f"{request.in_words(request.budgets)} asks for no less than there is: it allows "
-            f"{'; '.join(told)}; ask for less to be kept"
+            f"{request.in_words(request.budgets)} removes nothing: it allows {'; '.join(told)}; "
+            "keep less"
         )
     return found
 

@@ -169,9 +169,8 @@ def measured_curves(
     samples = compared_samples(prepared)
     if not samples:
         raise RequestError(
-            f"--allocation measured compares outputs on samples that no weight is fitted to, and "
-            f"there are {prepared.inputs.samples} in all; give at least {FEWEST}, or --allocation "
-            "uniform"
+            f"--allocation measured needs at least {FEWEST} calibration samples, of which some are "
+            f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
         )
     reference = dense_reference(prepared, samples)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
@@ -277,7 +276,7 @@ class _Alone:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:
                 raise NonFiniteError(alone) from error
-            warn(f"{alone}; its curve stays as it was")
+            warn(f"{alone}; its loss curve keeps the earlier measurements")
             return
         curve = self.curves[group] if known else Curve(group, shape)
         self.curves[group] = curve.through(keep, distance)

@@ -84,9 +84,9 @@ def as_fast_as(
             break
         if speedup < wanted and share <= least:
             raise RequestError(
-                f"--speedup {wanted:g} cannot be met: the smallest model that may be is "
-                f"{speedup:.2f} times as fast as the dense one; ask for less, or let more kinds of "
-                "units be pruned"
+                f"--speedup {wanted:g} cannot be met: the smallest possible model is "
+                f"{speedup:.2f} times as fast as the dense one; ask for less, or prune more kinds "
+                "of units"
             )
         if speedup < wanted:
             slow = share, 1 / speedup
@@ -119,7 +119,7 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     if not spread <= _WIDEST_SPREAD:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{spread:.0%}; end what else runs on it, or ask for a share of the --flops"
+            f"{spread:.0%}; end what else runs on it, or give --flops in its place"
         )
     return statistics.median(slow) / statistics.median(fast)
 

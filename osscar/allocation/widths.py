@@ -46,8 +46,8 @@ def _check_routed(prepared: Prepared, request: PruningRequest) -> None:
     for group in prepared.every_group:
         if group.name in others:
             raise RequestError(
-                f"{group.name!r} are {group.kind}, which leave where it is said what all groups of "
-                f"this kind keep: give --{group.kind}, 1.0 for the others to stay whole"
+                f"groups names {group.name!r}, and {group.kind} are pruned only with "
+                f"--{group.kind}; give it, too, 1.0 to keep those of all other groups"
             )
 
 
@@ -159,7 +159,7 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     if count < 1:
         raise RequestError(
             f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
-            "keeps none; ask for a lower sparsity"
+            "keeps none; keep a larger fraction"
         )
     if count == group.units:
         return count
@@ -202,8 +202,8 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     if largest == 0:
         raise RequestError(
             f"round-to {round_to} cannot be met by {group.name!r}: "
-            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller one, "
-            f"or leave them whole (--skip {group.name!r})"
+            f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller "
+            f"number, or skip the group (--skip {group.name!r})"
         )
     return step, largest
 
@@ -236,20 +236,19 @@ def why_out_of_reach(
     named = _kept_by_name(groups, request, residual)
     if any(group.name in named for group in others):
         return (
-            f"{request.in_words(request.budgets)} is shared by what nothing else names, and "
-            "nothing is left for it: what to keep of heads, neurons, channels or single groups is "
-            "given for all of them; omit one of these, or the budget"
+            f"{request.in_words(request.budgets)} has nothing to prune: other options say what to "
+            "keep of every group that can be pruned; omit one of these, or the budget"
         )
     if not others:
         return why_frozen(groups) or (
-            "nothing can be removed: the model has no coupling group with units that may leave; "
-            "`osscar inspect` shows what its layers are coupled by"
+            "nothing can be removed: the model has no group whose units can be pruned; `osscar "
+            "inspect` lists its groups, and why each is frozen"
         )
     told = [f"{g.name!r} ({pluralize(g.units, 'unit')})" for g in others]
     streams = any(group.name in residual for group in others)
     return (
-        "a budget reaches heads, neurons and channels that nothing else names, and there are none; "
-        f"what may be pruned is {listed(told)}: name what to keep of it, such as by "
+        "a budget prunes heads, neurons and channels, and there are none; other groups can be "
+        f"pruned, {listed(told)}: say what to keep of them, such as by "
         f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
     )
 

@@ -141,7 +141,7 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
     if not found.name:
-        raise OutputError(f"cannot write {found}, which holds everything else; give a path in it")
+        raise OutputError(f"cannot write {found}, the root directory; give a path in it")
     return found
 
 

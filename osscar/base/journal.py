@@ -143,8 +143,8 @@ class Journal(Generic[M]):
         difference = None if before is None else manifest.difference(before)
         if difference is not None:
             raise JournalError(
-                f"{self.directory} holds another {self.what}: {difference}; ask for the same "
-                f"to go on, or {self.otherwise}"
+                f"{self.directory} holds another {self.what}: {difference}; give the same "
+                f"options to continue it, or {self.otherwise}"
             )
         self._known = self._known or before is not None
         return before

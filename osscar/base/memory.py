@@ -228,14 +228,14 @@ FOR_MODELS = (
 """What helps where a model is read."""
 
 FOR_MATRICES = (
-    "that depends on the layer alone: give --device cpu where that has more memory, --max-memory, "
-    "with which weights stay on disk and need not be beside it, or leave the group alone (--skip)"
+    "fewer samples do not help: give --device cpu if that has more memory, --max-memory, with "
+    "which weights stay on disk, or skip the group (--skip)"
 )
 """What helps where a layer is measured and solved."""
 
 FOR_WEIGHTS = (
-    "give a smaller --max-memory, so that fewer others are kept beside it, smaller batches "
-    "(--batch-size), or --device cpu where that has more memory"
+    "give a smaller --max-memory, so that fewer weights are cached, smaller batches "
+    "(--batch-size), or --device cpu if that has more memory"
 )
 """What helps where a weight is read that lies on disk."""
 

@@ -61,8 +61,8 @@ class TransformersOrigin:
             if "trust_remote_code" not in str(error):
                 raise
             raise CheckpointError(
-                f"the config.json in {path} names code that the checkpoint brings along, and none "
-                "of it is run here; where there is no plan beside it, osscar.load_model can, with "
+                f"the config.json in {path} names Python code of the checkpoint, which osscar.load "
+                "does not run; if the model is not pruned, use osscar.load_model with "
                 "trust_remote_code=True"
             ) from error
         name = next(iter(config.architectures or ()), "")
@@ -99,12 +99,12 @@ class TransformersOrigin:
         # transformers draws what is missing, leaves others out, and warns.
         stored = read_headers(path) or {}
         masks = {name for name, one in stored.items() if not one.dtype.is_floating_point}
-        for key, reason in (("missing_keys", "fewer"), ("unexpected_keys", "more")):
+        for key, reason in (("missing_keys", "are missing"), ("unexpected_keys", "are too many")):
             names = sorted(set(loading[key]) - masks)
             if names:
                 raise CheckpointError(
-                    f"{path} has {reason} weights than the model of its config, {len(names)} in "
-                    f"all, such as {names[0]!r}; get the checkpoint anew"
+                    f"the weights in {path} do not fit its config: {len(names)} {reason}, such as "
+                    f"{names[0]!r}; get the checkpoint anew"
                 )
         read: nn.Module = model.eval()
         return read
@@ -182,7 +182,7 @@ class LibraryOrigin(Origin):
 
     def __post_init__(self) -> None:
         if self.library not in ("torchvision", "timm"):
-            raise CheckpointError(f"the model is one of {self.library!r}, which is not known here")
+            raise CheckpointError(f"the model is of the unknown library {self.library!r}")
         simple = int | float | str | bool | None
         for key, value in self.options.items():
             if key.startswith("weights") or not isinstance(value, simple):
@@ -263,9 +263,9 @@ def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin 
     found = TransformersOrigin.of_directory(path)
     if manifest is None and is_any_shape(found.config):
         warn(
-            f"{path} has no {MANIFEST_FILE}, as after save_pretrained of transformers: the shapes "
-            f"are those in its {CONFIG_FILE}, and what pruned, calibrated or trained it is not "
-            "known, so that text or images that it has seen are not refused when it is scored"
+            f"{path} has no {MANIFEST_FILE}, as after save_pretrained of transformers: its shapes "
+            f"are read from {CONFIG_FILE}, and its calibration and training data are not known, so "
+            "that they are not refused as test data"
         )
     known = manifest is None or manifest.stock or is_any_shape(found.config)
     return found if known else None

@@ -98,7 +98,7 @@ def save(
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
 ) -> SavedCheckpoint:
-    """Write a shrunk model, read it back, compare, and only then put it in its place.
+    """Write a shrunk model, which is kept only if what is read back is equal.
 
     A model card, ``README.md``, says what it is and how it is read.
 
@@ -305,9 +305,9 @@ def _dense_of(model: nn.Module) -> nn.Module:
         return known.built()
     if lineage_of(model).plans:
         raise CheckpointError(
-            f"the dense model that this {type(model).__name__} was made of is not known any more, "
-            "so that nobody can tell whether its checkpoint could be read; prune it anew, or read "
-            "a checkpoint of it with osscar.load(directory, dense=model)"
+            f"the dense model of this {type(model).__name__} is not known any more, and without it "
+            "the checkpoint cannot be checked; prune the model anew, or load it with "
+            "osscar.load(directory, dense=model)"
         )
     return without_values(model)
 
@@ -337,7 +337,7 @@ def _outputs_again(again: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
         raise EquivalenceError(
-            f"what was read back fails on inputs that the model takes: {first_line(error)}"
+            f"the model that was read back fails where the saved one runs: {first_line(error)}"
         ) from error
 
 

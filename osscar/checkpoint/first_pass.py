@@ -64,8 +64,8 @@ def check_causal(model: nn.Module, source: str) -> None:
     changed, noise = (float((first[0] - other[0]).abs().max()) for other in (second, again))
     if changed > same >= noise:
         raise ModelError(
-            f"{source} is a {type(model).__name__} that reads in both directions: what it says of "
-            f"a token rests on the next one, and is no prediction of it; {OTHERS}"
+            f"{source} is a bidirectional {type(model).__name__}: its outputs depend on later "
+            f"tokens, so that it does not predict the next one; {OTHERS}"
         )
 
 

@@ -129,8 +129,8 @@ def _number(owner: Any, path: str, name: str, value: Any) -> Any:
     members = [*old, *value] if alike and isinstance(old, row) else [old, value]
     if not alike or any(type(member) is not int for member in members):
         raise ValueError(
-            f"osscar_shapes gives {path!r} {name} = {value!r}; that is {old!r}, and only whole "
-            "numbers are given others"
+            f"osscar_shapes gives {path!r} {name} = {value!r} in place of {old!r}; only whole "
+            "numbers can change"
         )
     return type(old)(value)
 

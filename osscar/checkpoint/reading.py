@@ -134,8 +134,8 @@ def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
         return replayed(model, plan)
     except AdapterError as error:
         raise CheckpointError(
-            f"{path} cannot be made again of {type(model).__name__}: {error}; give the dense model "
-            "that it was made of (dense=), with the code and the torch of that time"
+            f"the model in {path} cannot be rebuilt from {type(model).__name__}: {error}; give the "
+            "dense model that it was pruned from (dense=), with the same code and torch version"
         ) from error
 
 

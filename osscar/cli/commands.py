@@ -91,7 +91,7 @@ def demo(
         Path | None,
         Parameter(help="Directory for the smaller model.  [default: a temporary one]"),
     ] = None,
-    overwrite: Annotated[bool, Parameter(help="Replace the checkpoint that is there.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Replace an existing checkpoint.")] = False,
     backend: Backend = "local_search",
     json: Json = None,
 ) -> None:
@@ -110,10 +110,10 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOpti
     Keep half of the computation, of a model that reads images:
       osscar prune MODEL --flops 0.5 --calibration images/ --out smaller
 
-    Give one budget or several, which the layers share so that the model's
-    outputs change least, or say what every layer keeps. --sparsity says what to
-    remove; all other options say what to keep. If the command is killed, give it
-    again to go on.
+    Give budgets, or say what every layer keeps. Layers get widths such that the
+    budgets hold and the model's outputs change least. --sparsity says what to
+    remove; all other options say what to keep. If the command is killed, run it
+    again to continue.
     """
     with profiled() as spent:
         _run("prune", model, options, spent)
@@ -126,16 +126,16 @@ def recover(
     *,
     options: Annotated[RecoverOptions, _ALL],
 ) -> None:
-    """Train a pruned model towards the outputs of its dense one, and save it.
+    """Train a pruned model to match its dense model (distillation), and save it.
 
     A language model:
       osscar recover smaller --dense MODEL --text training.txt
     A model that reads images, whose labels are not used:
       osscar recover smaller --dense torchvision:resnet50 --images images/
 
-    Shapes do not change. Held-out samples decide which step is kept, so that the
-    model is never worse on them. If the command is killed, give it again to go
-    on.
+    The weights with the lowest loss on held-out samples are kept; these may be
+    the weights before training. If the command is killed, run it again to
+    continue.
     """
     _run("recover", directory, options)
 
@@ -146,9 +146,9 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
 
       osscar sweep MODEL --sparsity 0.1,0.2,0.3 --calibration text.txt --text test.txt
 
-    Give a list for one kind of budget. Other budgets take one value, which holds
-    at every point. The same command goes on where it was stopped; more values, or
-    --baselines, extend the sweep.
+    Give a list of values for one budget: each value gives one pruned model. Other
+    budgets take one value, which holds for all of them. Run the command again to
+    continue a sweep that was stopped; more values, or --baselines, extend it.
     """
     _run("sweep", model, options)
 
@@ -162,8 +162,8 @@ def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOpt
     Accuracy of a model that reads images, beside its dense one:
       osscar eval smaller --images test/ --dense torchvision:resnet50
 
-    With --dense the two models are timed in turns, and the distance between their
-    outputs is measured, which needs no labels.
+    With --dense the two models are timed in turns, and their outputs are
+    compared, which needs no labels.
     """
     _run("eval", model, options)
 
@@ -172,7 +172,7 @@ def evaluate(model: Model, /, *, options: Annotated[EvalOptions, _ALL] = EvalOpt
 def inspect(
     model: Model, /, *, options: Annotated[InspectOptions, _ALL] = InspectOptions()
 ) -> None:
-    """Show the groups of units that can be removed from a model.
+    """Show which units of a model (heads, neurons, channels, experts) can be removed.
 
     osscar inspect MODEL
     """
@@ -193,8 +193,8 @@ def export(
       osscar export smaller --format gguf
 
     gguf takes LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE
-    and OLMoE; onnx and pt2 take any model that torch can trace. The file is read
-    back and compared with the model before it takes its place.
+    and OLMoE; onnx and pt2 take any model that torch can trace. The file is kept
+    only if what is read back from it equals the model.
     """
     _run("export", directory, options)
 
@@ -217,10 +217,11 @@ def gap(
       osscar gap MODEL --calibration text.txt --out study
       osscar gap layer.safetensors 'resnet20-*' --out study
 
-    Each group of a model gives a problem, from the activations of the dense
-    model. Each problem is given to heuristics, bounds and exact solvers. Answers
-    to instances are also compared with the best known. The same command goes on
-    with a study that was interrupted; more sparsities or backends extend it.
+    A model gives one problem for each group, from the activations of the dense
+    model. Heuristics, lower bounds and exact solvers are run on each problem.
+    Solutions of instances are also compared with the best known ones. Run the
+    command again to continue an interrupted study; more sparsities or backends
+    extend it.
     """
     _run("gap", sources, options)
 
@@ -232,7 +233,7 @@ def solve(
     *,
     options: Annotated[SolveOptions, _ALL] = SolveOptions(),
 ) -> None:
-    """Solve one problem, and verify the answer from the problem alone.
+    """Choose which units of one problem stay, and verify the solution.
 
     osscar solve layer.safetensors --backend local_search --keep 100
     """
@@ -241,17 +242,17 @@ def solve(
 
 @app.command
 def backends(*, json: Json = None) -> None:
-    """List all solvers: what each can take, and whether it is available here."""
+    """List all solvers (backends): the problems that each takes, and whether it runs here."""
     _run("solve.list_backends", json)
 
 
-instances = App(name="instances", help="List, write and check the library of problems for solvers.")
+instances = App(name="instances", help="List, write and check instances: problems for solvers.")
 app.command(instances)
 
 
 @instances.command(name="list")
 def list_instances(*, json: Json = None) -> None:
-    """List all instances, and the best that is known of each."""
+    """List all instances, with the best known loss of each."""
     _run("instances.list_instances", json)
 
 
@@ -261,18 +262,24 @@ def make(
     out: Annotated[Path, Parameter(help="Directory for the files.")] = Path("instances"),
     json: Json = None,
 ) -> None:
-    """Write instances as problem files, which `osscar solve` and anybody's code can read."""
+    """Write instances as problem files, for `osscar solve` and for code of your own."""
     _run("instances.make", names, out, json)
 
 
 @instances.command
 def check(
-    solution: Annotated[Path, Parameter(help="JSON file: instance, support, lower_bound, by.")],
+    solution: Annotated[
+        Path,
+        Parameter(
+            help="JSON file with instance (a name), support (the units to keep), and perhaps "
+            "lower_bound and by (who found it, and how)."
+        ),
+    ],
     /,
     *,
     json: Json = None,
 ) -> None:
-    """Recompute a solution's loss, and compare it with the best that is known."""
+    """Recompute the loss of a solution, and compare it with the best known one."""
     _run("instances.check", solution, json)
 
 

@@ -151,13 +151,14 @@ def check_json_path(
         ]:
             if used is not None and _covers(Path(used), place):
                 raise OutputError(
-                    f"{option} {path} would write to {used}, which the command {verb}; give another"
+                    f"{option} {path} would write to {used}, which the command {verb}; give "
+                    "another file"
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
         if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<", b"\x89", b"%"):
             raise OutputError(
-                f"{path} is no JSON, page or drawing, and would be lost; give another"
+                f"{path} exists, and is no JSON, page or drawing of OSSCAR; give another file"
             )
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -195,7 +196,9 @@ def check_input(file: Path) -> None:
     try:
         check_regular(file)
     except OSError as error:
-        raise OptionError(f"cannot read {str(file)!r}: {error.strerror}; copy it first") from error
+        raise OptionError(
+            f"cannot read {str(file)!r}: {error.strerror}; copy it to a file first"
+        ) from error
 
 
 def _covers(used: Path, place: Path) -> bool:
@@ -219,8 +222,8 @@ def way_back(kept: Callable[[], str], *, restarts: bool = False) -> Iterator[Non
     def told() -> str:
         if found := kept():
             without = " without --restart" if restarts else ""
-            return f"{found}; give the same command again{without} to go on"
-        return "nothing was done that could be kept; give the same command again to begin anew"
+            return f"{found}; run the same command again{without} to continue"
+        return "no finished work was kept; run the same command again to start over"
 
     try:
         yield

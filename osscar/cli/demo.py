@@ -51,14 +51,14 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
         content = {**report, "evaluation": evaluation}
         write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))
     out.print(
-        f"pruned the embedded OPT model to {_SPARSITY:.0%} of what its heads and neurons hold, "
-        f"chosen by {backend} on {_SAMPLES} x {_SEQLEN} calibration tokens"
+        f"pruned the embedded OPT model to {_SPARSITY:.0%} of the parameters of its heads and "
+        f"neurons, with {backend} and {_SAMPLES} x {_SEQLEN} calibration tokens"
     )
     show(layers_table(report["layers"]), facts("", run_facts(report)))
     out.print(saved_line(saved, where))
     show(comparison_table(evaluation))
     tokens = comparison.model.quality.tokens
-    out.print(f"perplexity is on {tokens:,} tokens that neither trained nor calibrated the model")
+    out.print(f"perplexity is on {tokens:,} tokens of neither training nor calibration text")
     say_next(
         command_line("osscar", "inspect", where),
         "osscar prune smollm2-135m --sparsity 0.3 --calibration FILE --out smaller",

@@ -49,14 +49,14 @@ def run(model: str, options: InspectOptions) -> None:
     hidden = len(groups) - len(shown)
     if hidden:
         frozen = pluralize(hidden, "frozen group")
-        say(f"{frozen} inside the units of others {are(hidden)} not shown; --all does")
+        say(f"{frozen} inside the units of others {are(hidden)} not shown; --all shows them")
     shared = [group for group in groups if group.kind in PRUNED_KINDS and group.units > 1]
     budgeted = [group for group in shared if group.name not in residual]
     prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)
     streams = [group for group in groups if group.name in residual]
     beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
-    more = f"; `osscar prune --residual` reaches another {beside / total:.1%}" if beside else ""
-    say(f"a budget reaches {prunable / total:.1%} of {total:,} parameters{more}")
+    more = f", and `osscar prune --residual` another {beside / total:.1%}" if beside else ""
+    say(f"a budget can prune {prunable / total:.1%} of {total:,} parameters{more}")
     if options.svg is not None:
         say(f"drawing: {prepared.traced.draw(options.svg)}")
     content = {

@@ -90,22 +90,22 @@ def check(file: Path, json: Path | None) -> None:
     answer, known = read_json(file, SolutionFile), library()
     if answer.instance not in known.instances:
         raise OptionError(
-            f"{file}: there is no instance {answer.instance!r}; `osscar instances list` has them"
+            f"{file}: there is no instance {answer.instance!r}; `osscar instances list` lists all"
         )
     problem, best = known.problem(answer.instance), known.instances[answer.instance].best
     loss = relative_loss(problem, answer.support)
     bound = answer.lower_bound
     if bound is not None and bound > min(loss, best.loss) * (1 + TOLERANCE):
         raise OptionError(
-            f"{file}: lower_bound is {bound:.9g}, and a support of relative loss "
-            f"{min(loss, best.loss):.9g} is known: the bound is wrong"
+            f"{file}: lower_bound {bound:.9g} is wrong: a support of relative loss "
+            f"{min(loss, best.loss):.9g} is known"
         )
     say(f"{answer.instance}: relative loss {loss:.9g}; the best known is {best.loss:.9g}")
     say(f"it {best.compared(loss)}")
     if bound is not None and bound > best.bound * (1 + TOLERANCE):
         say(
             f"the lower bound {bound:.9g} would be better than the best known, {best.bound:.9g}; "
-            "it is taken on your word here: docs/instances.md says what proves it"
+            "it is not verified here: docs/instances.md says what proves it"
         )
     content = {"instance": answer.instance, "loss": loss, "best_known": best.loss}
     write_document(json, document("instance_check", 1, {**content, "lower_bound": bound}))

@@ -33,14 +33,15 @@ Json = Annotated[Path | None, Parameter(help="Also write what is printed to this
 Dense = Annotated[
     str | None,
     Parameter(
-        help="Code that builds the dense model, as file.py:function. It is needed if MODEL is a "
+        help="Code that builds the dense model, as file.py:function. Needed if MODEL is a "
         "directory with a pruned model of your own code."
     ),
 ]
-Trust = Annotated[bool, Parameter(help="Run the code that a checkpoint brings along.")]
+Trust = Annotated[bool, Parameter(help="Run Python code that is part of a checkpoint.")]
 Device = Annotated[str, Parameter(help="Device to run on: auto, cpu or cuda.")]
 Backend = Annotated[
-    str, Parameter(help="Solver: a name of `osscar backends`, or file.py:Class of your own.")
+    str,
+    Parameter(help="Solver: a name that `osscar backends` lists, or file.py:Class of your own."),
 ]
 BackendOptions = Annotated[
     list[str], Parameter(name="--option", help="Option of the solver, as NAME=VALUE.  Repeatable.")
@@ -49,7 +50,7 @@ BackendOptions = Annotated[
 _GROUPS = {
     "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
     "at_least",
-    "Target of quality": "max_divergence max_perplexity_increase max_top1_drop smallest",
+    "Quality target": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
     "window_units held_out batch_size seed",
@@ -138,14 +139,14 @@ class OpenOptions:
     """How a model is opened, and what is done to images."""
 
     mean: str | None = None
-    """Mean of pixels / 255 to subtract: one number a channel, separated by commas, or one for all.
-    [default: what comes with the model]"""
+    """Mean of pixels / 255 to subtract: one number per channel, separated by commas, or one for
+    all.  [default: the model's own]"""
     std: str | None = None
-    """Standard deviation of pixels / 255 to divide by, in the same form.  [default: what comes with
-    the model]"""
+    """Standard deviation of pixels / 255 to divide by, in the same form.  [default: the model's
+    own]"""
     image_size: str | None = None
-    """Size of images: pixels of a square, HxW, or CxHxW.  [default: what comes with the model, or
-    the size of its example]"""
+    """Size of images: pixels of a square, HxW, or CxHxW.  [default: the model's own, or the size of
+    its example input]"""
     no_normalize: bool = False
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
@@ -178,8 +179,8 @@ class RunOptions(DataOptions):
     json: Json = None
     max_memory: str | None = None
     """Memory that this command may take, such as 8GB; the weights of a language model then stay on
-    disk.  With --device cuda it is the card's memory.  [default: no limit if the model fits into
-    free memory, else what is free]"""
+    disk.  With --device cuda it is GPU memory.  [default: no limit if the model fits into free
+    memory, else what is free]"""
 
 
 @_command()
@@ -187,11 +188,11 @@ class SavedOptions:
     """Where commands write that save a model."""
 
     overwrite: bool = False
-    """Replace the checkpoint that is there."""
+    """Replace an existing checkpoint."""
     restart: bool = False
-    """Begin anew instead of going on with a run that was killed."""
+    """Start over instead of continuing a run that was killed."""
     report: Path | None = None
-    """Also write the report, `report.html` in the output directory, to this file."""
+    """Also write the report (`report.html` in the output directory) to this file."""
 
 
 @_command(PruningRequest, but=("groups",))
@@ -200,7 +201,7 @@ class PruneOptions(RunOptions, SavedOptions):
 
     samples: int | None = None
     """Calibration samples to draw: 32 windows of text by default, or 256 of anything else.  With a
-    target of quality twice as many, or more if the target needs them."""
+    quality target twice as many, or more if the target needs them."""
     out: Path | None = None
     """Directory for the smaller model.  [required]"""
     dry_run: bool = False
@@ -256,8 +257,7 @@ class SweepOptions(RunOptions):
     """What `osscar sweep` takes."""
 
     sparsity: str | None = None
-    """Shares to remove of the parameters that heads, neurons and channels own, separated by
-    commas."""
+    """Fractions to remove of the parameters of heads, neurons and channels, separated by commas."""
     params: str | None = None
     """Parameters to keep, of all that the model has: fractions, or counts, separated by commas."""
     size: str | None = None
@@ -266,23 +266,23 @@ class SweepOptions(RunOptions):
     """Memory that serving the smaller language model may take for its weights and its key/value
     cache, as fractions of the dense model's.  It needs --context."""
     flops: str | None = None
-    """Shares to keep of the floating-point operations."""
+    """Fractions of the floating-point operations to keep."""
     speedup: str | None = None
     """Speeds of a forward pass, as multiples of the dense model's, timed on this device."""
     out: Path = Path("osscar-sweep")
-    """Directory of the sweep; an existing sweep goes on."""
+    """Directory of the sweep; an existing sweep is continued."""
     text: str | None = None
     """Text to score; the demo has its own."""
     images: str | None = None
-    """Images to score, as for `osscar eval`.  Without them, only how far outputs are from the dense
-    model's is measured."""
+    """Images to score, as for `osscar eval`.  Without them, outputs are only compared with the
+    dense model's."""
     inputs: str | None = None
     """Other samples to score, as for `osscar eval`."""
     windows: int | None = None
     """Score only the first N windows of the text.  [default: the full text]"""
     baselines: bool = False
     """Also prune by `multistage` (the paper's method), `greedy`, `wanda` and `magnitude`, each with
-    the same share of every layer."""
+    the same fraction of every layer."""
     recover: bool = False
     """Also train each pruned model on the calibration data, and score it before and after."""
     recover_steps: int | None = None
@@ -307,10 +307,10 @@ class EvalOptions(OpenOptions):
     dense: str | None = None
     """Dense model to compare with.  A pruned model of your own code is built from it, too."""
     weights: Path | None = None
-    """Weights to load into the model that torchvision, timm or your own code builds, be it MODEL or
-    --dense: a .safetensors file, or a state dict of torch."""
+    """Weights to load into MODEL and --dense, if torchvision, timm or your own code builds them: a
+    .safetensors file, or a state dict of torch."""
     prove: bool = False
-    """Prove again that MODEL computes what --dense computes without the removed units."""
+    """Prove again that MODEL computes the same as --dense with the removed units masked."""
     windows: int | None = None
     """Score only the first N windows of the text.  [default: the full text]"""
     seqlen: int | None = None
@@ -327,12 +327,12 @@ class InspectOptions:
     svg: Path | None = None
     """Draw the groups to this file: .svg, .png or .pdf."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
-    """Also list the frozen groups that lie inside the units of others, such as the numbers of one
-    head."""
+    """Also list frozen groups, which cannot be pruned, inside the units of other groups, such as
+    the dimensions of one head."""
     dense: Dense = None
     image_size: str | None = None
-    """Size of images: pixels of a square, HxW, or CxHxW.  [default: what comes with the model, or
-    the size of its example]"""
+    """Size of images: pixels of a square, HxW, or CxHxW.  [default: the model's own, or the size of
+    its example input]"""
     json: Json = None
     trust_remote_code: Trust = False
 
@@ -351,10 +351,10 @@ class ExportOptions:
     """For onnx and pt2: code that builds the dense model, if the directory holds a pruned model of
     your own code."""
     inputs: str | None = None
-    """For onnx and pt2: FILE.npz or FILE.safetensors with two example inputs or more.  It is needed
-    if the directory does not say what the model reads."""
+    """For onnx and pt2: FILE.npz or FILE.safetensors with two example inputs or more.  Needed if
+    the directory does not say what the model reads."""
     overwrite: bool = False
-    """Replace a file of that format."""
+    """Replace an existing file of that format."""
     json: Json = None
 
 
@@ -363,41 +363,41 @@ class GapOptions(DataOptions):
     """What `osscar gap` takes."""
 
     out: Path
-    """Directory of the study; an existing study goes on."""
+    """Directory of the study; an existing study is continued."""
     groups: str | None = None
     """Only groups of the model that match one of these patterns, such as `*.heads`."""
     query_heads: bool = False
-    """Take each query head as a unit of its own, also where pruning can remove only a key-value
-    head with all its query heads."""
+    """Make each query head a unit of its own, even where pruning can remove only a key-value head
+    with all its query heads."""
     damp: float = 0.01
-    """Damping of the refit: the strength of a ridge term that pulls weights to the dense ones,
-    relative to the diagonal of the Gram matrix."""
+    """Damping of the refit: the weight of a ridge penalty on changes of the dense weights, relative
+    to the diagonal of the Gram matrix."""
     device: str = "auto"
     """Device that runs the model: auto, cpu or cuda.  Solvers run on the CPU."""
     json: Json = None
     sparsity: str | None = None
-    """Shares of the units to remove, separated by commas.  [default: what a problem file says, or
-    0.25,0.5,0.75]"""
+    """Fractions of the units to remove, separated by commas.  [default: what a problem file says,
+    or 0.25,0.5,0.75]"""
     backends: str | None = None
     """Solvers, separated by commas: names of `osscar backends`, or file.py:Class.  [default: the
     heuristics, the lower bound `perspective`, and `branch_and_bound`]"""
     exact_units: int = 64
-    """Largest problem, in units, that exact solvers are given."""
+    """Largest problem, in units, on which exact solvers are run."""
     window_units: int | None = None
-    """Also cut windows, which are problems of this many units, from each larger problem.  The other
-    units stay or leave as `local_search` chose."""
+    """Also cut subproblems (windows) of this many units from each larger problem.  `local_search`
+    decides about the other units."""
     windows: int = 3
-    """With --window-units: windows of units to cut from each problem, at each sparsity."""
+    """With --window-units: subproblems to cut from each problem, at each sparsity."""
     bound_rounds: int = BOUND_ROUNDS
     """Rounds of the search for the lower bound `perspective`; more rounds give a better bound."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
-    """Relative gap at which an exact solve may stop."""
+    """Relative optimality gap at which an exact solve may stop."""
     seed: int = 0
-    """Random seed of everything that is drawn."""
+    """Random seed of the calibration samples, and of the subproblems."""
     jobs: int | None = None
-    """Processes that solve at once.  [default: one for each core, if memory suffices]"""
+    """Solver processes to run at once.  [default: one for each core, if memory suffices]"""
     ray: str | None = None
     """Ray cluster to solve on: auto (of this machine), HOST:PORT, or local.  [default: none]"""
 
@@ -416,7 +416,7 @@ class SolveOptions:
     bound_rounds: int = BOUND_ROUNDS
     """Rounds of the search for that bound; more rounds give a better bound."""
     list_problem: bool = False
-    """Only show what the file holds, and which solvers can take it."""
+    """Show the problem and the solvers that can take it, and do not solve it."""
     device: Device = "auto"
     json: Json = None
 

@@ -68,7 +68,7 @@ def run(model: str, options: PruneOptions, spent: Profile) -> None:
         if request.quality is not None and options.recover_text is not None:
             raise OptionError(
                 f"--recover-text may hold samples that measure {request.target_in_words}; omit it: "
-                "each walk is recovered on the calibration samples that it prunes on"
+                "models are recovered on the calibration samples that they are pruned on"
             )
         recovery = recovery_of(options, request)
         where = options.out or Path()
@@ -289,4 +289,4 @@ def _estimate(job: _Job, spent: Profile) -> None:
     }
     write_json(job.options.json, document("estimate", 5, content))
     if job.options.recover:
-        say("recovery: comes on top, and is not estimated")
+        say("recovery: not estimated, and not in the sum")

@@ -102,17 +102,17 @@ def _print_problem(problem: SubsetProblem, file: Path) -> None:
     units = pluralize(problem.units, "unit")
     asked = f"keep {problem.keep} of {units}"
     if problem.keep == problem.units:
-        size, asked = "", f"{units}; how many stay is for --keep to say"
+        size, asked = "", f"{units}; give --keep, the number of units to keep"
     say(f"{problem.name or file.stem}: {asked}")
     for consumer in problem.consumers:
         p, m = consumer.W0.shape
         say(
-            f"  read by a map of {pluralize(p, 'input')} and {pluralize(m, 'output')}, "
-            f"{pluralize(consumer.width, 'input')} a unit; "
+            f"  read by a linear map of {pluralize(p, 'input')} and {pluralize(m, 'output')}, "
+            f"{pluralize(consumer.width, 'input')} per unit; "
             + (
-                f"damping {consumer.damping:.3g} of all inputs alike"
+                f"damping {consumer.damping:.3g} of every input"
                 if consumer.damping
-                else "damping, if any, is in H, input by input"
+                else "damping, if any, is part of H"
             )
         )
     made_up = problem.empty_loss != problem.scale
@@ -145,7 +145,7 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
     )
     if verification.not_recomputed:
         claims = " and ".join(verification.not_recomputed).replace("_", " ")
-        say(f"not recomputed, but the solver's word: {claims}")
+        say(f"claimed by the solver, and not recomputed: {claims}")
     fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
     units = solution.support if fewer == "kept" else solution.removed
     say(f"{fewer}: {' '.join(map(str, units.tolist()))}")

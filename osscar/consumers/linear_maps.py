@@ -18,16 +18,16 @@ from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 
 _READ_ELSEWHERE = (
-    "is read by {!r}, which other code than that of {!r} reads, too, or its bias, in a way that "
-    "is not observed"
+    "is read by {!r}, whose weight or bias is also used outside of {!r}, in a way that cannot be "
+    "observed"
 )
 _NO_MIXTURE = (
     "is read by {!r} in {!r}, a {}, which is not called with tokens, their experts and weights, or "
     "does not put out the weighted sum over experts; only such a mixture can be refitted"
 )
 _INSIDE = (
-    "is read by {!r} inside of {!r}, a mixture whose experts are refitted: these are read by "
-    "running it again and again, on inputs that are not those of the calibration data"
+    "is read by {!r} inside of {!r}, a mixture whose experts are refitted: it is run with other "
+    "inputs for that, and what lies inside of it cannot be measured on the calibration data"
 )
 _TOO_NARROW = (
     "is read by kernels for all experts at once, which take widths that are multiples of {}, and "

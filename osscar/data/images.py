@@ -31,7 +31,7 @@ _IMAGE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(SampleSet):
-    """Images, decoded and preprocessed when asked for.
+    """Images, which are decoded and preprocessed when they are read.
 
     Parameters
     ----------
@@ -329,8 +329,8 @@ def _from_rows(data: Any, preprocessing: AnyPreprocessing) -> ImageSet:
     what = type(data).__name__
     if not _is_lookable(data):
         raise DataError(
-            f"no images can be looked up in {what}; give a directory, an .npz file, a data set "
-            "with a length, or a list of some of its images"
+            f"{what} has no length or no indices, so that images cannot be read from it; give a "
+            "directory, an .npz file, a data set with both, or a list of images"
         )
     if len(data) == 0:
         raise DataError(f"{what} is empty; give images")

@@ -141,7 +141,7 @@ def read_once(
     check_usable(model)
     if whole and _length(data) is None:
         raise DataError(
-            f"{_called(data)} does not say how many samples it has; score so many of them: "
+            f"{_called(data)} has no length; say how many samples to score: "
             "osscar.load_batches(data, model, samples=...)"
         )
     every = whole or isinstance(data, _AT_HAND)
@@ -310,8 +310,8 @@ def _joined(
         ]
     elif padded:
         raise DataError(
-            "a mask of the data hides parts of samples that cannot be cut off, and what is hidden "
-            "would count in what layers are fitted to; give samples without padding"
+            "the data have a mask, and masked positions cannot be left out of the refit for this "
+            "model; give samples without padding"
         )
     forms = [
         {name: f"{name} {str(t.dtype)[6:]} of {list(t.shape[1:])}" for name, t in one.items()}

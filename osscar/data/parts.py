@@ -51,9 +51,9 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
         known = max(Seen.of(mine).share(other) for other in others)
         if known > LARGEST_SHARE:
             raise DataError(
-                f"{share(known)} of the text that chooses or reports a size is also pruned on, and "
-                f"{share(LARGEST_SHARE)} may be: the windows of {data.source} overlap, or the text "
-                "repeats itself; cut them with overlapping=False, give a longer text, or take "
+                f"{share(known)} of the text that a quality target is measured on is also pruned "
+                f"on, more than {share(LARGEST_SHARE)}: the windows of {data.source} overlap, or "
+                "the text repeats itself; cut them with overlapping=False, give a longer text, or "
                 "another seed"
             )
     return parts

@@ -54,7 +54,7 @@ Size: TypeAlias = Annotated[int | tuple[int, int] | None, Read(_size)]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Numbers of what is done to an image, in the order in which torchvision's presets do it.
+    """How an image is preprocessed, in the order of torchvision's presets.
 
     `osscar.load_model` takes the size and the channels, where they are None, from the example
     inputs of a model.

@@ -82,7 +82,7 @@ class Evaluation(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Shown):
-    """A model beside its dense original.
+    """The evaluations of a model and of its dense model.
 
     Attributes
     ----------

@@ -43,7 +43,7 @@ _DECLARED: dict[str, Declaration] = {}
 
 
 def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callable[[_Class], _Class]:
-    """Declare that modules of some classes send tokens to experts that are a list of modules.
+    """Declare classes of mixture blocks whose experts are a list of modules.
 
     A block asks its gate for the logits of all experts, calls some of them with rows of tokens,
     and puts out the sum of what they make of these, times weights; the sum may stand in other

@@ -44,13 +44,13 @@ _NO_ROUTER = (
 )
 _TOO_FEW = "every token is sent to all {} experts of {!r}, so that none can leave"
 _TWICE = (
-    "{!r} is called {} times in a pass, each with other tokens: only one that is called once can "
-    "do without some experts; give each call a block of its own"
+    "{!r} is called {} times in a forward pass, each with other tokens, and experts can be removed "
+    "only from one that is called once; give each call a block of its own"
 )
-_NO_REFIT = "the last matrices of its experts are not seen, so that they cannot be refitted"
+_NO_REFIT = "the output matrices of its experts are not found, so that they cannot be refitted"
 _NO_LINEAR = (
-    f"{_NO_REFIT}: no torch.nn.Linear with a plain weight puts out what an expert does; let one do "
-    "so, and remove weight norm (remove_parametrizations or remove_weight_norm of torch) from it"
+    f"{_NO_REFIT}: an expert must end in a torch.nn.Linear with a plain weight; remove weight norm "
+    "(remove_parametrizations or remove_weight_norm of torch) from it"
 )
 
 

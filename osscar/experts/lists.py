@@ -156,7 +156,7 @@ def _run_with(
     with other_forwards(mute), hooks(block, [one.declared.gate], after=note):
         y = own(*call[0], **call[1])
     if len(seen) != 1:
-        raise ModelError(f"the gate is called {len(seen)} times for the tokens of a call")
+        raise ModelError(f"the gate is called {len(seen)} times in a call of the block, not once")
     x, logits = seen[0]
     return _Run(y, x.reshape(-1, x.shape[-1]), logits)
 
@@ -208,7 +208,7 @@ def expert_list(
             "its code fails with experts that put out drawn numbers, or on drawn tokens: "
             f"{first_line(error)}"
         )
-    raise ModelError(f"{declared} does not hold for {block or 'the model'!r}: {found}")
+    raise ModelError(f"{declared} does not fit {block or 'the model'!r}: {found}")
 
 
 def _expert_list(
@@ -231,8 +231,8 @@ def _expert_list(
         )
     if len(calls) != 1:
         raise ModelError(
-            f"it is called {len(calls)} times in a pass: only a block that is called once can do "
-            "without some experts; give each call a block of its own"
+            f"it is called {len(calls)} times in a forward pass, and experts can be removed only "
+            "from a block that is called once; give each call a block of its own"
         )
     ((call, y),) = calls
     one = ListInBlock(block, declared, len(experts), first_tensor(y).shape[-1])

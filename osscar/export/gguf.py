@@ -99,7 +99,7 @@ def export_gguf(
     dtype: str = "f16",
     overwrite: bool = False,
 ) -> Exported:
-    """Write a checkpoint as one GGUF file, read it back, compare, and put it in its place.
+    """Write a checkpoint as one GGUF file, which is kept only if what is read back is equal.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ def export_onnx(
     example_inputs: Any = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a model as ONNX, let ONNX Runtime run it, compare, and only then put it in its place.
+    """Write a model as ONNX, which is kept only if ONNX Runtime computes the same.
 
     The number of samples is left open, and the length of text, where the file computes what the
     model does at other sizes.  A language model is written without a cache of keys and values: it

@@ -178,7 +178,7 @@ def outputs(model: nn.Module, inputs: Batch) -> list[Tensor]:
 def _prove(expected: Sequence[Tensor], found: Sequence[Tensor], names: tuple[str, str]) -> None:
     if len(expected) != len(found):
         raise EquivalenceError(
-            f"{names[1]} are {len(found)} outputs, where {names[0]} has {len(expected)}"
+            f"{names[1]} has {len(found)} outputs, and {names[0]} {len(expected)}"
         )
     prove_equal(expected, found, names=names)
 

@@ -59,7 +59,7 @@ def traced_target(
     """Return the file to write, by default that beside a checkpoint's directory called like it."""
     if out is None:
         if isinstance(model, nn.Module):
-            raise OutputError("a model in memory has no place of its own; give the file (out=)")
+            raise OutputError("a model in memory needs the name of the file to write; give out=")
         source = checkpoint_directory(model)
         out = source.with_name(f"{source.name}{suffix}")
     return checked_target(out, suffix, lambda file: file.suffix == suffix, overwrite=overwrite)

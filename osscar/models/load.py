@@ -106,10 +106,9 @@ def load_model(
     kind = kind_of(text)
     if kind is ModelKind.PROGRAM_DIRECTORY:
         raise ModelError(
-            f"{text!r} is {kind.value}: it has no code that could generate, and no modules that "
-            "could be refitted, so that no command scores or prunes it; osscar.load runs it in "
-            "Python, `osscar export --format onnx` (or pt2) hands it on, and `osscar prune --form "
-            "eager` makes a model of the same family instead"
+            f"{text!r} is {kind.value}, and no command scores or prunes one; run it in Python "
+            "(osscar.load), export it (`osscar export --format onnx`, or pt2), or prune the dense "
+            "model again with `osscar prune --form eager`"
         )
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY

@@ -96,7 +96,7 @@ class LoadedModel:
         seed: int = 0,
         overlapping: bool = True,
     ) -> CalibrationSet | SampleSet:
-        """Draw what calibrates the model: windows of text, images, or samples of tensors.
+        """Draw calibration data: windows of text, images, or samples of tensors.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class LoadedModel:
         seqlen: int | None = None,
         seed: int,
     ) -> CalibrationSet | SampleSet:
-        """Draw what trains the model: windows of text that do not overlap, images, or tensors.
+        """Draw training data: windows of text that do not overlap, images, or tensors.
 
         Parameters
         ----------
@@ -201,7 +201,7 @@ class LoadedModel:
         windows: int | None = None,
         seqlen: int | None = None,
     ) -> TextSet | SampleSet | None:
-        """Find what the model is scored on; None if it reads no text and nothing is given.
+        """Find test data; None if it reads no text and nothing is given.
 
         Parameters
         ----------

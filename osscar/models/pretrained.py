@@ -148,7 +148,7 @@ def _check_left_out(source: str, model: Any, names: list[str]) -> None:
             f"{source} holds a {named or 'model of another class'}, and as a "
             f"{type(model).__name__} it would lose {left}; {OTHERS}"
         )
-    warn(f"{source}: {left}, are no part of a {named}, and are left out")
+    warn(f"{source}: {left}, left out, as {named} has no weights of that name")
 
 
 def _load_tokenizer(path: Path, source: str, **options: Any) -> Any:

@@ -52,7 +52,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 f"{name!r} holds {len(states) or 'no'} state dicts, which have tensors by name; "
                 "save model.state_dict() of the model that is meant to a file of its own"
             )
-        warn(f"of the {len(entries)} entries of {name!r}, {states[0]!r:.60} is read")
+        warn(f"only {states[0]!r:.60} of the {len(entries)} entries of {name!r} is loaded")
         content = entries[states[0]]
     return renamed({_WRAPPERS.sub("", key): tensor for key, tensor in content.items()})
 

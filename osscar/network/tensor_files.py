@@ -226,13 +226,11 @@ def read_record(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Ten
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         text = header.get(_WORDS, "")
         if header.get(_DIGEST) != _digest(path, run, text, tensors):
-            raise FileError(
-                path, "it is a part of something else, or was changed since it was written"
-            )
+            raise FileError(path, "it belongs to another run, or was changed since it was written")
         return parse_json(text, schema, path), tensors
     except (OSError, SafetensorError, FileError) as error:
         reason = error.reason if isinstance(error, FileError) else error
-        raise JournalError(f"{path} cannot be read: {reason}; begin anew with --restart") from error
+        raise JournalError(f"{path} cannot be read: {reason}; start over with --restart") from error
 
 
 def _digest(path: Path, run: str, text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -146,8 +146,8 @@ def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
 def _assign(tensor: OnDisk, data: Tensor) -> None:
     if data.shape != tensor.shape:
         raise ModelError(
-            f"{tensor.place.slice.name!r} of {tuple(tensor.shape)} is given values of "
-            f"{tuple(data.shape)}; that needs another parameter"
+            f"{tensor.place.slice.name!r} of shape {tuple(tensor.shape)} is assigned values of "
+            f"shape {tuple(data.shape)}; make a new parameter"
         )
     if isinstance(data, OnDisk):
         tensor.place, tensor.cache = data.place, data.cache

@@ -54,7 +54,7 @@ class Source:
             raise FileError(
                 self.path,
                 "it was written to since it was opened; let nothing write to the checkpoint "
-                "meanwhile, and begin anew",
+                "meanwhile, and start over",
             )
 
     def read_into(self, buffer: memoryview, offset: int) -> None:

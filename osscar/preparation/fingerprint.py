@@ -162,6 +162,6 @@ class JournalManifest:
             difference = other.difference(first)
             if difference is not None:
                 raise RanksError(
-                    f"rank {rank} is not asked for the same as rank 0, where {difference} there; "
-                    "give all the same options, files and versions"
+                    f"rank {rank} differs from rank 0: {difference}; give all ranks the same "
+                    "options, files and versions"
                 )

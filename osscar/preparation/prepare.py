@@ -253,9 +253,9 @@ def _followable(
             expose_attention(model)
     except EquivalenceError as error:
         raise EquivalenceError(
-            f"{error}: {listed([*map(repr, new)])} cannot be followed; leave "
-            "heads out of what is asked (neurons= or channels= alone), or give these modules a "
-            "class with a forward of its own, which stays as it is"
+            f"{error}: the attention of {listed([*map(repr, new)])} cannot be replaced by an equal "
+            "forward pass; do not prune heads (neurons= or channels= alone), or write a class with "
+            "a forward of its own for these modules"
         ) from error
     return folded
 

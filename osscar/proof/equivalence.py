@@ -229,8 +229,8 @@ def prove_equal(
     for a, b in zip(masked, shrunk, strict=True):
         if a.shape != b.shape:
             raise EquivalenceError(
-                f"{other} puts out {tuple(b.shape)}, {one} {tuple(a.shape)}, so that a size is "
-                "kept that did not follow"
+                f"{other} puts out {tuple(b.shape)}, and {one} {tuple(a.shape)}: the code has a "
+                "fixed size that did not change"
             )
         if not a.numel():
             continue

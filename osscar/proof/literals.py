@@ -170,8 +170,8 @@ class _Call:
 def refusal(node: Node, why: str) -> AdapterError:
     """Return an error that says why a call of a program cannot follow."""
     return AdapterError(
-        f"the exported program cannot follow in module {module_of(node) or 'the model'!r}: {why}, "
-        f"in {node.target}"
+        f"the exported program cannot be pruned in module {module_of(node) or 'the model'!r}: "
+        f"{why}, in {node.target}"
     )
 
 

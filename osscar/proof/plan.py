@@ -201,8 +201,8 @@ def check_traced(traced: tuple[TracedInput, ...]) -> None:
     except ValueError as error:
         sizes = ", ".join(f"{given.name} {given.dtype} {given.shape}" for given in traced)
         raise AdapterError(
-            f"no checkpoint can tell what its program is traced with ({sizes}): {error}; give "
-            f"smaller samples, of up to {_MOST_TRACED:,} numbers in a pair"
+            f"the example inputs of the exported program are too large or too odd for a checkpoint "
+            f"({sizes}): {error}; give smaller samples, of up to {_MOST_TRACED:,} numbers in a pair"
         ) from error
 
 
@@ -267,7 +267,7 @@ class PruningPlan:
 
 @dataclass(frozen=True)
 class Structure:
-    """What was found equal in the programs of a smaller model and of the dense one without units.
+    """What is equal in the programs of a smaller model and of the dense one without units.
 
     Parameters
     ----------
@@ -293,7 +293,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Certificate:
-    """How a smaller model is known to be the dense one without the units that a plan removes.
+    """Evidence that a smaller model equals the dense one without the units that a plan removes.
 
     Parameters
     ----------
@@ -329,7 +329,7 @@ class Certificate:
             program = ("proved", found.sentence())
         return program, (
             "outputs",
-            f"equal those of the masked model to {self.error:.1e} of a column's largest "
+            f"differ from the masked model's by at most {self.error:.1e} of a column's largest "
             f"value{ties}",
         )
 

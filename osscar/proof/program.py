@@ -223,9 +223,9 @@ def trace_dense(
     most = traced.standalone.most_samples
     if most is not None:
         raise AdapterError(
-            f"there is no exported program to shrink: it holds for up to {most} samples, since the "
-            "code does something else for more; write -1 for that number in a view, or take it "
-            "from the shape of an input"
+            f"there is no exported program to shrink: the code has a fixed number of samples, and "
+            f"the program is right for at most {most}; write -1 for that number in a view, or take "
+            "it from the shape of an input"
         )
     return traced
 

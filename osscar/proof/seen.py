@@ -134,7 +134,9 @@ def refuse_overlap(data: _Scored, calibration: Iterable[Calibration]) -> None:
     for known in calibration:
         mine = data.fingerprints() if mine is None else mine
         share = known.seen.share(mine)
-        said = f"about {100 * share:.3g}% of {data.source} calibrated or recovered this model"
+        said = (
+            f"about {100 * share:.3g}% of {data.source} was used to calibrate or recover this model"
+        )
         if share > LARGEST_SHARE:
             raise DataError(f"{said} ({known.source}); score other data")
         if share:

@@ -82,7 +82,7 @@ def loading_text(document: Mapping[str, Any], directory: str, data: Mapping[str,
         *(f"osscar {step} {directory} --dense DENSE {given}" for step in steps),
         f"osscar export {directory} --format onnx{' --dense DENSE' if own else ''}",
     )
-    return Text(lines, "How to go on", "code")
+    return Text(lines, "What next", "code")
 
 
 def sections(recovery: Mapping[str, Any]) -> Iterator[Section]:

@@ -11,7 +11,7 @@ from osscar.base.inputs import Read, check_fields, count_from, parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryRequest:
-    """What a user asks of a recovery.
+    """The options of a recovery.
 
     Parameters
     ----------
@@ -24,8 +24,8 @@ class RecoveryRequest:
         all samples of a step, or 1 window on a CPU that trains in float32.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
-        If a check finds a higher held-out loss than before the training, after at least four steps
-        at a rate, the rate is divided by ten.
+        It is divided by ten if, after four steps or more, the held-out loss is higher than before
+        the training.
     lora
         Rank of adapters that are trained instead of the weights, and merged into them at the end;
         needs peft (``pip install 'osscar[recover]'``).
@@ -37,8 +37,8 @@ class RecoveryRequest:
         If a step needs more, micro-batches are halved; if that is not enough, activations are
         checkpointed, and at last adapters of rank 16 are trained in place of the weights.
     held_out
-        Samples that are not trained on, and decide which step is kept; by default an eighth of all,
-        at most 8 windows of text or 128 of anything else.
+        Samples that are not trained on, and choose the step that is kept.  By default an eighth of
+        all, at most 8 windows of text or 128 of anything else.
     augment
         Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
         by at most an eighth of their width; ``none`` leaves them as they are.
@@ -52,7 +52,7 @@ class RecoveryRequest:
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     seed
-        Random seed for the order of the samples, and of `augment`.
+        Random seed of the order of the samples, of the held-out samples, and of `augment`.
 
     Raises
     ------

@@ -77,7 +77,7 @@ def split(
     if len(training) < size:
         raise DataError(
             f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: {held} {are(held)} "
-            f"held out, {len(training)} share nothing with those, and a step has {size}; give "
+            f"held out, {len(training)} do not overlap with those, and a step takes {size}; give "
             "more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
         )
     return training, apart

@@ -141,7 +141,7 @@ class RecoveryLog(SavingJournal[JournalManifest]):
     schema = JournalManifest
     done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
     other_files = (REPORT,)
-    otherwise = "begin anew with --restart"
+    otherwise = "start over with --restart"
 
     @property
     def kept(self) -> str:

@@ -1,4 +1,4 @@
-"""The steps of a pruning run, which runs, sweeps, dry runs and targets of quality share.
+"""The steps of a pruning run, which runs, sweeps, dry runs and quality targets share.
 
 - `prepare_for`: copy the model, trace it, and find its groups of coupled units.
 - `run_dense`: try which groups can lose units, and run the dense model.

@@ -52,7 +52,7 @@ _MOST_ROWS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Shown):
-    """What a run will take.
+    """The time and memory that a run will take.
 
     Parameters
     ----------
@@ -87,10 +87,10 @@ class Estimate(Shown):
         taken = {**{str(stage): one for stage, one in self.stages.items()}, "all": self.seconds}
         rows = ((name, f"{one:.0f}" if one >= 100 else f"{one:.2g}") for name, one in taken.items())
         seconds = (
-            f"between half and twice as many; {self.solved!r} was solved, and stands for all "
-            "groups by the cube of what they read"
+            f"right within a factor of two; {self.solved!r} was solved, and its time was scaled to "
+            "other groups by the cube of their inputs"
         )
-        least = "" if self.least_bytes is None else f"; {in_bytes(self.least_bytes)} would do"
+        least = "" if self.least_bytes is None else f"; {in_bytes(self.least_bytes)} would suffice"
         told = (("seconds", seconds), ("memory", f"{in_bytes(self.peak_bytes)} at most{least}"))
         return Table("estimate", ("stage", "seconds >"), tuple(rows)), facts("", told)
 
@@ -133,13 +133,13 @@ def estimate_as_asked(
     """
     if request.routed:
         raise RequestError(
-            "what it takes to prune whole experts is not estimated; on a few samples, prune itself "
-            "tells"
+            "the time of pruning whole experts cannot be estimated; prune with a few samples to "
+            "measure it"
         )
     if request.quality is not None:
         raise RequestError(
-            f"how often {request.target_in_words} walks is not known before; estimate a budget in "
-            "its place, such as --params 0.75, and count on up to four times as long"
+            f"the time of {request.target_in_words} cannot be estimated, as it prunes up to four "
+            "times; estimate a budget in its place, such as --params 0.75, and multiply by four"
         )
     calibration = read_once(model, calibration)
     began = clock()

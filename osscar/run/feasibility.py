@@ -286,11 +286,13 @@ def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) 
     count = f"{'none' if none else len(left)} of {pluralize(tried, 'group')}"
     verb = "cannot" if tried > len(left) else "can"
     if none:
-        them = "let the code take these sizes from its weights, or write -1 for them, or register "
-        them += "what has to change with @osscar.adapter"
+        them = "let the code take these sizes from its weights, write -1 for them, or register an "
+        them += "adapter (@osscar.adapter)"
         if request.form == "eager":
-            them += "; or let the exported program lose them (--form exported)"
+            them += "; or prune the exported program (--form exported)"
     else:
-        them = f"leave them out (--skip {left[0].name!r}), or let all others go without --strict"
+        them = f"skip them (--skip {left[0].name!r}), or prune all others without --strict"
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")
-    return f"nothing was pruned, and nothing was written: {count} {verb} follow: {reasons}; {them}"
+    return (
+        f"nothing was pruned, and nothing was written: {count} {verb} be pruned: {reasons}; {them}"
+    )

@@ -171,9 +171,9 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
     tied = [label for report in reports for label in report.tied]
     if tied:
         warn(
-            f"{listed(tied, 8)} cannot be refitted, as the same weight is read in another way, "
-            "too: what reads the units that leave is removed, and all else of it stays as it is; "
-            "give each reader a weight of its own to have them refitted"
+            f"{listed(tied, 8)} cannot be refitted, as other code uses the same weight: removed "
+            "units are cut out of it, and its other values stay as they are; to have it refitted, "
+            "give the other code a weight of its own"
         )
     grown = sorted(
         (report for report in reports if report.growth > GROWN), key=lambda report: -report.growth

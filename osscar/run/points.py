@@ -95,11 +95,11 @@ def jobs(
     read = [_number(budget, value, allocation) for value in values]
     if len({isinstance(value, int) for value in read}) > 1:
         raise OptionError(
-            f"{', '.join(map(str, read))} are counts and shares; give either to --{budget}"
+            f"--{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
         )
     if budget in _SIZES and any(isinstance(value, int) for value in read):
         raise OptionError(
-            f"a sweep takes sizes as shares of the dense model's, not {read[0]}; give a list "
+            f"a sweep takes sizes as fractions of the dense model's, not {read[0]}; give a list "
             f"such as --{budget} {budget.examples}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
@@ -302,7 +302,9 @@ class SweepDirectory(Journal[JournalManifest]):
         if point is not None and (point.method, point.budget, point.value) != (
             (job.method, job.budget, job.value)
         ):
-            raise JournalError(f"{self.directory / _file(job)} holds another point; {again}")
+            raise JournalError(
+                f"{self.directory / _file(job)} holds the result of another budget; {again}"
+            )
         return point
 
     def keep(self, point: SweepPoint) -> None:

@@ -29,7 +29,7 @@ def prune_as_asked(
     ranks: Ranks = ALONE,
     tell: Callable[[str], None] = lambda line: None,
 ) -> PruningResult:
-    """Prune a model in one shot; the model that comes in is not changed.
+    """Prune a model in one shot; the given model is not changed.
 
     Parameters
     ----------

@@ -95,25 +95,25 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     if groups:
         yield Figure(
             "kept share and loss over depth",
-            "Above, what stays of each group of units, from the input of the model on. Below, the "
-            "relative loss of those that lost units; with --certify also what no other choice of "
-            "as many units can beat.",
+            "Above, the kept fraction of each group of units, from the input of the model on. "
+            "Below, the relative loss of groups that lost units; with --certify also the lower "
+            "bound for any choice of as many units.",
             partial(depth_figure, groups, layers),
         )
     target = document.get("target")
     if target and budget:
         yield Figure(
             "quality over size",
-            "The sizes that were tried: what was lost on the samples that choose the size, with "
-            "the end of its one-sided 95 % interval, which has to be within the target; and what "
-            "the chosen model has lost on samples that no choice has seen.",
+            "The sizes that were tried: the loss of quality on the samples that choose the size, "
+            "with the end of its one-sided 95 % interval, which has to be within the target; and "
+            "that of the chosen model on samples that were used for nothing else.",
             partial(target_figure, target, budget),
         )
     elif budget and len(budget["frontier"]["cost"]) > 1:
         yield Figure(
             "divergence over the budget",
-            "The least predicted divergence at every budget, and where this run lies: as "
-            "predicted, and as measured.",
+            "The lowest predicted divergence at every budget, and that of this run, predicted and "
+            "measured.",
             partial(frontier_figure, budget, document.get("divergence")),
         )
     if document.get("recovery"):
@@ -191,7 +191,7 @@ def verdict(document: Mapping[str, Any]) -> str:
     target, recovery = document.get("target"), document.get("recovery") or {}
     if target:
         missed = target["reported"]["value"] > target["most"]
-        again = "the target is missed where no choice was made: give more calibration data"
+        again = "the target is missed on these samples: give more calibration data"
         return f"{reported_in_words(target)}: {again}" if missed else ""
     nats_lost, same = document.get("divergence"), document.get("agreement")
     remedies = "recover (osscar recover, or --recover), calibrate on more data, or remove less"
@@ -201,8 +201,8 @@ def verdict(document: Mapping[str, Any]) -> str:
     if nats_lost is None or (nats_lost <= MUCH_NATS and (same is None or same >= MUCH_AGREEMENT)):
         return ""
     several = "tokens" if _what(document) == "token" else "classes"
-    agree = "" if same is None else f"{same:.1%} of likeliest {several} agree, "
-    return f"{agree}{nats_lost:.2g} nats from the dense model: much was lost: {remedies}"
+    agree = "" if same is None else f"{same:.1%} of most likely {several} agree, "
+    return f"much was lost: {agree}{nats_lost:.2g} nats from the dense model; {remedies}"
 
 
 def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -214,24 +214,24 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
     target, budget = document.get("target"), document.get("budget")
     if target:
-        yield "target", target_in_words(target)
+        yield "quality target", target_in_words(target)
         yield "reported", reported_in_words(target)
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:
         unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
         gap = budget.get("gap")
-        within = "" if gap is None else f" (within {gap:.1e} of the least)"
+        within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
-    agree = "" if same is None else f", with the same likeliest {_what(document)} in {same:.1%}"
+    agree = "" if same is None else f", with the same most likely {_what(document)} in {same:.1%}"
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
     yield "measured distance", f"{_divergence(document)}{agree}" or f"none: {none}"
     if layers:
-        held = "nothing, so that no refit was compared with none on fresh samples"
+        held = "no samples, so that no refit was compared with the dense weights on unseen data"
         yield "held out", "" if document["held_out"] else held
     dead = sum(layer["dead"] for layer in layers if not UnitKind(layer["kind"]).routed)
-    yield "dead units", f"{dead} (zero on all calibration data; they went first)" if dead else ""
+    yield "dead units", f"{dead} (zero on all calibration data; removed first)" if dead else ""
     if any(layer["lower_bound"] is not None for layer in layers):
         proofs = [
             ProofBasis.WORD if layer["recomputed_bound"] is None else ProofBasis.RECOMPUTED
@@ -243,7 +243,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from Certificate.from_json(document["certificate"]).rows()
     if document.get("form") == "exported":
         chosen = document["settings"]["form"] == "auto"
-        why = ", since more of it could follow than of the modules" if chosen else ""
+        why = ", in which more groups can be pruned than in the modules" if chosen else ""
         yield "form", f"the exported program{why}"
     yield "inputs", fixed_in_words(document.get("inputs", ()))
     norms = document["batch_norms"]
@@ -271,12 +271,12 @@ def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
             continue
         binds, assumed = "", f" ({one['assumed']})" if one["assumed"] else ""
         if len(limits) > 1 and price is not None:
-            less = f"1% more of it would take {price * limit / 100:.2g} off the predicted distance"
+            less = f"1% more would lower the predicted distance by {price * limit / 100:.2g}"
             binds = f"; {less}" if price else "; it does not bind"
         yield (
             "budget",
             f"{reached:,.0f} of {dense:,.0f} {one['cost']} ({reached / dense:.1%}), at most "
-            f"{limit:,.0f} were asked for{binds}{assumed}",
+            f"{limit:,.0f} allowed{binds}{assumed}",
         )
 
 
@@ -350,7 +350,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         yield f"divergence, nats{when}", "0", _nats(divergence), ""
         yield f"exp(divergence){when}", "1", f"{times:.4g}", ""
     if document.get("agreement") is not None:
-        yield f"likeliest {_what(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
+        yield f"same {_what(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
 
 
 def _milliseconds(seconds: float) -> str:

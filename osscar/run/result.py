@@ -43,7 +43,7 @@ _SCHEMA = "osscar.prune/5"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PruningResult(Shown):
-    """A physically smaller model and how it came about.
+    """A smaller model, and how it was pruned.
 
     Parameters
     ----------

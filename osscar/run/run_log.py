@@ -119,7 +119,7 @@ class RunLog(SavingJournal[JournalManifest]):
         *("walk-[1-9]/recovery/*", "walk-[1-9]/recovery", "walk-[1-9]/*", "walk-[1-9]"),
         *(REPORT, _WALKS, ALLOCATION),
     )
-    otherwise = "begin anew with --restart"
+    otherwise = "start over with --restart"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -148,7 +148,7 @@ class RunLog(SavingJournal[JournalManifest]):
         if found != _Allocation.of(self._run, found.allocated):
             raise JournalError(
                 f"{self.directory / ALLOCATION} is of another run, or was changed since it was "
-                "written; begin anew with --restart"
+                "written; start over with --restart"
             )
         return found.allocated
 
@@ -167,7 +167,7 @@ class RunLog(SavingJournal[JournalManifest]):
             return ()
         if found.run != self._run:
             raise JournalError(
-                f"{self.directory / _WALKS} is of another run; begin anew with --restart"
+                f"{self.directory / _WALKS} is of another run; start over with --restart"
             )
         return found.walks
 

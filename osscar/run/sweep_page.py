@@ -149,8 +149,8 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
         },
         document["points"],
         note="Speed is that of a forward pass, timed in turns with the dense model: the median, "
-        "and between what half of the turns lie. Divergence is measured on calibration samples "
-        "that no weight of `measured` was fitted to; those of baselines were.",
+        "and the range of half of the turns. Divergence is measured on calibration samples that "
+        "were held out of the refits of `measured`, but not of the baselines.",
     )
 
 
@@ -229,8 +229,8 @@ def sweep_page(document: Mapping[str, Any]) -> str:
                     (
                         "recovery",
                         f"towards the dense model, on {one['samples']} calibration samples; "
-                        f"{one['held_out']} others trained nothing, and decided which step was "
-                        "kept; pruning may have been fitted to them",
+                        f"{one['held_out']} held-out ones choose the step that is kept; pruning "
+                        "may have been fitted to these",
                     )
                     for one in recovered[:1]
                 ),

@@ -84,7 +84,7 @@ def prune_to_target(
     recover: Recover | None = None,
     classes: Sequence[str] = (),
 ) -> Made:
-    """Find the smallest model within the target of quality that a request has.
+    """Find the smallest model within the quality target of a request.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequ
         )
     if request.most_lost >= judge.dense_accuracy:
         raise RequestError(
-            f"{request.target_in_words} is all that the dense model has, or more: it is right in "
+            f"{request.target_in_words} allows to lose all accuracy: the dense model is right in "
             f"{judge.dense_accuracy:.1%} of {judge.labelled} samples; give less"
         )
     return judge
@@ -202,7 +202,7 @@ class _Search:
             self.walks.append(TargetWalk(limit, reached, budget.predicted, lost))
             if log is not None:
                 log.note_walks(self.walks)
-            self.tell(f"walk {number}: {self._report(budget).in_words(number - 1)}")
+            self.tell(f"attempt {number}: {self._report(budget).in_words(number - 1)}")
             if smallest_within(self.walks, most) is self.walks[-1]:
                 best = made
         report = self._report(budget)
@@ -346,4 +346,4 @@ class _Search:
             yield request, log, committed
 
     def _tell_of(self, number: int, line: str) -> None:
-        self.tell(f"walk {number}: {line}")
+        self.tell(f"attempt {number}: {line}")

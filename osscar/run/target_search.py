@@ -1,4 +1,4 @@
-"""Choose the next size that is tried for a target of quality, and report the sizes that were tried.
+"""Choose the next size that is tried for a quality target, and report the sizes that were tried.
 
 A *walk* prunes to a size and measures the model.  Curves predict its distance from the dense model;
 the bound that is measured is about a multiple of that, mostly less than one, as refits make up for
@@ -86,7 +86,7 @@ class TargetWalk:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """The sizes that were tried for a target of quality, and which of them was chosen.
+    """The sizes that were tried for a quality target, and which of them was chosen.
 
     Parameters
     ----------
@@ -156,14 +156,14 @@ def target_in_words(target: Mapping[str, Any]) -> str:
     lost = _lost_in_words(kind, Bounded(**walk["measured"]), measure)
     return (
         f"at most {_amount(kind, target['most'], measure)}; the smallest model within it, of "
-        f"{pluralize(walks, 'walk')}, keeps {kept} of {target['cost']}: {lost}"
+        f"{pluralize(walks, 'attempt')}, keeps {kept} of {target['cost']}: {lost}"
     )
 
 
 def reported_in_words(target: Mapping[str, Any]) -> str:
     """Return the loss of the chosen model on samples that no choice has seen, in words."""
     kind, lost = TargetKind(target["quality"]), Bounded(**target["reported"])
-    return _lost_in_words(kind, lost, target["measure"], "samples that no choice has seen")
+    return _lost_in_words(kind, lost, target["measure"], "samples that were used for nothing else")
 
 
 def smallest_within(walks: Sequence[TargetWalk], most: float) -> TargetWalk | None:

@@ -238,7 +238,7 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     named = {key: value for key, value in integers.items() if key in line} or integers
     kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
     reason = first_line(error)
-    start = f"module {name or 'the model'!r} ({kind.__name__}) cannot follow its units: {reason}"
+    start = f"module {name or 'the model'!r} ({kind.__name__}) fails with fewer units: {reason}"
     if ROWS_OF_16_BYTES in reason:
         return AdapterError(
             f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
@@ -247,9 +247,9 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     if _is_stock_layer(module):
         return AdapterError(f"{start}, in `{line}`")
     return AdapterError(
-        f"{start}, in `{line}`; it keeps {kept}. "
-        "In code of your own, write -1 for that size or take it from a weight; elsewhere register "
-        f'what has to change with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
+        f"{start}, in `{line}`; its attributes hold {kept}. "
+        "In code of your own, write -1 for that size or take it from a weight; for other code "
+        f'register an adapter with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
     )
 
 

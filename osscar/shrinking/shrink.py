@@ -49,7 +49,7 @@ from osscar.shrinking.slice import slice_units
 
 @dataclass(frozen=True)
 class Proof:
-    """A model was shrunk, and this is what was proved and compared.
+    """What was proved and compared when a model was shrunk.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def rehearse(
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
-    """Prove again that the code of a pruned model computes what the dense one does without units.
+    """Prove again that the code of a pruned model equals that of the dense one without units.
 
     Programs of both are compared; weights are not, which may have been refitted or trained since.
 
@@ -162,8 +162,8 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
     plans = lineage_of(model).plans
     if not plans or any(plan.form is not Form.EAGER for plan in plans):
         raise ModelError(
-            "no units were removed from the modules of this model, as far as it knows; give one "
-            "that osscar.prune or osscar.load returned (an exported program is right as it is made)"
+            "there is no record of units removed from the modules of this model; give one that "
+            "osscar.prune or osscar.load returned (an exported program needs no proof)"
         )
     work = copied(dense)
     with (
@@ -252,8 +252,8 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
             prove_equal(outputs_before(model, inputs), found, names=names)
         except EquivalenceError as error:
             raise EquivalenceError(
-                f"{error}: code of its own reads {folded[0].tensor!r}; leave what cuts it out, or "
-                "prune the model with plain weights (remove_parametrizations of torch)"
+                f"{error}: code of the model uses {folded[0].tensor!r}; do not prune the groups "
+                "that cut it, or make its weights plain ones (remove_parametrizations of torch)"
             ) from error
         fold(model, plan.tensors)
 
@@ -345,6 +345,6 @@ def _advice(found: Feasibility) -> str:
     shown = listed([*map(repr, names)], 8)
     them = "them" if len(names) > 1 else "it"
     return (
-        f"What fails is {'among ' if found.spent else ''}the pruning of {shown}: leave "
+        f"The failure comes from pruning {'one of ' if found.spent else ''}{shown}: leave "
         f"{them} out (--skip {names[0]!r}, or a plan without {them})"
     )

@@ -112,9 +112,9 @@ def shrink_program(
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
         if fixed:
             warn(
-                f"{fixed}: its code makes numbers of them, as int, math.sqrt and loops do, or they "
-                "are the resolution of images for attention, which is not left open; calibrate on "
-                "the sizes that it will meet, or keep to the modules (--form eager)"
+                f"{fixed}: its code turns them into numbers, as int, math.sqrt and loops do, or "
+                "they are the resolution of images for attention, which stays fixed; calibrate on "
+                "the sizes that the model will read, or prune the modules (--form eager)"
             )
         made = _noted(program, model, plan)
         certificates = (*lineage_of(model).certificates, proof.certificate)

@@ -44,8 +44,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
     check_module(model)
     if plan.form is not Form.EAGER:
         raise ModelError(
-            "the plan was carried out on the exported program of a model, whose modules may not be "
-            "able to follow; osscar.load replays it"
+            "the plan is for the exported program of a model, not for its modules; use osscar.load"
         )
     with restored(model, on_error=True):
         remember_structure(model)

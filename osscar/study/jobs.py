@@ -33,7 +33,7 @@ RECORDS = "records"
 """The part of a study's directory that holds one file a record, and the certificates."""
 
 KILLED = (
-    "a worker was killed, perhaps for want of memory; what was solved is kept: give the same "
+    "a worker was killed, perhaps for want of memory; what was solved is kept: run the same "
     "command again, with fewer --jobs, or on machines with more memory"
 )
 
@@ -199,7 +199,7 @@ def solve_task(task: Task) -> Record:
             return answered(asked, solution, done.certificate, ProofBasis.RECORDED)
         except (solvers.SolverError, JournalError, FileError) as error:
             raise JournalError(
-                f"{task.file} is the record of an answer that is not true: {error}; delete it"
+                f"the solution in {task.file} is wrong: {error}; delete the file"
             ) from error
     backend = solvers.make_backend(asked.backend, **asked.options)
     refusal = backend.capabilities.refusal(problem)

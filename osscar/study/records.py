@@ -87,7 +87,7 @@ def _precise(value: float) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Record:
-    """One solve: what was asked, and what came back.
+    """One solve of a study: the problem, the solver and its solution.
 
     Parameters
     ----------

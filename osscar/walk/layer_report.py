@@ -15,8 +15,8 @@ from osscar.walk.layer_step import GROWN
 from solvers import SolutionRecord
 
 _LOSS = (
-    "squared error of what reads the units, relative to the loss of removing all of them; of "
-    "experts that of the output of the mixture, before the refit, relative to that output"
+    "squared error of the layers that read the units, relative to that of removing all units; for "
+    "experts that of the mixture's output before the refit, relative to this output"
 )
 
 
@@ -103,7 +103,7 @@ class LayerReport(SolutionRecord):
     ]
     relative_bound: Annotated[
         float | None,
-        Column("bound >", _bound, note="no other choice of as many units has a lower loss"),
+        Column("bound >", _bound, note="no choice of as many units has a lower loss"),
     ]
     gap: Annotated[float | None, Column("gap >", "{:.1%}".format)]
     recomputed_bound: Annotated[float | None, Column("certificate", row=_certificate)]
@@ -112,9 +112,7 @@ class LayerReport(SolutionRecord):
     measure_seconds: float
     dead: Annotated[
         int,
-        Column(
-            "dead >", _count, note="units that are zero on all calibration data, which left first"
-        ),
+        Column("dead >", _count, note="units that are zero on all calibration data, removed first"),
     ]
     damp: float
     correction_weight: float

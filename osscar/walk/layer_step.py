@@ -235,8 +235,8 @@ class LayerStep:
     def _written(self) -> Iterator[None]:
         if self.final:
             raise ModelError(
-                f"{self.group.name!r} cannot be committed: the groups of this walk are measured on "
-                "the model as it is; walk in turn"
+                f"the weights of {self.group.name!r} cannot be written: all groups of this walk "
+                "are measured on the same model; walk in turn"
             )
         self._committing(self)
         yield

@@ -127,7 +127,7 @@ class Sums:
     def _sums(self) -> Symmetric:
         if self.gram is None:
             raise ModelError(
-                f"what {self.name!r} reads was given away with its problem; measure it again"
+                f"the Gram matrix of {self.name!r} was handed to its problem; measure it again"
             )
         return self.gram
 

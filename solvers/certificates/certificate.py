@@ -92,7 +92,7 @@ class EnumerationCertificate:
 def _check_few(supports: int) -> None:
     if not supports <= _MOST_SUPPORTS:
         raise VerificationError(
-            f"{supports} supports are to be enumerated: at most {_MOST_SUPPORTS} are"
+            f"the certificate enumerates {supports} supports; at most {_MOST_SUPPORTS} are allowed"
         )
 
 

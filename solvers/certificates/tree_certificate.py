@@ -106,7 +106,8 @@ class TreeCertificate:
             float(self.shape.min()) > 0 and float(self.growth.min()) >= 0
         ):
             raise VerificationError(
-                f"a tree of {problem.units} units has a positive shape and no negative growth"
+                f"the tree's shape must be {problem.units} positive numbers, and its growth must "
+                "not be negative"
             )
         # The argument that children cover their parent knows these three sides only.
         if not bool(((self.sides >= FREE) & (self.sides <= KEPT)).all()):
@@ -199,7 +200,7 @@ class TreeCertificate:
             bounds.value[nodes] = given.cheapest(_choices(free.shape[1], removals).to(nodes.device))
             return
         if not 0 < removals < free.shape[1]:
-            raise VerificationError("a node of the tree that leaves no choice has a linearization")
+            raise VerificationError("a node of the tree without a choice must have growth 0")
         share, point = (
             values[nodes].double().gather(1, free) for values in (self.share, self.point)
         )

@@ -19,7 +19,7 @@ from solvers.errors import ProblemError
 
 
 class RouterScores(enum.StrEnum):
-    """What a router makes of its logits."""
+    """How a router turns logits into scores."""
 
     SOFTMAX = "softmax"
     """Softmax over all logits, of which the largest are taken (Mixtral, Qwen2/3-MoE, OLMoE)."""
@@ -32,7 +32,7 @@ class RouterScores(enum.StrEnum):
 
 
 class GroupScore(enum.StrEnum):
-    """By what groups of experts are compared; the value says it."""
+    """How a router scores groups of experts; the value says it."""
 
     MAX = "largest score"  # DeepSeek-V2
     TOP_TWO = "sum of the two largest scores"  # DeepSeek-V3
@@ -149,11 +149,13 @@ class RoutingRule:
         if len(set(staying)) != len(staying) or not set(staying) <= set(range(experts)):
             raise ProblemError(f"{staying} stay; name each of 0 .. {experts - 1} once at most")
         if experts % self.groups:
-            raise ProblemError(f"{experts} experts do not lie in {self.groups} groups of one size")
+            raise ProblemError(
+                f"{experts} experts cannot be divided into {self.groups} groups of one size"
+            )
         size = experts // self.groups
         counts = [sum(one // size == group for one in staying) for group in range(self.groups)]
         if len(set(counts)) != 1:
-            raise ProblemError(f"{counts} experts stay in the groups; as many must in each")
+            raise ProblemError(f"{counts} experts stay in the groups; keep the same number in each")
         if len(staying) < (least := self.fewest):
             raise ProblemError(f"{len(staying)} experts stay; the router needs {least} at least")
         return torch.tensor(staying, dtype=torch.int64)

@@ -54,7 +54,7 @@ class ExpertSolution(Solution):
         try:
             loss = problem.loss(support)
         except ProblemError as error:
-            raise VerificationError(f"support is none: {error}") from error
+            raise VerificationError(f"support is not valid: {error}") from error
         slack = ROUNDING * (problem.scale + loss)
         require(
             abs(loss - self.loss) <= slack,

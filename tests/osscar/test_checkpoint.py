@@ -253,7 +253,9 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(tiny, tmp_pat
     twice = osscar.prune(again.model, others, neurons="0.7", **few)
     seen = lineage_of(twice.model).calibration  # none of which is ever scored
     assert seen == (*lineage.calibration, Calibration.of(others.describe()))
-    with pytest.raises(DataError, match="about 100% of a list calibrated or recovered this model"):
+    with pytest.raises(
+        DataError, match="about 100% of a list was used to calibrate or recover this model"
+    ):
         refuse_overlap(osscar.load_text([text], loaded.tokenizer), lineage.calibration)
     refuse_overlap(osscar.load_text(HELD_OUT, loaded.tokenizer), lineage.calibration)
 

@@ -173,7 +173,10 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     assert document["model"]["quality"]["special_tokens"] == 1
     assert document["ratios"]["parameters"] < 1
     for wrong, message in (
-        ([w.replace("an other ", "") for w in command], "calibrated or recovered this model"),
+        (
+            [w.replace("an other ", "") for w in command],
+            "was used to calibrate or recover this model",
+        ),
         ([w.replace("a $dense model", "demo") for w in command], "have other tokenizers"),
     ):
         status, _, err = run(*wrong)
@@ -185,7 +188,7 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     assert Path("g.svg").read_bytes() == b"a picture"
     told = json.loads(Path("i").read_text())
     share = f"{told['prunable_parameters'] / told['parameters']:.1%}"
-    assert f"a budget reaches {share} of " in words_of(out)
+    assert f"a budget can prune {share} of " in words_of(out)
     assert told["residual_parameters"] == 0
     assert [group["units"] for group in told["groups"] if not group["frozen"]] == [2, 32]
 
@@ -224,10 +227,10 @@ def test_no_figure_of_a_report_loses_a_run(run, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("kept", ["", "1 group is done"])
 def test_whoever_is_interrupted_or_cannot_write_is_told_how_to_go_on(kept, restarts):
-    expected = "nothing was done that could be kept; give the same command again to begin anew"
+    expected = "no finished work was kept; run the same command again to start over"
     if kept:
         without = " without --restart" if restarts else ""
-        expected = f"{kept}; give the same command again{without} to go on"
+        expected = f"{kept}; run the same command again{without} to continue"
     with pytest.raises(KeyboardInterrupt) as stop, way_back(lambda: kept, restarts=restarts):
         raise KeyboardInterrupt
     assert stop.value.__notes__ == [expected]
@@ -270,7 +273,7 @@ def test_an_interrupt_says_what_is_kept(
     kept = place.with_name("out.run") if command == "prune" else place
     last = err.splitlines()[-1]
     assert (status, kept.exists()) == (130, bool(said))
-    assert last.startswith(f"interrupted: {said.format(kept) or 'nothing was done that could be'}")
+    assert last.startswith(f"interrupted: {said.format(kept) or 'no finished work was kept'}")
     assert ("without --restart" in last) == (command == "prune" and bool(said))
 
 
@@ -453,10 +456,10 @@ def test_version_and_help_name_every_command_and_every_choice(run):
         assert not re.search(r"-ed\b", said[command]), "an ending behind the name of a choice"
     for words in ("[choices: measured, uniform]", "With --certify: rounds"):
         assert words in said["prune"]
-    assert "the samples, and of --augment" in said["recover"]
+    assert "held-out samples, and of --augment" in said["recover"]
     first = said["prune"].partition("Arguments")[0]
     assert [first.count(f"--{budget} 0.") for budget in ("sparsity", "neurons", "flops")] == [1] * 3
     assert re.findall(r"╭─ ([\w ]+) ─", said["prune"]) == [
-        *("Arguments", "Budget", "Target of quality", "What to keep", "Calibration and test data"),
+        *("Arguments", "Budget", "Quality target", "What to keep", "Calibration and test data"),
         *("Images", "Solver and refit", "Training", "Model", "Output"),
     ]

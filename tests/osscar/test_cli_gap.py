@@ -102,12 +102,12 @@ def test_solve_shows_loss_bound_and_proof_and_what_was_not_recomputed(run, file,
         (("enumerate",), "no support has a loss below"),
         (("greedy", "--bound"), "no support has a loss below"),  # for a heuristic
         (("greedy",), ""),
-        (("highs",), "not recomputed, but the solver's word: lower bound and status"),
+        (("highs",), "claimed by the solver, and not recomputed: lower bound and status"),
     ):
         status, out, err = run("solve", file, "--backend", *options)
         assert status == 0, err
         assert told in out
-        assert ("word" in out) == ("highs" in options)
+        assert ("claimed by" in out) == ("highs" in options)
         assert ("no support has a loss below" in out) == bool(told)
 
 
@@ -132,15 +132,15 @@ def test_a_problem_says_what_it_holds_and_who_takes_it(run, file, tmp_path, monk
     # Damping of all inputs is told from that in the matrix.
     H, W0 = torch.diag(torch.arange(1.0, 10).double()), consumer.W0
     alike = solvers.SubsetProblem.from_gram(H, W0, keep=5, damp=0.1)
-    assert "damping 0.5 of all inputs alike" in told(alike)
+    assert "damping 0.5 of every input" in told(alike)
     units = [[row] for row in range(9)]
     one = damped_by_input(Symmetric.of(H), W0, units=units, damp=0.1, positions=60)
     by_input = told(solvers.SubsetProblem((one,), 5))
-    assert "damping, if any, is in H, input by input" in by_input
+    assert "damping, if any, is part of H" in by_input
     # A problem of a study keeps all of its units, which is no choice.
     whole = plain.with_keep(9)
     out = told(whole)
-    assert "nine: 9 units; how many stay is for --keep to say" in out
+    assert "nine: 9 units; give --keep, the number of units to keep" in out
     assert "1 support" not in out
     status, out, err = run("solve", "told.safetensors")
     assert (status, out, "--keep" in err) == (2, "", True)

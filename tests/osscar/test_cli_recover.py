@@ -121,7 +121,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     words = shlex.split(out.partition("next:\n")[2].splitlines()[0])[1:]
     assert words[:2] == ["eval", "small-recovered"]
     for text, status, message in (
-        (TEXT.replace("the", "a"), 2, "% of other.txt calibrated or recovered this model"),
+        (TEXT.replace("the", "a"), 2, "% of other.txt was used to calibrate or recover this model"),
         (" ".join(reversed(TEXT.split())), 0, ""),
     ):
         Path("other.txt").write_text(text)
@@ -155,7 +155,7 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
     prune = pruning(tiny, "--neurons", "0.25", "--recover", "--recover-steps", "4")
     status, out, err = run(*prune, "--dry-run")
     assert status == 0, err
-    assert "recovery: comes on top, and is not estimated" in out
+    assert "recovery: not estimated, and not in the sum" in out
     status, out, err = run(*prune, "--recover-text", "text.txt", "--out", "out", "--json", "p.json")
     assert status == 0, err
     said, document = read("p.json"), report("out")
@@ -213,7 +213,10 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
     assert recovery["after"] < recovery["before"]
     assert (recovery["samples"], recovery["held_out"]) == (35, 5)
     for command, message in (
-        (("eval", "small-recovered", *train[2:4], *on_data[-2:]), "calibrated or recovered this"),
+        (
+            ("eval", "small-recovered", *train[2:4], *on_data[-2:]),
+            "was used to calibrate or recover this",
+        ),
         (("recover", "small", "--dense", "demo", *on_data, "--out", "b"), "(--dense module:func"),
         ((*train[:-2], "--out", "other"), "nothing to train on: give --text, --images or --inputs"),
         ((*train, "--text", "net.py", "--out", "b"), "reads no text: omit --text and --seqlen"),

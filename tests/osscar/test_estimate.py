@@ -158,7 +158,7 @@ def test_what_the_run_refuses_is_refused(asked, error, message):
 
 def test_what_cannot_follow_is_told_and_not_counted():
     data = torch.randn(16, 5, 16)
-    with pytest.raises(osscar.OsscarError, match="2 of 4 groups cannot follow"):
+    with pytest.raises(osscar.OsscarError, match="2 of 4 groups cannot be pruned"):
         osscar.estimate(Transformer(), data, sparsity=0.5, form="eager", strict=True)
     with pytest.warns(UserWarning, match="skipped, with all their units: .*heads"):
         found = osscar.estimate(Transformer(), data, sparsity=0.5, form="eager")

@@ -183,7 +183,7 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
     few = tiny_opt()
     few.resize_token_embeddings(100)
     for wrong, message in (
-        (both_ways, "BertForMaskedLM that reads in both directions"),
+        (both_ways, "bidirectional BertForMaskedLM"),
         (nn.Linear(2, 2), "Linear is no language model of transformers"),
         (few, "knows only 100"),
     ):

@@ -143,8 +143,8 @@ def no_sum(self, hidden, experts, weights):
 @pytest.mark.parametrize(
     ("module", "forward", "error", "words"),
     [
-        ("gate", counting, EquivalenceError, "none of 1 group can follow"),
-        ("experts", no_sum, RequestError, "the last matrices of its experts are not seen"),
+        ("gate", counting, EquivalenceError, "none of 1 group can be pruned"),
+        ("experts", no_sum, RequestError, "the output matrices of its experts are not found"),
     ],
 )
 def test_code_that_cannot_do_with_fewer_experts_is_refused(module, forward, error, words):
@@ -310,7 +310,7 @@ def test_a_router_or_a_block_that_is_shared_is_left_alone():
     assert [(layer.name, layer.kept) for layer in result.layers] == [("2.experts", 4)]
     reasons = {one.name: one.reason for one in result.skipped}
     assert "output differs from the masked one's" in reasons["0.experts"]
-    assert "is called 2 times in a pass" in reasons["3.experts"]
+    assert "is called 2 times in a forward pass" in reasons["3.experts"]
 
 
 # ---- the masked model and the smaller one ------------------------------------------------

@@ -114,7 +114,7 @@ def test_a_block_whose_experts_were_masked_chooses_as_before(x):
 def test_experts_whose_last_layer_is_not_seen_stay(x):
     block = SoftmaxThenTopK()
     block.experts = nn.ModuleList(nn.Sequential(Expert(), nn.Tanh()) for _ in range(COUNT))
-    with pytest.raises(RequestError, match=r"last matrices .* are not seen.*remove weight norm"):
+    with pytest.raises(RequestError, match=r"output matrices .* are not found.*remove weight norm"):
         osscar.prune(Net(block).eval(), x, experts=3)
 
 
@@ -216,7 +216,7 @@ class SumSecond(TopKThenSoftmax):
         (OtherRows, "of the rows that 'gate' reads, times weights"),
         (Tempered, "with other weights than a softmax or a sigmoid of its logits"),
         (Threshold, "no rule is known for tokens that go to different numbers"),
-        (Normed, "does not hold for 'blocks.0'"),
+        (Normed, "does not fit 'blocks.0'"),
         (SumSecond, "put out their sum there"),
     ],
 )
@@ -227,13 +227,13 @@ def test_a_wrong_declaration_says_what_was_found(kind, words, x):
 
 
 def test_code_that_counts_all_experts_is_tried_and_refused(x):
-    with pytest.raises(EquivalenceError, match="none of 1 group can follow"):
+    with pytest.raises(EquivalenceError, match="none of 1 group can be pruned"):
         osscar.prune(Net(Elsewhere()).eval(), x, experts=4)
 
 
 def test_a_block_that_is_called_twice_is_refused(x):
     block = Masked()
-    with pytest.raises(ModelError, match=r"does not hold for 'blocks\.0': it is called 2 times"):
+    with pytest.raises(ModelError, match=r"does not fit 'blocks\.0': it is called 2 times"):
         mixtures(Net(block, block).eval(), x)
 
 

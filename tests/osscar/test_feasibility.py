@@ -183,10 +183,10 @@ def test_a_group_is_tried_together_with_all_that_go():
 
 REFUSED = (
     (
-        *(Stubborn, {}, AdapterError, r"none of 2 groups can follow.*@osscar\.adapter"),
+        *(Stubborn, {}, AdapterError, r"none of 2 groups can be pruned.*@osscar\.adapter"),
         *("'one.neurons': module", "view(-1, 16)", "'two.neurons': module", "view(-1, 12)"),
     ),
-    (Gated, {"strict": True}, AdapterError, "1 of 2 groups cannot follow.*skip="),
+    (Gated, {"strict": True}, AdapterError, "1 of 2 groups cannot be pruned.*skip="),
     (Scaled, {}, EquivalenceError, "'neurons': the shrunk model's output differs"),
 )
 
@@ -203,7 +203,7 @@ def test_a_request_that_cannot_be_met_is_refused_with_all_reasons_before_anythin
 def test_a_budget_that_cannot_be_met_says_what_is_skipped():
     with pytest.raises(RequestError, match=r"cannot be met.*skipped.*enter\.neurons"):
         osscar.prune(built(Gated), rows(), params=0.3, device="cpu")
-    with pytest.raises(RequestError, match=r"nothing is left for it.*skipped.*attn\.heads"):
+    with pytest.raises(RequestError, match=r"has nothing to prune.*skipped.*attn\.heads"):
         osscar.prune(built(Transformer), words(), neurons=0.5, sparsity=0.3, device="cpu")
 
 

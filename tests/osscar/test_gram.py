@@ -133,7 +133,7 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
     torch.testing.assert_close(consumer.variance, X.var(0, correction=0), rtol=1e-9, atol=1e-12)
     assert solvers.SubsetProblem((consumer,), 12).dead.tolist() == ([5] if bias else [])
     assert gram.positions == 400
-    with pytest.raises(ModelError, match="given away with its problem"):
+    with pytest.raises(ModelError, match="was handed to its problem"):
         gram.consumer(0.01)
 
 

@@ -72,8 +72,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(name, seed, cases, tmp_p
             line = last_word(ended)
             kept = "out.run/*.safetensors", "out.recover/*.safetensors"
             goes_on = any(any(root.glob(one)) for one in (kept if case.keeps_old else ("out",)))
-            assert ("same command again to go on" in line) == goes_on, line
-            assert ("nothing was done that could be kept" in line) == (not goes_on), line
+            assert ("same command again to continue" in line) == goes_on, line
+            assert ("no finished work was kept" in line) == (not goes_on), line
             assert hidden(root, case.shown) == []
     if ended.status:
         again = case.run(root)

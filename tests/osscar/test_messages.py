@@ -53,7 +53,7 @@ def test_help_loads_no_numerics_and_a_command_says_what_it_does_before_it_does(w
         ("leave it out (--skip 'h.0.*').", "leave it out (skip='h.0.*')."),
         ("give --inputs FILE (example_inputs= in Python), two", "give example_inputs=, two"),
         ("omit --mean and --std (preprocessing= in Python)", "omit preprocessing="),
-        ("begin anew with --restart", "begin anew with --restart"),
+        ("start over with --restart", "start over with --restart"),
         ("run `osscar prune --max-memory 8GB`", "run `osscar prune --max-memory 8GB`"),
     ],
 )

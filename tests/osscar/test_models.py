@@ -105,7 +105,7 @@ BERT = BertConfig(
     [
         (changed(BIAS, lambda _: None), ModelError, rf"lacks 1 of .*'{BIAS}'"),
         (of_images, ModelError, "no causal language model"),
-        (BertForMaskedLM(BERT).save_pretrained, ModelError, "BertLMHeadModel that reads in both"),
+        (BertForMaskedLM(BERT).save_pretrained, ModelError, "bidirectional BertLMHeadModel"),
         (
             GPT2ForSequenceClassification(GPT2).save_pretrained,
             ModelError,
@@ -127,7 +127,7 @@ def test_what_is_no_language_model_is_refused(damage, error, message, checkpoint
 
 def test_weights_that_are_left_out_are_named(checkpoint):
     changed("model.adapter.weight", lambda ones: ones)(checkpoint)
-    with pytest.warns(UserWarning, match=r"1 tensor .*'model\.adapter\.weight'.* are left out"):
+    with pytest.warns(UserWarning, match=r"1 tensor .*'model\.adapter\.weight'.* left out"):
         load_model(checkpoint)
 
 
@@ -167,14 +167,14 @@ def test_nobody_is_asked_whether_to_run_code(checkpoint, tmp_path, monkeypatch):
     for plan in (False, True):
         if plan:
             Manifest.of(False, Lineage(origin=Origin("transformers"))).write(checkpoint)
-        with pytest.raises(CheckpointError, match="names code that the checkpoint brings along"):
+        with pytest.raises(CheckpointError, match="names Python code of the checkpoint"):
             osscar.load(checkpoint)
     assert not witness.exists()
 
 
 def test_weights_and_tokens_that_are_left_out_are_named(checkpoint):
     changed("model.adapter.weight", lambda weight: weight)(checkpoint)
-    with pytest.warns(UserWarning, match=r"1 tensor .*'model.adapter.weight'.* are left out"):
+    with pytest.warns(UserWarning, match=r"1 tensor .*'model.adapter.weight'.* left out"):
         load_model(checkpoint)
     GPT2LMHeadModel(GPT2).save_pretrained(checkpoint)
     with pytest.warns(UserWarning, match="has 2,048 tokens and the model knows 2,400"):

@@ -165,13 +165,13 @@ def test_networks_that_have_no_such_program_are_refused():
     for build, message in (
         (Listed, "it lists positions by number"),
         (Named, "there is no exported program"),
-        (lambda: CountsSamples(two=False), "holds for up to 4 samples"),
+        (lambda: CountsSamples(two=False), "is right for at most 4"),
     ):
         with pytest.raises(AdapterError, match=message):
             shrunk(made(build), (8,))
     net, example = made(lambda: CountsSamples(two=True)), {"x": sample((8,), 2)}
     plan = kept_at_random(graph.trace(net, example).prunable)
-    with pytest.raises(AdapterError, match="holds for up to 2 samples"):
+    with pytest.raises(AdapterError, match="is right for at most 2"):
         shrink_program(net, plan, [example], example)
     x = torch.zeros(2, 8)
     for wrong in ({}, {"x": 3}, {"x": torch.zeros(())}, {"x": x[:1]}, (x,)):

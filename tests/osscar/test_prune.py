@@ -131,7 +131,7 @@ class Deep(nn.Module):
 
 def test_a_budget_that_skipping_leaves_nothing_for_is_refused():
     torch.manual_seed(0)
-    shared = "params=0.9 is shared by what nothing else names"
+    shared = "params=0.9 has nothing to prune"
     with prepare(Deep().eval(), torch.randn(64, 6)) as deep:
         (high,) = (group.name for group in deep.groups if group.name.startswith("high"))
         for asked, message in (
@@ -411,7 +411,7 @@ def test_one_number_for_two_groups_is_found_on_trial():
             return self.d(torch.relu(self.c(y)).reshape(len(x), self.hidden))
 
     torch.manual_seed(0)
-    with pytest.raises(AdapterError, match=r"none of 2 groups can follow.*keeps hidden = 12"):
+    with pytest.raises(AdapterError, match=r"none of 2 groups can be pruned.*hold hidden = 12"):
         osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5, form="eager")
     # The exported program knows which of the two each number stands for.
     assert osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5).form == "exported"
@@ -430,7 +430,7 @@ def test_attention_that_cannot_be_followed_is_named_with_a_way_out(monkeypatch):
 
     monkeypatch.setattr(_MultiheadAttention, "forward", double)
     model = nn.TransformerEncoderLayer(16, 4, 12, batch_first=True).eval()
-    words = r"forward passes of OSSCAR's output differs.*'self_attn' cannot .* leave heads out"
+    words = r"forward passes of OSSCAR's output differs.*'self_attn' cannot .* do not prune heads"
     with pytest.raises(EquivalenceError, match=words):
         osscar.prune(model, torch.randn(24, 5, 16), heads=0.5, **CHEAP)
     assert osscar.prune(model, torch.randn(24, 5, 16), neurons=0.5, **CHEAP).layers

@@ -331,8 +331,8 @@ def test_the_command_recovers_each_walk_and_measures_what_it_saves(tmp_path, mon
         main()
     printed = capsys.readouterr().out
     assert not stop.value.code
-    assert "walk 1: keeps" in printed
-    assert "samples that no choice has seen" in printed
+    assert "attempt 1: keeps" in printed
+    assert "samples that were used for nothing else" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"smaller", "run.json"}
     assert not list(tmp_path.glob("smaller.*"))
     found = json.loads((tmp_path / "run.json").read_text())

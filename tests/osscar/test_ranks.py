@@ -305,7 +305,7 @@ def test_ranks_that_recover_share_one_training_and_save_once(tiny, tmp_path):
     recover = ("recover", "small", *data, "--steps", "2", "--device", "cpu", "--out", "out")
     first, second = ended([command(*recover), command(*recover, "--seed", "1")], tmp_path)
     assert (first.status, second.status) == (2, 2)
-    assert "rank 1 is not asked for the same as rank 0" in first.stderr
+    assert "rank 1 differs from rank 0" in first.stderr
     assert not (tmp_path / "out").exists()
     first, second = ended([command(*recover)] * 2, tmp_path)
     assert (first.status, second.status) == (0, 0), first.stderr + second.stderr
@@ -325,7 +325,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
         second.kill()
         assert first.wait() == 2
     assert "rank 1 has ended without a word" in first.stderr
-    assert "give the same command again to go on" in first.stderr
+    assert "run the same command again to continue" in first.stderr
     assert not (tmp_path / "out").exists()
     assert 1 <= len(list(log.glob("*.safetensors"))) < 8
 

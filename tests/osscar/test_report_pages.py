@@ -188,7 +188,7 @@ def test_the_page_of_a_run_shows_its_numbers(document, shown):
     assert [*order] == sorted(order, key=text.index)
     assert f"4 heads\t{SKIPPED['reason']}" in text
     assert 'model = osscar.load("smaller")' in text
-    assert f"likeliest token as dense\t\t{document['agreement']:.1%}" in text
+    assert f"same token as dense\t\t{document['agreement']:.1%}" in text
     assert f"exp(divergence)\t1\t{math.exp(document['divergence']):.4g}" in text
     assert "sparsity\t0.6\tasked" in text
     assert "round to\t1\tby default" in text
@@ -265,10 +265,10 @@ def test_the_page_says_how_its_directory_is_loaded_and_what_comes_next(document,
     [
         (0.2, 0.8, None, ""),
         (None, None, None, ""),
-        (0.1, 0.586, None, "58.6% of likeliest tokens agree, 0.1 nats from the dense model: much"),
-        (0.21, 0.9, None, "90.0% of likeliest tokens agree, 0.21 nats from the dense model: much"),
+        (0.1, 0.586, None, "much was lost: 58.6% of most likely tokens agree, 0.1 nats from the"),
+        (0.21, 0.9, None, "much was lost: 90.0% of most likely tokens agree, 0.21 nats from the"),
         (0.9, 0.5, 0.1, ""),
-        (0.9, 0.5, 0.3, "0.3 nats from the dense model: much was lost: recover on more data, or"),
+        (0.9, 0.5, 0.3, "much was lost: 0.3 nats from the dense model; recover on more data, or"),
     ],
 )
 def test_much_is_said_to_be_lost_beyond_the_stated_thresholds(
@@ -398,11 +398,13 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts, tol
     _, one, two = document["points"]
     two["divergence"], one["reached"] = 0.5, 808.0
     assert [row[-1] for row in sweep_table(document).rows] == ["", "101.0% (over)", "87.5%"]
-    lost = f"{told}: 0.5 nats from the dense model: much was lost: recover"
+    lost = f"{told}: much was lost: 0.5 nats from the dense model; recover"
     assert sweep_verdict(document).startswith(lost)
     one["agreement"] = 0.586
     first, then = sweep_verdict(document), f"much was also lost with {texts[2]}"
-    assert first.startswith(f"with {budget} {texts[1]}: 58.6% of likeliest classes agree, 0.1 nats")
+    assert first.startswith(
+        f"with {budget} {texts[1]}: much was lost: 58.6% of most likely classes agree"
+    )
     assert first.endswith(then)
     assert then in sweep_page(document)
 
@@ -422,7 +424,7 @@ def test_a_page_shows_each_method_in_one_shot_and_recovered():
     assert columns[f"{nats}, recovered"] == ["", "0.2500", "1.2500", "2.2500", "3.2500"]
     assert "divergence, nats" not in columns
     assert columns["recovery"][3:] == ["step 8 of 16, 2 s", "none of 16 steps, 2 s"]
-    assert "on 28 calibration samples; 4 others trained nothing" in sweep_page(document)
+    assert "on 28 calibration samples; 4 held-out ones choose the step" in sweep_page(document)
     figures = {one.name: one for one in sections(document) if isinstance(one, Figure)}
     assert list(figures) == ["perplexity", nats]
     for name, levels in (

@@ -31,9 +31,13 @@ def test_a_text_that_was_seen_is_refused_and_so_is_a_part_of_it():
         "\n\n".join(reversed(TEXT.split("\n\n"))),
         OTHER[:20_000] + TEXT[20_000:21_000],
     ):
-        with pytest.raises(DataError, match=r"^about \S+% of a list calibrated or recovered"):
+        with pytest.raises(
+            DataError, match=r"^about \S+% of a list was used to calibrate or recover"
+        ):
             overlap(text)
-    with pytest.warns(UserWarning, match=r"about 0\.\d+% of a list calibrated or recovered"):
+    with pytest.warns(
+        UserWarning, match=r"about 0\.\d+% of a list was used to calibrate or recover"
+    ):
         overlap(OTHER + TEXT[20_000:20_600])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

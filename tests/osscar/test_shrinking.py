@@ -330,11 +330,11 @@ def test_a_refusal_names_the_groups_to_leave_out() -> None:
     x = torch.randn(8, 6)
     plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
     assert len(plan.groups) == 5
-    said = r"the pruning of '3\.neurons': leave it out.*skip='3\.neurons'"
+    said = r"comes from pruning '3\.neurons': leave it out.*skip='3\.neurons'"
     error = assert_refused(model, plan, [(x,)], AdapterError, said)
     assert not any(f"'{fine}.neurons'" in error for fine in (0, 1, 2, 4))
     # The layer that has the wrong width is not to blame, but who calls it.
-    assert "Literal) cannot follow" in error
+    assert "Literal) fails with fewer units" in error
     assert "torch.nn" not in error
 
 
@@ -347,7 +347,7 @@ def test_of_groups_that_fail_only_together_one_is_named(monkeypatch: pytest.Monk
         return [factor * output for output in proof_outputs(net, inputs)]
 
     monkeypatch.setattr("osscar.proof.equivalence.proof_outputs", wrong_if_all_left)
-    for trials, said in ((64, "the pruning of '1"), (0, "is among the pruning of '0.neurons', '1")):
+    for trials, said in ((64, "from pruning '1"), (0, "from pruning one of '0.neurons', '1")):
         monkeypatch.setattr("osscar.shrinking.shrink._MOST_TRIALS", trials)
         assert_refused(model, plan, [(x,)], EquivalenceError, said)
 

@@ -126,7 +126,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
     [
         *((SPARSITY, v, "sparsit") for v in ((), (0.0,), (1.0,), (0.5, -0.1), (float("nan"),))),
         (FLOPS, (0.5, 1.5), "flops is 1.5"),
-        (PARAMS, (0.5, 1000), "counts and shares"),
+        (PARAMS, (0.5, 1000), "counts and fractions"),
         (PARAMS, (0,), "params is 0"),
         (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as size=0.3"),
     ],
@@ -350,7 +350,10 @@ REFUSED = [
     (("--sparsity", "0.5", "--size", "0.5"), "a sweep goes over one of the budgets; give a list"),
     (("--sparsity", "0.5,0.6", "--flops", "0.5,0.6"), "--sparsity and --flops: a sweep goes"),
     (("--sparsity", "0.5,1.5"), "sparsity is 1.5; it should be less than 1"),
-    (("--sparsity", "0.5", "--calibration", HELD_OUT), "calibrated or recovered this model"),
+    (
+        ("--sparsity", "0.5", "--calibration", HELD_OUT),
+        "was used to calibrate or recover this model",
+    ),
     (("--speedup", "1.2", *ON_DISK), "--speedup times"),
     (("--sparsity", "0.5", "--allocation", "uniform", "--recover", *ON_DISK), "training needs all"),
 ]

@@ -141,7 +141,10 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert found["model"]["footprint"]["flops"] < found["dense"]["footprint"]["flops"]
 
     for more, said in (
-        (("--inputs", "data.npz:cal"), "about 83.3% of data.npz:cal calibrated or recovered"),
+        (
+            ("--inputs", "data.npz:cal"),
+            "about 83.3% of data.npz:cal was used to calibrate or recover",
+        ),
         (("--images", "data.npz:test"), "torch.float32 (2, 1, 80), and images are one tensor"),
         (("--inputs", "data.npz:test", "--no-normalize"), "images are one tensor"),
     ):

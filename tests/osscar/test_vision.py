@@ -143,7 +143,10 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     test = ("eval", "my small model", "--images", "my images.npz:test")
     again = ("prune", "my small model", "--channels", "0.5", "--out", "b", "--device", "cpu")
     for command, message in (
-        ([w.replace(":test", ":train") for w in words], ":train calibrated or recovered this"),
+        (
+            [w.replace(":test", ":train") for w in words],
+            ":train was used to calibrate or recover this",
+        ),
         (test, "--dense module:function"),
         ((*test, "--dense", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
         ((*test, "--dense", own, "--weights", "w.pt"), "no file of weights"),
@@ -155,7 +158,7 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     status, out, err = run("inspect", "my small model", "--dense", own)
     assert status == 0, err
     assert "channels, residual" in out
-    assert "; `osscar prune --residual` reaches another " in out
+    assert ", and `osscar prune --residual` another " in out
 
 
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, own):
@@ -196,7 +199,9 @@ def test_python_saves_all_that_the_command_line_does(own, tmp_path):
     lineage = lineage_of(again.model)
     assert lineage == lineage_of(result.model)
     assert lineage.source == "mine.py:stating"
-    with pytest.raises(DataError, match=r"about 100% of .* calibrated or recovered this model"):
+    with pytest.raises(
+        DataError, match=r"about 100% of .* was used to calibrate or recover this model"
+    ):
         refuse_overlap(images, lineage.calibration)
     manifest = json.loads(Path("small/osscar.json").read_text())
     manifest["lineage"]["preprocessing"]["resize"] = -1
@@ -367,13 +372,17 @@ def test_images_are_recognized_by_what_is_stored(folders):
     images = load_images(folders, IMAGENET)
     text = Calibration("text", Seen.of([]))
     known = [text, Calibration.of(images.sample(3, seed=0).describe())]
-    with pytest.raises(DataError, match=r"about 30% of .* calibrated or recovered this model \("):
+    with pytest.raises(
+        DataError, match=r"about 30% of .* was used to calibrate or recover this model \("
+    ):
         refuse_overlap(images, known)
     others = ImageSet("others", pixels(200, 9), IMAGENET)
     refuse_overlap(others, known)
     refuse_overlap(images, [])
     one = Calibration.of(others.sample(1, seed=0).describe())
-    with pytest.warns(UserWarning, match=r"about 0\.5% of others calibrated or recovered this"):
+    with pytest.warns(
+        UserWarning, match=r"about 0\.5% of others was used to calibrate or recover this"
+    ):
         refuse_overlap(others, [text, one])
 
 

@@ -248,10 +248,10 @@ TREE = [
     ("parent", torch.Tensor.float, "must not be of"),
     ("growth", torch.Tensor.long, "must not be of"),
     ("root", lambda root: replace(root, q=root.q * 0.5), "does not dominate"),
-    ("growth", of(1e-3), "does not dominate|leaves no choice"),
+    ("growth", of(1e-3), "does not dominate|without a choice"),
     ("growth", of(math.nan), "growth must be .* finite"),
-    ("growth", of(-0.5), "no negative growth"),
-    ("shape", of(-0.5), "positive shape"),
+    ("growth", of(-0.5), "growth must not"),
+    ("shape", of(-0.5), "positive numbers"),
     *(("point", at(x), "point must be") for x in (-1e-3, 1.001, 1e30)),
     *(
         (name, of(x), ".")

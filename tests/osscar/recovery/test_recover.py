@@ -263,9 +263,9 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
 def test_too_few_samples_are_refused_in_numbers():
     dense = net()
     for count, asked, message in (
-        (1, {}, "1 sample is too few: 1 is held out, 0 share nothing with those"),
+        (1, {}, "1 sample is too few: 1 is held out, 0 do not overlap with those"),
         (4, {"held_out": 9}, "4 samples are too few: 9 are held out"),
-        (8, {"held_out": 2, "batch_size": 7}, "6 share nothing with those, and a step has 7"),
+        (8, {"held_out": 2, "batch_size": 7}, "6 do not overlap with those, and a step takes 7"),
     ):
         with pytest.raises(DataError, match=message):
             osscar.recover(perturbed(dense), dense, numbers(count), device="cpu", **asked)

@@ -108,4 +108,4 @@ def test_ranks_that_are_not_asked_for_the_same_say_so(tmp_path):
 
     first, second = ended([run] * 2, tmp_path)
     assert (first.status, second.status) != (0, 0)
-    assert "rank 1 is not asked for the same as rank 0" in first.stderr
+    assert "rank 1 differs from rank 0" in first.stderr

@@ -142,7 +142,7 @@ def test_problems_and_rules_that_are_none_are_refused():
         (route("softmax", (0, 1)), "needs 3 at least"),
         (route("softmax", (0, 0, 1, 2)), "once at most"),
         (route("softmax", (0, 1, 12)), "once at most"),
-        (route("groups", (0, 1, 4, 5, 8)), "as many must in each"),
+        (route("groups", (0, 1, 4, 5, 8)), "keep the same number in each"),
         (route("groups of two", (0, 4, 8)), "needs 6 at least"),
         (lambda: dataclasses.replace(block, cross=block.cross * math.nan), "cross has NaN"),
         (lambda: dataclasses.replace(problem, keep=0), "in 1 .. 12"),
