@@ -12,6 +12,7 @@ from tests.sampling import sample, values_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pytest-xdist
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on what a hub has
+gc.disable()  # until all is imported
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
@@ -84,3 +85,4 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+    gc.enable()

@@ -115,7 +115,7 @@ def run_export(
             )
         except Exception as error:  # anything the user's forward may raise
             raise _explained(error, model) from error
-    _let_layouts_differ(exported)
+        _let_layouts_differ(exported)
     return exported
 
 
