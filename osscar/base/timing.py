@@ -116,7 +116,7 @@ def timed(running: Stage) -> Iterator[None]:
 
 # ---- what is compared --------------------------------------------------------------------
 
-WORTHWHILE_SECONDS = 0.5
+WORTHWHILE_SECONDS = 0.25
 """Fast functions are timed more often than asked, for so long."""
 
 
