@@ -252,8 +252,9 @@ def assignments_told(listener: _Listener) -> Iterator[None]:
     listener: Called with the module and the name of the attribute.
     """
     with _ASSIGNMENTS:
+        if not _listeners:
+            nn.Module.__setattr__ = _telling  # type: ignore[method-assign, assignment]
         _listeners.append(listener)
-        nn.Module.__setattr__ = _telling  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

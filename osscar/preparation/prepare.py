@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
+from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import EquivalenceError
 from osscar.base.printable import listed
@@ -181,7 +182,12 @@ def prepare(
         work = work.to(device)
     in_evaluation(work)
     # What a model draws at random is nobody else's matter.
-    with torch.random.fork_rng(graphics_cards(work)), without_cache(work), torch.no_grad():
+    with (
+        torch.random.fork_rng(graphics_cards(work)),
+        without_cache(work),
+        assignments_told(lambda module, name: None),  # the first to listen changes all classes
+        torch.no_grad(),
+    ):
         with timed(Stage.OPEN):
             prepared = _prepared(work, inputs, batch_size, heads, programs, ranks)
         yield prepared
