@@ -101,7 +101,7 @@ def parse_size(value: object) -> int:
     number, unit, binary = found.groups()
     size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
     if size < 1:
-        raise OptionError(f"{safe_repr(value)} is less than a byte; give a size such as 8GB")
+        raise OptionError(f"{safe_repr(value)} of memory is less than a byte; give one such as 8GB")
     return size
 
 

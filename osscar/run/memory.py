@@ -217,8 +217,8 @@ def forecast(prepared: Prepared, request: PruningRequest, held_out: int) -> Memo
                 f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
                 f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
                 f"batches, beside {in_words(needs.held)} for {cache.memory.other_holders}; give at "
-                f"least {in_words(needs.least)}, fewer or shorter windows (--samples, --seqlen), "
-                "or smaller batches (--batch-size)"
+                f"least {in_words(needs.least)} or use fewer or shorter windows (--samples, "
+                "--seqlen), or smaller batches (--batch-size)"
             )
         # Also after the run: what is saved runs once more, beside what is read back.
         cache.leave_free(needs.forward)

@@ -166,7 +166,7 @@ def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequ
         )
     if request.most_lost >= judge.dense_accuracy:
         raise RequestError(
-            f"{request.target_in_words} allows to lose all accuracy: the dense model is right in "
+            f"{request.target_in_words} allows a loss of all accuracy: the dense model is right in "
             f"{judge.dense_accuracy:.1%} of {judge.labelled} samples; give less"
         )
     return judge

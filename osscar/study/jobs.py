@@ -199,7 +199,7 @@ def solve_task(task: Task) -> Record:
             return answered(asked, solution, done.certificate, ProofBasis.RECORDED)
         except (solvers.SolverError, JournalError, FileError) as error:
             raise JournalError(
-                f"the solution in {task.file} is wrong: {error}; delete the file"
+                f"the solution in {task.file} is wrong: {error}; delete it"
             ) from error
     backend = solvers.make_backend(asked.backend, **asked.options)
     refusal = backend.capabilities.refusal(problem)

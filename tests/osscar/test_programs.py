@@ -182,7 +182,7 @@ def test_networks_that_have_no_such_program_are_refused():
 def test_a_plan_for_a_program_is_for_no_other_model_and_not_for_modules():
     net = made(CASES["gated"][0])
     plan, result = shrunk(net, (8,))
-    with pytest.raises(AdapterError, match=r"'enter\.neurons' cannot leave .* no group"):
+    with pytest.raises(AdapterError, match=r"'enter\.neurons' cannot leave .* no such group"):
         shrunk(made(CASES["generator"][0]), (8,), plan)
     with pytest.raises(ModelError, match=r"exported program.*osscar\.load"):
         slice_units(net, result.proof.plan)

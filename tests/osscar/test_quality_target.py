@@ -365,7 +365,7 @@ def test_what_has_no_bound_is_refused_before_a_walk(monkeypatch):
         ({"max_top1_drop": "1%"}, known, "1072 calibration samp"),
         ({"max_top1_drop": "30%"}, unlabelled, "these have no labels"),
         ({"max_top1_drop": "30%"}, few, "8 labelled samples in each"),
-        ({"max_top1_drop": "100%"}, known, "has, or more"),
+        ({"max_top1_drop": "100%"}, known, "a loss of all accuracy"),
         ({"max_perplexity_increase": "5%"}, images(), "SmallNet is none"),
     ):
         with pytest.raises(OsscarError, match=advice):

@@ -363,7 +363,7 @@ def test_what_a_record_claims_is_recomputed_when_a_study_goes_on(study):
         file, good = edit(study, backend, **change)
         with pytest.raises(JournalError, match=re.escape(words)) as caught:
             study.run(design)
-        assert f"{file} is the record of" in str(caught.value)
+        assert f"the solution in {file} is wrong" in str(caught.value)
         assert "delete it" in str(caught.value)
         file.write_text(good)
     for damage in (b"", b"\0" * 100):
