@@ -14,7 +14,6 @@ import torch
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
 from osscar.checkpoint.atomic_directory import check_output
-from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.reading import load
 from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
@@ -26,7 +25,7 @@ from osscar.models.load import load_model
 from osscar.models.names import DEMO
 from osscar.report.sections import facts
 from osscar.run.prune import prune
-from osscar.run.prune_page import kept_picture, layers_table, prune_page, run_facts
+from osscar.run.prune_page import layers_table, prune_page, run_facts
 
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
@@ -42,11 +41,7 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
             windows = dense.calibration(samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")
             report = result.document(dense.model, windows, source=dense.source)
-            saved = save(
-                result.model, path, tokenizer=dense.tokenizer, report=report,
-                page="",  # which is drawn once the model has been compared
-                picture=kept_picture(report), overwrite=overwrite,
-            )  # fmt: skip
+            saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=overwrite)
             comparison = compare(
                 load(saved.path, dtype=torch.float32), dense.model,
                 dense.held_out(seqlen=_SEQLEN),
