@@ -144,7 +144,7 @@ class Journal(Generic[M]):
         if difference is not None:
             raise JournalError(
                 f"{self.directory} holds another {self.what}: {difference}; give the same "
-                f"options to continue it, or {self.otherwise}"
+                f"options, files and versions to continue it, or {self.otherwise}"
             )
         self._known = self._known or before is not None
         return before
