@@ -158,9 +158,9 @@ class _Decoding:
         self.output = self.prefill(self.prompt[:, : -self.new_tokens])
 
     def decode(self) -> None:
+        name = cache_name(self.model)
         for _ in range(self.new_tokens):
             token = self.output.logits[:, -1:].argmax(-1)
-            name = cache_name(self.model)
             cache = getattr(self.output, name, None)
             if cache is None:
                 kind = type(self.model).__name__
