@@ -237,7 +237,7 @@ def why_out_of_reach(
     if any(group.name in named for group in others):
         return (
             f"{request.in_words(request.budgets)} has nothing to prune: other options say what to "
-            "keep of every group that can be pruned; omit one of these, or the budget"
+            "keep of every group that a budget prunes; omit one of these, or the budget"
         )
     if not others:
         return why_frozen(groups) or (

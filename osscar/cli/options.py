@@ -310,7 +310,7 @@ class EvalOptions(OpenOptions):
     """Weights to load into MODEL and --dense, if torchvision, timm or your own code builds them: a
     .safetensors file, or a state dict of torch."""
     prove: bool = False
-    """Prove again that MODEL computes the same as --dense with the removed units masked."""
+    """Prove again that the code of MODEL equals that of --dense without the removed units."""
     windows: int | None = None
     """Score only the first N windows of the text.  [default: the full text]"""
     seqlen: int | None = None
