@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ class Entry:
     def measure(self) -> str:
         """What tells quality: top1 of labelled images, agreement of others, or perplexity."""
         return str(next(iter(self.dense["quality"])))
+
+    @property
+    def original(self) -> float:
+        """Quality of the dense model, which agrees with itself."""
+        value = self.dense["quality"][self.measure]
+        return 1.0 if value is None else float(value)
 
     @property
     def failed(self) -> str:
@@ -107,7 +114,7 @@ def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
     """Yield a table for each model and size."""
     for (task, setting), here in known.items():
         first = here[0]
-        dense = told(first.measure, [first.dense["quality"][first.measure]])
+        dense = told(first.measure, [first.original])
         yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {dense}.", "")
         yield from table(here)
 
@@ -197,10 +204,15 @@ def told(measure: str, values: Sequence[float]) -> str:
 
 
 def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
-    """Return the figure: a row a model, in one shot and recovered, one line a method."""
-    tasks = list(dict.fromkeys(task for task, _ in known))
-    methods = list(dict.fromkeys(e.method for here in known.values() for e in here))
-    both = any(entry.trained for here in known.values() for entry in here)
+    """Return the figure: a row a model, in one shot and recovered, one line a method.
+
+    Models of one size alone are left out where others have several.
+    """
+    sizes = Counter(task for task, _ in known)
+    tasks = [task for task, count in sizes.items() if count > 1] or list(sizes)
+    drawn = [entry for (task, _), here in known.items() if task in tasks for entry in here]
+    methods = list(dict.fromkeys(entry.method for entry in drawn))
+    both = any(entry.trained for entry in drawn)
     figure, panels = new_figure(len(tasks), 1 + both, width=8.8, height=1.2 + 3 * len(tasks))
     for index, axes in enumerate(panels):
         task, trained = tasks[index // (1 + both)], bool(index % (1 + both))
@@ -225,7 +237,7 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
                 color=color(number), label=method,
             )  # fmt: skip
         first = here[0]
-        axes.axhline(first.dense["quality"][first.measure], color="black", linewidth=0.7)
+        axes.axhline(first.original, color="black", linewidth=0.7)
         if first.measure == "perplexity":
             axes.set_yscale("log")
         limited = "parameters" if "params" in first.dense["size"] else "operations"
