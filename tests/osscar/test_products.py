@@ -305,7 +305,7 @@ def test_a_bias_takes_up_what_a_tied_weight_cannot() -> None:
 
     torch.manual_seed(0)
     model, x = Own().double(), torch.randn(200, 4, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="read in another way"):
+    with pytest.warns(UserWarning, match="other code uses the same weight"):
         result = osscar.prune(model, x, neurons=0.5, device="cpu")
     # The bias corrects the means of the outputs on what was fitted, which is most of the data.
     off = (result.model(x) - model(x)).mean(0)

@@ -293,7 +293,7 @@ def test_ranks_with_other_options_are_refused(tiny, tmp_path):
     first, second = ended([command(*words) for words in asked], tmp_path)
     assert (first.status, second.status) == (2, 2)
     assert "rank 1" in first.stderr
-    assert "damp was None and is 0.1 there" in first.stderr
+    assert "damp was None and is 0.1" in first.stderr
     assert second.stdout + second.stderr == ""
     assert not list(tmp_path.iterdir())
 

@@ -245,8 +245,8 @@ def test_weights_are_read_from_files_of_any_sort_unpickled(tmp_path, recwarn):
     several = {"net": state, "optimizer": optimizer, "best": torch.zeros(1), "epoch": 3}
     for entries, said in (
         (state, ""),
-        ({"model": state}, "of the 1 entries of '{}', 'model' is read"),
-        (several, "of the 4 entries of '{}', 'net' is read"),
+        ({"model": state}, "only 'model' of the 1 entries of '{}' is loaded"),
+        (several, "only 'net' of the 4 entries of '{}' is loaded"),
     ):
         torch.save(entries, file)
         found = read_state(file)

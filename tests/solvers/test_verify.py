@@ -205,7 +205,7 @@ def test_window_optima_need_their_windows():
     perspective = solve(problem, "perspective").certificate
     loose = solve(problem, "branch_and_bound", node_limit=1).certificate
     for forged, message in [
-        (replace(window, units=window.units[:-1]), "a tree of 9 units"),
+        (replace(window, units=window.units[:-1]), "must be 9 positive numbers"),
         (replace(window, units=window.units.double()), "an int64 tensor"),
         (replace(window, units=window.units.to_sparse()), "an int64 tensor"),
         (replace(window, units=window.units * 0), "names a unit twice"),
