@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -134,9 +135,11 @@ def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(t
         save(model, tmp_path / name)
     written = [files(tmp_path / name) for name in ("plain", "streamed")]
     notes = [json.loads(one.pop("osscar.json")) for one in written]
-    assert written[0] == written[1]
-    for note in notes:  # how far outputs of the proof are apart may depend on where weights lie
+    # How far outputs of the proof are apart may depend on where weights lie, and the card says so.
+    for one, note in zip(written, notes, strict=True):
         assert note["lineage"]["certificates"][0].pop("error") < 1e-5
+        one["README.md"] = re.sub(rb"\| outputs \|.*", b"", one["README.md"])
+    assert written[0] == written[1]
     assert notes[0] == notes[1]
 
 
