@@ -31,7 +31,7 @@ from osscar.checkpoint.directory import save
 from osscar.checkpoint.regrouped import parts_in_files
 from osscar.models import load as loading
 from osscar.models.load import fitting_memory
-from osscar.models.names import DEMO_DIRECTORY
+from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY
 from osscar.network.tensor_files import check_written, write_tensors
 from osscar.offload.on_disk import is_on_disk, weight_cache
 from osscar.offload.places import Chain, Source, as_bytes
@@ -250,7 +250,8 @@ def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
     assert write_model(dense, {**shape, "vocab_size": 4096}, "bfloat16") * 4 > limit
     options = f"--heads 0.5 --target weights --samples 4 --seqlen 32 --max-memory {limit}".split()
     command = [sys.executable, "-m", "osscar", "prune", str(dense), "--out", str(tmp_path / "out")]
-    found = measured([*command, *options, "--backend", "greedy"])
+    command += ["--calibration", str(DEMO_CALIBRATION), "--backend", "greedy"]
+    found = measured([*command, *options])
     assert found.status == 0
     assert found.peak <= limit
 
