@@ -8,13 +8,14 @@ import dataclasses
 import difflib
 import enum
 import inspect
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -24,7 +25,6 @@ from typing import (
     Protocol,
     TypeAlias,
     TypeVar,
-    cast,
     overload,
 )
 
@@ -74,32 +74,25 @@ Keep: TypeAlias = str | int | float | Fraction
 Allocation: TypeAlias = Literal["measured", "uniform"]
 """How a budget is shared out."""
 
-METHODS = MappingProxyType(
-    {
-        "measured": "widths of least divergence, measured group by group; refits correct the "
-        "errors of earlier layers",
-        "uniform": "the same fraction of every group, the largest within the budget; refits "
-        "correct the errors of earlier layers",
-    }
-)
-"""What the request itself may be called, by how it shares a budget; all others are baselines."""
+METHODS = {
+    "measured": "widths of least divergence, measured group by group; refits correct the errors of "
+    "earlier layers",
+    "uniform": "the same fraction of every group, the largest within the budget; refits correct "
+    "the errors of earlier layers",
+}
+"""The methods of a sweep that are no baselines: how they share a budget."""
 
-BASELINES = MappingProxyType(
-    {
-        "multistage": "the choice of OSSCAR (Meng et al., 2024)",
-        "greedy": "the choice of ZipLM (Kurtic et al., 2023)",
-        "wanda": "magnitude times the norm of the inputs (Sun et al., 2023)",
-        "magnitude": "the norm of the weights",
-    }
-)
-"""Backends with which uniform shares are pruned, each layer by itself, and what they stand for.
-
-All are refitted in the same way, biases too, on the paper's target.
-"""
+BASELINES = {
+    "multistage": "the choice of OSSCAR (Meng et al., 2024)",
+    "greedy": "the choice of ZipLM (Kurtic et al., 2023)",
+    "wanda": "magnitude times the norm of the inputs (Sun et al., 2023)",
+    "magnitude": "the norm of the weights",
+}
+"""Backends that prune uniform shares, each layer by itself, on the paper's target."""
 
 
 class BudgetKind(enum.StrEnum):
-    """What a run may be given as budgets, all of which hold: the name of the field."""
+    """A budget of a run, by the name of its field; all that are given hold."""
 
     SPARSITY = "sparsity"
     PARAMS = "params"
@@ -110,22 +103,22 @@ class BudgetKind(enum.StrEnum):
 
     @property
     def examples(self) -> str:
-        """A list of it, for messages."""
+        """A list of values, for messages."""
         return "1.2,1.5,2" if self is BudgetKind.SPEEDUP else "0.3,0.5,0.7"
 
     @property
     def dense(self) -> float:
-        """Where the dense model lies on it."""
+        """The value of the dense model."""
         return 0.0 if self is BudgetKind.SPARSITY else 1.0
 
     @property
     def rises(self) -> bool:
-        """Whether more of it is a smaller model."""
+        """Whether a larger value means a smaller model."""
         return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
 
 
 class TargetKind(enum.StrEnum):
-    """Which loss of quality a target limits: the name of the field."""
+    """The loss of quality that a target limits, by the name of its field."""
 
     DIVERGENCE = "max_divergence"
     PERPLEXITY = "max_perplexity_increase"
@@ -133,21 +126,21 @@ class TargetKind(enum.StrEnum):
 
     @property
     def option(self) -> str:
-        """As the command line has it."""
+        """The option of the command line."""
         return f"--{self.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
 class Widths:
-    """What widths a group may have."""
+    """The widths that a group may have."""
 
     round_to: int = 1
     """Its width, units times rows a unit, is a multiple of this."""
     at_least: Fraction | int | None = None
-    """How many of its units stay, or what share of them."""
+    """Fewest units that stay: a count, or a fraction of the group's."""
 
     def least(self, units: int) -> int:
-        """Return how many of so many units stay at least."""
+        """Return the fewest units that stay of so many."""
         if self.at_least is None:
             return 1
         if isinstance(self.at_least, int):
@@ -199,7 +192,7 @@ def _size(value: Any) -> Any:
 
 
 def _experts(value: Any) -> Any:
-    return value if isinstance(value, str) and value == AUTO else _keep(value)
+    return value if value == AUTO else _keep(value)
 
 
 def _groups(value: Any) -> Any:
@@ -233,7 +226,6 @@ def _patterns(value: Any) -> tuple[str, ...]:
 
 KeepOption: TypeAlias = Annotated[Keep | None, Read(_keep)]
 """What to keep, or None."""
-
 
 ShareLost: TypeAlias = Annotated[str | float | None, Read(_share_lost)]
 """A percentage such as ``"5%"``, or a share; or None."""
@@ -408,12 +400,12 @@ class PruningRequest:
                 raise RequestError(advice)
         if not self.experts_alone:
             self.chosen_backend()
-        if self.experts is not None:
-            self.chosen_expert_backend()
+        if self.routed:
+            self.chosen_backend(experts=True)
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """Yield what each field may say, but not beside the others, and what to do about it."""
-        budgets, experts, auto = self.budgets, self.experts is not None, self.experts == AUTO
+        """Yield whether fields contradict each other, and what to do about it."""
+        budgets, experts, auto = self.budgets, self.routed, self.experts == AUTO
         targets = [one.option for one in TargetKind if getattr(self, one) is not None]
         shared = budgets or targets
         yield (
@@ -503,17 +495,11 @@ class PruningRequest:
             "lower bound is known for a choice of experts, and their count is not rounded; omit it",
         )
 
-    def chosen_backend(self) -> "solvers.Backend":
-        """Return the backend with its options."""
-        return cast("solvers.Backend", self._chosen(solvers.BACKENDS))
-
-    def chosen_expert_backend(self) -> "solvers.Backend":
-        """Return the backend that chooses experts, with its options."""
-        return cast("solvers.Backend", self._chosen(solvers.EXPERT_BACKENDS))
-
-    def _chosen(self, group: str) -> Any:
+    def chosen_backend(self, experts: bool = False) -> "solvers.Backend":
+        """Return the backend that chooses units, or whole experts, with its options."""
         if isinstance(self.backend, str):
-            return solvers.make_backend(self.backend, group, **dict(self.backend_options))
+            group = solvers.EXPERT_BACKENDS if experts else solvers.BACKENDS
+            return solvers.make_backend(self.backend, group, **self.backend_options)
         if not callable(getattr(type(self.backend), "select", None)):
             raise OptionError(
                 f"backend is {safe_repr(self.backend)}; give a name, or an object with a method "
@@ -526,12 +512,12 @@ class PruningRequest:
     @property
     def holds_out(self) -> bool:
         """Whether samples are held out to choose the damping or the correction weight."""
-        corrects = self.target != "weights" or self.experts is not None
+        corrects = self.target != "weights" or self.routed
         return self.damp is None or (self.correction_weight is None and corrects)
 
     @property
     def shared_kinds(self) -> tuple[str, ...]:
-        """The kinds of units that a budget takes where nothing else is said of them."""
+        """The kinds of units that share a budget, unless the request says what they keep."""
         return (*PRUNED_KINDS, "experts") if self.experts == AUTO else PRUNED_KINDS
 
     @property
@@ -543,32 +529,31 @@ class PruningRequest:
     def experts_alone(self) -> bool:
         """Whether experts are all that is to be removed."""
         others = self.has_budget or any(getattr(self, name) for name in _BESIDE)
-        return self.experts is not None and not others
+        return self.routed and not others
 
     def of_kind(self, kind: str) -> Keep | None:
-        """Return what was asked for one kind by name."""
-        if kind == "experts":
-            return None if self.experts == AUTO else self.experts
-        return getattr(self, kind) if kind in PRUNED_KINDS else None
+        """Return what to keep of one kind, by its name."""
+        asked: Keep | None = getattr(self, kind, None)
+        return None if asked == AUTO else asked
 
     @property
     def widths(self) -> Widths:
-        """What widths groups that share a budget may have."""
+        """The widths that groups that share a budget may have."""
         return Widths(self.round_to, None if self.at_least is None else parse_keep(self.at_least))
 
     @property
     def budgets(self) -> tuple[BudgetKind, ...]:
-        """Which budgets are given; groups that share them keep all of them."""
+        """The budgets that are given."""
         return tuple(name for name in BudgetKind if getattr(self, name) is not None)
 
     @property
     def quality(self) -> TargetKind | None:
-        """Which loss of quality the target limits; None without a target."""
+        """The loss of quality that the target limits; None without a target."""
         return next((one for one in TargetKind if getattr(self, one) is not None), None)
 
     @property
     def most_lost(self) -> float:
-        """The target: the most of that quality that may be lost."""
+        """The most of that quality that may be lost."""
         assert self.quality is not None
         return float(getattr(self, self.quality))
 
@@ -586,17 +571,17 @@ class PruningRequest:
         return bool(self.budgets) or self.quality is not None
 
     def in_words(self, budgets: Iterable[BudgetKind]) -> str:
-        """Return some budgets as the command line has them."""
+        """Return budgets as the command line has them."""
         values = ((name, getattr(self, name)) for name in budgets)
         return " ".join(f"--{n} {v:g}" if isinstance(v, float) else f"--{n} {v}" for n, v in values)
 
     def reach(self, kind: "UnitKind") -> bool:
-        """Tell whether groups of a kind may lose units."""
+        """Whether groups of a kind may lose units."""
         budgeted = self.has_budget and kind in PRUNED_KINDS
         return bool(self.groups) or budgeted or self.fraction_or_count(kind) is not None
 
     def fraction_or_count(self, kind: "UnitKind", residual: bool = False) -> Fraction | int | None:
-        """Return what is asked of a kind by name: a fraction, a count, or None."""
+        """Return what to keep of one kind by its name: a fraction, a count, or None."""
         own = self.residual if residual else self.of_kind(kind)
         return None if own is None else parse_keep(own)
 
@@ -628,21 +613,19 @@ class PruningRequest:
 
 
 class _TakesRequest(Protocol[P, R_co]):
-    """A function of a model and calibration data that takes the fields of a request as keywords."""
+    """Prunes a model, given the fields of a request as keywords."""
 
     def __call__(
         self, model: "nn.Module", calibration: Any, *args: P.args, **asked: P.kwargs
-    ) -> R_co:
-        """Make a request of the keywords, and run."""
+    ) -> R_co: ...
 
 
 class _TakesModels(Protocol[P, R_co]):
-    """The same of a smaller model, its dense one, and data."""
+    """Recovers a smaller model of a dense one, given the fields of a request as keywords."""
 
     def __call__(
         self, smaller: Any, dense: "nn.Module", data: Any, *args: P.args, **asked: P.kwargs
-    ) -> R_co:
-        """Make a request of the keywords, and run."""
+    ) -> R_co: ...
 
 
 @overload
@@ -654,20 +637,18 @@ def by_keywords(
     request: Callable[P, Q], run: Callable[[Any, "nn.Module", Any, Q], R]
 ) -> _TakesModels[P, R]: ...
 def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
-    """Return a function that takes the fields of a request in the place of the request.
+    """Return `run`, called ``..._as_asked``, with the fields of its request as keywords.
 
-    Type checkers see its keywords, as `help` does, which describes them in the request's words.
-    The name of `run` ends in ``_as_asked``, and its docstring describes the request, which comes
-    after all that has to be given.
+    What comes before the request has to be given.  Type checkers and `help` see the keywords; the
+    docstring describes them in the request's words.
     """
-    of_run = list(inspect.signature(run).parameters.values())
-    first = of_run[: [one.name for one in of_run].index("request")]
+    own = inspect.signature(run)
+    first = list(itertools.takewhile(lambda one: one.name != "request", own.parameters.values()))
     fields = [
         one.replace(annotation=bare(one.annotation))
         for one in inspect.signature(request).parameters.values()
     ]
-    made = inspect.signature(run).return_annotation
-    signature = inspect.Signature([*first, *fields], return_annotation=made)
+    signature = own.replace(parameters=[*first, *fields])
 
     def keywords(*args: Any, **asked: Any) -> Any:
         for unknown in asked.keys() - signature.parameters:
@@ -681,17 +662,12 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
     keywords.__signature__ = signature  # type: ignore[attr-defined]
     keywords.__name__ = keywords.__qualname__ = run.__name__.removesuffix("_as_asked")
     keywords.__module__ = run.__module__
+    parameters = r"Parameters\n-+\n(.*?)\n\n\w+\n---"
+    words = "".join(re.findall(parameters, inspect.getdoc(request) or "", re.DOTALL))
     keywords.__doc__ = re.sub(
         r"(?<=\n)    request\n.*?(?=\n\n    Returns\n)",
-        lambda _: _described(inspect.getdoc(request) or ""),
+        lambda _: textwrap.indent(words, "    "),
         run.__doc__ or "",
         flags=re.DOTALL,
     )
     return keywords
-
-
-def _described(doc: str) -> str:
-    """Return the section of a numpydoc text that describes parameters, as in a function's text."""
-    found = re.search(r"Parameters\n-+\n(.*?)\n\n\w+\n---", doc, re.DOTALL)
-    lines = found[1].splitlines() if found else []
-    return "\n".join(f"    {line}".rstrip() for line in lines)

@@ -79,7 +79,7 @@ class ExpertStep:
             problem = self.problem(keep)
         measured = time.perf_counter()
         with timed(Stage.SOLVER):
-            solution = solvers.solve_experts(problem, request.chosen_expert_backend())
+            solution = solvers.solve_experts(problem, request.chosen_backend(experts=True))
             record = solution.record(solution.verify())
         choosing = sum(len(block.energy) for block in problem.tokens)
         del problem, solution
