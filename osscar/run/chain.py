@@ -106,8 +106,7 @@ def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
     """Set how many bytes the cache of weights on disk leaves free for the matrices of a layer."""
     if weight_cache(prepared.model) is None:
         return prepared
-    needs = forecast(prepared, request, max(1, samples_held_out(prepared, request)))
-    return dataclasses.replace(prepared, matrix_bytes=needs.matrices)
+    return dataclasses.replace(prepared, matrix_bytes=forecast(prepared, request).matrices)
 
 
 @dataclass(frozen=True, eq=False)

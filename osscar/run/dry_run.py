@@ -1,8 +1,7 @@
-"""What a pruning run will take, told before it begins: seconds by stage, memory and files.
+"""The time and memory that a pruning run will take, estimated before it begins.
 
-The model is opened as the run opens it, and what can follow is tried as it is there.  Then one pass
-of the dense model and one solve of a group are timed, and counted up: samples times passes, and
-groups times the cube of what they read.  Nothing is written, and the model is not changed.
+The model is opened and tried as in the run.  Then one pass of the dense model and one solve of a
+group are timed, and scaled: by samples and passes, and by the cube of what groups read.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ from osscar.data.loaders import read_once
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for, weight_cache
 from osscar.preparation.prepare import Prepared
-from osscar.proof.plan import Form
 from osscar.report.sections import Table, facts
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.chain import prepare_for
-from osscar.run.feasibility import feasible_groups
+from osscar.run.feasibility import Feasible, feasible_groups
 from osscar.run.groups import samples_held_out, solved
 from osscar.run.memory import forecast
 from osscar.walk.batch_norm import batch_norms
@@ -44,10 +42,10 @@ from osscar.walk.targets import Target
 from osscar.walk.walk import walk
 
 _FEW = 8
-"""Samples with which a group is solved."""
+"""Samples on which a group is solved."""
 
 _MOST_ROWS = 2048
-"""Inputs of the group that is solved at most, if there is one so small: it takes a while itself."""
+"""The group that is solved has at most so many inputs, if there is one: it takes a while."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +61,9 @@ class Estimate(Shown):
     least_bytes
         The least memory that would do where the weights stay on disk; else None.
     solved
-        The group that was solved for all others.
+        The group that was solved, by which the others are estimated.
     passes
-        How often the calibration data set out through the model for the walk.
+        How often the walk runs the calibration data through the model.
     kept_share
         About which share of the parameters stays.
     """
@@ -83,7 +81,7 @@ class Estimate(Shown):
         return sum(self.stages.values())
 
     def sections(self) -> tuple[Table, Table]:
-        """Return the seconds of each stage, and the memory, as tables."""
+        """Return tables of the seconds of each stage, and of the memory."""
         taken = {**{str(stage): one for stage, one in self.stages.items()}, "all": self.seconds}
         rows = ((name, f"{one:.0f}" if one >= 100 else f"{one:.2g}") for name, one in taken.items())
         seconds = (
@@ -98,7 +96,7 @@ class Estimate(Shown):
 def estimate_as_asked(
     model: nn.Module, calibration: Any, request: PruningRequest, clock: Clock = clock
 ) -> Estimate:
-    """Tell what `osscar.prune` will take; it writes nothing, and the model is not changed.
+    """Estimate what `osscar.prune` will take; nothing is written, and the model is not changed.
 
     Parameters
     ----------
@@ -108,12 +106,12 @@ def estimate_as_asked(
         What will be asked for.  `osscar.estimate` takes its fields as keywords: `PruningRequest`
         describes them.
     clock
-        What time is; by default that of the wall.
+        Tells the time; by default that of the wall.
 
     Returns
     -------
     Estimate
-        Of all stages from the opening of the model to the comparison of its predictions.
+        The stages from the opening of the model to the comparison of its predictions.
 
     Raises
     ------
@@ -145,16 +143,15 @@ def estimate_as_asked(
     began = clock()
     with prepare_for(model, calibration, request) as prepared:
         opening = clock() - began
-        held, samples = samples_held_out(prepared, request), prepared.inputs.samples
-        needs = forecast(prepared, request, max(1, held))
+        samples = prepared.inputs.samples
+        needs = forecast(prepared, request)
         [batch, *_] = prepared.batches()
         passing = Timer(partial(forward, prepared.model, batch), timer=clock)
         one = min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
         began = clock()
-        form, skipped = feasible_groups(prepared, request)
+        feasible = feasible_groups(prepared, request)
         trial = clock() - began
-        left = [group.name for group in skipped]
-        keep = _expected_keep(prepared, request, left, form)
+        keep = _expected_keep(prepared, request, feasible)
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         kept = cost.of(keep) / cost.dense
@@ -163,11 +160,13 @@ def estimate_as_asked(
         reach = sum((last + 1) / len(ends.calls) for last in ends.pass_ends)
         source, solving = _solved(prepared, request, keep, groups, needs.matrices, clock)
 
-        def times(some: Sequence[CouplingGroup], power: int) -> float:
-            """Return how many times as long some groups take as the one that was solved."""
-            return sum((_rows(prepared, each) / _rows(prepared, source)) ** power for each in some)
+        def times(groups: Sequence[CouplingGroup], power: int) -> float:
+            """Return how many times as long groups take as the one that was solved."""
+            most = _rows(prepared, source)
+            return sum((_rows(prepared, group) / most) ** power for group in groups)
 
-        compared = max(1, held) + (samples if batch_norms(prepared.model) else 0)
+        compared = max(1, samples_held_out(prepared, request))
+        compared += samples if batch_norms(prepared.model) else 0
         cubes = times(groups, 3)
         stages = {
             Stage.OPEN: opening,
@@ -186,7 +185,7 @@ def estimate_as_asked(
             turns = MOST_MODELS / 2 * 2 * (REPETITIONS + 1)
             stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
         if request.has_budget and request.allocation != "uniform":
-            shared = asked_groups(prepared, request, left)[2]
+            shared = asked_groups(prepared, request, feasible.skipped_names)[2]
             passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
             again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
@@ -208,18 +207,15 @@ estimate = by_keywords(PruningRequest, estimate_as_asked)
 
 
 def _expected_keep(
-    prepared: Prepared, request: PruningRequest, left: Sequence[str], form: Form
-) -> dict[str, int]:
-    """Return what groups keep that lose units; equal shares of budgets, as curves are not known.
-
-    That the least widths meet the budget is checked here.
-    """
+    prepared: Prepared, request: PruningRequest, feasible: Feasible
+) -> Mapping[str, int]:
+    """Return what groups keep by equal shares of the budgets, as curves are not known."""
     if request.speedup is not None:  # which is a matter of operations first
         flops = min(1 / request.speedup, request.flops or 1.0)
         request = dataclasses.replace(request, speedup=None, flops=flops)
     if request.has_budget:
         request = dataclasses.replace(request, allocation="uniform")
-    return dict(allocate(prepared, request, left=left, form=form).keep)
+    return allocate(prepared, request, feasible.skipped_names, feasible.form).keep
 
 
 def _rows(prepared: Prepared, group: CouplingGroup) -> int:
@@ -241,10 +237,9 @@ def _solved(
     samples = min(_FEW, prepared.inputs.samples)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, samples))
     held = 1 if request.holds_out and samples > 1 else 0
-    walked = walk(few, [source], target=Target(request.target), held=held)
     with profiled(clock) as profile, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # which few samples give rise to
-        for step in walked:
+        warnings.simplefilter("ignore", UserWarning)  # about few samples
+        for step in walk(few, [source], target=Target(request.target), held=held):
             with room_for(few.model, matrix_bytes):
-                solved(step, min(keep[source.name], source.units - 1), request, 0.0)
+                solved(step, keep[source.name], request, 0.0)
     return source, profile.seconds

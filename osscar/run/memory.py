@@ -1,8 +1,4 @@
-"""How much memory a run needs, forecast before it begins.
-
-Nothing here is exact: a limit that is too small is to be refused in the beginning, with the layer
-that needs most, and not after hours.
-"""
+"""The memory that a run needs, estimated so that a limit that is too small is refused at once."""
 
 from __future__ import annotations
 
@@ -26,14 +22,15 @@ from osscar.network.modules import device_of, forward
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest
+from osscar.run.groups import samples_held_out
 from osscar.walk.sums import sum_bytes
 from osscar.walk.targets import Target
 
 _LEAN = frozenset({"random", "magnitude", "wanda", "greedy", "multistage", "local_search"})
-"""Backends of which it is known what they hold."""
+"""Backends that hold few matrices."""
 
 _TILES = 3 * 1024
-"""Rows of float64, (p,), that products are made of on the way."""
+"""Rows (p,) of float64 that products are made of."""
 
 _PROVED = 256
 """Tokens in single precision that take as much as those of the proof, in double precision."""
@@ -41,27 +38,18 @@ _PROVED = 256
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes that a run needs at once, beside weights that are read again when they are needed.
-
-    Parameters
-    ----------
-    held
-        What is held before it begins.
-    batches
-        The hidden states of all batches, and the predictions of the dense model that are kept.
-    forward
-        Any forward pass.
-    matrices
-        The problem of the layer that needs most.
-    parts
-        What each part of the run needs beside `held`.
-    """
+    """Bytes that a run needs at once, beside weights that are read from disk."""
 
     held: int
+    """Before the run begins."""
     batches: int
+    """The hidden states of all batches, and the predictions of the dense model that are kept."""
     forward: int
+    """Any forward pass."""
     matrices: int
+    """The problem of the largest layer."""
     parts: Mapping[str, int]
+    """What each part of the run needs beside `held`."""
 
     @property
     def least(self) -> int:
@@ -69,19 +57,16 @@ class MemoryNeeds:
         return self.held + max(self.parts.values())
 
     @classmethod
-    def of(cls, prepared: Prepared, request: PruningRequest, held_out: int) -> MemoryNeeds:
-        """Forecast what a run needs that holds out so many samples."""
+    def of(cls, prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
+        """Estimate what a run needs."""
         model, streams = prepared.model, 2 if Target(request.target).needs_dense else 1
         keep = provisional(prepared, request)
-        layer, inputs, matrices, sums = max(
-            (
-                _of_layer(prepared, group, keep[group.name], request)
-                for group in prepared.groups
-                if keep.get(group.name, group.units) < group.units
-            ),
-            key=lambda found: found[2],
-            default=("", 0, 0, 0),
+        pruned = (g for g in prepared.groups if keep.get(g.name, g.units) < g.units)
+        layers = (_of_layer(prepared, group, keep[group.name], request) for group in pruned)
+        layer, inputs, problem, sums = max(
+            layers, key=lambda found: found[2], default=("", 0, 0, 0)
         )
+        matrices = problem + SMALL
         batches = prepared.batches()
         itemsize = max(model.parameters(), key=Tensor.numel).dtype.itemsize
         if prepared.inputs.tokens:
@@ -95,40 +80,30 @@ class MemoryNeeds:
             vocabulary, width = wide, wide // 2
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
-        compared = compared_samples(prepared) if measured else 0
-        kept = (4 * window * vocabulary * samples for samples in (held_out, compared))
-        predictions = sum(min(MOST_BYTES, numbers) for numbers in kept)
-        suspended = suspended_bytes(sum(rows), width, read, itemsize)
-        held_batches = suspended * streams + predictions
+        kept = max(1, samples_held_out(prepared, request)), measured * compared_samples(prepared)
+        predictions = sum(min(MOST_BYTES, 4 * window * vocabulary * samples) for samples in kept)
+        held_batches = streams * suspended_bytes(sum(rows), width, read, itemsize) + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL
         outputs = pass_bytes(model, max(window, min(_PROVED, 4 * window)))
         cache = weight_cache(model)
         if cache is None:
-            name, weight, held = "two smaller models", weight_bytes(model), _held(model)
+            name, weight, read_weight = "two smaller models", weight_bytes(model), 0
+            held = _held(model)
         else:
-            name, parameter = max(model.named_parameters(), key=lambda named: named[1].nbytes)
-            name, weight = f"{name!r} in double precision", parameter.nbytes
-            held = cache.memory.held() - cache.held_bytes
-        return cls(
-            held=held,
-            batches=held_batches,
-            forward=max(walk, outputs),
-            matrices=matrices + SMALL,
-            parts={
-                f"the problem of {layer!r} with its {inputs} inputs": held_batches
-                + matrices
-                + SMALL,
-                f"a batch on its way through {layer!r}": held_batches
-                + walk
-                + sums
-                + (0 if cache is None else weight),
-                f"the predictions of one window, or the proof, and {name}": outputs + 2 * weight,
-            },
-        )
+            largest, parameter = max(model.named_parameters(), key=lambda named: named[1].nbytes)
+            name, weight = f"{largest!r} in double precision", parameter.nbytes
+            read_weight, held = weight, cache.memory.held() - cache.held_bytes
+        through = held_batches + walk + sums + read_weight
+        parts = {
+            f"the problem of {layer!r} with its {inputs} inputs": held_batches + matrices,
+            f"a batch on its way through {layer!r}": through,
+            f"the predictions of one window, or the proof, and {name}": outputs + 2 * weight,
+        }
+        return cls(held, held_batches, max(walk, outputs), matrices, parts)
 
 
 def _held(model: nn.Module) -> int:
-    """Return the bytes that are held where a model runs; or the most there were."""
+    """Return the bytes that are held on the device of a model; or the most there were."""
     memory = memory_of(device_of(model))
     try:
         return memory.held()
@@ -137,12 +112,12 @@ def _held(model: nn.Module) -> int:
 
 
 def _widest_output(prepared: Prepared) -> int:
-    """Return how many numbers a sample the innermost modules put out at most."""
+    """Return the most numbers that an innermost module puts out for one sample."""
     sizes = [0]
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        leaves = pytree.tree_leaves(result)
-        sizes.append(sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)))
+        tensors = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        sizes.append(sum(tensor.numel() for tensor in tensors))
 
     leaves = [name for name, module in prepared.model.named_modules() if not any(module.children())]
     with torch.no_grad(), hooks(prepared.model, leaves, after=see):
@@ -153,10 +128,10 @@ def _widest_output(prepared: Prepared) -> int:
 def _of_layer(
     prepared: Prepared, group: CouplingGroup, keep: int, request: PruningRequest
 ) -> tuple[str, int, int, int]:
-    """Return the layer of a group that reads most, how much, and bytes of matrices and of sums.
+    """Return the widest layer of a group, its inputs, and the bytes of its matrices and sums.
 
-    Matrices are counted in float64, for p inputs of which r stay, and m outputs; docs/streaming.md
-    says where each number is from.
+    Matrices are of float64, for p inputs of which r stay, and m outputs; docs/streaming.md says
+    where each number is from.
     """
     maps = prepared.linear_maps(group)
     lean = isinstance(request.backend, str) and request.backend in _LEAN and not request.certify
@@ -178,7 +153,7 @@ def _of_layer(
 
 
 def needs_memory(request: PruningRequest) -> str | None:
-    """Say why a request needs the whole model in memory, and what to do; None if it does not."""
+    """Say why a request needs the whole model in memory, and what to do."""
     if request.speedup is not None:
         return (
             "--speedup times the model in memory, and this one is read from disk; give another "
@@ -193,14 +168,14 @@ def needs_memory(request: PruningRequest) -> str | None:
 
 
 def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
-    """Refuse to prune a model that is read from disk where it is needed in memory as a whole."""
-    reason = None if weight_cache(model) is None else needs_memory(request)
-    if reason is not None:
+    """Refuse to prune a model that is read from disk but needed in memory as a whole."""
+    reason = needs_memory(request)
+    if reason is not None and weight_cache(model) is not None:
         raise RequestError(reason)
 
 
-def forecast(prepared: Prepared, request: PruningRequest, held_out: int) -> MemoryNeeds:
-    """Return what a run needs that holds out so many samples, for which room is left from now on.
+def forecast(prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
+    """Return what a run needs; a cache of weights leaves room for its passes from now on.
 
     Raises
     ------
@@ -208,18 +183,18 @@ def forecast(prepared: Prepared, request: PruningRequest, held_out: int) -> Memo
         If the model is read from disk, and the run needs it in memory, or more than its limit.
     """
     check_can_stream(prepared.model, request)
-    needs = MemoryNeeds.of(prepared, request, held_out)
+    needs = MemoryNeeds.of(prepared, request)
     cache = weight_cache(prepared.model)
-    if cache is not None:
-        if needs.least > cache.ceiling:
-            what, most = max(needs.parts.items(), key=lambda part: part[1])
-            raise RequestError(
-                f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
-                f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
-                f"batches, beside {in_words(needs.held)} for {cache.memory.other_holders}; give at "
-                f"least {in_words(needs.least)} or use fewer or shorter windows (--samples, "
-                "--seqlen), or smaller batches (--batch-size)"
-            )
-        # Also after the run: what is saved runs once more, beside what is read back.
-        cache.leave_free(needs.forward)
+    if cache is None:
+        return needs
+    if needs.least > cache.ceiling:
+        what, most = max(needs.parts.items(), key=lambda part: part[1])
+        raise RequestError(
+            f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
+            f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
+            f"batches, beside {in_words(needs.held)} for {cache.memory.other_holders}; give at "
+            f"least {in_words(needs.least)} or use fewer or shorter windows (--samples, "
+            "--seqlen), or smaller batches (--batch-size)"
+        )
+    cache.leave_free(needs.forward)  # also after the run, as what is saved runs once more
     return needs

@@ -428,7 +428,7 @@ def test_batches_hold_what_is_forecast():
     model = tiny("llama-gqa", layers=1).bfloat16()
     with prepare_for(model, windows(32, 64), request) as prepared:
         groups = [group for group in prepared.groups if group.kind == "neurons"]
-        forecast = MemoryNeeds.of(prepared, request, 0).batches
+        forecast = MemoryNeeds.of(prepared, request).batches
         before = held()
         found = [held() - before for _ in walk(prepared, groups, target=Target.RESIDUAL)]
     assert max(found) <= forecast <= 1.5 * max(found)
@@ -439,7 +439,7 @@ def test_room_counts_what_a_layer_reads(tmp_path):
     request, needs = osscar.PruningRequest(neurons=0.5), []
     for samples in (8, 16):
         with prepare_for(model, windows(samples), request) as prepared:
-            needs.append(MemoryNeeds.of(prepared, request, 1))
+            needs.append(MemoryNeeds.of(prepared, request))
     few, many = needs
     assert any("with its 40 inputs" in part for part in few.parts)
     assert many.batches > few.batches
