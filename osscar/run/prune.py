@@ -96,7 +96,7 @@ def prune_as_asked(
         memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         profiled() as spent,
         prepare_for(model, calibration, request, ranks) as prepared,
-        begun(log, prepared, request) as committed,
+        begun(log, prepared, request.to_json()) as committed,
     ):
         dense = run_dense(prepared, request)
         result = prune_prepared(prepared, request, dense, log, committed, tell)

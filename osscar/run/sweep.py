@@ -204,7 +204,7 @@ class Sweep:
             check_enough(model, calibration, self.recover)
         rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
         budget, scored = self.points[0].budget, _scored(self.score)
-        run = run_manifest(self.base, model, data, rows)
+        run = run_manifest(self.base.to_json(), model, data, rows)
         manifest = sweep_manifest(run, budget, scored, self.recover)
         check_repeatable(model, data.example(model))
         sample = data.batches(model, 1)[0]

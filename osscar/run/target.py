@@ -118,7 +118,7 @@ def prune_to_target(
         memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         profiled() as spent,
         prepare_for(model, parts.pruned_on, request, ranks) as prepared,
-        begun(log, dataclasses.replace(prepared, inputs=inputs), request),
+        begun(log, dataclasses.replace(prepared, inputs=inputs), request.to_json()),
     ):
         judge = _judge(prepared, request, parts.choosing, classes)
         reporting = _judge(prepared, request, parts.reporting, classes)  # may refuse its labels
@@ -342,7 +342,7 @@ class _Search:
         """Begin a walk, or go on with one; yield its request, its log, and the log's records."""
         request = self._within(limit)
         log = None if self.log is None else self.log.walk(number)
-        with begun(log, self.prepared, request) as committed:
+        with begun(log, self.prepared, request.to_json()) as committed:
             yield request, log, committed
 
     def _tell_of(self, number: int, line: str) -> None:

@@ -101,7 +101,7 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(run_log, "version", lambda name, v=versions: v.get(name, version(name)))
             inputs = as_inputs(model, data)
-            asked = run_manifest(request, model, inputs, inputs.batch_size)
+            asked = run_manifest(request.to_json(), model, inputs, inputs.batch_size)
         with pytest.raises(JournalError, match=f"{message}.*--restart"):
             log.begun(asked).__enter__()
     with log.begun(manifest) as records:
@@ -144,21 +144,22 @@ NEURONS = "model.decoder.layers.0.neurons"
 
 
 def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
-    file = log.directory / "allocation.json"
-    good = json.loads(file.read_text())
+    file = log.directory / "allocation.safetensors"
+    good, (header, _) = file.read_bytes(), opened(file)
+    kept = json.loads(header["words"])
     for part, key, value in (
         *(("keep", NEURONS, 10**6), ("keep", "nowhere", 1), ("budget", "limits", [])),
         *(("budget", "curves", {"nowhere": [1.0, 0.0]}), ("budget", "predicted", 1e-9)),
     ):
-        content = copy.deepcopy(good)
-        content["allocated"][part][key] = value
-        for forged in (content, {**good, "run": "0" * 64}, {**good, "digest": "0" * 64}):
-            file.write_text(json.dumps(forged))
+        content = copy.deepcopy(kept)
+        content[part][key] = value
+        for forged in ({"words": json.dumps(content)}, {"sha256": "0" * 64}):
+            safetensors.torch.save_file({}, file, {**header, **forged})
             with log.begun(manifest), pytest.raises(JournalError, match=r"was changed.*--restart"):
                 log.allocation()
-    file.write_text(json.dumps(good))
+    file.write_bytes(good)
     with log.begun(manifest):
-        assert log.allocation().keep == good["allocated"]["keep"]
+        assert log.allocation().keep == kept["keep"]
 
 
 def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
