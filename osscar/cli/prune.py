@@ -130,7 +130,7 @@ class _Job:
             if request.quality is None:
                 return {}
             usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-            most = max(2 * usual, samples_needed(request))
+            most = max(2 * usual, samples_needed(request.quality, request.most_lost))
             samples = most if options.samples is None else options.samples
             return {"samples": samples, "overlapping": False}
 

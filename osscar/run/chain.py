@@ -51,10 +51,7 @@ def prune_prepared(
     tell: Callable[[str], None] = lambda line: None,
     before: Budget | None = None,
 ) -> PruningResult:
-    """Prune a prepared model, which becomes the smaller one; as `prune_as_asked` does.
-
-    Its curves begin with those of another budget `before`.
-    """
+    """Prune a prepared model, which becomes the smaller one; curves of `before` are known."""
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
     allocated = widths(prepared, request, dense.feasible, log, tell, before)
     records = prune_groups(prepared, allocated.keep, request, committed, log)
@@ -89,7 +86,7 @@ def prune_prepared(
 def prepare_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
 ) -> Iterator[Prepared]:
-    """Prepare a model as a request needs it; see `osscar.preparation.prepare.prepare`."""
+    """Prepare a model as a request needs it."""
     with prepare(
         model,
         calibration,
@@ -103,7 +100,7 @@ def prepare_for(
 
 
 def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
-    """Set how many bytes the cache of weights on disk leaves free for the matrices of a layer."""
+    """Have the cache of weights on disk leave room for the matrices of a layer."""
     if weight_cache(prepared.model) is None:
         return prepared
     return dataclasses.replace(prepared, matrix_bytes=forecast(prepared, request).matrices)
@@ -111,21 +108,13 @@ def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """What is known of the dense model, whatever becomes of it.
-
-    Parameters
-    ----------
-    feasible
-        The groups that cannot lose units, and whether modules or the program are to be shrunk.
-    reference
-        Its predictions on held-out samples; None if it puts out no logits.
-    statistics
-        Those of its batch-norm layers; see `osscar.walk.batch_norm`.
-    """
+    """What all runs on a dense model share."""
 
     feasible: Feasible
     reference: Reference | None
+    """Its predictions on held-out samples; None if it puts out no logits."""
     statistics: DenseStatistics
+    """Those of its batch-norm layers."""
 
 
 def run_dense(prepared: Prepared, request: PruningRequest) -> Dense:
@@ -144,7 +133,7 @@ def run_dense(prepared: Prepared, request: PruningRequest) -> Dense:
 
 
 def note_origin(pruned: PruningResult, model: nn.Module, calibration: Any) -> None:
-    """Note in the smaller model what it was made of, and let it cache as the dense one does."""
+    """Note in the smaller model what it was made of; it caches as the dense one does."""
     note_calibration(pruned.model, calibration, pruned.calibration)
     note_dense(pruned.model, model)
     cache_as(pruned.model, model)

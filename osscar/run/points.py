@@ -1,8 +1,4 @@
-"""One model pruned to several budgets, and the directory that keeps what became of it at each.
-
-What is known of the dense model is measured once.  A finished point is a file, from which the same
-command goes on.
-"""
+"""The points of a sweep: one model pruned to several budgets, and the directory of the results."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from torch import nn
 from osscar.allocation.divergence import Measure
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
+from osscar.base.inputs import checked
 from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
@@ -34,16 +31,9 @@ from osscar.request import (
     BudgetKind,
     Keep,
     PruningRequest,
-    parse_keep,
     parse_size_kept,
 )
-from osscar.run.chain import (
-    note_origin,
-    prepare_for,
-    prune_prepared,
-    run_dense,
-    within_memory,
-)
+from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, within_memory
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.result import PruningResult
 
@@ -57,24 +47,16 @@ class SweepJob:
     value: float | int
 
     def request(self, base: PruningRequest) -> PruningRequest:
-        """Return what is asked of a pruning run for this point."""
+        """Return the request of this point."""
         asked: dict[str, Any] = {self.budget: self.value}
         if self.method in METHODS:
-            asked["allocation"] = self.method
-            return dataclasses.replace(base, **asked)
+            return dataclasses.replace(base, **asked | {"allocation": self.method})
         if base.routed:
             raise RequestError(
                 f"the baseline {self.method} removes no experts; omit --baselines, or --experts"
             )
-        return dataclasses.replace(
-            base,
-            **asked,
-            allocation="uniform",
-            target="weights",
-            correction_weight=None,
-            backend=self.method,
-            backend_options={},
-        )
+        asked |= {"allocation": "uniform", "backend": self.method, "backend_options": {}}
+        return dataclasses.replace(base, **asked, target="weights", correction_weight=None)
 
     def __str__(self) -> str:
         return f"{self.method} at {self.budget} {self.value:g}"
@@ -92,7 +74,7 @@ def jobs(
         raise OptionError(
             f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
         )
-    read = [_number(budget, value, allocation) for value in values]
+    read = [_number(budget, value) for value in values]
     if len({isinstance(value, int) for value in read}) > 1:
         raise OptionError(
             f"--{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
@@ -110,19 +92,12 @@ def jobs(
 _SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
 
 
-def _number(budget: BudgetKind, value: Any, allocation: Allocation) -> float | int:
-    """Return a value as the command line reads it: a plain number, which names its point."""
-    asked: dict[str, Any] = {str(budget): value}
-    if budget is BudgetKind.MEMORY:
-        asked["context"] = 1
-    request = PruningRequest(**asked, allocation=allocation)
-    if budget is BudgetKind.PARAMS:
-        kept = parse_keep(value)
-    elif budget in _SIZES:
-        kept = parse_size_kept(value)
-    else:
-        kept = getattr(request, budget)
-    return kept if isinstance(kept, int) else float(kept)
+def _number(budget: BudgetKind, value: Any) -> float | int:
+    """Return a value as a plain number, which names its point."""
+    value = checked(budget, PruningRequest.__annotations__[budget], value)
+    if budget in (BudgetKind.PARAMS, *_SIZES):
+        value = parse_size_kept(value)
+    return value if isinstance(value, int) else float(value)
 
 
 def prune_points(
@@ -132,12 +107,11 @@ def prune_points(
     points: Sequence[SweepJob],
     tell: Callable[[str], None] = lambda line: None,
 ) -> Generator[tuple[SweepJob, PruningResult]]:
-    """Prune a model once for each point; the model that comes in is not changed.
+    """Prune a model once for each point; the given model is not changed, and run and traced once.
 
-    The model is traced once, and what is known of the dense model is found once: what can follow,
-    its predictions, and its batch-norm statistics.  Divergences are all measured on the samples
-    that the base request holds out; baselines whose damping is given hold out none, and are fitted
-    to these as well.  What each point keeps and removes is told before its work begins.
+    Divergences are all measured on the samples that the base request holds out; baselines whose
+    damping is given hold out none, and are fitted to these as well.  What each point keeps and
+    removes is told before its work begins.
     """
     if not points:
         return
@@ -146,27 +120,19 @@ def prune_points(
         each = {job: within_memory(prepared, request) for job, request in requests.items()}
         dense = run_dense(prepared, base)
         for job in points:
+
+            def tell_of(line: str, job: SweepJob = job) -> None:
+                tell(f"{job}: {line}")
+
             again = dataclasses.replace(each[job], model=copied(each[job].model))
-            result = prune_prepared(again, requests[job], dense, tell=_telling_of(job, tell))
+            result = prune_prepared(again, requests[job], dense, tell=tell_of)
             note_origin(result, model, calibration)
             yield job, result
 
 
-def _telling_of(job: SweepJob, tell: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda line: tell(f"{job}: {line}")
-
-
 # ---- the directory of a sweep ------------------------------------------------------------
 
-DENSE = "dense"
-"""The method that stands for the model as it is."""
-
 _POINTS = "points"
-
-
-def dense_job(budget: BudgetKind) -> SweepJob:
-    """Return the point of the dense model."""
-    return SweepJob(DENSE, budget, budget.dense)
 
 
 def sweep_manifest(
@@ -175,10 +141,7 @@ def sweep_manifest(
     scored: Mapping[str, Any],
     recover: RecoveryRequest | None = None,
 ) -> JournalManifest:
-    """Describe what all points of a sweep share.
-
-    That is also whether they are recovered: pruned models are not kept, so none could be later.
-    """
+    """Describe what all points of a sweep share; pruned models are not kept to be recovered."""
     shared = {name: value for name, value in run.asked.items() if name != budget}
     asked = {**shared, "budget": str(budget), **scored}
     if recover is not None:
@@ -192,10 +155,7 @@ Quality: TypeAlias = dict[str, int | float | str | dict[str, float | None] | Non
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery made of a pruned model; its fields are those of `Recovery`.
-
-    Steps are those that were made, and quality is as that of the point.
-    """
+    """What a recovery made of a pruned model, as in `Recovery`; `steps` counts those made."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -212,25 +172,18 @@ class Recovered:
 
     @classmethod
     def of(cls, recovery: Recovery, quality: Quality) -> Recovered:
-        """Keep what is told of a recovery."""
+        """Return what is kept of a recovery."""
         names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
-        told = {name: getattr(recovery, name) for name in names}
-        return cls(quality=quality, steps=recovery.points[-1].step, **told)
+        same = {name: getattr(recovery, name) for name in names}
+        return cls(quality=quality, steps=recovery.points[-1].step, **same)
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What became of the model at one budget by one method.
+    """What became of the model at one budget by one method, as ``docs/json.md`` describes it.
 
-    Limit and what was reached are of the whole model, in what the budget is counted in; None of the
-    dense model.  Operations and seconds, a median with its quartiles, are those of one sample, and
-    the speed-up is over the dense model in turns.  Quality has what was scored, by the names that
-    evaluations have for it.  Divergences are in nats, and agreement is the share of likeliest
-    predictions that are the dense model's on the same samples; both are None where unknown.  The
-    loss is a sum of relative ones, and seconds of pruning leave out what the points share.  Widths
-    are those of groups that lost units.  All of that is of the model in one shot; a recovery
-    changes no width, and so no speed.  Stages are the seconds since the point before: the first one
-    that a run makes has what all of its points share.
+    All but `recovered` is of the model in one shot.  `stages` are the seconds since the point
+    before, so that the first point of a run has what its points share.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -261,13 +214,7 @@ class SweepPoint:
 
 
 class SweepDirectory(Journal[JournalManifest]):
-    """The points of a sweep, in a directory that is its own.
-
-    Raises
-    ------
-    JournalError
-        If the directory is a file, or holds something else.
-    """
+    """The points of a sweep, in a directory of its own."""
 
     what = "sweep"
     manifest_file = "asked.json"
@@ -290,13 +237,13 @@ class SweepDirectory(Journal[JournalManifest]):
 
     @property
     def kept(self) -> str:
-        """What a sweep that ends now leaves, in words; nothing if that is nothing."""
+        """What a sweep that ends now leaves, in words."""
         points = len(self.done)
         where = f"kept in {self.directory}"
         return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
 
     def point(self, job: SweepJob) -> SweepPoint | None:
-        """Return a point that was finished; None if it was not."""
+        """Return a point; None if it is not finished."""
         again = "remove it, and it is measured again"
         point = self.read(_file(job), SweepPoint, otherwise=again)
         if point is not None and (point.method, point.budget, point.value) != (

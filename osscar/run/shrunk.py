@@ -1,7 +1,8 @@
-"""A model that was pruned at its dense shape becomes smaller: its modules, or its program."""
+"""Cut the removed units out of a model, in its modules or in its program."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
+from osscar.data.batches import Batch
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import PruningRequest
@@ -27,51 +29,40 @@ def shrunk(
 ) -> tuple[nn.Module, Proof, int]:
     """Shrink a model whose refitted weights are committed, its modules in place, and prove it.
 
-    Returned is besides how many batch-norm layers have new statistics; `dense` are those of the
-    dense model.  A program has no batch-norm layers that could be asked for their inputs; the
-    model, in which nothing reads the removed units any more, computes the same.
-
-    Raises
-    ------
-    EquivalenceError
-        If the smaller model computes something else.
+    Also return how many batch-norm layers have new statistics; `dense` are those of the dense
+    model.  A program has no batch-norm layers whose inputs could be observed; the model, in which
+    nothing reads the removed units any more, computes the same.
     """
-    work, seed = prepared.model, request.seed
+    work = prepared.model
+    inputs = prepared.inputs.proofs(work, request.seed)
 
-    def renewed(plan: PruningPlan) -> int:
+    def renew(plan: PruningPlan) -> int:
         with timed(Stage.PRUNED):
-            return renew_statistics(
-                work, plan, prepared.batches(), request.batch_norm, dense, prepared.ranks
-            )
+            mode, ranks = request.batch_norm, prepared.ranks
+            return renew_statistics(work, plan, prepared.batches(), mode, dense, ranks)
 
-    if form is Form.EXPORTED and _goes_in_modules(prepared, plan, request):
-        form = Form.EAGER
-    if form is Form.EXPORTED:
-        batch_norms = renewed(PruningPlan(()))
-    prepared.untouched.put_back(work)
-    if form is Form.EXPORTED:
+    # A budget may take nothing of what only the program can lose.  One of bytes has counted those
+    # of the program.
+    optional = request.form == "auto" and request.size is None
+    if form is Form.EXPORTED and not (optional and _goes_in_modules(prepared, plan, inputs)):
+        batch_norms = renew(PruningPlan(()))
+        prepared.untouched.put_back(work)
         with timed(Stage.PROOF):
-            made = shrink_program(work, plan, prepared.inputs.proofs(work, seed), prepared.example)
+            made = shrink_program(work, plan, inputs, prepared.example)
         return made.model, made.proof, batch_norms
+    prepared.untouched.put_back(work)
     with timed(Stage.PROOF):
-        inputs = prepared.inputs.proofs(work, seed)
         proof = shrink(work, plan, inputs, programs=prepared.programs)
-    batch_norms = renewed(proof.plan)
+    batch_norms = renew(proof.plan)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     return work, proof, batch_norms
 
 
-def _goes_in_modules(prepared: Prepared, plan: PruningPlan, request: PruningRequest) -> bool:
-    """Whether modules can lose what a plan removes, if not all that they might have lost.
-
-    A budget may take nothing of what only the program can lose.  One of bytes has counted those of
-    the program.
-    """
-    only = any(group.name in prepared.in_programs for group in plan.groups)
-    if request.form != "auto" or request.size is not None or only:
+def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Batch]) -> bool:
+    """Whether modules can lose what a plan removes, if not all that they might have lost."""
+    if any(group.name in prepared.in_programs for group in plan.groups):
         return False
-    inputs = prepared.inputs.proofs(prepared.model, request.seed)
     with timed(Stage.TRIAL), suppress(EquivalenceError, ModelError):
         prepared.untouched.put_back()
         rehearse(prepared.model, plan, inputs[:1], prepared.programs)
@@ -80,7 +71,7 @@ def _goes_in_modules(prepared: Prepared, plan: PruningPlan, request: PruningRequ
 
 
 def put_back(prepared: Prepared, model: nn.Module, plan: PruningPlan) -> None:
-    """Take away what forward passes have written; a program writes nothing."""
+    """Undo what forward passes have written into modules; a program writes nothing."""
     if plan.form is Form.EAGER:
         numbers = {(number.module, number.attribute) for number in plan.integers}
         prepared.untouched.put_back(model, numbers)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from osscar.run.points import (
     SweepDirectory,
     SweepJob,
     SweepPoint,
-    dense_job,
     jobs,
     prune_points,
     sweep_manifest,
@@ -153,7 +152,7 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep is asked, and where it lies."""
+    """The requests of a sweep, and its directory."""
 
     place: SweepDirectory
     base: PruningRequest
@@ -162,12 +161,12 @@ class Sweep:
     """What quality is measured on."""
     classes: Sequence[str] = ()
     recover: RecoveryRequest | None = None
-    """What is asked of the recovery of each point; None if there is to be none."""
+    """The request of the recovery of each point."""
     tell: Callable[[str], None] = lambda line: None
-    """Hears of each point, in lines."""
+    """Prints a line."""
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model of which a point cannot be made, or recovered."""
+        """Refuse a model that cannot be pruned to each point, or recovered."""
         if self.recover is not None:
             check_trainable(model)
         for job in self.points:
@@ -183,14 +182,7 @@ class Sweep:
     ) -> SweepResult:
         """Measure what is not done yet, write the page, and return the document.
 
-        Parameters
-        ----------
-        model, calibration
-            The dense model and its data.
-        source
-            Its name; by default the one by which it was loaded.
-        scored_dense
-            Scores it on these, once the sweep has begun.
+        The dense model is called `source`, and scored by `scored_dense` once the sweep has begun.
         """
         self.check(model)
         calibration = read_once(model, calibration)
@@ -230,42 +222,32 @@ class Sweep:
         return SweepResult(document)
 
     def _measured(self, dense: nn.Module, calibration: Any, sample: Batch) -> list[SweepPoint]:
-        """Return all points, the dense model first; those that were not finished are measured."""
-        unpruned = dense_job(self.points[0].budget)
-        if self.place.point(unpruned) is None:
-            with _lap() as stages:
-                point = self._point(unpruned, None, dense, sample, None)
-            self.place.keep(dataclasses.replace(point, stages=stages))
-        todo = [job for job in self.points if self.place.point(job) is None]
+        """Return all points, the dense model first; those that are not finished are measured."""
+        budget = self.points[0].budget
+        every = (SweepJob("dense", budget, budget.dense), *self.points)
+        todo = [job for job in every if self.place.point(job) is None]
+        pruned = [job for job in todo if job is not every[0]]
         with (
-            stage("sweep", total=len(todo)) as bar,
-            closing(prune_points(dense, calibration, self.base, todo, self.tell)) as pruned,
+            stage("sweep", total=len(pruned)) as bar,
+            closing(prune_points(dense, calibration, self.base, pruned, self.tell)) as results,
         ):
-            for number in range(1, len(todo) + 1):
-                with _lap() as stages:
-                    job, result = next(pruned)
-                    recovered = self._recovered(result, dense, calibration)
-                    point = self._point(job, result, dense, sample, recovered)
-                point = dataclasses.replace(point, stages=stages)
-                self.place.keep(point)
-                self.tell(f"{job}: done, {number} of {len(todo)}")
+            for job in todo:
+                began = time.perf_counter()
+                with profiled() as spent:
+                    result = next(results)[1] if job in pruned else None
+                    point = self._point(job, result, dense, calibration, sample)
+                stages = spent.of(time.perf_counter() - began)
+                self.place.keep(dataclasses.replace(point, stages=stages))
+                if result is None:
+                    continue
+                self.tell(f"{job}: done, {pruned.index(job) + 1} of {len(pruned)}")
                 if result.budget is not None:
                     for fact in budget_facts([*map(vars, result.budget.limits)]):
                         self.tell(": ".join(fact))
                 if point.recovered is not None:
                     self.tell(recovered_line(vars(point.recovered)))
                 bar.advance()
-        found = (self.place.point(job) for job in (unpruned, *self.points))
-        return [point for point in found if point is not None]
-
-    def _recovered(
-        self, result: PruningResult, dense: nn.Module, calibration: Any
-    ) -> Recovered | None:
-        """Recover a pruned model, and measure what comes of it; None if that is not asked for."""
-        if self.recover is None:
-            return None
-        recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
-        return Recovered.of(recovery, self._quality(recovery.model, dense))
+        return [one for job in every if (one := self.place.point(job)) is not None]
 
     def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:
         if self.score is None:
@@ -279,11 +261,14 @@ class Sweep:
         job: SweepJob,
         result: PruningResult | None,
         dense: nn.Module,
+        calibration: Any,
         sample: Batch,
-        recovered: Recovered | None,
     ) -> SweepPoint:
-        """Measure the model of a job; without a result, the dense one."""
-        model = dense if result is None else result.model
+        """Recover and measure the model of a job; without a result, measure the dense one."""
+        model, recovered = dense if result is None else result.model, None
+        if result is not None and self.recover is not None:
+            recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
+            recovered = Recovered.of(recovery, self._quality(recovery.model, dense))
         with timed(Stage.FORWARD):
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
@@ -309,16 +294,6 @@ class Sweep:
             skipped=() if result is None else result.skipped,
             recovered=recovered,
         )
-
-
-@contextmanager
-def _lap() -> Iterator[dict[str, float]]:
-    """Yield what is filled, once the block has ended, with its seconds by stage."""
-    stages: dict[str, float] = {}
-    began = time.perf_counter()
-    with profiled() as spent:
-        yield stages
-    stages.update(spent.of(time.perf_counter() - began))
 
 
 def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:

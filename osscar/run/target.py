@@ -3,9 +3,6 @@
 The model is pruned to a size, which is a *walk*, and measured; what was measured chooses the next
 size.  Half of the calibration samples prune.  A quarter, to which nothing is fitted, measures each
 walk, and so chooses the size.  The last quarter measures the chosen model once.
-
-What the dense model alone decides is found once: which groups can lose units, its outputs, and its
-batch-norm statistics.  Curves are measured again only where widths move.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""
 
 _SIZES = 12
-"""Points of the frontier where budgets beside the target hold as well."""
+"""Points of the frontier where other budgets hold, too."""
 
 Recover = Callable[[PruningResult, Any, int], Recovery]
 """Recovers a pruned model, given the data that it was pruned on and the number of its walk."""
@@ -84,28 +81,16 @@ def prune_to_target(
     recover: Recover | None = None,
     classes: Sequence[str] = (),
 ) -> Made:
-    """Find the smallest model within the quality target of a request.
+    """Find the smallest model within the quality target of a request, as `prune_as_asked` does.
 
-    Parameters
-    ----------
-    model, calibration, request, log, ranks, tell
-        As `osscar.run.prune.prune_as_asked` takes them; the model is not changed.
-    recover
-        Recovers the model of each walk before it is measured.
-    classes
-        The names of the model's classes, by which folders of images are recognized.
-
-    Raises
-    ------
-    RequestError
-        If no model that was tried is within the target.
-    DataError
-        If there are too few samples, or they lack labels that the target needs.
+    `recover` is called on the model of each walk before it is measured.  By `classes`, the names of
+    the model's classes, folders of images are recognized.
     """
     start = time.perf_counter()
     calibration = read_once(model, calibration)
     inputs = as_inputs(model, calibration)
-    needed = samples_needed(request)
+    assert request.quality is not None
+    needed = samples_needed(request.quality, request.most_lost)
     if inputs.samples < needed:
         raise DataError(
             f"{request.target_in_words} takes {needed} calibration samples at least, for a bound "
@@ -145,15 +130,14 @@ def prune_to_target(
     return Made(result, made.recovery)
 
 
-def samples_needed(request: PruningRequest) -> int:
+def samples_needed(quality: TargetKind, most_lost: float) -> int:
     """Return how many calibration samples a target takes: four times those of an interval."""
-    assert request.quality is not None
-    return 4 * fewest_samples(request.quality, request.most_lost)
+    return 4 * fewest_samples(quality, most_lost)
 
 
 @timed(Stage.DENSE)
 def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str]) -> Judge:
-    """Run the dense model on a part of the data; refuse what no model can meet, or miss."""
+    """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
     assert request.quality is not None
     judge = Judge.of(request.quality, prepared.model, data, classes)
     if request.quality is not TargetKind.TOP1:
@@ -174,7 +158,7 @@ def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequ
 
 @dataclass(eq=False)
 class _Search:
-    """The walks to a target, and the data that they prune on, in the form of the caller."""
+    """The walks to a target, and the data that they prune on."""
 
     prepared: Prepared
     request: PruningRequest
@@ -187,7 +171,7 @@ class _Search:
     walks: list[TargetWalk] = field(default_factory=list)
 
     def smallest(self) -> tuple[Made, TargetReport]:
-        """Walk until no size is left to be tried; return the smallest that is within the target."""
+        """Walk until no size is left to try; return the smallest model within the target."""
         ranks, log, most = self.prepared.ranks, self.log, self.request.most_lost
         self.walks += ranks.broadcast("walks", lambda: () if log is None else log.walks())
         budget, best = self._known_budget(), None
@@ -209,9 +193,10 @@ class _Search:
         if report.chosen is None:
             if log is not None:
                 log.remove()  # it is of no use to another target
+            budgets = self.request.in_words(self.request.budgets)
             raise RequestError(
                 f"no model that was tried is within {self.request.target_in_words}"
-                f"{self._beside}: the nearest, "
+                f"{f' and {budgets}' if budgets else ''}: the nearest, "
                 f"{report.in_words(report.nearest)}; allow more to be lost, give more calibration "
                 "data (--samples), or recover what is pruned (--recover)"
             )
@@ -226,16 +211,10 @@ class _Search:
         return next_limit(frontier, self.walks, self.judge.quality, most, recovers=recovers)
 
     def _report(self, budget: Budget) -> TargetReport:
+        quality, most, limit = self.judge.quality, self.request.most_lost, budget.of(self._kind)
         return TargetReport(
-            quality=self.judge.quality,
-            most=self.request.most_lost,
-            measure=budget.measure,
-            cost=budget.of(self._kind).cost,
-            dense=budget.of(self._kind).dense,
-            walks=tuple(self.walks),
+            quality, most, budget.measure, limit.cost, limit.dense, tuple(self.walks)
         )
-
-    # ---- a size --------------------------------------------------------------------------
 
     @cached_property
     def _sharing(self) -> Sharing:
@@ -249,12 +228,6 @@ class _Search:
         """The budget by which a walk asks for a size."""
         return BudgetKind(self.request.smallest or "params")
 
-    @property
-    def _beside(self) -> str:
-        """The budgets that are given beside the target, in words."""
-        budgets = self.request.budgets
-        return f" and {self.request.in_words(budgets)}" if budgets else ""
-
     @cached_property
     def _cost(self) -> CountedCost:
         """What sizes are counted in."""
@@ -263,7 +236,7 @@ class _Search:
 
     @cached_property
     def _allowed(self) -> list[Allowance]:
-        """What the budgets beside the target allow."""
+        """What the other budgets allow."""
         sharing, form = self._sharing, self.dense.feasible.form
         if not self.request.budgets:
             return []
@@ -271,12 +244,12 @@ class _Search:
 
     @property
     def _largest(self) -> float:
-        """The largest size within the budgets beside the target."""
+        """The largest size within the other budgets."""
         own = (one.most for one in self._allowed if one.budget is self._kind)
         return min([self._cost.dense, *own])
 
     def _frontier(self, budget: Budget) -> Frontier:
-        """Return the least predicted distance at each size, within budgets that are given too."""
+        """Return the least predicted distance at each size, within the other budgets."""
         if not self._allowed:
             return budget.frontier
         cost, dense, others = self._cost, self._cost.dense, self._sharing.others
@@ -286,12 +259,12 @@ class _Search:
             for group in self._sharing.groups
         }
         sharing = dataclasses.replace(self._sharing, curves=curves)
-        beside = [one for one in self._allowed if one.budget is not self._kind]
+        more = [one for one in self._allowed if one.budget is not self._kind]
         least = cost.of({**others, **sharing.least})
         found = [(least, float("inf"))]
         for most in np.linspace(least, self._largest, _SIZES).tolist():
             own = Allowance(self._kind, COUNTED[self._kind], cost, most, dense)
-            kept = sharing.choose([own, *beside]).kept
+            kept = sharing.choose([own, *more]).kept
             lost = sum(float(curves[name].losses[units]) for name, units in kept.items())
             if lost < found[-1][1]:
                 found.append((cost.of({**others, **kept}), lost))
@@ -300,12 +273,8 @@ class _Search:
     def _within(self, limit: float) -> PruningRequest:
         """Return the request of a walk: a size in place of the target."""
         value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
-        asked: dict[str, Any] = {
-            self._kind: value,
-            **dict.fromkeys(map(str, TargetKind)),
-            "smallest": None,
-        }
-        return dataclasses.replace(self.request, **asked)
+        asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
+        return dataclasses.replace(self.request, **{**asked, self._kind: value})
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last walk; before the first one, measure the curves."""
@@ -318,19 +287,23 @@ class _Search:
         return self._shared_out(self._within(min(limit, self._largest)), self.log)
 
     def _shared_out(self, request: PruningRequest, log: RunLog | None) -> Budget:
-        """Share out a budget without a walk, unless the log has it."""
         found = widths(self.prepared, request, self.dense.feasible, log, lambda line: None).budget
         assert found is not None  # or the request would have been refused
         return found
-
-    # ---- a walk --------------------------------------------------------------------------
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
         """Make the model of a walk; groups that its log has are not solved again."""
         with self._begun(number, limit) as (request, log, committed):
             work = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
-            tell = partial(self._tell_of, number)
-            pruned = prune_prepared(work, request, self.dense, log, committed, tell, before)
+            pruned = prune_prepared(
+                work,
+                request,
+                self.dense,
+                log,
+                committed,
+                lambda line: self.tell(f"attempt {number}: {line}"),
+                before,
+            )
         if self.recover is None:
             return Made(pruned, None)
         return Made(pruned, self.recover(pruned, self.data, number))
@@ -344,6 +317,3 @@ class _Search:
         log = None if self.log is None else self.log.walk(number)
         with begun(log, self.prepared, request.to_json()) as committed:
             yield request, log, committed
-
-    def _tell_of(self, number: int, line: str) -> None:
-        self.tell(f"attempt {number}: {line}")
