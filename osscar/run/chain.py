@@ -51,7 +51,7 @@ def prune_prepared(
     tell: Callable[[str], None] = lambda line: None,
     before: Budget | None = None,
 ) -> PruningResult:
-    """Prune a prepared model, which becomes the smaller one; curves of `before` are known."""
+    """Prune a prepared model, which becomes the smaller one; curves of `before` count."""
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
     allocated = widths(prepared, request, dense.feasible, log, tell, before)
     records = prune_groups(prepared, allocated.keep, request, committed, log)

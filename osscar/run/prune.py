@@ -41,15 +41,14 @@ def prune_as_asked(
         where it is not, as of graphs; or a loader, a data set or a list of batches, which are read
         as by `osscar.load_batches`, with a warning that tells what was left out.
     request
-        What is asked for.  `osscar.prune` takes its fields as keywords: `PruningRequest` describes
-        them.
+        The request, whose fields `osscar.prune` takes as keywords.
     log
         Keeps what is committed, so that a run which was killed goes on where it stopped; of several
         ranks, the first has it.
     ranks
-        The processes that are asked for the same, and share out the work.
+        The processes that run the same request, and share out the work.
     tell
-        Is told in a line what will be kept and removed, once that is known.
+        Prints a line.
 
     Returns
     -------

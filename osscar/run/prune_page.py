@@ -1,4 +1,4 @@
-"""What a pruning run shows, made of its JSON document alone."""
+"""The tables and figures of a pruning run, made from its JSON document alone."""
 
 from __future__ import annotations
 
@@ -50,26 +50,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 _QUALITY = ("perplexity", "top-1")
-"""Rows of an evaluation that the sentence at the top repeats."""
+"""Rows of an evaluation that are in the sentence at the top."""
 
 MUCH_NATS, MUCH_AGREEMENT = 0.2, 0.8
-"""A divergence above, or a share of likeliest predictions below which much was lost.
+"""Much was lost above this divergence, or below this share of likeliest predictions that agree.
 
-At 0.2 nats the perplexity on text of the dense model's is 1.22 times its own.
+A divergence of 0.2 nats multiplies the perplexity on text of the dense model by 1.22.
 """
 
 
 def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
-    """Return the page of a run.
-
-    Parameters
-    ----------
-    document
-        An ``osscar.prune/5``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
-        What it does not hold is left out.
-    directory
-        The name of the directory that holds the model.
-    """
+    """Return the page of a run, from its ``osscar.prune/5`` and the name of its directory."""
     recovery = document.get("recovery")
     title = f"{document['model']}, pruned{' and recovered' if recovery else ''}"
     asked = settings_table(
@@ -84,7 +75,7 @@ def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
 
 
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
-    """Yield what a run shows of itself, of as much of its document as is known."""
+    """Yield the tables and figures of a run, of as much of its document as is known."""
     layers, budget = document["layers"], document.get("budget")
     yield Text((_answer(document),), look="answer")
     lost = verdict(document)
@@ -119,20 +110,19 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     if document.get("recovery"):
         yield from recoveries.sections(document["recovery"])
     yield layers_table(layers, budget)
-    told = (*run_facts(document), *dense_facts(document.get("dense")))
-    yield facts("How it went", told)
+    yield facts("How it went", (*run_facts(document), *dense_facts(document.get("dense"))))
     yield stages_table(document["stages"])
     yield skipped_table(document.get("skipped") or ())
 
 
 def kept_picture(document: Mapping[str, Any]) -> bytes | None:
-    """Return a PNG file of what each group of a run keeps and lost; None where none lost units."""
+    """Return the figure over depth as a PNG file; None where no group lost units."""
     layers = document["layers"]
     return png_of(depth_figure(_groups(document), layers)) if layers else None
 
 
 def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return what each group keeps, by name; those that share no budget come last."""
+    """Return the groups by name; those that share no budget come last."""
     groups = {**(document.get("budget") or {}).get("widths", {})}
     for layer in document["layers"]:
         groups.setdefault(layer["name"], layer)
@@ -146,13 +136,12 @@ def _answer(document: Mapping[str, Any]) -> str:
     """Say in one sentence what became of the model."""
     kept = document["parameters_after"] / document["parameters_before"]
     said = [f"{share(1 - kept)} fewer parameters"]
-    forward = document.get("forward")
-    if forward is not None:
+    if forward := document.get("forward"):
         dense, pruned = forward["dense"], forward["pruned"]
         if dense["flops"]:
             said.append(f"{share(1 - pruned['flops'] / dense['flops'])} fewer operations")
         spans = sorted((dense["seconds_between"], pruned["seconds_between"]))
-        if pruned["seconds"] and spans[0][1] < spans[1][0]:  # more than turns differ by
+        if pruned["seconds"] and spans[0][1] < spans[1][0]:  # the quartiles do not overlap
             said.append(f"{dense['seconds'] / pruned['seconds']:.2f} times the speed")
     sentence = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
     for label, before, after, _ in _rows(document):
@@ -174,19 +163,20 @@ def _divergence(document: Mapping[str, Any], before: str = "") -> str:
 
 
 def _nats(value: float) -> str:
-    """Return a divergence with the digits that it has."""
     return decimals(value, 4 if value >= 0.001 or not value else 6)
 
 
-def _what(document: Mapping[str, Any]) -> str:
-    """Return what the model predicts, in a word."""
-    return "token" if "seqlen" in document["calibration"] else "class"
+def _predicts(document: Mapping[str, Any], several: bool = False) -> str:
+    """Return what the model predicts."""
+    if "seqlen" in document["calibration"]:
+        return "tokens" if several else "token"
+    return "classes" if several else "class"
 
 
 def verdict(document: Mapping[str, Any]) -> str:
     """Say in one sentence that much was lost, and what to do; nothing where it was not.
 
-    A recovery that measures divergence decides by what it has come to.
+    After a recovery that measures divergence, the recovered model counts.
     """
     target, recovery = document.get("target"), document.get("recovery") or {}
     if target:
@@ -200,17 +190,21 @@ def verdict(document: Mapping[str, Any]) -> str:
         same, remedies = None, "recover on more data, or remove less"
     if nats_lost is None or (nats_lost <= MUCH_NATS and (same is None or same >= MUCH_AGREEMENT)):
         return ""
-    several = "tokens" if _what(document) == "token" else "classes"
-    agree = "" if same is None else f"{same:.1%} of most likely {several} agree, "
+    agree = (
+        f"{same:.1%} of most likely {_predicts(document, several=True)} agree, "
+        if same is not None
+        else ""
+    )
     return f"much was lost: {agree}{nats_lost:.2g} nats from the dense model; {remedies}"
 
 
 def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what became of the model, each with a name, as a terminal and a page tell it."""
-    layers, stages = document["layers"], document["stages"]
-    before, after = document["parameters_before"], document["parameters_after"]
+    """Yield facts of a run with their names, for terminals and pages."""
+    layers, before, after = (
+        document[n] for n in ("layers", "parameters_before", "parameters_after")
+    )
     yield "size", f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer)"
-    yield "time", f"{document['seconds']:.1f} s{longest_stages(stages)}"
+    yield "time", f"{document['seconds']:.1f} s{longest_stages(document['stages'])}"
     yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
     target, budget = document.get("target"), document.get("budget")
     if target:
@@ -224,7 +218,9 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
-    agree = "" if same is None else f", with the same most likely {_what(document)} in {same:.1%}"
+    agree = (
+        "" if same is None else f", with the same most likely {_predicts(document)} in {same:.1%}"
+    )
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
     yield "measured distance", f"{_divergence(document)}{agree}" or f"none: {none}"
     if layers:
@@ -246,10 +242,9 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         why = ", in which more groups can be pruned than in the modules" if chosen else ""
         yield "form", f"the exported program{why}"
     yield "inputs", fixed_in_words(document.get("inputs", ()))
-    norms = document["batch_norms"]
-    yield "batch norm", f"new running statistics of {pluralize(norms, 'layer')}" if norms else ""
-    folded = document.get("folded")
-    if folded:
+    if norms := document["batch_norms"]:
+        yield "batch norm", f"new running statistics of {pluralize(norms, 'layer')}"
+    if folded := document.get("folded"):
         yield (
             "folded",
             f"{pluralize(len(folded), 'weight')} that the dense model computes at every call, such "
@@ -259,7 +254,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yield what each budget allows, and what that came to, with a name; of several, which bind."""
+    """Yield what each budget allows, what was reached, and which of several bind."""
     for one in limits:
         limit, reached, dense, price = (one[n] for n in ("limit", "reached", "dense", "price"))
         if one["cost"] == "time":
@@ -283,10 +278,7 @@ def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
 def layers_table(
     layers: Sequence[Mapping[str, Any]], budget: Mapping[str, Any] | None = None
 ) -> Table:
-    """Return one row for each pruned group: the fields of `LayerReport` that have a column.
-
-    Of groups that share a budget also what it predicted and measured of each.
-    """
+    """Return a row of `LayerReport` for each group, with what the budget predicted and measured."""
     widths, measured = ((budget or {}).get(key) or {} for key in ("widths", "measured"))
     unit = "relative" if (budget or {}).get("measure") == "relative" else "nats"
     found = table(
@@ -315,7 +307,7 @@ def layers_table(
 
 
 def compared_table(document: Mapping[str, Any]) -> Table:
-    """Return what is known of the dense and of the pruned model, with their ratio."""
+    """Return the measures of the dense and of the pruned model, with their ratio."""
     forward, note = document.get("forward"), ""
     if forward is not None and document.get("evaluation") is None:
         low, high = map(_milliseconds, forward["pruned"]["seconds_between"])
@@ -324,43 +316,41 @@ def compared_table(document: Mapping[str, Any]) -> Table:
             f"Of one sample ({shapes}) on {forward['device']}. Times are medians of a few turns; "
             f"half of those of the pruned model lie between {low} and {high}."
         )
-    rows = tuple(_rows(document))
-    return Table("Dense against pruned", ("", "dense >", "pruned >", "ratio >"), rows, note)
+    columns = ("", "dense >", "pruned >", "ratio >")
+    return Table("Dense against pruned", columns, tuple(_rows(document)), note)
 
 
 def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     evaluation, forward = document.get("evaluation"), document.get("forward")
+    measured: list[tuple[str, float, float, Callable[[Any], str]]] = []
     if evaluation is not None:
         yield from comparison_rows(evaluation)
     else:
         before, after = document["parameters_before"], document["parameters_after"]
-        yield _ratio_row("parameters", before, after, "{:,}".format)
+        measured.append(("parameters", before, after, "{:,}".format))
     if forward is not None and evaluation is None:
-        for name, label, written in (
-            ("parameter_bytes", "weights in memory", in_bytes),
-            ("flops", "FLOPs", engineering),
-            ("seconds", "time", _milliseconds),
-        ):
-            yield _ratio_row(label, forward["dense"][name], forward["pruned"][name], written)
-    divergence, when = document.get("divergence"), ""
-    if document.get("recovery"):
-        when = ", before the recovery"
+        measured += [
+            (label, forward["dense"][name], forward["pruned"][name], written)
+            for name, label, written in (
+                ("parameter_bytes", "weights in memory", in_bytes),
+                ("flops", "FLOPs", engineering),
+                ("seconds", "time", _milliseconds),
+            )
+        ]
+    for label, dense, pruned, written in measured:
+        yield label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else ""
+    divergence = document.get("divergence")
+    when = ", before the recovery" if document.get("recovery") else ""
     if divergence is not None:
         times = math.exp(min(divergence, MOST_EXPONENT))
         yield f"divergence, nats{when}", "0", _nats(divergence), ""
         yield f"exp(divergence){when}", "1", f"{times:.4g}", ""
     if document.get("agreement") is not None:
-        yield f"same {_what(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
+        yield f"same {_predicts(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
-
-
-def _ratio_row(
-    label: str, dense: float, pruned: float, written: Callable[[Any], str]
-) -> tuple[str, str, str, str]:
-    return label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else ""
 
 
 # ---- in pictures -------------------------------------------------------------------------
@@ -369,15 +359,7 @@ def _ratio_row(
 def depth_figure(
     groups: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]
 ) -> Drawing:
-    """Draw over depth what each group keeps, and the loss of those that lost units.
-
-    Parameters
-    ----------
-    groups
-        By name, in the order of the model: ``kind``, ``units`` and ``kept``.
-    layers
-        As in ``osscar.prune/5``; all of them are among the groups.
-    """
+    """Draw the kept share of each group, in the order of the model, and the loss of layers."""
     figure, (above, below) = new_figure(2, height=4.4, sharex=True)
     kinds = list(dict.fromkeys(group["kind"] for group in groups.values()))
     for index, kind in enumerate(kinds):

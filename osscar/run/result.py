@@ -57,16 +57,16 @@ class PruningResult(Shown):
     parameters_before, parameters_after
         Tied parameters counted once.
     certificate
-        How the smaller model is known to be the dense one without these units: what was proved of
-        its program, and how far its outputs are from those of the masked model.
+        What was proved of the smaller model's program, and how far its outputs are from those of
+        the masked model.
     batch_norms
         How many batch-norm layers got new statistics after the proof.
     budget
         What the groups that share a budget came to; None where there is none.
     divergence
         The measured Kullback-Leibler divergence of its predictions from the dense ones, in nats a
-        prediction, on `held_out` samples or, if none were, on the last; None if the model puts out
-        no logits.
+        prediction, on the `held_out` samples, or on the last if there are none; None without
+        logits.
     agreement
         The share of the same predictions whose likeliest class, or token, is the dense one's.
     held_out
@@ -74,19 +74,19 @@ class PruningResult(Shown):
     seconds
         Wall time of the whole run.
     stages
-        The same by stage, in the order of the run; ``other`` is what no stage counts.  Empty where
-        a sweep pruned, which tells them point by point.
+        The same by stage, in the order of the run; ``other`` is what no stage counts.  Empty in a
+        sweep, whose points have them.
     request
-        What was asked for.
+        The request of the run.
     calibration
-        How many samples of what shape there were.
+        The number and shape of the calibration samples.
     skipped
         The groups that were to be pruned and keep all their units, and why.
     folded
-        Names of the weights that the dense model computes at every call, such as by weight
-        normalization, and that are plain ones in the smaller model.
+        Names of the plain weights that the dense model computes at every call, such as by weight
+        normalization.
     target
-        How the size was found, where a quality was asked for.
+        How the size was found for a quality target.
     """
 
     model: nn.Module
@@ -132,11 +132,11 @@ class PruningResult(Shown):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked for, as JSON-able data."""
+        """The request as JSON-able data."""
         return self.request.to_json()
 
     def sections(self) -> Iterator[Section]:
-        """Return what a page shows of it, of as much as is known without the dense model."""
+        """Return what a page shows that is known without the dense model."""
         return sections(self.record())
 
     def record(self) -> dict[str, Any]:
@@ -184,17 +184,17 @@ class PruningResult(Shown):
         Parameters
         ----------
         dense, calibration
-            What was pruned, and on what.
+            The dense model, and the data on which it was pruned.
         source
             The name of the dense model; by default the one by which it was loaded.
         classes
-            What the classes are called that it tells apart.
+            The names of its classes.
         score
-            What it is worth on the calibration data.
+            Its quality on the calibration data.
         recovery
-            What `osscar.recover` made of the smaller model, where it was trained afterwards.
+            What `osscar.recover` made of the smaller model.
         measure
-            Run both models; without, what `measured` finds is left out, and may follow the save.
+            Whether to time both models, which may also follow the save.
         """
         known = lineage_of(dense).source or type(dense).__name__
         return {
@@ -238,27 +238,18 @@ class PruningResult(Shown):
 
 def measured(dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any) -> dict[str, Any]:
     """Return what a document tells of a forward pass of both models, or why that is not known."""
+    if is_on_disk(dense):  # its time is that of reading weights
+        return {"forward": None, "unmeasured": ""}
     try:
-        return {"forward": _forward(dense, pruned, calibration), "unmeasured": ""}
+        smaller = pruned()
+        # A program knows nothing of tokens, so the inputs are those of the dense model.
+        first = as_inputs(dense, calibration).batches(dense, 1)[0]
+        sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
+        before, after = measure_forward([dense, smaller], sample)
     except Exception as error:  # no figure of a report is worth a run
         why = f"{type(error).__name__}: {first_line(error)}"
         return {"forward": None, "unmeasured": f"a forward pass of both models ({why})"}
-
-
-def _forward(
-    dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any
-) -> dict[str, Any] | None:
-    """Measure a forward pass of both models; None where time is that of reading weights."""
-    if is_on_disk(dense):
-        return None
-    smaller = pruned()
-    # Of the dense model, since a program knows nothing of tokens; on the device of the pruned one.
-    first = as_inputs(dense, calibration).batches(dense, 1)[0]
-    sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
-    before, after = measure_forward([dense, smaller], sample)
-    return {
-        "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
-        "device": device_of(smaller).type,
-        "dense": before,
-        "pruned": after,
-    }
+    shapes = {name: list(tensor.shape) for name, tensor in sample.items()}
+    device = device_of(smaller).type
+    forward = {"shapes": shapes, "device": device, "dense": before, "pruned": after}
+    return {"forward": forward, "unmeasured": ""}

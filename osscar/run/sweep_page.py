@@ -1,7 +1,8 @@
-"""What a sweep shows, made of its JSON document alone."""
+"""The tables and figures of a sweep, made from its JSON document alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -45,7 +46,7 @@ _METHODS = {
 
 
 class _Measure(NamedTuple):
-    """A number of quality: how it is called and written, and which end is good."""
+    """A measure of quality: its name, format, and which end is better."""
 
     label: str
     written: str
@@ -61,7 +62,7 @@ _MEASURES = {
     "top5": _Measure("top-5", ".2%"),
     "agreement": _Measure("agreement with dense", ".2%"),
     "divergence": _Measure("divergence, nats", ".4f", "lower"),
-    # By which a recovery is decided, and which it also knows of the model in one shot.
+    # These decide a recovery, and are also measured of the model in one shot.
     "nats": _Measure("held-out divergence, nats", ".4f", "lower"),
     "relative": _Measure("held-out squared error", ".2g", "lower"),
     "loss": _Measure("held-out loss", ".4g", "lower"),
@@ -69,25 +70,24 @@ _MEASURES = {
 
 
 def _values(point: Point, recovered: bool = False) -> dict[str, float]:
-    """Return what is known of the quality of a point, in one shot or after its recovery."""
+    """Return the quality of a point by measure, in one shot or after its recovery."""
     found = point["recovered"]
     if recovered and found is None:
         return {}
     quality = (found if recovered else point)["quality"]
-    values = {
-        **{name: quality.get(name) for name in ("perplexity", "top1", "top5", "agreement")},
-        "divergence": None if recovered else point["divergence"],
-        **{f"errors.{name}": one for name, one in (quality.get("errors") or {}).items()},
-    }
+    values = {name: quality.get(name) for name in ("perplexity", "top1", "top5", "agreement")}
+    values |= {f"errors.{name}": one for name, one in (quality.get("errors") or {}).items()}
+    if not recovered:
+        values["divergence"] = point["divergence"]
     if found is not None:
         values[found["measure"]] = found["after" if recovered else "before"]
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _known(points: Sequence[Point]) -> dict[str, _Measure]:
-    """Return what was measured of the quality of pruned models, the most telling first."""
+    """Return the measures of the quality of pruned models, the most important first."""
     names = {name for point in points if point["method"] != _DENSE for name in _values(point)}
-    if "nats" in names:  # that of a recovery is known before and after, and one column is enough
+    if "nats" in names:  # a divergence, too, which is also known after the recovery
         names.discard("divergence")
     errors = {
         name: _Measure(f"squared error of {name.removeprefix('errors.')}", ".2g", "lower")
@@ -97,18 +97,17 @@ def _known(points: Sequence[Point]) -> dict[str, _Measure]:
 
 
 class _Varied(NamedTuple):
-    """What the points of a sweep differ in, and whether it is counted in parameters."""
+    """The budget of a sweep, and whether it is a count of parameters."""
 
     kind: BudgetKind
     counts: bool
 
     def at(self, point: Point) -> float:
-        """Return where a point lies; the dense model is not asked for, but has its place."""
+        """Return the budget of a point, also of the dense model."""
         dense = point["method"] == _DENSE
         return float(point["parameters"] if dense and self.counts else point["value"])
 
     def text(self, point: Point) -> str:
-        """Write where a point lies."""
         value = self.at(point)
         if self.counts:
             return f"{value:,.0f}"
@@ -121,13 +120,7 @@ def _varied(document: Mapping[str, Any]) -> _Varied:
 
 
 def sweep_table(document: Mapping[str, Any]) -> Table:
-    """Return one row for each point.
-
-    Parameters
-    ----------
-    document
-        An ``osscar.sweep/6``, as ``docs/json.md`` describes it.
-    """
+    """Return one row for each point of an ``osscar.sweep/6``."""
     varied = _varied(document)
     columns: dict[str, Any] = {
         "method": lambda point: point["method"],
@@ -159,25 +152,21 @@ def _cell(name: str, measure: _Measure, recovered: bool, point: Point) -> str:
 
 
 def _between(point: Point) -> tuple[float, float]:
-    """Return between what speed-ups half of the turns lie in which a point was timed."""
+    """Return the quartiles of the speed-up of a point."""
     median = point["speedup"] * point["seconds"]  # of the dense model, in the same turns
     fast, slow = point["seconds_between"]
     return median / slow, median / fast
 
 
 def _recovery(recovered: Mapping[str, Any]) -> str:
-    """Say which step of a recovery was kept, and what it took."""
-    steps = pluralize(recovered["steps"], "step")
-    kept = (
-        f"step {recovered['kept']} of {recovered['steps']}"
-        if recovered["kept"]
-        else f"none of {steps}"
-    )
-    return f"{kept}, {recovered['seconds']:,.0f} s"
+    """Say which step of a recovery was kept, and how long it took."""
+    steps, kept = recovered["steps"], recovered["kept"]
+    said = f"step {kept} of {steps}" if kept else f"none of {pluralize(steps, 'step')}"
+    return f"{said}, {recovered['seconds']:,.0f} s"
 
 
 def recovered_line(recovered: Mapping[str, Any]) -> str:
-    """Say what a recovery has come to: the ``recovered`` of a point."""
+    """Say what the recovery of a point came to."""
     measure = _MEASURES[recovered["measure"]]
     before, after = (measure.text(recovered[name]) for name in ("before", "after"))
     return f"recovered: {measure.label}, {before} to {after}; {_recovery(recovered)}"
@@ -192,7 +181,7 @@ def _spent(point: Point) -> str:
 
 
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
-    """Yield what a sweep shows of itself."""
+    """Yield the tables and figures of a sweep."""
     points, varied, lost = document["points"], _varied(document), sweep_verdict(document)
     yield Text((f"{capitalized(lost)}.",) if lost else (), look="answer")
     yield sweep_table(document)
@@ -208,14 +197,13 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
-    """Return the page of a sweep, of the same document."""
+    """Return the page of a sweep, from the same document."""
     points = document["points"]
     shapes = ", ".join("x".join(map(str, shape)) for shape in document["shapes"].values())
     recovered = [point["recovered"] for point in points if point["recovered"] is not None]
-    stages: dict[str, float] = {}
+    stages: Counter[str] = Counter()
     for point in points:
-        for name, seconds in point["stages"].items():
-            stages[name] = stages.get(name, 0.0) + seconds
+        stages.update(point["stages"])
     methods = dict.fromkeys(point["method"] for point in points)
     shown = [
         *sections(document),
@@ -249,13 +237,14 @@ def sweep_page(document: Mapping[str, Any]) -> str:
 
 
 def sweep_verdict(document: Mapping[str, Any]) -> str:
-    """Say in a sentence from which point of the method itself on much was lost; nothing if none."""
-    varied, lost = _varied(document), []
-    for point in document["points"]:
-        of_run = {"recovery": point["recovered"], "calibration": document["calibration"]}
-        said = verdict({**point, **of_run}) if point["method"] in METHODS else ""
-        if said:
-            lost.append((varied.text(point), said))
+    """Say in a sentence at which points of the method itself much was lost; nothing if at none."""
+    varied, calibration = _varied(document), document["calibration"]
+    lost = [
+        (varied.text(point), said)
+        for point in document["points"]
+        if point["method"] in METHODS
+        and (said := verdict({**point, "recovery": point["recovered"], "calibration": calibration}))
+    ]
     if not lost:
         return ""
     (first, said), *others = lost

@@ -1,4 +1,4 @@
-"""How many units each group keeps: allocated once, and read from the log by a run that goes on."""
+"""Allocate the units that each group keeps, or read them from the log of a run that goes on."""
 
 from __future__ import annotations
 
@@ -28,17 +28,7 @@ def widths(
     tell: Callable[[str], None],
     before: Budget | None = None,
 ) -> Allocated:
-    """Allocate the units that groups keep, unless the log has them.
-
-    The curves of another budget `before` are where those of this one begin.
-
-    Raises
-    ------
-    RequestError
-        If the request makes no sense for this model.
-    JournalError
-        If the file of the log was changed.
-    """
+    """Allocate the units that groups keep, unless the log has them; curves of `before` count."""
     noted: Allocated | None = prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
@@ -57,7 +47,7 @@ def widths(
 
 
 def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:
-    """Say what the run is to keep and to remove, in parameters where the request tells."""
+    """Say what the run is to keep and to remove."""
     _, keep, shared = asked_groups(prepared, request, skipped)
     leaving = {*keep, *(group.name for group in shared)}
 
