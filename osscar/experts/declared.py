@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -139,27 +138,6 @@ def calls_of(
 
 # ---- traced around -----------------------------------------------------------------------
 
-
-@contextmanager
-def stood_in_for(model: nn.Module, blocks: Mapping[str, Any]) -> Iterator[None]:
-    """Let blocks, by name with what they put out, put out such shapes whatever they compute.
-
-    What they put out depends on what they read.  Which tokens a module of a list gets depends on
-    their values, and so do shapes in the code of the block, which cannot be traced.
-    """
-
-    def forward(y: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        read = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        total = sum(leaf.sum() for leaf in read)
-        return pytree.tree_map_only(
-            Tensor, lambda leaf: (read[0].new_zeros(leaf.shape) + total).to(leaf.dtype), y
-        )
-
-    with other_forwards([(model.get_submodule(n), partial(forward, y)) for n, y in blocks.items()]):
-        yield
-
-
 _OPAQUE = (
     "it enters {!r}, whose code gives experts the tokens that are sent to them: shapes depend on "
     "values there, so that it cannot be traced"
@@ -185,8 +163,21 @@ def traced_around(
         lists = [name for name, _ in model.named_modules() if is_named(name)]
         advice = "".join(undeclared(model, name) for name in lists[:1])
         raise graph.TraceError(error.reason, error.module, error.hint + advice) from error
+
+    def depends_on_inputs(y: Any, *args: Any, **kwargs: Any) -> Any:
+        """Put out the shapes of y; the numbers depend on all inputs of the block."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        read = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        total = sum(leaf.sum() for leaf in read)
+        return pytree.tree_map_only(
+            Tensor, lambda leaf: (read[0].new_zeros(leaf.shape) + total).to(leaf.dtype), y
+        )
+
     calls = calls_of(model, example, list(blocks))
-    with stood_in_for(model, {name: y for name, [(_, y), *_] in calls.items()}):
+    with other_forwards(
+        (model.get_submodule(name), partial(depends_on_inputs, y))
+        for name, [(_, y), *_] in calls.items()
+    ):
         traced = graph.trace(model, small, opaque=list(blocks))
     groups = tuple(
         replace(

@@ -26,7 +26,7 @@ from osscar.consumers.mixtures import Routed
 from osscar.experts.declared import calls_of, declared_in, is_named, joined, undeclared
 from osscar.experts.last_layers import last_layers, last_matrices
 from osscar.experts.lists import ExpertList, alike, expert_list
-from osscar.experts.routers import Call, Places, Router, router_of
+from osscar.experts.routers import Call, Places, Router, router_of, sends_tokens
 from osscar.kinds import Found
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward
@@ -56,32 +56,19 @@ _NO_LINEAR = (
 
 @dataclass(frozen=True, eq=False)
 class ExpertMixture:
-    """The experts of a mixture as a group, and how tokens are sent to them.
-
-    Parameters
-    ----------
-    group
-        Of kind experts.
-    experts
-        The name of the module that is called with what is `Routed`.
-    router
-        The name of the module that routes.
-    routing
-        How it does.
-    listed
-        Where the experts are a list of modules that the code of a block calls: how it does.
-        `experts` and `router` are called while it is `called_as_mixtures`.
-    last_layer
-        Where the experts are a list of modules: the name in each of them of the linear layer that
-        puts out what the expert does, if there is one.
-    """
+    """The experts of a mixture as a group, and how tokens are sent to them."""
 
     group: CouplingGroup
     experts: str
+    """The module that is called with what is `Routed`."""
     router: str
+    """The module that routes."""
     routing: Router
     listed: ExpertList | None = None
+    """How the code of a block calls a list of modules: `experts` and `router` are called while the
+    block is `called_as_mixtures`."""
     last_layer: str | None = None
+    """The linear layer, in each module of a list, that puts out what the expert does, if any."""
 
     @property
     def rule(self) -> RoutingRule:
@@ -173,7 +160,7 @@ def _calls(model: nn.Module, example: Mapping[str, Any], names: Sequence[str]) -
             known = (one[:2] for one in reversed(routed) if _put_out(one[2], x))
             found[name] = _Seen(x, *next(known, ()))
         leaves = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
-        if any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves):
+        if sends_tokens(leaves):
             routed.append((name, (args, kwargs), leaves))
 
     with hooks(model, after=look):
@@ -229,6 +216,7 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
 def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> ExpertMixture:
     """Return the mixture of a list of modules, given the tokens of a call of its block."""
     gate, name = joined(one.block, one.declared.gate), joined(one.block, one.declared.experts)
+    assert one.rule is not None
     routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
     last = _last_layer(model.get_submodule(name).children(), tokens)
     slots = [

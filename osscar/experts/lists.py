@@ -53,55 +53,30 @@ _ROUTER = "osscar_router"
 
 
 @dataclass(frozen=True)
-class ListInBlock:
-    """Experts in a list, and the block whose code sends tokens to them.
-
-    Parameters
-    ----------
-    block
-        Its name in the model.
-    declared
-        What the block calls its gate and the list.
-    count, outputs
-        How many experts there are, and how many numbers they put out for a token.
-    """
+class ExpertList:
+    """Experts in a list, and how the code of their block sends tokens to them."""
 
     block: str
+    """Its name in the model."""
     declared: Declaration
+    """What the block calls its gate and the list."""
     count: int
+    """How many experts there are."""
     outputs: int
-
-    def experts_in(self, block: nn.Module) -> nn.ModuleList:
-        """Return the experts of a block."""
-        return cast(nn.ModuleList, block.get_submodule(self.declared.experts))
-
-
-@dataclass(frozen=True)
-class ExpertList(ListInBlock):
-    """Experts in a list, and how the code of their block sends tokens to them.
-
-    Parameters
-    ----------
-    rule
-        By which the block routes.
-    bias
-        What is added to scores for the choice: the name of a tensor, as the block knows it.
-    """
-
-    rule: RoutingRule
-    bias: str | None
+    """How many numbers they put out for a token."""
+    rule: RoutingRule | None = None
+    """By which the block routes; None until it is found."""
+    bias: str | None = None
+    """What is added to scores for the choice: the name of a tensor, as the block knows it."""
 
     @property
     def router(self) -> str:
         """The name of the module that routes while the block is called as a mixture is."""
         return joined(self.block, _ROUTER)
 
-    def route(
-        self, block: nn.Module, logits: Tensor
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """Return what is added to scores for the choice, and the experts and weights of tokens."""
-        own = None if self.bias is None else attrgetter(self.bias)(block).flatten().double()
-        return own, self.rule.route(logits.double(), None, own)
+    def experts_in(self, block: nn.Module) -> nn.ModuleList:
+        """Return the experts of a block."""
+        return cast(nn.ModuleList, block.get_submodule(self.declared.experts))
 
 
 def first_tensor(y: Any) -> Tensor:
@@ -136,7 +111,7 @@ class _Run:
 
 
 def _run_with(
-    one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
+    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
 ) -> _Run:
     """Run the code of a block, `own`, with experts that put out a row, (outputs,), each."""
     seen: list[tuple[Tensor, Tensor]] = []
@@ -162,7 +137,7 @@ def _run_with(
 
 
 def _weighed(
-    one: ListInBlock, block: nn.Module, own: Callable[..., Any], call: Call
+    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call
 ) -> tuple[_Run, Tensor, float]:
     """Run the code of a block without its experts, and return also how it would weigh them.
 
@@ -235,11 +210,12 @@ def _expert_list(
             "from a block that is called once; give each call a block of its own"
         )
     ((call, y),) = calls
-    one = ListInBlock(block, declared, len(experts), first_tensor(y).shape[-1])
+    one = ExpertList(block, declared, len(experts), first_tensor(y).shape[-1])
     tokens = _run_with(one, own, own.forward, call, torch.zeros(one.count, one.outputs)).tokens
-    found = ExpertList(**vars(one), **_rule_of_block(one, own, call, len(tokens)))
-    _check_sum(own, found, call)
-    return found, tokens
+    rule, bias = _rule_of_block(one, own, call, len(tokens))
+    one = replace(one, rule=rule, bias=bias)
+    _check_sum(own, one, call)
+    return one, tokens
 
 
 def alike(module: nn.Module) -> bool:
@@ -257,7 +233,9 @@ def alike(module: nn.Module) -> bool:
     return len(forms) == 1 and len(set(own)) == len(own) > 0
 
 
-def _rule_of_block(one: ListInBlock, block: nn.Module, call: Call, tokens: int) -> dict[str, Any]:
+def _rule_of_block(
+    one: ExpertList, block: nn.Module, call: Call, tokens: int
+) -> tuple[RoutingRule, str | None]:
     """Return by which rule tokens are sent to a list, and the name of the bias of the choice."""
     copy = _drawn_copy(one, block)
     draws = min(-(-_TOKENS // tokens), _TOKENS)
@@ -268,13 +246,12 @@ def _rule_of_block(one: ListInBlock, block: nn.Module, call: Call, tokens: int) 
             "out than to add it up, so that none can leave"
         )
     try:
-        rule, bias = rule_of(seen, [copy.get_submodule(one.declared.gate), copy])
+        return rule_of(seen, [copy.get_submodule(one.declared.gate), copy])
     except ModelError as error:
         raise ModelError(f"its code with the gate {error}") from error
-    return {"rule": rule, "bias": bias}
 
 
-def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
+def _drawn_copy(one: ExpertList, block: nn.Module) -> nn.Module:
     """Return a copy of a block in double precision that routes by drawn numbers.
 
     Its experts have no weights.
@@ -292,7 +269,7 @@ def _drawn_copy(one: ListInBlock, block: nn.Module) -> nn.Module:
     return copy
 
 
-def _seen(one: ListInBlock, copy: nn.Module, call: Call) -> SeenRoutes:
+def _seen(one: ExpertList, copy: nn.Module, call: Call) -> SeenRoutes:
     """Return how a copy of a block routes the tokens of a call."""
     with InDouble():
         rest, weights, _ = _weighed(one, copy, copy.forward, call)
@@ -395,7 +372,9 @@ def _forward(
 ) -> Any:
     """Run the code of a block without its experts, and then call these."""
     rest, weighed, size = _weighed(one, block, own, (args, kwargs))
-    bias, routes = one.route(block, rest.logits)
+    assert one.rule is not None
+    bias = None if one.bias is None else attrgetter(one.bias)(block).flatten().double()
+    routes = one.rule.route(rest.logits.double(), None, bias)
     beside = rest.sum.double().abs().amax(1) / size
     off = misrouted(routes, weighed, rest.logits, rest.sum.dtype, beside)
     if off:

@@ -131,88 +131,72 @@ class Router:
         return pytree.tree_unflatten(leaves, form)
 
 
-def router_in(group: GroupPlan) -> str:
-    """Return the name of the router of a group of experts."""
-    return next(slot.module for slot in group.slots if slot.role is Role.PRODUCER)
-
-
 # ---- among some experts alone ------------------------------------------------------------
-
-
-@contextmanager
-def routed_among(model: nn.Module, kept: Mapping[str, tuple[Sequence[int], int]]) -> Iterator[None]:
-    """Let a model send tokens to some experts alone while the block runs.
-
-    Parameters
-    ----------
-    model
-        Nothing of it changes but what its routers put out.
-    kept
-        By the name of a router, the experts that tokens may be sent to, and how many there are.
-
-    Raises
-    ------
-    ModelError
-        When the model runs, if a router follows no rule that is known, or that can do with these.
-    """
-    found: dict[str, Router] = {}
-
-    def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        those, count = kept[name]
-        if not _routes(y):
-            return _without_logits(name, y, those, count)
-        if name not in found:
-            found[name] = router_of(module, (args, kwargs), count)
-        try:
-            return found[name].among(those, count, module, (args, kwargs), y)
-        except SolverError as error:
-            raise ModelError(f"the router {name!r} cannot keep these experts: {error}") from error
-
-    with hooks(model, kept, after=reroute):
-        yield
-
-
-def _routes(y: Any) -> bool:
-    """Whether a router says to which experts tokens go, and not logits alone."""
-    leaves = (leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
-    return any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves)
-
-
-def _without_logits(name: str, y: Any, kept: Sequence[int], count: int) -> Any:
-    """Return what a router puts out, with the logits of experts that are not kept at -inf."""
-    leaves, form = pytree.tree_flatten(y)
-    gone = [expert for expert in range(count) if expert not in set(kept)]
-    places = _like_logits(leaves, count)
-    if len(places) != 1:
-        raise ModelError(f"the router {name!r} does not put out the logits of {count} experts")
-    leaves[places[0]] = leaves[places[0]].clone()
-    leaves[places[0]][..., gone] = -torch.inf
-    return pytree.tree_unflatten(leaves, form)
 
 
 @contextmanager
 def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[None]:
     """Let no token be sent to experts that plans remove while the block runs.
 
-    Their logits are at minus infinity, and so are entries that they have in tensors of the code
-    around a router, which may be added to scores for the choice.
+    Entries that these have in tensors of the code around a router, which may be added to scores for
+    the choice, are at minus infinity.
+
+    Raises
+    ------
+    ModelError
+        When the model runs, if a router follows no rule that is known, or that can do with these.
     """
+    planned = {
+        next(slot.module for slot in group.slots if slot.role is Role.PRODUCER): group
+        for group in groups
+    }
+    found: dict[str, Router] = {}
     before: list[tuple[Tensor, Tensor]] = []
-    routers = {router_in(group): (group.kept, group.units) for group in groups}
+
+    def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        group, call = planned[name], (args, kwargs)
+        if not sends_tokens(y):
+            return _without_logits(name, y, group)
+        if name not in found:
+            found[name] = router_of(module, call, group.units)
+        try:
+            return found[name].among(group.kept, group.units, module, call, y)
+        except SolverError as error:
+            raise ModelError(f"the router {name!r} cannot keep these experts: {error}") from error
+
     try:
-        for group in groups:
+        for router, group in planned.items():
             for slot in group.slots:
-                if slot.role is Role.PASS_THROUGH and slot.module != router_in(group):
-                    own = attrgetter(slot.tensor)(model).detach()
-                    if own.is_floating_point():
-                        before.append((own, own.clone()))
-                        gone = torch.tensor(group.gone, device=own.device)
-                        own.index_fill_(slot.dim, gone, -torch.inf)
-        with routed_among(model, routers):
+                own = attrgetter(slot.tensor)(model)
+                beside = slot.role is Role.PASS_THROUGH and slot.module != router
+                if beside and own.is_floating_point():
+                    before.append((own.detach(), own.detach().clone()))
+                    gone = torch.tensor(group.gone, device=own.device)
+                    own.detach().index_fill_(slot.dim, gone, -torch.inf)
+        with hooks(model, planned, after=reroute):
             yield
     finally:
         for own, values in reversed(before):
             own.copy_(values)
+
+
+def _without_logits(name: str, y: Any, group: GroupPlan) -> Any:
+    """Return what a router puts out, with the logits of experts that leave at minus infinity."""
+    leaves, form = pytree.tree_flatten(y)
+    places = _like_logits(leaves, group.units)
+    if len(places) != 1:
+        raise ModelError(
+            f"the router {name!r} does not put out the logits of {group.units} experts"
+        )
+    leaves[places[0]] = leaves[places[0]].clone()
+    leaves[places[0]][..., list(group.gone)] = -torch.inf
+    return pytree.tree_unflatten(leaves, form)
+
+
+def sends_tokens(y: Any) -> bool:
+    """Whether a module puts out to which experts tokens go, and not logits alone."""
+    leaves = (leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
+    return any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves)
 
 
 # ---- the rule ----------------------------------------------------------------------------
@@ -393,7 +377,7 @@ def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
         found: Tensor = leaves[places[0]]
         return found.reshape(-1, count)
     matrices = [p for p in module.parameters() if p.ndim == 2 and len(p) == count]
-    if _routes(y) and len(matrices) == 1:
+    if sends_tokens(y) and len(matrices) == 1:
         W = values_of(matrices[0]).detach()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         for x in (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)):

@@ -19,7 +19,7 @@ from osscar.allocation.widths import count_kept
 from osscar.base.errors import RequestError
 from osscar.experts import step
 from osscar.experts.find import mixtures_in
-from osscar.experts.routers import routed_among
+from osscar.experts.routers import without_experts
 from osscar.experts.step import ExpertStep
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
@@ -69,7 +69,8 @@ def output_of(model, name=NAME):
 
 
 def output_among(model, kept):
-    with routed_among(model, {"model.layers.0.mlp.gate": (kept, 4)}):
+    (one,) = mixtures_in(model, {"input_ids": tokens()[:1]})
+    with without_experts(model, [GroupPlan.of(one.group, tuple(kept))]):
         return output_of(model)
 
 
@@ -315,8 +316,8 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     with torch.no_grad():
         dense = model(input_ids=last).logits.log_softmax(-1)
         for gone in range(4):
-            kept = [expert for expert in range(4) if expert != gone]
-            with routed_among(model, {one.router: (kept, 4)}):
+            kept = tuple(expert for expert in range(4) if expert != gone)
+            with without_experts(model, [GroupPlan.of(one.group, kept)]):
                 found = model(input_ids=last).logits.log_softmax(-1)
             by_hand.append(float((dense.exp() * (dense - found)).sum(-1).mean()))
     assert (list(curve.measured), measure) == ([3], "nats")
