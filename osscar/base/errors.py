@@ -46,15 +46,7 @@ class OptionError(OsscarError):
 
 
 class NonFiniteError(OsscarError):
-    """NaN or infinity in weights, activations or logits; the message names the place.
-
-    Parameters
-    ----------
-    what
-        What is not finite.
-    remedy
-        What to do about it.
-    """
+    """NaN or infinity in weights, activations or logits: what is not finite, and a remedy."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(f"{what}; {remedy}" if remedy else what)
@@ -82,15 +74,7 @@ class RanksError(OsscarError):
 
 
 class FileError(OsscarError):
-    """A file from outside is unreadable, or does not hold what it should.
-
-    Parameters
-    ----------
-    path
-        The file.
-    reason
-        What is wrong with it, in words.
-    """
+    """A file from outside is unreadable, or does not hold what it should, for a reason in words."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(path, reason)

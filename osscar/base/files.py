@@ -116,13 +116,8 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 def resolved(path: str | os.PathLike[str]) -> Path:
     """Return a path that is to be written without links in it.
 
-    Raises
-    ------
-    OutputError
-        If it cannot be a path: links that lead nowhere or in a circle, a user without a home, NUL,
-        bytes that are not UTF-8, more than a system takes; or it is the root of all.
-    OptionError
-        If it is neither text nor a path.
+    An OutputError is raised if it cannot be one: links that lead nowhere or in a circle, a user
+    without a home, NUL, bytes that are not UTF-8, more than a system takes; or the root of all.
     """
     name = file_name(path, "the output", "the name of a file or directory")
     try:
@@ -231,16 +226,9 @@ def system_errors() -> Iterator[None]:
 def file_lock(place: Path, work: Path) -> Iterator[bool]:
     """Hold a lock file; the system releases it when the process ends, however.
 
-    It says who holds it, for those who find it held, and stays where it is when it is released.
-    `work` is what it guards. Whether it is held is yielded: on a file system without locks,
-    unguarded is better than not at all.
-
-    Raises
-    ------
-    BusyError
-        If another process holds it, by its number.
-    OutputError
-        If it cannot be written.
+    It says who holds it, for those who find it held (BusyError), and stays where it is when it is
+    released.  `work` is what it guards.  Whether it is held is yielded: on a file system without
+    locks, unguarded is better than not at all.
     """
     holder = _holder(place)  # now: some versions of filelock empty the file when they try it
     import filelock  # here, since help needs none, and it takes 40 ms to load

@@ -156,14 +156,9 @@ def check_fields(filled: Any) -> None:
 
 
 def checked(name: str, annotation: Any, value: Any) -> Any:
-    """Return a value of an option as its annotation says.
+    """Return a value of an option as its annotation says, or raise an OptionError.
 
     Numbers of any library become Python's own; True and False are no numbers.
-
-    Raises
-    ------
-    OptionError
-        If it is of another type, or out of range; the message says what to give.
     """
     from pydantic import ValidationError
 

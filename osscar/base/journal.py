@@ -45,7 +45,8 @@ class Journal(Generic[M]):
     """What a command has done, in a directory, which need not exist yet.
 
     Each command has a subclass, that says what all its journals have in common.  Whatever is wrong
-    with a journal is a JournalError; what cannot be written, an OutputError.
+    with a journal is a JournalError; what cannot be written, an OutputError; and a journal in which
+    another process is at work, a BusyError.
     """
 
     what: ClassVar[str]
@@ -92,13 +93,7 @@ class Journal(Generic[M]):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep all other processes away while the block runs; a block inside adds nothing.
-
-        Raises
-        ------
-        BusyError
-            If another process is at work in it.
-        """
+        """Keep all other processes away while the block runs; a block inside adds nothing."""
         if self._held:
             yield
             return
@@ -184,11 +179,6 @@ class Journal(Generic[M]):
 
         A removal that is killed leaves a journal that goes on, or can be removed: what was done
         last goes first, and the manifest goes last.
-
-        Raises
-        ------
-        BusyError
-            If another process is at work in it.
         """
         if not self.directory.is_dir():
             return

@@ -37,13 +37,9 @@ _SHOWN = 60
 def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
     """Read a JSON file that anyone may have written, of at most `limit` bytes.
 
-    `schema` is what it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.
-
-    Raises
-    ------
-    FileError
-        If it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key twice), nested too
-        deeply, or does not hold what the schema says; the message names the field.
+    `schema` is what it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.  A
+    FileError says that it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key
+    twice), or nested too deeply, or names the field that is not as the schema says.
     """
     return parse_json(_read_text(path, limit), schema, path)
 

@@ -187,13 +187,7 @@ class _CardMemory(DeviceMemory):
 
 
 def memory_of(device: torch.device) -> DeviceMemory:
-    """Return the memory that counts for what runs on a device.
-
-    Raises
-    ------
-    OptionError
-        If nothing is known of such a device.
-    """
+    """Return the memory that counts for what runs on a device."""
     if device.type == "cpu":
         return DeviceMemory()
     if device.type == "cuda":

@@ -48,14 +48,8 @@ def printable(text: str, keep: str = "") -> str:
     r"""Return a text in which nothing can move a cursor, change a colour or fail to be encoded.
 
     Names come from files and from strangers: control characters, marks that reverse the direction
-    of writing, and halves of surrogate pairs are written as escapes.
-
-    Parameters
-    ----------
-    text
-        Any text.
-    keep
-        Characters to be left as they are, such as line feeds.
+    of writing, and halves of surrogate pairs are written as escapes.  Characters of `keep`, such as
+    line feeds, are left as they are.
 
     Examples
     --------
@@ -85,13 +79,8 @@ def listed(names: Sequence[str], most: int = 4, between: str = ", ") -> str:
 def command_line(*words: object, options: Mapping[str, Any] | None = None) -> str:
     """Return a command as one pastes it into a shell, whatever is in the names.
 
-    Parameters
-    ----------
-    words
-        The program, its command, and what that takes by position.
-    options
-        By name, as of a command's parameters: None and False leave one away, True makes a flag, and
-        a list repeats it.
+    Options go by the names of a command's parameters: None and False leave one away, True makes a
+    flag, and a list repeats it.
 
     Examples
     --------

@@ -46,17 +46,12 @@ class Ranks:
     All methods that exchange something take a `place`: what that is, in words, by which ranks know
     that they are at the same.  All raise `RanksError` if another rank has failed, was killed, or is
     elsewhere.
-
-    Parameters
-    ----------
-    rank
-        Which this is, from 0.  Rank 0 alone solves, decides, writes and prints.
-    size
-        How many there are.
     """
 
     rank: int = 0
+    """Which this is.  Rank 0 alone solves, decides, writes and prints."""
     size: int = 1
+    """How many there are."""
     _meeting: Any = field(default=None, repr=False)
     """The process group whose members may wait for long."""
 
@@ -106,10 +101,6 @@ class Ranks:
         """Return, on every rank, what each has to tell, in the order of the ranks."""
         told: list[T] = [mine] if self.alone else self._meet(place, mine, list)
         return told
-
-    def any(self, place: str, mine: bool) -> bool:
-        """Tell whether it is so on any rank."""
-        return any(self.all_gather(place, mine))
 
     def _meet(
         self, place: str, mine: Any = None, answer: Callable[[Sequence[Any]], Any] = lambda _: None

@@ -33,40 +33,27 @@ MOST_ROWS = 4096
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """One consumer of a coupling group.
-
-    Parameters
-    ----------
-    name
-        Of the module or the product (`products.station`) that is observed.
-    module
-        Which has the weight.
-    weight, bias
-        What the module calls these; no bias where there is none that it shares with no other
-        module.
-    dim
-        The dimension of the weight in which inputs lie.
-    form
-        What is done with its dimensions.
-    owned
-        The input features or channels that each unit of the group owns; of a convolution in groups,
-        counted inside of a group.
-    part
-        Which group of a convolution, or direction of a recurrent layer.  Outputs of one group
-        depend on no other group's inputs, so that each is a linear map of its own.
-    tied
-        Whether the weight is read in another way, too, so that only rows of units may change.
-    """
+    """One consumer of a coupling group."""
 
     name: str
+    """Of the module or the product (`products.station`) that is observed."""
     module: nn.Module
+    """Which has the weight."""
     weight: str
+    """What the module calls it."""
     bias: str | None
+    """What the module calls it; None without one, or where other modules share it."""
     dim: int
+    """The dimension of the weight in which inputs lie."""
     form: Form
     owned: Sequence[Sequence[int]]
+    """The input features or channels that each unit of the group owns; of a convolution in groups,
+    counted inside of a group."""
     part: int = 0
+    """Which group of a convolution, or direction of a recurrent layer.  Outputs of one group depend
+    on no other group's inputs, so that each is a linear map of its own."""
     tied: bool = False
+    """Whether the weight is read in another way, too, so that only rows of units may change."""
 
     @property
     def label(self) -> str:
@@ -77,11 +64,6 @@ class LinearMap:
     def holder(self) -> str:
         """What holds the tensors that are refitted, by the name of `products.holder`."""
         return station(self.name.tensor, ()) if is_station(self.name) else self.name
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether it has a bias that it shares with no other module."""
-        return self.bias is not None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -166,10 +148,7 @@ class LinearMap:
         yield from layer.read(self.module, x, inputs)
 
     def read_outputs(self, y: Tensor, x: Any) -> Tensor:
-        """Return Y, (positions, m), of all positions in the order of `read_inputs`.
-
-        Given are what the module puts out, in its shape, and what it is called with.
-        """
+        """Return Y, (positions, m), ordered as `read_inputs`, of what the module puts out."""
         return self._columns(y, self.outputs)
 
     def read_corrections(self, D: Tensor, x: Any) -> Tensor:
@@ -251,7 +230,7 @@ class LinearMap:
         return W.view(-1, self.taps, W.shape[1]).flip(1).flatten(0, 1)
 
     def read_bias(self) -> Tensor:
-        """Return the bias of the outputs, (m,), a float64 copy; only where it `has_bias`."""
+        """Return the bias of the outputs, (m,), a float64 copy."""
         assert self.bias is not None
         bias: Tensor = getattr(self.module, self.bias)
         return self._of_group(bias.detach()).to(torch.float64, copy=True)
@@ -273,25 +252,20 @@ class LinearMap:
         return values
 
     def read(self) -> list[Tensor]:
-        """Return the weight and, where it `has_bias`, the bias, float64 copies."""
-        return [self.read_weight(), *([self.read_bias()] if self.has_bias else [])]
+        """Return copies of the weight and the bias, if any, in the number format of the weight."""
+        read = [self.read_weight(), *([] if self.bias is None else [self.read_bias()])]
+        return [tensor.to(self._weight.dtype) for tensor in read]
 
-    def write(self, tensors: Sequence[Tensor]) -> None:
-        """Replace what `read` returns."""
-        self.write_weight(tensors[0].double())
-        if self.has_bias:
-            self.write_bias(tensors[1].double())
-
-    @property
-    def number_format(self) -> torch.dtype:
-        """In which the module keeps its weight."""
-        return self._weight.dtype
+    def write(self, tensors: Iterator[Tensor]) -> None:
+        """Replace what `read` returns, by the next of some tensors."""
+        self.write_weight(next(tensors).double())
+        if self.bias is not None:
+            self.write_bias(next(tensors).double())
 
     @property
     def _weight(self) -> Tensor:
         """The weight itself, outside of autograd."""
-        weight = getattr(self.module, self.weight)
-        assert isinstance(weight, Tensor)
+        weight: Tensor = getattr(self.module, self.weight)
         return weight.detach()
 
 

@@ -17,7 +17,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,35 +27,23 @@ from transformers.pytorch_utils import Conv1D
 from osscar.consumers.convolutions import windows_of
 from osscar.consumers.products import DEFORMED, Form, Taken
 
-_Read: TypeAlias = Callable[[Any, Tensor, Tensor | None], Iterator[Tensor]]
-
 
 @dataclass(frozen=True)
 class Layer:
-    """How a layer makes its output, but for the bias: Y = X W.
-
-    Parameters
-    ----------
-    form
-        Given the layer: which dimensions of the weight are inputs and outputs.
-    read
-        Given the layer, what it is called with, and the numbers of inputs, (inputs,) int64, or None
-        for all: yields X, (positions, inputs times taps of a kernel), in pieces.
-    weights
-        Given the layer: the names of the weights that multiply what it reads, and of their biases.
-    output
-        Given the layer, and what it is called with: Y with the bias.  None where Y is what the
-        layer puts out.
-    product
-        Given the layer, positional and keyword arguments of its call: the product that it takes,
-        where X is not made by `read` but by taking the product with other weights.
-    """
+    """How a layer, the first argument of each function, makes its output without bias: Y = X W."""
 
     form: Callable[[Any], Form]
-    read: _Read
+    """Tells which dimensions of the weight are inputs and outputs."""
+    read: Callable[[Any, Tensor, Tensor | None], Iterator[Tensor]]
+    """Given what the layer is called with, and the numbers of inputs, (inputs,) int64, or None for
+    all: yields X, (positions, inputs times taps of a kernel), in pieces."""
     weights: Callable[[Any], Sequence[tuple[str, str]]] = lambda _: [("weight", "bias")]
+    """Names the weights that multiply what the layer reads, each with its bias."""
     output: Callable[[Any, Tensor], Tensor] | None = None
+    """Given what the layer is called with: Y with the bias.  None where the layer puts that out."""
     product: Callable[[Any, Sequence[Any], Mapping[str, Any]], Taken] | None = None
+    """Given positional and keyword arguments: the product that the layer takes, where X is not made
+    by `read` but by taking the product with other weights."""
 
 
 ROWS = Form((1,), (0,), (-1,))
@@ -146,18 +134,12 @@ _DEFORMED = Layer(_filters, _channels, product=_deformed)
 LAYERS: dict[Callable[..., Any] | str, Layer] = {
     nn.Linear.forward: _LINEAR,
     Conv1D.forward: Layer(lambda _: Form((0,), (1,), (-1,)), features),
-    nn.Conv1d.forward: _CONVOLUTION,
-    nn.Conv2d.forward: _CONVOLUTION,
-    nn.Conv3d.forward: _CONVOLUTION,
+    **{kind.forward: _CONVOLUTION for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
     nn.ConvTranspose1d.forward: _TRANSPOSED,
     nn.ConvTranspose2d.forward: _TRANSPOSED,
     nn.ConvTranspose3d.forward: _TRANSPOSED,
-    nn.LSTM.forward: _RECURRENT,
-    nn.GRU.forward: _RECURRENT,
-    nn.RNN.forward: _RECURRENT,
-    nn.LSTMCell.forward: _RECURRENT,
-    nn.GRUCell.forward: _RECURRENT,
-    nn.RNNCell.forward: _RECURRENT,
+    **{kind.forward: _RECURRENT for kind in (nn.LSTM, nn.GRU, nn.RNN)},
+    **{kind.forward: _RECURRENT for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},
     "timm.layers.linear.Linear.forward": _LINEAR,
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": _LINEAR,
     "torchvision.ops.deform_conv.DeformConv2d.forward": _DEFORMED,

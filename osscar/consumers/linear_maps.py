@@ -55,13 +55,8 @@ def linear_maps(
 ) -> tuple[LinearMap, ...]:
     """Return the consumers of a group, in execution order.
 
-    `products` are the weights, by name, that are observed where code multiplies by them.
-
-    Raises
-    ------
-    ModelError
-        If a consumer is not a module whose inputs can be observed, or shares its weight with
-        another module, so that a refit would change both.
+    `products` are the weights, by name, that are observed where code multiplies by them.  A
+    consumer that cannot be refitted (`refittable`) is a ModelError.
     """
     found: list[LinearMap] = []
     for slots in _by_tensor(group):
@@ -156,16 +151,8 @@ def refittable(
 ) -> tuple[tuple[CouplingGroup, ...], dict[str, Product]]:
     """Freeze the groups whose consumers cannot be refitted, and say why.
 
-    Parameters
-    ----------
-    model, example, groups
-        The traced model, inputs of it, and its groups; the frozen ones stay as they are.
-    elsewhere
-        Modules whose weights other code than their own reads, too.
-
-    Returns
-    -------
-    The groups, and the weights, by name, that are observed where code multiplies by them.
+    `elsewhere` are modules whose weights other code than their own reads, too.  Returned are also
+    the weights, by name, that are observed where code multiplies by them.
     """
     consumers = {group.name: _by_tensor(group) for group in groups if not group.frozen}
     read = [slots for some in consumers.values() for slots in some]

@@ -132,8 +132,7 @@ class Taken:
         read = [name for name in others if self.given[name] is not None]
         for start in range(0, len(self.multiplied), samples):
             some = {name: self.given[name][start : start + samples] for name in read}
-            given = {**self.given, **some}
-            yield Taken(self.function, self.kind, given, self.weight, self.order, self.form)
+            yield replace(self, given={**self.given, **some})
 
 
 # ---- what functions do -------------------------------------------------------------------

@@ -26,7 +26,7 @@ from osscar.consumers.mixtures import Routed
 from osscar.experts.declared import calls_of, declared_in, is_named, joined, undeclared
 from osscar.experts.last_layers import last_layers, last_matrices
 from osscar.experts.lists import ExpertList, alike, expert_list
-from osscar.experts.routers import Call, Places, Router, router_of, sends_tokens
+from osscar.experts.routers import Call, Router, router_of, sends_tokens
 from osscar.kinds import Found
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward
@@ -96,10 +96,7 @@ class _Seen:
 def groups_in(prepared: Prepared) -> tuple[Found, ...]:
     """Return the mixtures of a model, in its own order; those that cannot be refitted are frozen.
 
-    Raises
-    ------
-    ModelError
-        If a block that is declared to send tokens to a list of modules does not.
+    A block that is declared to send tokens to a list of modules, and does not, is a ModelError.
     """
     model = prepared.model
     return tuple(
@@ -217,7 +214,7 @@ def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> Ex
     """Return the mixture of a list of modules, given the tokens of a call of its block."""
     gate, name = joined(one.block, one.declared.gate), joined(one.block, one.declared.experts)
     assert one.rule is not None
-    routing = Router(one.rule, Places(1, 2), None if one.bias is None else "argument 1")
+    routing = Router(one.rule, (1, 2), None if one.bias is None else "argument 1")
     last = _last_layer(model.get_submodule(name).children(), tokens)
     slots = [
         *_router_slots(model, gate, one.count, order),

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,27 +87,16 @@ def first_tensor(y: Any) -> Tensor:
 # ---- a block without its experts ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a block has put out whose experts ignore what they read, and what its gate was asked.
-
-    Tokens are (tokens, d), logits (tokens, experts).
-    """
+class _Run(NamedTuple):
+    """What a block has put out whose experts ignore what they read, and what its gate was asked."""
 
     y: Any
+    sum: Tensor
+    """The sum over experts and what is beside it, (tokens, outputs)."""
     tokens: Tensor
+    """(tokens, d)"""
     logits: Tensor
-
-    @property
-    def sum(self) -> Tensor:
-        """The sum over experts and what is beside it, (tokens, outputs)."""
-        found = first_tensor(self.y)
-        if len(self.tokens) == 0 or found.numel() % len(self.tokens):
-            raise ModelError(
-                f"what it puts out first, {tuple(found.shape)}, has no row for each of the "
-                f"{len(self.tokens)} tokens that the gate reads"
-            )
-        return found.reshape(len(self.tokens), -1)
+    """(tokens, experts)"""
 
 
 def _run_with(
@@ -133,7 +122,13 @@ def _run_with(
     if len(seen) != 1:
         raise ModelError(f"the gate is called {len(seen)} times in a call of the block, not once")
     x, logits = seen[0]
-    return _Run(y, x.reshape(-1, x.shape[-1]), logits)
+    tokens, total = x.reshape(-1, x.shape[-1]), first_tensor(y)
+    if len(tokens) == 0 or total.numel() % len(tokens):
+        raise ModelError(
+            f"what it puts out first, {tuple(total.shape)}, has no row for each of the "
+            f"{len(tokens)} tokens that the gate reads"
+        )
+    return _Run(y, total.reshape(len(tokens), -1), tokens, logits)
 
 
 def _weighed(
@@ -166,10 +161,7 @@ def expert_list(
 ) -> tuple[ExpertList, Tensor]:
     """Return how a declared block sends tokens to its experts, and the tokens of its call.
 
-    Raises
-    ------
-    ModelError
-        If the declaration does not hold, or some of the experts could not leave.
+    A declaration that does not hold is a ModelError, and so are experts that could not leave.
     """
     try:
         return _expert_list(model.get_submodule(block), block, declared, calls)
@@ -344,12 +336,8 @@ def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: T
 def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  Blocks that are called so already stay as they are.
-
-    Raises
-    ------
-    ModelError
-        When the model runs, if a block sends tokens to others than its logits say.
+    What they compute stays the same.  Blocks that are called so already stay as they are.  One that
+    sends tokens to other experts than its logits say raises a ModelError when it runs.
     """
     with ExitStack() as around:
         for one in lists:

@@ -44,39 +44,6 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module."""
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where among the leaves of what a router puts out experts and weights are."""
-
-    experts: int
-    weights: int
-
-    @classmethod
-    def of(cls, leaves: Sequence[Any], count: int) -> Places:
-        """Find them by their form, twice (tokens, k), beside logits, (tokens, experts).
-
-        Raises
-        ------
-        ModelError
-            If there is not one of each; logits may be missing.
-        """
-        tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
-        experts = [i for i in whole if tensors[i].ndim == 2]
-        weights = [
-            i
-            for i, t in tensors.items()
-            if experts and t.is_floating_point() and t.shape == tensors[experts[0]].shape
-        ]
-        if not len(experts) == len(weights) == 1 >= len(_like_logits(leaves, count)):
-            found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
-            raise ModelError(
-                f"puts out {found or 'no tensor'}, where the logits of {count} experts, the "
-                "experts of each token, and their weights are due, each once"
-            )
-        return cls(experts[0], weights[0])
-
-
 @dataclass(frozen=True, eq=False)
 class SeenRoutes:
     """What a router has made of some tokens, and what may be biases of its choice, by name.
@@ -91,26 +58,23 @@ class SeenRoutes:
 
 
 class Scores(NamedTuple):
-    """By what a router chooses, in double precision.
-
-    These are logits, (tokens, experts), and what is added to scores, (experts,), if anything.
-    """
+    """By what a router chooses, in double precision."""
 
     logits: Tensor
+    """(tokens, experts)"""
     bias: Tensor | None
+    """What is added to scores, (experts,)."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """How a module routes.
-
-    `bias` names what is added to scores for the choice alone: a tensor of the module, or the
-    argument of its forward pass that says so.
-    """
+    """How a module routes."""
 
     rule: RoutingRule
-    places: Places
+    places: tuple[int, int]
+    """Where experts and weights are among the leaves of what it puts out."""
     bias: str | None
+    """What is added to scores for the choice alone: a tensor of the module, or an argument."""
 
     def scores(self, module: nn.Module, call: Call, y: Any, count: int) -> Scores:
         """Return what a call of the module chooses among `count` experts by."""
@@ -125,8 +89,7 @@ class Router:
         """
         leaves, form = pytree.tree_flatten(y)
         logits, bias = self.scores(module, call, y, count)
-        experts, weights = self.rule.route(logits, kept, bias)
-        for place, found in ((self.places.experts, experts), (self.places.weights, weights)):
+        for place, found in zip(self.places, self.rule.route(logits, kept, bias), strict=True):
             leaves[place] = found.to(leaves[place])
         return pytree.tree_unflatten(leaves, form)
 
@@ -139,12 +102,8 @@ def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[N
     """Let no token be sent to experts that plans remove while the block runs.
 
     Entries that these have in tensors of the code around a router, which may be added to scores for
-    the choice, are at minus infinity.
-
-    Raises
-    ------
-    ModelError
-        When the model runs, if a router follows no rule that is known, or that can do with these.
+    the choice, are at minus infinity.  The model raises a ModelError when it runs if a router
+    follows no rule that is known, or none that can do without these experts.
     """
     planned = {
         next(slot.module for slot in group.slots if slot.role is Role.PRODUCER): group
@@ -206,10 +165,7 @@ def sends_tokens(y: Any) -> bool:
 def router_of(module: nn.Module, call: Call, count: int) -> Router:
     """Return how a module routes tokens to `count` experts, given a call of it.
 
-    Raises
-    ------
-    ModelError
-        If no rule that is known puts out what it does; the message goes on after its name.
+    A ModelError, whose message goes on after the module's name, says that no known rule does so.
     """
     own, places = _run(_in_double(module), call, count)
     copy = _in_double(module)
@@ -226,11 +182,7 @@ def rule_of(
     """Return by which rule tokens were routed, and the name of the bias of the choice, if any.
 
     `holders` are the modules whose code routes, and that may say numbers of groups and the scale.
-
-    Raises
-    ------
-    ModelError
-        If no rule that is known would; the message goes on after the name of the router.
+    A ModelError, whose message goes on after the router's name, says that no known rule does so.
     """
     tried = 0
     for rule, bias in _candidates(holders, seen[-1]):
@@ -280,18 +232,40 @@ def drawn_call(call: Call, count: int, seed: int) -> Call:
     return args, kwargs
 
 
-def _run(module: nn.Module, call: Call, count: int) -> tuple[SeenRoutes, Places]:
-    """Return what a router in double precision puts out, without its hooks."""
+def _run(module: nn.Module, call: Call, count: int) -> tuple[SeenRoutes, tuple[int, int]]:
+    """Return what a router in double precision puts out without its hooks, and `Router.places`."""
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda x: x.double() if x.is_floating_point() else x, call
     )
     with InDouble():
         leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
-    places = Places.of(leaves, count)
+    places = _places(leaves, count)
     logits = logits_of(module, (args, kwargs), leaves, count)
-    experts, weights = leaves[places.experts], leaves[places.weights]
     biases = biases_in(module, (args, kwargs), count)
+    experts, weights = (leaves[place] for place in places)
     return SeenRoutes(logits, experts, weights, biases), places
+
+
+def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
+    """Find experts and weights by their form, (tokens, k), beside logits, (tokens, experts).
+
+    The logits may be missing.
+    """
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
+    experts = [i for i in whole if tensors[i].ndim == 2]
+    weights = [
+        i
+        for i, t in tensors.items()
+        if experts and t.is_floating_point() and t.shape == tensors[experts[0]].shape
+    ]
+    if not len(experts) == len(weights) == 1 >= len(_like_logits(leaves, count)):
+        found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
+        raise ModelError(
+            f"puts out {found or 'no tensor'}, where the logits of {count} experts, the experts "
+            "of each token, and their weights are due, each once"
+        )
+    return experts[0], weights[0]
 
 
 def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
@@ -364,12 +338,8 @@ def _like_logits(leaves: Sequence[Any], count: int) -> list[int]:
 def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
     """Return the logits, (tokens, experts), of a call of a router.
 
-    A router that puts out experts and weights alone makes them of tokens times a matrix.
-
-    Raises
-    ------
-    ModelError
-        If it has none; the message goes on after its name.
+    A router that puts out experts and weights alone makes them of tokens times a matrix.  The
+    message of a ModelError, where there are none, goes on after the router's name.
     """
     leaves = pytree.tree_leaves(y)
     places = _like_logits(leaves, count)

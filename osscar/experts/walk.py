@@ -90,12 +90,7 @@ def _routed(
 class ExpertWalk(Walk):
     """An iterator over the mixtures of a model; it yields an `ExpertStep` for each.
 
-    Parameters
-    ----------
-    prepared, target, held, committed
-        As of `osscar.walk.walk.walk`.
-    groups
-        Experts of mixtures, each of which is to be committed or tried.
+    Each is to be committed or tried.  The arguments are those of `osscar.walk.walk.walk`.
     """
 
     def __init__(

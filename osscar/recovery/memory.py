@@ -58,19 +58,15 @@ def first_options_that_fit(
 
     `build` tries the step.  `tell` gets a line if those are not the first.  If a model's
     code cannot run in bfloat16, float32 is taken, unless bfloat16 was asked for.
-
-    Raises
-    ------
-    NoMemoryError
-        If none fit.
     """
     asked, memory = setup.request, memory_of(device_of(setup.dense))
     memory.give_back()
-    free = memory.available() if asked.max_memory is None else None
-    limit = None if free is None else memory.held() + int(_USED * free)
     if asked.max_memory is not None:
         memory.give_back_at_once()
-        limit = parse_size(asked.max_memory)
+        limit: int | None = parse_size(asked.max_memory)
+    else:
+        free = memory.available()
+        limit = None if free is None else memory.held() + int(_USED * free)
     precision = asked.mixed_precision or precision_of(device_of(setup.dense))
     left, short = _options_by_memory(setup, precision), ""
     while (options := next(left, None)) is not None:
@@ -158,11 +154,6 @@ def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Let each block of a model keep only its inputs for the backward pass, in a `with` block.
 
     transformers' own checkpointing needs training mode; a recovery trains in evaluation mode.
-
-    Raises
-    ------
-    OptionError
-        If the model repeats no blocks, or, in a pass, if one writes to its inputs.
     """
     repeated = blocks(model)
     if not repeated:

@@ -40,15 +40,7 @@ _UNITS = {
 
 
 def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> str:
-    """Return the page of a recovery.
-
-    Parameters
-    ----------
-    document
-        An ``osscar.recover/1``, as ``docs/json.md`` describes it, such as ``osscar_report.json``.
-    directory
-        The name of the directory that holds the model.
-    """
+    """Return the page of a recovery, an ``osscar.recover/1``, whose model a directory holds."""
     recovery = document["recovery"]
     asked = {name: document[name] for name in ("model", "dense")}
     shown = [

@@ -270,14 +270,16 @@ def _training(
         return training
 
     manifest = None if log is None else log.manifest()
-    tried = first_options_that_fit(setup, build, tell) if manifest is None and ranks.first else None
-    if tried is not None and ranks.alone:
-        return tried
-    chosen: Any = None if manifest is None else manifest.asked[_CHOSEN]
-    if tried is not None:
-        chosen, tried = _chosen(tried.options), None  # which would take memory beside the next
-    chosen = ranks.broadcast("how to train", lambda: chosen)
-    return Training(setup, dataclasses.replace(setup.request, **chosen), ranks)
+    if manifest is None and ranks.alone:
+        return first_options_that_fit(setup, build, tell)
+
+    def choose() -> Any:
+        if manifest is not None:
+            return manifest.asked[_CHOSEN]
+        return _chosen(first_options_that_fit(setup, build, tell).options)
+
+    options = dataclasses.replace(setup.request, **ranks.broadcast("how to train", choose))
+    return Training(setup, options, ranks)
 
 
 def _chosen(options: RecoveryRequest) -> dict[str, Any]:

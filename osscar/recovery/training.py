@@ -76,28 +76,18 @@ _RISES = 3
 
 @dataclass(frozen=True)
 class Check:
-    """A check on held-out samples.
-
-    Parameters
-    ----------
-    step
-        Optimizer steps so far; 0 is the model as it came.
-    rate
-        Peak learning rate of the steps since the last check.
-    loss
-        Mean training loss of the steps since the last check; None at first.
-    held_out
-        Distance from the dense model on a few of the held-out samples (`CHECKED`).  None stands for
-        what is not finite, here and in `loss`.
-    seconds
-        Since the training began.
-    """
+    """A check on held-out samples."""
 
     step: int
+    """Optimizer steps so far; 0 is the model as it came."""
     rate: float
+    """Peak learning rate of the steps since the last check."""
     loss: float | None
+    """Mean training loss of these steps; None at first, and if it is not finite."""
     held_out: float | None
+    """Distance from the dense model on some held-out samples (`CHECKED`); None if not finite."""
     seconds: float
+    """Since the training began."""
 
     @property
     def distance(self) -> float:
@@ -169,21 +159,9 @@ _CLIP = 1.0
 
 
 class Training:
-    """A training of a copy of the smaller model, with given options.
+    """A training of a copy of the smaller model, with options: the request, with what was chosen.
 
-    Parameters
-    ----------
-    setup
-        Both models, and all samples.
-    options
-        The request, with what was chosen.
-    ranks
-        Share out the samples of a step, and those that are held out.
-
-    Raises
-    ------
-    ModelError
-        If the two models' outputs differ in shape.
+    Ranks share out the samples of a step, and those that are held out.
     """
 
     def __init__(self, setup: Setup, options: RecoveryRequest, ranks: Ranks = ALONE) -> None:

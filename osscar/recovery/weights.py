@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.preserve import forget_derived
-from osscar.base.errors import MissingDependency, OptionError
+from osscar.base.errors import OptionError, optional
 from osscar.network.modules import (
     copied,
     device_of,
-    graphics_cards,
+    drawing_alike,
     in_evaluation,
     named_tensors,
 )
@@ -146,30 +146,18 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def add_adapters(model: nn.Module, names: list[str], rank: int, seed: int) -> None:
-    """Add adapters to modules, in place; nothing else takes gradients then.
-
-    Raises
-    ------
-    MissingDependency
-        If peft is not installed.
-    OptionError
-        If there is no such module.
-    """
+    """Add adapters to modules, in place; nothing else takes gradients then."""
     if not names:
         raise OptionError(
             f"lora is {rank}, and {type(model).__name__} has no modules to which adapters could be "
             "added; omit it"
         )
-    if not has_peft():
-        raise MissingDependency("adapters need peft: python3 -m pip install 'osscar[recover]'")
-    import peft
-
+    peft = optional("peft", "recover", "a training of adapters")
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))
     )
-    with torch.random.fork_rng(graphics_cards(model)), warnings.catch_warnings():
+    with drawing_alike(model, seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right
-        torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
 
 

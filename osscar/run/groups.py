@@ -208,7 +208,7 @@ def _replay(maps: Sequence[LinearMap], record: LayerRecord) -> dict[str, DenseTe
     """Write what was committed before into the dense model; return what was there, by module."""
     dense, written = dense_tensors(maps), iter(record.weights)
     for consumer in maps:
-        consumer.write([next(written) for _ in range(1 + consumer.has_bias)])
+        consumer.write(written)
     return dense
 
 
@@ -269,8 +269,8 @@ def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: fl
             "that which of them stay is chance; give data such as the model is made for"
         )
     plan = GroupPlan.of(group, found.record.support)
-    written = (one.to(each.number_format) for each in layer.consumers for one in each.read())
-    return LayerRecord(plan, report, tuple(written))
+    written = tuple(tensor for consumer in layer.consumers for tensor in consumer.read())
+    return LayerRecord(plan, report, written)
 
 
 def _solved_units(step: LayerStep, keep: int, request: PruningRequest) -> Solved:

@@ -142,7 +142,7 @@ class GramAccumulator:
         It takes up the mean of the corrections in full: of all that is fitted, a mean is known
         best.  The module still has the dense weights.
         """
-        if not self.linear_map.has_bias:
+        if self.linear_map.bias is None:
             return None
         x, d = self.fitted.means()
         return (self.linear_map.read_weight() - W).T @ x + d

@@ -229,7 +229,7 @@ class LayerStep:
         tensors = iter(written)
         with self._written():
             for consumer in self.consumers:
-                consumer.write([next(tensors) for _ in range(1 + consumer.has_bias)])
+                consumer.write(tensors)
 
     @contextmanager
     def _written(self) -> Iterator[None]:

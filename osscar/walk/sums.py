@@ -65,7 +65,7 @@ class Sums:
     """
 
     def __init__(self, linear_map: LinearMap, *, corrections: bool) -> None:
-        self.name, self.centered = linear_map.label, linear_map.has_bias
+        self.name, self.centered = linear_map.label, linear_map.bias is not None
         self.positions = self.rows = 0
         p, m, device = linear_map.rows, linear_map.outputs, device_of(linear_map.module)
         self.inputs = torch.zeros(p, dtype=torch.float64, device=device)

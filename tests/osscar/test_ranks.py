@@ -186,7 +186,6 @@ def test_words_and_tensors_arrive_as_they_were(tmp_path):
                 "tensors": [tensor.tolist() for _, tensor in everyone],
                 "first": [text, str(x.dtype)],
                 "sums": [x.tolist() for x in sums],
-                "any": [ranks.any("one", ranks.rank == 2), ranks.any("none", False)],
             }
             (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(said))
 
@@ -199,7 +198,6 @@ def test_words_and_tensors_arrive_as_they_were(tmp_path):
         "tensors": [[[rank + 0.5] * 3] * 2 for rank in range(3)],
         "first": ["of 0", "torch.bfloat16"],
         "sums": [3, [7.0] * 3],
-        "any": [True, False],
     }
 
 

@@ -248,7 +248,7 @@ def test_a_bias_that_others_share_is_left_alone():
     torch.manual_seed(0)
     with prepare(SharedBias().eval(), torch.randn(64, 6)) as prepared:
         maps = [one for g in prepared.groups for one in linear_maps(prepared.model, g)]
-        assert [one.has_bias for one in maps if one.name == "down"] == [False]
+        assert [one.bias for one in maps if one.name == "down"] == [None]
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(name, mo
                 W0 = gram.linear_map.read_weight()
                 X, D = read_by(gram.linear_map, prepared, dense)
                 close(gram.fitted.gram.dense(), X.T @ X, near / 10)
-                if gram.linear_map.has_bias:
+                if gram.linear_map.bias is not None:
                     X, D = X - X.mean(0), D - D.mean(0)
                 for share in (1.0, 0.5):
                     _, (G, e), _ = copy.deepcopy(gram.fitted).given_up(W0, share)
