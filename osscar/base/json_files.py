@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -48,17 +48,17 @@ def validated(content: Any, schema: type[T], name: str | os.PathLike[str]) -> T:
     """Check what JSON was parsed to against a schema; a FileError names the field."""
     # As JSON: of Python's own values, pydantic would take tuples alone for tuples.
     with _named(name):
-        return cast(T, _adapter(cast(Any, schema)).validate_json(json.dumps(content), strict=True))
+        return cast(T, _adapter(schema).validate_json(json.dumps(content), strict=True))
 
 
-def read_object(path: Path, *, limit: int = 64 * MEGABYTE) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object of another project's, whose fields nobody here can list.
 
     It comes in on the same way as with `read_json`, less the schema. Infinity is let through, since
     some families write it (``time_step_limit`` of Mamba), and so are large numbers
     (``model_max_length`` of tokenizers is 1e30). NaN and a key that stands there twice are refused.
     """
-    found = _parsed(_read_text(path, limit), path, parse_constant=_no_nan)
+    found = _parsed(_read_text(path, 64 * MEGABYTE), path, parse_constant=_no_nan)
     if not isinstance(found, dict):
         raise FileError(path, f"it holds a {type(found).__name__}, not an object")
     return found
@@ -108,9 +108,7 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise FileError(path, str(error)) from error
 
 
-@cache
-def _adapter(schema: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
 def _finite(text: str) -> float:

@@ -9,7 +9,6 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Freeze, Slot
-from osscar.base.errors import ModelError
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.layers import RECURRENT, layer_of
 from osscar.consumers.mixtures import Mixture, sound_mixtures
@@ -17,22 +16,6 @@ from osscar.consumers.products import Form, Product, holder, products_of, statio
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 
-_READ_ELSEWHERE = (
-    "is read by {!r}, whose weight or bias is also used outside of {!r}, in a way that cannot be "
-    "observed"
-)
-_NO_MIXTURE = (
-    "is read by {!r} in {!r}, a {}, which is not called with tokens, their experts and weights, or "
-    "does not put out the weighted sum over experts; only such a mixture can be refitted"
-)
-_INSIDE = (
-    "is read by {!r} inside of {!r}, a mixture whose experts are refitted: it is run with other "
-    "inputs for that, and what lies inside of it cannot be measured on the calibration data"
-)
-_TOO_NARROW = (
-    "is read by kernels for all experts at once, which take widths that are multiples of {}, and "
-    "has no more units than that"
-)
 _KERNEL_BYTES = 16
 
 
@@ -53,21 +36,21 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
 def linear_maps(
     model: nn.Module, group: CouplingGroup, products: Mapping[str, Product] | None = None
 ) -> tuple[LinearMap, ...]:
-    """Return the consumers of a group, in execution order.
+    """Return the consumers of a group, which can be refitted (`refittable`), in execution order.
 
-    `products` are the weights, by name, that are observed where code multiplies by them.  A
-    consumer that cannot be refitted (`refittable`) is a ModelError.
+    `products` are the weights, by name, that are observed where code multiplies by them.
     """
     found: list[LinearMap] = []
     for slots in _by_tensor(group):
         product, mixture = (products or {}).get(slots[0].tensor), _mixture_of(model, slots)
-        reason = _unreadable(model, slots) if product is None else None
-        if reason is not None:
-            raise ModelError(f"group {group.name!r} {reason}")
         if product is not None:
             found += _of_product(model, slots, product)
         elif mixture is not None:
-            found += _of_experts(slots, mixture)
+            dim, module = mixture.dim - 1, mixture.module
+            form = Form((dim,), (1 - dim,), (-1,))
+            read = mixture.name, module, mixture.parameter, None, dim, form, _owned(slots)
+            experts = range(mixture.count)
+            found += [ExpertMap(*read, mixture=mixture, expert=expert) for expert in experts]
         else:
             found += _of_layer(model, slots)
     return tuple(found)
@@ -90,14 +73,6 @@ def _of_product(model: nn.Module, slots: Sequence[Slot], product: Product) -> It
             part,
             tied=len(product.forms) > 1,
         )
-
-
-def _of_experts(slots: Sequence[Slot], mixture: Mixture) -> Iterator[LinearMap]:
-    dim = mixture.dim - 1
-    form = Form((dim,), (1 - dim,), (-1,))
-    read = mixture.name, mixture.module, mixture.parameter, None, dim, form, _owned(slots)
-    for expert in range(mixture.count):
-        yield ExpertMap(*read, mixture=mixture, expert=expert)
 
 
 def _of_layer(model: nn.Module, slots: Sequence[Slot]) -> Iterator[LinearMap]:
@@ -225,16 +200,58 @@ def _reason(
     mixtures: Collection[str],
 ) -> str | None:
     """Return why a consumer cannot be refitted where its module is called, or None."""
-    tensor, module = slots[0].tensor, slots[0].module
-    if module in elsewhere:
-        return _READ_ELSEWHERE.format(tensor, module)
-    if _mixture_of(model, slots) is not None and tensor not in mixtures:
-        kind = type(model.get_submodule(module)).__name__
-        return _NO_MIXTURE.format(tensor, module, kind)
-    around = _mixture_around(module, mixtures)
+    tensor, name = slots[0].tensor, slots[0].module
+    module, weight = model.get_submodule(name), attrgetter(tensor)(model)
+    mixture, around = _mixture_of(model, slots), _mixture_around(name, mixtures)
+    kind = type(module).__name__
+    if name in elsewhere:
+        return (
+            f"is read by {tensor!r}, whose weight or bias is also used outside of {name!r}, in a "
+            "way that cannot be observed"
+        )
+    if mixture is not None and tensor not in mixtures:
+        return (
+            f"is read by {tensor!r} in {name!r}, a {kind}, which is not called with tokens, their "
+            "experts and weights, or does not put out the weighted sum over experts; only such a "
+            "mixture can be refitted"
+        )
     if around is not None:
-        return _INSIDE.format(tensor, around)
-    return _unreadable(model, slots)
+        return (
+            f"is read by {tensor!r} inside of {around!r}, a mixture whose experts are refitted: it "
+            "is run with other inputs for that, and what lies inside of it cannot be measured on "
+            "the calibration data"
+        )
+    if not isinstance(weight, nn.Parameter):
+        return f"is read by a buffer, which is not refitted: {tensor!r}"
+    if not weight.is_floating_point():
+        return (
+            f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
+            "squares problem over complex numbers is another one"
+        )
+    layer = layer_of(module)
+    weights = [] if layer is None else layer.weights(module)
+    known = any(getattr(module, own) is weight for own, _ in weights)
+    if not known and "forward" in vars(module):
+        return (
+            f"is read by {tensor!r} in {name!r}, whose forward was replaced on this very module, "
+            "as hooks of accelerate do: remove them"
+        )
+    if not known and mixture is None:
+        return (
+            f"is read by {tensor!r} in {name!r}, a {kind}; only Linear, Conv1D, convolution and "
+            "recurrent layers, mixtures of experts, and weights that code only multiplies by "
+            "(linear, matmul, einsum, conv) can be refitted; a layer with a forward pass of its "
+            "own needs a row in osscar.consumers.layers.LAYERS"
+        )
+    users = [
+        user
+        for user, other in model.named_modules()
+        for parameter in other.parameters(recurse=False)
+        if parameter is weight
+    ]
+    if len(users) > 1:
+        return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
+    return None
 
 
 def _with_steps(
@@ -252,42 +269,8 @@ def _with_steps(
     step = max(_KERNEL_BYTES // min(one.weight.element_size(), saved) for one in mixtures)
     if step < group.units:
         return dataclasses.replace(group, step=step)
-    freeze = Freeze(_TOO_NARROW.format(step), "refit", mixtures[0].name)
-    return dataclasses.replace(group, frozen=(freeze,))
-
-
-def _unreadable(model: nn.Module, slots: tuple[Slot, ...]) -> str | None:
-    """Return why a consumer cannot be refitted, or None."""
-    tensor, module = slots[0].tensor, model.get_submodule(slots[0].module)
-    weight = attrgetter(tensor)(model)
-    if not isinstance(weight, nn.Parameter):
-        return f"is read by a buffer, which is not refitted: {tensor!r}"
-    if not weight.is_floating_point():
-        return (
-            f"is read by {tensor!r} of {weight.dtype}, and only real weights are refitted: a least-"
-            "squares problem over complex numbers is another one"
-        )
-    layer = layer_of(module)
-    names = [] if layer is None else [name for name, _ in layer.weights(module)]
-    known = any(getattr(module, name) is weight for name in names)
-    if not known and "forward" in vars(module):
-        return (
-            f"is read by {tensor!r} in {slots[0].module!r}, whose forward was replaced on this "
-            "very module, as hooks of accelerate do: remove them"
-        )
-    if not known and _mixture_of(model, slots) is None:
-        return (
-            f"is read by {tensor!r} in {slots[0].module!r}, a {type(module).__name__}; only "
-            "Linear, Conv1D, convolution and recurrent layers, mixtures of experts, and weights "
-            "that code only multiplies by (linear, matmul, einsum, conv) can be refitted; a layer "
-            "with a forward pass of its own needs a row in osscar.consumers.layers.LAYERS"
-        )
-    users = [
-        user
-        for user, other in model.named_modules()
-        for parameter in other.parameters(recurse=False)
-        if parameter is weight
-    ]
-    if len(users) > 1:
-        return f"is read by {tensor!r}, which {' and '.join(users)} share; a refit changes them all"
-    return None
+    reason = (
+        "is read by kernels for all experts at once, which take widths that are multiples of "
+        f"{step}, and has no more units than that"
+    )
+    return dataclasses.replace(group, frozen=(Freeze(reason, "refit", mixtures[0].name),))

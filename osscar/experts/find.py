@@ -10,7 +10,7 @@ with fewer is tried as that of any group is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -200,9 +200,15 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
         routing = router_of(model.get_submodule(seen.router), seen.call, count)
     except ModelError as error:
         raise ModelError(f"the router {seen.router!r} {error}") from error
+    arguments = {id(leaf) for leaf in pytree.tree_leaves(seen.call)}
+    around = name.rpartition(".")[0]  # the module that may give its router numbers of each expert
     slots = [
         *_router_slots(model, seen.router, count, order),
-        *_router_arguments(model, name, seen.router, seen.call, count, order),
+        *(
+            replace(slot, module=seen.router)
+            for slot in _slots(model, around, count, Role.PRODUCER, order, recurse=False)
+            if slot.role is Role.PASS_THROUGH and id(attrgetter(slot.tensor)(model)) in arguments
+        ),
         *_slots(model, name, count, Role.CONSUMER, order),
     ]
     last = _last_layer(experts, seen.x.hidden) if isinstance(experts, nn.ModuleList) else None
@@ -226,8 +232,12 @@ def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> Ex
 
 
 def _group(model: nn.Module, name: str, slots: Sequence[Slot], rule: RoutingRule) -> CouplingGroup:
+    count, parameters = slots[0].units, dict(model.named_parameters(remove_duplicate=False))
+    own = [parameters[slot.tensor].numel() for slot in slots if slot.tensor in parameters]
+    own += [count_parameters(model.get_submodule(one.tensor)) for one in slots if is_list(one)]
+    removable = sum(number // count for number in own)
     return CouplingGroup(
-        _called(name), UnitKind.EXPERTS, slots[0].units, tuple(slots), _removable(model, slots),
+        _called(name), UnitKind.EXPERTS, count, tuple(slots), removable,
         step=rule.groups, fewest=rule.fewest,
     )  # fmt: skip
 
@@ -295,22 +305,3 @@ def _router_slots(model: nn.Module, router: str, count: int, order: int) -> list
             f"the router {router!r} has no tensor with a row for each of {count} experts"
         )
     return slots
-
-
-def _router_arguments(
-    model: nn.Module, experts: str, router: str, call: Call, count: int, order: int
-) -> Iterator[Slot]:
-    """Yield those tensors of the module around with a number for each expert that a router gets."""
-    around = experts.rpartition(".")[0]
-    leaves = {id(leaf) for leaf in pytree.tree_leaves(call)}
-    for slot in _slots(model, around, count, Role.PRODUCER, order, recurse=False):
-        if slot.role is Role.PASS_THROUGH and id(attrgetter(slot.tensor)(model)) in leaves:
-            yield replace(slot, module=router)
-
-
-def _removable(model: nn.Module, slots: Sequence[Slot]) -> int:
-    """Return how many parameters leave with an expert."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    entries = sum(parameters[s.tensor].numel() // s.units for s in slots if s.tensor in parameters)
-    members = (model.get_submodule(s.tensor) for s in slots if is_list(s))
-    return entries + sum(count_parameters(own) // slots[0].units for own in members)

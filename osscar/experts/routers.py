@@ -279,23 +279,23 @@ def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
 def _candidates(
     holders: Sequence[nn.Module], seen: SeenRoutes
 ) -> Iterator[tuple[RoutingRule, str | None]]:
-    """Yield rules with a scale of one, and the name of the bias of the choice."""
+    """Yield rules with a scale of one, and the name of the bias of the choice.
+
+    Those come first that have as many groups, and open ones, as attributes of the modules say.
+    """
+    stated = [item for module in holders for item in vars(module).items()]
+    numbers = [(name, v) for name, v in stated if type(v) is int and v > 0]
+    counts = [v for name, v in numbers if re.fullmatch(_GROUPS, name)]
+    opened = [v for name, v in numbers if re.fullmatch(_OPEN_GROUPS, name)]
+    grouped = itertools.product(counts, opened, reversed(GroupScore))
+    groupings = [one for one in grouped if 1 < one[0] >= one[1]]
+    groupings.append((1, 1, GroupScore.MAX))
     biases: tuple[str | None, ...] = (None, *seen.biases)
     top_k = seen.experts.shape[1]
-    for groups, bias, scores in itertools.product(_groupings(holders), biases, RouterScores):
+    for groups, bias, scores in itertools.product(groupings, biases, RouterScores):
         for normalized in (False, True):
             if not (normalized and scores is RouterScores.SOFTMAX_OF_CHOSEN):  # are already
                 yield RoutingRule(top_k, scores, normalized, 1.0, *groups), bias
-
-
-def _groupings(holders: Sequence[nn.Module]) -> list[tuple[int, int, GroupScore]]:
-    """Return numbers of groups and of open ones, with what scores a group, the likeliest first."""
-    stated = (item for module in holders for item in vars(module).items())
-    numbers = [(n, v) for n, v in stated if type(v) is int and v > 0]
-    groups = [v for n, v in numbers if re.fullmatch(_GROUPS, n)]
-    opened = [v for n, v in numbers if re.fullmatch(_OPEN_GROUPS, n)]
-    found = [(g, o, s) for g in groups for o in opened for s in reversed(GroupScore) if 1 < g >= o]
-    return [*found, (1, 1, GroupScore.MAX)]
 
 
 def _scale(

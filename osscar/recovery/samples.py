@@ -119,6 +119,5 @@ def shifted(sample: Batch, turn: int, seed: int) -> Batch:
     down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
-    rows = (torch.arange(height) + down - most).clamp(0, height - 1)
-    columns = (torch.arange(width) + right - most).clamp(0, width - 1)
-    return {name: image[..., rows[:, None], columns]}
+    wider = nn.functional.pad(image, (most, most, most, most), mode="replicate")
+    return {name: wider[..., down : down + height, right : right + width]}
