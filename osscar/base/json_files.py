@@ -58,7 +58,11 @@ def read_object(path: Path) -> dict[str, Any]:
     some families write it (``time_step_limit`` of Mamba), and so are large numbers
     (``model_max_length`` of tokenizers is 1e30). NaN and a key that stands there twice are refused.
     """
-    found = _parsed(_read_text(path, 64 * MEGABYTE), path, parse_constant=_no_nan)
+
+    def number(text: str) -> float:
+        return _finite(text) if text == "NaN" else float(text)
+
+    found = _parsed(_read_text(path, 64 * MEGABYTE), path, parse_constant=number)
     if not isinstance(found, dict):
         raise FileError(path, f"it holds a {type(found).__name__}, not an object")
     return found
@@ -115,10 +119,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text:.{_SHOWN}} is not a finite number")
     return value
-
-
-def _no_nan(text: str) -> float:
-    return _finite(text) if text == "NaN" else float(text)
 
 
 def _moderate(text: str) -> int:

@@ -1,8 +1,6 @@
 """How much memory there is, how much of it a run has, and what is said where there is none left.
 
-Memory counts in the process for what runs on the CPU, and on the card for what runs there.  Whoever
-keeps to a limit, or tells what a run takes, asks the memory of the device that the run is on, and
-need not know which it is.
+What counts is the memory of the process for a run on the CPU, else that of the card (`memory_of`).
 """
 
 from __future__ import annotations

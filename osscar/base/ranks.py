@@ -1,13 +1,11 @@
 """Several processes that work on one model, each on its share of the data: ranks, as of torchrun.
 
-Every rank runs the same code, and meets the others wherever something is added up or told.  To
-meet is to say to rank 0 where one stands, or what has failed, and to hear from it whether all go
-on: a rank that fails anywhere is heard of at the next meeting, and only ranks that are all at the
-same place ever start to exchange anything.  None can wait for another that will not come; one that
-was killed is known by its closed connection.  (Once all have come together: of one that ends
-before, the launcher knows, which ends the others.)
+Every rank runs the same code, and meets the others before anything is exchanged: it tells rank 0
+where it stands, or what has failed, and rank 0 answers whether all are at the same place and go on.
+So no rank waits for another that will not come, and one that was killed is known by its closed
+connection.  (Until all have come together, the launcher ends the others if one fails.)
 
-A single process is the only rank, for which all of this does nothing, so that nobody has to ask.
+A single process is the only rank, for which all methods do nothing.
 """
 
 from __future__ import annotations

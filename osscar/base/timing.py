@@ -1,8 +1,7 @@
 """Seconds: of the stages of a run as it goes on, and of functions that are compared.
 
-Other work on a machine slows it down for seconds at a time.  What is to be compared is therefore
-interleaved: each repetition times all of it, in an order that is reversed from one to the next, and
-medians are taken.  A ratio of two medians then says more about what is timed than about the moment.
+Other work slows a machine down for seconds at a time.  Functions that are compared are therefore
+interleaved: each repetition times all of them, in an order that is reversed each time.
 """
 
 from __future__ import annotations

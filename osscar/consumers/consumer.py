@@ -2,12 +2,11 @@
 
 Every consumer is seen as ``Y = X W``: rows of X are positions, columns of X and rows of W are the
 inputs that belong to one coupling group, ordered as they lie in the weight tensor.  A convolution
-has one row of W for each channel and tap of its kernel (`osscar.consumers.convolutions`).  How
-layers make X is said in `osscar.consumers.layers`, for products of functions in
-`osscar.consumers.products`, and for experts in `osscar.consumers.mixtures`.
+has one row of W for each channel and tap of its kernel.  X is made by `osscar.consumers.layers`,
+`products`, or `mixtures`.
 
-What a consumer reads beside them, as of ``cat([x, units])``, is *fixed*: it stays, whatever leaves
-the group, and can be refitted with what stays of that.  Its rows then come before the units'.
+Inputs beside these, as of ``cat([x, units])``, are *fixed*: they stay, whatever leaves the group,
+and can be refitted with the units that stay.  Their rows then come before those of the units.
 """
 
 from __future__ import annotations

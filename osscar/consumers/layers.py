@@ -1,14 +1,7 @@
 """Layers that can be refitted: how the forward pass of each class multiplies what it reads.
 
 `LAYERS` has a row for each forward pass, so that a class that inherits one needs none.  A layer
-with a forward pass of its own needs a row, and nothing else.  Say it multiplies its weight by a
-constant, ``F.linear(x, self.scale * self.weight, self.bias)``, which is ``scale * x`` times the
-weight::
-
-    def scaled(layer, x, inputs):
-        return features(layer, layer.scale * x, inputs)
-
-    LAYERS[ScaledLinear.forward] = Layer(lambda layer: ROWS, scaled)
+with a forward pass of its own needs a row, and nothing else: ``docs/howto/module.md`` adds one.
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from osscar.consumers.convolutions import windows_of
+from osscar.consumers.convolutions import unfolded
 from osscar.consumers.products import DEFORMED, Form, Taken
 
 
@@ -75,9 +68,8 @@ def positions(x: Tensor) -> Tensor:
 
 def _channels(layer: Any, x: Tensor, inputs: Tensor | None) -> Iterator[Tensor]:
     """Yield the unfolded windows of channels, as many at once as `convolutions` allows."""
-    windows = windows_of(layer)
-    x = x.detach().reshape(-1, *x.shape[-len(windows.kernel) - 1 :])
-    return windows.unfolded(x if inputs is None else x[:, inputs.to(x.device)])
+    x = x.detach().reshape(-1, *x.shape[-len(layer.kernel_size) - 1 :])
+    return unfolded(layer, x if inputs is None else x[:, inputs.to(x.device)])
 
 
 def _filters(layer: Any) -> Form:

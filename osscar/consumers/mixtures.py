@@ -5,10 +5,9 @@ these, and puts out for every token the sum of what the experts make of it, time
 
     y_t = sum over the experts e of token t of   w_te (x_te W_e + b_e)
 
-W_e is a slice of a three-dimensional parameter, and x_te what expert e computes before it.  Most
-mixtures of transformers are of this form, whatever code multiplies the matrices.  No module is
-called with x_te, and it is read off the outputs: they are linear in W, so that a W which picks
-neurons puts these out.
+W_e is a slice of a three-dimensional parameter, and x_te what expert e computes before it, as in
+most mixtures of transformers.  No module is called with x_te.  It is read off the outputs, which
+are linear in W: a W that picks neurons puts these out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import NonFiniteError, OsscarError
+from osscar.base.errors import OsscarError
 from osscar.network.hooks import hooks
 from osscar.network.modules import forward
 
@@ -124,26 +123,18 @@ class Mixture:
         """Return the name of the module that has the last matrix of an expert."""
         return self.name
 
+    @torch.no_grad()
     def visits(self, x: Routed) -> _Visits:
         """Return what the experts read in a call; computed once for all of them."""
         if self.parameter not in x._read:
-            x._read[self.parameter] = self._visits(x)
+            token, expert, weight = x.taken(self.count)
+            X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
+            squares = weight.double().square()
+            total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
+            share = torch.where(total > 0, squares / total, 0.0)
+            found = _Visits(X * weight[:, None], expert.long(), token, share)
+            x._read[self.parameter] = found
         return x._read[self.parameter]
-
-    @torch.no_grad()
-    def _visits(self, x: Routed) -> _Visits:
-        token, expert, weight = x.taken(self.count)
-        X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
-        if not bool(torch.isfinite(X).all()):
-            first = int(expert[~torch.isfinite(X).all(1)][0])
-            raise NonFiniteError(
-                f"the inputs of '{self.name}[{first}]' have NaN or infinite entries",
-                "check the weights before it, or use --dtype float32",
-            )
-        squares = weight.double().square()
-        total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
-        share = torch.where(total > 0, squares / total, 0.0)
-        return _Visits(X * weight[:, None], expert.long(), token, share)
 
     def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
         """Return what each expert's last matrix is multiplied with, (visits, p)."""
@@ -161,10 +152,10 @@ class Mixture:
     def _replaced(self, weight: Tensor) -> Iterator[None]:
         """Let the module compute with another weight, and without a bias, while the block runs."""
         own: dict[str, Any] = self.module._parameters
-        before, bias = dict(own), f"{self.parameter}_bias"
+        before, bias = dict(own), own.get(f"{self.parameter}_bias")
         own[self.parameter] = weight
-        if own.get(bias) is not None:
-            own[bias] = torch.zeros_like(before[bias])
+        if bias is not None:
+            own[f"{self.parameter}_bias"] = torch.zeros_like(bias)
         try:
             yield
         finally:
@@ -219,9 +210,8 @@ def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
     for expert in set(visits.expert.tolist()):
         here = visits.expert == expert
         expected.index_add_(0, visits.token[here], visits.X[here].double() @ W[expert])
-    if not isinstance(found, Tensor) or not found.shape == expected.shape == y.shape:
-        return False
-    if not bool(found.any()):
+    same = isinstance(found, Tensor) and found.shape == expected.shape == y.shape
+    if not same or not bool(found.any()):
         return False
     eps = max(torch.finfo(given.dtype).eps for given in (found, hidden, x.weights))
     error, size = (torch.linalg.vector_norm(t) for t in (expected - found.double(), found.double()))

@@ -1,10 +1,9 @@
 """Whole experts of mixtures as groups: what belongs to each, and which ones cannot leave.
 
-A mixture is a module that is called with tokens, their experts and weights (`routing.Routed`), and
-a router, which put these out.  Of both, an expert owns its entry in every dimension that is as long
-as there are experts.  Experts may leave where the router follows a rule that is known
-(`osscar.experts.routers`), and their last matrices can be refitted.  Whether the code of both works
-with fewer is tried as that of any group is.
+A mixture is a module that is called with tokens, their experts and weights (`Routed`), and a
+router, which put these out.  An expert owns its entry in every dimension of both that is as long as
+there are experts.  Experts may leave where the router follows a known rule (`routers`), and their
+last matrices can be refitted.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Mixtures whose experts are a list of modules, which the code of a block calls by number.
 
-No module is called with tokens, their experts and weights there: the block asks a gate for logits,
-chooses, and adds up what the experts make of the tokens that it gives them.  How it weighs them is
-read off its outputs.  It is run with experts that put out a row of their own each, whatever they
-read: what these change about the output are the weights.  The rule by which it routes is found so,
-on drawn numbers; and each call is held to it.
+The block asks a gate for logits, chooses, and adds up what the experts make of the tokens that it
+gives them.  Their weights are read off its outputs: it is run with experts that each put out a row
+of their own, whatever they read.  The rule by which it routes is found so, on drawn numbers, and
+each call is held to it.
 
 While such a block is `called_as_mixtures`, it runs the rest of its code first.  Then it calls a
 module that routes by the rule that was found, and its list of experts with tokens, their experts

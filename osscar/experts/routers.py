@@ -1,9 +1,9 @@
 """Routers of mixtures of experts: by which rule they route, and routing among some experts alone.
 
 A router is called with tokens, and puts out logits of all experts, the experts that each token is
-sent to, and their weights.  Its rule is read off no name: those that are published are tried, on
-tokens and weights that are drawn, and the one that puts out the same is taken.  A model whose
-routers follow their rules among the experts that stay is what a smaller model is proved against.
+sent to, and their weights.  The published rules are tried on drawn tokens and weights, and the one
+that puts out the same is taken.  A smaller model is proved against a model whose routers follow
+their rules among the experts that stay.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A walk that stops where the experts of a mixture can be chosen, and goes on among those kept.
 
-Each batch stops before it enters a mixture, as before any consumer.  What the router said of it is
-known then, and any expert can be asked for its output.  Once it is chosen who stays, the batches
-are routed anew where they stand.  The last matrices of those that stay can then be refitted on the
-tokens that they now get.
+Each batch stops before it enters a mixture, as before any consumer.  The output of its router is
+known then, and any expert can be run.  Once the experts that stay are chosen, the batches are
+routed anew where they stand, and the last matrices are refitted on the tokens that they now get.
 """
 
 from __future__ import annotations

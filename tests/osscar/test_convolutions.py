@@ -9,7 +9,7 @@ from torch import nn
 import graph
 import osscar.consumers.convolutions
 import solvers
-from osscar.consumers.convolutions import windows_of
+from osscar.consumers.convolutions import _windows
 from osscar.consumers.linear_maps import linear_maps
 from osscar.walk.gram import GramAccumulator, pose
 
@@ -84,7 +84,7 @@ def test_windows_times_weights_are_what_the_convolution_computes(pair, monkeypat
     assert accumulator.positions == len(X)
     torch.testing.assert_close(accumulator.fitted.gram.dense(), X.T @ X)
     # Memory is bounded, and the Gram matrix stays the same.
-    row = windows_of(one.module).view(hidden)[0, 0].numel() * 8
+    row = _windows(one.module, hidden)[0, 0].numel() * 8
     for limit in (1, 2000, 10**6):
         monkeypatch.setattr(osscar.consumers.convolutions, "UNFOLDED_BYTES", limit)
         pieces = list(one.read_inputs(hidden))
