@@ -30,14 +30,14 @@ from osscar.network.modules import count_parameters
 from osscar.offload.on_disk import weight_cache
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
-from osscar.proof.plan import PruningPlan
+from osscar.proof.plan import Form, PruningPlan
 from osscar.request import PruningRequest
 from osscar.run.feasibility import Feasible, feasible_groups, includes_program_only_groups
 from osscar.run.groups import prune_groups, samples_held_out
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog
-from osscar.run.shrunk import put_back, shrunk
+from osscar.run.shrunk import shrunk
 from osscar.run.widths import widths
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics
 
@@ -61,7 +61,9 @@ def prune_prepared(
     )
     with timed(Stage.PRUNED):
         likeness = None if dense.reference is None else dense.reference.likeness(model)
-    put_back(prepared, model, proof.plan)
+    if proof.plan.form is Form.EAGER:  # a program writes nothing in its passes
+        numbers = {(number.module, number.attribute) for number in proof.plan.integers}
+        prepared.untouched.put_back(model, numbers)
     return PruningResult(
         model=model,
         plan=proof.plan,

@@ -68,10 +68,3 @@ def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Bat
         rehearse(prepared.model, plan, inputs[:1], prepared.programs)
         return True
     return False
-
-
-def put_back(prepared: Prepared, model: nn.Module, plan: PruningPlan) -> None:
-    """Undo what forward passes have written into modules; a program writes nothing."""
-    if plan.form is Form.EAGER:
-        numbers = {(number.module, number.attribute) for number in plan.integers}
-        prepared.untouched.put_back(model, numbers)

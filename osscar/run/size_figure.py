@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from osscar.report.figures import color, legend, new_figure, shares
 from osscar.request import TargetKind
@@ -15,46 +15,30 @@ if TYPE_CHECKING:
 _LOST = {TargetKind.PERPLEXITY: "rise of perplexity", TargetKind.TOP1: "drop of top-1"}
 
 
-class Line(NamedTuple):
-    """Sizes with the quality at each, how matplotlib draws them, and the bounds of the quality."""
-
-    points: Sequence[tuple[float, float]]
-    style: str
-    color: str
-    label: str | None = None
-    bounds: Sequence[float] = ()
-    alpha: float = 1.0
-
-
-def draw_over_size(axes: Axes, lines: Sequence[Line], size: str) -> None:
-    """Draw lines over the size, which is counted in `size`."""
-    for line in filter(lambda line: line.points, lines):
-        x, y = zip(*line.points, strict=True)
-        look: Any = {"color": line.color, "alpha": line.alpha, "linewidth": 1.2, "markersize": 5}
-        axes.plot(x, y, line.style, label=line.label, **look)
-        if line.bounds:
-            axes.vlines(x, y, line.bounds, color=line.color, linewidth=1.2)
-            axes.plot(x, line.bounds, "_", color=line.color, markersize=8)
-    axes.set_xlabel(size)
+def plot(axes: Axes, points: Sequence[tuple[float, float]], style: str, **look: Any) -> None:
+    """Plot points, if there are any, in the line width and marker size of all these figures."""
+    if points:
+        axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, **look)
 
 
 def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawing:
     """Draw the predicted distance over the budget, and where a run lies."""
     limit, highest = budget["limits"][0], max(budget["frontier"]["distance"])
     at = limit["reached"] / limit["dense"]
-    here = (("predicted", "o", budget["predicted"]), ("measured", "D", measured))
-    own = [
-        Line([(at, value)], style, color(index), label)
-        for index, (label, style, value) in enumerate(here, 1)
-        if value
-    ]
     figure, (axes,) = new_figure()
-    draw_over_size(axes, [_least(budget), *own], f"{limit['cost']} kept")
+    plot(axes, _least(budget), "-", color=color(0), label="least")
+    shown = [highest]
+    for index, (label, value) in enumerate(
+        (("predicted", budget["predicted"]), ("measured", measured))
+    ):
+        if value:
+            plot(axes, [(at, value)], "oD"[index], color=color(index + 1), label=label)
+            shown.append(value)
     axes.set_yscale("log")
     # What is far below both ends of the curve and this run is not drawn.
-    shown = [line.points[0][1] for line in own]
-    axes.set_ylim(min([*shown, 1e-4 * highest]) / 3, 3 * max([*shown, highest]))
+    axes.set_ylim(min([*shown, 1e-4 * highest]) / 3, 3 * max(shown))
     axes.xaxis.set_major_formatter(shares)
+    axes.set_xlabel(f"{limit['cost']} kept")
     axes.set_ylabel(_distance(budget["measure"]))
     legend(figure)
     return figure
@@ -65,24 +49,26 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
 
     The prediction is drawn where it is in the unit of the target.
     """
-    kind, dense = TargetKind(target["quality"]), target["dense"]
-    sizes = [walk["reached"] / dense for walk in target["walks"]]
-    lost = [walk["measured"] for walk in target["walks"]]
-    tried = [(size, one["value"]) for size, one in zip(sizes, lost, strict=True)]
-    chosen, last = tried[target["chosen"]], target["reported"]
-    lines = [
-        Line(tried, "o", color(1), "walks", [one["bound"] for one in lost]),
-        Line([(chosen[0], last["value"])], "D", color(2), "reported", [last["bound"]]),
-    ]
+    kind, chosen = TargetKind(target["quality"]), target["chosen"]
+    sizes = [walk["reached"] / target["dense"] for walk in target["walks"]]
     figure, (axes,) = new_figure()
     if kind is TargetKind.DIVERGENCE and budget["limits"][0]["cost"] == target["cost"]:
         wide = max(0.05, max(sizes) - min(sizes))
-        least = _least(budget)
-        near = [one for one in least.points if min(sizes) - wide <= one[0] <= max(sizes) + wide]
-        lines.insert(0, least._replace(points=near))
-    draw_over_size(axes, lines, f"{target['cost']} kept")
+        low, high = min(sizes) - wide, max(sizes) + wide
+        near = [point for point in _least(budget) if low <= point[0] <= high]
+        plot(axes, near, "-", color=color(0), label="least")
+    walks = [walk["measured"] for walk in target["walks"]]
+    for label, style, index, at, lost in (
+        ("walks", "o", 1, sizes, walks),
+        ("reported", "D", 2, [sizes[chosen]], [target["reported"]]),
+    ):
+        values, bounds = [one["value"] for one in lost], [one["bound"] for one in lost]
+        plot(axes, [*zip(at, values, strict=True)], style, color=color(index), label=label)
+        axes.vlines(at, values, bounds, color=color(index), linewidth=1.2)
+        axes.plot(at, bounds, "_", color=color(index), markersize=8)
     axes.axhline(target["most"], color="k", linestyle="--", linewidth=0.9, label="target")
-    axes.plot(*chosen, "o", color="k", markersize=11, markerfacecolor="none", label="chosen")
+    ring: Any = {"color": "k", "markersize": 11, "markerfacecolor": "none", "label": "chosen"}
+    axes.plot(sizes[chosen], walks[chosen]["value"], "o", **ring)
     if kind is TargetKind.DIVERGENCE:
         axes.set_yscale("log")
         axes.set_ylabel(_distance(target["measure"]))
@@ -90,15 +76,15 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
         axes.yaxis.set_major_formatter(shares)
         axes.set_ylabel(_LOST[kind])
     axes.xaxis.set_major_formatter(shares)
+    axes.set_xlabel(f"{target['cost']} kept")
     legend(figure)
     return figure
 
 
-def _least(budget: Mapping[str, Any]) -> Line:
+def _least(budget: Mapping[str, Any]) -> list[tuple[float, float]]:
     """Return the least predicted distance at each size; a logarithm shows no zero."""
     points = zip(budget["frontier"]["cost"], budget["frontier"]["distance"], strict=True)
-    least = [(cost / budget["limits"][0]["dense"], at) for cost, at in points if at > 0]
-    return Line(least, "-", color(0), "least")
+    return [(cost / budget["limits"][0]["dense"], at) for cost, at in points if at > 0]
 
 
 def _distance(measure: str) -> str:

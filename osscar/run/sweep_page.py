@@ -28,7 +28,7 @@ from osscar.report.sections import (
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.prune_page import verdict
-from osscar.run.size_figure import Line, draw_over_size
+from osscar.run.size_figure import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -265,7 +265,6 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure, varied: _Vari
     methods = dict.fromkeys(p["method"] for p in points if p["method"] != _DENSE)
     for axes, across in ((speed, lambda p: float(p["speedup"])), (budget, varied.at)):
         start = [] if level is None else [(across(dense), level)]
-        lines = []
         for index, method in enumerate(methods):
             mine = [point for point in points if point["method"] == method]
             one_shot, recovered = (
@@ -273,23 +272,23 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure, varied: _Vari
                 for after in (False, True)
             )
             if recovered:
-                lines.append(Line([*start, *one_shot], ".--", color(index), alpha=0.6))
+                plot(axes, [*start, *one_shot], ".--", color=color(index), alpha=0.6)
             if shown := recovered or one_shot:
-                lines.append(Line([*start, *shown], "o-", color(index), method))
+                plot(axes, [*start, *shown], "o-", color=color(index), label=method)
             if shown and axes is speed:
                 lows, highs = zip(*map(_between, mine), strict=True)
                 axes.hlines(
                     [v for _, v in shown], lows, highs, color=color(index), linewidth=3, alpha=0.2
                 )
-        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
-        if axes is budget and name in ("divergence", "nats"):
-            lines.append(Line(predicted, ":", "gray", "predicted"))
-        across_what = str(varied.kind) if axes is budget else "speed, times that of dense"
-        draw_over_size(axes, lines, across_what)
         if level is not None:
             axes.plot(*start[0], "k*", markersize=8, zorder=3)
             axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
         axes.set_ylabel(measure.label)
+    if name in ("divergence", "nats"):
+        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
+        plot(budget, predicted, ":", color="gray", label="predicted")
+    speed.set_xlabel("speed, times that of dense")
+    budget.set_xlabel(str(varied.kind))
     if log:
         speed.set_yscale("log")
     if measure.written.endswith("%"):

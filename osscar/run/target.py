@@ -186,7 +186,7 @@ class _Search:
             self.walks.append(TargetWalk(limit, reached, budget.predicted, lost))
             if log is not None:
                 log.note_walks(self.walks)
-            self.tell(f"attempt {number}: {self._report(budget).in_words(number - 1)}")
+            self.tell(f"attempt {number}: {self._report(budget).in_words(self.walks[-1])}")
             if smallest_within(self.walks, most) is self.walks[-1]:
                 best = made
         report = self._report(budget)
@@ -194,10 +194,11 @@ class _Search:
             if log is not None:
                 log.remove()  # it is of no use to another target
             budgets = self.request.in_words(self.request.budgets)
+            nearest = min(self.walks, key=lambda walk: walk.measured.bound)
             raise RequestError(
                 f"no model that was tried is within {self.request.target_in_words}"
                 f"{f' and {budgets}' if budgets else ''}: the nearest, "
-                f"{report.in_words(report.nearest)}; allow more to be lost, give more calibration "
+                f"{report.in_words(nearest)}; allow more to be lost, give more calibration "
                 "data (--samples), or recover what is pruned (--recover)"
             )
         if best is None:  # an earlier process has made it, of which the log has the weights

@@ -1,9 +1,9 @@
 """Choose the next size that is tried for a quality target, and report the sizes that were tried.
 
 A *walk* prunes to a size and measures the model.  Curves predict its distance from the dense model;
-the bound that is measured is about a multiple of that, mostly less than one, as refits make up for
-one another.  The first size assumes a usual multiple, the second the multiple of the first walk.
-Each other size is where a line through the two nearest walks, in logarithms, meets the target (the
+the measured bound is about a multiple of that, mostly less than one, as refits make up for one
+another.  The first size assumes a usual multiple, the second the multiple of the first walk.  Each
+other size is where a line through the two nearest walks, in logarithms, meets the target (the
 secant method).
 """
 
@@ -64,16 +64,10 @@ Frontier = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class TargetWalk:
-    """One size that was tried.
+    """One size that was tried: the limit of its cost, and the cost that was reached.
 
-    Parameters
-    ----------
-    limit, reached
-        What the model was allowed to cost, and what it does.
-    predicted
-        Its distance from the dense model, by the curves.
-    measured
-        The quality lost on the samples that choose a size, after the recovery if there was one.
+    `predicted` is its distance from the dense model by the curves, and `measured` the quality lost
+    on the samples that choose a size, after the recovery if there was one.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -86,29 +80,20 @@ class TargetWalk:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """The sizes that were tried for a quality target, and which of them was chosen.
-
-    Parameters
-    ----------
-    quality, most
-        The quality that is limited, and the most of it that may be lost.
-    measure
-        Unit of a divergence.
-    cost, dense
-        Unit of sizes, and the dense model's size.
-    walks
-        In the order in which they were made.
-    reported
-        The loss of quality of the chosen model, on samples that no choice has seen.
-    """
+    """The sizes that were tried for a quality target, and which of them was chosen."""
 
     quality: TargetKind
     most: float
+    """How much of the quality may be lost."""
     measure: Measure
+    """The unit of a divergence."""
     cost: Cost
+    """The unit of sizes."""
     dense: float
+    """The size of the dense model."""
     walks: tuple[TargetWalk, ...]
     reported: Bounded | None = None
+    """The loss of quality of the chosen model, on samples that no choice has seen."""
 
     @property
     def chosen(self) -> int | None:
@@ -116,15 +101,8 @@ class TargetReport:
         best = smallest_within(self.walks, self.most)
         return None if best is None else self.walks.index(best)
 
-    @property
-    def nearest(self) -> int:
-        """The index of the model whose bound is the least."""
-        bounds = [one.measured.bound for one in self.walks]
-        return bounds.index(min(bounds))
-
-    def in_words(self, index: int) -> str:
+    def in_words(self, walk: TargetWalk) -> str:
         """Return the size and the loss of quality of a walk, in words."""
-        walk = self.walks[index]
         kept = f"{share(walk.reached / self.dense)} of {self.cost}"
         return f"{kept}, {_lost_in_words(self.quality, walk.measured, self.measure)}"
 
@@ -182,16 +160,7 @@ def next_limit(
 ) -> float | None:
     """Return what the next model may cost; None if the search ends.
 
-    Parameters
-    ----------
-    frontier
-        By the curves of the last walk; the last point is the dense model.
-    walks
-        The sizes that were tried.
-    quality, most
-        The target.
-    recovers
-        Whether models are recovered before they are measured.
+    The `frontier` is by the curves of the last walk, and ends with the dense model.
     """
     dense = frontier[-1][0]
     points = {max(loss, LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
