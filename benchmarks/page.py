@@ -245,5 +245,5 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
         axes.xaxis.set_major_formatter(shares)
         axes.set_ylabel({"top1": "top-1"}.get(first.measure, first.measure))
         axes.set_title(f"{TITLES[task]}, {'recovered' if trained else 'one shot'}", fontsize=9)
-    legend(figure, columns=3)
+    legend(figure)
     return svg_of(figure)

@@ -1,4 +1,4 @@
-"""What all figures share: one look, and how they become files."""
+"""The look of all figures, and how they become files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "osscar",
 }
-COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-ROOM_ABOVE = 1.08
-"""How far an axis goes on beyond what is drawn, so that no marker is cut."""
 
 
 def shares(value: float, _: object = None) -> str:
@@ -31,14 +28,14 @@ def shares(value: float, _: object = None) -> str:
 
 
 def color(index: int) -> str:
-    """Return one of the colours, which begin anew once they have all been used."""
-    return COLORS[index % len(COLORS)]
+    """Return a colour of matplotlib's cycle."""
+    return f"C{index}"
 
 
 def new_figure(
     rows: int = 1, columns: int = 1, *, width: float = 4.4, height: float = 2.9, **sharing: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure of some panels; at its default width in inches a phone shows it."""
+    """Return an empty figure and its panels; a phone shows it at its default width in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -47,21 +44,21 @@ def new_figure(
         return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
 
 
-def legend(figure: Figure, columns: int = 3) -> None:
-    """Put one legend above the panels, of what any of them shows."""
+def legend(figure: Figure) -> None:
+    """Put one legend of all panels above them."""
     shown: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
     figure.legend(
-        shown.values(), shown, loc="outside upper left", ncols=columns, frameon=False, fontsize=8
+        shown.values(), shown, loc="outside upper left", ncols=3, frameon=False, fontsize=8
     )
 
 
 def from_zero(axes: Axes) -> None:
-    """Begin the upward axis at zero, with room above what is drawn."""
+    """Begin the upward axis at zero, and end it above what is drawn, so that no marker is cut."""
     top = axes.dataLim.ymax
-    axes.set_ylim(0, ROOM_ABOVE * top if 0 < top < float("inf") else 1)
+    axes.set_ylim(0, 1.08 * top if 0 < top < float("inf") else 1)
 
 
 def svg_of(figure: Figure) -> bytes:

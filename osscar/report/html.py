@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 
@@ -11,21 +11,14 @@ import jinja2
 
 from osscar import __version__
 from osscar.base.printable import printable
-from osscar.report.sections import Figure, Section, Table, Text
+from osscar.report.sections import Figure, Section, Table
 
 
 def page(title: str, sections: Iterable[Section]) -> str:
-    """Return a page; all text in it is escaped, and control characters are shown as such.
-
-    Without a title it is what may stand among other things, as in a notebook.
-    """
-    told = [one for one in sections if isinstance(one, Figure) or _content(one)]
+    """Return a page, or without a title a part of one, as for a notebook; all text is escaped."""
+    shown = [one for one in sections if not (isinstance(one, Table) and not one.rows)]
     template = _environment().get_template("page.html.j2")
-    return template.render(title=title, sections=told, version=__version__)
-
-
-def _content(section: Table | Text) -> Sequence[object]:
-    return section.rows if isinstance(section, Table) else section.lines
+    return template.render(title=title, sections=shown, version=__version__)
 
 
 @cache

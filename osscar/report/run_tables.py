@@ -1,4 +1,4 @@
-"""Tables of what can be pruned in a model, of what a run will take, and of backends."""
+"""Tables of the groups of a model, and of backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:
-    """Return one row for each group that was to be pruned, and keeps all its units."""
+    """Return one row for each skipped group."""
     return table(
         "Skipped groups, which keep all their units",
         {
@@ -27,15 +27,7 @@ def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def groups_table(groups: Sequence[CouplingGroup], residual: Collection[str] = ()) -> Table:
-    """Return one row for each coupling group, with the parameters that all its units hold.
-
-    Parameters
-    ----------
-    groups
-        The groups.
-    residual
-        The names of those that are residual streams.
-    """
+    """Return one row for each group; those named in `residual` are residual streams."""
     return table(
         "",
         {
@@ -90,7 +82,7 @@ def _takes(capabilities: Capabilities) -> str:
 
 
 def takers_table(infos: Sequence[BackendInfo], problem: SubsetProblem) -> Table:
-    """Return one row for each backend: whether it takes this problem, and if not why."""
+    """Return one row for each backend, which says whether it takes a problem, or why not."""
     return table(
         "",
         {

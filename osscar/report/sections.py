@@ -1,4 +1,4 @@
-"""What results show: tables, figures and texts, for `osscar.report.html` and `.terminal`."""
+"""Tables, figures and texts, which pages and terminals show."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs, or the lines of code that is to be copied."""
+    """Paragraphs, or lines of code."""
 
     lines: tuple[str, ...]
     title: str = ""
@@ -27,7 +27,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below the titles of their columns; a title that ends in ``>`` is of numbers."""
+    """Rows below the titles of their columns; a title that ends in ``>`` is that of numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -48,7 +48,7 @@ class Figure:
 
     @cached_property
     def svg(self) -> bytes:
-        """The file, the same bytes each time."""
+        """The file."""
         return svg_of(self.draw())
 
 
@@ -63,10 +63,7 @@ def table(
     note: str = "",
     folded: bool = False,
 ) -> Table:
-    """Return a table with a row for each of some things, without columns in which nothing stands.
-
-    `columns` writes by title what stands in a row.
-    """
+    """Return a table with a row `of` each thing, without empty columns; `columns` writes cells."""
     things = list(of)
     cells = {title: [write(one) or "" for one in things] for title, write in columns.items()}
     shown = {title: column for title, column in cells.items() if any(column)}
@@ -74,9 +71,9 @@ def table(
     return Table(title, tuple(shown), rows, note, folded)
 
 
-def facts(title: str, rows: Iterable[tuple[str, str]], note: str = "") -> Table:
-    """Return a table of names and what is known of each, without those of which nothing is."""
-    return Table(title, ("", ""), tuple(row for row in rows if row[1]), note)
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and facts, without empty facts."""
+    return Table(title, ("", ""), tuple(row for row in rows if row[1]))
 
 
 def stages_table(stages: Mapping[str, float], title: str = "Where the time went") -> Table:
@@ -87,7 +84,7 @@ def stages_table(stages: Mapping[str, float], title: str = "Where the time went"
 
 
 def longest_stages(stages: Mapping[str, float]) -> str:
-    """Say which stages took longest, in parentheses; nothing where nothing is known."""
+    """Say which stages took longest, in parentheses; nothing without stages."""
     longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
     told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
     return f" ({told})" if told else ""
@@ -103,9 +100,9 @@ def settings(
     chosen: Mapping[str, Any] = MappingProxyType({}),
     origin: str = "asked",
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and origin of each setting that says something.
+    """Yield the name, value and origin of each setting that is not empty.
 
-    Of those of a `request` that have its default some may have been `chosen` by the run.
+    Settings of a `request` that have its default may have been `chosen` by the run.
     """
     usual: dict[str, Any] = {}
     for one in fields(request) if request else ():
@@ -120,15 +117,15 @@ def settings(
 
 
 def settings_table(*parts: Iterable[tuple[str, str, str]]) -> Table:
-    """Return a table of settings, those first that somebody asked for."""
+    """Return a table of settings, first those that the user gave."""
     rows = sorted((row for part in parts for row in part), key=lambda row: row[2] != "asked")
     return Table("Settings", ("setting", "value", "origin"), tuple(rows))
 
 
 def described(data: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, str]]:
-    """Yield what is known of data, but not by what they are recognized."""
+    """Return the settings of data, without their fingerprints."""
     told = {key: one for key, one in data.items() if key != "seen"}
-    yield from settings(told, prefix=f"{name} ", origin="data")
+    return settings(told, prefix=f"{name} ", origin="data")
 
 
 def _as_text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Results that show themselves, and fields of dataclasses that tables show."""
+"""Results that show themselves, and fields of dataclasses as columns of tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Shown:
     """A result that shows its `sections`, in a terminal or a notebook."""
 
     def sections(self) -> Iterable[Section]:
-        """Return what is shown of it."""
+        """Return the tables, figures and texts of a result."""
         raise NotImplementedError
 
     def summary(self) -> str:
-        """Return what came of it, in words and tables."""
+        """Return the texts and tables of a result as a terminal shows them."""
         from rich.console import Console
 
         from osscar.report.terminal import print_section
@@ -39,24 +39,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Column:
-    """How tables show a field, as ``Annotated[float, Column("loss >", decimals)]``.
-
-    Parameters
-    ----------
-    title
-        Heads the column; one that ends in ``>`` holds numbers.
-    value
-        Writes the value of the field.
-    row
-        Writes the cell from all fields, by name, in place of `value`.
-    note
-        What the column tells, where its title is not enough.
-    """
+    """How tables show a field, as ``Annotated[float, Column("loss >", decimals)]``."""
 
     title: str
+    """The title of the column; one that ends in ``>`` is that of numbers."""
     value: Callable[[Any], str] = str
+    """Writes the value of the field."""
     row: Callable[[Mapping[str, Any]], str] | None = None
+    """Writes the cell from all fields, by name, in place of `value`."""
     note: str = ""
+    """What the column tells, where its title is not enough."""
 
     def text(self, name: str, row: Mapping[str, Any]) -> str:
         """Return the cell of the field of this name; empty for a value that is not known."""
@@ -66,15 +58,12 @@ class Column:
 
 
 def columns(of: type[Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
-    """Return by title what writes each cell, of the fields that a class itself declares, in order.
-
-    Cells are written of mappings, such as JSON holds them.
-    """
+    """Return by title what writes a cell from a mapping, for each field that a class declares."""
     return {one.title: partial(one.text, name) for name, one in _declared(of)}
 
 
 def notes(of: type[Any]) -> dict[str, str]:
-    """Return by title what each of the same columns tells, where its title is not enough."""
+    """Return the notes of the same columns by title."""
     return {one.title: one.note for _, one in _declared(of) if one.note}
 
 

@@ -183,7 +183,8 @@ def _spent(point: Point) -> str:
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the tables and figures of a sweep."""
     points, varied, lost = document["points"], _varied(document), sweep_verdict(document)
-    yield Text((f"{capitalized(lost)}.",) if lost else (), look="answer")
+    if lost:
+        yield Text((f"{capitalized(lost)}.",), look="answer")
     yield sweep_table(document)
     for name, measure in _known(points).items():
         both = any(name in _values(point, recovered=True) for point in points)
