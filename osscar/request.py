@@ -16,17 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    ParamSpec,
-    Protocol,
-    TypeAlias,
-    TypeVar,
-    overload,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import lazy_loader
 from annotated_types import Gt, Interval
@@ -68,11 +58,8 @@ DAMP = Interval(ge=0, le=1e9)
 """Refits are the dense weights to nine digits at its end, as FLAP leaves them; far beyond it
 products overflow."""
 
-Keep: TypeAlias = str | int | float | Fraction
+Keep = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
-
-Allocation: TypeAlias = Literal["measured", "uniform"]
-"""How a budget is shared out."""
 
 METHODS = {
     "measured": "widths of least divergence, measured group by group; refits correct the errors of "
@@ -149,13 +136,7 @@ class Widths:
 
 
 def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts.
-
-    Raises
-    ------
-    ValueError
-        If it is neither; the message says what is.
-    """
+    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
     try:
         text = str(value).strip()
     except ValueError:  # of more digits than Python writes
@@ -224,10 +205,10 @@ def _patterns(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-KeepOption: TypeAlias = Annotated[Keep | None, Read(_keep)]
+KeepOption = Annotated[Keep | None, Read(_keep)]
 """What to keep, or None."""
 
-ShareLost: TypeAlias = Annotated[str | float | None, Read(_share_lost)]
+ShareLost = Annotated[str | float | None, Read(_share_lost)]
 """A percentage such as ``"5%"``, or a share; or None."""
 
 
@@ -369,7 +350,7 @@ class PruningRequest:
     max_perplexity_increase: ShareLost = None
     max_top1_drop: ShareLost = None
     smallest: Literal["params", "flops", "size"] | None = None
-    allocation: Allocation = "measured"
+    allocation: Literal["measured", "uniform"] = "measured"
     heads: KeepOption = None
     neurons: KeepOption = None
     channels: KeepOption = None
@@ -435,15 +416,13 @@ class PruningRequest:
             "--max-top1-drop), or what to keep with --heads, --neurons, --channels, --residual or "
             "--experts",
         )
-        yield (
-            self.at_least is not None and not shared,
-            f"at-least is {self.at_least}, which needs a budget; give one, such as --sparsity",
-        )
-        yield (
-            self.allocation != "measured" and not shared,
-            f"allocation is {self.allocation}, which needs a budget; give one, such as --sparsity, "
-            "or omit --allocation",
-        )
+        for name, usual in (("at_least", None), ("allocation", "measured")):
+            value, option = getattr(self, name), name.replace("_", "-")
+            yield (
+                value != usual and not shared,
+                f"{option} is {value}, which needs a budget; give one, such as --sparsity, or omit "
+                f"--{option}",
+            )
         yield (
             self.memory is not None and self.context is None,
             f"memory is {self.memory}, which needs the length of the key/value cache; give "

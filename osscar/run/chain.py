@@ -12,34 +12,49 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from graph import UnitKind
 from graph.tracing.preserve import cache_as
-from osscar.allocation.budget import Budget
+from osscar.allocation.allocate import allocate
+from osscar.allocation.budget import Allocated, Budget
+from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
+from osscar.allocation.measured import known_curves
+from osscar.allocation.widths import asked_groups
 from osscar.base.devices import resolve_device
+from osscar.base.errors import EquivalenceError, ModelError, RequestError
+from osscar.base.printable import engineering, share
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
+from osscar.checkpoint.hf_config import adopt_config
+from osscar.data.batches import Batch
 from osscar.network.modules import count_parameters
 from osscar.offload.on_disk import weight_cache
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
-from osscar.request import PruningRequest
-from osscar.run.feasibility import Feasible, feasible_groups, includes_program_only_groups
+from osscar.request import BudgetKind, PruningRequest, parse_keep
+from osscar.run.feasibility import (
+    Feasible,
+    feasible_groups,
+    in_words,
+    includes_program_only_groups,
+)
 from osscar.run.groups import prune_groups, samples_held_out
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog
-from osscar.run.shrunk import shrunk
-from osscar.run.widths import widths
-from osscar.walk.batch_norm import DenseStatistics, dense_statistics
+from osscar.shrinking.shrink import Proof, rehearse, shrink
+from osscar.shrinking.shrink_program import shrink_program
+from osscar.walk.batch_norm import DenseStatistics, dense_statistics, renew_statistics
 
 
 def prune_prepared(
@@ -139,3 +154,114 @@ def note_origin(pruned: PruningResult, model: nn.Module, calibration: Any) -> No
     note_calibration(pruned.model, calibration, pruned.calibration)
     note_dense(pruned.model, model)
     cache_as(pruned.model, model)
+
+
+@timed(Stage.ALLOCATION)
+def widths(
+    prepared: Prepared,
+    request: PruningRequest,
+    feasible: Feasible,
+    log: RunLog | None,
+    tell: Callable[[str], None],
+    before: Budget | None = None,
+) -> Allocated:
+    """Allocate the units that groups keep, unless the log has them; curves of `before` count."""
+    noted: Allocated | None = prepared.ranks.broadcast(
+        "what was allocated", lambda: None if log is None else log.allocation()
+    )
+    if noted is not None:
+        return noted
+    known = {} if before is None else known_curves(before)
+    try:
+        tell(goal(prepared, request, feasible.skipped_names))
+        found = allocate(prepared, request, feasible.skipped_names, feasible.form, known=known)
+    except RequestError as error:
+        also = f"; {in_words(feasible.skipped)}" if feasible.skipped else ""
+        raise type(error)(f"{error}{also}") from error
+    if log is not None:
+        log.note_allocation(found)
+    return found
+
+
+def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:
+    """Say what the run is to keep and to remove."""
+    _, keep, shared = asked_groups(prepared, request, skipped)
+    left = {group.name: 0 for group in shared}
+
+    def of_parameters(budget: BudgetKind | None) -> str:
+        groups = prepared.groups_with({*keep, *left})
+        cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+        kept = cost.of(keep)
+        if budget is BudgetKind.SPARSITY and request.sparsity is not None:
+            kept -= request.sparsity * (kept - cost.of({**keep, **left}))
+        elif budget is BudgetKind.PARAMS and request.params is not None:
+            asked = parse_keep(request.params)
+            kept = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
+        return (
+            f"keeps {engineering(kept)} of {engineering(cost.dense)} parameters, removes "
+            f"{engineering(cost.dense - kept)}"
+        )
+
+    def told(budget: BudgetKind) -> str:
+        asked = getattr(request, budget)
+        match budget:
+            case BudgetKind.SPEEDUP:
+                return f"is to be {asked:g} times as fast as the dense model"
+            case BudgetKind.FLOPS:
+                return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
+            case BudgetKind.SIZE:
+                return f"keeps {asked} of the bytes that the weights take on disk"
+            case BudgetKind.MEMORY:
+                return f"keeps {asked} of the memory that serving takes"
+        return of_parameters(budget)
+
+    return "; ".join(map(told, request.budgets)) or of_parameters(None)
+
+
+def shrunk(
+    prepared: Prepared,
+    plan: PruningPlan,
+    request: PruningRequest,
+    form: Form,
+    dense: DenseStatistics,
+) -> tuple[nn.Module, Proof, int]:
+    """Shrink a model whose refitted weights are committed, its modules in place, and prove it.
+
+    Also return how many batch-norm layers have new statistics; `dense` are those of the dense
+    model.  A program has no batch-norm layers whose inputs could be observed; the model, in which
+    nothing reads the removed units any more, computes the same.
+    """
+    work = prepared.model
+    inputs = prepared.inputs.proofs(work, request.seed)
+
+    def renew(plan: PruningPlan) -> int:
+        with timed(Stage.PRUNED):
+            mode, ranks = request.batch_norm, prepared.ranks
+            return renew_statistics(work, plan, prepared.batches(), mode, dense, ranks)
+
+    # A budget may take nothing of what only the program can lose; one of bytes counted the program.
+    optional = request.form == "auto" and request.size is None
+    if form is Form.EXPORTED and not (optional and _goes_in_modules(prepared, plan, inputs)):
+        batch_norms = renew(PruningPlan(()))
+        prepared.untouched.put_back(work)
+        with timed(Stage.PROOF):
+            made = shrink_program(work, plan, inputs, prepared.example)
+        return made.model, made.proof, batch_norms
+    prepared.untouched.put_back(work)
+    with timed(Stage.PROOF):
+        proof = shrink(work, plan, inputs, programs=prepared.programs)
+    batch_norms = renew(proof.plan)
+    if isinstance(work, PreTrainedModel):
+        adopt_config(work)
+    return work, proof, batch_norms
+
+
+def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Batch]) -> bool:
+    """Whether modules can lose what a plan removes, if not all that they might have lost."""
+    if any(group.name in prepared.in_programs for group in plan.groups):
+        return False
+    with timed(Stage.TRIAL), suppress(EquivalenceError, ModelError):
+        prepared.untouched.put_back()
+        rehearse(prepared.model, plan, inputs[:1], prepared.programs)
+        return True
+    return False

@@ -24,15 +24,7 @@ from osscar.preparation.fingerprint import JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import (
-    BASELINES,
-    METHODS,
-    Allocation,
-    BudgetKind,
-    Keep,
-    PruningRequest,
-    parse_size_kept,
-)
+from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
 from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, within_memory
 from osscar.run.feasibility import SkippedGroup
 from osscar.run.result import PruningResult
@@ -67,7 +59,7 @@ def jobs(
     values: Sequence[Keep],
     *,
     baselines: bool = False,
-    allocation: Allocation = "measured",
+    allocation: str = "measured",
 ) -> tuple[SweepJob, ...]:
     """Return the points of a sweep, the method itself first, the largest model first."""
     if not values:

@@ -21,8 +21,7 @@ from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows, dense_facts
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
-from osscar.report.figures import color as color_of
-from osscar.report.figures import from_zero, legend, new_figure, png_of, shares
+from osscar.report.figures import color, from_zero, legend, new_figure, png_of, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -39,18 +38,20 @@ from osscar.report.sections import (
     table,
 )
 from osscar.report.shown import columns, notes
-from osscar.request import PruningRequest
-from osscar.run.size_figure import frontier_figure, target_figure
+from osscar.request import PruningRequest, TargetKind
 from osscar.run.target_search import reported_in_words, target_in_words
 from osscar.study.cases import proofs_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
 _QUALITY = ("perplexity", "top-1")
 """Rows of an evaluation that are in the sentence at the top."""
+
+_LOST = {TargetKind.PERPLEXITY: "rise of perplexity", TargetKind.TOP1: "drop of top-1"}
 
 MUCH_NATS, MUCH_AGREEMENT = 0.2, 0.8
 """Much was lost above this divergence, or below this share of likeliest predictions that agree.
@@ -365,17 +366,18 @@ def depth_figure(
     for index, kind in enumerate(kinds):
         mine = {name: group for name, group in groups.items() if group["kind"] == kind}
         at = {name: place for place, name in enumerate(mine, 1)}
-        look: Any = {"color": color_of(index), "markersize": 3.5, "linewidth": 1}
+        look: Any = {"color": color(index), "markersize": 3.5, "linewidth": 1}
         kept = [group["kept"] / group["units"] for group in mine.values()]
         above.plot([*at.values()], kept, "o-", label=kind, **look)
-        pruned = [one for one in layers if one["kind"] == kind]
-        below.plot([at[one["name"]] for one in pruned], [one["relative_loss"] for one in pruned],
-                   "o-", **look)  # fmt: skip
-        bounds = [(at[one["name"]], max(0.0, one["relative_bound"])) for one in pruned
-                  if one["relative_bound"] is not None]  # fmt: skip
+        pruned = [(at[one["name"]], one) for one in layers if one["kind"] == kind]
+        below.plot(
+            [x for x, _ in pruned], [one["relative_loss"] for _, one in pruned], "o-", **look
+        )
+        bounds = [(x, one["relative_bound"]) for x, one in pruned]
+        bounds = [(x, max(0.0, bound)) for x, bound in bounds if bound is not None]
         if bounds:  # hollow and larger, so that a loss that meets its bound is still seen
-            below.plot(*zip(*bounds, strict=True), "s", color="gray", markersize=6,
-                       markerfacecolor="none", label="lower bound")  # fmt: skip
+            ring: Any = {"color": "gray", "markersize": 6, "markerfacecolor": "none"}
+            below.plot(*zip(*bounds, strict=True), "s", label="lower bound", **ring)
     for axes in (above, below):
         from_zero(axes)
     above.yaxis.set_major_formatter(shares)
@@ -385,3 +387,76 @@ def depth_figure(
     below.locator_params(axis="x", integer=True, min_n_ticks=1)
     legend(figure)
     return figure
+
+
+def plot(axes: Axes, points: Sequence[tuple[float, float]], style: str, **look: Any) -> None:
+    """Plot points, if there are any, in the line width and marker size of all these figures."""
+    if points:
+        axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, **look)
+
+
+def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawing:
+    """Draw the predicted distance over the budget, and where a run lies."""
+    limit, highest = budget["limits"][0], max(budget["frontier"]["distance"])
+    at = limit["reached"] / limit["dense"]
+    figure, (axes,) = new_figure()
+    plot(axes, _least(budget), "-", color=color(0), label="least")
+    here = {"predicted": budget["predicted"], "measured": measured}
+    shown = [highest, *filter(None, here.values())]
+    for index, (label, value) in enumerate(here.items()):
+        plot(axes, [(at, value)] if value else [], "oD"[index], color=color(index + 1), label=label)
+    axes.set_yscale("log")
+    # What is far below both ends of the curve and this run is not drawn.
+    axes.set_ylim(min([*shown, 1e-4 * highest]) / 3, 3 * max(shown))
+    axes.xaxis.set_major_formatter(shares)
+    axes.set_xlabel(f"{limit['cost']} kept")
+    axes.set_ylabel(_distance(budget["measure"]))
+    legend(figure)
+    return figure
+
+
+def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawing:
+    """Draw what was measured at each size that was tried, with its bound, and what was chosen.
+
+    The prediction is drawn where it is in the unit of the target.
+    """
+    kind, chosen = TargetKind(target["quality"]), target["chosen"]
+    sizes = [walk["reached"] / target["dense"] for walk in target["walks"]]
+    figure, (axes,) = new_figure()
+    if kind is TargetKind.DIVERGENCE and budget["limits"][0]["cost"] == target["cost"]:
+        wide = max(0.05, max(sizes) - min(sizes))
+        low, high = min(sizes) - wide, max(sizes) + wide
+        near = [point for point in _least(budget) if low <= point[0] <= high]
+        plot(axes, near, "-", color=color(0), label="least")
+    walks = [walk["measured"] for walk in target["walks"]]
+    for label, style, index, at, lost in (
+        ("walks", "o", 1, sizes, walks),
+        ("reported", "D", 2, [sizes[chosen]], [target["reported"]]),
+    ):
+        values, bounds = [one["value"] for one in lost], [one["bound"] for one in lost]
+        plot(axes, [*zip(at, values, strict=True)], style, color=color(index), label=label)
+        axes.vlines(at, values, bounds, color=color(index), linewidth=1.2)
+        axes.plot(at, bounds, "_", color=color(index), markersize=8)
+    axes.axhline(target["most"], color="k", linestyle="--", linewidth=0.9, label="target")
+    ring: Any = {"color": "k", "markersize": 11, "markerfacecolor": "none", "label": "chosen"}
+    axes.plot(sizes[chosen], walks[chosen]["value"], "o", **ring)
+    if kind is TargetKind.DIVERGENCE:
+        axes.set_yscale("log")
+        axes.set_ylabel(_distance(target["measure"]))
+    else:
+        axes.yaxis.set_major_formatter(shares)
+        axes.set_ylabel(_LOST[kind])
+    axes.xaxis.set_major_formatter(shares)
+    axes.set_xlabel(f"{target['cost']} kept")
+    legend(figure)
+    return figure
+
+
+def _least(budget: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the least predicted distance at each size; a logarithm shows no zero."""
+    points = zip(budget["frontier"]["cost"], budget["frontier"]["distance"], strict=True)
+    return [(cost / budget["limits"][0]["dense"], at) for cost, at in points if at > 0]
+
+
+def _distance(measure: str) -> str:
+    return "relative error" if measure == "relative" else "divergence, nats"

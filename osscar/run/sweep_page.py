@@ -27,8 +27,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
-from osscar.run.prune_page import verdict
-from osscar.run.size_figure import plot
+from osscar.run.prune_page import plot, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

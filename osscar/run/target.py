@@ -37,17 +37,10 @@ from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, TargetKind
-from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense
+from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense, widths
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
-from osscar.run.target_search import (
-    Frontier,
-    TargetReport,
-    TargetWalk,
-    next_limit,
-    smallest_within,
-)
-from osscar.run.widths import widths
+from osscar.run.target_search import Frontier, TargetReport, TargetWalk, next_limit, smallest_within
 
 _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""

@@ -20,7 +20,7 @@ from osscar.evaluation.size import count_owned
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
-from osscar.run.widths import goal
+from osscar.run.chain import goal
 from tests.osscar.families import tiny, tokens
 from tests.osscar.test_costs import CNN, random_curves
 
