@@ -27,7 +27,7 @@ DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[_Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
 _Seen: TypeAlias = tuple[int, int, _Statistics]
-"""The statistics of one call of a layer: in which batch, and over how many values."""
+"""Of one call of a layer: the batch, the number of values, and their statistics."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -46,24 +46,22 @@ def dense_statistics(
     mode: BatchNormMode,
     ranks: Ranks = ALONE,
 ) -> DenseStatistics:
-    """Measure what the batch-norm layers of a model that is still dense are called with.
+    """Measure what the batch-norm layers of a dense model are called with, on this rank's batches.
 
-    Nothing is run where the mode needs none of it.  Of the batches, keyword arguments of the model,
-    only those of this rank are run.
+    Nothing is run where the mode needs none of it.
     """
     layers = batch_norms(model)
     if mode == "keep" or not layers:
         return ()
-    found = []
+    found: list[dict[str, list[_Statistics]]] = []
+
+    def see(name: str, x: Tensor) -> None:
+        found[-1][name].append(_measured(x))
+
     for index in _shared_out(batches, ranks):
-        seen: dict[str, list[_Statistics]] = {name: [] for name in layers}
-
-        def see(name: str, x: Tensor, seen: dict[str, list[_Statistics]] = seen) -> None:
-            seen[name].append(_measured(x))
-
-        with failures_named(model, index), reads(model, seen, see):
+        found.append({name: [] for name in layers})
+        with failures_named(model, index), reads(model, layers, see):
             forward(model, batches[index])
-        found.append(seen)
     return found
 
 
@@ -97,7 +95,10 @@ def renew_statistics(
     layers = batch_norms(model)
     if mode == "keep" or not layers:
         return 0
-    before = {name: _stored(layer) for name, layer in layers.items()}
+    before = {
+        name: [x.to(torch.float64, copy=True) for x in _running(layer)]
+        for name, layer in layers.items()
+    }
     seen: dict[str, list[_Seen]] = {name: [] for name in layers}
     original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
@@ -109,15 +110,13 @@ def renew_statistics(
         _set(layer, (mean, var))
         seen[name].append((index, x.numel() // x.shape[1], (mean, var)))
 
-    averages: dict[str, _Statistics] = {}
+    averages: Mapping[str, _Statistics] = {}
     try:
         with reads(model, layers, renew):
             for index in _shared_out(batches, ranks):
                 forward(model, batches[index])
-        found = {name: _average(some) for name, some in _of_all(seen, ranks).items() if some}
-        for name, average in found.items():
-            _check_finite(name, average)
-        averages = found
+        everyone = _of_all(seen, ranks).items()
+        averages = {name: _average(name, some) for name, some in everyone if some}
     finally:
         for name, layer in layers.items():
             _set(layer, averages.get(name, before[name]))
@@ -125,7 +124,7 @@ def renew_statistics(
 
 
 def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> Iterator[_Statistics]:
-    """Yield the dense statistics of a layer, call by call, of those channels that are left."""
+    """Yield the dense statistics of the channels that are left of a layer, call by call."""
     gone = {
         index
         for group in plan.groups
@@ -147,7 +146,7 @@ def _measured(x: Tensor) -> _Statistics:
 
 
 def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[_Seen]]:
-    """Return what all ranks have seen, by layer, in the order in which one process would see it."""
+    """Return what all ranks have seen by layer, in the order of the batches."""
     if ranks.alone:
         return seen
     mine = {
@@ -161,32 +160,27 @@ def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[
     }
 
 
-def _average(seen: Sequence[_Seen]) -> _Statistics:
-    """Weight batches by their number of values."""
+def _average(name: str, seen: Sequence[_Seen]) -> _Statistics:
+    """Return the finite average of a layer's statistics, by how many values each is over."""
     counts = torch.tensor([count for _, count, _ in seen], dtype=torch.float64)
     means = torch.stack([mean for *_, (mean, _) in seen])
     variances = torch.stack([var for *_, (_, var) in seen])
     shares = (counts / counts.sum()).to(means.device)
-    return shares @ means, shares @ variances
+    found = shares @ means, shares @ variances
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found):
+        raise NonFiniteError(
+            f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
+            "use --dtype float32, or leave them as they were (--batch-norm keep)"
+        )
+    return found
 
 
-def _stored(layer: _BatchNorm) -> _Statistics:
+def _running(layer: _BatchNorm) -> _Statistics:
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    return layer.running_mean.double(), layer.running_var.double()
+    return layer.running_mean, layer.running_var
 
 
-def _set(layer: _BatchNorm, statistics: _Statistics) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(statistics[0])
-    layer.running_var.copy_(statistics[1])
-
-
-def _check_finite(name: str, statistics: _Statistics) -> None:
-    for tensor in statistics:
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
-                "use --dtype float32, or leave them as they were (--batch-norm keep)"
-            )
+def _set(layer: _BatchNorm, statistics: Sequence[Tensor]) -> None:
+    for old, new in zip(_running(layer), statistics, strict=True):
+        old.copy_(new)

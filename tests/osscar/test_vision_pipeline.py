@@ -68,10 +68,6 @@ def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
 # ---- batch norm --------------------------------------------------------------------------
 
 
-def batches(count=64, size=32):
-    return [{"x": piece} for piece in images(count).split(size)]
-
-
 def renewed(model, dense, data):
     """Renew the statistics of a model beside a dense one of the same shape."""
     statistics = dense_statistics(dense, data, "correct")
@@ -122,11 +118,12 @@ def test_the_correction_is_the_change_of_the_statistics_on_the_same_data():
     torch.testing.assert_close(model.norm.running_var, dense.norm.running_var * ratio)
 
 
-def test_batches_count_by_their_size():
-    model, dense, x = small_net(), small_net(), images(40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_count_by_their_size(dtype):
+    model, dense, x = small_net().to(dtype), small_net().to(dtype), images(40).to(dtype)
     with torch.no_grad():
         model.stem[0].weight.mul_(1.7)
-    renewed(model, dense, batches(40, 32))
+    renewed(model, dense, [{"x": piece} for piece in x.split(32)])
     change = (model.stem[0](x) - dense.stem[0](x)).mean((0, 2, 3)).detach()
     torch.testing.assert_close(model.stem[1].running_mean, dense.stem[1].running_mean + change)
 
@@ -151,7 +148,7 @@ def test_a_layer_that_is_never_called_keeps_its_statistics():
             return self.used(x)
 
     model = Unused().eval()
-    assert renewed(model, model, batches()) == 1
+    assert renewed(model, model, [{"x": piece} for piece in images().split(32)]) == 1
     assert torch.equal(model.unused.running_mean, torch.zeros(3))
 
 
