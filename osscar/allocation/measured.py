@@ -266,7 +266,7 @@ class _Alone:
         changed = None
         if isinstance(step, LayerStep):
             without = self._without_units(step, keep)
-            changed = step.parameters
+            changed = [getattr(c.module, name) for c in step.consumers for name in c.parameters]
         else:
             without = step.alone(keep, self.request.damp, shaped=not known)
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextvars
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,9 +55,9 @@ class Arrival:
     module: str
     x: Any
     """What it is called with: a tensor, or what is `osscar.consumers.mixtures.Routed`."""
-    output: Tensor | None = None
+    output: Tensor | None
     """What it puts out; None where nobody asks."""
-    stream: Tensor | None = None
+    stream: Tensor | None
     """What will be added to that; None where nobody asks, or knows."""
 
 
@@ -81,7 +81,7 @@ class Coroutine:
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
         self.read: dict[int, weakref.ref[Tensor]] = {}
-        """What some of the calls were given, by call."""
+        """The inputs of some of the calls."""
         self._scratch = scratch
         self._left: _Left | None = None
         self._ending = False
@@ -95,15 +95,21 @@ class Coroutine:
         self.reached += 1
         return self.arrived
 
+    def suspend(self, arrival: Arrival) -> None:
+        """Stop the pass; to be called by a hook of a module that it runs."""
+        if self._ending:  # the model's code caught what ended it
+            raise GreenletExit
+        assert self._greenlet.parent is not None
+        self._greenlet.parent.switch(arrival)
+
     def end(self) -> None:
         """Give up the pass: its context managers are left, and nothing of it stays alive."""
         self._ending = True
         self.arrived = None
-        if self._greenlet and not self._greenlet.dead:
-            with suppress(GreenletExit):
-                self._switch(lambda: self._greenlet.throw(GreenletExit))
+        if self._greenlet:  # it has begun, and not ended
+            self._switch(lambda: self._greenlet.throw(GreenletExit))
 
-    def _switch(self, switch: Callable[[], Any]) -> Arrival | None:
+    def _switch(self, switch: Callable[[], Any]) -> Any:
         self._greenlet.parent = getcurrent()
         around = Surroundings()
         if self._left is not None:
@@ -115,7 +121,7 @@ class Coroutine:
             if not self._greenlet.dead:
                 self._left = _Left(around, self._scratch)
             around.restore()
-        return found if isinstance(found, Arrival) and not self._greenlet.dead else None
+        return None if self._greenlet.dead else found
 
 
 class _Pass(greenlet):
@@ -123,20 +129,9 @@ class _Pass(greenlet):
 
 
 def running() -> Coroutine | None:
-    """Return whose pass is calling, or None if none of a walk is."""
+    """Return the coroutine whose pass is running, if any."""
     current = getcurrent()
     return current.coroutine if isinstance(current, _Pass) else None
-
-
-def suspend(arrival: Arrival) -> None:
-    """Stop the pass that is calling; to be called by a hook of a module."""
-    current = getcurrent()
-    assert isinstance(current, _Pass)
-    if current.coroutine._ending:  # its code caught what ended it
-        raise GreenletExit
-    parent = current.parent
-    assert parent is not None
-    parent.switch(arrival)
 
 
 # ---- what torch keeps for the thread -----------------------------------------------------

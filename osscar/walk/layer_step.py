@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graph import CouplingGroup
-from osscar.base.errors import ModelError, warn
+from osscar.base.errors import warn
 from osscar.base.printable import listed
 from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import device_of
@@ -82,9 +82,6 @@ class LayerStep:
     group: CouplingGroup
     grams: tuple[GramAccumulator, ...] = field(repr=False)
     """What its consumers read, summed over the batches of all ranks."""
-    final: bool = False
-    """Whether weights cannot be committed, since the other groups of the walk are measured on the
-    model as it is."""
     correction_weight: float = 1.0
     """Of the corrections in the targets."""
     committed: bool = False
@@ -96,17 +93,8 @@ class LayerStep:
         return tuple(gram.linear_map for gram in self.grams)
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """What is refitted."""
-        named = ((c, *one) for c in self.consumers for one in c.module.named_parameters("", False))
-        return [tensor for consumer, name, tensor in named if name in consumer.parameters]
-
-    @property
     def known(self) -> tuple[GramAccumulator, ...]:
-        """Of the consumers that read anything: an expert to which no token is sent keeps its rows.
-
-        All of them where none did.
-        """
+        """Of the consumers that read anything, or of all where none did."""
         read = {gram.linear_map.name for gram in self.grams if gram.rows}
         return tuple(g for g in self.grams if g.rows or g.linear_map.name not in read)
 
@@ -123,12 +111,8 @@ class LayerStep:
     def problem(self, keep: int, damp: float) -> SubsetProblem:
         """Pose the group's problem; the sums become its matrices, so that this is done once.
 
-        `damp` is relative to each entry on the Gram matrix's diagonal.
-
-        Warns
-        -----
-        UserWarning
-            If consumers read nothing, or too little: see `osscar.walk.gram.pose`.
+        `damp` is relative to each entry on the Gram matrix's diagonal.  A warning says which
+        consumers read nothing, or too little.
         """
         if self.unread:
             warn(
@@ -151,31 +135,24 @@ class LayerStep:
         return best_regularization(self.known, keep, damps, correction_weight)
 
     def all_rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return what to commit, (p, m) each, of the weights that a solution has of the problem.
-
-        Where a consumer reads what no unit owns, these rows come first, refitted with the others.
-        """
+        """Return what to commit, (p, m) each: the weights of a solution, after the fixed rows."""
         return [gram.all_rows(W) for gram, W in zip(self.known, weights, strict=True)]
 
     def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
-        `weights` are those of a solution.  Fixed rows are dense, too, where the others are.
-
-        What reads an input that never varied keeps its dense weights, if its unit stays: the data
-        say nothing of it.  Damping and floor are chosen beforehand, by samples that are few; this
-        looks at the weights themselves.  A layer of which nothing was held out gets its refit.
+        `weights` are those of a solution.  What reads an input that never varied keeps its dense
+        weights if its unit stays.  A layer of which nothing was held out gets its refit.
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
         tied: list[str] = []
-        gone = set(range(self.group.units)) - set(kept)
         growth, held = 0.0, min(gram.held_rows for gram in self.known)
         for gram, refitted in zip(self.known, self.all_rows(weights), strict=True):
-            dense = gram.linear_map.read_weight()
-            W = _with_silent_rows(gram.linear_map, refitted, kept)
-            plain = dense.clone()
-            plain[_rows(gram.linear_map, gone)] = 0
+            dense, plain = gram.linear_map.read_weight(), self._without(gram.linear_map, kept)
+            rows = _rows(gram.linear_map, kept)
+            silent = rows[(refitted[rows] == 0).all(1)]
+            W = refitted.index_copy(0, silent, dense[silent]) if len(silent) else refitted
             if gram.linear_map.tied:
                 tied.append(gram.linear_map.label)
                 W = plain
@@ -186,7 +163,7 @@ class LayerStep:
             largest = float(dense.abs().max())
             growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
             chosen.append(W)
-            gram.let_go()
+            gram.held = None  # its memory is needed no more
         return Refits(tuple(chosen), tuple(unrefitted), growth, held, tuple(tied))
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
@@ -213,16 +190,20 @@ class LayerStep:
             torch.clear_autocast_cache()
 
     def _write(self, weights: Sequence[Tensor], kept: Sequence[int] | None) -> None:
-        gone = () if kept is None else sorted(set(range(self.group.units)) - set(kept))
         for gram, W in zip(self.known, weights, strict=True):
             change = gram.bias(W)
             gram.linear_map.write_weight(W)
             if change is not None:
                 gram.linear_map.write_bias(gram.linear_map.read_bias() + change)
-        for gram in (gram for gram in self.grams if gone and gram not in self.known):
-            W = gram.linear_map.read_weight()
-            W[_rows(gram.linear_map, gone)] = 0
-            gram.linear_map.write_weight(W)
+        if kept is not None:
+            for consumer in (gram.linear_map for gram in self.grams if gram not in self.known):
+                consumer.write_weight(self._without(consumer, kept))
+
+    def _without(self, consumer: LinearMap, kept: Sequence[int]) -> Tensor:
+        """Return the weights as they are, (p, m), but zero for the units that leave."""
+        W = consumer.read_weight()
+        W[_rows(consumer, set(range(self.group.units)) - set(kept))] = 0
+        return W
 
     def adopt(self, written: Iterable[Tensor]) -> None:
         """Write what another rank has committed, as `LinearMap.read` of each consumer has it."""
@@ -233,11 +214,6 @@ class LayerStep:
 
     @contextmanager
     def _written(self) -> Iterator[None]:
-        if self.final:
-            raise ModelError(
-                f"the weights of {self.group.name!r} cannot be written: all groups of this walk "
-                "are measured on the same model; walk in turn"
-            )
         self._committing(self)
         yield
         torch.clear_autocast_cache()  # which may hold the old weight in half precision
@@ -250,12 +226,3 @@ def _rows(consumer: LinearMap, units: Iterable[int]) -> Tensor:
     return torch.tensor(
         [row for unit in units for row in owned[unit]], dtype=torch.int64, device=device
     )
-
-
-def _with_silent_rows(consumer: LinearMap, W: Tensor, kept: Sequence[int]) -> Tensor:
-    """Return weights whose rows of units that stay are dense where they are zero throughout."""
-    rows = _rows(consumer, kept)
-    silent = rows[(W[rows] == 0).all(1)] if len(rows) else rows
-    if not len(silent):
-        return W
-    return W.index_copy(0, silent, consumer.read_weight()[silent])

@@ -18,6 +18,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
-from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running, suspend
+from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running
 from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.schedule import Schedule, learned_calls
@@ -116,28 +117,19 @@ class Walk:
             self._start()
         for call in sorted(set(itertools.chain(*calls.values()))):
             here = [group for group in groups if call in calls[group.name]]
+            read: list[GramAccumulator] = []
             for group in here:
                 if group.name not in grams:
                     grams[group.name] = self._empty_sums(group)
-            self._measure(
-                call,
-                [
-                    gram
-                    for group in here
-                    for gram in grams[group.name]
-                    if len(calls[group.name]) == 1 or gram.linear_map.name == self.calls[call]
-                ],
-            )
+                once = len(calls[group.name]) == 1
+                name = self.calls[call]
+                read += [g for g in grams[group.name] if once or g.linear_map.name == name]
+            self._measure(call, read)
             for group in here:
                 if call != calls[group.name][-1]:
                     continue
                 all_reduce(grams[group.name], self._prepared.ranks, group.name)
-                step = LayerStep(
-                    group,
-                    grams.pop(group.name),
-                    final=not self._in_turn,
-                    _committing=self._committing,
-                )
+                step = LayerStep(group, grams.pop(group.name), _committing=self._committing)
                 yield step
                 if step.committed and len(calls[group.name]) > 1:
                     self._end()  # the batches have passed calls through weights that are no longer
@@ -158,43 +150,35 @@ class Walk:
         self._end()
         self.passes += 1
         self._at = 0
-        self._runs = [self._coroutine(index, dense=False) for index in self._mine]
-        if self._target.needs_dense:
-            self._dense = [self._coroutine(index, dense=True) for index in self._mine]
 
-    def _coroutine(self, index: int, *, dense: bool) -> Coroutine:
-        batch, model = self._batches[index], self._model
-        return Coroutine(
-            index, dense, lambda: forward(model, batch), self._scratch, Keeper(self._passages)
-        )
+        def set_out(*, dense: bool) -> list[Coroutine]:
+            passes = ((i, partial(forward, self._model, self._batches[i])) for i in self._mine)
+            return [
+                Coroutine(index, dense, run, self._scratch, Keeper(self._passages))
+                for index, run in passes
+            ]
+
+        self._runs = set_out(dense=False)
+        self._dense = set_out(dense=True) if self._target.needs_dense else []
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
-        """Let each batch arrive at a call, and add up what it brings."""
-        for place, run in enumerate(self._runs):
-            both = [run, self._dense[place]] if self._target.needs_dense else [run]
+        """Let each batch arrive at a call, in the dense stream, too, and add up what it brings."""
+        for run, other in itertools.zip_longest(self._runs, self._dense):
             with timed(Stage.WALK):
-                self._measure_batch(both, call, grams)
+                stood_there = run.reached == call
+                arrival, D = self._bring(run, call), None
+                if other is not None:
+                    dense, output = self._bring(other, call), arrival.output
+                    if stood_there:  # another group that it reads may have been committed since
+                        output = exact_output(holder(self._model, arrival.module), arrival.x)
+                    assert dense.output is not None
+                    assert output is not None
+                    D = correction(dense.output, output, dense.stream, arrival.stream)
+                x = afresh(arrival.x)
+                with timed(Stage.GRAM):
+                    for gram in grams:
+                        gram.add_call(x, D, held=run.index >= self._held_from)
         self._at = call
-
-    def _measure_batch(
-        self, both: Sequence[Coroutine], call: int, grams: Sequence[GramAccumulator]
-    ) -> None:
-        """Let one batch arrive at a call, in the dense stream, too, and add up what it brings."""
-        run, *beside = both
-        stood_there = run.reached == call
-        arrival = self._bring(run, call)
-        D = None
-        for other in beside:
-            dense, output = self._bring(other, call), arrival.output
-            if stood_there:  # another group that the consumer reads may have been committed since
-                output = exact_output(holder(self._model, arrival.module), arrival.x)
-            assert dense.output is not None
-            assert output is not None
-            D = correction(dense.output, output, dense.stream, arrival.stream)
-        x = afresh(arrival.x)
-        with timed(Stage.GRAM):
-            for gram in grams:
-                gram.add_call(x, D, held=run.index >= self._held_from)
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
@@ -203,11 +187,9 @@ class Walk:
             with failures_named(self._model, run.index), self._tied_as_dense(run):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
-                way = (
-                    f"never reaches {expected!r}"
-                    if arrival is None
-                    else f"calls {arrival.module!r} where others call {expected!r}"
-                )
+                way = f"never reaches {expected!r}"
+                if arrival is not None:
+                    way = f"calls {arrival.module!r} where others call {expected!r}"
                 raise DataError(
                     f"calibration batch {run.index} {way}: what it runs depends on the data or on "
                     "an earlier pass, and cannot be measured; give batches that run alike"
@@ -269,7 +251,7 @@ class Walk:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
                 needed, module = self._target.needs_dense, holder(self._model, name)
                 output = exact_output(module, x) if needed else None
-                suspend(Arrival(name, x, output, run.keeper.take(name)))
+                run.suspend(Arrival(name, x, output, run.keeper.take(name)))
 
         def after(name: str, x: Any, y: Tensor) -> None:
             run = running()
@@ -280,7 +262,7 @@ class Walk:
             if not is_station(name):
                 self._exchange(name)
             if name in self._names:
-                suspend(Arrival(name, x, output, run.keeper.take(name)))
+                run.suspend(Arrival(name, x, output, run.keeper.take(name)))
 
         def keeper() -> Keeper | None:
             run = running()
