@@ -59,18 +59,13 @@ class GramAccumulator:
         return (self.fitted,) if self.held is None else (self.fitted, self.held)
 
     @property
-    def positions(self) -> int:
-        """How many positions weights are fitted to."""
-        return self.fitted.positions
-
-    @property
     def rows(self) -> int:
-        """At how many of them the consumer reads anything."""
+        """At how many positions, of those weights are fitted to, the consumer reads anything."""
         return self.fitted.rows
 
     @property
     def held_rows(self) -> int:
-        """At how many positions that were held out the consumer reads anything."""
+        """The same of the positions that were held out."""
         return 0 if self.held is None else self.held.rows
 
     def add_call(self, x: Any, D: Tensor | None, *, held: bool = False) -> None:
@@ -93,41 +88,56 @@ class GramAccumulator:
         self.parts[held].add(X, D)
 
     def held_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
-        """Return by how much the error on what was held out rises from one W, (p, m), to another.
+        """Return by how much the held-out error rises from one W, (p, m), to another.
 
         Targets have their corrections in full, and a bias takes up what it does of `fitted`.
         """
         assert self.held is not None
         return self.held.centred(about=self.fitted).rise(W0, before, after)
 
-    def let_go(self) -> None:
-        """Free the sums of what was held out."""
-        self.held = None
-
     def consumer(self, damp: float, correction_weight: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
-        Fixed rows are eliminated, and `all_rows` has them.  The sums that weights are fitted to
-        become its Hessian: only that, `bias`, `held_rise` and numbers of positions are left to be
-        asked then.
+        The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`, `held_rise`
+        and numbers of positions can be asked for afterwards.
+
+        Fixed rows are eliminated, and pulled towards no change.  Losses stay relative to what is
+        lost without any unit where they do not change.  Scores of units then go by what fixed rows
+        do not explain, and not by variances.
         """
-        W0 = self.linear_map.read_unit_weight()
+        W0, units = self.linear_map.read_unit_weight(), self.linear_map.unit_rows
+        fixed, n = self.linear_map.fixed, self.rows
         H, targets, variance = self.fitted.given_up(W0, correction_weight)
-        consumer, self._fixed = posed(
-            self.linear_map,
+        if not fixed:
+            return damped_by_input(
+                H, W0, targets=targets, units=units, damp=damp, positions=n, variance=variance
+            )
+        # Squares of what is nearly zero vanish in float32 before its products with others do.
+        silent = self.linear_map.vacant | (H.diagonal() == 0)
+        H.clear(silent)
+        G, e = (H.product(W0), None) if targets is None else targets
+        G[silent] = 0
+        added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), n, fixed)
+        e = (inner(W0, G) if e is None else e) + float(added @ W0.square().sum(1))
+        G.addcmul_(added[:, None], W0)
+        silent[fixed:] = False  # `Consumer` knows what to do with those of units
+        H.add_diagonal(added + silent.to(added))
+        self._fixed, H, G, least = eliminate_fixed(H, G, e, fixed)
+        return Consumer.from_gram(
             H,
-            W0,
-            targets=targets,
-            damp=damp,
-            positions=self.rows,
-            variance=variance,
+            W0[fixed:].clone(),
+            G=None if targets is None else G,
+            e=None if targets is None else least + _ROUNDING * e,
+            units=[[row - fixed for row in own] for own in units],
+            damp=0.0,
+            scale=e,
+            overwrite=True,
         )
-        return consumer
 
     def all_rows(self, W: Tensor) -> Tensor:
         """Return the weights of all rows, (p, m), given those of the problem.
 
-        The module still has those that it was measured with.
+        The module still has the weights that it was measured with.
         """
         if self._fixed is None:
             return W
@@ -139,8 +149,7 @@ class GramAccumulator:
     def bias(self, W: Tensor) -> Tensor | None:
         """Return by how much the bias changes with new weights, (p, m); None where there is none.
 
-        It takes up the mean of the corrections in full: of all that is fitted, a mean is known
-        best.  The module still has the dense weights.
+        It takes up the mean of the corrections in full.  The module still has the dense weights.
         """
         if self.linear_map.bias is None:
             return None
@@ -164,11 +173,10 @@ def all_reduce(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str)
 def pulls(energies: Tensor, positions: int, fixed: int = 0) -> Tensor:
     """Return what damping is relative to, (p,): each input's energy, and no less than a floor.
 
-    Relative to its own energy alone, an input that is nearly zero on all data that were seen may
-    take any weight, and fresh data, on which it is not, are multiplied by that.  So no input counts
-    for less than if it had the mean energy at `_UNSEEN` positions more.  Inputs that were zero
-    throughout have no weights to hold back: removing them is free.  The first rows are fixed, and
-    pulled by `_FIXED_PULL` times as much.
+    No input counts for less than if it had the mean energy at `_UNSEEN` positions more: else one
+    that is nearly zero on all data that were seen could take any weight, by which fresh data are
+    multiplied.  Inputs that were zero throughout have no weights to hold back.  The first rows are
+    fixed, and pulled by `_FIXED_PULL` times as much.
     """
     varies = energies > 0
     mean = energies.sum() / varies.sum().clamp(min=1)
@@ -192,9 +200,9 @@ def damped_by_input(
 
     The proximal term is ``sum_j damp s_j |W_j - W0_j|^2`` with s as of `pulls`.  Relative to the
     mean of the diagonal it would swamp ordinary inputs wherever a few tokens with massive
-    activations carry most of the trace.  The tensors given are written to, and become those of the
-    consumer: the undamped Gram matrix, summed over so many positions, dense weights, and G and e of
-    targets that are not what these weights put out.
+    activations carry most of the trace.  The tensors become those of the consumer: the undamped
+    Gram matrix, summed over so many positions, dense weights, and G and e of other targets than
+    what these weights put out.
     """
     added = damp * pulls(H.diagonal(), positions)
     G = e = None
@@ -205,53 +213,6 @@ def damped_by_input(
     return Consumer.from_gram(
         H, W0, G=G, e=e, units=units, damp=0.0, variance=variance, overwrite=True
     )
-
-
-def posed(
-    linear_map: LinearMap,
-    H: Symmetric,
-    W0: Tensor,
-    *,
-    damp: float,
-    positions: int,
-    targets: tuple[Tensor, float] | None = None,
-    variance: Tensor | None = None,
-) -> tuple[Consumer, FixedRows | None]:
-    """Return the consumer of the units' rows, and what gives the fixed ones back, if there are any.
-
-    The arguments are those of `damped_by_input`, of all rows, and W0 is `read_unit_weight`: fixed
-    rows are pulled towards no change.  Losses stay relative to what is lost without any unit where
-    they do not change.  `variance` is left out where there are any: scores of units then go by what
-    fixed rows do not explain.
-    """
-    units, fixed = linear_map.unit_rows, linear_map.fixed
-    if not fixed:
-        consumer = damped_by_input(
-            H, W0, targets=targets, units=units, damp=damp, positions=positions, variance=variance
-        )
-        return consumer, None
-    # Squares of what is nearly zero vanish in float32 before its products with others do.
-    silent = linear_map.vacant | (H.diagonal() == 0)
-    H.clear(silent)
-    G, e = (H.product(W0), None) if targets is None else targets
-    G[silent] = 0
-    added = max(damp, _LEAST_DAMP) * pulls(H.diagonal(), positions, fixed)
-    e = (inner(W0, G) if e is None else e) + float(added @ W0.square().sum(1))
-    G.addcmul_(added[:, None], W0)
-    silent[fixed:] = False  # `Consumer` knows what to do with those of units
-    H.add_diagonal(added + silent.to(added))
-    rows, H, G, least = eliminate_fixed(H, G, e, fixed)
-    consumer = Consumer.from_gram(
-        H,
-        W0[fixed:].clone(),
-        G=None if targets is None else G,
-        e=None if targets is None else least + _ROUNDING * e,
-        units=[[row - fixed for row in own] for own in units],
-        damp=0.0,
-        scale=e,
-        overwrite=True,
-    )
-    return consumer, rows
 
 
 def pose(
@@ -266,17 +227,22 @@ def pose(
     Where there are several, each layer's loss counts relative to that of removing everything, as
     otherwise the layer with the largest outputs would choose alone.  The refit is the same either
     way.  All groups of a grouped convolution are one layer, and all experts of a mixture.  The sums
-    are given up, as of `GramAccumulator.consumer`.
-
-    Warns
-    -----
-    UserWarning
-        If a layer read fewer positions than it has inputs, so that only the damping makes the
-        problem well posed.
+    are given up, as of `GramAccumulator.consumer`.  A warning names the layers that read fewer
+    positions than they have inputs.
     """
-    _warn_of_few(accumulators)
-    consumers = [accumulator.consumer(damp, correction_weight) for accumulator in accumulators]
     layers = [accumulator.linear_map.name for accumulator in accumulators]
+    for layer in dict.fromkeys(layers):
+        own = [one for one in accumulators if one.linear_map.name == layer]
+        few = [one for one in own if 0 < one.rows < one.linear_map.rows]
+        if few:
+            least = min(few, key=lambda one: one.rows)
+            more = f", and too few at {len(few) - 1} more of the {len(own)}" if few[1:] else ""
+            warn(
+                f"{least.linear_map.label}: {pluralize(least.rows, 'calibration position')} for "
+                f"{pluralize(least.linear_map.rows, 'input')}{more}; the Gram matrix is "
+                "rank-deficient and only damping makes up for it. Use more samples or larger ones."
+            )
+    consumers = [accumulator.consumer(damp, correction_weight) for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)
     for layer, consumer in zip(layers, consumers, strict=True):
         totals[layer] += consumer.e if consumer.scale is None else consumer.scale
@@ -285,21 +251,3 @@ def pose(
             # One after the other: what is divided makes way for what comes of it.
             consumers[place] = consumers[place].divided(totals[layer] or 1.0)
     return SubsetProblem(tuple(consumers), keep, name)
-
-
-def _warn_of_few(accumulators: Sequence[GramAccumulator]) -> None:
-    """Say of each layer where only the damping makes up for too few positions."""
-    layers: dict[str, list[GramAccumulator]] = {}
-    for one in accumulators:
-        layers.setdefault(one.linear_map.name, []).append(one)
-    for own in layers.values():
-        few = [one for one in own if 0 < one.rows < one.linear_map.rows]
-        if not few:
-            continue
-        least = min(few, key=lambda one: one.rows)
-        more = f", and too few at {len(few) - 1} more of the {len(own)}" if len(few) > 1 else ""
-        warn(
-            f"{least.linear_map.label}: {pluralize(least.rows, 'calibration position')} for "
-            f"{pluralize(least.linear_map.rows, 'input')}{more}; the Gram matrix is rank-deficient "
-            "and only damping makes up for it. Use more samples or larger ones."
-        )

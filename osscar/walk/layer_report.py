@@ -20,14 +20,6 @@ _LOSS = (
 )
 
 
-def _kept(layer: Mapping[str, Any]) -> str:
-    return f"{layer['kept']} of {layer['units']}"
-
-
-def _bound(bound: float) -> str:
-    return decimals(max(0.0, bound))
-
-
 def _certificate(layer: Mapping[str, Any]) -> str:
     if layer["lower_bound"] is None:
         return ""
@@ -35,12 +27,16 @@ def _certificate(layer: Mapping[str, Any]) -> str:
     return known if layer["recomputed_bound"] is None else f"{known}, recomputed"
 
 
-def _count(count: int) -> str:
-    return str(count or "")
+def _bound(bound: float) -> str:
+    return decimals(max(0.0, bound))
 
 
 def _growth(times: float) -> str:
     return f"{times:,.3g}x" if times > GROWN else ""
+
+
+def _count(count: int) -> str:
+    return str(count or "")
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +92,7 @@ class LayerReport(SolutionRecord):
     name: Annotated[str, Column("group")]
     kind: str
     units: int
-    kept: Annotated[int, Column("kept >", row=_kept)]
+    kept: Annotated[int, Column("kept >", row="{0[kept]} of {0[units]}".format)]
     relative_loss: Annotated[float, Column("loss >", decimals, note=_LOSS)]
     refitted_loss: Annotated[
         float | None, Column("refitted >", decimals, note="loss of experts after the refit")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,11 +45,15 @@ def best_regularization(
     """Return a damping, of those given, and the correction weight: what serves held-out samples.
 
     The correction weight may be given, too.  Consumers of which nothing was held out have no say.
-    The units kept are those that weights and inputs of the largest norm belong to: what is best
-    hardly depends on them.
+    The units kept are those of the largest weights times inputs: what is best hardly depends on
+    them.  The error of each layer counts relative to the energy of its output.
     """
     read = [(one, one.fitted.centred()) for one in accumulators]
-    sizes = _sizes(read)
+    sizes = {one.linear_map.name: 0.0 for one in accumulators}
+    for one, fitted in read if len(sizes) > 1 else ():
+        W0 = one.linear_map.read_unit_weight()
+        sizes[one.linear_map.name] += float((W0 * fitted.product(W0)).sum())
+    sizes = {name: size if size > 0 else 1.0 for name, size in sizes.items()}
     parts = [
         _Part.of(one, fitted, rows, sizes[one.linear_map.name])
         for (one, fitted), rows in zip(read, _kept_rows(read, sizes, keep), strict=True)
@@ -58,7 +61,7 @@ def best_regularization(
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
     best, least = (default, correction_weight or 0.0), math.inf
-    # In this order: where they say nothing, such as of inputs that are always zero, none is better.
+    # The default comes first: where all inputs are zero, no other is better.
     for damp in sorted(damps, key=lambda damp: damp != default):
         terms = [part.errors(damp) for part in parts]
         error, slope, curve = (float(sum(term)) for term in zip(*terms, strict=True))
@@ -72,25 +75,10 @@ def best_regularization(
     return best
 
 
-_Read: TypeAlias = Sequence[tuple[GramAccumulator, Centred]]
-
-
-def _sizes(read: _Read) -> dict[str, float]:
-    """Return the energy of what each layer puts out, relative to which its error counts."""
-    sizes = {one.linear_map.name: 0.0 for one, _ in read}
-    if len(sizes) == 1:
-        return dict.fromkeys(sizes, 1.0)
-    for one, fitted in read:
-        W0 = one.linear_map.read_unit_weight()
-        sizes[one.linear_map.name] += float((W0 * fitted.product(W0)).sum())
-    return {name: size if size > 0 else 1.0 for name, size in sizes.items()}
-
-
-def _kept_rows(read: _Read, sizes: dict[str, float], keep: int) -> list[Tensor]:
-    """Return the rows, (r,) int64, of the units with the largest weights times inputs.
-
-    Before them come the fixed rows that can change.
-    """
+def _kept_rows(
+    read: Sequence[tuple[GramAccumulator, Centred]], sizes: dict[str, float], keep: int
+) -> list[Tensor]:
+    """Return the rows, (r,) int64: the fixed ones that can change, and those of the units kept."""
     units = [one.linear_map.unit_rows for one, _ in read]
     scores = torch.zeros(len(units[0]), dtype=torch.float64)
     for (one, fitted), owned in zip(read, units, strict=True):
@@ -130,7 +118,13 @@ class _Part:
         """Take what concerns these rows."""
         assert one.held is not None
         held, W0 = one.held.centred(about=one.fitted), one.linear_map.read_unit_weight()
-        seen = _directions(W0)
+        m = W0.shape[1]
+        if m <= _DIRECTIONS:
+            seen = torch.eye(m, dtype=W0.dtype, device=W0.device)
+        else:
+            drawn = torch.Generator().manual_seed(0)
+            seen = torch.randn(m, _DIRECTIONS, generator=drawn, dtype=W0.dtype).to(W0.device)
+            seen /= math.sqrt(_DIRECTIONS)
         W0 = W0 @ seen
         corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
         energies = fitted.diagonal.masked_fill(one.linear_map.vacant, 0.0)
@@ -154,28 +148,16 @@ class _Part:
         factor = self.H.copy()
         factor.add_diagonal(torch.where(added > 0, added, 1.0))
         factor.factorize()
-        base = self._solved(factor, self.plain + added[:, None] * self.W0)
+        base = self.plain + added[:, None] * self.W0
+        factor.forward(base)
+        factor.backward(base)
         seen = self.held_H.product(base)
         error = float((base * (seen - 2 * self.held_G)).sum())
         if self.corrections is None:
             return error / self.size, 0.0, 0.0
-        step = self._solved(factor, self.corrections.clone())
+        step = self.corrections.clone()
+        factor.forward(step)
+        factor.backward(step)
         slope = float((step * (self.held_G - seen)).sum())
         curve = float((step * self.held_H.product(step)).sum())
         return error / self.size, slope / self.size, curve / self.size
-
-    @staticmethod
-    def _solved(factor: Symmetric, B: Tensor) -> Tensor:
-        factor.forward(B)
-        factor.backward(B)
-        return B
-
-
-def _directions(W0: Tensor) -> Tensor:
-    """Return random directions of the outputs, (m, q); all of them where there are few."""
-    m = W0.shape[1]
-    if m <= _DIRECTIONS:
-        return torch.eye(m, dtype=W0.dtype, device=W0.device)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(m, _DIRECTIONS, generator=generator, dtype=W0.dtype)
-    return drawn.to(W0.device) / math.sqrt(_DIRECTIONS)

@@ -199,7 +199,7 @@ def _type_of_sums(X: Tensor) -> torch.dtype:
 class Centred:
     """``H = mean (x - c)(x - c)'`` of inputs x, and ``C = mean (x - c)(d - b)'`` of corrections d.
 
-    Both are read from half a matrix of sums that is never made whole.
+    Both are read from half a matrix of sums.
     """
 
     sums: Symmetric = field(repr=False)
@@ -263,15 +263,11 @@ class Centred:
             step, both = after[:, some] - before[:, some], after[:, some] + before[:, some]
             risen += inner(step, self.product(both.sub_(W0[:, some], alpha=2)))
             if self.cross is not None:
-                risen -= 2 * self._corrected(step * self._varies[:, None], some)
+                D, d, b = step * self._varies[:, None], self.d[some], self.b[some]
+                corrected = inner(D, self.cross[:, some]) / self.positions
+                corrected -= float((self.x @ D) @ b) + float((self.c @ D) @ (d - b))
+                risen -= 2 * corrected
         return risen
-
-    def _corrected(self, D: Tensor, some: slice) -> float:
-        """Return ``tr(D'C)`` of some outputs."""
-        assert self.cross is not None
-        found = inner(D, self.cross[:, some]) / self.positions
-        d, b = self.d[some], self.b[some]
-        return found - float((self.x @ D) @ b) - float((self.c @ D) @ (d - b))
 
     def _shift(self) -> tuple[Tensor, Tensor]:
         """Return factors, (p, 2) and (2, p), of ``x c' + c x' - c c'``."""

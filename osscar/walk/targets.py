@@ -14,8 +14,7 @@ from __future__ import annotations
 import abc
 import enum
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -74,22 +73,22 @@ _Passage: TypeAlias = tuple[str, int, str, int | str]
 
 
 class _Passing:
-    """Tells of all tensors that modules read and put out, in their order."""
+    """Shows all tensors that modules read and put out, in their order, to `see`."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = defaultdict(int)
 
     def read(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take what a module is called with."""
-        self._tell(name, "in", [*enumerate(args), *kwargs.items()])
+        self._see_all(name, "in", [*enumerate(args), *kwargs.items()])
 
     def put_out(self, name: str, result: Any) -> None:
         """Take what a module puts out; its call is over."""
         several = result if isinstance(result, tuple | list) else (result,)
-        self._tell(name, "out", enumerate(several))
+        self._see_all(name, "out", enumerate(several))
         self.calls[name] += 1
 
-    def _tell(self, name: str, side: str, values: Iterable[tuple[int | str, Any]]) -> None:
+    def _see_all(self, name: str, side: str, values: Iterable[tuple[int | str, Any]]) -> None:
         for key, value in values:
             if isinstance(value, Tensor):
                 self.see((name, self.calls[name], side, key), value)
@@ -104,9 +103,8 @@ def streams(
 ) -> dict[str, tuple[_Passage, ...]]:
     """Run a model once; return where the tensors pass that are added to what consumers put out.
 
-    That is by the name of the consumer, only of those that are called once, and to whose output
-    something is added that has passed a module before, unchanged since.  It may have other leading
-    dimensions.
+    Returned by name are the consumers that are called once, and to whose output something is added
+    that has passed a module before, unchanged since.  It may have other leading dimensions.
     """
     watch = _Watch(set(names))
     inner = [name for name, _ in model.named_modules() if name]
@@ -157,7 +155,11 @@ class _Watch(_Passing, TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         adding = func in _ADDITIONS and len(args) >= 2 and not (kwargs or {}).get("alpha")
-        versions = [t._version for t in args[:2] if _plain(t)] if adding else []
+        versions = [
+            t._version
+            for t in (args[:2] if adding else ())
+            if isinstance(t, Tensor) and not t.is_inference()
+        ]
         result = func(*args, **(kwargs or {}))
         if len(versions) == 2 and isinstance(result, Tensor):
             self._alive += [result, *args[:2]]
@@ -183,10 +185,6 @@ class _Watch(_Passing, TorchFunctionMode):
                 self.added[name].append(passage)
         if id(own) in self._parts:
             self._parts[id(result)] |= self._parts[id(own)]
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.is_inference()
 
 
 class Keeper(_Passing):
@@ -215,21 +213,3 @@ class Keeper(_Passing):
             if self._last[passage] == consumer:
                 del self._kept[passage]
         return total
-
-
-def kept_streams(
-    model: nn.Module, modules: Iterable[str], keeper: Callable[[], Keeper | None]
-) -> AbstractContextManager[None]:
-    """Show the keeper of the pass that is running, if any, what some modules read and put out."""
-
-    def before(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        own = keeper()
-        if own is not None:
-            own.read(name, args, kwargs)
-
-    def after(name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        own = keeper()
-        if own is not None:
-            own.put_out(name, result)
-
-    return hooks(model, modules, before, after)

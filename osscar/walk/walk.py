@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graph import CouplingGroup
 from osscar.base.errors import DataError
@@ -33,6 +33,7 @@ from osscar.consumers.layers import RECURRENT
 from osscar.consumers.observe import afresh, exact_output, reads
 from osscar.consumers.products import holder, is_station
 from osscar.data.batches import Batch, ModelInputs
+from osscar.network.hooks import hooks
 from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import failures_named
@@ -42,7 +43,7 @@ from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.schedule import Schedule, learned_calls
 from osscar.walk.sums import sum_bytes
-from osscar.walk.targets import Keeper, Target, correction, kept_streams, streams
+from osscar.walk.targets import Keeper, Target, correction, streams
 
 
 class Walk:
@@ -264,15 +265,19 @@ class Walk:
             if name in self._names:
                 run.suspend(Arrival(name, x, output, run.keeper.take(name)))
 
-        def keeper() -> Keeper | None:
-            run = running()
-            return None if run is None else run.keeper
+        def keep_read(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+            if (run := running()) is not None:
+                run.keeper.read(name, args, kwargs)
+
+        def keep_put_out(name: str, _: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            if (run := running()) is not None:
+                run.keeper.put_out(name, result)
 
         dense = {name for name in self._originals if not is_station(name)}
         read = self._names | (dense if self._target.needs_dense else set())
         passed = {module for some in self._passages.values() for module, *_ in some}
         with (
-            kept_streams(self._model, passed, keeper),
+            hooks(self._model, passed, keep_read, keep_put_out),
             reads(self._model, read, before, after),
         ):
             yield

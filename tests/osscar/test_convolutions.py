@@ -81,7 +81,7 @@ def test_windows_times_weights_are_what_the_convolution_computes(pair, monkeypat
         expected -= model.second.bias.detach().view(-1, *[1] * (hidden.ndim - 2))
     Y = (X @ one.read_weight()).view(len(x), -1, expected.shape[1])
     torch.testing.assert_close(Y.mT.reshape(expected.shape), expected)
-    assert accumulator.positions == len(X)
+    assert accumulator.fitted.positions == len(X)
     torch.testing.assert_close(accumulator.fitted.gram.dense(), X.T @ X)
     # Memory is bounded, and the Gram matrix stays the same.
     row = _windows(one.module, hidden)[0, 0].numel() * 8

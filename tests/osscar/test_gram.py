@@ -56,7 +56,7 @@ def test_a_hundred_thousand_tokens_are_summed_as_exactly_as_is_said(dtype, bias)
     for batch in torch.split(X, 30_001):
         gram.add(batch)
     error = worst_error(gram.fitted.gram.dense(), X)
-    assert gram.positions == TOKENS
+    assert gram.fitted.positions == TOKENS
     assert error <= (1e-6 if dtype in HALVES else 1e-13)
     if dtype is torch.bfloat16 and not bias:  # one product would round tokens away
         assert worst_error(X.T @ X, X) > 1000 * error
@@ -132,7 +132,7 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
     assert consumer.e == pytest.approx(e, rel=1e-10)
     torch.testing.assert_close(consumer.variance, X.var(0, correction=0), rtol=1e-9, atol=1e-12)
     assert solvers.SubsetProblem((consumer,), 12).dead.tolist() == ([5] if bias else [])
-    assert gram.positions == 400
+    assert gram.fitted.positions == 400
     with pytest.raises(ModelError, match="was handed to its problem"):
         gram.consumer(0.01)
 

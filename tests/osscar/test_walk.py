@@ -381,6 +381,6 @@ def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
     with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
         (step,) = walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
         (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
-    assert (gram.positions, gram.held_rows) == (5, 2)
+    assert (gram.fitted.positions, gram.held_rows) == (5, 2)
     torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
     torch.testing.assert_close(gram.held.gram.dense(), (X[5:].T @ X[5:]).detach())
