@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
-from osscar.allocation.costs import ROUNDING, Cost, Costs
+from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.divergence import Measure
 from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, measured_curves
@@ -61,14 +61,11 @@ class Sharing:
         return {name: int(some[0]) for name, some in self.options.items()}
 
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
-        """Return what groups keep so that the model costs at most what is allowed, or the least.
-
-        Beside it comes what no other widths are predicted to lose less than, as of
-        `Search.choose`.
-        """
-        costs, limits = Costs(tuple(one.cost for one in allowed)), [one.most for one in allowed]
+        """Return what groups keep so that the model costs at most what is allowed, or the least."""
+        limits = [one.most for one in allowed]
         if self.curves is not None:
-            return self._search(self.curves, costs).choose(limits)
+            return self._search(self.curves, allowed).choose(limits)
+        costs = [one.cost for one in allowed]
         return Chosen(equal_shares(self.options, self.others, costs, limits))
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
@@ -84,7 +81,7 @@ class Sharing:
         told: dict[str, Any] = {}
         parts: dict[str, float] = {}
         if self.curves is not None:
-            search = self._search(self.curves, Costs(tuple(one.cost for one in allowed)))
+            search = self._search(self.curves, allowed)
             own = {name: self.curves[name] for name in search.options}
             parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
             told = {
@@ -109,9 +106,9 @@ class Sharing:
         }
         return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
-    def _search(self, curves: Mapping[str, Curve], costs: Costs) -> Search:
+    def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
         losses = {name: curves[name].losses[some] for name, some in self.options.items()}
-        return Search(self.options, losses, self.others, costs)
+        return Search(self.options, losses, self.others, [one.cost for one in allowed])
 
 
 def _binds(limit: Limit) -> tuple[float, float]:
@@ -144,7 +141,7 @@ def allocate(
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None
     if request.has_budget and not shared and (keep or not (request.skip or left)):
-        raise RequestError(why_out_of_reach(groups, request, prepared.residual))
+        raise RequestError(why_out_of_reach(groups, request, keep, prepared.residual))
     if request.has_budget and shared:
         budget = _shared_out(
             prepared, request, groups, Sharing(shared, request.widths, keep), form, curves, known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -135,28 +135,17 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cost, distance = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
+        curves = {}
+        for name, losses in self.curves.items():
+            kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
+            curves[name] = {"kept": kept, "distance": [float(f"{losses[k]:.6g}") for k in kept]}
         return {
-            **data,
-            "limits": [
-                {**dataclasses.asdict(one), "budget": str(one.budget), "cost": str(one.cost)}
-                for one in self.limits
-            ],
-            "curves": {name: _at_some_points(losses) for name, losses in self.curves.items()},
-            "widths": {name: dataclasses.asdict(width) for name, width in self.widths.items()},
-            "measured": {
-                name: [dataclasses.asdict(one) for one in some]
-                for name, some in self.measured.items()
-            },
+            **dataclasses.asdict(self),
+            "curves": curves,
             "frontier": {"cost": cost, "distance": distance},
             "gap": self.gap,
         }
-
-
-def _at_some_points(losses: Sequence[float]) -> dict[str, list[float]]:
-    kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
-    return {"kept": kept, "distance": [float(f"{losses[k]:.6g}") for k in kept]}
 
 
 @dataclass(frozen=True)

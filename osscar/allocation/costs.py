@@ -13,12 +13,13 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from networkx.utils import UnionFind
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -69,8 +70,8 @@ class _Weight:
 class CountedCost:
     """A cost that is counted, over every tensor that groups own a part of.
 
-    `fixed` does not depend on them, and `each` is what one unit of a group costs besides, such as
-    its attention scores.  `assumed` is what was taken for granted, in words.
+    `fixed` does not depend on them, and `each` is what a unit of a group costs besides, such as its
+    attention scores.  `assumed` is what was taken for granted, in words.
     """
 
     weights: tuple[_Weight, ...] = field(repr=False)
@@ -81,8 +82,8 @@ class CountedCost:
 
     def of(self, kept: Mapping[str, float]) -> float:
         """Return the cost where groups keep so many units; those not named keep all."""
-        each = (price * kept.get(name, self.units[name]) for name, price in self.each.items())
-        return float(self.fixed + sum(each) + sum(w.of(kept, self.units) for w in self.weights))
+        each = sum(price * kept.get(name, self.units[name]) for name, price in self.each.items())
+        return float(self.fixed + each + sum(w.of(kept, self.units) for w in self.weights))
 
     @property
     def dense(self) -> float:
@@ -109,57 +110,21 @@ class CountedCost:
                 found.setdefault(name, []).append(weight)
         return found
 
-    def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-        """Return these groups in classes whose costs add up.
 
-        Two are in one class where a weight loses by both, along two dimensions.  One group may lose
-        along two by itself, or two along the same.
-        """
-        chosen = list(names)
-
-        def multiplied(weight: _Weight) -> set[str]:
-            taken = [(dim, name) for dim, name, _ in weight.taken if name in chosen]
-            alone = any(len(set(of)) == 1 for of in zip(*taken, strict=True)) or not taken
-            return set() if alone else {name for _, name in taken}
-
-        return connected_components(chosen, map(multiplied, self.weights))
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Several costs of one model, as vectors."""
-
-    each: tuple[CountedCost, ...]
-
-    def of(self, kept: Mapping[str, float]) -> NDArray[np.float64]:
-        """Return the costs, (costs,), where groups keep so many units, as `CountedCost.of`."""
-        return np.array([cost.of(kept) for cost in self.each])
-
-    def over(
-        self, name: str, counts: NDArray[np.int64], kept: Mapping[str, int]
-    ) -> NDArray[np.float64]:
-        """Return the costs, (counts, costs), as `CountedCost.over`."""
-        return np.stack([cost.over(name, counts, kept) for cost in self.each], axis=-1)
-
-    def classes(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-        """Return these groups in classes over which all of the costs add up."""
-        chosen = list(names)
-        together = (set(some) for cost in self.each for some in cost.classes(chosen))
-        return connected_components(chosen, together)
-
-
-def connected_components(
-    names: Sequence[str], together: Iterable[set[str]]
+def additive_classes(
+    costs: Iterable[CountedCost], names: Collection[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return names in classes, so that those of a set are in one; in the order of the names."""
-    classes = [{name} for name in names]
-    for some in together:
-        met = [one for one in classes if one & some]
-        if len(met) > 1:
-            classes = [one for one in classes if one not in met] + [set().union(*met)]
-    place = {name: index for index, name in enumerate(names)}
-    ordered = [tuple(sorted(one, key=place.__getitem__)) for one in classes]
-    return tuple(sorted(ordered, key=lambda one: place[one[0]]))
+    """Return groups in classes over which all of the costs add up, in the order of the names.
+
+    Two are in one class where a weight loses by both, along two dimensions.  One group may lose
+    along two by itself, or two along the same.
+    """
+    classes: UnionFind[str] = UnionFind(names)
+    for weight in (weight for cost in costs for weight in cost.weights):
+        taken = [(dim, name) for dim, name, _ in weight.taken if name in names]
+        if all(len(set(some)) > 1 for some in zip(*taken, strict=True)):
+            classes.union(*(name for _, name in taken))
+    return tuple(tuple(name for name in names if name in one) for one in classes.to_sets())
 
 
 def count(
@@ -178,37 +143,24 @@ def count(
     taken = _taken(model, groups, names, cost)
     prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
     each: Mapping[str, float] = {}
-    rest = 0.0
+    fixed = 0.0
     if cost is Cost.BYTES:
-        prices, rest = _stored_bytes(model, names, program)
+        prices, fixed = _stored_bytes(model, names, program)
     elif cost is Cost.FLOPS:
-        prices, each, rest = _operations(model, tensors, groups, example)
-    lists = _in_lists(model, groups, names, cost)
-    owned = [name for name in prices if lists.get(name, name in taken)]
-    others = [name for name in prices if not (name in taken or name in lists)]
-    return CountedCost(
-        tuple(
-            _weight(prices[name], tensors[name], taken.get(name, ()), lists.get(name))
-            for name in owned
-        ),
-        fixed=rest + sum(prices[name] * tensors[name].numel() for name in others),
-        each=each,
-        units={group.name: group.units for group in groups},
-    )
-
-
-def _weight(
-    price: float,
-    tensor: Tensor,
-    taken: Sequence[tuple[int, str, int]],
-    experts: CouplingGroup | None,
-) -> _Weight:
-    """Return the cost of a tensor, or of that of all experts of a list."""
-    shape = tuple(tensor.shape)
-    if experts is None:
-        return _Weight(price, shape, tuple(taken))
-    inner = tuple((dim + 1, name, width) for dim, name, width in taken)
-    return _Weight(price, (experts.units, *shape), ((0, experts.name, 1), *inner))
+        prices, each, fixed = _operations(model, tensors, groups, example)
+    lists = {} if cost is Cost.FLOPS else _in_lists(model, groups, names)
+    weights = []
+    for name, price in prices.items():
+        shape, own, experts = tuple(tensors[name].shape), taken.get(name, []), lists.get(name)
+        if experts is not None:
+            shape = (experts.units, *shape)
+            own = [(0, experts.name, 1), *((dim + 1, group, width) for dim, group, width in own)]
+        if experts is not None or (own and name not in lists):
+            weights.append(_Weight(price, shape, tuple(own)))
+        elif name not in lists:
+            fixed += price * tensors[name].numel()
+    units = {group.name: group.units for group in groups}
+    return CountedCost(tuple(weights), fixed, each, units)
 
 
 def _stored_bytes(
@@ -237,7 +189,8 @@ def _taken(
         for slot in group.slots:
             if (resent and slot.role is Role.CONSUMER) or is_list(slot):
                 continue
-            name = names.get(id(_attribute(model, slot.tensor)))
+            module, _, attribute = slot.tensor.rpartition(".")
+            name = names.get(id(getattr(model.get_submodule(module), attribute, None)))
             if name is not None:
                 # Two slots along one dimension are two parts of it, as in a fused projection.
                 taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
@@ -245,15 +198,13 @@ def _taken(
 
 
 def _in_lists(
-    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str], cost: Cost
+    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
 ) -> dict[str, CouplingGroup | None]:
     """Return the group of experts that are a list of modules, by the tensors of these.
 
     It is None for all but the first of them, with which the others are counted: they are alike.
     A buffer that several of them have does not leave with any.
     """
-    if cost is Cost.FLOPS:
-        return {}
     found: dict[str, CouplingGroup | None] = {}
     for group in groups:
         for slot in group.slots:
@@ -268,11 +219,6 @@ def _in_lists(
                     if holders[id(tensor)] == 1
                 }
     return found
-
-
-def _attribute(model: nn.Module, name: str) -> object:
-    module, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(module), attribute, None)
 
 
 # ---- operations --------------------------------------------------------------------------
@@ -295,7 +241,9 @@ def _operations(
     for product in products(model, names, example):
         weights = product.weights
         if product.constant and not weights:
-            weights = _on_disk(model.get_submodule(product.module), names)
+            own = model.get_submodule(product.module)._parameters.values()
+            on_disk = (p for p in own if isinstance(p, OnDisk) and id(p) in names)
+            weights = frozenset(names[id(p)] for p in on_disk)
         if weights:
             entries = sum(tensors[name].numel() for name in weights)
             prices.update(dict.fromkeys(weights, product.operations / entries))
@@ -305,12 +253,6 @@ def _operations(
         each.update({group.name: product.operations / units for group in several})
         fixed += 0 if several else product.operations
     return prices, each, fixed
-
-
-def _on_disk(module: nn.Module, names: Mapping[int, str]) -> frozenset[str]:
-    """Return the weights of a module that lie on disk."""
-    own = module._parameters.values()
-    return frozenset(names[id(p)] for p in own if isinstance(p, OnDisk) and id(p) in names)
 
 
 def heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:

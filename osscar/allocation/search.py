@@ -36,7 +36,7 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
-from osscar.allocation.costs import ROUNDING, Costs
+from osscar.allocation.costs import ROUNDING, CountedCost, additive_classes
 
 _GAP = 1e-3
 """Of the loss, above which the integer program is solved, and to which."""
@@ -81,16 +81,14 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Groups whose costs multiply, with all choices that they have together, the least first.
-
-    `counts` are what the groups keep, (choices, groups); `losses`, (choices,), and `costs`,
-    (choices, limits), the latter above those of the least widths, are of each choice.
-    """
+    """Groups whose costs multiply, with all choices that they have together, the least first."""
 
     names: tuple[str, ...]
     counts: NDArray[np.int64]
+    """What the groups keep, (choices, groups)."""
     losses: NDArray[np.float64]
     costs: NDArray[np.float64]
+    """Above those of the least widths, (choices, limits)."""
 
     def at(self, choice: int) -> dict[str, int]:
         """Return what the groups keep."""
@@ -121,19 +119,16 @@ class Search:
     others
         What other groups keep.
     costs
-        Of the whole model.
+        Of the whole model, each with a limit of its own.
     """
 
     options: Mapping[str, NDArray[np.int64]]
     losses: Mapping[str, NDArray[np.float64]]
     others: Mapping[str, int]
-    costs: Costs
+    costs: Sequence[CountedCost]
 
     def choose(self, limits: Sequence[float]) -> Chosen:
-        """Return the best widths within limits, one for each cost.
-
-        They are the least widths where nothing is within them.
-        """
+        """Return the best widths within limits, one for each cost; the least where none are."""
         most = np.array(limits) * (1 + ROUNDING)
         if not (self._total(self._least) <= most).all():
             return Chosen(self._least)
@@ -142,7 +137,7 @@ class Search:
         found = (self._spent(self._narrowed(plane.kept, most), most) for plane in nearest)
         kept = min(found, key=self.loss)
         if not self._parts:
-            return Chosen(kept, None, prices)
+            return Chosen(kept, prices=prices)
         if self.loss(kept) - bound > _GAP * self.loss(kept):
             kept, bound = self._exchanged(kept, bound, prices, most)
         return Chosen(kept, min(bound, self.loss(kept)), prices)
@@ -157,12 +152,11 @@ class Search:
     ) -> tuple[tuple[float, float], ...]:
         """Return one of the costs of the whole model with the least loss at each.
 
-        They are the choices at multiples of some prices, from those at which nothing leaves to
-        those at which all leaves that may: no choice that costs no more in any way loses less
-        where there is a bound.
+        They are of the choices at multiples of some prices, from those at which nothing leaves to
+        those at which all leaves that may.
         """
         ray = prices / prices.sum() if prices.any() else np.eye(len(prices))[index]
-        choices = [{name: int(some[-1]) for name, some in self.options.items()}]
+        choices = [self._widest]
         scales = np.geomspace(*self._scales(ray), _PRICES).tolist()
         choices += [self._at(scale * ray) for scale in scales]
         points = {(float(self._total(kept)[index]), self.loss(kept)) for kept in choices}
@@ -180,10 +174,14 @@ class Search:
         return {name: int(some[0]) for name, some in self.options.items()}
 
     @cached_property
+    def _widest(self) -> dict[str, int]:
+        return {name: int(some[-1]) for name, some in self.options.items()}
+
+    @cached_property
     def _parts(self) -> tuple[_Part, ...]:
         """Groups in parts whose costs add up; none where one has too many choices."""
         parts = []
-        for names in self.costs.classes(self.options):
+        for names in additive_classes(self.costs, self.options):
             sizes = [len(self.options[name]) for name in names]
             if math.prod(sizes) > _MOST_TOGETHER:
                 return ()
@@ -201,21 +199,19 @@ class Search:
         return tuple(parts)
 
     def _total(self, kept: Mapping[str, int]) -> NDArray[np.float64]:
-        return self.costs.of({**self.others, **kept})
+        return np.array([cost.of({**self.others, **kept}) for cost in self.costs])
 
     def _over(self, name: str, kept: Mapping[str, int]) -> NDArray[np.float64]:
         """Return costs by the width of one group, (widths, limits), less what is the same."""
-        return self.costs.over(name, self.options[name], {**self.others, **kept})
+        counts, every = self.options[name], {**self.others, **kept}
+        return np.stack([cost.over(name, counts, every) for cost in self.costs], axis=-1)
 
     def _at(self, prices: NDArray[np.float64]) -> dict[str, int]:
         """Return the widths of the least loss plus prices, the smallest of several."""
-        kept: dict[str, int] = {}
-        if self._parts:
-            for part in self._parts:
-                kept |= part.at(int((part.losses + part.costs @ prices).argmin()))
-            return {name: kept[name] for name in self.options}
-        kept = {name: int(some[-1]) for name, some in self.options.items()}
-        for _ in range(_SWEEPS):
+        kept = dict(self._widest)
+        for part in self._parts:
+            kept |= part.at(int((part.losses + part.costs @ prices).argmin()))
+        for _ in range(0 if self._parts else _SWEEPS):
             before = dict(kept)
             for name, some in self.options.items():
                 paid = self.losses[name] + self._over(name, kept) @ prices
@@ -229,8 +225,7 @@ class Search:
     ) -> tuple[list[_Plane], float, NDArray[np.float64]]:
         """Return the greatest bound with its prices, and the planes that were met on the way."""
         prices = best = np.zeros(len(limits))
-        ends = ({name: int(some[-1]) for name, some in self.options.items()}, self._least)
-        planes = [self._plane(kept, limits) for kept in ends]
+        planes = [self._plane(kept, limits) for kept in (self._widest, self._least)]
         bound, saved = -math.inf, planes[0].over - planes[1].over
         most = np.array([self._scales(one)[1] for one in np.eye(len(limits))])
         unit = np.divide(planes[1].loss or 1.0, saved, where=saved > 0, out=np.ones(len(limits)))
@@ -253,10 +248,9 @@ class Search:
 
     def _scales(self, ray: NDArray[np.float64]) -> tuple[float, float]:
         """Return by which prices on a ray nothing leaves, and by which all leaves that may."""
-        every = {name: int(some[-1]) for name, some in self.options.items()}
         low, high = math.inf, 0.0
         for name, losses in self.losses.items():
-            costs = self._over(name, every) @ ray
+            costs = self._over(name, self._widest) @ ray
             lost, spared = losses[:-1] - losses[-1], costs[-1] - costs[:-1]
             some = (lost > 0) & (spared > 0)
             low = min([low, *(lost[some] / spared[some])])
@@ -314,9 +308,9 @@ class Search:
     ) -> tuple[dict[str, int], float]:
         """Return what an integer program finds over the choices that may be part of better ones.
 
-        A choice may be, as long as its loss plus prices is no more above the least of its part than
-        the bound is below what is known (Sinha and Zoltners, "The multiple-choice knapsack
-        problem", Operations Research 27, 1979).
+        A choice may be, if its loss plus prices is no more above the least of its part than the
+        bound is below what is known (Sinha and Zoltners, "The multiple-choice knapsack problem",
+        Operations Research 27, 1979).
         """
         known, room = self.loss(kept), limits - self._total(self._least)
         slack = (known - bound) * (1 + 1e-9)
@@ -381,7 +375,7 @@ def _highest(
 def equal_shares(
     options: Mapping[str, NDArray[np.int64]],
     others: Mapping[str, int],
-    costs: Costs,
+    costs: Sequence[CountedCost],
     limits: Sequence[float],
 ) -> dict[str, int]:
     """Return widths near the share of every group that comes to a limit, within all of them.
@@ -393,10 +387,11 @@ def equal_shares(
     for name, some in options.items():
         alike.setdefault(tuple(some.tolist()), []).append(name)
     kept: dict[str, int] = {}
-    most = np.array(limits) * (1 + ROUNDING)
 
     def fits(widths: Mapping[str, float]) -> bool:
-        return bool((costs.of({**others, **kept, **widths}) <= most).all())
+        every = {**others, **kept, **widths}
+        pairs = zip(costs, limits, strict=True)
+        return all(cost.of(every) <= limit * (1 + ROUNDING) for cost, limit in pairs)
 
     for widths in sorted(alike, key=len):
         left = [name for name in options if name not in kept]

@@ -25,101 +25,57 @@ _MOST_TOLD = 4
 def asked_groups(
     prepared: Prepared, request: PruningRequest, left: Collection[str] = ()
 ) -> tuple[list[CouplingGroup], dict[str, int], list[CouplingGroup]]:
-    """Return the groups within reach, what some keep by name or kind, and those with a budget."""
-    residual = prepared.residual
-    _check_routed(prepared, request)
-    groups = _reachable(reached_groups(prepared, request), request, residual, left)
-    shared = [group for group in groups if shares(group, request, residual)]
-    return groups, _kept_by_name(groups, request, residual), shared
+    """Return the groups within reach, what some keep by name or kind, and those with a budget.
 
-
-def reached_groups(prepared: Prepared, request: PruningRequest) -> tuple[CouplingGroup, ...]:
-    """Return the groups that a request is about: those that are routed are looked for if asked."""
-    return prepared.every_group if request.routed else prepared.groups
-
-
-def _check_routed(prepared: Prepared, request: PruningRequest) -> None:
-    """Refuse whole experts of one mixture where it is not said what the others keep."""
-    others = set(request.groups) - {group.name for group in prepared.groups}
-    if not others or request.routed:
-        return
-    for group in prepared.every_group:
-        if group.name in others:
-            raise RequestError(
-                f"groups names {group.name!r}, and {group.kind} are pruned only with "
-                f"--{group.kind}; give it, too, 1.0 to keep those of all other groups"
-            )
-
-
-def _reachable(
-    groups: Sequence[CouplingGroup],
-    request: PruningRequest,
-    residual: Collection[str] = (),
-    left: Collection[str] = (),
-) -> list[CouplingGroup]:
-    """Return the groups that are neither skipped nor left; what the request names has to exist."""
+    Groups that are skipped or `left` are out of reach; what the request names has to exist.
+    """
+    groups, residual = reached_groups(prepared, request), prepared.residual
     by_name = {group.name: group for group in groups}
     for name in request.groups:
         if name not in by_name:
+            for group in (one for one in prepared.every_group if one.name == name):
+                raise RequestError(
+                    f"groups names {name!r}, and {group.kind} are pruned only with "
+                    f"--{group.kind}; give it, too, 1.0 to keep those of all other groups"
+                )
             raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
         if by_name[name].frozen:
             raise RequestError(_frozen_message(by_name[name]))
-    _check_kinds(groups, request, residual)
-    skipped = _skipped(by_name, request.skip) | set(left)
-    return [group for group in groups if group.name not in skipped]
-
-
-def shares(group: CouplingGroup, request: PruningRequest, residual: Collection[str]) -> bool:
-    """Whether a group shares the budget: nobody has said what it keeps."""
-    return (
-        group.prunable
-        and group.units > 1
-        and group.kind in request.shared_kinds
-        and group.name not in residual
-        and group.name not in request.groups
-        and request.of_kind(group.kind) is None
-    )
-
-
-def _kept_by_name(
-    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str] = ()
-) -> dict[str, int]:
-    """Return what those groups keep of which the request says so, by name or by kind."""
-    kept: dict[str, int] = {}
-    for group in groups:
-        asked = (
-            parse_keep(request.groups[group.name])
-            if group.name in request.groups
-            else request.fraction_or_count(group.kind, group.name in residual)
-        )
-        if asked is not None and group.prunable and group.units > 1:
-            kept[group.name] = count_kept(group, asked, request.round_to)
-    return kept
-
-
-def _skipped(names: Collection[str], patterns: Sequence[str]) -> set[str]:
-    """Return the names that a pattern matches; each has to match one."""
-    skipped: set[str] = set()
-    for pattern in patterns:
-        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if request.residual is not None:
+        _check_some("residual channels", [one for one in groups if one.name in residual])
+    for kind in UnitKind:
+        if getattr(request, kind, None) is not None:
+            own = [one for one in groups if one.kind is kind and one.name not in residual]
+            _check_some(kind, own)
+    skipped = set(left)
+    for pattern in request.skip:
+        matched = fnmatch.filter(by_name, pattern)
         if not matched:
             raise RequestError(
                 f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists the "
                 "groups"
             )
         skipped.update(matched)
-    return skipped
+    reachable = [group for group in groups if group.name not in skipped]
+    kept: dict[str, int] = {}
+    shared = []
+    for group in reachable:
+        if not group.prunable or group.units == 1:
+            continue
+        name = group.name
+        asked = request.fraction_or_count(group.kind, name in residual)
+        if name in request.groups:
+            asked = parse_keep(request.groups[name])
+        if asked is not None:
+            kept[name] = count_kept(group, asked, request.round_to)
+        elif group.kind in request.shared_kinds and name not in residual:
+            shared.append(group)
+    return reachable, kept, shared
 
 
-def _check_kinds(
-    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str]
-) -> None:
-    streams = [group for group in groups if group.name in residual]
-    if request.residual is not None:
-        _check_some("residual channels", streams)
-    for kind in UnitKind:
-        if getattr(request, kind, None) is not None:
-            _check_some(kind, [g for g in groups if g.kind is kind and g not in streams])
+def reached_groups(prepared: Prepared, request: PruningRequest) -> tuple[CouplingGroup, ...]:
+    """Return the groups that a request is about: those that are routed are looked for if asked."""
+    return prepared.every_group if request.routed else prepared.groups
 
 
 def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
@@ -143,19 +99,21 @@ def _frozen_message(group: CouplingGroup) -> str:
 
 def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> int:
     """Return the units that a group keeps of a count or a share, at a width that is rounded."""
-    if group.kind.routed:
-        return _count_exactly(group, asked)
-    if isinstance(asked, int):
-        if asked > group.units:
-            raise RequestError(
-                f"cannot keep {pluralize(asked, 'unit')} of {group.name!r}, which has "
-                f"{group.units} {group.kind}"
-            )
-        exact = Fraction(asked)
-    else:
-        exact = asked * group.units
+    exact = Fraction(asked) if isinstance(asked, int) else asked * group.units
     # Half a unit rounds up: rather keep one more than one less.
     count = math.floor(exact + Fraction(1, 2))
+    if group.kind.routed:  # among the units that stay a router has to choose
+        if count % group.step or not group.fewest <= count <= group.units:
+            raise RequestError(
+                f"{group.name!r} would keep {count} of its {group.units} {group.kind}; its router "
+                f"needs {group.fewest} at least: {possible_counts(group)}"
+            )
+        return count
+    if count > group.units:
+        raise RequestError(
+            f"cannot keep {pluralize(count, 'unit')} of {group.name!r}, which has "
+            f"{group.units} {group.kind}"
+        )
     if count < 1:
         raise RequestError(
             f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
@@ -167,17 +125,6 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     if step == 1:
         return count
     return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
-
-
-def _count_exactly(group: CouplingGroup, asked: Fraction | int) -> int:
-    """Return the units that stay of a count or a share, among which a router has to choose."""
-    count = asked if isinstance(asked, int) else math.floor(asked * group.units + Fraction(1, 2))
-    if count % group.step or not group.fewest <= count <= group.units:
-        raise RequestError(
-            f"{group.name!r} would keep {count} of its {group.units} {group.kind}; its router "
-            f"needs {group.fewest} at least: {possible_counts(group)}"
-        )
-    return count
 
 
 def possible_counts(group: CouplingGroup) -> str:
@@ -218,9 +165,8 @@ def possible_widths(group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
 def about_half(group: CouplingGroup, widths: Widths, place: int = 0) -> int:
     """Return a width near half, of those that the group may have, that divides it least.
 
-    A number in the code that stands for all units is hidden by what divides it: `view(-1, 64)`
-    takes 32 channels of two samples for those of one.  `place` counts down the next best, so that
-    one number does not serve two groups.
+    Widths that divide all units hide numbers in the code: `view(-1, 64)` takes 32 channels of two
+    samples for those of one.  `place` counts down the next best, so that two groups get two widths.
     """
     units = group.units
     fewer = [int(kept) for kept in possible_widths(group, widths) if kept < units]
@@ -229,12 +175,14 @@ def about_half(group: CouplingGroup, widths: Widths, place: int = 0) -> int:
 
 
 def why_out_of_reach(
-    groups: Sequence[CouplingGroup], request: PruningRequest, residual: Collection[str]
+    groups: Sequence[CouplingGroup],
+    request: PruningRequest,
+    kept: Collection[str],
+    residual: Collection[str],
 ) -> str:
-    """Say why a budget reaches none of the groups."""
+    """Say why a budget reaches none of the groups, of which some are kept by name or kind."""
     others = [group for group in groups if group.prunable and group.units > 1]
-    named = _kept_by_name(groups, request, residual)
-    if any(group.name in named for group in others):
+    if kept:
         return (
             f"{request.in_words(request.budgets)} has nothing to prune: other options say what to "
             "keep of every group that a budget prunes; omit one of these, or the budget"

@@ -12,7 +12,7 @@ from torch import nn
 
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, Costs, CountedCost, count
+from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.search import Search
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
@@ -31,7 +31,7 @@ def searched(losses, *costs):
     """Return a search over groups with a loss for each width, whose units cost so much each."""
     units = {name: len(some) - 1 for name, some in losses.items()}
     options = {name: np.arange(len(some)) for name, some in losses.items()}
-    return Search(options, losses, {}, Costs(tuple(CountedCost((), 0.0, c, units) for c in costs)))
+    return Search(options, losses, {}, [CountedCost((), 0.0, c, units) for c in costs])
 
 
 @st.composite
@@ -90,7 +90,7 @@ def test_searches_over_many_widths_have_small_gaps():
         searched(losses, *costs),
         searched(alike, {str(g): float(g + 1) for g in range(12)}),
     ):
-        kept, bound, _ = search.choose([0.6 * cost.dense for cost in search.costs.each])
+        kept, bound, _ = search.choose([0.6 * cost.dense for cost in search.costs])
         assert search.loss(kept) - bound <= 1e-3 * search.loss(kept)
 
 

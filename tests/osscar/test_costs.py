@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
 from osscar.allocation import search
-from osscar.allocation.costs import Cost, Costs, CountedCost, _Weight, count
+from osscar.allocation.costs import Cost, CountedCost, _Weight, additive_classes, count
 from osscar.allocation.measured import Curve
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
@@ -74,7 +74,7 @@ def test_costs_are_separable_where_no_mixed_difference_is_anything(cost, names):
         cost.of({}) - cost.of({a: 0}) - cost.of({b: 0}) + cost.of({a: 0, b: 0})
         for a, b in itertools.combinations(sorted(names), 2)
     )
-    assert (len(cost.classes(names)) == len(names)) == (not any(mixed))
+    assert (len(additive_classes([cost], names)) == len(names)) == (not any(mixed))
 
 
 def falling(random, units, power):
@@ -103,7 +103,7 @@ def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(cost, share, 
     least = min(loss for whole, loss in best.items() if whole <= limit)
     for most in (search._MOST_TOGETHER, 0):  # none is listed then
         with mock.patch.object(search, "_MOST_TOGETHER", most):
-            searched = search.Search(options, losses, {}, Costs((cost,)))
+            searched = search.Search(options, losses, {}, [cost])
             kept, bound, prices = searched.choose([limit])
             assert cost.of(kept) <= limit
             assert searched.loss(kept) >= least * (1 - 1e-9)
@@ -120,7 +120,7 @@ def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(cost, share, 
 def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
     cost = CountedCost((_Weight(1.0, (2, 7_000_000_000), ((0, "a", 1),)),), 0.0, {}, {"a": 2})
     losses = {"a": np.array([1.0, 0.0])}
-    one = search.Search({"a": np.array([1, 2])}, losses, {}, Costs((cost,)))
+    one = search.Search({"a": np.array([1, 2])}, losses, {}, [cost])
     assert one.choose([7e9]).kept == {"a": 1}
     assert one.choose([7e9 - 3]) == ({"a": 1}, None, None)
 

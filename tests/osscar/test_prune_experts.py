@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import osscar
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, count
+from osscar.allocation.costs import Cost, additive_classes, count
 from osscar.allocation.measured import compared_samples, measured_curves
 from osscar.allocation.widths import count_kept
 from osscar.base.errors import RequestError
@@ -282,7 +282,7 @@ def test_costs_of_experts_and_neurons_multiply(kind):
         chosen = [g for g in prepared.every_group if g.kind in ("experts", "neurons")]
         kept = {g.name: 3 if g.kind == "experts" else g.units // 2 for g in chosen}
         cost = count(kind, prepared.model, prepared.every_group, prepared.sample)
-        assert (len(cost.classes(kept)) == len(kept)) == (kind is Cost.FLOPS)
+        assert (len(additive_classes([cost], kept)) == len(kept)) == (kind is Cost.FLOPS)
         plans = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in chosen]
         shrink(prepared.model, PruningPlan(tuple(plans)), [prepared.sample])
         if kind is Cost.FLOPS:
