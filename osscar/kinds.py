@@ -96,7 +96,7 @@ class Room(Protocol):
         held: int = 0,
         committed: Mapping[str, DenseTensors] | None = None,
     ) -> Iterable[Any]:
-        """Yield a `Step` for each group; arguments are those of `osscar.walk.walk.walk`."""
+        """Yield a `Step` for each group; arguments are those of `osscar.walk.walk.Walk`."""
 
     def consumers(
         self, prepared: Prepared, group: CouplingGroup, kept: Sequence[int]

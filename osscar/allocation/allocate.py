@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,12 @@ class Sharing:
             Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), price, a.cost.assumed)
             for a, price in zip(allowed, each, strict=True)
         ]
-        order = sorted(range(len(limits)), key=lambda i: _binds(limits[i]), reverse=True)
+
+        def binds(i: int) -> tuple[float, float]:
+            """How much the limit is worth by its price, and how much of it is spent."""
+            return (limits[i].price or 0.0) * limits[i].limit, limits[i].reached / limits[i].limit
+
+        order = sorted(range(len(limits)), key=binds, reverse=True)
         told: dict[str, Any] = {}
         parts: dict[str, float] = {}
         if self.curves is not None:
@@ -111,18 +115,13 @@ class Sharing:
         return Search(self.options, losses, self.others, [one.cost for one in allowed])
 
 
-def _binds(limit: Limit) -> tuple[float, float]:
-    """Return how much a limit binds: what it is worth by its price, and how much of it is spent."""
-    return (limit.price or 0.0) * limit.limit, limit.reached / limit.limit
-
-
 def allocate(
     prepared: Prepared,
     request: PruningRequest,
     left: Collection[str] = (),
     form: Form = Form.EAGER,
     curves: Mapping[str, Curve] | None = None,
-    known: Mapping[str, Curve] = MappingProxyType({}),
+    known: Mapping[str, Curve] | None = None,
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
@@ -160,29 +159,29 @@ def _shared_out(
     sharing: Sharing,
     form: Form,
     curves: Mapping[str, Curve] | None,
-    known: Mapping[str, Curve],
+    known: Mapping[str, Curve] | None,
 ) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
-    ranks, others = prepared.ranks, sharing.others
-    allowed = ranks.broadcast(
-        "budgets", lambda: allowances(prepared, request, others, sharing.least, form)
-    )
+    ranks, others, least = prepared.ranks, sharing.others, sharing.least
+    allowed = ranks.broadcast("budgets", lambda: allowances(prepared, request, others, least, form))
 
     def choose(curves: Mapping[str, Curve] | None) -> Mapping[str, int]:
         now = replace(sharing, curves=curves)
         return ranks.broadcast("widths", lambda: now.choose(allowed).kept)
 
     for one in allowed:
-        least = one.cost.of({**others, **sharing.least})
-        if least > one.most * (1 + ROUNDING):
+        reached = one.cost.of({**others, **least})
+        if reached > one.most * (1 + ROUNDING):
             more = _more_to_prune(prepared, request, groups, others, one.budget)
             raise RequestError(
-                f"{request.in_words([one.budget])} cannot be met: {one.compared(least)}; "
+                f"{request.in_words([one.budget])} cannot be met: {one.compared(reached)}; "
                 f"remove less, or prune {more}"
             )
     if request.allocation != "uniform":
         if curves is None:
-            curves, measure = measured_curves(prepared, request, sharing.groups, choose, known)
+            curves, measure = measured_curves(
+                prepared, request, sharing.groups, choose, known or {}
+            )
             sharing = replace(sharing, measure=measure)
         sharing = replace(sharing, curves=curves)
 
@@ -219,10 +218,7 @@ def _timed(
 
 
 def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
-    """Return what groups may come to keep, before anything is measured.
-
-    It is what the request says of them where it does; about half of those that share a budget.
-    """
+    """Return what groups may come to keep: as asked, or about half where they share a budget."""
     _, keep, shared = asked_groups(prepared, request)
     if not request.has_budget:
         return keep

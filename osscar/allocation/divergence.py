@@ -52,9 +52,14 @@ class Likeness(NamedTuple):
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
 
-
 _CACHED = 1 << 18
 """Numbers of float32 of which several tensors fit into a cache."""
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    batch = to_model(batch, model)
+    with failures_named(model, batch), without_cache(model):
+        return forward(model, batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +109,13 @@ class Distance:
         model: nn.Module,
         batch: Batch,
         step: int = 1,
-        run: Callable[[nn.Module, Batch], Any] | None = None,
+        run: Callable[[nn.Module, Batch], Any] = _run,
     ) -> Any:
         """Return what is compared of a model's outputs: log-probabilities, tensors, or all.
 
         Of predictions it is one in so many: a language model that can does not make the others.
         `run` makes a forward pass.
         """
-        run = run or _run
         asked = batch
         picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         if step > 1 and picks and self.inputs.tokens and len(batch["input_ids"]) == 1:
@@ -131,7 +135,7 @@ class Distance:
     def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.
 
-        An output of another shape, such as of boxes of which fewer are found, is wholly in error.
+        An output of another shape, as where fewer boxes are found, is wholly in error.
         """
         if self.loss is not None:
             # What it writes to the dense model's outputs must not stay in those that are kept.
@@ -153,12 +157,6 @@ class Distance:
         return torch.stack(errors).mean(), samples
 
 
-def _run(model: nn.Module, batch: Batch) -> Any:
-    batch = to_model(batch, model)
-    with failures_named(model, batch), without_cache(model):
-        return forward(model, batch)
-
-
 def _resumed(known: Recording, changed: Collection[Tensor], model: nn.Module, batch: Batch) -> Any:
     with failures_named(model, batch):
         return known.resumed(changed)
@@ -174,8 +172,8 @@ def _square(tensor: Tensor) -> Tensor:
 class Reference:
     """What the dense model puts out on some samples, and so how far other models are.
 
-    Ranks share the batches out: here are those of this one.  Of the predictions of each one in
-    `step` is kept.  `passes` are the dense model's, where they can be resumed.
+    The batches are those of this rank.  Of the predictions of each one in `step` is kept.  `passes`
+    are the dense model's, where they can be resumed.
     """
 
     distance: Distance
@@ -209,8 +207,7 @@ class Reference:
             passes.append(recording)
             return result
 
-        resumable = resumable and not is_on_disk(dense)
-        way = run if resumable else _run
+        way = run if resumable and not is_on_disk(dense) else _run
         expected = [fresh(distance.outputs(dense, batch, step, way)) for batch in mine]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
@@ -225,11 +222,10 @@ class Reference:
         return cls(distance, mine, expected, step, ranks, passes)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
-        """Return the same on some of its batches alone."""
+        """Return the same on some of its batches alone; passes are not resumed."""
         mine = [any(one is other for other in batches) for one in self.batches]
         kept, expected = (list(compress(all_, mine)) for all_ in (self.batches, self.expected))
-        passes = list(compress(self.passes, mine))
-        return dataclasses.replace(self, batches=kept, expected=expected, passes=passes)
+        return dataclasses.replace(self, batches=kept, expected=expected, passes=())
 
     def divergence(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> float:
         """Return the mean distance of a model, which has to be finite; see `likeness`."""
@@ -238,11 +234,8 @@ class Reference:
     def likeness(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> Likeness:
         """Compare what a model puts out with what the dense one does.
 
-        Parameters
-        ----------
-        changed
-            The parameters that may have other values, of the dense model itself: what they do not
-            change is not computed again, where passes can be resumed.
+        Where the model is the dense one, but for the values of the parameters that are `changed`,
+        what they do not change is not computed again, if passes can be resumed.
 
         Raises
         ------
@@ -280,9 +273,9 @@ class Reference:
 def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """Return a table of logits or of probabilities, a row a prediction; None if there is none.
 
-    Where there are labels, their sizes say which dimension holds classes.  A matrix that a model
-    makes of images is a classifier's; tokens are of a language model, and what is called `logits`
-    of other sequences has a row for each position.
+    The sizes of labels say which dimension holds classes.  A matrix that a model makes of images is
+    a classifier's; tokens are of a language model, and what is called `logits` of other sequences
+    has a row for each position.
     """
     tokens = inputs.tokens
     named = named_logits(result)
@@ -307,10 +300,7 @@ def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
 
 
 def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:
-    """Return scores of classes, (..., classes), of which the softmax is what a model predicts.
-
-    They are the table itself, or its logarithms where it holds probabilities.
-    """
+    """Return the logits of a table, (..., classes): its logarithms if it holds probabilities."""
     chances = holds_probabilities(table) if probabilities is None else probabilities
     return table.clamp(min=1e-30).log() if chances else table
 
@@ -319,12 +309,10 @@ def holds_probabilities(table: Tensor) -> bool:
     """Tell whether a table holds probabilities, whose sums are 1."""
     rows = table.detach().flatten(0, -2)
     # Of nearly all models the first row tells that it holds none.
-    return _sum_to_one(rows[:1]) and _sum_to_one(rows)
-
-
-def _sum_to_one(rows: Tensor) -> bool:
-    sums = rows.float().sum(-1)
-    return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+    return all(
+        bool((some >= 0).all()) and bool(((some.float().sum(-1) - 1).abs() < 1e-3).all())
+        for some in (rows[:1], rows)
+    )
 
 
 def spread(rows: Tensor, step: int) -> Tensor:

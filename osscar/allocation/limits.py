@@ -55,14 +55,8 @@ def allowances(
 ) -> list[Allowance]:
     """Count what the model costs, and read what it may: one allowance for each budget.
 
-    Parameters
-    ----------
-    others
-        What groups keep that share no budget.
-    least
-        The least that those keep that do.
-    form
-        What becomes smaller, and is saved.
+    Groups that share no budget keep what `others` has, and those that do keep the `least` at least.
+    The `form` is what becomes smaller, and is saved.
 
     Raises
     ------
@@ -88,10 +82,20 @@ def allowances(
 
     found = []
     for budget in request.budgets:
-        kind = COUNTED[budget]
+        kind, asked = COUNTED[budget], getattr(request, budget)
         dense = counted(kind, Form.EAGER).dense  # a share is of what one has: the modules' file
         cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
-        most = _most(budget, request, cost, dense, others, least)
+        match budget:
+            case BudgetKind.SPARSITY:  # of the parameters that the shared groups own
+                all_gone = cost.of({**others, **dict.fromkeys(least, 0)})
+                most = all_gone + (1 - asked) * (cost.of(others) - all_gone)
+            case BudgetKind.FLOPS:
+                most = asked * dense
+            case BudgetKind.SPEEDUP:  # where the search begins; the least is yet to be timed
+                most = max(dense / asked, cost.of({**others, **least}))
+            case _:
+                kept = parse_keep(asked) if budget is BudgetKind.PARAMS else parse_size_kept(asked)
+                most = float(kept if isinstance(kept, int) else kept * Fraction(int(dense)))
         found.append(Allowance(budget, kind, cost, most, dense))
     if all(one.most >= one.cost.dense for one in found):
         has = f"the {'model' if form is Form.EAGER else 'exported program'} has"
@@ -101,28 +105,3 @@ def allowances(
             "keep less"
         )
     return found
-
-
-def _most(
-    budget: BudgetKind,
-    request: PruningRequest,
-    cost: CountedCost,
-    dense: float,
-    others: Mapping[str, int],
-    least: Mapping[str, int],
-) -> float:
-    """Return what a budget allows, of a cost that is so much of the dense model."""
-    match budget:
-        case BudgetKind.SPARSITY:  # of the parameters that the shared groups own, as others are
-            assert request.sparsity is not None
-            all_gone = cost.of({**others, **dict.fromkeys(least, 0)})
-            return all_gone + (1 - request.sparsity) * (cost.of(others) - all_gone)
-        case BudgetKind.FLOPS:
-            assert request.flops is not None
-            return request.flops * dense
-        case BudgetKind.SPEEDUP:  # where the search begins; how fast the least is will be timed
-            assert request.speedup is not None
-            return max(dense / request.speedup, cost.of({**others, **least}))
-    kept = getattr(request, budget)
-    asked = parse_keep(kept) if budget is BudgetKind.PARAMS else parse_size_kept(kept)
-    return float(asked if isinstance(asked, int) else asked * Fraction(int(dense)))

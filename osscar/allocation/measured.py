@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
 from osscar.request import PruningRequest, Widths
 from osscar.walk.layer_step import LayerStep
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removals, eliminate, support_after
 from solvers.closed_forms.refit import refit
@@ -141,11 +141,9 @@ def measured_curves(
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
     known: Mapping[str, Curve],
 ) -> tuple[dict[str, Curve], Measure]:
-    """Return the curve of each group that shares a budget, and what they count.
+    """Return the curve of each group that shares a budget, and in what they are measured.
 
-    That is ``nats``, the divergence of predictions, or ``relative``, the squared error of outputs
-    over the squares of the dense ones, where these are no scores.  All ranks take part, and the
-    model is as it was afterwards.
+    All ranks take part, and the model is as it was afterwards.
 
     Parameters
     ----------
@@ -153,11 +151,6 @@ def measured_curves(
         Returns what groups keep by some curves, or in equal shares without any.
     known
         Curves to begin with, which are measured again where widths have moved.
-
-    Warns
-    -----
-    UserWarning
-        Of groups that are not measured again since weights or outputs overflow.
 
     Raises
     ------
@@ -241,7 +234,7 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
         held = 0 if few.inputs.tokens else few.inputs.samples // FEWEST
-        yield from walk(few, units, in_turn=False, held=held)
+        yield from Walk(few, units, in_turn=False, held=held)
     for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
         own = [group for group in groups if group.kind is kind]
         yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // FEWEST))
@@ -283,36 +276,32 @@ class _Alone:
 
     @contextmanager
     def _without_units(self, step: LayerStep, keep: int) -> Iterator[NDArray[np.float64]]:
-        """Have the first rank remove units, one by one, and refit what stays, while the block runs.
+        """Let the model run with the units that stay refitted, as the first rank chooses them.
 
-        Yielded is the shape of the group's curve.
+        Units are removed one by one.  Yielded is the shape of the group's curve.
         """
-        few = self.few
+        few, name = self.few, step.group.name
+
+        def refitted() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
+            with timed(Stage.MEASURED), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
+                problem = step.problem(keep, step.regularization(keep, self.request.damp, 0.0)[0])
+                if name not in self._removals:
+                    self._removals[name] = eliminate(problem, problem.units - 1)
+                removals = self._removals[name]
+                kept = support_after(removals[: problem.units - keep], problem)
+                refits = step.refits(refit(problem, kept)[0], kept.tolist())
+                shape = summed_losses(problem, removals)
+            moved = [W if few.ranks.alone else W.cpu() for W in refits.weights]
+            return moved, kept.tolist(), shape
+
         inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
-        what = f"the problem of {step.group.name!r} with {inputs} inputs"
+        what = f"the problem of {name!r} with {inputs} inputs"
         with memory_for(what, FOR_MATRICES), room_for(few.model, few.matrix_bytes):
-            weights, kept, shape = few.ranks.broadcast(
-                "a group that was pruned by itself", partial(self._refitted, step, keep)
-            )
+            alone = few.ranks.broadcast("a group that was pruned by itself", refitted)
+        weights, kept, shape = alone
         with step.tried([W.to(device_of(few.model)) for W in weights], kept):
             yield shape
-
-    def _refitted(
-        self, step: LayerStep, keep: int
-    ) -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
-        with timed(Stage.MEASURED), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-            problem = step.problem(keep, step.regularization(keep, self.request.damp, 0.0)[0])
-            removals = self._removals.get(step.group.name)
-            if removals is None:
-                removals = eliminate(problem, problem.units - 1)
-                self._removals[step.group.name] = removals
-            kept = support_after(removals[: problem.units - keep], problem)
-            weights, _ = refit(problem, kept)
-            refits = step.refits(weights, kept.tolist())
-            shape = summed_losses(problem, removals)
-        moved = [W if self.few.ranks.alone else W.cpu() for W in refits.weights]
-        return moved, kept.tolist(), shape
 
 
 def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,6 @@ from osscar.proof.equivalence import cache_name, has_cache
 from osscar.proof.lineage import stored_dtype
 
 
-class _Kept(NamedTuple):
-    """Keys and values of one layer after `positions` of one sequence: numbers in all its heads."""
-
-    module: str
-    heads: int
-    numbers: int
-    positions: int
-
-
 def serving_memory(
     weights: CountedCost,
     model: nn.Module,
@@ -45,14 +36,7 @@ def serving_memory(
 ) -> CountedCost:
     """Add to the bytes of the weights those of keys and values, in the format that is saved.
 
-    Parameters
-    ----------
-    weights
-        The bytes of the weights.
-    model, groups, example
-        The dense model, what may leave it, and what it reads.
-    context, batch
-        Positions of each sequence in the cache, and how many sequences there are.
+    `context` are the positions of each sequence in the cache, and `batch` is the number of these.
 
     Raises
     ------
@@ -65,17 +49,23 @@ def serving_memory(
             f"--context is {context}, and the model reads {longest:,} positions at most; give "
             "no more"
         )
-    layers, dtype = _kept(model, example, context), stored_dtype(model)
+    seen, dtype = _first_states(model, example), stored_dtype(model)
     heads, each, fixed = heads_by_module(groups), dict(weights.each), weights.fixed
-    for layer in layers:
-        size = layer.numbers * dtype.itemsize * batch
-        owners = nearest(heads, layer.module)
-        if len(owners) == 1 and layer.heads % owners[0].units == 0:
+    # The cache itself says how many positions it holds, of states that take no memory.
+    filled, short = DynamicCache(config=model.config), Counter[int]()
+    for index, (module, *states) in sorted(seen.items()):
+        keys, values = (one.to("meta").expand(-1, -1, context, -1) for one in states)
+        filled.update(keys, values, index)
+        held = filled.layers[index]
+        size = (held.keys.numel() + held.values.numel()) * dtype.itemsize * batch
+        owners = nearest(heads, module)
+        if len(owners) == 1 and keys.shape[1] % owners[0].units == 0:
             each[owners[0].name] = each.get(owners[0].name, 0.0) + size / owners[0].units
         else:  # one head of keys and values that serves all queries
             fixed += size
-    short = Counter(layer.positions for layer in layers if layer.positions < context)
-    fewer = "".join(f", {n} of {len(layers)} layers {at:,}" for at, n in sorted(short.items()))
+        if held.keys.shape[-2] < context:
+            short[held.keys.shape[-2]] += 1
+    fewer = "".join(f", {n} of {len(seen)} layers {at:,}" for at, n in sorted(short.items()))
     assumed = (
         f"weights as saved, and keys and values in {str(dtype).removeprefix('torch.')} as "
         f"transformers caches them: {context:,} positions{fewer}, {batch:,} "
@@ -84,8 +74,8 @@ def serving_memory(
     return replace(weights, each=each, fixed=fixed, assumed=assumed)
 
 
-def _kept(model: nn.Module, example: Batch, context: int) -> list[_Kept]:
-    """Run a model once, and return what each layer of its cache keeps at a length."""
+def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tensor, Tensor]]:
+    """Run a model once; return by layer of its cache the module, a first key and a first value."""
     if (
         not isinstance(model, PreTrainedModel)
         or not (model.can_generate() and has_cache(model))
@@ -116,13 +106,4 @@ def _kept(model: nn.Module, example: Batch, context: int) -> list[_Kept]:
             f"--memory counts keys and values, and {type(model).__name__} keeps "
             f"{' and '.join(sorted(others)) or 'none'}; give --size"
         )
-    # The cache itself says how many positions it holds, of states that take no memory.
-    filled = DynamicCache(config=model.config)
-    found = []
-    for index, (module, *states) in sorted(seen.items()):
-        keys, values = (one.to("meta").expand(-1, -1, context, -1) for one in states)
-        filled.update(keys, values, index)
-        held = filled.layers[index]
-        numbers = held.keys.numel() + held.values.numel()
-        found.append(_Kept(module, keys.shape[1], numbers, held.keys.shape[-2]))
-    return found
+    return seen

@@ -49,15 +49,13 @@ def as_fast_as(
     ----------
     prepared
         The dense model with its data, a batch of which is timed.
-    wanted
-        How many times as fast as the dense model.
     fixed
         What other groups keep.
     least, most
         The share of the dense model's operations with the least widths, and with the widest that
         the request's other limits allow: a model of these may be faster than wanted.
     choose
-        Returns the best widths within such a share, from `least` to `most`.
+        Returns the best widths within such a share.
 
     Raises
     ------
@@ -100,15 +98,10 @@ def as_fast_as(
 
 
 def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
-    """Return how much faster than the dense model another one is on a batch: of median times.
+    """Return the ratio of the median times of the dense model and of another one on a batch.
 
-    About how far that may be off is half of the interquartile range of the single ratios, over the
-    root of their number.
-
-    Raises
-    ------
-    RequestError
-        If that is too much.
+    Its error is about half of the interquartile range of the single ratios, over the root of their
+    number; a `RequestError` is raised if that is too much.
     """
     timers = [Timer(partial(forward, model, batch), timer=clock) for model in (dense, other)]
     with torch.no_grad(), without_cache(dense), without_cache(other):

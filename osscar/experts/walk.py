@@ -89,7 +89,7 @@ def _routed(
 class ExpertWalk(Walk):
     """An iterator over the mixtures of a model; it yields an `ExpertStep` for each.
 
-    Each is to be committed or tried.  The arguments are those of `osscar.walk.walk.walk`.
+    Each is to be committed or tried.  The arguments are those of `osscar.walk.walk.Walk`.
     """
 
     def __init__(
@@ -111,11 +111,13 @@ class ExpertWalk(Walk):
         """By router and batch."""
         maps = {name: self._neurons[name][1] for name in self._mixtures}
         with _routed(prepared.model, self._mixtures.values(), {}):
-            super().__init__(prepared, groups, True, target, held, committed or {}, maps)
+            super().__init__(
+                prepared, groups, target=target, held=held, committed=committed, consumers=maps
+            )
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Any]:
         (group,) = groups
-        mixture, (call,) = self._mixtures[group.name], self._schedule.measured[group.name]
+        mixture, (call,) = self._mixtures[group.name], self.schedule.measured[group.name]
         if self._at < 0:
             self._start()
         self._measure(call, ())

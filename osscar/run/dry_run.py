@@ -39,7 +39,7 @@ from osscar.run.groups import samples_held_out, solved
 from osscar.run.memory import forecast
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.targets import Target
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 
 _FEW = 8
 """Samples on which a group is solved."""
@@ -156,8 +156,8 @@ def estimate_as_asked(
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         kept = cost.of(keep) / cost.dense
         target = Target(request.target)
-        ends = walk(prepared, groups, target=target)
-        reach = sum((last + 1) / len(ends.calls) for last in ends.pass_ends)
+        schedule = Walk(prepared, groups, target=target).schedule
+        reach = sum((last + 1) / len(schedule.calls) for _, last in schedule.passes)
         source, solving = _solved(prepared, request, keep, groups, needs.matrices, clock)
 
         def times(groups: Sequence[CouplingGroup], power: int) -> float:
@@ -198,7 +198,7 @@ def estimate_as_asked(
             peak_bytes=peak,
             least_bytes=None if cache is None else needs.least,
             solved=source.name,
-            passes=len(ends.pass_ends),
+            passes=len(schedule.passes),
             kept_share=kept,
         )
 
@@ -239,7 +239,7 @@ def _solved(
     held = 1 if request.holds_out and samples > 1 else 0
     with profiled(clock) as profile, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about few samples
-        for step in walk(few, [source], target=Target(request.target), held=held):
+        for step in Walk(few, [source], target=Target(request.target), held=held):
             with room_for(few.model, matrix_bytes):
                 solved(step, keep[source.name], request, 0.0)
     return source, profile.seconds

@@ -31,7 +31,7 @@ from osscar.run.run_log import LayerRecord, RunLog
 from osscar.walk.layer_report import LayerReport
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense_tensors
 from osscar.walk.targets import Target
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from solvers.exact.branch_and_bound import BranchAndBound
 
 _Step = TypeVar("_Step")
@@ -68,7 +68,7 @@ def prune_groups(
             with room.without(prepared, _kept_in(known)) as now:
                 run.prune(now, own, known, room.steps, room.consumers, last=not groups)
             prepared = around.enter_context(room.without(prepared, _kept_in(run.done)))
-        run.prune(prepared, groups, records, walk, lambda now, group, _: now.linear_maps(group))
+        run.prune(prepared, groups, records, Walk, lambda now, group, _: now.linear_maps(group))
     return tuple(run.done)
 
 

@@ -14,7 +14,7 @@ from osscar.base.inputs import checked
 from osscar.base.progress import stage
 from osscar.preparation.prepare import prepare
 from osscar.request import DAMP
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from solvers import Consumer, SubsetProblem
 
 
@@ -51,7 +51,7 @@ def model_problems(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
         with stage("measuring", total=len(groups)) as bar:
-            for step in walk(prepared, groups, in_turn=False):
+            for step in Walk(prepared, groups, in_turn=False):
                 problem = step.problem(step.group.units, damp)
                 if query_heads and step.group.kind is UnitKind.HEADS:
                     consumers = tuple(_split_heads(prepared.model, c) for c in problem.consumers)

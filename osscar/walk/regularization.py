@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from osscar.walk.gram import GramAccumulator, pulls
 from osscar.walk.sums import Centred
-from solvers.linalg.symmetric import Symmetric
 
 DAMPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is tried; the error is flat around its least."""
@@ -55,7 +53,7 @@ def best_regularization(
         sizes[one.linear_map.name] += float((W0 * fitted.product(W0)).sum())
     sizes = {name: size if size > 0 else 1.0 for name, size in sizes.items()}
     parts = [
-        _Part.of(one, fitted, rows, sizes[one.linear_map.name])
+        _Part(one, fitted, rows, sizes[one.linear_map.name])
         for (one, fitted), rows in zip(read, _kept_rows(read, sizes, keep), strict=True)
         if one.held is not None
     ]
@@ -96,26 +94,10 @@ def _kept_rows(
     return found
 
 
-@dataclass(frozen=True, eq=False)
 class _Part:
-    """One consumer on r rows, its outputs seen in q directions."""
+    """One consumer on r rows, its outputs, (m,), seen in q directions; its error is over a size."""
 
-    H: Symmetric = field(repr=False)
-    plain: Tensor = field(repr=False)
-    """H times the dense weights, (r, q), as `corrections`; these are None where there are none."""
-    corrections: Tensor | None = field(repr=False)
-    W0: Tensor = field(repr=False)
-    pulls: Tensor = field(repr=False)
-    """What damping is relative to, (r,)."""
-    held_H: Symmetric = field(repr=False)
-    held_G: Tensor = field(repr=False)
-    """Of the samples that were held out, with their corrections in full."""
-    size: float
-    """What its error is relative to."""
-
-    @classmethod
-    def of(cls, one: GramAccumulator, fitted: Centred, rows: Tensor, size: float) -> _Part:
-        """Take what concerns these rows."""
+    def __init__(self, one: GramAccumulator, fitted: Centred, rows: Tensor, size: float) -> None:
         assert one.held is not None
         held, W0 = one.held.centred(about=one.fitted), one.linear_map.read_unit_weight()
         m = W0.shape[1]
@@ -131,16 +113,10 @@ class _Part:
         held_G = held.product(W0)
         if held_corrections is not None:
             held_G += held_corrections
-        return cls(
-            H=fitted.part(rows),
-            plain=fitted.product(W0)[rows],
-            corrections=None if corrections is None else corrections[rows],
-            W0=W0[rows],
-            pulls=pulls(energies, one.rows, one.linear_map.fixed)[rows],
-            held_H=held.part(rows),
-            held_G=held_G[rows],
-            size=size,
-        )
+        self.H, self.held_H, self.size = fitted.part(rows), held.part(rows), size
+        self.W0, self.plain, self.held_G = W0[rows], fitted.product(W0)[rows], held_G[rows]
+        self.corrections = None if corrections is None else corrections[rows]
+        self.pulls = pulls(energies, one.rows, one.linear_map.fixed)[rows]
 
     def errors(self, damp: float) -> tuple[float, float, float]:
         """Return a, b, c of the held-out error ``a - 2bs + cs^2``, but for a constant."""

@@ -47,22 +47,52 @@ from osscar.walk.targets import Keeper, Target, correction, streams
 
 
 class Walk:
-    """An iterator over the steps of a model; see `walk`."""
+    """Walks the calibration data through a model, and stops where one of its groups can be solved.
+
+    It is to be iterated over once; it yields a `LayerStep` for each group, in the order in which
+    the model reads them.  `passes` counts how often batches set out from the start of the model.
+
+    Parameters
+    ----------
+    in_turn
+        Whether each group is measured on what was committed before it, as pruning does.  If not,
+        all groups are measured on the model as it is, in a single pass, and none can be committed.
+    target
+        What consumers are to reproduce.  Where that depends on the dense model, each batch also
+        runs through the dense weights: it passes a consumer before new weights are committed, so
+        that no second model is held.
+    held
+        How many samples, the last ones, no weight is fitted to: they choose how much of the
+        corrections targets have (`LayerStep.regularization`).
+    committed
+        The dense tensors of modules to which an earlier walk has committed, by name.
+    consumers
+        What reads each group, by its name, where it is not what the trace has found.
+
+    Raises
+    ------
+    ModelError
+        If a consumer cannot be refitted, or is never called.
+    DataError
+        If a batch fails, or takes another way through the model than the others; it names the
+        batch and the module.
+    NonFiniteError
+        If what a consumer reads is not finite.
+    """
 
     def __init__(
         self,
         prepared: Prepared,
         groups: Sequence[CouplingGroup],
-        in_turn: bool,
-        target: Target,
-        held: int,
-        committed: Mapping[str, DenseTensors],
+        *,
+        in_turn: bool = True,
+        target: Target = Target.WEIGHTS,
+        held: int = 0,
+        committed: Mapping[str, DenseTensors] | None = None,
         consumers: Mapping[str, tuple[LinearMap, ...]] | None = None,
     ) -> None:
         self.passes = 0
-        """How many times the batches have set out from the start of the model."""
-        self._prepared, self._in_turn, self._target = prepared, in_turn, target
-        self._model = prepared.model
+        self._prepared, self._target, self._model = prepared, target, prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
         self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
         if consumers is None:
@@ -77,13 +107,13 @@ class Walk:
             self._model, prepared.example, self._batches[0], self._names
         )
         names = {name: [one.name for one in maps] for name, maps in self._consumers.items()}
-        self._schedule = Schedule.of(
+        self.schedule = Schedule.of(
             groups, names, calls, in_turn=in_turn, outputs=target.needs_dense
         )
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         # Where several groups share a consumer, the first that was committed found it dense.
-        self._originals = {name: dict(dense) for name, dense in committed.items()}
+        self._originals = {name: dict(dense) for name, dense in (committed or {}).items()}
         self._exchanged: set[str] = set()
         self._at = -1
         """The call before which all batches stand."""
@@ -92,27 +122,17 @@ class Walk:
         with torch.no_grad(), self._watched():
             around = Surroundings()
             try:
-                for groups in self._schedule.rounds:
+                for groups in self.schedule.rounds:
                     yield from self._steps_of(groups)
             finally:
                 self._end()
                 around.restore()
 
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """The modules that are watched, in the order of their calls."""
-        return self._schedule.calls
-
-    @property
-    def pass_ends(self) -> tuple[int, ...]:
-        """The last call that each pass of the batches reaches, should all groups be committed."""
-        return tuple(last for _, last in self._schedule.passes)
-
     # ---- the batches on their way --------------------------------------------------------
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
         """Walk from the first call that reads one of these groups to the last one."""
-        calls = {group.name: self._schedule.measured[group.name] for group in groups}
+        calls = {group.name: self.schedule.measured[group.name] for group in groups}
         grams: dict[str, tuple[GramAccumulator, ...]] = {}
         if self._at < 0 or min(map(min, calls.values())) < self._at:
             self._start()
@@ -122,8 +142,7 @@ class Walk:
             for group in here:
                 if group.name not in grams:
                     grams[group.name] = self._empty_sums(group)
-                once = len(calls[group.name]) == 1
-                name = self.calls[call]
+                once, name = len(calls[group.name]) == 1, self.schedule.calls[call]
                 read += [g for g in grams[group.name] if once or g.linear_map.name == name]
             self._measure(call, read)
             for group in here:
@@ -184,7 +203,7 @@ class Walk:
     def _bring(self, run: Coroutine, call: int) -> Arrival:
         """Let a batch run on to a call: it stands before it then, in the dense stream after."""
         while run.reached < call:
-            expected = self.calls[run.reached + 1]
+            expected = self.schedule.calls[run.reached + 1]
             with failures_named(self._model, run.index), self._tied_as_dense(run):
                 arrival = run.advance()
             if arrival is None or arrival.module != expected:
@@ -213,7 +232,7 @@ class Walk:
 
     def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
         """Hold each batch to what the order of the calls was learned from."""
-        first = self._schedule.same_tensor.get(run.reached)
+        first = self.schedule.same_tensor.get(run.reached)
         if first is None:
             return
         if first == run.reached:
@@ -221,8 +240,8 @@ class Walk:
         elif run.read[first]() is not arrival.x:
             raise DataError(
                 f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
-                f"{self.calls[first]!r}, which read the same one on other data; give batches that "
-                "run alike"
+                f"{self.schedule.calls[first]!r}, which read the same one on other data; give "
+                "batches that run alike"
             )
 
     def _end(self) -> None:
@@ -284,7 +303,7 @@ class Walk:
 
     def _committing(self, step: LayerStep) -> None:
         """Keep dense weights that batches of the dense stream will run through once more."""
-        if self._target.needs_dense and self._schedule.sets_out_after(step.group):
+        if self._target.needs_dense and self.schedule.sets_out_after(step.group):
             for name, dense in dense_tensors(step.consumers).items():
                 self._originals.setdefault(name, dict(dense))
 
@@ -311,45 +330,3 @@ def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[l
             rest.append(inputs.rows(batch, max(left, 0), None))
         left -= count
     return [*fitted, *rest], len(fitted)
-
-
-def walk(
-    prepared: Prepared,
-    groups: Sequence[CouplingGroup],
-    *,
-    in_turn: bool = True,
-    target: Target = Target.WEIGHTS,
-    held: int = 0,
-    committed: Mapping[str, DenseTensors] | None = None,
-) -> Walk:
-    """Walk the calibration data through a model, and stop where one of its groups can be solved.
-
-    It is to be iterated over once; it yields a `LayerStep` for each group, in the order in which
-    the model reads them.
-
-    Parameters
-    ----------
-    in_turn
-        Whether each group is measured on what was committed before it, as pruning does.  If not,
-        all groups are measured on the model as it is, in a single pass, and none can be committed.
-    target
-        What consumers are to reproduce.  Where that depends on the dense model, each batch also
-        runs through the dense weights: it passes a consumer before new weights are committed, so
-        that no second model is held.
-    held
-        How many samples, the last ones, no weight is fitted to: they choose how much of the
-        corrections targets have (`LayerStep.regularization`).
-    committed
-        The dense tensors of modules to which an earlier walk has committed, by name.
-
-    Raises
-    ------
-    ModelError
-        If a consumer cannot be refitted, or is never called.
-    DataError
-        If a batch fails, or takes another way through the model than the others; it names the
-        batch and the module.
-    NonFiniteError
-        If what a consumer reads is not finite.
-    """
-    return Walk(prepared, groups, in_turn, target, held, committed or {})

@@ -16,7 +16,7 @@ from osscar.request import PruningRequest
 from osscar.run.dry_run import estimate_as_asked
 from osscar.run.prune import prune_as_asked
 from osscar.walk.targets import Target
-from osscar.walk.walk import Walk, walk
+from osscar.walk.walk import Walk
 from tests.osscar.families import CALIBRATION, tokens
 from tests.osscar.networks import Twice, images, small_net
 from tests.osscar.programs import Transformer
@@ -46,13 +46,13 @@ def test_the_walk_ends_its_passes_where_it_says(model, data, monkeypatch):
     monkeypatch.setattr(Walk, "_measure", watched)
     with prepare(model(), data, batch_size=2) as prepared:
         groups = [group for group in prepared.groups if group.prunable and group.units > 2]
-        planned = walk(prepared, groups, target=Target.RESIDUAL)
-        pass_ends = planned.pass_ends
+        planned = Walk(prepared, groups, target=Target.RESIDUAL)
+        pass_ends = tuple(last for _, last in planned.schedule.passes)
         for step in planned:
             problem = step.problem(keep=step.group.units - 1, damp=0.1)
             step.commit([consumer.W0 for consumer in problem.consumers])
-        one_go = walk(prepared, groups, in_turn=False)
-        assert one_go.pass_ends == (len(one_go.calls) - 1,)
+        one_go = Walk(prepared, groups, in_turn=False)
+        assert one_go.schedule.passes == ((0, len(one_go.schedule.calls) - 1),)
     lasts = {number: max(c for n, c in seen if n == number) for number, _ in seen}
     assert pass_ends == tuple(lasts[number] for number in sorted(lasts))
     assert len(pass_ends) == planned.passes

@@ -16,7 +16,7 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import note
 from osscar.request import PruningRequest
 from osscar.walk.targets import streams
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from tests.osscar.families import tokens
 from tests.osscar.mixtures import MIXTURES, mixture
 
@@ -158,7 +158,7 @@ def test_each_expert_is_refitted_on_its_own_tokens_and_one_without_any_keeps_its
         experts = prepared.model.get_submodule(name)
         dense = experts.down_proj.detach().double()
         inputs = [by_hand(experts, x, expert)[0] for expert in range(4)]
-        (step,) = walk(prepared, of_experts(prepared))
+        (step,) = Walk(prepared, of_experts(prepared))
         assert step.positions == min(len(X) for X in inputs if len(X))
         with pytest.warns(UserWarning, match=r"no calibration token is sent to .*experts\[2\]"):
             problem = step.problem(20, 1e-6)
@@ -185,7 +185,7 @@ def mixtral():
 
 
 def test_too_few_tokens_for_an_expert_are_told_once_a_layer(mixtral):
-    (step,) = walk(mixtral, of_experts(mixtral), in_turn=False)
+    (step,) = Walk(mixtral, of_experts(mixtral), in_turn=False)
     with pytest.warns(UserWarning, match="rank-deficient") as caught:
         step.problem(20, 0.1)
     (told,) = [str(one.message) for one in caught if "rank-deficient" in str(one.message)]
@@ -197,7 +197,7 @@ def test_numbers_that_overflow_in_one_expert_name_it(mixtral):
     dense = weight.clone()
     weight.mul_(1e36)
     with pytest.raises(NonFiniteError, match=r"mlp\.experts\[3\]' have NaN or infinite"):
-        list(walk(mixtral, of_experts(mixtral), in_turn=False))
+        list(Walk(mixtral, of_experts(mixtral), in_turn=False))
     weight.copy_(dense)
 
 

@@ -12,7 +12,7 @@ from osscar.consumers import consumer as consumers
 from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 
 SAMPLES = 40
 
@@ -80,7 +80,7 @@ def test_fixed_rows_are_refitted_with_the_units_that_stay(bias):
     varies = centred.square().mean(0) > 1e-20
     order = [*range(5), *range(11, 20), *range(5, 11)]  # what stays, and then the units
     with prepare(model, x) as prepared:
-        (step,) = walk(prepared, [reading(prepared, "one")])
+        (step,) = Walk(prepared, [reading(prepared, "one")])
         (one,) = step.consumers
         assert one.inputs.tolist() == order
         assert one.fixed_inputs == (14, 0)
@@ -118,7 +118,7 @@ def test_groups_that_share_a_consumer_come_to_their_joint_refit(target):
     kept = {"one": [0, 2, 5], "two": [1, 3, 4, 7]}
     with prepare(model, x) as prepared:
         groups = [reading(prepared, name) for name in kept]
-        for step in walk(prepared, groups, target=target):
+        for step in Walk(prepared, groups, target=target):
             step.correction_weight = 1.0
             units = kept[step.group.slots[0].module]
             weights, _ = solvers.refit(step.problem(len(units), 0.0), torch.tensor(units))
@@ -141,7 +141,7 @@ def test_convolutions_are_refitted_on_all_channels_that_they_read(transposed, mo
     for most in (0, consumers.MOST_ROWS):
         monkeypatch.setattr(consumers, "MOST_ROWS", most)
         with prepare(model, x) as prepared:
-            (step,) = walk(prepared, [reading(prepared, "grow")])
+            (step,) = Walk(prepared, [reading(prepared, "grow")])
             (one,) = step.consumers
             before = one.read_weight()
             one.write_weight(before)  # what was read is what is written
@@ -162,7 +162,7 @@ def test_convolutions_are_refitted_on_all_channels_that_they_read(transposed, mo
 def test_what_fixed_rows_explain_but_for_rounding_is_no_error():
     """Hidden layers of four samples are linear in what the head reads, too."""
     with prepare(joined().float(), inputs(samples=4).float()) as prepared:
-        for step in walk(prepared, [reading(prepared, name) for name in ("one", "two")]):
+        for step in Walk(prepared, [reading(prepared, name) for name in ("one", "two")]):
             problem = step.problem(3, 0.0)
             weights, loss = solvers.refit(problem, torch.arange(3))
             assert 0 <= loss < 1e-3 * problem.scale
@@ -192,7 +192,7 @@ def test_the_report_counts_fixed_rows_and_those_too_many_to_refit(
 def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
     model, x = joined(), inputs()
     with prepare(model, x) as prepared:
-        (step,) = walk(prepared, [reading(prepared, "one")], held=20)
+        (step,) = Walk(prepared, [reading(prepared, "one")], held=20)
         dense, kept = step.consumers[0].read_weight(), [0, 1, 2]
         problem = step.problem(3, 0.01)
         weights, _ = solvers.refit(problem, torch.tensor(kept))
@@ -206,7 +206,7 @@ def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
 def test_another_process_adopts_fixed_rows_too():
     model, x = joined(bias=True), inputs()
     with prepare(model, x) as one, prepare(model, x) as other:
-        (step,), (same,) = (walk(each, [reading(each, "two")]) for each in (one, other))
+        (step,), (same,) = (Walk(each, [reading(each, "two")]) for each in (one, other))
         weights, _ = solvers.refit(step.problem(4, 0.01), torch.arange(4))
         step.commit(step.all_rows(weights), range(4))
         same.adopt(tensor for consumer in step.consumers for tensor in consumer.read())

@@ -20,7 +20,7 @@ from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
 from osscar.walk.targets import Target
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from tests.graph.topologies import Deformable, randomized, tied_autoencoder
 
 PLAIN = {"device": "cpu", "backend": "magnitude"}
@@ -329,7 +329,7 @@ def test_the_dense_stream_of_a_tied_autoencoder_stays_dense() -> None:
             return y - others[0]
 
         patch.setattr("osscar.walk.walk.correction", correction)
-        for step in walk(prepared, groups, target=Target.RESIDUAL):
+        for step in Walk(prepared, groups, target=Target.RESIDUAL):
             weights = [one.read_weight() for one in step.consumers]
             for W, one in zip(weights, step.consumers, strict=True):
                 W[one.unit_rows[0]] = 0

@@ -16,7 +16,7 @@ from osscar.walk import regularization
 from osscar.walk.gram import pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
 from osscar.walk.targets import Keeper, Target, streams
-from osscar.walk.walk import _parted, walk
+from osscar.walk.walk import Walk, _parted
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
 from tests.osscar.test_gram import accumulator
@@ -97,7 +97,7 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(for
         networks = prepared.model, copy.deepcopy(prepared.model)
         groups = producing(prepared, "up")
         assert len(groups) == 3
-        for index, step in enumerate(walk(prepared, groups, target=Target.RESIDUAL)):
+        for index, step in enumerate(Walk(prepared, groups, target=Target.RESIDUAL)):
             (gram,), W0, block = step.grams, step.consumers[0].read_weight(), f"blocks.{index}"
             sums = [
                 call(n, f"{block}.norm", x)[0] + call(n, f"{block}.down", x)[1] for n in networks
@@ -171,7 +171,7 @@ def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise,
     # What is compared are these errors, but for one constant.
     fitted = gram.fitted.centred()
     (rows,) = regularization._kept_rows([(gram, fitted)], {"2": 1.0}, 8)
-    part = regularization._Part.of(gram, fitted, rows, 1.0)
+    part = regularization._Part(gram, fitted, rows, 1.0)
     off = set()
     for each in DAMPS:
         a, b, c = part.errors(each)
@@ -259,7 +259,7 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
         dense = copy.deepcopy(prepared.model)
         groups = producing(prepared, "branches")
         assert len(groups) == 4
-        for step in walk(prepared, groups, target=Target.RESIDUAL):
+        for step in Walk(prepared, groups, target=Target.RESIDUAL):
             (gram,) = step.grams
             D = (call(dense, "join", x)[1] - call(prepared.model, "join", x)[1]).double()
             expected = float((D - D.mean(0)).square().sum()) / len(x)
@@ -279,7 +279,7 @@ def test_both_streams_put_out_float32_where_a_model_runs_in_half_precision():
     model, x = Stack("none").bfloat16().eval(), torch.randn(64, 8).bfloat16()
     with prepare(model, x, batch_size=16) as prepared:
         dense, energies = copy.deepcopy(prepared.model), []
-        steps = walk(prepared, producing(prepared, "up"), target=Target.RESIDUAL)
+        steps = Walk(prepared, producing(prepared, "up"), target=Target.RESIDUAL)
         for index, step in enumerate(steps):
             down = f"blocks.{index}.down"
             read = [call(network, down, x)[0].float() for network in (prepared.model, dense)]

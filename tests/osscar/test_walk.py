@@ -16,7 +16,7 @@ from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
 from osscar.walk.targets import Target
-from osscar.walk.walk import walk
+from osscar.walk.walk import Walk
 from solvers.heuristics.greedy import Greedy
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Twice, images, small_net
@@ -189,13 +189,13 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(name, mo
     near, seen = TOLERANCE.get(name, 1e-4), []
     with prepare(model, data, batch_size=BATCH) as prepared, torch.no_grad():
         groups = [group for group in prepared.groups if group.prunable]
-        way, dense = walk(prepared, groups, in_turn=False), copy.deepcopy(prepared.model)
+        way, dense = Walk(prepared, groups, in_turn=False), copy.deepcopy(prepared.model)
         for step in way:
             for gram in step.grams:
                 X, _ = read_by(gram.linear_map, prepared, dense)
                 close(gram.fitted.gram.dense(), X.T @ X, near / 10)
         assert way.passes == 1
-        for step in walk(prepared, groups, target=Target.RESIDUAL):
+        for step in Walk(prepared, groups, target=Target.RESIDUAL):
             for gram in step.grams:
                 W0 = gram.linear_map.read_weight()
                 X, D = read_by(gram.linear_map, prepared, dense)
@@ -248,7 +248,7 @@ def test_only_groups_that_are_read_in_several_calls_cost_a_pass(name, residual, 
     with prepare(build(), data(), batch_size=BATCH) as prepared:
         left = () if residual else prepared.residual
         groups = [one for one in prepared.groups if one.prunable and one.name not in left]
-        way = walk(prepared, groups)
+        way = Walk(prepared, groups)
         commit_all(way)
         assert way.passes == passes
 
@@ -312,7 +312,7 @@ def test_a_walk_that_ends_early_leaves_nothing_behind(mood, error, message):
         groups = [group for group in prepared.groups if group.prunable]
         prepared.model.mood = mood
         with pytest.raises(error, match=message):
-            commit_all(walk(prepared, groups), early=mood is None)
+            commit_all(Walk(prepared, groups), early=mood is None)
         gc.collect()
         assert prepared.model.inside == []  # every pass has left its context managers
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in prepared.model.modules())
@@ -339,7 +339,7 @@ class Plain(nn.Module):
 
 def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
     with prepare(seeded(Plain)(), DATA, batch_size=BATCH) as prepared:
-        commit_all(walk(prepared, [group for group in prepared.groups if group.prunable]))
+        commit_all(Walk(prepared, [group for group in prepared.groups if group.prunable]))
         assert prepared.model.ends == 3
         assert not any(m._forward_pre_hooks for m in prepared.model.modules())
 
@@ -350,7 +350,7 @@ def test_activations_that_are_not_finite_are_refused_with_their_consumer():
     with prepare(seeded(Twice)(), data, batch_size=BATCH) as prepared:
         prepared.model.up.weight.data.mul_(1e3)
         with pytest.raises(NonFiniteError, match="'down'"):
-            list(walk(prepared, [group for group in prepared.groups if group.prunable]))
+            list(Walk(prepared, [group for group in prepared.groups if group.prunable]))
 
 
 def test_a_consumer_that_is_never_called_is_refused():
@@ -358,7 +358,7 @@ def test_a_consumer_that_is_never_called_is_refused():
         groups = [group for group in prepared.groups if group.prunable]
         prepared.model.forward = lambda x: x
         with pytest.raises(ModelError, match="'down' was never called"):
-            walk(prepared, groups)
+            Walk(prepared, groups)
 
 
 def test_modes_of_a_suspended_pass_are_not_seen_outside():
@@ -366,7 +366,7 @@ def test_modes_of_a_suspended_pass_are_not_seen_outside():
     with prepare(seeded(Surrounded)(), torch.randn(7, 8), batch_size=BATCH) as prepared:
         groups = [group for group in prepared.groups if group.prunable]
         stack = torch._C._len_torch_function_stack()
-        for step in walk(prepared, groups):
+        for step in Walk(prepared, groups):
             assert not torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")
@@ -379,7 +379,7 @@ def test_modes_of_a_suspended_pass_are_not_seen_outside():
 def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
     data = torch.randn(7, 6)
     with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
-        (step,) = walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
+        (step,) = Walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
         (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
     assert (gram.fitted.positions, gram.held_rows) == (5, 2)
     torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
