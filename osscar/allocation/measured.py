@@ -49,8 +49,8 @@ _WINDOW = 1024
 _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
 """The same, to which a group that is pruned alone is refitted."""
 
-FEWEST = 4
-"""One in so many samples is compared at most, so that there are as many at least."""
+ONE_IN = 4
+"""At most one sample in so many is compared, so that at least so many are needed."""
 
 LEAST = 1e-7
 """What is measured below this is rounding of logits."""
@@ -110,7 +110,7 @@ def compared_samples(prepared: Prepared) -> int:
     wanted = _COMPARED_SAMPLES
     if length is not None:
         wanted = max(1, _COMPARED_TOKENS // min(length, _WINDOW))
-    return min(wanted, prepared.inputs.samples // FEWEST)
+    return min(wanted, prepared.inputs.samples // ONE_IN)
 
 
 def fitted_samples(prepared: Prepared) -> int:
@@ -162,7 +162,7 @@ def measured_curves(
     samples = compared_samples(prepared)
     if not samples:
         raise RequestError(
-            f"--allocation measured needs at least {FEWEST} calibration samples, of which some are "
+            f"--allocation measured needs at least {ONE_IN} calibration samples, of which some are "
             f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
         )
     reference = dense_reference(prepared, samples)
@@ -233,11 +233,11 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
     units = [group for group in groups if not group.kind.routed]
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
-        held = 0 if few.inputs.tokens else few.inputs.samples // FEWEST
+        held = 0 if few.inputs.tokens else few.inputs.samples // ONE_IN
         yield from Walk(few, units, in_turn=False, held=held)
     for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
         own = [group for group in groups if group.kind is kind]
-        yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // FEWEST))
+        yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // ONE_IN))
 
 
 @dataclass(eq=False)

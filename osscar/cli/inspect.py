@@ -49,7 +49,7 @@ def run(model: str, options: InspectOptions) -> None:
     hidden = len(groups) - len(shown)
     if hidden:
         frozen = pluralize(hidden, "frozen group")
-        say(f"{frozen} inside the units of others {are(hidden)} not shown; --all shows them")
+        say(f"{frozen} of inputs, outputs and parts of units {are(hidden)} not shown; use --all")
     shared = [group for group in groups if group.kind in PRUNED_KINDS and group.units > 1]
     budgeted = [group for group in shared if group.name not in residual]
     prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)

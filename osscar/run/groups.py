@@ -137,7 +137,7 @@ class _Run:
 
 
 def samples_held_out(prepared: Prepared, request: PruningRequest) -> int:
-    """Return how many samples no weight is fitted to: none where the request chooses all itself."""
+    """Return how many samples are held out: none if the request gives damping and correction."""
     return held_out(prepared.inputs.samples) if request.holds_out else 0
 
 
