@@ -7,8 +7,7 @@ import errno
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from annotated_types import Interval
 
-from osscar.base.errors import ModelError, OptionError, OsscarError
+from osscar.base.errors import OptionError, OsscarError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -101,20 +100,6 @@ def parse_size(value: object) -> int:
     if size < 1:
         raise OptionError(f"{safe_repr(value)} of memory is less than a byte; give one such as 8GB")
     return size
-
-
-@contextmanager
-def panics_are_errors(what: str) -> Iterator[None]:
-    """Turn a panic of the library of tokenizers, which is no `Exception`, into a ModelError.
-
-    `what` is what the block does.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(f"the tokenizer fails on {what}: {error}; get its files anew") from error
 
 
 def count_from(least: int) -> Interval:

@@ -42,11 +42,7 @@ def launched() -> tuple[int, int]:
 
 def neighbours() -> int:
     """Return how many processes of this launch share this machine, this one among them."""
-    size = launched()[1]
-    try:
-        return min(max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), size)
-    except ValueError:
-        return 1
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), launched()[1])
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)

@@ -7,11 +7,10 @@ open starts it, the last to close stops it and leaves nothing behind on the scre
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -27,8 +26,6 @@ from rich.progress import (
 
 from osscar.base.printable import printable
 from osscar.base.process import launched
-
-T = TypeVar("T")
 
 SECONDS_A_LINE = 30.0
 """Of work between two lines where no bar is drawn: logs stay short, and tell that it goes on."""
@@ -108,15 +105,6 @@ def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
             yield _Bar(display, task)
         finally:
             display.remove_task(task)
-
-
-def track(iterable: Iterable[T], description: str) -> Iterator[T]:
-    """Iterate with a bar, of as many steps as there are items, where that is known."""
-    total = len(iterable) if isinstance(iterable, Sized) else None
-    with stage(description, total) as bar:
-        for item in iterable:
-            yield item
-            bar.advance()
 
 
 @contextmanager

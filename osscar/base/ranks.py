@@ -92,32 +92,29 @@ class Ranks:
     def broadcast(self, place: str, make: Callable[[], T]) -> T:
         """Return, on every rank, what rank 0 makes; `make` is called on rank 0 alone."""
         made: Any = make() if self.first else None
-        found: T = made if self.alone else self._meet(place, answer=lambda _: made)
+        found: T = made if self.alone else self._meet(place, made)[0]
         return found
 
     def all_gather(self, place: str, mine: T) -> list[T]:
         """Return, on every rank, what each has to tell, in the order of the ranks."""
-        told: list[T] = [mine] if self.alone else self._meet(place, mine, list)
-        return told
+        return [mine] if self.alone else self._meet(place, mine)
 
-    def _meet(
-        self, place: str, mine: Any = None, answer: Callable[[Sequence[Any]], Any] = lambda _: None
-    ) -> Any:
-        """Let rank 0 hear all, and return what it answers.
+    def _meet(self, place: str, mine: Any = None) -> list[Any]:
+        """Let rank 0 hear all ranks and answer them; return what each has to tell.
 
         Tensors among it are on the CPU, as another rank may have no such card.
         """
-        if not self.first:
-            self._send(0, (place, None, mine))
-            _, failed, told = self._receive(0)
-        else:
+        if self.first:
             others = range(1, self.size)
             said = [(place, None, mine), *map(self._receive, others)]
             failures = (_failure(rank, *said[rank][:2], place) for rank in others)
             failed = next(filter(None, failures), None)
-            told = None if failed else answer([value for _, _, value in said])
+            told = [] if failed else [value for _, _, value in said]
             for rank in others:
                 self._send(rank, (place, failed, told))
+        else:
+            self._send(0, (place, None, mine))
+            _, failed, told = self._receive(0)
         if failed:
             raise RanksError(failed)
         return told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,16 @@ def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
+def _ignore(*_: Any) -> None:
+    pass
+
+
 @contextmanager
 def reads(
     model: nn.Module,
-    names: Iterable[str],
-    before: Callable[[str, Any], Any] | None = None,
-    after: Callable[[str, Any, Any], Any] | None = None,
+    names: Collection[str],
+    before: Callable[[str, Any], Any] = _ignore,
+    after: Callable[[str, Any, Any], Any] = _ignore,
 ) -> Iterator[None]:
     """Show what some modules and products read while the block runs.
 
@@ -41,26 +45,16 @@ def reads(
     the name and what is read; `after` also what is put out, and what it returns, if anything, goes
     on instead.
     """
-    names = list(names)
     products = {name for name in names if is_station(name)}
 
     def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        assert before is not None
         before(name, argument(module, args, kwargs))
 
     def read(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        assert after is not None
         return after(name, argument(module, args, kwargs), y)
 
-    with (
-        hooks(
-            model,
-            [name for name in names if name not in products],
-            None if before is None else reading,
-            None if after is None else read,
-        ),
-        watched_products(model, products, before, after),
-    ):
+    modules = [name for name in names if name not in products]
+    with hooks(model, modules, reading, read), watched_products(model, products, before, after):
         yield
 
 

@@ -435,8 +435,8 @@ def holder(model: nn.Module, name: str) -> nn.Module:
 def watched_products(
     model: nn.Module,
     stations: Collection[str],
-    before: Callable[[str, Any], Any] | None,
-    after: Callable[[str, Any, Any], Any] | None,
+    before: Callable[[str, Any], Any],
+    after: Callable[[str, Any, Any], Any],
 ) -> AbstractContextManager[None]:
     """Show the products of some stations, as `osscar.consumers.observe.reads` does modules."""
     if not stations:
@@ -446,10 +446,9 @@ def watched_products(
         name = station(tensor, taken.form.summed)
         if name not in stations:
             return taken.output()
-        if before is not None:
-            before(name, taken)
+        before(name, taken)
         output = taken.output()
-        other = None if after is None else after(name, taken, output)
+        other = after(name, taken, output)
         return output if other is None else other
 
     tensors = {name.tensor for name in stations if is_station(name)}

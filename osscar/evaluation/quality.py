@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from osscar.allocation.divergence import as_logits, summed_divergence
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
-from osscar.base.progress import track
+from osscar.base.progress import stage
 from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
@@ -205,10 +205,10 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
         *(one[None] for one in windows[len(whole) :]),
     ]
     losses = list[float]()
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), stage("Scoring", len(batches)) as bar:
         check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
         check_causal(model, "the model")
-        for batch in track(batches, "Scoring"):
+        for batch in batches:
             for window, logits in _predicted(model, batch.to(model.device)):
                 losses.append(_loss(logits[context - 1 : -1], window[context:]))
                 if not math.isfinite(losses[-1]):
@@ -216,6 +216,7 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
                         f"the model's logits are NaN or infinite in window {len(losses) - 1}; use "
                         "--dtype float32, or check its weights"
                     )
+            bar.advance()
     tokens = sum(len(one) - context for one in windows)
     perplexity = _exponential(sum(losses) / tokens)
     return TextQuality(perplexity, tokens, len(windows), len(windows[0]), text.special_tokens)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
-from osscar.base.errors import ModelError, OsscarError, first_line
+from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.consumers.mixtures import Routed
 from osscar.experts.declared import calls_of, declared_in, is_named, joined, undeclared
@@ -33,19 +33,6 @@ from osscar.preparation.prepare import Prepared
 from osscar.shrinking.follow import is_list
 from solvers import RoutingRule
 
-_NOT_ROUTED = (
-    "module {!r} ({}) is not called with tokens, the experts of each, and their weights, so that "
-    "no router is known that could do without some experts"
-)
-_NO_ROUTER = (
-    "no module put out the experts and weights that {!r} is called with: code of the module around "
-    "it routes, and only a router that is a module can be told which experts are left"
-)
-_TOO_FEW = "every token is sent to all {} experts of {!r}, so that none can leave"
-_TWICE = (
-    "{!r} is called {} times in a forward pass, each with other tokens, and experts can be removed "
-    "only from one that is called once; give each call a block of its own"
-)
 _NO_REFIT = "the output matrices of its experts are not found, so that they cannot be refitted"
 _NO_LINEAR = (
     f"{_NO_REFIT}: an expert must end in a torch.nn.Linear with a plain weight; remove weight norm "
@@ -137,8 +124,12 @@ def mixtures_in(
             one, tokens = expert_list(model, lists[name], declared[lists[name]], calls[lists[name]])
             found.append(_listed(model, one, tokens, order))
         elif is_named(name):
-            reason = _NOT_ROUTED.format(name, type(model.get_submodule(name)).__name__)
-            found.append(_frozen(model, name, reason + undeclared(model, name)))
+            reason = (
+                f"module {name!r} ({type(model.get_submodule(name)).__name__}) is not called with "
+                "tokens, the experts of each, and their weights, so that no router is known that "
+                f"could do without some experts{undeclared(model, name)}"
+            )
+            found.append(_frozen(model, name, reason))
     return tuple(found)
 
 
@@ -178,8 +169,6 @@ def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixt
         return _prunable(model, name, seen, order)
     except ModelError as error:
         reason = str(error)
-    except OsscarError:
-        raise
     except Exception as error:  # code of anyone's, which may not take other tokens
         let_shortage_pass(error)
         reason = f"the router of {name!r} fails on drawn tokens: {first_line(error)}"
@@ -188,13 +177,23 @@ def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixt
 
 def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixture:
     if seen.calls > 1:
-        raise ModelError(_TWICE.format(name, seen.calls))
+        raise ModelError(
+            f"{name!r} is called {seen.calls} times in a forward pass, each with other tokens, and "
+            "experts can be removed only from one that is called once; give each call a block of "
+            "its own"
+        )
     if seen.router is None:
-        raise ModelError(_NO_ROUTER.format(name))
+        raise ModelError(
+            f"no module put out the experts and weights that {name!r} is called with: code of the "
+            "module around it routes, and only a router that is a module can be told which experts "
+            "are left"
+        )
     experts = model.get_submodule(name)
     count = _count(name, experts)
     if seen.x.experts.shape[1] >= count:
-        raise ModelError(_TOO_FEW.format(count, name))
+        raise ModelError(
+            f"every token is sent to all {count} experts of {name!r}, so that none can leave"
+        )
     try:
         routing = router_of(model.get_submodule(seen.router), seen.call, count)
     except ModelError as error:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 
-from osscar.base.errors import ModelError, OsscarError, first_line
+from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.experts.declared import Declaration, joined
 from osscar.experts.routers import (
+    TOKENS,
     Call,
     SeenRoutes,
     biases_in,
@@ -44,8 +45,6 @@ from solvers import RoutingRule
 
 _NOTHING = 1e-10
 """The share of a token's largest weight, in double precision, below which others are none."""
-_TOKENS = 256
-"""On how many tokens routes are read, at least."""
 
 _ROUTER = "osscar_router"
 """What a block calls the module that routes while it is `called_as_mixtures`."""
@@ -164,9 +163,7 @@ def expert_list(
     """
     try:
         return _expert_list(model.get_submodule(block), block, declared, calls)
-    except OsscarError as error:
-        if not isinstance(error, ModelError):
-            raise
+    except ModelError as error:
         found = str(error)
     except Exception as error:  # code of anyone's, which may not take other experts
         let_shortage_pass(error)
@@ -229,8 +226,8 @@ def _rule_of_block(
 ) -> tuple[RoutingRule, str | None]:
     """Return by which rule tokens are sent to a list, and the name of the bias of the choice."""
     copy = _drawn_copy(one, block)
-    draws = min(-(-_TOKENS // tokens), _TOKENS)
-    seen = [_seen(one, copy, drawn_call(call, one.count, seed)) for seed in range(draws)]
+    draws = range(-(-TOKENS // tokens))
+    seen = [_seen(one, copy, drawn_call(call, one.count, seed)) for seed in draws]
     if seen[0].experts.shape[1] == one.count:
         raise ModelError(
             f"every token is sent to all {one.count} experts, or more is done with what they put "

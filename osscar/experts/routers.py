@@ -30,9 +30,8 @@ from solvers import GroupScore, RouterScores, RoutingRule, SolverError
 
 TOLERANCE = 1e-5
 """Of weights, in double precision: some code adds up to a millionth to what it divides by."""
-_TOKENS = 256
+TOKENS = 256
 """On how many tokens rules are compared, at least."""
-_MOST_DRAWS = 32
 _MOST_TIED = 0.01
 """The share of tokens that rounding may send to other experts than their logits say."""
 
@@ -170,7 +169,7 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
     own, places = _run(_in_double(module), call, count)
     copy = _in_double(module)
     draw_tensors(copy, count)
-    draws = min(-(-_TOKENS // max(1, len(own.logits))), _MOST_DRAWS)
+    draws = -(-TOKENS // max(1, len(own.logits)))
     drawn = (drawn_call(call, count, seed) for seed in range(draws))
     rule, bias = rule_of([own, *(_run(copy, one, count)[0] for one in drawn)], [module])
     return Router(rule, places, bias)

@@ -41,9 +41,6 @@ from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import by_keywords
 
-_CHOSEN = "chosen"
-"""The entry of a log's manifest with the training options that were chosen: fields of a request."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Recovery(Shown):
@@ -275,7 +272,7 @@ def _training(
 
     def choose() -> Any:
         if manifest is not None:
-            return manifest.asked[_CHOSEN]
+            return manifest.asked["chosen"]
         return _chosen(first_options_that_fit(setup, build, tell).options)
 
     options = dataclasses.replace(setup.request, **ranks.broadcast("how to train", choose))
@@ -297,7 +294,7 @@ def _begun(
     versions = {name: version(name) for name in ("torch", "transformers")}
     asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
     del asked["max_memory"]  # what it has led to is chosen
-    asked |= {_CHOSEN: _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
+    asked |= {"chosen": _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
     manifest = JournalManifest(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
     )

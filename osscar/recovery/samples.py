@@ -31,9 +31,6 @@ HELD_OUT_MOST = {True: 8, False: 128}
 CHECKED = {True: 2, False: 32}
 """Held-out samples on which each check during the training is made; the last is made on all."""
 
-_SHIFT = 8
-"""Images are shifted by at most their width over this."""
-
 
 def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
     """Return how many windows, or other samples, let each train once or be held out."""
@@ -111,11 +108,11 @@ def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:
 
 
 def shifted(sample: Batch, turn: int, seed: int) -> Batch:
-    """Mirror and shift an image at random, in another way each turn; its edge fills the gap."""
+    """Mirror an image and shift it by an eighth of its width at most, at random in each turn."""
     generator = named_generator(f"image {turn}", seed)
     ((name, image),) = sample.items()
     height, width = image.shape[-2:]
-    most = max(1, width // _SHIFT)
+    most = max(1, width // 8)
     down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
     if torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)

@@ -154,9 +154,6 @@ class RecoveryLog(SavingJournal[JournalManifest]):
 
 # ---- the loop ----------------------------------------------------------------------------
 
-_CLIP = 1.0
-"""The largest norm of a gradient."""
-
 
 class Training:
     """A training of a copy of the smaller model, with options: the request, with what was chosen.
@@ -288,7 +285,7 @@ class Training:
             weight.grad, finer.grad = None, found.to_dense() if found.is_sparse else found
         gradients = [one.grad for one in self._finer.values() if one.grad is not None]
         ranks.all_reduce("the gradients of a step", [*gradients, total])
-        nn.utils.clip_grad_norm_(self._finer.values(), _CLIP)
+        nn.utils.clip_grad_norm_(self._finer.values(), max_norm=1.0)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._adam.zero_grad()

@@ -25,7 +25,6 @@ from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForC
 
 import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError, OsscarError
-from osscar.base.inputs import panics_are_errors
 from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
 from osscar.checkpoint.validation import structure
@@ -170,17 +169,6 @@ def test_tokenizers(checkpoint):
         file.write_bytes(content)
         with pytest.raises(ModelError, match="has no tokenizer that transformers can read"):
             load_model(checkpoint)
-
-
-def test_a_panic_later_on_is_an_error():
-    class PanicException(BaseException):
-        pass
-
-    fails = pytest.raises(ModelError, match="fails on this text: out of range")
-    with fails, panics_are_errors("this text"):
-        raise PanicException("out of range")
-    with pytest.raises(KeyboardInterrupt), panics_are_errors("this text"):
-        raise KeyboardInterrupt
 
 
 def test_manifests(tmp_path):
