@@ -22,7 +22,7 @@ from osscar.base.errors import RequestError
 from osscar.data.batches import Batch
 from osscar.network.hooks import running_modules
 from osscar.network.modules import context_length, fresh
-from osscar.proof.equivalence import cache_name, has_cache
+from osscar.proof.equivalence import cache_name, takes
 from osscar.proof.lineage import stored_dtype
 
 
@@ -78,7 +78,7 @@ def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tens
     """Run a model once; return by layer of its cache the module, a first key and a first value."""
     if (
         not isinstance(model, PreTrainedModel)
-        or not (model.can_generate() and has_cache(model))
+        or not (model.can_generate() and takes(model, "use_cache"))
         or model.config.is_encoder_decoder
     ):
         raise RequestError(

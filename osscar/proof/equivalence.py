@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -25,10 +24,9 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.kinds import room_of
-from osscar.network.modules import drawing_alike, fresh, named_tensors, number_format
+from osscar.network.modules import drawing_alike, fresh, identity_of, named_tensors, number_format
 from osscar.network.predictions import known_prediction
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place
 from osscar.proof.plan import PruningPlan
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -41,21 +39,15 @@ _FINER = {
 }
 
 
-@dataclass(frozen=True)
-class _Rounding:
+class _Rounding(NamedTuple):
     """What rounding alone may do to outputs of a number format.
 
     Products are summed in another order, models round to float32 inside (normalization, rotary
     position) even when they run in float64, and thirty pruned layers amplify that a thousandfold.
 
-    Parameters
-    ----------
-    tolerance
-        Largest difference within a column, relative to the largest value of the column.
-    least
-        A column counts as having values at least so large, relative to the whole output.
-    ties
-        Share of whole numbers that may differ, as the fractions that they are rounded from or
+    tolerance: Largest difference within a column, relative to the largest value of the column.
+    least: A column counts as having values at least so large, relative to the whole output.
+    ties: Share of whole numbers that may differ, as the fractions that they are rounded from or
         chosen by are equal up to rounding.
     """
 
@@ -75,12 +67,8 @@ _ROUNDING = {
 class Match(NamedTuple):
     """How outputs of two models are alike.
 
-    Parameters
-    ----------
-    error
-        Largest difference, relative to the largest value of its column.
-    ties
-        Whole numbers that differ, as what they come from is equal up to rounding.
+    error: Largest difference, relative to the largest value of its column.
+    ties: Whole numbers that differ, as what they come from is equal up to rounding.
     """
 
     error: float
@@ -97,25 +85,21 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if not isinstance(inputs, Mapping):
         return model(*fresh(inputs))
     inputs = dict(fresh(inputs))
-    if has_cache(model):
+    if takes(model, "use_cache"):
         # Keys and values lose their heads, so they differ in shape, as they should.
         inputs.setdefault("use_cache", False)
-    if _takes(model, "output_router_logits"):
+    if takes(model, "output_router_logits"):
         inputs.setdefault("output_router_logits", False)  # of which there are as many as experts
     return model(**inputs)
 
 
-def has_cache(model: nn.Module) -> bool:
-    """Whether a model can be told to keep keys and values."""
-    return _takes(model, "use_cache")
-
-
 def cache_name(model: nn.Module) -> str:
     """Return what a model of transformers calls its cache, by an older or a newer name."""
-    return "cache" if _takes(model, "cache") else "past_key_values"
+    return "cache" if takes(model, "cache") else "past_key_values"
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward pass of a model has an argument of a name."""
     return argument in inspect.signature(model.forward).parameters
 
 
@@ -148,14 +132,14 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
     its own format, with the same value. A model whose code or kernels know only its own format
     keeps that, if an `example` to try it on is given.
     """
-    before = [(tensor, tensor.dtype, tensor.data) for _, tensor in named_tensors(model)]
-    in_memory = Counter(_memory(data) for *_, data in before)
-    shared = {id(tensor): data for tensor, _, data in before if in_memory[_memory(data)] > 1}
-    formats = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    del before
+    tensors = named_tensors(model)
+    formats = {name: tensor.dtype for name, tensor in tensors}
+    memory = {id(tensor): identity_of(tensor)[0] for _, tensor in tensors}
+    holders = Counter(memory.values())
+    shared = {id(one): one.data for _, one in tensors if holders[memory[id(one)]] > 1}
     own = number_format(model)
     # What a model in half precision keeps in float32, such as frequencies, is as fine already.
-    done = {_FINER.get(own, own)} if own is not None else set()
+    done = None if own is None else _FINER.get(own, own)
 
     def put_back() -> None:
         for name, tensor in named_tensors(model):
@@ -164,8 +148,8 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
         forget_derived(model)
 
     try:
-        for _, tensor in named_tensors(model):
-            if tensor.dtype not in done:
+        for _, tensor in tensors:
+            if tensor.dtype is not done:
                 tensor.data = tensor.data.to(_FINER.get(tensor.dtype, tensor.dtype))
         forget_derived(model)
         if example is not None and not runs(model, in_format_of(example, model)):
@@ -173,12 +157,6 @@ def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator
         yield
     finally:
         put_back()
-
-
-def _memory(tensor: Tensor) -> object:
-    """Return what tensors have in common that share their memory."""
-    own = isinstance(tensor, OnDisk) or tensor.layout is not torch.strided
-    return id(tensor) if own else tensor.untyped_storage()._cdata
 
 
 _I = TypeVar("_I", bound=Inputs)
@@ -199,23 +177,11 @@ def by_name(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
     return inspect.signature(model.forward).bind(*inputs).arguments
 
 
-def runs(model: nn.Module, example: Inputs) -> bool:
-    """Whether a model can be called."""
-    try:
-        call(model, example)
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        return False
-    return True
-
-
 _NAMES = ("the masked one", "the shrunk model")
 
 
 def prove_equal(
-    masked: Iterable[Tensor],
-    shrunk: Iterable[Tensor],
-    names: tuple[str, str] = _NAMES,
+    masked: Iterable[Tensor], shrunk: Iterable[Tensor], names: tuple[str, str] = _NAMES
 ) -> Match:
     """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
@@ -333,20 +299,24 @@ def proof_outputs(
     """Return every tensor that a model puts out, on every input, one after another.
 
     A model that draws random numbers draws the same ones each time.  With `keeping`, the logits on
-    the first input come last, of a pass that keeps keys and values, or a state, and of one that
-    goes on from it with the last sample of each row: of models that keep some, and whose inputs do
-    not say so themselves.  What is kept is no output: it changes with the heads, as it should.
+    the first input come last: of a pass that keeps keys and values, or a state, and of one that
+    goes on from it.  What is kept is no output: it changes with the heads, as it should.
     """
     first = inputs[0] if inputs else ()
     with drawing_alike(model):
         outputs = [output for one in inputs for output in all_outputs(call(model, one))]
-        if keeping and isinstance(first, Mapping) and "use_cache" not in first and has_cache(model):
+        if (
+            keeping
+            and isinstance(first, Mapping)
+            and "use_cache" not in first
+            and takes(model, "use_cache")
+        ):
             outputs += _kept_outputs(model, first)
     return outputs
 
 
 def _kept_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the logits of a pass that keeps keys and values, and of one that goes on from it."""
+    """Return the logits of a pass that keeps its state, and of one that goes on from it."""
     begun = call(model, {**inputs, "use_cache": True})
     name, tokens = cache_name(model), inputs.get("input_ids")
     kept = getattr(begun, name, None)
@@ -365,6 +335,11 @@ def outputs_or_none(model: nn.Module, example: Inputs) -> list[Tensor]:
     except Exception as error:  # the model may be anyone's code
         let_shortage_pass(error)
         return []
+
+
+def runs(model: nn.Module, example: Inputs) -> bool:
+    """Whether a model can be called."""
+    return bool(outputs_or_none(model, example))
 
 
 def computes(model: nn.Module, example: Inputs, expected: Sequence[Tensor]) -> bool:
@@ -402,36 +377,29 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     Units that are routed compute what they did, and no token is sent to those that are removed.
     """
     routed = [group for group in plan.groups if group.kind.routed]
-    before: list[tuple[Tensor, Tensor, int, Tensor]] = []
-    on_disk: list[tuple[OnDisk, Place]] = []
-    try:
+    with ExitStack() as undo:
         for group in (group for group in plan.groups if not group.kind.routed):
             for slot in group.consumers:
                 weight = attrgetter(slot.tensor)(model)
                 index = torch.tensor(slot.indices(group.gone), device=weight.device)
                 if isinstance(weight, OnDisk):
-                    on_disk.append((weight, weight.place))
+                    undo.callback(setattr, weight, "place", weight.place)
                     weight.place = weight.place.zeroed(slot.dim, index)
                     continue
                 weight = weight.detach()
-                before.append((weight, index, slot.dim, weight.index_select(slot.dim, index)))
+                before = weight.index_select(slot.dim, index)
+                undo.callback(weight.index_copy_, slot.dim, index, before)
                 weight.index_fill_(slot.dim, index, 0.0)
-        with ExitStack() as masks:
-            for kind in dict.fromkeys(group.kind for group in routed):
-                own = [group for group in routed if group.kind is kind]
-                masks.enter_context(room_of(kind).masked(model, own))
-            yield
-    finally:
-        for weight, index, dim, values in reversed(before):
-            weight.index_copy_(dim, index, values)
-        for parameter, place in reversed(on_disk):
-            parameter.place = place
+        for kind in dict.fromkeys(group.kind for group in routed):
+            own = [group for group in routed if group.kind is kind]
+            undo.enter_context(room_of(kind).masked(model, own))
+        yield
 
 
 def distance_from_masked(
     model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], *, keeping: bool
 ) -> Callable[[nn.Module], Match]:
-    """Run a model without the units that a plan removes, and return what tells how far others are.
+    """Run a model without the units that a plan removes; return a function that compares others.
 
     With `keeping`, a pass that keeps its state is compared, too, if the model can run one.
     """
