@@ -48,7 +48,14 @@ from osscar.checkpoint.manifest import (
 from osscar.checkpoint.reading import check_dtype, load
 from osscar.checkpoint.regrouped import parts_in_files
 from osscar.checkpoint.streamed import read_streamed
-from osscar.network.modules import check_usable, copied, evaluating, example_length, number_format
+from osscar.network.modules import (
+    check_usable,
+    copied,
+    device_of,
+    evaluating,
+    example_length,
+    number_format,
+)
 from osscar.network.tensor_files import WEIGHTS_FILE, Part, check_written, write_tensors
 from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
 from osscar.proof.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
@@ -58,7 +65,7 @@ from osscar.proof.lineage import (
     lineage_of,
     stored_dtype,
     structure_of,
-    without_values,
+    with_zeros,
 )
 from osscar.shrinking.fold import fold, is_foldable
 
@@ -302,14 +309,14 @@ def _dense_of(model: nn.Module) -> nn.Module:
     """Build the dense model of code of somebody's own, with any weights."""
     known = structure_of(model)
     if known is not None:
-        return known.built()
+        return with_zeros(known.model, known.device)
     if lineage_of(model).plans:
         raise CheckpointError(
             f"the dense model of this {type(model).__name__} is not known any more, and without it "
             "the checkpoint cannot be checked; prune the model anew, or load it with "
             "osscar.load(directory, dense=model)"
         )
-    return without_values(model)
+    return with_zeros(model, device_of(model))
 
 
 def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -27,8 +27,6 @@ from osscar.proof.seen import Calibration
 LINEAGE = "osscar_lineage"
 """The attribute of a model that holds its `Lineage`."""
 
-Scalar: TypeAlias = int | float | str | bool | None
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -40,15 +38,12 @@ class Origin:
 
     library: str
     name: str = ""
-    options: Mapping[str, Scalar] = field(default_factory=dict)
+    options: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a model was pruned with: one argument of its forward pass.
-
-    `shape` is that of one sample.
-    """
+    """An argument of the forward pass that a model was pruned with; `shape` is of one sample."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,32 +53,18 @@ class Input:
 class Lineage:
     """Everything that has to be known of a model to write it, read it again, and judge it.
 
-    Parameters
-    ----------
-    plans
-        What was removed, the oldest first; empty where a stock config says it.
-    certificates
-        How the smaller model of each plan is known to be right, the oldest first.
-    listed
-        How many of these, the oldest first, are in the shapes that the config lists.
-    origin
-        What builds the dense model; None for code of a user's own.
-    source
-        Where the dense model comes from, in words.
-    classes
-        The names of its classes; empty where they are not known.
-    preprocessing
-        What is done to an image before the model sees it, as far as it is stated; see
+    plans: What was removed, the oldest first; empty where a stock config says it.
+    certificates: How the smaller model of each plan is known to be right, the oldest first.
+    listed: How many of these, the oldest first, are in the shapes that the config lists.
+    origin: What builds the dense model; None for code of a user's own.
+    source: Where the dense model comes from, in words.
+    classes: The names of its classes; empty where they are not known.
+    preprocessing: What is done to an image before the model sees it, as far as it is stated; see
         `osscar.data.preprocessing`.
-    stored_dtype
-        Number format of the dense model's weights on disk, such as ``bfloat16``.
-    calibration
-        All that it was calibrated or recovered on, the oldest first, each set once.
-    dense
-        What tells the weights of each model that it was pruned from, the oldest first; see
-        `weights_digest`.
-    inputs
-        What it was pruned with last, by the name of the argument; empty for language models.
+    stored_dtype: Number format of the dense model's weights on disk, such as ``bfloat16``.
+    calibration: All that it was calibrated or recovered on, the oldest first, each set once.
+    dense: The `weights_digest` of each model that it was pruned from, the oldest first.
+    inputs: What it was pruned with last, by the name of the argument; empty for language models.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -132,16 +113,13 @@ def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, 
     """
     shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
     inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
-    note(model, inputs=inputs)
-    told = data_record(calibration)
-    if not told:
-        return
-    before = lineage_of(model)
-    note(
-        model,
-        calibration=tuple(dict.fromkeys((*before.calibration, Calibration.of(told)))),
-        preprocessing=told.get("preprocessing") or before.preprocessing,
-    )
+    known: dict[str, Any] = {"inputs": inputs}
+    told, before = data_record(calibration), lineage_of(model)
+    if told:
+        calibrated = (*before.calibration, Calibration.of(told))
+        known["calibration"] = tuple(dict.fromkeys(calibrated))
+        known["preprocessing"] = told.get("preprocessing") or before.preprocessing
+    note(model, **known)
 
 
 def note_dense(model: nn.Module, dense: nn.Module) -> None:
@@ -161,8 +139,7 @@ def weights_digest(model: nn.Module) -> str:
     """Return what tells a model's weights from others, whatever format and device they are in.
 
     All numbers of all parameters, and of buffers with fractions, count.  It is empty where they are
-    not what is stored, but rounded to a coarser format.  Weights that stay on disk are read once,
-    one after the other.
+    not what is stored, but rounded to a coarser format.
     """
     stored = stored_dtype(model)
     finer = torch.promote_types(stored, torch.float32)
@@ -183,9 +160,8 @@ FORMATS = {"float64": torch.float64, **DTYPES}
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
     """Return the number format that a model is saved in: that in which it was read."""
-    return (
-        FORMATS.get(lineage_of(model).stored_dtype or "") or number_format(model) or torch.float32
-    )
+    read = FORMATS.get(lineage_of(model).stored_dtype or "")
+    return read or number_format(model) or torch.float32
 
 
 @dataclass(frozen=True)
@@ -204,9 +180,9 @@ class Computed:
     def of(cls, model: nn.Module) -> Computed:
         """Look at a model."""
         stored = stored_dtype(model)
-        dtype = number_format(model) or stored
+        formats = number_format(model) or stored, stored
+        own, disk = (str(kind).removeprefix("torch.") for kind in formats)
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        own, disk = (str(kind).removeprefix("torch.") for kind in (dtype, stored))
         return cls(own, disk, str(device_of(model)), attention)
 
     def sentence(self) -> str:
@@ -224,17 +200,14 @@ _STRUCTURE = "osscar_structure"
 class _DenseStructure:
     """A dense model without the values of its parameters.
 
-    `model` is as its user would build it, with parameters on 'meta', and `device` is where these
-    were; `inputs` are the form of some that it takes, on 'meta', None where nobody has told.
+    model: As its user would build it, with parameters on 'meta'.
+    device: Where these were.
+    inputs: The form of some inputs that it takes, on 'meta'; None where they are not known.
     """
 
     model: nn.Module
     device: torch.device
     inputs: Inputs | None = None
-
-    def built(self) -> nn.Module:
-        """Return the model on its device, every parameter zero."""
-        return _with_zeros(self.model, self.device)
 
     def drawn(self) -> Inputs | None:
         """Return inputs of their form on the CPU: noise, and zeros where they are no fractions."""
@@ -252,17 +225,16 @@ class _DenseStructure:
 
 
 def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
-    """Note the structure of a dense model, which is about to be changed.
+    """Note the structure of a dense model before it is changed, and the form of its inputs.
 
     A model from which units were removed already is left with what is known of it; so is one that
-    cannot be copied, and one on disk, whose library builds it. Of `inputs` the form is kept, and no
-    value.
+    cannot be copied, and one on disk, whose library builds it.
     """
     known = structure_of(model)
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
     if known is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
-            known = _DenseStructure(_with_zeros(model, torch.device("meta")), device_of(model))
+            known = _DenseStructure(with_zeros(model, torch.device("meta")), device_of(model))
     if known is not None:
         if known.inputs is None and inputs is not None:
             form = partial(torch.empty_like, device="meta")
@@ -277,24 +249,15 @@ def structure_of(model: nn.Module) -> _DenseStructure | None:
     return found if isinstance(found, _DenseStructure) else None
 
 
-def without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, every parameter zero."""
-    return _with_zeros(model, device_of(model))
-
-
 def hand_on_structure(model: nn.Module, made: nn.Module) -> None:
     """Let a model that was made of another one know what is known of that one's dense model."""
-    known = structure_of(model)
-    if known is not None:
-        setattr(made, _STRUCTURE, known)
+    setattr(made, _STRUCTURE, structure_of(model))
 
 
-def _with_zeros(model: nn.Module, device: torch.device) -> nn.Module:
+def with_zeros(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a copy of a model with parameters of zeros on a device; tied ones stay tied."""
     zeros = {
-        id(parameter): nn.Parameter(
-            torch.zeros_like(parameter, device=device), parameter.requires_grad
-        )
-        for parameter in model.parameters()
+        id(p): nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
+        for p in model.parameters()
     }
     return copied(model, zeros)

@@ -8,9 +8,10 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import torch
+from annotated_types import Interval, Len, Predicate
 from pydantic import AfterValidator, ConfigDict
 from torch import Tensor, nn
 
@@ -25,10 +26,16 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
 """Attributes that hold a module together; no plan is about them."""
 
 
-def _is_name(name: str) -> bool:
-    """Whether this can be the qualified name of a module or a tensor; the whole model is ""."""
-    parts = name.split(".") if name else []
-    return all(part and part not in _OF_EVERY_MODULE for part in parts)
+def _checked_name(name: str) -> str:
+    if name and not all(part and part not in _OF_EVERY_MODULE for part in name.split(".")):
+        raise ValueError(f"{name!r} is no name of a module or a tensor")
+    return name
+
+
+_Name: TypeAlias = Annotated[str, AfterValidator(_checked_name)]
+"""The qualified name of a module or a tensor; the whole model is ""."""
+
+_Identifier: TypeAlias = Annotated[str, Predicate(str.isidentifier)]
 
 
 def _checked_slot(slot: Slot) -> Slot:
@@ -36,9 +43,8 @@ def _checked_slot(slot: Slot) -> Slot:
     for name, smallest in least.items():
         if not smallest <= getattr(slot, name) < _MOST:
             raise ValueError(f"slot has {name} {getattr(slot, name)}")
-    for name in ("tensor", "module"):
-        if not _is_name(getattr(slot, name)):
-            raise ValueError(f"slot has {name} {getattr(slot, name)!r}")
+    _checked_name(slot.tensor)
+    _checked_name(slot.module)
     return slot
 
 
@@ -48,18 +54,6 @@ def _checked_group(group: GroupPlan) -> GroupPlan:
     if not kept or not ascending or not 0 <= kept[0] <= kept[-1] < group.units < _MOST:
         raise ValueError(f"group {group.name!r} keeps units that it does not have")
     return group
-
-
-def _checked_integer(integer: Integer) -> Integer:
-    sizes = integer.value if isinstance(integer.value, tuple) else (integer.value,)
-    named = _is_name(integer.module) and _is_name(integer.attribute)
-    if (
-        not named
-        or not integer.attribute.isidentifier()
-        or not all(-_MOST < size < _MOST for size in sizes)
-    ):
-        raise ValueError(f"{integer.attribute!r} of {integer.module!r} is no number of a module")
-    return integer
 
 
 class Form(enum.StrEnum):
@@ -75,12 +69,8 @@ class Form(enum.StrEnum):
 class GroupPlan:
     """The units of one coupling group that stay.
 
-    Parameters
-    ----------
-    name, kind, units, slots
-        Of the group, as in `graph.CouplingGroup`.
-    kept
-        The units that stay, in ascending order.
+    name, kind, units, slots: Of the group, as in `graph.CouplingGroup`.
+    kept: The units that stay, in ascending order.
     """
 
     name: str
@@ -109,37 +99,27 @@ class GroupPlan:
         return count * len(self.kept) // self.units
 
 
+_Number: TypeAlias = Annotated[int, Interval(gt=-_MOST, lt=_MOST)]
+
+
 @dataclass(frozen=True)
 class Integer:
     """A number, or a tuple of them, that a module keeps and that follows a group."""
 
-    module: str
-    attribute: str
-    value: int | tuple[int, ...]
+    module: _Name
+    attribute: Annotated[_Identifier, AfterValidator(_checked_name)]
+    value: _Number | tuple[_Number, ...]
 
 
-_TRACED_FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (
-        *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
+_TRACED_FORMATS = (
+    *("float64", "float32", "bfloat16", "float16", "complex64"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
 _MOST_TRACED = 2**26
 """No example has as many numbers."""
 
 _MOST_DIMENSIONS = 32
 """No input has as many; tracing takes longer with each."""
-
-
-def _checked_input(given: TracedInput) -> TracedInput:
-    sizes = given.shape
-    fits = 0 < len(sizes) <= _MOST_DIMENSIONS and all(0 < size < _MOST for size in sizes)
-    fits = fits and math.prod(sizes) <= _MOST_TRACED
-    fits = fits and all(0 <= dim < len(sizes) for dim in (*given.varies, *given.fixed))
-    if not given.name.isidentifier() or given.dtype not in _TRACED_FORMATS or not fits:
-        raise ValueError(f"{given.name!r} is no input of a model")
-    return given
 
 
 @dataclass(frozen=True)
@@ -150,8 +130,8 @@ class TracedInput:
     program takes no other size, where the dense model does.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    name: _Identifier
+    shape: Annotated[tuple[Annotated[int, Interval(gt=0, lt=_MOST)], ...], Len(1, _MOST_DIMENSIONS)]
     dtype: str
     varies: tuple[int, ...]
     fixed: tuple[int, ...] = ()
@@ -166,7 +146,7 @@ class TracedInput:
 
     def example(self) -> Tensor:
         """Return zeros of that form."""
-        return torch.zeros(self.shape, dtype=_TRACED_FORMATS[self.dtype])
+        return torch.zeros(self.shape, dtype=getattr(torch, self.dtype))
 
 
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
@@ -190,19 +170,22 @@ def _checked_inputs(traced: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:
         raise ValueError("an input of a model is named twice")
     if sum(math.prod(given.shape) for given in traced) > _MOST_TRACED:
         raise ValueError("the inputs have more numbers than those of any example")
+    for given in traced:
+        dims = range(len(given.shape))
+        if given.dtype not in _TRACED_FORMATS or not {*given.varies, *given.fixed}.issubset(dims):
+            raise ValueError(f"{given.name!r} is no input of a model")
     return traced
 
 
 def check_traced(traced: tuple[TracedInput, ...]) -> None:
     """Refuse inputs with which a program can be traced, but of which no plan can tell."""
     try:
-        for given in _checked_inputs(traced):
-            _checked_input(given)
-    except ValueError as error:
+        PruningPlan.from_json(PruningPlan((), traced=traced).to_json())
+    except CheckpointError as error:
         sizes = ", ".join(f"{given.name} {given.dtype} {given.shape}" for given in traced)
         raise AdapterError(
             f"the example inputs of the exported program are too large or too odd for a checkpoint "
-            f"({sizes}): {error}; give smaller samples, of up to {_MOST_TRACED:,} numbers in a pair"
+            f"({sizes}); give smaller samples, of up to {_MOST_TRACED:,} numbers in a pair"
         ) from error
 
 
@@ -225,11 +208,8 @@ class PruningPlan:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
-    integers: tuple[Annotated[Integer, AfterValidator(_checked_integer)], ...] = ()
-    traced: Annotated[
-        tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...],
-        AfterValidator(_checked_inputs),
-    ] = ()
+    integers: tuple[Integer, ...] = ()
+    traced: Annotated[tuple[TracedInput, ...], AfterValidator(_checked_inputs)] = ()
 
     def __repr__(self) -> str:
         kept = ", ".join(f"{g.name} {len(g.kept)} of {g.units}" for g in self.groups[:3])

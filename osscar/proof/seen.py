@@ -38,12 +38,8 @@ class Seen:
     the largest which is kept here.  They are a fair sample, as hashes are uniform (bottom-k sketch:
     Cohen and Kaplan, Summarizing Data Using Bottom-k Sketches, 2007).
 
-    Parameters
-    ----------
-    count
-        How many different fingerprints the set had.
-    least
-        Those that are kept, 16 hexadecimal digits each, in rising order.
+    count: How many different fingerprints the set had.
+    least: Those that are kept, 16 hexadecimal digits each, in rising order.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -69,12 +65,7 @@ class Seen:
 def fingerprints_of_runs(tokens: Tensor, run: int = RUN) -> npt.NDArray[np.uint64]:
     """Return a hash of each run of so many tokens in a row; of fewer, of all of them.
 
-    Parameters
-    ----------
-    tokens
-        Token ids, (..., tokens) int64; runs do not go on from one row to the next.
-    run
-        Tokens of a run.
+    tokens: Ids, (..., tokens) int64; runs do not go on from one row to the next.
     """
     values = _mixed(tokens.cpu().numpy().astype(np.uint64))
     length = min(run, values.shape[-1])
@@ -106,8 +97,7 @@ class Calibration:
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Calibration:
         """Take what is needed of what ``describe()`` of a calibration set returns."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in described.items() if name in names}
+        known = {f.name: described[f.name] for f in dataclasses.fields(cls) if f.name in described}
         return cls(**{**known, "seen": Seen(**described["seen"])})
 
 
@@ -125,14 +115,11 @@ class _Scored(Protocol):
 def refuse_overlap(data: _Scored, calibration: Iterable[Calibration]) -> None:
     """Refuse to score what a model has seen, as its lineage tells; of little of it, warn.
 
-    Raises
-    ------
-    DataError
-        If more than 1 % of the data calibrated or recovered the model.
+    A DataError is raised if more than 1 % of the data calibrated or recovered the model.
     """
-    mine: Fingerprints | None = None
-    for known in calibration:
-        mine = data.fingerprints() if mine is None else mine
+    seen = list(calibration)
+    mine: Fingerprints = data.fingerprints() if seen else []
+    for known in seen:
         share = known.seen.share(mine)
         said = (
             f"about {100 * share:.3g}% of {data.source} was used to calibrate or recover this model"
