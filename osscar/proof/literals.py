@@ -9,17 +9,15 @@ cannot be told refuses the plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import floordiv, mul
-from types import BuiltinFunctionType, FunctionType
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass
+from operator import attrgetter, floordiv, mul
+from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from graph.extents import Extent, Extents, Staying
+from graph.extents import Extent, Extents, Staying, TracedProgram
 from graph.rules.table import aten
 from graph.tracing.export import module_of
 from graph.tracing.standalone import SYMBOLIC
@@ -29,21 +27,34 @@ Number: TypeAlias = int | Node
 """A size in a program: written down, or computed from the sizes of the inputs."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What becomes of the sizes in a copy of a traced program.
+@dataclass(frozen=True, eq=False)
+class ShrunkGraph:
+    """The graph of a traced program, of which some units leave.
 
-    `origins` has for each node of the copy that of the program; `computed` what numbers that the
-    program computes become for the example inputs.
+    origins: For each node of the graph the traced one that it is a copy of.
+    staying: What stays of each traced value.
+
+    The value of a node, of which the sizes are known, is ``meta["val"]``.
     """
 
-    staying: Staying
+    graph: Graph
     origins: dict[Node, Node]
-    computed: dict[Node, Any] = field(default_factory=dict)
+    traced: TracedProgram
+    staying: Staying
 
     def of(self, node: Node) -> tuple[Extents, ...]:
         """Return the dimensions of each tensor that a node puts out, as they were."""
         return self.staying.of(self.origins[node])
+
+    def tensor_name(self, node: Node) -> str | None:
+        """Return the name of the parameter or buffer that a node reads, if it is one."""
+        origin = self.origins.get(node)
+        return None if origin is None else self.traced.standalone.program.holders.get(origin.name)
+
+    def written(self, node: Node) -> Any:
+        """Return what a node reads that is written in the code: a tensor or a graph."""
+        owner = node.graph.owning_module or self.traced.standalone.module
+        return attrgetter(str(node.target))(owner)
 
     def cut(self, node: Node) -> None:
         """Let what reads numbers that the code makes have those of the positions that stay."""
@@ -55,44 +66,14 @@ class Sizes:
                 raise refusal(node, "it makes numbers for positions that vary with the inputs")
             kept = extent.stays.nonzero().flatten().tolist()
             device = {"device": origin.meta["val"].device}
-            with node.graph.inserting_after(cut):
-                index = node.graph.call_function(torch.tensor, (kept,), device)
-            with node.graph.inserting_after(index):
+            with self.graph.inserting_after(cut):
+                index = self.graph.call_function(torch.tensor, (kept,), device)
+            with self.graph.inserting_after(index):
                 select = torch.ops.aten.index_select.default
-                cut = node.graph.call_function(select, (cut, dim, index))
+                cut = self.graph.call_function(select, (cut, dim, index))
         if cut is not node:
             node.replace_all_uses_with(cut, delete_user_cb=readers.__contains__)
             self.origins[cut] = self.origins.pop(node)
-
-    def compute(self, node: Node) -> None:
-        """Note what a number becomes that the program computes; nothing for other nodes."""
-        value = self.origins[node].meta.get("val")
-        if not isinstance(value, NUMBERS):
-            return
-        if node.target in OF_TENSORS:
-            tensor, *dim = cast(tuple[Any, ...], node.args)
-            extents = self.of(tensor)[0]
-            self.computed[node] = math.prod(e.kept for e in ([extents[d] for d in dim] or extents))
-        elif any(self._changes(source) for source in node.all_input_nodes):
-            if not isinstance(node.target, FunctionType | BuiltinFunctionType):
-                raise refusal(node, "it computes a size in a way that is not known")
-            numbers: Any = torch.fx.map_arg((node.args, node.kwargs), self.computed.__getitem__)
-            self.computed[node] = node.target(*numbers[0], **numbers[1])
-        else:
-            self.computed[node] = _before(value)
-
-    def _changes(self, node: Node) -> bool:
-        known = node in self.computed
-        return known and self.computed[node] != _before(self.origins[node].meta["val"])
-
-
-NUMBERS = (int, float, *SYMBOLIC)
-OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
-
-
-def _before(value: Any) -> Any:
-    """Return a number as it is for the example inputs."""
-    return value if isinstance(value, int | float) else value.node.hint
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -112,12 +93,12 @@ class _Call:
     """
 
     node: Node
-    sizes: Sizes
+    program: ShrunkGraph
 
     @property
     def outputs(self) -> tuple[Extents, ...]:
         """The dimensions of each tensor that it puts out."""
-        return self.sizes.of(self.node)
+        return self.program.of(self.node)
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name that the operator's schema has for it, or its default."""
@@ -133,7 +114,7 @@ class _Call:
 
     def input(self, name: str) -> Extents:
         """Return the dimensions of a tensor argument."""
-        return self.sizes.of(self.argument(name))[0]
+        return self.program.of(self.argument(name))[0]
 
     def refuse(self, why: str) -> AdapterError:
         """Return an error that says why this call cannot follow."""
@@ -143,14 +124,14 @@ class _Call:
         """Return what becomes of a number that is the size of a dimension."""
         if number == -1:
             return number
-        found = self.sizes.computed[number] if isinstance(number, Node) else number
+        found = number.meta["val"] if isinstance(number, Node) else number
+        found = found.node.hint if isinstance(found, SYMBOLIC) else found
         if found == extent.kept:
             return number
         if found != extent.size:
             raise self.refuse(f"it has {found} where {extent.size} positions are")
-        return self._scaled(number, extent) if isinstance(number, Node) else extent.kept
-
-    def _scaled(self, number: Node, extent: Extent) -> Node:
+        if not isinstance(number, Node):
+            return extent.kept
         if extent.ratio is None:
             raise self.refuse("it computes a size of which a part that varies would leave")
         with self.node.graph.inserting_before(self.node):
@@ -313,8 +294,7 @@ def _convolved(call: _Call) -> None:
     """Count the groups of channels that stay: all channels, over those of a group."""
     weight, channels = call.input("weight"), call.input("input")
     space = len(weight) - 2
-    name = str(call.node.target)
-    transposed = "transpose" in name or (".convolution." in name and call.argument("transposed"))
+    transposed = arguments(call.node).get("transposed", "transpose" in str(call.node.target))
     many = (call.outputs[0] if transposed else channels)[-space - 1]
     if not (many.whole and weight[1].whole):
         if many.kept % weight[1].kept:
@@ -377,7 +357,7 @@ _RULES: Mapping[str, Rule] = {
     "torchvision.deform_conv2d": _deformed,
     "aten.group_norm": _normalized_by_group,
     "aten.index": _looked_up,
-    **dict.fromkeys(aten("arange eye linspace logspace"), lambda call: call.sizes.cut(call.node)),
+    **dict.fromkeys(aten("arange eye linspace logspace"), lambda call: call.program.cut(call.node)),
     **dict.fromkeys(
         aten(
             "as_strided empty_strided new_empty_strided _reshape_alias native_group_norm view.dtype"
@@ -388,14 +368,13 @@ _RULES: Mapping[str, Rule] = {
 """By the name of an ATen operator, with its overload where that matters."""
 
 
-def rewrite(node: Node, sizes: Sizes) -> None:
-    """Let the numbers in one call follow; those that it reads have to be computed before."""
-    sizes.compute(node)
-    if sizes.staying.is_written(sizes.origins[node]):
-        sizes.cut(node)
+def rewrite(node: Node, program: ShrunkGraph) -> None:
+    """Let the numbers in one call follow; of those that it reads the values have to be known."""
+    if program.staying.is_written(program.origins[node]):
+        program.cut(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     name = str(node.target)
     rule = _RULES.get(name, _RULES.get(name.rpartition(".")[0]))
     if rule is not None:
-        rule(_Call(node, sizes))
+        rule(_Call(node, program))

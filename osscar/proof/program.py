@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from graph.extents import Extent, Extents, Staying, TracedProgram, with_axes
 from graph.tracing.export import varies
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import without_cache
-from graph.tracing.standalone import GUARDS, Standalone, export_standalone
-from graph.tracing.standalone import Sizes as OpenSizes
+from graph.tracing.standalone import GUARDS, SYMBOLIC, Sizes, Standalone, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
@@ -40,7 +38,7 @@ from osscar.network.modules import device_of
 from osscar.offload.on_disk import shapes_only
 from osscar.proof.equivalence import in_format_of
 from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
-from osscar.proof.literals import NUMBERS, OF_TENSORS, Sizes, refusal, rewrite
+from osscar.proof.literals import ShrunkGraph, refusal, rewrite
 from osscar.proof.plan import PruningPlan, TracedInput
 
 _OTHERWISE = (
@@ -55,7 +53,7 @@ class InputSizes(nn.Module):
     _is_impure = True
     """Lets torch keep it in a graph in which nobody reads what it returns."""
 
-    def __init__(self, sizes: OpenSizes) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
 
@@ -156,24 +154,23 @@ def traced_as_open(
 
     Where attention looks at images, what is computed from an open resolution (windows, padding)
     takes minutes to trace, so that it is not left open.  `trace` takes the dimensions of each input
-    that are left open, which are returned with what it found; its first error is raised if it never
-    succeeds.
+    that are left open, which are returned with what it found.  If all fail, the first error is
+    raised.
     """
     images = any(leaf.dim() > 3 for leaf in pytree.tree_leaves(example) if hasattr(leaf, "dim"))
-    found: tuple[Mapping[str, range], TracedProgram] | None = None
-    failure: Exception | None = None
+    found: list[tuple[Mapping[str, range], TracedProgram]] = []
+    failures: list[Exception] = []
     for dims in (_SAMPLES, _EVERY, range(0)) if images else (_EVERY, _SAMPLES, range(0)):
-        if found is not None and (dims != _EVERY or _attends(found[1])):
+        if found and (dims != _EVERY or _attends(found[0][1])):
             break
         left_open = dict.fromkeys(example, dims)
         try:
-            found = left_open, trace(left_open)
+            found.append((left_open, trace(left_open)))
         except (graph.GraphError, AdapterError) as error:
-            failure = failure or error
-    if found is None:
-        assert failure is not None
-        raise failure
-    return found
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    return found[-1]
 
 
 def _attends(traced: TracedProgram) -> bool:
@@ -206,8 +203,7 @@ def trace_dense(
 ) -> TracedProgram:
     """Trace a model in evaluation mode, which is then as it was, with the axes of all values.
 
-    `left_open` are the dimensions of the inputs, 0 too, whose sizes are left open where the model
-    does so; the example has two samples or more.
+    `left_open` is as `export_standalone` takes it; the example has two samples or more.
     """
     try:
         found = exported(model, example, left_open)
@@ -230,31 +226,6 @@ def trace_dense(
     return traced
 
 
-@dataclass(frozen=True, eq=False)
-class ShrunkGraph:
-    """The graph of a traced program without some units.
-
-    `origins` has for each node that was traced the node that it is a copy of, and `staying` what
-    stays of each value. The value of a node, of which the sizes are known, is ``meta["val"]``.
-    """
-
-    graph: Graph
-    origins: Mapping[Node, Node]
-    traced: TracedProgram
-    staying: Staying
-
-    def tensor_name(self, node: Node) -> str | None:
-        """Return the name of the parameter or buffer that a node reads, if it is one."""
-        origin = self.origins.get(node)
-        return None if origin is None else self.traced.standalone.program.holders.get(origin.name)
-
-    def written(self, node: Node) -> Any:
-        """Return what a node reads that is written in the code: a tensor or a graph."""
-        owner = node.graph.owning_module or self.traced.standalone.module
-        held = attrgetter(str(node.target))(owner)
-        return _cut(held, self.staying, None) if isinstance(held, Tensor) else held
-
-
 def staying_of(traced: TracedProgram, plan: PruningPlan) -> Staying:
     """Return what stays of the values of a program."""
     kept = {}
@@ -272,18 +243,16 @@ def shrunk_graph(traced: TracedProgram, plan: PruningPlan) -> ShrunkGraph:
     program, copies = Graph(), dict[Node, Node]()
     program.output(program.graph_copy(traced.standalone.module.graph, copies))
     origins = {node: origin for origin, node in copies.items()}
-    sizes = Sizes(staying, origins)
-    for node in list(origins):
-        rewrite(node, sizes)
     made = ShrunkGraph(program, origins, traced, staying)
-    _ShapeCheck(made).check()
+    _Rewriting(made).check()
     return made
 
 
 def smaller(shrunk: ShrunkGraph) -> ProgramModule:
     """Return a smaller program, in evaluation mode; it shares no tensor with the traced one.
 
-    It takes its arguments by position or name, and checks their sizes first.
+    It takes its arguments by position or name, and checks their sizes first.  Tied tensors stay
+    tied.
     """
     program, standalone = shrunk.graph, shrunk.traced.standalone
     arguments = program.find_nodes(op="placeholder")
@@ -293,35 +262,24 @@ def smaller(shrunk: ShrunkGraph) -> ProgramModule:
     form = _PyTreeInfo(list(standalone.names), inputs, standalone.structure)
     program.set_codegen(_PyTreeCodeGen(form))
     program.lint()
-    made = ProgramModule(_attributes(shrunk.graph, shrunk.traced, shrunk.staying), shrunk.graph)
+    attributes: dict[str, Any] = {GUARDS: InputSizes(standalone.sizes)}
+    once: dict[int, Tensor] = {}
+    for node in program.find_nodes(op="get_attr"):
+        held = shrunk.written(node)
+        if isinstance(held, Tensor):
+            held = once.setdefault(id(held), _cut(held, shrunk, node))
+        attributes[str(node.target)] = held
+    made = ProgramModule(attributes, program)
     for node in made.graph.nodes:
         node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
     made.eval()
     return made
 
 
-def _attributes(program: Graph, traced: TracedProgram, staying: Staying) -> dict[str, Any]:
-    """Return copies of what a program reads, cut to what stays; tied tensors stay tied."""
-    module, holders = traced.standalone.module, traced.standalone.program.holders
-    once: dict[int, Any] = {}
-    attributes: dict[str, Any] = {}
-    for node in program.nodes:
-        if node.op not in ("get_attr", "call_module"):
-            continue
-        target = str(node.target)
-        if target == GUARDS:
-            attributes[target] = InputSizes(traced.standalone.sizes)
-            continue
-        held = attrgetter(target)(module)
-        if isinstance(held, Tensor):
-            held = once.setdefault(id(held), _cut(held, staying, holders.get(node.name)))
-        attributes[target] = held
-    return attributes
-
-
-def _cut(tensor: Tensor, staying: Staying, name: str | None) -> Tensor:
-    """Return a copy of a tensor, without what leaves of it."""
-    new = tensor.detach() if name is None else part_of(tensor.detach(), staying.of_tensor(name))
+def _cut(tensor: Tensor, shrunk: ShrunkGraph, node: Node) -> Tensor:
+    """Return a copy of the tensor that a node reads, without what leaves of it."""
+    name, new = shrunk.tensor_name(node), tensor.detach()
+    new = new if name is None else part_of(new, shrunk.staying.of_tensor(name))
     new = new.clone(memory_format=torch.contiguous_format)
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
@@ -336,17 +294,24 @@ def part_of(tensor: Tensor, extents: Extents) -> Tensor:
     return tensor
 
 
-class _ShapeCheck(Interpreter):
-    """Runs a program without values, and compares every shape with what the axes tell.
+_NUMBERS = (int, float, *SYMBOLIC)
+_OF_TENSORS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
-    Sizes that are open are those of the example: operators make numbers of some of them when they
-    run, as they do not when they are traced.
+
+class _Rewriting(Interpreter):
+    """Lets the sizes in a program follow, and compares every shape with what the axes tell.
+
+    Each node is rewritten and then run without values.  Sizes that are open are those of the
+    example: operators make numbers of some of them when they run, as they do not when they are
+    traced.
     """
 
     def __init__(self, shrunk: ShrunkGraph) -> None:
-        super().__init__(shrunk.traced.standalone.module, graph=shrunk.graph)
+        module, graph = shrunk.traced.standalone.module, shrunk.graph
+        super().__init__(module, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
         self.shrunk = shrunk
+        self.copies = frozenset(shrunk.origins)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
     def check(self) -> None:
@@ -358,14 +323,19 @@ class _ShapeCheck(Interpreter):
         traced = self.shrunk.origins[node].meta.get("val")
         if not isinstance(traced, Tensor):
             return traced
-        shape = [extent.size for extent in self.shrunk.staying.of(self.shrunk.origins[node])[0]]
+        shape = [extent.size for extent in self.shrunk.of(node)[0]]
         with self.mode:
             return torch.empty(shape, dtype=traced.dtype, device=traced.device)
 
     def run_node(self, n: Node) -> Any:
-        """Run one node."""
+        """Rewrite one node and run it."""
         if n.op == "output":
             return None
+        if n in self.copies:
+            rewrite(n, self.shrunk)
+        for size in n.all_input_nodes:  # which was put in for this node
+            if size not in self.env:
+                self.env[size] = self.run_node(size)
         shape = self._shape_of_tensor(n)
         try:
             with shapes_alone(self.mode), torch.no_grad():
@@ -375,33 +345,36 @@ class _ShapeCheck(Interpreter):
         except Exception as error:  # whatever an operator raises when sizes do not fit
             let_shortage_pass(error)
             raise refusal(n, first_line(error)) from error
-        origin = self.shrunk.origins.get(n)
-        if origin is not None:
-            self._compare(n, result, origin)
-        n.meta["val"] = self._open(n) if isinstance(result, NUMBERS) else result
+        if n in self.shrunk.origins:
+            tensors = result if isinstance(result, tuple | list) else (result,)
+            shapes = [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]
+            due = [tuple(extent.kept for extent in dims) for dims in self.shrunk.of(n)]
+            if shapes != due:
+                raise refusal(n, f"it makes {shapes} where {due} is due")
+        n.meta["val"] = self._open(n) if isinstance(result, _NUMBERS) else result
         return result
 
     def _open(self, node: Node) -> Any:
         """Return a number that a node computes, for all sizes that are open."""
         origin = self.shrunk.origins.get(node)
-        if origin is not None and not node.all_input_nodes:
-            return origin.meta["val"]
-        if node.target in OF_TENSORS:
-            tensor, *dims = node.args
-            before = self.shrunk.origins[tensor]  # type: ignore[index]
-            extents = self.shrunk.staying.of(before)[0]
-            sizes = before.meta["val"].shape
-            left = [_part(extents[d], sizes[d]) for d in dims or range(len(sizes))]  # type: ignore[index]
-            return math.prod(left)
-        known = torch.fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
-        changed = any(
-            str(one.meta["val"]) != str(self.shrunk.origins[one].meta["val"])
+        if node.target in _OF_TENSORS:
+            tensor, *dims = cast(tuple[Any, ...], node.args)
+            extents = self.shrunk.of(tensor)[0]
+            sizes = self.shrunk.origins[tensor].meta["val"].shape
+            return math.prod(_part(extents[d], sizes[d]) for d in dims or range(len(sizes)))
+        changed = [
+            one.meta["val"]
             for one in node.all_input_nodes
             if one in self.shrunk.origins
-        )
+            and str(one.meta["val"]) != str(self.shrunk.origins[one].meta["val"])
+        ]
         if origin is not None and not changed:
             return origin.meta["val"]
-        return node.target(*known[0], **known[1])  # type: ignore[operator]
+        known = isinstance(node.target, FunctionType | BuiltinFunctionType)
+        if not known and any(isinstance(one, _NUMBERS) for one in changed):
+            raise refusal(node, "it computes a size in a way that is not known")
+        given = torch.fx.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+        return node.target(*given[0], **given[1])  # type: ignore[operator]
 
     def _shape_of_tensor(self, node: Node) -> tuple[int, ...] | None:
         """Return the shape of what is left of the tensor that a node reads, if it reads one."""
@@ -410,15 +383,8 @@ class _ShapeCheck(Interpreter):
         name = self.shrunk.tensor_name(node)
         if name is not None:
             return tuple(extent.kept for extent in self.shrunk.staying.of_tensor(name))
-        held = attrgetter(str(node.target))(self.module)
+        held = self.shrunk.written(node)
         return tuple(held.shape) if isinstance(held, Tensor) else None
-
-    def _compare(self, node: Node, result: Any, origin: Node) -> None:
-        tensors = result if isinstance(result, tuple | list) else (result,)
-        shapes = [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]
-        due = [tuple(extent.kept for extent in dims) for dims in self.shrunk.staying.of(origin)]
-        if shapes != due:
-            raise refusal(node, f"it makes {shapes} where {due} is due")
 
 
 def _part(extent: Extent, size: int | torch.SymInt) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,16 +35,9 @@ from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
 from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk
-from osscar.proof.literals import arguments
+from osscar.proof.literals import ShrunkGraph, arguments
 from osscar.proof.plan import Integer, PruningPlan, Structure
-from osscar.proof.program import (
-    ShrunkGraph,
-    exported,
-    part_of,
-    shrunk_graph,
-    staying_of,
-    traced_as_open,
-)
+from osscar.proof.program import exported, part_of, shrunk_graph, staying_of, traced_as_open
 
 _MOST_PROGRAMS = 2
 """Exports of one model, each for other sizes of its inputs."""
@@ -185,9 +178,7 @@ def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if varies(size) or (dim > 1 and value.dim() > 3):
                 places.setdefault(expression(size), []).append((index, dim))
-    numbers = {
-        int(number) for guard in standalone.sizes.guards for number in _NUMBER.findall(guard)
-    }
+    numbers = [int(n) for guard in standalone.sizes.guards for n in _NUMBER.findall(guard)]
     told = sorted({number + more for number in numbers for more in (0, 1)} - {0})
     for size, those in places.items():
         index, dim = those[0]
@@ -233,14 +224,13 @@ def _compare_values(
 
     What lies on disk is a part of the same file.
     """
-    after = dict(named_tensors(model))
-    canonical = canonical_names(model)
+    after, canonical = dict(named_tensors(model)), canonical_names(model)
     for name in sorted(names):
         whole = before[name].detach()
         if isinstance(whole, OnDisk) or whole.is_meta:
             continue
-        whole = part_of(whole, staying.of_tensor(name))
-        if not _same_tensors(whole, after[canonical.get(name, name)]):
+        part = part_of(whole, staying.of_tensor(name))
+        if not _same_tensors(part, after[canonical.get(name, name)]):
             raise StructureError(
                 f"{name!r} of the smaller model has other values than the dense one's"
             )
@@ -272,8 +262,16 @@ class _Comparison:
         if self.due.traced.standalone.structure != self.made.structure:
             raise StructureError("the smaller model puts out another structure than the dense one")
         self._graphs(self.due.graph, self.made.module.graph)
-        if self.differences:
-            raise _as_error(self.differences)
+        by_module: dict[str, str] = {}
+        for node, what in self.differences:
+            name = module_of(node)
+            by_module.setdefault(
+                name,
+                f"{f'module {name!r}' if name else 'the model'} makes a number of a width that is "
+                f"pruned: in {_line_of(node)}{what}",
+            )
+        if by_module:
+            raise StructureError(next(iter(by_module.values())), by_module)
 
     def _bind(self, size: sympy.Basic, other: sympy.Basic) -> None:
         """Note that a size of an input of both programs is the same."""
@@ -294,18 +292,16 @@ class _Comparison:
         )
         for step, other in zip(steps, others, strict=False):
             if step.target != other.target:
-                self.differences.append(
-                    (other, f"it calls {other.target}, and {step.target} is due")
-                )
+                said = f"it calls {other.target}, and {step.target} is due"
+                self.differences.append((other, said))
                 return
             self.operators += 1
             self.pairs[other] = step
             self._same(arguments(step), arguments(other), other)
         if len(steps) != len(others):
             last = others[-1] if others else made.output_node()
-            self.differences.append(
-                (last, f"it calls {len(others)} operators, and {len(steps)} are due")
-            )
+            said = f"it calls {len(others)} operators, and {len(steps)} are due"
+            self.differences.append((last, said))
             return
         last = made.output_node()
         self._same(due.output_node().args, last.args, last)
@@ -396,9 +392,8 @@ class _Comparison:
         return True
 
     def _differ(self, node: Node, due: Any, made: Any) -> None:
-        self.differences.append(
-            (node, f"it computes with {_shown(made)}, and {_shown(due)} is due")
-        )
+        said = f"it computes with {_shown(made)}, and {_shown(due)} is due"
+        self.differences.append((node, said))
 
     def result(self) -> Structure:
         """Return what was found equal."""
@@ -408,18 +403,13 @@ class _Comparison:
 
 def by_construction(shrunk: ShrunkGraph) -> Structure:
     """Return what a program consists of that is the dense one without some units."""
-    numbers = [
-        leaf
-        for node in shrunk.graph.nodes
-        if node.op.startswith("call_")
-        for leaf in pytree.tree_leaves((node.args, node.kwargs))
-        if _is_number(leaf)
-    ]
+    calls = [(n.args, n.kwargs) for n in shrunk.graph.nodes if n.op.startswith("call_")]
+    numbers = sum(map(_is_number, pytree.tree_leaves(calls)))
     names = {shrunk.tensor_name(node) for node in shrunk.graph.find_nodes(op="get_attr")} - {None}
     program = shrunk.traced.standalone
     sizes = _sizes_in_words(program, program)
     sizes += "" if program.exact else ", of two samples or more"
-    return Structure(len(_steps(shrunk.graph)), len(numbers), len(names), (sizes,))
+    return Structure(len(_steps(shrunk.graph)), numbers, len(names), (sizes,))
 
 
 def _sizes_in_words(dense: Standalone, made: Standalone) -> str:
@@ -489,17 +479,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, Node) and _is_number(value):
         value = value.meta["val"]
     return f"the result of {value.target}" if isinstance(value, Node) else f"{value}"
-
-
-def _as_error(differences: Sequence[tuple[Node, str]]) -> StructureError:
-    """Say what differs first, and what does in each module."""
-    by_module: dict[str, str] = {}
-    for node, what in differences:
-        name = module_of(node)
-        place = f"module {name!r}" if name else "the model"
-        said = f"{place} makes a number of a width that is pruned: in {_line_of(node)}{what}"
-        by_module.setdefault(name, said)
-    return StructureError(next(iter(by_module.values())), by_module)
 
 
 def _line_of(node: Node) -> str:
