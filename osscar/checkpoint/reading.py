@@ -23,7 +23,8 @@ from osscar.checkpoint.formats import cast, tensors_of
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.validation import check_tensors, readable, structure
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
-from osscar.network.tensor_files import WEIGHTS_FILE, StoredTensor, read_headers
+from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
+from osscar.offload.places import StoredTensor
 from osscar.proof.lineage import FORMATS, LINEAGE, remember_structure
 from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.base.memory import let_shortage_pass
 from osscar.network.tensor_files import Part
-from osscar.offload.places import Chain, Slice
+from osscar.offload.places import Chain, StoredTensor
 
 
 def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:
@@ -63,13 +63,13 @@ def _in_a_row(codes: Tensor, parts: Sequence[Tensor]) -> bool:
 
 
 def chained(
-    name: str, shape: tuple[int, ...], parts: Sequence[Part], places: Mapping[str, Slice]
-) -> Slice | None:
+    name: str, shape: tuple[int, ...], parts: Sequence[Part], places: Mapping[str, StoredTensor]
+) -> StoredTensor | None:
     """Return where a tensor is, given its parts; None where one is missing, or not as it should."""
     found = [places.get(part.name) for part in parts]
     slices = [one for one in found if one is not None]
-    alike = len({one.stored for one in slices}) == 1 and len(slices) == len(parts)
+    alike = len({one.dtype for one in slices}) == 1 and len(slices) == len(parts)
     if not alike or any(s.shape != p.shape for s, p in zip(slices, parts, strict=True)):
         return None
     stretches = [(one.source, one.offset, one.nbytes) for one in slices]
-    return Slice(Chain(stretches), 0, shape, slices[0].stored, name)
+    return StoredTensor(Chain(stretches), 0, shape, slices[0].dtype, name)

@@ -19,9 +19,9 @@ from osscar.checkpoint.hf_config import is_any_shape
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.regrouped import chained, parts_in_files
 from osscar.checkpoint.validation import check_tensors, names_of, readable, structure
-from osscar.network.tensor_files import StoredTensor, read_headers, slices
+from osscar.network.tensor_files import read_headers
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place, Slice
+from osscar.offload.places import Place, StoredTensor
 from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
@@ -81,7 +81,7 @@ def _fill_from_disk(
     The parameters are on 'meta', each in the number format in which it is read.
     """
     parts, prefix = parts_in_files(model), getattr(model, "base_model_prefix", "")
-    known = {n: one for name, one in slices(stored).items() for n in names_of(name, prefix)}
+    known = {n: one for name, one in stored.items() for n in names_of(name, prefix)}
     for names, parameter in _tensors(model):
         if parameter is None:
             continue
@@ -104,7 +104,7 @@ def _fill_from_disk(
         _put(model, names, parameter, Place.of(found[0]).cast(parameter.dtype), cache)
 
 
-def _check_range(values: Slice, dtype: torch.dtype) -> None:
+def _check_range(values: StoredTensor, dtype: torch.dtype) -> None:
     """Read all values once, so that a file with NaN, or one that is cut off, is refused here."""
     largest = values.largest()
     if dtype.is_floating_point and largest > torch.finfo(dtype).max:

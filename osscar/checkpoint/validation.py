@@ -24,7 +24,7 @@ from osscar.base.json_files import read_object
 from osscar.checkpoint.atomic_directory import kept_aside
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.manifest import CONFIG_FILE
-from osscar.network.tensor_files import StoredTensor
+from osscar.offload.places import StoredTensor
 
 
 @contextmanager

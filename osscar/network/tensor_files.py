@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -23,7 +22,7 @@ from osscar.base.inputs import check_regular
 from osscar.base.json_files import MEGABYTE, parse_json, read_json
 from osscar.network.modules import sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.offload.places import Slice, Source, as_bytes
+from osscar.offload.places import Source, StoredTensor, as_bytes
 
 T = TypeVar("T")
 
@@ -55,26 +54,6 @@ _FORMATS = {
 # ---- reading -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, whose values begin at the byte `offset`."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path = field(default=Path(), compare=False)
-    offset: int = field(default=0, compare=False)
-
-    @property
-    def elements(self) -> int:
-        """How many numbers."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes."""
-        return self.elements * self.dtype.itemsize
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors in a file by name, without their values (FileError)."""
     try:
@@ -91,14 +70,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             path, f"it is cut off, or no safetensors file ({error}); get it anew"
         ) from error
     header.pop("__metadata__", None)
-    found = {}
+    found, source = {}, Source(path)
     for name, tensor in header.items():
-        if tensor["dtype"] not in _FORMATS:
+        dtype, shape = _FORMATS.get(tensor["dtype"]), tuple(tensor["shape"])
+        if dtype is None:
             raise FileError(
                 path, f"it holds {name!r:.60} as {tensor['dtype']}; dequantize it first"
             )
         begin = 8 + length + tensor["data_offsets"][0]
-        found[name] = StoredTensor(_FORMATS[tensor["dtype"]], tuple(tensor["shape"]), path, begin)
+        found[name] = StoredTensor(source, begin, shape, dtype, name)
     return found
 
 
@@ -125,15 +105,6 @@ def read_headers(directory: Path) -> dict[str, StoredTensor] | None:
     return {name: stored for header in headers for name, stored in header.items()}
 
 
-def slices(stored: Mapping[str, StoredTensor]) -> dict[str, Slice]:
-    """Open the files of stored tensors, each once, and return where their values lie."""
-    sources = {file: Source(file) for file in {tensor.file for tensor in stored.values()}}
-    return {
-        name: Slice(sources[one.file], one.offset, one.shape, one.dtype, name)
-        for name, one in stored.items()
-    }
-
-
 # ---- writing -----------------------------------------------------------------------------
 
 
@@ -155,36 +126,33 @@ def write_tensors(
 
     Tensors that are named in `parts` are written as these.  Return the SHA-256 of the bytes of
     each tensor in the file, by name.
-
-    Raises
-    ------
-    KeyError
-        If safetensors has no name for a number format.
     """
     written = {n: (parts or {}).get(n, (Part(n, tuple(t.shape)),)) for n, t in tensors.items()}
     names = {dtype: name for name, dtype in _FORMATS.items()}
-    stored = {
-        part.name: StoredTensor(tensors[name].dtype, part.shape)
-        for name, own in written.items()
-        for part in own
-    }
-    order = sorted(stored, key=lambda name: ([*names].index(stored[name].dtype), name))
-    ends = list(itertools.accumulate(stored[name].nbytes for name in order))
-    offsets = {n: (end - stored[n].nbytes, end) for n, end in zip(order, ends, strict=True)}
+    stored = [(part, tensors[name].dtype) for name, own in written.items() for part in own]
+    stored.sort(key=lambda one: ([*names].index(one[1]), one[0].name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    for name, span in offsets.items():
-        dtype, shape = names[stored[name].dtype], list(stored[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": list(span)}
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
+    for part, dtype in stored:
+        begin, end = end, end + math.prod(part.shape) * dtype.itemsize
+        spans[part.name] = begin, end
+        header[part.name] = {
+            "dtype": names[dtype],
+            "shape": part.shape,
+            "data_offsets": (begin, end),
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digests: dict[str, bytes] = {}
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(written, key=lambda name: offsets[written[name][0].name]):
+        for name in sorted(written, key=lambda name: spans[written[name][0].name]):
             values, done = as_bytes(values_of(tensors[name]).contiguous().cpu()), 0
             for part in written[name]:
-                own = values[done : done + stored[part.name].nbytes]
-                out.seek(8 + len(text) + offsets[part.name][0])
+                begin, end = spans[part.name]
+                own = values[done : done + end - begin]
+                out.seek(8 + len(text) + begin)
                 out.write(own)
                 digests[part.name] = hashlib.sha256(own).digest()
                 done += len(own)
@@ -193,8 +161,8 @@ def write_tensors(
 
 def check_written(digests: Mapping[str, bytes], file: Path) -> None:
     """Read a file that was written back, tensor by tensor, and compare (EquivalenceError)."""
-    for name, values in slices(read_header(file)).items():
-        if values.digest() != digests[name]:
+    for name, stored in read_header(file).items():
+        if stored.digest() != digests[name]:
             raise EquivalenceError(f"{name!r} was not read back as it was written")
 
 

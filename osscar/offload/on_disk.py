@@ -10,7 +10,7 @@ room.  Whatever runs the model need not know of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class OnDisk(nn.Parameter):
         return copy
 
     def __reduce_ex__(self, _: Any) -> Any:
-        raise ModelError(f"{self.place.slice.name!r} lies on disk, and cannot be pickled")
+        raise ModelError(f"{self.place.stored.name!r} lies on disk, and cannot be pickled")
 
     @classmethod
     def __torch_function__(
@@ -146,18 +146,13 @@ def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
 def _assign(tensor: OnDisk, data: Tensor) -> None:
     if data.shape != tensor.shape:
         raise ModelError(
-            f"{tensor.place.slice.name!r} of shape {tuple(tensor.shape)} is assigned values of "
+            f"{tensor.place.stored.name!r} of shape {tuple(tensor.shape)} is assigned values of "
             f"shape {tuple(data.shape)}; make a new parameter"
         )
     if isinstance(data, OnDisk):
         tensor.place, tensor.cache = data.place, data.cache
     else:
-        tensor.place = tensor.cache.put(data, tensor.place.slice.name)
-
-
-def _number_of_card(tensor: OnDisk) -> int:
-    index = tensor.cache.device.index
-    return -1 if index is None else index
+        tensor.place = tensor.cache.put(data, tensor.place.stored.name)
 
 
 _LAZY: Mapping[Any, Callable[..., Any]] = {
@@ -185,7 +180,7 @@ _LAZY: Mapping[Any, Callable[..., Any]] = {
     Tensor.device.__get__: lambda tensor: tensor.cache.device,
     Tensor.is_cpu.__get__: lambda tensor: tensor.cache.device.type == "cpu",  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: lambda tensor: tensor.cache.device.type == "cuda",  # type: ignore[attr-defined]
-    Tensor.get_device: _number_of_card,
+    Tensor.get_device: lambda tensor: -1 if tensor.is_cpu else tensor.cache.device.index,
     Tensor.dtype.__get__: lambda tensor: tensor.place.dtype,  # type: ignore[attr-defined]
     Tensor.element_size: lambda tensor: tensor.place.dtype.itemsize,
     Tensor.itemsize.__get__: lambda tensor: tensor.place.dtype.itemsize,  # type: ignore[attr-defined]
@@ -227,24 +222,22 @@ def weight_cache(model: nn.Module) -> WeightCache | None:
 def values_of(tensor: Tensor) -> Tensor:
     """Return the values of any tensor outside of autograd, for reading, on its device.
 
-    Whoever copies a weight to the CPU asks for these first: ``cpu()`` alone would give a parameter
-    whose values are read from disk once more, and kept in a cache there.
+    ``cpu()`` alone would give a parameter whose values are read once more, and kept in memory.
     """
     return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
 
 
-@contextmanager
-def room_for(model: nn.Module, needed: int, *, beside: bool = False) -> Iterator[None]:
+def room_for(
+    model: nn.Module, needed: int, *, beside: bool = False
+) -> AbstractContextManager[None]:
     """Leave room for other things than weights while the block runs, if these lie on disk.
 
     What lies `beside` a forward pass comes on top of the room that is left for one already.
     """
     cache = weight_cache(model)
     if cache is None:
-        yield
-        return
-    with cache.leaving(needed + (cache.left_free if beside else 0)):
-        yield
+        return nullcontext()
+    return cache.leaving(needed + (cache.left_free if beside else 0))
 
 
 WIDE = 5
@@ -285,12 +278,11 @@ def written(module: nn.Module, name: str) -> Iterator[Tensor]:
     One that lies on disk is read, and what the block makes of it is written to disk.
     """
     parameter = getattr(module, name)
-    if not isinstance(parameter, OnDisk):
-        yield parameter.detach()
-        return
-    values = parameter.cache.read(parameter.place)
+    on_disk = isinstance(parameter, OnDisk)
+    values = parameter.cache.read(parameter.place) if on_disk else parameter.detach()
     yield values
-    parameter.place = parameter.cache.put(values, parameter.place.slice.name)
+    if on_disk:
+        parameter.data = values
 
 
 def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
@@ -310,9 +302,8 @@ def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
 def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Put plain parameters of the same shapes in the place of those on disk, for tracing.
 
-    They lie on the CPU, where nobody reads or writes their values, so that the system gives them no
-    memory; on a card they would take theirs.  Buffers, and the example that is yielded, are on the
-    CPU meanwhile, too.  A model in memory stays as it is.
+    They lie on the CPU, where the system gives what nobody reads or writes no memory; so do the
+    buffers and the example that is yielded.  A model in memory stays as it is.
     """
     if not is_on_disk(model):
         yield dict(example)
@@ -322,10 +313,9 @@ def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dic
     for tensor in (*model.parameters(), *model.buffers()):
         on_disk = isinstance(tensor, OnDisk)
         there = torch.empty(tensor.shape, dtype=tensor.dtype) if on_disk else tensor.detach().cpu()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        plain[id(tensor)] = (
-            nn.Parameter(there, on_disk or tensor.requires_grad) if is_parameter else there
-        )
+        if isinstance(tensor, nn.Parameter):
+            there = nn.Parameter(there, on_disk or tensor.requires_grad)
+        plain[id(tensor)] = there
     try:
         for module in model.modules():
             for table in (module._parameters, module._buffers):

@@ -133,21 +133,24 @@ def as_bytes(values: Tensor) -> memoryview:
 
 
 @dataclass(eq=False)
-class Slice:
-    """The bytes of one tensor in a file."""
+class StoredTensor:
+    """The bytes of one tensor in a file; messages call it by its name."""
 
     source: Source
     offset: int
     shape: tuple[int, ...]
-    stored: torch.dtype
-    """Number format in the file."""
+    dtype: torch.dtype
     name: str
-    """What messages call it."""
+
+    @property
+    def elements(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """How many bytes."""
-        return math.prod(self.shape) * self.stored.itemsize
+        return self.elements * self.dtype.itemsize
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the bytes, which are read for it."""
@@ -159,7 +162,7 @@ class Slice:
     def largest(self) -> float:
         """Return the largest of all magnitudes; a NonFiniteError if one is NaN or infinite."""
         largest = 0.0
-        for _, piece in self._pieces() if self.stored.is_floating_point else ():
+        for _, piece in self._pieces() if self.dtype.is_floating_point else ():
             low, high = piece.aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise NonFiniteError(
@@ -171,7 +174,7 @@ class Slice:
 
     def read(self, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
         """Return the values after some casts, on a device, to which they go piece by piece."""
-        values = torch.empty(self.shape, dtype=casts[-1] if casts else self.stored, device=device)
+        values = torch.empty(self.shape, dtype=casts[-1] if casts else self.dtype, device=device)
         into = values.view(-1)
         if device.type == "cpu" and not casts:
             for _ in self._pieces(into):
@@ -183,7 +186,7 @@ class Slice:
 
     def read_rows(self, rows: Tensor, casts: Sequence[torch.dtype], device: torch.device) -> Tensor:
         """Return some rows, (r,) int64, as `read`."""
-        values = torch.empty(len(rows), *self.shape[1:], dtype=self.stored)
+        values = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype)
         width = self.nbytes // max(self.shape[0], 1)
         for place, row in zip(values, rows.tolist(), strict=True):
             self.source.read_into(as_bytes(place), self.offset + row * width)
@@ -196,14 +199,13 @@ class Slice:
 
         They are read to where they belong in `into`, else to a buffer that is used again.
         """
-        total = math.prod(self.shape)
-        step = max(1, min(PIECE // self.stored.itemsize, total))
+        step = max(1, min(PIECE // self.dtype.itemsize, self.elements))
         if into is None:
-            buffer = torch.empty(step, dtype=self.stored, pin_memory=pinned)
-        for begin in range(0, total, step):
-            count = min(step, total - begin)
+            buffer = torch.empty(step, dtype=self.dtype, pin_memory=pinned)
+        for begin in range(0, self.elements, step):
+            count = min(step, self.elements - begin)
             piece = buffer[:count] if into is None else into[begin : begin + count]
-            self.source.read_into(as_bytes(piece), self.offset + begin * self.stored.itemsize)
+            self.source.read_into(as_bytes(piece), self.offset + begin * self.dtype.itemsize)
             yield begin, piece
 
 
@@ -227,19 +229,19 @@ def _cast(values: Tensor, casts: Sequence[torch.dtype]) -> Tensor:
 class Place:
     """Where the values of a parameter are, their shape in the end, and how they come to it."""
 
-    slice: Slice
+    stored: StoredTensor
     shape: tuple[int, ...]
     steps: tuple[Step, ...] = ()
 
     @classmethod
-    def of(cls, values: Slice) -> Place:
+    def of(cls, values: StoredTensor) -> Place:
         """Return the place of values as the file has them."""
         return cls(values, values.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the values in the end."""
-        return next(filter(_is_cast, reversed(self.steps)), self.slice.stored)
+        return next(filter(_is_cast, reversed(self.steps)), self.stored.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -250,28 +252,18 @@ class Place:
     def passing_bytes(self) -> int:
         """Memory that is needed while they are read, on the device that they come to."""
         first = self._leading_casts()
-        read = math.prod(self.slice.shape) * (first[-1] if first else self.dtype).itemsize
+        read = self.stored.elements * (first[-1] if first else self.dtype).itemsize
         return read + 2 * PIECE + (self.nbytes if len(first) < len(self.steps) else 0)
 
     def selected(self, dim: int, index: Tensor) -> Place:
         """Return the place of some indices of a dimension."""
         dim = dim % len(self.shape)
         shape = (*self.shape[:dim], len(index), *self.shape[dim + 1 :])
-        return Place(
-            self.slice,
-            shape,
-            (*self.steps, lambda values: values.index_select(dim, index.to(values.device))),
-        )
+        return self._then(lambda values: values.index_select(dim, index.to(values.device)), shape)
 
     def zeroed(self, dim: int, index: Tensor) -> Place:
         """Return the place of the values with zeros at some indices of a dimension."""
-        return replace(
-            self,
-            steps=(
-                *self.steps,
-                lambda values: values.index_fill_(dim, index.to(values.device), 0.0),
-            ),
-        )
+        return self._then(lambda values: values.index_fill_(dim, index.to(values.device), 0.0))
 
     def cast(self, dtype: torch.dtype) -> Place:
         """Return the place of the same values in another number format.
@@ -287,12 +279,16 @@ class Place:
             if torch.promote_types(before.dtype, self.dtype) is self.dtype:
                 # Selecting and filling are the same in either format.
                 return replace(self, steps=self.steps[:at] + self.steps[at + 1 :]).cast(dtype)
-        return replace(self, steps=(*self.steps, dtype))
+        return self._then(dtype)
+
+    def _then(self, step: Step, shape: tuple[int, ...] | None = None) -> Place:
+        shape = self.shape if shape is None else shape
+        return Place(self.stored, shape, (*self.steps, step))
 
     def read(self, device: torch.device) -> Tensor:
         """Return the values, read anew, on a device."""
         first = self._leading_casts()
-        values = self.slice.read(first, device)
+        values = self.stored.read(first, device)
         for step in self.steps[len(first) :]:
             values = values.to(step) if _is_cast(step) else step(values)  # type: ignore[operator]
         return values
@@ -300,7 +296,7 @@ class Place:
     def read_rows(self, rows: Tensor, device: torch.device) -> Tensor | None:
         """Return some rows of the values, (r,) int64; None where they cannot be read alone."""
         casts = self._leading_casts()
-        return self.slice.read_rows(rows, casts, device) if len(casts) == len(self.steps) else None
+        return self.stored.read_rows(rows, casts, device) if len(casts) == len(self.steps) else None
 
     def _leading_casts(self) -> list[torch.dtype]:
         return list(takewhile(_is_cast, self.steps))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osscar.base.errors import ModelError
 from osscar.base.memory import FOR_WEIGHTS, in_words, memory_for, memory_of, numbered
-from osscar.offload.places import Place, Scratch, Slice, as_bytes
+from osscar.offload.places import Place, Scratch, StoredTensor, as_bytes
 
 _CPU = torch.device("cpu")
 
@@ -22,15 +22,14 @@ _SPARE = 64 << 20
 class WeightCache:
     """Values that were read, kept for the next reader while there is room; the oldest go first.
 
-    The ceiling is how many bytes the whole process may have: in memory, or on the card that values
-    are kept on, where operators meet them.
+    The ceiling is how many bytes the whole process may have in memory, or on the card that values
+    are kept on.
     """
 
     def __init__(self, ceiling: int, device: torch.device = _CPU) -> None:
         self.ceiling = ceiling
         self.device = numbered(device)
         self.memory = memory_of(self.device)
-        """Where the ceiling is."""
         self.memory.give_back_at_once()
         self.read_bytes = 0
         """How much has been read from files."""
@@ -65,7 +64,7 @@ class WeightCache:
             self._make_room(place.passing_bytes)
             with torch.inference_mode(False):  # whose tensors do not count who writes to them
                 found = self.read(place)
-            self.read_bytes += place.slice.nbytes
+            self.read_bytes += place.stored.nbytes
         self._held[place] = (found, found._version)
         return found
 
@@ -74,12 +73,12 @@ class WeightCache:
         few = None if place in self._held else place.read_rows(rows, self.device)
         if few is None:
             return self.values(place)[rows]
-        self.read_bytes += len(rows) * place.slice.nbytes // place.slice.shape[0]
+        self.read_bytes += len(rows) * place.stored.nbytes // place.stored.shape[0]
         return few
 
     def read(self, place: Place) -> Tensor:
         """Return the values at a place, read anew and not kept, so that they may be written to."""
-        what = f"{place.slice.name!r} on {self.device} ({in_words(place.nbytes)}, read from disk)"
+        what = f"{place.stored.name!r} on {self.device} ({in_words(place.nbytes)}, read from disk)"
         with memory_for(what, FOR_WEIGHTS):
             return place.read(self.device)
 
@@ -89,7 +88,9 @@ class WeightCache:
             self._scratch = Scratch()
         values = values.detach().contiguous().cpu()
         offset = self._scratch.append(as_bytes(values))
-        return Place.of(Slice(self._scratch, offset, tuple(values.shape), values.dtype, name))
+        return Place.of(
+            StoredTensor(self._scratch, offset, tuple(values.shape), values.dtype, name)
+        )
 
     def leave_free(self, room: int) -> None:
         """Leave so many bytes below the ceiling free for other things from now on."""
@@ -99,8 +100,8 @@ class WeightCache:
     @contextmanager
     def leaving(self, room: int) -> Iterator[None]:
         """Leave so many bytes below the ceiling free for other things while the block runs."""
-        before, self.left_free = self.left_free, max(self.left_free, room)
-        self._make_room(0)
+        before = self.left_free
+        self.leave_free(room)
         try:
             yield
         finally:
@@ -120,6 +121,6 @@ class WeightCache:
 def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
     if values._version != version:
         raise ModelError(
-            f"code of the model writes to {place.slice.name!r} while it runs, which is "
+            f"code of the model writes to {place.stored.name!r} while it runs, which is "
             "read from disk; omit --max-memory"
         )

@@ -33,7 +33,8 @@ from osscar.data.text import read_text
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_DIRECTORY, ModelKind, kind_of
 from osscar.models.weights import read_state
-from osscar.network.tensor_files import StoredTensor, read_header, read_headers
+from osscar.network.tensor_files import read_header, read_headers
+from osscar.offload.places import Scratch, StoredTensor
 from osscar.proof.lineage import Lineage
 from tests.osscar.families import tiny
 from tests.osscar.networks import plain
@@ -264,7 +265,7 @@ def test_tables_that_are_computed_count_too(checkpoint):
 @pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf"])
 def test_a_model_that_nobody_could_hold(tmp_path, name):
     pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
-    weights = {"a": StoredTensor(torch.float32, (1000, 1000))}
+    weights = {"a": StoredTensor(Scratch(), 0, (1000, 1000), torch.float32, "a")}
     built = LibraryOrigin("torchvision", name)
     assert structure(built.build, weights, tmp_path, pruned=True).training
     larger = partial(torch.nn.Linear, 17_500, 20_000)  # of which most may have been cut
@@ -337,9 +338,8 @@ def test_headers_that_make_no_sense(tmp_path):
             read_header(tmp_path / "model.safetensors")
     tensors = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.ones(0)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    assert read_headers(tmp_path) == {
-        name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
-    }
+    found = {name: (one.dtype, one.shape) for name, one in read_headers(tmp_path).items()}
+    assert found == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def test_an_index_of_several_files(checkpoint, weights):

@@ -6,7 +6,7 @@ from torch import nn
 
 from osscar.base.errors import FileError, ModelError
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place, Slice, Source
+from osscar.offload.places import Place, Source, StoredTensor
 from osscar.offload.weight_cache import WeightCache
 
 
@@ -14,8 +14,8 @@ from osscar.offload.weight_cache import WeightCache
 def parameter(tmp_path):
     values = torch.arange(12, dtype=torch.float32).view(3, 4)
     (tmp_path / "values").write_bytes(values.numpy().tobytes())
-    place = Place.of(Slice(Source(tmp_path / "values"), 0, (3, 4), torch.float32, "w"))
-    return OnDisk(place, WeightCache(1 << 40)), values
+    stored = StoredTensor(Source(tmp_path / "values"), 0, (3, 4), torch.float32, "w")
+    return OnDisk(Place.of(stored), WeightCache(1 << 40)), values
 
 
 def test_it_is_a_parameter_to_whoever_asks(parameter):

@@ -11,7 +11,7 @@ from osscar.base.errors import NoMemoryError
 from osscar.base.memory import is_shortage
 from osscar.cli import main
 from osscar.models import pretrained
-from osscar.offload.places import Slice
+from osscar.offload.places import StoredTensor
 from osscar.run import chain
 from osscar.walk import walk
 from solvers.heuristics import greedy
@@ -75,7 +75,7 @@ def test_what_there_was_no_memory_for_is_named(owner, name, words, model, monkey
 
 def test_a_weight_that_lies_on_disk_is_named(monkeypatch, tmp_path):
     model = opened(written(tmp_path, "opt", layers=1))
-    monkeypatch.setattr(Slice, "read", failing)
+    monkeypatch.setattr(StoredTensor, "read", failing)
     said = refusal(model)
     assert re.search(r"'[\w.]+\.weight' on cpu \([\d.]+K?B, read from disk\)", said)
     assert "a smaller max_memory=" in said
