@@ -34,11 +34,13 @@ def preserved(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the modules of a model hold, as it is when this is made.
+    """What the modules of a model are and hold, as it is when this is made.
 
-    _held: Containers with their items at that time; of a dict the keys, and then the values.
+    _kinds: Modules with their classes.
+    _held: Containers with their items at that time.
     """
 
+    _kinds: tuple[tuple[torch.nn.Module, type[torch.nn.Module]], ...]
     _held: tuple[tuple[_Container, tuple[Any, ...]], ...]
 
     @classmethod
@@ -53,29 +55,40 @@ class Contents:
             if isinstance(held, tuple):
                 queue.extend(held)
             elif isinstance(held, dict | list | set | deque) and id(held) not in found:
-                found[id(held)] = held, _items(held)
+                found[id(held)] = held, items_of(held)
                 queue.extend(found[id(held)][1])
-        return cls(tuple(found.values()))
+        return cls(tuple((m, type(m)) for m in model.modules()), tuple(found.values()))
 
     def restore(self) -> None:
         """Put it back."""
+        for module, kind in self._kinds:
+            module.__class__ = kind
         for holder, items in self._held:
-            now = _items(holder)
-            if len(now) == len(items) and all(map(operator.is_, now, items)):
-                continue
-            holder.clear()
-            if isinstance(holder, dict):
-                half = len(items) // 2
-                for key, value in zip(items[:half], items[half:], strict=True):
-                    holder[key] = value
-            elif isinstance(holder, set):
-                holder.update(items)
-            else:
-                holder.extend(items)
+            if not holds(holder, items):
+                refill(holder, items)
 
 
-def _items(holder: _Container) -> tuple[Any, ...]:
+def items_of(holder: _Container) -> tuple[Any, ...]:
+    """Return the items of a container; of a dict the keys, and then the values."""
     return (*holder, *holder.values()) if isinstance(holder, dict) else tuple(holder)
+
+
+def holds(holder: _Container, items: tuple[Any, ...]) -> bool:
+    """Whether a container holds these very items."""
+    now = items_of(holder)
+    return len(now) == len(items) and all(map(operator.is_, now, items))
+
+
+def refill(holder: _Container, items: tuple[Any, ...]) -> None:
+    """Give a container the items that `items_of` returned."""
+    holder.clear()
+    if isinstance(holder, dict):
+        half = len(items) // 2
+        holder.update(zip(items[:half], items[half:], strict=True))
+    elif isinstance(holder, set):
+        holder.update(items)
+    else:
+        holder.extend(items)
 
 
 def forget_derived(model: torch.nn.Module) -> list[str]:

@@ -8,7 +8,6 @@ first two, `restored` for all that modules hold.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graph.tracing.patches import assignments_told
-from graph.tracing.preserve import Contents
+from graph.tracing.preserve import Contents, holds, items_of, refill
 from osscar.network.modules import evaluating, graphics_cards
 
 Attribute: TypeAlias = tuple[str, str]
@@ -32,8 +31,9 @@ _OWN = frozenset(vars(nn.Module()))
 class ModelState:
     """What the modules of a model hold, as it is when this is made, and what of it passes write.
 
-    It is known by names, so that it can be put back in copies of the model, too.  `written` is what
-    its passes are known to write by now.
+    It is known by names, so that it can be put back in copies of the model, too.
+
+    written: What its passes are known to write by now.
     """
 
     def __init__(self, model: nn.Module, written: Collection[Attribute] = ()) -> None:
@@ -54,7 +54,7 @@ class ModelState:
         """
         names = {module: name for name, module in self._modules.items()}
         containers = [
-            (attribute, value, copy.copy(value))
+            (attribute, value, items_of(value))
             for attribute, (value, _) in self._held.items()
             if isinstance(value, _CONTAINERS)
         ]
@@ -67,9 +67,7 @@ class ModelState:
 
         with assignments_told(note):
             yield
-        self.written |= {
-            attribute for attribute, value, members in containers if not _same(value, members)
-        }
+        self.written |= {what for what, value, items in containers if not holds(value, items)}
         self.written |= {
             (name, key)
             for module, name in names.items()
@@ -78,10 +76,9 @@ class ModelState:
         }
 
     def put_back(self, model: nn.Module | None = None, kept: Collection[Attribute] = ()) -> None:
-        """Write what was there before, so that nothing tells of the passes since.
+        """Write what was there before, but for what is `kept`, so that nothing tells of the passes.
 
-        That may be in a copy of the model, and either may have been pruned.  What is `kept` has
-        other values now for a reason.
+        That may be in a copy of the model, and either may have been pruned.
         """
         modules = self._modules if model is None else dict(model.named_modules())
         for name, key in sorted(self.written - set(kept)):
@@ -98,7 +95,7 @@ class ModelState:
                 with torch.no_grad():
                     now.copy_(first)
             elif isinstance(now, _CONTAINERS) and type(now) is type(first):
-                _refill(now, first)  # others may hold the same one
+                refill(now, items_of(first))  # others may hold the same one
             else:
                 store[key] = _copied(first)
 
@@ -145,7 +142,7 @@ class PassState:
             if value is _MISSING:
                 del store[key]
         for container in self._containers:
-            _refill(container, next(rest))
+            refill(container, next(rest))
         for buffer in self._buffers:
             value = next(rest)
             buffer.resize_(value.shape).copy_(value)
@@ -153,7 +150,7 @@ class PassState:
     def _read(self) -> list[Any]:
         return [
             *(_store(module, key).get(key, _MISSING) for module, key in self._attributes),
-            *(copy.copy(container) for container in self._containers),
+            *(items_of(container) for container in self._containers),
             *(buffer.clone() for buffer in self._buffers),
         ]
 
@@ -164,31 +161,11 @@ def _store(module: nn.Module, key: str) -> dict[str, Any]:
     return next((table for table in tables if key in table), vars(module))
 
 
-def _refill(container: Any, members: Any) -> None:
-    """Give a dictionary, list or set other members."""
-    container.clear()
-    if isinstance(container, list):
-        container.extend(members)
-    else:
-        container.update(members)
-
-
 def _copied(value: Any) -> Any:
     """Return what a value is now, should something be written to it."""
     if isinstance(value, Tensor):
         return value if value.is_inference() else value.detach().clone()
     return copy.copy(value) if isinstance(value, _CONTAINERS) else value
-
-
-def _same(container: Any, members: Any) -> bool:
-    """Whether two containers hold the very same things; values may be tensors."""
-    if isinstance(container, set):
-        return bool(container == members)
-    if isinstance(container, dict):
-        return list(container) == list(members) and all(
-            container[key] is members[key] for key in members
-        )
-    return len(container) == len(members) and all(map(operator.is_, container, members))
 
 
 def _version(tensor: Tensor) -> int:
@@ -201,11 +178,7 @@ def _version(tensor: Tensor) -> int:
 
 @contextmanager
 def model_state(model: nn.Module) -> Iterator[ModelState]:
-    """Run a model in evaluation mode, and leave it as it was.
-
-    Put back are the mode of each module, what passes in the block write on modules, and random
-    numbers.
-    """
+    """Run a model in evaluation mode; put back modes, what passes write, and random numbers."""
     with torch.random.fork_rng(graphics_cards(model)), evaluating(model):
         state = ModelState(model)
         try:
@@ -222,13 +195,10 @@ def restored(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
     Tensors are not copied: what is written to them stays.  With `on_error`, that is done only where
     the block fails.
     """
-    kinds = [(module, type(module)) for module in model.modules()]
     contents, failed = Contents.of(model), True
     try:
         yield
         failed = False
     finally:
         if failed or not on_error:
-            for module, kind in kinds:
-                module.__class__ = kind
             contents.restore()

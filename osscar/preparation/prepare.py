@@ -229,7 +229,7 @@ def _prepared(
         batch_size=inputs.batch_size if batch_size is None else batch_size,
         untouched=untouched,
         in_programs=in_programs,
-        folded=tuple(one.tensor for one in plain),
+        folded=plain,
         products=products,
         ranks=ranks,
     )
@@ -237,19 +237,16 @@ def _prepared(
     return dataclasses.replace(prepared, find_routed=find)
 
 
-def _followable(
-    model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool
-) -> list[Folded]:
+def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool) -> Folded:
     """Replace code that cannot be followed, and prove that the model computes what it did.
 
     `expected` is what it puts out; nothing if it fails, which is reported once it is traced.  With
-    `heads`, fused attention is to call its output layer as a module.  Return the modules whose
-    computed weight is a plain one now.
+    `heads`, fused attention is to call its output layer as a module.  Return what was folded.
     """
     folded = fold(model)
     if folded and not computes(model, example, expected):
         unfold(folded)  # code of the model's own reads what a weight is computed from
-        folded = []
+        folded = {}
     new = exposed(model) if heads else []
     if not new:
         return folded

@@ -7,9 +7,8 @@ length of a row is taken over all of its inputs, so none of them could leave alo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +29,11 @@ _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
 """What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
 
 
-@dataclass(frozen=True, eq=False)
-class Folded:
-    """A module whose computed weight has become a plain one, and what it was before."""
-
-    tensor: str
-    module: nn.Module
-    kind: type[nn.Module]
-    contents: Contents
-
-    def undo(self) -> None:
-        """Let the module compute its weight again, with the parts of that time."""
-        self.module.__class__ = self.kind
-        self.contents.restore()
+Folded: TypeAlias = Mapping[str, Contents]
+"""The weights that have become plain ones, by name, with what their modules were before."""
 
 
-def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folded]:
+def fold(model: nn.Module, tensors: Collection[str] | None = None) -> Folded:
     """Replace, in place, weights that are computed at every call by what they are.
 
     Known are parametrizations, whatever they compute, and the hooks of weight and spectral
@@ -57,25 +45,25 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> list[Folde
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(f"{path}.{_WEIGHT}".removeprefix("."))
     owners = Counter(id(tensor) for module in names for tensor in module.parameters(recurse=False))
-    return [
-        _folded(module, own[0])
+    return {
+        own[0]: _folded(module)
         for module, own in names.items()
         if (tensors is None or any(name in tensors for name in own))
         and (parts := list(_parts(module)))
         and all(owners[id(part)] <= 1 for part in parts)
-    ]
+    }
 
 
-def unfold(folded: Sequence[Folded], groups: Sequence[CouplingGroup] = ()) -> list[Folded]:
-    """Let weights be computed again, but those of which a group may take a part; return these.
+def unfold(folded: Folded, groups: Sequence[CouplingGroup] = ()) -> tuple[str, ...]:
+    """Let weights be computed again, but those of which a group may take a part; name these.
 
     The model's own class may compute them, and reads a checkpoint only if they are.
     """
     cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
-    for one in folded:
-        if one.tensor not in cut:
-            one.undo()
-    return [one for one in folded if one.tensor in cut]
+    for name, before in folded.items():
+        if name not in cut:
+            before.restore()
+    return tuple(name for name in folded if name in cut)
 
 
 def is_foldable(module: nn.Module) -> bool:
@@ -98,8 +86,8 @@ def _parts(module: nn.Module) -> Iterator[Tensor]:
             yield getattr(module, f"{_WEIGHT}{end}")
 
 
-def _folded(module: nn.Module, tensor: str) -> Folded:
-    before = Folded(tensor, module, type(module), Contents.of(module))
+def _folded(module: nn.Module) -> Contents:
+    before = Contents.of(module)
     learns = any(part.requires_grad for part in _parts(module))
     if is_parametrized(module):
         # By hand: torch would take the weight off the class, which copies of the module share.

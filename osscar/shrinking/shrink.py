@@ -16,13 +16,7 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, ModelError, first_line
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState, restored
-from osscar.network.modules import (
-    copied,
-    evaluating,
-    graphics_cards,
-    named_tensors,
-    number_format,
-)
+from osscar.network.modules import copied, evaluating, graphics_cards, named_tensors, number_format
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import (
     Inputs,
@@ -35,16 +29,14 @@ from osscar.proof.equivalence import (
 )
 from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure
-from osscar.proof.structural import (
-    DensePrograms,
-    StructureError,
-    Unproved,
-    dense_programs,
-)
+from osscar.proof.structural import DensePrograms, StructureError, Unproved, dense_programs
 from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.follow import adapted, nearby
 from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.slice import slice_units
+
+_MOST_TRIALS, _MOST_SECONDS = 64, 120.0
+"""Of the search for groups to blame."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,13 @@ def shrink(
             attempt = partial(rehearse, model, inputs=inputs, programs=programs)
             found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
-            raise type(error)(f"{error}; nothing was written. {_advice(found)}") from error
+            names = list(found.reasons)
+            them = "them" if len(names) > 1 else "it"
+            raise type(error)(
+                f"{error}; nothing was written. The failure comes from pruning "
+                f"{'one of ' if found.spent else ''}{listed([*map(repr, names)], 8)}: leave {them} "
+                f"out (--skip {names[0]!r}, or a plan without {them})"
+            ) from error
 
 
 def rehearse(
@@ -252,7 +250,7 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
             prove_equal(outputs_before(model, inputs), found, names=names)
         except EquivalenceError as error:
             raise EquivalenceError(
-                f"{error}: code of the model uses {folded[0].tensor!r}; do not prune the groups "
+                f"{error}: code of the model uses {next(iter(folded))!r}; do not prune the groups "
                 "that cut it, or make its weights plain ones (remove_parametrizations of torch)"
             ) from error
         fold(model, plan.tensors)
@@ -333,18 +331,3 @@ class Feasibility:
             # Without the frames that raised it, which hold on to the shrunk model.
             return error.with_traceback(None)
         return None
-
-
-_MOST_TRIALS = 64
-_MOST_SECONDS = 120.0
-
-
-def _advice(found: Feasibility) -> str:
-    """Say which groups of a refused plan cannot go, and what to do."""
-    names = list(found.reasons)
-    shown = listed([*map(repr, names)], 8)
-    them = "them" if len(names) > 1 else "it"
-    return (
-        f"The failure comes from pruning {'one of ' if found.spent else ''}{shown}: leave "
-        f"{them} out (--skip {names[0]!r}, or a plan without {them})"
-    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 import osscar
-from osscar.shrinking.fold import fold
+from osscar.shrinking.fold import fold, unfold
 from tests.osscar.programs import without_units
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
@@ -164,16 +164,16 @@ def test_shared_parts_and_other_tensors_stay() -> None:
     five = weight_norm(nn.Linear(4, 4), "bias")
     model = nn.Sequential(one, two, three, four, five)
     before = list(model.state_dict())
-    assert fold(model) == []
+    assert fold(model) == {}
     assert list(model.state_dict()) == before
 
 
 def test_a_weight_is_folded_as_it_is_in_evaluation_mode() -> None:
     layer = parametrizations.spectral_norm(nn.Linear(4, 6)).train()
     before, due = copy.deepcopy(layer.state_dict()), copy.deepcopy(layer).eval().weight
-    (folded,) = fold(layer)
+    folded = fold(layer)
     assert torch.equal(layer.weight, due)
-    folded.undo()
+    assert unfold(folded) == ()
     assert all(torch.equal(one, before[name]) for name, one in layer.state_dict().items())
 
 
@@ -186,13 +186,12 @@ def test_folding_is_undone_without_a_trace(name: str) -> None:
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     dense = model(x)
     folded = fold(model)
-    assert tuple(one.tensor for one in folded) == FOLDED
+    assert tuple(folded) == FOLDED
     torch.testing.assert_close(model(x), dense)
     assert {key.rpartition(".")[2] for key in model.state_dict()} == {"weight", "bias"}
     assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 6
     model.load_state_dict(plain(model).state_dict())  # no hook asks for the parts
-    for one in folded:
-        one.undo()
+    unfold(folded)
     assert [type(module) for module in model.modules()] == kinds
     assert {name: p.requires_grad for name, p in model.named_parameters()} == gradients
     model.load_state_dict(before)
