@@ -25,23 +25,8 @@ class AnyHeads:
         """Add what the new forward pass needs, while nothing is sliced yet."""
 
 
-class _MultiheadAttention(AnyHeads):
+class _MultiheadAttention(AnyHeads, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`, whose heads need not span the embedding."""
-
-    bias_k: Tensor | None
-    add_zero_attn: bool
-    in_proj_weight: Tensor | None
-    in_proj_bias: Tensor | None
-    q_proj_weight: Tensor
-    k_proj_weight: Tensor
-    v_proj_weight: Tensor
-    out_proj: nn.Linear
-    batch_first: bool
-    num_heads: int
-    head_dim: int
-    dropout: float
-    training: bool
-    _qkv_same_embed_dim: bool
 
     def adopt(self) -> None:
         """Keep torch from taking a fused path that assumes full width."""
@@ -113,16 +98,13 @@ def _as_numbers(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
 
 
-class _PaddingEncoder(AnyHeads):
+class _PaddingEncoder(AnyHeads, nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder`, which packs padded sequences no longer.
 
     The original leaves zeros at padded positions wherever it takes its packed path, and so does
     this: what reads them, such as a mean over positions, finds what it found before.
     """
 
-    layers: nn.ModuleList
-    norm: nn.Module | None
-    use_nested_tensor: bool
     packs: bool
     """Whether the original would pack."""
 
@@ -141,9 +123,7 @@ class _PaddingEncoder(AnyHeads):
         """Encode as the original does, with the same arguments and results."""
         padding = src_key_padding_mask
         if padding is None or mask is not None or not self._packs(src, padding):
-            # Resolved to the original class, which comes later in the method resolution order.
-            found: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)  # type: ignore[misc]
-            return found
+            return super().forward(src, mask, padding, is_causal)
         output = src
         for layer in self.layers:
             output = layer(output, src_key_padding_mask=padding, is_causal=bool(is_causal))

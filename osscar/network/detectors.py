@@ -16,12 +16,7 @@ class DetectorNetwork(nn.Module):
 
     A detector takes a list of images of any size, and returns as many boxes as it finds, which no
     two passes have to agree on.  In between is a network like any other: the backbone, and the
-    heads that read its feature maps.  Its tensors have the names that they have in the detector.
-
-    Parameters
-    ----------
-    detector
-        One of `torchvision.models.detection`, whose children it shares.
+    heads that read its feature maps.  It shares the detector's children, under their names.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -33,19 +28,11 @@ class DetectorNetwork(nn.Module):
         self._around = (around,)  # in a tuple, since it is no part of the network
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what boxes are made of.
+        """Return what boxes are made of, for normalized images (n, 3, height, width).
 
-        Parameters
-        ----------
-        images
-            Normalized, (n, 3, height, width).
-
-        Returns
-        -------
-        dict
-            Of detectors in one stage what their head returns, such as ``cls_logits``.  Of those in
-            two stages the feature maps, which the second stage crops from, and what the first one
-            says of each place.
+        Of detectors in one stage that is what their head returns, such as ``cls_logits``.  Of those
+        in two stages it is the feature maps, which the second stage crops from, and what the first
+        one says of each place.
         """
         inside: dict[str, Any] = dict(self.named_children())
         features = list(inside["backbone"](images).values())

@@ -52,18 +52,15 @@ def hooks(
 @contextmanager
 def other_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Give modules other forward passes while the block runs, and their own ones back."""
-    replaced = []
-    try:
+    with ExitStack() as undo:
         for module, forward in forwards:
             held = vars(module)  # whoever watches what passes write on modules must not see this
-            replaced.append((held, held.get("forward")))
+            if "forward" in held:
+                undo.callback(held.__setitem__, "forward", held["forward"])
+            else:
+                undo.callback(held.pop, "forward")
             held["forward"] = forward
         yield
-    finally:
-        for held, own in replaced:
-            del held["forward"]
-            if own is not None:
-                held["forward"] = own
 
 
 @contextmanager
@@ -95,15 +92,12 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, options = pytree.tree_map_only(torch.dtype, _finer, (args, dict(kwargs or {})))
+        args, options = pytree.tree_map_only(
+            torch.dtype,
+            lambda kind: torch.float64 if kind in _COARSER else kind,
+            (args, dict(kwargs or {})),
+        )
         return _CASTS.get(func, func)(*args, **options)
-
-
-def _finer(kind: torch.dtype) -> torch.dtype:
-    return torch.float64 if kind in _COARSER else kind
-
-
-_KERNEL = "_experts_implementation"
 
 
 def followed_mixtures(model: nn.Module) -> AbstractContextManager[None]:
@@ -126,15 +120,10 @@ def computable_mixtures(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _by_kernels(model: nn.Module, instead: Mapping[str, str]) -> Iterator[None]:
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [
-        (config, kernel)
-        for config in configs.values()
-        if (kernel := getattr(config, _KERNEL, None)) is not None
-    ]
-    try:
-        for config, kernel in before:
-            setattr(config, _KERNEL, instead.get(kernel, kernel))
+    with ExitStack() as undo:
+        for config in configs.values():
+            kernel = str(getattr(config, "_experts_implementation", None))
+            if kernel in instead:
+                undo.callback(setattr, config, "_experts_implementation", kernel)
+                setattr(config, "_experts_implementation", instead[kernel])  # noqa: B010
         yield
-    finally:
-        for config, kernel in before:
-            setattr(config, _KERNEL, kernel)

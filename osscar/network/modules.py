@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, NonFiniteError, first_line
 from osscar.offload.on_disk import OnDisk, values_of
+from osscar.offload.places import as_bytes
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -28,15 +29,10 @@ DAMAGED = "the checkpoint is damaged, get it anew"
 def check_finite_weights(
     model: nn.Module, remedy: str = "train the model anew, or load other weights"
 ) -> None:
-    """Refuse a model whose weights are not all numbers, and say what to do.
+    """Refuse a model whose weights are not all numbers, and say what to do (NonFiniteError).
 
     In buffers, infinity is a value like others: masks hold it, and observers of quantization that
     have seen nothing.  Statistics of normalizations are weights in all but their name.
-
-    Raises
-    ------
-    NonFiniteError
-        Naming the first parameter with NaN or infinity in it, or buffer with NaN.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     statistics = (buffer for module in norms for buffer in module.buffers(recurse=False))
@@ -69,13 +65,10 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-_DEFORMABLE = "torchvision.ops.deform_conv.DeformConv2d"
-
-
 def is_deformable(module: nn.Module) -> bool:
     """Whether a module is a deformable convolution of torchvision, which may not be installed."""
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
-    return _DEFORMABLE in names
+    return "torchvision.ops.deform_conv.DeformConv2d" in names
 
 
 def check_module(model: object) -> None:
@@ -85,13 +78,7 @@ def check_module(model: object) -> None:
 
 
 def check_usable(model: nn.Module) -> None:
-    """Refuse what has no weights that could be read.
-
-    Raises
-    ------
-    ModelError
-        If it is no module, has no parameters, or has one without values.
-    """
+    """Refuse what is no module, has no parameters, or has one without values (ModelError)."""
     check_module(model)
     parameters = dict(model.named_parameters())
     if not parameters:
@@ -113,8 +100,7 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
 
     A forward pass with gradients may leave tensors behind that hang on a graph, such as an
     attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
-    refuses to copy these.  `instead` says what the copy is to hold in the place of objects, such as
-    parameters, by their `id`.
+    refuses to copy these.  `instead` says what the copy holds in place of objects, by their `id`.
     """
     memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
@@ -164,7 +150,7 @@ def graphics_cards(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def drawing_alike(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Let a model draw the same random numbers each time; what others draw is left alone."""
+    """Let a model draw the same random numbers each time; the caller's random state stays."""
     cards = graphics_cards(model)
     with torch.random.fork_rng(cards):
         torch.default_generator.manual_seed(seed)
@@ -176,8 +162,7 @@ def drawing_alike(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 def fresh(inputs: T) -> T:
     """Return inputs of a forward pass that it may write to: their tensors are copies."""
-    copies: T = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    return copies
+    return pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # type: ignore[no-any-return]
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
@@ -205,14 +190,7 @@ def example_length(model: nn.Module) -> int:
 
 
 def in_evaluation(model: M) -> M:
-    """Set a model to evaluation mode, and return it, whatever its own ``train`` does.
-
-    Raises
-    ------
-    ModelError
-        Naming a normalization that keeps to training mode, in which its outputs depend on the rest
-        of the batch.
-    """
+    """Set a model to evaluation mode, and return it; a ModelError if a normalization stays."""
     try:
         model.eval()
     except Exception as error:  # the model may be anyone's code
@@ -249,7 +227,5 @@ def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        flat = values_of(tensor).cpu().contiguous().reshape(-1)
-        bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-        found.update(bytes_)
+        found.update(as_bytes(values_of(tensor).cpu().contiguous()))
     return found.hexdigest()

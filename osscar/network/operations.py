@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,9 +31,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     full squares: a causal mask is not discounted).  A multiplication with its addition counts as
     two.  Look-ups, normalization and other element-wise work are not counted.
     """
-    counter = _counter()
-    _run(model, fresh(inputs), counter)
-    return counter.get_total_flops()
+    return sum(product.operations for product in products(model, {}, inputs))
 
 
 def _counter() -> FlopCounterMode:
@@ -50,19 +48,6 @@ class _Untracked(nullcontext[None]):
     """
 
     parents: ClassVar = {"Global"}
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Tensor], *modes: Any) -> None:
-    """Run a model once under some modes, the last of which sees each operator first."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(without_cache(model))
-        # No layer of nn.TransformerEncoder or nn.MultiheadAttention is to run as one operator.
-        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)
-        for mode in modes:
-            stack.enter_context(mode)
-        model(**inputs)
 
 
 def _passed_over() -> dict[Any, Callable[..., int]]:
@@ -154,7 +139,14 @@ def products(
             return noted
 
         counter.flop_registry = {op: noting(op, f) for op, f in counter.flop_registry.items()}
-        _run(model, given, origins, counter)
+        fast = mha.get_fastpath_enabled()
+        # No layer of nn.TransformerEncoder or nn.MultiheadAttention is to run as one operator.
+        mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), without_cache(model), origins, counter:
+                model(**given)
+        finally:
+            mha.set_fastpath_enabled(fast)
     return found
 
 

@@ -45,13 +45,8 @@ def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
     """Return the output that is scored, with its name, and warn where it had to be chosen.
 
     It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
-    mapping the only one that is a matrix with a row for each of its samples.  Messages call the
-    model by the name that is given.
-
-    Raises
-    ------
-    ModelError
-        If it returned no floating-point tensor, or a mapping in which several or none could be it.
+    mapping the only one that is a matrix with a row for each of its samples.  A ModelError is
+    raised where there is none; messages call the model by the name that is given.
     """
     name, known = known_output(result)
     if known is not None:
@@ -93,9 +88,7 @@ def place_of_classes(
 
     It is the second, as torch has it, or else the last; of a model that reads sequences first the
     last, and where that puts out one position alone, its label is the last of each sequence.  None
-    where neither fits.
-
-    shape, labels: The sizes of the output, and of its labels.
+    where neither fits.  `shape` and `labels` are the sizes of the output, and of its labels.
     """
     fits = {tuple(labels), (labels[0], 1)} if sequences and len(labels) == 2 else {tuple(labels)}
     last = len(shape) - 1

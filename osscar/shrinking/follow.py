@@ -36,7 +36,6 @@ that touches it.
 """
 
 _Function = TypeVar("_Function", bound=Adapter)
-
 _ADAPTERS: dict[str, Adapter] = {}
 
 
@@ -151,15 +150,14 @@ def full_name(kind: type) -> str:
 # ---- counts of heads and neurons ---------------------------------------------------------
 
 
+def _is_count(value: int, group: GroupPlan) -> bool:
+    return value == group.units
+
+
 def _is_sharing(value: int, group: GroupPlan) -> bool:
     """Whether so many query heads share a key head; where units are key heads, each keeps them."""
     widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
-    queries = max(widths, default=1) // min(widths, default=1)
-    return value == group.units and queries != value
-
-
-def _is_count(value: int, group: GroupPlan) -> bool:
-    return value == group.units
+    return _is_count(value, group) and value != max(widths, default=1) // min(widths, default=1)
 
 
 _COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {
@@ -195,7 +193,7 @@ def counts(values: Mapping[str, Any], group: GroupPlan) -> dict[str, int]:
 
 
 def follow(module: object, group: GroupPlan) -> None:
-    """Update the integers of a module, or of a config, that count the units of a group."""
+    """Update the integers of a module that count the units of a group."""
     for name, value in counts(vars(module), group).items():
         setattr(module, name, value)
 
@@ -218,15 +216,14 @@ def follow_around(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
 
 def _follow_in_config(module: nn.Module, group: GroupPlan) -> None:
     """Give a module that reads counts from the model's config, in its code, one of its own."""
-    config, kind = getattr(module, "config", None), type(module)
-    read = _read_of_config(kind)  # type: ignore[arg-type]  # classes can be hashed
+    config = getattr(module, "config", None)
+    read = _read_of_config(type(module))  # type: ignore[arg-type]  # classes can be hashed
     follows = counts({name: getattr(config, name, None) for name in read}, group)
-    if follows:
-        # What refuses to be changed stays, and is found out by trial.
-        with suppress(AttributeError, TypeError):
-            own = copy.copy(config)
-            if own is config:  # such as a class, which is everyone's
-                return
+    if not follows:
+        return
+    with suppress(AttributeError, TypeError):  # what refuses to be changed is found out by trial
+        own = copy.copy(config)
+        if own is not config:  # as a class is, which is everyone's
             for name, value in follows.items():
                 setattr(own, name, value)
             setattr(module, "config", own)  # noqa: B010, as it is no tensor or module
@@ -252,8 +249,7 @@ def refresh(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for kind, sizes in _LAYERS.items():
             if isinstance(module, kind):
-                for name, value in sizes(module).items():
-                    setattr(module, name, value)
+                vars(module).update(sizes(module))
         if is_deformable(module):
             vars(module).update(_convolution(module))
 
@@ -266,6 +262,11 @@ def _weight(layer: Any) -> Tensor:
     stored = (layer._parameters.get(f"weight{suffix}") for suffix in ("_v", "_orig"))
     found: Tensor = next((tensor for tensor in stored if tensor is not None), layer.weight)
     return found
+
+
+def _dimensions(*names: str) -> Callable[[Any], dict[str, Any]]:
+    """Return what reads the dimensions of a layer's weight, by these names."""
+    return lambda layer: dict(zip(names, _weight(layer).shape, strict=True))
 
 
 def _convolution(layer: Any) -> dict[str, Any]:
@@ -294,24 +295,17 @@ def _shape_of_weight(layer: Any) -> dict[str, Any]:
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
-    nn.Linear: lambda m: {"out_features": _weight(m).shape[0], "in_features": _weight(m).shape[1]},
-    Conv1D: lambda m: {"nx": m.weight.shape[0], "nf": m.weight.shape[1]},
+    nn.Linear: _dimensions("out_features", "in_features"),
+    Conv1D: _dimensions("nx", "nf"),
+    nn.Embedding: _dimensions("num_embeddings", "embedding_dim"),
+    nn.PReLU: _dimensions("num_parameters"),
+    nn.Bilinear: _dimensions("out_features", "in1_features", "in2_features"),
     nn.modules.conv._ConvNd: _convolution,
     nn.modules.batchnorm._NormBase: lambda m: {"num_features": _channels(m)},
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _shape_of_weight,
     nn.RMSNorm: _shape_of_weight,
-    nn.Embedding: lambda m: {
-        "num_embeddings": m.weight.shape[0],
-        "embedding_dim": m.weight.shape[1],
-    },
     nn.RNNBase: lambda m: {"input_size": m.weight_ih_l0.shape[1]},
     nn.RNNCellBase: lambda m: {"input_size": m.weight_ih.shape[1]},
-    nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
-    nn.Bilinear: lambda m: {
-        "out_features": m.weight.shape[0],
-        "in1_features": m.weight.shape[1],
-        "in2_features": m.weight.shape[2],
-    },
 }
 """For each class of layers, its sizes from its tensors."""

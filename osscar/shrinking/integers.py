@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
@@ -199,11 +200,8 @@ class IntegerSearch:
             if type(module) is not kind:
                 continue
             following = self._following(name)
-            for key, position in numbers:
-                if (key, position) not in following:
-                    continue
-                old, size = getattr(module, key), following[key, position]
-                at = position
+            for key, at in (number for number in numbers if number in following):
+                old, size = getattr(module, key), following[key, at]
                 new = size if at is None else (*old[:at], size, *old[at + 1 :])
                 with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # it refuses
                     setattr(module, key, new)
@@ -267,12 +265,9 @@ def _is_stock_layer(module: nn.Module) -> bool:
 def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
     """Return the innermost line of source that ran on behalf of a module."""
     found, inside = "", False
-    while trace is not None:
-        frame = trace.tb_frame
+    for frame, number in traceback.walk_tb(trace):
         inside = inside or frame.f_locals.get("self") is module
         code = frame.f_code
         if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_dispatch__":
-            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
-            found = line or found
-        trace = trace.tb_next
+            found = linecache.getline(code.co_filename, number).strip() or found
     return found or "forward"

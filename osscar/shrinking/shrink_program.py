@@ -28,13 +28,7 @@ from osscar.proof.plan import (
     check_traced,
     fixed_in_words,
 )
-from osscar.proof.program import (
-    ProgramModule,
-    shrunk_graph,
-    smaller,
-    trace_dense,
-    traced_as_open,
-)
+from osscar.proof.program import ProgramModule, shrunk_graph, smaller, trace_dense, traced_as_open
 from osscar.proof.structural import by_construction
 from osscar.shrinking.fold import fold
 from osscar.shrinking.shrink import Proof, fold_named

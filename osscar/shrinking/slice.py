@@ -83,7 +83,9 @@ def _set_number(model: nn.Module, integer: Integer) -> None:
 # ---- tensors -----------------------------------------------------------------------------
 
 _Storage: TypeAlias = tuple[Any, ...]
-_Holder: TypeAlias = tuple[nn.Module, dict[str, Any], str]
+
+_STAYS, _GOES = 1, -1
+"""What becomes of an index; 0 where nothing is decided."""
 
 
 def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
@@ -103,9 +105,9 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
             tensors[key] = tensor
             passes = slot.role is Role.PASS_THROUGH and slot.dim == 0
             for place in ((key, slot.dim, False), (key, slot.dim, True))[: 1 + passes]:
-                undecided = torch.full((tensor.shape[slot.dim],), _UNDECIDED)
+                undecided = torch.zeros(tensor.shape[slot.dim], dtype=torch.int8)
                 _decide(fates.setdefault(place, undecided), group, slot)
-    holders: dict[_Storage, list[_Holder]] = {}
+    holders: dict[_Storage, list[tuple[nn.Module, dict[str, Any], str]]] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store, (attribute, tensor) in ((s, item) for s in stores for item in s.items()):
@@ -160,14 +162,11 @@ def _leave_groups(module: nn.Module, passing: Tensor) -> None:
         vars(module)["groups"] = int(passing.view(groups, -1).any(1).sum())
 
 
-_UNDECIDED, _STAYS, _GOES = -1, 1, 0
-
-
 def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
     """Note which indices of a dimension stay and which go, or refuse two opinions."""
     for units, decision in ((group.kept, _STAYS), (group.gone, _GOES)):
         index = torch.tensor(slot.indices(units), dtype=torch.int64)
-        if bool((fate[index] == (_STAYS + _GOES - decision)).any()):
+        if bool((fate[index] == -decision).any()):
             raise ModelError(
                 f"group {group.name!r} and another one cut dimension {slot.dim} of "
                 f"{slot.tensor!r}, or of a tensor tied to it, in different ways; prune them "
