@@ -23,7 +23,7 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
 from osscar.network.modules import device_of, forward, fresh
 from osscar.network.predictions import (
-    known_prediction,
+    known_output,
     named_logits,
     place_of_classes,
     reads_sequences,
@@ -279,7 +279,7 @@ def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
     """
     tokens = inputs.tokens
     named = named_logits(result)
-    alone = result if tokens else known_prediction(result)
+    alone = result if tokens else known_output(result)[1]
     found = alone if named is None else named
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         return None

@@ -24,16 +24,12 @@ def named_logits(result: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def known_prediction(result: Any) -> Tensor | None:
-    """Return the logits, or the only floating-point output; None where there are several.
-
-    A single number, such as a loss, is no prediction where there is anything else.
-    """
-    return known_output(result)[1]
-
-
 def known_output(result: Any) -> tuple[str, Tensor | None]:
-    """Return the same with its name, which is empty where there are several."""
+    """Return the name of the prediction, and the logits or the only floating-point output.
+
+    Where there are several, that is "" and None; a single number, such as a loss, does not count
+    beside others.
+    """
     named = named_logits(result)
     if named is not None:
         return LOGITS, named

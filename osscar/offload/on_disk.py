@@ -1,8 +1,8 @@
 """Parameters whose values lie in files, and are on a device only while an operator reads them.
 
 A model that is larger than memory has its structure, and an `OnDisk` in the place of each
-parameter.  Where an operator of torch meets one, it gets the values: read from the file, checked
-against what they were when they were first read, moved to the device, changed as pruning says
+parameter.  Where an operator of torch meets one, it gets the values: read from the file, which
+must not have changed since it was opened, moved to the device, changed as pruning says
 (`osscar.offload.places`), and kept in a `WeightCache` there for the next batch as long as there is
 room.  Whatever runs the model need not know of it.
 """

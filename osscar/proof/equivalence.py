@@ -25,7 +25,7 @@ from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarEr
 from osscar.base.memory import let_shortage_pass
 from osscar.kinds import room_of
 from osscar.network.modules import drawing_alike, fresh, identity_of, named_tensors, number_format
-from osscar.network.predictions import known_prediction
+from osscar.network.predictions import known_output
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import PruningPlan
 
@@ -317,12 +317,11 @@ def proof_outputs(
 
 def _kept_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return the logits of a pass that keeps its state, and of one that goes on from it."""
-    begun = call(model, {**inputs, "use_cache": True})
-    name, tokens = cache_name(model), inputs.get("input_ids")
+    begun, name = call(model, {**inputs, "use_cache": True}), cache_name(model)
     kept = getattr(begun, name, None)
-    if kept is None or tokens is None or set(inputs) != {"input_ids"}:
+    if kept is None or set(inputs) != {"input_ids"}:
         return [_first(begun)]
-    step = {"input_ids": tokens[:, -1:], name: kept, "use_cache": True}
+    step = {"input_ids": inputs["input_ids"][:, -1:], name: kept, "use_cache": True}
     return [_first(begun), _first(call(model, step))]
 
 
@@ -366,7 +365,7 @@ def proved_unchanged(model: nn.Module, example: Inputs, names: tuple[str, str]) 
 
 
 def _first(result: Any) -> Tensor:
-    known = known_prediction(result)
+    known = known_output(result)[1]
     return comparable(result)[0] if known is None else known
 
 

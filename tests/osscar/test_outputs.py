@@ -13,7 +13,7 @@ from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
-from osscar.network.predictions import known_prediction, scored_output
+from osscar.network.predictions import known_output, scored_output
 from osscar.preparation.failures import check_repeatable
 from osscar.request import PruningRequest
 from osscar.run.points import BudgetKind, SweepJob, prune_points
@@ -113,7 +113,7 @@ def test_the_output_that_is_scored(recwarn):
         ({"maps": MAPS, "y": ROWS, "labels": torch.arange(4)}, False),
     ):
         recwarn.clear()
-        assert (known_prediction(result) is ROWS) == certain
+        assert (known_output(result)[1] is ROWS) == certain
         assert scored_output(result, 4, "Net")[1] is ROWS
         assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
 
