@@ -139,10 +139,6 @@ def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
     return OnDisk(place, tensor.cache if device is None else tensor.cache.on(device))
 
 
-def _cast_to(dtype: torch.dtype) -> Callable[..., OnDisk]:
-    return lambda tensor: tensor.like(tensor.place.cast(dtype))
-
-
 def _assign(tensor: OnDisk, data: Tensor) -> None:
     if data.shape != tensor.shape:
         raise ModelError(
@@ -172,10 +168,10 @@ _LAZY: Mapping[Any, Callable[..., Any]] = {
     ),
     Tensor.to: _to,
     Tensor.index_select: lambda tensor, dim, index: tensor.like(tensor.place.selected(dim, index)),
-    Tensor.float: _cast_to(torch.float32),
-    Tensor.double: _cast_to(torch.float64),
-    Tensor.half: _cast_to(torch.float16),
-    Tensor.bfloat16: _cast_to(torch.bfloat16),
+    Tensor.float: lambda tensor: _to(tensor, torch.float32),
+    Tensor.double: lambda tensor: _to(tensor, torch.float64),
+    Tensor.half: lambda tensor: _to(tensor, torch.float16),
+    Tensor.bfloat16: lambda tensor: _to(tensor, torch.bfloat16),
     # What it was made with may be another number format and device than it has now.
     Tensor.device.__get__: lambda tensor: tensor.cache.device,
     Tensor.is_cpu.__get__: lambda tensor: tensor.cache.device.type == "cpu",  # type: ignore[attr-defined]

@@ -24,7 +24,6 @@ from graph.groups import CouplingGroup
 from graph.tracing.preserve import Contents
 from osscar.network.modules import evaluating
 
-_WEIGHT = "weight"
 _PARTS = {WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v")}
 """What the hooks of `torch.nn.utils` compute a weight from, by the ends of their names."""
 
@@ -43,7 +42,7 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> Folded:
     """
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(f"{path}.{_WEIGHT}".removeprefix("."))
+        names.setdefault(module, []).append(f"{path}.weight".removeprefix("."))
     owners = Counter(id(tensor) for module in names for tensor in module.parameters(recurse=False))
     return {
         own[0]: _folded(module)
@@ -76,14 +75,14 @@ def _parts(module: nn.Module) -> Iterator[Tensor]:
     if is_parametrized(module):
         found = module.parametrizations
         assert isinstance(found, nn.ModuleDict)
-        chain = found[_WEIGHT] if list(found) == [_WEIGHT] else None
+        chain = found["weight"] if list(found) == ["weight"] else None
         if isinstance(chain, ParametrizationList):
             yield from chain.parameters()
         return
     hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _PARTS]
-    if len(hooks) == 1 and hooks[0].name == _WEIGHT:  # type: ignore[attr-defined]
+    if len(hooks) == 1 and hooks[0].name == "weight":  # type: ignore[attr-defined]
         for end in _PARTS[type(hooks[0])]:
-            yield getattr(module, f"{_WEIGHT}{end}")
+            yield getattr(module, f"weight{end}")
 
 
 def _folded(module: nn.Module) -> Contents:
@@ -96,7 +95,7 @@ def _folded(module: nn.Module) -> Contents:
             weight = cast(Tensor, module.weight).detach().clone()
         module.__class__ = type(module).__bases__[0]
         del module._modules["parametrizations"]
-        module.register_parameter(_WEIGHT, nn.Parameter(weight))
+        module.register_parameter("weight", nn.Parameter(weight))
     elif any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         remove_weight_norm(module)
     else:
@@ -105,5 +104,5 @@ def _folded(module: nn.Module) -> Contents:
         for key, hook in list(hooks.items()):  # which torch leaves behind
             if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
                 del hooks[key]
-    module.get_parameter(_WEIGHT).requires_grad_(learns)
+    module.get_parameter("weight").requires_grad_(learns)
     return before
