@@ -19,10 +19,10 @@ from osscar.base.errors import BusyError, FileError, OutputError
 from osscar.base.inputs import check_regular, file_name, read_bytes
 
 LOCK_FILE = ".osscar.lock"
-"""In a directory in which one process at a time is at work."""
+"""The file by which one process at a time locks a directory."""
 
 PARTIAL = ".partial"
-"""How the names of directories end in which something is being written."""
+"""The end of the names of directories in which something is being written."""
 
 
 def cache_directory() -> Path:

@@ -84,11 +84,6 @@ def _glibc() -> tuple[ctypes.CDLL, ...]:
 class DeviceMemory:
     """The memory that a limit is about: that of the process, for what runs on the CPU."""
 
-    @property
-    def other_holders(self) -> str:
-        """What has memory there besides the run's weights, in words that follow "for"."""
-        return "the program"
-
     def held(self) -> int:
         """Return how many bytes this process has (OptionError if nothing tells)."""
         try:
@@ -142,11 +137,6 @@ class _CardMemory(DeviceMemory):
 
     device: torch.device
     """With its number."""
-
-    @property
-    def other_holders(self) -> str:
-        """Buffers and batches, above all."""
-        return "what is on the card already"
 
     def held(self) -> int:
         """Return how many bytes torch has reserved, without what it keeps for later."""
@@ -238,7 +228,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def let_shortage_pass(error: BaseException) -> None:
-    """Raise an error again that says so, which is no fault of the code that met it."""
+    """Raise an error again if it says that: the code that met it is not at fault."""
     if is_shortage(error):
         raise error
 

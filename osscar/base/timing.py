@@ -58,7 +58,7 @@ class Stage(enum.StrEnum):
 
 
 OTHER = "other"
-"""What is told as the name of the seconds that no stage counts."""
+"""The name of the seconds that no stage counts."""
 
 
 @dataclass(eq=False)

@@ -35,13 +35,13 @@ class LinearMap:
     """One consumer of a coupling group."""
 
     name: str
-    """Of the module or the product (`products.station`) that is observed."""
+    """The module, or the product (`products.station`), that is observed."""
     module: nn.Module
-    """Which has the weight."""
+    """The module that has the weight."""
     weight: str
-    """What the module calls it."""
+    """The name of the weight in the module."""
     bias: str | None
-    """What the module calls it; None without one, or where other modules share it."""
+    """The name of the bias; None without one, or where other modules share it."""
     dim: int
     """The dimension of the weight in which inputs lie."""
     form: Form
@@ -119,7 +119,7 @@ class LinearMap:
 
     @cached_property
     def _shape(self) -> torch.Size:
-        """Of `_view`; nothing is read for it of a weight that lies on disk."""
+        """The shape of `_view`; a weight that lies on disk is not read for it."""
         return self._view(torch.empty(self._weight.shape, device="meta")).shape
 
     @cached_property

@@ -65,7 +65,7 @@ def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callabl
     Raises
     ------
     OptionError
-        If a class or a name is none.
+        If a class is not one of modules, or the name of a module is empty.
 
     Examples
     --------

@@ -57,7 +57,7 @@ class SeenRoutes:
 
 
 class Scores(NamedTuple):
-    """By what a router chooses, in double precision."""
+    """What a router chooses by, in double precision."""
 
     logits: Tensor
     """(tokens, experts)"""

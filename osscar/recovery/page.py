@@ -36,7 +36,7 @@ _UNITS = {
     "relative": "of the squared dense outputs",
     "loss": "of the given loss",
 }
-"""In what the distance from the dense model is told, by its measure."""
+"""The unit of the distance from the dense model, by its measure."""
 
 
 def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> str:

@@ -135,7 +135,7 @@ class RecoveryLog(SavingJournal[JournalManifest]):
 
     @property
     def kept(self) -> str:
-        """What a recovery that ends now leaves, in words; nothing if that is nothing."""
+        """How many steps are kept of a recovery that ends now, in words; empty if none."""
         steps = int(self.done[-1].stem) if self.done else 0
         return f"{pluralize(steps, 'step')} {are(steps)} kept in {self.directory}" if steps else ""
 
@@ -356,7 +356,7 @@ def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _cudnn(enabled: bool) -> Iterator[None]:
-    """Let cuDNN compute, or not; its own `flags` also sets what the user has chosen."""
+    """Switch cuDNN on or off for a block; torch's `flags` would also reset the user's choices."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = enabled and before
     try:

@@ -192,7 +192,7 @@ def forecast(prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
         raise RequestError(
             f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
             f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
-            f"batches, beside {in_words(needs.held)} for {cache.memory.other_holders}; give at "
+            f"batches, beside {in_words(needs.held)} that are in use already; give at "
             f"least {in_words(needs.least)} or use fewer or shorter windows (--samples, "
             "--seqlen), or smaller batches (--batch-size)"
         )

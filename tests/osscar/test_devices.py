@@ -282,7 +282,7 @@ def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
     first.values()
     assert cache.read_bytes > before
     counted.used = 950_000_000
-    said = r"max_memory=1.00GB cannot hold .* for what is on the card already; give at least 1\."
+    said = r"max_memory=1.00GB cannot hold .* that are in use already; give at least 1\."
     with pytest.raises(RequestError, match=said):
         prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
 
