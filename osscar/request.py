@@ -330,12 +330,6 @@ class PruningRequest:
         If nothing is to be removed, or values contradict each other.
     BackendError
         If the backend does not exist, cannot run here, or has no such option.
-
-    Examples
-    --------
-    >>> from graph import UnitKind
-    >>> PruningRequest(neurons="2/3").fraction_or_count(UnitKind.NEURONS)
-    Fraction(2, 3)
     """
 
     sparsity: Annotated[float | None, SHARE] = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
 
 import jinja2
 
@@ -23,11 +22,8 @@ def page(title: str, sections: Iterable[Section]) -> str:
 
 @cache
 def _environment() -> jinja2.Environment:
-    def read(name: str) -> str:
-        return files("osscar.report").joinpath("templates", name).read_text(encoding="utf-8")
-
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read),
+        loader=jinja2.PackageLoader("osscar.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ from osscar.allocation.measured import known_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
+from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import engineering, share
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
@@ -104,15 +106,19 @@ def prepare_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
 ) -> Iterator[Prepared]:
     """Prepare a model as a request needs it."""
-    with prepare(
-        model,
-        calibration,
-        device=resolve_device(request.device),
-        batch_size=request.batch_size,
-        heads=request.reach(UnitKind.HEADS),
-        programs=includes_program_only_groups(model, request),
-        ranks=ranks,
-    ) as prepared:
+    with (
+        torch.inference_mode(False),  # in which there are no gradients
+        memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
+        prepare(
+            model,
+            calibration,
+            device=resolve_device(request.device),
+            batch_size=request.batch_size,
+            heads=request.reach(UnitKind.HEADS),
+            programs=includes_program_only_groups(model, request),
+            ranks=ranks,
+        ) as prepared,
+    ):
         yield within_memory(prepared, request)
 
 

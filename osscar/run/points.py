@@ -99,11 +99,10 @@ def prune_points(
     points: Sequence[SweepJob],
     tell: Callable[[str], None] = lambda line: None,
 ) -> Generator[tuple[SweepJob, PruningResult]]:
-    """Prune a model once for each point; the given model is not changed, and run and traced once.
+    """Prune a model once for each point; the given model is not changed, and traced once.
 
     Divergences are all measured on the samples that the base request holds out; baselines whose
-    damping is given hold out none, and are fitted to these as well.  What each point keeps and
-    removes is told before its work begins.
+    damping is given hold out none, and are fitted to these as well.
     """
     if not points:
         return

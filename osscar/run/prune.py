@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
-from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import profiled
 from osscar.data.loaders import read_once
@@ -91,8 +89,6 @@ def prune_as_asked(
     start = time.perf_counter()
     calibration = read_once(model, calibration)
     with (
-        torch.inference_mode(False),  # in which there are no gradients
-        memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         profiled() as spent,
         prepare_for(model, calibration, request, ranks) as prepared,
         begun(log, prepared, request.to_json()) as committed,

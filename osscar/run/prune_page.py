@@ -167,11 +167,8 @@ def _nats(value: float) -> str:
     return decimals(value, 4 if value >= 0.001 or not value else 6)
 
 
-def _predicts(document: Mapping[str, Any], several: bool = False) -> str:
-    """Return what the model predicts."""
-    if "seqlen" in document["calibration"]:
-        return "tokens" if several else "token"
-    return "classes" if several else "class"
+def _predicts(document: Mapping[str, Any]) -> str:
+    return "token" if "seqlen" in document["calibration"] else "class"
 
 
 def verdict(document: Mapping[str, Any]) -> str:
@@ -191,11 +188,8 @@ def verdict(document: Mapping[str, Any]) -> str:
         same, remedies = None, "recover on more data, or remove less"
     if nats_lost is None or (nats_lost <= MUCH_NATS and (same is None or same >= MUCH_AGREEMENT)):
         return ""
-    agree = (
-        f"{same:.1%} of most likely {_predicts(document, several=True)} agree, "
-        if same is not None
-        else ""
-    )
+    several = {"token": "tokens", "class": "classes"}[_predicts(document)]
+    agree = "" if same is None else f"{same:.1%} of most likely {several} agree, "
     return f"much was lost: {agree}{nats_lost:.2g} nats from the dense model; {remedies}"
 
 

@@ -58,19 +58,11 @@ class LayerRecord:
     The weights are, of each consumer, the refitted matrix (p, m) and, if it has one, its bias (m,).
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = {**STRICT, "arbitrary_types_allowed": True}
+
     plan: GroupPlan
     report: LayerReport
     weights: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class _Words:
-    """A record without its tensors."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    plan: GroupPlan
-    report: LayerReport
 
 
 @dataclass(frozen=True)
@@ -157,12 +149,12 @@ class RunLog(SavingJournal[JournalManifest]):
     def append(self, index: int, record: LayerRecord) -> None:
         """Write the record of the group with this number."""
         weights = {f"{number:05}": one for number, one in enumerate(record.weights)}
-        words = _Words(record.plan, record.report)
+        words = dataclasses.replace(record, weights=())
         write_record(self._place(index), words, weights, self._run)
 
     def _read(self, index: int) -> LayerRecord:
-        words, weights = read_record(self._place(index), _Words, self._run)
-        return LayerRecord(words.plan, words.report, tuple(weights.values()))
+        words, weights = read_record(self._place(index), LayerRecord, self._run)
+        return dataclasses.replace(words, weights=tuple(weights.values()))
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from osscar.allocation.allocate import Sharing
@@ -26,7 +25,6 @@ from osscar.allocation.limits import COUNTED, Allowance, allowances
 from osscar.allocation.measured import Curve, known_curves
 from osscar.allocation.widths import asked_groups
 from osscar.base.errors import DataError, RequestError
-from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import as_inputs
@@ -92,8 +90,6 @@ def prune_to_target(
         )
     parts = in_parts(calibration, inputs.samples, request.seed)
     with (
-        torch.inference_mode(False),  # in which there are no gradients
-        memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         profiled() as spent,
         prepare_for(model, parts.pruned_on, request, ranks) as prepared,
         begun(log, dataclasses.replace(prepared, inputs=inputs), request.to_json()),
