@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measuring import markdown, rows_in
 from osscar.base.printable import listed, share
-from osscar.report.figures import color, legend, new_figure, shares, svg_of
+from osscar.report.figures import color, file_of, legend, new_figure, shares
 
 DENSE, OURS = "dense", "this toolkit"
 
@@ -246,4 +246,4 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
         axes.set_ylabel({"top1": "top-1"}.get(first.measure, first.measure))
         axes.set_title(f"{TITLES[task]}, {'recovered' if trained else 'one shot'}", fontsize=9)
     legend(figure)
-    return svg_of(figure)
+    return file_of(figure, "svg")

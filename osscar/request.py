@@ -98,11 +98,6 @@ class BudgetKind(enum.StrEnum):
         """The value of the dense model."""
         return 0.0 if self is BudgetKind.SPARSITY else 1.0
 
-    @property
-    def rises(self) -> bool:
-        """Whether a larger value means a smaller model."""
-        return self in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
-
 
 class TargetKind(enum.StrEnum):
     """The loss of quality that a target limits, by the name of its field."""
@@ -504,11 +499,6 @@ class PruningRequest:
         others = self.has_budget or any(getattr(self, name) for name in _BESIDE)
         return self.routed and not others
 
-    def of_kind(self, kind: str) -> Keep | None:
-        """Return what to keep of one kind, by its name."""
-        asked: Keep | None = getattr(self, kind, None)
-        return None if asked == AUTO else asked
-
     @property
     def widths(self) -> Widths:
         """The widths that groups that share a budget may have."""
@@ -555,8 +545,8 @@ class PruningRequest:
 
     def fraction_or_count(self, kind: "UnitKind", residual: bool = False) -> Fraction | int | None:
         """Return what to keep of one kind by its name: a fraction, a count, or None."""
-        own = self.residual if residual else self.of_kind(kind)
-        return None if own is None else parse_keep(own)
+        own = self.residual if residual else getattr(self, kind, None)
+        return None if own is None or own == AUTO else parse_keep(own)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data.

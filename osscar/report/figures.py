@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from osscar.base.printable import share
 
@@ -61,22 +61,14 @@ def from_zero(axes: Axes) -> None:
     axes.set_ylim(0, 1.08 * top if 0 < top < float("inf") else 1)
 
 
-def svg_of(figure: Figure) -> bytes:
-    """Return a figure as an SVG file, the same bytes each time."""
-    return _file(figure, "svg", metadata={"Date": None})
-
-
-def png_of(figure: Figure) -> bytes:
-    """Return a figure as a PNG file, twice as fine as a screen shows it."""
-    return _file(figure, "png", dpi=192, metadata={"Software": None})
-
-
-def _file(figure: Figure, kind: str, **options: Any) -> bytes:
+def file_of(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """Return a figure as a file, the same bytes each time; a PNG is twice as fine as a screen."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    file = io.BytesIO()
+    file, unstable = io.BytesIO(), "Date" if kind == "svg" else "Software"
+    look: Any = {"dpi": 192, "transparent": kind == "svg", "metadata": {unstable: None}}
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format=kind, transparent=kind == "svg", **options)
+        figure.savefig(file, format=kind, **look)
     return file.getvalue()

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from osscar.base.printable import share
-from osscar.report.figures import svg_of
+from osscar.report.figures import file_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -49,7 +49,7 @@ class Figure:
     @cached_property
     def svg(self) -> bytes:
         """The file."""
-        return svg_of(self.draw())
+        return file_of(self.draw(), "svg")
 
 
 Section: TypeAlias = Table | Figure | Text

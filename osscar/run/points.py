@@ -77,7 +77,8 @@ def jobs(
             f"such as --{budget} {budget.examples}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
-    ordered = sorted(set(read), reverse=not budget.rises)
+    removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
+    ordered = sorted(set(read), reverse=not removes)
     return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
 
 

@@ -21,7 +21,7 @@ from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows, dense_facts
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
-from osscar.report.figures import color, from_zero, legend, new_figure, png_of, shares
+from osscar.report.figures import color, file_of, from_zero, legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -119,7 +119,7 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
 def kept_picture(document: Mapping[str, Any]) -> bytes | None:
     """Return the figure over depth as a PNG file; None where no group lost units."""
     layers = document["layers"]
-    return png_of(depth_figure(_groups(document), layers)) if layers else None
+    return file_of(depth_figure(_groups(document), layers), "png") if layers else None
 
 
 def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -195,14 +195,13 @@ def verdict(document: Mapping[str, Any]) -> str:
 
 def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield facts of a run with their names, for terminals and pages."""
-    layers, before, after = (
-        document[n] for n in ("layers", "parameters_before", "parameters_after")
-    )
+    layers, what = document["layers"], _predicts(document)
+    before, after = document["parameters_before"], document["parameters_after"]
     yield "size", f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer)"
     yield "time", f"{document['seconds']:.1f} s{longest_stages(document['stages'])}"
     yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
-    target, budget = document.get("target"), document.get("budget")
-    if target:
+    budget = document.get("budget")
+    if target := document.get("target"):
         yield "quality target", target_in_words(target)
         yield "reported", reported_in_words(target)
     elif budget is not None:
@@ -213,9 +212,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
-    agree = (
-        "" if same is None else f", with the same most likely {_predicts(document)} in {same:.1%}"
-    )
+    agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
     yield "measured distance", f"{_divergence(document)}{agree}" or f"none: {none}"
     if layers:
