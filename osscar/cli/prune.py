@@ -208,10 +208,8 @@ class _Job:
                 return recover_as_asked(pruned, model, part, self.recovery, own, ranks, tell)
 
             again = None if self.recovery is None else recover
-            made = prune_to_target(
-                model, data, self.request, log, ranks, tell, again, loaded.classes
-            )
-            return dataclasses.replace(made.pruned, model=made.model), made.recovery
+            classes = loaded.classes
+            return prune_to_target(model, data, self.request, log, ranks, tell, again, classes)
         result = prune_as_asked(model, data, self.request, log, ranks, tell)
         if self.recovery is None:
             return result, None

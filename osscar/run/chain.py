@@ -194,22 +194,8 @@ def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) 
     _, keep, shared = asked_groups(prepared, request, skipped)
     left = {group.name: 0 for group in shared}
 
-    def of_parameters(budget: BudgetKind | None) -> str:
-        groups = prepared.groups_with({*keep, *left})
-        cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
-        kept = cost.of(keep)
-        if budget is BudgetKind.SPARSITY and request.sparsity is not None:
-            kept -= request.sparsity * (kept - cost.of({**keep, **left}))
-        elif budget is BudgetKind.PARAMS and request.params is not None:
-            asked = parse_keep(request.params)
-            kept = float(asked if isinstance(asked, int) else asked * Fraction(int(cost.dense)))
-        return (
-            f"keeps {engineering(kept)} of {engineering(cost.dense)} parameters, removes "
-            f"{engineering(cost.dense - kept)}"
-        )
-
-    def told(budget: BudgetKind) -> str:
-        asked = getattr(request, budget)
+    def told(budget: BudgetKind | None) -> str:
+        asked: Any = None if budget is None else getattr(request, budget)
         match budget:
             case BudgetKind.SPEEDUP:
                 return f"is to be {asked:g} times as fast as the dense model"
@@ -219,9 +205,20 @@ def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) 
                 return f"keeps {asked} of the bytes that the weights take on disk"
             case BudgetKind.MEMORY:
                 return f"keeps {asked} of the memory that serving takes"
-        return of_parameters(budget)
+        groups = prepared.groups_with({*keep, *left})
+        cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+        dense, kept = cost.dense, cost.of(keep)
+        if budget is BudgetKind.SPARSITY:
+            kept -= asked * (kept - cost.of({**keep, **left}))
+        elif budget is BudgetKind.PARAMS:
+            wanted = parse_keep(asked)
+            kept = float(wanted if isinstance(wanted, int) else wanted * Fraction(int(dense)))
+        return (
+            f"keeps {engineering(kept)} of {engineering(dense)} parameters, removes "
+            f"{engineering(dense - kept)}"
+        )
 
-    return "; ".join(map(told, request.budgets)) or of_parameters(None)
+    return "; ".join(map(told, request.budgets or (None,)))
 
 
 def shrunk(

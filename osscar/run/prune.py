@@ -85,7 +85,7 @@ def prune_as_asked(
     True
     """
     if request.quality is not None:
-        return prune_to_target(model, calibration, request, log, ranks, tell).pruned
+        return prune_to_target(model, calibration, request, log, ranks, tell)[0]
     start = time.perf_counter()
     calibration = read_once(model, calibration)
     with (

@@ -119,12 +119,10 @@ def sweep(
     JournalError
         If the directory holds something else, or a sweep of something else.
     """
-    lists = [
-        (kind, asked[kind]) for kind in BudgetKind if isinstance(asked.get(kind), list | tuple)
-    ]
+    lists = [kind for kind in BudgetKind if isinstance(asked.get(kind), list | tuple)]
     if len(lists) != 1:
         raise OptionError("a sweep has one list of budgets; give one, such as sparsity=[0.1, 0.2]")
-    ((budget, values),) = lists
+    [budget] = lists
     place = Path(file_name(out, "the sweep", "its directory"))
     score = None if score is None else read_once(model, score, whole=True)
     if score is not None and not isinstance(score, TextSet | SampleSet):
@@ -136,18 +134,15 @@ def sweep(
         raise OptionError(
             f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
         )
-    points = jobs(
-        budget, values, baselines=baselines, allocation=asked.get("allocation", "measured")
-    )
+    allocation = asked.get("allocation", "measured")
+    points = jobs(budget, asked[budget], baselines=baselines, allocation=allocation)
     for target in (one for one in TargetKind if asked.get(one) is not None):
         raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
     base = PruningRequest(**{**asked, str(budget): points[0].value})
-    if isinstance(recover, bool):
-        recovery = RecoveryRequest(device=base.device, seed=base.seed) if recover else None
-    else:
-        recovery = recover
-    measured = Sweep(SweepDirectory(place), base, points, score, classes, recovery)
-    return measured.run(model, calibration)
+    if recover is True:
+        recover = RecoveryRequest(device=base.device, seed=base.seed)
+    sweeping = Sweep(SweepDirectory(place), base, points, score, classes, recover or None)
+    return sweeping.run(model, calibration)
 
 
 @dataclasses.dataclass(frozen=True)

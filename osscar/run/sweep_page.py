@@ -205,25 +205,17 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     for point in points:
         stages.update(point["stages"])
     methods = dict.fromkeys(point["method"] for point in points)
+    measured = [*dense_facts(document.get("dense")), ("timed", f"one sample ({shapes})")]
+    for one in recovered[:1]:
+        samples = (
+            f"towards the dense model, on {one['samples']} calibration samples; {one['held_out']} "
+            "held-out ones choose the step that is kept; pruning may have been fitted to these"
+        )
+        measured.append(("recovery", samples))
     shown = [
         *sections(document),
         facts("Methods", ((name, _METHODS.get(name, "")) for name in methods)),
-        facts(
-            "How it was measured",
-            [
-                *dense_facts(document.get("dense")),
-                ("timed", f"one sample ({shapes})"),
-                *(
-                    (
-                        "recovery",
-                        f"towards the dense model, on {one['samples']} calibration samples; "
-                        f"{one['held_out']} held-out ones choose the step that is kept; pruning "
-                        "may have been fitted to these",
-                    )
-                    for one in recovered[:1]
-                ),
-            ],
-        ),
+        facts("How it was measured", measured),
         stages_table(stages),
         skipped_table(document["skipped"]),
         settings_table(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -49,17 +49,7 @@ _SIZES = 12
 Recover = Callable[[PruningResult, Any, int], Recovery]
 """Recovers a pruned model, given the data that it was pruned on and the number of its walk."""
 
-
-class Made(NamedTuple):
-    """A pruned model, and its recovery if there is one."""
-
-    pruned: PruningResult
-    recovery: Recovery | None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that is measured, and saved."""
-        return self.pruned.model if self.recovery is None else self.recovery.model
+Made = tuple[PruningResult, Recovery | None]
 
 
 def prune_to_target(
@@ -74,8 +64,8 @@ def prune_to_target(
 ) -> Made:
     """Find the smallest model within the quality target of a request, as `prune_as_asked` does.
 
-    `recover` is called on the model of each walk before it is measured.  By `classes`, the names of
-    the model's classes, folders of images are recognized.
+    `recover` is called on the model of each walk before it is measured; its model is that of the
+    result.  By `classes`, the names of the model's classes, folders of images are recognized.
     """
     start = time.perf_counter()
     calibration = read_once(model, calibration)
@@ -98,15 +88,17 @@ def prune_to_target(
         reporting = _judge(prepared, request, parts.reporting, classes)  # may refuse its labels
         dense = run_dense(prepared, request)
         search = _Search(prepared, request, dense, judge, parts.pruned_on, log, tell, recover)
-        made, report = search.smallest()
+        (pruned, recovery), report = search.smallest()
+        found = pruned.model if recovery is None else recovery.model
         with timed(Stage.PRUNED):
-            reported = reporting.measure(made.model)
-            likeness = reporting.reference.likeness(made.pruned.model)
-    note_origin(made.pruned, model, calibration)
+            reported = reporting.measure(found)
+            likeness = reporting.reference.likeness(pruned.model)
+    note_origin(pruned, model, calibration)
     seconds = time.perf_counter() - start
     scores = reporting.reference.distance.measure == "nats"
     result = dataclasses.replace(
-        made.pruned,
+        pruned,
+        model=found,
         target=dataclasses.replace(report, reported=reported),
         divergence=likeness.distance if scores else None,
         agreement=likeness.agreement if scores else None,
@@ -116,7 +108,7 @@ def prune_to_target(
         seconds=seconds,
         stages=spent.of(seconds),
     )
-    return Made(result, made.recovery)
+    return result, recovery
 
 
 def samples_needed(quality: TargetKind, most_lost: float) -> int:
@@ -166,11 +158,12 @@ class _Search:
         budget, best = self._known_budget(), None
         while (limit := self._next_limit(budget)) is not None:
             number = len(self.walks) + 1
-            made = self._made(number, limit, budget)
-            budget = made.pruned.budget or budget
+            made = pruned, recovery = self._made(number, limit, budget)
+            budget = pruned.budget or budget
             assert budget.predicted is not None
+            model = pruned.model if recovery is None else recovery.model
             with timed(Stage.PRUNED):
-                lost = ranks.broadcast("a walk", partial(self.judge.measure, made.model))
+                lost = ranks.broadcast("a walk", partial(self.judge.measure, model))
             reached = budget.of(self._kind).reached
             self.walks.append(TargetWalk(limit, reached, budget.predicted, lost))
             if log is not None:
@@ -294,9 +287,7 @@ class _Search:
                 lambda line: self.tell(f"attempt {number}: {line}"),
                 before,
             )
-        if self.recover is None:
-            return Made(pruned, None)
-        return Made(pruned, self.recover(pruned, self.data, number))
+        return pruned, self.recover and self.recover(pruned, self.data, number)
 
     @contextmanager
     def _begun(
