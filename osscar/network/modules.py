@@ -22,9 +22,6 @@ T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
 
-DAMAGED = "the checkpoint is damaged, get it anew"
-"""What is said of weights that were read and are not finite."""
-
 
 def check_finite_weights(
     model: nn.Module, remedy: str = "train the model anew, or load other weights"

@@ -25,6 +25,9 @@ from osscar.base.errors import FileError, NonFiniteError, OutputError
 PIECE = 16 << 20
 """Bytes that are read at once."""
 
+DAMAGED = "the checkpoint is damaged, get it anew"
+"""What is said of weights that were read and are not finite."""
+
 
 class Source:
     """A file that stays open, so that nobody takes it away between two reads.
@@ -165,10 +168,7 @@ class StoredTensor:
         for _, piece in self._pieces() if self.dtype.is_floating_point else ():
             low, high = piece.aminmax()
             if not (low.isfinite() and high.isfinite()):
-                raise NonFiniteError(
-                    f"values of {self.name!r} are NaN or infinite; the checkpoint is damaged, get "
-                    "it anew"
-                )
+                raise NonFiniteError(f"values of {self.name!r} are NaN or infinite", DAMAGED)
             largest = max(largest, -float(low), float(high))
         return largest
 
