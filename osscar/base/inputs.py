@@ -81,8 +81,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """
     check_regular(path)
     with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(limit + 1)  # files in /proc tell 0
+    if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return data
 
