@@ -201,10 +201,7 @@ def _patterns(value: Any) -> tuple[str, ...]:
 
 
 KeepOption = Annotated[Keep | None, Read(_keep)]
-"""What to keep, or None."""
-
 ShareLost = Annotated[str | float | None, Read(_share_lost)]
-"""A percentage such as ``"5%"``, or a share; or None."""
 
 
 def is_keep(annotation: Any) -> bool:
@@ -570,9 +567,6 @@ class PruningRequest:
             for name, value in options.items()
         }
         return data
-
-
-# ---- as keywords -------------------------------------------------------------------------
 
 
 class _TakesRequest(Protocol[P, R_co]):

@@ -90,9 +90,6 @@ def longest_stages(stages: Mapping[str, float]) -> str:
     return f" ({told})" if told else ""
 
 
-# ---- what was asked ----------------------------------------------------------------------
-
-
 def settings(
     values: Mapping[str, Any],
     request: type[Any] | None = None,

@@ -13,9 +13,6 @@ from rich.text import Text as Line
 from osscar.base.printable import printable
 from osscar.report.sections import Figure, Section, Table, Text
 
-_EDGE = 3
-"""Columns of a terminal that each column of a table takes beside its cells."""
-
 
 def print_section(console: Console, section: Section) -> None:
     """Print a section; a figure is for pages alone."""
@@ -56,7 +53,7 @@ class _Rows:
             grid.add_column(_line(head), justify="right" if is_number else "left", overflow="fold")
         for row in self.table.rows:
             grid.add_row(*map(_line, row))
-        edges = _EDGE * len(widths) + 1
+        edges = 3 * len(widths) + 1  # the characters between cells
         room = options.max_width - edges
         if sum(least) > room and console.is_terminal:
             yield from self._lists()

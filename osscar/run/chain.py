@@ -1,11 +1,6 @@
 """The steps of a pruning run, which runs, sweeps, dry runs and quality targets share.
 
-- `prepare_for`: copy the model, trace it, and find its groups of coupled units.
-- `run_dense`: try which groups can lose units, and run the dense model.
-- `widths`: choose how many units each group keeps.
-- `prune_groups`: group by group measure its inputs in the model as pruned so far, solve, refit,
-  and commit.
-- `shrunk`: cut the units out, and prove that the smaller model computes the same.
+They are, in order, `prepare_for`, `run_dense`, `widths`, `prune_groups` and `shrunk`.
 """
 
 from __future__ import annotations
@@ -228,12 +223,7 @@ def shrunk(
     form: Form,
     dense: DenseStatistics,
 ) -> tuple[nn.Module, Proof, int]:
-    """Shrink a model whose refitted weights are committed, its modules in place, and prove it.
-
-    Also return how many batch-norm layers have new statistics; `dense` are those of the dense
-    model.  A program has no batch-norm layers whose inputs could be observed; the model, in which
-    nothing reads the removed units any more, computes the same.
-    """
+    """Return the smaller model, its proof, and how many batch norms have new statistics."""
     work = prepared.model
     inputs = prepared.inputs.proofs(work, request.seed)
 
@@ -245,6 +235,7 @@ def shrunk(
     # A budget may take nothing of what only the program can lose; one of bytes counted the program.
     optional = request.form == "auto" and request.size is None
     if form is Form.EXPORTED and not (optional and _goes_in_modules(prepared, plan, inputs)):
+        # A program has no batch norms to observe; the model computes the same without the units.
         batch_norms = renew(PruningPlan(()))
         prepared.untouched.put_back(work)
         with timed(Stage.PROOF):

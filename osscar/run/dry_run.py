@@ -1,8 +1,4 @@
-"""The time and memory that a pruning run will take, estimated before it begins.
-
-The model is opened and tried as in the run.  Then one pass of the dense model and one solve of a
-group are timed, and scaled: by samples and passes, and by the cube of what groups read.
-"""
+"""The time and memory of a pruning run, estimated from one dense pass and the solve of a group."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ from osscar.report.sections import Table, facts
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.chain import prepare_for
-from osscar.run.feasibility import Feasible, feasible_groups
+from osscar.run.feasibility import feasible_groups
 from osscar.run.groups import samples_held_out, solved
 from osscar.run.memory import forecast
 from osscar.walk.batch_norm import batch_norms
@@ -151,7 +147,12 @@ def estimate_as_asked(
         began = clock()
         feasible = feasible_groups(prepared, request)
         trial = clock() - began
-        keep = _expected_keep(prepared, request, feasible)
+        # By equal shares of the budgets, as curves are not known.
+        even: dict[str, Any] = {"allocation": "uniform"} if request.has_budget else {}
+        if request.speedup is not None:  # which is a matter of operations first
+            even |= {"speedup": None, "flops": min(1 / request.speedup, request.flops or 1.0)}
+        evenly = dataclasses.replace(request, **even)
+        keep = allocate(prepared, evenly, feasible.skipped_names, feasible.form).keep
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         kept = cost.of(keep) / cost.dense
@@ -204,18 +205,6 @@ def estimate_as_asked(
 
 
 estimate = by_keywords(PruningRequest, estimate_as_asked)
-
-
-def _expected_keep(
-    prepared: Prepared, request: PruningRequest, feasible: Feasible
-) -> Mapping[str, int]:
-    """Return what groups keep by equal shares of the budgets, as curves are not known."""
-    if request.speedup is not None:  # which is a matter of operations first
-        flops = min(1 / request.speedup, request.flops or 1.0)
-        request = dataclasses.replace(request, speedup=None, flops=flops)
-    if request.has_budget:
-        request = dataclasses.replace(request, allocation="uniform")
-    return allocate(prepared, request, feasible.skipped_names, feasible.form).keep
 
 
 def _rows(prepared: Prepared, group: CouplingGroup) -> int:

@@ -175,13 +175,7 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
 
 
 def forecast(prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
-    """Return what a run needs; a cache of weights leaves room for its passes from now on.
-
-    Raises
-    ------
-    RequestError
-        If the model is read from disk, and the run needs it in memory, or more than its limit.
-    """
+    """Return what a run needs, if it is within the limit; weights on disk leave room for passes."""
     check_can_stream(prepared.model, request)
     needs = MemoryNeeds.of(prepared, request)
     cache = weight_cache(prepared.model)

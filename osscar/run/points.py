@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 from torch import nn
@@ -108,21 +108,18 @@ def prune_points(
     if not points:
         return
     with prepare_for(model, calibration, points[0].request(base)) as prepared:
-        requests = {job: job.request(base) for job in points}
-        each = {job: within_memory(prepared, request) for job, request in requests.items()}
+        each = [(job, within_memory(prepared, job.request(base))) for job in points]
         dense = run_dense(prepared, base)
-        for job in points:
+        for job, own in each:
 
             def tell_of(line: str, job: SweepJob = job) -> None:
                 tell(f"{job}: {line}")
 
-            again = dataclasses.replace(each[job], model=copied(each[job].model))
-            result = prune_prepared(again, requests[job], dense, tell=tell_of)
+            again = dataclasses.replace(own, model=copied(own.model))
+            result = prune_prepared(again, job.request(base), dense, tell=tell_of)
             note_origin(result, model, calibration)
             yield job, result
 
-
-# ---- the directory of a sweep ------------------------------------------------------------
 
 _POINTS = "points"
 
@@ -142,7 +139,7 @@ def sweep_manifest(
     return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
 
 
-Quality: TypeAlias = dict[str, int | float | str | dict[str, float | None] | None]
+Quality = dict[str, int | float | str | dict[str, float | None] | None]
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _answer(document: Mapping[str, Any]) -> str:
 
 
 def _divergence(document: Mapping[str, Any], before: str = "") -> str:
-    """Say how far the predictions are from the dense ones, and on what; nothing if unknown."""
+    """Say how far the predictions are from the dense ones; nothing if unknown."""
     divergence, held = document.get("divergence"), document.get("held_out")
     if divergence is None:
         return ""

@@ -78,10 +78,7 @@ _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
 class RunLog(SavingJournal[JournalManifest]):
-    """The records of a run, in the order in which groups were committed.
-
-    The log of a run with a quality target has a log for each walk in it.
-    """
+    """The records of a run, in the order of their groups; walks to a target have logs inside."""
 
     what = "run"
     manifest_file = "log.json"

@@ -153,12 +153,9 @@ class Sweep:
     base: PruningRequest
     points: Sequence[SweepJob]
     score: TextSet | SampleSet | None
-    """What quality is measured on."""
     classes: Sequence[str] = ()
     recover: RecoveryRequest | None = None
-    """The request of the recovery of each point."""
     tell: Callable[[str], None] = lambda line: None
-    """Prints a line."""
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be pruned to each point, or recovered."""
@@ -198,6 +195,9 @@ class Sweep:
         with self.place.begun(manifest):
             dense = scored_dense()
             found = self._measured(model, calibration, sample)
+            entries = [dataclasses.asdict(point) for point in found]
+            for entry in entries:
+                del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
             document = {
                 "schema": "osscar.sweep/6",
                 "osscar_version": __version__,
@@ -209,7 +209,7 @@ class Sweep:
                 "recover": None if self.recover is None else self.recover.to_json(),
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
                 "budget": str(budget),
-                "points": [_entry(point) for point in found],
+                "points": entries,
                 "skipped": [dataclasses.asdict(group) for group in found[-1].skipped],
             }
             write_json(self.place.directory / _DOCUMENT_FILE, document)
@@ -300,9 +300,3 @@ def _scored(score: TextSet | SampleSet | None) -> dict[str, Any]:
         return {**given, "seqlen": score.seqlen, "scored_sha256": digest(score.text)}
     what = "images" if isinstance(score, ImageSet) else "inputs"
     return {what: published(score.source), "scored_sha256": digest(repr(score.fingerprints()))}
-
-
-def _entry(point: SweepPoint) -> dict[str, Any]:
-    entry = dataclasses.asdict(point)
-    del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
-    return entry

@@ -84,8 +84,8 @@ def prune_to_target(
         prepare_for(model, parts.pruned_on, request, ranks) as prepared,
         begun(log, dataclasses.replace(prepared, inputs=inputs), request.to_json()),
     ):
-        judge = _judge(prepared, request, parts.choosing, classes)
-        reporting = _judge(prepared, request, parts.reporting, classes)  # may refuse its labels
+        judge = _judge(prepared, request, parts.choosing, classes, needed // 4)
+        reporting = _judge(prepared, request, parts.reporting, classes, needed // 4)
         dense = run_dense(prepared, request)
         search = _Search(prepared, request, dense, judge, parts.pruned_on, log, tell, recover)
         (pruned, recovery), report = search.smallest()
@@ -117,13 +117,14 @@ def samples_needed(quality: TargetKind, most_lost: float) -> int:
 
 
 @timed(Stage.DENSE)
-def _judge(prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str]) -> Judge:
+def _judge(
+    prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str], needed: int
+) -> Judge:
     """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
     assert request.quality is not None
     judge = Judge.of(request.quality, prepared.model, data, classes)
     if request.quality is not TargetKind.TOP1:
         return judge
-    needed = fewest_samples(request.quality, request.most_lost)
     if judge.labelled < needed:
         raise DataError(
             f"{request.target_in_words} takes {needed} labelled samples in each quarter of the "

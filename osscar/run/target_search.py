@@ -158,10 +158,7 @@ def next_limit(
     *,
     recovers: bool = False,
 ) -> float | None:
-    """Return what the next model may cost; None if the search ends.
-
-    The `frontier` is by the curves of the last walk, and ends with the dense model.
-    """
+    """Return what the next model may cost, or None; the frontier ends with the dense model."""
     dense = frontier[-1][0]
     points = {max(loss, LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
     if len(walks) == MOST_WALKS or not points:
