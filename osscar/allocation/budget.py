@@ -45,76 +45,49 @@ class Measured:
 
 @dataclass(frozen=True)
 class Limit:
-    """What one budget allows the whole model, and what that came to.
-
-    Parameters
-    ----------
-    budget
-        Which budget of the request it is.
-    cost
-        What it is counted in.
-    limit
-        What the whole model may cost.
-    dense, reached
-        What it costs, and what it will; bytes of the dense model are those of its modules, also
-        where a program is saved.
-    price
-        By how much the least predicted distance would fall for one more of what is counted: 0 where
-        other limits bind and this one does not; None where nothing is predicted.
-    assumed
-        What was taken for granted where costs were counted, in words.
-    """
+    """What one budget of a request allows the whole model, and what that came to."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     budget: BudgetKind
     cost: Cost
     limit: float
+    """What the whole model may cost."""
     dense: float
+    """What the dense model costs; bytes are those of its modules, also of a program."""
     reached: float
     price: float | None = None
+    """By how much the least predicted distance would fall for one more of what is counted: 0 where
+    other limits bind and this one does not; None where nothing is predicted."""
     assumed: str = ""
+    """What was taken for granted where costs were counted, in words."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the groups that share one or several budgets came to.
-
-    Parameters
-    ----------
-    limits
-        One for each budget, all of which hold; the one that binds most comes first.
-    predicted
-        The predicted distance of the pruned model from the dense one; None where nothing predicts
-        it, as with equal shares.
-    lower_bound
-        No choice of widths within all limits has a smaller prediction; None where costs of too many
-        groups multiply, so that nothing was proved, or nothing is predicted.
-    measure
-        What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
-        error of outputs over the squares of the dense ones, where these are no scores of classes.
-    curves
-        The distance that each group that had a choice causes alone, over the units kept.
-    widths
-        What each group keeps, in the order of the model.
-    measured
-        By group, the widths at which its curve was measured.
-    frontier
-        Costs of the whole model, ascending, and the least predicted distance at each: what other
-        limits would have come to.  Costs are what the tightest limit counts, of the best choices at
-        multiples of the prices.
-    """
+    """What the groups that share one or several budgets came to."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     limits: tuple[Limit, ...]
+    """One for each budget, all of which hold; the one that binds most comes first."""
     predicted: float | None = None
+    """The predicted distance of the pruned model from the dense one; None with equal shares."""
     lower_bound: float | None = None
+    """No choice of widths within all limits has a smaller prediction; None where nothing is
+    predicted, or costs of too many groups multiply for a proof."""
     measure: Measure = "nats"
+    """What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
+    error of outputs over the squares of the dense ones, where these are no scores of classes."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    """The distance that each group that had a choice causes alone, over the units kept."""
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
+    """What each group keeps, in the order of the model."""
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
+    """By group, the widths at which its curve was measured."""
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    """Costs of the whole model by the tightest limit, ascending, and the least predicted distance
+    at each, of the best choices at multiples of the prices."""
 
     @property
     def tightest(self) -> Limit:

@@ -39,14 +39,12 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 class Likeness(NamedTuple):
-    """How like the dense model another is.
-
-    `distance` is a mean over predictions, or samples, and `agreement` the share of predictions
-    whose likeliest class is the dense one's; of a model without predictions that is 0.
-    """
+    """How like the dense model another is."""
 
     distance: float
+    """A mean over predictions, or samples."""
     agreement: float
+    """The share of predictions of the dense model's likeliest class; 0 without predictions."""
 
 
 MOST_BYTES = 256 << 20
@@ -64,31 +62,19 @@ def _run(model: nn.Module, batch: Batch) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """How far a model is from the dense one, by what it puts out.
-
-    Parameters
-    ----------
-    inputs
-        What both read.
-    measure
-        ``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the squared error
-        of each output over its square, a mean over outputs; or ``loss``, that of the caller.
-    loss
-        Of what a model and the dense one put out for the same batch: a mean over its samples.
-    probabilities
-        Whether it is these that the models put out, and not logits.
-    powers
-        Of each output, what the square of the dense one's is on a sample.
-    bytes
-        Memory of the log-probabilities of a batch.
-    """
+    """How far a model is from the dense one, by what it puts out for the same inputs."""
 
     inputs: ModelInputs
     measure: Measure
+    """``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the squared error of
+    each output over its square, a mean over outputs; or ``loss``, that of the caller."""
     loss: Loss | None = None
     probabilities: bool = False
+    """Whether the models put out these, and not logits."""
     powers: tuple[float, ...] = ()
+    """The mean square of each output of the dense model over samples."""
     bytes: int = 0
+    """Memory of the log-probabilities of a batch."""
 
     @classmethod
     @torch.no_grad()

@@ -166,23 +166,22 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def named(self, leaves: Iterable[Any]) -> list[Any]:
         """Return arguments with the number of each value in its place."""
-        return [self._named(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def _named(self, tensor: Tensor) -> Tensor | _Value:
-        number = self._numbers.get(tensor)
-        if number is not None:
-            return _Value(number)
-        if type(tensor) not in (Tensor, nn.Parameter) or _memory(tensor) not in self._there:
-            raise _Unsound  # something else than an operator has made it
-        self.first_read.setdefault(_memory(tensor), len(self._calls))
-        return tensor
+        named: list[Any] = []
+        for leaf in leaves:
+            number = self._numbers.get(leaf) if isinstance(leaf, Tensor) else None
+            named.append(leaf if number is None else _Value(number))
+            if isinstance(leaf, Tensor) and number is None:
+                if type(leaf) not in (Tensor, nn.Parameter) or _memory(leaf) not in self._there:
+                    raise _Unsound  # something else than an operator has made it
+                self.first_read.setdefault(_memory(leaf), len(self._calls))
+        return named
 
     def varies(self, tensors: Iterable[Any]) -> bool:
         """Whether any of some arguments depends on parameters."""
-        found = (one for one in tensors if isinstance(one, Tensor))
         return any(
             self._numbers.get(one) in self._varying or _memory(one) in self._parameters
-            for one in found
+            for one in tensors
+            if isinstance(one, Tensor)
         )
 
     def _note(
@@ -207,38 +206,30 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         if drawn and all(given[name] for name in _DRAWING if name in given):
             raise _Unsound  # seeds are set past all operators
-        for argument in func._schema.arguments:
-            if argument.is_write:
-                for tensor in pytree.tree_leaves(given[argument.name]):
-                    self._write(tensor, here, varying)
+        written = [given[argument.name] for argument in func._schema.arguments if argument.is_write]
+        for tensor in pytree.tree_leaves(written):
+            maker = self._maker.get(_memory(tensor))
+            if maker is None:
+                raise _Unsound  # it outlives the pass
+            self._written.append((maker, here))
+            if varying:  # so is all that lies in this memory
+                self._varying |= {n for n, made in enumerate(self._made) if made == maker}
         read = {_memory(one) for one in leaves if isinstance(one, Tensor)}
         numbers: list[int | None] = []
         for one in found:
             number = self._numbers.get(one) if isinstance(one, Tensor) else None
             if number is None and isinstance(one, Tensor):
-                number = self._new_value(one, here, read)
+                number, memory = len(self._made), _memory(one)
+                if memory not in read:
+                    self._maker[memory] = here
+                    size = one.untyped_storage().nbytes()
+                    self._bytes[here] = self._bytes.get(here, 0) + size
+                self._numbers[one] = number
+                self._made.append(self._maker.get(memory, -1))
             if varying and number is not None:
                 self._varying.add(number)
             numbers.append(number)
         self._calls.append((func, named, form, numbers))
-
-    def _write(self, tensor: Tensor, here: int, varying: bool) -> None:
-        """Note that a call writes; what it writes to makes all of the memory depend on it."""
-        maker = self._maker.get(_memory(tensor))
-        if maker is None:
-            raise _Unsound  # it outlives the pass
-        self._written.append((maker, here))
-        if varying:
-            self._varying |= {n for n, made in enumerate(self._made) if made == maker}
-
-    def _new_value(self, tensor: Tensor, here: int, read: set[int]) -> int:
-        number, memory = len(self._made), _memory(tensor)
-        if memory not in read:
-            self._maker[memory] = here
-            self._bytes[here] = self._bytes.get(here, 0) + tensor.untyped_storage().nbytes()
-        self._numbers[tensor] = number
-        self._made.append(self._maker.get(memory, -1))
-        return number
 
     def finished(self, outputs: Sequence[Any]) -> tuple[list[_Step], list[int]]:
         """Return the steps, and before which of them the pass can go on, the first among them.

@@ -70,8 +70,8 @@ _FRONTIER = 24
 class Chosen(NamedTuple):
     """What groups keep; no other widths within the limits lose less than `bound`.
 
-    The bound is None where too many groups' costs multiply; `prices`, (limits,), are those at which
-    it was found, in losses for one of what a limit counts.
+    The bound is None where too many groups' costs multiply.  It was found at `prices`, (limits,),
+    in losses for one of what a limit counts.
     """
 
     kept: dict[str, int]
@@ -314,20 +314,17 @@ class Search:
         """
         known, room = self.loss(kept), limits - self._total(self._least)
         slack = (known - bound) * (1 + 1e-9)
-        left = []
+        pairs = []
         for part in self._parts:
             paid = part.losses + part.costs @ prices
             within = (part.costs <= room).all(axis=1) & (part.losses <= known)
-            left.append(np.flatnonzero((paid - paid.min() <= slack) & within))
-        if not all(map(len, left)):
+            pairs.append((part, np.flatnonzero((paid - paid.min() <= slack) & within)))
+        if not all(len(some) for _, some in pairs):
             return kept, bound
-        pairs = list(zip(self._parts, left, strict=True))
         losses = np.concatenate([part.losses[some] for part, some in pairs]) / known
         costs = np.concatenate([part.costs[some] for part, some in pairs]) / room.clip(1e-300)
-        owner = np.repeat(np.arange(len(left)), [len(some) for some in left])
-        one_each = scipy.sparse.csr_array(
-            (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(left), len(owner))
-        )
+        owner = np.repeat(np.arange(len(pairs)), [len(some) for _, some in pairs])
+        one_each = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
         found = scipy.optimize.milp(
             losses,
             integrality=np.ones(len(owner), dtype=np.int64),
@@ -352,7 +349,7 @@ def _highest(
 ) -> tuple[NDArray[np.float64], float]:
     """Return the prices, none above the most, where the least of the planes is highest; its height.
 
-    Prices differ by magnitudes: they are counted in units of about what they are.
+    Prices differ by magnitudes: each has a unit, about its own size.
     """
     within = [plane.loss for plane in planes if (plane.over <= 0).all() and plane.loss > 0]
     scale = max(min(within, default=1.0), _NOTHING)

@@ -82,15 +82,11 @@ def renew_statistics(
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
-    that batch; the averages over all batches stay, the same on all ranks.  They are compared with
-    the dense model's on the same batch, ``mean + (m - m_dense)`` and
-    ``var * (v + eps) / (v_dense + eps)``, so that neither the choice of the data nor their kind
-    matters, only what pruning did to them.  A layer that is never called keeps its own.
+    that batch.  They are ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so
+    that only what pruning changed matters, and not the choice of the data.  The averages over all
+    batches of all ranks stay; a layer that is never called keeps its own.
 
-    Raises
-    ------
-    NonFiniteError
-        If a statistic is not finite; the model keeps its old ones.
+    Where a statistic is not finite, a `NonFiniteError` is raised, and the model keeps its old ones.
     """
     layers = batch_norms(model)
     if mode == "keep" or not layers:

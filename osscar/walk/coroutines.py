@@ -62,19 +62,13 @@ class Arrival:
 
 
 class Coroutine:
-    """One batch on its way through the model.
+    """The pass of one batch, a `dense` one through the weights of the model as it came.
 
-    A `dense` one runs through the weights of the model as it came, not those committed so far.  The
-    keeper keeps what will be added to the outputs of consumers.
+    The keeper keeps what will be added to the outputs of consumers.
     """
 
     def __init__(
-        self,
-        index: int,
-        dense: bool,
-        run: Callable[[], object],
-        scratch: PassState,
-        keeper: Keeper,
+        self, index: int, dense: bool, run: Callable[[], object], scratch: PassState, keeper: Keeper
     ) -> None:
         self.index, self.dense, self.keeper = index, dense, keeper
         self.arrived: Arrival | None = None
@@ -103,7 +97,7 @@ class Coroutine:
         self._greenlet.parent.switch(arrival)
 
     def end(self) -> None:
-        """Give up the pass: its context managers are left, and nothing of it stays alive."""
+        """Leave the context managers of the pass, and free what it holds."""
         self._ending = True
         self.arrived = None
         if self._greenlet:  # it has begun, and not ended
@@ -146,16 +140,13 @@ class Surroundings:
         self.modes = ModeDepths.now()
 
     def restore(self) -> None:
-        """Make it so again; the state of inference mode has no setter, only guards."""
+        """Set it again, but for inference mode, which has only guards."""
         for (_, put), value in zip(_SWITCHES, self._values, strict=True):
             put(value)
 
 
 class _Left:
-    """What a suspended pass has taken along.
-
-    Making this takes it off: the stacks of modes are emptied down to where `around` has them.
-    """
+    """What a suspended pass has changed: it is undone when this is made."""
 
     def __init__(self, around: Surroundings, scratch: PassState) -> None:
         self._own = Surroundings()
@@ -166,7 +157,7 @@ class _Left:
             self._guard.enter_context(torch.inference_mode(around.inference))
 
     def put_back(self, around: Surroundings) -> None:
-        """Put everything back for the pass to go on."""
+        """Do it again, for the pass to go on."""
         self._guard.close()
         enter_again(self._modes)
         self._scratch.put(self._written)

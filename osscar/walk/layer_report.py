@@ -57,36 +57,32 @@ class LayerReport(SolutionRecord):
     correction_weight
         How much of what the target adds to that of ``weights`` counts.
     positions
-        Of the calibration data at which its weights were fitted; where several consumers read the
-        group, such as experts to each of which some tokens are sent, at the one with the fewest.
+        Positions of the calibration data at which its weights were fitted, at the consumer with the
+        fewest.
     unread
         Consumers that read nothing at any position: experts to which no token was sent.  They keep
         the weights of the units that stay.
     held
-        At how many positions that were held out its refit was compared with the dense weights of
-        the units that stay; where several consumers read the group, at the one with the fewest.
+        Held-out positions at which its refit was compared with the dense weights of the units that
+        stay, at the consumer with the fewest.
     unrefitted
         The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
     tied
-        The consumers that keep those, since other code reads the same weight in another way, as
-        the decoder of an autoencoder does with the weight of its encoder.
+        The consumers that keep those, since other code reads the same weight in another way.
     fixed
         Inputs of its consumers that no unit owns, and that were refitted, too.
     fixed_dense
-        The same that keep their weights, since the consumer has too many rows for more.
+        Those that keep their weights, since the consumer has too many rows.
     growth
-        The largest weight that was written over the largest dense one, of the consumer of which
-        that is most.
+        The largest refitted weight over the largest dense one, at the consumer that grew most.
     measure_seconds, solve_seconds
         Wall time of the walk to this group with its Gram matrices, and of the solver with the
         refit and, if asked for, the verification.
     refitted_loss
-        Of experts: relative error of the mixture's output after the refit; `relative_loss` is
-        before.  Both are shares of the squared norm of the target, on all tokens that weights are
-        fitted to; None for others.
+        Of experts: the error of the mixture's output after the refit, relative to the squared norm
+        of the target on all tokens that weights are fitted to, as `relative_loss` is before it.
     choosing
-        Of experts: the tokens by which they were chosen, of which `loss` and its bounds tell; None
-        for others.
+        Of experts: the number of tokens by which they were chosen, which `loss` is about.
     """
 
     name: Annotated[str, Column("group")]

@@ -46,14 +46,10 @@ class Refits:
     weights: tuple[Tensor, ...] = field(repr=False)
     """One matrix (p, m) for each consumer that is `known`."""
     unrefitted: tuple[str, ...]
-    """The consumers, as messages call them, whose dense weights did better on what was held out:
-    they keep those of the units that stay."""
     growth: float
-    """The largest weight over the largest dense one, of the consumer of which it is most."""
     held: int
-    """At how many positions that were held out this was seen; at the consumer with the fewest."""
     tied: tuple[str, ...] = ()
-    """The consumers whose weight is read in another way, too, and keeps what it is."""
+    """These four as `osscar.LayerReport` has them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +68,6 @@ class Solved:
     """When the problem was posed, by `time.perf_counter`."""
     refitted_loss: float | None = None
     choosing: int | None = None
-    """As of the report of a group that is routed."""
 
 
 @dataclass(eq=False)
@@ -81,7 +76,7 @@ class LayerStep:
 
     group: CouplingGroup
     grams: tuple[GramAccumulator, ...] = field(repr=False)
-    """What its consumers read, summed over the batches of all ranks."""
+    """What its consumers read, summed over all batches."""
     correction_weight: float = 1.0
     """Of the corrections in the targets."""
     committed: bool = False
@@ -100,7 +95,7 @@ class LayerStep:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """The other consumers, as messages call them."""
+        """The labels of the other consumers."""
         return tuple(gram.linear_map.label for gram in self.grams if gram not in self.known)
 
     @property
@@ -126,8 +121,7 @@ class LayerStep:
     ) -> tuple[float, float]:
         """Return damping and correction weight, as asked or as they serve held-out samples best.
 
-        Where none were held out, nothing tells how much of the corrections is noise, and there are
-        none then.
+        Where no samples were held out, there are no corrections, unless they are asked for.
         """
         if not any(gram.held is not None for gram in self.known):
             return DEFAULT_DAMP if damp is None else damp, correction_weight or 0.0
@@ -169,8 +163,7 @@ class LayerStep:
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.
 
-        Where a consumer has a bias, that takes up what changes in the means.  The units that are
-        not kept leave consumers of which nothing is known, too.
+        A bias takes up what changes in the means.  Units that are not kept leave all consumers.
         """
         with self._written():
             self._write(weights, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +25,7 @@ from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
-"""The name of a module, and what tells the tensor that it reads from others, and from itself after
-a write."""
+"""The name of a module, and what identifies the tensor that it reads, until that is written to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +55,11 @@ class Schedule:
     ) -> Schedule:
         """Order the groups, given the modules that read each, and the calls of one batch.
 
-        Where nobody needs the outputs of consumers, one call of several that read the same tensor
-        tells all.
-
-        Raises
-        ------
-        ModelError
-            If a consumer is never called.
+        Where outputs of consumers are not needed, one call of several that read the same tensor is
+        enough.  A `ModelError` is raised if a consumer is never called.
         """
         called = {name for name, _ in calls}
-        for name in (name for names in consumers.values() for name in names):
+        for name in itertools.chain(*consumers.values()):
             if name not in called:
                 raise ModelError(
                     f"{name!r} was never called on the calibration data, so that it "
@@ -89,7 +84,7 @@ class Schedule:
         found: list[tuple[int, int]] = []
         at = len(self.calls)
         for index, groups in enumerate(self.rounds):
-            own = sorted(call for group in groups for call in self.measured[group.name])
+            own = sorted(itertools.chain(*(self.measured[group.name] for group in groups)))
             first = index if own[0] < at else found.pop()[0]
             found.append((first, own[-1]))
             # Batches have passed the first of several calls through weights that are no longer.
@@ -104,15 +99,13 @@ class Schedule:
 
 # ---- how calls are learned ---------------------------------------------------------------
 
+_Seen: TypeAlias = tuple[str, Tensor | Taken, int]
+
 
 def learned_calls(
     model: nn.Module, example: Batch, batch: Batch, names: Collection[str]
 ) -> tuple[list[Call], PassState]:
-    """Return the calls of some modules in a pass, and what passes write.
-
-    How often a module is called may depend on the data's shape, so that the order of the calls is
-    that of a batch; the small example tells what passes write on modules.
-    """
+    """Return the calls of some modules in a pass of a batch, and what passes write on modules."""
     first = ModelState(model)
     with first.watching():
         _called(model, example, names)
@@ -124,9 +117,7 @@ def learned_calls(
     return [(name, (id(x), version)) for name, x, version in seen], state.passing()
 
 
-def _called_on_shapes(
-    model: nn.Module, batch: Batch, names: Collection[str]
-) -> list[tuple[str, Tensor | Taken, int]]:
+def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
     try:
         with shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake:
@@ -136,18 +127,16 @@ def _called_on_shapes(
             return _called(model, batch, names)
 
 
-def _called(
-    model: nn.Module, batch: Batch, names: Collection[str]
-) -> list[tuple[str, Tensor | Taken, int]]:
+def _called(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
     """Return each call with the tensor that it reads, and how often that was written to."""
-    calls: list[tuple[str, Tensor | Taken, int]] = []
+    calls: list[_Seen] = []
 
     def see(name: str, argument: Any) -> None:
         if isinstance(argument, Taken):  # what a product reads, no other call does
             calls.append((name, argument, 0))
             return
         x = argument.hidden if isinstance(argument, Routed) else argument
-        # Nobody counts the writes to tensors of inference mode: no two of them are the same.
+        # Writes to tensors of inference mode are not counted: no two of these are the same.
         calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
 
     with torch.no_grad(), reads(model, names, see):

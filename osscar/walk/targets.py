@@ -48,7 +48,7 @@ def correction(
 ) -> Tensor:
     """Return D, given what a consumer with dense weights puts out in each stream, in its shape.
 
-    What is added to it, where that is known, may lie in other leading dimensions.
+    The streams to which it is added, where known, may have other leading dimensions.
     """
     D = dense - pruned
     if dense_stream is not None and pruned_stream is not None:
@@ -129,7 +129,7 @@ class _Watch(_Passing, TorchFunctionMode):
         self._begun: dict[str, int] = {}
         """How many tensors had been seen when it was called."""
         self._alive: list[Tensor] = []
-        """Tensors are told apart by their addresses, which must not be used again."""
+        """All tensors, so that no address is used twice."""
         self._seen: dict[int, tuple[_Passage, int, int]] = {}
         """By address: where it was first seen, after how many tensors, and in which version."""
         self._parts: dict[int, set[str]] = defaultdict(set)
@@ -178,13 +178,14 @@ class _Watch(_Passing, TorchFunctionMode):
 
     def _add(self, other: Tensor, version: int, own: Tensor, result: Tensor) -> None:
         """Note that `other` was added to what holds outputs of some consumers."""
-        for name in self._parts.get(id(own), ()):
-            passage, number, known = self._seen.get(id(other), (None, 0, 0))
-            early = passage is not None and number < self._begun[name]
+        if id(own) not in self._parts:
+            return
+        passage, number, known = self._seen.get(id(other), (None, 0, 0))
+        for name in self._parts[id(own)]:
+            early = number < self._begun[name]
             if passage is not None and early and known == version and other.shape == own.shape:
                 self.added[name].append(passage)
-        if id(own) in self._parts:
-            self._parts[id(result)] |= self._parts[id(own)]
+        self._parts[id(result)] |= self._parts[id(own)]
 
 
 class Keeper(_Passing):
