@@ -172,18 +172,20 @@ def _shared_out(
     for one in allowed:
         reached = one.cost.of({**others, **least})
         if reached > one.most * (1 + ROUNDING):
+            program = "" if one.dense == one.cost.dense else ", as an exported program,"
             more = _more_to_prune(prepared, request, groups, others, one.budget)
             raise RequestError(
-                f"{request.in_words([one.budget])} cannot be met: {one.compared(reached)}; "
+                f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
+                f"{one.kind}, and what may be pruned comes to {reached:,.0f}{program} of "
+                f"{one.dense:,.0f} at least ({reached / one.dense:.3f} of the dense model's); "
                 f"remove less, or prune {more}"
             )
-    if request.allocation != "uniform":
-        if curves is None:
-            curves, measure = measured_curves(
-                prepared, request, sharing.groups, choose, known or {}
-            )
-            sharing = replace(sharing, measure=measure)
-        sharing = replace(sharing, curves=curves)
+    measure = sharing.measure
+    if request.allocation == "uniform":
+        curves = None
+    elif curves is None:
+        curves, measure = measured_curves(prepared, request, sharing.groups, choose, known or {})
+    sharing = replace(sharing, curves=curves, measure=measure)
 
     def shared_out() -> Budget:
         if request.speedup is not None:
@@ -237,15 +239,11 @@ def _more_to_prune(
     budget: BudgetKind,
 ) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
-    residual = prepared.residual
     kinds = {one.group.kind for one in prepared.routed if one.group.prunable}
     if kinds and not request.routed and budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP):
         return " and ".join(f"{kind}, too (--{kind} auto)" for kind in kinds)
-    streams = [
-        group.name
-        for group in groups
-        if group.prunable and group.units > 1 and group.name in residual and group.name not in keep
-    ]
+    names = prepared.residual - {*keep}
+    streams = [g.name for g in groups if g.prunable and g.units > 1 and g.name in names]
     if not streams:
         return "more kinds of units"
     return (
@@ -258,7 +256,7 @@ def _why_nothing(
     prepared: Prepared, request: PruningRequest, groups: Sequence[CouplingGroup]
 ) -> str:
     """Say why no group loses a unit."""
-    skipped = len([group for group in prepared.groups if group not in groups])
+    skipped = sum(group not in groups for group in prepared.groups)
     rest = f" but the {skipped} that are skipped" if skipped else ""
     routed = [group for group in groups if group.kind.routed and group.prunable]
     return why_frozen(prepared.groups) or (

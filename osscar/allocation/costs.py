@@ -136,19 +136,22 @@ def count(
 ) -> CountedCost:
     """Count what a model costs, its operations on an example.
 
-    `program` is its exported program, on its own tensors, if that is what becomes smaller.
+    `program` is its exported program, on the model's tensors, if that is what becomes smaller.
     """
     tensors = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in tensors.items()}
-    taken = _taken(model, groups, names, cost)
+    taken, lists = _owned(model, groups, names, cost)
     prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
     each: Mapping[str, float] = {}
     fixed = 0.0
     if cost is Cost.BYTES:
-        prices, fixed = _stored_bytes(model, names, program)
+        format_of, saved = saved_format(model), model if program is None else program
+        written = [(t, format_of(name, t).itemsize) for name, t in written_tensors(saved).items()]
+        prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
+        # Other tensors are the numbers in the code of a program.
+        fixed = float(sum(t.numel() * size for t, size in written if id(t) not in names))
     elif cost is Cost.FLOPS:
         prices, each, fixed = _operations(model, tensors, groups, example)
-    lists = {} if cost is Cost.FLOPS else _in_lists(model, groups, names)
     weights = []
     for name, price in prices.items():
         shape, own, experts = tuple(tensors[name].shape), taken.get(name, []), lists.get(name)
@@ -163,62 +166,36 @@ def count(
     return CountedCost(tuple(weights), fixed, each, units)
 
 
-def _stored_bytes(
-    model: nn.Module, names: Mapping[int, str], program: nn.Module | None
-) -> tuple[dict[str, float], float]:
-    """Return the bytes of an entry of each tensor as `save` writes it, and of the rest.
-
-    The rest are the numbers in the code of a program.
-    """
-    format_of, saved = saved_format(model), model if program is None else program
-    written = [(t, format_of(name, t).itemsize) for name, t in written_tensors(saved).items()]
-    prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
-    return prices, float(sum(t.numel() * size for t, size in written if id(t) not in names))
-
-
-def _taken(
+def _owned(
     model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str], cost: Cost
-) -> dict[str, list[tuple[int, str, int]]]:
-    """Return what units take along, by tensor.
+) -> tuple[dict[str, list[tuple[int, str, int]]], dict[str, CouplingGroup | None]]:
+    """Return what units take along, by tensor, and groups of experts that are a list of modules.
 
-    The matrices of an expert take no operations along: its tokens are sent to others.
+    The latter are by the tensors of the experts, and None for all but the first expert, with which
+    the others are counted: they are alike.  A buffer that several have does not leave with any.
+    Matrices of an expert take no operations along: its tokens are sent to others.
     """
     taken: dict[str, list[tuple[int, str, int]]] = {}
-    for group in groups:
+    lists: dict[str, CouplingGroup | None] = {}
+    for group, slot in ((one, slot) for one in groups for slot in one.slots):
         resent = cost is Cost.FLOPS and group.kind.routed
-        for slot in group.slots:
-            if (resent and slot.role is Role.CONSUMER) or is_list(slot):
-                continue
+        if is_list(slot) and not resent:
+            members = model.get_submodule(slot.module).children()
+            own = [[*member.parameters(), *member.buffers()] for member in members]
+            holders = Counter(id(tensor) for tensors in own for tensor in tensors)
+            lists |= {
+                names[id(tensor)]: None if index else group
+                for index, tensors in enumerate(own)
+                for tensor in tensors
+                if holders[id(tensor)] == 1
+            }
+        elif not is_list(slot) and not (resent and slot.role is Role.CONSUMER):
             module, _, attribute = slot.tensor.rpartition(".")
             name = names.get(id(getattr(model.get_submodule(module), attribute, None)))
             if name is not None:
                 # Two slots along one dimension are two parts of it, as in a fused projection.
                 taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
-    return taken
-
-
-def _in_lists(
-    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str]
-) -> dict[str, CouplingGroup | None]:
-    """Return the group of experts that are a list of modules, by the tensors of these.
-
-    It is None for all but the first of them, with which the others are counted: they are alike.
-    A buffer that several of them have does not leave with any.
-    """
-    found: dict[str, CouplingGroup | None] = {}
-    for group in groups:
-        for slot in group.slots:
-            if is_list(slot):
-                members = model.get_submodule(slot.module).children()
-                own = [[*member.parameters(), *member.buffers()] for member in members]
-                holders = Counter(id(tensor) for tensors in own for tensor in tensors)
-                found |= {
-                    names[id(tensor)]: None if index else group
-                    for index, tensors in enumerate(own)
-                    for tensor in tensors
-                    if holders[id(tensor)] == 1
-                }
-    return found
+    return taken, lists
 
 
 # ---- operations --------------------------------------------------------------------------
@@ -230,8 +207,7 @@ def _operations(
     """Share out each product of a pass among the weights that it takes, or the heads it is of.
 
     Returned are the operations of each entry of weights, by name, of each unit of a group, and the
-    rest.  A product with a weight that lies on disk, and cannot be told, is shared by all weights
-    on disk of the module that was running.
+    rest.  A product with an unknown weight on disk is shared by all those of the running module.
     """
     names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
     heads = heads_by_module(groups)

@@ -156,18 +156,17 @@ def _square(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the dense model puts out on some samples, and so how far other models are.
-
-    The batches are those of this rank.  Of the predictions of each one in `step` is kept.  `passes`
-    are the dense model's, where they can be resumed.
-    """
+    """What the dense model puts out on some samples, and so how far other models are."""
 
     distance: Distance
     batches: Sequence[Batch] = field(repr=False)
+    """Those of this rank."""
     expected: Sequence[Any] = field(repr=False)
+    """Of the predictions of each batch, one in `step`."""
     step: int = 1
     ranks: Ranks = ALONE
     passes: Sequence[Recording | None] = field(default=(), repr=False)
+    """The dense model's, where they can be resumed."""
 
     @classmethod
     @torch.no_grad()

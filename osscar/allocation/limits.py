@@ -36,15 +36,6 @@ class Allowance:
     most: float
     dense: float
 
-    def compared(self, reached: float) -> str:
-        """Say what is allowed, and what is reached."""
-        form = "" if self.dense == self.cost.dense else ", as an exported program,"
-        return (
-            f"it allows {self.most:,.0f} {self.kind}, and what may be pruned comes to "
-            f"{reached:,.0f}{form} of {self.dense:,.0f} at least ({reached / self.dense:.3f} of "
-            "the dense model's)"
-        )
-
 
 def allowances(
     prepared: Prepared,

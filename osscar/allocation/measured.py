@@ -67,16 +67,14 @@ _NEAR = 0.15
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The distance from the dense model of one in which a group has lost units.
-
-    `shape`, (units + 1,), is what its consumers lose as units leave one by one, relative to their
-    own outputs; it does not increase with the k units that are left, and ends with 0.  `measured`
-    is how far the model's outputs are from the dense ones with so many units.
-    """
+    """The distance from the dense model of one in which a group has lost units."""
 
     name: str
     shape: NDArray[np.float64] = field(repr=False)
+    """What its consumers lose, (units + 1,), with k units left, relative to their own outputs; it
+    does not increase, and ends with 0."""
     measured: Mapping[int, float] = field(default_factory=dict)
+    """How far the model's outputs are from the dense ones with so many units."""
 
     @cached_property
     def losses(self) -> NDArray[np.float64]:
@@ -157,7 +155,7 @@ def measured_curves(
     RequestError
         If there are too few samples.
     NonFiniteError
-        If a group overflows that was not measured before.
+        If a group overflows that was not measured before; others keep their curves, with a warning.
     """
     samples = compared_samples(prepared)
     if not samples:
@@ -305,10 +303,7 @@ class _Alone:
 
 
 def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:
-    """Return the loss with k units left, (units + 1,), given how all but one left.
-
-    It is relative to that without any.
-    """
+    """Return the loss with k units left, (units + 1,), given how all but one left."""
     risen = np.maximum([risen for _, risen in removals], 0.0)
     losses = np.concatenate([[0.0], np.cumsum(risen)])
     whole = max(problem.empty_loss, float(losses[-1]))

@@ -147,7 +147,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, and note it."""
         leaves, form = pytree.tree_flatten((args, kwargs or {}))
         try:
             if func is _aten.lift_fresh.default and args[0] not in self._numbers:
@@ -274,7 +273,6 @@ class _NoNumbers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch."""
         reads = getattr(func, "__name__", "") in _PAST_OPERATORS
         if reads and self.recorder.varies(args):
             self.recorder.sound = False

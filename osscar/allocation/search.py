@@ -108,24 +108,15 @@ class _Plane(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Groups with a loss for each width that they may have, and costs of them all.
-
-    Parameters
-    ----------
-    options
-        The widths that each group may have, ascending.
-    losses
-        Of each of these.
-    others
-        What other groups keep.
-    costs
-        Of the whole model, each with a limit of its own.
-    """
+    """Groups with a loss for each width that they may have, and costs of them all."""
 
     options: Mapping[str, NDArray[np.int64]]
+    """The widths that each group may have, ascending."""
     losses: Mapping[str, NDArray[np.float64]]
     others: Mapping[str, int]
+    """What other groups keep."""
     costs: Sequence[CountedCost]
+    """Of the whole model, each with a limit of its own."""
 
     def choose(self, limits: Sequence[float]) -> Chosen:
         """Return the best widths within limits, one for each cost; the least where none are."""

@@ -45,17 +45,9 @@ def as_fast_as(
 ) -> tuple[dict[str, int], float]:
     """Return widths whose model was timed to be as fast as wanted, and how fast that was.
 
-    Parameters
-    ----------
-    prepared
-        The dense model with its data, a batch of which is timed.
-    fixed
-        What other groups keep.
-    least, most
-        The share of the dense model's operations with the least widths, and with the widest that
-        the request's other limits allow: a model of these may be faster than wanted.
-    choose
-        Returns the best widths within such a share.
+    Other groups keep what is `fixed`.  `choose` returns the best widths within a share of the dense
+    model's operations: from the `least`, of the least widths, to the `most`, of the widest that the
+    request's other limits allow, of which a model may be faster than wanted.
 
     Raises
     ------
@@ -80,16 +72,16 @@ def as_fast_as(
             best = kept, speedup
         if abs(speedup / wanted - 1) <= CLOSE or (speedup > wanted and share == most):
             break
-        if speedup < wanted and share <= least:
+        if speedup >= wanted:
+            fast = share, 1 / speedup
+        elif share > least:
+            slow = share, 1 / speedup
+        else:
             raise RequestError(
                 f"--speedup {wanted:g} cannot be met: the smallest possible model is "
                 f"{speedup:.2f} times as fast as the dense one; ask for less, or prune more kinds "
                 "of units"
             )
-        if speedup < wanted:
-            slow = share, 1 / speedup
-        else:
-            fast = share, 1 / speedup
         # Interpolated, but not to the ends, as times are noisy: a bisection where these mislead.
         part = (slow[1] - 1 / wanted) / max(slow[1] - fast[1], 1e-9)
         share = slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])

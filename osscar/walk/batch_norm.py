@@ -58,14 +58,14 @@ def dense_statistics(
     def see(name: str, x: Tensor) -> None:
         found[-1][name].append(_measured(x))
 
-    for index in _shared_out(batches, ranks):
+    for index in shared_out(batches, ranks):
         found.append({name: [] for name in layers})
         with failures_named(model, index), reads(model, layers, see):
             forward(model, batches[index])
     return found
 
 
-def _shared_out(batches: Sequence[Mapping[str, Any]], ranks: Ranks) -> list[int]:
+def shared_out(batches: Sequence[Mapping[str, Any]], ranks: Ranks) -> list[int]:
     """Return which batches are this rank's."""
     return ranks.share([len(next(iter(batch.values()))) for batch in batches])
 
@@ -109,7 +109,7 @@ def renew_statistics(
     averages: Mapping[str, _Statistics] = {}
     try:
         with reads(model, layers, renew):
-            for index in _shared_out(batches, ranks):
+            for index in shared_out(batches, ranks):
                 forward(model, batches[index])
         everyone = _of_all(seen, ranks).items()
         averages = {name: _average(name, some) for name, some in everyone if some}

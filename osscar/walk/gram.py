@@ -1,10 +1,8 @@
 """What consumers read, summed while the calibration data flow through, and posed as a problem.
 
-Targets are ``Y = X W0 + s D`` with a correction weight s (see `osscar.walk.targets`).  Some samples
-may be held out: their sums are kept apart, no weight is fitted to them, and they choose s.
-
-Where the data are shared out among processes, their sums are added up once a group is measured.
-They are those of one process but for the order of addition, which changes the last of 53 bits.
+Targets are ``Y = X W0 + s D`` with a correction weight s (see `osscar.walk.targets`).  Sums of
+held-out samples are kept apart: no weight is fitted to them, and they choose s.  Sums of several
+processes are added up once a group is measured, which changes the last of 53 bits.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ class GramAccumulator:
         return 0 if self.held is None else self.held.rows
 
     def add_call(self, x: Any, D: Tensor | None, *, held: bool = False) -> None:
-        """Add what the consumer reads in a call, with corrections in the form of its output."""
+        """Add what the consumer reads in a call, with corrections in the shape of its output."""
         corrections = None if D is None else self.linear_map.read_corrections(D, x)
         self.parts[held].positions += self.linear_map.passed_over(x)
         done = 0

@@ -33,9 +33,9 @@ def dense_tensors(consumers: Iterable[LinearMap]) -> dict[str, DenseTensors]:
     found: dict[str, dict[str, Tensor]] = {}
     for one in consumers:
         own = found.setdefault(one.holder, {})
-        for name, tensor in one.module.named_parameters(recurse=False):
-            if name in one.parameters and name not in own:
-                own[name] = tensor.detach().clone()
+        for name in one.parameters:
+            if name not in own:
+                own[name] = getattr(one.module, name).detach().clone()
     return dict(found)
 
 

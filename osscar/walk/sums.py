@@ -140,10 +140,10 @@ class Sums:
 
         Where no bias takes means up, they are about zero.
         """
-        x, d = (about or self).means()
+        c, b = (about or self).means()
         if not self.centered:
-            x, d = torch.zeros_like(x), torch.zeros_like(d)
-        return Centred(self._sums(), self.cross, self.positions, *self.means(), x, d)
+            c, b = torch.zeros_like(c), torch.zeros_like(b)
+        return Centred(self._sums(), self.cross, self.positions, *self.means(), c, b)
 
     def given_up(
         self, W0: Tensor, correction_weight: float
@@ -151,8 +151,7 @@ class Sums:
         """Return least squares with these inputs and the targets ``Y = X W0 + s D``.
 
         That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances
-        of the inputs, (p,).  Where a bias takes up means, all are about these.  The matrices of
-        sums are written to, and gone.
+        of the inputs, (p,): about the means, if a bias takes these up.  The sums are gone then.
         """
         n, H, C, energy = self.positions, self._sums(), self.cross, self.energy / self.positions
         self.gram = self.cross = None

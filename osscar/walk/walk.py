@@ -2,14 +2,12 @@
 
 Each batch runs the model's own forward pass in a coroutine, which is suspended at every consumer.
 Once all batches have arrived, the inputs of the consumers are measured, the caller solves the group
-and commits the refitted weights, and the batches go on *through the new weights*.  Nothing is
-computed twice, and no structure of the model has to be known.
+and commits the refitted weights, and the batches go on *through the new weights*.
 
-A coroutine cannot go back.  Where a group is read in several calls (several consumers, or a module
-that is called more than once) the batches have passed the first of them, through weights that are
-no longer, when the last is reached.  They then start again: one more pass for each such group.  If
-all its consumers read one and the same tensor, as a block and its shortcut do, the group is solved
-at the first of them, and none is needed.
+A coroutine cannot go back.  Where a group is read in several calls, the batches have passed the
+first of them, through the old weights, when the last is reached.  They then start again: one more
+pass for each such group.  If all its consumers read one tensor, as a block and its shortcut do, the
+group is solved at the first of them, and none is needed.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from osscar.network.modules import forward
 from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
+from osscar.walk.batch_norm import shared_out
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running
 from osscar.walk.gram import GramAccumulator, all_reduce
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
@@ -94,7 +93,7 @@ class Walk:
         self.passes = 0
         self._prepared, self._target, self._model = prepared, target, prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
-        self._mine = prepared.ranks.share([len(next(iter(b.values()))) for b in self._batches])
+        self._mine = shared_out(self._batches, prepared.ranks)
         if consumers is None:
             consumers = {group.name: prepared.linear_maps(group) for group in groups}
         self._consumers = consumers
@@ -103,13 +102,11 @@ class Walk:
         # To what the gates of recurrent layers take nothing is added that anybody could see.
         plain = sorted({one.name for one in every if not isinstance(one.module, RECURRENT)})
         self._passages = streams(self._model, prepared.example, plain) if target.needs_dense else {}
-        calls, self._scratch = learned_calls(
-            self._model, prepared.example, self._batches[0], self._names
-        )
+        batch = self._batches[0]
+        calls, self._scratch = learned_calls(self._model, prepared.example, batch, self._names)
         names = {name: [one.name for one in maps] for name, maps in self._consumers.items()}
-        self.schedule = Schedule.of(
-            groups, names, calls, in_turn=in_turn, outputs=target.needs_dense
-        )
+        dense = target.needs_dense
+        self.schedule = Schedule.of(groups, names, calls, in_turn=in_turn, outputs=dense)
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         # Where several groups share a consumer, the first that was committed found it dense.
@@ -131,7 +128,7 @@ class Walk:
     # ---- the batches on their way --------------------------------------------------------
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
-        """Walk from the first call that reads one of these groups to the last one."""
+        """Walk from the first call that reads one of these groups to the last."""
         calls = {group.name: self.schedule.measured[group.name] for group in groups}
         grams: dict[str, tuple[GramAccumulator, ...]] = {}
         if self._at < 0 or min(map(min, calls.values())) < self._at:
@@ -201,11 +198,19 @@ class Walk:
         self._at = call
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:
-        """Let a batch run on to a call: it stands before it then, in the dense stream after."""
+        """Let a batch run on, to stand before a call, in the dense stream after it."""
         while run.reached < call:
             expected = self.schedule.calls[run.reached + 1]
-            with failures_named(self._model, run.index), self._tied_as_dense(run):
-                arrival = run.advance()
+            # Other code of a dense pass may read weights of products.
+            tied = [name for name in self._originals if is_station(name)] if run.dense else []
+            for name in tied:
+                self._exchange(name)
+            try:
+                with failures_named(self._model, run.index):
+                    arrival = run.advance()
+            finally:
+                for name in tied:
+                    self._exchange(name)
             if arrival is None or arrival.module != expected:
                 way = f"never reaches {expected!r}"
                 if arrival is not None:
@@ -218,20 +223,8 @@ class Walk:
         assert run.arrived is not None
         return run.arrived
 
-    @contextmanager
-    def _tied_as_dense(self, run: Coroutine) -> Iterator[None]:
-        """Let a dense pass find dense weights of products, which other code may read, too."""
-        names = [name for name in self._originals if is_station(name)] if run.dense else []
-        for name in names:
-            self._exchange(name)
-        try:
-            yield
-        finally:
-            for name in names:
-                self._exchange(name)
-
     def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
-        """Hold each batch to what the order of the calls was learned from."""
+        """Refuse a batch whose calls read other tensors than those that calls were learned on."""
         first = self.schedule.same_tensor.get(run.reached)
         if first is None:
             return
@@ -319,8 +312,7 @@ class Walk:
 
 def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
     """Return batches none of which is held out in part, and how many of them are not at all."""
-    fitted: list[Batch] = []
-    rest: list[Batch] = []
+    fitted, rest = list[Batch](), list[Batch]()
     left = sum(map(inputs.count, batches)) - held
     for batch in batches:
         count = inputs.count(batch)
