@@ -129,13 +129,8 @@ def allocate(
     and is saved.  `curves` of the groups that share a budget are measured where they are not given,
     beginning with those that are `known` from other budgets.
 
-    Raises
-    ------
-    RequestError
-        If what is asked for makes no sense for these groups, a budget cannot be met, or nothing
-        would be removed.
-    NonFiniteError
-        If weights or outputs overflow where a group is pruned by itself.
+    A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
+    met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
     """
     groups, keep, shared = asked_groups(prepared, request, left)
     budget = None

@@ -213,19 +213,15 @@ class Reference:
         return dataclasses.replace(self, batches=kept, expected=expected, passes=())
 
     def divergence(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> float:
-        """Return the mean distance of a model, which has to be finite; see `likeness`."""
+        """Return the distance that `likeness` has."""
         return self.likeness(model, changed).distance
 
     def likeness(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> Likeness:
         """Compare what a model puts out with what the dense one does.
 
         Where the model is the dense one, but for the values of the parameters that are `changed`,
-        what they do not change is not computed again, if passes can be resumed.
-
-        Raises
-        ------
-        NonFiniteError
-            If it is NaN or infinite.
+        what they do not change is not computed again, if passes can be resumed.  The distance has
+        to be finite; else a `NonFiniteError` is raised.
         """
         found = self.compared(model, changed)
         if not math.isfinite(found.distance):

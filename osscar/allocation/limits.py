@@ -47,12 +47,8 @@ def allowances(
     """Count what the model costs, and read what it may: one allowance for each budget.
 
     Groups that share no budget keep what `others` has, and those that do keep the `least` at least.
-    The `form` is what becomes smaller, and is saved.
-
-    Raises
-    ------
-    RequestError
-        If no budget asks for less than there is, or the model keeps nothing that memory counts.
+    The `form` is what becomes smaller, and is saved.  A `RequestError` is raised if no budget asks
+    for less than there is, or the model keeps nothing that memory counts.
     """
     groups = prepared.groups_with({*others, *least})
 

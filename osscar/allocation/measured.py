@@ -150,12 +150,8 @@ def measured_curves(
     known
         Curves to begin with, which are measured again where widths have moved.
 
-    Raises
-    ------
-    RequestError
-        If there are too few samples.
-    NonFiniteError
-        If a group overflows that was not measured before; others keep their curves, with a warning.
+    A `RequestError` is raised if there are too few samples, and a `NonFiniteError` if a group
+    overflows that was not measured before; others keep their curves, with a warning.
     """
     samples = compared_samples(prepared)
     if not samples:

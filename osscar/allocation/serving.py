@@ -37,11 +37,8 @@ def serving_memory(
     """Add to the bytes of the weights those of keys and values, in the format that is saved.
 
     `context` are the positions of each sequence in the cache, and `batch` is the number of these.
-
-    Raises
-    ------
-    RequestError
-        If the model keeps no keys and values, something else besides, or reads fewer positions.
+    A `RequestError` is raised if the model keeps no keys and values, or something else besides, or
+    reads fewer positions.
     """
     longest = context_length(model)
     if longest is not None and context > longest:

@@ -47,12 +47,8 @@ def as_fast_as(
 
     Other groups keep what is `fixed`.  `choose` returns the best widths within a share of the dense
     model's operations: from the `least`, of the least widths, to the `most`, of the widest that the
-    request's other limits allow, of which a model may be faster than wanted.
-
-    Raises
-    ------
-    RequestError
-        If no model is so fast, none can be built, or the device is too noisy to tell.
+    request's other limits allow, of which a model may be faster than wanted.  A `RequestError` says
+    that no model is so fast, that none can be built, or that the device is too noisy to tell.
     """
     batch = prepared.batches()[0]
     # Shares of operations, with the times of their models: one too slow, one fast enough.

@@ -84,9 +84,8 @@ def renew_statistics(
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
     that batch.  They are ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so
     that only what pruning changed matters, and not the choice of the data.  The averages over all
-    batches of all ranks stay; a layer that is never called keeps its own.
-
-    Where a statistic is not finite, a `NonFiniteError` is raised, and the model keeps its old ones.
+    batches of all ranks stay; a layer that is never called keeps its own.  If one is not finite, a
+    `NonFiniteError` is raised, and the model keeps its old statistics.
     """
     layers = batch_norms(model)
     if mode == "keep" or not layers:

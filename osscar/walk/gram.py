@@ -97,11 +97,9 @@ class GramAccumulator:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
         The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`, `held_rise`
-        and numbers of positions can be asked for afterwards.
-
-        Fixed rows are eliminated, and pulled towards no change.  Losses stay relative to what is
-        lost without any unit where they do not change.  Scores of units then go by what fixed rows
-        do not explain, and not by variances.
+        and numbers of positions can be asked for afterwards.  Fixed rows are eliminated, and pulled
+        towards no change.  Losses stay relative to what is lost without any unit where they do not
+        change; scores of units then go by what they do not explain, and not by variances.
         """
         W0, units = self.linear_map.read_unit_weight(), self.linear_map.unit_rows
         fixed, n = self.linear_map.fixed, self.rows

@@ -199,7 +199,7 @@ class LayerStep:
         return W
 
     def adopt(self, written: Iterable[Tensor]) -> None:
-        """Write what another rank has committed, as `LinearMap.read` of each consumer has it."""
+        """Write what another rank has committed, as `LinearMap.read` returns it."""
         tensors = iter(written)
         with self._written():
             for consumer in self.consumers:

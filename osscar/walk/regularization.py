@@ -63,10 +63,9 @@ def best_regularization(
     for damp in sorted(damps, key=lambda damp: damp != default):
         terms = [part.errors(damp) for part in parts]
         error, slope, curve = (float(sum(term)) for term in zip(*terms, strict=True))
-        if correction_weight is None:
-            chosen = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
-        else:
-            chosen = correction_weight
+        chosen = 0.0 if correction_weight is None else correction_weight
+        if correction_weight is None and curve > 0:
+            chosen = min(max(slope / curve, 0.0), 1.0)
         error += chosen * (chosen * curve - 2 * slope)
         if error < least:
             best, least = (damp, chosen), error

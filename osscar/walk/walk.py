@@ -68,15 +68,9 @@ class Walk:
     consumers
         What reads each group, by its name, where it is not what the trace has found.
 
-    Raises
-    ------
-    ModelError
-        If a consumer cannot be refitted, or is never called.
-    DataError
-        If a batch fails, or takes another way through the model than the others; it names the
-        batch and the module.
-    NonFiniteError
-        If what a consumer reads is not finite.
+    A `ModelError` says that a consumer cannot be refitted, or is never called; a `DataError` which
+    batch fails, or takes another way through the model than the others, and in which module; and a
+    `NonFiniteError` that what a consumer reads is not finite.
     """
 
     def __init__(
