@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar.allocation.costs import Cost
 from osscar.allocation.divergence import Measure
@@ -21,11 +21,10 @@ _POINTS = 33
 """Of each curve, in what is saved."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Width:
     """What a group that shares a budget keeps, and its part of the predicted distance."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: str
     units: int
@@ -33,21 +32,19 @@ class Width:
     predicted: float | None = None
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Measured:
     """How far outputs moved with one group alone pruned to so many units."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kept: int
     distance: float
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Limit:
     """What one budget of a request allows the whole model, and what that came to."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     budget: BudgetKind
     cost: Cost
@@ -63,11 +60,10 @@ class Limit:
     """What was taken for granted where costs were counted, in words."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Budget:
     """What the groups that share one or several budgets came to."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     limits: tuple[Limit, ...]
     """One for each budget, all of which hold; the one that binds most comes first."""

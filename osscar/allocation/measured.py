@@ -178,14 +178,11 @@ def measured_curves(
 
 def known_curves(budget: Budget) -> dict[str, Curve]:
     """Return the curves by which a budget was shared out."""
-    return {
-        name: Curve(
-            name,
-            np.array(losses),
-            {point.kept: point.distance for point in budget.measured.get(name, ())},
-        )
-        for name, losses in budget.curves.items()
-    }
+    curves = {name: Curve(name, np.array(losses)) for name, losses in budget.curves.items()}
+    for name, points in budget.measured.items():
+        for point in points if name in curves else ():
+            curves[name] = curves[name].through(point.kept, point.distance)
+    return curves
 
 
 def widths_to_measure(

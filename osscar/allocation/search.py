@@ -147,13 +147,12 @@ class Search:
         those at which all leaves that may.
         """
         ray = prices / prices.sum() if prices.any() else np.eye(len(prices))[index]
-        choices = [self._widest]
         scales = np.geomspace(*self._scales(ray), _PRICES).tolist()
-        choices += [self._at(scale * ray) for scale in scales]
+        choices = [self._widest, *(self._at(scale * ray) for scale in scales)]
         points = {(float(self._total(kept)[index]), self.loss(kept)) for kept in choices}
         found: list[tuple[float, float]] = []
         for cost, loss in sorted(points):
-            if not found or loss <= found[-1][1]:  # to the dense model, which others may equal
+            if not found or loss <= found[-1][1]:  # others may equal the dense model
                 found.append((cost, loss))
         chosen = np.unique(np.linspace(0, len(found) - 1, _FRONTIER).round().astype(int))
         return tuple(found[i] for i in chosen)
