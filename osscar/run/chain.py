@@ -63,7 +63,7 @@ def prune_prepared(
     tell: Callable[[str], None] = lambda line: None,
     before: Budget | None = None,
 ) -> PruningResult:
-    """Prune a prepared model, which becomes the smaller one; curves of `before` count."""
+    """Prune a prepared model, which becomes the smaller one; start with the curves of `before`."""
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
     allocated = widths(prepared, request, dense.feasible, log, tell, before)
     records = prune_groups(prepared, allocated.keep, request, committed, log)
@@ -166,7 +166,7 @@ def widths(
     tell: Callable[[str], None],
     before: Budget | None = None,
 ) -> Allocated:
-    """Allocate the units that groups keep, unless the log has them; curves of `before` count."""
+    """Allocate what groups keep, unless the log has it; start with the curves of `before`."""
     noted: Allocated | None = prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
