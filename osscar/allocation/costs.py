@@ -198,9 +198,6 @@ def _owned(
     return taken, lists
 
 
-# ---- operations --------------------------------------------------------------------------
-
-
 def _operations(
     model: nn.Module, tensors: Mapping[str, Tensor], groups: Sequence[CouplingGroup], example: Batch
 ) -> tuple[Counter[str], Counter[str], float]:

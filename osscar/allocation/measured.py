@@ -216,9 +216,6 @@ def widths_to_measure(
     return found
 
 
-# ---- one group alone ---------------------------------------------------------------------
-
-
 def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | Step]:
     """Yield groups as the dense stream reaches them, and then those that are routed."""
     units = [group for group in groups if not group.kind.routed]

@@ -356,9 +356,6 @@ def _highest(
     return found.x[:-1] * unit, float(found.x[-1]) * scale
 
 
-# ---- equal shares ------------------------------------------------------------------------
-
-
 def equal_shares(
     options: Mapping[str, NDArray[np.int64]],
     others: Mapping[str, int],

@@ -128,9 +128,6 @@ def running() -> Coroutine | None:
     return current.coroutine if isinstance(current, _Pass) else None
 
 
-# ---- what torch keeps for the thread -----------------------------------------------------
-
-
 class Surroundings:
     """What torch keeps for the whole thread, as it is when this is made."""
 

@@ -57,9 +57,7 @@ class Solved:
     """A group that was solved, and whose refit was committed."""
 
     record: SolutionRecord
-    """Of the choice of units."""
     layer: LayerStep
-    """What was refitted."""
     refits: Refits
     damp: float
     dead: int

@@ -97,8 +97,6 @@ class Schedule:
         return self.passes[-1][0] > index
 
 
-# ---- how calls are learned ---------------------------------------------------------------
-
 _Seen: TypeAlias = tuple[str, Tensor | Taken, int]
 
 
