@@ -1,7 +1,8 @@
 """Layers that can be refitted: how the forward pass of each class multiplies what it reads.
 
 `LAYERS` has a row for each forward pass, so that a class that inherits one needs none.  A layer
-with a forward pass of its own needs a row, and nothing else: ``docs/howto/module.md`` adds one.
+whose forward pass changes its weight needs a row, and nothing else: ``docs/howto/module.md`` adds
+one.  Weights that code only multiplies by need none: see `osscar.consumers.products`.
 """
 
 from __future__ import annotations

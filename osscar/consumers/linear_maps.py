@@ -238,10 +238,10 @@ def _reason(
         )
     if not known and mixture is None:
         return (
-            f"is read by {tensor!r} in {name!r}, a {kind}; only Linear, Conv1D, convolution and "
-            "recurrent layers, mixtures of experts, and weights that code only multiplies by "
-            "(linear, matmul, einsum, conv) can be refitted; a layer with a forward pass of its "
-            "own needs a row in osscar.consumers.layers.LAYERS"
+            f"is read by {tensor!r} in {name!r}, a {kind}, whose forward pass needs a row in "
+            "osscar.consumers.layers.LAYERS: only Linear, Conv1D, convolution and recurrent "
+            "layers, mixtures of experts, and weights that code only multiplies by (linear, "
+            "matmul, einsum, conv) can be refitted without one"
         )
     users = [
         user

@@ -43,13 +43,17 @@ from osscar.recovery.weights import as_saved, formats, trainable
 LEARNING_RATE = {True: 2e-4, False: 1e-3}
 """Peak learning rate for windows of text (True), and for anything else (False)."""
 
-_WARMUP, _FLOOR = 0.1, 0.1
-"""The share of the steps in which the rate rises, and the share of its peak at which it ends."""
+_WARMUP = 0.1
+"""Share of the steps in which the rate rises."""
 
-_LOWER, _PATIENCE = 0.1, 4
-"""The peak is multiplied by the first where the held-out loss is higher than before the training.
-That is judged after so many steps at a rate: the first of AdamW, whose moments are young, may lead
-away for once."""
+_FLOOR = 0.1
+"""Share of its peak at which the rate ends."""
+
+_LOWER = 0.1
+"""The peak is multiplied by this where the held-out loss is higher than before the training."""
+
+_PATIENCE = 4
+"""Steps at one peak before it may be lowered: the first steps of AdamW can raise the loss."""
 
 
 def schedule(step: int, steps: int) -> float:
