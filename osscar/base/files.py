@@ -65,15 +65,11 @@ def remove_abandoned(target: Path) -> bool:
 
 
 def _is_running(process: int) -> bool:
-    """Whether a process has this number; elsewhere than on POSIX nobody can ask."""
-    if os.name != "posix":
-        return True
+    """Whether a process has this number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # but perhaps of another user
     return True
 
 
@@ -169,9 +165,7 @@ def make_directory(path: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk (OSError)."""
-    if os.name != "posix" and path.is_dir():
-        return  # directories cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

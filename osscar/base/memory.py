@@ -6,8 +6,8 @@ What counts is the memory of the process for a run on the CPU, else that of the 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +21,9 @@ import solvers.errors
 from osscar.base.errors import NoMemoryError, OptionError, first_line
 from osscar.base.process import neighbours
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 def in_words(size: int) -> str:
@@ -87,17 +81,15 @@ class DeviceMemory:
     def held(self) -> int:
         """Return how many bytes this process has (OptionError if nothing tells)."""
         try:
-            return int(_STATM.read_text().split()[1]) * _PAGE
+            return int(_STATM.read_text().split()[1]) * resource.getpagesize()
         except (OSError, ValueError, IndexError):
             raise OptionError(
                 "this system does not tell how much memory a process has, so that no limit can be "
                 "kept; omit --max-memory"
             ) from None
 
-    def peak(self) -> int | None:
-        """Return the most bytes it has had; None where the system does not tell."""
-        if resource is None:
-            return None
+    def peak(self) -> int:
+        """Return the most bytes it has had."""
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else most * 1024
 
@@ -143,7 +135,7 @@ class _CardMemory(DeviceMemory):
         self.give_back()
         return torch.cuda.memory_reserved(self.device)
 
-    def peak(self) -> int | None:
+    def peak(self) -> int:
         """Return the most that torch has reserved."""
         return torch.cuda.max_memory_reserved(self.device)
 

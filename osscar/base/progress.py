@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -99,25 +99,17 @@ def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
 
     The total is the number of steps, or None when unknown (the bar then pulses).
     """
-    with _shared_display() as display:
-        task = display.add_task(printable(description), total=total)
-        try:
-            yield _Bar(display, task)
-        finally:
-            display.remove_task(task)
-
-
-@contextmanager
-def _shared_display() -> Iterator[_Display]:
     global _display
-    if _display is not None:
-        yield _display
-        return
-    display = _Display()
-    _display = display
+    is_first = _display is None
+    display = _display = _display or _Display()
     try:
-        with display:
-            yield display
+        with display if is_first else nullcontext():
+            task = display.add_task(printable(description), total=total)
+            try:
+                yield _Bar(display, task)
+            finally:
+                display.remove_task(task)
     finally:
-        display.tell()
-        _display = None
+        if is_first:
+            display.tell()
+            _display = None

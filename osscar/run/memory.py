@@ -108,7 +108,7 @@ def _held(model: nn.Module) -> int:
     try:
         return memory.held()
     except OptionError:
-        return memory.peak() or 0
+        return memory.peak()
 
 
 def _widest_output(prepared: Prepared) -> int:
