@@ -137,7 +137,7 @@ def _tried_routed(
     trial = Feasibility(model, attempt)
     if groups:
         with stage("trying what can follow"), model_state(model):
-            trial.grown([], _arbitrary(groups, [keep[group.name] for group in groups]))
+            trial.grown([], _arbitrary(groups, keep))
     return trial.reasons
 
 
@@ -162,7 +162,9 @@ def _tried_traced(
     forms = _forms_to_try(prepared.model, request)
     if not groups:
         return forms[0], Feasibility(prepared.model, lambda plan: None)
-    plans = _alike_together(_arbitrary(groups, [keep[group.name] for group in groups]))
+    plans = _arbitrary(groups, keep)
+    # Groups of repeated blocks mostly fail alike, so that they are halved last.
+    plans.sort(key=lambda plan: re.sub(r"\d+", "", plan.name))
     possible = {
         form: [
             plan for plan in plans if form is Form.EXPORTED or plan.name not in prepared.in_programs
@@ -220,10 +222,7 @@ def includes_program_only_groups(model: nn.Module, request: PruningRequest) -> b
 def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator[Feasibility]:
     """Let groups be tried in one form; the model is as it was afterwards."""
     model = prepared.model
-    with (
-        stage("trying what can follow"),
-        model_state(model),
-    ):
+    with stage("trying what can follow"), model_state(model):
         yield Feasibility(model, _rehearsal(prepared, form, request.seed))
 
 
@@ -246,29 +245,21 @@ def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPl
         return fail
 
 
-def _arbitrary(groups: Sequence[CouplingGroup], keep: Sequence[int]) -> list[GroupPlan]:
+def _arbitrary(groups: Sequence[CouplingGroup], keep: Mapping[str, int]) -> list[GroupPlan]:
     """Plan to keep units of each group that are drawn, so that no two groups agree by design.
 
     Where a router chooses groups of units, as many stay in each.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(group: CouplingGroup, kept: int) -> Iterator[int]:
+    def drawn(group: CouplingGroup) -> Iterator[int]:
         parts = group.step if group.kind.routed else 1
         size = group.units // parts
         for part in range(parts):
-            units = torch.randperm(size, generator=generator)[: kept // parts]
+            units = torch.randperm(size, generator=generator)[: keep[group.name] // parts]
             yield from (units.sort().values + part * size).tolist()
 
-    return [
-        GroupPlan.of(group, tuple(drawn(group, kept)))
-        for group, kept in zip(groups, keep, strict=True)
-    ]
-
-
-def _alike_together(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
-    """Sort groups so that those of repeated blocks, which mostly fail alike, are halved last."""
-    return sorted(plans, key=lambda plan: re.sub(r"\d+", "", plan.name))
+    return [GroupPlan.of(group, tuple(drawn(group))) for group in groups]
 
 
 # ---- in words ----------------------------------------------------------------------------

@@ -107,8 +107,10 @@ class _Run:
         with stage("pruning", total=len(left)) as bar:
             for record in records:
                 maps = consumers(prepared, left.pop(record.plan.name), record.plan.kept)
-                for module, tensors in _replay(maps, record).items():
-                    self.dense.setdefault(module, tensors)  # of two groups, the first found it so
+                self.dense = dense_tensors(maps) | self.dense  # of two groups, the first found it
+                written = iter(record.weights)
+                for consumer in maps:
+                    consumer.write(written)
                 self.done.append(record)
                 bar.advance()
             began = time.perf_counter()
@@ -204,14 +206,6 @@ def _why_grown(model: nn.Module) -> str:
     )
 
 
-def _replay(maps: Sequence[LinearMap], record: LayerRecord) -> dict[str, DenseTensors]:
-    """Write what was committed before into the dense model; return what was there, by module."""
-    dense, written = dense_tensors(maps), iter(record.weights)
-    for consumer in maps:
-        consumer.write(written)
-    return dense
-
-
 def _prune_group(
     step: LayerStep | Step, keep: int, request: PruningRequest, began: float, ranks: Ranks
 ) -> LayerRecord:
@@ -303,21 +297,14 @@ def certified(
     """Solve, add a lower bound that no choice of units can beat, and verify both."""
     exact = backend.kind is solvers.BackendKind.EXACT or problem.units > _EXACT_UNITS
     solution = solvers.solve(problem, backend, bound=exact, bound_rounds=bound_rounds)
-    if not exact:
-        solution = _closely_bounded(solution)
+    if not exact:  # the choice stays as the backend made it
+        start = tuple(solution.support.tolist())
+        proof = solvers.solve(problem, BranchAndBound(start=start, time_limit=_EXACT_SECONDS))
+        if proof.lower_bound > solution.lower_bound:
+            solution = dataclasses.replace(
+                solution,
+                lower_bound=proof.lower_bound,
+                bound_from=proof.bound_from,
+                certificate=proof.certificate,
+            )
     return solution, solution.verify()
-
-
-def _closely_bounded(solution: solvers.Solution) -> solvers.Solution:
-    """Take the bound of branch and bound, and leave the choice as the backend made it."""
-    start = tuple(solution.support.tolist())
-    search = BranchAndBound(start=start, time_limit=_EXACT_SECONDS)
-    proof = solvers.solve(solution.problem, search)
-    if not proof.lower_bound > solution.lower_bound:
-        return solution
-    return dataclasses.replace(
-        solution,
-        lower_bound=proof.lower_bound,
-        bound_from=proof.bound_from,
-        certificate=proof.certificate,
-    )
