@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
@@ -218,11 +218,10 @@ REPORT = "report.json"
 """What a command is about to save, and how it was asked for."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class _Noted:
     """What a command has noted before its save."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     asked: dict[str, str]
     report: dict[str, Any]

@@ -20,7 +20,7 @@ from osscar.base.inputs import read_bytes
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""For the ``__pydantic_config__`` of a dataclass that `read_json` reads; what it contains follows.
+"""Configures dataclasses that `read_json` reads, by `with_config`; what they contain follows.
 
 Of the types that JSON has, none is taken for another; no field is missing or left over.
 """
@@ -37,9 +37,9 @@ _SHOWN = 60
 def read_json(path: Path, schema: type[T], *, limit: int = 16 * MEGABYTE) -> T:
     """Read a JSON file that anyone may have written, of at most `limit` bytes.
 
-    `schema` is what it has to hold: a dataclass whose ``__pydantic_config__`` is `STRICT`.  A
-    FileError says that it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key
-    twice), or nested too deeply, or names the field that is not as the schema says.
+    `schema` is what it has to hold: a dataclass that is configured as `STRICT`.  A FileError says
+    that it is missing, too large, no JSON (as RFC 8259 has it: no NaN; no key twice), or nested too
+    deeply, or names the field that is not as the schema says.
     """
     return parse_json(_read_text(path, limit), schema, path)
 

@@ -302,21 +302,15 @@ def proof_outputs(
     the first input come last: of a pass that keeps keys and values, or a state, and of one that
     goes on from it.  What is kept is no output: it changes with the heads, as it should.
     """
-    first = inputs[0] if inputs else ()
     with drawing_alike(model):
         outputs = [output for one in inputs for output in all_outputs(call(model, one))]
-        if (
-            keeping
-            and isinstance(first, Mapping)
-            and "use_cache" not in first
-            and takes(model, "use_cache")
-        ):
-            outputs += _kept_outputs(model, first)
-    return outputs
+        return outputs + (_kept_outputs(model, inputs[0]) if keeping else [])
 
 
-def _kept_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the logits of a pass that keeps its state, and of one that goes on from it."""
+def _kept_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the logits of a pass that keeps its state, and of one that goes on from it, if any."""
+    if not isinstance(inputs, Mapping) or "use_cache" in inputs or not takes(model, "use_cache"):
+        return []
     begun, name = call(model, {**inputs, "use_cache": True}), cache_name(model)
     kept = getattr(begun, name, None)
     if kept is None or set(inputs) != {"input_ids"}:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,6 +49,7 @@ class Input:
     dtype: str
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Lineage:
     """Everything that has to be known of a model to write it, read it again, and judge it.
@@ -66,8 +67,6 @@ class Lineage:
     dense: The `weights_digest` of each model that it was pruned from, the oldest first.
     inputs: What it was pruned with last, by the name of the argument; empty for language models.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     plans: tuple[PruningPlan, ...] = ()
     certificates: tuple[Certificate, ...] = ()

@@ -8,11 +8,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from annotated_types import Interval, Len, Predicate
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, with_config
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
@@ -189,6 +189,7 @@ def check_traced(traced: tuple[TracedInput, ...]) -> None:
         ) from error
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
     """Everything that one pruning run removed.
@@ -204,8 +205,6 @@ class PruningPlan:
         The inputs with which the model was traced, if it is its exported program that was shrunk;
         empty if it is its modules.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
     integers: tuple[Integer, ...] = ()
@@ -271,6 +270,7 @@ class Structure:
         )
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Certificate:
     """Evidence that a smaller model equals the dense one without the units that a plan removes.
@@ -287,8 +287,6 @@ class Certificate:
     unproved
         Why they could not.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     error: float
     ties: int = 0

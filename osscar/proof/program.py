@@ -97,8 +97,7 @@ class ProgramModule(GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
-        if hasattr(self, LINEAGE):  # which torch leaves behind
-            setattr(copy, LINEAGE, lineage_of(self))
+        setattr(copy, LINEAGE, lineage_of(self))  # which torch leaves behind
         hand_on_structure(self, copy)
         copy.built_by = self.built_by
         return copy

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
+from typing import Annotated, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, StringConstraints
+from pydantic import StringConstraints, with_config
 from torch import Tensor
 
 from osscar.base.errors import DataError, warn
@@ -30,6 +30,7 @@ LARGEST_SHARE = 0.01
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Seen:
     """The least fingerprints of a set, at most 4,096: a sample of it that any other set can draw.
@@ -41,8 +42,6 @@ class Seen:
     count: How many different fingerprints the set had.
     least: Those that are kept, 16 hexadecimal digits each, in rising order.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     count: int
     least: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$")]

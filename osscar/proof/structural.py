@@ -97,22 +97,12 @@ class DensePrograms:
         *,
         anew: bool = False,
     ) -> Structure:
-        """Prove that a model is the dense one without the units that a plan removes.
+        """Prove that a model in evaluation mode is the dense one without the units of a plan.
 
-        Parameters
-        ----------
-        model
-            In evaluation mode; it is left as it was.
-        before
-            The tensors of the dense model by name, if those of the smaller one are parts of them,
-            bit by bit; they are not compared otherwise.
-        anew
-            Whether code may tell which units stay, and not only how many, as an adapter can.
-
-        Raises
-        ------
-        StructureError
-            If it is another one; `Unproved` if no program tells.
+        `before` are the tensors of the dense model by name, if those of the smaller one are parts
+        of them, bit by bit; they are not compared otherwise.  It is proved `anew` where code may
+        tell which units stay, and not only how many, as an adapter can.  Another model raises a
+        StructureError, and one of which no program tells, `Unproved`.
         """
         if not self.programs:
             raise Unproved(f"the dense model cannot be exported: {self.refusal}")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,6 +40,7 @@ from osscar.shrinking.shrink_program import ProgramTrial
 _MOST_TOLD = 8
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class SkippedGroup:
     """A group that keeps all its units: something around it cannot work with fewer.
@@ -51,8 +52,6 @@ class SkippedGroup:
     reason
         What failed on trial, mostly with the module and its line of code.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     kind: str
@@ -165,12 +164,8 @@ def _tried_traced(
     plans = _arbitrary(groups, keep)
     # Groups of repeated blocks mostly fail alike, so that they are halved last.
     plans.sort(key=lambda plan: re.sub(r"\d+", "", plan.name))
-    possible = {
-        form: [
-            plan for plan in plans if form is Form.EXPORTED or plan.name not in prepared.in_programs
-        ]
-        for form in forms
-    }
+    in_modules = [plan for plan in plans if plan.name not in prepared.in_programs]
+    possible = {Form.EAGER: in_modules, Form.EXPORTED: plans}
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups
         with _trying(prepared, request, form) as trial:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import nn
 
 from osscar.allocation.divergence import Measure
@@ -142,11 +142,10 @@ def sweep_manifest(
 Quality = dict[str, int | float | str | dict[str, float | None] | None]
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Recovered:
     """What a recovery made of a pruned model, as in `Recovery`; `steps` counts those made."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     quality: Quality
     measure: Measure
@@ -167,6 +166,7 @@ class Recovered:
         return cls(quality=quality, steps=recovery.points[-1].step, **same)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class SweepPoint:
     """What became of the model at one budget by one method, as ``docs/json.md`` describes it.
@@ -174,8 +174,6 @@ class SweepPoint:
     All but `recovered` is of the model in one shot.  `stages` are the seconds since the point
     before, so that the first point of a run has what its points share.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema: Literal["osscar.sweep-point/8"]
     method: str

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
@@ -51,6 +51,7 @@ def run_manifest(
     return JournalManifest("osscar.run-log/6", asked, Fingerprint.of(model, inputs, batch_size))
 
 
+@with_config({**STRICT, "arbitrary_types_allowed": True})
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
     """What became of one group.
@@ -58,18 +59,15 @@ class LayerRecord:
     The weights are, of each consumer, the refitted matrix (p, m) and, if it has one, its bias (m,).
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = {**STRICT, "arbitrary_types_allowed": True}
-
     plan: GroupPlan
     report: LayerReport
     weights: tuple[Tensor, ...]
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class _Walks:
     """The sizes that were tried to reach a target."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     walks: tuple[TargetWalk, ...]
 

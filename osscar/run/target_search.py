@@ -13,10 +13,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar.allocation.costs import Cost
 from osscar.allocation.divergence import Measure
@@ -62,6 +62,7 @@ Frontier = Sequence[tuple[float, float]]
 """Costs of the whole model, ascending, with the least predicted distance at each."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class TargetWalk:
     """One size that was tried: the limit of its cost, and the cost that was reached.
@@ -69,8 +70,6 @@ class TargetWalk:
     `predicted` is its distance from the dense model by the curves, and `measured` the quality lost
     on the samples that choose a size, after the recovery if there was one.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     limit: float
     reached: float
