@@ -251,8 +251,7 @@ def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
     The logits may be missing.
     """
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    whole = [i for i, t in tensors.items() if t.dtype in (torch.int64, torch.int32)]
-    experts = [i for i in whole if tensors[i].ndim == 2]
+    experts = [i for i, t in tensors.items() if sends_tokens(t) and t.ndim == 2]
     weights = [
         i
         for i, t in tensors.items()

@@ -28,8 +28,7 @@ from osscar.experts.step import ExpertStep
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
 from osscar.walk.coroutines import Coroutine, running
-from osscar.walk.layer_step import DenseTensors
-from osscar.walk.targets import Target, correction
+from osscar.walk.targets import correction
 from osscar.walk.walk import Walk
 
 
@@ -92,15 +91,7 @@ class ExpertWalk(Walk):
     Each is to be committed or tried.  The arguments are those of `osscar.walk.walk.Walk`.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        groups: Sequence[CouplingGroup],
-        *,
-        target: Target = Target.WEIGHTS,
-        held: int = 0,
-        committed: Mapping[str, DenseTensors] | None = None,
-    ) -> None:
+    def __init__(self, prepared: Prepared, groups: Sequence[CouplingGroup], **options: Any) -> None:
         self._mixtures = {
             one.group.name: one for one in mixtures_of(prepared) if one.group in groups
         }
@@ -111,9 +102,7 @@ class ExpertWalk(Walk):
         """By router and batch."""
         maps = {name: self._neurons[name][1] for name in self._mixtures}
         with _routed(prepared.model, self._mixtures.values(), {}):
-            super().__init__(
-                prepared, groups, target=target, held=held, committed=committed, consumers=maps
-            )
+            super().__init__(prepared, groups, consumers=maps, **options)
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Any]:
         (group,) = groups

@@ -17,7 +17,6 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
-from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.base.printable import in_bytes
 from osscar.base.timing import Clock, Stage, clock, profiled
@@ -152,7 +151,8 @@ def estimate_as_asked(
         if request.speedup is not None:  # which is a matter of operations first
             even |= {"speedup": None, "flops": min(1 / request.speedup, request.flops or 1.0)}
         evenly = dataclasses.replace(request, **even)
-        keep = allocate(prepared, evenly, feasible.skipped_names, feasible.form).keep
+        allocated = allocate(prepared, evenly, feasible.skipped_names, feasible.form)
+        keep, budget = allocated.keep, allocated.budget
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
         kept = cost.of(keep) / cost.dense
@@ -185,8 +185,8 @@ def estimate_as_asked(
         if request.speedup is not None:  # about half of the most models, each timed beside this one
             turns = MOST_MODELS / 2 * 2 * (REPETITIONS + 1)
             stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
-        if request.has_budget and request.allocation != "uniform":
-            shared = asked_groups(prepared, request, feasible.skipped_names)[2]
+        if budget is not None and request.allocation != "uniform":
+            shared = [group for group in prepared.groups if group.name in budget.widths]
             passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
             again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
