@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 import transformers
-from pydantic import ConfigDict, NonNegativeInt
+from pydantic import NonNegativeInt, with_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -148,11 +148,10 @@ class TransformersOrigin:
         return Origin(self.library)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class _Shapes:
     """A table of shapes in a config, as `modeling_pruned` reads it."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     tensors: dict[str, list[NonNegativeInt]]
     numbers: dict[str, dict[str, Any]]

@@ -6,9 +6,9 @@ import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar import __version__
 from osscar.base.errors import CheckpointError, FileError
@@ -30,14 +30,13 @@ _LONGEST = 512 * MEGABYTE
 """A plan of a million units takes ten."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint is.
 
     `stock` tells whether plain transformers reads it; `files` are the others in the directory.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema: Literal["osscar.checkpoint/2"]
     osscar_version: str

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 
 import solvers
 from osscar.base.errors import OptionError
@@ -25,11 +24,10 @@ from osscar.study.records import Record
 from solvers import SubsetProblem
 
 
+@with_config(STRICT)
 @dataclasses.dataclass(frozen=True)
 class SolutionFile:
     """What somebody found for an instance of the library."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     instance: str
     support: tuple[int, ...]

@@ -5,10 +5,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import Tensor
 
 from osscar.base.errors import DataError, OptionError, first_line, import_torchvision
@@ -52,6 +52,7 @@ Size: TypeAlias = Annotated[int | tuple[int, int] | None, Read(_size)]
 """A side in pixels, or a height and a width."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image is preprocessed, in the order of torchvision's presets.
@@ -80,8 +81,6 @@ class Preprocessing:
     OptionError
         If a number makes no sense.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     resize: Size = None
     crop: Size = None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
 from torch import Tensor, nn
@@ -35,11 +35,10 @@ MOST_EXPONENT = 700.0
 """Of more, the exponential is no number."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Bounded:
     """A value on so many samples, and the end of its one-sided 95 % interval."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     value: float
     bound: float

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import ConfigDict, StringConstraints
+from pydantic import ConfigDict, StringConstraints, with_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -82,10 +82,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
+@with_config(ConfigDict(extra="ignore", allow_inf_nan=False))
 @dataclass(frozen=True)
 class _Index:
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
-
     weight_map: dict[str, Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+\.safetensors$")]]
     """The file beside the index that holds each tensor."""
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, JsonValue
+from pydantic import JsonValue, with_config
 from torch import Tensor, nn
 
 from osscar.base.devices import this_device
@@ -30,11 +29,10 @@ _VALUES = 256
 """Numbers of the outputs that are kept."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class DenseOutputs:
     """What a dense model puts out on its first calibration sample, and on its example inputs."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     device: dict[str, str]
     """What it ran on, as `osscar.base.devices.this_device` tells it."""
@@ -96,11 +94,10 @@ def _spread(outputs: Sequence[Tensor]) -> Iterator[float]:
         yield from one[places].double().tolist()
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Fingerprint:
     """What something is made of, so that it goes on only with the same: digests, and outputs."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     weights: str
     calibration: str
@@ -130,11 +127,10 @@ class Fingerprint:
         return None
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class JournalManifest:
     """What a command makes of what; it goes on only where all of it is the same."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema: str
     asked: dict[str, JsonValue]

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -118,11 +117,10 @@ def _next_rate(points: Sequence[Check]) -> float:
     return last.rate * (_LOWER if away or last.held_out is None else 1.0)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Progress:
     """How far a training is: its checks so far."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     points: tuple[Check, ...]
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import torch
-from pydantic import ConfigDict
+from pydantic import with_config
 
 import solvers
 from osscar.base.errors import JournalError
@@ -66,11 +66,10 @@ class _StudyJournal(Journal[JournalManifest]):
     otherwise = "give another --out"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class _Problems:
     """``problems.json``: the problems that were captured, and the windows that were drawn."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema: Literal["osscar.study-problems/1"]
     captured: tuple[Instance, ...]

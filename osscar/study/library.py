@@ -12,9 +12,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar
 
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar.base.errors import OptionError
 from osscar.base.json_files import STRICT, read_json
@@ -36,11 +35,10 @@ PROVED = DEFAULT_GAP_TOLERANCE * (1 + 1e-6)
 """Gap up to which an answer counts as optimal; searches stop right at the tolerance."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Source:
     """A file of tensors, of which instances are made."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     words: str
     """What it is, in a phrase."""
@@ -54,11 +52,10 @@ class Source:
     """Of the file."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Best:
     """The best that is known of an instance."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     support: tuple[int, ...]
     loss: float
@@ -92,11 +89,10 @@ class Best:
         return f"is {loss / self.loss - 1:.4%} above the best known"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class LibraryInstance:
     """An instance: a source, how many units stay, and the damping."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: str
     keep: int
@@ -105,11 +101,10 @@ class LibraryInstance:
     best: Best
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Library:
     """All sources and instances by name."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     format: str
     sources: dict[str, Source]

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import ConfigDict
+from pydantic import with_config
 
 from osscar.base.errors import FileError, JournalError
 from osscar.base.files import atomic_write
@@ -45,11 +45,10 @@ class ProofBasis(enum.StrEnum):
     """An earlier run wrote it down, and left no certificate."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Instance:
     """A problem file of a study."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     """The coupling group, with the window in brackets."""
@@ -85,6 +84,7 @@ def _precise(value: float) -> str:
     return decimals(value, 6)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, repr=False)
 class Record:
     """One solve of a study: the problem, the solver and its solution.
@@ -114,8 +114,6 @@ class Record:
     certificate
         Digest of the file beside the record that holds the certificate; empty where there is none.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     instance: Annotated[str, Column("problem")]
     kind: str
