@@ -21,8 +21,6 @@ import solvers.errors
 from osscar.base.errors import NoMemoryError, OptionError, first_line
 from osscar.base.process import neighbours
 
-_STATM = Path("/proc/self/statm")
-_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -37,9 +35,10 @@ def available_memory() -> int | None:
     """Return how many bytes this process may take, or None where the system does not tell."""
     found = []
     try:
-        line = next(x for x in _MEMINFO.read_text().splitlines() if x.startswith("MemAvailable:"))
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
         found.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError, IndexError, StopIteration):
+    except (OSError, StopIteration):
         pass
     for group, limit, usage in (
         (_CGROUP, "memory.max", "memory.current"),
@@ -81,8 +80,8 @@ class DeviceMemory:
     def held(self) -> int:
         """Return how many bytes this process has (OptionError if nothing tells)."""
         try:
-            return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-        except (OSError, ValueError, IndexError):
+            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        except OSError:
             raise OptionError(
                 "this system does not tell how much memory a process has, so that no limit can be "
                 "kept; omit --max-memory"

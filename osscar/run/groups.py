@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import nn
 
@@ -33,8 +32,6 @@ from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
 from solvers.exact.branch_and_bound import BranchAndBound
-
-_Step = TypeVar("_Step")
 
 _EXACT_UNITS = 32
 """Up to so many units a bound comes from branch and bound, which mostly closes the gap."""
@@ -143,7 +140,9 @@ def samples_held_out(prepared: Prepared, request: PruningRequest) -> int:
     return held_out(prepared.inputs.samples) if request.holds_out else 0
 
 
-def blaming_refits(walked: Iterable[_Step], done: Sequence[LayerRecord]) -> Iterator[_Step]:
+def blaming_refits(
+    walked: Iterable[LayerStep | Step], done: Sequence[LayerRecord]
+) -> Iterator[LayerStep | Step]:
     """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
     try:
         yield from walked
