@@ -84,7 +84,8 @@ def refill(holder: _Container, items: tuple[Any, ...]) -> None:
     holder.clear()
     if isinstance(holder, dict):
         half = len(items) // 2
-        holder.update(zip(items[:half], items[half:], strict=True))
+        for key, value in zip(items[:half], items[half:], strict=True):
+            holder[key] = value  # `update` of a `Counter` would count them
     elif isinstance(holder, set):
         holder.update(items)
     else:

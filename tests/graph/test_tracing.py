@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -125,11 +126,12 @@ class Keeping(nn.Module):
 
     def forward(self, x):
         self.shared["calls"].append(1)
+        self.shared["counts"]["x"] += 1
         return self.linear(x)
 
 
 def test_the_model_is_left_as_it_was():
-    shared = {"calls": []}
+    shared = {"calls": [], "counts": Counter(x=3)}
     model = nn.Sequential(Keeping(shared), nn.Dropout(0.5), nn.BatchNorm1d(4), Keeping(shared))
     model.train()
     model[2].eval()
@@ -142,7 +144,7 @@ def test_the_model_is_left_as_it_was():
     # Containers are neither copied nor changed.
     assert model[0].seen is seen
     assert model[0].shared is model[3].shared is shared
-    assert (seen, shared) == ([], {"calls": []})
+    assert (seen, shared) == ([], {"calls": [], "counts": {"x": 3}})
 
 
 @pytest.mark.skipif(
