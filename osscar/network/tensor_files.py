@@ -188,6 +188,7 @@ def read_record(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Ten
     Raises JournalError if it cannot be read, is a part of something else, or was changed.
     """
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}

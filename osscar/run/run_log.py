@@ -85,6 +85,7 @@ class RunLog(SavingJournal[JournalManifest]):
     other_files = (
         *("walk-[1-9]/recovery/*", "walk-[1-9]/recovery", "walk-[1-9]/*", "walk-[1-9]"),
         *(REPORT, _WALKS, _ALLOCATION),
+        *("walks.json", "allocation.json"),  # of logs before version 6
     )
     otherwise = "start over with --restart"
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 from importlib.metadata import version
 
@@ -160,6 +161,17 @@ def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
     file.write_bytes(good)
     with log.begun(manifest):
         assert log.allocation().keep == kept["keep"]
+    file.unlink()
+    os.mkfifo(file)  # reading which would never end
+    with log.begun(manifest), pytest.raises(JournalError, match=r"is a pipe.*--restart"):
+        log.allocation()
+
+
+def test_a_log_of_an_earlier_version_is_removed_as_a_whole(log, manifest):
+    for name in ("allocation.json", "walks.json"):
+        (log.directory / name).write_text("{}")
+    log.remove()
+    assert not log.directory.exists()
 
 
 def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
