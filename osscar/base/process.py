@@ -42,7 +42,11 @@ def launched() -> tuple[int, int]:
 
 def neighbours() -> int:
     """Return how many processes of this launch share this machine, this one among them."""
-    return min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), launched()[1])
+    try:
+        told = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except ValueError:
+        return 1
+    return min(max(1, told), launched()[1])
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
