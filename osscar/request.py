@@ -168,7 +168,7 @@ def _size(value: Any) -> Any:
 
 
 def _experts(value: Any) -> Any:
-    return value if value == AUTO else _keep(value)
+    return value if isinstance(value, str) and value == AUTO else _keep(value)
 
 
 def _groups(value: Any) -> Any:

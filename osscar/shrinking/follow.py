@@ -265,8 +265,8 @@ def _weight(layer: Any) -> Tensor:
 
 
 def _dimensions(*names: str) -> Callable[[Any], dict[str, Any]]:
-    """Return what reads the dimensions of a layer's weight, by these names."""
-    return lambda layer: dict(zip(names, _weight(layer).shape, strict=True))
+    """Return what reads the first dimensions of a layer's weight, by these names."""
+    return lambda layer: dict(zip(names, _weight(layer).shape, strict=False))
 
 
 def _convolution(layer: Any) -> dict[str, Any]:

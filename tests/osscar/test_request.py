@@ -76,7 +76,7 @@ BAD = [
     (Asked, "size", ("0", 1.5, NAN, "much", "-1MB", "0MB"), "fraction .* or a size such as"),
     (Asked, "memory", ("nothing",), "give a fraction"),
     (Asked, "context", (0,), "it should be "),
-    (Asked, "experts", ("most", 0), "give a fraction"),
+    (Asked, "experts", ("most", 0, np.array(["auto", "auto"])), "give a fraction"),
     (Asked, "groups", (["0.heads"], {1: 0.5}), "give a mapping of names"),
     (Asked, "groups", ({"0.heads": True}, {"0.heads": None}), "give a fraction"),
     (Asked, "allocation", ("fair", None), "it should be 'measured' or 'uniform'"),

@@ -96,6 +96,17 @@ def Layers(net: Any, ids: Tensor) -> Tensor:
     return net.leave(x.transpose(1, 2))
 
 
+class Stacked(nn.Linear):
+    """Has one more dimension in its weight than the class that it inherits from."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.detach()[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[0], self.bias)
+
+
 def test_layers_show_their_new_sizes() -> None:
     model = randomized(Layers())
     ids = torch.randint(10, (2, 7))
@@ -107,6 +118,10 @@ def test_layers_show_their_new_sizes() -> None:
     assert model.enter.weight.shape[1] * 4 == model.embed.embedding_dim
     assert model.plain.num_features == model.act.num_parameters == model.up.out_channels
     assert (model.grouped.num_groups, model.grouped.num_channels) == (2, 4)
+
+    stacked = randomized(nn.Sequential(Stacked(6, 8), nn.ReLU(), nn.Linear(8, 4)))
+    shrink_by_half(stacked, [(torch.randn(2, 6),)])
+    assert stacked[0].weight.shape == (1, 4, 6)
 
     filters = SMALL["grouped"].build()
     shrink_by_half(filters, SMALL["grouped"].make_inputs())

@@ -129,6 +129,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         (PARAMS, (0.5, 1000), "counts and fractions"),
         (PARAMS, (0,), "params is 0"),
         (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as size=0.3"),
+        *((budget, (None, 0.5), "is None; give a") for budget in (SPARSITY, PARAMS)),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(budget, values, message):
