@@ -147,7 +147,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import solvers
     from osscar.checkpoint import directory
     from osscar.recovery.training import Training
-    from osscar.run import shrunk
+    from osscar.run import chain
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
@@ -159,7 +159,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield Coroutine, "advance", False
     yield LayerStep, "commit", False
     yield Training, "step", False
-    yield shrunk, "shrink", False
+    yield chain, "shrink", False
     yield directory, "prove_equal", False
     yield jobs, "answered", False
 
