@@ -20,17 +20,16 @@ from osscar.base.memory import DeviceMemory
 class Footprint:
     """The size of a model: parameters, tied ones counted once, and bytes.
 
-    Operations are those of one token or sample, as
-    `osscar.network.operations.count_flops` counts them.  The peak is the most
-    memory in use while the model was scored, its weights included: allocated by PyTorch on a GPU;
-    resident in this process, with all else that it holds, on a CPU; None where the system does not
-    tell.  `disk_bytes` are of its safetensors files, None if it has none.
+    Operations are those of one token or sample, as `osscar.network.operations.count_flops` counts
+    them.  The peak is the most memory in use while the model was scored, its weights included:
+    allocated by PyTorch on a GPU; resident in this process, with all else that it holds, on a CPU.
+    `disk_bytes` are of its safetensors files, None if it has none.
     """
 
     parameters: int
     parameter_bytes: int
     flops: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
     disk_bytes: int | None
 
 
@@ -67,8 +66,8 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def read_peak_memory(device: torch.device) -> int | None:
-    """Read the peak memory in bytes, or None where the system does not tell."""
+def read_peak_memory(device: torch.device) -> int:
+    """Read the peak memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
