@@ -40,14 +40,20 @@ from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removals, eliminate, support_after
 from solvers.closed_forms.refit import refit
 
-_COMPARED_TOKENS, _COMPARED_SAMPLES = 1024, 100
-"""Tokens of a language model, or samples of any other, on which outputs are compared at most."""
+COMPARED_TOKENS, _COMPARED_WINDOWS = 1024, 8
+"""Tokens on which outputs of a language model are compared, and from how many windows at most.
 
-_WINDOW = 1024
-"""Tokens of a window that are among them at most."""
+Texts differ by a factor of six in what an early layer costs: the beginnings of eight windows choose
+better widths than two whole windows of as many tokens."""
+
+_COMPARED_SAMPLES = 100
+"""Samples on which outputs of any other model are compared at most."""
+
+_BATCH_TOKENS = 512
+"""Tokens of a batch of them at most."""
 
 _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
-"""The same, to which a group that is pruned alone is refitted."""
+"""Tokens, or samples, to which a group that is pruned alone is refitted at most."""
 
 ONE_IN = 4
 """At most one sample in so many is compared, so that at least so many are needed."""
@@ -104,10 +110,7 @@ class Curve:
 
 def compared_samples(prepared: Prepared) -> int:
     """Return on how many samples, the last ones, outputs are compared; 0: there are too few."""
-    length = prepared.inputs.settings.get("seqlen")
-    wanted = _COMPARED_SAMPLES
-    if length is not None:
-        wanted = max(1, _COMPARED_TOKENS // min(length, _WINDOW))
+    wanted = _COMPARED_WINDOWS if prepared.inputs.tokens else _COMPARED_SAMPLES
     return min(wanted, prepared.inputs.samples // ONE_IN)
 
 
@@ -123,8 +126,9 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
     model, last = prepared.model, prepared.inputs.part(-samples)
     size = prepared.batch_size
     if last.tokens:
-        windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
-        last, size = dataclasses.replace(last, tensors=windows), 1
+        length = min(COMPARED_TOKENS // samples, last.settings["seqlen"])
+        windows = {name: tokens[:, :length] for name, tokens in last.tensors.items()}
+        last, size = dataclasses.replace(last, tensors=windows), max(1, _BATCH_TOKENS // length)
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
