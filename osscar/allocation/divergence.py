@@ -176,15 +176,16 @@ class Reference:
         dense: nn.Module,
         batches: Sequence[Batch],
         ranks: Ranks = ALONE,
+        step: int = 1,
         *,
         resumable: bool = False,
     ) -> Reference:
-        """Run the dense model on the samples, and keep all predictions, or evenly spread ones.
+        """Run the dense model on the samples, and keep one prediction in `step`, or fewer.
 
         With `resumable`, its passes are recorded, to be resumed where a few weights have changed.
         """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
-        step = max(1, -(-distance.bytes * len(batches) // MOST_BYTES))
+        step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
         passes: list[Recording | None] = []
 
         def run(model: nn.Module, batch: Batch) -> Any:

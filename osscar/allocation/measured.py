@@ -40,17 +40,17 @@ from solvers import SubsetProblem
 from solvers.closed_forms.elimination import Removals, eliminate, support_after
 from solvers.closed_forms.refit import refit
 
-COMPARED_TOKENS, _COMPARED_WINDOWS = 1024, 8
-"""Tokens on which outputs of a language model are compared, and from how many windows at most.
+_COMPARED_TOKENS, _COMPARED_SAMPLES = 2048, 100
+"""Tokens of a language model, or samples of any other, on which outputs are compared at most.
 
-Texts differ by a factor of six in what an early layer costs: the beginnings of eight windows choose
-better widths than two whole windows of as many tokens."""
+Texts differ by a factor of six in what an early layer costs."""
 
-_COMPARED_SAMPLES = 100
-"""Samples on which outputs of any other model are compared at most."""
+_WINDOW = 1024
+"""Tokens of a window that are among them at most."""
 
-_BATCH_TOKENS = 512
-"""Tokens of a batch of them at most."""
+_PREDICTIONS = 4
+"""One prediction in so many is compared: those of one text say much the same, and the head of a
+small language model is a third of it."""
 
 _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
 """Tokens, or samples, to which a group that is pruned alone is refitted at most."""
@@ -110,7 +110,10 @@ class Curve:
 
 def compared_samples(prepared: Prepared) -> int:
     """Return on how many samples, the last ones, outputs are compared; 0: there are too few."""
-    wanted = _COMPARED_WINDOWS if prepared.inputs.tokens else _COMPARED_SAMPLES
+    length = prepared.inputs.settings.get("seqlen")
+    wanted = _COMPARED_SAMPLES
+    if length is not None:
+        wanted = max(1, _COMPARED_TOKENS // min(length, _WINDOW))
     return min(wanted, prepared.inputs.samples // ONE_IN)
 
 
@@ -124,16 +127,15 @@ def fitted_samples(prepared: Prepared) -> int:
 def dense_reference(prepared: Prepared, samples: int) -> Reference:
     """Run a prepared model, which is still dense, on its last samples."""
     model, last = prepared.model, prepared.inputs.part(-samples)
-    size = prepared.batch_size
+    size, step = prepared.batch_size, 1
     if last.tokens:
-        length = min(COMPARED_TOKENS // samples, last.settings["seqlen"])
-        windows = {name: tokens[:, :length] for name, tokens in last.tensors.items()}
-        last, size = dataclasses.replace(last, tensors=windows), max(1, _BATCH_TOKENS // length)
+        windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
+        last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
     batches = last.batches(model, size)
     distance = Distance.of(model, last, batches[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
-    return Reference.of(distance, model, batches, prepared.ranks, resumable=not captures)
+    return Reference.of(distance, model, batches, prepared.ranks, step, resumable=not captures)
 
 
 def measured_curves(

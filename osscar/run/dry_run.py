@@ -15,7 +15,7 @@ from torch import nn
 from graph import CouplingGroup
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.measured import COMPARED_TOKENS, compared_samples, fitted_samples
+from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
 from osscar.base.errors import RequestError
 from osscar.base.printable import in_bytes
@@ -187,10 +187,7 @@ def estimate_as_asked(
             stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
         if budget is not None and request.allocation != "uniform":
             shared = [group for group in prepared.groups if group.name in budget.widths]
-            few = compared_samples(prepared)
-            if prepared.inputs.tokens:  # the beginnings of windows
-                few = min(few, COMPARED_TOKENS / prepared.inputs.settings["seqlen"])
-            passes = fitted_samples(prepared) + few * len(shared)
+            passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
             # Whether a group is measured once or twice is not known yet.
             again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
             stages[Stage.MEASURED] = 1.5 * again
