@@ -140,9 +140,9 @@ def solve_here(tasks: Sequence[Task], jobs: int) -> Iterator[Record]:
         yield from map(solve_task, tasks)
         return
     with _processes(min(jobs, len(tasks)), max(1, cores() // jobs)) as pool:
-        with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
-            running = [pool.submit(solve_task, task) for task in tasks]
         try:
+            with handling(signal.SIG_IGN, (signal.SIGINT,)):  # processes that start inherit it
+                running = [pool.submit(solve_task, task) for task in tasks]
             for future in as_completed(running):
                 yield future.result()
         except BrokenExecutor as error:
