@@ -48,6 +48,7 @@ class Sharing:
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
+    half: bool = False
 
     @cached_property
     def options(self) -> dict[str, NDArray[np.int64]]:
@@ -92,6 +93,7 @@ class Sharing:
                 "predicted": search.loss(found),
                 "lower_bound": chosen.bound,
                 "measure": self.measure,
+                "half": self.half,
                 "curves": {
                     name: tuple(curve.losses.tolist())
                     for name, curve in own.items()
@@ -175,12 +177,12 @@ def _shared_out(
                 f"{one.dense:,.0f} at least ({reached / one.dense:.3f} of the dense model's); "
                 f"remove less, or prune {more}"
             )
-    measure = sharing.measure
     if request.allocation == "uniform":
         curves = None
     elif curves is None:
-        curves, measure = measured_curves(prepared, request, sharing.groups, choose, known or {})
-    sharing = replace(sharing, curves=curves, measure=measure)
+        curves, by = measured_curves(prepared, request, sharing.groups, choose, known or {})
+        sharing = replace(sharing, measure=by.distance.measure, half=by.half)
+    sharing = replace(sharing, curves=curves)
 
     def shared_out() -> Budget:
         if request.speedup is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -54,9 +55,12 @@ _CACHED = 1 << 18
 """Numbers of float32 of which several tensors fit into a cache."""
 
 
-def _run(model: nn.Module, batch: Batch) -> Any:
-    batch = to_model(batch, model)
-    with failures_named(model, batch), without_cache(model):
+def _run(model: nn.Module, batch: Batch, half: bool = False) -> Any:
+    """Run a model, with products of bfloat16 if `half`."""
+    batch, device = to_model(batch, model), device_of(model).type
+    # What would be kept of weights is a copy of the model.
+    cast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if half else nullcontext()
+    with failures_named(model, batch), without_cache(model), cast:
         return forward(model, batch)
 
 
@@ -165,6 +169,8 @@ class Reference:
     """Of the predictions of each batch, one in `step`."""
     step: int = 1
     ranks: Ranks = ALONE
+    half: bool = False
+    """Whether passes multiply in bfloat16."""
     passes: Sequence[Recording | None] = field(default=(), repr=False)
     """The dense model's, where they can be resumed."""
 
@@ -179,21 +185,24 @@ class Reference:
         step: int = 1,
         *,
         resumable: bool = False,
+        half: bool = False,
     ) -> Reference:
         """Run the dense model on the samples, and keep one prediction in `step`, or fewer.
 
-        With `resumable`, its passes are recorded, to be resumed where a few weights have changed.
+        With `resumable`, its passes are recorded, to be resumed where a few weights have changed;
+        with `half`, passes multiply in bfloat16.
         """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
         passes: list[Recording | None] = []
+        plain = partial(_run, half=half)
 
         def run(model: nn.Module, batch: Batch) -> Any:
-            result, recording = recorded(_run, model, batch)
+            result, recording = recorded(plain, model, batch)
             passes.append(recording)
             return result
 
-        way = run if resumable and not is_on_disk(dense) else _run
+        way = run if resumable and not is_on_disk(dense) else plain
         expected = [fresh(distance.outputs(dense, batch, step, way)) for batch in mine]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
@@ -205,7 +214,7 @@ class Reference:
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
-        return cls(distance, mine, expected, step, ranks, passes)
+        return cls(distance, mine, expected, step, ranks, half, passes)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
         """Return the same on some of its batches alone; passes are not resumed."""
@@ -238,7 +247,8 @@ class Reference:
         """Return the same, whether it is finite or not."""
         sums = torch.zeros(3, dtype=torch.float64)
         for index, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
-            known, run = self.passes[index] if self.passes else None, _run
+            known = self.passes[index] if self.passes else None
+            run: Callable[[nn.Module, Batch], Any] = partial(_run, half=self.half)
             if changed is not None and known is not None:
                 run = partial(_resumed, known, changed)
             found = self.distance.outputs(model, batch, self.step, run)

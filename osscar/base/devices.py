@@ -52,6 +52,13 @@ def resolve_dtype(
     return DTYPES[name]
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions that multiply bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def this_device(device: torch.device) -> dict[str, str]:
     """Return what decides how fast kernels run here, and how they round, besides their inputs."""
     on_card = device.type == "cuda"

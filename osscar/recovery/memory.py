@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from osscar.base.devices import multiplies_bfloat16
 from osscar.base.errors import NoMemoryError, OptionError, OsscarError, first_line
 from osscar.base.inputs import parse_size
 from osscar.base.memory import DeviceMemory, in_words, is_shortage, memory_of
@@ -42,15 +42,6 @@ _USED = 0.9
 looked at after each operator, which has made its result by then."""
 
 
-def precision_of(device: torch.device) -> Literal["bf16", "no"]:
-    """Return ``bf16`` if a device has instructions that multiply bfloat16, else ``no``."""
-    if device.type == "cuda":
-        found = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if found else "no"
-
-
 def first_options_that_fit(
     setup: Setup, build: Callable[[RecoveryRequest], T], tell: Callable[[str], None]
 ) -> T:
@@ -67,7 +58,8 @@ def first_options_that_fit(
     else:
         free = memory.available()
         limit = None if free is None else memory.held() + int(_USED * free)
-    precision = asked.mixed_precision or precision_of(device_of(setup.dense))
+    half = multiplies_bfloat16(device_of(setup.dense))
+    precision = asked.mixed_precision or ("bf16" if half else "no")
     left, short = _options_by_memory(setup, precision), ""
     while (options := next(left, None)) is not None:
         try:

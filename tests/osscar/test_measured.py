@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from osscar.allocation import measured as measured_module
 from osscar.allocation.allocate import allocate
 from osscar.allocation.divergence import Distance, Reference, as_logits, table_of
 from osscar.allocation.measured import (
@@ -183,8 +184,8 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
     model = Sum().eval()
     with prepare(model, DATA) as prepared, torch.no_grad():
         keep = halves(prepared)
-        curves, measure = measured(prepared, keep, damp=0.1)
-        assert measure == "nats"
+        curves, reference = measured(prepared, keep, damp=0.1)
+        assert reference.distance.measure == "nats"
         fitted, fresh = DATA[:45], DATA[60:]  # of 60, a quarter is held out for other ends
         read = {
             8: (model.one, torch.tanh(model.first(fitted))),
@@ -199,8 +200,8 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
 
 def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
     with prepare(Both().eval(), DATA) as prepared, torch.no_grad():
-        curves, measure = measured(prepared, halves(prepared))
-        assert measure == "relative"
+        curves, reference = measured(prepared, halves(prepared))
+        assert reference.distance.measure == "relative"
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
         reference = dense_reference(prepared, 20)
         dense = prepared.model(DATA[60:])
@@ -210,6 +211,33 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
             ((found[k] - y).square().sum() / y.square().sum()).item() for k, y in dense.items()
         ]
         assert reference.divergence(prepared.model) == pytest.approx(np.mean(errors))
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_large_language_model_is_compared_in_bfloat16_where_it_is_multiplied(
+    refuses, monkeypatch
+):
+    """Unless code of its own refuses it; what is measured is nearly the same."""
+
+    def nats():
+        model = tiny("llama-mha", layers=1)
+        with prepare(model, tokens(16, 24)) as prepared:
+            if refuses:
+
+                def refuse(module, args, out):
+                    assert out.dtype is torch.float32
+
+                prepared.model.lm_head.register_forward_hook(refuse)
+            curves, reference = measured(prepared, halves(prepared))
+        return reference.half, [d for c in curves.values() for d in c.measured.values()]
+
+    monkeypatch.setattr(measured_module, "multiplies_bfloat16", lambda device: True)
+    full, exact = nats()
+    monkeypatch.setattr(measured_module, "_LARGE", 0)
+    half, rounded = nats()
+    assert (full, half) == (False, not refuses)
+    assert rounded == pytest.approx(exact, rel=0.1, abs=1e-4)
+    assert (rounded == exact) == refuses
 
 
 def test_a_group_that_overflows_without_some_units_is_named():
@@ -320,6 +348,6 @@ def test_a_group_that_has_to_keep_all_its_units_shares_a_budget():
 def test_too_few_samples_to_keep_some_apart_are_refused():
     with (
         prepare(Sum().eval(), DATA[:3]) as prepared,
-        pytest.raises(RequestError, match=r"needs at least 4 calibration samples, .* there are 3"),
+        pytest.raises(RequestError, match=r"takes 4 calibration samples or more, .* there are 3"),
     ):
         allocate(prepared, PruningRequest(sparsity=0.4))

@@ -130,7 +130,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monke
 
 @pytest.mark.parametrize("multiplies", ["bf16", "no"])
 def test_bfloat16_is_the_default_where_it_is_multiplied_and_runs(multiplies, monkeypatch):
-    monkeypatch.setattr(memory, "precision_of", lambda device: multiplies)
+    monkeypatch.setattr(memory, "multiplies_bfloat16", lambda device: multiplies == "bf16")
     seen, code = set(), {"refuses": False}
 
     class Seen(nn.Linear):
