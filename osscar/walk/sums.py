@@ -77,11 +77,12 @@ class Sums:
 
     def add(self, X: Tensor, D: Tensor | None) -> None:
         """Add some positions."""
-        if not bool(torch.isfinite(X).all()):
+        total, about = _summed(X), None
+        if not bool(total.isfinite().all()):
             raise NonFiniteError(
                 f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
             )
-        energy = 0.0 if D is None else float(torch.linalg.vector_norm(D, dtype=torch.float64)) ** 2
+        energy = 0.0 if D is None else _energy(D)
         if not math.isfinite(energy):
             raise NonFiniteError(
                 f"the outputs of {self.name!r} have NaN or infinite entries", _REMEDY
@@ -92,7 +93,6 @@ class Sums:
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
         gram = self._sums()
-        total, about = X.sum(0, dtype=torch.float64), None
         self.inputs += total
         if self.centered and self._type == torch.float32:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
@@ -102,7 +102,7 @@ class Sums:
             gram.subtract(left.neg_(), torch.stack([total, mean]))
         if D is not None:
             assert self.cross is not None
-            changes = D.sum(0, dtype=torch.float64)
+            changes = _summed(D)
             self.corrections += changes
             if about is not None:
                 self.cross.addr_(about.double(), changes)
@@ -180,6 +180,18 @@ class Sums:
         G = H.product(W0)
         energy = inner(W0, G) + 2 * correction_weight * inner(W0, C) + correction_weight**2 * energy
         return H, (G.add_(C, alpha=correction_weight), energy), variance
+
+
+def _summed(X: Tensor) -> Tensor:
+    """Return the sums of columns in float64, of a few rows at a time, which stay in the cache."""
+    sums = [some.sum(0, dtype=torch.float64) for some in torch.split(X, _POSITIONS)]
+    return torch.stack(sums).sum(0)
+
+
+def _energy(D: Tensor) -> float:
+    """Return the sum of squares in float64, of a few rows at a time."""
+    norms = [torch.linalg.vector_norm(d, dtype=torch.float64) for d in torch.split(D, _POSITIONS)]
+    return float(torch.stack(norms).square().sum())
 
 
 def _type_of_sums(X: Tensor) -> torch.dtype:
