@@ -58,7 +58,7 @@ _PREDICTIONS = 4
 """One prediction in so many is compared: those of one text say much the same, and the head of a
 small language model is a third of it."""
 
-_FITTED_TOKENS, _FITTED_SAMPLES = 4096, 128
+_FITTED_TOKENS, _FITTED_SAMPLES = 4096, 64
 """Tokens, or samples, to which a group that is pruned alone is refitted at most."""
 
 _ONE_IN = 4

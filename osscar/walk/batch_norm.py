@@ -16,6 +16,9 @@ from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
 from osscar.proof.plan import PruningPlan
 
+_CACHED = 1 << 18
+"""Numbers of float64 of which several tensors fit into a cache."""
+
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
 
@@ -134,10 +137,22 @@ def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> It
 
 
 def _measured(x: Tensor) -> _Statistics:
-    """Return mean and variance over all dimensions but the second."""
-    around = [dim for dim in range(x.ndim) if dim != 1]
-    var, mean = torch.var_mean(x.double(), around, correction=0)
-    return mean, var
+    """Return mean and variance over all dimensions but the second.
+
+    Those of a few samples at a time are pooled: a whole batch in float64 is slow to page in.
+    """
+    few = _CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x)
+    means, variances, counts = [], [], []
+    for some in torch.split(x, max(1, few)):
+        values = some.double().transpose(0, 1).flatten(1)
+        means.append(values.mean(1))
+        apart = values - means[-1][:, None]
+        variances.append(torch.linalg.vector_norm(apart, dim=1).square() / values.shape[1])
+        counts.append(values.shape[1])
+    shares = torch.tensor(counts, dtype=torch.float64, device=x.device) / sum(counts)
+    found = torch.stack(means)
+    mean = shares @ found
+    return mean, shares @ (torch.stack(variances) + (found - mean).square())
 
 
 def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[_Seen]]:
