@@ -48,7 +48,7 @@ class Sharing:
     others: Mapping[str, int]
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
-    half: bool = False
+    bfloat16: bool = False
 
     @cached_property
     def options(self) -> dict[str, NDArray[np.int64]]:
@@ -93,7 +93,7 @@ class Sharing:
                 "predicted": search.loss(found),
                 "lower_bound": chosen.bound,
                 "measure": self.measure,
-                "half": self.half,
+                "bfloat16": self.bfloat16,
                 "curves": {
                     name: tuple(curve.losses.tolist())
                     for name, curve in own.items()
@@ -180,8 +180,9 @@ def _shared_out(
     if request.allocation == "uniform":
         curves = None
     elif curves is None:
-        curves, by = measured_curves(prepared, request, sharing.groups, choose, known or {})
-        sharing = replace(sharing, measure=by.distance.measure, half=by.half)
+        curves, reference = measured_curves(prepared, request, sharing.groups, choose, known or {})
+        measure, bfloat16 = reference.distance.measure, reference.bfloat16
+        sharing = replace(sharing, measure=measure, bfloat16=bfloat16)
     sharing = replace(sharing, curves=curves)
 
     def shared_out() -> Budget:

@@ -55,11 +55,13 @@ _CACHED = 1 << 18
 """Numbers of float32 of which several tensors fit into a cache."""
 
 
-def _run(model: nn.Module, batch: Batch, half: bool = False) -> Any:
-    """Run a model, with products of bfloat16 if `half`."""
+def _run(model: nn.Module, batch: Batch, bfloat16: bool = False) -> Any:
+    """Run a model, with products of bfloat16 if `bfloat16`."""
     batch, device = to_model(batch, model), device_of(model).type
-    # What would be kept of weights is a copy of the model.
-    cast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if half else nullcontext()
+    # Autocast's cache of weights would be a copy of the model.
+    cast = (
+        torch.autocast(device, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext()
+    )
     with failures_named(model, batch), without_cache(model), cast:
         return forward(model, batch)
 
@@ -169,7 +171,7 @@ class Reference:
     """Of the predictions of each batch, one in `step`."""
     step: int = 1
     ranks: Ranks = ALONE
-    half: bool = False
+    bfloat16: bool = False
     """Whether passes multiply in bfloat16."""
     passes: Sequence[Recording | None] = field(default=(), repr=False)
     """The dense model's, where they can be resumed."""
@@ -185,17 +187,17 @@ class Reference:
         step: int = 1,
         *,
         resumable: bool = False,
-        half: bool = False,
+        bfloat16: bool = False,
     ) -> Reference:
         """Run the dense model on the samples, and keep one prediction in `step`, or fewer.
 
         With `resumable`, its passes are recorded, to be resumed where a few weights have changed;
-        with `half`, passes multiply in bfloat16.
+        with `bfloat16`, passes multiply in bfloat16.
         """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
         passes: list[Recording | None] = []
-        plain = partial(_run, half=half)
+        plain = partial(_run, bfloat16=bfloat16)
 
         def run(model: nn.Module, batch: Batch) -> Any:
             result, recording = recorded(plain, model, batch)
@@ -214,7 +216,7 @@ class Reference:
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
-        return cls(distance, mine, expected, step, ranks, half, passes)
+        return cls(distance, mine, expected, step, ranks, bfloat16, passes)
 
     def part(self, batches: Sequence[Batch]) -> Reference:
         """Return the same on some of its batches alone; passes are not resumed."""
@@ -248,7 +250,7 @@ class Reference:
         sums = torch.zeros(3, dtype=torch.float64)
         for index, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
             known = self.passes[index] if self.passes else None
-            run: Callable[[nn.Module, Batch], Any] = partial(_run, half=self.half)
+            run: Callable[[nn.Module, Batch], Any] = partial(_run, bfloat16=self.bfloat16)
             if changed is not None and known is not None:
                 run = partial(_resumed, known, changed)
             found = self.distance.outputs(model, batch, self.step, run)

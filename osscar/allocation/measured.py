@@ -47,9 +47,9 @@ _COMPARED_TOKENS, _COMPARED_SAMPLES = 2048, 128
 Texts differ by a factor of six in what an early layer costs."""
 
 _LARGE = 1 << 26
-"""Parameters of a language model whose outputs are compared in bfloat16, where it is multiplied:
-passes take 0.4 of the time, and what is measured is 0.0008 nats higher (docs/results.md).  Smaller
-models are measured in seconds."""
+"""A language model of so many parameters or more is compared in bfloat16, if the device multiplies
+it: passes take 0.4 of the time, and distances come out 0.0008 nats higher (docs/results.md).
+Smaller models take seconds."""
 
 _WINDOW = 1024
 """Tokens of a window that are among them at most."""
@@ -62,8 +62,9 @@ _FITTED_TOKENS, _FITTED_SAMPLES = 4096, 64
 """Tokens, or samples, to which a group that is pruned alone is refitted at most."""
 
 _ONE_IN = 4
-"""One sample in so many is compared at least, so that so many are needed; of those to which groups
-are refitted, it is left out where fits are judged."""
+"""Of few samples, one in so many is compared, so that at least so many are needed.  Of those to
+which groups are refitted, one in so many judges the fits, where layers differ in how well they fit.
+"""
 
 LEAST = 1e-7
 """What is measured below this is rounding of logits."""
@@ -116,7 +117,7 @@ class Curve:
 
 
 def compared_samples(prepared: Prepared) -> int:
-    """Return on how many samples, the last ones, outputs are compared; 0: there are too few."""
+    """Return on how many samples, the last ones, outputs are compared."""
     length = prepared.inputs.settings.get("seqlen")
     wanted = _COMPARED_SAMPLES
     if length is not None:
@@ -146,7 +147,7 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
     run = partial(Reference.of, distance, model, batches, prepared.ranks, step)
     if prepared.ranks.broadcast("a number format", lambda: _in_bfloat16(prepared)):
         with suppress(DataError):  # code of the model's own may not take it
-            return run(resumable=not captures, half=True)
+            return run(resumable=not captures, bfloat16=True)
     return run(resumable=not captures)
 
 
@@ -178,13 +179,12 @@ def measured_curves(
     A `RequestError` is raised if there are too few samples, and a `NonFiniteError` if a group
     overflows that was not measured before; others keep their curves, with a warning.
     """
-    samples = compared_samples(prepared)
-    if not samples:
+    if prepared.inputs.samples < _ONE_IN:
         raise RequestError(
             f"--allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
             f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
         )
-    reference = dense_reference(prepared, samples)
+    reference = dense_reference(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     alone = _Alone(request, few, reference, dict(known))
     for _ in range(_ROUNDS):

@@ -53,10 +53,13 @@ def resolve_dtype(
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions that multiply bfloat16."""
+    """Whether a device is known to multiply bfloat16; of processors, those of x86."""
+    found: bool
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return found
 
 
 def this_device(device: torch.device) -> dict[str, str]:

@@ -210,8 +210,8 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
-        half = ", by outputs in bfloat16" if budget.get("half") else ""
-        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}{half}"
+        how = ", measured in bfloat16" if budget.get("bfloat16") else ""
+        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}{how}"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"

@@ -30,7 +30,8 @@ CONSTANT = 1e-12
 """Share of an input's energy below which its variance is rounding."""
 
 _POSITIONS = 512
-"""Summed up at a time: a whole batch in float64 can take more than the Gram matrix."""
+"""Summed up at a time: a whole batch in float64 can take more than the Gram matrix, and is paged in
+anew each time, which takes ten times as long."""
 
 _CHECKED = 256
 """Columns of the panel that is summed in float64, too, before anything is summed in float32."""
@@ -77,7 +78,7 @@ class Sums:
 
     def add(self, X: Tensor, D: Tensor | None) -> None:
         """Add some positions."""
-        total, about = _summed(X), None
+        total = _summed(X)  # NaN and infinity stay in it
         if not bool(total.isfinite().all()):
             raise NonFiniteError(
                 f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
@@ -94,6 +95,7 @@ class Sums:
             self._type = _type_of_sums(X)
         gram = self._sums()
         self.inputs += total
+        about = None
         if self.centered and self._type == torch.float32:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
             about = (total / max(len(X), 1)).float()
@@ -183,13 +185,13 @@ class Sums:
 
 
 def _summed(X: Tensor) -> Tensor:
-    """Return the sums of columns in float64, of a few rows at a time, which stay in the cache."""
+    """Return the sums of columns in float64, made of a few rows at a time."""
     sums = [some.sum(0, dtype=torch.float64) for some in torch.split(X, _POSITIONS)]
     return torch.stack(sums).sum(0)
 
 
 def _energy(D: Tensor) -> float:
-    """Return the sum of squares in float64, of a few rows at a time."""
+    """Return the sum of squares in float64, made of a few rows at a time."""
     norms = [torch.linalg.vector_norm(d, dtype=torch.float64) for d in torch.split(D, _POSITIONS)]
     return float(torch.stack(norms).square().sum())
 
