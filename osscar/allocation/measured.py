@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,10 +46,10 @@ _COMPARED_TOKENS, _COMPARED_SAMPLES = 2048, 128
 
 Texts differ by a factor of six in what an early layer costs."""
 
-_LARGE = 1 << 26
+_LARGE, _CLOSE = 1 << 26, 0.005
 """A language model of so many parameters or more is compared in bfloat16, if the device multiplies
-it: passes take 0.4 of the time, and distances come out 0.0008 nats higher (docs/results.md).
-Smaller models take seconds."""
+it: passes take 0.4 of the time, and distances come out 0.0008 nats higher (docs/results.md).  What
+comes out closer than this is measured once more in float32.  Smaller models take seconds."""
 
 _WINDOW = 1024
 """Tokens of a window that are among them at most."""
@@ -128,12 +128,12 @@ def compared_samples(prepared: Prepared) -> int:
 def fitted_samples(prepared: Prepared) -> int:
     """Return to how many samples, the first ones, groups are refitted."""
     length = prepared.inputs.settings.get("seqlen")
-    wanted = _FITTED_SAMPLES if length is None else max(1, _FITTED_TOKENS // length)
+    wanted = _FITTED_SAMPLES if length is None else max(2, _FITTED_TOKENS // length)
     samples = prepared.inputs.samples
     return min(wanted, samples - samples // _ONE_IN)
 
 
-def dense_reference(prepared: Prepared, samples: int) -> Reference:
+def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False) -> Reference:
     """Run a prepared model, which is still dense, on its last samples."""
     model, last = prepared.model, prepared.inputs.part(-samples)
     size, step = prepared.batch_size, 1
@@ -144,18 +144,32 @@ def dense_reference(prepared: Prepared, samples: int) -> Reference:
     distance = Distance.of(model, last, batches[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
-    run = partial(Reference.of, distance, model, batches, prepared.ranks, step)
-    if prepared.ranks.broadcast("a number format", lambda: _in_bfloat16(prepared)):
-        with suppress(DataError):  # code of the model's own may not take it
-            return run(resumable=not captures, bfloat16=True)
-    return run(resumable=not captures)
+    return Reference.of(
+        distance,
+        model,
+        batches,
+        prepared.ranks,
+        step,
+        resumable=not captures,
+        bfloat16=bfloat16,
+    )
 
 
-def _in_bfloat16(prepared: Prepared) -> bool:
-    """Whether the outputs of a model are compared in bfloat16."""
-    model = prepared.model
-    large = prepared.inputs.tokens and count_parameters(model) >= _LARGE
-    return large and not is_on_disk(model) and multiplies_bfloat16(device_of(model))
+def _rough_reference(prepared: Prepared, exact: Reference) -> Reference | None:
+    """Run it in bfloat16, too, if that is worth it; None where its code does not take it."""
+    model, ranks, rough = prepared.model, prepared.ranks, None
+
+    def pays() -> bool:
+        large = prepared.inputs.tokens and count_parameters(model) >= _LARGE
+        single = all(one.dtype is torch.float32 for one in model.parameters())
+        fits = large and single and not is_on_disk(model) and exact.distance.measure == "nats"
+        return fits and multiplies_bfloat16(device_of(model))
+
+    if not ranks.broadcast("a number format", pays):
+        return None
+    with suppress(DataError):
+        rough = dense_reference(prepared, compared_samples(prepared), bfloat16=True)
+    return rough if all(ranks.all_gather("what takes bfloat16", rough is not None)) else None
 
 
 def measured_curves(
@@ -165,7 +179,7 @@ def measured_curves(
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
     known: Mapping[str, Curve],
 ) -> tuple[dict[str, Curve], Reference]:
-    """Return the curve of each group that shares a budget, and what they were measured against.
+    """Return the curve of each group that shares a budget, and what most were measured against.
 
     All ranks take part, and the model is as it was afterwards.
 
@@ -186,7 +200,8 @@ def measured_curves(
         )
     reference = dense_reference(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    alone = _Alone(request, few, reference, dict(known))
+    rough = _rough_reference(prepared, reference)
+    alone = _Alone(request, few, reference, rough, dict(known))
     for _ in range(_ROUNDS):
         wanted = widths_to_measure(
             groups, choose(alone.curves or None), alone.curves, request.widths
@@ -198,7 +213,7 @@ def measured_curves(
                 bar.advance()
         for group in groups:  # what has no other width keeps all its units
             alone.curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
-    return alone.curves, reference
+    return alone.curves, rough or reference
 
 
 def known_curves(budget: Budget) -> dict[str, Curve]:
@@ -261,6 +276,8 @@ class _Alone:
     few: Prepared
     """The model with the samples to which a group is refitted."""
     reference: Reference
+    rough: Reference | None
+    """The same in bfloat16."""
     curves: dict[str, Curve] = field(default_factory=dict)
     _removals: dict[str, Removals] = field(default_factory=dict)
     """By group, the order in which its units leave."""
@@ -277,7 +294,11 @@ class _Alone:
             without = step.alone(keep, self.request.damp, shaped=not known)
         try:
             with without as shape, timed(Stage.MEASURED):
-                distance = self.reference.divergence(self.few.model, changed)
+                distance, model = 0.0, self.few.model
+                if self.rough is not None:
+                    distance = self.rough.divergence(model, changed)
+                if distance < _CLOSE:
+                    distance = self.reference.divergence(model, changed)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:

@@ -16,8 +16,8 @@ from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
 from osscar.proof.plan import PruningPlan
 
-_CACHED = 1 << 18
-"""Numbers of float64 of which several tensors fit into a cache."""
+_CACHED, _ON_CARD = 1 << 18, 1 << 24
+"""Numbers of float64 of which several tensors fit into a cache, or take little of a card."""
 
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
@@ -142,7 +142,7 @@ def _measured(x: Tensor) -> _Statistics:
     Those of a few samples at a time are pooled: to page in a whole batch in float64 takes five
     times as long, and so does `torch.var_mean` over dimensions that are not the last.
     """
-    few = _CACHED // max(1, x[:1].numel()) if x.device.type == "cpu" else len(x)
+    few = (_CACHED if x.device.type == "cpu" else _ON_CARD) // max(1, x[:1].numel())
     means, variances, counts = [], [], []
     for some in torch.split(x, max(1, few)):
         values = some.double().transpose(0, 1).flatten(1)

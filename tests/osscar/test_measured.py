@@ -237,6 +237,8 @@ def test_a_large_language_model_is_compared_in_bfloat16_where_it_is_multiplied(
     assert (full, half) == (False, not refuses)
     assert rounded == pytest.approx(exact, rel=0.1, abs=1e-4)
     assert (rounded == exact) == refuses
+    monkeypatch.setattr(measured_module, "_CLOSE", np.inf)
+    assert nats() == (not refuses, exact)
 
 
 def test_a_group_that_overflows_without_some_units_is_named():

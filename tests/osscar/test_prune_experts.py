@@ -327,6 +327,14 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     assert list(curve.losses) == sorted(curve.losses, reverse=True)
 
 
+def test_of_long_windows_one_is_left_to_judge_fits_by(prepared, monkeypatch):
+    monkeypatch.setattr("osscar.allocation.measured._FITTED_TOKENS", 1)
+    (one,) = prepared.routed
+    request = PruningRequest(params=0.7, **AUTO)
+    curves, _ = measured_curves(prepared, request, [one.group], lambda _: {NAME: 3}, {})
+    assert curves[NAME].measured[3] > 0
+
+
 def test_a_budget_takes_experts_and_a_run_that_was_killed_goes_on_to_the_same_model(tmp_path):
     model, log = mixture("mixtral"), tmp_path / "whole"
     request = PruningRequest(params=0.7, heads=1.0, neurons=36, **AUTO, **ALL)
