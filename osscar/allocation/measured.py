@@ -156,7 +156,7 @@ def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False)
 
 
 def _rough_reference(prepared: Prepared, exact: Reference) -> Reference | None:
-    """Run it in bfloat16, too, if that is worth it; None where its code does not take it."""
+    """Run the dense model in bfloat16, too; None if that saves no time, or its code refuses."""
     model, ranks, rough = prepared.model, prepared.ranks, None
 
     def pays() -> bool:

@@ -210,7 +210,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
-        how = ", measured in bfloat16" if budget.get("bfloat16") else ""
+        how = ", by curves measured in bfloat16" if budget.get("bfloat16") else ""
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}{how}"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
