@@ -301,7 +301,8 @@ class PruningRequest:
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
-        Samples in a forward pass: 8 windows of text by default, or 64 of anything else.
+        Samples in a forward pass: by default 8 windows of text, or 64 of anything else, on a CPU
+        fewer of large samples.
     seed
         Random seed of the calibration samples that a command draws, of their parts for a quality
         target, and of the inputs on which the pruned model is verified.

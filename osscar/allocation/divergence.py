@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.allocation.resumed import Recording, recorded
+from osscar.allocation.resumed import HELD_BYTES, Recording, recorded
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
@@ -200,7 +200,7 @@ class Reference:
         plain = partial(_run, bfloat16=bfloat16)
 
         def run(model: nn.Module, batch: Batch) -> Any:
-            result, recording = recorded(plain, model, batch)
+            result, recording = recorded(plain, model, batch, HELD_BYTES // len(mine))
             passes.append(recording)
             return result
 

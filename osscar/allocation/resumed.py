@@ -25,8 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 
-_HELD_BYTES = 32 << 20
-"""Memory of the values of a pass that are held where it goes on; where there are more, it goes on
+HELD_BYTES = 128 << 20
+"""Memory of the values of passes that are held where they go on; where there are more, they go on
 from an earlier place."""
 
 _aten = torch.ops.aten
@@ -65,13 +65,13 @@ class _Unsound(Exception):
 class Recording:
     """The operators of a forward pass of the dense model, and the values where it stands."""
 
-    def __init__(self, recorder: _Recorder, result: Any) -> None:
+    def __init__(self, recorder: _Recorder, result: Any, most_bytes: int) -> None:
         leaves, self._form = pytree.tree_flatten(result)
         plain = (Tensor, int, float, str, type(None))
         if not all(isinstance(leaf, plain) for leaf in leaves):
             raise _Unsound
         self._leaves = recorder.named(leaves)
-        self._steps, self._cuts = recorder.finished(self._leaves)
+        self._steps, self._cuts = recorder.finished(self._leaves, most_bytes)
         self._first_read = recorder.first_read
         self._at, self._held = 0, dict[int, Tensor]()
 
@@ -101,9 +101,15 @@ class Recording:
 
 
 def recorded(
-    run: Callable[[nn.Module, Batch], Any], model: nn.Module, batch: Batch
+    run: Callable[[nn.Module, Batch], Any],
+    model: nn.Module,
+    batch: Batch,
+    most_bytes: int = HELD_BYTES,
 ) -> tuple[Any, Recording | None]:
-    """Return what `run` does for a model and a batch, with a recording if it can be resumed."""
+    """Return what `run` does for a model and a batch, with a recording if it can be resumed.
+
+    Where it goes on, values of `most_bytes` are held at most.
+    """
     try:
         recorder = _Recorder(model, batch)
         with recorder, _NoNumbers(recorder):
@@ -114,7 +120,7 @@ def recorded(
     recording = None
     if recorder.sound:
         with suppress(_Unsound):
-            recording = Recording(recorder, result)
+            recording = Recording(recorder, result, most_bytes)
     return result, recording
 
 
@@ -230,7 +236,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             numbers.append(number)
         self._calls.append((func, named, form, numbers))
 
-    def finished(self, outputs: Sequence[Any]) -> tuple[list[_Step], list[int]]:
+    def finished(self, outputs: Sequence[Any], most_bytes: int) -> tuple[list[_Step], list[int]]:
         """Return the steps, and before which of them the pass can go on, the first among them.
 
         `outputs` are what it returns.  It does not go on between the call that makes a piece of
@@ -258,7 +264,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         cuts, live, inside = [0], 0, 0
         for place in range(1, count + 1):
             live, inside = live + held[place], inside + banned[place]
-            if not inside and live <= _HELD_BYTES:
+            if not inside and live <= most_bytes:
                 cuts.append(place)
         return steps, cuts
 

@@ -121,7 +121,7 @@ def _capture_model(study: Study, model: str, options: GapOptions) -> None:
     with timed(Stage.LOAD):
         loaded, data = opened(model, options, options.seed, device=options.device)
     inputs = as_inputs(loaded.model, data)
-    dense = Fingerprint.of(loaded.model, inputs, inputs.batch_size)
+    dense = Fingerprint.of(loaded.model, inputs)
     if study.instances:
         study.check_dense(dense)
         return

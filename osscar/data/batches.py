@@ -52,7 +52,7 @@ class ModelInputs:
 
     @property
     def batch_size(self) -> int:
-        """How many samples run at once unless the caller says otherwise."""
+        """How many samples a batch has unless the caller says otherwise."""
         if self.apart:
             return 1
         return 8 if self.tokens else 64

@@ -104,9 +104,9 @@ class Fingerprint:
     outputs: DenseOutputs
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: ModelInputs, batch_size: int) -> Fingerprint:
+    def of(cls, model: nn.Module, inputs: ModelInputs) -> Fingerprint:
         """Read a dense model, which is left as it was, and its data; run it on few samples."""
-        batches = enumerate(inputs.batches(model, batch_size))
+        batches = enumerate(inputs.batches(model, inputs.batch_size))
         data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
         # Of these a divergence is measured.
         labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import graph
 from graph import CouplingGroup
@@ -26,12 +27,14 @@ from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.kinds import Found, rooms
 from osscar.network.attention import expose_attention, exposed
-from osscar.network.hooks import followed_mixtures
+from osscar.network.hooks import followed_mixtures, hooks
 from osscar.network.model_state import ModelState
 from osscar.network.modules import (
     check_finite_weights,
     check_usable,
     copied,
+    device_of,
+    forward,
     graphics_cards,
     in_evaluation,
 )
@@ -47,6 +50,13 @@ from osscar.proof.equivalence import (
 from osscar.proof.lineage import remember_structure
 from osscar.proof.structural import DensePrograms, dense_programs
 from osscar.shrinking.fold import Folded, fold, unfold
+
+_OUTPUT_BYTES = 16 << 20
+"""Memory of what a module puts out for the samples that run at once on a processor.
+
+Memory of 32 MiB or more glibc takes from the system anew each time, and to page it in takes three
+times as long as to compute what it holds.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +162,8 @@ def prepare(
     Parameters
     ----------
     batch_size
-        Samples in a batch; by default 8 windows of tokens, or 64 of anything else.
+        Samples in a batch; by default 8 windows of tokens, or 64 of anything else, on a processor
+        fewer of large samples.
     heads
         Whether fused attention is to call its output layer as a module, so that heads can be
         refitted.
@@ -226,7 +237,7 @@ def _prepared(
         traced=traced,
         groups=groups,
         example=example,
-        batch_size=inputs.batch_size if batch_size is None else batch_size,
+        batch_size=_at_once(model, inputs, example) if batch_size is None else batch_size,
         untouched=untouched,
         in_programs=in_programs,
         folded=plain,
@@ -235,6 +246,28 @@ def _prepared(
     )
     find = cache(lambda: tuple(one for room in rooms() for one in room.groups_in(prepared)))
     return dataclasses.replace(prepared, find_routed=find)
+
+
+def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:
+    """Return how many samples run at once unless the caller says otherwise."""
+    if inputs.tokens or inputs.apart or device_of(model).type != "cpu":
+        return inputs.batch_size
+    fits = _OUTPUT_BYTES // (4 * max(1, widest_output(model, example)))
+    return min(max(fits, 1), inputs.batch_size)
+
+
+def widest_output(model: nn.Module, example: Batch) -> int:
+    """Return the most numbers that an innermost module puts out for one sample."""
+    sizes = [0]
+
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        tensors = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        sizes.append(sum(tensor.numel() for tensor in tensors))
+
+    leaves = [name for name, module in model.named_modules() if not any(module.children())]
+    with torch.no_grad(), hooks(model, leaves, after=see):
+        forward(model, example)
+    return max(sizes) // len(next(iter(example.values())))
 
 
 def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool) -> Folded:

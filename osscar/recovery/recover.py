@@ -296,7 +296,7 @@ def _begun(
     del asked["max_memory"]  # what it has led to is chosen
     asked |= {"chosen": _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
     manifest = JournalManifest(
-        "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs, 1)
+        "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs)
     )
     manifest.check_alike(ranks)
     with nullcontext() if log is None else log.held():

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graph import CouplingGroup
 from osscar.allocation.allocate import provisional
@@ -17,10 +14,9 @@ from osscar.allocation.measured import compared_samples
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
-from osscar.network.hooks import hooks
-from osscar.network.modules import device_of, forward
+from osscar.network.modules import device_of
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
-from osscar.preparation.prepare import Prepared
+from osscar.preparation.prepare import Prepared, widest_output
 from osscar.request import PruningRequest
 from osscar.run.groups import samples_held_out
 from osscar.walk.sums import sum_bytes
@@ -76,7 +72,7 @@ class MemoryNeeds:
             read, rows = inputs, [batch["input_ids"].numel() for batch in batches]
             window = prepared.inputs.settings["seqlen"]
         else:
-            wide, window = _widest_output(prepared), 1
+            wide, window = widest_output(model, prepared.example), 1
             vocabulary, width = wide, wide // 2
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
@@ -109,20 +105,6 @@ def _held(model: nn.Module) -> int:
         return memory.held()
     except OptionError:
         return memory.peak()
-
-
-def _widest_output(prepared: Prepared) -> int:
-    """Return the most numbers that an innermost module puts out for one sample."""
-    sizes = [0]
-
-    def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        sizes.append(sum(tensor.numel() for tensor in tensors))
-
-    leaves = [name for name, module in prepared.model.named_modules() if not any(module.children())]
-    with torch.no_grad(), hooks(prepared.model, leaves, after=see):
-        forward(prepared.model, prepared.example)
-    return max(sizes) // len(next(iter(prepared.example.values())))
 
 
 def _of_layer(

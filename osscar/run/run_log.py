@@ -42,13 +42,13 @@ _ALLOCATION, _WALKS = "allocation.safetensors", "walks.safetensors"
 
 
 def run_manifest(
-    request: Mapping[str, Any], model: nn.Module, inputs: ModelInputs, batch_size: int
+    request: Mapping[str, Any], model: nn.Module, inputs: ModelInputs
 ) -> JournalManifest:
     """Describe a run by the fields of its request, and its dense model, which is not changed."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps({**request, **versions, "osscar": __version__}))
-    return JournalManifest("osscar.run-log/6", asked, Fingerprint.of(model, inputs, batch_size))
+    return JournalManifest("osscar.run-log/6", asked, Fingerprint.of(model, inputs))
 
 
 @with_config({**STRICT, "arbitrary_types_allowed": True})
@@ -162,7 +162,7 @@ def begun(
     if log is None and ranks.alone:
         yield ()
         return
-    manifest = run_manifest(request, prepared.model, prepared.inputs, prepared.batch_size)
+    manifest = run_manifest(request, prepared.model, prepared.inputs)
     manifest.check_alike(ranks)
     batches = len(prepared.batches())
     if batches < ranks.size:

@@ -186,9 +186,8 @@ class Sweep:
             refuse_overlap(self.score, [*lineage.calibration, *known])
         if self.recover is not None:
             check_enough(model, calibration, self.recover)
-        rows = data.batch_size if self.base.batch_size is None else self.base.batch_size
         budget, scored = self.points[0].budget, _scored(self.score)
-        run = run_manifest(self.base.to_json(), model, data, rows)
+        run = run_manifest(self.base.to_json(), model, data)
         manifest = sweep_manifest(run, budget, scored, self.recover)
         check_repeatable(model, data.example(model))
         sample = data.batches(model, 1)[0]

@@ -105,6 +105,16 @@ def test_a_pass_that_is_resumed_is_the_whole_one(build, batch):
     assert min(lengths) < len(recording._steps) / 3
 
 
+def test_where_no_value_may_be_held_a_pass_begins_anew():
+    model, x = Residual().eval(), {"x": torch.randn(4, 3, 6, 6)}
+    with torch.no_grad():
+        _, recording = recorded(forward, model, x, most_bytes=0)
+        for one in model.parameters():
+            one.mul_(1.5)
+    assert torch.equal(recording.resumed([*model.parameters()][-1:]), passed(model, x))
+    assert not recording._held
+
+
 @pytest.mark.parametrize(
     "between",
     [

@@ -102,7 +102,7 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(run_log, "version", lambda name, v=versions: v.get(name, version(name)))
             inputs = as_inputs(model, data)
-            asked = run_manifest(request.to_json(), model, inputs, inputs.batch_size)
+            asked = run_manifest(request.to_json(), model, inputs)
         with pytest.raises(JournalError, match=f"{message}.*--restart"):
             log.begun(asked).__enter__()
     with log.begun(manifest) as records:

@@ -384,3 +384,10 @@ def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
     assert (gram.fitted.positions, gram.held_rows) == (5, 2)
     torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
     torch.testing.assert_close(gram.held.gram.dense(), (X[5:].T @ X[5:]).detach())
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(8, [9]), (256, [8, 1]), (640, [1] * 9)])
+def test_of_large_samples_few_run_at_once_on_a_processor(side, sizes):
+    layers = nn.Conv2d(1, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    with prepare(nn.Sequential(*layers), torch.randn(9, 1, side, side)) as prepared:
+        assert [len(*batch.values()) for batch in prepared.batches()] == sizes
