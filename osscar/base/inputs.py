@@ -58,14 +58,10 @@ def whole_number(value: object, what: str, least: int) -> int:
 
     `what` it counts says also by which option it is given.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(
-            f"{what} is {safe_repr(value)} ({type(value).__name__}); give a whole number from "
-            f"{least}"
-        )
-    if value < least:
-        raise OptionError(f"{what} must be at least {least}, not {safe_repr(value)}")
-    return value
+    from pydantic import Strict
+
+    found: int = checked(what, Annotated[int, Strict(), count_from(least)], value)
+    return found
 
 
 def check_regular(path: Path) -> None:
