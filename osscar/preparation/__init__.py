@@ -1,1 +1,1 @@
-"""The only room that opens a model: what can be pruned, and what reads it."""
+"""The only room that opens a model: what can be pruned, what reads it, and how runs are kept."""

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from pydantic import JsonValue, with_config
+from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar.base.devices import this_device
-from osscar.base.errors import RanksError
 from osscar.base.json_files import STRICT
-from osscar.base.ranks import Ranks
 from osscar.data.batches import ModelInputs
 from osscar.network.model_state import model_state
 from osscar.network.modules import device_of, named_tensors, sha256_of
@@ -125,39 +123,3 @@ class Fingerprint:
         if self.outputs.differs(before.outputs):
             return "the dense model puts out other values on the same inputs: its code has changed"
         return None
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class JournalManifest:
-    """What a command makes of what; it goes on only where all of it is the same."""
-
-    schema: str
-    asked: dict[str, JsonValue]
-    """Options, versions, files: whatever decides the result, by name."""
-    dense: Fingerprint | None
-    """None where there is no model, or it has not been read yet."""
-
-    def difference(self, before: JournalManifest) -> str | None:
-        """Say in what it differs from an earlier one, or None."""
-        if self.schema != before.schema:
-            return f"it is {before.schema!r:.80}, and this version writes {self.schema!r}"
-        for name in sorted(self.asked | before.asked):
-            mine, theirs = self.asked.get(name), before.asked.get(name)
-            if mine != theirs:
-                label, was, now = name.replace("_", "-"), f"{theirs!r:.80}", f"{mine!r:.80}"
-                return f"{label} was {was} and is {now}" if was != now else f"other {label}"
-        if self.dense is None or before.dense is None:
-            return None
-        return self.dense.difference(before.dense)
-
-    def check_alike(self, ranks: Ranks) -> None:
-        """Refuse ranks that make something else, or of something else."""
-        first, *others = ranks.all_gather("what each is asked", self)
-        for rank, other in enumerate(others, 1):
-            difference = other.difference(first)
-            if difference is not None:
-                raise RanksError(
-                    f"rank {rank} differs from rank 0: {difference}; give all ranks the same "
-                    "options, files and versions"
-                )

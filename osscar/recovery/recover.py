@@ -29,7 +29,8 @@ from osscar.data.loaders import read_once
 from osscar.network.model_state import model_state
 from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
 from osscar.offload.on_disk import is_on_disk
-from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.journal import JournalManifest
 from osscar.proof.lineage import data_record, may_come_from, note_calibration
 from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from osscar.allocation.divergence import Reference
 from osscar.base.errors import ModelError, first_line
-from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT
 from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import are, pluralize
@@ -31,7 +30,7 @@ from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of
 from osscar.network.tensor_files import read_record, write_record
-from osscar.preparation.fingerprint import JournalManifest
+from osscar.preparation.journal import REPORT, SavingJournal
 from osscar.recovery.memory import checkpointing
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import CHECKED, Setup, in_batches, shifted
@@ -125,12 +124,11 @@ class Progress:
     points: tuple[Check, ...]
 
 
-class RecoveryLog(SavingJournal[JournalManifest]):
+class RecoveryLog(SavingJournal):
     """The state of a training, in a directory: one that is killed goes on to the same bytes."""
 
     what = "recovery"
     manifest_file = "log.json"
-    schema = JournalManifest
     done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
     other_files = (REPORT,)
     otherwise = "start over with --restart"

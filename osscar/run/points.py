@@ -16,11 +16,10 @@ from osscar.allocation.divergence import Measure
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.inputs import checked
-from osscar.base.journal import Journal
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.network.modules import copied
-from osscar.preparation.fingerprint import JournalManifest
+from osscar.preparation.journal import Journal, JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
@@ -202,12 +201,11 @@ class SweepPoint:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-class SweepDirectory(Journal[JournalManifest]):
+class SweepDirectory(Journal):
     """The points of a sweep, in a directory of its own."""
 
     what = "sweep"
     manifest_file = "asked.json"
-    schema = JournalManifest
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
     otherwise = "give another --out"

@@ -25,12 +25,12 @@ from osscar import __version__
 from osscar.allocation.budget import Allocated
 from osscar.base.errors import warn
 from osscar.base.files import digest
-from osscar.base.journal import REPORT, SavingJournal
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
-from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.journal import REPORT, JournalManifest, SavingJournal
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.run.target_search import TargetWalk
@@ -75,12 +75,11 @@ class _Walks:
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
-class RunLog(SavingJournal[JournalManifest]):
+class RunLog(SavingJournal):
     """The records of a run, in the order of their groups; walks to a target have logs inside."""
 
     what = "run"
     manifest_file = "log.json"
-    schema = JournalManifest
     done_files = (_GROUPS, f"walk-[1-9]/{_GROUPS}")
     other_files = (
         *("walk-[1-9]/recovery/*", "walk-[1-9]/recovery", "walk-[1-9]/*", "walk-[1-9]"),

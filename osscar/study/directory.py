@@ -23,12 +23,12 @@ import solvers
 from osscar.base.errors import JournalError
 from osscar.base.files import atomic_write, digest, file_digest, resolved
 from osscar.base.inputs import checked, count_from, file_name
-from osscar.base.journal import Journal
 from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.printable import pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
-from osscar.preparation.fingerprint import Fingerprint, JournalManifest
+from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.journal import Journal, JournalManifest
 from osscar.study.design import StudyDesign
 from osscar.study.jobs import RECORDS, Task, affordable_jobs, solve_here, solve_task
 from osscar.study.records import (
@@ -57,10 +57,9 @@ _INCUMBENT = "local_search"
 """Whose answer the units outside a window are held at."""
 
 
-class _StudyJournal(Journal[JournalManifest]):
+class _StudyJournal(Journal):
     what = "study"
     manifest_file = "study.json"
-    schema = JournalManifest
     done_files = (_INDEX, f"{RECORDS}/*.json")
     other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS)
     otherwise = "give another --out"

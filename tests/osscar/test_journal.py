@@ -9,14 +9,13 @@ import pytest
 
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
-from osscar.base.journal import SavingJournal
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
+from osscar.preparation.journal import JournalManifest, SavingJournal
 
 
-class Things(SavingJournal[JournalManifest]):
+class Things(SavingJournal):
     what = "thing"
     manifest_file = "thing.json"
-    schema = JournalManifest
     done_files = ("done/*.txt",)
     other_files = ("note", "done")
     otherwise = "give another --out"

@@ -15,7 +15,7 @@ from osscar.base.errors import JournalError
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
 from osscar.network.tensor_files import write_record
-from osscar.preparation.fingerprint import JournalManifest
+from osscar.preparation.journal import JournalManifest
 from osscar.request import PruningRequest
 from osscar.run import groups, run_log
 from osscar.run.prune import prune_as_asked

@@ -17,7 +17,8 @@ from osscar.data.images import ImageSet
 from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_forward
 from osscar.models.names import DEMO_DIRECTORY
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint, JournalManifest
+from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
+from osscar.preparation.journal import JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import recover_as_asked
 from osscar.request import PruningRequest

@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import with_config
+from pydantic import JsonValue, with_config
 
-from osscar.base.errors import FileError, JournalError
+from osscar.base.errors import FileError, JournalError, RanksError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
 from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.base.process import uninterrupted
+from osscar.base.ranks import Ranks
+from osscar.preparation.fingerprint import Fingerprint
 
 T = TypeVar("T")
 
@@ -29,19 +31,43 @@ _PARTIAL = re.compile(rf"\..+-\d+{re.escape(PARTIAL)}")
 """What `atomic_write` calls a directory in which something is being written."""
 
 
-class _Manifest(Protocol):
-    """What is being made of what: a dataclass, in JSON."""
+@with_config(STRICT)
+@dataclass(frozen=True)
+class JournalManifest:
+    """What a command makes of what; it goes on only where all of it is the same."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    schema: str
+    asked: dict[str, JsonValue]
+    """Options, versions, files: whatever decides the result, by name."""
+    dense: Fingerprint | None
+    """None where there is no model, or it has not been read yet."""
 
-    def difference(self: M, before: M, /) -> str | None:
+    def difference(self, before: JournalManifest) -> str | None:
         """Say in what it differs from an earlier one, or None."""
+        if self.schema != before.schema:
+            return f"it is {before.schema!r:.80}, and this version writes {self.schema!r}"
+        for name in sorted(self.asked | before.asked):
+            mine, theirs = self.asked.get(name), before.asked.get(name)
+            if mine != theirs:
+                label, was, now = name.replace("_", "-"), f"{theirs!r:.80}", f"{mine!r:.80}"
+                return f"{label} was {was} and is {now}" if was != now else f"other {label}"
+        if self.dense is None or before.dense is None:
+            return None
+        return self.dense.difference(before.dense)
+
+    def check_alike(self, ranks: Ranks) -> None:
+        """Refuse ranks that make something else, or of something else."""
+        first, *others = ranks.all_gather("what each is asked", self)
+        for rank, other in enumerate(others, 1):
+            difference = other.difference(first)
+            if difference is not None:
+                raise RanksError(
+                    f"rank {rank} differs from rank 0: {difference}; give all ranks the same "
+                    "options, files and versions"
+                )
 
 
-M = TypeVar("M", bound=_Manifest)
-
-
-class Journal(Generic[M]):
+class Journal:
     """What a command has done, in a directory, which need not exist yet.
 
     Each command has a subclass, that says what all its journals have in common.  Whatever is wrong
@@ -53,9 +79,6 @@ class Journal(Generic[M]):
     """What is kept: ``"run"``."""
 
     manifest_file: ClassVar[str]
-    schema: ClassVar[type[Any]]
-    """What the manifest's file holds."""
-
     done_files: ClassVar[tuple[str, ...]]
     """Which files each say of something that it is done, as patterns."""
 
@@ -119,20 +142,19 @@ class Journal(Generic[M]):
         """Make the directory, or one in it."""
         make_directory(self.directory / name)
 
-    def manifest(self) -> M | None:
+    def manifest(self) -> JournalManifest | None:
         """Return what is kept here; None if nothing is yet."""
         file = self.directory / self.manifest_file
         if not file.exists():
             return None
         try:
-            found: M = read_json(file, self.schema)
+            return read_json(file, JournalManifest)
         except FileError as error:
             raise JournalError(
                 f"{file} is not the manifest of a {self.what}: {error.reason}; {self.otherwise}"
             ) from error
-        return found
 
-    def check(self, manifest: M) -> M | None:
+    def check(self, manifest: JournalManifest) -> JournalManifest | None:
         """Refuse to go on with something else; return what is kept here, None if nothing is yet."""
         before = self.manifest()
         difference = None if before is None else manifest.difference(before)
@@ -144,7 +166,7 @@ class Journal(Generic[M]):
         self._known = self._known or before is not None
         return before
 
-    def begin(self, manifest: M, *, anew: bool = False) -> M:
+    def begin(self, manifest: JournalManifest, *, anew: bool = False) -> JournalManifest:
         """Say what is kept here, or check that it is the same; return it as it was first written.
 
         `anew` puts it in the place of what stands there, unseen.
@@ -153,7 +175,7 @@ class Journal(Generic[M]):
         if before is None:
             self.write(self.manifest_file, manifest)
             self._known = True
-        return manifest if before is None else before
+        return before or manifest
 
     def read(
         self, name: str, schema: type[T], *, limit: int = 16 * MEGABYTE, otherwise: str = ""
@@ -227,7 +249,7 @@ class _Noted:
     report: dict[str, Any]
 
 
-class SavingJournal(Journal[M]):
+class SavingJournal(Journal):
     """A journal beside what its command saves, which goes when that is saved."""
 
     def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
