@@ -42,12 +42,6 @@ def _std(value: Any) -> tuple[float, ...]:
     return _mean(value, least=0)
 
 
-def _channels(value: Any) -> Any:
-    if value not in (None, 1, 3):
-        raise ValueError("give 1 or 3")
-    return value
-
-
 Size: TypeAlias = Annotated[int | tuple[int, int] | None, Read(_size)]
 """A side in pixels, or a height and a width."""
 
@@ -89,7 +83,7 @@ class Preprocessing:
     interpolation: Literal[
         "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = "bilinear"
-    channels: Annotated[int | None, Read(_channels)] = None
+    channels: Literal[1, 3] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,7 +120,8 @@ class Preprocessing:
                 "the model reads, or give a function that makes it"
             )
         size = self.crop or (example.shape[-2], example.shape[-1])
-        return dataclasses.replace(self, crop=size, channels=example.shape[1])
+        channels: Any = example.shape[1]
+        return dataclasses.replace(self, crop=size, channels=channels)
 
     @property
     def mode(self) -> str:
