@@ -1,4 +1,4 @@
-"""Calibration data in three parts: to prune on, to choose a size by, and to report on."""
+"""Calibration data in parts: held out; or to prune on, to choose a size by, and to report on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ from osscar.base.printable import share
 from osscar.data.samples import SampleSet, named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.seen import LARGEST_SHARE, Seen, fingerprints_of_runs
+
+_ONE_IN = 8
+_FEWEST = 4
+"""With fewer samples, all are needed for the fit."""
+
+
+def held_out(samples: int, most: int | None = None) -> int:
+    """Return how many samples are held out: one in eight, at least one; none of fewer than four.
+
+    No weight is fitted to them, and choices are made on them.  Pruning chooses the damping of each
+    layer on the last of its samples, and reports the divergence there; a recovery chooses the step
+    that it keeps.
+    """
+    if samples < _FEWEST:
+        return 0
+    return min(max(1, samples // _ONE_IN), most or samples)
 
 
 class Parts(NamedTuple):

@@ -14,8 +14,8 @@ from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import Batch, ModelInputs, as_inputs
-from osscar.data.held_out import held_out
 from osscar.data.images import ImageSet
+from osscar.data.parts import held_out
 from osscar.data.samples import named_generator
 from osscar.network.modules import copied, device_of
 from osscar.proof.program import ProgramModule

@@ -20,7 +20,7 @@ from osscar.base.progress import stage
 from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.data.held_out import held_out
+from osscar.data.parts import held_out
 from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
