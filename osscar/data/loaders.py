@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,12 @@ from osscar.data.samples import (
     SampleList,
     SampleSet,
     TensorSet,
-    check_tensors,
     has_columns,
     kind_of_numbers,
     named_generator,
 )
 from osscar.data.text import CalibrationSet, TextSet
-from osscar.network.modules import check_usable, number_kind
+from osscar.network.modules import check_usable
 
 DEFAULT_WINDOWS, DEFAULT_SAMPLES = 32, 256
 """That calibrate a model unless the caller says otherwise."""
@@ -45,24 +43,6 @@ _FORMS = (
 
 _AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
 """What is in memory, of which all is read unless the caller says otherwise."""
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The tensors of a batch by argument, its labels, and the names of what was left out."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor | None
-    left_out: list[str]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-    def first(self, count: int) -> _Batch:
-        """Return so many samples."""
-        inputs = {name: tensor[:count] for name, tensor in self.inputs.items()}
-        labels = None if self.labels is None else self.labels[:count]
-        return _Batch(inputs, labels, self.left_out)
 
 
 def load_batches(
@@ -202,46 +182,42 @@ def _read(
         source = (data[index] for index in order.tolist())
     elif isinstance(data, str | tuple) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
-    batches = list(_first(iter(source), model, _has_rows(data), samples))
-    if not batches:
+    read = list(_first(iter(source), model, _has_rows(data), samples))
+    if not read:
         raise DataError(f"{what} yields nothing; give one that was not read to its end before")
+    batches = [batch for batch, _ in read]
+    left_out = list(dict.fromkeys(name for _, names in read for name in names))
     count = sum(map(len, batches))
     cut = samples is not None and count > samples
     if samples is not None and cut:
-        batches[-1] = batches[-1].first(len(batches[-1]) - count + samples)
+        batches[-1] = batches[-1].rows(torch.arange(len(batches[-1]) - count + samples))
         count = samples
     if not notes and (cut or (count == samples and length != len(batches))):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    return _joined(model, batches, title, notes, drawn)
+    return _joined(model, batches, left_out, title, notes, drawn)
 
 
 def _first(
     source: Iterator[Any], model: nn.Module, rows: bool, samples: int | None
-) -> Iterator[_Batch]:
-    """Yield batches by argument until there are enough samples."""
+) -> Iterator[tuple[TensorSet, list[str]]]:
+    """Yield batches by argument, with what was left out of each, until there are enough samples."""
     read = 0
     for number, given in enumerate(source):
         try:
-            batch = _named(model, given, rows)
-            check_tensors(batch.inputs)
-            check_arguments(model, batch.inputs)
-            if batch.labels is not None and len(batch.labels) != len(batch):
-                raise DataError(
-                    f"it has {pluralize(len(batch), 'sample')} and "
-                    f"{pluralize(len(batch.labels), 'label')}; give one for each"
-                )
+            batch, left_out = _named(model, given, rows)
+            check_arguments(model, batch.tensors)
         except DataError as error:
             place = "row" if rows else "batch"
             raise DataError(f"{place} {number} of the data: {error}") from error
-        yield batch
+        yield batch, left_out
         read += len(batch)
         if samples is not None and read >= samples:
             return  # the next batch may be long in coming
 
 
-def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
-    """Read a batch, or a row as a batch of one, by the names of the model's arguments."""
+def _named(model: nn.Module, given: Any, row: bool) -> tuple[TensorSet, list[str]]:
+    """Read a batch, or a row as a batch of one, by argument; return what was left out as well."""
     inputs, labels, left_out = given, None, list[str]()
     if isinstance(given, tuple | list):
         if not 1 <= len(given) <= 2:
@@ -268,7 +244,7 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         named = named_inputs(model, [_tensor(one, row) for one in args])
     if labels is None:
-        return _Batch(named, None, left_out)
+        return TensorSet("", named), left_out
     try:
         scored = _tensor(labels, row)
     except DataError:
@@ -279,8 +255,8 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Batch:
             "give torch.utils.data.DataLoader(samples, batch_size=32) of these"
         )
     if kind_of_numbers(scored) != "whole":
-        return _Batch(named, None, [*left_out, LABEL_NAMES[0]])
-    return _Batch(named, scored, left_out)
+        return TensorSet("", named), [*left_out, LABEL_NAMES[0]]
+    return TensorSet("", named, scored), left_out
 
 
 def _tensor(value: Any, row: bool) -> Tensor:
@@ -296,11 +272,16 @@ def _tensor(value: Any, row: bool) -> Tensor:
 
 
 def _joined(
-    model: nn.Module, batches: list[_Batch], title: str, notes: list[str], seed: int | None
+    model: nn.Module,
+    batches: list[TensorSet],
+    left_out: list[str],
+    title: str,
+    notes: list[str],
+    seed: int | None,
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Join batches to a set; return what was left out of them as well."""
-    of_tokens = isinstance(model, PreTrainedModel) and _TOKENS in batches[0].inputs
-    samples = [one.inputs for one in batches]
+    of_tokens = isinstance(model, PreTrainedModel) and _TOKENS in batches[0].tensors
+    samples = [one.tensors for one in batches]
     padded = any(_hides(model, one) for one in samples)
     if of_tokens:
         samples = [
@@ -325,7 +306,6 @@ def _joined(
             "by themselves: osscar.SampleList('graphs', [{'x': ...}, ...])"
         )
     labels = _labels(batches)
-    left_out = list(dict.fromkeys(name for one in batches for name in one.left_out))
     if labels is None or _is_causal(model) or (other is not None and labels.ndim > 1):
         labelled = any(one.labels is not None for one in batches)
         labels, left_out = None, [*left_out, LABEL_NAMES[0]] if labelled else left_out
@@ -338,13 +318,13 @@ def _joined(
     if other is not None:
         return SampleList(source, tuple(samples), labels), [*notes, *told]
     tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-    if _is_causal(model) and set(tensors) == {_TOKENS} and tensors[_TOKENS].dtype != torch.bool:
+    if _is_causal(model) and set(tensors) == {_TOKENS}:
         windows = CalibrationSet(tensors[_TOKENS].long(), source, seed)
         return windows, [*notes, *told]
     return TensorSet(source, tensors, labels), [*notes, *told]
 
 
-def _labels(batches: list[_Batch]) -> Tensor | None:
+def _labels(batches: list[TensorSet]) -> Tensor | None:
     """Return the labels of all batches; None where some have none, or they differ in shape."""
     labels = [one.labels for one in batches if one.labels is not None]
     alike = len(labels) == len(batches) and len({one.shape[1:] for one in labels}) == 1
@@ -362,14 +342,14 @@ def _hides(model: nn.Module, tensors: Mapping[str, Any]) -> bool:
 
 
 def _without_padding(
-    model: nn.Module, inputs: dict[str, Tensor], place: str
-) -> list[dict[str, Tensor]]:
+    model: nn.Module, inputs: Mapping[str, Tensor], place: str
+) -> list[Mapping[str, Tensor]]:
     """Return the sequences of a batch, each without its padding, (1, its length).
 
     A padded position would count wherever activations are summed, or outputs compared.
     """
     ids, mask = inputs[_TOKENS], inputs.get(_MASK)
-    if number_kind(ids) != "whole":
+    if kind_of_numbers(ids) != "whole":
         raise DataError(f"{_TOKENS!r} of {place} is {ids.dtype}; give the ids of tokens")
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if kept.shape != ids.shape or ids.ndim != 2:

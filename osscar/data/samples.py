@@ -15,7 +15,6 @@ from osscar.base.errors import DataError
 from osscar.base.files import short_hash
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.printable import pluralize
-from osscar.network.modules import number_kind
 from osscar.proof.seen import Seen
 
 IGNORED = -100
@@ -231,7 +230,7 @@ def checked_labels(labels: Any, count: int) -> Tensor | None:
 def _bytes(name: str, tensor: Tensor) -> bytes:
     """Return what tells a tensor from others, in a number format that others of a kind become."""
     kinds = {"complex": torch.complex64, "real": torch.float32}
-    values = tensor.detach().to("cpu", kinds.get(number_kind(tensor), torch.int64)).contiguous()
+    values = tensor.detach().to("cpu", kinds.get(kind_of_numbers(tensor), torch.int64)).contiguous()
     shape = f"{name} {values.dtype} {tuple(values.shape)} "
     return shape.encode() + values.numpy().tobytes()
 
@@ -286,5 +285,9 @@ def named_generator(name: str, seed: int) -> torch.Generator:
 
 
 def kind_of_numbers(tensor: Tensor) -> str:
-    """Return the kind of numbers in a tensor, as `number_kind` does, or "bool"."""
-    return "bool" if tensor.dtype == torch.bool else number_kind(tensor)
+    """Return what kind of numbers a tensor holds: formats of one kind differ in precision only."""
+    if tensor.dtype == torch.bool:
+        return "bool"
+    if tensor.is_complex():
+        return "complex"
+    return "real" if tensor.is_floating_point() else "whole"

@@ -128,13 +128,6 @@ def number_format(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def number_kind(tensor: Tensor) -> str:
-    """Return what kind of number a tensor holds: formats of one kind differ in precision only."""
-    if tensor.is_complex():
-        return "complex"
-    return "real" if tensor.is_floating_point() else "whole"
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model's parameters are."""
     return next(model.parameters()).device

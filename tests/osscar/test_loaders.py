@@ -295,7 +295,7 @@ OPT = tiny("opt", layers=1)
         (rows_net(), lambda: [X, X[:, :5]], r"1 of .* of \[5\], and batch 0 .* of \[6\]"),
         (rows_net(), lambda: iter([X[:9], X.double()]), "1 .* has input float64 .* input float32"),
         (rows_net(), lambda: iter([X[:9], by_name(X * torch.nan)]), "batch 1 of the .* have NaN"),
-        (rows_net(), lambda: [(X, Y[:7])], "batch 0 of the data: it has 300 samples and 7 labels"),
+        (rows_net(), lambda: [(X, Y[:7])], r"batch 0 of the .* labels must be 300 .* of \(7,\)"),
         (rows_net(), lambda: [*zip(X, Y, strict=True)], "its label is one number .* of a sample"),
         (rows_net(), lambda: iter(["a"]), "batch 0 of the data: a str is no tensor; give a tensor"),
         (rows_net(), lambda: [(X, X, Y)], "batch 0 of the data: a tuple of 3 is no pair; give"),
@@ -307,6 +307,7 @@ OPT = tiny("opt", layers=1)
         (OPT, lambda: hidden(2), "of sequence 1 in batch 0 .* leaves gaps in it; give"),
         (OPT, lambda: hidden(*range(6)), "of sequence 1 in batch 0 .* hides all of it"),
         (OPT, lambda: [tokens(2, 6) + 0.5], "'input_ids' of batch 0 .* is torch.float32; give"),
+        (OPT, lambda: [tokens(2, 6) > 3], "'input_ids' of batch 0 .* is torch.bool; give the ids"),
         (
             OPT,
             lambda: {**hidden(), "attention_mask": torch.zeros(2, 1, 6, 6)},
