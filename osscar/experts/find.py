@@ -87,7 +87,7 @@ def groups_in(prepared: Prepared) -> tuple[Found, ...]:
     model = prepared.model
     return tuple(
         _frozen(model, one.experts, _NO_REFIT if one.listed is None else _NO_LINEAR)
-        if isinstance(one, ExpertMixture) and last_matrices(prepared, one) is None
+        if isinstance(one, ExpertMixture) and not last_matrices(prepared, one)
         else one
         for one in mixtures_in(model, prepared.example)
     )

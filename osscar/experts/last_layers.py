@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graph import CouplingGroup, UnitKind
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.layers import ROWS
 from osscar.consumers.linear_maps import linear_maps
@@ -76,25 +75,20 @@ def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
     }
 
 
-def last_matrices(
-    prepared: Prepared, mixture: ExpertMixture
-) -> tuple[CouplingGroup, tuple[LinearMap, ...]] | None:
-    """Return the neurons of a mixture, and what reads them, one an expert; None if not known."""
+def last_matrices(prepared: Prepared, mixture: ExpertMixture) -> tuple[LinearMap, ...]:
+    """Return what reads the neurons of a mixture, one matrix an expert; none if not known."""
     name, experts = mixture.experts, prepared.model.get_submodule(mixture.experts)
     if not isinstance(experts, nn.ModuleList):
         groups = (group for group in prepared.groups if not group.frozen)
         reading = (g for g in groups if any(slot.module == name for slot in g.consumers))
-        found = ((g, linear_maps(prepared.model, g, prepared.products)) for g in reading)
-        return next((one for one in found if len(one[1]) == mixture.group.units), None)
+        found = (linear_maps(prepared.model, g, prepared.products) for g in reading)
+        return next((maps for maps in found if len(maps) == mixture.group.units), ())
     if mixture.last_layer is None:
-        return None
+        return ()
     listed = ListedMixture(name, experts, mixture.last_layer, 1)
     layers = [listed.last(expert) for expert in range(listed.count)]
     owned = [[i] for i in range(layers[0].in_features)]
-    neurons = CouplingGroup(
-        f"{mixture.group.name}.neurons", UnitKind.NEURONS, len(owned), (), removable=0
-    )
-    return neurons, tuple(
+    return tuple(
         ExpertMap(name, layer, "weight", None, 1, ROWS, owned, mixture=listed, expert=expert)
         for expert, layer in enumerate(layers)
     )

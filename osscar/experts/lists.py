@@ -249,11 +249,10 @@ def _drawn_copy(one: ExpertList, block: nn.Module) -> nn.Module:
         for p in one.experts_in(block).parameters()
     }
     copy = copied(block, blank).double()
-    draw_tensors(copy.get_submodule(one.declared.gate), one.count)
-    for tensor in (*copy.parameters(recurse=False), *copy.buffers(recurse=False)):
-        if tensor.is_floating_point() and tensor.numel() == one.count:
-            generator = torch.Generator().manual_seed(1)
-            tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    gate = copy.get_submodule(one.declared.gate)
+    own = (*copy.parameters(recurse=False), *copy.buffers(recurse=False))
+    biases = [tensor for tensor in own if tensor.numel() == one.count]
+    draw_tensors([*gate.parameters(), *gate.buffers(), *biases], one.count)
     return copy
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -168,7 +168,7 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
     """
     own, places = _run(_in_double(module), call, count)
     copy = _in_double(module)
-    draw_tensors(copy, count)
+    draw_tensors([*copy.parameters(), *copy.buffers()], count)
     draws = -(-TOKENS // max(1, len(own.logits)))
     drawn = (drawn_call(call, count, seed) for seed in range(draws))
     rule, bias = rule_of([own, *(_run(copy, one, count)[0] for one in drawn)], [module])
@@ -202,18 +202,18 @@ def _in_double(module: nn.Module) -> nn.Module:
     return copied(module, {id(p): nn.Parameter(p.values().clone()) for p in on_disk}).double()
 
 
-def draw_tensors(module: nn.Module, count: int) -> None:
-    """Draw, in place, the tensors of a module that have an entry for each of `count` experts.
+@torch.no_grad()
+def draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
+    """Draw, in place, those of some tensors that have an entry for each of `count` experts.
 
     Logits of drawn tokens are about as far apart as those of a trained router.
     """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point() and count in tensor.shape:
-                each = tensor.numel() // count
-                size = 0.3 if each == 1 else 2 / each**0.5
-                tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
+    for tensor in tensors:
+        if tensor.is_floating_point() and count in (tensor.numel(), *tensor.shape):
+            each = tensor.numel() // count
+            size = 0.3 if each == 1 else 2 / each**0.5
+            tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
 
 
 def drawn_call(call: Call, count: int, seed: int) -> Call:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import solvers
-from graph import CouplingGroup
+from graph import CouplingGroup, UnitKind
 from osscar.base.errors import ModelError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
@@ -49,10 +49,8 @@ class ExpertStep:
 
     _walk: ExpertWalk = field(repr=False)
     mixture: ExpertMixture
-    neurons: CouplingGroup = field(repr=False)
-    """The units of the experts' last matrices."""
     consumers: tuple[LinearMap, ...] = field(repr=False)
-    """These matrices, one an expert."""
+    """The last matrices, one an expert."""
 
     @property
     def group(self) -> CouplingGroup:
@@ -232,7 +230,9 @@ class ExpertStep:
             with timed(Stage.GRAM):
                 for gram in grams:
                     gram.add_call(x, D, held=run.index >= walk._held_from)
-        return LayerStep(self.neurons, tuple(grams))
+        name, count = f"{self.group.name}.neurons", len(self.consumers[0].owned)
+        neurons = CouplingGroup(name, UnitKind.NEURONS, count, (), removable=0)
+        return LayerStep(neurons, tuple(grams))
 
 
 def _refits(layer: LayerStep, damp: float | None, weight: float | None) -> tuple[float, Refits]:

@@ -52,14 +52,9 @@ def consumers(
     prepared: Prepared, group: CouplingGroup, kept: Sequence[int]
 ) -> tuple[LinearMap, ...]:
     """Return the last matrices of some experts of a mixture."""
-    _, maps = _last_matrices(prepared)[group.name]
+    mixture = next(one for one in mixtures_of(prepared) if one.group.name == group.name)
+    maps = last_matrices(prepared, mixture)
     return tuple(maps[expert] for expert in kept)
-
-
-def _last_matrices(prepared: Prepared) -> dict[str, tuple[CouplingGroup, tuple[LinearMap, ...]]]:
-    """Return the neurons of mixtures, by the group of experts, and what reads them."""
-    found = ((one, last_matrices(prepared, one)) for one in mixtures_of(prepared))
-    return {one.group.name: read for one, read in found if read is not None}
 
 
 @contextmanager
@@ -95,12 +90,11 @@ class ExpertWalk(Walk):
         self._mixtures = {
             one.group.name: one for one in mixtures_of(prepared) if one.group in groups
         }
-        self._neurons = _last_matrices(prepared)
         self.kept: dict[str, tuple[int, ...]] = {}
         """The experts that stay, by the name of the group, of mixtures that were solved."""
         self.scores: dict[tuple[str, int], Scores] = {}
         """By router and batch."""
-        maps = {name: self._neurons[name][1] for name in self._mixtures}
+        maps = {name: last_matrices(prepared, one) for name, one in self._mixtures.items()}
         with _routed(prepared.model, self._mixtures.values(), {}):
             super().__init__(prepared, groups, consumers=maps, **options)
 
@@ -117,7 +111,7 @@ class ExpertWalk(Walk):
             if arrived.output is None:  # as the dense stream is not asked
                 y = output_of(self._model.get_submodule(arrived.module), arrived.x)
                 run.arrived = dataclasses.replace(arrived, output=y)
-        yield ExpertStep(self, mixture, *self._neurons[group.name])
+        yield ExpertStep(self, mixture, self._consumers[group.name])
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
