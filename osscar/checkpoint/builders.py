@@ -7,7 +7,6 @@ timm and its options.  A model of a user's own has no origin; its user builds it
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from osscar.checkpoint.validation import check_config, check_tensors, structure
 from osscar.network.detectors import DetectorNetwork
 from osscar.network.tensor_files import read_headers
 from osscar.proof.lineage import Origin, lineage_of, note
+from osscar.proof.plan import PruningPlan
 from osscar.proof.program import ProgramModule
 
 
@@ -113,9 +113,8 @@ class TransformersOrigin:
         """Compare what the config asks for with the weights, before any of it is allocated."""
         stored = read_headers(path)
         if stored is not None:  # else whoever loads them will say so
-            own = dataclasses.replace(self, config=copy.deepcopy(self.config))
             pruned = is_any_shape(self.config)
-            check_tensors(structure(own.build, stored, path, pruned=pruned), stored, path)
+            check_tensors(structure(self.build, stored, path, pruned=pruned), stored, path)
 
     def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Build the model without filling its weights.
@@ -227,38 +226,28 @@ def builder_of(model: nn.Module) -> Builder | None:
     if isinstance(model, ProgramModule) and model.built_by is not None:
         kind, config = model.built_by
         # Others are code of the user's own, which a directory does not name.
-        known = _is_known(architecture(kind))
+        own = architecture(kind)
+        known = getattr(transformers, own.__name__, None) is own
         return TransformersOrigin(class_of(kind, config), config) if known else None
     origin = lineage_of(model).origin
     library = origin is not None and origin.library != TransformersOrigin.library
     return LibraryOrigin(**vars(origin)) if library else None
 
 
-def _is_known(kind: type) -> bool:
-    """Whether transformers has a class under its name."""
-    return getattr(transformers, kind.__name__, None) is kind
+def read_builder(
+    path: Path, manifest: Manifest | None
+) -> tuple[Builder | None, tuple[PruningPlan, ...]]:
+    """Return what builds the model of a directory, and the plans that are left to be carried out.
 
-
-def read_builder(origin: Origin | None, path: Path) -> Builder | None:
-    """Return what builds the dense model of a checkpoint."""
-    if origin is None:
-        return None
-    if origin.library == TransformersOrigin.library:
-        return TransformersOrigin.of_directory(path)
-    return LibraryOrigin(**vars(origin))
-
-
-def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin | None:
-    """Return what reads a directory by its config alone; None if a plan has to be replayed.
-
-    A directory without a manifest is whatever its config says, and of one that lists shapes a
-    warning says what is not known then.
+    What builds it is None for code of a user's own.  A directory without a manifest is whatever its
+    config says, and of one that lists shapes a warning says what is not known then.
     """
-    if manifest is not None and not manifest.stock:
-        origin = manifest.lineage.origin
-        by_library = origin is not None and origin.library == TransformersOrigin.library
-        if not by_library or manifest.lineage.replayed:
-            return None
+    origin = Origin(TransformersOrigin.library) if manifest is None else manifest.lineage.origin
+    plans = () if manifest is None else manifest.lineage.replayed
+    if origin is None:
+        return None, plans
+    if origin.library != TransformersOrigin.library:
+        return LibraryOrigin(**vars(origin)), plans
     found = TransformersOrigin.of_directory(path)
     if manifest is None and is_any_shape(found.config):
         warn(
@@ -266,5 +255,4 @@ def config_builder(path: Path, manifest: Manifest | None) -> TransformersOrigin 
             f"are read from {CONFIG_FILE}, and its calibration and training data are not known, so "
             "that they are not refused as test data"
         )
-    known = manifest is None or manifest.stock or is_any_shape(found.config)
-    return found if known else None
+    return found, plans

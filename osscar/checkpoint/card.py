@@ -14,6 +14,7 @@ from osscar import __version__
 from osscar.base.printable import pluralize, printable
 from osscar.network.modules import count_parameters, number_format
 from osscar.proof.lineage import Lineage, structure_of
+from osscar.proof.plan import units_left
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
@@ -91,14 +92,11 @@ def _short(source: str) -> str:
 
 def _removed(lineage: Lineage) -> Iterator[tuple[str, int, int, int]]:
     """Yield each kind, its groups, and how many units these had and have, over all runs."""
-    found: dict[str, tuple[str, int, int]] = {}
-    for plan in lineage.plans:
-        for group in plan.groups:
-            dense = found[group.name][1] if group.name in found else group.units
-            found[group.name] = (group.kind, dense, len(group.kept))
-    for kind in dict.fromkeys(kind for kind, _, _ in found.values()):
-        mine = [one for one in found.values() if one[0] == kind]
-        yield kind, len(mine), sum(dense for _, dense, _ in mine), sum(kept for *_, kept in mine)
+    left = units_left(lineage.plans)
+    for kind in dict.fromkeys(group.kind for group in left):
+        mine = [group for group in left if group.kind == kind]
+        dense, kept = sum(group.units for group in mine), sum(len(group.kept) for group in mine)
+        yield kind, len(mine), dense, kept
 
 
 def _made(

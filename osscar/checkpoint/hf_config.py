@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.proof.lineage import lineage_of, note
-from osscar.proof.plan import GroupPlan, PruningPlan, experts_left
+from osscar.proof.plan import GroupPlan, PruningPlan, units_left
 from osscar.shrinking.follow import counts
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
@@ -171,7 +171,7 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
         for share in shares:
             if not _change_heads(config, share, changes):
                 return None
-    left = experts_left(plans)
+    left = [group for group in units_left(plans) if group.kind.routed]
     if len({(group.units, len(group.kept)) for group in left}) > 1:
         return None
     for group in left[:1]:
@@ -257,10 +257,9 @@ def _auto_map(kind: Any, config: Any) -> Iterator[tuple[str, str]]:
             continue
         found = mapping[type(config)]
         found = found if isinstance(found, tuple) else (found,)
-        own = kind if kind in found else None
-        known = found[0] if name == "AutoModel" else own
-        if known is not None:
-            yield name, f"{MODELLING_FILE.stem}.{known.__name__}"
+        own = found[0] if name == "AutoModel" else kind
+        if own in found:
+            yield name, f"{MODELLING_FILE.stem}.{own.__name__}"
 
 
 # ---- the table of shapes -----------------------------------------------------------------

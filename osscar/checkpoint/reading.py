@@ -6,7 +6,6 @@ Nothing is unpickled, and no code in a directory is run.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -17,14 +16,13 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import file_name, safe_repr
-from osscar.checkpoint.builders import config_builder, read_builder
+from osscar.checkpoint.builders import TransformersOrigin, read_builder
 from osscar.checkpoint.first_pass import check_runs, vocabulary_of
 from osscar.checkpoint.formats import cast, tensors_of
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.validation import check_tensors, readable, structure
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
-from osscar.offload.places import StoredTensor
 from osscar.proof.lineage import FORMATS, LINEAGE, remember_structure
 from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold
@@ -95,19 +93,24 @@ def load(
     with readable(name):
         path = Path(name).expanduser()
         manifest = read_manifest(path)
-        whole = config_builder(path, manifest)
-        if whole is not None:
-            return _checked(whole.read_stock(path, dtype), manifest, path)
-        assert manifest is not None  # whose plan it is
+        builder, plans = read_builder(path, manifest)
+        if isinstance(builder, TransformersOrigin) and not plans:
+            return _checked(builder.read_stock(path, dtype), manifest, path)
         stored = read_headers(path) or {}
         # Converted before plans are carried out, since the trace of a program holds number formats.
         if dense is not None:
             model = copied(dense) if dtype is None else cast(copied(dense), dtype)
             remember_structure(model)
+        elif builder is not None:
+            structure(builder.build, stored, path, pruned=True)
+            model = builder.build(dtype)
         else:
-            model = _original(manifest, stored, path, dtype)
+            raise CheckpointError(
+                f"{path} holds a model of your own code; build the dense model and give it "
+                "(--dense)"
+            )
         fold(model, stored)  # what the pruned model has as a plain weight
-        for plan in manifest.lineage.replayed:
+        for plan in plans:
             model = _carried_out(model, plan, path)
         check_tensors(model, stored, path)
         _fill(model, path)
@@ -155,16 +158,3 @@ def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Modu
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model
-
-
-def _original(
-    manifest: Manifest, stored: Mapping[str, StoredTensor], path: Path, dtype: torch.dtype | None
-) -> nn.Module:
-    """Return the model before pruning, to be cut, built as the manifest says."""
-    builder = read_builder(manifest.lineage.origin, path)
-    if builder is None:
-        raise CheckpointError(
-            f"{path} holds a model of your own code; build the dense model and give it (--dense)"
-        )
-    structure(builder.build, stored, path, pruned=True)
-    return builder.build(dtype)

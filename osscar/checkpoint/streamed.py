@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import CheckpointError, NonFiniteError
-from osscar.checkpoint.builders import TransformersOrigin, config_builder, read_builder
+from osscar.checkpoint.builders import TransformersOrigin, read_builder
 from osscar.checkpoint.hf_config import is_any_shape
-from osscar.checkpoint.manifest import Manifest, read_manifest
+from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.regrouped import chained, parts_in_files
 from osscar.checkpoint.validation import check_tensors, names_of, readable, structure
 from osscar.network.tensor_files import read_headers
@@ -39,38 +39,22 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
     if stored is None:
         raise CheckpointError(f"{path} holds no weights in safetensors, of which a model is read")
     with readable(path):
-        model = _structure(path, stored, manifest, dtype)
+        builder, plans = read_builder(path, manifest)
+        if not isinstance(builder, TransformersOrigin):
+            raise CheckpointError(
+                f"{path} holds no model of transformers, and no other is read from disk; "
+                f"{_ELSEWHERE}"
+            )
+        build = partial(builder.build, dtype or number_format_of(builder.config, stored))
+        pruned = bool(plans) or is_any_shape(builder.config)
+        model = structure(build, stored, path, pruned=pruned, computed=True)
+        for plan in plans:
+            slice_units(model, plan)
     check_tensors(model, stored, path)
     _fill_from_disk(model, stored, path, cache)
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
     return model.to(cache.device).eval()
-
-
-def _structure(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    manifest: Manifest | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
-    """Build a model without its weights, in the shapes of those that are stored."""
-    whole = config_builder(path, manifest)
-    if whole is not None:
-        whole.check_stock(path)
-        build = partial(whole.build, dtype or number_format_of(whole.config, stored))
-        pruned = is_any_shape(whole.config)
-        return structure(build, stored, path, pruned=pruned, computed=True)
-    assert manifest is not None  # whose plan it is
-    builder = read_builder(manifest.lineage.origin, path)
-    if not isinstance(builder, TransformersOrigin):
-        raise CheckpointError(
-            f"{path} holds no model of transformers, and no other is read from disk; {_ELSEWHERE}"
-        )
-    build = partial(builder.build, dtype or number_format_of(builder.config, stored))
-    model = structure(build, stored, path, pruned=True, computed=True)
-    for plan in manifest.lineage.replayed:
-        slice_units(model, plan)
-    return model
 
 
 def _fill_from_disk(
@@ -83,8 +67,6 @@ def _fill_from_disk(
     parts, prefix = parts_in_files(model), getattr(model, "base_model_prefix", "")
     known = {n: one for name, one in stored.items() for n in names_of(name, prefix)}
     for names, parameter in _tensors(model):
-        if parameter is None:
-            continue
         found = [known[name] for name in names if name in known]
         if not found:
             shape = tuple(parameter.shape)
@@ -114,8 +96,8 @@ def _check_range(values: StoredTensor, dtype: torch.dtype) -> None:
         )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
-    """Yield each parameter and persistent buffer with all its names; None if it is computed."""
+def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield each parameter and persistent buffer with all its names."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     persistent = model.state_dict(keep_vars=True).keys()
@@ -126,13 +108,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor | None]]:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     for key, own in names.items():
-        kept = isinstance(tensors[key], nn.Parameter) or own[0] in persistent
-        if not kept and tensors[key].is_meta:
+        if isinstance(tensors[key], nn.Parameter) or own[0] in persistent:
+            yield own, tensors[key]
+        elif tensors[key].is_meta:
             raise CheckpointError(
                 f"{type(model).__name__} computes {own[0]!r} in a way that needs memory for the "
                 f"whole model; {_ELSEWHERE}"
             )
-        yield own, tensors[key] if kept else None
 
 
 def _put(

@@ -19,7 +19,6 @@ from osscar.base.printable import pluralize, published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
-from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
@@ -114,11 +113,9 @@ def _load_stock(
         config = transformers.AutoConfig.from_pretrained(path, **options)
         if not trust_remote_code:
             TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(path)
-        # Where the config names no format, the first weight does, which is known once it is read.
-        known = isinstance(config.dtype, torch.dtype)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype if known and dtype is not None else "auto",
+            dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -136,8 +133,7 @@ def _load_stock(
             f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
             "get the checkpoint anew, or one of a causal language model"
         )
-    stored = config.dtype if known else model.dtype
-    return (model if known or dtype is None else cast(model, dtype)), stored
+    return model, number_format_of(config, read_headers(path) or {})
 
 
 def _check_left_out(source: str, model: Any, names: list[str]) -> None:

@@ -312,14 +312,13 @@ class Certificate:
         )
 
 
-def experts_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
-    """Return what plans, one after the other, have left of mixtures: of each one plan for all.
+def units_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
+    """Return what plans, one after the other, have left of groups: of each one plan for all.
 
-    It counts the experts of the dense model; which of them are kept it does not say, but how many.
+    It counts the units of the dense model; which of them are kept it does not say, but how many.
     """
     found: dict[str, GroupPlan] = {}
     for group in (group for plan in plans for group in plan.groups):
-        if group.kind.routed:
-            units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))
-            found[group.name] = dataclasses.replace(group, units=units, kept=kept)
+        units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))
+        found[group.name] = dataclasses.replace(group, units=units, kept=kept)
     return list(found.values())

@@ -17,7 +17,7 @@ from osscar.base.errors import ModelError, warn
 from osscar.network.model_state import restored
 from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, experts_left
+from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, units_left
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 
@@ -54,7 +54,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
             mend(model, group)
         _shorten(model, plan)
         plans = (*lineage_of(model).plans, plan)
-        for groups in (plan.groups, experts_left(plans)):  # which may be alike again
+        for groups in (plan.groups, units_left(plans)):  # which may be alike again
             follow_around(model, groups)
         for refusal in forget_derived(model):
             warn(refusal)
