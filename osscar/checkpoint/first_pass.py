@@ -29,11 +29,8 @@ def vocabulary_of(model: nn.Module) -> int | None:
 def check_runs(model: nn.Module, source: str) -> None:
     """Let a language model read a few tokens, and refuse one that cannot.
 
-    Where its weights stay on disk it is not tried: a pass takes as long as reading them all.
     `source` says in words where it comes from.
     """
-    if is_on_disk(model):
-        return
     try:
         logits = _logits_of_two(model)
     except Exception as error:  # whatever the model's code makes of a number that is none
@@ -52,10 +49,8 @@ def check_runs(model: nn.Module, source: str) -> None:
 def check_causal(model: nn.Module, source: str) -> None:
     """Refuse a model that reads ahead, whose next tokens are no predictions.
 
-    It takes ``input_ids`` and returns logits. Nothing is checked where its weights stay on disk.
+    It takes ``input_ids`` and returns logits.
     """
-    if is_on_disk(model):
-        return
     logits = _logits_of_two(model)
     if logits is None or logits.shape[1] < 2:
         return
@@ -79,8 +74,11 @@ OTHERS = (
 def _logits_of_two(model: nn.Module) -> Tensor | None:
     """Return the logits, (3, tokens, vocabulary), of windows of two tokens; None if there are none.
 
-    The second differs from the first in the last token, and the third does not differ.
+    The second differs from the first in the last token, and the third does not differ.  A model
+    whose weights stay on disk is not tried: a pass takes as long as reading them all.
     """
+    if is_on_disk(model):
+        return None
     length = min(2, context_length(model) or 2)
     windows = torch.zeros(3, length, dtype=torch.int64, device=device_of(model))
     windows[1, -1] = 1

@@ -274,7 +274,7 @@ def _tensors(dense: nn.Module, model: nn.Module) -> dict[str, list[int]]:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+def _numbers(dense: nn.Module, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Return the plain values that differ, by module, of which `modeling_pruned` takes numbers.
 
     Whatever else differs is refused with a ValueError.
@@ -285,9 +285,11 @@ def _numbers(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
         new = modules.pop(name, None)
         if _kind(new) is not _kind(old) or _constants(new) != _constants(old):
             raise ValueError(name)
-        own = dict(_differences(vars(old), vars(new)))
-        own_config = _own_config(old, new, model)
-        found[name] = {**own, **({"config": own_config} if own_config else {})}
+        found[name] = dict(_differences(vars(old), vars(new)))
+        config = vars(new).get("config") or model.config
+        if config is not model.config:  # of its own
+            changed = dict(_differences(vars(old.config), vars(config)))
+            found[name] |= {"config": changed} if changed else {}
     if modules:
         raise ValueError(next(iter(modules)))
     return {name: numbers for name, numbers in found.items() if numbers}
@@ -303,9 +305,8 @@ def _kind(module: nn.Module | None) -> type:
 
 def _constants(module: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of what no file holds."""
-    names = module._non_persistent_buffers_set
-    buffers = module._buffers
-    return {n: t.shape for n in names if (t := buffers[n]) is not None}
+    own = module._non_persistent_buffers_set
+    return {n: t.shape for n, t in module.named_buffers(recurse=False) if n in own}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -319,11 +320,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(isinstance(member, _PLAIN) for member in value)
     return isinstance(value, _PLAIN)
-
-
-def _own_config(old: Any, new: Any, model: Any) -> dict[str, Any]:
-    """Return what differs in a config that a module has for itself."""
-    config = vars(new).get("config")
-    if config is None or config is model.config:
-        return {}
-    return dict(_differences(vars(old.config), vars(config)))
