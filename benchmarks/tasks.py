@@ -17,7 +17,7 @@ import torch
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.widths import reached_groups
+from osscar.allocation.task import PruningTask
 from osscar.data.text import CalibrationSet, load_calibration
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
@@ -193,10 +193,10 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
     """Return the budget that equal shares, whose counts are rounded, really come to."""
     request = PruningRequest(**(setting.units or {**setting.asked, "allocation": "uniform"}))
     with prepare(model, data) as prepared:
-        allocated = allocate(prepared, request)
+        task = PruningTask(prepared, request)
+        allocated = allocate(task)
         if setting.units:
-            groups = reached_groups(prepared, request)
-            cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+            cost = count(Cost.PARAMETERS, prepared.model, task.groups, prepared.sample)
             return {"params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None

@@ -36,7 +36,7 @@ from .request import PruningRequest as PruningRequest
 from .walk.layer_report import LayerReport as LayerReport
 from .run.sweep import SweepResult as SweepResult, sweep as sweep
 from .run.result import PruningResult as PruningResult
-from .run.feasibility import SkippedGroup as SkippedGroup
+from .allocation.task import SkippedGroup as SkippedGroup
 from .experts.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan

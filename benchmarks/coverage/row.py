@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import graph
 from benchmarks.coverage.case import Inputs, Made
 from graph import CouplingGroup, DependencyGraph
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import OsscarError, first_line
 from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
@@ -104,12 +105,14 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
     if not halves:
         return ""
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
-    form, skipped = feasible_groups(prepared, request)
+    task = PruningTask(prepared, request)
+    task = dataclasses.replace(task, feasible=feasible_groups(task))
+    form, skipped = task.feasible
     left = {group.name for group in skipped}
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     dense = copy.deepcopy(prepared.model)
     began = time.process_time()
-    smaller, proof, _ = shrunk(prepared, plan, request, form, ())
+    smaller, proof, _ = shrunk(task, plan, ())
     now, certificate = time.process_time(), proof.certificate
     row |= {
         "outcome": "some_left" if left else "whole",

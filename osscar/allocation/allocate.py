@@ -7,16 +7,10 @@ from the dense model.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from graph import CouplingGroup
 from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost
 from osscar.allocation.divergence import Measure
@@ -24,41 +18,21 @@ from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import as_fast_as
-from osscar.allocation.widths import (
-    about_half,
-    asked_groups,
-    possible_counts,
-    possible_widths,
-    why_frozen,
-    why_out_of_reach,
-)
+from osscar.allocation.task import PruningTask
+from osscar.allocation.widths import possible_counts, why_frozen
 from osscar.base.errors import RequestError
-from osscar.base.printable import listed
-from osscar.preparation.prepare import Prepared
-from osscar.proof.plan import Form
-from osscar.request import BudgetKind, PruningRequest, Widths
+from osscar.base.printable import listed, pluralize
+from osscar.request import BudgetKind
 
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """Groups that share budgets by curves, or evenly; `others` is what other groups keep."""
+    """The groups of a task that share budgets, by curves, or evenly without any."""
 
-    groups: Sequence[CouplingGroup]
-    widths: Widths
-    others: Mapping[str, int]
+    task: PruningTask
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
     bfloat16: bool = False
-
-    @cached_property
-    def options(self) -> dict[str, NDArray[np.int64]]:
-        """The widths that each group may have, ascending."""
-        return {group.name: possible_widths(group, self.widths) for group in self.groups}
-
-    @property
-    def least(self) -> dict[str, int]:
-        """The least widths."""
-        return {name: int(some[0]) for name, some in self.options.items()}
 
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
         """Return what groups keep so that the model costs at most what is allowed, or the least."""
@@ -66,12 +40,12 @@ class Sharing:
         if self.curves is not None:
             return self._search(self.curves, allowed).choose(limits)
         costs = [one.cost for one in allowed]
-        return Chosen(equal_shares(self.options, self.others, costs, limits))
+        return Chosen(equal_shares(self.task.options, self.task.keep, costs, limits))
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
         """Report on a choice, with a prediction and prices where there are curves."""
         found, prices = chosen.kept, chosen.prices
-        kept = {**self.others, **found}
+        kept = {**self.task.keep, **found}
         each = [None] * len(allowed) if prices is None else prices.tolist()
         limits = [
             Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), price, a.cost.assumed)
@@ -108,95 +82,71 @@ class Sharing:
             }
         widths = {
             g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))
-            for g in self.groups
+            for g in self.task.shared
         }
         return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
     def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
-        losses = {name: curves[name].losses[some] for name, some in self.options.items()}
-        return Search(self.options, losses, self.others, [one.cost for one in allowed])
+        options = self.task.options
+        losses = {name: curves[name].losses[some] for name, some in options.items()}
+        return Search(options, losses, self.task.keep, [one.cost for one in allowed])
 
 
-def allocate(
-    prepared: Prepared,
-    request: PruningRequest,
-    left: Collection[str] = (),
-    form: Form = Form.EAGER,
-    curves: Mapping[str, Curve] | None = None,
-    known: Mapping[str, Curve] | None = None,
-) -> Allocated:
+def allocate(task: PruningTask, known: Mapping[str, Curve] | None = None) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
-    Groups that are `left` cannot follow, and keep all their units.  `form` is what becomes smaller,
-    and is saved.  `curves` of the groups that share a budget are measured where they are not given,
-    beginning with those that are `known` from other budgets.
+    Curves are measured beginning with those that are `known` from other budgets.
 
     A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
     """
-    groups, keep, shared = asked_groups(prepared, request, left)
-    budget = None
-    if request.has_budget and not shared and (keep or not (request.skip or left)):
-        raise RequestError(why_out_of_reach(groups, request, keep, prepared.residual))
-    if request.has_budget and shared:
-        budget = _shared_out(
-            prepared, request, groups, Sharing(shared, request.widths, keep), form, curves, known
-        )
+    request, keep, budget = task.request, task.keep, None
+    if request.has_budget and not task.shared:
+        if keep or not (request.skip or task.feasible.skipped):
+            raise RequestError(_why_out_of_reach(task))
+    elif request.has_budget:
+        budget = _shared_out(task, known or {})
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
-    keep = {g.name: keep[g.name] for g in groups if keep.get(g.name, g.units) < g.units}
+    keep = {g.name: keep[g.name] for g in task.groups if keep.get(g.name, g.units) < g.units}
     if not keep:
-        raise RequestError(_why_nothing(prepared, request, groups))
+        raise RequestError(_why_nothing(task))
     return Allocated(keep, budget)
 
 
-def _shared_out(
-    prepared: Prepared,
-    request: PruningRequest,
-    groups: Sequence[CouplingGroup],
-    sharing: Sharing,
-    form: Form,
-    curves: Mapping[str, Curve] | None,
-    known: Mapping[str, Curve] | None,
-) -> Budget:
+def _shared_out(task: PruningTask, known: Mapping[str, Curve]) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
-    ranks, others, least = prepared.ranks, sharing.others, sharing.least
-    allowed = ranks.broadcast("budgets", lambda: allowances(prepared, request, others, least, form))
+    request, ranks = task.request, task.prepared.ranks
+    allowed = ranks.broadcast("budgets", lambda: allowances(task))
 
     def choose(curves: Mapping[str, Curve] | None) -> Mapping[str, int]:
-        now = replace(sharing, curves=curves)
-        return ranks.broadcast("widths", lambda: now.choose(allowed).kept)
+        return ranks.broadcast("widths", lambda: Sharing(task, curves).choose(allowed).kept)
 
     for one in allowed:
-        reached = one.cost.of({**others, **least})
+        reached = one.cost.of({**task.keep, **task.least})
         if reached > one.most * (1 + ROUNDING):
             program = "" if one.dense == one.cost.dense else ", as an exported program,"
-            more = _more_to_prune(prepared, request, groups, others, one.budget)
             raise RequestError(
                 f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
                 f"{one.kind}, and what may be pruned comes to {reached:,.0f}{program} of "
                 f"{one.dense:,.0f} at least ({reached / one.dense:.3f} of the dense model's); "
-                f"remove less, or prune {more}"
+                f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
-    if request.allocation == "uniform":
-        curves = None
-    elif curves is None:
-        curves, reference = measured_curves(prepared, request, sharing.groups, choose, known or {})
-        measure, bfloat16 = reference.distance.measure, reference.bfloat16
-        sharing = replace(sharing, measure=measure, bfloat16=bfloat16)
-    sharing = replace(sharing, curves=curves)
+    sharing = Sharing(task)
+    if request.allocation != "uniform":
+        curves, reference = measured_curves(task, choose, known)
+        sharing = Sharing(task, curves, reference.distance.measure, reference.bfloat16)
 
     def shared_out() -> Budget:
         if request.speedup is not None:
-            return _timed(prepared, request.speedup, sharing, allowed)
+            return _timed(sharing, request.speedup, allowed)
         return sharing.budget(allowed, sharing.choose(allowed))
 
     return ranks.broadcast("budgets that are shared out", shared_out)
 
 
-def _timed(
-    prepared: Prepared, wanted: float, sharing: Sharing, allowed: Sequence[Allowance]
-) -> Budget:
+def _timed(sharing: Sharing, wanted: float, allowed: Sequence[Allowance]) -> Budget:
     """Choose widths whose model was timed to be as fast as wanted, within all other limits."""
+    task = sharing.task
     (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
     dense = operations.cost.dense
 
@@ -205,10 +155,10 @@ def _timed(
         return sharing.choose([limit if one is operations else one for one in allowed]).kept
 
     def share(kept: Mapping[str, int]) -> float:
-        return operations.cost.of({**sharing.others, **kept}) / dense
+        return operations.cost.of({**task.keep, **kept}) / dense
 
     found, speedup = as_fast_as(
-        prepared, wanted, sharing.others, share(sharing.least), share(within(1.0)), within
+        task.prepared, wanted, task.keep, share(task.least), share(within(1.0)), within
     )
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
     budget = sharing.budget(allowed, Chosen(found))
@@ -217,31 +167,39 @@ def _timed(
     return replace(budget, limits=(timed, *others))
 
 
-def provisional(prepared: Prepared, request: PruningRequest) -> dict[str, int]:
-    """Return what groups may come to keep: as asked, or about half where they share a budget."""
-    _, keep, shared = asked_groups(prepared, request)
-    if not request.has_budget:
-        return keep
-    before: Counter[int] = Counter()
-    for group in shared:
-        keep[group.name] = about_half(group, request.widths, before[group.units] % 2)
-        before[group.units] += 1
-    return keep
+# ---- why not -----------------------------------------------------------------------------
 
 
-def _more_to_prune(
-    prepared: Prepared,
-    request: PruningRequest,
-    groups: Sequence[CouplingGroup],
-    keep: Mapping[str, int],
-    budget: BudgetKind,
-) -> str:
+def _why_out_of_reach(task: PruningTask) -> str:
+    """Say why no group shares the budget."""
+    others = [group for group in task.groups if group.prunable and group.units > 1]
+    if task.keep:
+        return (
+            f"{task.request.in_words(task.request.budgets)} has nothing to prune: other options "
+            "say what to keep of every group that a budget prunes; omit one of these, or the budget"
+        )
+    if not others:
+        return why_frozen(task.groups) or (
+            "nothing can be removed: the model has no group whose units can be pruned; `osscar "
+            "inspect` lists its groups, and why each is frozen"
+        )
+    told = [f"{g.name!r} ({pluralize(g.units, 'unit')})" for g in others]
+    streams = any(group.name in task.prepared.residual for group in others)
+    return (
+        "a budget prunes heads, neurons and channels, and there are none; other groups can be "
+        f"pruned, {listed(told)}: say what to keep of them, such as by "
+        f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
+    )
+
+
+def _more_to_prune(task: PruningTask, budget: BudgetKind) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
-    kinds = {one.group.kind for one in prepared.routed if one.group.prunable}
-    if kinds and not request.routed and budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP):
+    kinds = {one.group.kind for one in task.prepared.routed if one.group.prunable}
+    counted = budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP)
+    if kinds and not task.request.routed and counted:
         return " and ".join(f"{kind}, too (--{kind} auto)" for kind in kinds)
-    names = prepared.residual - {*keep}
-    streams = [g.name for g in groups if g.prunable and g.units > 1 and g.name in names]
+    names = task.prepared.residual - {*task.keep}
+    streams = [g.name for g in task.groups if g.prunable and g.units > 1 and g.name in names]
     if not streams:
         return "more kinds of units"
     return (
@@ -250,14 +208,13 @@ def _more_to_prune(
     )
 
 
-def _why_nothing(
-    prepared: Prepared, request: PruningRequest, groups: Sequence[CouplingGroup]
-) -> str:
+def _why_nothing(task: PruningTask) -> str:
     """Say why no group loses a unit."""
-    skipped = sum(group not in groups for group in prepared.groups)
+    every, request = task.prepared.groups, task.request
+    skipped = sum(group not in task.groups for group in every)
     rest = f" but the {skipped} that are skipped" if skipped else ""
-    routed = [group for group in groups if group.kind.routed and group.prunable]
-    return why_frozen(prepared.groups) or (
+    routed = [group for group in task.groups if group.kind.routed and group.prunable]
+    return why_frozen(every) or (
         f"nothing would be removed: every group{rest} keeps all its units; ask for "
         f"{'a higher sparsity' if request.sparsity else 'more to be removed'}"
         f"{', or skip less' if request.skip else ''}"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
 from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.serving import serving_memory
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
-from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.request import BudgetKind, PruningRequest, parse_keep, parse_size_kept
+from osscar.request import BudgetKind, parse_keep, parse_size_kept
 from osscar.shrinking.shrink_program import dense_program
 
 COUNTED = {
@@ -37,19 +36,14 @@ class Allowance:
     dense: float
 
 
-def allowances(
-    prepared: Prepared,
-    request: PruningRequest,
-    others: Mapping[str, int],
-    least: Mapping[str, int],
-    form: Form,
-) -> list[Allowance]:
+def allowances(task: PruningTask) -> list[Allowance]:
     """Count what the model costs, and read what it may: one allowance for each budget.
 
-    Groups that share no budget keep what `others` has, and those that do keep the `least` at least.
-    The `form` is what becomes smaller, and is saved.  A `RequestError` is raised if no budget asks
-    for less than there is, or the model keeps nothing that memory counts.
+    A `RequestError` is raised if no budget asks for less than there is, or the model keeps nothing
+    that memory counts.
     """
+    prepared, request, form = task.prepared, task.request, task.feasible.form
+    others, least = task.keep, task.least
     groups = prepared.groups_with({*others, *least})
 
     @cache

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget
 from osscar.allocation.divergence import Distance, Reference
+from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
 from osscar.base.devices import multiplies_bfloat16
 from osscar.base.errors import DataError, NonFiniteError, RequestError, warn
@@ -34,7 +35,7 @@ from osscar.kinds import Step, room_of
 from osscar.network.modules import count_parameters, device_of
 from osscar.offload.on_disk import is_on_disk, room_for
 from osscar.preparation.prepare import Prepared
-from osscar.request import PruningRequest, Widths
+from osscar.request import Widths
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.walk import Walk
 from solvers import SubsetProblem
@@ -173,9 +174,7 @@ def _rough_reference(prepared: Prepared, exact: Reference) -> Reference | None:
 
 
 def measured_curves(
-    prepared: Prepared,
-    request: PruningRequest,
-    groups: Sequence[CouplingGroup],
+    task: PruningTask,
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
     known: Mapping[str, Curve],
 ) -> tuple[dict[str, Curve], Reference]:
@@ -193,6 +192,7 @@ def measured_curves(
     A `RequestError` is raised if there are too few samples, and a `NonFiniteError` if a group
     overflows that was not measured before; others keep their curves, with a warning.
     """
+    prepared, groups = task.prepared, task.shared
     if prepared.inputs.samples < _ONE_IN:
         raise RequestError(
             f"--allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
@@ -201,10 +201,10 @@ def measured_curves(
     reference = dense_reference(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     rough = _rough_reference(prepared, reference)
-    alone = _Alone(request, few, reference, rough, dict(known))
+    alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, dict(known))
     for _ in range(_ROUNDS):
         wanted = widths_to_measure(
-            groups, choose(alone.curves or None), alone.curves, request.widths
+            groups, choose(alone.curves or None), alone.curves, task.request.widths
         )
         some = [group for group in groups if group.name in wanted]
         with stage("measuring curves", total=len(some)) as bar:
@@ -272,9 +272,8 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
 class _Alone:
     """Measures what the model comes to with one group alone pruned to a width."""
 
-    request: PruningRequest
-    few: Prepared
-    """The model with the samples to which a group is refitted."""
+    task: PruningTask
+    """With the samples to which a group is refitted."""
     reference: Reference
     rough: Reference | None
     """The same in bfloat16."""
@@ -291,10 +290,10 @@ class _Alone:
             without = self._without_units(step, keep)
             changed = [getattr(c.module, name) for c in step.consumers for name in c.parameters]
         else:
-            without = step.alone(keep, self.request.damp, shaped=not known)
+            without = step.alone(keep, self.task.request.damp, shaped=not known)
         try:
             with without as shape, timed(Stage.MEASURED):
-                distance, model = 0.0, self.few.model
+                distance, model = 0.0, self.task.prepared.model
                 if self.rough is not None:
                     distance = self.rough.divergence(model, changed)
                 if distance < _CLOSE:
@@ -314,12 +313,12 @@ class _Alone:
 
         Units are removed one by one.  Yielded is the shape of the group's curve.
         """
-        few, name = self.few, step.group.name
+        few, damp, name = self.task.prepared, self.task.request.damp, step.group.name
 
         def refitted() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
             with timed(Stage.MEASURED), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-                problem = step.problem(keep, step.regularization(keep, self.request.damp, 0.0)[0])
+                problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
                 if name not in self._removals:
                     self._removals[name] = eliminate(problem, problem.units - 1)
                 removals = self._removals[name]
@@ -331,7 +330,7 @@ class _Alone:
 
         inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
         what = f"the problem of {name!r} with {inputs} inputs"
-        with memory_for(what, FOR_MATRICES), room_for(few.model, few.matrix_bytes):
+        with memory_for(what, FOR_MATRICES), room_for(few.model, self.task.matrix_bytes):
             alone = few.ranks.broadcast("a group that was pruned by itself", refitted)
         weights, kept, shape = alone
         with step.tried([W.to(device_of(few.model)) for W in weights], kept):

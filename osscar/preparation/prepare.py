@@ -89,8 +89,6 @@ class Prepared:
     """Consumers, by their labels, to which no token is sent any more: they are not refitted."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
-    matrix_bytes: int = 0
-    """What the problem of a layer needs beside weights that lie on disk."""
 
     @property
     def routed(self) -> tuple[Found, ...]:

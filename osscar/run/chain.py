@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,7 +24,7 @@ from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
 from osscar.allocation.measured import known_curves
-from osscar.allocation.widths import asked_groups
+from osscar.allocation.task import Feasible, PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -39,13 +39,8 @@ from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, PruningRequest, parse_keep
-from osscar.run.feasibility import (
-    Feasible,
-    feasible_groups,
-    in_words,
-    includes_program_only_groups,
-)
-from osscar.run.groups import prune_groups, samples_held_out
+from osscar.run.feasibility import feasible_groups, in_words, includes_program_only_groups
+from osscar.run.groups import prune_groups
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog
@@ -55,8 +50,7 @@ from osscar.walk.batch_norm import DenseStatistics, dense_statistics, renew_stat
 
 
 def prune_prepared(
-    prepared: Prepared,
-    request: PruningRequest,
+    task: PruningTask,
     dense: Dense,
     log: RunLog | None = None,
     committed: Sequence[LayerRecord] = (),
@@ -64,13 +58,12 @@ def prune_prepared(
     before: Budget | None = None,
 ) -> PruningResult:
     """Prune a prepared model, which becomes the smaller one; start with the curves of `before`."""
+    task, prepared = dataclasses.replace(task, feasible=dense.feasible), task.prepared
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
-    allocated = widths(prepared, request, dense.feasible, log, tell, before)
-    records = prune_groups(prepared, allocated.keep, request, committed, log)
+    allocated = widths(task, log, tell, before)
+    records = prune_groups(task, allocated.keep, committed, log)
     plan = PruningPlan(tuple(record.plan for record in records))
-    model, proof, batch_norms = shrunk(
-        prepared, plan, request, dense.feasible.form, dense.statistics
-    )
+    model, proof, batch_norms = shrunk(task, plan, dense.statistics)
     with timed(Stage.PRUNED):
         likeness = None if dense.reference is None else dense.reference.likeness(model)
     if proof.plan.form is Form.EAGER:  # a program writes nothing in its passes
@@ -87,9 +80,9 @@ def prune_prepared(
         budget=allocated.budget,
         divergence=None if likeness is None else likeness.distance,
         agreement=None if likeness is None else likeness.agreement,
-        held_out=samples_held_out(prepared, request),
+        held_out=task.samples_held_out,
         seconds=time.perf_counter() - start,
-        request=request,
+        request=task.request,
         calibration=prepared.inputs.settings,
         skipped=dense.feasible.skipped,
         folded=prepared.folded,
@@ -99,7 +92,7 @@ def prune_prepared(
 @contextmanager
 def prepare_for(
     model: nn.Module, calibration: Any, request: PruningRequest, ranks: Ranks = ALONE
-) -> Iterator[Prepared]:
+) -> Iterator[PruningTask]:
     """Prepare a model as a request needs it."""
     with (
         torch.inference_mode(False),  # in which there are no gradients
@@ -114,14 +107,14 @@ def prepare_for(
             ranks=ranks,
         ) as prepared,
     ):
-        yield within_memory(prepared, request)
+        yield within_memory(PruningTask(prepared, request))
 
 
-def within_memory(prepared: Prepared, request: PruningRequest) -> Prepared:
+def within_memory(task: PruningTask) -> PruningTask:
     """Have the cache of weights on disk leave room for the matrices of a layer."""
-    if weight_cache(prepared.model) is None:
-        return prepared
-    return dataclasses.replace(prepared, matrix_bytes=forecast(prepared, request).matrices)
+    if weight_cache(task.prepared.model) is None:
+        return task
+    return dataclasses.replace(task, matrix_bytes=forecast(task).matrices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,18 +128,19 @@ class Dense:
     """Those of its batch-norm layers."""
 
 
-def run_dense(prepared: Prepared, request: PruningRequest) -> Dense:
+def run_dense(task: PruningTask) -> Dense:
     """Try which groups can lose units, and run the dense model."""
+    prepared, mode = task.prepared, task.request.batch_norm
     model, ranks = prepared.model, prepared.ranks
     with timed(Stage.TRIAL):
-        feasible = ranks.broadcast("what can follow", lambda: feasible_groups(prepared, request))
+        feasible = ranks.broadcast("what can follow", lambda: feasible_groups(task))
     with timed(Stage.DENSE):
-        last = prepared.inputs.part(-max(1, samples_held_out(prepared, request)))
+        last = prepared.inputs.part(-max(1, task.samples_held_out))
         batches = last.batches(model, 1)
         distance = Distance.of(model, last, batches[0])
         scores = distance.measure == "nats"
         reference = Reference.of(distance, model, batches, ranks) if scores else None
-        statistics = dense_statistics(model, prepared.batches(), request.batch_norm, ranks)
+        statistics = dense_statistics(model, prepared.batches(), mode, ranks)
     return Dense(feasible, reference, statistics)
 
 
@@ -159,35 +153,34 @@ def note_origin(pruned: PruningResult, model: nn.Module, calibration: Any) -> No
 
 @timed(Stage.ALLOCATION)
 def widths(
-    prepared: Prepared,
-    request: PruningRequest,
-    feasible: Feasible,
+    task: PruningTask,
     log: RunLog | None,
     tell: Callable[[str], None],
     before: Budget | None = None,
 ) -> Allocated:
     """Allocate what groups keep, unless the log has it; start with the curves of `before`."""
-    noted: Allocated | None = prepared.ranks.broadcast(
+    noted: Allocated | None = task.prepared.ranks.broadcast(
         "what was allocated", lambda: None if log is None else log.allocation()
     )
     if noted is not None:
         return noted
     known = {} if before is None else known_curves(before)
     try:
-        tell(goal(prepared, request, feasible.skipped_names))
-        found = allocate(prepared, request, feasible.skipped_names, feasible.form, known=known)
+        tell(goal(task))
+        found = allocate(task, known)
     except RequestError as error:
-        also = f"; {in_words(feasible.skipped)}" if feasible.skipped else ""
+        skipped = task.feasible.skipped
+        also = f"; {in_words(skipped)}" if skipped else ""
         raise type(error)(f"{error}{also}") from error
     if log is not None:
         log.note_allocation(found)
     return found
 
 
-def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) -> str:
+def goal(task: PruningTask) -> str:
     """Say what the run is to keep and to remove."""
-    _, keep, shared = asked_groups(prepared, request, skipped)
-    left = {group.name: 0 for group in shared}
+    prepared, request, keep = task.prepared, task.request, task.keep
+    left = {group.name: 0 for group in task.shared}
 
     def told(budget: BudgetKind | None) -> str:
         asked: Any = None if budget is None else getattr(request, budget)
@@ -217,13 +210,10 @@ def goal(prepared: Prepared, request: PruningRequest, skipped: Collection[str]) 
 
 
 def shrunk(
-    prepared: Prepared,
-    plan: PruningPlan,
-    request: PruningRequest,
-    form: Form,
-    dense: DenseStatistics,
+    task: PruningTask, plan: PruningPlan, dense: DenseStatistics
 ) -> tuple[nn.Module, Proof, int]:
     """Return the smaller model, its proof, and how many batch norms have new statistics."""
+    prepared, request = task.prepared, task.request
     work = prepared.model
     inputs = prepared.inputs.proofs(work, request.seed)
 
@@ -234,7 +224,9 @@ def shrunk(
 
     # A budget may take nothing of what only the program can lose; one of bytes counted the program.
     optional = request.form == "auto" and request.size is None
-    if form is Form.EXPORTED and not (optional and _goes_in_modules(prepared, plan, inputs)):
+    if task.feasible.form is Form.EXPORTED and not (
+        optional and _goes_in_modules(prepared, plan, inputs)
+    ):
         # A program has no batch norms to observe; the model computes the same without the units.
         batch_norms = renew(PruningPlan(()))
         prepared.untouched.put_back(work)

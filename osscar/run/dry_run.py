@@ -17,6 +17,7 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.measured import compared_samples, fitted_samples
 from osscar.allocation.speedup import MOST_MODELS, REPETITIONS
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
 from osscar.base.printable import in_bytes
 from osscar.base.timing import Clock, Stage, clock, profiled
@@ -30,7 +31,7 @@ from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
 from osscar.run.chain import prepare_for
 from osscar.run.feasibility import feasible_groups
-from osscar.run.groups import samples_held_out, solved
+from osscar.run.groups import solved
 from osscar.run.memory import forecast
 from osscar.walk.batch_norm import batch_norms
 from osscar.walk.targets import Target
@@ -136,22 +137,22 @@ def estimate_as_asked(
         )
     calibration = read_once(model, calibration)
     began = clock()
-    with prepare_for(model, calibration, request) as prepared:
-        opening = clock() - began
+    with prepare_for(model, calibration, request) as task:
+        opening, prepared = clock() - began, task.prepared
         samples = prepared.inputs.samples
-        needs = forecast(prepared, request)
+        needs = forecast(task)
         [batch, *_] = prepared.batches()
         passing = Timer(partial(forward, prepared.model, batch), timer=clock)
         one = min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
         began = clock()
-        feasible = feasible_groups(prepared, request)
+        feasible = feasible_groups(task)
         trial = clock() - began
         # By equal shares of the budgets, as curves are not known.
         even: dict[str, Any] = {"allocation": "uniform"} if request.has_budget else {}
         if request.speedup is not None:  # which is a matter of operations first
             even |= {"speedup": None, "flops": min(1 / request.speedup, request.flops or 1.0)}
         evenly = dataclasses.replace(request, **even)
-        allocated = allocate(prepared, evenly, feasible.skipped_names, feasible.form)
+        allocated = allocate(dataclasses.replace(task, request=evenly, feasible=feasible))
         keep, budget = allocated.keep, allocated.budget
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
@@ -159,14 +160,14 @@ def estimate_as_asked(
         target = Target(request.target)
         schedule = Walk(prepared, groups, target=target).schedule
         reach = sum((last + 1) / len(schedule.calls) for _, last in schedule.passes)
-        source, solving = _solved(prepared, request, keep, groups, needs.matrices, clock)
+        source, solving = _solved(task, keep, groups, clock)
 
         def times(groups: Sequence[CouplingGroup], power: int) -> float:
             """Return how many times as long groups take as the one that was solved."""
             most = _rows(prepared, source)
             return sum((_rows(prepared, group) / most) ** power for group in groups)
 
-        compared = max(1, samples_held_out(prepared, request))
+        compared = max(1, task.samples_held_out)
         compared += samples if batch_norms(prepared.model) else 0
         cubes = times(groups, 3)
         stages = {
@@ -212,14 +213,10 @@ def _rows(prepared: Prepared, group: CouplingGroup) -> int:
 
 
 def _solved(
-    prepared: Prepared,
-    request: PruningRequest,
-    keep: Mapping[str, int],
-    groups: Sequence[CouplingGroup],
-    matrix_bytes: int,
-    clock: Clock,
+    task: PruningTask, keep: Mapping[str, int], groups: Sequence[CouplingGroup], clock: Clock
 ) -> tuple[CouplingGroup, Mapping[Stage, float]]:
     """Solve the largest group that is not too large, on few samples; return it and the seconds."""
+    prepared, request = task.prepared, task.request
     by_rows = sorted(groups, key=lambda group: _rows(prepared, group))
     few_rows = [group for group in by_rows if _rows(prepared, group) <= _MOST_ROWS]
     source = (few_rows or by_rows[:1])[-1]
@@ -229,6 +226,6 @@ def _solved(
     with profiled(clock) as profile, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about few samples
         for step in Walk(few, [source], target=Target(request.target), held=held):
-            with room_for(few.model, matrix_bytes):
+            with room_for(few.model, task.matrix_bytes):
                 solved(step, keep[source.name], request, 0.0)
     return source, profile.seconds

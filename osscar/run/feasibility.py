@@ -11,20 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from pydantic import with_config
 from torch import nn
 from transformers import PreTrainedModel
 
 from graph import CouplingGroup
-from osscar.allocation.allocate import provisional
-from osscar.allocation.widths import asked_groups
+from osscar.allocation.task import Feasible, PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn
-from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
@@ -40,39 +35,7 @@ from osscar.shrinking.shrink_program import ProgramTrial
 _MOST_TOLD = 8
 
 
-@with_config(STRICT)
-@dataclass(frozen=True)
-class SkippedGroup:
-    """A group that keeps all its units: something around it cannot work with fewer.
-
-    Parameters
-    ----------
-    name, kind, units
-        The group.
-    reason
-        What failed on trial, mostly with the module and its line of code.
-    """
-
-    name: str
-    kind: str
-    units: int
-    reason: str
-
-
-class Feasible(NamedTuple):
-    """What of a model is to be shrunk, and the groups that keep all their units then."""
-
-    form: Form
-    skipped: tuple[SkippedGroup, ...]
-    """In the order of the model."""
-
-    @property
-    def skipped_names(self) -> frozenset[str]:
-        """The names of the groups that keep all their units."""
-        return frozenset(group.name for group in self.skipped)
-
-
-def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
+def feasible_groups(task: PruningTask) -> Feasible:
     """Try which groups can lose units, in the modules of a model or in its program.
 
     The same model and request come to the same answer, so that a run which goes on asks again.
@@ -84,16 +47,16 @@ def feasible_groups(prepared: Prepared, request: PruningRequest) -> Feasible:
     AdapterError
         If no group can follow, or the request is strict and one cannot.
     """
-    keep, asked = provisional(prepared, request), asked_groups(prepared, request)[0]
+    prepared, request, keep, asked = task.prepared, task.request, task.provisional, task.groups
     going = [group for group in asked if keep.get(group.name, group.units) < group.units]
     # Of kinds that are traced, nobody has asked for what is frozen.
     reasons = {one.name: one.frozen[0].reason for one in asked if one.kind.routed and one.frozen}
     tried = len(going) + len(reasons)
     routed = [group for group in going if group.kind.routed]
-    reasons |= _tried_routed(prepared, request, routed, keep)
+    reasons |= _tried_routed(task, routed)
     inside = _in_members(prepared, [group for group in routed if group.name not in reasons])
     traced = [group for group in going if not group.kind.routed and group.name not in inside]
-    form, trial = _tried_traced(prepared, request, traced, keep)
+    form, trial = _tried_traced(task, traced)
     reasons |= trial.reasons
     left = _skipped(asked, reasons)
     # Of modules nobody expects to lose what only programs can.
@@ -116,27 +79,23 @@ def _skipped(
     )
 
 
-def _tried_routed(
-    prepared: Prepared,
-    request: PruningRequest,
-    groups: Sequence[CouplingGroup],
-    keep: Mapping[str, int],
-) -> dict[str, str]:
+def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[str, str]:
     """Return why routed groups cannot go, by name.
 
     They are tried by themselves: no program says to which other units tokens go.
     """
+    prepared = task.prepared
     for kind in {group.kind for group in groups}:
         if not prepared.ranks.alone:
             raise RequestError(f"{kind} are chosen by one process; run it without ranks")
         if is_on_disk(prepared.model):
             raise RequestError(f"{kind} are chosen in memory; omit --max-memory")
-    model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, request.seed)
+    model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, task.request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = Feasibility(model, attempt)
     if groups:
         with stage("trying what can follow"), model_state(model):
-            trial.grown([], _arbitrary(groups, keep))
+            trial.grown([], _arbitrary(groups, task.provisional))
     return trial.reasons
 
 
@@ -151,30 +110,26 @@ def _in_members(prepared: Prepared, going: Sequence[CouplingGroup]) -> dict[str,
     }
 
 
-def _tried_traced(
-    prepared: Prepared,
-    request: PruningRequest,
-    groups: Sequence[CouplingGroup],
-    keep: Mapping[str, int],
-) -> tuple[Form, Feasibility]:
+def _tried_traced(task: PruningTask, groups: Sequence[CouplingGroup]) -> tuple[Form, Feasibility]:
     """Return the form of the model, and the trial that knows which groups cannot follow in it."""
-    forms = _forms_to_try(prepared.model, request)
+    prepared = task.prepared
+    forms = _forms_to_try(prepared.model, task.request)
     if not groups:
         return forms[0], Feasibility(prepared.model, lambda plan: None)
-    plans = _arbitrary(groups, keep)
+    plans = _arbitrary(groups, task.provisional)
     # Groups of repeated blocks mostly fail alike, so that they are halved last.
     plans.sort(key=lambda plan: re.sub(r"\d+", "", plan.name))
     in_modules = [plan for plan in plans if plan.name not in prepared.in_programs]
     possible = {Form.EAGER: in_modules, Form.EXPORTED: plans}
     together: dict[Form, Exception | None] = {}
     for form in forms:  # whose failures are only looked into where no form does for all groups
-        with _trying(prepared, request, form) as trial:
+        with _trying(task, form) as trial:
             together[form] = trial.failure(possible[form]) if possible[form] else None
         if together[form] is None and len(possible[form]) == len(plans):
             return form, trial
     trials: dict[Form, Feasibility] = {}
     for form in forms:
-        with _trying(prepared, request, form) as trials[form]:
+        with _trying(task, form) as trials[form]:
             others = (plan.name for plan in plans if plan not in possible[form])
             trials[form].reasons |= {name: prepared.in_programs[name] for name in others}
             if together[form] is not None:
@@ -214,17 +169,17 @@ def includes_program_only_groups(model: nn.Module, request: PruningRequest) -> b
 
 
 @contextmanager
-def _trying(prepared: Prepared, request: PruningRequest, form: Form) -> Iterator[Feasibility]:
+def _trying(task: PruningTask, form: Form) -> Iterator[Feasibility]:
     """Let groups be tried in one form; the model is as it was afterwards."""
-    model = prepared.model
+    model = task.prepared.model
     with stage("trying what can follow"), model_state(model):
-        yield Feasibility(model, _rehearsal(prepared, form, request.seed))
+        yield Feasibility(model, _rehearsal(task, form))
 
 
-def _rehearsal(prepared: Prepared, form: Form, seed: int) -> Callable[[PruningPlan], object]:
+def _rehearsal(task: PruningTask, form: Form) -> Callable[[PruningPlan], object]:
     """Return what shrinks a model on trial and proves it; the model is then as it was."""
-    model = prepared.model
-    inputs = prepared.inputs.proofs(model, seed)
+    prepared, model = task.prepared, task.prepared.model
+    inputs = prepared.inputs.proofs(model, task.request.seed)
     if form is Form.EAGER:
         programs = prepared.programs
         prepared.untouched.put_back()  # what passes keep for the next would be another program

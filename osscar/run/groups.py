@@ -12,15 +12,13 @@ from torch import nn
 
 import solvers
 from graph import CouplingGroup
-from osscar.allocation.widths import reached_groups
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
-from osscar.base.ranks import Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.data.parts import held_out
 from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
@@ -41,9 +39,8 @@ _EXACT_SECONDS = 10.0
 
 
 def prune_groups(
-    prepared: Prepared,
+    task: PruningTask,
     keep: Mapping[str, int],
-    request: PruningRequest,
     records: Sequence[LayerRecord],
     log: RunLog | None,
 ) -> tuple[LayerRecord, ...]:
@@ -53,8 +50,8 @@ def prune_groups(
     of these that leave.  `keep` has the groups that lose units.  `records` are what was committed
     of them, which is written again; the log keeps what is committed now.
     """
-    groups = [group for group in reached_groups(prepared, request) if group.name in keep]
-    run = _Run(request, keep, log)
+    groups = [group for group in task.groups if group.name in keep]
+    prepared, run = task.prepared, _Run(task, keep, log)
     with ExitStack() as around:
         for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
             own = [group for group in groups if group.kind is kind]
@@ -78,7 +75,7 @@ def _kept_in(records: Iterable[LayerRecord]) -> dict[str, tuple[int, ...]]:
 class _Run:
     """The records of a run so far, and the dense tensors of what they were written to, by name."""
 
-    request: PruningRequest
+    task: PruningTask
     keep: Mapping[str, int]
     log: RunLog | None
     done: list[LayerRecord] = field(default_factory=list)
@@ -115,17 +112,16 @@ class _Run:
                 walked = walk(
                     prepared,
                     list(left.values()),
-                    target=Target(self.request.target),
-                    held=samples_held_out(prepared, self.request),
+                    target=Target(self.task.request.target),
+                    held=self.task.samples_held_out,
                     committed=self.dense,
                 )
             for step in blaming_refits(walked, self.done):
                 bar.describe(f"pruning {step.group.name}")
                 if not last:
                     self.dense.update(dense_tensors(step.consumers))
-                with room_for(prepared.model, prepared.matrix_bytes):
-                    keep = self.keep[step.group.name]
-                    record = _prune_group(step, keep, self.request, began, prepared.ranks)
+                with room_for(prepared.model, self.task.matrix_bytes):
+                    record = self._prune_group(step, began)
                 if self.log is not None:
                     self.log.append(len(self.done), record)
                 self.done.append(dataclasses.replace(record, weights=()))  # the model has them
@@ -134,10 +130,23 @@ class _Run:
         if prepared.ranks.first:
             warn_of_refits([record.report for record in self.done[before:]], prepared.model)
 
+    def _prune_group(self, step: LayerStep | Step, began: float) -> LayerRecord:
+        """Have the first rank solve one group, and commit the refitted weights on all."""
+        name, ranks = step.group.name, self.task.prepared.ranks
 
-def samples_held_out(prepared: Prepared, request: PruningRequest) -> int:
-    """Return how many samples are held out: none if the request gives damping and correction."""
-    return held_out(prepared.inputs.samples) if request.holds_out else 0
+        def make() -> LayerRecord:
+            record = solved(step, self.keep[name], self.task.request, began)
+            if ranks.alone:
+                return record
+            there = tuple(values_of(weight).cpu() for weight in record.weights)
+            return dataclasses.replace(record, weights=there)
+
+        inputs = " and ".join(dict.fromkeys(str(consumer.rows) for consumer in step.consumers))
+        with memory_for(f"the problem of {name!r} with {inputs} inputs", FOR_MATRICES):
+            record = ranks.broadcast("what became of a group", make)
+        if isinstance(step, LayerStep) and not step.committed:
+            step.adopt(record.weights)
+        return record
 
 
 def blaming_refits(
@@ -203,26 +212,6 @@ def _why_grown(model: nn.Module) -> str:
         "that nothing keeps inputs of one size: load trained weights, or run the model on data in "
         "training mode first; else "
     )
-
-
-def _prune_group(
-    step: LayerStep | Step, keep: int, request: PruningRequest, began: float, ranks: Ranks
-) -> LayerRecord:
-    """Have the first rank solve one group, and commit the refitted weights on all."""
-
-    def make() -> LayerRecord:
-        record = solved(step, keep, request, began)
-        if ranks.alone:
-            return record
-        there = tuple(values_of(weight).cpu() for weight in record.weights)
-        return dataclasses.replace(record, weights=there)
-
-    inputs = " and ".join(dict.fromkeys(str(consumer.rows) for consumer in step.consumers))
-    with memory_for(f"the problem of {step.group.name!r} with {inputs} inputs", FOR_MATRICES):
-        record = ranks.broadcast("what became of a group", make)
-    if isinstance(step, LayerStep) and not step.committed:
-        step.adopt(record.weights)
-    return record
 
 
 def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: float) -> LayerRecord:

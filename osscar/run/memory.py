@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from graph import CouplingGroup
-from osscar.allocation.allocate import provisional
 from osscar.allocation.divergence import MOST_BYTES
 from osscar.allocation.measured import compared_samples
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
-from osscar.preparation.prepare import Prepared, widest_output
+from osscar.preparation.prepare import widest_output
 from osscar.request import PruningRequest
-from osscar.run.groups import samples_held_out
 from osscar.walk.sums import sum_bytes
 from osscar.walk.targets import Target
 
@@ -53,12 +52,12 @@ class MemoryNeeds:
         return self.held + max(self.parts.values())
 
     @classmethod
-    def of(cls, prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
+    def of(cls, task: PruningTask) -> MemoryNeeds:
         """Estimate what a run needs."""
+        prepared, request, keep = task.prepared, task.request, task.provisional
         model, streams = prepared.model, 2 if Target(request.target).needs_dense else 1
-        keep = provisional(prepared, request)
         pruned = (g for g in prepared.groups if keep.get(g.name, g.units) < g.units)
-        layers = (_of_layer(prepared, group, keep[group.name], request) for group in pruned)
+        layers = (_of_layer(task, group) for group in pruned)
         layer, inputs, problem, sums = max(
             layers, key=lambda found: found[2], default=("", 0, 0, 0)
         )
@@ -76,7 +75,7 @@ class MemoryNeeds:
             vocabulary, width = wide, wide // 2
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         measured = request.has_budget and request.allocation != "uniform"
-        kept = max(1, samples_held_out(prepared, request)), measured * compared_samples(prepared)
+        kept = max(1, task.samples_held_out), measured * compared_samples(prepared)
         predictions = sum(min(MOST_BYTES, 4 * window * vocabulary * samples) for samples in kept)
         held_batches = streams * suspended_bytes(sum(rows), width, read, itemsize) + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL
@@ -107,21 +106,19 @@ def _held(model: nn.Module) -> int:
         return memory.peak()
 
 
-def _of_layer(
-    prepared: Prepared, group: CouplingGroup, keep: int, request: PruningRequest
-) -> tuple[str, int, int, int]:
+def _of_layer(task: PruningTask, group: CouplingGroup) -> tuple[str, int, int, int]:
     """Return the widest layer of a group, its inputs, and the bytes of its matrices and sums.
 
     Matrices are of float64, for p inputs of which r stay, and m outputs; docs/streaming.md says
     where each number is from.
     """
-    maps = prepared.linear_maps(group)
+    request, maps = task.request, task.prepared.linear_maps(group)
     lean = isinstance(request.backend, str) and request.backend in _LEAN and not request.certify
     corrected = Target(request.target).needs_dense
     numbers, sums = 0.0, 0
     for one in maps:
         p, m = one.rows, one.outputs
-        r = one.fixed + (p - one.fixed) * keep / group.units
+        r = one.fixed + (p - one.fixed) * task.provisional[group.name] / group.units
         solving = 1.25 * p * p + 3.5 * p * m if lean else 11 * p * p + 6 * p * m
         committing = 0.5 * p * p + 6 * p * m
         most = max(solving, committing)
@@ -156,11 +153,11 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
         raise RequestError(reason)
 
 
-def forecast(prepared: Prepared, request: PruningRequest) -> MemoryNeeds:
+def forecast(task: PruningTask) -> MemoryNeeds:
     """Return what a run needs, if it is within the limit; weights on disk leave room for passes."""
-    check_can_stream(prepared.model, request)
-    needs = MemoryNeeds.of(prepared, request)
-    cache = weight_cache(prepared.model)
+    check_can_stream(task.prepared.model, task.request)
+    needs = MemoryNeeds.of(task)
+    cache = weight_cache(task.prepared.model)
     if cache is None:
         return needs
     if needs.least > cache.ceiling:

@@ -13,19 +13,18 @@ from pydantic import with_config
 from torch import nn
 
 from osscar.allocation.divergence import Measure
+from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
 from osscar.base.inputs import checked
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
-from osscar.network.modules import copied
 from osscar.preparation.journal import Journal, JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
 from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, within_memory
-from osscar.run.feasibility import SkippedGroup
 from osscar.run.result import PruningResult
 
 
@@ -108,16 +107,16 @@ def prune_points(
     """
     if not points:
         return
-    with prepare_for(model, calibration, points[0].request(base)) as prepared:
-        each = [(job, within_memory(prepared, job.request(base))) for job in points]
-        dense = run_dense(prepared, base)
-        for job, own in each:
+    with prepare_for(model, calibration, points[0].request(base)) as first:
+        tasks = [dataclasses.replace(first, request=job.request(base)) for job in points]
+        each = [(job, within_memory(task)) for job, task in zip(points, tasks, strict=True)]
+        dense = run_dense(dataclasses.replace(first, request=base))
+        for job, task in each:
 
             def tell_of(line: str, job: SweepJob = job) -> None:
                 tell(f"{job}: {line}")
 
-            again = dataclasses.replace(own, model=copied(own.model))
-            result = prune_prepared(again, job.request(base), dense, tell=tell_of)
+            result = prune_prepared(task.on_copy(), dense, tell=tell_of)
             note_origin(result, model, calibration)
             yield job, result
 

@@ -90,11 +90,11 @@ def prune_as_asked(
     calibration = read_once(model, calibration)
     with (
         profiled() as spent,
-        prepare_for(model, calibration, request, ranks) as prepared,
-        begun(log, prepared, request.to_json()) as committed,
+        prepare_for(model, calibration, request, ranks) as task,
+        begun(log, task.prepared, request) as committed,
     ):
-        dense = run_dense(prepared, request)
-        result = prune_prepared(prepared, request, dense, log, committed, tell)
+        dense = run_dense(task)
+        result = prune_prepared(task, dense, log, committed, tell)
     note_origin(result, model, calibration)
     seconds = time.perf_counter() - start
     return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))

@@ -14,6 +14,7 @@ from torch import nn
 
 from osscar import __version__
 from osscar.allocation.budget import Budget
+from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import first_line
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import directory as checkpoint
@@ -29,7 +30,6 @@ from osscar.proof.plan import Certificate, Form, PruningPlan
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest
-from osscar.run.feasibility import SkippedGroup
 from osscar.run.prune_page import kept_picture, prune_page, sections
 from osscar.run.target_search import TargetReport
 from osscar.walk.layer_report import LayerReport

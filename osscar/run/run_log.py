@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import with_config
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from osscar.preparation.fingerprint import Fingerprint
 from osscar.preparation.journal import REPORT, JournalManifest, SavingJournal
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
+from osscar.request import PruningRequest
 from osscar.run.target_search import TargetWalk
 from osscar.walk.layer_report import LayerReport
 
@@ -41,13 +42,11 @@ T = TypeVar("T")
 _ALLOCATION, _WALKS = "allocation.safetensors", "walks.safetensors"
 
 
-def run_manifest(
-    request: Mapping[str, Any], model: nn.Module, inputs: ModelInputs
-) -> JournalManifest:
-    """Describe a run by the fields of its request, and its dense model, which is not changed."""
+def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs) -> JournalManifest:
+    """Describe a run by its request and its dense model, which is not changed."""
     versions = {name: version(name) for name in ("torch", "transformers")}
     # Through JSON, as it will be read back.
-    asked = json.loads(json.dumps({**request, **versions, "osscar": __version__}))
+    asked = json.loads(json.dumps({**request.to_json(), **versions, "osscar": __version__}))
     return JournalManifest("osscar.run-log/6", asked, Fingerprint.of(model, inputs))
 
 
@@ -154,7 +153,7 @@ class RunLog(SavingJournal):
 
 @contextmanager
 def begun(
-    log: RunLog | None, prepared: Prepared, request: Mapping[str, Any]
+    log: RunLog | None, prepared: Prepared, request: PruningRequest
 ) -> Iterator[tuple[LayerRecord, ...]]:
     """Begin a run, or go on with one, on all ranks; yield what was committed before."""
     ranks = prepared.ranks

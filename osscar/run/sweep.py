@@ -187,7 +187,7 @@ class Sweep:
         if self.recover is not None:
             check_enough(model, calibration, self.recover)
         budget, scored = self.points[0].budget, _scored(self.score)
-        run = run_manifest(self.base.to_json(), model, data)
+        run = run_manifest(self.base, model, data)
         manifest = sweep_manifest(run, budget, scored, self.recover)
         check_repeatable(model, data.example(model))
         sample = data.batches(model, 1)[0]

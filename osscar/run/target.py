@@ -23,7 +23,7 @@ from osscar.allocation.budget import Budget
 from osscar.allocation.costs import CountedCost, count
 from osscar.allocation.limits import COUNTED, Allowance, allowances
 from osscar.allocation.measured import Curve, known_curves
-from osscar.allocation.widths import asked_groups
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import DataError, RequestError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
@@ -31,8 +31,6 @@ from osscar.data.batches import as_inputs
 from osscar.data.loaders import read_once
 from osscar.data.parts import in_parts
 from osscar.evaluation.confidence import Judge, fewest_samples
-from osscar.network.modules import copied
-from osscar.preparation.prepare import Prepared
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, TargetKind
 from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense, widths
@@ -81,13 +79,14 @@ def prune_to_target(
     parts = in_parts(calibration, inputs.samples, request.seed)
     with (
         profiled() as spent,
-        prepare_for(model, parts.pruned_on, request, ranks) as prepared,
-        begun(log, dataclasses.replace(prepared, inputs=inputs), request.to_json()),
+        prepare_for(model, parts.pruned_on, request, ranks) as task,
+        begun(log, dataclasses.replace(task.prepared, inputs=inputs), request),
     ):
-        judge = _judge(prepared, request, parts.choosing, classes, needed // 4)
-        reporting = _judge(prepared, request, parts.reporting, classes, needed // 4)
-        dense = run_dense(prepared, request)
-        search = _Search(prepared, request, dense, judge, parts.pruned_on, log, tell, recover)
+        judge = _judge(task, parts.choosing, classes)
+        reporting = _judge(task, parts.reporting, classes)
+        dense = run_dense(task)
+        task = dataclasses.replace(task, feasible=dense.feasible)
+        search = _Search(task, dense, judge, parts.pruned_on, log, tell, recover)
         (pruned, recovery), report = search.smallest()
         found = pruned.model if recovery is None else recovery.model
         with timed(Stage.PRUNED):
@@ -117,12 +116,12 @@ def samples_needed(quality: TargetKind, most_lost: float) -> int:
 
 
 @timed(Stage.DENSE)
-def _judge(
-    prepared: Prepared, request: PruningRequest, data: Any, classes: Sequence[str], needed: int
-) -> Judge:
+def _judge(task: PruningTask, data: Any, classes: Sequence[str]) -> Judge:
     """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
+    request = task.request
     assert request.quality is not None
-    judge = Judge.of(request.quality, prepared.model, data, classes)
+    needed = fewest_samples(request.quality, request.most_lost)
+    judge = Judge.of(request.quality, task.prepared.model, data, classes)
     if request.quality is not TargetKind.TOP1:
         return judge
     if judge.labelled < needed:
@@ -142,8 +141,7 @@ def _judge(
 class _Search:
     """The walks to a target, and the data that they prune on."""
 
-    prepared: Prepared
-    request: PruningRequest
+    task: PruningTask
     dense: Dense
     judge: Judge
     data: Any
@@ -152,9 +150,14 @@ class _Search:
     recover: Recover | None
     walks: list[TargetWalk] = field(default_factory=list)
 
+    @property
+    def request(self) -> PruningRequest:
+        """The request with the target."""
+        return self.task.request
+
     def smallest(self) -> tuple[Made, TargetReport]:
         """Walk until no size is left to try; return the smallest model within the target."""
-        ranks, log, most = self.prepared.ranks, self.log, self.request.most_lost
+        ranks, log, most = self.task.prepared.ranks, self.log, self.request.most_lost
         self.walks += ranks.broadcast("walks", lambda: () if log is None else log.walks())
         budget, best = self._known_budget(), None
         while (limit := self._next_limit(budget)) is not None:
@@ -200,13 +203,6 @@ class _Search:
             quality, most, budget.measure, limit.cost, limit.dense, tuple(self.walks)
         )
 
-    @cached_property
-    def _sharing(self) -> Sharing:
-        """The groups whose widths are to be found."""
-        skipped = self.dense.feasible.skipped_names
-        _, keep, shared = asked_groups(self.prepared, self.request, skipped)
-        return Sharing(shared, self.request.widths, keep)
-
     @property
     def _kind(self) -> BudgetKind:
         """The budget by which a walk asks for a size."""
@@ -215,16 +211,14 @@ class _Search:
     @cached_property
     def _cost(self) -> CountedCost:
         """What sizes are counted in."""
-        groups = self.prepared.groups_with({*self._sharing.others, *self._sharing.least})
-        return count(COUNTED[self._kind], self.prepared.model, groups, self.prepared.sample)
+        prepared = self.task.prepared
+        groups = prepared.groups_with({*self.task.keep, *self.task.options})
+        return count(COUNTED[self._kind], prepared.model, groups, prepared.sample)
 
     @cached_property
     def _allowed(self) -> list[Allowance]:
         """What the other budgets allow."""
-        sharing, form = self._sharing, self.dense.feasible.form
-        if not self.request.budgets:
-            return []
-        return allowances(self.prepared, self.request, sharing.others, sharing.least, form)
+        return allowances(self.task) if self.request.budgets else []
 
     @property
     def _largest(self) -> float:
@@ -236,15 +230,15 @@ class _Search:
         """Return the least predicted distance at each size, within the other budgets."""
         if not self._allowed:
             return budget.frontier
-        cost, dense, others = self._cost, self._cost.dense, self._sharing.others
+        cost, dense, others = self._cost, self._cost.dense, self.task.keep
         known = known_curves(budget)
         curves = {
             group.name: known.get(group.name) or Curve(group.name, np.zeros(group.units + 1))
-            for group in self._sharing.groups
+            for group in self.task.shared
         }
-        sharing = dataclasses.replace(self._sharing, curves=curves)
+        sharing = Sharing(self.task, curves)
         more = [one for one in self._allowed if one.budget is not self._kind]
-        least = cost.of({**others, **sharing.least})
+        least = cost.of({**others, **self.task.least})
         found = [(least, float("inf"))]
         for most in np.linspace(least, self._largest, _SIZES).tolist():
             own = Allowance(self._kind, COUNTED[self._kind], cost, most, dense)
@@ -254,34 +248,33 @@ class _Search:
                 found.append((cost.of({**others, **kept}), lost))
         return (*found[1:], (dense, 0.0))
 
-    def _within(self, limit: float) -> PruningRequest:
-        """Return the request of a walk: a size in place of the target."""
+    def _within(self, limit: float) -> PruningTask:
+        """Return the task of a walk: a size in place of the target."""
         value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
-        return dataclasses.replace(self.request, **{**asked, self._kind: value})
+        request = dataclasses.replace(self.request, **{**asked, self._kind: value})
+        return dataclasses.replace(self.task, request=request)
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last walk; before the first one, measure the curves."""
         if self.walks:
-            with self._begun(len(self.walks), self.walks[-1].limit) as (request, log, _):
-                return self._shared_out(request, log)
-        others, least = self._sharing.others, self._sharing.least
+            with self._begun(len(self.walks), self.walks[-1].limit) as (task, log, _):
+                return self._shared_out(task, log)
+        others = self.task.keep
         most = self._cost.of(others)
-        limit = most - _FIRST * (most - self._cost.of({**others, **least}))
+        limit = most - _FIRST * (most - self._cost.of({**others, **self.task.least}))
         return self._shared_out(self._within(min(limit, self._largest)), self.log)
 
-    def _shared_out(self, request: PruningRequest, log: RunLog | None) -> Budget:
-        found = widths(self.prepared, request, self.dense.feasible, log, lambda line: None).budget
+    def _shared_out(self, task: PruningTask, log: RunLog | None) -> Budget:
+        found = widths(task, log, lambda line: None).budget
         assert found is not None  # or the request would have been refused
         return found
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
         """Make the model of a walk; groups that its log has are not solved again."""
-        with self._begun(number, limit) as (request, log, committed):
-            work = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
+        with self._begun(number, limit) as (task, log, committed):
             pruned = prune_prepared(
-                work,
-                request,
+                task.on_copy(),
                 self.dense,
                 log,
                 committed,
@@ -293,9 +286,9 @@ class _Search:
     @contextmanager
     def _begun(
         self, number: int, limit: float
-    ) -> Iterator[tuple[PruningRequest, RunLog | None, tuple[LayerRecord, ...]]]:
-        """Begin a walk, or go on with one; yield its request, its log, and the log's records."""
-        request = self._within(limit)
+    ) -> Iterator[tuple[PruningTask, RunLog | None, tuple[LayerRecord, ...]]]:
+        """Begin a walk, or go on with one; yield its task, its log, and the log's records."""
+        task = self._within(limit)
         log = None if self.log is None else self.log.walk(number)
-        with begun(log, self.prepared, request.to_json()) as committed:
-            yield request, log, committed
+        with begun(log, task.prepared, task.request) as committed:
+            yield task, log, committed

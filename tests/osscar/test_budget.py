@@ -14,6 +14,7 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.search import Search
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
 from osscar.evaluation.size import count_owned
@@ -22,7 +23,7 @@ from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.run.chain import goal
 from tests.osscar.families import tiny, tokens
-from tests.osscar.test_costs import CNN, random_curves
+from tests.osscar.test_costs import CNN, allocated_by_random_curves
 
 # ---- the search --------------------------------------------------------------------------
 
@@ -126,9 +127,7 @@ def either(request):
 
 def allocated(prepared, **asked):
     """Allocate by random curves, or in equal shares."""
-    request = Asked(**asked)
-    curves = random_curves(prepared, request) if request.allocation != "uniform" else None
-    return allocate(prepared, request, curves=curves)
+    return allocated_by_random_curves(PruningTask(prepared, Asked(**asked)))
 
 
 @pytest.mark.parametrize("either", ["opt", "cnn"], indirect=True)
@@ -202,7 +201,7 @@ def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
 )
 def test_a_budget_out_of_reach_says_what_is_in_reach(opt, asked, message, allocation):
     with pytest.raises(RequestError, match=message):
-        allocate(opt, Asked(**asked, allocation=allocation))
+        allocate(PruningTask(opt, Asked(**asked, allocation=allocation)))
 
 
 class Shortcut(nn.Sequential):
@@ -231,13 +230,13 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
     halves = {"heads": 0.5, "neurons": 0.25}
 
     def told(**asked):
-        return goal(opt, Asked(**asked), ())
+        return goal(PruningTask(opt, Asked(**asked)))
 
     for kept, asked in (
         (0.3 * dense, {"params": 0.3}),
         (dense - 7, {"params": dense - 7}),
         (dense - 0.3 * owned, {"sparsity": 0.3}),
-        (cost.of(allocate(opt, Asked(**halves)).keep), halves),
+        (cost.of(allocate(PruningTask(opt, Asked(**halves))).keep), halves),
     ):
         kept, of, gone = map(engineering, (kept, dense, dense - kept))
         assert told(**asked) == f"keeps {kept} of {of} parameters, removes {gone}"

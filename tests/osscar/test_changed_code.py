@@ -32,7 +32,7 @@ def built(gain=1.0):
 
 
 def manifest_of(model):
-    return run_manifest(REQUEST.to_json(), model, as_inputs(model, DATA))
+    return run_manifest(REQUEST, model, as_inputs(model, DATA))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What costs come to as functions of widths, also where a group meets itself in a weight."""
 
 import itertools
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -17,9 +18,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
 from osscar.allocation import search
+from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, CountedCost, _Weight, additive_classes, count
 from osscar.allocation.measured import Curve
-from osscar.allocation.widths import asked_groups
 from osscar.base.errors import RequestError
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
@@ -81,10 +82,18 @@ def falling(random, units, power):
     return np.append(np.sort(random.exponential(size=units) ** power)[::-1], 0.0)
 
 
-def random_curves(prepared, request):
+def random_curves(task):
     """Return a curve of random losses for each group that shares a budget."""
-    random, shared = np.random.default_rng(0), asked_groups(prepared, request)[2]
-    return {one.name: Curve(one.name, falling(random, one.units, 2)) for one in shared}
+    random = np.random.default_rng(0)
+    return {one.name: Curve(one.name, falling(random, one.units, 2)) for one in task.shared}
+
+
+def allocated_by_random_curves(task):
+    """Allocate as if these had been measured."""
+    reference = SimpleNamespace(distance=SimpleNamespace(measure="nats"), bfloat16=False)
+    place, found = "osscar.allocation.allocate.measured_curves", (random_curves(task), reference)
+    with mock.patch(place, return_value=found):
+        return allocate(task)
 
 
 @given(costs(outside=1), st.floats(0, 1), st.integers(0, 2**32 - 1), st.sampled_from([0.3, 1, 3]))

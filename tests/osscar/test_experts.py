@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import osscar
 import solvers
-from osscar.allocation.allocate import provisional
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.consumers.mixtures import Routed
@@ -210,7 +210,7 @@ def test_widths_are_those_that_kernels_take(dtype, saved, step, kept):
     note(model, stored_dtype=saved)
     with prepare(model, tokens()) as prepared:
         assert {group.step for group in of_experts(prepared)} == {step}
-        assert set(provisional(prepared, PruningRequest(neurons=21)).values()) == {kept}
+        assert set(PruningTask(prepared, PruningRequest(neurons=21)).provisional.values()) == {kept}
 
 
 def test_experts_of_too_few_neurons_for_a_kernel_stay():

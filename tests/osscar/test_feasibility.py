@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import osscar
-from osscar.allocation.allocate import provisional
-from osscar.allocation.widths import asked_groups
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import AdapterError, EquivalenceError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
@@ -87,8 +86,8 @@ def names_of(groups):
 def tried(kind, data, **asked):
     """Return form and skipped groups of a network, which is solved by nobody."""
     request = PruningRequest(**asked, device="cpu")
-    with prepare_for(built(kind), data, request) as prepared:
-        return feasible_groups(prepared, request)
+    with prepare_for(built(kind), data, request) as task:
+        return feasible_groups(task)
 
 
 @pytest.fixture
@@ -213,7 +212,7 @@ def test_a_budget_that_cannot_be_met_says_what_is_skipped():
 def test_one_trial_is_enough_where_all_can_follow(tries):
     assert not tried(small_net, images(), sparsity=0.5).skipped
     with prepare(small_net(), images()) as prepared:
-        shared = asked_groups(prepared, PruningRequest(sparsity=0.5))[2]
+        shared = PruningTask(prepared, PruningRequest(sparsity=0.5)).shared
     assert [set(names) for names in tries] == [set(names_of(shared))]
 
 
@@ -240,10 +239,10 @@ def test_a_trial_leaves_the_model_as_it_was():
             return super().forward(x) * self.tables[len(x)]
 
     request = PruningRequest(sparsity=0.5, device="cpu")
-    with prepare_for(built(Counting), rows(9, 8), request) as prepared:
+    with prepare_for(built(Counting), rows(9, 8), request) as task:
 
         def state():
-            model = prepared.model
+            model = task.prepared.model
             tensors = model.state_dict(keep_vars=True).values()
             return (
                 [(type(module), *vars(module)) for module in model.modules()],
@@ -252,7 +251,7 @@ def test_a_trial_leaves_the_model_as_it_was():
             )
 
         before = state()
-        assert feasible_groups(prepared, request).skipped
+        assert feasible_groups(task).skipped
         assert state() == before
 
 
@@ -265,8 +264,8 @@ def test_the_widths_that_are_tried():
         ({"neurons": 7}, (), (7, 7)),
     ):
         request = PruningRequest(device="cpu", **asked)
-        with prepare_for(built(Transformer), words(), request) as prepared:
-            found = provisional(prepared, request)
+        with prepare_for(built(Transformer), words(), request) as task:
+            found = task.provisional
         kept = {"attn.heads": heads, "mlp.neurons": neurons}
         assert found == {
             f"blocks.{i}.{kind}": count for kind, of in kept.items() for i, count in enumerate(of)

@@ -21,6 +21,7 @@ from osscar.allocation.measured import (
     summed_losses,
     widths_to_measure,
 )
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
 from osscar.preparation.prepare import prepare
@@ -166,11 +167,11 @@ def by_hand(model, consumer, X, keep, damp, fresh):
 
 def measured(prepared, keep, **asked):
     """Measure groups at some widths, and see that the model stays as it was."""
-    groups = [group for group in prepared.groups if group.name in keep]
+    others = [group.name for group in prepared.groups if group.name not in keep]
     before = copy.deepcopy(prepared.model.state_dict())
     try:
-        request = PruningRequest(sparsity=0.5, **asked)
-        return measured_curves(prepared, request, groups, lambda curves: keep, {})
+        task = PruningTask(prepared, PruningRequest(sparsity=0.5, skip=others, **asked))
+        return measured_curves(task, lambda curves: keep, {})
     finally:
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -324,7 +325,7 @@ def test_a_group_that_predictions_hardly_need_gives_up_more():
     model = Sum().eval()
     model.other.weight.data *= 0.05
     with prepare(model, DATA) as prepared:
-        budget = allocate(prepared, PruningRequest(sparsity=0.4)).budget
+        budget = allocate(PruningTask(prepared, PruningRequest(sparsity=0.4))).budget
     by_units = {width.units: width for width in budget.widths.values()}
     assert by_units[7].kept < 4 < by_units[8].kept
     assert budget.measure == "nats"
@@ -340,7 +341,7 @@ def test_a_group_that_has_to_keep_all_its_units_shares_a_budget():
     model.first, model.one = nn.Linear(6, 16), nn.Linear(16, 4)
     with prepare(model, DATA) as prepared:
         asked = PruningRequest(sparsity=0.1, round_to=4, at_least=0.6)
-        budget = allocate(prepared, asked).budget
+        budget = allocate(PruningTask(prepared, asked)).budget
     assert {width.units: width.kept for width in budget.widths.values()} == {16: 12, 7: 7}
     (name,) = (name for name, width in budget.widths.items() if width.units == 16)
     assert budget.curves.keys() == budget.measured.keys() == {name}
@@ -351,4 +352,4 @@ def test_too_few_samples_to_keep_some_apart_are_refused():
         prepare(Sum().eval(), DATA[:3]) as prepared,
         pytest.raises(RequestError, match=r"takes 4 calibration samples or more, .* there are 3"),
     ):
-        allocate(prepared, PruningRequest(sparsity=0.4))
+        allocate(PruningTask(prepared, PruningRequest(sparsity=0.4)))

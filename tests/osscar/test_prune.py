@@ -13,6 +13,7 @@ import osscar
 import solvers
 from graph.groups import Slot
 from osscar.allocation.allocate import allocate
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import (
     AdapterError,
     DataError,
@@ -107,7 +108,7 @@ def widths(prepared, **asked):
     """Return what groups keep, without a run."""
     budget = asked.keys() & {"sparsity", "params", "size"}
     shared = {"allocation": "uniform"} if budget else {}
-    return allocate(prepared, PruningRequest(**asked, **shared)).keep
+    return allocate(PruningTask(prepared, PruningRequest(**asked, **shared))).keep
 
 
 def two_layers():

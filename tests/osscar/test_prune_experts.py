@@ -15,6 +15,7 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, additive_classes, count
 from osscar.allocation.measured import compared_samples, measured_curves
+from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import count_kept
 from osscar.base.errors import RequestError
 from osscar.experts import step
@@ -201,7 +202,7 @@ def test_held_out_samples_serve_experts_whatever_the_target():
 )
 def test_what_cannot_be_asked_is_refused(asked, message, prepared):
     with pytest.raises((RequestError, BackendError), match=message):
-        allocate(prepared, PruningRequest(**asked))
+        allocate(PruningTask(prepared, PruningRequest(**asked)))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_models_whose_experts_stay_are_told(build, message):
     model = build()
     data = tokens() if hasattr(model, "config") else torch.randn(4, 4)
     with prepare(model, data) as prepared, pytest.raises(RequestError, match=message):
-        allocate(prepared, PruningRequest(experts=0.75))
+        allocate(PruningTask(prepared, PruningRequest(experts=0.75)))
 
 
 def test_baselines_of_sweeps_and_estimates_have_no_experts():
@@ -267,7 +268,7 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
 def test_patterns_leave_out_mixtures_and_layers():
     with prepare(mixture("mixtral"), tokens()) as prepared:
         request = PruningRequest(experts=3, neurons=0.5, skip=["*.0.*experts", "*.1.*neurons"])
-        assert allocate(prepared, request).keep == {
+        assert allocate(PruningTask(prepared, request)).keep == {
             "model.layers.0.mlp.experts.neurons": 20,
             "model.layers.1.mlp.experts": 3,
         }
@@ -295,7 +296,7 @@ def test_costs_of_experts_and_neurons_multiply(kind):
 @pytest.mark.parametrize("budget", ["params", "flops"])
 def test_a_budget_counts_experts_that_leave_by_a_share(budget, prepared):
     request = PruningRequest(experts=3, allocation="uniform", **{budget: 0.7})
-    found = allocate(prepared, request)
+    found = allocate(PruningTask(prepared, request))
     assert found.keep[NAME] == 3
     assert NAME not in found.budget.widths
     (limit,) = found.budget.limits
@@ -308,8 +309,9 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     """Without a refit: by hand, of the mixture without each of its experts."""
     state = {name: value.clone() for name, value in prepared.model.state_dict().items()}
     (one,) = prepared.routed
-    request = PruningRequest(params=0.7, damp=1e9, **AUTO)
-    curves, reference = measured_curves(prepared, request, [one.group], lambda _: {NAME: 3}, {})
+    request = PruningRequest(params=0.7, damp=1e9, skip=["*.neurons", "*.heads"], **AUTO)
+    task = PruningTask(prepared, request)
+    curves, reference = measured_curves(task, lambda _: {NAME: 3}, {})
     assert all(torch.equal(state[n], v) for n, v in prepared.model.state_dict().items())
     model, curve = small(), curves[NAME]
     last, by_hand = tokens()[-compared_samples(prepared) :], []
@@ -329,9 +331,8 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
 
 def test_of_long_windows_one_is_left_to_judge_fits_by(prepared, monkeypatch):
     monkeypatch.setattr("osscar.allocation.measured._FITTED_TOKENS", 1)
-    (one,) = prepared.routed
-    request = PruningRequest(params=0.7, **AUTO)
-    curves, _ = measured_curves(prepared, request, [one.group], lambda _: {NAME: 3}, {})
+    request = PruningRequest(params=0.7, skip=["*.neurons", "*.heads"], **AUTO)
+    curves, _ = measured_curves(PruningTask(prepared, request), lambda _: {NAME: 3}, {})
     assert curves[NAME].measured[3] > 0
 
 

@@ -203,7 +203,7 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
     monkeypatch.setattr(
         chain,
         "prune_groups",
-        lambda now, *rest: fitted.append(now.inputs.tensors) or prune_groups(now, *rest),
+        lambda now, *rest: fitted.append(now.prepared.inputs.tensors) or prune_groups(now, *rest),
     )
     lines = []
     request = PruningRequest(**{quality: most, "smallest": "flops"})

@@ -18,6 +18,7 @@ from torch import nn
 import osscar
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
+from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.inputs import safe_repr
@@ -51,7 +52,7 @@ def allocate(groups, asked):
                                ranks=ALONE)  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
-    return allocation.allocate(prepared, asked).keep
+    return allocation.allocate(PruningTask(prepared, asked)).keep
 
 
 def test_what_to_keep_is_a_fraction_or_a_count():

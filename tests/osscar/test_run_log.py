@@ -38,7 +38,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, tmp_path, monkeypat
         build, data, count = small_net, images(), 3
         request = PruningRequest(sparsity=0.5, allocation="uniform", device="cpu")
     whole = prune_as_asked(build(), data, request)
-    log, original, prune_group, solved = RunLog(tmp_path), RunLog.append, groups._prune_group, []
+    log, original, solve, names = RunLog(tmp_path), RunLog.append, groups.solved, []
 
     def append(self, index, record):
         original(self, index, record)
@@ -46,17 +46,17 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(name, tmp_path, monkeypat
             raise Killed
 
     def spy(step, *rest):
-        solved.append(step.group.name)
-        return prune_group(step, *rest)
+        names.append(step.group.name)
+        return solve(step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "append", append)
         with pytest.raises(Killed):
             prune_as_asked(build(), data, request, log)
     assert log.committed == count
-    monkeypatch.setattr(groups, "_prune_group", spy)
+    monkeypatch.setattr(groups, "solved", spy)
     again = prune_as_asked(build(), data, request, log)
-    assert solved == [layer.name for layer in whole.layers][count:]
+    assert names == [layer.name for layer in whole.layers][count:]
     assert log.committed == len(whole.layers)
     assert again.plan == whole.plan
     assert [layer.name for layer in again.layers] == [layer.name for layer in whole.layers]
@@ -102,7 +102,7 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(run_log, "version", lambda name, v=versions: v.get(name, version(name)))
             inputs = as_inputs(model, data)
-            asked = run_manifest(request.to_json(), model, inputs)
+            asked = run_manifest(request, model, inputs)
         with pytest.raises(JournalError, match=f"{message}.*--restart"):
             log.begun(asked).__enter__()
     with log.begun(manifest) as records:

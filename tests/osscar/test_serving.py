@@ -15,6 +15,7 @@ import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.serving import serving_memory
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
@@ -58,7 +59,7 @@ def test_what_serving_takes_is_what_transformers_holds(name):
     data = tokens(8, 24) % model.config.vocab_size
     asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform", backend="flap")
     with prepare(model, data) as prepared:
-        limit = allocate(prepared, asked).budget.tightest
+        limit = allocate(PruningTask(prepared, asked)).budget.tightest
     assert limit.dense == kept_bytes(model) + weight_bytes(model)
     assert limit.limit == pytest.approx(0.8 * limit.dense)
     assert "float32" in limit.assumed
@@ -73,7 +74,7 @@ def test_what_serving_takes_is_what_transformers_holds(name):
 def test_keys_and_values_are_counted_in_the_format_that_is_served():
     asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform")
     with prepare(tiny("llama-gqa").bfloat16(), tokens(8, 24)) as prepared:
-        limit = allocate(prepared, asked).budget.tightest
+        limit = allocate(PruningTask(prepared, asked)).budget.tightest
     assert limit.dense == (kept_bytes(tiny("llama-gqa")) + weight_bytes(tiny("llama-gqa"))) / 2
     assert "bfloat16" in limit.assumed
 
@@ -81,7 +82,7 @@ def test_keys_and_values_are_counted_in_the_format_that_is_served():
 def test_memory_takes_heads_where_sequences_are_long_and_goes_with_other_budgets():
     def kept(**asked):
         with prepare(tiny("llama-mha"), tokens(8, 24)) as prepared:
-            budget = allocate(prepared, Asked(**asked)).budget
+            budget = allocate(PruningTask(prepared, Asked(**asked))).budget
         for one in budget.limits:
             assert one.reached <= one.limit
         widths = budget.widths.values()

@@ -426,9 +426,9 @@ def test_batches_hold_what_is_forecast():
 
     request = osscar.PruningRequest(neurons=0.5, device="cpu")
     model = tiny("llama-gqa", layers=1).bfloat16()
-    with prepare_for(model, windows(32, 64), request) as prepared:
+    with prepare_for(model, windows(32, 64), request) as task:
+        prepared, forecast = task.prepared, MemoryNeeds.of(task).batches
         groups = [group for group in prepared.groups if group.kind == "neurons"]
-        forecast = MemoryNeeds.of(prepared, request).batches
         before = held()
         found = [held() - before for _ in Walk(prepared, groups, target=Target.RESIDUAL)]
     assert max(found) <= forecast <= 1.5 * max(found)
@@ -438,8 +438,8 @@ def test_room_counts_what_a_layer_reads(tmp_path):
     model = opened(written(tmp_path / "d", "opt", layers=1))
     request, needs = osscar.PruningRequest(neurons=0.5), []
     for samples in (8, 16):
-        with prepare_for(model, windows(samples), request) as prepared:
-            needs.append(MemoryNeeds.of(prepared, request))
+        with prepare_for(model, windows(samples), request) as task:
+            needs.append(MemoryNeeds.of(task))
     few, many = needs
     assert any("with its 40 inputs" in part for part in few.parts)
     assert many.batches > few.batches

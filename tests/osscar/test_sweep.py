@@ -11,7 +11,7 @@ from torch import nn
 
 import osscar
 import osscar.run.points as points_room
-from osscar.allocation.allocate import allocate
+from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.data.images import ImageSet
 from osscar.evaluation.quality import score
@@ -23,7 +23,6 @@ from osscar.proof.plan import Form
 from osscar.recovery.recover import recover_as_asked
 from osscar.request import PruningRequest
 from osscar.run.chain import prepare_for
-from osscar.run.feasibility import SkippedGroup
 from osscar.run.points import (
     BASELINES,
     METHODS,
@@ -41,7 +40,7 @@ from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import CALIBRATION, HELD_OUT, tokens
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.networks import images, plain, small_net
-from tests.osscar.test_costs import random_curves
+from tests.osscar.test_costs import allocated_by_random_curves, random_curves
 
 SPARSITY, FLOPS, PARAMS = BudgetKind.SPARSITY, BudgetKind.FLOPS, BudgetKind.PARAMS
 MEASURED = "measured"
@@ -139,12 +138,11 @@ def test_budgets_that_make_no_sense_are_refused(budget, values, message):
 
 
 def test_no_run_is_predicted_to_lie_below_the_frontier():
-    with prepare_for(tiny_of("opt"), tokens(), BASE) as prepared:
-        curves = random_curves(prepared, BASE)
-        budgets = [
-            allocate(prepared, SweepJob(MEASURED, SPARSITY, s).request(BASE), curves=curves).budget
-            for s in (0.2, 0.5, 0.8)
-        ]
+    with prepare_for(tiny_of("opt"), tokens(), BASE) as task:
+        requests = [SweepJob(MEASURED, SPARSITY, s).request(BASE) for s in (0.2, 0.5, 0.8)]
+        tasks = [dataclasses.replace(task, request=request) for request in requests]
+        budgets = [allocated_by_random_curves(task).budget for task in tasks]
+        curves = random_curves(task)
     costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
     assert len(costs) > 5
     assert (np.diff(costs) > 0).all()

@@ -1,0 +1,174 @@
+"""A pruning task: a prepared model, and what a request asks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import with_config
+
+from graph import CouplingGroup, UnitKind
+from osscar.allocation.widths import about_half, count_kept, frozen_message, possible_widths
+from osscar.base.errors import RequestError
+from osscar.base.json_files import STRICT
+from osscar.data.parts import held_out
+from osscar.network.modules import copied
+from osscar.preparation.prepare import Prepared
+from osscar.proof.plan import Form
+from osscar.request import PruningRequest, parse_keep
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class SkippedGroup:
+    """A group that keeps all its units: something around it cannot work with fewer.
+
+    Parameters
+    ----------
+    name, kind, units
+        The group.
+    reason
+        What failed on trial, mostly with the module and its line of code.
+    """
+
+    name: str
+    kind: str
+    units: int
+    reason: str
+
+
+class Feasible(NamedTuple):
+    """What of a model is to be shrunk, and the groups that keep all their units then."""
+
+    form: Form = Form.EAGER
+    skipped: tuple[SkippedGroup, ...] = ()
+    """In the order of the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class PruningTask:
+    """A prepared model, and what a request asks of it.
+
+    A `RequestError` is raised where the request makes no sense for the groups of this model.
+    """
+
+    prepared: Prepared
+    request: PruningRequest
+    feasible: Feasible = field(default_factory=Feasible)
+    """What was found on trial."""
+    matrix_bytes: int = 0
+    """What the problem of a layer needs beside weights that lie on disk."""
+
+    def on_copy(self) -> PruningTask:
+        """Return the same on a copy of the model."""
+        copy = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
+        return dataclasses.replace(self, prepared=copy)
+
+    @property
+    def samples_held_out(self) -> int:
+        """How many samples are held out: none if the request gives damping and correction."""
+        return held_out(self.prepared.inputs.samples) if self.request.holds_out else 0
+
+    @cached_property
+    def groups(self) -> list[CouplingGroup]:
+        """The groups within reach, none of which is skipped; what the request names has to exist.
+
+        Those that are routed are looked for if the request is about them.
+        """
+        prepared, request = self.prepared, self.request
+        groups = prepared.every_group if request.routed else prepared.groups
+        residual = prepared.residual
+        by_name = {group.name: group for group in groups}
+        for name in request.groups:
+            if name not in by_name:
+                for group in (one for one in prepared.every_group if one.name == name):
+                    raise RequestError(
+                        f"groups names {name!r}, and {group.kind} are pruned only with "
+                        f"--{group.kind}; give it, too, 1.0 to keep those of all other groups"
+                    )
+                raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
+            if by_name[name].frozen:
+                raise RequestError(frozen_message(by_name[name]))
+        if request.residual is not None:
+            _check_some("residual channels", [one for one in groups if one.name in residual])
+        for kind in UnitKind:
+            if getattr(request, kind, None) is not None:
+                own = [one for one in groups if one.kind is kind and one.name not in residual]
+                _check_some(kind, own)
+        skipped = {group.name for group in self.feasible.skipped}
+        for pattern in request.skip:
+            matched = fnmatch.filter(by_name, pattern)
+            if not matched:
+                raise RequestError(
+                    f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists "
+                    "the groups"
+                )
+            skipped.update(matched)
+        return [group for group in groups if group.name not in skipped]
+
+    @cached_property
+    def keep(self) -> dict[str, int]:
+        """What groups keep of which the request says so, by name or kind."""
+        requested = ((group, self._requested(group)) for group in self._prunable)
+        return {
+            group.name: count_kept(group, kept, self.request.round_to)
+            for group, kept in requested
+            if kept is not None
+        }
+
+    @cached_property
+    def shared(self) -> list[CouplingGroup]:
+        """The groups that share a budget."""
+        return [
+            group
+            for group in self._prunable
+            if self._requested(group) is None
+            and group.kind in self.request.shared_kinds
+            and group.name not in self.prepared.residual
+        ]
+
+    @cached_property
+    def options(self) -> dict[str, NDArray[np.int64]]:
+        """The widths that each group that shares a budget may have, ascending."""
+        return {group.name: possible_widths(group, self.request.widths) for group in self.shared}
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The least of these widths."""
+        return {name: int(some[0]) for name, some in self.options.items()}
+
+    @cached_property
+    def provisional(self) -> dict[str, int]:
+        """What groups may come to keep: as requested, or about half where they share a budget."""
+        keep = dict(self.keep)
+        before: Counter[int] = Counter()
+        for group in self.shared if self.request.has_budget else ():
+            keep[group.name] = about_half(group, self.request.widths, before[group.units] % 2)
+            before[group.units] += 1
+        return keep
+
+    @property
+    def _prunable(self) -> list[CouplingGroup]:
+        return [group for group in self.groups if group.prunable and group.units > 1]
+
+    def _requested(self, group: CouplingGroup) -> Fraction | int | None:
+        """Return what the request says of a group, by its name or its kind."""
+        name, request = group.name, self.request
+        if name in request.groups:
+            return parse_keep(request.groups[name])
+        return request.fraction_or_count(group.kind, name in self.prepared.residual)
+
+
+def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:
+    if not groups:
+        raise RequestError(f"this model has no group of {what}; `osscar inspect` lists the groups")
+    if not any(group.prunable for group in groups):
+        raise RequestError(frozen_message(groups[0]))
