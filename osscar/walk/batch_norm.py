@@ -29,9 +29,6 @@ calibration data have moved; or the dense model's as they are."""
 DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[_Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
-_Seen: TypeAlias = tuple[int, int, _Statistics]
-"""Of one call of a layer: the batch, the number of values, and their statistics."""
-
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the layers of a model that keep running statistics, by name."""
@@ -97,7 +94,8 @@ def renew_statistics(
         name: [x.to(torch.float64, copy=True) for x in _running(layer)]
         for name, layer in layers.items()
     }
-    seen: dict[str, list[_Seen]] = {name: [] for name in layers}
+    # The number of values of each layer, and its means and variances times that.
+    sums = {name: mean.new_zeros(1 + 2 * len(mean)) for name, (mean, _) in before.items()}
     original = {name: _kept_statistics(name, dense, plan) for name in layers}
 
     def renew(name: str, x: Tensor) -> None:
@@ -106,15 +104,16 @@ def renew_statistics(
         mean = old_mean + mean - dense_mean
         var = old_var * (var + layer.eps) / (dense_var + layer.eps)
         _set(layer, (mean, var))
-        seen[name].append((index, x.numel() // x.shape[1], (mean, var)))
+        count = x.numel() // x.shape[1]
+        sums[name] += count * torch.cat([mean.new_ones(1), mean, var])
 
     averages: Mapping[str, _Statistics] = {}
     try:
         with reads(model, layers, renew):
             for index in shared_out(batches, ranks):
                 forward(model, batches[index])
-        everyone = _of_all(seen, ranks).items()
-        averages = {name: _average(name, some) for name, some in everyone if some}
+        ranks.all_reduce("batch-norm statistics", list(sums.values()))
+        averages = {name: _average(name, total) for name, total in sums.items() if total[0] > 0}
     finally:
         for name, layer in layers.items():
             _set(layer, averages.get(name, before[name]))
@@ -156,34 +155,15 @@ def _measured(x: Tensor) -> _Statistics:
     return mean, shares @ (torch.stack(variances) + (found - mean).square())
 
 
-def _of_all(seen: Mapping[str, list[_Seen]], ranks: Ranks) -> Mapping[str, list[_Seen]]:
-    """Return what all ranks have seen by layer, in the order of the batches."""
-    if ranks.alone:
-        return seen
-    mine = {
-        name: [(batch, count, (mean.cpu(), var.cpu())) for batch, count, (mean, var) in some]
-        for name, some in seen.items()
-    }
-    everyone = ranks.all_gather("batch-norm statistics", mine)
-    return {
-        name: sorted((one for told in everyone for one in told[name]), key=lambda one: one[0])
-        for name in seen
-    }
-
-
-def _average(name: str, seen: Sequence[_Seen]) -> _Statistics:
-    """Return the finite average of a layer's statistics, by how many values each is over."""
-    counts = torch.tensor([count for _, count, _ in seen], dtype=torch.float64)
-    means = torch.stack([mean for *_, (mean, _) in seen])
-    variances = torch.stack([var for *_, (_, var) in seen])
-    shares = (counts / counts.sum()).to(means.device)
-    found = shares @ means, shares @ variances
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found):
+def _average(name: str, total: Tensor) -> _Statistics:
+    """Return the average of a layer's statistics, given their `sums`; refuse what is not finite."""
+    mean, var = (total[1:] / total[0]).chunk(2)
+    if not bool(total.isfinite().all()):
         raise NonFiniteError(
             f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
             "use --dtype float32, or leave them as they were (--batch-norm keep)"
         )
-    return found
+    return mean, var
 
 
 def _running(layer: _BatchNorm) -> _Statistics:
