@@ -61,7 +61,7 @@ class Arrival:
     """What will be added to that; None where nobody asks, or knows."""
 
 
-class Coroutine:
+class Coroutine(greenlet):
     """The pass of one batch, a `dense` one through the weights of the model as it came.
 
     The keeper keeps what will be added to the outputs of consumers.
@@ -70,6 +70,8 @@ class Coroutine:
     def __init__(
         self, index: int, dense: bool, run: Callable[[], object], scratch: PassState, keeper: Keeper
     ) -> None:
+        super().__init__(run)
+        self.gr_context = contextvars.copy_context()
         self.index, self.dense, self.keeper = index, dense, keeper
         self.arrived: Arrival | None = None
         self.reached = -1
@@ -79,13 +81,10 @@ class Coroutine:
         self._scratch = scratch
         self._left: _Left | None = None
         self._ending = False
-        self._greenlet = _Pass(run)
-        self._greenlet.coroutine = self
-        self._greenlet.gr_context = contextvars.copy_context()
 
     def advance(self) -> Arrival | None:
         """Run on to the next watched module; None if the pass has come to its end."""
-        self.arrived = self._switch(self._greenlet.switch)
+        self.arrived = self._switch(self.switch)
         self.reached += 1
         return self.arrived
 
@@ -93,18 +92,18 @@ class Coroutine:
         """Stop the pass; to be called by a hook of a module that it runs."""
         if self._ending:  # the model's code caught what ended it
             raise GreenletExit
-        assert self._greenlet.parent is not None
-        self._greenlet.parent.switch(arrival)
+        assert self.parent is not None
+        self.parent.switch(arrival)
 
     def end(self) -> None:
         """Leave the context managers of the pass, and free what it holds."""
         self._ending = True
         self.arrived = None
-        if self._greenlet:  # it has begun, and not ended
-            self._switch(lambda: self._greenlet.throw(GreenletExit))
+        if self:  # it has begun, and not ended
+            self._switch(lambda: self.throw(GreenletExit))
 
     def _switch(self, switch: Callable[[], Any]) -> Any:
-        self._greenlet.parent = getcurrent()
+        self.parent = getcurrent()
         around = Surroundings()
         if self._left is not None:
             self._left.put_back(around)
@@ -112,20 +111,16 @@ class Coroutine:
         try:
             found = switch()
         finally:
-            if not self._greenlet.dead:
+            if not self.dead:
                 self._left = _Left(around, self._scratch)
             around.restore()
-        return None if self._greenlet.dead else found
-
-
-class _Pass(greenlet):
-    coroutine: Coroutine
+        return None if self.dead else found
 
 
 def running() -> Coroutine | None:
     """Return the coroutine whose pass is running, if any."""
     current = getcurrent()
-    return current.coroutine if isinstance(current, _Pass) else None
+    return current if isinstance(current, Coroutine) else None
 
 
 class Surroundings:
