@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from osscar.base.errors import ModelError, NonFiniteError
+from osscar.base.errors import NonFiniteError
 from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import HALVES, device_of
 from solvers.linalg.symmetric import Symmetric, add_product, panel_rows
@@ -70,9 +70,9 @@ class Sums:
         self.positions = self.rows = 0
         p, m, device = linear_map.rows, linear_map.outputs, device_of(linear_map.module)
         self.inputs = torch.zeros(p, dtype=torch.float64, device=device)
-        self.gram: Symmetric | None = Symmetric.zeros(p, self.inputs, cut=linear_map.fixed)
+        self.gram = Symmetric.zeros(p, self.inputs, cut=linear_map.fixed)
         self.corrections = self.inputs.new_zeros(m)
-        self.cross: Tensor | None = self.inputs.new_zeros(p, m) if corrections else None
+        self.cross = self.inputs.new_zeros(p, m) if corrections else None
         self.energy = 0.0
         self._type: torch.dtype | None = None
 
@@ -93,7 +93,6 @@ class Sums:
         self.rows += len(X)
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
-        gram = self._sums()
         self.inputs += total
         about = None
         if self.centered and self._type == torch.float32:
@@ -101,7 +100,7 @@ class Sums:
             about = (total / max(len(X), 1)).float()
             mean = about.double()
             left = torch.stack([mean, total - len(X) * mean], 1)
-            gram.subtract(left.neg_(), torch.stack([total, mean]))
+            self.gram.subtract(left.neg_(), torch.stack([total, mean]))
         if D is not None:
             assert self.cross is not None
             changes = _summed(D)
@@ -112,26 +111,19 @@ class Sums:
             stop = start + _POSITIONS
             some = X[start:stop].to(self._type)
             some = some if about is None else some - about
-            gram.add_gram(some)
+            self.gram.add_gram(some)
             if D is not None and self.cross is not None:
                 d = D[start:stop].to(some)
-                for first, panel in gram.spans():
+                for first, panel in self.gram.spans():
                     rows = slice(first, first + len(panel))
                     add_product(self.cross[rows], some[:, rows].T, d)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is summed, but for the energy."""
-        panels = [panel for _, panel in self._sums().spans()]
+        panels = [panel for _, panel in self.gram.spans()]
         cross = [] if self.cross is None else [self.cross]
         return [*panels, self.inputs, self.corrections, *cross]
-
-    def _sums(self) -> Symmetric:
-        if self.gram is None:
-            raise ModelError(
-                f"the Gram matrix of {self.name!r} was handed to its problem; measure it again"
-            )
-        return self.gram
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return the means of X and of D."""
@@ -145,7 +137,7 @@ class Sums:
         c, b = (about or self).means()
         if not self.centered:
             c, b = torch.zeros_like(c), torch.zeros_like(b)
-        return Centred(self._sums(), self.cross, self.positions, *self.means(), c, b)
+        return Centred(self.gram, self.cross, self.positions, *self.means(), c, b)
 
     def given_up(
         self, W0: Tensor, correction_weight: float
@@ -155,8 +147,8 @@ class Sums:
         That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances
         of the inputs, (p,): about the means, if a bias takes these up.  The sums are gone then.
         """
-        n, H, C, energy = self.positions, self._sums(), self.cross, self.energy / self.positions
-        self.gram = self.cross = None
+        n, H, C, energy = self.positions, self.gram, self.cross, self.energy / self.positions
+        del self.gram, self.cross
         energies = H.diagonal() / n
         for _, panel in H.spans():
             panel.div_(n)
