@@ -146,13 +146,12 @@ class LinearMap:
         inputs = None if whole else self.inputs + self.part % self.form.groups * self._shape[0]
         yield from layer.read(self.module, x, inputs)
 
-    def read_outputs(self, y: Tensor, x: Any) -> Tensor:
-        """Return Y, (positions, m), ordered as `read_inputs`, of what the module puts out."""
-        return self._columns(y, self.outputs)
-
     def read_corrections(self, D: Tensor, x: Any) -> Tensor:
-        """Return by how much Y is to change for the module's output to do so, as `read_outputs`."""
-        return self.read_outputs(D, x)
+        """Return by how much Y, (positions, m), is to change for what the module puts out to do so.
+
+        Positions are ordered as `read_inputs` has them.
+        """
+        return self._columns(D, self.outputs)
 
     def passed_over(self, x: Any) -> int:
         """Return at how many further positions of a call it reads nothing and adds nothing."""
@@ -295,14 +294,10 @@ class ExpertMap(LinearMap):
         X = self.mixture.visits(x).X[self._here(x)]
         yield X[:, self.inputs.to(X.device)] if self.beside else X
 
-    def read_outputs(self, y: Tensor, x: Routed) -> Tensor:
-        """Return what the mixture puts out for these tokens."""
-        return y.detach()[self.mixture.visits(x).token[self._here(x)]]
-
     def read_corrections(self, D: Tensor, x: Routed) -> Tensor:
-        """Return the part of the corrections that falls to this expert."""
-        share = self.mixture.visits(x).share[self._here(x), None]
-        return self.read_outputs(D, x).double() * share
+        """Return the part of the corrections for these tokens that falls to this expert."""
+        visits, here = self.mixture.visits(x), self._here(x)
+        return D.detach()[visits.token[here]].double() * visits.share[here, None]
 
     def passed_over(self, x: Routed) -> int:
         """Return how many tokens are sent to others."""

@@ -99,7 +99,6 @@ def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
             assert one.passed_over(x) == data.numel() - len(X)
             total.index_add_(0, token, X @ one.read_weight())
             corrected.index_add_(0, token, one.read_corrections(D, x))
-            assert torch.equal(one.read_outputs(y, x), y[token])
         if experts.has_bias:
             for slot in range(2):
                 bias = experts.down_proj_bias[x.experts[:, slot]]

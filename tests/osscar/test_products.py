@@ -142,7 +142,7 @@ def test_what_is_read_times_the_weight_is_what_is_put_out(name: str) -> None:
             seen[station] += 1
             for one in (one for one in maps if one.name == station):
                 X, W = torch.cat([*one.read_inputs(read)]), one.read_weight()
-                Y = one.read_outputs(y, read)
+                Y = one.read_corrections(y, read)
                 bias = Y[0] - X[0] @ W if one.bias is None else one.read_bias()
                 torch.testing.assert_close(X @ W + bias, Y)
                 assert X.shape == (len(X), one.rows)

@@ -81,7 +81,7 @@ def test_the_group_is_read_by_the_weights_of_inputs_alone(name):
         found = X.double() @ one.read_weight()
         if one.bias is not None:
             found = found + one.read_bias()
-        gates = one.read_outputs(input_gates(net.recurrent, x), x)
+        gates = one.read_corrections(input_gates(net.recurrent, x), x)
         assert_close(gates, found.float(), rtol=1e-4, atol=1e-5)
 
 

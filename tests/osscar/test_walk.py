@@ -171,7 +171,7 @@ def read_by(consumer, prepared, dense):
         both = (calls(network, consumer.name, batch) for network in (prepared.model, dense))
         for (x, y), (_, wanted) in zip(*both, strict=True):
             inputs += [piece.double() for piece in consumer.read_inputs(x)]
-            corrections.append(consumer.read_outputs(wanted - y, x).double())
+            corrections.append(consumer.read_corrections(wanted - y, x).double())
     return torch.cat(inputs), torch.cat(corrections)
 
 
