@@ -196,8 +196,7 @@ class _Masked:
 
     @classmethod
     def of(cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Masked:
-        """Fold the weights that a plan cuts, and run the model without what it removes."""
-        fold_named(model, plan, inputs)
+        """Run a model without what a plan removes."""
         untouched, own = ModelState(model), number_format(model)
         with untouched.watching(), finer_precision(model, inputs[0]):
             distance = distance_from_masked(model, plan, inputs, keeping=True)
