@@ -124,13 +124,13 @@ class Dense:
     feasible: Feasible
     reference: Reference | None
     """Its predictions on held-out samples; None if it puts out no logits."""
-    statistics: DenseStatistics
-    """Those of its batch-norm layers."""
+    statistics: DenseStatistics | None
+    """Those of its batch-norm layers; None if these keep their own."""
 
 
 def run_dense(task: PruningTask) -> Dense:
     """Try which groups can lose units, and run the dense model."""
-    prepared, mode = task.prepared, task.request.batch_norm
+    prepared = task.prepared
     model, ranks = prepared.model, prepared.ranks
     with timed(Stage.TRIAL):
         feasible = ranks.broadcast("what can follow", lambda: feasible_groups(task))
@@ -140,7 +140,8 @@ def run_dense(task: PruningTask) -> Dense:
         distance = Distance.of(model, last, batches[0])
         scores = distance.measure == "nats"
         reference = Reference.of(distance, model, batches, ranks) if scores else None
-        statistics = dense_statistics(model, prepared.batches(), mode, ranks)
+        corrected = task.request.batch_norm == "correct"
+        statistics = dense_statistics(model, prepared.batches(), ranks) if corrected else None
     return Dense(feasible, reference, statistics)
 
 
@@ -210,7 +211,7 @@ def goal(task: PruningTask) -> str:
 
 
 def shrunk(
-    task: PruningTask, plan: PruningPlan, dense: DenseStatistics
+    task: PruningTask, plan: PruningPlan, dense: DenseStatistics | None
 ) -> tuple[nn.Module, Proof, int]:
     """Return the smaller model, its proof, and how many batch norms have new statistics."""
     prepared, request = task.prepared, task.request
@@ -219,8 +220,7 @@ def shrunk(
 
     def renew(plan: PruningPlan) -> int:
         with timed(Stage.PRUNED):
-            mode, ranks = request.batch_norm, prepared.ranks
-            return renew_statistics(work, plan, prepared.batches(), mode, dense, ranks)
+            return renew_statistics(work, plan, prepared.batches(), dense, prepared.ranks)
 
     # A budget may take nothing of what only the program can lose; one of bytes counted the program.
     optional = request.form == "auto" and request.size is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,6 @@ _CACHED, _ON_CARD = 1 << 18, 1 << 24
 _Statistics: TypeAlias = tuple[Tensor, Tensor]
 """Mean and variance of each channel, (channels,) float64."""
 
-BatchNormMode: TypeAlias = Literal["correct", "keep"]
-"""Where statistics come from afterwards: the dense model's, moved by as much as those on the
-calibration data have moved; or the dense model's as they are."""
-
 DenseStatistics: TypeAlias = Sequence[Mapping[str, Sequence[_Statistics]]]
 """For each batch and each layer by name, the statistics of what the layer was called with."""
 
@@ -43,16 +39,15 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def dense_statistics(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    mode: BatchNormMode,
     ranks: Ranks = ALONE,
-) -> DenseStatistics:
+) -> DenseStatistics | None:
     """Measure what the batch-norm layers of a dense model are called with, on this rank's batches.
 
-    Nothing is run where the mode needs none of it.
+    None, and nothing is run, where there are no such layers.
     """
     layers = batch_norms(model)
-    if mode == "keep" or not layers:
-        return ()
+    if not layers:
+        return None
     found: list[dict[str, list[_Statistics]]] = []
 
     def see(name: str, x: Tensor) -> None:
@@ -75,21 +70,21 @@ def renew_statistics(
     model: nn.Module,
     plan: PruningPlan,
     batches: Sequence[Mapping[str, Any]],
-    mode: BatchNormMode,
-    dense: DenseStatistics = (),
+    dense: DenseStatistics | None,
     ranks: Ranks = ALONE,
 ) -> int:
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
+    All keep their own where those of the `dense` model were not measured.
     A layer's statistics on a batch are taken when those of all layers before it are renewed for
     that batch.  They are ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so
     that only what pruning changed matters, and not the choice of the data.  The averages over all
     batches of all ranks stay; a layer that is never called keeps its own.  If one is not finite, a
     `NonFiniteError` is raised, and the model keeps its old statistics.
     """
-    layers = batch_norms(model)
-    if mode == "keep" or not layers:
+    if dense is None:
         return 0
+    layers = batch_norms(model)
     before = {
         name: [x.to(torch.float64, copy=True) for x in _running(layer)]
         for name, layer in layers.items()
@@ -127,7 +122,7 @@ def _kept_statistics(name: str, dense: DenseStatistics, plan: PruningPlan) -> It
         for group in plan.groups
         for slot in group.slots
         if slot.tensor == f"{name}.running_mean"
-        for index in slot.indices(set(range(group.units)) - set(group.kept))
+        for index in slot.indices(group.gone)
     }
     for batch in dense:
         for mean, var in batch.get(name, ()):

@@ -70,8 +70,8 @@ def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
 
 def renewed(model, dense, data):
     """Renew the statistics of a model beside a dense one of the same shape."""
-    statistics = dense_statistics(dense, data, "correct")
-    return renew_statistics(model, PruningPlan(()), data, "correct", statistics)
+    statistics = dense_statistics(dense, data)
+    return renew_statistics(model, PruningPlan(()), data, statistics)
 
 
 def test_statistics_are_renewed_after_the_proof_unless_they_are_to_be_kept(pruned):
