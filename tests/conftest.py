@@ -65,7 +65,7 @@ def one_program() -> Iterator[None]:
         return closed, trace(closed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structural, "_MOST_PROGRAMS", 1)
+        patch.setattr(structural, "_other_sizes", lambda program: ())
         patch.setattr(structural, "traced_as_open", of_one_size)
         yield
 

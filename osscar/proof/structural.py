@@ -39,9 +39,6 @@ from osscar.proof.literals import ShrunkGraph, arguments
 from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program import exported, part_of, shrunk_graph, staying_of, traced_as_open
 
-_MOST_PROGRAMS = 2
-"""Exports of one model, each for other sizes of its inputs."""
-
 _MOST_NUMBERS = 2**24
 """In an input of another size than the example."""
 
@@ -123,24 +120,20 @@ class DensePrograms:
 def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DensePrograms:
     """Export a model in evaluation mode, which is left as it was.
 
-    Sizes of inputs are left open as far as the model lets them be.  Where it takes other sizes for
-    which that program does not hold, it is exported for these, too.
+    Sizes of inputs are left open as far as the model lets them be.  Where there are other sizes for
+    which that program does not hold, it is exported for the first of these, too.
     """
     try:
         left_open, traced = traced_as_open(partial(_traced, model, example), example)
     except GraphError as error:
         return DensePrograms((), first_line(error))
     first = DenseProgram(traced, example, left_open)
-    found, exports = [first], 1
-    for other in _other_sizes(first):
-        if exports == _MOST_PROGRAMS:
-            break
-        if not any(one.traced.standalone.takes(other) for one in found):
-            exports += 1
-            with suppress(GraphError):  # the model may not take such inputs
-                traced = _traced(model, other, first.left_open)
-                found.append(DenseProgram(traced, other, first.left_open))
-    return DensePrograms(tuple(found))
+    other = next((one for one in _other_sizes(first) if not traced.standalone.takes(one)), None)
+    if other is not None:
+        with suppress(GraphError):  # the model may not take such inputs
+            second = DenseProgram(_traced(model, other, left_open), other, left_open)
+            return DensePrograms((first, second))
+    return DensePrograms((first,))
 
 
 class Unproved(Exception):
