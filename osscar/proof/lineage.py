@@ -248,8 +248,9 @@ def structure_of(model: nn.Module) -> _DenseStructure | None:
     return found if isinstance(found, _DenseStructure) else None
 
 
-def hand_on_structure(model: nn.Module, made: nn.Module) -> None:
-    """Let a model that was made of another one know what is known of that one's dense model."""
+def hand_on(model: nn.Module, made: nn.Module) -> None:
+    """Let a model that was made of another one know what that one knows."""
+    setattr(made, LINEAGE, lineage_of(model))
     setattr(made, _STRUCTURE, structure_of(model))
 
 

@@ -138,7 +138,7 @@ class TracedInput:
 
     @classmethod
     def of(
-        cls, name: str, tensor: Tensor, varies: Iterable[int], fixed: Iterable[int] = ()
+        cls, name: str, tensor: Tensor, varies: Iterable[int] = (), fixed: Iterable[int] = ()
     ) -> TracedInput:
         """Describe a tensor."""
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -37,7 +37,7 @@ from osscar.network.model_state import restored
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import shapes_only
 from osscar.proof.equivalence import in_format_of
-from osscar.proof.lineage import LINEAGE, hand_on_structure, lineage_of
+from osscar.proof.lineage import hand_on, lineage_of
 from osscar.proof.literals import ShrunkGraph, refusal, rewrite
 from osscar.proof.plan import PruningPlan, TracedInput
 
@@ -97,8 +97,7 @@ class ProgramModule(GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         copy: ProgramModule = super().__deepcopy__(memo)  # type: ignore[assignment]
-        setattr(copy, LINEAGE, lineage_of(self))  # which torch leaves behind
-        hand_on_structure(self, copy)
+        hand_on(self, copy)  # which torch leaves behind
         copy.built_by = self.built_by
         return copy
 

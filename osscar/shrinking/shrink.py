@@ -166,8 +166,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
     work = copied(dense)
     with (
         torch.random.fork_rng(graphics_cards(model)),
-        evaluating(model),
-        evaluating(work),
+        evaluating(model, work),
         torch.no_grad(),
     ):
         for number, plan in enumerate(plans, 1):

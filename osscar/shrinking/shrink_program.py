@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from osscar.base.memory import let_shortage_pass
 from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
-from osscar.proof.lineage import hand_on_structure, lineage_of, note, remember_structure
+from osscar.proof.lineage import hand_on, lineage_of, note, remember_structure
 from osscar.proof.plan import (
     Certificate,
     Form,
@@ -101,8 +100,11 @@ def shrink_program(
         try:
             program, proof = trial.proved(plan)
         except EquivalenceError as failure:
-            raise type(failure)(f"{failure}; {_WAY_OUT}") from failure
-        plan = dataclasses.replace(plan, traced=trial.traced)
+            raise type(failure)(
+                f"{failure}; leave groups out (--skip, or a plan without them), or shrink the "
+                "modules (--form eager), where @osscar.adapter teaches one to follow"
+            ) from failure
+        plan = dataclasses.replace(plan, traced=trial.traced())
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
         if fixed:
             warn(
@@ -116,18 +118,12 @@ def shrink_program(
         return ShrunkProgram(made, dataclasses.replace(proof, plan=plan))
 
 
-_WAY_OUT = (
-    "leave groups out (--skip, or a plan without them), or shrink the modules (--form eager), "
-    "where @osscar.adapter teaches one to follow"
-)
-
-
 def dense_program(
     model: nn.Module, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return the program that `shrink_program` makes smaller, on the model's own tensors."""
     with evaluating(model), restored(model):
-        return ProgramTrial(model, example, inputs).dense
+        return ProgramTrial(model, example, inputs).program.standalone.module
 
 
 def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -146,9 +142,8 @@ def replayed(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> ProgramModule:
     """Let a program know what is known of the model that it was made of."""
-    before = lineage_of(model)
-    note(program, **{**vars(before), "plans": (*before.plans, plan)})
-    hand_on_structure(model, program)
+    hand_on(model, program)
+    note(program, plans=(*lineage_of(model).plans, plan))
     if isinstance(model, PreTrainedModel):
         program.built_by = type(model), copy.deepcopy(model.config)
     return program
@@ -167,40 +162,25 @@ class ProgramTrial:
         self.model = model
         self.example = in_format_of(example, model)
         self.inputs = [in_format_of(one, model) for one in inputs]
-        check_traced(self._form({}, {}))
+        check_traced(tuple(TracedInput.of(name, x) for name, x in self.example.items()))
         self.left_open, self.program = traced_as_open(self._traced, self.example)
 
-    @property
-    def dense(self) -> nn.Module:
-        """The program as it was traced, on the model's own tensors."""
-        return self.program.standalone.module
-
-    @property
     def traced(self) -> tuple[TracedInput, ...]:
-        """The form of the inputs that the model was traced with."""
-        return self._form(self.left_open, self._fixed)
-
-    @cached_property
-    def _fixed(self) -> dict[str, tuple[int, ...]]:
-        """Dimensions of inputs of which the model takes other sizes, and the program does not."""
+        """Return the form of the inputs that the model was traced with."""
 
         def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
             drawn = {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
             return runs(self.model, drawn)
 
-        return _sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
-
-    def _form(
-        self, left_open: Mapping[str, Iterable[int]], fixed: Mapping[str, Iterable[int]]
-    ) -> tuple[TracedInput, ...]:
+        fixed = _sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
         return tuple(
             TracedInput.of(
                 name,
-                tensor,
-                (dim for dim in left_open.get(name, ()) if dim < tensor.dim()),
-                fixed.get(name, ()),
+                x,
+                varies=(dim for dim in self.left_open[name] if dim < x.dim()),
+                fixed=fixed.get(name, ()),
             )
-            for name, tensor in self.example.items()
+            for name, x in self.example.items()
         )
 
     def _traced(self, left_open: Mapping[str, range]) -> TracedProgram:
