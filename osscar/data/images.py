@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,15 @@ from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
 from osscar.data.preprocessing import AnyPreprocessing, Transform, as_preprocessing, check_stated
 from osscar.data.sample_files import located, read_tensors
-from osscar.data.samples import IMAGES, LABEL_NAMES, LABELS, SampleSet, checked_labels, columns_of
+from osscar.data.samples import (
+    IMAGES,
+    LABEL_NAMES,
+    LABELS,
+    SampleSet,
+    checked_labels,
+    columns_of,
+    kind_of_numbers,
+)
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may hold, whatever its name: pixels alone, no program such as PostScript."""
@@ -358,17 +365,18 @@ def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:
     """
     columns = [name for name in LABEL_NAMES if name in columns_of(data)]
     names, targets = getattr(data, "classes", ()), getattr(data, "targets", None)
-    found: list[Any]
     if columns:
-        found = list(data[columns[0]])
+        targets = list(data[columns[0]])
         names = getattr(data.features[columns[0]], "names", ())
-    elif targets is not None:
-        found = torch.as_tensor(targets).tolist()
-    else:
-        found = [_label(data[index]) for index in range(len(data))]
-    if not all(isinstance(one, Integral) for one in found):
+    elif targets is None:
+        targets = [_label(data[index]) for index in range(len(data))]
+    try:
+        labels = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):  # boxes, words, or none
         return None, ()
-    return torch.tensor(found, dtype=torch.int64), tuple(map(str, names))
+    if labels.ndim != 1 or kind_of_numbers(labels) not in ("whole", "bool"):
+        return None, ()
+    return labels.to(torch.int64), tuple(map(str, names))
 
 
 def _label(row: Any) -> Any:

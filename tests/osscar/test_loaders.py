@@ -239,6 +239,12 @@ def test_targets_and_labels_are_inputs_where_the_model_names_or_needs_them():
 # ---- images ------------------------------------------------------------------------------
 
 
+class Annotated(list):
+    """Images with annotations in files, such as those of `torchvision.datasets.VOCDetection`."""
+
+    targets = ("0.xml", "1.xml")
+
+
 def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     pytest.importorskip("torchvision")
     datasets = hub()
@@ -253,10 +259,14 @@ def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     table = datasets.Dataset.from_dict(columns, features=features)
     pairs = [*zip(pictures, columns["label"], strict=True)]
     expected = osscar.load_images(tmp_path, plain(12)).tensor()
-    for data, labelled in ((table, True), (pictures, False), (pairs, True)):
+    tensors = [(picture, torch.tensor(label)) for picture, label in pairs]
+    boxes = [(picture, [label] * (i % 3)) for i, (picture, label) in enumerate(pairs)]
+    forms = ((table, True), (pictures, False), (pairs, True), (tensors, True), (boxes, False))
+    for data, labelled in (*forms, (Annotated(pictures), False)):
         found = osscar.load_images(data, plain(12))
         assert torch.equal(found.tensor(), expected)
         assert (found.labels is not None) == labelled
+        assert not labelled or found.labels.tolist() == columns["label"]
     named = osscar.load_images(table, plain(12))
     assert named.classes == tuple("vwxyz")
     loaded = LoadedModel(small_net(), "net", None, torch.float32, preprocessing=plain(12))
