@@ -217,12 +217,12 @@ def system_errors() -> Iterator[None]:
 
 
 @contextmanager
-def file_lock(place: Path, work: Path) -> Iterator[bool]:
+def file_lock(place: Path, work: Path) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however.
 
     It says who holds it, for those who find it held (BusyError), and stays where it is when it is
-    released.  `work` is what it guards.  Whether it is held is yielded: on a file system without
-    locks, unguarded is better than not at all.
+    released.  `work` is what it guards.  On a file system without locks, unguarded is better than
+    not at all.
     """
     holder = _holder(place)  # now: some versions of filelock empty the file when they try it
     import filelock  # here, since help needs none, and it takes 40 ms to load
@@ -244,7 +244,7 @@ def file_lock(place: Path, work: Path) -> Iterator[bool]:
         if lock.is_locked:
             with suppress(OSError):  # who holds it is good to know, and no more
                 place.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
-        yield lock.is_locked
+        yield
 
 
 def _holder(place: Path) -> str:

@@ -81,12 +81,11 @@ class SampleSet(ABC):
 
         Raises
         ------
-        DataError
+        OptionError
             If `count` is not positive.
         """
         name = f"{self.sample_name}s"
-        if not isinstance(count, int) or count < 1:
-            raise DataError(f"cannot draw {safe_repr(count)} {name}; give at least 1 (--samples)")
+        whole_number(count, f"the number of {name} (--samples)", 1)
         return self.rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:

@@ -60,6 +60,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         check_regular(path)
         with safe_open(path, "pt"):  # which refuses headers that make no sense for the file
             pass
+        source = Source(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -70,7 +71,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             path, f"it is cut off, or no safetensors file ({error}); get it anew"
         ) from error
     header.pop("__metadata__", None)
-    found, source = {}, Source(path)
+    found = {}
     for name, tensor in header.items():
         dtype, shape = _FORMATS.get(tensor["dtype"]), tuple(tensor["shape"])
         if dtype is None:

@@ -37,10 +37,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file: Any = path.open("rb", buffering=0)
-        except OSError as error:
-            raise FileError(path, f"it cannot be read: {error.strerror}") from error
+        self._file: Any = path.open("rb", buffering=0)
         self._opened = self._stamp()
 
     def __del__(self) -> None:
