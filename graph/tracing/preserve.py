@@ -15,21 +15,24 @@ _Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
 
 @contextmanager
-def preserved(model: torch.nn.Module) -> Iterator[None]:
-    """Put back, on leaving, what every module of a model holds.
+def preserved(model: torch.nn.Module, *, on_error: bool = False) -> Iterator[None]:
+    """Put back, on leaving, what every module of a model is and holds.
 
     A `forward` may assign attributes and append to lists; while it is traced, what it leaves
     there are fake tensors.  `torch.export` itself puts copies in place of lists and dicts.  So
     attributes are restored by identity, and the contents of containers in them, however nested.
-    Tensors are not copied.
+    Tensors are not copied: what is written to them stays.
 
     model: The model, and all modules that its modules hold, registered or not.
+    on_error: Do so only where the block fails.
     """
-    contents = Contents.of(model)
+    contents, failed = Contents.of(model), True
     try:
         yield
+        failed = False
     finally:
-        contents.restore()
+        if failed or not on_error:
+            contents.restore()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Three things change: the mode of modules; what forward passes write on them (counters, caches,
 buffers); and what code of OSSCAR does to them, such as removing units.  `model_state` is for the
-first two, `restored` for all that modules hold.
+first two, `graph.tracing.preserve.preserved` for all that modules hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graph.tracing.patches import assignments_told
-from graph.tracing.preserve import Contents, holds, items_of, refill
+from graph.tracing.preserve import holds, items_of, refill
 from osscar.network.modules import evaluating, graphics_cards
 
 Attribute: TypeAlias = tuple[str, str]
@@ -186,19 +186,3 @@ def model_state(model: nn.Module) -> Iterator[ModelState]:
                 yield state
         finally:
             state.put_back()
-
-
-@contextmanager
-def restored(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
-    """Give every module of a model its class, attributes and tensors back after the block.
-
-    Tensors are not copied: what is written to them stays.  With `on_error`, that is done only where
-    the block fails.
-    """
-    contents, failed = Contents.of(model), True
-    try:
-        yield
-        failed = False
-    finally:
-        if failed or not on_error:
-            contents.restore()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from graph.tracing.patches import computes_shapes_alone
-from graph.tracing.preserve import Contents, asked_of_to
+from graph.tracing.preserve import asked_of_to, preserved
 from osscar.base.errors import ModelError
 from osscar.offload.places import Place
 from osscar.offload.weight_cache import WeightCache
@@ -304,7 +304,6 @@ def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dic
     if not is_on_disk(model):
         yield dict(example)
         return
-    before = Contents.of(model)
     plain: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         on_disk = isinstance(tensor, OnDisk)
@@ -312,10 +311,8 @@ def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dic
         if isinstance(tensor, nn.Parameter):
             there = nn.Parameter(there, on_disk or tensor.requires_grad)
         plain[id(tensor)] = there
-    try:
+    with preserved(model):
         for module in model.modules():
             for table in (module._parameters, module._buffers):
                 table.update({n: plain[id(t)] for n, t in table.items() if t is not None})
         yield {name: tensor.cpu() for name, tensor in example.items()}
-    finally:
-        before.restore()

@@ -27,13 +27,12 @@ import graph
 from graph.extents import Extent, Extents, Staying, TracedProgram, with_axes
 from graph.tracing.export import varies
 from graph.tracing.patches import shapes_alone
-from graph.tracing.preserve import without_cache
+from graph.tracing.preserve import preserved, without_cache
 from graph.tracing.standalone import GUARDS, SYMBOLIC, Sizes, Standalone, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.network.attention import expose_attention
 from osscar.network.hooks import followed_mixtures
-from osscar.network.model_state import restored
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import shapes_only
 from osscar.proof.equivalence import in_format_of
@@ -181,7 +180,7 @@ def exported(
 ) -> Standalone:
     """Export a model in evaluation mode, which is then as it was; see `export_standalone`."""
     with (
-        restored(model),
+        preserved(model),
         shapes_only(model, example) as small,
         without_cache(model),
         followed_mixtures(model),

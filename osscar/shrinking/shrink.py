@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from graph.tracing.preserve import forget_derived
+from graph.tracing.preserve import forget_derived, preserved
 from osscar.base.errors import EquivalenceError, ModelError, first_line
 from osscar.base.printable import listed
-from osscar.network.model_state import ModelState, restored
+from osscar.network.model_state import ModelState
 from osscar.network.modules import copied, evaluating, graphics_cards, named_tensors, number_format
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import (
@@ -96,7 +96,7 @@ def shrink(
     with (
         evaluating(model),
         torch.random.fork_rng(graphics_cards(model)),
-        restored(model, on_error=True),
+        preserved(model, on_error=True),
     ):
         remember_structure(model, inputs[0])
         if programs is None:
@@ -127,7 +127,7 @@ def rehearse(
     programs: DensePrograms,
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
-    with restored(model):
+    with preserved(model):
         _proved(model, plan, _Masked.of(model, plan, inputs), programs)
 
 
@@ -209,7 +209,7 @@ def _proved(
     programs: DensePrograms,
 ) -> Proof:
     """Shrink a model and prove it; if that fails, it is as it was."""
-    with restored(model, on_error=True):
+    with preserved(model, on_error=True):
         before, untouched = dict(named_tensors(model)), masked.untouched
         untouched.put_back()
         for name, buffer in model.named_buffers():  # which adapters may change in place

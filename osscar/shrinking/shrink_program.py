@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.extents import TracedProgram
+from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line, warn
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
-from osscar.network.model_state import restored
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
 from osscar.proof.lineage import hand_on, lineage_of, note, remember_structure
@@ -93,7 +93,7 @@ def shrink_program(
             f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
             "each with two samples or more"
         )
-    with evaluating(model), restored(model):
+    with evaluating(model), preserved(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
         trial = ProgramTrial(model, example, inputs)
@@ -122,7 +122,7 @@ def dense_program(
     model: nn.Module, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return the program that `shrink_program` makes smaller, on the model's own tensors."""
-    with evaluating(model), restored(model):
+    with evaluating(model), preserved(model):
         return ProgramTrial(model, example, inputs).program.standalone.module
 
 

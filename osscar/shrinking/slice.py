@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graph.groups import Role, Slot
-from graph.tracing.preserve import forget_derived
+from graph.tracing.preserve import forget_derived, preserved
 from osscar.base.errors import ModelError, warn
-from osscar.network.model_state import restored
 from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, units_left
@@ -46,7 +45,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         raise ModelError(
             "the plan is for the exported program of a model, not for its modules; use osscar.load"
         )
-    with restored(model, on_error=True):
+    with preserved(model, on_error=True):
         remember_structure(model)
         fold(model, plan.tensors)
         refresh(dict.fromkeys(_cut(model, plan)))
