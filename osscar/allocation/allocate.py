@@ -157,9 +157,7 @@ def _timed(sharing: Sharing, wanted: float, allowed: Sequence[Allowance]) -> Bud
     def share(kept: Mapping[str, int]) -> float:
         return operations.cost.of({**task.keep, **kept}) / dense
 
-    found, speedup = as_fast_as(
-        task.prepared, wanted, task.keep, share(task.least), share(within(1.0)), within
-    )
+    found, speedup = as_fast_as(task, wanted, share(task.least), share(within(1.0)), within)
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
     budget = sharing.budget(allowed, Chosen(found))
     timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, 1 / speedup)

@@ -43,8 +43,7 @@ def allowances(task: PruningTask) -> list[Allowance]:
     that memory counts.
     """
     prepared, request, form = task.prepared, task.request, task.feasible.form
-    others, least = task.keep, task.least
-    groups = prepared.groups_with({*others, *least})
+    others, least, groups = task.keep, task.least, task.counted
 
     @cache
     def counted(kind: Cost, form: Form) -> CountedCost:

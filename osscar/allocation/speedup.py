@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graph.tracing.preserve import without_cache
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.timing import clock, interleaved
 from osscar.data.batches import Batch
@@ -36,21 +37,20 @@ MOST_MODELS = 8
 
 
 def as_fast_as(
-    prepared: Prepared,
+    task: PruningTask,
     wanted: float,
-    fixed: Mapping[str, int],
     least: float,
     most: float,
     choose: Callable[[float], dict[str, int]],
 ) -> tuple[dict[str, int], float]:
     """Return widths whose model was timed to be as fast as wanted, and how fast that was.
 
-    Other groups keep what is `fixed`.  `choose` returns the best widths within a share of the dense
-    model's operations: from the `least`, of the least widths, to the `most`, of the widest that the
-    request's other limits allow, of which a model may be faster than wanted.  A `RequestError` says
-    that no model is so fast, that none can be built, or that the device is too noisy to tell.
+    `choose` returns the best widths within a share of the dense model's operations: from the
+    `least`, of the least widths, to the `most`, of the widest that the request's other limits
+    allow, of which a model may be faster than wanted.  A `RequestError` says that no model is so
+    fast, that none can be built, or that the device is too noisy to tell.
     """
-    batch = prepared.batches()[0]
+    prepared, batch = task.prepared, task.prepared.batches()[0]
     # Shares of operations, with the times of their models: one too slow, one fast enough.
     slow, fast = (most, 1.0), (0.0, 0.0)
     best: tuple[dict[str, int], float] | None = None
@@ -59,7 +59,7 @@ def as_fast_as(
         share = min(max(share, least), most)
         kept = choose(share)
         try:
-            speedup = time_against(prepared.model, _built(prepared, {**fixed, **kept}), batch)
+            speedup = time_against(prepared.model, _built(prepared, {**task.keep, **kept}), batch)
         except RequestError:  # a moment of noise: what is known will do
             if best is None:
                 raise

@@ -145,6 +145,16 @@ class PruningTask:
         """The least of these widths."""
         return {name: int(some[0]) for name, some in self.options.items()}
 
+    @property
+    def counted(self) -> list[CouplingGroup]:
+        """The groups by which costs are counted: those that are traced, and others to lose units.
+
+        A mixture that keeps all its experts is none: they may lose neurons one by one.
+        """
+        others = (group for group in self.groups if group.kind.routed)
+        names = self.keep.keys() | self.options.keys()
+        return [*self.prepared.groups, *(group for group in others if group.name in names)]
+
     @cached_property
     def provisional(self) -> dict[str, int]:
         """What groups may come to keep: as requested, or about half where they share a budget."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -109,13 +109,6 @@ class Prepared:
         """The programs of the model, with all its units; to be asked for before any leaves."""
         self.untouched.put_back()  # what passes keep for the next would be traced as numbers
         return dense_programs(self.model, self.example)
-
-    def groups_with(self, names: Collection[str]) -> list[CouplingGroup]:
-        """Return its groups, with those alone that no trace finds that are named.
-
-        One that keeps all units is no group for others: its experts may lose neurons one by one.
-        """
-        return [*self.groups, *(one.group for one in self.routed if one.group.name in names)]
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:

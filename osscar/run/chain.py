@@ -194,8 +194,7 @@ def goal(task: PruningTask) -> str:
                 return f"keeps {asked} of the bytes that the weights take on disk"
             case BudgetKind.MEMORY:
                 return f"keeps {asked} of the memory that serving takes"
-        groups = prepared.groups_with({*keep, *left})
-        cost = count(Cost.PARAMETERS, prepared.model, groups, prepared.sample)
+        cost = count(Cost.PARAMETERS, prepared.model, task.counted, prepared.sample)
         dense, kept = cost.dense, cost.of(keep)
         if budget is BudgetKind.SPARSITY:
             kept -= asked * (kept - cost.of({**keep, **left}))

@@ -212,8 +212,7 @@ class _Search:
     def _cost(self) -> CountedCost:
         """What sizes are counted in."""
         prepared = self.task.prepared
-        groups = prepared.groups_with({*self.task.keep, *self.task.options})
-        return count(COUNTED[self._kind], prepared.model, groups, prepared.sample)
+        return count(COUNTED[self._kind], prepared.model, self.task.counted, prepared.sample)
 
     @cached_property
     def _allowed(self) -> list[Allowance]:

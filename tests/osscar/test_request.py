@@ -48,8 +48,7 @@ def allocate(groups, asked):
     sizes = {"hidden": 48, "heads": 576, "neurons": 1536}
     model = nn.ModuleDict({name: nn.Linear(inputs, 2) for name, inputs in sizes.items()})
     prepared = SimpleNamespace(model=model, groups=groups, every_group=groups, routed=(),
-                               groups_with=lambda names: groups, residual=frozenset(), sample={},
-                               ranks=ALONE)  # fmt: skip
+                               residual=frozenset(), sample={}, ranks=ALONE)  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(PruningTask(prepared, asked)).keep
