@@ -113,6 +113,20 @@ class TargetKind(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class QualityTarget:
+    """A loss of quality, and the most of it that is allowed."""
+
+    kind: TargetKind
+    most: float
+
+    def __str__(self) -> str:
+        """Write the target as the command line has it."""
+        nats = self.kind is TargetKind.DIVERGENCE
+        amount = f"{self.most:g}" if nats else f"{100 * self.most:g}%"
+        return f"{self.kind.option} {amount}"
+
+
+@dataclass(frozen=True)
 class Widths:
     """The widths that a group may have."""
 
@@ -508,23 +522,10 @@ class PruningRequest:
         return tuple(name for name in BudgetKind if getattr(self, name) is not None)
 
     @property
-    def quality(self) -> TargetKind | None:
-        """The loss of quality that the target limits; None without a target."""
-        return next((one for one in TargetKind if getattr(self, one) is not None), None)
-
-    @property
-    def most_lost(self) -> float:
-        """The most of that quality that may be lost."""
-        assert self.quality is not None
-        return float(getattr(self, self.quality))
-
-    @property
-    def target_in_words(self) -> str:
-        """The quality target as the command line has it."""
-        lost = self.most_lost
-        assert self.quality is not None
-        amount = f"{lost:g}" if self.quality is TargetKind.DIVERGENCE else f"{100 * lost:g}%"
-        return f"{self.quality.option} {amount}"
+    def quality(self) -> QualityTarget | None:
+        """The target of quality; None without one."""
+        lost = ((kind, getattr(self, kind)) for kind in TargetKind)
+        return next((QualityTarget(kind, most) for kind, most in lost if most is not None), None)
 
     @property
     def has_budget(self) -> bool:

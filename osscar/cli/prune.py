@@ -67,7 +67,7 @@ def run(model: str, options: PruneOptions, spent: Profile) -> None:
         request = request_of(options, PruningRequest)
         if request.quality is not None and options.recover_text is not None:
             raise OptionError(
-                f"--recover-text may hold samples that measure {request.target_in_words}; omit it: "
+                f"--recover-text may hold samples that measure {request.quality}; omit it: "
                 "models are recovered on the calibration samples that they are pruned on"
             )
         recovery = recovery_of(options, request)
@@ -130,7 +130,7 @@ class _Job:
             if request.quality is None:
                 return {}
             usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-            most = max(2 * usual, samples_needed(request.quality, request.most_lost))
+            most = max(2 * usual, samples_needed(request.quality))
             samples = most if options.samples is None else options.samples
             return {"samples": samples, "overlapping": False}
 

@@ -132,7 +132,7 @@ def estimate_as_asked(
         )
     if request.quality is not None:
         raise RequestError(
-            f"the time of {request.target_in_words} cannot be estimated, as it prunes up to four "
+            f"the time of {request.quality} cannot be estimated, as it prunes up to four "
             "times; estimate a budget in its place, such as --params 0.75, and multiply by four"
         )
     calibration = read_once(model, calibration)

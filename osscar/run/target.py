@@ -32,7 +32,7 @@ from osscar.data.loaders import read_once
 from osscar.data.parts import in_parts
 from osscar.evaluation.confidence import Judge, fewest_samples
 from osscar.recovery.recover import Recovery
-from osscar.request import BudgetKind, PruningRequest, TargetKind
+from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense, widths
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
@@ -68,11 +68,12 @@ def prune_to_target(
     start = time.perf_counter()
     calibration = read_once(model, calibration)
     inputs = as_inputs(model, calibration)
-    assert request.quality is not None
-    needed = samples_needed(request.quality, request.most_lost)
+    target = request.quality
+    assert target is not None
+    needed = samples_needed(target)
     if inputs.samples < needed:
         raise DataError(
-            f"{request.target_in_words} takes {needed} calibration samples at least, for a bound "
+            f"{target} takes {needed} calibration samples at least, for a bound "
             "that holds with 95 % confidence: half to prune on, a quarter to choose the size by, "
             f"and a quarter to report on; there are {inputs.samples}"
         )
@@ -82,11 +83,13 @@ def prune_to_target(
         prepare_for(model, parts.pruned_on, request, ranks) as task,
         begun(log, dataclasses.replace(task.prepared, inputs=inputs), request),
     ):
-        judge = _judge(task, parts.choosing, classes)
-        reporting = _judge(task, parts.reporting, classes)
+        judge, reporting = (
+            _judge(target, task.prepared.model, part, classes)
+            for part in (parts.choosing, parts.reporting)
+        )
         dense = run_dense(task)
         task = dataclasses.replace(task, feasible=dense.feasible)
-        search = _Search(task, dense, judge, parts.pruned_on, log, tell, recover)
+        search = _Search(target, task, dense, judge, parts.pruned_on, log, tell, recover)
         (pruned, recovery), report = search.smallest()
         found = pruned.model if recovery is None else recovery.model
         with timed(Stage.PRUNED):
@@ -110,28 +113,26 @@ def prune_to_target(
     return result, recovery
 
 
-def samples_needed(quality: TargetKind, most_lost: float) -> int:
+def samples_needed(target: QualityTarget) -> int:
     """Return how many calibration samples a target takes: four times those of an interval."""
-    return 4 * fewest_samples(quality, most_lost)
+    return 4 * fewest_samples(target.kind, target.most)
 
 
 @timed(Stage.DENSE)
-def _judge(task: PruningTask, data: Any, classes: Sequence[str]) -> Judge:
+def _judge(target: QualityTarget, model: nn.Module, data: Any, classes: Sequence[str]) -> Judge:
     """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
-    request = task.request
-    assert request.quality is not None
-    needed = fewest_samples(request.quality, request.most_lost)
-    judge = Judge.of(request.quality, task.prepared.model, data, classes)
-    if request.quality is not TargetKind.TOP1:
+    judge = Judge.of(target.kind, model, data, classes)
+    if target.kind is not TargetKind.TOP1:
         return judge
+    needed = fewest_samples(target.kind, target.most)
     if judge.labelled < needed:
         raise DataError(
-            f"{request.target_in_words} takes {needed} labelled samples in each quarter of the "
-            f"calibration data, and one has {judge.labelled}; give more, or label them"
+            f"{target} takes {needed} labelled samples in each quarter of the calibration data, "
+            f"and one has {judge.labelled}; give more, or label them"
         )
-    if request.most_lost >= judge.dense_accuracy:
+    if target.most >= judge.dense_accuracy:
         raise RequestError(
-            f"{request.target_in_words} allows a loss of all accuracy: the dense model is right in "
+            f"{target} allows a loss of all accuracy: the dense model is right in "
             f"{judge.dense_accuracy:.1%} of {judge.labelled} samples; give less"
         )
     return judge
@@ -141,6 +142,7 @@ def _judge(task: PruningTask, data: Any, classes: Sequence[str]) -> Judge:
 class _Search:
     """The walks to a target, and the data that they prune on."""
 
+    target: QualityTarget
     task: PruningTask
     dense: Dense
     judge: Judge
@@ -150,14 +152,9 @@ class _Search:
     recover: Recover | None
     walks: list[TargetWalk] = field(default_factory=list)
 
-    @property
-    def request(self) -> PruningRequest:
-        """The request with the target."""
-        return self.task.request
-
     def smallest(self) -> tuple[Made, TargetReport]:
         """Walk until no size is left to try; return the smallest model within the target."""
-        ranks, log, most = self.task.prepared.ranks, self.log, self.request.most_lost
+        ranks, log = self.task.prepared.ranks, self.log
         self.walks += ranks.broadcast("walks", lambda: () if log is None else log.walks())
         budget, best = self._known_budget(), None
         while (limit := self._next_limit(budget)) is not None:
@@ -173,16 +170,16 @@ class _Search:
             if log is not None:
                 log.note_walks(self.walks)
             self.tell(f"attempt {number}: {self._report(budget).in_words(self.walks[-1])}")
-            if smallest_within(self.walks, most) is self.walks[-1]:
+            if smallest_within(self.walks, self.target.most) is self.walks[-1]:
                 best = made
         report = self._report(budget)
         if report.chosen is None:
             if log is not None:
                 log.remove()  # it is of no use to another target
-            budgets = self.request.in_words(self.request.budgets)
+            budgets = self.task.request.in_words(self.task.request.budgets)
             nearest = min(self.walks, key=lambda walk: walk.measured.bound)
             raise RequestError(
-                f"no model that was tried is within {self.request.target_in_words}"
+                f"no model that was tried is within {self.target}"
                 f"{f' and {budgets}' if budgets else ''}: the nearest, "
                 f"{report.in_words(nearest)}; allow more to be lost, give more calibration "
                 "data (--samples), or recover what is pruned (--recover)"
@@ -193,20 +190,18 @@ class _Search:
 
     def _next_limit(self, budget: Budget) -> float | None:
         """Return what the next model may cost, by the curves of the last budget."""
-        most, recovers = self.request.most_lost, self.recover is not None
-        frontier = self._frontier(budget)
-        return next_limit(frontier, self.walks, self.judge.quality, most, recovers=recovers)
+        recovers = self.recover is not None
+        return next_limit(self._frontier(budget), self.walks, self.target, recovers=recovers)
 
     def _report(self, budget: Budget) -> TargetReport:
-        quality, most, limit = self.judge.quality, self.request.most_lost, budget.of(self._kind)
-        return TargetReport(
-            quality, most, budget.measure, limit.cost, limit.dense, tuple(self.walks)
-        )
+        target, limit = self.target, budget.of(self._kind)
+        sizes = limit.cost, limit.dense, tuple(self.walks)
+        return TargetReport(target.kind, target.most, budget.measure, *sizes)
 
     @property
     def _kind(self) -> BudgetKind:
         """The budget by which a walk asks for a size."""
-        return BudgetKind(self.request.smallest or "params")
+        return BudgetKind(self.task.request.smallest or "params")
 
     @cached_property
     def _cost(self) -> CountedCost:
@@ -217,7 +212,7 @@ class _Search:
     @cached_property
     def _allowed(self) -> list[Allowance]:
         """What the other budgets allow."""
-        return allowances(self.task) if self.request.budgets else []
+        return allowances(self.task) if self.task.request.budgets else []
 
     @property
     def _largest(self) -> float:
@@ -251,7 +246,7 @@ class _Search:
         """Return the task of a walk: a size in place of the target."""
         value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
-        request = dataclasses.replace(self.request, **{**asked, self._kind: value})
+        request = dataclasses.replace(self.task.request, **{**asked, self._kind: value})
         return dataclasses.replace(self.task, request=request)
 
     def _known_budget(self) -> Budget:

@@ -24,7 +24,7 @@ from osscar.allocation.measured import LEAST
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, share
 from osscar.evaluation.confidence import Bounded
-from osscar.request import TargetKind
+from osscar.request import QualityTarget, TargetKind
 
 MOST_WALKS = 4
 
@@ -152,13 +152,12 @@ def smallest_within(walks: Sequence[TargetWalk], most: float) -> TargetWalk | No
 def next_limit(
     frontier: Frontier,
     walks: Sequence[TargetWalk],
-    quality: TargetKind,
-    most: float,
+    target: QualityTarget,
     *,
     recovers: bool = False,
 ) -> float | None:
     """Return what the next model may cost, or None; the frontier ends with the dense model."""
-    dense = frontier[-1][0]
+    dense, most = frontier[-1][0], target.most
     points = {max(loss, LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
     if len(walks) == MOST_WALKS or not points:
         return None
@@ -170,7 +169,7 @@ def next_limit(
     if not walks:
         # In nats; a drop of accuracy by d is taken for d / 2 nats, which is a guess.
         nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}
-        return cost_at(math.log(nats.get(quality, most) / _USUAL[recovers]))
+        return cost_at(math.log(nats.get(target.kind, most) / _USUAL[recovers]))
     # Logarithms of what was predicted, and of the bound in units of the target, the nearest first.
     known = [
         (math.log(max(one.predicted, LEAST)), math.log(max(one.measured.bound / most, _FLOOR)))

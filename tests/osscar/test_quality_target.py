@@ -22,7 +22,7 @@ from osscar.evaluation.confidence import Bounded, Judge, bounded_drop, bounded_m
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.report.sections import Figure
-from osscar.request import PruningRequest, TargetKind
+from osscar.request import PruningRequest, QualityTarget, TargetKind
 from osscar.run import chain
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import sections
@@ -88,8 +88,8 @@ FRONTIER = tuple((float(c), float((1 / c) ** 2 - 1)) for c in COSTS)
 def searched(truth, most, recovers=False):
     """Return the walks to a target, where models of a cost have a bound."""
     walks = []
-    options = {"recovers": recovers}
-    while (limit := next_limit(FRONTIER, walks, DIVERGENCE, most, **options)) is not None:
+    target = QualityTarget(DIVERGENCE, most)
+    while (limit := next_limit(FRONTIER, walks, target, recovers=recovers)) is not None:
         predicted = (1 / limit) ** 2 - 1
         walks.append(TargetWalk(limit, limit, predicted, Bounded(0.0, truth(predicted), 16)))
     return walks
@@ -108,7 +108,7 @@ def test_few_walks_find_nearly_the_smallest_model():
 def test_a_size_within_a_limit_that_was_tried_is_not_tried_again():
     within = TargetWalk(0.979, 0.979, 0.0, Bounded(0.0, 1e-9, 16))
     beyond = TargetWalk(0.968, 0.957, 0.5, Bounded(0.01, 0.011, 16))  # no model is between
-    assert next_limit(FRONTIER, [within, beyond], DIVERGENCE, 0.01) is None
+    assert next_limit(FRONTIER, [within, beyond], QualityTarget(DIVERGENCE, 0.01)) is None
 
 
 def test_a_target_that_no_model_meets_ends_at_the_largest():
@@ -208,7 +208,7 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
     lines = []
     request = PruningRequest(**{quality: most, "smallest": "flops"})
     result = prune_as_asked(dense, data, request, tell=lines.append)
-    report, most = result.target, request.most_lost
+    report, most = result.target, request.quality.most
     chosen = report.walks[report.chosen]
     assert len(prepared) == 1
     assert 1 <= len(fitted) == len(report.walks) <= 2
