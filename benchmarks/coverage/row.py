@@ -112,7 +112,7 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     dense = copy.deepcopy(prepared.model)
     began = time.process_time()
-    smaller, proof, _ = shrunk(task, plan, ())
+    smaller, proof, _ = shrunk(task, plan, None)
     now, certificate = time.process_time(), proof.certificate
     row |= {
         "outcome": "some_left" if left else "whole",

@@ -61,7 +61,7 @@ def test_the_comparison_finds_what_the_proof_has_not(monkeypatch: pytest.MonkeyP
         return found
 
     monkeypatch.setattr(rows, "shrunk", wrong)
-    found = _row("nets", "topologies.residual")
+    found = _row("nets", "networks.small-net")
     assert found["outcome"] == "failed"
     assert "away from the masked one" in found["missing"]
 
