@@ -16,12 +16,10 @@ from torch.utils import _pytree as pytree
 import graph
 from graph import CouplingGroup, Freeze, UnitKind
 from osscar.base.errors import OptionError
-from osscar.base.inputs import safe_repr
 from osscar.experts.routers import Call
 from osscar.network.hooks import hooks, other_forwards
-from osscar.network.modules import forward
+from osscar.network.modules import class_name, forward, full_name, known_of_class
 from osscar.offload.on_disk import is_on_disk
-from osscar.shrinking.follow import full_name
 
 _Class = TypeVar("_Class", bound=type[nn.Module])
 
@@ -76,12 +74,7 @@ def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callabl
         raise OptionError(f"modules of a mixture are {gate!r} and {experts!r}; give their names")
 
     def declare(kind: _Class | str) -> _Class | str:
-        module = isinstance(kind, type) and issubclass(kind, nn.Module)
-        if not module and not isinstance(kind, str):
-            raise OptionError(
-                f"a mixture is {safe_repr(kind)}; give a class of modules, or its full name"
-            )
-        name = kind if isinstance(kind, str) else full_name(kind)
+        name = class_name(kind, "a mixture is")
         _DECLARED[name] = Declaration(name, gate, experts)
         return kind
 
@@ -95,12 +88,8 @@ def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callabl
 
 def declared_in(model: nn.Module) -> dict[str, Declaration]:
     """Return the declarations of those modules that have one, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        own = [_DECLARED[n] for n in map(full_name, type(module).__mro__) if n in _DECLARED]
-        if own:
-            found[name] = own[0]
-    return found
+    found = ((name, known_of_class(module, _DECLARED)) for name, module in model.named_modules())
+    return {name: declared for name, declared in found if declared is not None}
 
 
 def undeclared(model: nn.Module, experts: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from osscar.base.errors import ModelError, NonFiniteError, first_line
+from osscar.base.errors import ModelError, NonFiniteError, OptionError, first_line
+from osscar.base.inputs import safe_repr
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import as_bytes
 
@@ -62,9 +63,32 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
+def full_name(kind: type) -> str:
+    """Return by which name users tell of a class that is not imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_name(kind: type[nn.Module] | str, what: str) -> str:
+    """Return the full name of a class of modules, given as a class or as that name.
+
+    Of anything else an OptionError says `what` it was to be.
+    """
+    if isinstance(kind, str):
+        return kind
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return full_name(kind)
+    raise OptionError(f"{what} {safe_repr(kind)}; give a class of modules, or its full name")
+
+
+def known_of_class(module: nn.Module, known: Mapping[str, T]) -> T | None:
+    """Return what is known of a module's class, by full name, or of the nearest one above it."""
+    names = map(full_name, type(module).__mro__)
+    return next((known[name] for name in names if name in known), None)
+
+
 def is_deformable(module: nn.Module) -> bool:
     """Whether a module is a deformable convolution of torchvision, which may not be installed."""
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    names = map(full_name, type(module).__mro__)
     return "torchvision.ops.deform_conv.DeformConv2d" in names
 
 

@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graph.groups import Role, Slot, UnitKind
-from osscar.base.errors import OptionError
-from osscar.base.inputs import safe_repr
 from osscar.network.attention import is_extended, rewrite
-from osscar.network.modules import is_deformable
+from osscar.network.modules import class_name, is_deformable, known_of_class
 from osscar.proof.plan import GroupPlan, PruningPlan
 
 Adapter: TypeAlias = Callable[[Any, GroupPlan], None]
@@ -63,17 +61,10 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
     ...     if group.kind == "heads":
     ...         module.h = group.scaled(module.h)
     """
-    for kind in classes:
-        if not isinstance(kind, str) and not (
-            isinstance(kind, type) and issubclass(kind, nn.Module)
-        ):
-            raise OptionError(
-                f"an adapter is for {safe_repr(kind)}; give a class of modules, or its full name"
-            )
+    names = [class_name(kind, "an adapter is for") for kind in classes]
 
     def register(function: _Function) -> _Function:
-        for kind in classes:
-            _ADAPTERS[kind if isinstance(kind, str) else full_name(kind)] = function
+        _ADAPTERS.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -84,7 +75,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
     _leave_nested_tensors(model, group)
     for name in nearby(model, group):
         module = model.get_submodule(name)
-        found = _find(module)
+        found = known_of_class(module, _ADAPTERS)
         if found is not None:
             found(module, group)
         else:
@@ -129,22 +120,13 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
 def adapted(model: nn.Module, plan: PruningPlan) -> bool:
     """Whether an adapter has changed a module, which may be done by which units stay."""
     names = (name for group in plan.groups for name in nearby(model, group))
-    return any(_find(model.get_submodule(name)) is not None for name in names)
+    found = (known_of_class(model.get_submodule(name), _ADAPTERS) for name in names)
+    return any(one is not None for one in found)
 
 
 def is_list(slot: Slot) -> bool:
     """Whether units are members of a list of modules, and no entries of a tensor."""
     return slot.tensor == slot.module
-
-
-def _find(module: nn.Module) -> Adapter | None:
-    names = (full_name(kind) for kind in type(module).__mro__)
-    return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
-
-
-def full_name(kind: type) -> str:
-    """Return by which name adapters and declarations know a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 # ---- counts of heads and neurons ---------------------------------------------------------
