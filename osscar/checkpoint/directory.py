@@ -183,8 +183,7 @@ def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
 def read_saved(path: Path) -> SavedCheckpoint:
     """Say what is in a directory that `save` wrote, as `save` did."""
     manifest = read_manifest(path)
-    if manifest is None:
-        raise CheckpointError(f"{path} holds no {MANIFEST_FILE}")
+    assert manifest is not None
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     with_code = (path / MODELLING_FILE.name).is_file() and not manifest.lineage.replayed
     return SavedCheckpoint(path, manifest.stock, written, with_code)

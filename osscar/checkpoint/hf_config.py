@@ -63,11 +63,11 @@ DESCRIPTION_ERRORS = (
 """What libraries raise when a description of a model makes no sense to them."""
 
 
-def built(kind: Any, config: Any, **options: Any) -> nn.Module | None:
-    """Build a model, or a layer, without memory for its weights; None if the library does not."""
+def built(kind: Any, config: Any) -> nn.Module | None:
+    """Build a model without memory for its weights; None if the library does not."""
     try:
         with torch.device("meta"):
-            model: nn.Module = kind(copy.deepcopy(config), **options)
+            model: nn.Module = kind(copy.deepcopy(config))
     except DESCRIPTION_ERRORS:
         return None
     return model

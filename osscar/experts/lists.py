@@ -331,14 +331,12 @@ def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: T
 def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  Blocks that are called so already stay as they are.  One that
-    sends tokens to other experts than its logits say raises a ModelError when it runs.
+    What they compute stays the same.  A block that sends tokens to other experts than its logits
+    say raises a ModelError when it runs.
     """
     with ExitStack() as around:
         for one in lists:
             block = model.get_submodule(one.block)
-            if _ROUTER in block._modules:
-                continue
             experts = one.experts_in(block)
             block.add_module(_ROUTER, _RuleRouter().eval())
             around.callback(block._modules.pop, _ROUTER)

@@ -114,7 +114,7 @@ def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[N
     def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         group, call = planned[name], (args, kwargs)
         if not sends_tokens(y):
-            return _without_logits(name, y, group)
+            return _without_logits(y, group)
         if name not in found:
             found[name] = router_of(module, call, group.units)
         try:
@@ -138,16 +138,12 @@ def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[N
             own.copy_(values)
 
 
-def _without_logits(name: str, y: Any, group: GroupPlan) -> Any:
-    """Return what a router puts out, with the logits of experts that leave at minus infinity."""
+def _without_logits(y: Any, group: GroupPlan) -> Any:
+    """Return what a gate puts out, with the logits of experts that leave at minus infinity."""
     leaves, form = pytree.tree_flatten(y)
-    places = _like_logits(leaves, group.units)
-    if len(places) != 1:
-        raise ModelError(
-            f"the router {name!r} does not put out the logits of {group.units} experts"
-        )
-    leaves[places[0]] = leaves[places[0]].clone()
-    leaves[places[0]][..., list(group.gone)] = -torch.inf
+    (place,) = _like_logits(leaves, group.units)
+    leaves[place] = leaves[place].clone()
+    leaves[place][..., list(group.gone)] = -torch.inf
     return pytree.tree_unflatten(leaves, form)
 
 
