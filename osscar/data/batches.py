@@ -88,6 +88,10 @@ class ModelInputs:
             return to_model({"input_ids": ids}, model)
         return to_model(self.apart[0], model) if self.apart else self.some(model, 2)
 
+    def first(self, model: nn.Module) -> Batch:
+        """Return the first sample, on the model's device; the others stay where they are."""
+        return self.part(0, 1).batches(model, 1)[0]
+
     def some(self, model: nn.Module, count: int) -> Batch:
         """Return so many samples, the first ones, again and again if there are fewer."""
         return self._at(model, torch.arange(count) % self.samples)

@@ -43,7 +43,7 @@ class DenseOutputs:
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
         """Run a model, which is left as it was."""
-        sample = inputs.batches(model, 1)[0]
+        sample = inputs.first(model)
         with (
             model_state(model),
             failures_named(model, sample),

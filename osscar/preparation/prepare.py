@@ -126,7 +126,7 @@ class Prepared:
     @property
     def sample(self) -> Batch:
         """The first sample of the calibration data."""
-        return self.inputs.batches(self.model, 1)[0]
+        return self.inputs.first(self.model)
 
     def batches(self) -> list[Batch]:
         """Return the calibration data, keyword arguments of the model, on its device."""

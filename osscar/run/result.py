@@ -243,7 +243,7 @@ def measured(dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any
     try:
         smaller = pruned()
         # A program knows nothing of tokens, so the inputs are those of the dense model.
-        first = as_inputs(dense, calibration).batches(dense, 1)[0]
+        first = as_inputs(dense, calibration).first(dense)
         sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
         before, after = measure_forward([dense, smaller], sample)
     except Exception as error:  # no figure of a report is worth a run

@@ -190,7 +190,7 @@ class Sweep:
         run = run_manifest(self.base, model, data)
         manifest = sweep_manifest(run, budget, scored, self.recover)
         check_repeatable(model, data.example(model))
-        sample = data.batches(model, 1)[0]
+        sample = data.first(model)
         with self.place.begun(manifest):
             dense = scored_dense()
             found = self._measured(model, calibration, sample)
