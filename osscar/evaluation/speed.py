@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import ModelError, OptionError
 from osscar.base.timing import clock, interleaved
 from osscar.evaluation.size import count_parameter_bytes
-from osscar.network.modules import count_parameters, evaluating, forward
+from osscar.network.modules import count_parameters, evaluating, forward, tensors_in
 from osscar.network.operations import count_flops
 from osscar.offload.on_disk import room_for_pass
 from osscar.proof.equivalence import cache_name
@@ -42,8 +41,7 @@ def measure_forward(
 
     Seconds are a median, and ``seconds_between`` the quartiles: half of the turns lie in there.
     """
-    given = [leaf for leaf in pytree.tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
-    positions = max((leaf.numel() for leaf in given), default=0)
+    positions = max(map(Tensor.numel, tensors_in(dict(batch))), default=0)
     with torch.no_grad(), evaluating(*models), ExitStack() as stack:
         for model in models:
             stack.enter_context(without_cache(model))

@@ -28,7 +28,7 @@ from osscar.experts.lists import ExpertList, alike, expert_list
 from osscar.experts.routers import Call, Router, router_of, sends_tokens
 from osscar.kinds import Found
 from osscar.network.hooks import hooks
-from osscar.network.modules import count_parameters, forward
+from osscar.network.modules import count_parameters, forward, tensors_in
 from osscar.preparation.prepare import Prepared
 from osscar.shrinking.follow import is_list
 from solvers import RoutingRule
@@ -146,7 +146,7 @@ def _calls(model: nn.Module, example: Mapping[str, Any], names: Sequence[str]) -
         elif x is not None and isinstance(y, Tensor):
             known = (one[:2] for one in reversed(routed) if _put_out(one[2], x))
             found[name] = _Seen(x, *next(known, ()))
-        leaves = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+        leaves = tensors_in(y)
         if sends_tokens(leaves):
             routed.append((name, (args, kwargs), leaves))
 

@@ -40,7 +40,7 @@ from osscar.experts.routers import (
     rule_of,
 )
 from osscar.network.hooks import InDouble, hooks, other_forwards
-from osscar.network.modules import copied
+from osscar.network.modules import copied, tensors_in
 from solvers import RoutingRule
 
 _NOTHING = 1e-10
@@ -79,7 +79,7 @@ class ExpertList:
 
 def first_tensor(y: Any) -> Tensor:
     """Return the first tensor of what a block puts out, or of a call: there the sum, or tokens."""
-    return next(leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
+    return tensors_in(y)[0]
 
 
 # ---- a block without its experts ---------------------------------------------------------

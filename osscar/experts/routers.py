@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from graph.groups import Role
 from osscar.base.errors import ModelError
 from osscar.network.hooks import InDouble, hooks
-from osscar.network.modules import copied, named_tensors
+from osscar.network.modules import copied, named_tensors, tensors_in
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.proof.plan import GroupPlan
 from solvers import GroupScore, RouterScores, RoutingRule, SolverError
@@ -149,8 +149,7 @@ def _without_logits(y: Any, group: GroupPlan) -> Any:
 
 def sends_tokens(y: Any) -> bool:
     """Whether a module puts out to which experts tokens go, and not logits alone."""
-    leaves = (leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor))
-    return any(leaf.dtype in (torch.int64, torch.int32) for leaf in leaves)
+    return any(tensor.dtype in (torch.int64, torch.int32) for tensor in tensors_in(y))
 
 
 # ---- the rule ----------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
     if sends_tokens(y) and len(matrices) == 1:
         W = values_of(matrices[0]).detach()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
-        for x in (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)):
+        for x in tensors_in(call):
             if x.is_floating_point() and x.shape[-1:] == W.shape[1:]:
                 return x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
     raise ModelError(

@@ -174,6 +174,11 @@ def drawing_alike(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors in what is put into a module or comes out, however nested."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def fresh(inputs: T) -> T:
     """Return inputs of a forward pass that it may write to: their tensors are copies."""
     return pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # type: ignore[no-any-return]

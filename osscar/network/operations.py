@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.backends import mha
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph.tracing.preserve import without_cache
 from osscar.network.hooks import running_modules
-from osscar.network.modules import fresh
+from osscar.network.modules import fresh, tensors_in
 from osscar.offload.on_disk import OnDisk
 
 aten = torch.ops.aten
@@ -199,12 +198,12 @@ class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         origin = self._of_output(getattr(func, "overloadpacket", func), args, kwargs or {})
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self._note(tensor, origin)
         return out
 
     def _of_output(self, packet: Any, args: Any, kwargs: Mapping[str, Any]) -> _Origin:
-        read = _tensors((args, kwargs))
+        read = tensors_in((args, kwargs))
         if packet in _PICKING and read and read[0].ndim >= _MATRICES:
             read = read[:1]
         origins = [self._of(tensor) for tensor in read]
@@ -249,7 +248,3 @@ def _storage(tensor: Tensor) -> int:
     if isinstance(tensor, OnDisk) or tensor.layout is not torch.strided:
         return 0
     return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import graph
 from graph import CouplingGroup
@@ -37,6 +36,7 @@ from osscar.network.modules import (
     forward,
     graphics_cards,
     in_evaluation,
+    tensors_in,
 )
 from osscar.offload.on_disk import shapes_only
 from osscar.preparation.failures import failures_named, refuse_chance
@@ -252,8 +252,7 @@ def widest_output(model: nn.Module, example: Batch) -> int:
     sizes = [0]
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        sizes.append(sum(tensor.numel() for tensor in tensors))
+        sizes.append(sum(map(Tensor.numel, tensors_in(result))))
 
     leaves = [name for name, module in model.named_modules() if not any(module.children())]
     with torch.no_grad(), hooks(model, leaves, after=see):

@@ -24,7 +24,14 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.kinds import room_of
-from osscar.network.modules import drawing_alike, fresh, identity_of, named_tensors, number_format
+from osscar.network.modules import (
+    drawing_alike,
+    fresh,
+    identity_of,
+    named_tensors,
+    number_format,
+    tensors_in,
+)
 from osscar.network.predictions import known_output
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import PruningPlan
@@ -111,7 +118,7 @@ def comparable(result: Any) -> list[Tensor]:
 
 def all_outputs(result: Any) -> list[Tensor]:
     """Return the tensors that a model puts out, of which there has to be one."""
-    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(result)
     if not tensors:
         raise EquivalenceError(
             f"nothing can be compared: the model returned a {type(result).__name__} without a "

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,7 +23,7 @@ from osscar.base.errors import NoMemoryError, OptionError, OsscarError, first_li
 from osscar.base.inputs import parse_size
 from osscar.base.memory import DeviceMemory, in_words, is_shortage, memory_of
 from osscar.network.hooks import other_forwards
-from osscar.network.modules import device_of
+from osscar.network.modules import device_of, tensors_in
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
 from osscar.recovery.weights import adaptable, has_peft
@@ -159,7 +158,7 @@ def _checkpointed(block: nn.Module) -> Callable[..., Any]:
     forward = block.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
         result = checkpoint(forward, *args, use_reentrant=False, **kwargs)
         if [tensor._version for tensor in inputs] != versions:

@@ -16,7 +16,6 @@ import torch
 from pydantic import with_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from osscar.allocation.divergence import Reference
 from osscar.base.errors import ModelError, first_line
@@ -28,7 +27,7 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState
-from osscar.network.modules import device_of
+from osscar.network.modules import device_of, tensors_in
 from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.journal import REPORT, SavingJournal
 from osscar.recovery.memory import checkpointing
@@ -185,8 +184,7 @@ class Training:
         with self._state.watching(), torch.no_grad():
             both = [setup.distance.outputs(x, batches[0]) for x in (self.model, setup.dense)]
         self._state.put_back()
-        tensors = [[x for x in tree_leaves(one) if torch.is_tensor(x)] for one in both]
-        mine, due = ([list(one.shape) for one in some] for some in tensors)
+        mine, due = ([list(x.shape) for x in tensors_in(one)] for one in both)
         if mine != due and options.loss is None:
             raise ModelError(
                 f"the smaller model's scores or outputs have the shapes {mine}, and the dense "
