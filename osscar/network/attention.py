@@ -65,7 +65,8 @@ class _MultiheadAttention(AnyHeads, nn.MultiheadAttention):
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
             attention = (scores if mask is None else scores + mask).softmax(-1)
-            mixed = F.dropout(attention, self.dropout, self.training) @ v
+            attention = F.dropout(attention, self.dropout, self.training)
+            mixed = attention @ v
         else:
             dropped = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropped)

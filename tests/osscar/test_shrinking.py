@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError
+from osscar.network.attention import rewrite
 from osscar.proof.equivalence import masked, proof_outputs
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -244,6 +245,17 @@ def test_multihead_attention_of_torch(batch_first: bool) -> None:
     dependencies, _, effect = shrink_by_half(model, [inputs(2, 5), inputs(3, 4)])
     assert [group.kind for group in dependencies.prunable] == ["heads"]
     assert effect > 1e-3
+
+
+def test_attention_in_training_puts_out_the_weights_that_dropout_left() -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), torch.randn(3, 5, 8)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        outputs.append(model(x, x, x))
+        rewrite(model)
+    torch.testing.assert_close(*outputs)
 
 
 class Encoder(nn.Module):
