@@ -59,9 +59,9 @@ def read_text(path: str | Path) -> str:
 
 
 def is_text(data: Any) -> bool:
-    """Tell whether data are texts: a list of strings, or a data set with a column `text`."""
-    strings = isinstance(data, list | tuple) and len(data) > 0 and isinstance(data[0], str)
-    return strings or "text" in columns_of(data)
+    """Tell whether data are texts: a sequence of them, or a data set with a column `text`."""
+    several = isinstance(data, Sequence) and not isinstance(data, str) and len(data) > 0
+    return (several and isinstance(data[0], str)) or "text" in columns_of(data)
 
 
 def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:

@@ -280,7 +280,8 @@ def test_texts_of_a_data_set_become_windows():
     loaded, asked = osscar.load_model("demo"), {"samples": 3, "seqlen": 32, "seed": 1}
     table = hub().Dataset.from_dict({"text": ["Some words of a text. " * 20] * 30})
     expected = osscar.load_calibration(table["text"][:4], loaded.tokenizer, **asked)
-    assert torch.equal(loaded.calibration(table, **asked).tokens, expected.tokens)
+    for texts in (table, table["text"]):
+        assert torch.equal(loaded.calibration(texts, **asked).tokens, expected.tokens)
     with pytest.raises(OptionError, match=r"seqlen.* is 32, and the data are no text; omit it"):
         loaded.calibration([tokens(2, 8)], seqlen=32)
 
