@@ -242,7 +242,7 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
         file
         for file in path.rglob("*")
         if file.suffix.lower() in _IMAGE_SUFFIXES
-        and not file.relative_to(path).parts[0].startswith(".")
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.is_file()
     )
     if not files:

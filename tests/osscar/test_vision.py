@@ -359,8 +359,10 @@ def test_places_without_images_are_refused(tmp_path):
 def test_what_is_no_image_among_others_is_left_alone_or_named(folders):
     os.mkfifo(folders / "a" / "pipe.png")
     (folders / "a" / "loop").symlink_to(folders)
-    (folders / ".ipynb_checkpoints").mkdir()
-    (folders / ".ipynb_checkpoints" / "0.png").write_bytes(b"of an editor")
+    for place in (folders, folders / "a"):
+        (place / ".ipynb_checkpoints").mkdir()
+        (place / ".ipynb_checkpoints" / "0.png").write_bytes(b"of an editor")
+    (folders / "b" / "._1.png").write_bytes(b"of an archive that macOS has made")
     found = load_images(folders, IMAGENET)
     assert (len(found), found.classes) == (10, tuple("abcde"))
     (folders / "a" / "bad.png").write_bytes(b"\x89PNG nothing more")
