@@ -79,7 +79,7 @@ class Coroutine(greenlet):
         self.read: dict[int, weakref.ref[Tensor]] = {}
         """The inputs of some of the calls."""
         self._scratch = scratch
-        self._left: _Left | None = None
+        self._resume: Callable[[], None] = lambda: None
         self._ending = False
 
     def advance(self) -> Arrival | None:
@@ -105,16 +105,30 @@ class Coroutine(greenlet):
     def _switch(self, switch: Callable[[], Any]) -> Any:
         self.parent = getcurrent()
         around = Surroundings()
-        if self._left is not None:
-            self._left.put_back(around)
-            self._left = None
+        self._resume()
+        self._resume = lambda: None  # so that nothing of it is held any more
         try:
             found = switch()
         finally:
             if not self.dead:
-                self._left = _Left(around, self._scratch)
+                self._resume = self._leave(around)
             around.restore()
         return None if self.dead else found
+
+    def _leave(self, around: Surroundings) -> Callable[[], None]:
+        """Undo what the suspended pass has changed; return what does it again, for it to go on."""
+        own, written, modes = Surroundings(), self._scratch.take(), around.modes.leave_others()
+        guard = ExitStack()
+        if own.inference != around.inference:
+            guard.enter_context(torch.inference_mode(around.inference))
+
+        def resume() -> None:
+            guard.close()
+            enter_again(modes)
+            self._scratch.put(written)
+            own.restore()
+
+        return resume
 
 
 def running() -> Coroutine | None:
@@ -135,22 +149,3 @@ class Surroundings:
         """Set it again, but for inference mode, which has only guards."""
         for (_, put), value in zip(_SWITCHES, self._values, strict=True):
             put(value)
-
-
-class _Left:
-    """What a suspended pass has changed: it is undone when this is made."""
-
-    def __init__(self, around: Surroundings, scratch: PassState) -> None:
-        self._own = Surroundings()
-        self._scratch, self._written = scratch, scratch.take()
-        self._modes = around.modes.leave_others()
-        self._guard = ExitStack()
-        if self._own.inference != around.inference:
-            self._guard.enter_context(torch.inference_mode(around.inference))
-
-    def put_back(self, around: Surroundings) -> None:
-        """Do it again, for the pass to go on."""
-        self._guard.close()
-        enter_again(self._modes)
-        self._scratch.put(self._written)
-        self._own.restore()
