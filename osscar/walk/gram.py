@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.base.errors import ModelError, warn
+from osscar.base.errors import warn
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.consumers.consumer import LinearMap
@@ -78,11 +78,6 @@ class GramAccumulator:
 
     def add(self, X: Tensor, D: Tensor | None = None, *, held: bool = False) -> None:
         """Add inputs, (positions, p), and corrections of the targets, (positions, m)."""
-        if not X.is_floating_point():
-            raise ModelError(
-                f"the inputs of {self.linear_map.label!r} are of {X.dtype}; only layers that read "
-                "real numbers are refitted"
-            )
         self.parts[held].add(X, D)
 
     def held_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
@@ -155,8 +150,6 @@ class GramAccumulator:
 
 def all_reduce(accumulators: Sequence[GramAccumulator], ranks: Ranks, name: str) -> None:
     """Add up over the ranks what each has measured of the consumers of one group, in place."""
-    if ranks.alone:
-        return
     parts = [part for accumulator in accumulators for part in accumulator.parts]
     scalars = torch.tensor([[p.positions, p.rows, p.energy] for p in parts], dtype=torch.float64)
     ranks.all_reduce(
