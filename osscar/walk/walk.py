@@ -162,15 +162,12 @@ class Walk:
         self.passes += 1
         self._at = 0
 
-        def set_out(*, dense: bool) -> list[Coroutine]:
-            passes = ((i, partial(forward, self._model, self._batches[i])) for i in self._mine)
-            return [
-                Coroutine(index, dense, run, self._scratch, Keeper(self._passages))
-                for index, run in passes
-            ]
+        def set_out(index: int, dense: bool) -> Coroutine:
+            run = partial(forward, self._model, self._batches[index])
+            return Coroutine(index, dense, run, self._scratch, Keeper(self._passages))
 
-        self._runs = set_out(dense=False)
-        self._dense = set_out(dense=True) if self._target.needs_dense else []
+        self._runs = [set_out(index, False) for index in self._mine]
+        self._dense = [set_out(index, True) for index in self._mine if self._target.needs_dense]
 
     def _measure(self, call: int, grams: Sequence[GramAccumulator]) -> None:
         """Let each batch arrive at a call, in the dense stream, too, and add up what it brings."""
