@@ -51,7 +51,9 @@ def read_text(path: str | Path) -> str:
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {name!r}: {reason}; give a text file") from error
+        raise DataError(
+            f"cannot read {name[:300]!r}: {reason}; give a text file, or a list of texts"
+        ) from error
     if "\0" in text or not text.strip():
         what = "is binary (it holds NUL bytes)" if "\0" in text else "is empty"
         raise DataError(f"{name!r} {what}; give a file of plain UTF-8 text")

@@ -152,8 +152,9 @@ def test_bad_files_are_refused(tokenizer, tmp_path):
         for read in (load_calibration, osscar.load_text):
             with pytest.raises(DataError, match=rf"^no text file at .*{Path(spec).name}"):
                 read(spec, tokenizer)
-    with pytest.raises(DataError, match="cannot read"):
-        load_calibration(tmp_path, tokenizer)
+    for spec in (tmp_path, words(5000)):  # a text in the place of its file
+        with pytest.raises(DataError, match=r"^cannot read .{1,400}; give .* or a list of texts$"):
+            load_calibration(spec, tokenizer)
 
 
 # ---- data sets of the hub ----------------------------------------------------------------
