@@ -86,15 +86,11 @@ class ModelInputs:
         if self.tokens:
             ids = torch.zeros(2, example_length(model), dtype=torch.int64)
             return to_model({"input_ids": ids}, model)
-        return to_model(self.apart[0], model) if self.apart else self.some(model, 2)
+        return self.first(model) if self.apart else self._two(model)
 
     def first(self, model: nn.Module) -> Batch:
         """Return the first sample, on the model's device; the others stay where they are."""
         return self.part(0, 1).batches(model, 1)[0]
-
-    def some(self, model: nn.Module, count: int) -> Batch:
-        """Return so many samples, the first ones, again and again if there are fewer."""
-        return self._at(model, torch.arange(count) % self.samples)
 
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return the calibration data, at most so many samples at a time, on the model's device."""
@@ -131,7 +127,7 @@ class ModelInputs:
         for count, tails in ((3, False), (1, False), (7, True), (1, True)):
             rows = torch.randint(self.samples, (count,), generator=generator)
             proofs.append(_noise_like(self._at(model, rows), generator, tails=tails))
-        return [*proofs, self.some(model, 2)]
+        return [*proofs, self._two(model)]
 
     def count(self, batch: Batch) -> int:
         """Return how many samples there are in a batch."""
@@ -142,6 +138,10 @@ class ModelInputs:
         if self.apart:
             return batch
         return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+    def _two(self, model: nn.Module) -> Batch:
+        """Return the first two samples, or the only one twice."""
+        return self._at(model, torch.arange(2) % self.samples)
 
     def _at(self, model: nn.Module, rows: Tensor) -> Batch:
         return to_model({name: tensor[rows] for name, tensor in self.tensors.items()}, model)
