@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     import solvers
-    from graph import UnitKind
 else:  # the command line reads this module before it loads torch
     solvers = lazy_loader.load("solvers")
 
@@ -537,15 +536,10 @@ class PruningRequest:
         values = ((name, getattr(self, name)) for name in budgets)
         return " ".join(f"--{n} {v:g}" if isinstance(v, float) else f"--{n} {v}" for n, v in values)
 
-    def reach(self, kind: "UnitKind") -> bool:
-        """Whether groups of a kind may lose units."""
-        budgeted = self.has_budget and kind in PRUNED_KINDS
-        return bool(self.groups) or budgeted or self.fraction_or_count(kind) is not None
-
-    def fraction_or_count(self, kind: "UnitKind", residual: bool = False) -> Fraction | int | None:
-        """Return what to keep of one kind by its name: a fraction, a count, or None."""
-        own = self.residual if residual else getattr(self, kind, None)
-        return None if own is None or own == AUTO else parse_keep(own)
+    @property
+    def prunes_heads(self) -> bool:
+        """Whether heads may leave."""
+        return bool(self.groups) or self.has_budget or self.heads is not None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON-able data.

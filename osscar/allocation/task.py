@@ -23,7 +23,7 @@ from osscar.data.parts import held_out
 from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.request import PruningRequest, parse_keep
+from osscar.request import AUTO, Keep, PruningRequest, parse_keep
 
 
 @with_config(STRICT)
@@ -171,10 +171,14 @@ class PruningTask:
 
     def _requested(self, group: CouplingGroup) -> Fraction | int | None:
         """Return what the request says of a group, by its name or its kind."""
-        name, request = group.name, self.request
-        if name in request.groups:
-            return parse_keep(request.groups[name])
-        return request.fraction_or_count(group.kind, name in self.prepared.residual)
+        kept: Keep | None
+        if group.name in self.request.groups:
+            kept = self.request.groups[group.name]
+        elif group.name in self.prepared.residual:
+            kept = self.request.residual
+        else:
+            kept = getattr(self.request, group.kind, None)
+        return None if kept is None or kept == AUTO else parse_keep(kept)
 
 
 def _check_some(what: str, groups: Sequence[CouplingGroup]) -> None:

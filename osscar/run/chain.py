@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graph import UnitKind
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated, Budget
@@ -102,7 +101,7 @@ def prepare_for(
             calibration,
             device=resolve_device(request.device),
             batch_size=request.batch_size,
-            heads=request.reach(UnitKind.HEADS),
+            heads=request.prunes_heads,
             programs=includes_program_only_groups(model, request),
             ranks=ranks,
         ) as prepared,
