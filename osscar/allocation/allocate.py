@@ -92,10 +92,10 @@ class Sharing:
         return Search(options, losses, self.task.keep, [one.cost for one in allowed])
 
 
-def allocate(task: PruningTask, known: Mapping[str, Curve] | None = None) -> Allocated:
+def allocate(task: PruningTask, before: Budget | None = None) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
-    Curves are measured beginning with those that are `known` from other budgets.
+    Curves are measured beginning with those of a budget `before`.
 
     A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
@@ -105,7 +105,7 @@ def allocate(task: PruningTask, known: Mapping[str, Curve] | None = None) -> All
         if keep or not (request.skip or task.feasible.skipped):
             raise RequestError(_why_out_of_reach(task))
     elif request.has_budget:
-        budget = _shared_out(task, known or {})
+        budget = _shared_out(task, before)
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
     keep = {g.name: keep[g.name] for g in task.groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -113,7 +113,7 @@ def allocate(task: PruningTask, known: Mapping[str, Curve] | None = None) -> All
     return Allocated(keep, budget)
 
 
-def _shared_out(task: PruningTask, known: Mapping[str, Curve]) -> Budget:
+def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     request, ranks = task.request, task.prepared.ranks
     allowed = ranks.broadcast("budgets", lambda: allowances(task))
@@ -133,7 +133,7 @@ def _shared_out(task: PruningTask, known: Mapping[str, Curve]) -> Budget:
             )
     sharing = Sharing(task)
     if request.allocation != "uniform":
-        curves, reference = measured_curves(task, choose, known)
+        curves, reference = measured_curves(task, choose, before)
         sharing = Sharing(task, curves, reference.distance.measure, reference.bfloat16)
 
     def shared_out() -> Budget:

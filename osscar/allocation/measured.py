@@ -176,7 +176,7 @@ def _rough_reference(prepared: Prepared, exact: Reference) -> Reference | None:
 def measured_curves(
     task: PruningTask,
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
-    known: Mapping[str, Curve],
+    before: Budget | None = None,
 ) -> tuple[dict[str, Curve], Reference]:
     """Return the curve of each group that shares a budget, and what most were measured against.
 
@@ -186,8 +186,8 @@ def measured_curves(
     ----------
     choose
         Returns what groups keep by some curves, or in equal shares without any.
-    known
-        Curves to begin with, which are measured again where widths have moved.
+    before
+        A budget with whose curves to begin; they are measured again where widths have moved.
 
     A `RequestError` is raised if there are too few samples, and a `NonFiniteError` if a group
     overflows that was not measured before; others keep their curves, with a warning.
@@ -201,7 +201,8 @@ def measured_curves(
     reference = dense_reference(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     rough = _rough_reference(prepared, reference)
-    alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, dict(known))
+    curves = {} if before is None else known_curves(before)
+    alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
     for _ in range(_ROUNDS):
         wanted = widths_to_measure(
             groups, choose(alone.curves or None), alone.curves, task.request.widths
@@ -277,7 +278,7 @@ class _Alone:
     reference: Reference
     rough: Reference | None
     """The same in bfloat16."""
-    curves: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, Curve]
     _removals: dict[str, Removals] = field(default_factory=dict)
     """By group, the order in which its units leave."""
 

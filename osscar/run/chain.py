@@ -22,7 +22,6 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
-from osscar.allocation.measured import known_curves
 from osscar.allocation.task import Feasible, PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
@@ -164,10 +163,9 @@ def widths(
     )
     if noted is not None:
         return noted
-    known = {} if before is None else known_curves(before)
     try:
         tell(goal(task))
-        found = allocate(task, known)
+        found = allocate(task, before)
     except RequestError as error:
         skipped = task.feasible.skipped
         also = f"; {in_words(skipped)}" if skipped else ""

@@ -171,7 +171,7 @@ def measured(prepared, keep, **asked):
     before = copy.deepcopy(prepared.model.state_dict())
     try:
         task = PruningTask(prepared, PruningRequest(sparsity=0.5, skip=others, **asked))
-        return measured_curves(task, lambda curves: keep, {})
+        return measured_curves(task, lambda curves: keep)
     finally:
         after = prepared.model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items())

@@ -311,7 +311,7 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     (one,) = prepared.routed
     request = PruningRequest(params=0.7, damp=1e9, skip=["*.neurons", "*.heads"], **AUTO)
     task = PruningTask(prepared, request)
-    curves, reference = measured_curves(task, lambda _: {NAME: 3}, {})
+    curves, reference = measured_curves(task, lambda _: {NAME: 3})
     assert all(torch.equal(state[n], v) for n, v in prepared.model.state_dict().items())
     model, curve = small(), curves[NAME]
     last, by_hand = tokens()[-compared_samples(prepared) :], []
@@ -332,7 +332,7 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
 def test_of_long_windows_one_is_left_to_judge_fits_by(prepared, monkeypatch):
     monkeypatch.setattr("osscar.allocation.measured._FITTED_TOKENS", 1)
     request = PruningRequest(params=0.7, skip=["*.neurons", "*.heads"], **AUTO)
-    curves, _ = measured_curves(PruningTask(prepared, request), lambda _: {NAME: 3}, {})
+    curves, _ = measured_curves(PruningTask(prepared, request), lambda _: {NAME: 3})
     assert curves[NAME].measured[3] > 0
 
 
