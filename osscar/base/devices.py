@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
+from osscar.base.memory import told_by_system
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,9 +74,5 @@ def this_device(device: torch.device) -> dict[str, str]:
 
 def _processor() -> str:
     """Return the name of the processor, which Python knows on some systems only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    named = told_by_system("/proc/cpuinfo", "model name")
+    return named or platform.processor() or platform.machine()

@@ -31,15 +31,19 @@ def in_words(size: int) -> str:
     return f"{-(-size // 10**7) / 100:.2f}GB"
 
 
+def told_by_system(file: str, name: str) -> str | None:
+    """Return what a file such as ``/proc/meminfo`` says under a name; None where nothing tells."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+
+
 def available_memory() -> int | None:
     """Return how many bytes this process may take, or None where the system does not tell."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    except (OSError, StopIteration):
-        pass
+    free = told_by_system("/proc/meminfo", "MemAvailable")
+    found = [] if free is None else [int(free.split()[0]) * 1024]
     for group, limit, usage in (
         (_CGROUP, "memory.max", "memory.current"),
         (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graph.groups import CouplingGroup
-from osscar.base.memory import DeviceMemory
+from osscar.base.memory import DeviceMemory, told_by_system
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,9 @@ def read_peak_memory(device: torch.device) -> int:
     """Read the peak memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        # What getrusage tells may be older than the last reset.
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            peak = next(line for line in lines if line.startswith("VmHWM:"))
-            return int(peak.split()[1]) * 1024
-    return DeviceMemory().peak()
+    # What getrusage tells may be older than the last reset.
+    peak = told_by_system("/proc/self/status", "VmHWM")
+    return DeviceMemory().peak() if peak is None else int(peak.split()[0]) * 1024
 
 
 def count_disk_bytes(path: str | Path | None) -> int | None:
