@@ -98,10 +98,8 @@ class Room(Protocol):
     ) -> Iterable[Any]:
         """Yield a `Step` for each group; arguments are those of `osscar.walk.walk.Walk`."""
 
-    def consumers(
-        self, prepared: Prepared, group: CouplingGroup, kept: Sequence[int]
-    ) -> Sequence[LinearMap]:
-        """Return what is refitted where these units of a group stay."""
+    def linear_maps(self, prepared: Prepared, group: CouplingGroup) -> tuple[LinearMap, ...]:
+        """Return what is refitted of a group where all of its units stay."""
 
 
 _ROOMS = {UnitKind.EXPERTS: "osscar.experts"}

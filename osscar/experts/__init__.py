@@ -4,7 +4,7 @@ from osscar.experts.declared import traced_around as traced_around
 from osscar.experts.find import groups_in as groups_in
 from osscar.experts.routers import without_experts as masked
 from osscar.experts.walk import ExpertWalk as steps
-from osscar.experts.walk import consumers as consumers
+from osscar.experts.walk import linear_maps as linear_maps
 from osscar.experts.walk import without as without
 
-__all__ = ["consumers", "groups_in", "masked", "steps", "traced_around", "without"]
+__all__ = ["groups_in", "linear_maps", "masked", "steps", "traced_around", "without"]

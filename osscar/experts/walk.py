@@ -48,13 +48,10 @@ def without(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[P
         yield dataclasses.replace(prepared, idle=prepared.idle | idle)
 
 
-def consumers(
-    prepared: Prepared, group: CouplingGroup, kept: Sequence[int]
-) -> tuple[LinearMap, ...]:
-    """Return the last matrices of some experts of a mixture."""
+def linear_maps(prepared: Prepared, group: CouplingGroup) -> tuple[LinearMap, ...]:
+    """Return the last matrices of the experts of a mixture."""
     mixture = next(one for one in mixtures_of(prepared) if one.group.name == group.name)
-    maps = last_matrices(prepared, mixture)
-    return tuple(maps[expert] for expert in kept)
+    return last_matrices(prepared, mixture)
 
 
 @contextmanager
@@ -94,9 +91,8 @@ class ExpertWalk(Walk):
         """The experts that stay, by the name of the group, of mixtures that were solved."""
         self.scores: dict[tuple[str, int], Scores] = {}
         """By router and batch."""
-        maps = {name: last_matrices(prepared, one) for name, one in self._mixtures.items()}
         with _routed(prepared.model, self._mixtures.values(), {}):
-            super().__init__(prepared, groups, consumers=maps, **options)
+            super().__init__(prepared, groups, **options)
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Any]:
         (group,) = groups

@@ -24,7 +24,7 @@ from osscar.consumers.consumer import LinearMap
 from osscar.consumers.linear_maps import linear_maps, refittable
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
-from osscar.kinds import Found, rooms
+from osscar.kinds import Found, room_of, rooms
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks
 from osscar.network.model_state import ModelState
@@ -120,7 +120,10 @@ class Prepared:
 
         Those that are `idle` are left out.
         """
-        every = linear_maps(self.model, group, self.products)
+        if group.kind.routed:
+            every = room_of(group.kind).linear_maps(self, group)
+        else:
+            every = linear_maps(self.model, group, self.products)
         return tuple(one for one in every if one.label not in self.idle)
 
     @property

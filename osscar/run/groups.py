@@ -18,7 +18,6 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
-from osscar.consumers.consumer import LinearMap
 from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
@@ -60,9 +59,9 @@ def prune_groups(
             known = [record for record in records if record.plan.name in names]
             records = [record for record in records if record.plan.name not in names]
             with room.without(prepared, _kept_in(known)) as now:
-                run.prune(now, own, known, room.steps, room.consumers, last=not groups)
+                run.prune(now, own, known, room.steps, last=not groups)
             prepared = around.enter_context(room.without(prepared, _kept_in(run.done)))
-        run.prune(prepared, groups, records, Walk, lambda now, group, _: now.linear_maps(group))
+        run.prune(prepared, groups, records, Walk)
     return tuple(run.done)
 
 
@@ -87,7 +86,6 @@ class _Run:
         groups: Sequence[CouplingGroup],
         records: Sequence[LayerRecord],
         walk: Callable[..., Iterable[LayerStep | Step]],
-        consumers: Callable[[Prepared, CouplingGroup, tuple[int, ...]], Sequence[LinearMap]],
         *,
         last: bool = True,
     ) -> None:
@@ -100,7 +98,7 @@ class _Run:
         left, before = {group.name: group for group in groups}, len(self.done)
         with stage("pruning", total=len(left)) as bar:
             for record in records:
-                maps = consumers(prepared, left.pop(record.plan.name), record.plan.kept)
+                maps = prepared.linear_maps(left.pop(record.plan.name))
                 self.dense = dense_tensors(maps) | self.dense  # of two groups, the first found it
                 written = iter(record.weights)
                 for consumer in maps:

@@ -26,7 +26,6 @@ from graph import CouplingGroup
 from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
-from osscar.consumers.consumer import LinearMap
 from osscar.consumers.layers import RECURRENT
 from osscar.consumers.observe import afresh, exact_output, reads
 from osscar.consumers.products import holder, is_station
@@ -65,8 +64,6 @@ class Walk:
         corrections targets have (`LayerStep.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
-    consumers
-        What reads each group, by its name, where it is not what the trace has found.
 
     A `ModelError` says that a consumer cannot be refitted, or is never called; a `DataError` which
     batch fails, or takes another way through the model than the others, and in which module; and a
@@ -82,15 +79,12 @@ class Walk:
         target: Target = Target.WEIGHTS,
         held: int = 0,
         committed: Mapping[str, DenseTensors] | None = None,
-        consumers: Mapping[str, tuple[LinearMap, ...]] | None = None,
     ) -> None:
         self.passes = 0
         self._prepared, self._target, self._model = prepared, target, prepared.model
         self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
         self._mine = shared_out(self._batches, prepared.ranks)
-        if consumers is None:
-            consumers = {group.name: prepared.linear_maps(group) for group in groups}
-        self._consumers = consumers
+        self._consumers = {group.name: prepared.linear_maps(group) for group in groups}
         every = [one for maps in self._consumers.values() for one in maps]
         self._names = {one.name for one in every}
         # To what the gates of recurrent layers take nothing is added that anybody could see.
