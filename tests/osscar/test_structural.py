@@ -17,6 +17,7 @@ from torch import nn
 import graph
 import osscar
 from osscar.base.errors import EquivalenceError, ModelError
+from osscar.network.modules import full_name
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -277,7 +278,7 @@ def in_place(module, group):
 
 @pytest.mark.parametrize("change", [by_which_units_stay, in_place])
 def test_what_an_adapter_changes_is_compared_for_the_units_that_stay(change, monkeypatch):
-    monkeypatch.setitem(follow._ADAPTERS, follow.full_name(Scaled), change)
+    monkeypatch.setitem(follow._ADAPTERS, full_name(Scaled), change)
     net = Scaled().eval()
     programs, refused = dense_programs(net, {"x": X}), 0
     for first in (0, 1):
