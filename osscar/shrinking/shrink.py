@@ -28,7 +28,7 @@ from osscar.proof.equivalence import (
     prove_equal,
 )
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Certificate, Form, GroupPlan, PruningPlan, Structure
+from osscar.proof.plan import Certificate, Form, GroupPlan, Integer, PruningPlan, Structure
 from osscar.proof.structural import DensePrograms, StructureError, Unproved, dense_programs
 from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.follow import adapted, nearby
@@ -215,11 +215,13 @@ def _proved(
         for name, buffer in model.named_buffers():  # which adapters may change in place
             before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
         slice_units(model, plan)
-        with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
-            check = partial(masked.distance, model)
-            match, found = IntegerSearch(model, plan, check).run()
-        # What passes keep for the next would be another program.
-        untouched.put_back(kept={(number.module, number.attribute) for number in found})
+        found: tuple[Integer, ...] = ()
+        try:
+            with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
+                check = partial(masked.distance, model)
+                match, found = IntegerSearch(model, plan, check).run()
+        finally:  # what passes keep for the next would be another program
+            untouched.put_back(kept={(number.module, number.attribute) for number in found})
         forget_derived(model)  # what modules had computed of the tensors before they were cut
         plan = replace(plan, integers=plan.integers + found)
         try:

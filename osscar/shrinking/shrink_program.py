@@ -16,6 +16,7 @@ from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line, warn
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
+from osscar.network.model_state import model_state
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
 from osscar.proof.lineage import hand_on, lineage_of, note, remember_structure
@@ -93,7 +94,7 @@ def shrink_program(
             f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
             "each with two samples or more"
         )
-    with evaluating(model), preserved(model):
+    with model_state(model), preserved(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
         trial = ProgramTrial(model, example, inputs)

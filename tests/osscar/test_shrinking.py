@@ -129,6 +129,30 @@ def test_layers_show_their_new_sizes() -> None:
     assert (filters.grouped.groups, filters.grouped.out_channels) == (2, 4)
 
 
+class Counting(nn.Module):
+    """Counts its passes; its code may make a number of the width that is pruned."""
+
+    def __init__(self, *, divides: bool) -> None:
+        super().__init__()
+        self.enter, self.leave, self.divides = nn.Linear(4, 8), nn.Linear(8, 3), divides
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.add_(1)
+        x = torch.relu(self.enter(x))
+        return self.leave(x / len(self.enter.weight) if self.divides else x)
+
+
+def test_passes_leave_nothing_behind_whether_a_model_can_follow_or_not() -> None:
+    model, x = Counting(divides=True).eval(), torch.randn(5, 4)
+    plan = PruningPlan((neurons_of_two_layers(),))
+    with pytest.raises(EquivalenceError, match="leave it out"):
+        shrink(model, plan, [(x,)])
+    assert model.passes == 0
+    osscar.shrink_program(model, plan, [(x,)], {"x": x})
+    assert model.passes == 0
+
+
 class Gain(nn.Conv2d):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
