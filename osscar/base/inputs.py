@@ -33,7 +33,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def safe_repr(value: object) -> str:
-    """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
+    """Return an argument as a message shows it: short, even if its own `repr` fails."""
     return _SHOWN.repr(value)
 
 
@@ -146,16 +146,30 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         option = ".".join(map(str, (name.replace("_", "-"), *found["loc"])))
-        should = found["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-        should = _WORDS.get(found["type"], should)
-        raise OptionError(f"{option} is {safe_repr(found['input'])}; {should}") from error
+        advice = found["msg"].removeprefix("Value error, ").replace("Input should be", "give")
+        if found["type"] in _ADVICE:
+            limits = found.get("ctx", {}).items()
+            shown = {key: f"{x:g}" if isinstance(x, float) else x for key, x in limits}
+            advice = _ADVICE[found["type"]].format_map(shown)
+        raise OptionError(f"{option} is {safe_repr(found['input'])}; {advice}") from error
 
 
-_WORDS = {
+_ADVICE = {
     "too_short": "give at least one",
-    "int_parsing_size": "it should be a whole number below 2^63",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "give a whole number"),
+    "int_parsing_size": "give a whole number below 2^63",
+    **dict.fromkeys(("float_type", "float_parsing"), "give a number"),
+    "greater_than": "give more than {gt}",
+    "greater_than_equal": "give {ge} or more",
+    "less_than": "give less than {lt}",
+    "less_than_equal": "give {le} or less",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "give True or False"),
+    "string_type": "give text",
+    "dict_type": "give a mapping",
+    "tuple_type": "give a tuple",
+    "callable_type": "give a function",
 }
-"""In the place of what pydantic says."""
+"""What to give, by what pydantic calls the error; of other errors, its own words are shown."""
 
 
 def bare(annotation: Any) -> Any:

@@ -336,7 +336,7 @@ BAD = [
     (("--neurons", "641"), "cannot keep 641 units"),
     (
         (*NEURONS, "--samples", "1000000", "--seqlen", "1" * 400),
-        "should be less than 9223372036854775808",
+        "give less than 9223372036854775808",
     ),
     ((*NEURONS, "--seqlen", "513"), "the model takes 512"),
     ((*NEURONS, "--option", "stages=3"), "has no option stages"),
@@ -397,7 +397,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run, crowded):
         (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
         (("prune", "demo", "--batch-size", "2.7", "--out", "small"), "'2.7' is not a whole number"),
         (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
-        (("gap", "demo", "--out", "study", "--jobs", 0), "--jobs. is 0; it should be greater than"),
+        (("gap", "demo", "--out", "study", "--jobs", 0), "--jobs. is 0; give 1 or more"),
         (("demo", "--out", "link"), "is a link to "),
         (("sweep", "demo", "--sparsity", "0.5", "--out", "link"), "is a link to "),
         (("gap", "demo", "--out", "link"), "is a link to "),

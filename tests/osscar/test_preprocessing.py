@@ -167,7 +167,7 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
         (("--mean", "127.5", "--std", "1"), "give that of pixels / 255"),
         (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
         (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
-        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; it should be 1 or 3"),
+        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; give 1 or 3"),
         (("--no-normalize", "--image-size", "1x8x8"), "float tensors of 1 channels, and the exa"),
     ],
 )

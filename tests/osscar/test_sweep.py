@@ -349,7 +349,7 @@ REFUSED = [
     (("--sparsity", ","), "needs budgets"),
     (("--sparsity", "0.5", "--size", "0.5"), "a sweep goes over one of the budgets; give a list"),
     (("--sparsity", "0.5,0.6", "--flops", "0.5,0.6"), "--sparsity and --flops: a sweep goes"),
-    (("--sparsity", "0.5,1.5"), "sparsity is 1.5; it should be less than 1"),
+    (("--sparsity", "0.5,1.5"), "sparsity is 1.5; give less than 1"),
     (
         ("--sparsity", "0.5", "--calibration", HELD_OUT),
         "was used to calibrate or recover this model",

@@ -99,7 +99,7 @@ def test_a_short_text_gives_overlapping_windows_and_says_so(tokenizer):
     with pytest.raises(DataError, match=message):
         load_calibration([words(60)], tokenizer, samples=1, seqlen=longer, seed=0)
     for samples, seqlen in ((0, 8), (8, 0)):
-        with pytest.raises(OptionError, match="is 0; it should be greater than or equal to 1"):
+        with pytest.raises(OptionError, match="is 0; give 1 or more"):
             load_calibration([words(60)], tokenizer, samples=samples, seqlen=seqlen, seed=0)
 
 

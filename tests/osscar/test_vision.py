@@ -170,7 +170,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, own):
         (prune[:-1], "give --calibration a directory of images, an .npz file"),
         ((*prune, "nowhere"), "file of that name; images are a directory, or"),
         ((*prune, "my images.npz:valid"), "it has no entries of that name, only train_images"),
-        ((*prune, train, "--samples", 0), "the number of images (--samples) is 0; it should be"),
+        ((*prune, train, "--samples", 0), "the number of images (--samples) is 0; give 1 or more"),
         (("eval", code, "--text", "x"), "reads no text: omit --text"),
         (("eval", code), "give --images"),
         (("eval", "demo", *images), "reads text, not images"),
