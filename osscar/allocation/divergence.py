@@ -121,8 +121,10 @@ class Distance:
         table = table_of(result, batch, self.inputs)
         if table is None:
             return None
-        rows = as_logits(table, self.probabilities).flatten(0, -2)
-        return spread(rows, step).float().log_softmax(-1)
+        rows = as_logits(table, self.probabilities)
+        if step > 1 and self.inputs.tokens and rows.ndim == 3:  # as if each window ran by itself
+            rows, step = torch.cat([spread(window, step) for window in rows]), 1
+        return spread(rows.flatten(0, -2), step).float().log_softmax(-1)
 
     def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.

@@ -81,6 +81,19 @@ def test_agreement_is_the_share_of_predictions_with_the_same_likeliest_class():
     assert held.likeness(found).agreement == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("picks", [True, False])
+def test_windows_that_run_at_once_are_compared_at_the_positions_of_each(picks):
+    model, batch = tiny("opt", layers=1), {"input_ids": tokens(3, 7)}
+    if not picks:
+        whole = model.forward
+        model.forward = lambda input_ids, **options: whole(input_ids, **options)
+    inputs = as_inputs(model, batch["input_ids"])
+    distance = Distance.of(model, inputs, batch)
+    each = [distance.outputs(model, one, step=3) for one in inputs.batches(model, 1)]
+    torch.testing.assert_close(distance.outputs(model, batch, step=3), torch.cat(each))
+    assert [len(one) for one in each] == [3, 3, 3]
+
+
 def test_what_is_impossible_counts_nothing_and_has_no_gradient():
     held = held_out(Table([[0.0, 1.0, -math.inf]]), {"which": torch.zeros(1, dtype=torch.int64)})
     smaller = Table([[1.0, 0.5, 3.0]])
