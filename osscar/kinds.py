@@ -99,7 +99,7 @@ class Room(Protocol):
         """Yield a `Step` for each group; arguments are those of `osscar.walk.walk.Walk`."""
 
     def linear_maps(self, prepared: Prepared, group: CouplingGroup) -> tuple[LinearMap, ...]:
-        """Return what is refitted of a group where all of its units stay."""
+        """Return what is refitted where units of a group leave, while all are there."""
 
 
 _ROOMS = {UnitKind.EXPERTS: "osscar.experts"}

@@ -26,8 +26,8 @@ from osscar.base.memory import let_shortage_pass
 from osscar.data.batches import Batch
 
 HELD_BYTES = 128 << 20
-"""Memory of the values of passes that are held where they go on; where there are more, they go on
-from an earlier place."""
+"""Most memory of the values that are held for passes to be resumed where a weight is first read;
+where they would take more, a pass is resumed from an earlier step."""
 
 _aten = torch.ops.aten
 _BY_INDEX = (_aten.index.Tensor, _aten.masked_select.default)
@@ -108,7 +108,7 @@ def recorded(
 ) -> tuple[Any, Recording | None]:
     """Return what `run` does for a model and a batch, with a recording if it can be resumed.
 
-    Where it goes on, values of `most_bytes` are held at most.
+    The values that it holds to be resumed from take at most `most_bytes`.
     """
     try:
         recorder = _Recorder(model, batch)

@@ -46,7 +46,7 @@ class SkippedGroup:
 
 
 class Feasible(NamedTuple):
-    """What of a model is to be shrunk, and the groups that keep all their units then."""
+    """The form in which a model is shrunk, and the groups that cannot lose units in it."""
 
     form: Form = Form.EAGER
     skipped: tuple[SkippedGroup, ...] = ()
@@ -65,7 +65,7 @@ class PruningTask:
     feasible: Feasible = field(default_factory=Feasible)
     """What was found on trial."""
     matrix_bytes: int = 0
-    """What the problem of a layer needs beside weights that lie on disk."""
+    """Memory that a cache of weights on disk leaves to the problem of a layer; 0 without one."""
 
     def on_copy(self) -> PruningTask:
         """Return the same on a copy of the model."""
@@ -147,9 +147,9 @@ class PruningTask:
 
     @property
     def counted(self) -> list[CouplingGroup]:
-        """The groups by which costs are counted: those that are traced, and others to lose units.
+        """The groups by which costs are counted: all that are traced, and routed ones to shrink.
 
-        A mixture that keeps all its experts is none: they may lose neurons one by one.
+        A mixture that keeps all its experts is left out: each of these may lose neurons.
         """
         others = (group for group in self.groups if group.kind.routed)
         names = self.keep.keys() | self.options.keys()

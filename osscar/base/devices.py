@@ -8,7 +8,7 @@ import torch
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
-from osscar.base.memory import told_by_system
+from osscar.base.memory import system_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,5 +74,5 @@ def this_device(device: torch.device) -> dict[str, str]:
 
 def _processor() -> str:
     """Return the name of the processor, which Python knows on some systems only."""
-    named = told_by_system("/proc/cpuinfo", "model name")
+    named = system_value("/proc/cpuinfo", "model name")
     return named or platform.processor() or platform.machine()

@@ -31,8 +31,8 @@ def in_words(size: int) -> str:
     return f"{-(-size // 10**7) / 100:.2f}GB"
 
 
-def told_by_system(file: str, name: str) -> str | None:
-    """Return what a file such as ``/proc/meminfo`` says under a name; None where nothing tells."""
+def system_value(file: str, name: str) -> str | None:
+    """Return the value of a name in a file such as ``/proc/meminfo``, or None if it has none."""
     try:
         lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -42,7 +42,7 @@ def told_by_system(file: str, name: str) -> str | None:
 
 def available_memory() -> int | None:
     """Return how many bytes this process may take, or None where the system does not tell."""
-    free = told_by_system("/proc/meminfo", "MemAvailable")
+    free = system_value("/proc/meminfo", "MemAvailable")
     found = [] if free is None else [int(free.split()[0]) * 1024]
     for group, limit, usage in (
         (_CGROUP, "memory.max", "memory.current"),

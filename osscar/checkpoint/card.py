@@ -14,7 +14,7 @@ from osscar import __version__
 from osscar.base.printable import pluralize, printable
 from osscar.network.modules import count_parameters, number_format
 from osscar.proof.lineage import Lineage, structure_of
-from osscar.proof.plan import units_left
+from osscar.proof.plan import combined_groups
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "kept.png"
@@ -92,9 +92,9 @@ def _short(source: str) -> str:
 
 def _removed(lineage: Lineage) -> Iterator[tuple[str, int, int, int]]:
     """Yield each kind, its groups, and how many units these had and have, over all runs."""
-    left = units_left(lineage.plans)
-    for kind in dict.fromkeys(group.kind for group in left):
-        mine = [group for group in left if group.kind == kind]
+    groups = combined_groups(lineage.plans)
+    for kind in dict.fromkeys(group.kind for group in groups):
+        mine = [group for group in groups if group.kind == kind]
         dense, kept = sum(group.units for group in mine), sum(len(group.kept) for group in mine)
         yield kind, len(mine), dense, kept
 

@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.proof.lineage import lineage_of, note
-from osscar.proof.plan import GroupPlan, PruningPlan, units_left
+from osscar.proof.plan import GroupPlan, PruningPlan, combined_groups
 from osscar.shrinking.follow import counts
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
@@ -171,10 +171,10 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
         for share in shares:
             if not _change_heads(config, share, changes):
                 return None
-    left = [group for group in units_left(plans) if group.kind.routed]
-    if len({(group.units, len(group.kept)) for group in left}) > 1:
+    routed = [group for group in combined_groups(plans) if group.kind.routed]
+    if len({(group.units, len(group.kept)) for group in routed}) > 1:
         return None
-    for group in left[:1]:
+    for group in routed[:1]:
         changes |= counts(config.to_dict(), group)
     return changes
 

@@ -147,9 +147,9 @@ class LinearMap:
         yield from layer.read(self.module, x, inputs)
 
     def read_corrections(self, D: Tensor, x: Any) -> Tensor:
-        """Return by how much Y, (positions, m), is to change for what the module puts out to do so.
+        """Return the corrections of Y, (positions, m), given those of the module's outputs.
 
-        Positions are ordered as `read_inputs` has them.
+        Positions are in the order of `read_inputs`.
         """
         return self._columns(D, self.outputs)
 

@@ -1,4 +1,4 @@
-"""Calibration data in parts: held out; or to prune on, to choose a size by, and to report on."""
+"""What is held out of calibration data, and the three parts of it that a quality target takes."""
 
 from __future__ import annotations
 

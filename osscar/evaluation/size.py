@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graph.groups import CouplingGroup
-from osscar.base.memory import DeviceMemory, told_by_system
+from osscar.base.memory import DeviceMemory, system_value
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # What getrusage tells may be older than the last reset.
-    peak = told_by_system("/proc/self/status", "VmHWM")
+    peak = system_value("/proc/self/status", "VmHWM")
     return DeviceMemory().peak() if peak is None else int(peak.split()[0]) * 1024
 
 

@@ -64,7 +64,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def full_name(kind: type) -> str:
-    """Return by which name users tell of a class that is not imported."""
+    """Return the name of a class by which users give one that they do not import."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

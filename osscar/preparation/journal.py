@@ -1,8 +1,9 @@
 """Journals: directories of what a command has done, from which the same command goes on.
 
-A manifest says what is being made of what; each thing that is done is a file, written whole and put
-on the disk as soon as it is known.  One process at a time is at work in a journal.  A command that
-is killed at any moment leaves a journal that goes on, and one that has done nothing leaves none.
+A manifest says what is being made, and from what; each thing that is done is a file, written whole
+and put on the disk as soon as it is known.  One process at a time is at work in a journal.  A
+command that is killed at any moment leaves a journal that goes on, and one that has done nothing
+leaves none.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PARTIAL = re.compile(rf"\..+-\d+{re.escape(PARTIAL)}")
 @with_config(STRICT)
 @dataclass(frozen=True)
 class JournalManifest:
-    """What a command makes of what; it goes on only where all of it is the same."""
+    """What a journal records, and what it is made from; only the same can be continued."""
 
     schema: str
     asked: dict[str, JsonValue]
@@ -56,7 +57,7 @@ class JournalManifest:
         return self.dense.difference(before.dense)
 
     def check_alike(self, ranks: Ranks) -> None:
-        """Refuse ranks that make something else, or of something else."""
+        """Refuse to go on where a rank has other options, files or versions than the first."""
         first, *others = ranks.all_gather("what each is asked", self)
         for rank, other in enumerate(others, 1):
             difference = other.difference(first)

@@ -54,7 +54,7 @@ from osscar.shrinking.fold import Folded, fold, unfold
 _OUTPUT_BYTES = 16 << 20
 """Memory of what a module puts out for the samples that run at once on a processor.
 
-Memory of 32 MiB or more glibc takes from the system anew each time, and to page it in takes three
+glibc takes memory of 32 MiB or more from the system anew each time, and to page it in takes three
 times as long as to compute what it holds.
 """
 

@@ -249,7 +249,7 @@ def structure_of(model: nn.Module) -> _DenseStructure | None:
 
 
 def hand_on(model: nn.Module, made: nn.Module) -> None:
-    """Let a model that was made of another one know what that one knows."""
+    """Give a model that was made from another the lineage and the dense structure of that one."""
     setattr(made, LINEAGE, lineage_of(model))
     setattr(made, _STRUCTURE, structure_of(model))
 

@@ -312,10 +312,10 @@ class Certificate:
         )
 
 
-def units_left(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
-    """Return what plans, one after the other, have left of groups: of each one plan for all.
+def combined_groups(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
+    """Return one plan for each group, in place of those that were carried out one after the other.
 
-    It counts the units of the dense model; which of them are kept it does not say, but how many.
+    It counts the units of the dense model, and says how many of them are kept, but not which.
     """
     found: dict[str, GroupPlan] = {}
     for group in (group for plan in plans for group in plan.groups):

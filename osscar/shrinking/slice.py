@@ -16,7 +16,7 @@ from graph.tracing.preserve import forget_derived, preserved
 from osscar.base.errors import ModelError, warn
 from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, units_left
+from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, combined_groups
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 
@@ -53,7 +53,7 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
             mend(model, group)
         _shorten(model, plan)
         plans = (*lineage_of(model).plans, plan)
-        for groups in (plan.groups, units_left(plans)):  # which may be alike again
+        for groups in (plan.groups, combined_groups(plans)):  # whose counts may be equal again
             follow_around(model, groups)
         for refusal in forget_derived(model):
             warn(refusal)
