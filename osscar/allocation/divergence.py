@@ -80,7 +80,7 @@ class Distance:
     powers: tuple[float, ...] = ()
     """The mean square of each output of the dense model over samples."""
     bytes: int = 0
-    """Memory of the log-probabilities of a batch."""
+    """Memory of the log-probabilities of a sample."""
 
     @classmethod
     @torch.no_grad()
@@ -94,7 +94,8 @@ class Distance:
         if table is None:
             return cls(inputs, "relative")
         chances = holds_probabilities(table)
-        return cls(inputs, "nats", probabilities=chances, bytes=4 * table.numel())
+        bytes_ = 4 * table.numel() // inputs.count(batch)
+        return cls(inputs, "nats", probabilities=chances, bytes=bytes_)
 
     def outputs(
         self,
@@ -109,8 +110,7 @@ class Distance:
         `run` makes a forward pass.
         """
         asked = batch
-        picks = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if step > 1 and picks and self.inputs.tokens and len(batch["input_ids"]) == 1:
+        if step > 1 and picks_predictions(model, self.inputs):
             positions = torch.arange(batch["input_ids"].shape[1])
             asked, step = {**batch, "logits_to_keep": spread(positions, step)}, 1
         result = run(model, asked)
@@ -197,7 +197,8 @@ class Reference:
         with `bfloat16`, passes multiply in bfloat16.
         """
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
-        step = max(step, -(-distance.bytes * len(batches) // MOST_BYTES))
+        samples = sum(map(distance.inputs.count, batches))
+        step = max(step, -(-distance.bytes * samples // MOST_BYTES))
         passes: list[Recording | None] = []
         plain = partial(_run, bfloat16=bfloat16)
 
@@ -214,7 +215,6 @@ class Reference:
             for outputs in expected:
                 squares += torch.stack([_square(one) for one in outputs])
             ranks.all_reduce("the squares of outputs", [squares])
-            samples = sum(map(distance.inputs.count, batches))
             # What is always zero has no size that an error could be relative to.
             powers = tuple(square / samples or 1.0 for square in squares.tolist())
             distance = dataclasses.replace(distance, powers=powers)
@@ -309,6 +309,11 @@ def holds_probabilities(table: Tensor) -> bool:
         bool((some >= 0).all()) and bool(((some.float().sum(-1) - 1).abs() < 1e-3).all())
         for some in (rows[:1], rows)
     )
+
+
+def picks_predictions(model: nn.Module, inputs: ModelInputs) -> bool:
+    """Whether a model is a language model that makes those predictions alone that are asked for."""
+    return inputs.tokens and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def spread(rows: Tensor, step: int) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget
-from osscar.allocation.divergence import Distance, Reference
+from osscar.allocation.divergence import Distance, Reference, picks_predictions
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
 from osscar.base.devices import multiplies_bfloat16
@@ -141,8 +141,10 @@ def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False)
     if last.tokens:
         windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
         last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
+        if picks_predictions(model, last):  # so many windows have as many as one has in all
+            size = min(step, -(-samples // prepared.ranks.size))
     batches = last.batches(model, size)
-    distance = Distance.of(model, last, batches[0])
+    distance = Distance.of(model, last, last.batches(model, 1)[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
     return Reference.of(
