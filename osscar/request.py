@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-import lazy_loader
 from annotated_types import Gt, Interval
 
 from osscar.base.errors import OptionError, RequestError
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     import solvers
-else:  # the command line reads this module before it loads torch
-    solvers = lazy_loader.load("solvers")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -477,6 +474,8 @@ class PruningRequest:
     def chosen_backend(self, experts: bool = False) -> "solvers.Backend":
         """Return the backend that chooses units, or whole experts, with its options."""
         if isinstance(self.backend, str):
+            import solvers  # loads torch, which the command line does later
+
             group = solvers.EXPERT_BACKENDS if experts else solvers.BACKENDS
             return solvers.make_backend(self.backend, group, **self.backend_options)
         if not callable(getattr(type(self.backend), "select", None)):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -255,3 +256,9 @@ def test_help_and_signature_name_every_field():
     renamed = {"backend_options": "option"}
     for name in set(fields) - {"groups"}:
         assert f"--{renamed.get(name, name).replace('_', '-')}" in options
+
+
+def test_a_request_is_read_without_torch_and_leaves_no_half_loaded_solvers():
+    # A lazy module in the place of `solvers` would let `import solvers.errors` run that file twice.
+    code = "import sys, osscar.request; sys.exit(bool({'torch', 'solvers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
