@@ -249,7 +249,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
                 "torch.as_tensor makes of an array or a list"
             )
         if tensor.ndim == 0 or tensor.numel() == 0:
-            raise DataError(f"the data {name!r} are empty")
+            raise DataError(
+                f"the data {name!r} have the shape {tuple(tensor.shape)}, which holds no samples; "
+                "give one or more, along the first dimension"
+            )
         eighth = tensor.is_floating_point() and tensor.element_size() == 1
         finite = torch.isfinite(tensor.float() if eighth else tensor)
         if not bool(finite.all()):
