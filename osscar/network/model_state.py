@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import holds, items_of, refill
@@ -78,13 +79,15 @@ class ModelState:
     def put_back(self, model: nn.Module | None = None, kept: Collection[Attribute] = ()) -> None:
         """Write what was there before, but for what is `kept`, so that nothing tells of the passes.
 
-        That may be in a copy of the model, and either may have been pruned.
+        That may be in a copy of the model, or in a program of it, and any may have been pruned.
         """
         modules = self._modules if model is None else dict(model.named_modules())
         for name, key in sorted(self.written - set(kept)):
             module = modules.get(name)
             if module is None or key in {*module._parameters, *module._modules}:
                 continue
+            if isinstance(model, GraphModule) and key not in module._buffers:
+                continue  # a program has no other attributes that passes write
             store = _store(module, key)
             if (name, key) not in self._held:
                 store.pop(key, None)

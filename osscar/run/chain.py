@@ -64,9 +64,8 @@ def prune_prepared(
     model, proof, batch_norms = shrunk(task, plan, dense.statistics)
     with timed(Stage.PRUNED):
         likeness = None if dense.reference is None else dense.reference.likeness(model)
-    if proof.plan.form is Form.EAGER:  # a program writes nothing in its passes
-        numbers = {(number.module, number.attribute) for number in proof.plan.integers}
-        prepared.untouched.put_back(model, numbers)
+    numbers = {(number.module, number.attribute) for number in proof.plan.integers}
+    prepared.untouched.put_back(model, numbers)
     return PruningResult(
         model=model,
         plan=proof.plan,

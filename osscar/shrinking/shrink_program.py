@@ -94,7 +94,7 @@ def shrink_program(
             f"the example is {safe_repr(example)}; give a dict of tensors by argument name, "
             "each with two samples or more"
         )
-    with model_state(model), preserved(model):
+    with model_state(model) as untouched, preserved(model):
         remember_structure(model, inputs[0])
         fold_named(model, plan, inputs)
         trial = ProgramTrial(model, example, inputs)
@@ -116,7 +116,8 @@ def shrink_program(
         made = _noted(program, model, plan)
         certificates = (*lineage_of(model).certificates, proof.certificate)
         note(made, certificates=certificates)
-        return ShrunkProgram(made, dataclasses.replace(proof, plan=plan))
+    untouched.put_back(made)
+    return ShrunkProgram(made, dataclasses.replace(proof, plan=plan))
 
 
 def dense_program(

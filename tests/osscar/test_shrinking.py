@@ -149,8 +149,13 @@ def test_passes_leave_nothing_behind_whether_a_model_can_follow_or_not() -> None
     with pytest.raises(EquivalenceError, match="leave it out"):
         shrink(model, plan, [(x,)])
     assert model.passes == 0
-    osscar.shrink_program(model, plan, [(x,)], {"x": x})
-    assert model.passes == 0
+    program = osscar.shrink_program(model, plan, [(x,)], {"x": x}).model
+    assert model.passes == program.passes == 0
+    data = torch.randn(64, 4)
+    pruned = osscar.prune(model, data, neurons=0.5, form="exported", device="cpu").model
+    assert pruned.passes == 0
+    pruned(x)
+    assert pruned.passes == 1
 
 
 class Gain(nn.Conv2d):
