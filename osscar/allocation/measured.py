@@ -53,7 +53,7 @@ it: passes take 0.4 of the time, and distances come out 0.0008 nats higher (docs
 comes out closer than this is measured once more in float32.  Smaller models take seconds."""
 
 _WINDOW = 1024
-"""Tokens of a window that are among them at most."""
+"""Most tokens of a window that are compared."""
 
 _PREDICTIONS = 4
 """One prediction in so many is compared: those of one text say much the same, and the head of a
@@ -141,8 +141,8 @@ def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False)
     if last.tokens:
         windows = {name: tokens[:, :_WINDOW] for name, tokens in last.tensors.items()}
         last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
-        if picks_predictions(model, last):  # so many windows have as many as one has in all
-            size = min(step, -(-samples // prepared.ranks.size))
+        if picks_predictions(model, last):  # several take no more memory for logits than one whole
+            size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
     batches = last.batches(model, size)
     distance = Distance.of(model, last, last.batches(model, 1)[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.

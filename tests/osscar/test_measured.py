@@ -131,6 +131,14 @@ class Both(Sum):
 DATA = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [4, 4, 1]), (2, [2, 2, 2, 2, 1])])
+def test_as_many_windows_are_compared_at_once_as_have_the_predictions_of_one(batch_size, sizes):
+    with prepare(tiny("opt"), tokens(16), batch_size=batch_size) as prepared:
+        reference = dense_reference(prepared, 9)
+        assert [len(batch["input_ids"]) for batch in reference.batches] == sizes
+        assert reference.divergence(prepared.model) == 0
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
