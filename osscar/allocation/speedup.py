@@ -113,5 +113,7 @@ def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
     try:
         shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
     except EquivalenceError as error:
-        raise RequestError(f"no trial model can be built to time: {error}") from error
+        raise RequestError(
+            f"no trial model can be built to time: {error}; give --flops in its place"
+        ) from error
     return smaller

@@ -42,7 +42,7 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: int) -> in
     if count > group.units:
         raise RequestError(
             f"cannot keep {pluralize(count, 'unit')} of {group.name!r}, which has "
-            f"{group.units} {group.kind}"
+            f"{group.units} {group.kind}; give {group.units} or less, or a fraction"
         )
     if count < 1:
         raise RequestError(

@@ -37,7 +37,10 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
     """
     manifest, stored = read_manifest(path), read_headers(path)
     if stored is None:
-        raise CheckpointError(f"{path} holds no weights in safetensors, of which a model is read")
+        raise CheckpointError(
+            f"{path} holds no weights in safetensors, as those that stay on disk have to be; "
+            f"{_ELSEWHERE}"
+        )
     with readable(path):
         builder, plans = read_builder(path, manifest)
         if not isinstance(builder, TransformersOrigin):

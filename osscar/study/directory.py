@@ -175,7 +175,9 @@ class Study:
                     raise JournalError(f"two problems are called {problem.name!r}; rename one")
                 instances[problem.name] = self._write_problem(kind, problem)
             if not instances:
-                raise JournalError("there is no problem to study")
+                raise JournalError(
+                    "there is no problem to study; give one, or a model with a group to prune"
+                )
             if all(instance.units == 1 for instance in instances.values()):
                 raise JournalError(
                     f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "

@@ -75,11 +75,11 @@ def renew_statistics(
 ) -> int:
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
-    All keep their own where those of the `dense` model were not measured.
-    A layer's statistics on a batch are taken when those of all layers before it are renewed for
-    that batch.  They are ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so
-    that only what pruning changed matters, and not the choice of the data.  The averages over all
-    batches of all ranks stay; a layer that is never called keeps its own.  If one is not finite, a
+    All keep their own where those of the `dense` model were not measured.  A layer's statistics on
+    a batch are taken when those of all layers before it are renewed for that batch.  They are
+    ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so that only what pruning
+    changed matters, and not the choice of the data.  The averages over all batches of all ranks
+    stay; a layer that is never called keeps its own.  If one is not finite, a
     `NonFiniteError` is raised, and the model keeps its old statistics.
     """
     if dense is None:

@@ -163,7 +163,7 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
         ({"params": 0.8, "batch": 8}, "are for memory=, which is not given"),
         ({"memory": 0.8, "context": 8, "form": "exported"}, "'exported' cannot; give size"),
         ({"heads": 0.01}, "keeps none"),
-        ({"heads": 10}, "cannot keep 10 units of '0.heads', which has 9"),
+        ({"heads": 10}, "cannot keep 10 units of '0.heads', which has 9 .*; give 9 or less"),
         ({"heads": "0.99"}, "nothing would be removed"),
         ({"channels": "0.5"}, "no group of channels"),
         ({"groups": {"nowhere": 1}}, "no group 'nowhere'"),

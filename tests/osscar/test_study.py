@@ -420,7 +420,7 @@ def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     for problems, words in (
         ((problem(4, name="same"), problem(5, name="same")), "two problems are called 'same'"),
         ((one, other), "nothing to choose in one, other: a problem of one unit"),
-        ((), "there is no problem to study"),
+        ((), "there is no problem to study; give one"),
     ):
         with pytest.raises(JournalError, match=words):
             study.capture(("heads", one) for one in problems)
