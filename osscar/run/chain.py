@@ -1,6 +1,6 @@
 """The steps of a pruning run, which runs, sweeps, dry runs and quality targets share.
 
-They are, in order, `prepare_for`, `run_dense`, `widths`, `prune_groups` and `shrunk`.
+They are, in order, `prepare_for`, `tried`, `run_dense`, `widths`, `prune_groups` and `shrunk`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
-from osscar.allocation.task import Feasible, PruningTask
+from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -56,7 +56,7 @@ def prune_prepared(
     before: Budget | None = None,
 ) -> PruningResult:
     """Prune a prepared model, which becomes the smaller one; start with the curves of `before`."""
-    task, prepared = dataclasses.replace(task, feasible=dense.feasible), task.prepared
+    prepared = task.prepared
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
     allocated = widths(task, log, tell, before)
     records = prune_groups(task, allocated.keep, committed, log)
@@ -81,7 +81,7 @@ def prune_prepared(
         seconds=time.perf_counter() - start,
         request=task.request,
         calibration=prepared.inputs.settings,
-        skipped=dense.feasible.skipped,
+        skipped=task.feasible.skipped,
         folded=prepared.folded,
     )
 
@@ -116,30 +116,35 @@ def within_memory(task: PruningTask) -> PruningTask:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """What all runs on a dense model share."""
+    """What is measured of a dense model, for all runs on it."""
 
-    feasible: Feasible
     reference: Reference | None
     """Its predictions on held-out samples; None if it puts out no logits."""
     statistics: DenseStatistics | None
     """Those of its batch-norm layers; None if these keep their own."""
 
 
+@timed(Stage.TRIAL)
+def tried(task: PruningTask) -> PruningTask:
+    """Return a task that knows which groups can lose units, and in which form of the model."""
+    ranks = task.prepared.ranks
+    feasible = ranks.broadcast("what can follow", lambda: feasible_groups(task))
+    return dataclasses.replace(task, feasible=feasible)
+
+
+@timed(Stage.DENSE)
 def run_dense(task: PruningTask) -> Dense:
-    """Try which groups can lose units, and run the dense model."""
+    """Run the dense model on the samples that are held out, and for its batch norms on all."""
     prepared = task.prepared
     model, ranks = prepared.model, prepared.ranks
-    with timed(Stage.TRIAL):
-        feasible = ranks.broadcast("what can follow", lambda: feasible_groups(task))
-    with timed(Stage.DENSE):
-        last = prepared.inputs.part(-max(1, task.samples_held_out))
-        batches = last.batches(model, 1)
-        distance = Distance.of(model, last, batches[0])
-        scores = distance.measure == "nats"
-        reference = Reference.of(distance, model, batches, ranks) if scores else None
-        corrected = task.request.batch_norm == "correct"
-        statistics = dense_statistics(model, prepared.batches(), ranks) if corrected else None
-    return Dense(feasible, reference, statistics)
+    last = prepared.inputs.part(-max(1, task.samples_held_out))
+    batches = last.batches(model, 1)
+    distance = Distance.of(model, last, batches[0])
+    scores = distance.measure == "nats"
+    reference = Reference.of(distance, model, batches, ranks) if scores else None
+    corrected = task.request.batch_norm == "correct"
+    statistics = dense_statistics(model, prepared.batches(), ranks) if corrected else None
+    return Dense(reference, statistics)
 
 
 def note_origin(pruned: PruningResult, model: nn.Module, calibration: Any) -> None:

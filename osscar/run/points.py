@@ -24,7 +24,14 @@ from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
-from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, within_memory
+from osscar.run.chain import (
+    note_origin,
+    prepare_for,
+    prune_prepared,
+    run_dense,
+    tried,
+    within_memory,
+)
 from osscar.run.result import PruningResult
 
 
@@ -110,13 +117,15 @@ def prune_points(
     with prepare_for(model, calibration, points[0].request(base)) as first:
         tasks = [dataclasses.replace(first, request=job.request(base)) for job in points]
         each = [(job, within_memory(task)) for job, task in zip(points, tasks, strict=True)]
-        dense = run_dense(dataclasses.replace(first, request=base))
+        common = tried(dataclasses.replace(first, request=base))
+        dense = run_dense(common)
         for job, task in each:
+            own = dataclasses.replace(task, feasible=common.feasible)
 
             def tell_of(line: str, job: SweepJob = job) -> None:
                 tell(f"{job}: {line}")
 
-            result = prune_prepared(task.on_copy(), dense, tell=tell_of)
+            result = prune_prepared(own.on_copy(), dense, tell=tell_of)
             note_origin(result, model, calibration)
             yield job, result
 

@@ -13,7 +13,7 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import profiled
 from osscar.data.loaders import read_once
 from osscar.request import PruningRequest, by_keywords
-from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense
+from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, tried
 from osscar.run.result import PruningResult
 from osscar.run.run_log import RunLog, begun
 from osscar.run.target import prune_to_target
@@ -93,8 +93,8 @@ def prune_as_asked(
         prepare_for(model, calibration, request, ranks) as task,
         begun(log, task.prepared, request) as committed,
     ):
-        dense = run_dense(task)
-        result = prune_prepared(task, dense, log, committed, tell)
+        task = tried(task)
+        result = prune_prepared(task, run_dense(task), log, committed, tell)
     note_origin(result, model, calibration)
     seconds = time.perf_counter() - start
     return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))

@@ -33,7 +33,15 @@ from osscar.data.parts import in_parts
 from osscar.evaluation.confidence import Judge, fewest_samples
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
-from osscar.run.chain import Dense, note_origin, prepare_for, prune_prepared, run_dense, widths
+from osscar.run.chain import (
+    Dense,
+    note_origin,
+    prepare_for,
+    prune_prepared,
+    run_dense,
+    tried,
+    widths,
+)
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
 from osscar.run.target_search import Frontier, TargetReport, TargetWalk, next_limit, smallest_within
@@ -87,8 +95,8 @@ def prune_to_target(
             _judge(target, task.prepared.model, part, classes)
             for part in (parts.choosing, parts.reporting)
         )
+        task = tried(task)
         dense = run_dense(task)
-        task = dataclasses.replace(task, feasible=dense.feasible)
         search = _Search(target, task, dense, judge, parts.pruned_on, log, tell, recover)
         (pruned, recovery), report = search.smallest()
         found = pruned.model if recovery is None else recovery.model
