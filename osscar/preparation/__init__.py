@@ -1,1 +1,1 @@
-"""The only room that opens a model: what can be pruned, what reads it, and how runs are kept."""
+"""What opens a model, finds what can be pruned of it, and keeps journals of what is done to it."""

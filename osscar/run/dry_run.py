@@ -29,8 +29,7 @@ from osscar.preparation.prepare import Prepared
 from osscar.report.sections import Table, facts
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest, by_keywords
-from osscar.run.chain import prepare_for
-from osscar.run.feasibility import feasible_groups
+from osscar.run.chain import prepare_for, tried
 from osscar.run.groups import solved
 from osscar.run.memory import forecast
 from osscar.walk.batch_norm import batch_norms
@@ -145,14 +144,14 @@ def estimate_as_asked(
         passing = Timer(partial(forward, prepared.model, batch), timer=clock)
         one = min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
         began = clock()
-        feasible = feasible_groups(task)
+        task = tried(task)
         trial = clock() - began
         # By equal shares of the budgets, as curves are not known.
         even: dict[str, Any] = {"allocation": "uniform"} if request.has_budget else {}
         if request.speedup is not None:  # which is a matter of operations first
             even |= {"speedup": None, "flops": min(1 / request.speedup, request.flops or 1.0)}
         evenly = dataclasses.replace(request, **even)
-        allocated = allocate(dataclasses.replace(task, request=evenly, feasible=feasible))
+        allocated = allocate(dataclasses.replace(task, request=evenly))
         keep, budget = allocated.keep, allocated.budget
         groups = [group for group in prepared.groups if group.name in keep]
         cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
