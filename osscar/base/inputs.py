@@ -33,8 +33,11 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def safe_repr(value: object) -> str:
-    """Return an argument as a message shows it: short, even if its own `repr` fails."""
-    return _SHOWN.repr(value)
+    """Return an argument as a message shows it: short, whatever it is, and if it has no text."""
+    try:
+        return _SHOWN.repr(value)
+    except Exception:  # it looks into numbers of any length, and into what is but called a list
+        return f"an object of {type(value).__qualname__}"
 
 
 def file_name(value: object, what: str, example: str) -> str:

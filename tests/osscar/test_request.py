@@ -121,6 +121,12 @@ def test_a_bad_value_is_refused_by_its_name_with_what_to_give(request_of, name, 
         assert re.fullmatch(".{,300}", str(refused.value))  # one line
 
 
+@pytest.mark.parametrize("value", [10**6000, type("list", (), {})()], ids=["long", "called-list"])
+def test_a_bad_value_without_a_text_is_refused_by_its_kind(value):
+    with pytest.raises(OptionError, match=f"batch-size is an object of {type(value).__name__}; "):
+        Asked(batch_size=value)
+
+
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [
