@@ -246,8 +246,19 @@ def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:
     """Return how many samples run at once unless the caller says otherwise."""
     if inputs.tokens or inputs.apart or device_of(model).type != "cpu":
         return inputs.batch_size
-    fits = _OUTPUT_BYTES // (4 * max(1, widest_output(model, example)))
-    return min(max(fits, 1), inputs.batch_size)
+    fits = max(1, _OUTPUT_BYTES // (4 * max(1, widest_output(model, example))))
+    if fits >= inputs.batch_size or not _apart_as_together(model, inputs, example):
+        return inputs.batch_size
+    return fits
+
+
+def _apart_as_together(model: nn.Module, inputs: ModelInputs, example: Batch) -> bool:
+    """Whether a model puts out for a sample by itself what it does beside another one.
+
+    One that takes means over a batch does not: in smaller batches it computes something else.
+    """
+    both = outputs_or_none(model, example)
+    return computes(model, inputs.first(model), [x[:1] if x.ndim else x for x in both])
 
 
 def widest_output(model: nn.Module, example: Batch) -> int:

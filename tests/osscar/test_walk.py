@@ -391,3 +391,21 @@ def test_of_large_samples_few_run_at_once_on_a_processor(side, sizes):
     layers = nn.Conv2d(1, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
     with prepare(nn.Sequential(*layers), torch.randn(9, 1, side, side)) as prepared:
         assert [len(*batch.values()) for batch in prepared.batches()] == sizes
+
+
+class Centred(nn.Module):
+    """Takes means over its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(1, 8, 1), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(self.conv(x).mean((2, 3))))
+        return self.down(hidden - hidden.mean(0))
+
+
+def test_a_model_that_mixes_the_samples_of_a_batch_keeps_its_batches():
+    data = torch.randn(9, 1, 1, 1).repeat(1, 1, 640, 640)
+    with prepare(seeded(Centred)(), data) as prepared:
+        assert [len(*batch.values()) for batch in prepared.batches()] == [9]
