@@ -227,7 +227,7 @@ def _traced(places: _Places) -> Any:
     return traced
 
 
-def _not_recorded(run: Any, model: Any, batch: Any) -> tuple[Any, None]:
+def _not_recorded(run: Any, model: Any, batch: Any, most_bytes: int) -> tuple[Any, None]:
     """Run a whole pass: an operator that is noted here names the host where it asked for a card."""
     return run(model, batch), None
 
