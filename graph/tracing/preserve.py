@@ -65,7 +65,8 @@ class Contents:
     def restore(self) -> None:
         """Put it back."""
         for module, kind in self._kinds:
-            module.__class__ = kind
+            if type(module) is not kind:  # else who listens to assignments would hear of one
+                module.__class__ = kind
         for holder, items in self._held:
             if not holds(holder, items):
                 refill(holder, items)
