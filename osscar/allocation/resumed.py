@@ -48,11 +48,11 @@ class _Value(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A call of an operator: leaves of its arguments, and the numbers of its results' leaves."""
+    """A call of an operator: its arguments, and the numbers of its results' leaves."""
 
     operator: OpOverload
-    leaves: Sequence[Any]
-    form: pytree.TreeSpec
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     results: Sequence[int | None]
     last_read: Sequence[int]
     """The values that no later call reads."""
@@ -92,12 +92,21 @@ class Recording:
 
     def _run(self, start: int, stop: int, values: dict[int, Tensor]) -> None:
         for step in self._steps[start:stop]:
-            leaves = [values[x.number] if isinstance(x, _Value) else x for x in step.leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, step.form)
-            found = pytree.tree_leaves(step.operator(*args, **kwargs))
+            kwargs = {name: _filled(one, values) for name, one in step.kwargs.items()}
+            result = step.operator(*_filled(step.args, values), **kwargs)
+            found = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
             values |= {n: one for n, one in zip(step.results, found, strict=True) if n is not None}
             for number in step.last_read:
                 values.pop(number, None)
+
+
+def _filled(argument: Any, values: Mapping[int, Tensor]) -> Any:
+    """Return an argument, such as a tensor or a list of tensors, with values for their numbers."""
+    if isinstance(argument, _Value):
+        return values[argument.number]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_filled(one, values) for one in argument)
+    return argument
 
 
 def recorded(
@@ -260,7 +269,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for maker, here in self._written:
             banned[maker + 1] += 1
             banned[here + 1] -= 1
-        steps = [_Step(*call, gone) for call, gone in zip(self._calls, done[:count], strict=True)]
+        steps = []
+        for (func, named, form, results), gone in zip(self._calls, done[:count], strict=True):
+            args, kwargs = pytree.tree_unflatten(named, form)
+            steps.append(_Step(func, args, kwargs, results, gone))
         cuts, live, inside = [0], 0, 0
         for place in range(1, count + 1):
             live, inside = live + held[place], inside + banned[place]
