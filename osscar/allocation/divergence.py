@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -22,7 +21,7 @@ from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
-from osscar.network.modules import device_of, forward, fresh
+from osscar.network.modules import device_of, forward, forward_in_bfloat16, fresh
 from osscar.network.predictions import (
     known_output,
     named_logits,
@@ -57,13 +56,9 @@ _CACHED = 1 << 18
 
 def _run(model: nn.Module, batch: Batch, bfloat16: bool = False) -> Any:
     """Run a model, with products of bfloat16 if `bfloat16`."""
-    batch, device = to_model(batch, model), device_of(model).type
-    # Autocast's cache of weights would be a copy of the model.
-    cast = (
-        torch.autocast(device, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext()
-    )
-    with failures_named(model, batch), without_cache(model), cast:
-        return forward(model, batch)
+    batch, run = to_model(batch, model), forward_in_bfloat16 if bfloat16 else forward
+    with failures_named(model, batch), without_cache(model):
+        return run(model, batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +99,7 @@ class Distance:
         step: int = 1,
         run: Callable[[nn.Module, Batch], Any] = _run,
     ) -> Any:
-        """Return what is compared of a model's outputs: log-probabilities, tensors, or all.
+        """Return what is compared of a model's outputs: rows of logits, tensors, or all.
 
         Of predictions it is one in so many: a language model that can does not make the others.
         `run` makes a forward pass.
@@ -124,12 +119,17 @@ class Distance:
         rows = as_logits(table, self.probabilities)
         if step > 1 and self.inputs.tokens and rows.ndim == 3:  # as if each window ran by itself
             rows, step = torch.cat([spread(window, step) for window in rows]), 1
-        return spread(rows.flatten(0, -2), step).float().log_softmax(-1)
+        return spread(rows.flatten(0, -2), step)
+
+    def normalized(self, outputs: Any) -> Any:
+        """Return `outputs` with log-probabilities in the place of logits."""
+        return outputs.float().log_softmax(-1) if self.measure == "nats" else outputs
 
     def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.
 
-        An output of another shape, as where fewer boxes are found, is wholly in error.
+        What the dense model puts out is `normalized`.  An output of another shape, as where fewer
+        boxes are found, is wholly in error.
         """
         if self.loss is not None:
             # What it writes to the dense model's outputs must not stay in those that are kept.
@@ -145,7 +145,8 @@ class Distance:
             cached = dense.device.type == "cpu" and not torch.is_grad_enabled()
             few = max(1, _CACHED // dense.shape[-1] if cached else len(dense))
             pairs = zip(dense.split(few), found.split(few), strict=True)
-            return torch.stack([summed_divergence(*pair) for pair in pairs]).sum(), len(dense)
+            sums = [summed_divergence(p, self.normalized(q)) for p, q in pairs]
+            return torch.stack(sums).sum(), len(dense)
         outputs = zip(found, dense, self.powers, strict=True)
         errors = [_square(b - a if a.shape == b.shape else a) / power for b, a, power in outputs]
         return torch.stack(errors).mean(), samples
@@ -208,7 +209,8 @@ class Reference:
             return result
 
         way = run if resumable and not is_on_disk(dense) else plain
-        expected = [fresh(distance.outputs(dense, batch, step, way)) for batch in mine]
+        outputs = (distance.outputs(dense, batch, step, way) for batch in mine)
+        expected = [fresh(distance.normalized(one)) for one in outputs]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))

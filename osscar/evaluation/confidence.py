@@ -177,10 +177,10 @@ class Judge:
         NonFiniteError
             If its outputs are NaN or infinite.
         """
-        reference = self.reference
+        reference, distance = self.reference, self.reference.distance
         values = list[float]()
         for index, batch in enumerate(reference.batches):
-            found = reference.distance.outputs(model, batch, reference.step)
+            found = distance.normalized(distance.outputs(model, batch, reference.step))
             if self.labels is None or self.labels[index] != IGNORED:
                 values.append(self._worse(found, index))
         if not np.isfinite(values).all():

@@ -189,6 +189,24 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     return model(**fresh(batch))
 
 
+def forward_in_bfloat16(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """Run a model in float32 as `forward` does, with products of bfloat16.
+
+    Images are given channels last: convolutions of bfloat16 are twice as fast on these.
+    """
+    images = {name: x for name, x in batch.items() if x.ndim == 4}
+    last = {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
+    with bfloat16_products(model):
+        return forward(model, {**batch, **last})
+
+
+def bfloat16_products(model: nn.Module, enabled: bool = True) -> torch.autocast:
+    """Return a context in which a model in float32 multiplies in bfloat16."""
+    # A cache of weights would be a copy of the model.
+    device = device_of(model).type
+    return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

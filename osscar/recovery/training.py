@@ -300,7 +300,7 @@ class Training:
             _cudnn(self._cudnn),
         ):
             with torch.no_grad():
-                due = distance.outputs(dense, batch)
+                due = distance.normalized(distance.outputs(dense, batch))
             found = distance.outputs(self.model, batch)
         mine = distance.inputs.count(batch)
         total, count = distance.summed(found, due, mine)
