@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,14 +26,13 @@ from osscar.allocation.budget import Budget
 from osscar.allocation.divergence import Distance, Reference, picks_predictions
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
-from osscar.base.devices import multiplies_bfloat16
-from osscar.base.errors import DataError, NonFiniteError, RequestError, warn
+from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.kinds import Step, room_of
-from osscar.network.modules import count_parameters, device_of
-from osscar.offload.on_disk import is_on_disk, room_for
+from osscar.network.modules import device_of
+from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
 from osscar.request import Widths
 from osscar.walk.layer_step import LayerStep
@@ -47,10 +46,9 @@ _COMPARED_TOKENS, _COMPARED_SAMPLES = 2048, 128
 
 Texts differ by a factor of six in what an early layer costs."""
 
-_LARGE, _CLOSE = 1 << 26, 0.005
-"""A language model of so many parameters or more is compared in bfloat16, if the device multiplies
-it: passes take 0.4 of the time, and distances come out 0.0008 nats higher (docs/results.md).  What
-comes out closer than this is measured once more in float32.  Smaller models take seconds."""
+_CLOSE = 0.005
+"""In bfloat16 distances come out 0.001 nats higher (docs/results.md): what comes out closer than
+this is measured once more in float32."""
 
 _WINDOW = 1024
 """Most tokens of a window that are compared."""
@@ -135,7 +133,10 @@ def fitted_samples(prepared: Prepared) -> int:
 
 
 def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False) -> Reference:
-    """Run a prepared model, which is still dense, on its last samples."""
+    """Run a prepared model, which is still dense, on its last samples.
+
+    Passes can be resumed: if they are compared in bfloat16, too, those alone.
+    """
     model, last = prepared.model, prepared.inputs.part(-samples)
     size, step = prepared.batch_size, 1
     if last.tokens:
@@ -147,32 +148,21 @@ def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False)
     distance = Distance.of(model, last, last.batches(model, 1)[0])
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
+    most = bfloat16 == compares_in_bfloat16(prepared, distance)
     return Reference.of(
         distance,
         model,
         batches,
         prepared.ranks,
         step,
-        resumable=not captures,
+        resumable=most and not captures,
         bfloat16=bfloat16,
     )
 
 
-def _rough_reference(prepared: Prepared, exact: Reference) -> Reference | None:
-    """Run the dense model in bfloat16, too; None if that saves no time, or its code refuses."""
-    model, ranks, rough = prepared.model, prepared.ranks, None
-
-    def pays() -> bool:
-        large = prepared.inputs.tokens and count_parameters(model) >= _LARGE
-        single = all(one.dtype is torch.float32 for one in model.parameters())
-        fits = large and single and not is_on_disk(model) and exact.distance.measure == "nats"
-        return fits and multiplies_bfloat16(device_of(model))
-
-    if not ranks.broadcast("a number format", pays):
-        return None
-    with suppress(DataError):
-        rough = dense_reference(prepared, compared_samples(prepared), bfloat16=True)
-    return rough if all(ranks.all_gather("what takes bfloat16", rough is not None)) else None
+def compares_in_bfloat16(prepared: Prepared, distance: Distance) -> bool:
+    """Whether most distances are measured in bfloat16."""
+    return distance.measure == "nats" and prepared.bfloat16
 
 
 def measured_curves(
@@ -202,7 +192,9 @@ def measured_curves(
         )
     reference = dense_reference(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    rough = _rough_reference(prepared, reference)
+    rough = None
+    if compares_in_bfloat16(prepared, reference.distance):
+        rough = dense_reference(prepared, compared_samples(prepared), bfloat16=True)
     curves = {} if before is None else known_curves(before)
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
     for _ in range(_ROUNDS):
@@ -265,7 +257,7 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
         held = 0 if few.inputs.tokens else few.inputs.samples // _ONE_IN
-        yield from Walk(few, units, in_turn=False, held=held)
+        yield from Walk(few, units, in_turn=False, held=held, rough=True)
     for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
         own = [group for group in groups if group.kind is kind]
         yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // _ONE_IN))

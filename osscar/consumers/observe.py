@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from osscar.consumers.layers import layer_of
@@ -75,15 +76,17 @@ def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
     """Return `output_of`, in float32 where a module or a product computes in half precision.
 
     Outputs of two streams differ by little, which half precision would round away.  Mixtures keep
-    their format: all their experts in float32 would be a copy at every batch.  `y` is what was put
-    out already, if that is known.
+    their format: all their experts in float32 would be a copy at every batch; and so does what runs
+    under autocast, which would round what is finer.  `y` is what was put out already, if known.
     """
-    if isinstance(x, Taken) and x.multiplied.dtype in HALVES:
-        return x.finer().output()
-    if not (isinstance(x, Tensor) and x.dtype in HALVES):
+    read = x.multiplied if isinstance(x, Taken) else x
+    half = isinstance(read, Tensor) and read.dtype in HALVES
+    if not half or torch.is_autocast_enabled(read.device.type):
         layer = layer_of(module)
         put_out = layer is None or layer.output is None
         return y if y is not None and put_out else output_of(module, x)
+    if isinstance(x, Taken):
+        return x.finer().output()
     before = [(parameter, parameter.data) for parameter in module.parameters()]
     try:
         for parameter, data in before:

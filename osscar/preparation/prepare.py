@@ -16,7 +16,9 @@ import graph
 from graph import CouplingGroup
 from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import without_cache
+from osscar.base.devices import multiplies_bfloat16
 from osscar.base.errors import EquivalenceError
+from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
@@ -32,13 +34,15 @@ from osscar.network.modules import (
     check_finite_weights,
     check_usable,
     copied,
+    count_parameters,
     device_of,
     forward,
+    forward_in_bfloat16,
     graphics_cards,
     in_evaluation,
     tensors_in,
 )
-from osscar.offload.on_disk import shapes_only
+from osscar.offload.on_disk import is_on_disk, shapes_only
 from osscar.preparation.failures import failures_named, refuse_chance
 from osscar.proof.equivalence import (
     call,
@@ -57,6 +61,10 @@ _OUTPUT_BYTES = 16 << 20
 glibc takes memory of 32 MiB or more from the system anew each time, and to page it in takes three
 times as long as to compute what it holds.
 """
+
+_LARGE_MODEL, _LARGE_OUTPUT = 1 << 26, 1 << 16
+"""Parameters of a language model, or numbers that a module of another puts out for a sample, from
+which on bfloat16 is worth its rounding: smaller models take seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,29 @@ class Prepared:
         """The programs of the model, with all its units; to be asked for before any leaves."""
         self.untouched.put_back()  # what passes keep for the next would be traced as numbers
         return dense_programs(self.model, self.example)
+
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Whether the model is one in float32 that runs faster in bfloat16, and can.
+
+        Its loss curves, and what targets take of the dense model, are of bfloat16 then.
+        """
+        return all(self.ranks.all_gather("a number format", self._faster_in_bfloat16()))
+
+    def _faster_in_bfloat16(self) -> bool:
+        model = self.model
+        single = all(one.dtype is torch.float32 for one in model.parameters())
+        if not single or is_on_disk(model) or not multiplies_bfloat16(device_of(model)):
+            return False
+        if self.inputs.tokens:
+            large = count_parameters(model) >= _LARGE_MODEL
+        else:
+            large = widest_output(model, self.example) >= _LARGE_OUTPUT
+        state = ModelState(model)
+        with state.watching(), torch.no_grad():
+            runs = large and _runs_in_bfloat16(model, self.example)
+        state.put_back()
+        return runs
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:
@@ -240,6 +271,15 @@ def _prepared(
     )
     find = cache(lambda: tuple(one for room in rooms() for one in room.groups_in(prepared)))
     return dataclasses.replace(prepared, find_routed=find)
+
+
+def _runs_in_bfloat16(model: nn.Module, example: Batch) -> bool:
+    try:
+        forward_in_bfloat16(model, example)
+    except Exception as error:  # the model may be anyone's code
+        let_shortage_pass(error)
+        return False
+    return True
 
 
 def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:

@@ -94,10 +94,12 @@ class Sums:
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
         self.inputs += total
-        about = None
-        if self.centered and self._type == torch.float32:
+        # Corrections are differences of float32, and their products gain nothing by more digits.
+        single = X.dtype if X.dtype == torch.float64 else torch.float32
+        about = (total / max(len(X), 1)).to(single) if self.centered else None
+        single_gram = self._type == torch.float32
+        if about is not None and single_gram:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
-            about = (total / max(len(X), 1)).float()
             mean = about.double()
             left = torch.stack([mean, total - len(X) * mean], 1)
             self.gram.subtract(left.neg_(), torch.stack([total, mean]))
@@ -109,11 +111,11 @@ class Sums:
                 self.cross.addr_(about.double(), changes)
         for start in range(0, len(X), _POSITIONS):
             stop = start + _POSITIONS
-            some = X[start:stop].to(self._type)
+            some = X[start:stop].to(single)
             some = some if about is None else some - about
-            self.gram.add_gram(some)
+            self.gram.add_gram(some if single_gram else X[start:stop].double())
             if D is not None and self.cross is not None:
-                d = D[start:stop].to(some)
+                d = D[start:stop].to(single)
                 for first, panel in self.gram.spans():
                     rows = slice(first, first + len(panel))
                     add_product(self.cross[rows], some[:, rows].T, d)

@@ -50,9 +50,10 @@ def correction(
 
     The streams to which it is added, where known, may have other leading dimensions.
     """
-    D = dense - pruned
+    finer = torch.promote_types(dense.dtype, torch.float32)
+    D = dense.to(finer) - pruned.to(finer)
     if dense_stream is not None and pruned_stream is not None:
-        change = dense_stream.to(D.dtype) - pruned_stream.to(D.dtype)
+        change = dense_stream.to(finer) - pruned_stream.to(finer)
         D = D + (change if D.is_nested else change.reshape(D.shape))
     return D
 

@@ -31,7 +31,7 @@ from osscar.consumers.observe import afresh, exact_output, reads
 from osscar.consumers.products import holder, is_station
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.hooks import hooks
-from osscar.network.modules import forward
+from osscar.network.modules import bfloat16_products, forward, forward_in_bfloat16
 from osscar.offload.on_disk import room_for
 from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
@@ -64,6 +64,9 @@ class Walk:
         corrections targets have (`LayerStep.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
+    rough
+        Whether all passes may run in bfloat16; else those of the dense model alone, where that is
+        faster (`Prepared.bfloat16`).
 
     A `ModelError` says that a consumer cannot be refitted, or is never called; a `DataError` which
     batch fails, or takes another way through the model than the others, and in which module; and a
@@ -79,6 +82,7 @@ class Walk:
         target: Target = Target.WEIGHTS,
         held: int = 0,
         committed: Mapping[str, DenseTensors] | None = None,
+        rough: bool = False,
     ) -> None:
         self.passes = 0
         self._prepared, self._target, self._model = prepared, target, prepared.model
@@ -94,6 +98,9 @@ class Walk:
         calls, self._scratch = learned_calls(self._model, prepared.example, batch, self._names)
         names = {name: [one.name for one in maps] for name, maps in self._consumers.items()}
         dense = target.needs_dense
+        faster = (dense or rough) and prepared.bfloat16
+        self._pass = forward_in_bfloat16 if rough and faster else forward
+        self._dense_pass = forward_in_bfloat16 if faster else forward
         self.schedule = Schedule.of(groups, names, calls, in_turn=in_turn, outputs=dense)
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
@@ -157,8 +164,9 @@ class Walk:
         self._at = 0
 
         def set_out(index: int, dense: bool) -> Coroutine:
-            run = partial(forward, self._model, self._batches[index])
-            return Coroutine(index, dense, run, self._scratch, Keeper(self._passages))
+            run = self._dense_pass if dense else self._pass
+            way = partial(run, self._model, self._batches[index])
+            return Coroutine(index, dense, way, self._scratch, Keeper(self._passages))
 
         self._runs = [set_out(index, False) for index in self._mine]
         self._dense = [set_out(index, True) for index in self._mine if self._target.needs_dense]
@@ -248,7 +256,9 @@ class Walk:
             elif run is not None and name in self._names:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
                 needed, module = self._target.needs_dense, holder(self._model, name)
-                output = exact_output(module, x) if needed else None
+                as_dense = self._dense_pass is not self._pass
+                with bfloat16_products(self._model, as_dense):
+                    output = exact_output(module, x) if needed else None
                 run.suspend(Arrival(name, x, output, run.keeper.take(name)))
 
         def after(name: str, x: Any, y: Tensor) -> None:

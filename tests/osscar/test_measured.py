@@ -24,6 +24,7 @@ from osscar.allocation.measured import (
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
+from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
 from solvers import SubsetProblem
@@ -222,32 +223,41 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
         assert reference.divergence(prepared.model) == pytest.approx(np.mean(errors))
 
 
+@pytest.mark.parametrize("data", ["tokens", "images"])
 @pytest.mark.parametrize("refuses", [False, True])
-def test_a_large_language_model_is_compared_in_bfloat16_where_it_is_multiplied(
-    refuses, monkeypatch
-):
+def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, data, monkeypatch):
     """Unless the model's own code refuses; distances are nearly the same."""
 
     def refuse(module, args, out):
         assert out.dtype is torch.float32
 
     def nats():
-        model = tiny("llama-mha", layers=1)
-        with prepare(model, tokens(16, 24)) as prepared:
+        torch.manual_seed(0)
+        if data == "tokens":
+            model, given = tiny("llama-mha", layers=1), tokens(16, 24)
+        else:
+            layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()]
+            model, given = nn.Sequential(*layers, nn.Linear(128, 9)), torch.randn(32, 3, 8, 8)
+        with prepare(model.eval(), given) as prepared:
             if refuses:
-                prepared.model.lm_head.register_forward_hook(refuse)
+                last = [one for one in prepared.model.modules() if isinstance(one, nn.Linear)][-1]
+                last.register_forward_hook(refuse)
             curves, reference = measured(prepared, halves(prepared))
         return reference.bfloat16, [d for c in curves.values() for d in c.measured.values()]
 
-    monkeypatch.setattr(measured_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
     full, exact = nats()
-    monkeypatch.setattr(measured_module, "_LARGE", 0)
+    monkeypatch.setattr(prepare_module, "_LARGE_MODEL", 0)
+    monkeypatch.setattr(prepare_module, "_LARGE_OUTPUT", 0)
+    monkeypatch.setattr(measured_module, "_CLOSE", 1e-9)
     half, rounded = nats()
     assert (full, half) == (False, not refuses)
     assert rounded == pytest.approx(exact, rel=0.1, abs=1e-4)
     assert (rounded == exact) == refuses
     monkeypatch.setattr(measured_module, "_CLOSE", np.inf)
-    assert nats() == (not refuses, exact)
+    half, again = nats()  # with refits to what was read in bfloat16
+    assert half == (not refuses)
+    assert again == pytest.approx(exact, rel=0.0 if refuses else 1e-2)
 
 
 def test_a_group_that_overflows_without_some_units_is_named():
