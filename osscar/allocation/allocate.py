@@ -32,7 +32,6 @@ class Sharing:
     task: PruningTask
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
-    bfloat16: bool = False
 
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
         """Return what groups keep so that the model costs at most what is allowed, or the least."""
@@ -67,7 +66,6 @@ class Sharing:
                 "predicted": search.loss(found),
                 "lower_bound": chosen.bound,
                 "measure": self.measure,
-                "bfloat16": self.bfloat16,
                 "curves": {
                     name: tuple(curve.losses.tolist())
                     for name, curve in own.items()
@@ -133,8 +131,7 @@ def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
             )
     sharing = Sharing(task)
     if request.allocation != "uniform":
-        curves, reference = measured_curves(task, choose, before)
-        sharing = Sharing(task, curves, reference.distance.measure, reference.bfloat16)
+        sharing = Sharing(task, *measured_curves(task, choose, before))
 
     def shared_out() -> Budget:
         if request.speedup is not None:

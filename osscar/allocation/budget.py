@@ -75,8 +75,6 @@ class Budget:
     measure: Measure = "nats"
     """What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
     error of outputs over the squares of the dense ones, where these are no scores of classes."""
-    bfloat16: bool = False
-    """Whether outputs were compared in bfloat16, but for those that are close."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     """The distance that each group that had a choice causes alone, over the units kept."""
     widths: dict[str, Width] = field(default_factory=dict, repr=False)

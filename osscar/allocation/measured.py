@@ -1,10 +1,9 @@
 """What keeping k of a group's units costs in the outputs of the whole model, for every k.
 
-Widths are chosen, with equal shares at first.  A group by itself then loses as many units: it is
-refitted on the dense stream, put into the dense model, and taken out again.  Samples that no refit
-has seen tell how far outputs move, in passes that go on where the group is read.  With the curves
-through what was measured, widths are chosen anew, and groups whose widths have moved are measured
-again.  The shape of a curve between what was measured is that of what the group's own consumers
+Widths are chosen in equal shares, or by curves that are known.  A group by itself then loses as
+many units: it is refitted on the dense stream, put into the dense model, and taken out again.
+Samples that no refit has seen tell how far outputs move, in passes that go on where the group is
+read.  The curve goes through what was measured, and has the shape of what the group's own consumers
 lose.
 """
 
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget
-from osscar.allocation.divergence import Distance, Reference, picks_predictions
+from osscar.allocation.divergence import Distance, Measure, Reference, picks_predictions
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
 from osscar.base.errors import NonFiniteError, RequestError, warn
@@ -67,9 +66,6 @@ which groups are refitted, one in so many judges the fits, where layers differ i
 
 LEAST = 1e-7
 """What is measured below this is rounding of logits."""
-
-_ROUNDS = 3
-"""How often widths are chosen, and groups measured at them."""
 
 _MATTERS = 0.01
 """Share of the sum of all losses below which ten times the loss of a group is left unmeasured."""
@@ -132,10 +128,11 @@ def fitted_samples(prepared: Prepared) -> int:
     return min(wanted, samples - samples // _ONE_IN)
 
 
-def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False) -> Reference:
+def dense_references(prepared: Prepared, samples: int) -> tuple[Reference, Reference | None]:
     """Run a prepared model, which is still dense, on its last samples.
 
-    Passes can be resumed: if they are compared in bfloat16, too, those alone.
+    Returned is what it puts out in float32, and in bfloat16, if most distances are measured in that
+    (`Prepared.bfloat16`).  Passes of the last of these can be resumed.
     """
     model, last = prepared.model, prepared.inputs.part(-samples)
     size, step = prepared.batch_size, 1
@@ -144,33 +141,21 @@ def dense_reference(prepared: Prepared, samples: int, *, bfloat16: bool = False)
         last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
         if picks_predictions(model, last):  # several take no more memory for logits than one whole
             size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
-    batches = last.batches(model, size)
     distance = Distance.of(model, last, last.batches(model, 1)[0])
+    run = partial(Reference.of, distance, model, last.batches(model, size), prepared.ranks, step)
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
-    most = bfloat16 == compares_in_bfloat16(prepared, distance)
-    return Reference.of(
-        distance,
-        model,
-        batches,
-        prepared.ranks,
-        step,
-        resumable=most and not captures,
-        bfloat16=bfloat16,
-    )
-
-
-def compares_in_bfloat16(prepared: Prepared, distance: Distance) -> bool:
-    """Whether most distances are measured in bfloat16."""
-    return distance.measure == "nats" and prepared.bfloat16
+    half = distance.measure == "nats" and prepared.bfloat16
+    exact = run(resumable=not half and not captures)
+    return exact, run(resumable=not captures, bfloat16=True) if half else None
 
 
 def measured_curves(
     task: PruningTask,
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
     before: Budget | None = None,
-) -> tuple[dict[str, Curve], Reference]:
-    """Return the curve of each group that shares a budget, and what most were measured against.
+) -> tuple[dict[str, Curve], Measure]:
+    """Return the curve of each group that shares a budget, and what distances are measured in.
 
     All ranks take part, and the model is as it was afterwards.
 
@@ -190,25 +175,19 @@ def measured_curves(
             f"--allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
             f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
         )
-    reference = dense_reference(prepared, compared_samples(prepared))
+    reference, rough = dense_references(prepared, compared_samples(prepared))
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    rough = None
-    if compares_in_bfloat16(prepared, reference.distance):
-        rough = dense_reference(prepared, compared_samples(prepared), bfloat16=True)
     curves = {} if before is None else known_curves(before)
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
-    for _ in range(_ROUNDS):
-        wanted = widths_to_measure(
-            groups, choose(alone.curves or None), alone.curves, task.request.widths
-        )
-        some = [group for group in groups if group.name in wanted]
-        with stage("measuring curves", total=len(some)) as bar:
-            for step in _steps(few, some) if some else ():
-                alone.measure(step, wanted[step.group.name])
-                bar.advance()
-        for group in groups:  # what has no other width keeps all its units
-            alone.curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
-    return alone.curves, rough or reference
+    wanted = widths_to_measure(groups, choose(curves or None), curves, task.request.widths)
+    some = [group for group in groups if group.name in wanted]
+    with stage("measuring curves", total=len(some)) as bar:
+        for step in _steps(few, some) if some else ():
+            alone.measure(step, wanted[step.group.name])
+            bar.advance()
+    for group in groups:  # what has no other width keeps all its units
+        curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
+    return curves, reference.distance.measure
 
 
 def known_curves(budget: Budget) -> dict[str, Curve]:
@@ -273,8 +252,6 @@ class _Alone:
     rough: Reference | None
     """The same in bfloat16."""
     curves: dict[str, Curve]
-    _removals: dict[str, Removals] = field(default_factory=dict)
-    """By group, the order in which its units leave."""
 
     def measure(self, step: LayerStep | Step, keep: int) -> None:
         """Put a curve through the distance of the model with this group pruned to a width."""
@@ -308,15 +285,13 @@ class _Alone:
 
         Units are removed one by one.  Yielded is the shape of the group's curve.
         """
-        few, damp, name = self.task.prepared, self.task.request.damp, step.group.name
+        few, damp = self.task.prepared, self.task.request.damp
 
         def refitted() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
             with timed(Stage.MEASURED), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
                 problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
-                if name not in self._removals:
-                    self._removals[name] = eliminate(problem, problem.units - 1)
-                removals = self._removals[name]
+                removals = eliminate(problem, problem.units - 1)
                 kept = support_after(removals[: problem.units - keep], problem)
                 refits = step.refits(refit(problem, kept)[0], kept.tolist())
                 shape = summed_losses(problem, removals)
@@ -324,7 +299,7 @@ class _Alone:
             return moved, kept.tolist(), shape
 
         inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
-        what = f"the problem of {name!r} with {inputs} inputs"
+        what = f"the problem of {step.group.name!r} with {inputs} inputs"
         with memory_for(what, FOR_MATRICES), room_for(few.model, self.task.matrix_bytes):
             alone = few.ranks.broadcast("a group that was pruned by itself", refitted)
         weights, kept, shape = alone

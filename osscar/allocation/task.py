@@ -24,6 +24,7 @@ from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
 from osscar.request import AUTO, Keep, PruningRequest, parse_keep
+from osscar.walk.targets import Target
 
 
 @with_config(STRICT)
@@ -71,6 +72,17 @@ class PruningTask:
         """Return the same on a copy of the model."""
         copy = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
         return dataclasses.replace(self, prepared=copy)
+
+    @property
+    def measures_curves(self) -> bool:
+        """Whether a budget is shared out by loss curves."""
+        return self.request.has_budget and self.request.allocation != "uniform"
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether loss curves, or the dense model's part of the targets, are of bfloat16."""
+        dense = Target(self.request.target).needs_dense
+        return (self.measures_curves or dense) and self.prepared.bfloat16
 
     @property
     def samples_held_out(self) -> int:

@@ -58,6 +58,7 @@ def prune_prepared(
     """Prune a prepared model, which becomes the smaller one; start with the curves of `before`."""
     prepared = task.prepared
     start, parameters = time.perf_counter(), count_parameters(prepared.model)
+    bfloat16 = task.in_bfloat16
     allocated = widths(task, log, tell, before)
     records = prune_groups(task, allocated.keep, committed, log)
     plan = PruningPlan(tuple(record.plan for record in records))
@@ -83,6 +84,7 @@ def prune_prepared(
         calibration=prepared.inputs.settings,
         skipped=task.feasible.skipped,
         folded=prepared.folded,
+        bfloat16=bfloat16,
     )
 
 

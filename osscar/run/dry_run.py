@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from timeit import Timer
@@ -22,8 +22,9 @@ from osscar.base.errors import RequestError
 from osscar.base.printable import in_bytes
 from osscar.base.timing import Clock, Stage, clock, profiled
 from osscar.checkpoint.directory import weight_bytes
+from osscar.data.batches import Batch
 from osscar.data.loaders import read_once
-from osscar.network.modules import forward
+from osscar.network.modules import forward, forward_in_bfloat16
 from osscar.offload.on_disk import room_for, weight_cache
 from osscar.preparation.prepare import Prepared
 from osscar.report.sections import Table, facts
@@ -141,8 +142,14 @@ def estimate_as_asked(
         samples = prepared.inputs.samples
         needs = forecast(task)
         [batch, *_] = prepared.batches()
-        passing = Timer(partial(forward, prepared.model, batch), timer=clock)
-        one = min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
+
+        def seconds(run: Callable[[nn.Module, Batch], Any]) -> float:
+            """Return how long a sample takes."""
+            passing = Timer(partial(run, prepared.model, batch), timer=clock)
+            return min(passing.repeat(2, number=1)) / prepared.inputs.count(batch)
+
+        one = seconds(forward)
+        rough = seconds(forward_in_bfloat16) if task.in_bfloat16 else one
         began = clock()
         task = tried(task)
         trial = clock() - began
@@ -174,7 +181,7 @@ def estimate_as_asked(
             Stage.TRIAL: trial,
             Stage.DENSE: one * compared,
             Stage.ALLOCATION: 0.0,
-            Stage.WALK: one * samples * reach * (2 if target.needs_dense else 1),
+            Stage.WALK: (one + rough * target.needs_dense) * samples * reach,
             # Gram matrices are squares of what a layer reads, at every position.
             Stage.GRAM: samples / min(_FEW, samples) * times(groups, 2) * solving[Stage.GRAM],
             Stage.DAMPING: cubes * solving[Stage.DAMPING],
@@ -185,12 +192,10 @@ def estimate_as_asked(
         if request.speedup is not None:  # about half of the most models, each timed beside this one
             turns = MOST_MODELS / 2 * 2 * (REPETITIONS + 1)
             stages[Stage.ALLOCATION] += turns * one * prepared.inputs.count(batch)
-        if budget is not None and request.allocation != "uniform":
+        if budget is not None and task.measures_curves:
             shared = [group for group in prepared.groups if group.name in budget.widths]
             passes = fitted_samples(prepared) + compared_samples(prepared) * len(shared)
-            # Whether a group is measured once or twice is not known yet.
-            again = passes * one + times(shared, 3) * solving[Stage.SOLVER]
-            stages[Stage.MEASURED] = 1.5 * again
+            stages[Stage.MEASURED] = passes * rough + times(shared, 3) * solving[Stage.SOLVER]
         cache, peak = weight_cache(prepared.model), needs.least
         if cache is not None:  # which holds what it has read, as long as there is room
             peak = min(peak + weight_bytes(prepared.model), cache.ceiling)

@@ -74,8 +74,7 @@ class MemoryNeeds:
             wide, window = widest_output(model, prepared.example), 1
             vocabulary, width = wide, wide // 2
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
-        measured = request.has_budget and request.allocation != "uniform"
-        kept = max(1, task.samples_held_out), measured * compared_samples(prepared)
+        kept = max(1, task.samples_held_out), task.measures_curves * compared_samples(prepared)
         predictions = sum(min(MOST_BYTES, 4 * window * vocabulary * samples) for samples in kept)
         held_batches = streams * suspended_bytes(sum(rows), width, read, itemsize) + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL

@@ -210,8 +210,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
-        how = ", by curves measured in bfloat16" if budget.get("bfloat16") else ""
-        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}{how}"
+        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
@@ -243,6 +242,8 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{pluralize(len(folded), 'weight')} that the dense model computes at every call, such "
             f"as by weight normalization: {listed(folded, 4)}",
         )
+    if document["bfloat16"]:
+        yield "in bfloat16", "loss curves, and the dense model's part of the targets"
     yield "not measured", document.get("unmeasured", "")
 
 

@@ -87,6 +87,8 @@ class PruningResult(Shown):
         normalization.
     target
         How the size was found for a quality target.
+    bfloat16
+        Whether loss curves, and the dense model's part of the targets, were computed in bfloat16.
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class PruningResult(Shown):
     skipped: tuple[SkippedGroup, ...] = ()
     folded: tuple[str, ...] = ()
     target: TargetReport | None = None
+    bfloat16: bool = False
 
     def __repr__(self) -> str:
         told = "" if self.divergence is None else f"; {self.divergence:.4g} nats from dense"
@@ -166,6 +169,7 @@ class PruningResult(Shown):
             "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
             "skipped": [dataclasses.asdict(group) for group in self.skipped],
             "folded": list(self.folded),
+            "bfloat16": self.bfloat16,
         }
 
     def document(

@@ -6,8 +6,9 @@ than what the inputs explain.  Of inputs in half precision, and of float32 on a 
 may be 64 times as slow, products of `_POSITIONS` at a time are summed in float32: sums of n
 products, each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum of magnitudes
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and n does not grow
-with the positions.  Where a bias takes up means, a batch is summed about its own mean first
-(Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
+with the positions.  So are all products with D, a difference of outputs in float32, which are
+rounded as much themselves.  Where a bias takes up means, a batch is summed in float32 about its own
+mean (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
 
 A Gram matrix is symmetric, and half of it is summed: that takes half of the time and of the memory.
 """
@@ -94,11 +95,11 @@ class Sums:
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
         self.inputs += total
-        # Corrections are differences of float32, and their products gain nothing by more digits.
-        single = X.dtype if X.dtype == torch.float64 else torch.float32
-        about = (total / max(len(X), 1)).to(single) if self.centered else None
-        single_gram = self._type == torch.float32
-        if about is not None and single_gram:
+        single = torch.promote_types(X.dtype, torch.float32)
+        coarse, about = self._type == torch.float32, None
+        if self.centered and (coarse or D is not None):
+            about = (total / max(len(X), 1)).to(single)
+        if about is not None and coarse:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
             mean = about.double()
             left = torch.stack([mean, total - len(X) * mean], 1)
@@ -113,7 +114,7 @@ class Sums:
             stop = start + _POSITIONS
             some = X[start:stop].to(single)
             some = some if about is None else some - about
-            self.gram.add_gram(some if single_gram else X[start:stop].double())
+            self.gram.add_gram(some if coarse else X[start:stop].double())
             if D is not None and self.cross is not None:
                 d = D[start:stop].to(single)
                 for first, panel in self.gram.spans():

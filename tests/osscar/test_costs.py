@@ -1,7 +1,6 @@
 """What costs come to as functions of widths, also where a group meets itself in a weight."""
 
 import itertools
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -90,8 +89,7 @@ def random_curves(task):
 
 def allocated_by_random_curves(task):
     """Allocate as if these had been measured."""
-    reference = SimpleNamespace(distance=SimpleNamespace(measure="nats"), bfloat16=False)
-    place, found = "osscar.allocation.allocate.measured_curves", (random_curves(task), reference)
+    place, found = "osscar.allocation.allocate.measured_curves", (random_curves(task), "nats")
     with mock.patch(place, return_value=found):
         return allocate(task)
 

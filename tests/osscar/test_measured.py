@@ -16,7 +16,7 @@ from osscar.allocation.divergence import Distance, Reference, as_logits, table_o
 from osscar.allocation.measured import (
     LEAST,
     Curve,
-    dense_reference,
+    dense_references,
     measured_curves,
     summed_losses,
     widths_to_measure,
@@ -135,7 +135,7 @@ DATA = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(("batch_size", "sizes"), [(None, [4, 4, 1]), (2, [2, 2, 2, 2, 1])])
 def test_as_many_windows_are_compared_at_once_as_have_the_predictions_of_one(batch_size, sizes):
     with prepare(tiny("opt"), tokens(16), batch_size=batch_size) as prepared:
-        reference = dense_reference(prepared, 9)
+        reference, _ = dense_references(prepared, 9)
         assert [len(batch["input_ids"]) for batch in reference.batches] == sizes
         assert reference.divergence(prepared.model) == 0
 
@@ -194,8 +194,8 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
     model = Sum().eval()
     with prepare(model, DATA) as prepared, torch.no_grad():
         keep = halves(prepared)
-        curves, reference = measured(prepared, keep, damp=0.1)
-        assert reference.distance.measure == "nats"
+        curves, measure = measured(prepared, keep, damp=0.1)
+        assert measure == "nats"
         fitted, fresh = DATA[:45], DATA[60:]  # of 60, a quarter is held out for other ends
         read = {
             8: (model.one, torch.tanh(model.first(fitted))),
@@ -210,10 +210,10 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
 
 def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
     with prepare(Both().eval(), DATA) as prepared, torch.no_grad():
-        curves, reference = measured(prepared, halves(prepared))
-        assert reference.distance.measure == "relative"
+        curves, measure = measured(prepared, halves(prepared))
+        assert measure == "relative"
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
-        reference = dense_reference(prepared, 20)
+        reference, _ = dense_references(prepared, 20)
         dense = prepared.model(DATA[60:])
         prepared.model.one.weight.mul_(0.5)
         found = prepared.model(DATA[60:])
@@ -242,8 +242,9 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
             if refuses:
                 last = [one for one in prepared.model.modules() if isinstance(one, nn.Linear)][-1]
                 last.register_forward_hook(refuse)
-            curves, reference = measured(prepared, halves(prepared))
-        return reference.bfloat16, [d for c in curves.values() for d in c.measured.values()]
+            curves, _ = measured(prepared, halves(prepared))
+            half = prepared.bfloat16
+        return half, [d for c in curves.values() for d in c.measured.values()]
 
     monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
     full, exact = nats()

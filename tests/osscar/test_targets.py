@@ -13,6 +13,7 @@ from osscar.consumers.linear_maps import linear_maps
 from osscar.data.batches import ModelInputs
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
+from osscar.run.prune_page import run_facts
 from osscar.walk import regularization
 from osscar.walk.gram import pose
 from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
@@ -322,3 +323,15 @@ def test_a_stream_that_is_added_twice_counts_twice():
     keeper.see(("x", 0, "in", 0), stream)
     assert torch.equal(keeper.take("down"), 2 * stream)
     assert keeper.take("down") is None
+
+
+def test_a_run_says_that_it_computed_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(prepare_module, "_LARGE_OUTPUT", 0)
+    torch.manual_seed(0)
+    model, x = Stack("plain").eval(), torch.randn(64, 8)
+    for asked, expected in (({}, True), ({"target": "weights"}, False)):
+        result = osscar.prune(model, x, neurons=0.5, backend="greedy", **asked)
+        assert result.bfloat16 == result.record()["bfloat16"] == expected
+        told = dict(run_facts({**result.record(), "classes": []}))
+        assert told.get("in bfloat16", "").endswith("targets") == expected
