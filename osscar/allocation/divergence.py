@@ -128,8 +128,8 @@ class Distance:
     def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.
 
-        What the dense model puts out is `normalized`.  An output of another shape, as where fewer
-        boxes are found, is wholly in error.
+        The outputs of the `dense` model are `normalized`.  An output of another shape, as where
+        fewer boxes are found, is wholly in error.
         """
         if self.loss is not None:
             # What it writes to the dense model's outputs must not stay in those that are kept.
@@ -209,8 +209,8 @@ class Reference:
             return result
 
         way = run if resumable and not is_on_disk(dense) else plain
-        outputs = (distance.outputs(dense, batch, step, way) for batch in mine)
-        expected = [fresh(distance.normalized(one)) for one in outputs]
+        found = (distance.outputs(dense, batch, step, way) for batch in mine)
+        expected = [fresh(distance.normalized(outputs)) for outputs in found]
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))

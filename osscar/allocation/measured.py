@@ -46,8 +46,8 @@ _COMPARED_TOKENS, _COMPARED_SAMPLES = 2048, 128
 Texts differ by a factor of six in what an early layer costs."""
 
 _CLOSE = 0.005
-"""In bfloat16 distances come out 0.001 nats higher (docs/results.md): what comes out closer than
-this is measured once more in float32."""
+"""In bfloat16 distances come out about 0.001 nats higher (docs/results.md): what comes out closer
+than this is measured once more in float32."""
 
 _WINDOW = 1024
 """Most tokens of a window that are compared."""
@@ -132,7 +132,7 @@ def dense_references(prepared: Prepared, samples: int) -> tuple[Reference, Refer
     """Run a prepared model, which is still dense, on its last samples.
 
     Returned is what it puts out in float32, and in bfloat16, if most distances are measured in that
-    (`Prepared.bfloat16`).  Passes of the last of these can be resumed.
+    (`Prepared.bfloat16`).
     """
     model, last = prepared.model, prepared.inputs.part(-samples)
     size, step = prepared.batch_size, 1
@@ -142,12 +142,12 @@ def dense_references(prepared: Prepared, samples: int) -> tuple[Reference, Refer
         if picks_predictions(model, last):  # several take no more memory for logits than one whole
             size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
     distance = Distance.of(model, last, last.batches(model, 1)[0])
-    run = partial(Reference.of, distance, model, last.batches(model, size), prepared.ranks, step)
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
+    arguments = distance, model, last.batches(model, size), prepared.ranks, step
+    run = partial(Reference.of, *arguments, resumable=not captures)
     half = distance.measure == "nats" and prepared.bfloat16
-    exact = run(resumable=not half and not captures)
-    return exact, run(resumable=not captures, bfloat16=True) if half else None
+    return run(), run(bfloat16=True) if half else None
 
 
 def measured_curves(

@@ -79,10 +79,15 @@ class PruningTask:
         return self.request.has_budget and self.request.allocation != "uniform"
 
     @property
-    def in_bfloat16(self) -> bool:
-        """Whether loss curves, or the dense model's part of the targets, are of bfloat16."""
-        dense = Target(self.request.target).needs_dense
-        return (self.measures_curves or dense) and self.prepared.bfloat16
+    def in_bfloat16(self) -> tuple[str, ...]:
+        """What is computed in bfloat16, in words."""
+        asked = {
+            "loss curves": self.measures_curves and bool(self.shared),
+            "the dense model's part of the targets": Target(self.request.target).needs_dense,
+        }
+        return tuple(
+            what for what, is_asked in asked.items() if is_asked and self.prepared.bfloat16
+        )
 
     @property
     def samples_held_out(self) -> int:

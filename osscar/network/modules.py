@@ -200,11 +200,10 @@ def forward_in_bfloat16(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         return forward(model, {**batch, **last})
 
 
-def bfloat16_products(model: nn.Module, enabled: bool = True) -> torch.autocast:
+def bfloat16_products(model: nn.Module) -> torch.autocast:
     """Return a context in which a model in float32 multiplies in bfloat16."""
     # A cache of weights would be a copy of the model.
-    device = device_of(model).type
-    return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return torch.autocast(device_of(model).type, torch.bfloat16, cache_enabled=False)
 
 
 def count_parameters(model: nn.Module) -> int:

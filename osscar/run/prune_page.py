@@ -242,8 +242,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{pluralize(len(folded), 'weight')} that the dense model computes at every call, such "
             f"as by weight normalization: {listed(folded, 4)}",
         )
-    if document["bfloat16"]:
-        yield "in bfloat16", "loss curves, and the dense model's part of the targets"
+    yield "in bfloat16", ", ".join(document["bfloat16"])
     yield "not measured", document.get("unmeasured", "")
 
 

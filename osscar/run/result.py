@@ -88,7 +88,7 @@ class PruningResult(Shown):
     target
         How the size was found for a quality target.
     bfloat16
-        Whether loss curves, and the dense model's part of the targets, were computed in bfloat16.
+        What was computed in bfloat16: the loss curves, the dense model's part of the targets.
     """
 
     model: nn.Module
@@ -109,7 +109,7 @@ class PruningResult(Shown):
     skipped: tuple[SkippedGroup, ...] = ()
     folded: tuple[str, ...] = ()
     target: TargetReport | None = None
-    bfloat16: bool = False
+    bfloat16: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         told = "" if self.divergence is None else f"; {self.divergence:.4g} nats from dense"
@@ -169,7 +169,7 @@ class PruningResult(Shown):
             "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
             "skipped": [dataclasses.asdict(group) for group in self.skipped],
             "folded": list(self.folded),
-            "bfloat16": self.bfloat16,
+            "bfloat16": list(self.bfloat16),
         }
 
     def document(

@@ -6,9 +6,10 @@ than what the inputs explain.  Of inputs in half precision, and of float32 on a 
 may be 64 times as slow, products of `_POSITIONS` at a time are summed in float32: sums of n
 products, each rounded to a unit u, are off by at most ``n u / (1 - n u)`` of the sum of magnitudes
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and n does not grow
-with the positions.  So are all products with D, a difference of outputs in float32, which are
-rounded as much themselves.  Where a bias takes up means, a batch is summed in float32 about its own
-mean (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
+with the positions.  Products with D are summed so on a processor, too: D is a difference of outputs
+that are rounded as much themselves.  Where a bias takes up means, what is summed in float32 is
+summed about the mean of the batch (Chan, Golub and LeVeque, "Algorithms for Computing the Sample
+Variance", 1983).
 
 A Gram matrix is symmetric, and half of it is summed: that takes half of the time and of the memory.
 """
@@ -95,11 +96,11 @@ class Sums:
         if self._type is None and len(X):
             self._type = _type_of_sums(X)
         self.inputs += total
-        single = torch.promote_types(X.dtype, torch.float32)
-        coarse, about = self._type == torch.float32, None
-        if self.centered and (coarse or D is not None):
-            about = (total / max(len(X), 1)).to(single)
-        if about is not None and coarse:
+        plain = X.dtype == torch.float32 and X.device.type == "cpu"
+        gram, cross = self._type, torch.float32 if plain else self._type
+        rough = torch.float32 in ((gram,) if D is None else (gram, cross))
+        about = (total / max(len(X), 1)).float() if self.centered and rough else None
+        if about is not None and gram == torch.float32:
             # With the mean c and the total t, X'X is that about c, and c t' + (t - n c) c'.
             mean = about.double()
             left = torch.stack([mean, total - len(X) * mean], 1)
@@ -112,14 +113,15 @@ class Sums:
                 self.cross.addr_(about.double(), changes)
         for start in range(0, len(X), _POSITIONS):
             stop = start + _POSITIONS
-            some = X[start:stop].to(single)
-            some = some if about is None else some - about
-            self.gram.add_gram(some if coarse else X[start:stop].double())
+            some = {gram: X[start:stop].to(gram), cross: X[start:stop].to(cross)}
+            if about is not None:
+                some[torch.float32] = some[torch.float32] - about
+            self.gram.add_gram(some[gram])
             if D is not None and self.cross is not None:
-                d = D[start:stop].to(single)
+                d = D[start:stop].to(cross)
                 for first, panel in self.gram.spans():
                     rows = slice(first, first + len(panel))
-                    add_product(self.cross[rows], some[:, rows].T, d)
+                    add_product(self.cross[rows], some[cross][:, rows].T, d)
 
     @property
     def tensors(self) -> list[Tensor]:

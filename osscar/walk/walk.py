@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,8 @@ class Walk:
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
     rough
-        Whether all passes may run in bfloat16; else those of the dense model alone, where that is
-        faster (`Prepared.bfloat16`).
+        Whether all passes run in bfloat16 where that is faster (`Prepared.bfloat16`), and not only
+        those through the dense weights.
 
     A `ModelError` says that a consumer cannot be refitted, or is never called; a `DataError` which
     batch fails, or takes another way through the model than the others, and in which module; and a
@@ -180,7 +180,7 @@ class Walk:
                 if other is not None:
                     dense, output = self._bring(other, call), arrival.output
                     if stood_there:  # another group that it reads may have been committed since
-                        output = exact_output(holder(self._model, arrival.module), arrival.x)
+                        output = self._output(arrival.module, arrival.x)
                     assert dense.output is not None
                     assert output is not None
                     D = correction(dense.output, output, dense.stream, arrival.stream)
@@ -241,6 +241,12 @@ class Walk:
 
     # ---- consumers -----------------------------------------------------------------------
 
+    def _output(self, name: str, x: Any) -> Any:
+        """Return what a consumer puts out, with products in the format of the dense stream."""
+        rough = self._dense_pass is not self._pass
+        with bfloat16_products(self._model) if rough else nullcontext():
+            return exact_output(holder(self._model, name), x)
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Suspend passes of the pruned stream before each consumer, dense ones after it.
@@ -255,10 +261,7 @@ class Walk:
                     self._exchange(name)
             elif run is not None and name in self._names:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
-                needed, module = self._target.needs_dense, holder(self._model, name)
-                as_dense = self._dense_pass is not self._pass
-                with bfloat16_products(self._model, as_dense):
-                    output = exact_output(module, x) if needed else None
+                output = self._output(name, x) if self._target.needs_dense else None
                 run.suspend(Arrival(name, x, output, run.keeper.take(name)))
 
         def after(name: str, x: Any, y: Tensor) -> None:

@@ -31,6 +31,7 @@ from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate
 from solvers.closed_forms.refit import refit
 from tests.osscar.families import tiny, tokens
+from tests.osscar.mixtures import mixture
 
 # ---- what is compared --------------------------------------------------------------------
 
@@ -259,6 +260,32 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
     half, again = nats()  # with refits to what was read in bfloat16
     assert half == (not refuses)
     assert again == pytest.approx(exact, rel=0.0 if refuses else 1e-2)
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(0.0, True), (500.0, False)])
+def test_a_model_of_which_bfloat16_would_round_much_away_runs_in_float32(
+    mean, expected, monkeypatch
+):
+    """Such as one with units that vary little about a large mean."""
+    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(prepare_module, "_LARGE_OUTPUT", 0)
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 16), nn.Linear(16, 3)
+    with torch.no_grad():
+        first.bias += mean
+        second.bias -= mean * second.weight.sum(1)
+    model = nn.Sequential(first, nn.ReLU(), second).eval()
+    with prepare(model, torch.randn(16, 6)) as prepared:
+        assert prepared.bfloat16 == expected
+
+
+def test_a_mixture_of_experts_is_not_compared_in_bfloat16(monkeypatch):
+    """Tokens near a tie would go to other experts."""
+    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(prepare_module, "_LARGE_MODEL", 0)
+    for model, expected in ((mixture("mixtral"), False), (tiny("llama-mha", layers=1), True)):
+        with prepare(model, tokens(4, 8)) as prepared:
+            assert prepared.bfloat16 == expected
 
 
 def test_a_group_that_overflows_without_some_units_is_named():

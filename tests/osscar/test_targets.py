@@ -330,8 +330,27 @@ def test_a_run_says_that_it_computed_in_bfloat16(monkeypatch):
     monkeypatch.setattr(prepare_module, "_LARGE_OUTPUT", 0)
     torch.manual_seed(0)
     model, x = Stack("plain").eval(), torch.randn(64, 8)
-    for asked, expected in (({}, True), ({"target": "weights"}, False)):
-        result = osscar.prune(model, x, neurons=0.5, backend="greedy", **asked)
-        assert result.bfloat16 == result.record()["bfloat16"] == expected
+    dense, curves = "the dense model's part of the targets", "loss curves"
+    for asked, expected in (
+        ({"neurons": 0.5}, [dense]),
+        ({"neurons": 0.5, "target": "weights"}, []),
+        ({"params": 0.8}, [curves, dense]),
+        ({"params": 0.8, "target": "weights"}, [curves]),
+    ):
+        result = osscar.prune(model, x, backend="greedy", **asked)
+        assert result.record()["bfloat16"] == expected
         told = dict(run_facts({**result.record(), "classes": []}))
-        assert told.get("in bfloat16", "").endswith("targets") == expected
+        assert told["in bfloat16"] == ", ".join(expected)
+
+
+@torch.no_grad()
+def test_corrections_of_a_model_with_its_own_autocast_are_zero_where_nothing_is_pruned():
+    class Half(Stack):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    torch.manual_seed(0)
+    with prepare(Half("plain").eval(), torch.randn(64, 8), batch_size=16) as prepared:
+        steps = list(Walk(prepared, producing(prepared, "up"), target=Target.RESIDUAL))
+        assert [step.grams[0].fitted.energy for step in steps] == [0.0] * 3
