@@ -10,6 +10,7 @@ lose.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -47,7 +48,7 @@ Texts differ by a factor of six in what an early layer costs."""
 
 _CLOSE = 0.005
 """In bfloat16 distances come out about 0.001 nats higher (docs/results.md): what comes out closer
-than this is measured once more in float32."""
+than this, or is not finite, is measured once more in float32."""
 
 _WINDOW = 1024
 """Most tokens of a window that are compared."""
@@ -267,8 +268,8 @@ class _Alone:
             with without as shape, timed(Stage.MEASURED):
                 distance, model = 0.0, self.task.prepared.model
                 if self.rough is not None:
-                    distance = self.rough.divergence(model, changed)
-                if distance < _CLOSE:
+                    distance = self.rough.compared(model, changed).distance
+                if not _CLOSE <= distance < math.inf:
                     distance = self.reference.divergence(model, changed)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"

@@ -1,6 +1,7 @@
 """Curves that are measured: one group alone is pruned, and what models put out is compared."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -260,6 +261,15 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
     half, again = nats()  # with refits to what was read in bfloat16
     assert half == (not refuses)
     assert again == pytest.approx(exact, rel=0.0 if refuses else 1e-2)
+    compared = Reference.compared
+
+    def overflowing(self, model, changed=None):
+        found = compared(self, model, changed)
+        return found._replace(distance=math.nan) if self.bfloat16 else found
+
+    monkeypatch.setattr(measured_module, "_CLOSE", 1e-9)
+    monkeypatch.setattr(Reference, "compared", overflowing)
+    assert nats() == (half, again)
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(0.0, True), (500.0, False)])
