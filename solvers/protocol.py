@@ -24,7 +24,7 @@ class Status(enum.Enum):
     """How a solve ended; the value is a sentence that a person can act on."""
 
     FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
-    SWAP_OPTIMAL = "No exchange of one kept unit for one removed unit lowers the loss."
+    SWAP_OPTIMAL = "No exchange of one kept unit for one removed gains more than 1e-6 of the loss."
     WINDOW_OPTIMAL = "No better choice exists within any window tried since the last improvement."
     OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
     TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."

@@ -4,8 +4,7 @@ What `verify` recomputes, and what it can only fail to refute:
 
 - the problem is well posed, the support feasible, the weights the refit on it, and the loss theirs:
   always recomputed;
-- ``SWAP_OPTIMAL``: every exchange is tried; where H is so close to singular that rounding can hide
-  one that gains, `Verification.not_recomputed` names the status;
+- ``SWAP_OPTIMAL``: every exchange is tried by the formula, and the best of them refitted;
 - ``WINDOW_OPTIMAL``: every window is posed anew, and its certificate bounds the window's choices;
 - a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
   or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
@@ -41,7 +40,7 @@ from solvers.closed_forms.refit import (
     refit_loss,
     refit_loss_and_rounding,
 )
-from solvers.closed_forms.swaps import best_swap, possible_gain
+from solvers.closed_forms.swaps import best_swap
 from solvers.closed_forms.windows import window_problem
 from solvers.errors import ProblemError, VerificationError
 from solvers.linalg.gram import TILE_ROWS
@@ -86,8 +85,8 @@ class Verification:
         What the claimed loss and bound may be wrong by, after all of this, in units of the loss.
     not_recomputed
         Which of the claims ``lower_bound`` and ``status`` are the backend's word: not refuted by
-        any exchange, and not recomputed, for want of a certificate or, of a swap optimum, of
-        digits.  Empty where all that is claimed was recomputed.
+        any exchange, and not recomputed, for want of a certificate.  Empty where all that is
+        claimed was recomputed.
     """
 
     loss: float
@@ -226,7 +225,7 @@ def _recomputed(claim: Any) -> Verification:
         stationarity <= _STATIONARITY_TOLERANCE,
         f"weights are not the refit on the support: gradient {stationarity:.3g}",
     )
-    gain, swap_proved = _check_exchanges(problem, claim, loss, slack)
+    gain = _check_exchanges(problem, claim, loss, slack)
     bound = _check_bound(problem, claim)
     _check_status(problem, claim, loss, slack)
     scale = problem.scale or 1.0
@@ -237,7 +236,7 @@ def _recomputed(claim: Any) -> Verification:
         swap_gain=gain / scale,
         lower_bound=bound,
         tolerance=slack + (_BOUND_TOLERANCE * loss if _has_bound(claim) else 0.0),
-        not_recomputed=_not_recomputed(claim, bound, swap_proved=swap_proved),
+        not_recomputed=_not_recomputed(claim, bound),
     )
 
 
@@ -278,19 +277,14 @@ def _stationarity(problem: SubsetProblem, claim: Any) -> float:
     return worst
 
 
-def _check_exchanges(
-    problem: SubsetProblem, claim: Any, loss: float, slack: float
-) -> tuple[float, bool]:
+def _check_exchanges(problem: SubsetProblem, claim: Any, loss: float, slack: float) -> float:
     """Return what the most promising exchange gains; refuse what it refutes.
 
     The search's own formula proposes it, and a refit confirms it: near a singular H that formula
-    alone would refute honest optima.
-
-    gain: NaN where no claim could be refuted.
-    proved: Whether no exchange gains, whatever rounding can hide; False if that is not claimed.
+    alone would refute honest optima.  NaN is returned where no claim could be refuted.
     """
     if claim.status is not Status.SWAP_OPTIMAL and not _has_bound(claim):
-        return math.nan, False
+        return math.nan
     require(
         not _has_bound(claim) or claim.lower_bound <= loss + slack,
         f"bound {claim.lower_bound:.9g} lies above the loss {loss:.9g}",
@@ -298,15 +292,12 @@ def _check_exchanges(
     allowed = _SWAP_TOLERANCE * loss + slack
     try:
         state = PivotState.on_support(problem, claim.support)
-        swap, proved = best_swap(state), False
-        if claim.status is Status.SWAP_OPTIMAL:
-            # No loss is negative.
-            proved = min(possible_gain(state), loss + slack / _ROUNDINGS) <= allowed
+        swap = best_swap(state)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if claim.status is Status.SWAP_OPTIMAL or claim.certificate is None:
             raise
         # What rounding hides here, the certificate has to prove all the same.
-        return math.nan, False
+        return math.nan
     gain = swap.gain
     del state  # a refit takes its room
     if len(swap.units):
@@ -322,7 +313,7 @@ def _check_exchanges(
         f"bound {claim.lower_bound:.9g} is refuted by an exchange that lowers the loss to "
         f"{loss - gain:.9g}",
     )
-    return gain, proved
+    return gain
 
 
 def _check_bound(problem: SubsetProblem, claim: Any) -> float:
@@ -396,10 +387,9 @@ def _check_window(
     )
 
 
-def _not_recomputed(claim: Any, bound: float, *, swap_proved: bool) -> tuple[str, ...]:
+def _not_recomputed(claim: Any, bound: float) -> tuple[str, ...]:
     """Return which claims nobody here has recomputed, nor what they rest on."""
     open_bound = _has_bound(claim) and not math.isfinite(bound)
     rests = open_bound and claim.status in (Status.OPTIMAL, Status.BOUNDED)
-    hidden = claim.status is Status.SWAP_OPTIMAL and not swap_proved
-    names = {"lower_bound": open_bound, "status": rests or hidden}
+    names = {"lower_bound": open_bound, "status": rests}
     return tuple(name for name, said in names.items() if said)

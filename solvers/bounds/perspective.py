@@ -60,7 +60,7 @@ class Perspective(Backend):
         else:
             support = relaxation.support
         if self.polish and relaxation is not None:
-            support = LocalSearch(start=tuple(support.tolist())).support(problem)
+            support = LocalSearch(start=tuple(support.tolist())).select(problem).support
         return Selection(
             support,
             Status.BOUNDED,

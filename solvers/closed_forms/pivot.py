@@ -175,22 +175,6 @@ class ConsumerState:
             self._cross[ours] = self.U[ours] @ self.U[k:].T
             self._cross[:, theirs - k] = self.U[:k] @ self.U[theirs].T
 
-    def column_sizes(self, D: Tensor) -> Tensor:
-        """Return the blocks of ``N_:S D D N_S:``, (n, w, w), by unit.
-
-        D: A number for each row, (n w,), by unit; zero for those not in S.
-        """
-        n, w = len(self._place), self.width
-        weights = torch.empty_like(D)
-        weights[unit_rows(self._place, w)] = D
-        if w == 1:
-            return self.N.row_sizes(weights.square())[self._place].view(n, 1, 1)
-        blocks = self.U.new_empty(n, w, w)
-        for some in torch.split(torch.arange(n, device=D.device), max(1, _ELEMENTS // (n * w * w))):
-            part = (self.N.rows(self._at(some)) * weights).view(len(some), w, -1)
-            blocks[some] = part @ part.mT
-        return blocks
-
     def loss(self) -> float | None:
         """Return the loss of the refit W; None where U has fewer columns than that."""
         consumer, units = self.terms.consumer, torch.nonzero(self.kept).flatten()

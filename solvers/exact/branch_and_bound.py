@@ -95,7 +95,7 @@ class BranchAndBound(Backend):
 
     def _search(self, problem: SubsetProblem) -> Selection:
         deadline = time.perf_counter() + self.time_limit
-        warm = LocalSearch(start=self.start).support(problem)
+        warm = LocalSearch(start=self.start).select(problem).support
         search = _Search(problem, warm, self.gap_tolerance)
         status = None
         while status is None and search.is_open:

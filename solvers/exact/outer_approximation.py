@@ -123,7 +123,7 @@ class Search(Incumbent):
 
     def __init__(self, problem: SubsetProblem, limits: MixedInteger) -> None:
         self.deadline = time.perf_counter() + limits.time_limit
-        super().__init__(problem, LocalSearch(start=limits.start).support(problem))
+        super().__init__(problem, LocalSearch(start=limits.start).select(problem).support)
         self.limits = limits
         self.terms = RemovalTerms.of(problem)
         self.root: Relaxation = relax(self.terms, Effort())

@@ -65,7 +65,7 @@ class WindowSearch(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Improve the swap optimum, one window after the other."""
-        best = Incumbent(problem, LocalSearch().support(problem))
+        best = Incumbent(problem, LocalSearch().select(problem).support)
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.units, problem.units)
         count = 0 if problem.keep == problem.units else self.windows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.refit import refit_loss, refit_loss_and_rounding
-from solvers.closed_forms.swaps import Exchange, candidates, possible_gain
+from solvers.closed_forms.refit import refit_loss
+from solvers.closed_forms.swaps import Exchange, candidates
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Selection, Status
@@ -31,9 +31,8 @@ _ROUNDING = 1e-15
 """No exchange counts that gains less than this share of the loss of the empty support: at a loss of
 next to nothing, gains are rounding, and the same units would come and go."""
 
-_CERTAIN = 5e-7
-"""No exchange may seem to gain more than this share of the loss, what rounding can hide included:
-half of what `Solution.verify` allows, as no two computers round alike."""
+_SWAP_TOLERANCE = 1e-6
+"""A swap optimum leaves out no exchange that gains more than this share of the loss."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class LocalSearch(Backend):
 
     Of small problems that is the best one at a time; of large ones the units of the best exchanges
     are exchanged among themselves before all pairs are scored again (`swaps.candidates`).
-    The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization,
-    with what rounding can have hidden of it.  So the search ends with a proof that no exchange
-    lowers the loss, or says that H is too close to singular for one.
+    The gain of every one of the k (n - k) exchanges is computed, at last on a sound factorization.
+    So the search ends where none lowers the loss by that formula, or says that H is too close to
+    singular for it.
 
     Parameters
     ----------
@@ -70,23 +69,12 @@ class LocalSearch(Backend):
             )
 
     def select(self, problem: SubsetProblem) -> Selection:
-        """Search until a sound factorization confirms that no exchange helps."""
-        state, found = self._search(problem)
-        if found.status is Status.ITERATION_LIMIT:
-            return found
-        return replace(found, status=self._certainty(state, found.history[-1]))
-
-    def support(self, problem: SubsetProblem) -> Tensor:
-        """Return what `select` chooses, (k,) int64, without the work to prove anything of it."""
-        return self._search(problem)[1].support
-
-    def _search(self, problem: SubsetProblem) -> tuple[PivotState, Selection]:
-        """Return a state on the best support, and the answer before anything is proved of it."""
+        """Search until the gains of a sound factorization say that no exchange helps."""
         state = self._initial_state(problem)
         loss = _loss(state)
         support, history, swaps = state.support, [loss], 0
         while True:
-            made, converged = self._descend(state, history[-1], self.max_swaps - swaps)
+            made, gain, converged = self._descend(state, history[-1], self.max_swaps - swaps)
             swaps += made
             loss = _loss(state) if made else loss
             gained = loss < history[-1]
@@ -99,25 +87,16 @@ class LocalSearch(Backend):
                 state = PivotState.on_support(problem, support)
             # Exchanges that gained only by the account of a swept state are within its rounding.
             if sound or not gained or not converged:
-                status = Status.FEASIBLE if converged else Status.ITERATION_LIMIT
-                return state, Selection(support, status, iterations=swaps, history=tuple(history))
-
-    def _certainty(self, state: PivotState, lost: float) -> Status:
-        """Return what a sound state, in which no exchange seems to gain, says of its support."""
-        state.hold_products()
-        try:
-            possible = possible_gain(state)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            possible = math.inf
-        if possible <= _CERTAIN * lost:
-            return Status.SWAP_OPTIMAL
-        state.release_products()
-        loss, rounding = refit_loss_and_rounding(state.problem, state.support)
-        # No loss is negative.
-        if min(possible, loss + rounding) <= _CERTAIN * loss + rounding:
-            return Status.SWAP_OPTIMAL
-        # A larger tolerance leaves out exchanges that gain.
-        return Status.PRECISION_LIMIT if self.tolerance <= _CERTAIN else Status.FEASIBLE
+                gain = gain if sound else _best(state, 1).gain  # that of the support in `state`
+                least = max(_SWAP_TOLERANCE * history[-1], _ROUNDING * problem.empty_loss)
+                if not converged:
+                    status = Status.ITERATION_LIMIT
+                elif gain <= least:
+                    status = Status.SWAP_OPTIMAL
+                else:  # a larger tolerance leaves out exchanges that gain
+                    hidden = not self.tolerance > _SWAP_TOLERANCE
+                    status = Status.PRECISION_LIMIT if hidden else Status.FEASIBLE
+                return Selection(support, status, iterations=swaps, history=tuple(history))
 
     def _initial_state(self, problem: SubsetProblem) -> PivotState:
         if self.start is None:
@@ -132,8 +111,11 @@ class LocalSearch(Backend):
         support = torch.tensor(units, dtype=torch.int64, device=problem.device)
         return PivotState.on_support(problem, support)
 
-    def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, bool]:
-        """Make at most `limit` improving exchanges; return how many, and whether none is left."""
+    def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, float, bool]:
+        """Make at most `limit` improving exchanges.
+
+        Returns how many were made, what the best that is left gains, and whether that is nothing.
+        """
         state.hold_products()
         few = len(state.support) * len(state.removed) < _FEW_PAIRS
         count = 1 if few else _AT_ONCE
@@ -144,7 +126,7 @@ class LocalSearch(Backend):
             loss -= sum(gains)
             made += len(gains)
             best = _best(state, count)
-        return made, not best.gain > self._least(state, loss)
+        return made, best.gain, not best.gain > self._least(state, loss)
 
     def _least(self, state: PivotState, loss: float) -> float:
         """Return what an exchange has to gain; no loss is negative, so that none gains at zero."""
@@ -165,11 +147,11 @@ def _loss(state: PivotState) -> float:
 
 
 def _best(state: PivotState, count: int) -> Exchange:
-    """Return the units with the best exchanges; none where too many digits are lost to tell."""
+    """Return the units with the best exchanges; NaN where too many digits are lost to tell."""
     try:
         return candidates(state, count)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return Exchange(state.support[:0], -math.inf)
+        return Exchange(state.support[:0], math.nan)
 
 
 def _exchanged(

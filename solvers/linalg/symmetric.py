@@ -237,15 +237,6 @@ class Symmetric:
             found[:start] |= beside[:, :start].any(0)
         return found
 
-    def row_sizes(self, weights: Tensor) -> Tensor:
-        """Return the sums over each row of squares times weights, (p,) both."""
-        sizes = torch.zeros_like(weights)
-        for start, panel in self.spans():
-            squares, stop = panel.square(), start + len(panel)
-            sizes[start:stop] += squares @ weights[:stop]
-            sizes[:start] += squares[:, :start].T @ weights[start:stop]
-        return sizes
-
     def add_diagonal(self, values: Tensor) -> None:
         """Add (p,) numbers to the diagonal."""
         for start, panel in self.spans():
