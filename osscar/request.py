@@ -51,8 +51,7 @@ _NUMBER = re.compile(
 
 SHARE = Interval(gt=0, lt=1)
 DAMP = Interval(ge=0, le=1e9)
-"""Refits are the dense weights to nine digits at its end, as FLAP leaves them; far beyond it
-products overflow."""
+"""Refits are the dense weights to nine digits at its end; far beyond it products overflow."""
 
 Keep = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""

@@ -1,6 +1,7 @@
 """What a backend is, what it can take, and what it answers with.
 
-A backend is a frozen dataclass: its fields are its options.
+A backend is a frozen dataclass: its fields are its options, and their annotations say which values
+they take.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import enum
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
@@ -18,6 +20,14 @@ from solvers.problem import SubsetProblem
 
 DEFAULT_GAP_TOLERANCE = 1e-4
 """Relative gap up to which an answer may be called optimal, unless a backend says otherwise."""
+
+
+Natural: TypeAlias = Annotated[int, Ge(0)]
+Positive: TypeAlias = Annotated[int, Ge(1)]
+Seed: TypeAlias = Annotated[int, Interval(ge=0, lt=1 << 63)]
+Seconds: TypeAlias = Annotated[float, Ge(0)]
+Tolerance: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
+"""Types of options, which `solvers.make_backend` holds values against."""
 
 
 class Status(enum.Enum):

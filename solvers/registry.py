@@ -8,25 +8,25 @@ installed package can add to either.  A class that is in none is named as ``file
 from __future__ import annotations
 
 import dataclasses
-import math
 import reprlib
-import types
 import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, cast
 
-from solvers.errors import BackendError, ProblemError
-from solvers.linalg.values import as_integer, as_number
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from solvers.errors import BackendError
 from solvers.own_code import importable, imported
 from solvers.protocol import Backend, Capabilities
 
 BACKENDS = "osscar.backends"
 EXPERT_BACKENDS = "osscar.expert_backends"
 """The group of those that take a `solvers.ExpertProblem`."""
+
+_ANY_TYPE = ConfigDict(arbitrary_types_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _describe(name: str, group: str) -> BackendInfo:
 def make_backend(name: str, group: str = BACKENDS, /, **options: Any) -> Backend:
     """Return the backend `name` with its options set.
 
-    Values are checked against the annotations of the backend's fields: whole numbers of any type
-    become int, real ones float, and sequences tuples.  Infinity is for the backend to refuse.
+    Values are held against the annotations of the backend's fields by pydantic, which converts
+    what it can: whole numbers of any type to int, sequences to tuples.
 
     Raises
     ------
@@ -144,60 +144,17 @@ def make_backend(name: str, group: str = BACKENDS, /, **options: Any) -> Backend
             f"backend {name!r} has no option {', '.join(unknown)}; "
             f"it has {', '.join(known) or 'none'}"
         )
-    expected = _annotations(cls)
-    values = {key: _converted(value, expected.get(key, Any)) for key, value in options.items()}
-    for key, value in values.items():
-        if value is _REFUSED:
-            raise BackendError(
-                f"backend {name!r}: {key} is {reprlib.repr(options[key])}; it must be "
-                f"{_spelled(expected[key])}"
-            )
-    chosen = cls(**values)
-    # The backend's own check had the first word: it knows more to say.
-    nan = [key for key, value in values.items() if isinstance(value, float) and math.isnan(value)]
-    if nan:
-        raise BackendError(f"backend {name!r}: {nan[0]} is nan; it must be a number")
-    return chosen
-
-
-_REFUSED = object()
-"""What `_converted` returns in place of a value that an annotation does not admit."""
-
-
-def _annotations(cls: type[Backend]) -> dict[str, Any]:
-    """Return the types of a backend's fields; none where they cannot be evaluated."""
     try:
-        return typing.get_type_hints(cls)
-    except (NameError, TypeError, AttributeError):
-        # Names that only a type checker imports: the backend then has to check for itself.
-        return {}
-
-
-def _converted(value: Any, annotation: Any) -> Any:
-    """Return an option's value as its annotation wants it, or `_REFUSED`."""
-    if annotation is int:
-        whole = as_integer(value)
-        return _REFUSED if whole is None else whole
-    if annotation is float:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except NameError:  # names that only a type checker imports: the backend checks for itself
+        hints = {}
+    for key, value in options.items():
         try:
-            return as_number("option", value)
-        except ProblemError:
-            return _REFUSED
-    if annotation in (bool, str, types.NoneType):
-        return value if isinstance(value, annotation) else _REFUSED
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        found = (_converted(value, argument) for argument in arguments)
-        return next((one for one in found if one is not _REFUSED), _REFUSED)
-    if origin is tuple and arguments[1:] == (...,):
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-            return _REFUSED
-        members = tuple(_converted(member, arguments[0]) for member in value)
-        return _REFUSED if any(member is _REFUSED for member in members) else members
-    return value
-
-
-def _spelled(annotation: Any) -> str:
-    """Return a type as its annotation is written."""
-    plain = isinstance(annotation, type) and not typing.get_args(annotation)
-    return annotation.__name__ if plain else str(annotation)
+            adapter = TypeAdapter(hints.get(key, Any), config=_ANY_TYPE)
+            options[key] = adapter.validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Input ")
+            raise BackendError(
+                f"backend {name!r}: {key} is {reprlib.repr(value)}; it {reason}"
+            ) from error
+    return cls(**options)

@@ -7,19 +7,44 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import solvers
 from benchmarks import official
 from benchmarks.case import Case, Smaller
 from benchmarks.page import OURS
 from benchmarks.quality import BASELINES, NO_REFIT, PAPER, UNIFORM, prune, run
+from solvers.heuristics.scores import Scored, unit_sums
+
+
+@dataclass(frozen=True)
+class Flap(Scored):
+    """Keep the units whose inputs fluctuate most, weighted by the norm of what reads them.
+
+    The metric WIFV of An et al. (below): a constant input costs nothing, since a bias makes up for
+    it.  (Their public code squares the scores of the inputs of heads before it adds them up.)
+    """
+
+    summary: ClassVar[str] = "largest norm of dense weights times deviation of their inputs"
+
+    def scores(self, problem: solvers.SubsetProblem) -> Tensor:
+        """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit."""
+        pairs = [(c.W0, _variance(c)) for c in problem.consumers]
+        return unit_sums(problem, [W0.square().sum(1) * variance for W0, variance in pairs])
+
+
+def _variance(consumer: solvers.Consumer) -> Tensor:
+    if consumer.variance is None:  # of centred inputs
+        return consumer.hessian.diagonal() - consumer.damping
+    return consumer.variance
+
 
 FLAP = "FLAP, equal shares"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: BASELINES[OURS],
     PAPER: BASELINES[PAPER],
     "wanda, biases alone": {**UNIFORM, "backend": "wanda", "damp": NO_REFIT},
-    FLAP: {**UNIFORM, "backend": "flap", "damp": NO_REFIT},
+    FLAP: {**UNIFORM, "backend": Flap(), "damp": NO_REFIT},
 }
 """Fields of the request.  Sun et al., "A simple and effective pruning approach for large language
 models" (Wanda), ICLR 2024, arXiv 2306.11695, in its structured form; An et al.,

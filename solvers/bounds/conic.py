@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,9 +28,16 @@ from solvers.certificates.certificate import MultiplierCertificate
 from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status, missing
+from solvers.protocol import (
+    Backend,
+    BackendKind,
+    Capabilities,
+    Positive,
+    Selection,
+    Status,
+    missing,
+)
 
-_RELAXATIONS = ("semidefinite", "second_order")
 _STEPS = 200
 _SOLVED = ("optimal", "optimal_inaccurate")
 
@@ -52,17 +59,9 @@ class Conic(Backend):
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "convex relaxations by an interior-point solver; for small layers"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
-    relaxation: str = "semidefinite"
+    relaxation: Literal["semidefinite", "second_order"] = "semidefinite"
     solver: str = "CLARABEL"
-    rounds: int = 2
-
-    def __post_init__(self) -> None:
-        if self.relaxation not in _RELAXATIONS:
-            raise BackendError(
-                f"cvxpy: relaxation is {self.relaxation!r}; choose {' or '.join(_RELAXATIONS)}"
-            )
-        if self.rounds < 1:
-            raise BackendError(f"cvxpy: rounds is {self.rounds}; use 1 or more")
+    rounds: Positive = 2
 
     @classmethod
     def available(cls) -> str | None:

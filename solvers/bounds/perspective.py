@@ -10,10 +10,9 @@ import torch
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.closed_forms.refit import refit_loss
-from solvers.errors import BackendError
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status
+from solvers.protocol import Backend, BackendKind, Natural, Positive, Selection, Status
 
 _BOUND_FROM = "perspective relaxation with common multipliers"
 
@@ -41,16 +40,9 @@ class Perspective(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "certified lower bound for layers of any size, with a rounded support"
-    rounds: int = Effort.rounds
-    steps: int = Effort.steps
+    rounds: Natural = Effort.rounds
+    steps: Positive = Effort.steps
     polish: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0 or self.steps < 1:
-            raise BackendError(
-                f"perspective: rounds is {self.rounds}, and steps {self.steps}; use 0 or more "
-                "rounds and 1 or more steps"
-            )
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bound, round, and improve what rounding gives."""

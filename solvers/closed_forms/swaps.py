@@ -100,7 +100,7 @@ def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
         return _block_gains(consumer, leave, enter)
 
     first, *others = map(gains, state.consumers)
-    return sum(others, start=first)
+    return sum(others, first)
 
 
 def _scalar_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
@@ -129,4 +129,4 @@ def _block_gains(state: ConsumerState, leave: Tensor, enter: Tensor) -> Tensor:
     F = half.mT @ root[:, None]
     cross = F @ (K_ij + K[leave][:, None] @ (F.mT / 2))
     residual = K[enter] + cross + cross.mT
-    return block_scores(N[enter] + half.mT @ half, residual) - lost[:, None]
+    return block_scores(N[enter] + half.mT @ half, residual).sub(lost[:, None])

@@ -26,13 +26,20 @@ from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
 from solvers.closed_forms.refit import refit_loss_and_rounding
-from solvers.errors import BackendError
 from solvers.exact.frontier import Frontier, Nodes, TreeRecord
-from solvers.exact.outer_approximation import check_limits
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Selection, Status
+from solvers.protocol import (
+    DEFAULT_GAP_TOLERANCE,
+    Backend,
+    BackendKind,
+    Natural,
+    Seconds,
+    Selection,
+    Status,
+    Tolerance,
+)
 
 _LEAF_SUPPORTS = 10
 _ROOT_EFFORT = Effort(steps=200)
@@ -73,15 +80,10 @@ class BranchAndBound(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT
     summary: ClassVar[str] = "own branch and bound on the perspective relaxation; needs no licence"
-    time_limit: float = 60.0
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    node_limit: int = 10_000_000
+    time_limit: Seconds = 60.0
+    gap_tolerance: Tolerance = DEFAULT_GAP_TOLERANCE
+    node_limit: Natural = 10_000_000
     start: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_limits(self.time_limit, self.gap_tolerance)
-        if self.node_limit < 0:
-            raise BackendError(f"node_limit is {self.node_limit}; limits must not be negative")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search best-first from the swap optimum."""

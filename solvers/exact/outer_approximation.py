@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,11 +31,18 @@ from solvers.certificates.certificate import LEAST_SHARE
 from solvers.closed_forms.pivot import solve_spd
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import unit_rows
-from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE, Backend, BackendKind, Selection, Status
+from solvers.protocol import (
+    DEFAULT_GAP_TOLERANCE,
+    Backend,
+    BackendKind,
+    Seconds,
+    Selection,
+    Status,
+    Tolerance,
+)
 
 Array = NDArray[np.float64]
 
@@ -43,7 +51,6 @@ _COUPLING = 1.25
 
 _TOWARDS_CORE = 0.3
 _STEEPEST = 1e6
-_MOST_THREADS = 1024
 _COST_CAP = 2.0
 """In units of the incumbent's cost: what costs more need not be told apart."""
 
@@ -56,19 +63,6 @@ SOLVER_SLACK = 2e-7
 
 Cut = tuple[Array, float]
 """``cost >= slopes @ x - constant``, for the indicator x of removed units and in `Search.unit`."""
-
-
-def check_limits(time_limit: float, gap_tolerance: float, threads: int = 1) -> None:
-    """Refuse limits of a search that are none."""
-    if not 0 <= threads <= _MOST_THREADS:
-        raise BackendError(
-            f"threads is {threads}; give 1 to {_MOST_THREADS}, or 0 for its own choice"
-        )
-    if not time_limit >= 0 or not 0 <= gap_tolerance < 1:
-        raise BackendError(
-            f"time_limit is {time_limit} and gap_tolerance {gap_tolerance}; limits must not be "
-            "negative, and the tolerance lies in [0, 1)"
-        )
 
 
 @dataclass(frozen=True)
@@ -88,13 +82,10 @@ class MixedInteger(Backend):
     """
 
     kind: ClassVar[BackendKind] = BackendKind.EXACT
-    time_limit: float = 60.0
-    gap_tolerance: float = DEFAULT_GAP_TOLERANCE
-    threads: int = 1
+    time_limit: Seconds = 60.0
+    gap_tolerance: Tolerance = DEFAULT_GAP_TOLERANCE
+    threads: Annotated[int, Interval(ge=0, le=1024)] = 1
     start: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_limits(self.time_limit, self.gap_tolerance, self.threads)
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search, unless there is no choice."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from solvers.certificates.tree_certificate import TreeCertificate
@@ -15,13 +16,21 @@ from solvers.closed_forms.windows import (
     random_window,
     window_problem,
 )
-from solvers.errors import BackendError
 from solvers.exact.branch_and_bound import BranchAndBound
 from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
-from solvers.heuristics.scores import check_seed
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status, WindowCertificate
+from solvers.protocol import (
+    Backend,
+    BackendKind,
+    Natural,
+    Seconds,
+    Seed,
+    Selection,
+    Status,
+    Tolerance,
+    WindowCertificate,
+)
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,11 @@ class WindowSearch(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "swap optimum, then improved exactly within windows of units"
-    units: int = 24
-    windows: int = 8
-    time_limit: float = 10.0
-    gap_tolerance: float = 1e-5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.units < 2 or self.windows < 0:
-            raise BackendError(
-                f"window_search: units is {self.units} and windows {self.windows}; a window has "
-                "two units or more, and their number is not negative"
-            )
-        check_seed("window_search", self.seed)
+    units: Annotated[int, Ge(2)] = 24
+    windows: Natural = 8
+    time_limit: Seconds = 10.0
+    gap_tolerance: Tolerance = 1e-5
+    seed: Seed = 0
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Improve the swap optimum, one window after the other."""

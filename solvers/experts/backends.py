@@ -15,7 +15,7 @@ from solvers.errors import BackendError
 from solvers.experts.losses import Losses, losses_of
 from solvers.experts.problem import ExpertProblem
 from solvers.heuristics.scores import Random, Scored
-from solvers.protocol import Backend, BackendKind, Selection, Status
+from solvers.protocol import Backend, BackendKind, Natural, Selection, Status
 
 ROUNDING = 1e-12
 """Losses are told apart if they differ by more than this share of the target's squared norm."""
@@ -107,13 +107,7 @@ class LocalSearch(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then the best exchanges until none lowers the loss"
-    max_exchanges: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.max_exchanges < 0:
-            raise BackendError(
-                f"local_search: max_exchanges is {self.max_exchanges}; it cannot be negative"
-            )
+    max_exchanges: Natural = 10_000
 
     def select(self, problem: ExpertProblem) -> Selection:
         """Search until no exchange helps."""

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.row_blocks import equal_width
-from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.linalg.descent import accelerated
 from solvers.problem import Consumer, SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status
+from solvers.protocol import Backend, BackendKind, Positive, Selection, Status
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,8 @@ class GroupLasso(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "penalty on the norm of each unit, raised until k are left; refit"
-    bisections: int = 24
-    iterations: int = 60
-
-    def __post_init__(self) -> None:
-        if self.bisections < 1 or self.iterations < 1:
-            raise BackendError(
-                f"group_lasso: bisections is {self.bisections} and iterations {self.iterations}; "
-                "use 1 or more"
-            )
+    bisections: Positive = 24
+    iterations: Positive = 60
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bisect the penalty; rank by norm, then by what shrinkage hid, where it jumps past k."""

@@ -15,7 +15,7 @@ from solvers.closed_forms.refit import refit_loss
 from solvers.closed_forms.swaps import Exchange, candidates
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status
+from solvers.protocol import Backend, BackendKind, Natural, Selection, Status, Tolerance
 
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
@@ -58,15 +58,8 @@ class LocalSearch(Backend):
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then the exactly best swaps to a certified optimum"
     start: tuple[int, ...] | None = None
-    max_swaps: int = 10_000
-    tolerance: float = 1e-9
-
-    def __post_init__(self) -> None:
-        if self.max_swaps < 0 or not 0 <= self.tolerance < 1:
-            raise BackendError(
-                f"local_search: max_swaps is {self.max_swaps} and tolerance {self.tolerance}; "
-                "exchanges cannot be negative in number, and the tolerance lies in [0, 1)"
-            )
+    max_swaps: Natural = 10_000
+    tolerance: Tolerance = 1e-9
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search until the gains of a sound factorization say that no exchange helps."""

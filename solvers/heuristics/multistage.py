@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.pivot import PivotState
-from solvers.errors import BackendError
 from solvers.heuristics.incumbent import Incumbent
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status
+from solvers.protocol import Backend, BackendKind, Natural, Positive, Selection, Status
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,9 @@ class Multistage(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "the paper's: t units removed a stage, then batches of swaps"
-    stage_size: int | None = None
-    batch_size: int | None = None
-    max_batches: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("stage_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BackendError(f"multistage: {name} is {value}; it must be at least 1")
-        if self.max_batches < 0:
-            raise BackendError(f"multistage: max_batches is {self.max_batches}; use 0 or more")
+    stage_size: Positive | None = None
+    batch_size: Positive | None = None
+    max_batches: Natural = 20
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Remove in stages, then exchange in batches."""

@@ -8,15 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from solvers.errors import BackendError
-from solvers.problem import NO_ROW, Consumer, SubsetProblem
-from solvers.protocol import Backend, BackendKind, Selection, Status
-
-
-def check_seed(backend: str, seed: int) -> None:
-    """Refuse what a generator does not take."""
-    if not 0 <= seed < 1 << 63:
-        raise BackendError(f"{backend}: seed is {seed}; it must lie in [0, 2^63)")
+from solvers.problem import NO_ROW, SubsetProblem
+from solvers.protocol import Backend, BackendKind, Seed, Selection, Status
 
 
 class Scored(Backend):
@@ -39,10 +32,7 @@ class Random(Scored):
     """Keep a random subset: the floor that every other backend has to clear."""
 
     summary: ClassVar[str] = "a random choice; the floor for comparisons"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_seed("random", self.seed)
+    seed: Seed = 0
 
     def scores(self, problem: Any) -> Tensor:
         """Draw from a generator seeded with `seed`, on the CPU, so that devices agree."""
@@ -59,7 +49,7 @@ class Magnitude(Scored):
 
     def scores(self, problem: SubsetProblem) -> Tensor:
         """Return the squared norm of the rows of each unit, summed over the consumers."""
-        return _unit_sums(problem, [c.W0.square().sum(1) for c in problem.consumers])
+        return unit_sums(problem, [c.W0.square().sum(1) for c in problem.consumers])
 
 
 @dataclass(frozen=True)
@@ -74,36 +64,13 @@ class Wanda(Scored):
 
     def scores(self, problem: SubsetProblem) -> Tensor:
         """Return ``sum over rows of |W0_r|^2 mean(x_r^2)`` for each unit."""
-        return _unit_sums(problem, [_weighted_square(c) for c in problem.consumers])
-
-
-@dataclass(frozen=True)
-class Flap(Scored):
-    """Keep the units whose inputs fluctuate most, weighted by the norm of what reads them.
-
-    The metric WIFV of An et al., "Fluctuation-based adaptive structured pruning for large language
-    models" (FLAP), AAAI 2024, arXiv 2312.11983: a constant input costs nothing, since a bias makes
-    up for it.  Where inputs are centred it is the score of `Wanda`.  The refit makes up for what a
-    bias cannot, too; a damping without bounds leaves nothing but the bias, which is the paper's.
-    (Its public code squares the scores of the inputs of heads before it adds them up.)
-    """
-
-    summary: ClassVar[str] = "largest norm of dense weights times deviation of their inputs"
-
-    def scores(self, problem: SubsetProblem) -> Tensor:
-        """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit."""
         scores = [
-            _weighted_square(c) if c.variance is None else c.W0.square().sum(1) * c.variance
-            for c in problem.consumers
+            c.W0.square().sum(1) * (c.hessian.diagonal() - c.damping) for c in problem.consumers
         ]
-        return _unit_sums(problem, scores)
+        return unit_sums(problem, scores)
 
 
-def _weighted_square(consumer: Consumer) -> Tensor:
-    return consumer.W0.square().sum(1) * (consumer.hessian.diagonal() - consumer.damping)
-
-
-def _unit_sums(problem: SubsetProblem, row_scores: list[Tensor]) -> Tensor:
+def unit_sums(problem: SubsetProblem, row_scores: list[Tensor]) -> Tensor:
     """Add up the scores of the rows of each unit over the consumers, (n,)."""
     total = torch.zeros(problem.units, dtype=torch.float64, device=problem.device)
     for consumer, scores in zip(problem.consumers, row_scores, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import solvers
 from benchmarks.case import Case
 from benchmarks.measuring import read
 from benchmarks.page import DENSE, OURS, write_page
@@ -144,3 +145,26 @@ def test_the_page_says_first_where_a_peer_is_better(theirs, seconds, better, tmp
     assert first.count("\n- ") == (better != ["Nowhere in these rows."])
     assert f"| theirs | 80% | 80% | {theirs + 1:.2f} ({theirs:.2f} to {theirs + 2:.2f}) |" in rest
     assert "- broken: `IndexError: index 32`" in rest
+
+
+UNITS = ([[3], [0, 4], [6, 5], [1], [2]], [[0], [5, 1], [2], [3], [4]])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_flap_adds_up_the_variances_that_the_weights_see(known):
+    """Of centred inputs, whose variances the diagonal of H tells, and of others."""
+    draw, scores, consumers = np.random.default_rng(0), np.zeros(5), []
+    for p, m, units in ((7, 3, UNITS[0]), (6, 4, UNITS[1])):
+        X, W0 = (
+            draw.normal(size=(60, p)) + known * 3 * draw.normal(size=p),
+            draw.normal(size=(p, m)),
+        )
+        X -= 0 if known else X.mean(0)
+        rows = X.var(0) * np.square(W0).sum(1)
+        scores += [rows[own].sum() for own in units]
+        H, W0, variance = map(torch.from_numpy, (X.T @ X / 60, W0, X.var(0)))
+        given = {"variance": variance} if known else {}
+        consumers.append(solvers.Consumer.from_gram(H, W0, units=units, damp=0.01, **given))
+    problem = solvers.SubsetProblem(tuple(consumers), 3)
+    kept = solvers.solve(problem, backends.Flap()).support.tolist()
+    assert kept == sorted(np.argsort(-scores)[:3].tolist())

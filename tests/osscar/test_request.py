@@ -213,7 +213,7 @@ def test_fields_are_keywords_and_models_may_be():
     model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(64, 4)
     with pytest.raises(TypeError):
         osscar.prune(model, data, 0.5)
-    options = {"backend": "flap", "target": "weights", "damp": 1e9, "device": "cpu"}
+    options = {"backend": "wanda", "target": "weights", "damp": 1e9, "device": "cpu"}
     result = osscar.prune(model=model, calibration=data, neurons=0.5, **options)
     assert result.request.damp == 1e9  # the greatest, which leaves the dense weights
     kept = list(result.plan.groups[0].kept)

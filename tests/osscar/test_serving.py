@@ -57,7 +57,7 @@ def test_what_serving_takes_is_what_transformers_holds(name):
     torch.manual_seed(0)
     model = MODELS[name]()
     data = tokens(8, 24) % model.config.vocab_size
-    asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform", backend="flap")
+    asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform", backend="wanda")
     with prepare(model, data) as prepared:
         limit = allocate(PruningTask(prepared, asked)).budget.tightest
     assert limit.dense == kept_bytes(model) + weight_bytes(model)

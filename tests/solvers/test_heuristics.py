@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import Consumer, ProblemError, Status, SubsetProblem, refit, solve
+from solvers import ProblemError, Status, SubsetProblem, refit, solve
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
 from solvers.closed_forms.windows import apply_window, window_problem
@@ -109,45 +109,6 @@ def test_searches_beat_chance():
         random = np.mean([solve(instance.problem, "random", seed=s).loss for s in range(8)])
         for backend in ("greedy", "local_search", "multistage", "group_lasso"):
             assert solve(instance.problem, backend).loss < 0.9 * random
-
-
-# ---- scores, from the data alone -----------------------------------------------------------------
-
-UNITS = ([[3], [0, 4], [6, 5], [1], [2]], [[0], [5, 1], [2], [3], [4]])
-
-
-def shifted(seed, p, m):
-    """Data whose inputs have means that differ."""
-    data = random_data(seed, p, m)
-    return data.X + 3 * np.random.default_rng(seed + 1000).normal(size=p), data.W0
-
-
-def consumer(X, W0, units=None, *, known=True):
-    H = torch.from_numpy(X.T @ X / len(X))
-    variance = torch.from_numpy(X.var(0)) if known else None
-    return Consumer.from_gram(H, torch.from_numpy(W0), units=units, damp=0.01, variance=variance)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_flap_adds_up_the_variances_that_the_weights_see(seed):
-    data = [shifted(seed, 7, 3), shifted(seed + 100, 6, 4)]
-    scores = np.zeros(5)
-    for (X, W0), units in zip(data, UNITS, strict=True):
-        rows = X.var(0) * np.square(W0).sum(1)
-        scores += [rows[own].sum() for own in units]
-    consumers = tuple(consumer(*d, u) for d, u in zip(data, UNITS, strict=True))
-    found = solve(SubsetProblem(consumers, 3), "flap")
-    assert found.support.tolist() == sorted(np.argsort(-scores)[:3].tolist())
-
-
-def test_where_inputs_are_centred_flap_is_wanda():
-    for name in ("scalar", "correlated", "ragged_consumers"):
-        problem = INSTANCES[name].problem
-        assert torch.equal(solve(problem, "flap").support, solve(problem, "wanda").support)
-    X, W0 = shifted(3, 9, 2)
-    X = X - X.mean(0)
-    known, unknown = (SubsetProblem((consumer(X, W0, known=k),), 4) for k in (True, False))
-    assert torch.equal(solve(known, "flap").support, solve(unknown, "flap").support)
 
 
 # ---- windows: their loss is the whole layer's, and searching them improves it --------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -108,28 +107,16 @@ def test_a_users_backend(installed):
 
 # ---- options -------------------------------------------------------------------------------------
 
-LIMITS = "time_limit is .* and gap_tolerance"
 BAD_OPTIONS = [
     ("gredy", {}, r"^there is no backend 'gredy'; choose .*greedy"),
-    ("local_search", {"max_swaps": -1}, "max_swaps is -1"),
-    ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
-    ("random", {"seed": -1}, "seed is -1; it must lie in"),
     ("random", {"sed": 1}, r"'random' has no option sed; it has seed"),
-    ("window_search", {"units": 1}, "two units or more"),
-    ("multistage", {"stage_size": 0}, "stage_size is 0"),
-    ("group_lasso", {"bisections": 0}, "bisections is 0"),
-    ("perspective", {"rounds": -1}, "use 0 or more rounds"),
-    ("branch_and_bound", {"node_limit": -1}, "limits must not be negative"),
-    ("branch_and_bound", {"time_limit": -1.0}, LIMITS),
-    ("cvxpy", {"relaxation": "linear"}, "choose semidefinite or second_order"),
+    ("random", {"seed": -1}, "'random': seed is -1; it should be greater than or equal to 0"),
+    ("local_search", {"tolerance": math.nan}, "tolerance is nan; it should be"),
+    ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
+    ("branch_and_bound", {"time_limit": "abc"}, "time_limit is 'abc'; it should be a valid number"),
+    ("branch_and_bound", {"node_limit": 2.5}, "node_limit is 2.5; it should be a valid integer"),
+    ("cvxpy", {"relaxation": "linear"}, "should be 'semidefinite' or 'second_order'"),
     ("cvxpy", {"solver": "NONE_SUCH"}, "'NONE_SUCH' is not installed; choose from .*CLARABEL"),
-    ("highs", {"threads": -5}, "threads is -5; give 1 to"),
-]
-WRONG_TYPES = [
-    ("branch_and_bound", "time_limit", "abc", "float"),
-    ("branch_and_bound", "node_limit", 2.5, "int"),
-    ("random", "seed", True, "int"),
-    ("perspective", "polish", 1, "bool"),
 ]
 
 
@@ -139,20 +126,13 @@ def test_bad_options():
         if name not in unavailable:
             with pytest.raises(BackendError, match=message):
                 solve(PROBLEM, name, **options)
-    for name, option, value, expected in WRONG_TYPES:
-        message = f"^backend '{name}': {option} is .*; it must be {re.escape(expected)}$"
-        with pytest.raises(BackendError, match=message):
-            solve(PROBLEM, name, **{option: value})
 
 
-def test_options_are_converted_to_their_types(monkeypatch):
+def test_options_are_converted_to_their_types():
     made = make_backend("branch_and_bound", time_limit=3, node_limit=np.int64(5), start=[2, 1])
     assert (made.time_limit, made.node_limit, made.start) == (3.0, 5, (2, 1))
     assert (type(made.time_limit), type(made.node_limit)) == (float, int)
     assert make_backend("branch_and_bound", time_limit=float("inf")).time_limit == float("inf")
-    monkeypatch.setattr(LocalSearch, "__post_init__", lambda self: None)
-    with pytest.raises(BackendError, match="'local_search': tolerance is nan; it must be a number"):
-        make_backend("local_search", tolerance=math.nan)
 
 
 def test_options_in_a_mapping():
