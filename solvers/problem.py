@@ -20,6 +20,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +40,7 @@ from solvers.linalg.gram import (
 )
 from solvers.linalg.symmetric import Symmetric
 from solvers.linalg.values import (
-    as_integer,
-    as_number,
-    as_owned_tensor,
+    as_owned,
     as_tensor,
     check_diagonal,
     check_energy,
@@ -55,8 +54,6 @@ NO_ROW = -1
 _SYMMETRY_TOLERANCE = 1e-8
 _TENSORS = ("H", "G", "W0", "rows")
 _NUMBERS = ("e", "damping")
-_VARIANCE_TOLERANCE = 1e-9
-"""By how much rounding may raise a variance above the second moment, relative to that."""
 
 Units = int | Sequence[Sequence[int]] | Tensor
 """A number of equally wide units of consecutive rows, or the rows of each unit."""
@@ -78,8 +75,8 @@ class _Dense:
 class Consumer:
     """The quadratic terms of one linear map and the rows of it that each unit owns.
 
-    Arrays and tensors are copied, so that a later write to them changes nothing here, and gradients
-    are left behind.
+    Arrays and tensors are copied and converted, so that a later write to them changes nothing here,
+    and gradients are left behind.
 
     Parameters
     ----------
@@ -109,8 +106,8 @@ class Consumer:
     Raises
     ------
     ProblemError
-        If a field has a wrong shape or type, is not finite, is not symmetric, or if the units
-        overlap or leave a row uncovered.
+        If a field has a wrong shape, is not finite, is not symmetric, or if the units overlap or
+        leave a row uncovered.
     """
 
     if TYPE_CHECKING:
@@ -126,12 +123,46 @@ class Consumer:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, given in self._tensors.items():
-            owned = as_tensor(name, given) if name == "H" else as_owned_tensor(name, given)
-            object.__setattr__(self, name, owned)
-        for name, number in self._numbers.items():
-            object.__setattr__(self, name, as_number(name, number))
-        self._check()
+        given = as_tensor(vars(self)["H"])
+        numbers = {name: float(value) for name, value in self._numbers.items()}
+        tensors = {
+            name: as_owned(value, torch.int64 if name == "rows" else torch.float64)
+            for name, value in self._tensors.items()
+            if name != "H"
+        }
+        vars(self).update(numbers, **tensors)
+        p, m = (*self.W0.shape, 0, 0)[:2]
+        found = [tuple(tensor.shape) for tensor in (given, self.G, self.W0)]
+        if not p * m or found != [(p, p), (p, m), (p, m)]:
+            raise ProblemError(
+                f"H, G and W0 have the shapes {found}; they must be (p, p), (p, m) and (p, m), and "
+                "not empty"
+            )
+        held, difference = symmetric_part(given)
+        vars(self)["H"] = held
+        panels = (("H", panel) for panel in held.panels)
+        for name, matrix in (*panels, ("G", self.G), ("W0", self.W0)):
+            check_entries(name, matrix)
+        check_energy(self.e)
+        check_diagonal(held.diagonal())
+        if not difference <= _SYMMETRY_TOLERANCE:
+            raise ProblemError(asymmetry(difference))
+        if not 0 <= self.damping < math.inf:
+            raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
+        if self.scale is not None and not self.e <= self.scale < math.inf:
+            raise ProblemError(f"scale is {self.scale}; it must be finite, and at least e")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Refuse units that do not own each row once, and variances of other rows."""
+        p, owned = len(self.W0), self.rows[self.rows != NO_ROW].sort().values
+        if self.rows.ndim != 2 or not torch.equal(owned, torch.arange(p, device=owned.device)):
+            raise ProblemError(
+                f"units must own each of the {p} rows exactly once; they own {owned.numel()} rows, "
+                f"{len(set(owned.tolist()))} of them distinct"
+            )
+        if self.variance is not None and self.variance.shape != (p,):
+            raise ProblemError(f"variance must be ({p},), not {tuple(self.variance.shape)}")
 
     def __repr__(self) -> str:
         p, m = self.G.shape
@@ -156,61 +187,11 @@ class Consumer:
         return {name: vars(self)[name] for name in names}
 
     @classmethod
-    def _owning(cls, *, scale: Any = None, **given: Any) -> Consumer:
-        """Return a consumer of tensors that nobody else holds, and that need no copy."""
+    def _owning(cls, **given: Any) -> Consumer:
+        """Return a consumer of tensors that nobody else holds, as they are."""
         made = object.__new__(cls)
-        vars(made).update({"variance": None, **given, "scale": scale})
-        vars(made).update({name: as_number(name, held) for name, held in made._numbers.items()})
-        made._check()
+        vars(made).update({"variance": None, "scale": None, **given})
         return made
-
-    def _check(self) -> None:
-        p = self._check_shapes()
-        given, difference = vars(self)["H"], 0.0
-        if isinstance(given, Tensor):
-            given, difference = symmetric_part(given)
-            object.__setattr__(self, "H", given)
-        for name, matrix in [
-            *(("H", panel) for panel in given.panels),
-            ("G", self.G),
-            ("W0", self.W0),
-        ]:
-            check_entries(name, matrix)
-        check_energy(self.e)
-        if not math.isfinite(self.damping) or self.damping < 0:
-            raise ProblemError(f"damping is {self.damping}; it must be finite and not negative")
-        if self.scale is not None and not self.e <= self.scale < math.inf:
-            raise ProblemError(
-                f"scale is {self.scale}; it must be finite, and no less than e, {self.e:.6g}: what "
-                "losses are relative to is the largest of them"
-            )
-        check_diagonal(self.hessian.diagonal())
-        if not difference <= _SYMMETRY_TOLERANCE:
-            raise ProblemError(asymmetry(difference))
-        self._check_variance()
-        owned = self.rows[self.rows != NO_ROW].sort().values
-        if not torch.equal(owned, torch.arange(p, device=owned.device)):
-            raise ProblemError(
-                f"units must own each of the {p} rows exactly once; they own {owned.numel()} rows, "
-                f"{len(set(owned.tolist()))} of them distinct"
-            )
-
-    def _check_variance(self) -> None:
-        if self.variance is None:
-            return
-        check_entries("variance", self.variance)
-        least = float(self.variance.min())
-        if least < 0:
-            raise ProblemError(f"variance has {least:.3g}; no variance is negative")
-        diagonal = self.hessian.diagonal()
-        above = self.variance - (1 + _VARIANCE_TOLERANCE) * diagonal
-        if float(above.max()) > 0:
-            row = int(above.argmax())
-            raise ProblemError(
-                f"variance has {float(self.variance[row]):.6g} for row {row}, where H has "
-                f"{float(diagonal[row]):.6g} on its diagonal: no variance exceeds the second "
-                "moment; give both on one scale"
-            )
 
     @classmethod
     def from_gram(
@@ -245,38 +226,20 @@ class Consumer:
         Raises
         ------
         ProblemError
-            If the input is not finite, has a wrong shape or type, is far from positive
-            semidefinite, or if `e` is less than `G` explains, or `H` than `variance`.
+            If the input is not finite, has a wrong shape, is far from positive semidefinite, or if
+            `e` is less than `G` explains.
         """
         terms = damp_terms(H, W0, G=G, e=e, damp=damp, overwrite=overwrite)
-        tensors = {"rows": _unit_rows(units, len(terms["H"])).to(terms["H"].device)}
-        if variance is not None:
-            tensors["variance"] = as_owned_tensor("variance", variance).to(torch.float64)
-        scale = None if scale is None else max(as_number("scale", scale), terms["e"])
-        consumer = cls._owning(**terms, **tensors, scale=scale)
+        consumer = cls._owning(
+            **terms,
+            rows=_unit_rows(units, len(terms["H"])).to(terms["H"].device),
+            variance=None if variance is None else as_owned(variance),
+            scale=None if scale is None else max(float(scale), terms["e"]),
+        )
+        consumer._check_rows()
         # Damping has just made sure of the one, and made G of W0 or not.
         vars(consumer).update(violation=None, fits=G is None)
         return consumer
-
-    def _check_shapes(self) -> int:
-        held = self._tensors
-        p, m = (*held["H"].shape, 0)[0], (*held["G"].shape, 0)[1]
-        if p == 0:
-            raise ProblemError("H is empty; leave out a consumer of which no unit owns a row")
-        due = {"H": (p, p), "G": (p, m), "W0": (p, m), "variance": (p,)}
-        for name, tensor in held.items():
-            kind, shape = torch.int64 if name == "rows" else torch.float64, tuple(tensor.shape)
-            fits = len(shape) == 2 if name == "rows" else shape == due[name]
-            if not fits or tensor.dtype != kind:
-                raise ProblemError(
-                    f"{name} must be {due.get(name, '(units, width)')} in {kind}, not {shape} in "
-                    f"{tensor.dtype}"
-                )
-            if tensor.device != held["H"].device:
-                raise ProblemError(
-                    f"H is on {held['H'].device}, and {name} on {tensor.device}; move them"
-                )
-        return int(p)
 
     @cached_property
     def violation(self) -> str | None:
@@ -362,8 +325,8 @@ class SubsetProblem:
     Raises
     ------
     ProblemError
-        If there is no consumer, the consumers disagree on n or on the device, `keep` is out of
-        range, or `name` is no string or has control characters.
+        If there is no consumer, the consumers disagree on n, `keep` is out of range, or `name` is
+        no string or has control characters.
 
     Examples
     --------
@@ -379,30 +342,20 @@ class SubsetProblem:
     name: str = ""
 
     def __post_init__(self) -> None:
-        self._check_consumers()
-        keep = as_integer(self.keep)
-        if keep is None or not 0 < keep <= self.units:
+        vars(self).update(consumers=tuple(self.consumers), keep=operator.index(self.keep))
+        counts = [len(consumer.rows) for consumer in self.consumers]
+        if len(set(counts)) != 1:
             raise ProblemError(
-                f"keep is {reprlib.repr(self.keep)}; it must be a whole number from 1 to the "
-                f"{self.units} units"
+                f"consumers have {counts} units; give at least one consumer, and all of them the "
+                "same units"
             )
-        object.__setattr__(self, "keep", keep)
+        if not 0 < self.keep <= self.units:
+            raise ProblemError(f"keep is {self.keep}; it must be from 1 to the {self.units} units")
         if not isinstance(self.name, str) or not self.name.isprintable():
             raise ProblemError(
                 f"name is {reprlib.repr(self.name)}; it must be a string that can be printed on "
                 "one line"
             )
-
-    def _check_consumers(self) -> None:
-        object.__setattr__(self, "consumers", tuple(self.consumers))
-        if not self.consumers:
-            raise ProblemError("a problem needs at least one consumer")
-        counts = [len(consumer.rows) for consumer in self.consumers]
-        if len(set(counts)) != 1:
-            raise ProblemError(f"consumers disagree on the number of units: {counts}")
-        devices = sorted({str(consumer.hessian.device) for consumer in self.consumers})
-        if len(devices) != 1:
-            raise ProblemError(f"consumers are on {' and '.join(devices)}; move them to one")
 
     @classmethod
     def from_gram(
@@ -553,7 +506,7 @@ class SubsetProblem:
             raise ProblemError(f"{path} is not a problem file of format {FORMAT!r}")
         try:
             consumers = tuple(
-                Consumer._owning(
+                Consumer(
                     **{key: tensors[f"{i}.{key}"] for key in _TENSORS},
                     e=terms["e"],
                     damping=terms["damping"],
@@ -566,31 +519,21 @@ class SubsetProblem:
             problem.check_definite()
         except ProblemError as error:
             raise ProblemError(f"{path}: {error}") from error
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ProblemError(f"{path} is not a complete problem file: {error!r}") from error
         return problem
 
 
 def _unit_rows(units: Any, p: int) -> Tensor:
     """Return the (n, w) rows of each unit."""
-    count = p if units is None else as_integer(units)
-    if count is not None:
+    if units is None or isinstance(units, Integral):
+        count = p if units is None else int(units)
         if count <= 0 or p % count:
             raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
         return torch.arange(p).view(count, p // count)
     if isinstance(units, Tensor | np.ndarray):
-        rows = as_owned_tensor("units", units)
-        if rows.ndim != 2 or rows.is_floating_point() or rows.dtype is torch.bool:
-            raise ProblemError(
-                "units must be a matrix (units, width) of whole numbers, not "
-                f"{rows.dtype} of {tuple(rows.shape)}"
-            )
-        return rows.to(torch.int64)
-    listed = [[operator.index(row) for row in rows] for rows in units]
-    if not listed or any(row < 0 for rows in listed for row in rows):
-        raise ProblemError(
-            f"units is {reprlib.repr(units)}; name for each unit the rows that it owns, from 0 on"
-        )
-    width = max(1, *(len(rows) for rows in listed))
+        return as_owned(units, torch.int64)
+    listed = [list(map(int, rows)) for rows in units]
+    width = max([1, *map(len, listed)])
     filled = [rows + [NO_ROW] * (width - len(rows)) for rows in listed]
     return torch.tensor(filled, dtype=torch.int64)

@@ -15,12 +15,10 @@ from solvers.bounds.perspective import Perspective
 from solvers.closed_forms.refit import refit
 from solvers.errors import (
     BackendError,
-    ProblemError,
     SolverError,
     VerificationError,
     is_shortage,
 )
-from solvers.linalg.values import as_integer, as_number, as_tensor
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Selection
 from solvers.registry import BACKENDS, backends, make_backend
@@ -146,21 +144,18 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
         )
     try:
-        iterations = as_integer(selection.iterations)
-        if iterations is None:
-            raise ProblemError(f"iterations is {reprlib.repr(selection.iterations)}")
         checked = dataclasses.replace(
             selection,
-            support=as_tensor("support", selection.support).sort().values,
-            lower_bound=as_number("lower_bound", selection.lower_bound),
-            gap_tolerance=as_number("gap_tolerance", selection.gap_tolerance),
-            iterations=iterations,
-            history=tuple(as_number("history", value) for value in selection.history),
+            support=torch.as_tensor(selection.support).sort().values,
+            lower_bound=float(selection.lower_bound),
+            gap_tolerance=float(selection.gap_tolerance),
+            iterations=int(selection.iterations),
+            history=tuple(map(float, selection.history)),
             windows=tuple(selection.windows),
         )
         check_fields(checked, [field.name for field in dataclasses.fields(Selection)])
         check_support(problem, checked.support)
-    except (ProblemError, VerificationError, TypeError) as error:
+    except (ValueError, VerificationError, TypeError) as error:
         raise BackendError(
             f"backend {name!r} answered with what is no selection: {error}"
         ) from error

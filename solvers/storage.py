@@ -76,8 +76,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _parsed((file.metadata() or {}).get(_HEADER))
-            # Copied: what the library returns may be a view of the file, which others can write to.
-            return header, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ProblemError(f"there is no problem file {path}") from error
     except _UNREADABLE as error:

@@ -14,6 +14,7 @@ Only these have a row in its Gram matrix; the outputs themselves are not held.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from solvers.errors import ProblemError
 from solvers.experts.routing import RouterScores, RoutingRule
-from solvers.linalg.values import as_integer, check_entries
+from solvers.linalg.values import check_entries
 
 _SMALLEST = 1e-130
 """Raw weights below this have squares that vanish."""
@@ -177,10 +178,10 @@ class ExpertProblem:
     name: str = ""
 
     def __post_init__(self) -> None:
-        keep, blocks = as_integer(self.keep), tuple(self.tokens)
+        keep, blocks = operator.index(self.keep), tuple(self.tokens)
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "tokens", blocks)
-        if keep is None or not 0 < keep <= self.experts or keep % self.rule.groups:
+        if not 0 < keep <= self.experts or keep % self.rule.groups:
             raise ProblemError(
                 f"keep is {self.keep}; it must be in 1 .. {self.experts}, and a multiple of "
                 f"{self.rule.groups}, the number of groups"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solvers.errors import ProblemError, warn
 from solvers.linalg.symmetric import Symmetric
-from solvers.linalg.values import as_number, as_tensor, check_energy, check_entries
+from solvers.linalg.values import as_tensor, check_energy, check_entries
 
 DEFINITE_MARGIN = 1e-8
 """The least eigenvalue that H, scaled to a unit diagonal, has in a problem that is well posed.
@@ -188,8 +188,7 @@ def damp_terms(
         W0 with zeros for dead inputs, and lambda as `damping`.
     """
     H, W0, given, digits = _matrices(H, W0, G, overwrite)
-    damp = as_number("damp", damp)
-    if not math.isfinite(damp) or damp < 0:
+    if not 0 <= damp < math.inf:
         raise ProblemError(f"damp is {damp}; it must be finite and not negative")
     if (given is None) != (e is None):
         raise ProblemError("G and e describe one target: give both, or neither")
@@ -202,7 +201,7 @@ def damp_terms(
     else:
         target = given
         target[dead] = 0.0
-        energy = as_number("e", e)
+        energy = float(e)
     check_energy(energy)
     # A dead row is decoupled from all others; any positive diagonal keeps it so.
     mean = float(H.diagonal().mean())
@@ -227,8 +226,8 @@ def _matrices(
 
     They are copies, unless those given may be overwritten.
     """
-    H = H if isinstance(H, Symmetric) else as_tensor("H", H)
-    W0 = as_tensor("W0", W0)
+    H = H if isinstance(H, Symmetric) else as_tensor(H)
+    W0 = as_tensor(W0)
     if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
         raise ProblemError(
             f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
@@ -236,15 +235,13 @@ def _matrices(
         )
     matrices = {"W0": W0}
     if G is not None:
-        matrices["G"] = as_tensor("G", G)
+        matrices["G"] = as_tensor(G)
         if matrices["G"].shape != W0.shape:
             raise ProblemError(
                 f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
             )
     digits = max(consistency(H.dtype), consistency(matrices.get("G", W0).dtype))
     for name, value in matrices.items():
-        if value.device != H.device:
-            raise ProblemError(f"H is on {H.device}, and {name} on {value.device}; move them")
         matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
         check_entries(name, matrices[name])
     return _averaged(H, overwrite), matrices["W0"], matrices.get("G"), digits

