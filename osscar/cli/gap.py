@@ -34,7 +34,7 @@ from osscar.study.problems import model_problems
 from solvers import SubsetProblem
 
 _PROBLEM_SUFFIX = ".safetensors"
-_POSING = {"groups", "query_heads", "damp", "device"}
+_POSING = {"groups", "damp", "device"}
 _POSING |= {one.name for one in dataclasses.fields(DataOptions)}
 """Options that mean nothing to problem files."""
 
@@ -103,7 +103,7 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
 def _described(model: str, options: GapOptions) -> dict[str, Any]:
     """Return how the problems of a model are posed, as its study keeps it."""
     stated = stated_preprocessing(options)
-    names = ("samples", "seqlen", "seed", "dtype", "damp", "groups", "query_heads")
+    names = ("samples", "seqlen", "seed", "dtype", "damp", "groups")
     return {
         "model": published(model),
         "calibration": published(options.calibration or "the demo's calibration text"),
@@ -131,7 +131,6 @@ def _capture_model(study: Study, model: str, options: GapOptions) -> None:
         data,
         damp=options.damp,
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
-        query_heads=options.query_heads,
     )
     study.capture(((str(group.kind), problem.to("cpu")) for group, problem in problems), dense)
 

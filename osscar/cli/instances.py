@@ -18,7 +18,7 @@ from osscar.cli.common import check_json_path, document, say, show
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
 from osscar.report.sections import table
-from osscar.study.jobs import RECORDS
+from osscar.study.jobs import CERTIFICATES
 from osscar.study.library import TOLERANCE, library
 from osscar.study.records import Record
 from solvers import SubsetProblem
@@ -144,4 +144,4 @@ def tell_known(records: Sequence[Record], directory: Path) -> None:
         words = " and ".join(dict.fromkeys(by))
         better = SolutionFile(name, found.support, bound if bound > best.bound else None, words)
         write_json(path, dataclasses.asdict(better))
-        say(f"{path} is the solution to send; what proves a bound is in {directory / RECORDS}")
+        say(f"{path} is the solution to send; what proves a bound is in {directory / CERTIFICATES}")

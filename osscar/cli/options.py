@@ -51,7 +51,7 @@ _GROUPS = {
     "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
     "at_least",
     "Quality target": "max_divergence max_perplexity_increase max_top1_drop smallest",
-    "What to keep": "keep heads neurons channels residual experts skip groups query_heads",
+    "What to keep": "keep heads neurons channels residual experts skip groups",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
     "window_units held_out batch_size seed",
     "Images": "mean std image_size no_normalize",
@@ -366,9 +366,6 @@ class GapOptions(DataOptions):
     """Directory of the study; an existing study is continued."""
     groups: str | None = None
     """Only groups of the model that match one of these patterns, such as `*.heads`."""
-    query_heads: bool = False
-    """Make each query head a unit of its own, even where pruning can remove only a key-value head
-    with all its query heads."""
     damp: float = 0.01
     """Damping of the refit: the weight of a ridge penalty on changes of the dense weights, relative
     to the diagonal of the Gram matrix."""

@@ -92,7 +92,7 @@ class Case:
         """What its proof of optimality rests on at best; if it is open, its highest bound."""
         bounded = (r for r in self.answers if r.lower_bound == self.bound)
         proofs = {record.proof for record in self.proved or bounded}
-        best = (ProofBasis.RECOMPUTED, ProofBasis.WORD, ProofBasis.RECORDED)
+        best = (ProofBasis.RECOMPUTED, ProofBasis.WORD)
         return next((proof for proof in best if proof in proofs), ProofBasis.NONE)
 
     @property
@@ -131,10 +131,7 @@ def proofs_in_words(proofs: Iterable[ProofBasis]) -> str:
     counts = Counter(proofs)
     if counts[ProofBasis.RECOMPUTED] == counts.total():
         return "every proof was recomputed from its problem alone"
-    said = [f"{counts[ProofBasis.RECOMPUTED]} of the proofs were recomputed"]
-    said += [
-        f"{counts[proof]} are {proof}"
-        for proof in (ProofBasis.WORD, ProofBasis.RECORDED)
-        if counts[proof]
-    ]
-    return ", ".join(said)
+    return (
+        f"{counts[ProofBasis.RECOMPUTED]} of the proofs were recomputed, "
+        f"{counts[ProofBasis.WORD]} are {ProofBasis.WORD}"
+    )

@@ -1,8 +1,8 @@
 """The optimality-gap study: every problem, at every sparsity, by every backend, one record each.
 
 A study is a journal.  Problems lie in it as files that anyone can solve again, and each answer is
-written as a small file of its own as soon as it is known, so that a killed study loses no more than
-the solves in flight and goes on where it stopped.
+written into a table as soon as it is known, so that a killed study loses no more than the solves in
+flight and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 import torch
-from pydantic import with_config
 
 import solvers
 from osscar.base.errors import JournalError
-from osscar.base.files import atomic_write, digest, file_digest, resolved
+from osscar.base.files import atomic_write, digest, resolved
 from osscar.base.inputs import checked, count_from, file_name
-from osscar.base.json_files import MEGABYTE, STRICT
 from osscar.base.printable import pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.preparation.journal import Journal, JournalManifest
 from osscar.study.design import StudyDesign
-from osscar.study.jobs import RECORDS, Task, affordable_jobs, solve_here, solve_task
+from osscar.study.jobs import CERTIFICATES, Task, affordable_jobs, solve_here
 from osscar.study.records import (
     ROOT_BOUND,
     WINDOW,
@@ -41,11 +39,15 @@ from osscar.study.records import (
     without_refuted,
     write_csv,
 )
+from osscar.study.store import Store
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
 _RESULTS_FILE = "results.csv"
 _PROBLEMS = "problems"
-_INDEX = "problems.json"
+_STORE = "study.sqlite"
+_PROBLEM, _RECORD = "problem", "record"
+"""Kinds of entries in the store; windows are of the kind `WINDOW`."""
+
 _SUFFIX = ".safetensors"
 _READABLE_NAME = 80
 """Characters of a problem's name that go into the name of its file."""
@@ -60,23 +62,9 @@ _INCUMBENT = "local_search"
 class _StudyJournal(Journal):
     what = "study"
     manifest_file = "study.json"
-    done_files = (_INDEX, f"{RECORDS}/*.json")
-    other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, RECORDS)
+    done_files = (_STORE,)
+    other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, CERTIFICATES)
     otherwise = "give another --out"
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class _Problems:
-    """``problems.json``: the problems that were captured, and the windows that were drawn."""
-
-    schema: Literal["osscar.study-problems/1"]
-    captured: tuple[Instance, ...]
-    windows: tuple[Instance, ...]
-
-
-_NO_PROBLEMS = _Problems("osscar.study-problems/1", (), ())
-_LONGEST_INDEX = 64 * MEGABYTE
 
 
 class Study:
@@ -101,6 +89,7 @@ class Study:
         self.directory = Path(file_name(directory, "the study", "its directory"))
         self.source = dict(source)
         self._journal = _StudyJournal(self.directory)
+        self._store = Store(self.directory / _STORE)
         self._journal.refuse_foreign()
         self._journal.check(self._manifest(None))
         resolved(self.directory)
@@ -110,12 +99,12 @@ class Study:
 
     def _manifest(self, dense: Fingerprint | None) -> JournalManifest:
         # Through JSON, as it will be read back.
-        return JournalManifest("osscar.study/5", json.loads(json.dumps(self.source)), dense)
+        return JournalManifest("osscar.study/6", json.loads(json.dumps(self.source)), dense)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The captured problems, none before `capture` has finished; windows are not listed."""
-        return self._problems().captured
+        return tuple(self._store.read(_PROBLEM, Instance).values())
 
     @property
     def trivial(self) -> tuple[Instance, ...]:
@@ -125,19 +114,16 @@ class Study:
     @property
     def kept(self) -> str:
         """What a study that ends now leaves, in words; nothing if that is nothing."""
-        if not self.instances:
+        if not (captured := self.instances):
             return ""
-        solved = len(list((self.directory / RECORDS).glob("*.json")))
-        problems = pluralize(len(self.instances), "problem")
+        solved = len(self._store.read(_RECORD, Record))
+        problems = pluralize(len(captured), "problem")
         return f"{problems} and {pluralize(solved, 'answer')} are kept in {self.directory}"
 
     def affordable_jobs(self) -> int:
         """Return how many processes may solve at once: as many as cores, if memory allows."""
         files = [self.directory / instance.file for instance in self.instances]
-        try:
-            return affordable_jobs(max((file.stat().st_size for file in files), default=0))
-        except OSError as error:
-            raise JournalError(f"cannot read {error.filename}: {error.strerror}") from error
+        return affordable_jobs(max((file.stat().st_size for file in files), default=0))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -166,7 +152,7 @@ class Study:
             If there is none, or two have one name, or none leaves a choice.
         """
         with self.locked():
-            (self.directory / _INDEX).unlink(missing_ok=True)
+            (self.directory / _STORE).unlink(missing_ok=True)
             self._journal.begin(self._manifest(dense), anew=True)
             self._journal.make(_PROBLEMS)
             instances: dict[str, Instance] = {}
@@ -183,8 +169,7 @@ class Study:
                     f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "
                     "has one support; give problems of at least 2 units"
                 )
-            found = dataclasses.replace(_NO_PROBLEMS, captured=tuple(instances.values()))
-            self._journal.write(_INDEX, found)
+            self._store.write(_PROBLEM, instances)
 
     def check_dense(self, dense: Fingerprint) -> None:
         """Refuse a model or data that are not those which the problems were posed on."""
@@ -194,9 +179,6 @@ class Study:
         self, design: StudyDesign, jobs: int = 1, *, solve: Solve | None = None
     ) -> list[Record]:
         """Solve what has not been solved yet, and return all records of the design.
-
-        What earlier runs have recorded is recomputed: losses from their supports, bounds from their
-        certificates.
 
         Parameters
         ----------
@@ -210,36 +192,47 @@ class Study:
         Raises
         ------
         JournalError
-            If nothing has been captured, a file of the study is damaged or has been replaced, a
-            record claims what is not true, or a worker was killed; what was solved until then is
-            kept.
+            If nothing has been captured, the table of the study is damaged, or a worker was killed;
+            what was solved until then is kept.
         OutputError
             If another process is at work in the directory, or it cannot be written.
         """
         checked("jobs", Annotated[int, count_from(1)], jobs)
 
-        @timed(Stage.SOLVES)
-        def solved(tasks: Sequence[Task]) -> list[Record]:
-            records: dict[tuple[str, int, str], Record] = {}
-            with stage("solving", total=len(tasks)) as bar:
-                for record in solve_here(tasks, jobs) if solve is None else solve(tasks):
-                    records[record.instance, record.keep, record.backend] = record
-                    bar.advance()
-            return [
-                records[task.asked.instance, task.asked.keep, task.asked.backend] for task in tasks
-            ]
-
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
             if not layers:
                 raise JournalError(f"{self.directory} holds no problem yet; capture some first")
-            self._journal.make(RECORDS)
+            self._journal.make(CERTIFICATES)
+            known = self._store.read(_RECORD, Record)
+            send = partial(solve_here, jobs=jobs) if solve is None else solve
+
+            @timed(Stage.SOLVES)
+            def solved(tasks: Sequence[Task]) -> list[Record]:
+                missing = [task for task in tasks if task.asked.key not in known]
+                failed: dict[str, Record] = {}
+                with stage("solving", total=len(missing)) as bar:
+                    for record in send(missing):
+                        if record.error:  # it is tried again
+                            failed[record.key] = record
+                        else:
+                            self._store.write(_RECORD, {record.key: record})
+                            known[record.key] = record
+                        bar.advance()
+                # Shares are those asked for today: the same `keep` may have come of another.
+                return [
+                    dataclasses.replace(
+                        {**known, **failed}[task.asked.key], sparsities=task.asked.sparsities
+                    )
+                    for task in tasks
+                ]
+
             whole = ((layer, design.keeps(layer)) for layer in layers)
             records = solved([task for one in whole for task in self._tasks(design, *one)])
             if design.window_units is not None:
                 large = [layer for layer in layers if layer.units > design.window_units]
-                tasks = [task for layer in large for task in self._window_tasks(design, layer)]
-                records += solved(tasks)
+                drawn = (self._window_tasks(design, layer, solved) for layer in large)
+                records += solved([task for tasks in drawn for task in tasks])
             records = without_refuted(records)
             write_csv(self.directory / _RESULTS_FILE, records)
         return records
@@ -270,15 +263,17 @@ class Study:
         options: Options,
     ) -> Task:
         asked = instance.asked(keep, sparsities, backend, options)
-        return Task(self.directory.absolute(), instance.sha256, asked)
+        return Task(self.directory.absolute(), asked)
 
-    def _window_tasks(self, design: StudyDesign, layer: Instance) -> Iterator[Task]:
+    def _window_tasks(
+        self, design: StudyDesign, layer: Instance, solved: Callable[[Sequence[Task]], list[Record]]
+    ) -> Iterator[Task]:
         """Draw windows around the incumbent of each sparsity; the first holds its borderline."""
         assert design.window_units is not None
         for keep, sparsities in design.keeps(layer).items():
             generator = torch.Generator().manual_seed(design.seed)
             task = self._task(layer, keep, sparsities, _INCUMBENT, {})
-            incumbent = solve_task(task)
+            (incumbent,) = solved([task])
             if incumbent.error:
                 continue
             support = torch.tensor(incumbent.support)
@@ -295,39 +290,19 @@ class Study:
 
     def _window(self, problem: solvers.SubsetProblem) -> Instance:
         """Return a window of the study, which is written when it is drawn for the first time."""
-        known = self._problems()
-        for window in known.windows:
-            if window.name == problem.name:
-                return window
-        window = self._write_problem(WINDOW, problem)
-        self._journal.write(_INDEX, dataclasses.replace(known, windows=(*known.windows, window)))
-        return window
+        known = self._store.read(WINDOW, Instance)
+        if problem.name not in known:
+            known[problem.name] = self._write_problem(WINDOW, problem)
+            self._store.write(WINDOW, {problem.name: known[problem.name]})
+        return known[problem.name]
 
     def _write_problem(self, kind: str, problem: solvers.SubsetProblem) -> Instance:
-        if not problem.name.isprintable():
-            raise JournalError(
-                f"a problem is called {problem.name!r}; give it a name in plain text"
-            )
         file = f"{_PROBLEMS}/{_file_name(problem.name)}{_SUFFIX}"
         path = self.directory / file
         with atomic_write(path) as partial:
             problem.save(partial)
         units, keep, width = problem.units, problem.keep, problem.width
-        return Instance(problem.name, kind, file, units, keep, width, file_digest(path))
-
-    def _problems(self) -> _Problems:
-        found = self._journal.read(_INDEX, _Problems, limit=_LONGEST_INDEX)
-        if found is None:
-            return _NO_PROBLEMS
-        for one in (*found.captured, *found.windows):
-            named = one.name.isprintable() and one.kind.isprintable()
-            file = f"{_PROBLEMS}/{_file_name(one.name)}{_SUFFIX}"
-            if not named or one.file != file or not 1 <= one.units < 2**31:
-                raise JournalError(
-                    f"{self.directory / _INDEX}: {one.name!r} is not a problem of this study; "
-                    "give another --out"
-                )
-        return found
+        return Instance(problem.name, kind, file, units, keep, width)
 
 
 def _file_name(name: str) -> str:

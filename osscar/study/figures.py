@@ -1,14 +1,14 @@
-"""The figures of a study: losses and bounds, gaps, and performance profiles."""
+"""The figures of a study: losses and bounds, and gaps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from osscar.base.printable import share
 from osscar.report.figures import color, from_zero, legend, new_figure, shares
-from osscar.study.cases import HIT, Case
+from osscar.study.cases import Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,6 @@ _COLUMNS = 4
 """Panels of a plot beside each other."""
 
 _LONGEST_NAME = 40
-_SHORTEST = 1e-3
-"""Seconds below which times are not told apart."""
 
 
 # ---- plots -------------------------------------------------------------------------------
@@ -90,33 +88,5 @@ def gaps_figure(cases: Sequence[Case]) -> Drawing:
     axes.yaxis.set_major_formatter(shares)
     axes.set_ylabel("gap to the lower bound")
     axes.grid(axis="x", visible=False)
-    legend(figure)
-    return figure
-
-
-def time_ratios(cases: Sequence[Case]) -> dict[str, list[float]]:
-    """Return by backend how many times the seconds of the fastest it took to each best loss."""
-    ratios: dict[str, list[float]] = {r.backend: [] for case in cases for r in case.answers}
-    for case in cases:
-        hits = {r.backend: r.seconds or 0.0 for r in case.answers if case.excess(r) <= HIT}
-        fastest = max(min(hits.values()), _SHORTEST)
-        for backend, seconds in hits.items():
-            ratios[backend].append(max(seconds / fastest, 1.0))
-    return ratios
-
-
-def profiles_figure(ratios: Mapping[str, Sequence[float]], count: int) -> Drawing:
-    """Draw performance profiles (Dolan and More, 2002) of the time to the best loss."""
-    widest = max([2.0, *(ratio for mine in ratios.values() for ratio in mine)])
-    figure, (axes,) = new_figure(height=3.8)
-    for index, (backend, mine) in enumerate(ratios.items()):
-        share_done = [done / count for done in (*range(1, len(mine) + 1), len(mine))]
-        axes.plot([*sorted(mine), widest], share_done, drawstyle="steps-post", linewidth=1.2,
-                  color=color(index), label=backend)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(shares)
-    axes.set_xlabel("times the seconds of the fastest")
-    axes.set_ylabel("best loss found")
     legend(figure)
     return figure

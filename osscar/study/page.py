@@ -26,7 +26,7 @@ from osscar.report.sections import (
 from osscar.report.shown import Shown, columns
 from osscar.study.cases import HIT, Case, proofs_in_words
 from osscar.study.design import SPARSITIES
-from osscar.study.figures import curves_figure, gaps_figure, profiles_figure, time_ratios
+from osscar.study.figures import curves_figure, gaps_figure
 from osscar.study.records import WINDOW, Instance, Record, window_layer
 
 if TYPE_CHECKING:
@@ -230,14 +230,6 @@ def sections(summary: Summary) -> Iterator[Section]:
             partial(curves_figure, summary.layers),
             wide=len({case.best.instance for case in summary.layers}) > 2,
         )
-    ratios = time_ratios(summary.layers)
-    if len(summary.layers) > 1 and len(ratios) > 1:
-        yield Figure(
-            "profiles",
-            "Performance profiles: the share of all problems on which a backend found the best "
-            "loss of this study within so many times the seconds of the fastest that did.",
-            partial(profiles_figure, ratios, len(summary.layers)),
-        )
     yield scores_table(summary)
     yield cases_table(summary.layers)
     yield cases_table(summary.windows, "Windows")
@@ -306,8 +298,7 @@ def cases_table(cases: Sequence[Case], title: str = "Best answers") -> Table:
 LIMIT = (
     "Limit: the gap that every root bound leaves, however long it is searched for. Proof: what the "
     "optimum, or the bound of what is open, rests on: recomputed from the problem and a "
-    "certificate alone, the solver's word where it gives none, or as recorded where that was in an "
-    "earlier run."
+    "certificate alone, or the solver's word where it gives none."
 )
 
 

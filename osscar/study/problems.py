@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Annotated, Any
 
 from torch import nn
 
-from graph import CouplingGroup, UnitKind
-from osscar.base.errors import ModelError, RequestError
+from graph import CouplingGroup
+from osscar.base.errors import RequestError
 from osscar.base.inputs import checked
 from osscar.base.progress import stage
 from osscar.preparation.prepare import prepare
 from osscar.request import DAMP
 from osscar.walk.walk import Walk
-from solvers import Consumer, SubsetProblem
+from solvers import SubsetProblem
 
 
 def model_problems(
@@ -24,7 +23,6 @@ def model_problems(
     *,
     damp: float = 0.01,
     wanted: Callable[[str], bool] = lambda name: True,
-    query_heads: bool = False,
 ) -> Iterator[tuple[CouplingGroup, SubsetProblem]]:
     """Pose the problem of every prunable group on the dense model's own activations.
 
@@ -39,9 +37,6 @@ def model_problems(
         As `osscar.prune` takes them; the model is not changed.
     wanted
         Which groups, by name.
-    query_heads
-        Under grouped-query attention, let each query head be a unit, although only whole groups of
-        them can be removed physically: a harder problem over more units.
     """
     checked("damp", Annotated[float, DAMP], damp)
     with prepare(model, calibration) as prepared:
@@ -52,21 +47,5 @@ def model_problems(
             )
         with stage("measuring", total=len(groups)) as bar:
             for step in Walk(prepared, groups, in_turn=False):
-                problem = step.problem(step.group.units, damp)
-                if query_heads and step.group.kind is UnitKind.HEADS:
-                    consumers = tuple(_split_heads(prepared.model, c) for c in problem.consumers)
-                    problem = SubsetProblem(consumers, len(consumers[0].rows), problem.name)
-                yield step.group, problem
+                yield step.group, step.problem(step.group.units, damp)
                 bar.advance()
-
-
-def _split_heads(model: nn.Module, consumer: Consumer) -> Consumer:
-    """Divide units that are groups of query heads into single heads."""
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    units, width = consumer.rows.shape
-    if not isinstance(heads, int) or heads % units or width % (heads // units):
-        raise ModelError(
-            f"cannot divide {units} groups of {width} rows into {heads} query heads; "
-            "omit --query-heads"
-        )
-    return replace(consumer, rows=consumer.rows.reshape(heads, -1))

@@ -14,9 +14,9 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import with_config
 
-from osscar.base.errors import FileError, JournalError
+from osscar.base.errors import JournalError
 from osscar.base.files import atomic_write
-from osscar.base.json_files import STRICT, read_json
+from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
 from osscar.report.shown import Column
 from solvers import Status
@@ -38,11 +38,9 @@ class ProofBasis(enum.StrEnum):
 
     NONE = ""
     RECOMPUTED = "recomputed"
-    """It was computed in this run, from the problem and the certificate alone."""
+    """It was computed from the problem and the certificate alone."""
     WORD = "the solver's word"
-    """The solver ran in this run, and leaves no certificate."""
-    RECORDED = "as recorded"
-    """An earlier run wrote it down, and left no certificate."""
+    """The solver leaves no certificate."""
 
 
 @with_config(STRICT)
@@ -61,8 +59,6 @@ class Instance:
     """How many units stay, as the problem itself says; all where it does not say."""
     width: int
     """The rows of the widest unit."""
-    sha256: str
-    """Of the file, so that no other problem is ever taken for this one."""
 
     def asked(
         self, keep: int, sparsities: tuple[float, ...], backend: str, options: Options
@@ -100,19 +96,16 @@ class Record:
     backend, options
         Who solved it, and how.
     status, loss, ..., support, recomputed_bound
-        As of a `solvers.SolutionRecord` that was verified in this run; None or empty where there is
-        no answer.
+        As of a `solvers.SolutionRecord` that was verified; None or empty where there is no answer.
     error
         Why there is no answer: what the backend cannot take, or what went wrong.
     proof
         What `lower_bound` rests on.
-    gap_tolerance
-        The relative gap up to which the backend calls its answer optimal.
     bound_limit
         What no bound of the kind of `lower_bound` can exceed, however long it is searched for; None
         where nothing is known.
     certificate
-        Digest of the file beside the record that holds the certificate; empty where there is none.
+        The file of the study that proves the answer; empty where there is none.
     """
 
     instance: Annotated[str, Column("problem")]
@@ -138,7 +131,6 @@ class Record:
     error: Annotated[str, Column("no answer, or bound, since")] = ""
     recomputed_bound: float | None = None
     proof: Annotated[ProofBasis, Column("bound is")] = ProofBasis.NONE
-    gap_tolerance: float = 0.0
     certificate: str = ""
 
     def __repr__(self) -> str:
@@ -147,6 +139,11 @@ class Record:
             f"Record({self.instance!r}, {self.keep} of {self.units} by {self.backend}, "
             f"{self.error or self.status}{loss})"
         )
+
+    @property
+    def key(self) -> str:
+        """What tells this solve from all others of a study."""
+        return json.dumps((self.instance, self.keep, self.backend, sorted(self.options.items())))
 
     @property
     def command(self) -> str:
@@ -217,26 +214,4 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
                 "options": json.dumps(record.options),
             }
             cells = (*(values[name] for name in names), record.command)
-            writer.writerow([_inert(cell) for cell in cells])
-
-
-def _inert(cell: object) -> object:
-    """Return a cell that no spreadsheet takes for a formula; an apostrophe says that it is text."""
-    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{cell}" if is_formula else cell
-
-
-def read_record(file: Path) -> Record:
-    """Read one record, as it was written; nothing in it is checked against its problem."""
-    try:
-        record = read_json(file, Record)
-    except FileError as error:
-        raise JournalError(
-            f"{file} is not a record of a study: {error.reason}; delete it"
-        ) from error
-    if (record.loss is None) != bool(record.error):
-        raise JournalError(
-            f"{file} is not a record of a study: it has neither a loss nor an error, or both; "
-            "delete it"
-        )
-    return record
+            writer.writerow(cells)

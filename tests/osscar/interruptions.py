@@ -15,8 +15,10 @@ import json
 import os
 import resource
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,8 +200,13 @@ def _timeless(path: Path) -> Any:
     if path.name == "results.csv":
         lines = csv.DictReader(data.decode().splitlines())
         return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    if path.name in ("report.html", "profiles.svg"):
-        return "a page of what lies beside it, and a figure, which show its times"
+    if path.name == "report.html":
+        return "a page of what lies beside it, which shows its times"
+    if path.suffix == ".sqlite":
+        with closing(sqlite3.connect(path)) as database:
+            rows = database.execute("SELECT * FROM entries ORDER BY kind, key").fetchall()
+        entries = [(kind, key, json.loads(text)) for kind, key, text in rows]
+        return [(*at, {k: v for k, v in e.items() if k not in TIMES}) for *at, e in entries]
     if path.name == "README.md":
         return [line for line in data.decode().splitlines() if "milliseconds on" not in line]
     return data

@@ -165,7 +165,6 @@ BAD = [
     (("gap", "there-is-no-such-model"), "there-is-no-such-model"),
     (("gap", "demo", "--time-limit", "nan"), "time-limit is nan"),
     (("gap", "nine.safetensors", "--device", "cuda"), "--device is for models"),
-    (("gap", "nine.safetensors", "--query-heads"), "--query-heads is for models"),
     (("gap", "nine.safetensors", "missing.safetensors"), "missing.safetensors"),
     (("gap", "demo", "--ray", "auto", "--jobs", "2"), "--jobs counts processes of this machine"),
     (("solve", "nine.safetensors", "--keep", "10"), "keep is 10"),
@@ -200,7 +199,7 @@ def test_json_never_replaces_what_is_read_or_written(run, file, tmp_path):
         assert (status, "which the command reads; give another" in err) == (2, True)
     status, _, err = run(*gap, "--json", "soft.safetensors")
     assert (status, "which the command reads; give another" in err) == (2, True)
-    for place in ("study", "study/gap.json", "study/records/x.json"):
+    for place in ("study", "study/gap.json", "study/certificates/x.json"):
         status, _, err = run(*gap, "--json", place)
         assert (status, "which the command writes; give another" in err) == (2, True)
     assert file.read_bytes() == before
