@@ -219,12 +219,11 @@ class Study:
                             self._store.write(_RECORD, {record.key: record})
                             known[record.key] = record
                         bar.advance()
+                found = {**known, **failed}
                 # Shares are those asked for today: the same `keep` may have come of another.
                 return [
-                    dataclasses.replace(
-                        {**known, **failed}[task.asked.key], sparsities=task.asked.sparsities
-                    )
-                    for task in tasks
+                    dataclasses.replace(found[asked.key], sparsities=asked.sparsities)
+                    for asked in (task.asked for task in tasks)
                 ]
 
             whole = ((layer, design.keeps(layer)) for layer in layers)
