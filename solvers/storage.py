@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from torch import Tensor
 from solvers.errors import ProblemError
 
 _HEADER = "header"
-_LONGEST_HEADER = 1 << 20
-"""Characters; a thousand consumers take a tenth of that."""
-
 _LONGEST_REASON = 300
-"""Characters of a reader's message that are passed on: a file can put anything into it."""
+"""Characters of a reader's message that are passed on."""
 
 _UNREADABLE = (
     # What a foreign file does to json and to the reader: wrong types, too deep nesting.
@@ -34,37 +30,23 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 
     The file appears whole or not at all.
 
-    Raises ProblemError if it has another suffix, the header is too long, or the file cannot be
-        written.
+    Raises ProblemError if it has another suffix, or cannot be written.
     """
     _check_suffix(path)
-    text = json.dumps(header)
-    if len(text) > _LONGEST_HEADER:
-        raise ProblemError(f"{path}: the header takes {len(text)} characters; shorten the name")
     # Another process may be writing the same file.
     partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
     on_cpu = {key: value.cpu().contiguous() for key, value in tensors.items()}
     try:
-        with as_new_files(partial):
-            safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: text})
+        partial.touch()
+        mode = partial.stat().st_mode  # of new files; safetensors keeps what it writes to its user
+        safetensors.torch.save_file(on_cpu, partial, metadata={_HEADER: json.dumps(header)})
+        partial.chmod(mode)
         partial.replace(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:  # NUL in a name
+    except (OSError, safetensors.SafetensorError) as error:
         raise ProblemError(f"{path} cannot be written: {error}") from error
     finally:
-        with suppress(OSError, ValueError):  # where nothing can be removed, nothing was written
+        with suppress(OSError):  # where nothing can be removed, nothing was written
             partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def as_new_files(path: Path) -> Iterator[None]:
-    """Give the file that the block writes the mode of new files, which the umask says.
-
-    The writer of safetensors keeps what it writes to its user, from version 0.8 on.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    yield
-    path.chmod(mode)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,28 +57,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     _check_suffix(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = _parsed((file.metadata() or {}).get(_HEADER))
+            text = (file.metadata() or {}).get(_HEADER)
+            if text is None:
+                raise ValueError("it holds tensors alone, such as weights of a model")
+            header: dict[str, Any] = json.loads(text)
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ProblemError(f"there is no problem file {path}") from error
     except _UNREADABLE as error:
-        reason = printable(str(error) or type(error).__name__)
+        # A file can put anything into what its reader says.
+        reason = ascii(str(error) or type(error).__name__)[1:-1][:_LONGEST_REASON]
         raise ProblemError(f"{path} is not a problem file: {reason}") from error
-
-
-def printable(text: str) -> str:
-    """Return text from a file as a terminal can bear it: on one line, escaped, and not long."""
-    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_LONGEST_REASON])
-    return escaped + "..." * (len(text) > _LONGEST_REASON)
-
-
-def _parsed(text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise ValueError("it holds tensors alone, such as weights of a model")
-    if len(text) > _LONGEST_HEADER:
-        raise ValueError(f"the header takes {len(text)} characters")
-    header: dict[str, Any] = json.loads(text)
-    return header
 
 
 def _check_suffix(path: str | os.PathLike[str]) -> None:

@@ -26,7 +26,7 @@ from osscar.report.sections import (
 from osscar.report.shown import Shown, columns
 from osscar.study.cases import HIT, Case, proofs_in_words
 from osscar.study.design import SPARSITIES
-from osscar.study.figures import curves_figure, gaps_figure
+from osscar.study.figures import gaps_figure
 from osscar.study.records import WINDOW, Instance, Record, window_layer
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from osscar.study.directory import Study
 
 REPORT_FILE = "report.html"
-_SAME = 1e-12
-"""Relative difference up to which two losses differ by rounding alone."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,12 +77,6 @@ class Summary(Shown):
         return [case for case in self.cases if case.closed]
 
     @property
-    def largest_disagreement(self) -> tuple[float, int]:
-        """How far proved optima of one problem are apart, and how many problems have several."""
-        several = [case for case in self.cases if len(case.proved) > 1]
-        return max((c.excess(r) for c in several for r in c.proved), default=0.0), len(several)
-
-    @property
     def answer(self) -> str:
         """How far from optimal the answers to whole problems are, in one sentence."""
         layers = self.layers
@@ -105,11 +97,6 @@ class Summary(Shown):
         """Yield what else is known, each with a name."""
         if self.closed:
             yield "proofs", proofs_in_words(case.proof for case in self.closed)
-        largest, several = self.largest_disagreement
-        if several:
-            agree = "the same" if largest <= _SAME else f"at most {largest:.1e} apart, relatively"
-            found = pluralize(several, "problem")
-            yield "optima", f"{agree}, where two or more exact backends finished ({found})"
         if self.windows:
             yield "windows", self._of_windows()
         for case in self.unanswered:
@@ -161,7 +148,7 @@ def write_report(
     jobs: int = 1,
     stages: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the page into the study's directory, and each plot as NAME.svg; return its path.
+    """Write the page into the study's directory, and its figure as gaps.svg; return its path.
 
     Parameters
     ----------
@@ -221,14 +208,6 @@ def sections(summary: Summary) -> Iterator[Section]:
             "filled bar is proved optimal.",
             partial(gaps_figure, gaps),
             wide=len(gaps) > 16,
-        )
-    if summary.layers:
-        yield Figure(
-            "curves",
-            "Loss of the best answer, and the lower bound that no choice of units can beat, "
-            "relative to the loss of removing everything. The optimum lies in the shaded band.",
-            partial(curves_figure, summary.layers),
-            wide=len({case.best.instance for case in summary.layers}) > 2,
         )
     yield scores_table(summary)
     yield cases_table(summary.layers)

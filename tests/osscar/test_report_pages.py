@@ -153,7 +153,7 @@ def shown(document, study, tmp_path_factory):
 
 
 def test_pages_fit_their_window_are_drawn_whole_and_fetch_nothing(shown):
-    pictures = {"run": 2, "bare": 1, "evil": 2, "recovery": 1, "sweep": 2, "study": 2}
+    pictures = {"run": 2, "bare": 1, "evil": 2, "recovery": 1, "sweep": 2, "study": 1}
     for (name, width), page in shown.items():
         assert page["overflow"] <= 0, (name, width)
         assert len(page["pictures"]) == pictures[name]

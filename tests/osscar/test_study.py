@@ -196,9 +196,9 @@ def test_the_summary_counts_hits_and_compares_solvers(solved):
     summary = summarize(solved[1])
     closed = [case for case in summary.cases if case.closed]
     assert all(case.best.units <= 8 for case in closed)
-    largest, several = summary.largest_disagreement
-    assert several == len(closed) == 2 + WINDOWS
-    assert largest < 1e-4
+    assert len(closed) == 2 + WINDOWS
+    for case in closed:  # by whichever backend it was proved
+        assert all(case.excess(record) < 1e-4 for record in case.proved)
     scores = scores_of(summary)
     for kind, count in (("heads", 2), (WINDOW, WINDOWS)):
         assert scores[kind, "enumerate"][:2] == [str(count), f"{count} (100%)"]
@@ -219,16 +219,10 @@ def record(backend, loss, status="FEASIBLE", bound=None, **more):
                relative_loss=loss, lower_bound=bound, seconds=1.0)  # fmt: skip
 
 
-def test_a_disagreement_is_seen_and_a_bound_above_a_known_loss_proves_nothing():
+def test_hits_are_counted_and_a_bound_above_a_known_loss_proves_nothing():
     proved = record("enumerate", 1.0, "OPTIMAL", 1.0)
     summary = summarize([record("greedy", 1.0), proved, record("highs", 1.01, "OPTIMAL", 1.01)])
-    assert summary.largest_disagreement == (pytest.approx(0.01), 1)
-    assert dict(summary.facts())["optima"].startswith("at most 1.0e-02 apart")
     assert scores_of(summary)["heads", "greedy"][1:4] == ["1 (100%)", "0.000%", "0.00%"]
-    told = "the same, where two or more exact backends finished (1 problem)"
-    same = summarize([proved, record("highs", 1.0, "OPTIMAL", 1.0)])
-    assert dict(same.facts())["optima"] == told
-
     records = [
         record("highs", 0.3, "OPTIMAL", 0.3, proof=ProofBasis.WORD),
         record("enumerate", 0.2, "OPTIMAL", 0.2),
@@ -260,9 +254,8 @@ def test_any_name_can_be_reported(tmp_path):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
     for expected in ("Settings", "why open", "osscar solve problems/"):
         assert expected in page
-    for name in ("curves", "gaps"):
-        assert f'alt="{name}"' in page
-        assert (study.directory / f"{name}.svg").stat().st_size > 1000
+    assert 'alt="gaps"' in page
+    assert (study.directory / "gaps.svg").stat().st_size > 1000
     assert [line["instance"] for line in lines_of(study)][::2] == names
 
 

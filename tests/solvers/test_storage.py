@@ -8,7 +8,6 @@ import os
 import pickle
 import stat
 import struct
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,8 +53,6 @@ def test_files_get_the_mode_that_the_umask_says(tmp_path, umask):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_debris(path, monkeypatch):
     before = path.read_bytes()
-    with pytest.raises(ProblemError, match=r"the header takes .* characters; shorten"):
-        replace(PROBLEM, name="x" * (1 << 20)).save(path)
     with pytest.raises(ProblemError, match=r"missing/layer\.safetensors cannot be written: "):
         PROBLEM.save(path.parent / "missing/layer.safetensors")
 
