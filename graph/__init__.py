@@ -10,7 +10,7 @@ from graph.errors import (
     UnknownGroupError,
 )
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
-from graph.propagate import Operator
+from graph.operators import Operand, Operator, Size
 from graph.rules import DEFAULT as DEFAULT_RULES
 from graph.rules import PROGRAM as PROGRAM_RULES
 from graph.rules import RuleTable, rule
@@ -24,10 +24,12 @@ __all__ = [
     "ExampleInputError",
     "Freeze",
     "GraphError",
+    "Operand",
     "Operator",
     "Role",
     "RuleError",
     "RuleTable",
+    "Size",
     "Slot",
     "TraceError",
     "UnitKind",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import networkx as nx
 import torch
 
 from graph.errors import ExampleInputError, GraphError, UnknownGroupError
-from graph.grouping import build_groups
+from graph.grouping import groups_by_axis
 from graph.groups import CouplingGroup, Role, UnitKind
-from graph.propagate import Operator, propagate
+from graph.operators import Operator, Size
+from graph.propagate import propagate
 from graph.rules import DEFAULT, RuleTable
+from graph.sizes import Sizes, with_operands
 from graph.tracing.export import ExampleInputs, export_model
 
 
@@ -32,11 +34,14 @@ class DependencyGraph:
     unread
         Names of the parameters that the example does not reach in evaluation mode, and of which it
         is unknown whether they read a group's units.
+    tensors
+        The dimensions of each parameter and buffer, by name.
     """
 
     groups: tuple[CouplingGroup, ...]
     operators: tuple[Operator, ...]
     unread: tuple[str, ...] = ()
+    tensors: Mapping[str, tuple[Size, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def prunable(self) -> tuple[CouplingGroup, ...]:
@@ -57,6 +62,24 @@ class DependencyGraph:
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or list(names)[:5]
         raise UnknownGroupError(
             f"no coupling group is called {name!r}; near it: {', '.join(near) or 'none at all'}"
+        )
+
+    def names_in(self, module: str) -> frozenset[str]:
+        """Return the names of the groups that operators in a module read or put out units of.
+
+        Parameters
+        ----------
+        module
+            Qualified name; what it calls is part of it.
+        """
+        return frozenset(
+            name
+            for operator in self.operators
+            if operator.module == module or operator.module.startswith(f"{module}.")
+            for operand in (*operator.reads, *operator.outputs)
+            for size in operand.dims
+            for names, _ in size.terms
+            for name in names
         )
 
     def networkx(self) -> nx.DiGraph[str]:
@@ -149,10 +172,13 @@ def trace(
     table = DEFAULT if rules is None else rules
     program = export_model(model, example_inputs)
     propagation = propagate(program, table, opaque)
-    groups = build_groups(propagation, program.tensors)
-    read = {name for operator in propagation.operators for name in operator.tensors}
+    groups = groups_by_axis(propagation, program.tensors)
+    sizes = Sizes(propagation.axes, {axis: group.name for axis, group in groups.items()})
+    operators = with_operands(program, propagation, sizes)
+    read = {name for operator in operators for name in operator.tensors}
     unread = (n for n, tensor in program.tensors.items() if tensor.is_parameter and n not in read)
-    return DependencyGraph(groups, propagation.operators, tuple(sorted(unread)))
+    tensors = {name: sizes.of(dims) for name, dims in propagation.tensors.items()}
+    return DependencyGraph(tuple(groups.values()), operators, tuple(sorted(unread)), tensors)
 
 
 def _check_opaque(model: torch.nn.Module, opaque: Collection[str | type[torch.nn.Module]]) -> None:

@@ -38,23 +38,13 @@ Factor = tuple[int, bool]
 its units lie inside this axis, not the other way round."""
 
 
-def build_groups(
-    propagation: Propagation, tensors: Mapping[str, TensorInfo]
-) -> tuple[CouplingGroup, ...]:
-    """Return the coupling groups of a propagated program, in execution order.
-
-    Two prunable groups never share a parameter dimension as factors of one product: where they
-    would, one is frozen.
-    """
-    return tuple(groups_by_axis(propagation, tensors).values())
-
-
 def groups_by_axis(
     propagation: Propagation, tensors: Mapping[str, TensorInfo]
 ) -> dict[int, CouplingGroup]:
-    """Return the coupling groups by their axes, in execution order.
+    """Return the coupling groups of a propagated program by their axes, in execution order.
 
-    Every free axis that some parameter produces or consumes becomes a group.
+    Every free axis that some parameter produces or consumes becomes a group.  Two prunable groups
+    never share a parameter dimension as factors of one product: where they would, one is frozen.
     """
     axes = propagation.axes
     occurrences, uneven = _locate(propagation)

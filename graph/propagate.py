@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,36 +14,9 @@ from graph.axes import Axes, Layout
 from graph.call import Call, Findings, Result, Shape, Value
 from graph.errors import RuleError, TraceError
 from graph.groups import Freeze
+from graph.operators import Operator
 from graph.rules.table import CONSTANT, RuleTable, aten
 from graph.tracing.export import Program, concrete, module_of
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A node of the traced graph.
-
-    Parameters
-    ----------
-    name
-        Unique name of the node.
-    target
-        Operator, such as ``aten.linear.default``.
-    module
-        Qualified name of the module in which it was called.
-    order
-        Position in execution order.
-    inputs
-        Names of the nodes that it reads.
-    tensors
-        Names of the parameters and buffers that it reads.
-    """
-
-    name: str
-    target: str
-    module: str
-    order: int
-    inputs: tuple[str, ...]
-    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,7 +105,7 @@ class _Walk:
     def _output(self, node: torch.fx.Node) -> None:
         freeze = Freeze("it is a dimension of an output of the model", "output", "")
         for source in node.all_input_nodes:
-            for value in _flat(self.results.get(source)):
+            for value in values_in(self.results.get(source)):
                 self._freeze(value, freeze)
 
     def _freeze(self, value: Value, freeze: Freeze) -> None:
@@ -168,26 +141,12 @@ class _Walk:
             operator=_target_name(node),
             module=module_of(node),
             order=order,
-            arguments=self._arguments(node),
+            arguments=arguments_of(node, self.results.get),
             shapes=_shapes(node.meta.get("val"), module_of(node)),
             axes=self.axes,
             findings=self.findings,
             used=node in self.used,
         )
-
-    def _arguments(self, node: torch.fx.Node) -> dict[str, object]:
-        """Return the arguments by name, layouts in place of tensors."""
-        values: Any = torch.fx.map_arg(node.args, lambda n: self.results.get(n))
-        named: Any = torch.fx.map_arg(node.kwargs, lambda n: self.results.get(n))
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            return {str(position): value for position, value in enumerate(values)} | dict(named)
-        arguments: dict[str, object] = {
-            a.name: a.default_value for a in schema.arguments if a.has_default_value()
-        }
-        arguments |= dict(zip((a.name for a in schema.arguments), values, strict=False))
-        arguments.update(named)
-        return arguments
 
     def _note(self, node: torch.fx.Node, call: Call) -> None:
         sources = [source.name for source in node.all_input_nodes]
@@ -200,8 +159,24 @@ class _Walk:
                 order=call.order,
                 inputs=tuple(name for name in sources if name not in holders),
                 tensors=tuple(holders[name] for name in sources if name in holders),
+                function=cast("Callable[..., Any]", node.target),
             )
         )
+
+
+def arguments_of(node: torch.fx.Node, value: Callable[[torch.fx.Node], Any]) -> dict[str, object]:
+    """Return the arguments of a call by name, defaults filled in, a value in place of each node."""
+    values: Any = torch.fx.map_arg(node.args, value)
+    named: Any = torch.fx.map_arg(node.kwargs, value)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(position): given for position, given in enumerate(values)} | dict(named)
+    arguments: dict[str, object] = {
+        a.name: a.default_value for a in schema.arguments if a.has_default_value()
+    }
+    arguments |= dict(zip((a.name for a in schema.arguments), values, strict=False))
+    arguments.update(named)
+    return arguments
 
 
 def _used(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
@@ -256,7 +231,8 @@ def _checked(call: Call, result: Result) -> tuple[Value, ...]:
     return values
 
 
-def _flat(result: object) -> list[Value]:
+def values_in(result: object) -> list[Value]:
+    """Return the tensors in what is known of a node."""
     if isinstance(result, Value):
         return [result]
     return [value for value in result if value] if isinstance(result, tuple) else []
