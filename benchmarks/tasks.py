@@ -196,7 +196,7 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
         task = PruningTask(prepared, request)
         allocated = allocate(task)
         if setting.units:
-            cost = count(Cost.PARAMETERS, prepared.model, task.groups, prepared.sample)
+            cost = count(Cost.PARAMETERS, prepared, task.groups)
             return {"params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None

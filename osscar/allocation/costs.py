@@ -1,34 +1,37 @@
 """What a model costs, in parameters, bytes or operations, as a function of the units it keeps.
 
-A weight has as many entries as the product of its dimensions, each of which loses what units of
-groups take along.  In a transformer no weight loses along two dimensions that a budget may touch,
-so that costs add up over groups; channels of a convolution are read by the next one's filters,
-whose size is a product of two groups' widths, and experts times their neurons are one, too.  Where
-a layer reads the units that it makes, as in a recurrent cell, the cost is a product of one group's
-width with itself: costs of groups still add up, but a unit's depends on how many others stay.
+A cost is a sum over tensors, or over operators of the traced program, of products of sizes, each
+of which is a sum over groups' widths (`graph.Size`).  Channels of a convolution are read by the
+next one's filters, so that the widths of two groups multiply; so do those of experts and of their
+neurons.  Where a layer reads the units that it makes, as in a recurrent cell, a width is squared.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from networkx.utils import UnionFind
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
+from torch.utils import _pytree as pytree
 
-from graph import CouplingGroup, Role, UnitKind
+import graph
+from graph import CouplingGroup, Operand, Operator, Role, Size
+from osscar.base.errors import RequestError
 from osscar.checkpoint.formats import saved_format, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.modules import named_tensors
-from osscar.network.operations import products
-from osscar.offload.on_disk import OnDisk
+from osscar.network.operations import count_flops, flop_counter, multiplies
+from osscar.preparation.prepare import Prepared
 from osscar.shrinking.follow import is_list
 
 
@@ -45,45 +48,52 @@ class Cost(enum.StrEnum):
     """Of a forward pass, relative to the dense model's."""
 
 
+ONE = Size((((), 1),))
+
 ROUNDING = 1e-12
 """Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """One tensor: its cost is `price` times the product of its dimensions that are left."""
+class Product:
+    """A price times the widths of groups, one of which is named twice where it is squared."""
 
     price: float
-    shape: tuple[int, ...]
-    taken: tuple[tuple[int, str, int], ...]
-    """Dimension, group, and how many indices along it one unit takes along."""
+    names: tuple[str, ...]
 
-    def of(self, kept: Mapping[str, Any], units: Mapping[str, int]) -> Any:
-        """Return the cost where groups keep some units: numbers, or an array for one of them."""
-        left: list[Any] = list(self.shape)
-        for dim, name, width in self.taken:
-            left[dim] = left[dim] - width * (units[name] - kept.get(name, units[name]))
-        return self.price * math.prod(left)
+    def at(self, widths: Mapping[str, Any]) -> Any:
+        """Return the cost at the widths of all groups: numbers, or an array for one of them."""
+        return self.price * math.prod(widths[name] for name in self.names)
 
 
 @dataclass(frozen=True)
 class CountedCost:
-    """A cost that is counted, over every tensor that groups own a part of.
+    """A cost of the whole model: a constant, and terms that depend on the widths of few groups.
 
-    `fixed` does not depend on them, and `each` is what a unit of a group costs besides, such as its
-    attention scores.  `assumed` is what was taken for granted, in words.
+    `units` are the widths of the dense model.  `assumed` is what was taken for granted, in words.
     """
 
-    weights: tuple[_Weight, ...] = field(repr=False)
     fixed: float
-    each: Mapping[str, float] = field(repr=False)
+    terms: tuple[Product, ...] = field(repr=False)
     units: Mapping[str, int] = field(repr=False)
     assumed: str = ""
 
+    @classmethod
+    def summed(
+        cls, sizes: Mapping[Size, float], units: Mapping[str, int], fixed: float = 0.0
+    ) -> CountedCost:
+        """Return the cost of sizes, each at its price."""
+        terms: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for size, price in sizes.items():
+            for names, number in size.terms:
+                terms[names] += price * number
+        fixed += terms.pop((), 0.0)
+        return cls(float(fixed), tuple(Product(p, names) for names, p in terms.items()), units)
+
     def of(self, kept: Mapping[str, float]) -> float:
         """Return the cost where groups keep so many units; those not named keep all."""
-        each = sum(price * kept.get(name, self.units[name]) for name, price in self.each.items())
-        return float(self.fixed + each + sum(w.of(kept, self.units) for w in self.weights))
+        widths = {**self.units, **kept}
+        return float(self.fixed + sum(term.at(widths) for term in self.terms))
 
     @property
     def dense(self) -> float:
@@ -97,52 +107,56 @@ class CountedCost:
 
         What does not depend on the group is left out.
         """
-        several = {**kept, name: counts}
-        each = self.each.get(name, 0.0) * counts
-        parts = (w.of(several, self.units) for w in self._by_group.get(name, ()))
-        return np.asarray(sum(parts, start=each), dtype=np.float64)
+        widths = {**self.units, **kept, name: counts.astype(np.float64)}
+        terms = (term.at(widths) for term in self._by_group.get(name, ()))
+        return np.asarray(sum(terms, start=np.zeros(len(counts))), dtype=np.float64)
 
     @cached_property
-    def _by_group(self) -> dict[str, list[_Weight]]:
-        found: dict[str, list[_Weight]] = {}
-        for weight in self.weights:
-            for name in {name for _, name, _ in weight.taken}:
-                found.setdefault(name, []).append(weight)
+    def coupled(self) -> frozenset[frozenset[str]]:
+        """The groups, two or more, whose widths multiply, so that costs do not add up over them."""
+        return frozenset(names for term in self.terms if len(names := frozenset(term.names)) > 1)
+
+    @cached_property
+    def _by_group(self) -> dict[str, list[Product]]:
+        found: dict[str, list[Product]] = defaultdict(list)
+        for term in self.terms:
+            for name in set(term.names):
+                found[name].append(term)
         return found
-
-
-def additive_classes(
-    costs: Iterable[CountedCost], names: Collection[str]
-) -> tuple[tuple[str, ...], ...]:
-    """Return groups in classes over which all of the costs add up, in the order of the names.
-
-    Two are in one class where a weight loses by both, along two dimensions.  One group may lose
-    along two by itself, or two along the same.
-    """
-    classes: UnionFind[str] = UnionFind(names)
-    for weight in (weight for cost in costs for weight in cost.weights):
-        taken = [(dim, name) for dim, name, _ in weight.taken if name in names]
-        if all(len(set(some)) > 1 for some in zip(*taken, strict=True)):
-            classes.union(*(name for _, name in taken))
-    return tuple(tuple(name for name in names if name in one) for one in classes.to_sets())
 
 
 def count(
     cost: Cost,
-    model: nn.Module,
+    prepared: Prepared,
     groups: Sequence[CouplingGroup],
-    example: Batch,
     program: nn.Module | None = None,
 ) -> CountedCost:
-    """Count what a model costs, its operations on an example.
+    """Count what a model costs by the widths of some groups, its operations on the first sample.
 
     `program` is its exported program, on the model's tensors, if that is what becomes smaller.
+
+    A `RequestError` is raised where operations cannot be counted, since the model cannot be traced
+    on the sample.
     """
-    tensors = dict(named_tensors(model))
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    taken, lists = _owned(model, groups, names, cost)
+    if cost is Cost.FLOPS:
+        traced = _traced_on_sample(prepared, groups)
+        return operations(prepared.model, traced, groups, prepared.sample)
+    return weights(cost, prepared.model, prepared.traced, groups, program)
+
+
+# ---- tensors -----------------------------------------------------------------------------
+
+
+def weights(
+    cost: Cost,
+    model: nn.Module,
+    traced: graph.DependencyGraph,
+    groups: Sequence[CouplingGroup],
+    program: nn.Module | None = None,
+) -> CountedCost:
+    """Add up the entries, or bytes, of all tensors, each once; arguments are those of `count`."""
+    names = {id(tensor): name for name, tensor in named_tensors(model)}
     prices: Mapping[str, float] = dict.fromkeys(dict(model.named_parameters()), 1.0)
-    each: Mapping[str, float] = {}
     fixed = 0.0
     if cost is Cost.BYTES:
         format_of, saved = saved_format(model), model if program is None else program
@@ -150,96 +164,201 @@ def count(
         prices = {names[id(t)]: float(size) for t, size in written if id(t) in names}
         # Other tensors are the numbers in the code of a program.
         fixed = float(sum(t.numel() * size for t, size in written if id(t) not in names))
-    elif cost is Cost.FLOPS:
-        prices, each, fixed = _operations(model, tensors, groups, example)
-    weights = []
-    for name, price in prices.items():
-        shape, own, experts = tuple(tensors[name].shape), taken.get(name, []), lists.get(name)
-        if experts is not None:
-            shape = (experts.units, *shape)
-            own = [(0, experts.name, 1), *((dim + 1, group, width) for dim, group, width in own)]
-        if experts is not None or (own and name not in lists):
-            weights.append(_Weight(price, shape, tuple(own)))
-        elif name not in lists:
-            fixed += price * tensors[name].numel()
     units = {group.name: group.units for group in groups}
-    return CountedCost(tuple(weights), fixed, each, units)
+    sizes: defaultdict[Size, float] = defaultdict(float)
+    for name, dims in _dimensions(model, traced, groups, units).items():
+        sizes[math.prod(dims, start=ONE)] += prices.get(name, 0.0)
+    return CountedCost.summed(sizes, units, fixed)
 
 
-def _owned(
-    model: nn.Module, groups: Sequence[CouplingGroup], names: Mapping[int, str], cost: Cost
-) -> tuple[dict[str, list[tuple[int, str, int]]], dict[str, CouplingGroup | None]]:
-    """Return what units take along, by tensor, and groups of experts that are a list of modules.
+def _dimensions(
+    model: nn.Module,
+    traced: graph.DependencyGraph,
+    groups: Sequence[CouplingGroup],
+    units: Mapping[str, int],
+) -> dict[str, tuple[Size, ...]]:
+    """Return the dimensions of every tensor of the model, by name.
 
-    The latter are by the tensors of the experts, and None for all but the first expert, with which
-    the others are counted: they are alike.  A buffer that several have does not leave with any.
-    Matrices of an expert take no operations along: its tokens are sent to others.
+    Of experts that are a list of modules, which are alike, the first has as many as there are, and
+    the others none; a buffer that several have does not leave with any.
     """
-    taken: dict[str, list[tuple[int, str, int]]] = {}
-    lists: dict[str, CouplingGroup | None] = {}
-    for group, slot in ((one, slot) for one in groups for slot in one.slots):
-        resent = cost is Cost.FLOPS and group.kind.routed
-        if is_list(slot) and not resent:
+    resolved = _Resolved(_closed(traced, groups))
+    names = {id(tensor): name for name, tensor in named_tensors(model)}
+    found = {
+        name: tuple(map(resolved, traced.tensors[name]))
+        if name in traced.tensors
+        else tuple(Size((((), n),)) for n in tensor.shape)
+        for name, tensor in named_tensors(model)
+    }
+    for group, slot in ((one, slot) for one in groups if one.kind.routed for slot in one.slots):
+        if is_list(slot):
             members = model.get_submodule(slot.module).children()
             own = [[*member.parameters(), *member.buffers()] for member in members]
             holders = Counter(id(tensor) for tensors in own for tensor in tensors)
-            lists |= {
-                names[id(tensor)]: None if index else group
-                for index, tensors in enumerate(own)
-                for tensor in tensors
-                if holders[id(tensor)] == 1
-            }
-        elif not is_list(slot) and not (resent and slot.role is Role.CONSUMER):
-            module, _, attribute = slot.tensor.rpartition(".")
-            name = names.get(id(getattr(model.get_submodule(module), attribute, None)))
-            if name is not None:
-                # Two slots along one dimension are two parts of it, as in a fused projection.
-                taken.setdefault(name, []).append((slot.dim, group.name, slot.width))
-    return taken, lists
-
-
-def _operations(
-    model: nn.Module, tensors: Mapping[str, Tensor], groups: Sequence[CouplingGroup], example: Batch
-) -> tuple[Counter[str], Counter[str], float]:
-    """Share out each product of a pass among the weights that it takes, or the heads it is of.
-
-    Returned are the operations of each entry of weights, by name, of each unit of a group, and the
-    rest.  A product with an unknown weight on disk is shared by all those of the running module.
-    """
-    names = {id(tensor): name for name, tensor in tensors.items() if tensor.ndim > 1}
-    heads = heads_by_module(groups)
-    prices: Counter[str] = Counter()
-    each: Counter[str] = Counter()
-    fixed = 0.0
-    for product in products(model, names, example):
-        weights = product.weights
-        if product.constant and not weights:
-            own = model.get_submodule(product.module)._parameters.values()
-            on_disk = (p for p in own if isinstance(p, OnDisk) and id(p) in names)
-            weights = frozenset(names[id(p)] for p in on_disk)
-        if weights:
-            entries = sum(tensors[name].numel() for name in weights)
-            prices.update(dict.fromkeys(weights, product.operations / entries))
+            for index, tensor in ((i, t) for i, tensors in enumerate(own) for t in tensors):
+                if holders[id(tensor)] == 1:
+                    copies = Size(()) if index else Size((((group.name,), 1),))
+                    found[names[id(tensor)]] += (copies,)
             continue
-        several = nearest(heads, product.module)
-        units = sum(group.units for group in several)
-        each.update({group.name: product.operations / units for group in several})
-        fixed += 0 if several else product.operations
-    return prices, each, fixed
-
-
-def heads_by_module(groups: Sequence[CouplingGroup]) -> dict[str, list[CouplingGroup]]:
-    """Return the groups of heads by the modules around the layers that make or read them."""
-    found: dict[str, list[CouplingGroup]] = {}
-    for group in groups:
-        if group.kind is UnitKind.HEADS:
-            for module in {slot.module.rpartition(".")[0] for slot in group.slots}:
-                found.setdefault(module, []).append(group)
+        module, _, attribute = slot.tensor.rpartition(".")
+        name = names.get(id(getattr(model.get_submodule(module), attribute, None)), "")
+        if name:
+            dims = list(found[name])
+            other = dims[slot.dim].at(units) - slot.width * slot.units
+            dims[slot.dim] = Size.summed({(group.name,): slot.width, (): other})
+            found[name] = tuple(dims)
     return found
 
 
-def nearest(heads: Mapping[str, list[CouplingGroup]], module: str) -> list[CouplingGroup]:
-    """Return the groups of heads whose scores a module may take: its own, or those around it."""
-    while module and module not in heads:
-        module = module.rpartition(".")[0]
-    return heads.get(module, [])
+def _closed(traced: graph.DependencyGraph, groups: Sequence[CouplingGroup]) -> dict[str, int]:
+    """Return the widths of what is traced and is none of the groups that may lose units."""
+    names = {group.name for group in groups if group.prunable}
+    return {group.name: group.units for group in traced.groups if group.name not in names}
+
+
+class _Resolved:
+    """Sizes with some groups at a width, or under another name."""
+
+    def __init__(self, given: Mapping[str, int | str]) -> None:
+        self._given = given
+        self._known: dict[Size, Size] = {}
+
+    def __call__(self, size: Size) -> Size:
+        if size not in self._known:
+            self._known[size] = size.given(self._given)
+        return self._known[size]
+
+
+# ---- operations --------------------------------------------------------------------------
+
+
+def operations(
+    model: nn.Module,
+    traced: graph.DependencyGraph,
+    groups: Sequence[CouplingGroup],
+    sample: Batch,
+) -> CountedCost:
+    """Add up the operations of what is traced; what is left of a whole pass is a constant.
+
+    `traced` is the model as it was traced on the sample.
+    """
+    units = {group.name: group.units for group in groups}
+    places = {(s.tensor, s.dim): g.name for g in traced.groups for s in g.slots}
+    # No trace finds experts, but the rows of a router are a group of it.
+    routed = {
+        places[slot.tensor, slot.dim]: group.name
+        for group in groups
+        for slot in group.slots
+        if group.kind.routed and slot.role is Role.PRODUCER and (slot.tensor, slot.dim) in places
+    }
+    formulas = _Formulas(_Resolved({**_closed(traced, groups), **routed}), units)
+    sizes = Counter(formula for one in traced.operators if (formula := formulas.of(one)).terms)
+    found = CountedCost.summed(sizes, units)
+    whole = count_flops(model, sample)
+    return CountedCost.summed(sizes, units, whole - found.dense)
+
+
+def _traced_on_sample(prepared: Prepared, groups: Sequence[CouplingGroup]) -> graph.DependencyGraph:
+    """Trace the model on the first sample, and find the same groups."""
+    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in prepared.sample.items())
+    refused = f"operations cannot be counted on a sample of {shapes}: "
+    try:
+        traced = prepared.traced_on(prepared.sample)
+    except graph.GraphError as error:
+        raise RequestError(f"{refused}{error}; give --params") from error
+    known = {group.name: {s.location for s in group.slots} for group in traced.groups}
+    for group in groups:
+        places = {slot.location for slot in group.slots}
+        if group.prunable and not group.kind.routed and known.get(group.name) != places:
+            raise RequestError(
+                f"{refused}the trace finds other units there for {group.name!r}; give --params"
+            )
+    return traced
+
+
+_NODES = (2, 3, 4, 5)
+"""Sizes at which operations are counted: they are polynomials of degree three at most in each size
+that an operator has.  Of size one, products may be computed by element, which is not counted."""
+
+
+def _monomials() -> NDArray[Any]:
+    """Return what polynomials that are one at a node and zero at the others consist of, exactly."""
+    rows = []
+    for node in _NODES:
+        row = [Fraction(1)]
+        for other in (n for n in _NODES if n != node):
+            longer = [Fraction(0), *row], [*row, Fraction(0)]
+            row = [(a - other * b) / (node - other) for a, b in zip(*longer, strict=True)]
+        rows.append(row)
+    return np.array(rows, dtype=object)
+
+
+class _Formulas:
+    """Operations of operators by torch's formulas, as polynomials of groups' widths.
+
+    An operator's sizes are multiples of some that differ, each of which is a variable: it is called
+    on tensors without memory, and counted.
+    """
+
+    def __init__(self, resolved: _Resolved, units: Mapping[str, int]) -> None:
+        self._resolved, self._units = resolved, units
+        self._known: dict[tuple[Any, str], dict[tuple[int, ...], int]] = {}
+        self._basis = _monomials()
+
+    def of(self, operator: Operator) -> Size:
+        """Return the operations of an operator; none if they depend on no group."""
+        factors = [one for one in operator.reads if one.dtype.is_floating_point]
+        if len(factors) < 2 or not multiplies(operator.function):
+            return Size(())
+        variables: dict[Size, int] = {}
+
+        def seen(operand: Operand) -> Any:
+            dims = (_primitive(self._resolved(size)) for size in operand.dims)
+            return operand.dtype, *((n, variables.setdefault(p, len(variables))) for n, p in dims)
+
+        variables[ONE] = 0
+        key = operator.function, str(pytree.tree_map_only(Operand, seen, operator.arguments))
+        several = [size for size in variables if size != ONE]
+        if not several:
+            return Size(())
+        if key not in self._known:
+            self._known[key] = self._powers(operator, several)
+        total: Counter[tuple[str, ...]] = Counter()
+        for powers, number in self._known[key].items():
+            sizes = (
+                size for size, power in zip(several, powers, strict=True) for _ in range(power)
+            )
+            for names, n in math.prod(sizes, start=ONE).terms:
+                total[names] += n * number
+        return Size.summed(total)
+
+    def _powers(self, operator: Operator, variables: Sequence[Size]) -> dict[tuple[int, ...], int]:
+        """Return the polynomial of an operator, numbers by the powers of variables."""
+        dense = [size.at(self._units) for size in variables]
+        if not self._counted(operator, dict(zip(variables, dense, strict=True))):
+            return {}
+        values = np.empty((len(_NODES),) * len(variables), dtype=object)
+        for index in itertools.product(range(len(_NODES)), repeat=len(variables)):
+            at = {size: _NODES[i] for size, i in zip(variables, index, strict=True)}
+            values[index] = Fraction(self._counted(operator, at))
+        for _ in variables:
+            values = np.tensordot(values, self._basis, axes=(0, 0))
+        return {powers: int(number) for powers, number in np.ndenumerate(values) if number}
+
+    def _counted(self, operator: Operator, values: Mapping[Size, int]) -> int:
+        def size(one: Size) -> int:
+            number, primitive = _primitive(self._resolved(one))
+            return number * values.get(primitive, 1)
+
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        with torch.no_grad(), flop_counter() as counter:
+            operator.function(**operator.arguments_at(size, empty))
+        return int(counter.get_total_flops())
+
+
+def _primitive(size: Size) -> tuple[int, Size]:
+    """Return a size as a multiple of one of which it is the least multiple."""
+    number = math.gcd(*(n for _, n in size.terms)) or 1
+    return number, Size(tuple((names, n // number) for names, n in size.terms))

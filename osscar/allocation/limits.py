@@ -51,14 +51,14 @@ def allowances(task: PruningTask) -> list[Allowance]:
             assert request.context is not None
             return serving_memory(
                 counted(Cost.BYTES, form),
-                *(prepared.model, groups, prepared.sample),
+                *(prepared.model, prepared.traced, groups, prepared.sample),
                 *(request.context, request.batch),
             )
         program = None
         if form is Form.EXPORTED:
             proofs = prepared.inputs.proofs(prepared.model, request.seed)
             program = dense_program(prepared.model, proofs, prepared.example)
-        return count(kind, prepared.model, groups, prepared.sample, program)
+        return count(kind, prepared, groups, program)
 
     found = []
     for budget in request.budgets:

@@ -34,9 +34,10 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
+from networkx.utils import UnionFind
 from numpy.typing import NDArray
 
-from osscar.allocation.costs import ROUNDING, CountedCost, additive_classes
+from osscar.allocation.costs import ROUNDING, CountedCost
 
 _GAP = 1e-3
 """Of the loss, above which the integer program is solved, and to which."""
@@ -171,7 +172,11 @@ class Search:
     def _parts(self) -> tuple[_Part, ...]:
         """Groups in parts whose costs add up; none where one has too many choices."""
         parts = []
-        for names in additive_classes(self.costs, self.options):
+        classes: UnionFind[str] = UnionFind(self.options)
+        for together in (names for cost in self.costs for names in cost.coupled):
+            classes.union(*(together & self.options.keys()))
+        for one in classes.to_sets():
+            names = tuple(name for name in self.options if name in one)
             sizes = [len(self.options[name]) for name in names]
             if math.prod(sizes) > _MOST_TOGETHER:
                 return ()

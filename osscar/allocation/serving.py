@@ -6,6 +6,7 @@ fills in a pass: layers may share keys and values, keep none, or keep a window o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from graph import CouplingGroup
-from osscar.allocation.costs import CountedCost, heads_by_module, nearest
+from graph import CouplingGroup, DependencyGraph, UnitKind
+from osscar.allocation.costs import CountedCost, Product
 from osscar.base.errors import RequestError
 from osscar.data.batches import Batch
 from osscar.network.hooks import running_modules
@@ -29,6 +30,7 @@ from osscar.proof.lineage import stored_dtype
 def serving_memory(
     weights: CountedCost,
     model: nn.Module,
+    traced: DependencyGraph,
     groups: Sequence[CouplingGroup],
     example: Batch,
     context: int,
@@ -47,7 +49,8 @@ def serving_memory(
             "no more"
         )
     seen, dtype = _first_states(model, example), stored_dtype(model)
-    heads, each, fixed = heads_by_module(groups), dict(weights.each), weights.fixed
+    heads = {group.name: group.units for group in groups if group.kind is UnitKind.HEADS}
+    terms, fixed = list(weights.terms), weights.fixed
     # The cache itself says how many positions it holds, of states that take no memory.
     filled, short = DynamicCache(config=model.config), Counter[int]()
     for index, (module, *states) in sorted(seen.items()):
@@ -55,9 +58,10 @@ def serving_memory(
         filled.update(keys, values, index)
         held = filled.layers[index]
         size = (held.keys.numel() + held.values.numel()) * dtype.itemsize * batch
-        owners = nearest(heads, module)
-        if len(owners) == 1 and keys.shape[1] % owners[0].units == 0:
-            each[owners[0].name] = each.get(owners[0].name, 0.0) + size / owners[0].units
+        owners = heads.keys() & traced.names_in(module)
+        units = math.prod(heads[name] for name in owners)
+        if len(owners) == 1 and keys.shape[1] % units == 0:
+            terms.append(Product(size / units, tuple(owners)))
         else:  # one head of keys and values that serves all queries
             fixed += size
         if held.keys.shape[-2] < context:
@@ -68,7 +72,7 @@ def serving_memory(
         f"transformers caches them: {context:,} positions{fewer}, {batch:,} "
         f"sequence{'s' if batch > 1 else ''}"
     )
-    return replace(weights, each=each, fixed=fixed, assumed=assumed)
+    return replace(weights, terms=tuple(terms), fixed=fixed, assumed=assumed)
 
 
 def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tensor, Tensor]]:

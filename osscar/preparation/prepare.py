@@ -99,6 +99,8 @@ class Prepared:
     """Looks for `routed` once, for this and for all that is made of it with other data."""
     try_bfloat16: Callable[[], bool] = field(default=lambda: False, repr=False)
     """Tells `bfloat16`, tried once, before the model is pruned, as routed groups are found."""
+    traces: dict[tuple[Any, ...], graph.DependencyGraph] = field(default_factory=dict, repr=False)
+    """What `traced_on` has traced."""
     idle: frozenset[str] = frozenset()
     """Consumers, by their labels, to which no token is sent any more: they are not refitted."""
     ranks: Ranks = ALONE
@@ -123,6 +125,20 @@ class Prepared:
         """The programs of the model, with all its units; to be asked for before any leaves."""
         self.untouched.put_back()  # what passes keep for the next would be traced as numbers
         return dense_programs(self.model, self.example)
+
+    def traced_on(self, batch: Batch) -> graph.DependencyGraph:
+        """Trace the model once more, on larger inputs: operators have shapes of these.
+
+        It is done once for inputs of the same shapes, and before any unit leaves.  Raises what
+        `graph.trace` raises.
+        """
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+        if shapes not in self.traces:
+            self.untouched.put_back()
+            rules = graph.PROGRAM_RULES if self.in_programs else graph.DEFAULT_RULES
+            with shapes_only(self.model, batch) as small, followed_mixtures(self.model):
+                self.traces[shapes], _ = _traced_around(self.model, batch, small, rules)
+        return self.traces[shapes]
 
     @property
     def bfloat16(self) -> bool:
@@ -366,17 +382,12 @@ def _traced(
 
     Last come groups that are frozen, in code that cannot be traced.
     """
-    try:
-        traced = graph.trace(model, small)
-    except graph.TraceError as error:
-        [room] = rooms()
-        traced, untraced = room.traced_around(model, example, small, error)
-        return traced, {}, untraced
+    traced, untraced = _traced_around(model, example, small)
     wide, narrow = graph.PROGRAM_RULES, graph.DEFAULT_RULES
     frozen = (freeze for group in traced.groups for freeze in group.frozen)
     made = [f for f in frozen if wide.find(f.operator) is not narrow.find(f.operator)]
-    if not programs or not made:
-        return traced, {}, ()
+    if not programs or not made or untraced:
+        return traced, {}, untraced
     wider = graph.trace(model, small, rules=wide)
     in_modules = {_places(group): group for group in traced.groups}
     known = {places for places, group in in_modules.items() if group.prunable}
@@ -389,6 +400,17 @@ def _traced(
         if places not in known
     }
     return wider, reasons, ()
+
+
+def _traced_around(
+    model: nn.Module, example: Batch, small: Batch, rules: graph.RuleTable = graph.DEFAULT_RULES
+) -> tuple[graph.DependencyGraph, tuple[CouplingGroup, ...]]:
+    """Trace a model, if need be around mixtures; groups in these come second, frozen."""
+    try:
+        return graph.trace(model, small, rules=rules), ()
+    except graph.TraceError as error:
+        [room] = rooms()
+        return room.traced_around(model, example, small, error)
 
 
 def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:

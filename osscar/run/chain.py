@@ -197,7 +197,7 @@ def goal(task: PruningTask) -> str:
                 return f"keeps {asked} of the bytes that the weights take on disk"
             case BudgetKind.MEMORY:
                 return f"keeps {asked} of the memory that serving takes"
-        cost = count(Cost.PARAMETERS, prepared.model, task.counted, prepared.sample)
+        cost = count(Cost.PARAMETERS, prepared, task.counted)
         dense, kept = cost.dense, cost.of(keep)
         if budget is BudgetKind.SPARSITY:
             kept -= asked * (kept - cost.of({**keep, **left}))

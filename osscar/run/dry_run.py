@@ -161,7 +161,7 @@ def estimate_as_asked(
         allocated = allocate(dataclasses.replace(task, request=evenly))
         keep, budget = allocated.keep, allocated.budget
         groups = [group for group in prepared.groups if group.name in keep]
-        cost = count(Cost.PARAMETERS, prepared.model, prepared.groups, prepared.sample)
+        cost = count(Cost.PARAMETERS, prepared, prepared.groups)
         kept = cost.of(keep) / cost.dense
         target = Target(request.target)
         schedule = Walk(prepared, groups, target=target).schedule

@@ -215,7 +215,7 @@ class _Search:
     def _cost(self) -> CountedCost:
         """What sizes are counted in."""
         prepared = self.task.prepared
-        return count(COUNTED[self._kind], prepared.model, self.task.counted, prepared.sample)
+        return count(COUNTED[self._kind], prepared, self.task.counted)
 
     @cached_property
     def _allowed(self) -> list[Allowance]:

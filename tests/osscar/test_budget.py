@@ -12,7 +12,7 @@ from torch import nn
 
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.costs import Cost, CountedCost, Product, count
 from osscar.allocation.search import Search
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
@@ -32,7 +32,8 @@ def searched(losses, *costs):
     """Return a search over groups with a loss for each width, whose units cost so much each."""
     units = {name: len(some) - 1 for name, some in losses.items()}
     options = {name: np.arange(len(some)) for name, some in losses.items()}
-    return Search(options, losses, {}, [CountedCost((), 0.0, c, units) for c in costs])
+    terms = (tuple(Product(price, (name,)) for name, price in cost.items()) for cost in costs)
+    return Search(options, losses, {}, [CountedCost(0.0, some, units) for some in terms])
 
 
 @st.composite
@@ -148,7 +149,7 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
     assert {one.budget for one in budget.limits} == asked.keys() - {"round_to", "at_least"}
     assert budget.tightest.reached >= 0.7 * budget.tightest.limit
     for one in budget.limits:
-        cost = count(one.cost, either.model, either.groups, either.sample)
+        cost = count(one.cost, either, either.groups)
         assert one.dense == cost.dense
         assert one.reached == pytest.approx(cost.of(found.keep), rel=1e-12)
         assert one.reached <= one.limit * (1 + 1e-9)
@@ -226,7 +227,7 @@ def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
 def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
     dense = count_parameters(opt.model)
     owned = count_owned(opt.model, [one for one in opt.groups if one.prunable])
-    cost = count(Cost.PARAMETERS, opt.model, opt.groups, opt.sample)
+    cost = count(Cost.PARAMETERS, opt, opt.groups)
     halves = {"heads": 0.5, "neurons": 0.25}
 
     def told(**asked):

@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import graph
 import osscar
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, additive_classes, count
+from osscar.allocation.costs import Cost, count, weights
 from osscar.allocation.measured import compared_samples, measured_curves
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import count_kept
@@ -282,8 +283,8 @@ def test_costs_of_experts_and_neurons_multiply(kind):
     with prepare(small(), tokens()) as prepared:
         chosen = [g for g in prepared.every_group if g.kind in ("experts", "neurons")]
         kept = {g.name: 3 if g.kind == "experts" else g.units // 2 for g in chosen}
-        cost = count(kind, prepared.model, prepared.every_group, prepared.sample)
-        assert (len(additive_classes([cost], kept)) == len(kept)) == (kind is Cost.FLOPS)
+        cost = count(kind, prepared, prepared.every_group)
+        assert bool(cost.coupled) == (kind is Cost.PARAMETERS)
         plans = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in chosen]
         shrink(prepared.model, PruningPlan(tuple(plans)), [prepared.sample])
         if kind is Cost.FLOPS:
@@ -300,7 +301,7 @@ def test_a_budget_counts_experts_that_leave_by_a_share(budget, prepared):
     assert found.keep[NAME] == 3
     assert NAME not in found.budget.widths
     (limit,) = found.budget.limits
-    cost = count(limit.cost, prepared.model, prepared.every_group, prepared.sample)
+    cost = count(limit.cost, prepared, prepared.every_group)
     assert limit.reached == pytest.approx(cost.of(found.keep))
     assert limit.reached <= limit.limit
 
@@ -393,6 +394,6 @@ def test_bytes_of_experts_have_their_buffers():
         expert.register_buffer("scale", torch.ones(WIDTH))
     model, example = Scorer(block).eval(), {"x": torch.randn(4, 2, WIDTH)}
     (group,) = (one.group for one in mixtures_in(model, example))
-    cost = count(Cost.BYTES, model, [group], example)
+    cost = weights(Cost.BYTES, model, graph.DependencyGraph((), ()), [group])
     own = count_parameters(Expert()) + WIDTH + WIDTH  # a buffer, and a row of the router
     assert cost.of({}) - cost.of({group.name: COUNT - 1}) == 4 * own

@@ -11,9 +11,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import graph
 import osscar
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, count
+from osscar.allocation.costs import Cost, weights
 from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
@@ -109,8 +110,10 @@ def test_a_model_that_keeps_no_keys_and_values_is_told_to_ask_for_a_size():
         (encoder, pair, "keeps none; give size="),
         (MambaForCausalLM(states).eval(), {"input_ids": tokens()}, "give size="),
     ):
+        nothing = graph.DependencyGraph((), ())
+        size = weights(Cost.BYTES, model, nothing, ())
         with pytest.raises(RequestError, match=message):
-            serving_memory(count(Cost.BYTES, model, (), example), model, (), example, 16, 1)
+            serving_memory(size, model, nothing, (), example, 16, 1)
 
 
 @pytest.mark.parametrize(
