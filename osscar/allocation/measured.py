@@ -13,7 +13,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -90,22 +89,48 @@ class Curve:
     def losses(self) -> NDArray[np.float64]:
         """The shape through what was measured, (units + 1,), which does not increase either.
 
-        Between two widths that were measured it is a power of the shape, and beyond them a
-        multiple; without any, the shape itself.
+        Fewer units never count as better: where a measurement contradicts one with more units, the
+        larger distance is taken.  What is below `LEAST` counts as zero.
+
+        Where the shape is positive, it becomes a power between two widths that were measured, and a
+        multiple beyond them; without any, it stays.  Where it is zero and something was measured,
+        units do nothing on the samples that were fitted to, and something on others: in their
+        number the distance is linear between what was measured, and adds to that of all the rest.
         """
-        points: dict[float, float] = {}
-        least = LEAST
+        points, least = dict[int, float](), 0.0
         for kept, distance in sorted(self.measured.items(), reverse=True):
-            if self.shape[kept] > 0:  # units that do nothing do nothing
-                points[float(self.shape[kept])] = least = max(distance, least)
-        losses = self.shape.copy()
-        if points:
+            points[kept] = least = max(least, distance if distance > LEAST else 0.0)
+        idle = self._idle(points)
+        losses, fitted = self.shape.copy(), [kept for kept in points if self.shape[kept] > 0]
+        if fitted:
             known = losses > 0
-            x, y = np.log(np.array(sorted(points.items()))).T
+            x = np.log(self.shape[fitted])
+            y = np.log([max(points[kept] - idle[kept], LEAST) for kept in fitted])
             at = np.log(losses[known])
             inside = np.clip(at, x[0], x[-1])
             losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
+        low, high = np.zeros(len(losses)), np.full(len(losses), np.inf)
+        for kept, distance in points.items():
+            low[: kept + 1] = distance
+            high[kept:] = np.minimum(high[kept:], max(distance, LEAST))
+        losses = np.clip(losses + idle, low, high)
         return np.maximum.accumulate(losses[::-1])[::-1]  # but for rounding, it is that
+
+    @property
+    def idle_from(self) -> int:
+        """The fewest units with which the shape is zero."""
+        return int((self.shape > 0).sum())
+
+    def _idle(self, points: Mapping[int, float]) -> NDArray[np.float64]:
+        """Return what units lose of which the shape knows nothing, (units + 1,)."""
+        units, first = len(self.shape) - 1, self.idle_from
+        known = {kept: distance for kept, distance in points.items() if kept >= first}
+        if not known:
+            return np.zeros(units + 1)
+        narrowest = min(known)
+        rise = known[narrowest] * (units - first) / max(1, units - narrowest)
+        x, y = np.array(sorted({first: rise, **known, units: 0.0}.items())).T
+        return np.asarray(np.interp(np.arange(units + 1), x, y), np.float64)
 
     def through(self, kept: int, distance: float) -> Curve:
         """Return a curve that also goes through what was measured with so many units."""
@@ -209,7 +234,8 @@ def widths_to_measure(
     """Return at which width each group is to be measured: about what it is to keep.
 
     One that keeps all its units is measured at the share that all keep.  Left out are groups that
-    were measured at about that width, and those whose loss is too small to matter.
+    were measured at about that width, and those whose loss is too small to matter; that a shape is
+    zero does not say so, but what was measured with fewer units does.
     """
     share = sum(keep[group.name] for group in groups) / sum(group.units for group in groups)
     total = sum(float(curve.losses[keep[name]]) for name, curve in curves.items())
@@ -223,7 +249,9 @@ def widths_to_measure(
         width = int(options[np.abs(options - kept).argmin()])
         curve = curves.get(group.name)
         if curve is not None:
-            matters = 10 * curve.losses[width] > _MATTERS * total
+            fewer = (distance for known, distance in curve.measured.items() if known <= width)
+            loss = curve.losses[width] or min(fewer, default=math.inf)
+            matters = 10 * loss > _MATTERS * total
             near = any(abs(width - known) <= _NEAR * group.units for known in curve.measured)
             if not matters or near or keep[group.name] == group.units:
                 continue
@@ -243,6 +271,10 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
         yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // _ONE_IN))
 
 
+_Refits = list[tuple[list[int], list[torch.Tensor]]]
+"""The units that stay, and the refitted weights of each consumer."""
+
+
 @dataclass(eq=False)
 class _Alone:
     """Measures what the model comes to with one group alone pruned to a width."""
@@ -255,57 +287,88 @@ class _Alone:
     curves: dict[str, Curve]
 
     def measure(self, step: LayerStep | Step, keep: int) -> None:
-        """Put a curve through the distance of the model with this group pruned to a width."""
+        """Put a curve through the distance of the model with this group pruned to a width.
+
+        A shape that is zero with more units than that is not believed either: at first, the model
+        is measured without these alone, too.
+        """
         group, known = step.group.name, step.group.name in self.curves
-        without: AbstractContextManager[NDArray[np.float64]]
-        changed = None
-        if isinstance(step, LayerStep):
-            without = self._without_units(step, keep)
-            changed = [getattr(c.module, name) for c in step.consumers for name in c.parameters]
-        else:
-            without = step.alone(keep, self.task.request.damp, shaped=not known)
         try:
-            with without as shape, timed(Stage.MEASURED):
-                distance, model = 0.0, self.task.prepared.model
-                if self.rough is not None:
-                    distance = self.rough.compared(model, changed).distance
-                if not _CLOSE <= distance < math.inf:
-                    distance = self.reference.divergence(model, changed)
+            if isinstance(step, LayerStep):
+                curve = self._measured_layer(step, keep)
+            else:
+                curve = self._measured_routed(step, keep)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:
                 raise NonFiniteError(alone) from error
             warn(f"{alone}; its loss curve keeps the earlier measurements")
             return
-        curve = self.curves[group] if known else Curve(group, shape)
-        self.curves[group] = curve.through(keep, distance)
+        self.curves[group] = curve
 
-    @contextmanager
-    def _without_units(self, step: LayerStep, keep: int) -> Iterator[NDArray[np.float64]]:
-        """Let the model run with the units that stay refitted, as the first rank chooses them.
+    def _measured_layer(self, step: LayerStep, keep: int) -> Curve:
+        """Return the curve of a layer, through the distance with so many units."""
+        name = step.group.name
+        shape, refits = self._refits(step, keep)
+        curve = self.curves.get(name) or Curve(name, shape)
+        changed = [getattr(c.module, name) for c in step.consumers for name in c.parameters]
+        for kept, weights in refits:
+            with step.tried([W.to(device_of(self.task.prepared.model)) for W in weights], kept):
+                curve = curve.through(len(kept), self._distance(changed))
+        return curve
 
-        Units are removed one by one.  Yielded is the shape of the group's curve.
+    def _measured_routed(self, step: Step, keep: int) -> Curve:
+        """Return the curve of units that are routed, through the distance with so many."""
+        name, damp = step.group.name, self.task.request.damp
+        curve, wanted = self.curves.get(name), [keep]
+        for width in wanted:
+            with step.alone(width, damp, shaped=curve is None) as shape:
+                distance = self._distance()
+            if curve is None:
+                curve = Curve(name, shape)
+                if keep < curve.idle_from < step.group.units:
+                    wanted.append(curve.idle_from)
+            curve = curve.through(width, distance)
+        assert curve is not None
+        return curve
+
+    @timed(Stage.MEASURED)
+    def _distance(self, changed: Sequence[torch.Tensor] | None = None) -> float:
+        """Return how far the model as it is now is from the dense one."""
+        distance, model = 0.0, self.task.prepared.model
+        if self.rough is not None:
+            distance = self.rough.compared(model, changed).distance
+        if not _CLOSE <= distance < math.inf:
+            distance = self.reference.divergence(model, changed)
+        return distance
+
+    def _refits(self, step: LayerStep, keep: int) -> tuple[NDArray[np.float64], _Refits]:
+        """Return the shape of a layer's curve, and refits to be measured, of the first rank.
+
+        Units are removed one by one.  The refits are of the width that is asked for, and at first
+        of the layer without those units alone that do nothing on the samples that are fitted to.
         """
         few, damp = self.task.prepared, self.task.request.damp
+        known = step.group.name in self.curves
 
-        def refitted() -> tuple[list[torch.Tensor], list[int], NDArray[np.float64]]:
+        def refitted() -> tuple[NDArray[np.float64], _Refits]:
             with timed(Stage.MEASURED), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
                 problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
                 removals = eliminate(problem, problem.units - 1)
-                kept = support_after(removals[: problem.units - keep], problem)
-                refits = step.refits(refit(problem, kept)[0], kept.tolist())
-                shape = summed_losses(problem, removals)
-            moved = [W if few.ranks.alone else W.cpu() for W in refits.weights]
-            return moved, kept.tolist(), shape
+                shape, found = summed_losses(problem, removals), _Refits()
+                idle = Curve(step.group.name, shape).idle_from
+                for width in (keep, idle) if keep < idle < problem.units and not known else (keep,):
+                    kept = support_after(removals[: problem.units - width], problem)
+                    weights = step.refits(refit(problem, kept)[0], kept.tolist()).weights
+                    moved = [W if few.ranks.alone else W.cpu() for W in weights]
+                    found.append((kept.tolist(), moved))
+            return shape, found
 
         inputs = " and ".join(str(consumer.rows) for consumer in step.consumers)
         what = f"the problem of {step.group.name!r} with {inputs} inputs"
         with memory_for(what, FOR_MATRICES), room_for(few.model, self.task.matrix_bytes):
-            alone = few.ranks.broadcast("a group that was pruned by itself", refitted)
-        weights, kept, shape = alone
-        with step.tried([W.to(device_of(few.model)) for W in weights], kept):
-            yield shape
+            return few.ranks.broadcast("a group that was pruned by itself", refitted)
 
 
 def summed_losses(problem: SubsetProblem, removals: Removals) -> NDArray[np.float64]:

@@ -330,6 +330,29 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     assert list(curve.losses) == sorted(curve.losses, reverse=True)
 
 
+def test_experts_that_only_other_samples_are_sent_to_are_measured_without():
+    """Tokens of the first half of the vocabulary go to two experts, others to the other two."""
+    model = mixture("mixtral", num_hidden_layers=1, num_experts_per_tok=1)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        half = len(embedding) // 2
+        embedding[:half, 0], embedding[half:, 0] = 3.0, -3.0
+        embedding[::2, 1], embedding[1::2, 1] = 3.0, -3.0
+        gate = model.get_submodule(NAME.replace("experts", "gate")).weight
+        gate[:2, 0], gate[2:, 0] = 2.0, -2.0
+        gate[::2, 1], gate[1::2, 1] = 1.0, -1.0
+    drawn = torch.randint(half, (16, 12), generator=torch.Generator().manual_seed(0))
+    drawn[12:] += half
+    request = PruningRequest(params=0.7, skip=["*.neurons", "*.heads"], damp=0.1, **AUTO)
+    with prepare(model, drawn, device="cpu") as prepared:
+        assert compared_samples(prepared) == 4
+        curve = measured_curves(PruningTask(prepared, request), lambda _: {NAME: 1})[0][NAME]
+    assert curve.idle_from == 2
+    assert sorted(curve.measured) == [1, 2]
+    assert 1e-4 < curve.losses[2] == pytest.approx(curve.measured[2])
+    assert curve.losses[3] == pytest.approx(curve.measured[2] / 2)
+
+
 def test_of_long_windows_one_is_left_to_judge_fits_by(prepared, monkeypatch):
     monkeypatch.setattr("osscar.allocation.measured._FITTED_TOKENS", 1)
     request = PruningRequest(params=0.7, skip=["*.neurons", "*.heads"], **AUTO)
