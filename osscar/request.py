@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, 
 
 from annotated_types import Gt, Interval
 
+from osscar.base.distances import DistanceOption
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.inputs import Read, bare, check_fields, count_from, parse_size, safe_repr
 
@@ -245,11 +246,10 @@ class PruningRequest:
         Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
         on this device, where nothing else should run meanwhile.
     max_divergence
-        Largest divergence of the outputs from the dense model's, in nats per prediction; or largest
-        relative squared error, if the outputs are no class scores.  The smallest model within it
-        and within all budgets is found by pruning up to four times, on half of the calibration
-        samples.  A quarter of them chooses the size, with 95 % confidence, and the last quarter
-        measures the result.
+        Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
+        The smallest model within it and within all budgets is found by pruning up to four times, on
+        half of the calibration samples.  A quarter of them chooses the size, with 95 % confidence,
+        and the last quarter measures the result.
     max_perplexity_increase
         The same search for a language model: largest increase of its perplexity, such as ``5%``.
     max_top1_drop
@@ -258,6 +258,12 @@ class PruningRequest:
     smallest
         With a quality target: what to make as small as possible, ``params`` (the default),
         ``flops``, or ``size`` in bytes.
+    distance
+        How far a model's outputs are from the dense model's, by which widths are chosen: ``nats``,
+        the divergence of scores of classes; ``relative``, the squared error of all outputs over
+        their squares; or a function of (outputs, dense outputs, batch) that returns one number a
+        sample, also as ``file.py:function``.  By default ``nats`` where labels, the name of an
+        output, its values or the model say that it holds scores, else ``relative``.
     allocation
         How the budgets are divided among layers.  ``measured`` chooses widths with which the
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
@@ -346,6 +352,7 @@ class PruningRequest:
     max_perplexity_increase: ShareLost = None
     max_top1_drop: ShareLost = None
     smallest: Literal["params", "flops", "size"] | None = None
+    distance: DistanceOption = None
     allocation: Literal["measured", "uniform"] = "measured"
     heads: KeepOption = None
     neurons: KeepOption = None
@@ -551,6 +558,7 @@ class PruningRequest:
         }
         data["groups"] = {name: str(keep) for name, keep in self.groups.items()}
         data["skip"] = list(self.skip)
+        data["distance"] = None if self.distance is None else str(self.distance)
         options = self.backend_options
         if not isinstance(self.backend, str):
             data["backend"] = type(self.backend).__name__

@@ -12,30 +12,68 @@ from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from pydantic import with_config
 from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
 from osscar.allocation.resumed import HELD_BYTES, Recording, recorded
+from osscar.allocation.scores import (
+    Scores,
+    asked_scores,
+    real_positions,
+    scores_of,
+    watched,
+)
+from osscar.base.distances import NATS, RELATIVE, AnyDistance, OwnDistance
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
+from osscar.base.json_files import STRICT
+from osscar.base.printable import listed, pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
 from osscar.network.modules import device_of, forward, forward_in_bfloat16, fresh
-from osscar.network.predictions import (
-    known_output,
-    named_logits,
-    place_of_classes,
-    reads_sequences,
-)
+from osscar.network.predictions import as_logits, holds_probabilities, named_outputs
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import comparable
+from solvers.own_code import blamed
 
-Measure: TypeAlias = Literal["nats", "relative", "loss"]
+Measure: TypeAlias = Literal["nats", "relative", "own"]
 
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
-"""Of what a smaller and the dense model put out for the same batch: a mean over its samples."""
+UNITS = {"nats": "nats", "relative": "of the squared outputs", "own": "by the given distance"}
+"""What distances are in, by their measure."""
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class Compared:
+    """What the distance of two models is, and why it is that."""
+
+    measure: Measure
+    """``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the squared error of
+    each output over its square, a mean over outputs; or the caller's ``own``."""
+    over: str
+    """The outputs and positions that are compared, or the caller's function."""
+    why: str
+    value: float | None = None
+    """The distance on held-out samples, where it was measured."""
+
+    def measured(self, value: float | None) -> Compared:
+        """Return the same with a distance; what is not finite is none."""
+        known = value is not None and math.isfinite(value)
+        return dataclasses.replace(self, value=value if known else None)
+
+    def __str__(self) -> str:
+        return f"{_MEASURES[self.measure]} {self.over}, since {self.why}"
+
+
+_MEASURES = {
+    "nats": "divergence in nats, of",
+    "relative": "squared error over the square, of",
+    "own": "that of",
+}
+"""What distances are, in words."""
 
 
 class Likeness(NamedTuple):
@@ -49,6 +87,11 @@ class Likeness(NamedTuple):
 
 MOST_BYTES = 256 << 20
 """Memory of the dense predictions that are kept; of more, evenly spread ones are taken."""
+
+_ZERO = 1e-3
+"""Rounding of what the caller measures of equal outputs is less."""
+
+_GIVEN, _REAL = "it is given", " that is not padded"
 
 _CACHED = 1 << 18
 """Numbers of float32 of which several tensors fit into a cache."""
@@ -66,10 +109,10 @@ class Distance:
     """How far a model is from the dense one, by what it puts out for the same inputs."""
 
     inputs: ModelInputs
-    measure: Measure
-    """``nats``, the Kullback-Leibler divergence of a prediction; ``relative``, the squared error of
-    each output over its square, a mean over outputs; or ``loss``, that of the caller."""
-    loss: Loss | None = None
+    compared: Compared
+    scores: Scores | None = None
+    """The output of which a divergence is measured."""
+    function: OwnDistance | None = None
     probabilities: bool = False
     """Whether the models put out these, and not logits."""
     powers: tuple[float, ...] = ()
@@ -80,17 +123,57 @@ class Distance:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, loss: Loss | None = None
+        cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, asked: AnyDistance = None
     ) -> Distance:
-        """Look at what the dense model puts out for a batch."""
-        if loss is not None:
-            return cls(inputs, "loss", loss)
-        table = table_of(_run(dense, batch), batch, inputs)
-        if table is None:
-            return cls(inputs, "relative")
-        chances = holds_probabilities(table)
-        bytes_ = 4 * table.numel() // inputs.count(batch)
-        return cls(inputs, "nats", probabilities=chances, bytes=bytes_)
+        """Look at what the dense model puts out for a batch.
+
+        `asked` is the ``distance`` of a request; by default the rules of `osscar.allocation.scores`
+        tell whether an output holds scores of classes.  An `OptionError` is raised where a
+        divergence is asked for and nothing has rows, or where the caller's distance of the dense
+        model from itself is not zero.
+        """
+        if isinstance(asked, OwnDistance):
+            own = cls(inputs, Compared("own", asked.source, _GIVEN), function=asked)
+            result = _run(dense, batch)
+            zero = own.each(result, fresh(result), batch).abs().max()
+            if not zero <= _ZERO:
+                raise OptionError(
+                    f"distance is {asked}, by which the dense model is {float(zero):.3g} from "
+                    "itself; let it return 0 where both models put out the same"
+                )
+            return own
+        with watched(dense, inputs, batch) as seen:
+            result = _run(dense, batch)
+        one = seen(result)
+        found = asked_scores(one) if asked == NATS else scores_of(one)
+        if asked == RELATIVE or (asked is None and found is None):
+            outputs = _numbers(result, batch)
+            some = any(len(x) != len(y) for x, y in zip(outputs, comparable(result), strict=True))
+            over = f"{listed([*_names(result).values()], 6)}{_REAL if some else ''}"
+            why = "nothing says that they are scores of classes" if asked is None else _GIVEN
+            return cls(inputs, Compared("relative", over, why))
+        if found is None:
+            there = ", ".join(f"{name!r} {tuple(x.shape)}" for name, x in one.outputs.items())
+            raise OptionError(
+                f"distance is 'nats', and no output of {type(dense).__name__} is known to hold "
+                f"scores of classes ({there}); call it 'logits', or give a function"
+            )
+        table, whole = found.table(result, batch), one.outputs[found.output]
+        at = " at each position" if whole.ndim > 2 else ""
+        padded = _REAL if table.ndim < whole.ndim else ""
+        over = f"{found.output!r}, {table.shape[-1]} classes{at}{padded}"
+        return cls(
+            inputs,
+            Compared("nats", over, found.why),
+            found,
+            probabilities=holds_probabilities(table),
+            bytes=4 * table.numel() // inputs.count(batch),
+        )
+
+    @property
+    def measure(self) -> Measure:
+        """What distances are."""
+        return self.compared.measure
 
     def outputs(
         self,
@@ -102,21 +185,16 @@ class Distance:
         """Return what is compared of a model's outputs: rows of logits, tensors, or all.
 
         Of predictions it is one in so many: a language model that can does not make the others.
-        `run` makes a forward pass.
+        Padded positions are left out, but of all outputs.  `run` makes a forward pass.
         """
+        if self.scores is None:
+            result = run(model, batch)
+            return result if self.function is not None else _numbers(result, batch)
         asked = batch
         if step > 1 and picks_predictions(model, self.inputs):
             positions = torch.arange(batch["input_ids"].shape[1])
             asked, step = {**batch, "logits_to_keep": spread(positions, step)}, 1
-        result = run(model, asked)
-        if self.measure == "loss":
-            return result
-        if self.measure == "relative":
-            return comparable(result)
-        table = table_of(result, batch, self.inputs)
-        if table is None:
-            return None
-        rows = as_logits(table, self.probabilities)
+        rows = as_logits(self.scores.table(run(model, asked), batch), self.probabilities)
         if step > 1 and self.inputs.tokens and rows.ndim == 3:  # as if each window ran by itself
             rows, step = torch.cat([spread(window, step) for window in rows]), 1
         return spread(rows.flatten(0, -2), step)
@@ -125,21 +203,32 @@ class Distance:
         """Return `outputs` with log-probabilities in the place of logits."""
         return outputs.float().log_softmax(-1) if self.measure == "nats" else outputs
 
-    def summed(self, found: Any, dense: Any, samples: int) -> tuple[Tensor, int]:
+    def each(self, found: Any, dense: Any, batch: Batch) -> Tensor:
+        """Return the caller's distances, a number a sample."""
+        assert self.function is not None
+        # What it writes to the dense model's outputs must not stay in those that are kept.
+        with blamed(self.function.source, OptionError):
+            values = self.function.function(found, fresh(dense), batch)
+        samples = self.inputs.count(batch)
+        if not (isinstance(values, Tensor) and values.is_floating_point()) or values.shape != (
+            samples,
+        ):
+            raise OptionError(
+                f"distance is {self.function}, which returned {safe_repr(values):.80} for "
+                f"{pluralize(samples, 'sample')}; let it return a tensor with one number a sample, "
+                f"of the shape ({samples},)"
+            )
+        return values.double()
+
+    def summed(self, found: Any, dense: Any, batch: Batch) -> tuple[Tensor, int]:
         """Return a sum of distances, and over how many predictions or samples it is.
 
         The outputs of the `dense` model are `normalized`.  An output of another shape, as where
         fewer boxes are found, is wholly in error.
         """
-        if self.loss is not None:
-            # What it writes to the dense model's outputs must not stay in those that are kept.
-            loss = self.loss(found, fresh(dense))
-            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
-                raise OptionError(
-                    f"the loss returned {safe_repr(loss):.80}; let it return a tensor with one "
-                    "number"
-                )
-            return loss.reshape(()) * samples, samples
+        samples = self.inputs.count(batch)
+        if self.function is not None:
+            return self.each(found, dense, batch).sum(), samples
         if self.measure == "nats":
             # A few rows at a time, so that what is made of them stays in the processor's cache.
             cached = dense.device.type == "cpu" and not torch.is_grad_enabled()
@@ -150,6 +239,21 @@ class Distance:
         outputs = zip(found, dense, self.powers, strict=True)
         errors = [_square(b - a if a.shape == b.shape else a) / power for b, a, power in outputs]
         return torch.stack(errors).mean(), samples
+
+
+def _names(result: Any) -> dict[int, str]:
+    """Return how outputs are called that are compared, by their identity."""
+    names = {id(x): name for name, x in named_outputs(result)}
+    return {id(x): names.get(id(x), "a tensor") for x in comparable(result)}
+
+
+def _numbers(result: Any, batch: Batch) -> list[Tensor]:
+    """Return outputs that are numbers, without padded positions."""
+    names, found = _names(result), list[Tensor]()
+    for x in comparable(result):
+        real = real_positions(names[id(x)], x, batch)
+        found.append(x if real is None else x[real])
+    return found
 
 
 def _resumed(known: Recording, changed: Collection[Tensor], model: nn.Module, batch: Batch) -> Any:
@@ -258,59 +362,13 @@ class Reference:
             if changed is not None and known is not None:
                 run = partial(_resumed, known, changed)
             found = self.distance.outputs(model, batch, self.step, run)
-            samples, same = self.distance.inputs.count(batch), 0.0
-            total, count = self.distance.summed(found, expected, samples)
+            same, (total, count) = 0.0, self.distance.summed(found, expected, batch)
             if self.distance.measure == "nats":
                 same = float((expected.argmax(-1) == found.argmax(-1)).sum())
             sums += torch.tensor([float(total), same, count], dtype=torch.float64)
         self.ranks.all_reduce("the distance from the dense model", [sums])
         total, same, count = sums.tolist()
         return Likeness(total / count, same / count)
-
-
-def table_of(result: Any, batch: Batch, inputs: ModelInputs) -> Tensor | None:
-    """Return a table of logits or of probabilities, a row a prediction; None if there is none.
-
-    The sizes of labels say which dimension holds classes.  A matrix that a model makes of images is
-    a classifier's; tokens are of a language model, and what is called `logits` of other sequences
-    has a row for each position.
-    """
-    tokens = inputs.tokens
-    named = named_logits(result)
-    alone = result if tokens else known_output(result)[1]
-    found = alone if named is None else named
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
-        return None
-    sequences = reads_sequences(batch.values())
-    if inputs.predictions is not None:
-        labels = inputs.count(batch), *inputs.predictions
-        place = place_of_classes(found.shape, labels, sequences=sequences)
-        if place is not None:
-            return found.movedim(place, -1)
-    pixels = [x for x in batch.values() if x.is_floating_point() or x.dtype is torch.uint8]
-    images = any(x.ndim == 4 for x in pixels)
-    rows = tokens or (sequences and named is not None)
-    if found.shape[-1] < 2 or not (rows or found.ndim == 2):
-        return None  # such as those of a segmentation, a map for each class
-    if not tokens and inputs.predictions != () and named is None and not images:
-        return None  # it may be anything, such as a regression
-    return found
-
-
-def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:
-    """Return the logits of a table, (..., classes): its logarithms if it holds probabilities."""
-    chances = holds_probabilities(table) if probabilities is None else probabilities
-    return table.clamp(min=1e-30).log() if chances else table
-
-
-def holds_probabilities(table: Tensor) -> bool:
-    """Tell whether a table holds probabilities, whose sums are 1."""
-    rows = table.detach().flatten(0, -2)
-    # Of nearly all models the first row tells that it holds none.
-    return all(
-        bool((some >= 0).all()) and bool(((some.float().sum(-1) - 1).abs() < 1e-3).all())
-        for some in (rows[:1], rows)
-    )
 
 
 def picks_predictions(model: nn.Module, inputs: ModelInputs) -> bool:

@@ -25,6 +25,7 @@ from osscar.allocation.budget import Budget
 from osscar.allocation.divergence import Distance, Measure, Reference, picks_predictions
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
+from osscar.base.distances import AnyDistance
 from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
@@ -154,11 +155,13 @@ def fitted_samples(prepared: Prepared) -> int:
     return min(wanted, samples - samples // _ONE_IN)
 
 
-def dense_references(prepared: Prepared, samples: int) -> tuple[Reference, Reference | None]:
+def dense_references(
+    prepared: Prepared, samples: int, asked: AnyDistance = None
+) -> tuple[Reference, Reference | None]:
     """Run a prepared model, which is still dense, on its last samples.
 
     Returned is what it puts out in float32, and in bfloat16, if most distances are measured in that
-    (`Prepared.bfloat16`).
+    (`Prepared.bfloat16`).  `asked` is the distance of a request.
     """
     model, last = prepared.model, prepared.inputs.part(-samples)
     size, step = prepared.batch_size, 1
@@ -167,7 +170,7 @@ def dense_references(prepared: Prepared, samples: int) -> tuple[Reference, Refer
         last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
         if picks_predictions(model, last):  # several take no more memory for logits than one whole
             size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
-    distance = Distance.of(model, last, last.batches(model, 1)[0])
+    distance = Distance.of(model, last, last.batches(model, 1)[0], asked)
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
     arguments = distance, model, last.batches(model, size), prepared.ranks, step
@@ -201,7 +204,7 @@ def measured_curves(
             f"--allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
             f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
         )
-    reference, rough = dense_references(prepared, compared_samples(prepared))
+    reference, rough = dense_references(prepared, compared_samples(prepared), task.request.distance)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     curves = {} if before is None else known_curves(before)
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)

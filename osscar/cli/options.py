@@ -48,8 +48,8 @@ BackendOptions = Annotated[
 ]
 
 _GROUPS = {
-    "Budget": "sparsity params size memory context batch flops speedup allocation round_to "
-    "at_least",
+    "Budget": "sparsity params size memory context batch flops speedup allocation distance "
+    "round_to at_least",
     "Quality target": "max_divergence max_perplexity_increase max_top1_drop smallest",
     "What to keep": "keep heads neurons channels residual experts skip groups",
     "Calibration and test data": "calibration text images inputs samples seqlen windows "
@@ -118,7 +118,7 @@ def _command(
         for one in () if request is None else dataclasses.fields(request):
             if one.name in but or (only and one.name not in only):
                 continue
-            kind = str | None if is_keep(one.type) else bare(one.type)
+            kind = str | None if is_keep(one.type) or one.name == "distance" else bare(one.type)
             default: Any = one.default
             if one.name in ("skip", "backend_options"):
                 kind, default = list[str], ()
@@ -215,7 +215,7 @@ class PruneOptions(RunOptions, SavedOptions):
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
-@_command(RecoveryRequest, but=("loss",))
+@_command(RecoveryRequest)
 class RecoverOptions(OpenOptions, SavedOptions):
     """What `osscar recover` takes."""
 
@@ -250,7 +250,17 @@ class RecoverOptions(OpenOptions, SavedOptions):
     PruningRequest,
     only=(
         *("context", "batch", "allocation", "seed", "batch_size", "round_to", "at_least"),
-        *("backend", "damp", "experts", "skip", "form", "batch_norm", "strict", "device"),
+        *(
+            "distance",
+            "backend",
+            "damp",
+            "experts",
+            "skip",
+            "form",
+            "batch_norm",
+            "strict",
+            "device",
+        ),
     ),
 )
 class SweepOptions(RunOptions):
@@ -451,7 +461,8 @@ def recovery_of(
     """Return what is asked of the recovery that follows a pruning; None if none does."""
     steps = options.recover_steps
     if options.recover:
-        asked = RecoveryRequest(device=request.device, seed=request.seed)
+        own = {name: getattr(request, name) for name in ("device", "seed", "distance")}
+        asked = RecoveryRequest(**own)
         return asked if steps is None else dataclasses.replace(asked, steps=steps)
     for name, value in given(options).items():
         if name.startswith("recover_"):

@@ -20,6 +20,7 @@ from scipy.special import ndtri, stdtrit
 from torch import Tensor, nn
 
 from osscar.allocation.divergence import Distance, Reference, spread
+from osscar.base.distances import AnyDistance
 from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.json_files import STRICT
 from osscar.data.batches import as_inputs
@@ -122,9 +123,14 @@ class Judge:
 
     @classmethod
     def of(
-        cls, quality: TargetKind, dense: nn.Module, data: Any, classes: Sequence[str] = ()
+        cls,
+        quality: TargetKind,
+        dense: nn.Module,
+        data: Any,
+        classes: Sequence[str] = (),
+        distance: AnyDistance = None,
     ) -> Judge:
-        """Run the dense model on the samples.
+        """Run the dense model on the samples; a divergence is the `distance` of a request.
 
         Raises
         ------
@@ -135,17 +141,18 @@ class Judge:
         """
         inputs = as_inputs(dense, data)
         batches = inputs.batches(dense, 1)
-        distance = Distance.of(dense, inputs, batches[0])
-        if quality is TargetKind.PERPLEXITY and not (inputs.tokens and distance.measure == "nats"):
+        asked = distance if quality is TargetKind.DIVERGENCE else None
+        measured = Distance.of(dense, inputs, batches[0], asked)
+        if quality is TargetKind.PERPLEXITY and not (inputs.tokens and measured.measure == "nats"):
             raise RequestError(
                 f"{quality.option} is for language models, and {type(dense).__name__} is none; "
                 f"give {TargetKind.DIVERGENCE.option}, or with labels {TargetKind.TOP1.option}"
             )
-        reference = Reference.of(distance, dense, batches)
+        reference = Reference.of(measured, dense, batches)
         if quality is not TargetKind.TOP1:
             return cls(quality, reference)
         given = data.labels if isinstance(data, SampleSet) else None
-        if given is None or given.ndim > 1 or distance.measure != "nats":
+        if given is None or given.ndim > 1 or measured.measure != "nats":
             what = "have no labels" if given is None else "have no label of a class each"
             raise DataError(
                 f"{quality.option} needs the class of each calibration sample, and these {what}; "
@@ -197,7 +204,7 @@ class Judge:
         """Return what is averaged of a sample: a distance, a log-loss risen, or a label missed."""
         dense, distance = self.reference.expected[index], self.reference.distance
         if self.quality is TargetKind.DIVERGENCE:
-            total, count = distance.summed(found, dense, 1)
+            total, count = distance.summed(found, dense, self.reference.batches[index])
             return float(total) / count
         if self.quality is TargetKind.PERPLEXITY:
             tokens = self.reference.batches[index]["input_ids"][0]

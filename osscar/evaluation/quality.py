@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.allocation.divergence import as_logits, summed_divergence
+from osscar.allocation.divergence import summed_divergence
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.progress import stage
@@ -24,6 +24,7 @@ from osscar.data.text import CalibrationSet, TextSet
 from osscar.network.modules import check_usable, evaluating
 from osscar.network.predictions import (
     LOGITS,
+    as_logits,
     known_output,
     named_logits,
     named_outputs,

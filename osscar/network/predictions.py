@@ -33,7 +33,7 @@ def known_output(result: Any) -> tuple[str, Tensor | None]:
     named = named_logits(result)
     if named is not None:
         return LOGITS, named
-    fractions = _fractions(result)
+    fractions = named_fractions(result)
     return next(iter(fractions.items())) if len(fractions) == 1 else ("", None)
 
 
@@ -47,7 +47,7 @@ def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
     name, known = known_output(result)
     if known is not None:
         return name, known
-    fractions = _fractions(result)
+    fractions = named_fractions(result)
     there = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in fractions.items())
     if not there:
         raise ModelError(
@@ -105,6 +105,23 @@ def named_outputs(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_outputs(member, f"{place}.{name}" if place else str(name))
 
 
-def _fractions(result: Any) -> dict[str, Tensor]:
+def named_fractions(result: Any) -> dict[str, Tensor]:
+    """Return the real numbers that a model returned; a single one counts only if none else does."""
     found = {name: one for name, one in named_outputs(result) if one.is_floating_point()}
     return {name: one for name, one in found.items() if one.ndim} or found
+
+
+def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:
+    """Return the logits of a table, (..., classes): its logarithms if it holds probabilities."""
+    chances = holds_probabilities(table) if probabilities is None else probabilities
+    return table.clamp(min=1e-30).log() if chances else table
+
+
+def holds_probabilities(table: Tensor) -> bool:
+    """Tell whether a table holds probabilities, whose sums are 1."""
+    rows = table.detach().flatten(0, -2)
+    # Of nearly all models the first row tells that it holds none.
+    return all(
+        bool((some >= 0).all()) and bool(((some.float().sum(-1) - 1).abs() < 1e-3).all())
+        for some in (rows[:1], rows)
+    )

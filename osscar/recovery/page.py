@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from osscar.allocation.divergence import Compared
 from osscar.base.printable import pluralize
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.figures import color, from_zero, legend, new_figure
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _UNITS = {
     "nats": "nats a prediction",
     "relative": "of the squared dense outputs",
-    "loss": "of the given loss",
+    "own": "by the given distance",
 }
 """The unit of the distance from the dense model, by its measure."""
 
@@ -101,6 +102,7 @@ def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_number(recovery['after'])} on {pluralize(recovery['held_out'], 'held-out sample')}; "
         f"kept: {kept}; {recovery['seconds']:.1f} s",
     )
+    yield "distance", str(Compared(**recovery["distance"]))
     bf16 = chosen["mixed_precision"] == "bf16"
     yield (
         "training",

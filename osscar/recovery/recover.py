@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar import __version__
-from osscar.allocation.divergence import Measure
+from osscar.allocation.divergence import Compared, Measure
 from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
@@ -57,9 +57,8 @@ class Recovery(Shown):
         The step whose weights the model has; 0 are those that it came with.
     before, after
         Distance from the dense model on all held-out samples, of the model as it came, and of this.
-    measure
-        What a distance is: ``nats`` a prediction, a ``relative`` squared error, or a ``loss`` of
-        the caller's.
+    distance
+        What a distance is, of which outputs, and why.
     samples, held_out
         How many samples trained, and how many were held out.
     trained
@@ -81,7 +80,7 @@ class Recovery(Shown):
     kept: int
     before: float
     after: float
-    measure: Measure
+    distance: Compared
     samples: int
     held_out: int
     trained: int
@@ -90,6 +89,11 @@ class Recovery(Shown):
     request: RecoveryRequest
     chosen: Mapping[str, Any]
     data: Mapping[str, Any]
+
+    @property
+    def measure(self) -> Measure:
+        """What a distance is: ``nats``, ``relative``, or the caller's ``own``."""
+        return self.distance.measure
 
     @property
     def learning_rate(self) -> float:
@@ -113,6 +117,8 @@ class Recovery(Shown):
         del told["model"], told["request"]
         return {
             **told,
+            "measure": self.measure,
+            "distance": dataclasses.asdict(self.distance),
             "learning_rate": self.learning_rate,
             "settings": self.request.to_json(),
             "points": [dataclasses.asdict(point) for point in self.points],
@@ -207,8 +213,8 @@ def recover_as_asked(
             before = training.distance(training.held_out)
         if before is None:
             raise NonFiniteError(
-                f"the {'loss' if request.loss else 'distance of the two models'} is not finite on "
-                "the held-out samples, before any training"
+                "the distance of the two models is not finite on the held-out samples, before any "
+                "training"
             )
         with _begun(log, setup, training.options, ranks) as known:
             points = training.run(log, known)
@@ -228,7 +234,7 @@ def recover_as_asked(
         kept=kept,
         before=before,
         after=after,
-        measure=setup.distance.measure,
+        distance=setup.distance.compared,
         samples=len(setup.samples),
         held_out=len(setup.held_out),
         trained=sum(weight.numel() for weight in training.weights.values()),

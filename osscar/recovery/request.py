@@ -1,11 +1,11 @@
 """What a recovery is asked: one declaration, as `osscar.request` is for pruning."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from osscar.base.distances import DistanceOption
 from osscar.base.inputs import Read, check_fields, count_from, parse_size
 
 
@@ -42,10 +42,12 @@ class RecoveryRequest:
     augment
         Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
         by at most an eighth of their width; ``none`` leaves them as they are.
-    loss
-        A function of the outputs of the smaller and of the dense model for one batch, which returns
-        a mean over its samples.  By default the divergence of their predictions if the models
-        return logits, else the relative squared error of all outputs.
+    distance
+        What is minimized: ``nats``, the divergence of scores of classes; ``relative``, the squared
+        error of all outputs over their squares; or a differentiable function of (outputs, dense
+        outputs, batch) that returns one number a sample, also as ``file.py:function``.  By default
+        ``nats`` where labels, the name of an output, its values or the model say that it holds
+        scores, else ``relative``.
     mixed_precision
         Number format of matrix products: ``bf16``, or ``no`` for the format of the weights.  By
         default ``bf16`` if the processor has instructions for it.
@@ -69,7 +71,7 @@ class RecoveryRequest:
     max_memory: Annotated[str | int | None, Read(parse_size)] = None
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] | None = None
-    loss: Callable[..., Any] | None = None
+    distance: DistanceOption = None
     mixed_precision: Literal["bf16", "no"] | None = None
     device: Annotated[str, Read(str)] = "auto"
     seed: Annotated[int, count_from(0)] = 0
@@ -78,8 +80,6 @@ class RecoveryRequest:
         check_fields(self)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON-able data; a loss of the caller's is named."""
+        """Return the fields as JSON-able data; a distance of the caller's is named."""
         data = {one.name: getattr(self, one.name) for one in fields(self)}
-        if self.loss is not None:
-            data["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__name__)
-        return data
+        return {**data, "distance": None if self.distance is None else str(self.distance)}

@@ -185,7 +185,7 @@ class Training:
             both = [setup.distance.outputs(x, batches[0]) for x in (self.model, setup.dense)]
         self._state.put_back()
         mine, due = ([list(x.shape) for x in tensors_in(one)] for one in both)
-        if mine != due and options.loss is None:
+        if mine != due and setup.distance.function is None:
             raise ModelError(
                 f"the smaller model's scores or outputs have the shapes {mine}, and the dense "
                 f"one's {due}; give the dense model that it was pruned from"
@@ -303,7 +303,7 @@ class Training:
                 due = distance.normalized(distance.outputs(dense, batch))
             found = distance.outputs(self.model, batch)
         mine = distance.inputs.count(batch)
-        total, count = distance.summed(found, due, mine)
+        total, count = distance.summed(found, due, batch)
         loss = total / count * (mine / samples)
         try:
             torch.autograd.backward(loss)
@@ -311,8 +311,8 @@ class Training:
             let_shortage_pass(error)
             raise ModelError(
                 f"no gradients flow through {type(self.model).__name__}: {first_line(error)}; "
-                "leave no_grad and detach out of its forward, and of the loss, and let it return "
-                "scores or other real numbers"
+                "leave no_grad and detach out of its forward, and of a distance of yours, and let "
+                "it return scores or other real numbers"
             ) from error
         self._state.put_back()
         return loss.detach().double()

@@ -64,7 +64,9 @@ def prune_prepared(
     plan = PruningPlan(tuple(record.plan for record in records))
     model, proof, batch_norms = shrunk(task, plan, dense.statistics)
     with timed(Stage.PRUNED):
-        likeness = None if dense.reference is None else dense.reference.likeness(model)
+        distance = dense.reference.distance
+        scores = distance.measure == "nats"
+        found = (dense.reference.likeness if scores else dense.reference.compared)(model)
     numbers = {(number.module, number.attribute) for number in proof.plan.integers}
     prepared.untouched.put_back(model, numbers)
     return PruningResult(
@@ -76,8 +78,9 @@ def prune_prepared(
         certificate=proof.certificate,
         batch_norms=batch_norms,
         budget=allocated.budget,
-        divergence=None if likeness is None else likeness.distance,
-        agreement=None if likeness is None else likeness.agreement,
+        distance=distance.compared.measured(found.distance),
+        divergence=found.distance if scores else None,
+        agreement=found.agreement if scores else None,
         held_out=task.samples_held_out,
         seconds=time.perf_counter() - start,
         request=task.request,
@@ -120,8 +123,8 @@ def within_memory(task: PruningTask) -> PruningTask:
 class Dense:
     """What is measured of a dense model, for all runs on it."""
 
-    reference: Reference | None
-    """Its predictions on held-out samples; None if it puts out no logits."""
+    reference: Reference
+    """What it puts out on held-out samples."""
     statistics: DenseStatistics | None
     """Those of its batch-norm layers; None if these keep their own."""
 
@@ -135,15 +138,18 @@ def tried(task: PruningTask) -> PruningTask:
 
 
 @timed(Stage.DENSE)
-def run_dense(task: PruningTask) -> Dense:
-    """Run the dense model on the samples that are held out, and for its batch norms on all."""
+def run_dense(task: PruningTask, tell: Callable[[str], None] = lambda line: None) -> Dense:
+    """Run the dense model on the samples that are held out, and for its batch norms on all.
+
+    How distances are measured is told in a line.
+    """
     prepared = task.prepared
     model, ranks = prepared.model, prepared.ranks
     last = prepared.inputs.part(-max(1, task.samples_held_out))
     batches = last.batches(model, 1)
-    distance = Distance.of(model, last, batches[0])
-    scores = distance.measure == "nats"
-    reference = Reference.of(distance, model, batches, ranks) if scores else None
+    distance = Distance.of(model, last, batches[0], task.request.distance)
+    tell(f"distance: {distance.compared}")
+    reference = Reference.of(distance, model, batches, ranks)
     corrected = task.request.batch_norm == "correct"
     statistics = dense_statistics(model, prepared.batches(), ranks) if corrected else None
     return Dense(reference, statistics)

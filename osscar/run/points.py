@@ -118,7 +118,7 @@ def prune_points(
         tasks = [dataclasses.replace(first, request=job.request(base)) for job in points]
         each = [(job, within_memory(task)) for job, task in zip(points, tasks, strict=True)]
         common = tried(dataclasses.replace(first, request=base))
-        dense = run_dense(common)
+        dense = run_dense(common, tell)
         for job, task in each:
             own = dataclasses.replace(task, feasible=common.feasible)
 

@@ -94,7 +94,7 @@ def prune_as_asked(
         begun(log, task.prepared, request) as committed,
     ):
         task = tried(task)
-        result = prune_prepared(task, run_dense(task), log, committed, tell)
+        result = prune_prepared(task, run_dense(task, tell), log, committed, tell)
     note_origin(result, model, calibration)
     seconds = time.perf_counter() - start
     return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import UnitKind
+from osscar.allocation.divergence import UNITS, Compared
 from osscar.base.printable import (
     capitalized,
     decimals,
@@ -163,6 +164,16 @@ def _divergence(document: Mapping[str, Any], before: str = "") -> str:
     return f"{before}{_nats(divergence)} nats from the dense predictions on {data}{when}"
 
 
+def _measured(document: Mapping[str, Any]) -> str:
+    """Say how far outputs are from the dense ones, by whatever measure."""
+    value, measure = (document["distance"][name] for name in ("value", "measure"))
+    if value is None or measure == "nats":
+        return _divergence(document)
+    held, when = document["held_out"], ", before the recovery" if document.get("recovery") else ""
+    data = pluralize(held, "held-out sample") if held else "the last calibration samples"
+    return f"{value:.4g} {UNITS[measure]} on {data}{when}"
+
+
 def _nats(value: float) -> str:
     return decimals(value, 4 if value >= 0.001 or not value else 6)
 
@@ -207,14 +218,14 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:
-        unit = "nats" if budget["measure"] == "nats" else "of the squared outputs"
+        unit = UNITS[budget["measure"]]
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
-    none = "no output is known to be scores of classes (named `logits`, or fitting the labels)"
-    yield "measured distance", f"{_divergence(document)}{agree}" or f"none: {none}"
+    yield "distance", str(Compared(**document["distance"]))
+    yield "measured distance", f"{_measured(document)}{agree}"
     if layers:
         held = "no samples, so that no refit was compared with the dense weights on unseen data"
         yield "held out", "" if document["held_out"] else held
@@ -273,7 +284,7 @@ def layers_table(
 ) -> Table:
     """Return a row of `LayerReport` for each group, with what the budget predicted and measured."""
     widths, measured = ((budget or {}).get(key) or {} for key in ("widths", "measured"))
-    unit = "relative" if (budget or {}).get("measure") == "relative" else "nats"
+    unit = (budget or {}).get("measure", "nats")
     found = table(
         "Loss by layer",
         {
@@ -451,4 +462,4 @@ def _least(budget: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def _distance(measure: str) -> str:
-    return "relative error" if measure == "relative" else "divergence, nats"
+    return {"relative": "relative error", "own": "distance"}.get(measure, "divergence, nats")

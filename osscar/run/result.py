@@ -14,6 +14,7 @@ from torch import nn
 
 from osscar import __version__
 from osscar.allocation.budget import Budget
+from osscar.allocation.divergence import Compared
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import first_line
 from osscar.base.printable import pluralize, published
@@ -63,10 +64,11 @@ class PruningResult(Shown):
         How many batch-norm layers got new statistics after the proof.
     budget
         What the groups that share a budget came to; None where there is none.
+    distance
+        How far it is from the dense model on the `held_out` samples, or on the last if there are
+        none: by which measure, over which outputs, and why.
     divergence
-        The measured Kullback-Leibler divergence of its predictions from the dense ones, in nats a
-        prediction, on the `held_out` samples, or on the last if there are none; None without
-        logits.
+        The same if it is the Kullback-Leibler divergence of predictions, in nats each; else None.
     agreement
         The share of the same predictions whose likeliest class, or token, is the dense one's.
     held_out
@@ -99,6 +101,7 @@ class PruningResult(Shown):
     certificate: Certificate
     batch_norms: int
     budget: Budget | None
+    distance: Compared
     divergence: float | None
     agreement: float | None
     held_out: int
@@ -154,6 +157,7 @@ class PruningResult(Shown):
             "parameters_after": self.parameters_after,
             "budget": None if self.budget is None else self.budget.to_json(),
             "target": None if self.target is None else self.target.to_json(),
+            "distance": dataclasses.asdict(self.distance),
             "divergence": self.divergence,
             "agreement": self.agreement,
             "held_out": self.held_out,

@@ -140,7 +140,7 @@ def sweep(
         raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
     base = PruningRequest(**{**asked, str(budget): points[0].value})
     if recover is True:
-        recover = RecoveryRequest(device=base.device, seed=base.seed)
+        recover = RecoveryRequest(device=base.device, seed=base.seed, distance=base.distance)
     sweeping = Sweep(SweepDirectory(place), base, points, score, classes, recover or None)
     return sweeping.run(model, calibration)
 

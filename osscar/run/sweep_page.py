@@ -64,7 +64,7 @@ _MEASURES = {
     # These decide a recovery, and are also measured of the model in one shot.
     "nats": _Measure("held-out divergence, nats", ".4f", "lower"),
     "relative": _Measure("held-out squared error", ".2g", "lower"),
-    "loss": _Measure("held-out loss", ".4g", "lower"),
+    "own": _Measure("held-out distance", ".4g", "lower"),
 }
 
 

@@ -92,11 +92,10 @@ def prune_to_target(
         begun(log, dataclasses.replace(task.prepared, inputs=inputs), request),
     ):
         judge, reporting = (
-            _judge(target, task.prepared.model, part, classes)
-            for part in (parts.choosing, parts.reporting)
+            _judge(target, task, part, classes) for part in (parts.choosing, parts.reporting)
         )
         task = tried(task)
-        dense = run_dense(task)
+        dense = run_dense(task, tell)
         search = _Search(target, task, dense, judge, parts.pruned_on, log, tell, recover)
         (pruned, recovery), report = search.smallest()
         found = pruned.model if recovery is None else recovery.model
@@ -105,11 +104,13 @@ def prune_to_target(
             likeness = reporting.reference.likeness(pruned.model)
     note_origin(pruned, model, calibration)
     seconds = time.perf_counter() - start
-    scores = reporting.reference.distance.measure == "nats"
+    measure = reporting.reference.distance.measure
+    scores, same = measure == "nats", measure == pruned.distance.measure
     result = dataclasses.replace(
         pruned,
         model=found,
         target=dataclasses.replace(report, reported=reported),
+        distance=pruned.distance.measured(likeness.distance if same else None),
         divergence=likeness.distance if scores else None,
         agreement=likeness.agreement if scores else None,
         held_out=reported.samples,
@@ -127,9 +128,9 @@ def samples_needed(target: QualityTarget) -> int:
 
 
 @timed(Stage.DENSE)
-def _judge(target: QualityTarget, model: nn.Module, data: Any, classes: Sequence[str]) -> Judge:
+def _judge(target: QualityTarget, task: PruningTask, data: Any, classes: Sequence[str]) -> Judge:
     """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
-    judge = Judge.of(target.kind, model, data, classes)
+    judge = Judge.of(target.kind, task.prepared.model, data, classes, task.request.distance)
     if target.kind is not TargetKind.TOP1:
         return judge
     needed = fewest_samples(target.kind, target.most)

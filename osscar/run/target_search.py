@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import with_config
 
 from osscar.allocation.costs import Cost
-from osscar.allocation.divergence import Measure
+from osscar.allocation.divergence import UNITS, Measure
 from osscar.allocation.measured import LEAST
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, share
@@ -113,7 +113,7 @@ class TargetReport:
 def _amount(quality: TargetKind, lost: float, measure: Measure) -> str:
     """Return a loss of quality with its unit."""
     if quality is TargetKind.DIVERGENCE:
-        return f"{lost:.3g} {'nats' if measure == 'nats' else 'of the squared outputs'}"
+        return f"{lost:.3g} {UNITS[measure]}"
     if quality is TargetKind.PERPLEXITY:
         return f"{lost:.2%} more perplexity"
     return f"{100 * lost:.2f} points of top-1"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 
 import pytest
@@ -11,9 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from osscar.allocation.divergence import Distance, Reference, summed_divergence
+from osscar.base.distances import read_distance
 from osscar.base.errors import DataError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
+from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import in_batches
+from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.perturbed import perturbed
 
@@ -30,10 +36,14 @@ class Table(nn.Module):
         return {"logits": found.softmax(-1) if self.probabilities else found}
 
 
-def held_out(dense, data, loss=None, at_once=1):
+def held_out(dense, data, distance=None, at_once=1):
     inputs = as_inputs(dense, data)
     batches = in_batches(inputs.batches(dense, 1), at_once)
-    return Reference.of(Distance.of(dense, inputs, batches[0], loss), dense, batches)
+    return Reference.of(
+        Distance.of(dense, inputs, batches[0], read_distance(distance) if distance else None),
+        dense,
+        batches,
+    )
 
 
 def divergence(dense, found):
@@ -101,7 +111,7 @@ def test_what_is_impossible_counts_nothing_and_has_no_gradient():
         divergence([0.0, 1.0, -math.inf], [1.0, 0.5, 3.0]), rel=1e-5
     )
     found = held.distance.outputs(smaller, held.batches[0])
-    held.distance.summed(found, held.expected[0], 1)[0].backward()
+    held.distance.summed(found, held.expected[0], held.batches[0])[0].backward()
     p = torch.tensor([0.0, 1.0, -math.inf]).softmax(0)
     torch.testing.assert_close(smaller.rows.grad[0], smaller.rows[0].detach().softmax(0) - p)
     with pytest.raises(NonFiniteError):  # where the dense one says 73 %
@@ -146,22 +156,65 @@ def test_the_relative_error_is_that_of_its_definition(kind):
     assert held_out(dense, x).divergence(dense) == 0.0
 
 
-def test_a_loss_of_the_callers_own_takes_what_the_models_put_out():
+# ---- a distance of the caller's own ----------------------------------------------------------
+
+
+def apart(outputs, dense, batch):
+    """Weight the first output by what is read; in place, which must not stay."""
+    return dense[0].sub_(outputs[0]).abs().mean(1) * batch["x"][:, 0].abs()
+
+
+def test_a_distance_of_the_callers_own_takes_what_the_models_put_out_and_read():
     dense, smaller = Several(), perturbed(Several())
     x = torch.randn(6, 4)
-
-    def loss(found, due):
-        return due[0].sub_(found[0]).abs().mean()  # in place, which must not stay
-
-    held = held_out(dense, x, loss, at_once=4)
+    held = held_out(dense, x, apart, at_once=4)
     with torch.no_grad():
-        expected = float((smaller(x)[0] - dense(x)[0]).abs().mean())
+        expected = float(((smaller(x)[0] - dense(x)[0]).abs().mean(1) * x[:, 0].abs()).mean())
     for _ in range(2):
         assert held.divergence(smaller) == pytest.approx(expected, rel=1e-5)
-    for wrong in (lambda a, b: 0.5, lambda a, b: (a[0] - b[0]).abs(), lambda a, b: torch.tensor(1)):
-        held = held_out(dense, x, wrong)
-        with pytest.raises(OptionError, match=r"the loss returned .*a tensor with one number"):
-            held.divergence(dense)
+    assert held.distance.measure == "own"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda a, b, batch: 0.5, r"returned 0.5 for 1 sample; .* of the shape \(1,\)"),
+        (lambda a, b, batch: (a[0] - b[0]).abs(), "returned tensor.* one number a sample"),
+        (lambda a, b, batch: (a[0] - b[0]).abs().sum(), "returned tensor.* one number a sample"),
+        (lambda a, b, batch: torch.zeros(1, dtype=torch.int64), "one number a sample"),
+        (
+            lambda a, b, batch: torch.cosine_similarity(a[0], b[0]),
+            "by which the dense model is 1 from itself; let it return 0 where both",
+        ),
+        (lambda a, b, batch: (a[0] - b[0]).sum(1) / 0, "is nan from itself"),
+        (lambda a, b, batch: a.logits, r"failed: AttributeError.* \(line \d+ of "),
+        (lambda a, b: a, "failed: TypeError"),
+    ],
+)
+def test_a_distance_that_is_none_is_refused(wrong, message):
+    with pytest.raises(OptionError, match=message):
+        held_out(Several(), torch.randn(6, 4), wrong)
+
+
+def test_a_distance_is_called_by_its_file_and_what_is_in_it(tmp_path):
+    """So that a report and a log tell which function it was."""
+    file = tmp_path / "far.py"
+    sources = []
+    for factor in (1.0, 2.0):
+        file.write_text(f"def far(a, b, batch):\n    return {factor} * (a - b).abs().sum(1)\n")
+        request = PruningRequest(sparsity=0.5, distance=f"{file}:far")
+        again = dataclasses.replace(request, seed=1)
+        assert again.distance is request.distance
+        assert request.distance.function(torch.ones(1, 2), torch.zeros(1, 2), {}) == 2 * factor
+        sources.append(request.to_json()["distance"])
+    assert sources[0] != sources[1]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    assert sources[1] == f"far.py:far (sha256 {digest})"
+    own = RecoveryRequest(distance=apart).to_json()["distance"]
+    assert own.startswith("test_distance.py:apart (sha256 ")
+    typed = eval("lambda a, b, batch: a")  # such as in a prompt
+    assert PruningRequest(sparsity=0.5, distance=typed).to_json()["distance"] == "<lambda>"
+    assert json.loads(json.dumps(RecoveryRequest(distance="nats").to_json()))["distance"] == "nats"
 
 
 @pytest.mark.parametrize("data", ["logits", "numbers"])
@@ -179,7 +232,7 @@ def test_the_gradient_is_that_of_finite_differences(data):
     distance, (due,) = held.distance, held.expected
 
     def loss():
-        total, count = distance.summed(distance.outputs(model, batch), due, inputs.count(batch))
+        total, count = distance.summed(distance.outputs(model, batch), due, batch)
         return total / count
 
     loss().backward()

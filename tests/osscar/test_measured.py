@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from osscar.allocation import measured as measured_module
 from osscar.allocation.allocate import allocate
-from osscar.allocation.divergence import Distance, Reference, as_logits, table_of
+from osscar.allocation.divergence import Compared, Distance, Reference
 from osscar.allocation.measured import (
     LEAST,
     Curve,
@@ -22,6 +22,7 @@ from osscar.allocation.measured import (
     summed_losses,
     widths_to_measure,
 )
+from osscar.allocation.scores import Scores
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
@@ -37,27 +38,8 @@ from tests.osscar.mixtures import mixture
 # ---- what is compared --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("shape", "x", "expected"),
-    [
-        ((8, 5), (8, 3, 6, 6), True),  # a classifier of images
-        ((8, 5), (8, 3), False),  # a regression, for all that is known
-        ((8, 5, 4, 4), (8, 3, 4, 4), False),  # a map for each class
-        ((8,), (8, 3), False),
-        ((), (8, 3), False),
-    ],
-)
-def test_what_is_taken_for_logits(shape, x, expected):
-    batch = {"x": torch.randn(x)}
-    found = table_of(torch.randn(shape), batch, ModelInputs(batch))
-    assert (found is not None) == expected
-
-
-def test_probabilities_are_taken_for_what_they_are():
-    logits = torch.randn(8, 5)
-    batch = {"x": torch.randn(8, 3, 6, 6)}
-    found = as_logits(table_of(logits.softmax(-1), batch, ModelInputs(batch)))
-    torch.testing.assert_close(found.softmax(-1), logits.softmax(-1))
+def scored(batch):
+    return Distance(ModelInputs(batch), Compared("nats", "", ""), Scores("output", -1, ""))
 
 
 class Puts(nn.Module):
@@ -76,7 +58,7 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
     logits[0, :, 0] = -torch.inf
     dense, other = logits.log_softmax(-1)
     batch = {"x": torch.zeros(4, 3, 2, 2)}
-    reference = Reference(Distance(ModelInputs(batch), "nats"), [batch], [dense])
+    reference = Reference(scored(batch), [batch], [dense])
     assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
     terms = (dense.exp() * (dense - other))[:, 1:]
     assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))
@@ -86,7 +68,7 @@ def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_e
 
 def test_an_output_of_another_shape_is_wholly_in_error():
     batch = {"x": torch.ones(1)}
-    distance = Distance(ModelInputs(batch), "relative", powers=(3.0, 2.0))
+    distance = Distance(ModelInputs(batch), Compared("relative", "", ""), powers=(3.0, 2.0))
     reference = Reference(distance, [batch], [[torch.ones(3), torch.ones(2)]])
     fewer = Puts((torch.ones(3), torch.ones(1)))
     assert reference.divergence(fewer) == pytest.approx(0.5)
@@ -239,7 +221,8 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
             model, given = tiny("llama-mha", layers=1), tokens(16, 24)
         else:
             layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()]
-            model, given = nn.Sequential(*layers, nn.Linear(128, 9)), torch.randn(32, 3, 8, 8)
+            layers += [nn.Linear(128, 9), nn.LogSoftmax(-1)]
+            model, given = nn.Sequential(*layers), torch.randn(32, 3, 8, 8)
         with prepare(model.eval(), given) as prepared:
             if refuses:
                 last = [one for one in prepared.model.modules() if isinstance(one, nn.Linear)][-1]

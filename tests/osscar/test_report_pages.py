@@ -42,6 +42,7 @@ def bare(document):
     unbounded |= {"bound_from": None, "proved_optimal": False}
     layers = [{**layer, **unbounded} for layer in document["layers"]]
     settings = {**document["settings"], "sparsity": None, "heads": "3/4"}
+    known["distance"] = {**document["distance"], "value": None}
     return {**document, **known, "held_out": 0, "layers": layers, "settings": settings}
 
 
@@ -66,6 +67,7 @@ def recovered(**changed):
         "settings": {"steps": 16, "lora": None, "learning_rate": None, "seed": 0},
         "chosen": chosen,
         "data": {"source": "<b>text</b>.txt", "seen": {"count": 2, "least": ""}},
+        "distance": {"measure": "nats", "over": "'logits'", "why": "it is called so"},
         **{"measure": "nats", "points": POINTS, "kept": 2, "before": 0.4, "after": 0.2},
         **{"learning_rate": 1e-4, "samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},
         "stages": {"recovery: training": 2.0, "other": 0.5},
@@ -338,6 +340,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
     _, *facts = recovery_facts(given)
     products = "matrix products in the format of the weights"
     assert facts == [
+        ("distance", "divergence in nats, of 'logits', since it is called so"),
         ("training", f"1,234 weights (adapters, rank 4) on 9 samples, {products}"),
         ("learning rate", "0.001"),
     ]
