@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -14,6 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from solvers.errors import is_shortage
+
+_INSTALLED = (
+    *(Path(__file__).resolve().parents[1] / name for name in ("solvers", "graph", "osscar")),
+    Path(sysconfig.get_path("stdlib")).resolve(),
+)
+"""Directories of code that is no user's own."""
 
 
 def imported(name: str, error: type[Exception]) -> Any:
@@ -31,7 +38,7 @@ def imported(name: str, error: type[Exception]) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
         raise error(f"there is no file {place!r}")
-    spec = importlib.util.spec_from_file_location(f"osscar_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_module_name(place), path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,6 +46,47 @@ def imported(name: str, error: type[Exception]) -> Any:
     with blamed(place, error):
         spec.loader.exec_module(module)
     return getattr(module, own, None)
+
+
+def _module_name(place: str) -> str:
+    """Return the name under which a file, or a module, is among those that are loaded."""
+    return f"osscar_user_{Path(place).stem}" if place.endswith(".py") else place
+
+
+def source_digests(code: Any) -> dict[str, str]:
+    """Return the SHA-256 of each file that code of a user's own was loaded from, by its name.
+
+    Beside the file of the code itself these are the files that were loaded from its directory or
+    below.  Installed packages are known by their versions, and do not count.
+
+    Parameters
+    ----------
+    code
+        What `imported` took, such as ``"file.py:name"``; or an object that such code defines.
+        Of anything else, there are none.
+    """
+    own = code.rpartition(":")[0] if isinstance(code, str) else getattr(code, "__module__", None)
+    place = own if isinstance(own, str) else ""
+    there = place if place.endswith(".py") and Path(place).is_file() else None
+    file = _own_file(there or getattr(sys.modules.get(_module_name(place)), "__file__", None))
+    if file is None:
+        return {}
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    loaded = {file, *map(_own_file, files)}
+    found = sorted(one for one in loaded if one is not None and file.parent in one.parents)
+    return {
+        one.relative_to(file.parent).as_posix(): hashlib.sha256(one.read_bytes()).hexdigest()
+        for one in found
+    }
+
+
+def _own_file(file: object) -> Path | None:
+    """Return where the source file of a module lies, if it is a user's own."""
+    if not isinstance(file, str) or not file.endswith(".py"):
+        return None
+    path = Path(file).resolve()
+    installed = any(root in path.parents for root in _INSTALLED) or "site-packages" in path.parts
+    return path if path.is_file() and not installed else None
 
 
 def _installed(place: str, own: str, error: type[Exception]) -> ModuleType:

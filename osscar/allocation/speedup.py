@@ -58,12 +58,7 @@ def as_fast_as(
     for _ in range(MOST_MODELS):
         share = min(max(share, least), most)
         kept = choose(share)
-        try:
-            speedup = time_against(prepared.model, _built(prepared, {**task.keep, **kept}), batch)
-        except RequestError:  # a moment of noise: what is known will do
-            if best is None:
-                raise
-            break
+        speedup = time_against(prepared.model, _built(prepared, {**task.keep, **kept}), batch)
         if best is None or abs(speedup - wanted) < abs(best[1] - wanted):
             best = kept, speedup
         if abs(speedup / wanted - 1) <= CLOSE or (speedup > wanted and share == most):

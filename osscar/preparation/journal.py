@@ -25,6 +25,7 @@ from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.base.process import uninterrupted
 from osscar.base.ranks import Ranks
 from osscar.preparation.fingerprint import Fingerprint
+from solvers.own_code import source_digests
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ class JournalManifest:
         for name in sorted(self.asked | before.asked):
             mine, theirs = self.asked.get(name), before.asked.get(name)
             if mine != theirs:
-                label, was, now = name.replace("_", "-"), f"{theirs!r:.80}", f"{mine!r:.80}"
+                label = name.replace("_", "-") if name.isidentifier() else name
+                was, now = f"{theirs!r:.80}", f"{mine!r:.80}"
                 return f"{label} was {was} and is {now}" if was != now else f"other {label}"
         if self.dense is None or before.dense is None:
             return None
@@ -66,6 +68,18 @@ class JournalManifest:
                     f"rank {rank} differs from rank 0: {difference}; give all ranks the same "
                     "options, files and versions"
                 )
+
+
+def own_code(*code: Any) -> dict[str, JsonValue]:
+    """Return what a manifest says of files of a user's own code: a backend, a model, a function.
+
+    Each is named as on the command line, or is an object that such a file defines.
+    """
+    found: dict[str, set[str]] = {}
+    for one in code:
+        for name, digest in source_digests(one).items():
+            found.setdefault(f"the content of {name}", set()).add(digest[:16])
+    return {name: " ".join(sorted(digests)) for name, digests in found.items()}
 
 
 class Journal:

@@ -30,8 +30,8 @@ from osscar.network.model_state import model_state
 from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint
-from osscar.preparation.journal import JournalManifest
-from osscar.proof.lineage import data_record, may_come_from, note_calibration
+from osscar.preparation.journal import JournalManifest, own_code
+from osscar.proof.lineage import data_record, lineage_of, may_come_from, note_calibration
 from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
@@ -302,6 +302,7 @@ def _begun(
     asked: dict[str, Any] = {**setup.request.to_json(), **versions, "osscar": __version__}
     del asked["max_memory"]  # what it has led to is chosen
     asked |= {"chosen": _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
+    asked |= own_code(lineage_of(setup.dense).source, *vars(setup.request).values())
     manifest = JournalManifest(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs)
     )

@@ -1,6 +1,7 @@
 """Code that changes between a kill and the same command, wherever it lies, is noticed."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import osscar
 from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
+from osscar.models.load import load_model
 from osscar.preparation.fingerprint import DenseOutputs
 from osscar.request import PruningRequest
 from osscar.run.points import BudgetKind, SweepDirectory, sweep_manifest
@@ -16,7 +18,9 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
+from solvers.own_code import source_digests
 from tests.osscar.test_sweep import POINT
+from tests.osscar.test_user_code import BACKEND, SCORES
 
 NOTICED = "the dense model puts out other values on the same inputs: its code has changed"
 REQUEST = PruningRequest(neurons=0.5, backend="wanda", device="cpu")
@@ -104,3 +108,45 @@ def test_a_run_that_was_killed_does_not_go_on_with_other_code(tmp_path, monkeypa
         prune_as_asked(built(), DATA, REQUEST, log).plan
         == osscar.prune(built(), DATA, neurons=0.5, backend="wanda", device="cpu").plan
     )
+
+
+def test_files_of_ones_own_code_that_change_are_noticed_where_a_log_and_a_sweep_go_on(
+    tmp_path, monkeypatch
+):
+    """Of the backend and of the model, with what they import from beside them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    files = {
+        "own/osscar_test_solver.py": BACKEND.replace("scores", "osscar_test_scores"),
+        "own/osscar_test_scores.py": SCORES,
+        "osscar_test_net.py": "from tests.osscar.test_changed_code import built\n",
+        "unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    request = dataclasses.replace(REQUEST, backend="own/osscar_test_solver.py:First")
+    model = load_model("osscar_test_net.py:built", device="cpu").model
+    before = run_manifest(request, model, as_inputs(model, DATA))
+    place = RunLog(tmp_path / "log")
+    with place.begun(before):
+        result = prune_as_asked(built(), DATA, REQUEST)
+        place.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}# another\n")
+        now = run_manifest(request, model, as_inputs(model, DATA))
+        if name == "unused.py":
+            assert now == before
+            continue
+        changed = f"the content of {name.rpartition('/')[2]} was '.*' and is '.*'"
+        with pytest.raises(JournalError, match=changed):
+            place.begun(now).__enter__()
+        sweeps = (sweep_manifest(one, BudgetKind.FLOPS, {}) for one in (now, before))
+        assert next(sweeps).difference(next(sweeps)) is not None
+        (tmp_path / name).write_text(text)
+
+
+def test_functions_of_ones_own_are_known_by_their_files_and_those_of_packages_by_nothing():
+    here = Path(__file__).name
+    assert here in source_digests(built)
+    for other in (torch.relu, nn.ReLU(), osscar.prune, "wanda", "torchvision:resnet18", 3, None):
+        assert source_digests(other) == {}
