@@ -614,9 +614,19 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
             alike = difflib.get_close_matches(unknown, signature.parameters, 1)
             name, more = keywords.__name__, f"; did you mean {alike[0]!r}?" if alike else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}{more}")
+        from osscar.base.devices import default_torch  # loads torch
+
+        if len(args) > len(first):
+            takes = ", ".join(one.name for one in first)
+            raise TypeError(
+                f"{keywords.__name__}() takes {len(first)} positional arguments ({takes}) but "
+                f"{len(args)} were given; name all others, such as {fields[0].name}="
+                f"{safe_repr(args[len(first)])}"
+            )
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
-        return run(*leading, request(**given))
+        with default_torch():
+            return run(*leading, request(**given))
 
     keywords.__signature__ = signature  # type: ignore[attr-defined]
     keywords.__name__ = keywords.__qualname__ = run.__name__.removesuffix("_as_asked")

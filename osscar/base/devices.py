@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -76,3 +78,31 @@ def _processor() -> str:
     """Return the name of the processor, which Python knows on some systems only."""
     named = system_value("/proc/cpuinfo", "model name")
     return named or platform.processor() or platform.machine()
+
+
+@contextmanager
+def default_torch() -> Iterator[None]:
+    """Run as torch does by default, whatever the caller has set.
+
+    Tensors are made on the CPU, models run in their own number format, and gradients can be
+    computed.  The caller's default number format, deterministic kernels and precision of products
+    hold.
+
+    Raises
+    ------
+    OptionError
+        If a transform of `torch.func` is at work, in which nothing can be copied.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OptionError(
+            "a transform of torch.func, such as vmap or grad, cannot go through this call; call it "
+            "outside of the transform"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from osscar.base.devices import default_torch
 from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, first_line, warn
 from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.memory import let_shortage_pass
@@ -93,6 +94,7 @@ class SavedCheckpoint:
     with_code: bool = False
 
 
+@default_torch()
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],

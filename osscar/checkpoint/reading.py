@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from osscar.base.devices import default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import file_name, safe_repr
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
@@ -39,6 +40,7 @@ def load(
 def load(
     directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense: M
 ) -> M | Any: ...
+@default_torch()
 def load(
     directory: str | os.PathLike[str],
     *,

@@ -15,7 +15,7 @@ from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import safe_repr
 from osscar.data.samples import SampleSet, check_tensors
 from osscar.data.text import CalibrationSet
-from osscar.network.modules import context_length, example_length
+from osscar.network.modules import context_length, example_length, token_embeddings
 
 Batch: TypeAlias = dict[str, Tensor]
 """Keyword arguments of a model's forward pass."""
@@ -159,7 +159,9 @@ def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    table = token_embeddings(model)
+    assert table is not None
+    return table.shape[0]
 
 
 def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False) -> Batch:
@@ -199,10 +201,10 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     """
     check_signature(model)
     if isinstance(calibration, CalibrationSet):
-        return _windows(model, calibration.tokens)
+        calibration = calibration.tokens
     alone = isinstance(calibration, Tensor)
     fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
-    if alone and hasattr(model, "get_input_embeddings") and not fractions:
+    if alone and not fractions and _reads_tokens(model):
         return _windows(model, calibration)
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
@@ -243,6 +245,12 @@ def check_signature(model: nn.Module) -> None:
         )
 
 
+def _reads_tokens(model: nn.Module) -> bool:
+    """Whether a model tells how many tokens it knows, and takes them as transformers' models do."""
+    takes = accepted_arguments(model)
+    return token_embeddings(model) is not None and (not takes or "input_ids" in takes)
+
+
 def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
     """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
@@ -278,7 +286,7 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
             for name, tensor in one.items():
                 check_tensors({name: tensor})  # each by itself, since samples are no entries
             check_arguments(model, one)
-            if hasattr(model, "get_input_embeddings") and "input_ids" in one:
+            if "input_ids" in one and _reads_tokens(model):
                 _check_tokens(model, one["input_ids"])
         except DataError as error:
             raise DataError(f"sample {index}: {error}") from error

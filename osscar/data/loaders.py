@@ -59,7 +59,7 @@ def load_batches(
     ----------
     data
         A tensor; a mapping of tensors by the names of the model's arguments, with perhaps
-        `labels`; or an iterable of these or of pairs (inputs, labels), such as a
+        `labels`; a pair (inputs, labels); or an iterable of these, such as a
         ``torch.utils.data.DataLoader``, or a data set, each row of which is one sample.
     model
         What will read them.
@@ -87,6 +87,7 @@ def load_batches(
         If the number of samples is not positive, or the seed is none.
     """
     check_usable(model)
+    data = _batches_of(data)
     whole_number(seed, "the seed (seed=)", 0)
     if samples is not None:
         whole_number(samples, "the number of samples (samples=)", 1)
@@ -109,12 +110,13 @@ def read_once(
     of a causal language model, or `samples` of any other, but all of a list and of tensors.  With
     `whole` all of them are read, as for a score.
     """
+    data = _batches_of(data)
     if isinstance(data, Mapping):
         ready = not any(name in LABEL_NAMES or str(name).endswith("_mask") for name in data)
     elif isinstance(data, TensorSet):
         ready = not _hides(model, data.tensors)
     else:
-        kinds = (Tensor, tuple, str, bytes, SampleSet, CalibrationSet, TextSet)
+        kinds = (Tensor, str, bytes, SampleSet, CalibrationSet, TextSet)
         ready = isinstance(data, kinds) or not (isinstance(data, Iterable) or _has_rows(data))
     if ready:
         return data
@@ -135,6 +137,18 @@ def read_once(
 def _called(data: Any) -> str:
     name = type(data).__name__
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _batches_of(data: Any) -> Any:
+    """Return what a tuple holds as a list: one pair (inputs, labels), or several batches."""
+    match data:
+        case (Tensor() | np.ndarray() | Mapping(), Tensor() | np.ndarray()) if isinstance(
+            data, tuple
+        ):
+            return [data]
+        case tuple():
+            return list(data)
+    return data
 
 
 def _has_rows(data: Any) -> bool:
@@ -180,7 +194,7 @@ def _read(
             order = torch.randperm(length, generator=named_generator("rows", seed))[:samples]
             notes, drawn = [f"{samples:,} of its {length:,} rows, drawn with seed {seed}"], seed
         source = (data[index] for index in order.tolist())
-    elif isinstance(data, str | tuple) or not isinstance(data, Iterable):
+    elif isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
     read = list(_first(iter(source), model, _has_rows(data), samples))
     if not read:

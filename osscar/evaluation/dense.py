@@ -9,6 +9,7 @@ from typing import Any
 
 from scipy.special import bdtrc
 from torch import nn
+from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.base.printable import pluralize
@@ -16,7 +17,7 @@ from osscar.data.loaders import read_once
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.data.text import CalibrationSet
 from osscar.evaluation.quality import SampleQuality, TextQuality, score
-from osscar.network.modules import check_usable
+from osscar.network.modules import check_usable, token_embeddings
 from osscar.offload.on_disk import is_on_disk
 
 _SAMPLES, _WINDOWS = 512, 4
@@ -95,12 +96,12 @@ def score_dense(
     calibration = read_once(model, calibration)
     if isinstance(calibration, SampleSet) and calibration.labels is not None:
         return _score_labelled(model, calibration, classes)
-    if not isinstance(calibration, CalibrationSet) or calibration.seqlen < 2:
+    table = token_embeddings(model) if isinstance(model, PreTrainedModel) else None
+    if not isinstance(calibration, CalibrationSet) or calibration.seqlen < 2 or table is None:
         return None
     few = dataclasses.replace(calibration, tokens=calibration.tokens[:_WINDOWS])
     found: TextQuality = score([model], few)[0]
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = int(embeddings.weight.shape[0])
+    vocabulary = len(table)
     return DenseScore(
         "perplexity",
         found.perplexity,

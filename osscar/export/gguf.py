@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from osscar.base.devices import default_torch
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, optional
 from osscar.base.files import atomic_write
 from osscar.checkpoint.manifest import checkpoint_directory
@@ -92,6 +93,7 @@ Where other rows are, its program leaves the matrix as it is (``Q4_K_M``) or fai
 _MAGIC = b"GGUF"
 
 
+@default_torch()
 def export_gguf(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

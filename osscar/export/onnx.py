@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from osscar.base.devices import default_torch
 from osscar.base.errors import ModelError, OutputError, first_line, optional
 from osscar.base.files import atomic_write
 from osscar.base.memory import let_shortage_pass
@@ -24,6 +25,7 @@ from osscar.network.modules import number_format
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+@default_torch()
 def export_onnx(
     model: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

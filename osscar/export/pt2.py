@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from osscar.base.devices import default_torch
 from osscar.base.files import atomic_write
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, outputs, read
 from osscar.export.target import Exported, traced_target
 from osscar.network.hooks import followed_mixtures
 
 
+@default_torch()
 def export_pt2(
     model: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from osscar.base.devices import resolve_device, resolve_dtype
+from osscar.base.devices import default_torch, resolve_device, resolve_dtype
 from osscar.base.errors import FileError, ModelError, OptionError, warn
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for, memory_of
@@ -31,6 +31,7 @@ from osscar.offload.on_disk import suspended_bytes
 from osscar.proof.lineage import lineage_of, note, stored_dtype
 
 
+@default_torch()
 def load_model(
     name: str | Path,
     *,

@@ -13,7 +13,7 @@ from osscar.base.errors import DataError, ModelError, OptionError, warn
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.models.preprocessing import image_of
-from osscar.network.modules import in_evaluation
+from osscar.network.modules import in_evaluation, uncompiled
 from solvers.own_code import blamed, importable, imported
 
 _Built: TypeAlias = tuple[nn.Module, Batch | None, AnyPreprocessing | None]
@@ -29,7 +29,8 @@ def build(name: str) -> _Built:
 
     The function of ``package.module:function`` or ``path/file.py:function`` takes no arguments and
     returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or these and
-    what is done to an image (see `as_preprocessing`), where the example inputs may be None.
+    what is done to an image (see `as_preprocessing`), where the example inputs may be None.  What
+    was compiled runs as before.
     """
     with importable(name):
         found = imported(name, ModelError)
@@ -49,7 +50,7 @@ def build(name: str) -> _Built:
         known = None if transform is None else as_preprocessing(transform, name, channels)
     except (DataError, OptionError) as error:
         raise ModelError(f"{name} returned what does not fit: {error}; {_RETURNS}") from error
-    return in_evaluation(model), named, known
+    return in_evaluation(uncompiled(model)), named, known
 
 
 # ---- whether it loads its weights --------------------------------------------------------

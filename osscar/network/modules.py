@@ -116,8 +116,26 @@ def check_usable(model: nn.Module) -> None:
             )
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return a model whose modules run as before `torch.compile`; they are replaced in place.
+
+    Names are those that modules had then, without ``_orig_mod``.
+    """
+    while isinstance(before := getattr(model, "_orig_mod", None), nn.Module):
+        model = before
+    for module in list(model.modules()):
+        module._compiled_call_impl = None  # of `module.compile()`
+        for name, child in module._modules.items():
+            while isinstance(before := getattr(child, "_orig_mod", None), nn.Module):
+                child = module._modules[name] = before
+    return model
+
+
 def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
     """Return a deep copy, in which activations that a module keeps are plain values.
+
+    Compiled modules are copied as they were before: compilers look into no hooks, and compile
+    anew for each change.
 
     A forward pass with gradients may leave tensors behind that hang on a graph, such as an
     attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
@@ -128,7 +146,7 @@ def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
         for tensor in _on_graphs(vars(module), set()):
             memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        return uncompiled(copy.deepcopy(model, memo))  # type: ignore[return-value]
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}; take what is no "
@@ -209,6 +227,18 @@ def bfloat16_products(model: nn.Module) -> torch.autocast:
 def count_parameters(model: nn.Module) -> int:
     """Count parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def token_embeddings(model: nn.Module) -> Tensor | None:
+    """Return the table of a model's tokens, (tokens, width); None where it tells of none.
+
+    Classes of transformers for several kinds of inputs have the method, and raise in it.
+    """
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, Tensor) and table.ndim == 2 else None
 
 
 def context_length(model: nn.Module) -> int | None:

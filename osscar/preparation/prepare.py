@@ -16,7 +16,7 @@ import graph
 from graph import CouplingGroup
 from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import without_cache
-from osscar.base.devices import multiplies_bfloat16
+from osscar.base.devices import default_torch, multiplies_bfloat16
 from osscar.base.errors import EquivalenceError
 from osscar.base.memory import let_shortage_pass
 from osscar.base.printable import listed
@@ -218,23 +218,25 @@ def prepare(
     graph.GraphError
         If it cannot be traced.
     """
-    check_usable(model)
-    check_finite_weights(model)
-    inputs = as_inputs(model, calibration)
-    work = copied(model) if copy else model
-    if device is not None:
-        work = work.to(device)
-    in_evaluation(work)
-    # What a model draws at random is nobody else's matter.
-    with (
-        torch.random.fork_rng(graphics_cards(work)),
-        without_cache(work),
-        assignments_told(lambda module, name: None),  # the first to listen changes all classes
-        torch.no_grad(),
-    ):
-        with timed(Stage.OPEN):
-            prepared = _prepared(work, inputs, batch_size, heads, programs, ranks)
-        yield prepared
+    with default_torch():
+        check_usable(model)
+        check_finite_weights(model)
+        inputs = as_inputs(model, calibration)
+        work = copied(model) if copy else model
+        if device is not None:
+            work = work.to(device)
+        in_evaluation(work)
+        # What a model draws at random is nobody else's matter.
+        with (
+            torch.compiler.set_stance("force_eager"),  # else it is compiled with each new hook
+            torch.random.fork_rng(graphics_cards(work)),
+            without_cache(work),
+            assignments_told(lambda module, name: None),  # the first to listen changes all classes
+            torch.no_grad(),
+        ):
+            with timed(Stage.OPEN):
+                prepared = _prepared(work, inputs, batch_size, heads, programs, ranks)
+            yield prepared
 
 
 def _prepared(

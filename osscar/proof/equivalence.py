@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -199,7 +200,13 @@ def prove_equal(
     worst, ties, compared = 0.0, 0, False
     one, other = names
     kinds: list[torch.dtype] = []
-    for a, b in zip(masked, shrunk, strict=True):
+    for a, b in zip_longest(masked, shrunk):
+        if a is None or b is None:
+            fewer, more = names if a is None else names[::-1]
+            raise EquivalenceError(
+                f"{fewer} puts out fewer tensors than {more}; let forward return as many at every "
+                "width"
+            )
         if a.shape != b.shape:
             raise EquivalenceError(
                 f"{other} puts out {tuple(b.shape)}, and {one} {tuple(a.shape)}: the code has a "

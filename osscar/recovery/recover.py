@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.divergence import Compared, Measure
+from osscar.base.devices import default_torch
 from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import pluralize
@@ -201,7 +202,7 @@ def recover_as_asked(
     windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
     data = read_once(dense, data, windows=windows, samples=samples)
     with (
-        torch.inference_mode(False),
+        default_torch(),
         torch.enable_grad(),
         memory_for(f"{type(model).__name__} and its training", FOR_BATCHES),
         model_state(dense),

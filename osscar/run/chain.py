@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -97,7 +96,6 @@ def prepare_for(
 ) -> Iterator[PruningTask]:
     """Prepare a model as a request needs it."""
     with (
-        torch.inference_mode(False),  # in which there are no gradients
         memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         prepare(
             model,

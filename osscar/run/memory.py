@@ -14,7 +14,7 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
-from osscar.network.modules import device_of
+from osscar.network.modules import device_of, token_embeddings
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
 from osscar.preparation.prepare import widest_output
 from osscar.request import PruningRequest
@@ -64,8 +64,9 @@ class MemoryNeeds:
         matrices = problem + SMALL
         batches = prepared.batches()
         itemsize = max(model.parameters(), key=Tensor.numel).dtype.itemsize
-        if prepared.inputs.tokens:
-            vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+        table = token_embeddings(model)
+        if prepared.inputs.tokens and table is not None:
+            vocabulary, width = table.shape
             sizes = {size for parameter in model.parameters() for size in parameter.shape}
             wide = max(sizes - {vocabulary})
             read, rows = inputs, [batch["input_ids"].numel() for batch in batches]

@@ -29,15 +29,19 @@ def prune_as_asked(
 ) -> PruningResult:
     """Prune a model in one shot; the given model is not changed.
 
+    Autocast, a default device and inference mode of the caller do not count.
+
     Parameters
     ----------
     model
-        A language model that takes ``input_ids``, or any model whose inputs are tensors.
+        A language model that takes ``input_ids``, or any model whose inputs are tensors.  Modules
+        that are compiled are pruned as they were before; the smaller model is not compiled.
     calibration
         Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; a tensor, or a
         mapping of tensors by argument name, whose first dimension is the sample; a `SampleList`
-        where it is not, as of graphs; or a loader, a data set or a list of batches, which are read
-        as by `osscar.load_batches`, with a warning that tells what was left out.
+        where it is not, as of graphs; or a pair (inputs, labels), a loader, a data set or a list of
+        batches, which are read as by `osscar.load_batches`, with a warning that tells what was left
+        out.
     request
         The request, whose fields `osscar.prune` takes as keywords.
     log

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from osscar import __version__
+from osscar.base.devices import default_torch
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
@@ -68,6 +69,7 @@ class SweepResult(Shown, dict[str, Any]):
         return f"SweepResult({self['model']!r}, {points} over {self['budget']})"
 
 
+@default_torch()
 def sweep(
     model: nn.Module,
     calibration: Any,

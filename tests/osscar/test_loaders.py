@@ -59,6 +59,9 @@ FORMS = {
     "of dictionaries": lambda: DataLoader(table().with_format("torch"), 32),
     "that streams": lambda: DataLoader(Stream(), 7),
     "pairs": lambda: [(X[:100], Y[:100]), (X[100:], Y[100:])],
+    "a pair alone": lambda: (X, Y),
+    "a pair of a dictionary": lambda: ({"input": X}, Y.numpy()),
+    "a tuple of pairs": lambda: ((X[:100], Y[:100]), (X[100:], Y[100:])),
     "a tuple in a pair": lambda: [((X,), Y)],
     "dictionaries": lambda: [by_name(X[:7], Y[:7]), by_name(X[7:], Y[7:])],
     "a dictionary in a pair": lambda: [({"input": X}, Y)],
@@ -74,6 +77,7 @@ FORMS = {
 
 
 WHOLE = {
+    *("a pair alone", "a pair of a dictionary", "a tuple of pairs"),
     *("pairs", "a tuple in a pair", "dictionaries", "a dictionary in a pair", "arrays"),
     *("one dictionary", "a set"),
 }
