@@ -55,6 +55,14 @@ def coupling_graph(groups: Sequence[CouplingGroup]) -> nx.DiGraph[str]:
     return network
 
 
+def _printable(text: str) -> str:
+    """Return a text as XML can hold it: what is not printable in a name is an escape."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def _label(group: CouplingGroup) -> str:
     reasons = [f"frozen: {freeze.reason}" for freeze in group.frozen[:1]]
     size = f"{group.units} {group.kind.value}, {group.removable} parameters each"
@@ -95,7 +103,7 @@ def drawn(groups: Sequence[CouplingGroup]) -> Figure:
             edge = _COLOURS[group.kind] if group.prunable else _PALE
             axes.text(
                 *places[name],
-                labels[name],
+                _printable(labels[name]).replace("$", r"\$"),
                 color="white" if filled else "black",
                 bbox={"boxstyle": "round", "ec": edge, "fc": edge if filled else "white"},
                 fontsize=7,

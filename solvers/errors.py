@@ -28,19 +28,23 @@ class VerificationError(SolverError):
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of these packages that led to it, however deep they are nested."""
+    """Warn at the line outside of these packages that led to it, however deep they are nested.
+
+    The line is part of the file's name, as what stands in it says nothing of what is warned of.
+    """
     frame = caller = sys._getframe(1)
     inside = True
     while frame is not None:
-        own = str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES
+        module = str(frame.f_globals.get("__name__"))
+        own = module.partition(".")[0] in _PACKAGES or module == "contextlib"
         if inside and not own:
             caller = frame
         inside, frame = own, frame.f_back  # type: ignore[assignment]
     warnings.warn_explicit(
         message,
         UserWarning,
-        caller.f_code.co_filename,
-        caller.f_lineno,
+        f"{caller.f_code.co_filename}:{caller.f_lineno}",
+        0,
         module=caller.f_globals.get("__name__"),
         registry=caller.f_globals.setdefault("__warningregistry__", {}),
     )

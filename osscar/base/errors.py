@@ -157,6 +157,36 @@ def warn(message: str) -> None:
     warn_outside(for_reader(message))
 
 
+_gathered: dict[str, dict[str, None]] | None = None
+"""What warnings of a kind are of, by their message, while they are gathered."""
+
+
+def warn_of(message: str, *names: str) -> None:
+    """Warn of some things of many, such as layers, which a message names where it has ``{}``."""
+    if _gathered is None:
+        from osscar.base.printable import listed
+
+        warn(message.replace("{}", listed(names, 8, "; ")))
+    else:
+        _gathered.setdefault(message, {}).update(dict.fromkeys(names))
+
+
+@contextmanager
+def gathered_warnings() -> Iterator[None]:
+    """Have `warn_of` warn once of each kind, of all that there is, when the block ends."""
+    global _gathered
+    if _gathered is not None:  # inside of another such block
+        yield
+        return
+    _gathered = {}
+    try:
+        yield
+    finally:
+        kinds, _gathered = _gathered, None
+        for message, names in kinds.items():
+            warn_of(message, *names)
+
+
 # ---- optional packages -------------------------------------------------------------------------
 
 

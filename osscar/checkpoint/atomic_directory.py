@@ -24,9 +24,8 @@ from osscar.base.printable import listed
 from osscar.base.process import uninterrupted
 from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, REPORT_FILE, read_manifest
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _CHECKPOINT_FILES = (
-    *_WEIGHTS,
+    *("*.safetensors", "pytorch_model*.bin"),
     *("*.safetensors.index.json", "pytorch_model.bin.index.json"),
     *(CONFIG_FILE, "generation_config.json", MANIFEST_FILE, REPORT_FILE),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -34,7 +33,7 @@ _CHECKPOINT_FILES = (
     *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
     *("preprocessor_config.json", "processor_config.json", "modeling_pruned.py"),
 )
-"""All that a directory may hold in order to be replaced, beside what its own manifest lists."""
+"""All that may lie beside a manifest, and what that lists, where a directory is replaced."""
 
 
 @contextmanager
@@ -151,13 +150,11 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         manifest = None
     written = frozenset(() if manifest is None else manifest.files)
     foreign = sorted(entry.name for entry in there if not _is_known(entry, written))
-    weights = any(fnmatchcase(entry.name, kind) for entry in there for kind in _WEIGHTS)
-    ours = (path / MANIFEST_FILE).is_file() or (weights and (path / CONFIG_FILE).is_file())
-    if foreign or not ours:
+    if foreign or manifest is None:
         lost = f", which would be lost: {listed(foreign)}" if foreign else ""
         raise OutputError(
-            f"{path} is not empty: it holds something other than a checkpoint{lost}; give another "
-            "directory, or move that away"
+            f"{path} is not empty: it holds something other than a checkpoint of OSSCAR{lost}; "
+            "give another directory, or move that away"
         )
     if not overwrite:
         raise OutputError(

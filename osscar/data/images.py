@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from osscar.base.errors import DataError, FileError, first_line
+from osscar.base.errors import DataError, FileError, first_line, warn
 from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
-from osscar.base.printable import pluralize
-from osscar.data.preprocessing import AnyPreprocessing, Transform, as_preprocessing, check_stated
+from osscar.base.printable import are, listed, pluralize
+from osscar.data.preprocessing import (
+    AnyPreprocessing,
+    Preprocessing,
+    Transform,
+    as_preprocessing,
+    check_stated,
+)
 from osscar.data.sample_files import located, read_tensors
 from osscar.data.samples import (
     IMAGES,
@@ -193,15 +199,21 @@ def load_images(spec: Any, preprocessing: Any) -> ImageSet:
     Parameters
     ----------
     spec
-        A directory (searched through; if all its images lie in subdirectories, these are classes,
-        in alphabetical order), or an ``.npz`` file with ``images`` (n, height, width, 3) uint8 and
-        perhaps ``labels`` (n,).  ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.
-        Grayscale images are (n, height, width) or (n, height, width, 1).  Or a list or data set of
+        A directory (searched through; subdirectories are classes, in alphabetical order), or an
+        ``.npz`` file with ``images`` (n, height, width, 3) uint8 and perhaps ``labels`` (n,).
+        ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.  Grayscale images are (n,
+        height, width) or (n, height, width, 1).  Or a list or data set of
         images of PIL: alone, in pairs (image, label), or in rows such as those of a
         ``datasets.Dataset``, of which one column holds images, and ``label`` perhaps the class.
     preprocessing
         What is done to an image: a function from a PIL image to a tensor, such as a library's, or
-        an `osscar.Preprocessing`.
+        an `osscar.Preprocessing`.  Where that states no size or no channels, they are those of an
+        ``.npz`` file's images.
+
+    Warns
+    -----
+    UserWarning
+        If some images of a directory lie in subdirectories, and others beside these.
 
     Raises
     ------
@@ -211,10 +223,18 @@ def load_images(spec: Any, preprocessing: Any) -> ImageSet:
     OptionError
         If the preprocessing is none, or not stated in full.
     """
-    preprocessing = as_preprocessing(preprocessing, "the caller")
-    check_stated(preprocessing)
+    return find_images(spec, as_preprocessing(preprocessing, "the caller"), "a model")
+
+
+def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> ImageSet:
+    """Find images as `load_images` does; `reader` is what reads them, in words.
+
+    Size and channels that nothing states are those of the images of an archive.
+    """
     named = isinstance(spec, str | Path)
     images = _found(spec, preprocessing) if named else _from_rows(spec, preprocessing)
+    preprocessing = images.preprocessing
+    check_stated(preprocessing, reader)
     if isinstance(preprocessing, Transform) and not preprocessing.repeats(images.decoded(0)):
         raise DataError(
             "the transform of images makes another tensor of one image each time; "
@@ -249,9 +269,21 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
         raise DataError(
             f"{str(path)!r} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}); give another"
         )
-    folders = [file.relative_to(path).parts[0] for file in files if file.parent != path]
-    if len(folders) < len(files):
+    inside = [file for file in files if file.parent != path]
+    folders = [file.relative_to(path).parts[0] for file in inside]
+    beside = [file.name for file in files if file.parent == path]
+    labelled = len(set(folders)) > 1 and len(beside) < len(inside)
+    if inside and beside:
+        also = pluralize(len(beside), "image") + f" beside the folders of {str(path)!r}"
+        warn(
+            f"{also} {are(len(beside))} left out, as folders are classes: {listed(beside)}"
+            if labelled
+            else f"there {are(len(beside))} {also}, so that no folder is taken for a class; move "
+            "them away if folders are classes"
+        )
+    if beside and not labelled:
         return ImageSet(str(path), files, preprocessing)
+    files = inside
     empty = (c.name for c in path.iterdir() if c.is_dir() and not c.name.startswith("."))
     classes = tuple(sorted({*folders, *empty}))
     labels = torch.tensor([classes.index(folder) for folder in folders])
@@ -270,6 +302,8 @@ def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> I
         )
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
+    if isinstance(preprocessing, Preprocessing):
+        preprocessing = preprocessing.of_size(*pixels.shape[1:3], 1 if pixels.ndim == 3 else 3)
     known = checked_labels(arrays.get(labels), len(pixels))
     source = f"{path}:{prefix[:-1]}" if prefix else str(path)
     return ImageSet(source, pixels.numpy(), preprocessing, known)

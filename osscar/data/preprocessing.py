@@ -123,6 +123,11 @@ class Preprocessing:
         channels: Any = example.shape[1]
         return dataclasses.replace(self, crop=size, channels=channels)
 
+    def of_size(self, height: int, width: int, channels: int) -> Self:
+        """Take the size and the channels that are None from pixels as they are stored."""
+        crop, known = self.crop or (height, width), self.channels or channels
+        return dataclasses.replace(self, crop=crop, channels=known)  # type: ignore[arg-type]
+
     @property
     def mode(self) -> str:
         """What PIL calls the images that go in."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import solvers
 from graph import CouplingGroup, UnitKind
-from osscar.base.errors import ModelError, warn
+from osscar.base.errors import ModelError, warn_of
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
@@ -69,9 +69,10 @@ class ExpertStep:
         sent = {e for one in arrivals if one is not None for e in one.x.experts.flatten().tolist()}
         unreached = [expert for expert in range(self.group.units) if expert not in sent]
         if unreached:
-            warn(
-                f"no calibration token is sent to {pluralize(len(unreached), 'expert')} of "
-                f"{self.group.name!r}: {listed([*map(str, unreached)], 8)}; give more samples"
+            warn_of(
+                "no calibration token is sent to {}; give more samples",
+                f"{pluralize(len(unreached), 'expert')} of {self.group.name!r} "
+                f"({listed([*map(str, unreached)], 8)})",
             )
         with timed(Stage.GRAM):
             problem = self.problem(keep)

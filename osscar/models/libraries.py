@@ -15,7 +15,7 @@ from osscar.checkpoint.builders import LibraryOrigin
 from osscar.data.batches import named_inputs
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
 from osscar.models.loaded import LoadedModel
-from osscar.models.weights import fill, read_state, renamed
+from osscar.models.weights import fill, matched, read_state
 from osscar.network.detectors import DetectorNetwork
 from osscar.proof.lineage import lineage_of, stored_dtype
 
@@ -131,7 +131,7 @@ def _fetched(origin: LibraryOrigin) -> dict[str, Tensor]:
         state: dict[str, Tensor] = _preset(origin).get_state_dict(
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
         )
-        return renamed(state)
+        return state
     except Exception as error:  # of the hub's library, whatever it meets without a connection
         url = f" from {_preset(origin).url}" if origin.library == "torchvision" else ""
         raise ModelError(
@@ -144,6 +144,7 @@ def _filled(origin: LibraryOrigin, state: Mapping[str, Tensor], source: str) -> 
     """Build a model, with as many classes as the weights have, and fill it."""
     model = origin.build()
     own = model.state_dict()
+    state = matched(state, own.keys())
     shapes = [(own[key].shape, one.shape) for key, one in state.items() if key in own]
     differing = [(mine, theirs) for mine, theirs in shapes if mine != theirs]
     counts = {theirs[:1] for _, theirs in differing}

@@ -11,7 +11,7 @@ from torch import nn
 
 from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import Batch, needed_arguments
-from osscar.data.images import ImageSet, has_images, load_images
+from osscar.data.images import ImageSet, find_images, has_images
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
 from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, Transform, check_stated
 from osscar.data.sample_files import holds_images, load_tensors
@@ -300,5 +300,7 @@ class LoadedModel:
         own = isinstance(self.preprocessing, Transform)
         if self.example is not None and not own and image_of(self.example) is None:
             raise no_images(self.example, self.source)
-        check_stated(self.preprocessing, self.source)
-        return load_images(spec, self.preprocessing)
+        if self.preprocessing is None:
+            check_stated(None, self.source)
+        assert self.preprocessing is not None
+        return find_images(spec, self.preprocessing, self.source)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import compress, product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from osscar.base.errors import ModelError, first_line, warn
 from osscar.base.inputs import check_regular, file_name
 
-_OLD_DENSENET_NAME = re.compile(
-    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_.*))$"
+_RENAMED = (
+    (re.compile(r"\b_orig_mod\."), ""),
+    (re.compile(r"^module\."), ""),
+    (re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
 )
-
-_WRAPPERS = re.compile(r"^(?:_orig_mod\.)?module\.|\b_orig_mod\.")
-"""What names have of a model that was trained in parallel, or compiled."""
+"""What names have of a model that was compiled, or trained in parallel, and torchvision's DenseNet
+weights of old."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             )
         warn(f"only {states[0]!r:.60} of the {len(entries)} entries of {name!r} is loaded")
         content = entries[states[0]]
-    return renamed({_WRAPPERS.sub("", key): tensor for key, tensor in content.items()})
+    return dict(content)
 
 
 def _is_state(content: Any) -> bool:
@@ -63,15 +65,26 @@ def _is_state(content: Any) -> bool:
     )
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo the names that torchvision's DenseNet weights still have."""
-    return {_OLD_DENSENET_NAME.sub(r"\1\2", key): tensor for key, tensor in state.items()}
+def matched(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict by the names of a model, as they are unless others match better.
+
+    Others are without what wrappers put before them.
+    """
+    found, most = dict(state), len(state.keys() & names)
+    for chosen in product((False, True), repeat=len(_RENAMED)):
+        keys = list(state)
+        for pattern, new in compress(_RENAMED, chosen):
+            keys = [pattern.sub(new, key) for key in keys]
+        known = len(set(keys).intersection(names))
+        if known > most and len(set(keys)) == len(keys):
+            found, most = dict(zip(keys, state.values(), strict=True)), known
+    return found
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Give a model its weights, by the names of its parameters and buffers."""
     try:
-        model.load_state_dict(dict(state))
+        model.load_state_dict(matched(state, model.state_dict().keys()))
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())
         raise ModelError(

@@ -23,7 +23,7 @@ from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
-from osscar.base.errors import EquivalenceError, ModelError, RequestError
+from osscar.base.errors import EquivalenceError, ModelError, RequestError, gathered_warnings
 from osscar.base.memory import FOR_BATCHES, memory_for
 from osscar.base.printable import engineering, share
 from osscar.base.ranks import ALONE, Ranks
@@ -46,6 +46,7 @@ from osscar.shrinking.shrink_program import shrink_program
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics, renew_statistics
 
 
+@gathered_warnings()
 def prune_prepared(
     task: PruningTask,
     dense: Dense,

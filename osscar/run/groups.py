@@ -13,7 +13,7 @@ from torch import nn
 import solvers
 from graph import CouplingGroup
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import NonFiniteError, warn
+from osscar.base.errors import NonFiniteError, warn, warn_of
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
@@ -244,9 +244,10 @@ def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: fl
         choosing=found.choosing,
     )
     if report.dead == group.units:
-        warn(
-            f"{group.name}: none of its {group.units} units varies on the calibration data, so "
-            "that which of them stay is chance; give data such as the model is made for"
+        warn_of(
+            "no unit varies on the calibration data, so that which of them stay is chance, of {}; "
+            "give data such as the model is made for",
+            f"{group.name} ({pluralize(group.units, 'unit')})",
         )
     plan = GroupPlan.of(group, found.record.support)
     written = tuple(tensor for consumer in layer.consumers for tensor in consumer.read())

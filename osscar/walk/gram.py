@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.base.errors import warn
+from osscar.base.errors import warn_of
 from osscar.base.printable import pluralize
 from osscar.base.ranks import Ranks
 from osscar.consumers.consumer import LinearMap
@@ -226,10 +226,11 @@ def pose(
         if few:
             least = min(few, key=lambda one: one.rows)
             more = f", and too few at {len(few) - 1} more of the {len(own)}" if few[1:] else ""
-            warn(
-                f"{least.linear_map.label}: {pluralize(least.rows, 'calibration position')} for "
-                f"{pluralize(least.linear_map.rows, 'input')}{more}; the Gram matrix is "
-                "rank-deficient and only damping makes up for it. Use more samples or larger ones."
+            warn_of(
+                "the Gram matrix is rank-deficient, and only damping makes up for it, of {}; use "
+                "more samples or larger ones",
+                f"{least.linear_map.label} ({pluralize(least.rows, 'calibration position')} for "
+                f"{pluralize(least.linear_map.rows, 'input')}{more})",
             )
     consumers = [accumulator.consumer(damp, correction_weight) for accumulator in accumulators]
     totals = dict.fromkeys(layers, 0.0)

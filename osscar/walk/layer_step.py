@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from graph import CouplingGroup
-from osscar.base.errors import warn
-from osscar.base.printable import listed
+from osscar.base.errors import warn_of
 from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import put_back
@@ -108,9 +107,10 @@ class LayerStep:
         consumers read nothing, or too little.
         """
         if self.unread:
-            warn(
-                f"no calibration token is sent to {listed(self.unread, 8)}, whose weights stay as "
-                "they are, but for the units that leave; give more samples"
+            warn_of(
+                "no calibration token is sent to {}, whose weights stay as they are, but for the "
+                "units that leave; give more samples",
+                *self.unread,
             )
         return pose(self.known, keep, self.group.name, damp, self.correction_weight)
 

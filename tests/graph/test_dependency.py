@@ -73,6 +73,24 @@ def test_drawing_is_svg_with_every_group(llama, tmp_path):
         llama.draw(tmp_path / "nowhere" / "groups.svg")
 
 
+def layers():
+    return torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
+
+
+def test_a_drawing_is_xml_whatever_names_hold(tmp_path):
+    net, names = (
+        torch.nn.Sequential(),
+        ("a\x1b[31m", "b\u202e", "c$x$ $y_{", 'd<&>"', "e\ud800", "\ufffe"),
+    )
+    for name in names:
+        net.add_module(name, torch.nn.Sequential(*layers()))
+    file = graph.trace(net, (torch.zeros(2, 4),)).draw(tmp_path / "groups.svg")
+    text = {element.text for element in ET.parse(file).getroot().iter()}
+    shown = (r"a\x1b[31m", r"b\u202e", "c$x$ $y_{", 'd<&>"', r"e\ud800", r"\ufffe")
+    assert {f"{name}.N.neurons" for name in shown} <= text
+    assert all(c.isprintable() or c in "\n\t" for c in file.read_text())
+
+
 def test_a_drawing_draws_layers_alike_once():
     def group(layer, units):
         roles = {"up.weight": Role.PRODUCER, "up.bias": Role.PASS_THROUGH}

@@ -54,7 +54,7 @@ def test_a_directory_that_holds_anything_else_is_never_replaced(foreign, marked,
 
 
 def test_what_a_checkpoint_is(tmp_path):
-    """Directories of such names are none, those of others are, and all that a tokenizer wrote."""
+    """It has a manifest of ours: directories of such names, and those of others, are none."""
     (tmp_path / "config.json").mkdir()
     (tmp_path / "config.json" / "tokenizer.json").write_text("{}")
     with pytest.raises(OutputError, match="something other than a checkpoint"):
@@ -63,6 +63,13 @@ def test_what_a_checkpoint_is(tmp_path):
     target.mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
         (target / name).write_text("{}")
+    other = {"osscar.json": '{"schema": "theirs"}'}
+    for overwrite, more in ((False, {}), (True, {}), (True, other)):
+        for name, text in more.items():
+            (target / name).write_text(text)
+        with pytest.raises(OutputError, match="something other than a checkpoint of OSSCAR; give"):
+            check_output(target, overwrite=overwrite)
+    Manifest.of(True, Lineage()).write(target)
     with pytest.raises(OutputError, match=r"or overwrite=True to replace"):
         check_output(target, overwrite=False)
     assert check_output(target, overwrite=True) == target.resolve()

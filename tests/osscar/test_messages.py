@@ -16,7 +16,9 @@ from osscar.base.errors import (
     FileError,
     OptionError,
     for_reader,
+    gathered_warnings,
     on_command_line,
+    warn_of,
 )
 from tests.osscar.families import tiny, tokens
 
@@ -90,7 +92,36 @@ def test_a_warning_points_at_the_line_that_called(warned):
         warnings.simplefilter("always")
         warned()
     own = [one for one in seen if issubclass(one.category, UserWarning)]
-    assert {Path(one.filename) for one in own} == {Path(__file__)}
+    places = {one.filename.partition(":")[0] for one in own}
+    assert {Path(place) for place in places} == {Path(__file__)}
+    for one in own:  # the caller's line itself is not echoed
+        shown = warnings.formatwarning(one.message, one.category, one.filename, one.lineno)
+        assert shown.count("\n") == 1, shown
+
+
+def test_warnings_of_one_kind_are_one_with_the_list_of_layers():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 6))]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        osscar.prune(nn.Sequential(*layers).eval(), torch.randn(8, 6), neurons=0.5, damp=0.1)
+    (told,) = [str(one.message) for one in seen if "rank-deficient" in str(one.message)]
+    assert re.search(r"of 2 \(\d calibration positions for 40 inputs\); 5 \(.* and 4 more; ", told)
+
+
+@gathered_warnings()
+def warns_and_fails():
+    for name in "aba":
+        warn_of("x of {}, y", name)
+    raise ZeroDivisionError
+
+
+def test_warnings_are_given_where_what_they_warn_of_fails():
+    with (
+        pytest.warns(UserWarning, match=r"^x of a; b, y$"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        warns_and_fails()
 
 
 def test_a_keyword_that_is_almost_one_is_suggested():

@@ -55,6 +55,7 @@ IMAGES, SCALED = torch.zeros(2, 3, 12, 12), osscar.Preprocessing(mean=0.5, std=0
 PRESET = ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=10)
 
 alone = net
+alone_gray = lambda: net(1)
 build = lambda: (net(), IMAGES)
 stating = lambda: (net(), IMAGES, SCALED)
 preset = lambda: (net(), None, PRESET)
@@ -120,8 +121,13 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
         for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
             assert way in err
     assert not (place / "small").exists()
+    (place / "some").mkdir()
+    Image.new("RGB", (12, 12)).save(place / "some" / "one.png")
     for arguments, message in (
-        (prune("alone", "--no-normalize"), "nothing states the size and channels of the images"),
+        (
+            ("eval", "net.py:alone", "--images", "some", "--no-normalize"),
+            "nothing states the size and channels of the images that net.py:alone reads",
+        ),
         (("inspect", "net.py:alone"), "give --image-size CxHxW"),
         (("prune", "demo", "--sparsity", "0.3", "--out", "o", "--no-normalize"), "reads text, not"),
         (("gap", "resnet20-c16-k4", "--out", "o", "--mean", "0", "--std", "1"), "is for models"),
@@ -132,6 +138,25 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
     assert (status, "channels" in out) == (0, True), err
     with pytest.raises(OptionError, match="nothing states the mean and std"):
         load_images("images.npz:train", Preprocessing(crop=10, channels=3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "build"), [((10, 8, 3), "alone"), ((9, 9), "alone_gray"), ((9, 9, 1), "alone_gray")]
+)
+def test_a_size_that_nothing_states_is_that_of_an_archive(shape, build, run, place):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
+    np.savez(place / "sized.npz", images=pixels)
+    calibration = ("--calibration", "sized.npz", "--no-normalize", "--samples", 16)
+    code = ("prune", f"net.py:{build}", "--sparsity", 0.5, "--backend", "magnitude")
+    status, out, err = run(*code, *calibration, "--device", "cpu", "--out", "sized")
+    assert status == 0, err
+    kind = "RGB" if shape[2:] == (3,) else "grayscale"
+    assert f"images: {kind}, " in out
+    assert f"{shape[0]} x {shape[1]} cut from the centre" in out
+    recorded = json.loads((place / "sized" / "osscar.json").read_text())["lineage"]["inputs"]
+    assert recorded["input"]["shape"] == [3 if kind == "RGB" else 1, *shape[:2]]
+    given = ("--image-size", "6x6") if kind == "RGB" else ("--image-size", "1x6x6")
+    assert "6 x 6 cut" in run(*code, *calibration, *given, "--device", "cpu", "--out", "six")[1]
 
 
 def test_what_is_stated_is_printed_recorded_and_used_again(run, place):

@@ -243,7 +243,7 @@ def test_widths_are_chosen_alike_where_gradients_are_off():
 
 
 def test_data_that_say_little_are_named():
-    with pytest.warns(UserWarning, match="none of its 24 units varies on the calibration data"):
+    with pytest.warns(UserWarning, match=r"no unit varies on the calibration data.*\(24 units\)"):
         osscar.prune(two_layers(), torch.zeros(64, 6), neurons=0.5, device="cpu")
     with pytest.warns(UserWarning, match="7 calibration positions for 24 inputs"):
         result = osscar.prune(two_layers(), torch.randn(8, 6), neurons=0.5, device="cpu")

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import osscar
 from osscar.base.errors import (
@@ -39,6 +41,7 @@ SIDE = 12
 CODE = """
 import osscar
 import torch
+from torch import nn
 from tests.osscar.networks import small_net
 
 def stating():
@@ -233,14 +236,35 @@ def test_models_that_are_not_there_are_refused_with_what_to_give(own, monkeypatc
             load_model(name, **more)
 
 
+class Wrapping(nn.Module):
+    """A network whose own names are those that wrappers and old weights have."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.ModuleDict({"denselayer1": nn.ModuleDict({"norm": nn.Sequential()})})
+        self.module["denselayer1"]["norm"].extend([nn.Identity(), nn.Linear(2, 2)])
+        self.outer = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_names_are_changed_only_where_they_do_not_match_otherwise(prefix):
+    state, net = Wrapping().state_dict(), Wrapping()
+    fill(net, {f"{prefix}{key}": tensor for key, tensor in state.items()}, "a file")
+    assert all(tensor.equal(net.state_dict()[key]) for key, tensor in state.items())
+    both = {"module.weight": torch.zeros(2, 2), "weight": torch.ones(2, 2)}
+    with pytest.raises(ModelError, match=r"Unexpected key.*module\.weight"):  # none is lost
+        fill(nn.Linear(2, 2, bias=False), both, "a file")
+
+
 def test_weights_are_read_from_files_of_any_sort_unpickled(tmp_path, recwarn):
     state = small_net(seed=5).state_dict()
     file = tmp_path / "w.pt"
     for wrapped in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         place = tmp_path / f"{wrapped}safetensors"
         save_file({f"{wrapped}{key}": tensor for key, tensor in state.items()}, place)
-        found = read_state(place)
-        assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+        found = small_net(seed=6)
+        fill(found, read_state(place), str(place))
+        assert all(tensor.equal(found.state_dict()[key]) for key, tensor in state.items())
     optimizer = {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]}
     several = {"net": state, "optimizer": optimizer, "best": torch.zeros(1), "epoch": 3}
     for entries, said in (
@@ -386,6 +410,22 @@ def test_images_are_recognized_by_what_is_stored(folders):
         UserWarning, match=r"about 0\.5% of others was used to calibrate or recover this"
     ):
         refuse_overlap(others, [text, one])
+
+
+def test_images_beside_class_folders_take_no_labels_away_in_silence(folders):
+    before = load_images(folders, IMAGENET)
+    for name in ("preview.png", "logo.png"):
+        shutil.copy(before.items[0], folders / name)
+    left_out = r"2 images beside the folders of '.*' are left out.*: logo\.png, preview\.png"
+    with pytest.warns(UserWarning, match=left_out):
+        found = load_images(folders, IMAGENET)
+    assert (found.items, found.classes) == (before.items, before.classes)
+    assert found.labels.equal(before.labels)
+    for index in range(20):
+        shutil.copy(before.items[0], folders / f"{index}.png")
+    with pytest.warns(UserWarning, match="there are 22 images beside .*no folder is taken for a"):
+        found = load_images(folders, IMAGENET)
+    assert (len(found), found.labels) == (32, None)
 
 
 def test_folders_are_matched_with_classes(folders):
