@@ -303,7 +303,8 @@ def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> I
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     if isinstance(preprocessing, Preprocessing):
-        preprocessing = preprocessing.of_size(*pixels.shape[1:3], 1 if pixels.ndim == 3 else 3)
+        height, width = pixels.shape[1:3]
+        preprocessing = preprocessing.of_size(height, width, 1 if pixels.ndim == 3 else 3)
     known = checked_labels(arrays.get(labels), len(pixels))
     source = f"{path}:{prefix[:-1]}" if prefix else str(path)
     return ImageSet(source, pixels.numpy(), preprocessing, known)

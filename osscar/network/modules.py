@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, NonFiniteError, OptionError, first_line
 from osscar.base.inputs import safe_repr
+from osscar.base.printable import pluralize
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import as_bytes
 
@@ -178,6 +181,35 @@ def device_of(model: nn.Module) -> torch.device:
 def graphics_cards(model: nn.Module) -> list[torch.device]:
     """Return the devices besides the CPU whose random numbers a model may draw."""
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def check_merged(model: nn.Module) -> None:
+    """Refuse adapters of peft that are beside their weights (ModelError).
+
+    Their ranks would be pruned as neurons, and peft could not read what is left.
+    """
+    adapters = [
+        name
+        for name, module in model.named_modules()
+        if any(
+            kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.")
+            for kind in type(module).__mro__
+        )
+    ]
+    if adapters:
+        raise ModelError(
+            f"{type(model).__name__} has {pluralize(len(adapters), 'adapter')} of peft, such as "
+            f"{adapters[0]!r}; merge them first: `model = model.merge_and_unload()`"
+        )
+
+
+def low_rank(model: nn.Module, tensors: Iterable[str]) -> bool:
+    """Whether tensors lie in one module whose class is called a LoRA, or of low rank."""
+    owners = {name.rpartition(".")[0] for name in tensors}
+    shared = os.path.commonprefix([f"{name}.".split(".") for name in owners])
+    around = [".".join(shared[:end]) for end in range(1, len(shared) + 1)]
+    kinds = (type(model.get_submodule(name)).__name__ for name in around if name)
+    return any(re.search(r"lora|low_?rank", kind, re.IGNORECASE) for kind in kinds)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from osscar.network.hooks import followed_mixtures, hooks
 from osscar.network.model_state import ModelState
 from osscar.network.modules import (
     check_finite_weights,
+    check_merged,
     check_usable,
     copied,
     count_parameters,
@@ -208,7 +209,7 @@ def prepare(
     Raises
     ------
     ModelError
-        If the model has no weights, cannot be copied, or two passes over the same inputs differ.
+        If the model has no weights or adapters that are not merged, cannot be copied, or two passes over the same inputs differ.
     NonFiniteError
         If a weight is not finite.
     DataError
@@ -220,6 +221,7 @@ def prepare(
     """
     with default_torch():
         check_usable(model)
+        check_merged(model)
         check_finite_weights(model)
         inputs = as_inputs(model, calibration)
         work = copied(model) if copy else model

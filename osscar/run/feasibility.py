@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from graph import CouplingGroup
 from osscar.allocation.task import Feasible, PruningTask, SkippedGroup
-from osscar.base.errors import AdapterError, RequestError, warn
+from osscar.base.errors import AdapterError, RequestError, warn, warn_of
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
+from osscar.network.modules import low_rank
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
@@ -59,6 +60,13 @@ def feasible_groups(task: PruningTask) -> Feasible:
     form, trial = _tried_traced(task, traced)
     reasons |= trial.reasons
     left = _skipped(asked, reasons)
+    ranks = [g.name for g in traced if low_rank(prepared.model, (s.tensor for s in g.slots))]
+    if ranks:
+        warn_of(
+            "the ranks of low-rank pairs are pruned as neurons, of {}; merge such a pair into the "
+            "weight beside it first, or name it in skip (--skip)",
+            *(name for name in ranks if name not in reasons),
+        )
     # Of modules nobody expects to lose what only programs can.
     refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
     if (refused and request.strict) or len(left) == tried > 0:

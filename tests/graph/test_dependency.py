@@ -78,10 +78,8 @@ def layers():
 
 
 def test_a_drawing_is_xml_whatever_names_hold(tmp_path):
-    net, names = (
-        torch.nn.Sequential(),
-        ("a\x1b[31m", "b\u202e", "c$x$ $y_{", 'd<&>"', "e\ud800", "\ufffe"),
-    )
+    net = torch.nn.Sequential()
+    names = ("a\x1b[31m", "b\u202e", "c$x$ $y_{", 'd<&>"', "e\ud800", "\ufffe")
     for name in names:
         net.add_module(name, torch.nn.Sequential(*layers()))
     file = graph.trace(net, (torch.zeros(2, 4),)).draw(tmp_path / "groups.svg")
