@@ -324,8 +324,9 @@ class PruningRequest:
     form
         What is made smaller.  ``eager``: the model's modules.  ``exported``: its ``torch.export``
         program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``: the
-        modules, or the program if more groups can be pruned there; a model that generates text or
-        is timed keeps its modules.
+        modules, or the program if more groups can be pruned there; a model of transformers that
+        generates text, or one that is timed, keeps its modules, and so does a class with methods of
+        its own wherever these can follow all that is asked for.
     strict
         Stop with an error if a group that is to be pruned cannot lose units.  By default such
         groups are skipped, and the report names them.

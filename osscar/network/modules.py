@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -183,6 +184,25 @@ def graphics_cards(model: nn.Module) -> list[torch.device]:
     return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
 
+_LIBRARIES = frozenset(
+    {"abc", "builtins", "osscar", "timm", "torch", "torchvision", "transformers", "typing"}
+)
+
+
+def own_methods(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a class of a user's own does besides `forward`, such as `generate`.
+
+    What initializes weights does not count, nor what any module or a library's class has.
+    """
+    own = [kind for kind in type(model).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
+    names = (name for kind in own for name, one in vars(kind).items() if inspect.isfunction(one))
+    return tuple(
+        name
+        for name in dict.fromkeys(names)
+        if not name.startswith(("_", "init", "reset_")) and not hasattr(nn.Module, name)
+    )
+
+
 def check_merged(model: nn.Module) -> None:
     """Refuse adapters of peft that are beside their weights (ModelError).
 
@@ -205,10 +225,10 @@ def check_merged(model: nn.Module) -> None:
 
 def low_rank(model: nn.Module, tensors: Iterable[str]) -> bool:
     """Whether tensors lie in one module whose class is called a LoRA, or of low rank."""
-    owners = {name.rpartition(".")[0] for name in tensors}
-    shared = os.path.commonprefix([f"{name}.".split(".") for name in owners])
-    around = [".".join(shared[:end]) for end in range(1, len(shared) + 1)]
-    kinds = (type(model.get_submodule(name)).__name__ for name in around if name)
+    steps = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
+    shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
+    around = (".".join(shared[:end]) for end in range(len(shared) + 1))
+    kinds = (type(model.get_submodule(name)).__name__ for name in around)
     return any(re.search(r"lora|low_?rank", kind, re.IGNORECASE) for kind in kinds)
 
 

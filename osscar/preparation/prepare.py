@@ -209,7 +209,8 @@ def prepare(
     Raises
     ------
     ModelError
-        If the model has no weights or adapters that are not merged, cannot be copied, or two passes over the same inputs differ.
+        If the model has no weights, or adapters that are not merged, cannot be copied, or two
+        passes over the same inputs differ.
     NonFiniteError
         If a weight is not finite.
     DataError

@@ -36,7 +36,12 @@ from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.lineage import note_calibration, note_dense
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, PruningRequest, parse_keep
-from osscar.run.feasibility import feasible_groups, in_words, includes_program_only_groups
+from osscar.run.feasibility import (
+    feasible_groups,
+    in_words,
+    includes_program_only_groups,
+    tell_lost,
+)
 from osscar.run.groups import prune_groups
 from osscar.run.memory import forecast
 from osscar.run.result import PruningResult
@@ -239,6 +244,7 @@ def shrunk(
         prepared.untouched.put_back(work)
         with timed(Stage.PROOF):
             made = shrink_program(work, plan, inputs, prepared.example)
+        tell_lost(work, request)
         return made.model, made.proof, batch_norms
     prepared.untouched.put_back(work)
     with timed(Stage.PROOF):

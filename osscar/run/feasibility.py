@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,12 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graph import CouplingGroup
+from osscar.allocation.costs import ROUNDING
+from osscar.allocation.limits import allowances
 from osscar.allocation.task import Feasible, PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn, warn_of
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.network.model_state import model_state
-from osscar.network.modules import low_rank
+from osscar.network.modules import low_rank, own_methods
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
@@ -71,9 +74,31 @@ def feasible_groups(task: PruningTask) -> Feasible:
     refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
     if (refused and request.strict) or len(left) == tried > 0:
         raise AdapterError(_refusal(left, tried, request))
-    if refused:
+    methods = own_methods(prepared.model) if request.form == "auto" else ()
+    if left and methods and form is Form.EAGER:
+        warn(
+            f"{type(prepared.model).__name__} keeps its modules, which have {_called(methods)}; "
+            f"{in_words(left)}; form 'exported' may prune these, too, but has no methods (--form "
+            "exported)"
+        )
+    elif refused:
         warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
     return Feasible(form, (*left, *_skipped(prepared.groups, inside)))
+
+
+def tell_lost(model: nn.Module, request: PruningRequest) -> None:
+    """Say what a class loses that becomes a program, where nobody has asked for one."""
+    methods = own_methods(model)
+    if methods and request.form == "auto":
+        warn(
+            f"the smaller model is an exported program, which has no {_called(methods)} of "
+            f"{type(model).__name__}, as its modules cannot follow all that is asked for; form "
+            "'eager' keeps these, and skips what cannot follow (--form eager)"
+        )
+
+
+def _called(methods: Sequence[str]) -> str:
+    return listed([f"{name}()" for name in methods])
 
 
 def _skipped(
@@ -130,20 +155,42 @@ def _tried_traced(task: PruningTask, groups: Sequence[CouplingGroup]) -> tuple[F
     in_modules = [plan for plan in plans if plan.name not in prepared.in_programs]
     possible = {Form.EAGER: in_modules, Form.EXPORTED: plans}
     together: dict[Form, Exception | None] = {}
-    for form in forms:  # whose failures are only looked into where no form does for all groups
-        with _trying(task, form) as trial:
-            together[form] = trial.failure(possible[form]) if possible[form] else None
-        if together[form] is None and len(possible[form]) == len(plans):
-            return form, trial
     trials: dict[Form, Feasibility] = {}
-    for form in forms:
+
+    def look_into(form: Form) -> None:
         with _trying(task, form) as trials[form]:
             others = (plan.name for plan in plans if plan not in possible[form])
             trials[form].reasons |= {name: prepared.in_programs[name] for name in others}
             if together[form] is not None:
                 trials[form].grown([], possible[form], together[form])
+
+    for form in forms:  # whose failures are only looked into where no form does for all groups
+        with _trying(task, form) as trial:
+            together[form] = trial.failure(possible[form]) if possible[form] else None
+        if together[form] is None and len(possible[form]) == len(plans):
+            return form, trial
+        if form is Form.EAGER and Form.EXPORTED in forms and own_methods(prepared.model):
+            look_into(form)
+            if _suffices(task, trials[form].reasons):
+                return form, trials[form]
+    for form in forms:
+        if form not in trials:
+            look_into(form)
     form = min(trials, key=lambda form: len(trials[form].reasons))
     return form, trials[form]
+
+
+def _suffices(task: PruningTask, reasons: Mapping[str, str]) -> bool:
+    """Whether modules can follow all that is asked for, without the groups that cannot."""
+    without = replace(task, feasible=Feasible(Form.EAGER, _skipped(task.groups, reasons)))
+    cannot = [group for group in task.groups if group.name in reasons]
+    named = any(task.keep.get(group.name, group.units) < group.units for group in cannot)
+    if task.request.strict or named or (task.request.has_budget and not without.shared):
+        return False
+    if not task.request.budgets:
+        return True
+    least = {**without.keep, **without.least}
+    return all(one.cost.of(least) <= one.most * (1 + ROUNDING) for one in allowances(without))
 
 
 FORMS: dict[str, tuple[Form, ...]] = {

@@ -118,7 +118,8 @@ class PruningResult(Shown):
         told = "" if self.divergence is None else f"; {self.divergence:.4g} nats from dense"
         return (
             f"PruningResult({self.parameters_before:,} -> {self.parameters_after:,} parameters, "
-            f"{pluralize(len(self.layers), 'group')} smaller{told}; {self.seconds:.1f} s)"
+            f"{pluralize(len(self.layers), 'group')} smaller, form {str(self.form)!r}{told}; "
+            f"{self.seconds:.1f} s)"
         )
 
     @property

@@ -10,6 +10,7 @@ import graph
 import osscar
 from osscar.data.samples import TensorSet
 from osscar.evaluation.tables import dense_facts
+from osscar.network.modules import own_methods
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form
 from tests.coverage.measure import half_of
@@ -72,3 +73,57 @@ def test_of_labels_of_a_window_it_is_said_that_the_last_alone_is_scored():
         data = TensorSet("tokens", {name: inputs[name] for name in reads}, labels)
         score = osscar.score_dense(gpts.nano()[0].eval(), data)
         assert dict(dense_facts(vars(score)))["dense model"].endswith(words)
+
+
+# ---- methods of a user's class -----------------------------------------------------------
+
+
+class Generating(gpts.GPT):
+    """As nanoGPT's, with heads whose size is a share of a width that does not change."""
+
+    def init_weights(self):
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(self, idx, count):
+        for _ in range(count):
+            logits, _ = self(idx[:, -gpts.LENGTH :])
+            idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        return idx
+
+
+def generating():
+    torch.manual_seed(0)
+    return Generating(gpts.Config()).eval()
+
+
+@pytest.mark.parametrize("asked", [{"flops": 0.8}, {"neurons": 0.5}, {"max_divergence": 0.5}])
+def test_a_class_with_methods_keeps_its_modules_where_these_suffice(asked):
+    idx = gpts.drawn(["idx"], 64, 0)[0]
+    model = generating()
+    if "neurons" in asked:
+        result = osscar.prune(model, idx, **asked, device="cpu")
+    else:
+        kept = r"keeps its modules, which have generate\(\); skipped.*heads.*form .exported. may"
+        with pytest.warns(UserWarning, match=kept):
+            result = osscar.prune(model, idx, **asked, device="cpu")
+    assert result.form == Form.EAGER
+    assert "form 'eager'" in repr(result)
+    assert result.model.generate(idx["idx"][:2], 4).shape == (2, gpts.LENGTH + 4)
+    assert result.model(**gpts.drawn(["idx", "targets"], 4, 0)[0])[1].isfinite()
+
+
+@pytest.mark.parametrize("asked", [{"flops": 0.3}, {"heads": 0.5}, {"heads": 2, "flops": 0.7}])
+def test_what_a_class_loses_is_named_where_only_a_program_can_follow(asked):
+    idx = gpts.drawn(["idx"], 64, 0)[0]
+    with pytest.warns(UserWarning, match=r"exported program, which has no generate\(\) of Gen"):
+        result = osscar.prune(generating(), idx, **asked, device="cpu")
+    assert result.form == Form.EXPORTED
+    assert "form 'exported'" in repr(result)
+    assert not hasattr(result.model, "generate")
+
+
+def test_methods_of_libraries_and_of_modules_do_not_count():
+    assert own_methods(generating()) == ("generate",)
+    for model in (gpts.nano()[0], nn.Sequential(), nn.Transformer(4, 2, 1, 1, 4)):
+        assert own_methods(model) == ()

@@ -217,8 +217,8 @@ def test_a_result_shows_itself_in_a_line_in_words_and_in_a_notebook(runs):
     result = runs["opt"].result
     assert repr(result) == (
         f"PruningResult({result.parameters_before:,} -> {result.parameters_after:,} parameters, "
-        f"{len(result.layers)} groups smaller; {result.divergence:.4g} nats from dense; "
-        f"{result.seconds:.1f} s)"
+        f"{len(result.layers)} groups smaller, form 'eager'; "
+        f"{result.divergence:.4g} nats from dense; {result.seconds:.1f} s)"
     )
     first = result.layers[0]
     assert repr(first).startswith(f"LayerReport('{first.name}', {first.kept} of {first.units} ")
