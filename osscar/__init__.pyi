@@ -28,7 +28,6 @@ from .evaluation.evaluate import (
 from .evaluation.quality import SampleQuality as SampleQuality, TextQuality as TextQuality
 from .models.load import load_model as load_model
 from .models.loaded import LoadedModel as LoadedModel
-from .run.dry_run import Estimate as Estimate, estimate as estimate
 from .run.prune import prune as prune
 from .recovery.recover import Recovery as Recovery, recover as recover
 from .recovery.request import RecoveryRequest as RecoveryRequest

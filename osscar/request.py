@@ -1,7 +1,7 @@
 """What a pruning run is asked: one declaration, of which all else is made.
 
 The fields of `PruningRequest`, with their types, ranges, choices and docstring, are the keywords of
-`osscar.prune` and `osscar.estimate`, the options of the command line, and the settings of reports.
+`osscar.prune`, the options of the command line, and the settings of reports.
 """
 
 import dataclasses

@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
 
 _on_command_line = False
 
-_COMMAND_ALONE = ("restart", "json", "report", "dry-run")
+_COMMAND_ALONE = ("restart", "json", "report")
 """Options for which Python has no keyword."""
 
 _NAME = r"(?<![\w-])--[a-z][a-z0-9-]*[a-z]"

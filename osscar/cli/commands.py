@@ -106,7 +106,7 @@ def demo(
 
 
 @app.command
-def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOptions()) -> None:
+def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL]) -> None:
     """Prune a model in one shot, verify the result, and save it.
 
     Remove 30 % of the parameters of heads, neurons and channels:
@@ -121,8 +121,7 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL] = PruneOpti
     remove; all other options say what to keep. If the command is killed, run it
     again to continue.
     """
-    with profiled() as spent:
-        _run("prune", model, options, spent)
+    _run("prune", model, options)
 
 
 @app.command

@@ -60,7 +60,7 @@ _GROUPS = {
     "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
     "recover recover_text recover_steps",
     "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
-    "Output": "out overwrite restart report json svg all_groups dry_run format list_problem",
+    "Output": "out overwrite restart report json svg all_groups format list_problem",
 }
 """Under which titles help shows options, in this order."""
 
@@ -202,10 +202,8 @@ class PruneOptions(RunOptions, SavedOptions):
     samples: int | None = None
     """Calibration samples to draw: 32 windows of text by default, or 256 of anything else.  With a
     quality target twice as many, or more if the target needs them."""
-    out: Path | None = None
-    """Directory for the smaller model.  [required]"""
-    dry_run: bool = False
-    """Estimate the time and memory of the run, and write nothing but --json FILE."""
+    out: Path
+    """Directory for the smaller model."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""

@@ -8,34 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved
 from osscar.base.ranks import Ranks, together
-from osscar.base.timing import Profile, Stage, timed
+from osscar.base.timing import Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.reading import load
 from osscar.cli.common import (
     check_files,
-    document,
     named_files,
     out,
     say,
     say_next,
     say_verdict,
     show,
-    write_json,
 )
-from osscar.cli.opening import limit_of, opened, quiet, tell_data, tell_dense
+from osscar.cli.opening import limit_of, opened, tell_data, tell_dense
 from osscar.cli.options import PruneOptions, given, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.cli.saving import run_and_report, saved_line, to_evaluate, words_of, write_copies
-from osscar.data.batches import CalibrationData, as_inputs
+from osscar.data.batches import CalibrationData
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
@@ -48,7 +44,6 @@ from osscar.recovery.training import RecoveryLog
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import facts
 from osscar.request import PruningRequest
-from osscar.run.dry_run import estimate_as_asked
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
@@ -56,13 +51,9 @@ from osscar.run.run_log import RunLog
 from osscar.run.target import prune_to_target, samples_needed
 
 
-def run(model: str, options: PruneOptions, spent: Profile) -> None:
-    """Prune, or tell what that will take."""
+def run(model: str, options: PruneOptions) -> None:
+    """Prune a model into a directory."""
     with together() as ranks:
-        if options.dry_run and not ranks.alone:
-            raise OptionError("--dry-run estimates a run of one process; start it without torchrun")
-        if options.out is None and not options.dry_run:
-            raise OptionError("give --out, the directory that the smaller model goes to")
         check_files(options, model)
         request = request_of(options, PruningRequest)
         if request.quality is not None and options.recover_text is not None:
@@ -71,15 +62,10 @@ def run(model: str, options: PruneOptions, spent: Profile) -> None:
                 "models are recovered on the calibration samples that they are pruned on"
             )
         recovery = recovery_of(options, request)
-        where = options.out or Path()
-        job = _Job(model, options, where, request, recovery, ranks)
-        if options.dry_run:
-            with quiet():
-                _estimate(job, spent)
-            return
+        job = _Job(model, options, options.out, request, recovery, ranks)
         run_and_report(
             options,
-            where,
+            options.out,
             (job.log, job.training) if options.recover else (job.log,),
             ranks,
             words=job.words,
@@ -263,28 +249,3 @@ def _tell(
     say(f"report: {where / PAGE_FILE}")
     if ahead is not None:
         say_next(ahead)
-
-
-def _estimate(job: _Job, spent: Profile) -> None:
-    """Print what a run will take, and write it as JSON."""
-    loaded, data = job.load(saves=False)
-    found = estimate_as_asked(loaded.model, data, job.request)
-    before = {stage: spent.seconds[stage] for stage in (Stage.START, Stage.LOAD)}
-    found = dataclasses.replace(found, stages={**before, **found.stages})
-    show(*found.sections())
-    content = {
-        "model": loaded.source,
-        "device": str(resolve_device(job.request.device)),
-        "threads": torch.get_num_threads(),
-        "dtype": str(number_format(loaded.model)).removeprefix("torch."),
-        **dataclasses.asdict(found),
-        "seconds": found.seconds,
-        "stages": [
-            {"stage": str(stage), "seconds": taken} for stage, taken in found.stages.items()
-        ],
-        "settings": job.request.to_json(),
-        "calibration": {**as_inputs(loaded.model, data).settings, **data.describe()},
-    }
-    write_json(job.options.json, document("estimate", 5, content))
-    if job.options.recover:
-        say("recovery: not estimated, and not in the sum")

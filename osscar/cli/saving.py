@@ -26,7 +26,7 @@ from osscar.run.run_log import RunLog
 _AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
 """Options without which `osscar eval` would open or score another model."""
 
-_OF_THIS_TIME = {"out", "overwrite", "restart", "json", "report", "dry_run"}
+_OF_THIS_TIME = {"out", "overwrite", "restart", "json", "report"}
 """Options that change nothing of what is saved."""
 
 

@@ -1,4 +1,4 @@
-"""The steps of a pruning run, which runs, sweeps, dry runs and quality targets share.
+"""The steps of a pruning run, which runs, sweeps and quality targets share.
 
 They are, in order, `prepare_for`, `tried`, `run_dense`, `widths`, `prune_groups` and `shrunk`.
 """
@@ -25,7 +25,7 @@ from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError, gathered_warnings
 from osscar.base.memory import FOR_BATCHES, memory_for
-from osscar.base.printable import engineering, share
+from osscar.base.printable import engineering, in_bytes, share
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
@@ -43,7 +43,7 @@ from osscar.run.feasibility import (
     tell_lost,
 )
 from osscar.run.groups import prune_groups
-from osscar.run.memory import forecast
+from osscar.run.memory import MemoryNeeds, forecast
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog
 from osscar.shrinking.shrink import Proof, rehearse, shrink
@@ -180,7 +180,8 @@ def widths(
     if noted is not None:
         return noted
     try:
-        tell(goal(task))
+        memory = in_bytes(MemoryNeeds.of(task).least)
+        tell(f"{goal(task)}; takes about {memory} of memory")
         found = allocate(task, before)
     except RequestError as error:
         skipped = task.feasible.skipped

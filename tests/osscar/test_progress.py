@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from osscar.base import progress
+from osscar.base.timing import Profile, Stage, profiled, timed
 
 
 @pytest.fixture
@@ -71,3 +73,19 @@ def test_an_error_clears_the_display():
     with pytest.raises(ZeroDivisionError), progress.stage("outer"), progress.stage("inner", 3):
         _ = 1 // 0
     assert progress._display is None
+
+
+def test_stages_within_others_are_counted_once():
+    with profiled(itertools.count().__next__) as spent:
+        with timed(Stage.WALK):
+            with timed(Stage.GRAM):
+                pass
+            with timed(Stage.GRAM):
+                pass
+        with timed(Stage.WALK):
+            pass
+    assert spent.seconds == {Stage.WALK: 4, Stage.GRAM: 2}
+    with timed(Stage.WALK):
+        pass
+    assert spent.seconds[Stage.WALK] == 4
+    assert Profile(itertools.count().__next__).seconds == {}

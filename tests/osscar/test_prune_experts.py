@@ -224,11 +224,9 @@ def test_models_whose_experts_stay_are_told(build, message):
         allocate(PruningTask(prepared, PruningRequest(experts=0.75)))
 
 
-def test_baselines_of_sweeps_and_estimates_have_no_experts():
+def test_baselines_of_sweeps_have_no_experts():
     with pytest.raises(RequestError, match="omit baselines="):
         SweepJob("magnitude", BudgetKind.PARAMS, 0.8).request(PruningRequest(params=0.8, **AUTO))
-    with pytest.raises(RequestError, match="cannot be estimated"):
-        osscar.estimate(small(), tokens(), experts=2)
 
 
 # ---- beside heads and neurons ------------------------------------------------------------

@@ -237,7 +237,7 @@ WRONG = tuple(
 def test_type_checkers_see_the_keywords(tmp_path, checker):
     if not shutil.which(checker):
         pytest.skip(f"needs {checker}")
-    calls = [f"osscar.{name}({given})" for name in ("prune", "estimate") for given in RIGHT + WRONG]
+    calls = [f"osscar.prune({given})" for given in RIGHT + WRONG]
     (tmp_path / "calls.py").write_text("\n".join(["import osscar; from torch import nn", *calls]))
     paths = {"MYPYPATH": os.getcwd(), "PYTHONPATH": os.getcwd()}
     ran = subprocess.run(
@@ -251,15 +251,14 @@ def test_type_checkers_see_the_keywords(tmp_path, checker):
 
 def test_help_and_signature_name_every_field():
     fields = [field.name for field in dataclasses.fields(Asked)]
-    for function in (osscar.prune, osscar.estimate):
-        parameters = inspect.signature(function).parameters
-        assert inspect.signature(function).return_annotation is not inspect.Signature.empty
-        assert list(parameters) == ["model", "calibration", *fields]
-        assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
-        entries = re.findall(r"^(\w[\w, ]*)$", inspect.getdoc(function), re.MULTILINE)
-        described = {name for names in entries for name in names.split(", ")}
-        assert described >= {"model", "calibration", *fields}
-        assert "request" not in described
+    parameters = inspect.signature(osscar.prune).parameters
+    assert inspect.signature(osscar.prune).return_annotation is not inspect.Signature.empty
+    assert list(parameters) == ["model", "calibration", *fields]
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in fields)
+    entries = re.findall(r"^(\w[\w, ]*)$", inspect.getdoc(osscar.prune), re.MULTILINE)
+    described = {name for names in entries for name in names.split(", ")}
+    assert described >= {"model", "calibration", *fields}
+    assert "request" not in described
     options = {name for one in app["prune"].assemble_argument_collection() for name in one.names}
     renamed = {"backend_options": "option"}
     for name in set(fields) - {"groups"}:

@@ -409,3 +409,26 @@ def test_a_model_that_mixes_the_samples_of_a_batch_keeps_its_batches():
     data = torch.randn(9, 1, 1, 1).repeat(1, 1, 640, 640)
     with prepare(seeded(Centred)(), data) as prepared:
         assert [len(*batch.values()) for batch in prepared.batches()] == [9]
+
+
+@pytest.mark.parametrize(("model", "data"), [(Twice, torch.randn(9, 6)), (small_net, images(6))])
+def test_the_walk_ends_its_passes_where_it_says(model, data, monkeypatch):
+    seen, measure = [], Walk._measure
+
+    def watched(self, call, grams):
+        measure(self, call, grams)
+        seen.append((self.passes, call))
+
+    monkeypatch.setattr(Walk, "_measure", watched)
+    with prepare(model(), data, batch_size=2) as prepared:
+        groups = [group for group in prepared.groups if group.prunable and group.units > 2]
+        planned = Walk(prepared, groups, target=Target.RESIDUAL)
+        pass_ends = tuple(last for _, last in planned.schedule.passes)
+        for step in planned:
+            problem = step.problem(keep=step.group.units - 1, damp=0.1)
+            step.commit([consumer.W0 for consumer in problem.consumers])
+        one_go = Walk(prepared, groups, in_turn=False)
+        assert one_go.schedule.passes == ((0, len(one_go.schedule.calls) - 1),)
+    lasts = {number: max(c for n, c in seen if n == number) for number, _ in seen}
+    assert pass_ends == tuple(lasts[number] for number in sorted(lasts))
+    assert len(pass_ends) == planned.passes
