@@ -60,11 +60,6 @@ class Entry:
             return [row["forward"]["model"] / row["forward"]["dense"] for row in rows]
         return [row[name] for row in rows]
 
-    def size(self) -> float:
-        """Return the share that is left of what was limited."""
-        name = "parameters" if "params" in self.dense["size"] else "flops"
-        return statistics.mean(self.values(name)) / float(self.dense[name])
-
 
 def entries(directory: Path) -> dict[tuple[str, str], list[Entry]]:
     """Return what the rows of a directory come to, by model and size."""
@@ -102,7 +97,7 @@ def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
     better = [one for size, here in known.items() for one in beaten(size, here)]
     better.sort(key=lambda one: one[0])
     yield from [line for _, line in better] or ["Nowhere in these rows."]
-    yield from ("", "## Size against quality", "", f"![{ALTERNATIVE}](images/peers.svg)")
+    yield from ("", "## Quality over time", "", f"![{ALTERNATIVE}](images/peers.svg)")
     yield from tables(known)
     failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
     if failures:
@@ -119,7 +114,7 @@ def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
         yield from table(here)
 
 
-ALTERNATIVE = "Quality over the share that is left, one line a method"
+ALTERNATIVE = "Quality over the time of a forward pass, one line a method"
 
 COSTS = {
     "forward": ("time of a forward pass, over the dense model's", lambda x: f"{x:.2f}"),
@@ -219,7 +214,7 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
         here = [entry for (name, _), found in known.items() if name == task for entry in found]
         for number, method in enumerate(methods):
             points = sorted(
-                (entry.size(), entry.values("quality", trained))
+                (statistics.mean(entry.values("forward")), entry.values("quality", trained))
                 for entry in here
                 if entry.method == method and entry.values("quality", trained)
             )
@@ -240,8 +235,7 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
         axes.axhline(first.original, color="black", linewidth=0.7)
         if first.measure == "perplexity":
             axes.set_yscale("log")
-        limited = "parameters" if "params" in first.dense["size"] else "operations"
-        axes.set_xlabel(f"{limited} left")
+        axes.set_xlabel("time of a forward pass, over the dense model's")
         axes.xaxis.set_major_formatter(shares)
         axes.set_ylabel({"top1": "top-1"}.get(first.measure, first.measure))
         axes.set_title(f"{TITLES[task]}, {'recovered' if trained else 'one shot'}", fontsize=9)

@@ -39,7 +39,17 @@ import osscar
 from benchmarks.case import Case, Form, Smaller
 from benchmarks.measuring import Asked, read
 from benchmarks.page import DENSE, OURS, entries, tables
-from benchmarks.tasks import SOURCES, TASKS, Setting, Subject, Task, Text, same_size
+from benchmarks.tasks import (
+    SOURCES,
+    TASKS,
+    Setting,
+    Subject,
+    Task,
+    Text,
+    both,
+    flops,
+    same_size,
+)
 from osscar.base.errors import first_line
 from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
@@ -137,6 +147,38 @@ def baselines(task: str) -> dict[str, Method]:
     """Return the methods that there are for a task."""
     known = {OURS: {}, **EXPERTS} if task == "mixture" else {**BASELINES, **CHANGED}
     return {name: partial(prune, method=method) for name, method in known.items()}
+
+
+# ---- as fast as asked --------------------------------------------------------------------
+
+TRIES, NEAR = 7, 0.02
+"""Sizes at which a method is tried to reach a speed, and how near it has to come."""
+
+
+def at_speed(method: Method, case: Case, subject: Subject) -> Smaller:
+    """Search the size at which a method's model is as fast as asked, and return the nearest one.
+
+    The share that images' operations, or heads and neurons, keep is bisected.
+    """
+    wanted = 1 / case.size["speedup"]
+    text = isinstance(subject, Text)
+    low, high, share = 0.0, 1.0, wanted
+    nearest: tuple[float, Smaller] | None = None
+    for _ in range(TRIES):
+        (setting,) = both(1 - share) if text else flops(share)
+        size = same_size(case.model, case.data, setting)
+        found = method(dataclasses.replace(case, setting=setting, size=size, counting=[]))
+        times = measured(found.model, subject)["forward"]
+        reached = times["model"] / times["dense"]
+        off = abs(reached / wanted - 1)
+        if nearest is None or off < nearest[0]:
+            nearest = off, found
+        if off <= NEAR:
+            break
+        low, high = (low, share) if reached > wanted else (share, high)
+        share = (low + high) / 2
+    assert nearest is not None
+    return nearest[1]
 
 
 # ---- rows --------------------------------------------------------------------------------
@@ -243,7 +285,9 @@ class Bench:
         data = subject.calibration(row.source, row.samples, row.seed)
         case = Case(subject.model, data, self.setting(row), size, row.seed, arguments)
         began = time.process_time()
-        found = self.methods(row.task)[row.method](case)
+        method = self.methods(row.task)[row.method]
+        searched = "speedup" in size and row.method != OURS  # which is asked for a speed itself
+        found = at_speed(method, case, subject) if searched else method(case)
         content = {
             "seconds": time.process_time() - began - sum(case.counting),
             "peak_bytes": peak(),

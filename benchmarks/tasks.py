@@ -174,6 +174,11 @@ def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
     return tuple(Setting(f"{s} of FLOPs{name}", {"flops": s, **extra[s]}) for s in shares)
 
 
+def speeds(*times: float) -> tuple[Setting, ...]:
+    """Make a forward pass so many times as fast."""
+    return tuple(Setting(f"{t:g}x as fast", {"speedup": t}) for t in times)
+
+
 def experts(*shares: float) -> tuple[Setting, ...]:
     """Keep shares of the experts; by default neurons of all experts leave in their place."""
     return tuple(Setting(f"{s:.0%} of experts", {"heads": 1.0}, {"experts": s}) for s in shares)
@@ -190,7 +195,12 @@ TASKS = {
 
 
 def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
-    """Return the budget that equal shares, whose counts are rounded, really come to."""
+    """Return the budget that equal shares, whose counts are rounded, really come to.
+
+    A speed is a budget as it is.
+    """
+    if "speedup" in setting.asked:
+        return dict(setting.asked)
     request = PruningRequest(**(setting.units or {**setting.asked, "allocation": "uniform"}))
     with prepare(model, data) as prepared:
         task = PruningTask(prepared, request)

@@ -2,11 +2,13 @@
 
     python -m benchmarks.peers DIRECTORY --data DATA
     python -m benchmarks.peers DIRECTORY --data DATA --tasks smollm2 --settings "30% of heads"
+    python -m benchmarks.peers DIRECTORY --data DATA --settings "x as fast"
     python -m benchmarks.peers DIRECTORY --data DATA --official CHECKOUT --steps 64
 
 Rows are those of `benchmarks/quality.py`, with the methods of others; whoever made a model smaller,
-`osscar.recover` trains it.  What fails is a row, too, with the exception.  Ends with a page,
-`peers.md`, and its figure, of all rows there.
+`osscar.recover` trains it.  At the same speed, the share that a peer keeps is searched until its
+model is as fast as asked, within 2 %; this toolkit is asked for the speed.  What fails is a row,
+too, with the exception.  Ends with a page, `peers.md`, and its figure, of all rows there.
 
 Takes a minute a row, and several for SmolLM2.
 """
@@ -23,10 +25,11 @@ from benchmarks.peers import backends, depgraph
 from benchmarks.peers.decoders import flap, short_gpt, slice_gpt
 from benchmarks.quality import Bench, Method, prune
 
+SPEEDS = tasks.speeds(1.25, 1.5, 2)
 SETTINGS = {
-    "resnet20": tasks.flops(0.7, 0.5, 0.3),
-    "mobilenet": tasks.flops(0.66),
-    "demo": tasks.both(0.3, 0.5),
+    "resnet20": (*tasks.flops(0.7, 0.5, 0.3), *SPEEDS),
+    "mobilenet": (*tasks.flops(0.66), *SPEEDS),
+    "demo": (*tasks.both(0.3, 0.5), *SPEEDS),
     "smollm2": tasks.both(0.3, 0.5),
 }
 TEXTS = ("demo", "smollm2")

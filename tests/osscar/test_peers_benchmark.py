@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import solvers
+from benchmarks import quality, tasks
 from benchmarks.case import Case
 from benchmarks.measuring import read
 from benchmarks.page import DENSE, OURS, write_page
@@ -139,7 +140,7 @@ def test_the_page_says_first_where_a_peer_is_better(theirs, seconds, better, tmp
     for index, one in enumerate(rows(theirs, {OURS: 2.0, "theirs": seconds})):
         write_json(tmp_path / f"{index}.json", one)
     page = write_page(tmp_path)
-    first, rest = page.split("## Size against quality")
+    first, rest = page.split("## Quality over time")
     assert first.startswith("## Where a peer is better")
     assert all(words in first for words in better)
     assert first.count("\n- ") == (better != ["Nowhere in these rows."])
@@ -168,3 +169,21 @@ def test_flap_adds_up_the_variances_that_the_weights_see(known):
     problem = solvers.SubsetProblem(tuple(consumers), 3)
     kept = solvers.solve(problem, backends.Flap()).support.tolist()
     assert kept == sorted(np.argsort(-scores)[:3].tolist())
+
+
+def test_a_peer_is_made_smaller_until_it_is_as_fast_as_asked(monkeypatch):
+    tried = []
+
+    def method(case):
+        tried.append(case.size["flops"])
+        return SimpleNamespace(model=case.size["flops"])
+
+    def times(share, _):
+        return {"forward": {"model": share**0.5, "dense": 1.0}}
+
+    monkeypatch.setattr(quality, "measured", times)
+    monkeypatch.setattr(quality, "same_size", lambda model, data, setting: setting.asked)
+    case = Case(None, None, tasks.speeds(3)[0], {"speedup": 3}, 0, SimpleNamespace())
+    found = quality.at_speed(method, case, None)
+    assert times(found.model, None)["forward"]["model"] == pytest.approx(1 / 3, rel=0.02)
+    assert 1 < len(tried) <= quality.TRIES

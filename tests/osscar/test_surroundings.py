@@ -148,7 +148,6 @@ def test_a_run_inside_of_a_transform_is_refused():
 def test_what_is_given_by_position_too_many_is_named():
     for call, message in (
         (lambda: osscar.prune(blocks(), X, 0.5), r"prune.*\(model, calibration\) but 3.*=0\.5$"),
-        (lambda: osscar.estimate(blocks(), X, 0.5), "estimate.*such as sparsity=0.5"),
         (lambda: osscar.recover(1, 2, X, 64), r"recover.*\(smaller, dense, data\) but 4.*=64$"),
     ):
         with pytest.raises(TypeError, match=message):
