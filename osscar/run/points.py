@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import with_config
 from torch import nn
 
-from osscar.allocation.divergence import Measure
+from osscar.allocation.divergence import Compared, Measure
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError, OptionError, RequestError
 from osscar.base.files import resolved
@@ -184,7 +184,7 @@ class SweepPoint:
     before, so that the first point of a run has what its points share.
     """
 
-    schema: Literal["osscar.sweep-point/8"]
+    schema: Literal["osscar.sweep-point/9"]
     method: str
     budget: str
     value: float | int
@@ -198,6 +198,7 @@ class SweepPoint:
     seconds_between: list[float]
     speedup: float
     quality: Quality
+    distance: Compared | None
     divergence: float | None
     agreement: float | None
     predicted: float | None

@@ -271,7 +271,7 @@ class Sweep:
         budget = None if result is None else result.budget
         limit = None if budget is None else budget.of(job.budget)
         return SweepPoint(
-            "osscar.sweep-point/8",
+            "osscar.sweep-point/9",
             job.method,
             str(job.budget),
             job.value,
@@ -281,6 +281,7 @@ class Sweep:
             form=Form.EAGER if result is None else result.form,
             speedup=before["seconds"] / after["seconds"],
             quality=self._quality(model, dense),
+            distance=None if result is None else result.distance,
             divergence=0.0 if result is None else result.divergence,
             agreement=1.0 if result is None else result.agreement,
             predicted=None if budget is None else budget.predicted,

@@ -78,6 +78,9 @@ def _values(point: Point, recovered: bool = False) -> dict[str, float]:
     values |= {f"errors.{name}": one for name, one in (quality.get("errors") or {}).items()}
     if not recovered:
         values["divergence"] = point["divergence"]
+        own = point["distance"]
+        if own is not None and own["measure"] != "nats":
+            values[own["measure"]] = own["value"]
     if found is not None:
         values[found["measure"]] = found["after" if recovered else "before"]
     return {name: float(value) for name, value in values.items() if value is not None}

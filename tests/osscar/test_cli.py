@@ -383,7 +383,13 @@ def test_bad_input_is_one_line_and_writes_nothing(run, crowded):
         assert (status, len(lines)) == (2, 1), (arguments, err)
         assert lines[0].startswith("error: ")
         assert message in words_of(err), arguments
-        told = ("calibration: ", "dense model: perplexity", "keeps ", "the weights stay on disk")
+        told = (
+            "calibration: ",
+            "dense model: perplexity",
+            "distance: ",
+            "keeps ",
+            "the weights st",
+        )
         assert all(line.startswith(told) for line in out.splitlines()), out
         assert sorted(Path().rglob("*")) == before
 

@@ -87,7 +87,11 @@ def shown_sweep(budget, values):
             **{"parameter_bytes": 40, "flops": 100, "seconds": 0.5, "speedup": 1.0 + number},
             "seconds_between": [0.4, 0.625],
             "stages": {"calibration passes": 1.5, "other": 0.5},
-            **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
+            **{
+                "quality": {"perplexity": 3.5 + number},
+                "divergence": 0.1 * number,
+                "distance": None,
+            },
             **{"predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0, "widths": {}},
             "recovered": None,
         }

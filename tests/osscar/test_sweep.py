@@ -11,6 +11,7 @@ from torch import nn
 
 import osscar
 import osscar.run.points as points_room
+from osscar.allocation.divergence import Compared
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.data.images import ImageSet
@@ -170,9 +171,10 @@ def manifest(**more):
 
 
 POINT = SweepPoint(
-    schema="osscar.sweep-point/8", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
+    schema="osscar.sweep-point/9", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
     reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
     seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
+    distance=Compared("own", "far", "it is given", 0.5),
     divergence=None, agreement=None, predicted=None, loss=0.25, prune_seconds=1.0,
     widths={"a": 3}, skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
     recovered=Recovered(
@@ -235,7 +237,7 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
         assert point["speedup"] == before["seconds"] / after["seconds"]
     assert repr(document) == "SweepResult('Sequential', 6 points over sparsity)"
     assert "magnitude" in document.summary()
-    assert document._repr_html_().count("<figure") == len({"divergence"})
+    assert document._repr_html_().count("<figure") == len({"relative"})
     assert (dense["limit"], dense["reached"]) == (None, None)
     assert [p["method"] for p in points] == [MEASURED, *BASELINES]
     assert [p["predicted"] is None for p in points] == [False, *(True for _ in BASELINES)]
