@@ -167,7 +167,7 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
             result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
             assert result.target is not None
             report = result.target.to_json()
-            found |= {**report, "choosing": report["walks"][report["chosen"]]["measured"]}
+            found |= {**report, "choosing": report["attempts"][report["chosen"]]["measured"]}
         else:
             result = bisected(row, loaded, data, arguments.device)
     except osscar.OsscarError as error:
@@ -208,7 +208,7 @@ def table(directory: Path) -> list[str]:
         cell = (row["task"], f"{row['target']} {row['most']:g}", row["method"])
         cells.setdefault(cell, []).append(row)
     head = ["model", "target", "method", "tries", "refused", "parameters kept", "fresh value, mean"]
-    end = ["fresh within the target", "fresh within the reported bound", "walks", "seconds"]
+    end = ["fresh within the target", "fresh within the reported bound", "attempts", "seconds"]
     lines: list[list[str]] = [[*head, *end]]
     for cell, tries in cells.items():
         own = [row for row in tries if "refused" not in row]
@@ -220,10 +220,12 @@ def table(directory: Path) -> list[str]:
         known = [row for row in own if "reported" in row]
         bound = sum(row["fresh"]["value"] <= row["reported"]["bound"] for row in known)
         within = [sum(row["fresh"]["value"] <= row["most"] for row in own), bound if known else ""]
-        walks = f"{np.mean([len(row['walks']) for row in known]):.1f}" if known else f"{SIZES}"
+        attempts = (
+            f"{np.mean([len(row['attempts']) for row in known]):.1f}" if known else f"{SIZES}"
+        )
         kept, seconds = (np.mean([row[name] for row in own]) for name in ("kept", "seconds"))
         sizes = [f"{kept:.1%}", f"{np.mean(fresh):.4f}"]
-        lines.append([*counts, *sizes, *map(str, within), walks, f"{seconds:.0f}"])
+        lines.append([*counts, *sizes, *map(str, within), attempts, f"{seconds:.0f}"])
     return markdown(lines, 3)
 
 

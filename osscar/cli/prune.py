@@ -190,7 +190,9 @@ class _Job:
 
             def recover(pruned: PruningResult, part: Any, number: int) -> Recovery:
                 assert self.recovery is not None
-                own = RecoveryLog(self.log.walk(number).directory / "recovery") if first else None
+                own = (
+                    RecoveryLog(self.log.attempt(number).directory / "recovery") if first else None
+                )
                 return recover_as_asked(pruned, model, part, self.recovery, own, ranks, tell)
 
             again = None if self.recovery is None else recover

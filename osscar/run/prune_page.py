@@ -424,16 +424,16 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
     The prediction is drawn where it is in the unit of the target.
     """
     kind, chosen = TargetKind(target["quality"]), target["chosen"]
-    sizes = [walk["reached"] / target["dense"] for walk in target["walks"]]
+    sizes = [attempt["reached"] / target["dense"] for attempt in target["attempts"]]
     figure, (axes,) = new_figure()
     if kind is TargetKind.DIVERGENCE and budget["limits"][0]["cost"] == target["cost"]:
         wide = max(0.05, max(sizes) - min(sizes))
         low, high = min(sizes) - wide, max(sizes) + wide
         near = [point for point in _least(budget) if low <= point[0] <= high]
         plot(axes, near, "-", color=color(0), label="least")
-    walks = [walk["measured"] for walk in target["walks"]]
+    attempts = [attempt["measured"] for attempt in target["attempts"]]
     for label, style, index, at, lost in (
-        ("walks", "o", 1, sizes, walks),
+        ("attempts", "o", 1, sizes, attempts),
         ("reported", "D", 2, [sizes[chosen]], [target["reported"]]),
     ):
         values, bounds = [one["value"] for one in lost], [one["bound"] for one in lost]
@@ -442,7 +442,7 @@ def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawi
         axes.plot(at, bounds, "_", color=color(index), markersize=8)
     axes.axhline(target["most"], color="k", linestyle="--", linewidth=0.9, label="target")
     ring: Any = {"color": "k", "markersize": 11, "markerfacecolor": "none", "label": "chosen"}
-    axes.plot(sizes[chosen], walks[chosen]["value"], "o", **ring)
+    axes.plot(sizes[chosen], attempts[chosen]["value"], "o", **ring)
     if kind is TargetKind.DIVERGENCE:
         axes.set_yscale("log")
         axes.set_ylabel(_distance(target["measure"]))

@@ -35,12 +35,12 @@ from osscar.preparation.prepare import Prepared
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
-from osscar.run.target_search import TargetWalk
+from osscar.run.target_search import Attempt
 from osscar.walk.layer_report import LayerReport
 
 T = TypeVar("T")
 
-_ALLOCATION, _WALKS = "allocation.safetensors", "walks.safetensors"
+_ALLOCATION, _ATTEMPTS = "allocation.safetensors", "attempts.safetensors"
 
 
 def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs) -> JournalManifest:
@@ -68,24 +68,24 @@ class LayerRecord:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
-class _Walks:
+class _Attempts:
     """The sizes that were tried to reach a target."""
 
-    walks: tuple[TargetWalk, ...]
+    attempts: tuple[Attempt, ...]
 
 
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
 class RunLog(SavingJournal):
-    """The records of a run, in the order of their groups; walks to a target have logs inside."""
+    """The records of a run, in the order of their groups; attempts to a target have logs inside."""
 
     what = "run"
     manifest_file = "log.json"
-    done_files = (_GROUPS, f"walk-[1-9]/{_GROUPS}")
+    done_files = (_GROUPS, f"attempt-[1-9]/{_GROUPS}")
     other_files = (
-        *("walk-[1-9]/recovery/*", "walk-[1-9]/recovery", "walk-[1-9]/*", "walk-[1-9]"),
-        *(REPORT, _WALKS, _ALLOCATION),
+        *("attempt-[1-9]/recovery/*", "attempt-[1-9]/recovery", "attempt-[1-9]/*", "attempt-[1-9]"),
+        *(REPORT, _ATTEMPTS, _ALLOCATION),
         *("walks.json", "allocation.json"),  # of logs before version 6
     )
     otherwise = "start over with --restart"
@@ -111,18 +111,18 @@ class RunLog(SavingJournal):
         """Keep what was decided, so that a run that goes on decides nothing anew."""
         write_record(self.directory / _ALLOCATION, allocated, {}, self._run)
 
-    def walk(self, number: int) -> RunLog:
-        """Return the log of one walk of a run with a quality target, from 1 on."""
-        return RunLog(self.directory / f"walk-{number}")
+    def attempt(self, number: int) -> RunLog:
+        """Return the log of one attempt of a run with a quality target, from 1 on."""
+        return RunLog(self.directory / f"attempt-{number}")
 
-    def walks(self) -> tuple[TargetWalk, ...]:
-        """Return the walks that are done and measured."""
-        found = self._noted(_WALKS, _Walks)
-        return () if found is None else found.walks
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Return the attempts that are done and measured."""
+        found = self._noted(_ATTEMPTS, _Attempts)
+        return () if found is None else found.attempts
 
-    def note_walks(self, walks: Sequence[TargetWalk]) -> None:
+    def note_attempts(self, attempts: Sequence[Attempt]) -> None:
         """Keep what was measured, so that a run that goes on tries the same sizes."""
-        write_record(self.directory / _WALKS, _Walks(tuple(walks)), {}, self._run)
+        write_record(self.directory / _ATTEMPTS, _Attempts(tuple(attempts)), {}, self._run)
 
     def _noted(self, name: str, schema: type[T]) -> T | None:
         path = self.directory / name
@@ -130,7 +130,7 @@ class RunLog(SavingJournal):
 
     @property
     def committed(self) -> int:
-        """The number of committed groups, without those of walks."""
+        """The number of committed groups, without those of attempts."""
         return sum(path.parent == self.directory for path in self.done)
 
     @property

@@ -1,8 +1,8 @@
 """Find the smallest model whose loss of quality is within a target.
 
-The model is pruned to a size, which is a *walk*, and measured; what was measured chooses the next
+The model is pruned to a size, which is a *attempt*, and measured; what was measured chooses the next
 size.  Half of the calibration samples prune.  A quarter, to which nothing is fitted, measures each
-walk, and so chooses the size.  The last quarter measures the chosen model once.
+attempt, and so chooses the size.  The last quarter measures the chosen model once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from osscar.run.chain import (
 )
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
-from osscar.run.target_search import Frontier, TargetReport, TargetWalk, next_limit, smallest_within
+from osscar.run.target_search import Frontier, TargetReport, Attempt, next_limit, smallest_within
 
 _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""
@@ -53,7 +53,7 @@ _SIZES = 12
 """Points of the frontier where other budgets hold, too."""
 
 Recover = Callable[[PruningResult, Any, int], Recovery]
-"""Recovers a pruned model, given the data that it was pruned on and the number of its walk."""
+"""Recovers a pruned model, given the data that it was pruned on and the number of its attempt."""
 
 Made = tuple[PruningResult, Recovery | None]
 
@@ -70,7 +70,7 @@ def prune_to_target(
 ) -> Made:
     """Find the smallest model within the quality target of a request, as `prune_as_asked` does.
 
-    `recover` is called on the model of each walk before it is measured; its model is that of the
+    `recover` is called on the model of each attempt before it is measured; its model is that of the
     result.  By `classes`, the names of the model's classes, folders of images are recognized.
     """
     start = time.perf_counter()
@@ -149,7 +149,7 @@ def _judge(target: QualityTarget, task: PruningTask, data: Any, classes: Sequenc
 
 @dataclass(eq=False)
 class _Search:
-    """The walks to a target, and the data that they prune on."""
+    """The attempts to a target, and the data that they prune on."""
 
     target: QualityTarget
     task: PruningTask
@@ -159,34 +159,34 @@ class _Search:
     log: RunLog | None
     tell: Callable[[str], None]
     recover: Recover | None
-    walks: list[TargetWalk] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     def smallest(self) -> tuple[Made, TargetReport]:
         """Walk until no size is left to try; return the smallest model within the target."""
         ranks, log = self.task.prepared.ranks, self.log
-        self.walks += ranks.broadcast("walks", lambda: () if log is None else log.walks())
+        self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
         budget, best = self._known_budget(), None
         while (limit := self._next_limit(budget)) is not None:
-            number = len(self.walks) + 1
+            number = len(self.attempts) + 1
             made = pruned, recovery = self._made(number, limit, budget)
             budget = pruned.budget or budget
             assert budget.predicted is not None
             model = pruned.model if recovery is None else recovery.model
             with timed(Stage.PRUNED):
-                lost = ranks.broadcast("a walk", partial(self.judge.measure, model))
+                lost = ranks.broadcast("an attempt", partial(self.judge.measure, model))
             reached = budget.of(self._kind).reached
-            self.walks.append(TargetWalk(limit, reached, budget.predicted, lost))
+            self.attempts.append(Attempt(limit, reached, budget.predicted, lost))
             if log is not None:
-                log.note_walks(self.walks)
-            self.tell(f"attempt {number}: {self._report(budget).in_words(self.walks[-1])}")
-            if smallest_within(self.walks, self.target.most) is self.walks[-1]:
+                log.note_attempts(self.attempts)
+            self.tell(f"attempt {number}: {self._report(budget).in_words(self.attempts[-1])}")
+            if smallest_within(self.attempts, self.target.most) is self.attempts[-1]:
                 best = made
         report = self._report(budget)
         if report.chosen is None:
             if log is not None:
                 log.remove()  # it is of no use to another target
             budgets = self.task.request.in_words(self.task.request.budgets)
-            nearest = min(self.walks, key=lambda walk: walk.measured.bound)
+            nearest = min(self.attempts, key=lambda attempt: attempt.measured.bound)
             raise RequestError(
                 f"no model that was tried is within {self.target}"
                 f"{f' and {budgets}' if budgets else ''}: the nearest, "
@@ -194,22 +194,22 @@ class _Search:
                 "data (--samples), or recover what is pruned (--recover)"
             )
         if best is None:  # an earlier process has made it, of which the log has the weights
-            best = self._made(report.chosen + 1, self.walks[report.chosen].limit, budget)
+            best = self._made(report.chosen + 1, self.attempts[report.chosen].limit, budget)
         return best, report
 
     def _next_limit(self, budget: Budget) -> float | None:
         """Return what the next model may cost, by the curves of the last budget."""
         recovers = self.recover is not None
-        return next_limit(self._frontier(budget), self.walks, self.target, recovers=recovers)
+        return next_limit(self._frontier(budget), self.attempts, self.target, recovers=recovers)
 
     def _report(self, budget: Budget) -> TargetReport:
         target, limit = self.target, budget.of(self._kind)
-        sizes = limit.cost, limit.dense, tuple(self.walks)
+        sizes = limit.cost, limit.dense, tuple(self.attempts)
         return TargetReport(target.kind, target.most, budget.measure, *sizes)
 
     @property
     def _kind(self) -> BudgetKind:
-        """The budget by which a walk asks for a size."""
+        """The budget by which an attempt asks for a size."""
         return BudgetKind(self.task.request.smallest or "params")
 
     @cached_property
@@ -252,16 +252,16 @@ class _Search:
         return (*found[1:], (dense, 0.0))
 
     def _within(self, limit: float) -> PruningTask:
-        """Return the task of a walk: a size in place of the target."""
+        """Return the task of an attempt: a size in place of the target."""
         value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
         request = dataclasses.replace(self.task.request, **{**asked, self._kind: value})
         return dataclasses.replace(self.task, request=request)
 
     def _known_budget(self) -> Budget:
-        """Return the budget of the last walk; before the first one, measure the curves."""
-        if self.walks:
-            with self._begun(len(self.walks), self.walks[-1].limit) as (task, log, _):
+        """Return the budget of the last attempt; before the first one, measure the curves."""
+        if self.attempts:
+            with self._begun(len(self.attempts), self.attempts[-1].limit) as (task, log, _):
                 return self._shared_out(task, log)
         others = self.task.keep
         most = self._cost.of(others)
@@ -274,7 +274,7 @@ class _Search:
         return found
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
-        """Make the model of a walk; groups that its log has are not solved again."""
+        """Make the model of an attempt; groups that its log has are not solved again."""
         with self._begun(number, limit) as (task, log, committed):
             pruned = prune_prepared(
                 task.on_copy(),
@@ -290,8 +290,8 @@ class _Search:
     def _begun(
         self, number: int, limit: float
     ) -> Iterator[tuple[PruningTask, RunLog | None, tuple[LayerRecord, ...]]]:
-        """Begin a walk, or go on with one; yield its task, its log, and the log's records."""
+        """Begin an attempt, or go on with one; yield its task, its log, and the log's records."""
         task = self._within(limit)
-        log = None if self.log is None else self.log.walk(number)
+        log = None if self.log is None else self.log.attempt(number)
         with begun(log, task.prepared, task.request) as committed:
             yield task, log, committed

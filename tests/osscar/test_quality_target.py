@@ -28,9 +28,9 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import sections
 from osscar.run.run_log import RunLog
 from osscar.run.target_search import (
-    MOST_WALKS,
+    MOST_ATTEMPTS,
     TargetReport,
-    TargetWalk,
+    Attempt,
     next_limit,
     reported_in_words,
 )
@@ -86,37 +86,37 @@ FRONTIER = tuple((float(c), float((1 / c) ** 2 - 1)) for c in COSTS)
 
 
 def searched(truth, most, recovers=False):
-    """Return the walks to a target, where models of a cost have a bound."""
-    walks = []
+    """Return the attempts to a target, where models of a cost have a bound."""
+    attempts = []
     target = QualityTarget(DIVERGENCE, most)
-    while (limit := next_limit(FRONTIER, walks, target, recovers=recovers)) is not None:
+    while (limit := next_limit(FRONTIER, attempts, target, recovers=recovers)) is not None:
         predicted = (1 / limit) ** 2 - 1
-        walks.append(TargetWalk(limit, limit, predicted, Bounded(0.0, truth(predicted), 16)))
-    return walks
+        attempts.append(Attempt(limit, limit, predicted, Bounded(0.0, truth(predicted), 16)))
+    return attempts
 
 
 def test_few_walks_find_nearly_the_smallest_model():
     for most, factor, power in itertools.product((0.05, 0.3, 2), (0.1, 0.7, 1, 3), (0.7, 1, 1.6)):
-        walks = searched(lambda predicted, f=factor, p=power: f * predicted**p, most)
+        attempts = searched(lambda predicted, f=factor, p=power: f * predicted**p, most)
         least = 1 / math.sqrt((most / factor) ** (1 / power) + 1)
-        found = min(one.reached for one in walks if one.measured.bound <= most)
-        assert len(walks) <= MOST_WALKS
+        found = min(one.reached for one in attempts if one.measured.bound <= most)
+        assert len(attempts) <= MOST_ATTEMPTS
         assert max(least, 0.2) <= found + 1e-9
         assert found - max(least, 0.2) < 0.05
 
 
 def test_a_size_within_a_limit_that_was_tried_is_not_tried_again():
-    within = TargetWalk(0.979, 0.979, 0.0, Bounded(0.0, 1e-9, 16))
-    beyond = TargetWalk(0.968, 0.957, 0.5, Bounded(0.01, 0.011, 16))  # no model is between
+    within = Attempt(0.979, 0.979, 0.0, Bounded(0.0, 1e-9, 16))
+    beyond = Attempt(0.968, 0.957, 0.5, Bounded(0.01, 0.011, 16))  # no model is between
     assert next_limit(FRONTIER, [within, beyond], QualityTarget(DIVERGENCE, 0.01)) is None
 
 
 def test_a_target_that_no_model_meets_ends_at_the_largest():
-    walks = searched(lambda predicted: 1.0, 0.1)
-    assert 2 <= len(walks) <= MOST_WALKS
-    report = TargetReport(DIVERGENCE, 0.1, "nats", Cost.PARAMETERS, 1.0, tuple(walks))
+    attempts = searched(lambda predicted: 1.0, 0.1)
+    assert 2 <= len(attempts) <= MOST_ATTEMPTS
+    report = TargetReport(DIVERGENCE, 0.1, "nats", Cost.PARAMETERS, 1.0, tuple(attempts))
     assert report.chosen is None
-    assert all(a.limit < b.limit for a, b in itertools.pairwise(walks))
+    assert all(a.limit < b.limit for a, b in itertools.pairwise(attempts))
 
 
 def test_where_the_smallest_model_is_within_the_target_it_is_the_one():
@@ -147,9 +147,9 @@ def test_windows_that_overlap_are_in_no_two_parts():
 
 
 @pytest.fixture
-def two_walks(monkeypatch):
-    """Let a search end after two walks."""
-    monkeypatch.setattr("osscar.run.target_search.MOST_WALKS", 2)
+def two_attempts(monkeypatch):
+    """Let a search end after two attempts."""
+    monkeypatch.setattr("osscar.run.target_search.MOST_ATTEMPTS", 2)
 
 
 def labelled(count=192):
@@ -193,7 +193,7 @@ def by_hand(quality, dense, model, data):
     ],
 )
 def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
-    quality, most, case, two_walks, monkeypatch
+    quality, most, case, two_attempts, monkeypatch
 ):
     dense, data = case()
     prepared, fitted = [], []
@@ -209,11 +209,11 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
     request = PruningRequest(**{quality: most, "smallest": "flops"})
     result = prune_as_asked(dense, data, request, tell=lines.append)
     report, most = result.target, request.quality.most
-    chosen = report.walks[report.chosen]
+    chosen = report.attempts[report.chosen]
     assert len(prepared) == 1
-    assert 1 <= len(fitted) == len(report.walks) <= 2
+    assert 1 <= len(fitted) == len(report.attempts) <= 2
     assert chosen.measured.bound <= most
-    assert chosen.reached == min(w.reached for w in report.walks if w.measured.bound <= most)
+    assert chosen.reached == min(w.reached for w in report.attempts if w.measured.bound <= most)
     assert chosen.reached < report.dense
     parts = in_parts(data, len(data), request.seed)
     pruned_on = getattr(parts.pruned_on, "tensors", {"input_ids": parts.pruned_on})
@@ -222,7 +222,7 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
         expected = by_hand(quality, dense, result.model, part)
         assert measured.value == pytest.approx(expected, abs=1e-5)
         assert measured.bound > measured.value
-    assert sum("with 95 % confidence" in line for line in lines) == len(report.walks)
+    assert sum("with 95 % confidence" in line for line in lines) == len(report.attempts)
     assert result.held_out == report.reported.samples
     check_page(result.record(), chosen, most)
 
@@ -230,7 +230,7 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
 def check_page(record, chosen, most):
     """Look at what is shown of a target: its words, and its figure."""
     target = record["target"]
-    assert target["walks"][target["chosen"]]["reached"] == chosen.reached
+    assert target["attempts"][target["chosen"]]["reached"] == chosen.reached
     shown = list(sections(record))
     assert reported_in_words(target) in shown[0].lines[0]
     (figure,) = [one for one in shown if isinstance(one, Figure) and "size" in one.name]
@@ -239,7 +239,7 @@ def check_page(record, chosen, most):
     at = chosen.reached / target["dense"]
     assert lines["chosen"] == [[at, chosen.measured.value]]
     assert lines["reported"] == [[at, target["reported"]["value"]]]
-    assert len(lines["walks"]) == len(target["walks"])
+    assert len(lines["attempts"]) == len(target["attempts"])
     assert [y for _, y in lines["target"]] == [most, most]
     assert ("least" in lines) == (target["quality"] == DIVERGENCE)
 
@@ -248,7 +248,7 @@ prepare, prune_groups = chain.prepare, chain.prune_groups
 
 
 def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
-    two_walks, tmp_path, monkeypatch
+    two_attempts, tmp_path, monkeypatch
 ):
     request, sizes = PruningRequest(max_divergence=0.02), []
 
@@ -259,7 +259,7 @@ def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
     monkeypatch.setattr(Judge, "measure", measure)
     monkeypatch.setattr("osscar.run.target_search._USUAL", {False: 6.0})  # begin with a large model
     whole = prune_as_asked(small_net(), images(), request)
-    assert (whole.target.chosen, len(whole.target.walks)) == (0, 2)
+    assert (whole.target.chosen, len(whole.target.attempts)) == (0, 2)
     log, appended, original = RunLog(tmp_path / "log"), [], RunLog.append
 
     def append(self, index, record):
@@ -271,8 +271,8 @@ def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
     monkeypatch.setattr(RunLog, "append", append)
     with pytest.raises(Killed):
         prune_as_asked(small_net(), images(), request, log)
-    assert {walk for walk, _ in appended} == {"walk-1", "walk-2"}
-    assert log.committed == 0  # of none but walks
+    assert {walk for walk, _ in appended} == {"attempt-1", "attempt-2"}
+    assert log.committed == 0  # of none but attempts
     again = prune_as_asked(small_net(), images(), request, log)
     finished = prune_as_asked(small_net(), images(), request, log)  # from its log alone
     assert len(appended) == len(set(appended))
@@ -288,13 +288,13 @@ def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
 def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp_path, monkeypatch):
     log, request = RunLog(tmp_path / "log"), PruningRequest(max_divergence=0.02)
     monkeypatch.setattr(Judge, "measure", lambda self, model: Bounded(0.01, 0.03, 16))
-    monkeypatch.setattr("osscar.run.target_search.MOST_WALKS", 1)
+    monkeypatch.setattr("osscar.run.target_search.MOST_ATTEMPTS", 1)
     with pytest.raises(RequestError, match=r"within max_divergence=0.02: the nearest, .* of"):
         prune_as_asked(small_net(), images(), request, log)
     assert not log.directory.exists()
 
 
-def test_budgets_beside_a_target_hold_too(two_walks, monkeypatch):
+def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
     monkeypatch.setattr("osscar.run.target._SIZES", 4)
     monkeypatch.setattr("osscar.run.target_search._USUAL", {False: 6.0})  # begin with a large model
     dense, data = labelled(64)
