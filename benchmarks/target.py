@@ -28,7 +28,7 @@ import osscar
 from benchmarks.measuring import markdown, rows_in
 from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
-from osscar.data.parts import in_parts, rows_of
+from osscar.data.parts import copies, in_parts, rows_of
 from osscar.evaluation.confidence import Judge
 from osscar.models.names import DEMO_CALIBRATION
 from osscar.request import TargetKind
@@ -63,10 +63,10 @@ TASKS = {
     "mobilenet": Task(
         "torchvision:mobilenet_v2", 384, ((TOP1, 0.05), (TOP1, 0.1), (DIVERGENCE, 0.2)), None, True
     ),
-    "demo": Task("demo", 64, ((DIVERGENCE, 0.03), (DIVERGENCE, 0.1), (PERPLEXITY, 0.05)), 64),
+    "demo": Task("demo", 128, ((DIVERGENCE, 0.03), (DIVERGENCE, 0.1), (PERPLEXITY, 0.05)), 64),
     "smollm2": Task(
         "smollm2-135m",
-        64,
+        128,
         ((DIVERGENCE, 0.1), (DIVERGENCE, 0.3), (PERPLEXITY, 0.1)),
         256,
         fresh=128,
@@ -183,8 +183,8 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
 
 def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> osscar.PruningResult:
     """Bisect the size by hand, on the same parts of the samples."""
-    parts = in_parts(data, TASKS[row.task].samples, row.seed)
-    judge = Judge.of(TargetKind(row.target), loaded.model, parts.choosing, loaded.classes)
+    parts = in_parts(data, copies(as_inputs(loaded.model, data)), row.seed)
+    judge = Judge.of(TargetKind(row.target), loaded.model, parts.searched, loaded.classes)
     low, high, best = 0.0, 1.0, None
     for _ in range(SIZES):
         middle = (low + high) / 2

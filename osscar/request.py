@@ -248,8 +248,9 @@ class PruningRequest:
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
         The smallest model within it and within all budgets is found by pruning up to four times, on
-        half of the calibration samples.  A quarter of them chooses the size, with 95 % confidence,
-        and the last quarter measures the result.
+        half of the calibration samples.  A quarter of them leads the search.  What it holds for
+        good is tested on the last quarter, from the largest size on, until one fails; the loss of
+        the last one that passed is at most this with 95 % confidence.
     max_perplexity_increase
         The same search for a language model: largest increase of its perplexity, such as ``5%``.
     max_top1_drop

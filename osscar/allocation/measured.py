@@ -152,7 +152,7 @@ def fitted_samples(prepared: Prepared) -> int:
     length = prepared.inputs.settings.get("seqlen")
     wanted = _FITTED_SAMPLES if length is None else max(2, _FITTED_TOKENS // length)
     samples = prepared.inputs.samples
-    return min(wanted, samples - samples // _ONE_IN)
+    return samples - prepared.inputs.last(max(samples - wanted, samples // _ONE_IN))
 
 
 def dense_references(
@@ -267,7 +267,7 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
     units = [group for group in groups if not group.kind.routed]
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
-        held = 0 if few.inputs.tokens else few.inputs.samples // _ONE_IN
+        held = 0 if few.inputs.tokens else few.inputs.last(few.inputs.samples // _ONE_IN)
         yield from Walk(few, units, in_turn=False, held=held, rough=True)
     for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
         own = [group for group in groups if group.kind is kind]

@@ -92,7 +92,8 @@ class PruningTask:
     @property
     def samples_held_out(self) -> int:
         """How many samples are held out: none if the request gives damping and correction."""
-        return held_out(self.prepared.inputs.samples) if self.request.holds_out else 0
+        inputs = self.prepared.inputs
+        return inputs.last(held_out(inputs.samples)) if self.request.holds_out else 0
 
     @cached_property
     def groups(self) -> list[CouplingGroup]:

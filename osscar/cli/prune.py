@@ -48,7 +48,7 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
 from osscar.run.run_log import RunLog
-from osscar.run.target import prune_to_target, samples_needed
+from osscar.run.target import prune_to_target, usual_draw
 
 
 def run(model: str, options: PruneOptions) -> None:
@@ -116,7 +116,7 @@ class _Job:
             if request.quality is None:
                 return {}
             usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-            most = max(2 * usual, samples_needed(request.quality))
+            most = max(2 * usual, usual_draw(request.quality))
             samples = most if options.samples is None else options.samples
             return {"samples": samples, "overlapping": False}
 

@@ -43,12 +43,19 @@ class ModelInputs:
     apart
         In the place of `tensors`, samples of sizes of their own, such as graphs, each of which the
         model is given alone.
+    order
+        Which samples there are, and in which order, as positions in `tensors` or `apart`, (n,)
+        int64; None of all as they come.  The tensors themselves are not copied.
+    sample_groups
+        A number for each sample in `tensors` or `apart`: those of one number belong together.
     """
 
     tensors: Mapping[str, Tensor]
     tokens: bool = False
     predictions: tuple[int, ...] | None = None
     apart: tuple[Mapping[str, Tensor], ...] = ()
+    order: Tensor | None = None
+    sample_groups: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -60,7 +67,14 @@ class ModelInputs:
     @property
     def samples(self) -> int:
         """How many there are."""
-        return len(self.apart) or len(next(iter(self.tensors.values())))
+        return len(self.positions)
+
+    @property
+    def positions(self) -> Tensor:
+        """Where the samples are in `tensors` or `apart`, (n,) int64."""
+        if self.order is not None:
+            return self.order
+        return torch.arange(len(self.apart) or len(next(iter(self.tensors.values()))))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,14 +84,15 @@ class ModelInputs:
         """
         if self.tokens:
             return {"samples": self.samples, "seqlen": self.tensors["input_ids"].shape[1]}
-        first = self.apart[0] if self.apart else self.tensors
+        apart = [self.apart[index] for index in self.positions.tolist()] if self.apart else []
+        first = apart[0] if apart else self.tensors
         dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in first.items()}
-        if not self.apart:
+        if not apart:
             shapes = {name: list(tensor.shape[1:]) for name, tensor in self.tensors.items()}
             return {"samples": self.samples, "shapes": shapes, "dtypes": dtypes}
         sizes: dict[str, list[int | None]] = {}
         for name in first:
-            along = zip(*(sample[name].shape for sample in self.apart), strict=True)
+            along = zip(*(sample[name].shape for sample in apart), strict=True)
             sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
         return {"samples": self.samples, "sizes": sizes, "dtypes": dtypes}
 
@@ -95,15 +110,25 @@ class ModelInputs:
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
         """Return the calibration data, at most so many samples at a time, on the model's device."""
         if self.apart:
-            return [to_model(sample, model) for sample in self.apart]
-        order = torch.arange(self.samples)
-        return [self._at(model, rows) for rows in torch.split(order, batch_size)]
+            return [to_model(self.apart[index], model) for index in self.positions.tolist()]
+        rows = torch.arange(self.samples)
+        return [self._at(model, some) for some in torch.split(rows, batch_size)]
 
     def part(self, start: int, stop: int | None = None) -> ModelInputs:
         """Return some of the samples alone, as a slice does."""
-        if self.apart:
-            return dataclasses.replace(self, apart=self.apart[start:stop])
-        return dataclasses.replace(self, tensors=self.rows(dict(self.tensors), start, stop))
+        return dataclasses.replace(self, order=self.positions[start:stop])
+
+    def last(self, count: int) -> int:
+        """Return how many of the last samples to take for so many, to divide no group of them.
+
+        Groups have to be adjacent.  One that is larger than what is asked for is divided.
+        """
+        if self.sample_groups is None or not count:
+            return count
+        numbers = self.sample_groups[self.positions]
+        counts = self.samples - 1 - (numbers[1:] != numbers[:-1]).nonzero()[:, 0]
+        near = counts[counts <= 2 * count]
+        return int(near[(near - count).abs().argmin()]) if len(near) else count
 
     def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
         """Return inputs of several sizes on which outputs are compared, on the model's device.
@@ -118,10 +143,10 @@ class ModelInputs:
             seqlen = min(seqlen, _PROOF_TOKENS)
             shapes = (2, seqlen), (1, max(2, seqlen // 2)), (5, max(2, seqlen // 4))
             drawn = [torch.randint(known, shape, generator=generator) for shape in shapes]
-            own = self.tensors["input_ids"][:2, :seqlen]
+            own = self.tensors["input_ids"][self.positions[:2], :seqlen]
             return [to_model({"input_ids": ids}, model) for ids in (*drawn, own)]
         if self.apart:
-            some = [to_model(one, model) for one in self.apart[:2]]
+            some = self.part(0, 2).batches(model, 1)
             return [*(_noise_like(one, generator) for one in some), *some]
         proofs = []
         for count, tails in ((3, False), (1, False), (7, True), (1, True)):
@@ -144,7 +169,9 @@ class ModelInputs:
         return self._at(model, torch.arange(2) % self.samples)
 
     def _at(self, model: nn.Module, rows: Tensor) -> Batch:
-        return to_model({name: tensor[rows] for name, tensor in self.tensors.items()}, model)
+        at = self.positions[rows]
+        found = {name: tensor[at.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return to_model(found, model)
 
 
 def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
@@ -208,9 +235,11 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         return _windows(model, calibration)
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
-    predictions = calibration.predictions if of_set else None
+    told: dict[str, Any] = {}
+    if of_set:
+        told = {"predictions": calibration.predictions, "sample_groups": calibration.sample_groups}
     if of_set and isinstance(given, list):
-        return ModelInputs({}, predictions=predictions, apart=_samples_apart(model, given))
+        return ModelInputs({}, apart=_samples_apart(model, given), **told)
     if not of_set and not isinstance(given, Tensor | Mapping):
         raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     tensors = _by_name(model, given)
@@ -218,7 +247,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         raise DataError(f"not all of the data ({', '.join(map(str, given))}) are tensors; {_FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
-    return ModelInputs(tensors, predictions=predictions)
+    return ModelInputs(tensors, **told)
 
 
 _WRAPPED = ("_orig_mod", "module")

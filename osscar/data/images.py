@@ -25,10 +25,12 @@ from osscar.data.preprocessing import (
 )
 from osscar.data.sample_files import located, read_tensors
 from osscar.data.samples import (
+    GROUPS,
     IMAGES,
     LABEL_NAMES,
     LABELS,
     SampleSet,
+    checked_groups,
     checked_labels,
     columns_of,
     kind_of_numbers,
@@ -58,6 +60,8 @@ class ImageSet(SampleSet):
         Class of each image, (n,) int64, or None.
     classes
         The names of classes in the order of the labels; empty where they are numbers.
+    sample_groups
+        As of an `osscar.TensorSet`.
     """
 
     sample_name: ClassVar[str] = "image"
@@ -67,6 +71,10 @@ class ImageSet(SampleSet):
     preprocessing: AnyPreprocessing
     labels: Tensor | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
+    sample_groups: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -77,8 +85,7 @@ class ImageSet(SampleSet):
             items: Any = self.items[rows.numpy()]
         else:
             items = [self.items[row] for row in rows.tolist()]
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, items=items, labels=labels)
+        return replace(self, items=items, **self.known_of(rows))
 
     def _named_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
         """Match folders with classes: by name, by number, or in order if there are as many."""
@@ -193,7 +200,7 @@ def _stored(item: Any) -> bytes:
         raise DataError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
-def load_images(spec: Any, preprocessing: Any) -> ImageSet:
+def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> ImageSet:
     """Find images by path, or take them from a data set.
 
     Parameters
@@ -209,6 +216,10 @@ def load_images(spec: Any, preprocessing: Any) -> ImageSet:
         What is done to an image: a function from a PIL image to a tensor, such as a library's, or
         an `osscar.Preprocessing`.  Where that states no size or no channels, they are those of an
         ``.npz`` file's images.
+    sample_groups
+        A number for each image, in order (of files by path): those of one number are near copies
+        of one another, are never divided into two parts, and count as one.  An ``.npz`` file may
+        have them as `sample_groups`.
 
     Warns
     -----
@@ -223,7 +234,8 @@ def load_images(spec: Any, preprocessing: Any) -> ImageSet:
     OptionError
         If the preprocessing is none, or not stated in full.
     """
-    return find_images(spec, as_preprocessing(preprocessing, "the caller"), "a model")
+    images = find_images(spec, as_preprocessing(preprocessing, "the caller"), "a model")
+    return images if sample_groups is None else replace(images, sample_groups=sample_groups)
 
 
 def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> ImageSet:
@@ -291,8 +303,8 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
 
 
 def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> ImageSet:
-    images, labels = f"{prefix}{IMAGES}", f"{prefix}{LABELS}"
-    arrays = read_tensors(path, {images, labels}.__contains__)
+    images, labels, groups = (f"{prefix}{name}" for name in (IMAGES, LABELS, GROUPS))
+    arrays = read_tensors(path, {images, labels, groups}.__contains__)
     pixels = arrays.get(images)
     if pixels is None or pixels.dtype != torch.uint8 or not _are_images(pixels.shape):
         there = "missing" if pixels is None else f"{pixels.dtype} of {tuple(pixels.shape)}"
@@ -307,7 +319,7 @@ def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> I
         preprocessing = preprocessing.of_size(height, width, 1 if pixels.ndim == 3 else 3)
     known = checked_labels(arrays.get(labels), len(pixels))
     source = f"{path}:{prefix[:-1]}" if prefix else str(path)
-    return ImageSet(source, pixels.numpy(), preprocessing, known)
+    return ImageSet(source, pixels.numpy(), preprocessing, known, (), arrays.get(groups))
 
 
 def _are_images(shape: torch.Size) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,12 @@ _AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
 
 
 def load_batches(
-    data: Any, model: nn.Module, *, samples: int | None = None, seed: int = 0
+    data: Any,
+    model: nn.Module,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    sample_groups: Any = None,
 ) -> CalibrationSet | SampleSet:
     """Read batches once, and keep them.
 
@@ -69,6 +75,10 @@ def load_batches(
         language model.
     seed
         Of the draw.
+    sample_groups
+        A number for each sample of the data, in order: those of one number are near copies of one
+        another, are never divided into two parts, and count as one.  Windows of text have none:
+        they are compared with one another.
 
     Returns
     -------
@@ -93,7 +103,7 @@ def load_batches(
         whole_number(samples, "the number of samples (samples=)", 1)
     elif not isinstance(data, _AT_HAND):
         samples = DEFAULT_WINDOWS if _is_causal(model) else DEFAULT_SAMPLES
-    return _read(data, model, samples, seed)[0]
+    return _read(data, model, samples, seed, sample_groups)[0]
 
 
 def read_once(
@@ -178,13 +188,14 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _read(
-    data: Any, model: nn.Module, samples: int | None, seed: int
+    data: Any, model: nn.Module, samples: int | None, seed: int, groups: Any = None
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Return data as a set, and what was left out of them or cut off, which its source says too."""
     source, what, notes, drawn = data, _called(data), list[str](), None
-    length = _length(data)
+    length, order = _length(data), None
     if isinstance(data, TensorSet):
         labels = {} if data.labels is None else {LABEL_NAMES[0]: data.labels}
+        groups = data.sample_groups if groups is None else groups
         source, what, length = [{**data.tensors, **labels}], data.source, 1
     elif isinstance(data, Mapping | Tensor | np.ndarray):
         source, length = [data], 1
@@ -209,7 +220,14 @@ def _read(
     if not notes and (cut or (count == samples and length != len(batches))):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    return _joined(model, batches, left_out, title, notes, drawn)
+    found, notes = _joined(model, batches, left_out, title, notes, drawn)
+    if groups is None:
+        return found, notes
+    if isinstance(found, CalibrationSet):
+        raise DataError("windows of text have no sample_groups, as they are compared; omit them")
+    numbers = torch.as_tensor(groups)
+    some = numbers[:count] if order is None else numbers[order]
+    return replace(found, sample_groups=some), notes  # type: ignore[type-var]
 
 
 def _first(

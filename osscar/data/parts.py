@@ -1,4 +1,9 @@
-"""What is held out of calibration data, and the three parts of it that a quality target takes."""
+"""The one rule by which samples are divided, and the parts that a quality target takes.
+
+Whatever divides samples takes the first of them for one thing and the last for another.  So they
+are shuffled once, by the seed, where they enter (`shuffled`).  Samples that are copies of one
+another stay together, so that what is measured on one part says something about new samples.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,87 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from osscar.base.errors import DataError
+from osscar.base.files import short_hash
 from osscar.base.printable import share
-from osscar.data.samples import SampleSet, named_generator
+from osscar.data.batches import ModelInputs
+from osscar.data.samples import SampleSet, bytes_of, named_generator
 from osscar.data.text import CalibrationSet
-from osscar.proof.seen import LARGEST_SHARE, Seen, fingerprints_of_runs
+from osscar.proof.seen import LARGEST_SHARE, RUN, Seen, fingerprints_of_runs
 
 _ONE_IN = 8
 _FEWEST = 4
 """With fewer samples, all are needed for the fit."""
+
+_OVERLAP = 1 / 8
+"""Windows of text that have a larger share in common are copies."""
+
+
+def shuffled(inputs: ModelInputs, seed: int) -> ModelInputs:
+    """Return samples in random order, in which copies are adjacent and of one `sample_groups`.
+
+    The order of copies among themselves stays, and so does that of a text whose windows all
+    overlap.  Tensors are not copied.  The same samples and seed give the same order everywhere.
+    """
+    numbers = copies(inputs)
+    drawn = torch.randperm(int(numbers.max()) + 1, generator=named_generator("order", seed))
+    order = inputs.positions[torch.argsort(drawn[numbers], stable=True)]
+    groups = torch.empty(int(inputs.positions.max()) + 1, dtype=torch.int64)
+    groups[inputs.positions] = numbers
+    return dataclasses.replace(inputs, order=order, sample_groups=groups)
+
+
+def copies(inputs: ModelInputs) -> Tensor:
+    """Return a number for each sample, from 0 on, (n,) int64, which copies of it share.
+
+    These are equal samples, found by a digest; those of one number of `sample_groups`; and windows
+    of text that overlap by more than an eighth.
+    """
+    positions, apart = inputs.positions.tolist(), inputs.apart
+    digests = [
+        short_hash(b"".join(bytes_of(name, one[name]) for name in sorted(one)))
+        for index in positions
+        for one in [apart[index] if apart else {n: x[index] for n, x in inputs.tensors.items()}]
+    ]
+    alike = [digests]
+    pairs = list[tuple[int, int]]()
+    if inputs.sample_groups is not None:
+        alike.append(inputs.sample_groups[inputs.positions].tolist())
+    for values in alike:
+        first: dict[int, int] = {}
+        pairs += ((first.setdefault(value, at), at) for at, value in enumerate(values))
+    if inputs.tokens:
+        pairs += _overlapping(inputs.tensors["input_ids"][inputs.positions])
+    one, other = np.array(pairs).T
+    linked = coo_matrix((np.ones(len(pairs)), (one, other)), shape=(len(positions),) * 2)
+    return torch.from_numpy(connected_components(linked, directed=False)[1]).long()
+
+
+def run_length(windows: Tensor) -> int:
+    """Return in runs of how many tokens windows of text, (..., tokens), are compared."""
+    return max(1, min(RUN, windows.shape[-1] // 2))
+
+
+def _overlapping(windows: Tensor) -> list[tuple[int, int]]:
+    """Return pairs of windows, (n, tokens), that have more than an eighth of the text in common.
+
+    A run that many windows have links each to the next one that has it.
+    """
+    count, length = len(windows), run_length(windows)
+    runs = fingerprints_of_runs(windows, length).reshape(count, -1)
+    rows = np.repeat(np.arange(count), runs.shape[1])
+    order = np.lexsort((rows, runs.reshape(-1)))
+    values, rows = runs.reshape(-1)[order], rows[order]
+    common = (values[1:] == values[:-1]) & (rows[1:] != rows[:-1])
+    pairs, often = np.unique(rows[:-1][common] * count + rows[1:][common], return_counts=True)
+    found = pairs[often + length - 1 > _OVERLAP * windows.shape[1]]
+    return [divmod(int(pair), count) for pair in found]
 
 
 def held_out(samples: int, most: int | None = None) -> int:
@@ -33,22 +107,23 @@ def held_out(samples: int, most: int | None = None) -> int:
 
 
 class Parts(NamedTuple):
-    """Data in three parts, none of which shares a sample with another."""
+    """Data in three parts, none of which shares a sample, or a copy of one, with another."""
 
     pruned_on: Any
-    choosing: Any
-    reporting: Any
+    searched: Any
+    tested: Any
 
 
-def in_parts(data: Any, samples: int, seed: int) -> Parts:
-    """Split so many samples at random: half to prune on, and a quarter for each of the other parts.
+def in_parts(data: Any, numbers: Tensor, seed: int) -> Parts:
+    """Split samples at random: half to prune on, a quarter to search on, a quarter to test on.
 
     Parameters
     ----------
     data
         In any of the forms that `osscar.prune` takes, loaders aside.
-    samples
-        How many there are.
+    numbers
+        A number for each sample, which copies share, as `copies` returns them: the shares are of
+        different numbers.
     seed
         The same seed gives the same parts.
 
@@ -58,10 +133,12 @@ def in_parts(data: Any, samples: int, seed: int) -> Parts:
         If more than 1 % of the text of a part is also in another's: windows overlap, or the text
         repeats itself.
     """
-    order = torch.randperm(samples, generator=named_generator("parts", seed))
-    quarter = samples // 4
-    sizes = [samples - 2 * quarter, quarter, quarter]
-    parts = Parts(*(rows_of(data, rows.sort().values) for rows in torch.split(order, sizes)))
+    different = int(numbers.max()) + 1
+    place = torch.randperm(different, generator=named_generator("parts", seed))[numbers]
+    quarter = different // 4
+    first, last = different - 2 * quarter, different - quarter
+    shares = place < first, (place >= first) & (place < last), place >= last
+    parts = Parts(*(rows_of(data, mine.nonzero()[:, 0]) for mine in shares))
     if isinstance(data, CalibrationSet):
         mine, *others = (fingerprints_of_runs(part.tokens) for part in parts)
         known = max(Seen.of(mine).share(other) for other in others)

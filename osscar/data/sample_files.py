@@ -14,7 +14,7 @@ from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
 from osscar.base.inputs import check_regular, file_name
 from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
-from osscar.data.samples import IMAGES, LABELS, TensorSet, kind_of_numbers
+from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet, kind_of_numbers
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -103,7 +103,9 @@ def load_tensors(
     spec
         An ``.npz`` or ``.safetensors`` file whose entries are named after the arguments of the
         model's forward pass, the first dimension of each being the sample; `labels` may hold the
-        right classes.  ``FILE.npz:test`` reads ``test_x`` for the argument ``x``.
+        right classes, and `sample_groups` a number for each sample: those of one number are near
+        copies of one another, are never divided into two parts, and count as one.
+        ``FILE.npz:test`` reads ``test_x`` for the argument ``x``.
     model
         What will read them.
     example
@@ -127,11 +129,13 @@ def load_tensors(
     entries = read_tensors(path, lambda name: name.startswith(prefix))
     tensors = {name.removeprefix(prefix): tensor for name, tensor in entries.items()}
     needed = needed_arguments(model, known)
-    labels = None if LABELS in needed else tensors.pop(LABELS, None)
+    labels, groups = (
+        None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)
+    )
     try:
         check_arguments(model, tensors, known)
         fitted = {name: _like(name, tensor, known.get(name)) for name, tensor in tensors.items()}
-        return TensorSet(text, fitted, labels)
+        return TensorSet(text, fitted, labels, groups)
     except DataError as error:
         hint = f"; {_OR_IMAGES}" if IMAGES in tensors else _hint_at_parts(text, tensors, needed)
         raise FileError(path, f"{error}{hint}") from error

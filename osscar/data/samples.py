@@ -26,6 +26,9 @@ IMAGES = "images"
 LABELS = "labels"
 """The entry of a file that holds the class of each sample, unless a model reads it."""
 
+GROUPS = "sample_groups"
+"""The entry of a file that holds the group of each sample, unless a model reads it."""
+
 LABEL_NAMES = (LABELS, "label")
 """The entries of a batch that hold the class of each sample; `datasets` has the second one."""
 
@@ -41,6 +44,9 @@ class SampleSet(ABC):
 
     source: str
     labels: Tensor | None
+    sample_groups: Tensor | None
+    """A number for each, (n,): those of one number, such as pictures of one scene, are near copies
+    of one another.  They are never divided into two parts, and count as one."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,7 +59,7 @@ class SampleSet(ABC):
     def fingerprints(self) -> list[int]:
         """Return a hash of each sample, 64 bits, to recognize it by, whatever its number format."""
         return [
-            short_hash(b"".join(_bytes(name, one[name]) for name in sorted(one)))
+            short_hash(b"".join(bytes_of(name, one[name]) for name in sorted(one)))
             for batch in self.batches(1)
             for one in [batch if self.alone else {name: t[0] for name, t in batch.items()}]
         ]
@@ -70,6 +76,11 @@ class SampleSet(ABC):
     @abstractmethod
     def rows(self, rows: Tensor) -> Self:
         """Return the samples at these positions, (n,) int64."""
+
+    def known_of(self, rows: Tensor) -> dict[str, Any]:
+        """Return the labels and groups of the samples at these positions, by name."""
+        known = {LABELS: self.labels, GROUPS: self.sample_groups}
+        return {name: None if one is None else one[rows] for name, one in known.items()}
 
     @property
     def predictions(self) -> tuple[int, ...] | None:
@@ -126,6 +137,9 @@ class TensorSet(SampleSet):
         The right class of each sample, (n,) of whole numbers, or of each of its predictions,
         (n, d1, ...), which (n, classes, d1, ...) are scores of, or else (n, d1, ..., classes); -100
         is not scored.  They become int64.  None where they are not known.
+    sample_groups
+        A number for each sample, (n,): those of one number are near copies of one another, are
+        never divided into two parts, and count as one.  None where there are no near copies.
 
     Raises
     ------
@@ -137,10 +151,12 @@ class TensorSet(SampleSet):
     source: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     labels: Tensor | None = field(default=None, repr=False)
+    sample_groups: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_tensors(self.tensors)
         object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
+        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -151,9 +167,8 @@ class TensorSet(SampleSet):
 
     def rows(self, rows: Tensor) -> TensorSet:
         """Return the samples at these positions, (n,) int64."""
-        labels = None if self.labels is None else self.labels[rows]
         drawn = {name: tensor[rows] for name, tensor in self.tensors.items()}
-        return replace(self, tensors=drawn, labels=labels)
+        return replace(self, tensors=drawn, **self.known_of(rows))
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield at most `size` samples at a time.
@@ -180,6 +195,8 @@ class SampleList(SampleSet):
         Each as the model reads it: tensors by the names of the arguments, of any dimensions.
     labels
         The right class of each, (n,) of whole numbers, which become int64, or None.
+    sample_groups
+        As of a `TensorSet`.
 
     Raises
     ------
@@ -192,9 +209,11 @@ class SampleList(SampleSet):
     source: str
     samples: Sequence[Mapping[str, Tensor]] = field(repr=False)
     labels: Tensor | None = field(default=None, repr=False)
+    sample_groups: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
+        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -205,8 +224,8 @@ class SampleList(SampleSet):
 
     def rows(self, rows: Tensor) -> SampleList:
         """Return the samples at these positions, (n,) int64."""
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, samples=[self.samples[row] for row in rows.tolist()], labels=labels)
+        samples = [self.samples[row] for row in rows.tolist()]
+        return replace(self, samples=samples, **self.known_of(rows))
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield the samples, one at a time whatever the size."""
@@ -226,7 +245,20 @@ def checked_labels(labels: Any, count: int) -> Tensor | None:
     raise DataError(f"the labels must be {count} whole numbers, one a sample, not {given}")
 
 
-def _bytes(name: str, tensor: Tensor) -> bytes:
+def checked_groups(groups: Any, count: int) -> Tensor | None:
+    """Return the groups of samples as int64, or refuse what is not a whole number a sample."""
+    if groups is None:
+        return None
+    found = torch.as_tensor(groups)
+    if kind_of_numbers(found) != "whole" or found.shape != (count,):
+        raise DataError(
+            f"the sample_groups must be {count} whole numbers, one a sample, not {found.dtype} of "
+            f"{tuple(found.shape)}"
+        )
+    return found.to("cpu", torch.int64)
+
+
+def bytes_of(name: str, tensor: Tensor) -> bytes:
     """Return what tells a tensor from others, in a number format that others of a kind become."""
     kinds = {"complex": torch.complex64, "real": torch.float32}
     values = tensor.detach().to("cpu", kinds.get(kind_of_numbers(tensor), torch.int64)).contiguous()

@@ -26,6 +26,7 @@ from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.linear_maps import linear_maps, refittable
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.parts import shuffled
 from osscar.kinds import Found, room_of, rooms
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks
@@ -186,6 +187,7 @@ def prepare(
     heads: bool = True,
     copy: bool = True,
     programs: bool = False,
+    seed: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[Prepared]:
     """Prepare a model for pruning, for a study, or to be looked at; without gradients meanwhile.
@@ -203,6 +205,9 @@ def prepare(
         refitted.
     programs
         Whether it may become an exported program, which can lose more units than modules can.
+    seed
+        By which samples are shuffled (`osscar.data.parts.shuffled`), before anything divides them;
+        None leaves them as they come, where nothing does.
     ranks
         The processes that have prepared the same, and share out the work.
 
@@ -225,6 +230,8 @@ def prepare(
         check_merged(model)
         check_finite_weights(model)
         inputs = as_inputs(model, calibration)
+        if seed is not None:
+            inputs = shuffled(inputs, seed)
         work = copied(model) if copy else model
         if device is not None:
             work = work.to(device)

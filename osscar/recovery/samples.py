@@ -15,11 +15,11 @@ from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
-from osscar.data.parts import held_out
+from osscar.data.parts import held_out, run_length, shuffled
 from osscar.data.samples import named_generator
 from osscar.network.modules import copied, device_of
 from osscar.proof.program import ProgramModule
-from osscar.proof.seen import RUN, fingerprints_of_runs
+from osscar.proof.seen import fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest
 
 STEP = {True: 4, False: 64}
@@ -48,22 +48,18 @@ def split(
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the samples that train, and those that are held out, one a batch.
 
-    Of windows of text the last are held out, and a window that has 32 tokens in a row in common
-    with one of them (half a window, if that is less) does not train.  Of anything else they are
-    drawn at random.
+    They are shuffled by the seed, copies together (`shuffled`), and the last are held out.  A
+    window of text that has 32 tokens in a row in common with one of these (half a window, if that
+    is less) does not train.
     """
+    inputs = shuffled(inputs, request.seed)
     samples = inputs.batches(model, 1)
-    held = request.held_out or max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
-    order = list(range(len(samples)))
-    if not inputs.tokens:
-        drawn = named_generator("held out", request.seed)
-        order = torch.randperm(len(samples), generator=drawn).tolist()
+    usual = max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
+    held = request.held_out or (usual if inputs.tokens else inputs.last(usual))
     trained = max(0, len(samples) - held)
-    training, apart = (
-        [samples[index] for index in sorted(some)] for some in (order[:trained], order[trained:])
-    )
+    training, apart = samples[:trained], samples[trained:]
     if inputs.tokens:
-        run = max(1, min(RUN, samples[0]["input_ids"].shape[1] // 2))
+        run = run_length(samples[0]["input_ids"])
         known = np.concatenate([fingerprints_of_runs(one["input_ids"], run) for one in apart])
         training = [
             one

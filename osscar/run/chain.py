@@ -110,6 +110,7 @@ def prepare_for(
             batch_size=request.batch_size,
             heads=request.prunes_heads,
             programs=includes_program_only_groups(model, request),
+            seed=request.seed,
             ranks=ranks,
         ) as prepared,
     ):

@@ -1,8 +1,9 @@
 """Find the smallest model whose loss of quality is within a target.
 
-The model is pruned to a size, which is a *attempt*, and measured; what was measured chooses the next
-size.  Half of the calibration samples prune.  A quarter, to which nothing is fitted, measures each
-attempt, and so chooses the size.  The last quarter measures the chosen model once.
+The model is pruned to a size, which is an *attempt*, and measured; what was measured chooses the
+next size.  Half of the calibration samples prune.  A quarter, to which nothing is fitted, measures
+each attempt, and so leads the search.  The last quarter tests the sizes that the search holds for
+good (`osscar.run.target_search`), and has no say in what is tried, or in which order it is tested.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from osscar.allocation.costs import CountedCost, count
 from osscar.allocation.limits import COUNTED, Allowance, allowances
 from osscar.allocation.measured import Curve, known_curves
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import DataError, RequestError
+from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import read_once
-from osscar.data.parts import in_parts
-from osscar.evaluation.confidence import Judge, fewest_samples
+from osscar.data.parts import copies, in_parts
+from osscar.evaluation.confidence import Bounded, Judge, fewest_samples, usual_samples
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import (
@@ -44,7 +45,7 @@ from osscar.run.chain import (
 )
 from osscar.run.result import PruningResult
 from osscar.run.run_log import LayerRecord, RunLog, begun
-from osscar.run.target_search import Frontier, TargetReport, Attempt, next_limit, smallest_within
+from osscar.run.target_search import Attempt, Frontier, TargetReport, next_limit
 
 _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""
@@ -78,42 +79,36 @@ def prune_to_target(
     inputs = as_inputs(model, calibration)
     target = request.quality
     assert target is not None
-    needed = samples_needed(target)
-    if inputs.samples < needed:
-        raise DataError(
-            f"{target} takes {needed} calibration samples at least, for a bound "
-            "that holds with 95 % confidence: half to prune on, a quarter to choose the size by, "
-            f"and a quarter to report on; there are {inputs.samples}"
-        )
-    parts = in_parts(calibration, inputs.samples, request.seed)
+    numbers = copies(inputs)
+    _check_enough(target, len(numbers), int(numbers.max()) + 1)
+    parts = in_parts(calibration, numbers, request.seed)
     with (
         profiled() as spent,
         prepare_for(model, parts.pruned_on, request, ranks) as task,
         begun(log, dataclasses.replace(task.prepared, inputs=inputs), request),
     ):
-        judge, reporting = (
-            _judge(target, task, part, classes) for part in (parts.choosing, parts.reporting)
+        searched, tested = (
+            _judge(target, task, part, classes) for part in (parts.searched, parts.tested)
         )
         task = tried(task)
         dense = run_dense(task, tell)
-        search = _Search(target, task, dense, judge, parts.pruned_on, log, tell, recover)
+        data = parts.pruned_on
+        search = _Search(target, task, dense, searched, tested, data, log, tell, recover)
         (pruned, recovery), report = search.smallest()
-        found = pruned.model if recovery is None else recovery.model
         with timed(Stage.PRUNED):
-            reported = reporting.measure(found)
-            likeness = reporting.reference.likeness(pruned.model)
+            likeness = tested.reference.likeness(pruned.model)
     note_origin(pruned, model, calibration)
     seconds = time.perf_counter() - start
-    measure = reporting.reference.distance.measure
+    measure = tested.reference.distance.measure
     scores, same = measure == "nats", measure == pruned.distance.measure
     result = dataclasses.replace(
         pruned,
-        model=found,
-        target=dataclasses.replace(report, reported=reported),
+        model=pruned.model if recovery is None else recovery.model,
+        target=report,
         distance=pruned.distance.measured(likeness.distance if same else None),
         divergence=likeness.distance if scores else None,
         agreement=likeness.agreement if scores else None,
-        held_out=reported.samples,
+        held_out=tested.samples,
         request=request,
         calibration=inputs.settings,
         seconds=seconds,
@@ -122,9 +117,21 @@ def prune_to_target(
     return result, recovery
 
 
-def samples_needed(target: QualityTarget) -> int:
-    """Return how many calibration samples a target takes: four times those of an interval."""
-    return 4 * fewest_samples(target.kind, target.most)
+def usual_draw(target: QualityTarget) -> int:
+    """Return how many calibration samples to draw for a target: four times those of a test."""
+    return 4 * usual_samples(target.kind, target.most)
+
+
+def _check_enough(target: QualityTarget, samples: int, different: int) -> None:
+    """Refuse too few samples for a test that can pass."""
+    needed = 4 * fewest_samples(target.kind, target.most)
+    if different < needed:
+        alike = f" (of {samples}, with copies or windows that overlap)" * (different < samples)
+        raise DataError(
+            f"{target} takes {needed} different calibration samples at least, for a bound that "
+            "holds with 95 % confidence: half to prune on, a quarter to search on, and a quarter "
+            f"to test on; there are {different}{alike}, {needed - different} too few"
+        )
 
 
 @timed(Stage.DENSE)
@@ -134,15 +141,15 @@ def _judge(target: QualityTarget, task: PruningTask, data: Any, classes: Sequenc
     if target.kind is not TargetKind.TOP1:
         return judge
     needed = fewest_samples(target.kind, target.most)
-    if judge.labelled < needed:
+    if judge.samples < needed:
         raise DataError(
-            f"{target} takes {needed} labelled samples in each quarter of the calibration data, "
-            f"and one has {judge.labelled}; give more, or label them"
+            f"{target} takes {needed} different labelled samples in each quarter of the "
+            f"calibration data, and one has {judge.samples}; give more, or label them"
         )
     if target.most >= judge.dense_accuracy:
         raise RequestError(
             f"{target} allows a loss of all accuracy: the dense model is right in "
-            f"{judge.dense_accuracy:.1%} of {judge.labelled} samples; give less"
+            f"{judge.dense_accuracy:.1%} of {judge.samples} samples; give less"
         )
     return judge
 
@@ -154,7 +161,8 @@ class _Search:
     target: QualityTarget
     task: PruningTask
     dense: Dense
-    judge: Judge
+    searched: Judge
+    tested: Judge
     data: Any
     log: RunLog | None
     tell: Callable[[str], None]
@@ -162,45 +170,83 @@ class _Search:
     attempts: list[Attempt] = field(default_factory=list)
 
     def smallest(self) -> tuple[Made, TargetReport]:
-        """Walk until no size is left to try; return the smallest model within the target."""
+        """Try sizes until none is left to try, test them; return the smallest that passes."""
         ranks, log = self.task.prepared.ranks, self.log
         self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
-        budget, best = self._known_budget(), None
-        while (limit := self._next_limit(budget)) is not None:
+        logged = ranks.broadcast("whether there is a log", lambda: log is not None)
+        budget, passed = self._known_budget(), dict[int, Made]()
+        while (limit := next_limit(self._frontier(budget), self.attempts, self.target)) is not None:
             number = len(self.attempts) + 1
-            made = pruned, recovery = self._made(number, limit, budget)
-            budget = pruned.budget or budget
-            assert budget.predicted is not None
-            model = pruned.model if recovery is None else recovery.model
-            with timed(Stage.PRUNED):
-                lost = ranks.broadcast("an attempt", partial(self.judge.measure, model))
-            reached = budget.of(self._kind).reached
-            self.attempts.append(Attempt(limit, reached, budget.predicted, lost))
+            made, attempt = self._attempt(number, limit, budget)
+            self.attempts.append(attempt)
             if log is not None:
                 log.note_attempts(self.attempts)
-            self.tell(f"attempt {number}: {self._report(budget).in_words(self.attempts[-1])}")
-            if smallest_within(self.attempts, self.target.most) is self.attempts[-1]:
-                best = made
+            report = self._report(budget)
+            self.tell(f"attempt {number}: {report.searched_in_words(attempt)}")
+            if made is None:
+                continue
+            budget = made[0].budget or budget
+            if attempt.passes(self.target.most):
+                passed[number - 1] = made
+            if logged:  # by which any other is made again
+                passed = {at: one for at, one in passed.items() if at == report.chosen}
         report = self._report(budget)
+        for line in report.tests_in_words():
+            self.tell(line)
         if report.chosen is None:
             if log is not None:
                 log.remove()  # it is of no use to another target
-            budgets = self.task.request.in_words(self.task.request.budgets)
-            nearest = min(self.attempts, key=lambda attempt: attempt.measured.bound)
-            raise RequestError(
-                f"no model that was tried is within {self.target}"
-                f"{f' and {budgets}' if budgets else ''}: the nearest, "
-                f"{report.in_words(nearest)}; allow more to be lost, give more calibration "
-                "data (--samples), or recover what is pruned (--recover)"
-            )
-        if best is None:  # an earlier process has made it, of which the log has the weights
+            raise self._failure(report)
+        best = passed.get(report.chosen)
+        if best is None:
             best = self._made(report.chosen + 1, self.attempts[report.chosen].limit, budget)
         return best, report
 
-    def _next_limit(self, budget: Budget) -> float | None:
-        """Return what the next model may cost, by the curves of the last budget."""
-        recovers = self.recover is not None
-        return next_limit(self._frontier(budget), self.attempts, self.target, recovers=recovers)
+    def _attempt(self, number: int, limit: float, budget: Budget) -> tuple[Made | None, Attempt]:
+        """Make a model, and measure it; a size whose model or outputs overflow has no measure."""
+        ranks, found = self.task.prepared.ranks, budget
+        made: Made | None = None
+        measured: Bounded | None = None
+        tested: Bounded | None = None
+        try:
+            made = pruned, recovery = self._made(number, limit, budget)
+        except NonFiniteError:
+            if not ranks.alone:  # the others have failed by it
+                raise
+        else:
+            found = pruned.budget or budget
+            model = pruned.model if recovery is None else recovery.model
+            measured, tested = ranks.broadcast("an attempt", partial(self._measured, model))
+        if measured is None:
+            costs, losses = zip(*self._frontier(budget), strict=True)
+            return None, Attempt(limit, limit, float(np.interp(limit, costs, losses)), None)
+        assert found.predicted is not None
+        reached = found.of(self._kind).reached
+        return made, Attempt(limit, reached, found.predicted, measured, tested)
+
+    @timed(Stage.PRUNED)
+    def _measured(self, model: nn.Module) -> tuple[Bounded | None, Bounded | None]:
+        """Measure a model on the samples of the search, and where it is good on those of tests."""
+        try:
+            measured = self.searched.measure(model)
+            good = measured.bound <= self.target.most
+            return measured, self.tested.measure(model) if good else None
+        except NonFiniteError:
+            return None, None
+
+    def _failure(self, report: TargetReport) -> RequestError:
+        """Say that no model is within the target, and which is nearest."""
+        known = [one for one in self.attempts if one.measured is not None]
+        nearest = min(known, key=Attempt.likely, default=self.attempts[-1])
+        said, budgets = report.searched_in_words(nearest), self.task.request.budgets
+        beside = f" and {self.task.request.in_words(budgets)}" if budgets else ""
+        if report.tests:
+            said = f"{next(report.tests_in_words())}, though the search held it for good"
+        return RequestError(
+            f"no model that was tried is within {self.target}{beside}: the nearest, {said}; allow "
+            "more to be lost, give more calibration data (--samples), or recover what is pruned "
+            "(--recover)"
+        )
 
     def _report(self, budget: Budget) -> TargetReport:
         target, limit = self.target, budget.of(self._kind)
@@ -260,9 +306,10 @@ class _Search:
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last attempt; before the first one, measure the curves."""
-        if self.attempts:
-            with self._begun(len(self.attempts), self.attempts[-1].limit) as (task, log, _):
-                return self._shared_out(task, log)
+        for at in reversed(range(len(self.attempts))):
+            if self.attempts[at].measured is not None:  # or it may have none
+                with self._begun(at + 1, self.attempts[at].limit) as (task, log, _):
+                    return self._shared_out(task, log)
         others = self.task.keep
         most = self._cost.of(others)
         limit = most - _FIRST * (most - self._cost.of({**others, **self.task.least}))

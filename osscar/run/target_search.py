@@ -1,18 +1,22 @@
-"""Choose the next size that is tried for a quality target, and report the sizes that were tried.
+"""Choose the next size that is tried for a quality target, and which of the sizes is returned.
 
-A *attempt* prunes to a size and measures the model.  Curves predict its distance from the dense model;
-the measured bound is about a multiple of that, mostly less than one, as refits make up for one
-another.  The first size assumes a usual multiple, the second the multiple of the first attempt.  Each
-other size is where a line through the two nearest attempts, in logarithms, meets the target (the
-secant method).
+An *attempt* prunes to a size, and measures the model on the samples of the search.  The first size
+is where the curves predict the target; each other one is where a line through the two nearest
+attempts, in logarithms of prediction and measurement, meets it (the secant method).
+
+The sizes that the search holds for good are then tested on samples that chose nothing, from the
+largest on, each at a level of 5 %, until one fails; the last that passed is returned.  Whatever was
+searched, a size beyond the target is returned in 5 % of all runs at most: it takes an error in the
+test of the first such size (Angelopoulos et al., "Learn then Test", arXiv 2110.01052).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,35 +32,28 @@ from osscar.request import QualityTarget, TargetKind
 
 MOST_ATTEMPTS = 4
 
-_USUAL = {False: 0.8, True: 0.4}
-"""Ratio of the measured bound to the prediction in the first attempt, without recovery and with it: a
-guess."""
+_AIM = 0.95
+"""Share of the target that is aimed at, once more for each attempt that was beyond it."""
 
-_AIM = 0.95, 0.7, 0.3
-"""Share of the target that the next bound is to reach.  The first holds once a model is within the
-target, or after one attempt; the others after two and three attempts that are all beyond it."""
-
-_AIM_BETWEEN = 0.98
-"""The same once a model is within the target, and two attempts tell the slope."""
-
-_SLOPE = {False: 1.0, True: 1.3}
-"""Power of the prediction with which the bound grows, assumed where no two attempts tell it: nearest
-to an attempt beyond the target, and to one within it.  The higher one makes the smaller step."""
+_MARGIN = 2.0
+"""A size is within the target if its value, and so many times what the bound adds, are: a test of
+it on as many other samples then passes in seven of eight."""
 
 _SLOPES = 0.5, 3.0
-"""The least and the greatest power that two attempts may tell."""
+"""The least and the greatest slope that two attempts may tell; one alone is taken for 1."""
 
 _APART = 0.02
-"""Two attempts tell the power if the logarithms of their predictions differ by more."""
+"""Two attempts tell a slope if the logarithms of their predictions differ by more."""
 
 _STEP = 5.0
-"""The prediction changes by at most this factor from the nearest attempt to the next."""
+"""The prediction changes by at most this factor from the nearest attempt to the next; an attempt
+whose outputs overflow is taken to be beyond the target by it."""
 
 _FLOOR = 0.01
-"""Share of the target that stands for every bound below it; bounds may be negative."""
+"""Share of the target that stands for everything below it; accuracy may rise."""
 
-_GAIN = 0.01
-"""Share of the dense model's cost that another attempt has to save, or it is not made."""
+_GAIN = 0.05
+"""Share of what another attempt could remove that it has to remove more than the best one."""
 
 Frontier = Sequence[tuple[float, float]]
 """Costs of the whole model, ascending, with the least predicted distance at each."""
@@ -67,14 +64,30 @@ Frontier = Sequence[tuple[float, float]]
 class Attempt:
     """One size that was tried: the limit of its cost, and the cost that was reached.
 
-    `predicted` is its distance from the dense model by the curves, and `measured` the quality lost
-    on the samples that choose a size, after the recovery if there was one.
+    `predicted` is its distance from the dense model by the curves.  The quality lost, after the
+    recovery if there was one, is `measured` on the samples of the search, None where outputs
+    overflow; and `tested` on samples that choose nothing, if the search holds the size for good.
     """
 
     limit: float
     reached: float
     predicted: float
-    measured: Bounded
+    measured: Bounded | None
+    tested: Bounded | None = None
+
+    def good(self, most: float) -> bool:
+        """Whether the bound of the search is within a target."""
+        return self.measured is not None and self.measured.bound <= most
+
+    def passes(self, most: float) -> bool:
+        """Whether the bound of the test is."""
+        return self.tested is not None and self.tested.bound <= most
+
+    def likely(self) -> float:
+        """Return the bound that a test probably passes; infinity where outputs overflow."""
+        if self.measured is None:
+            return math.inf
+        return self.measured.value + _MARGIN * (self.measured.bound - self.measured.value)
 
 
 @dataclass(frozen=True)
@@ -91,23 +104,66 @@ class TargetReport:
     dense: float
     """The size of the dense model."""
     attempts: tuple[Attempt, ...]
-    reported: Bounded | None = None
-    """The loss of quality of the chosen model, on samples that no choice has seen."""
+
+    @cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """The attempts that the search holds for good, in the order of tests: the largest first."""
+        good = [at for at, one in enumerate(self.attempts) if one.good(self.most)]
+        return tuple(sorted(good, key=lambda at: -self.attempts[at].reached))
+
+    @cached_property
+    def tests(self) -> tuple[tuple[int, bool], ...]:
+        """The attempts that were tested, in order, and whether each passed; only the last fails."""
+        found = list[tuple[int, bool]]()
+        for at in self.candidates:
+            found.append((at, self.attempts[at].passes(self.most)))
+            if not found[-1][1]:
+                break
+        return tuple(found)
 
     @property
     def chosen(self) -> int | None:
-        """The index of the smallest model whose bound is within the target; None without one."""
-        best = smallest_within(self.attempts, self.most)
-        return None if best is None else self.attempts.index(best)
+        """The index of the last attempt that passed; None where none did."""
+        return next((at for at, passed in reversed(self.tests) if passed), None)
 
-    def in_words(self, attempt: Attempt) -> str:
-        """Return the size and the loss of quality of an attempt, in words."""
-        kept = f"{share(attempt.reached / self.dense)} of {self.cost}"
-        return f"{kept}, {_lost_in_words(self.quality, attempt.measured, self.measure)}"
+    @property
+    def reported(self) -> Bounded | None:
+        """The loss of quality of what is chosen, on the samples of the test.
+
+        Where a smaller size failed, the bound is the target: which test was the last then depends
+        on these samples, so that a lower one would hold less often.
+        """
+        if self.chosen is None:
+            return None
+        found = self.attempts[self.chosen].tested
+        assert found is not None
+        return found if self.tests[-1][1] else dataclasses.replace(found, bound=self.most)
+
+    def searched_in_words(self, attempt: Attempt) -> str:
+        """Return the size of an attempt, and what the search found, in words."""
+        if attempt.measured is None:
+            return f"{self._kept(attempt)}, outputs that overflow"
+        lost = attempt.measured
+        found, most = (_amount(self.quality, x, self.measure) for x in (lost.value, lost.bound))
+        return f"{self._kept(attempt)}, {found}, probably at most {most} ({lost.samples} samples)"
+
+    def tests_in_words(self) -> Iterator[str]:
+        """Yield a line for each test."""
+        for at, passed in self.tests:
+            attempt = self.attempts[at]
+            assert attempt.tested is not None
+            lost = _lost_in_words(self.quality, attempt.tested, self.measure)
+            end = "within the target" if passed else "beyond the target, and so not taken"
+            yield f"attempt {at + 1}: {self._kept(attempt)}, {lost}: {end}"
+
+    def _kept(self, attempt: Attempt) -> str:
+        return f"{share(attempt.reached / self.dense)} of {self.cost}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-able data, with what is chosen."""
-        return {**dataclasses.asdict(self), "cost": str(self.cost), "chosen": self.chosen}
+        """Return it as JSON-able data, with what is chosen and reported."""
+        reported = None if self.reported is None else dataclasses.asdict(self.reported)
+        more = {"cost": str(self.cost), "chosen": self.chosen, "reported": reported}
+        return {**dataclasses.asdict(self), **more}
 
 
 def _amount(quality: TargetKind, lost: float, measure: Measure) -> str:
@@ -119,42 +175,34 @@ def _amount(quality: TargetKind, lost: float, measure: Measure) -> str:
     return f"{100 * lost:.2f} points of top-1"
 
 
-def _lost_in_words(kind: TargetKind, lost: Bounded, measure: Measure, what: str = "samples") -> str:
-    """Return a loss of quality on some samples, and its bound, in words."""
+def _lost_in_words(kind: TargetKind, lost: Bounded, measure: Measure) -> str:
+    """Return a loss of quality on the samples of the test, and its bound, in words."""
     found, most = (_amount(kind, one, measure) for one in (lost.value, lost.bound))
-    return f"{found} on {lost.samples} {what}, at most {most} with 95 % confidence"
+    return (
+        f"{found}; tested on {lost.samples} samples that chose nothing: at most {most} with 95 % "
+        "confidence"
+    )
 
 
 def target_in_words(target: Mapping[str, Any]) -> str:
     """Return the target and the chosen size in words, of the ``target`` of ``osscar.prune/5``."""
-    kind, measure = TargetKind(target["quality"]), target["measure"]
     attempt, attempts = target["attempts"][target["chosen"]], len(target["attempts"])
+    most = _amount(TargetKind(target["quality"]), target["most"], target["measure"])
     kept = share(attempt["reached"] / target["dense"])
-    lost = _lost_in_words(kind, Bounded(**attempt["measured"]), measure)
     return (
-        f"at most {_amount(kind, target['most'], measure)}; the smallest model within it, of "
-        f"{pluralize(attempts, 'attempt')}, keeps {kept} of {target['cost']}: {lost}"
+        f"at most {most}; the smallest model that passed its test, of "
+        f"{pluralize(attempts, 'attempt')}, keeps {kept} of {target['cost']}"
     )
 
 
 def reported_in_words(target: Mapping[str, Any]) -> str:
     """Return the loss of the chosen model on samples that no choice has seen, in words."""
     kind, lost = TargetKind(target["quality"]), Bounded(**target["reported"])
-    return _lost_in_words(kind, lost, target["measure"], "samples that were used for nothing else")
-
-
-def smallest_within(attempts: Sequence[Attempt], most: float) -> Attempt | None:
-    """Return the smallest model whose bound is within a target; None if there is none."""
-    within = [one for one in attempts if one.measured.bound <= most]
-    return min(within, key=lambda one: one.reached, default=None)
+    return _lost_in_words(kind, lost, target["measure"])
 
 
 def next_limit(
-    frontier: Frontier,
-    attempts: Sequence[Attempt],
-    target: QualityTarget,
-    *,
-    recovers: bool = False,
+    frontier: Frontier, attempts: Sequence[Attempt], target: QualityTarget
 ) -> float | None:
     """Return what the next model may cost, or None; the frontier ends with the dense model."""
     dense, most = frontier[-1][0], target.most
@@ -169,24 +217,25 @@ def next_limit(
     if not attempts:
         # In nats; a drop of accuracy by d is taken for d / 2 nats, which is a guess.
         nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}
-        return cost_at(math.log(nats.get(target.kind, most) / _USUAL[recovers]))
-    # Logarithms of what was predicted, and of the bound in units of the target, the nearest first.
+        return cost_at(math.log(nats.get(target.kind, most)))
+    # Logarithms of what was predicted, and of what was measured as shares of the target.
     known = [
-        (math.log(max(one.predicted, LEAST)), math.log(max(one.measured.bound / most, _FLOOR)))
+        (
+            math.log(max(one.predicted, LEAST)),
+            math.log(min(max(one.likely() / most, _FLOOR), _STEP)),
+        )
         for one in attempts
     ]
     (x, y), *others = sorted(known, key=lambda point: abs(point[1]))
-    best = smallest_within(attempts, most)
-    slope, aim = _SLOPE[y <= 0], _AIM[0 if best is not None else len(attempts) - 1]
+    slope = 1.0
     if others and abs(others[0][0] - x) > _APART:
         slope = (others[0][1] - y) / (others[0][0] - x)
-        aim = aim if best is None else _AIM_BETWEEN
-    move = (math.log(aim) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
+    beyond = [one.limit for one in attempts if one.likely() > most]
+    move = ((1 + len(beyond)) * math.log(_AIM) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
     limit = cost_at(x + min(max(move, -math.log(_STEP)), math.log(_STEP)))
-    beyond = [one.limit for one in attempts if one.measured.bound > most]  # less reaches no more
-    gain = _GAIN * dense
-    if beyond:
-        limit = max(limit, max(beyond) + gain)
-    if best is not None:
-        return limit if best.reached - limit >= gain else None
+    if beyond:  # what is smaller loses more
+        limit = max(limit, max(beyond) + _GAIN * (dense - max(beyond)))
+    within = [one.reached for one in attempts if one.likely() <= most]
+    if within:
+        return limit if min(within) - limit >= _GAIN * (dense - limit) else None
     return min(limit, costs[0]) if max(beyond) < costs[0] else None

@@ -26,10 +26,10 @@ def model_problems(
 ) -> Iterator[tuple[CouplingGroup, SubsetProblem]]:
     """Pose the problem of every prunable group on the dense model's own activations.
 
-    This is the walk of `osscar.prune` with nothing committed, so that problems do not depend on
-    each other's answers; a Gram matrix is in memory from the first call that reads its group to the
-    last.  Each problem bears the name of its group, and keeps all units until
-    `SubsetProblem.with_keep` says otherwise.
+    This is the walk of `osscar.prune`, by its default seed, with nothing committed, so that
+    problems do not depend on each other's answers; a Gram matrix is in memory from the first call
+    that reads its group to the last.  Each problem bears the name of its group, and keeps all units
+    until `SubsetProblem.with_keep` says otherwise.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def model_problems(
         Which groups, by name.
     """
     checked("damp", Annotated[float, DAMP], damp)
-    with prepare(model, calibration) as prepared:
+    with prepare(model, calibration, seed=0) as prepared:
         groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:
             raise RequestError(

@@ -132,8 +132,8 @@ NEEDS = {
 
 CHECKS: dict[str, tuple[str, ...]] = {
     "docs/howto/quality.md": (
-        "found.attempts[found.chosen].measured.bound <= found.most == 0.1",
-        "found.reported.samples == 8",
+        "found.attempts[found.chosen].tested.bound <= found.most == 0.1",
+        "found.reported.samples >= 31",
     ),
     "docs/vision.md": (
         "stating()[0](stating()[1]).shape == (2, 10)",

@@ -19,7 +19,7 @@ import osscar
 from osscar.allocation.divergence import Distance, Reference
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
-from osscar.data.samples import named_generator
+from osscar.data.parts import shuffled
 from osscar.data.text import CalibrationSet
 from osscar.proof.lineage import lineage_of, note_dense
 from osscar.proof.seen import Calibration
@@ -39,11 +39,8 @@ EXACT = {**OFTEN, "mixed_precision": "no"}
 def recomputed(model, dense, data, at_once, seed=0):
     """The distance on the samples that decide, drawn anew."""
     dense, model = copy.deepcopy(dense).eval(), copy.deepcopy(model).eval()
-    inputs = as_inputs(dense, data)
+    inputs = shuffled(as_inputs(dense, data), seed)
     samples = inputs.batches(dense, 1)
-    if not inputs.tokens:
-        order = torch.randperm(len(samples), generator=named_generator("held out", seed))
-        samples = [samples[index] for index in order.tolist()]
     deciding = drawing.in_batches(samples[-HELD:], at_once)
     distance = Distance.of(dense, inputs, deciding[0])
     return Reference.of(distance, dense, deciding).divergence(model)

@@ -1,0 +1,124 @@
+"""The one rule by which samples are divided: shuffled by the seed, copies together."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import osscar
+from osscar.base.errors import DataError
+from osscar.data.batches import ModelInputs, as_inputs
+from osscar.data.parts import copies, shuffled
+from osscar.recovery.samples import split
+from osscar.request import PruningRequest
+from osscar.run.chain import prepare_for
+from tests.osscar.networks import images, plain, small_net
+
+
+def numbered(values, **more):
+    return ModelInputs({"x": torch.as_tensor(values)[:, None].float()}, **more)
+
+
+def read(inputs):
+    """Return what is read of numbered samples, in order."""
+    return [int(x) for batch in inputs.batches(nn.Linear(1, 1), 3) for x in batch["x"]]
+
+
+def test_the_seed_alone_orders_samples_and_nothing_is_copied():
+    inputs = numbered(range(40))
+    found = shuffled(inputs, 0)
+    assert sorted(read(found)) == list(range(40))
+    assert read(found) == read(shuffled(numbered(range(40)), 0)) != list(range(40))
+    assert read(found) != read(shuffled(inputs, 1))
+    assert found.tensors is inputs.tensors
+    assert read(found.part(-8)) == read(found)[-8:]
+    assert read(found.part(4, 32).part(0, 3)) == read(found)[4:7]
+    apart = ModelInputs({}, apart=tuple({"x": torch.full((n, 1), float(n))} for n in range(1, 9)))
+    lengths = [len(one["x"]) for one in shuffled(apart, 0).batches(nn.Linear(1, 1), 1)]
+    assert sorted(lengths) == list(range(1, 9)) != lengths
+
+
+def test_copies_are_adjacent_and_no_division_cuts_them():
+    for values in (np.arange(64) % 8, np.repeat(np.arange(9), [1, 2, 3, 4, 5, 6, 7, 8, 9])):
+        found = shuffled(numbered(values), 3)
+        seen = read(found)
+        changes = sum(a != b for a, b in zip(seen[1:], seen, strict=False))
+        assert changes + 1 == len(set(values))
+        for asked in (4, 8, 15):
+            last = found.last(asked)
+            assert 0 < last <= 2 * asked
+            if last != asked or len(values) == 64:
+                assert not set(seen[-last:]) & set(seen[:-last])
+    assert shuffled(numbered(np.zeros(8)), 0).last(2) == 2  # all of them are one sample
+    assert shuffled(numbered(np.arange(8)), 0).last(2) == 2
+
+
+def test_groups_of_samples_join_what_digests_do_not():
+    groups = torch.tensor([0, 1, 2, 0, 3, 3])
+    found = copies(numbered([10, 11, 12, 13, 14, 12], sample_groups=groups))
+    assert found[0] == found[3]
+    assert found[2] == found[4] == found[5]  # a copy of a member is one too
+    assert len(found.unique()) == 3
+
+
+def test_windows_that_overlap_keep_their_order_and_others_do_not():
+    text = torch.arange(4000)
+
+    def windows(step):
+        starts = range(0, 20 * step, step)
+        return ModelInputs({"input_ids": torch.stack([text[s : s + 64] for s in starts])}, True)
+
+    for step, different in ((64, 20), (30, 1), (60, 20)):
+        inputs = windows(step)
+        assert len(copies(inputs).unique()) == different
+        kept = torch.equal(shuffled(inputs, 0).positions, torch.arange(20))
+        assert kept == (different == 1)
+
+
+def test_what_is_held_out_is_of_all_kinds_whatever_the_order_of_the_caller():
+    """The last quarter is another kind, as of images sorted by class."""
+    x = images(64)
+    x[48:] += 10
+    for seed in (0, 1):
+        with prepare_for(small_net(), x, PruningRequest(sparsity=0.5, seed=seed)) as task:
+            last = task.prepared.inputs.part(-16).batches(small_net(), 64)[0]["x"]
+        assert 0 < (last.mean((1, 2, 3)) > 5).sum() < 12
+    training, apart = split(as_inputs(small_net(), x), small_net(), osscar.RecoveryRequest())
+    assert len(training) + len(apart) == 64
+    assert 0 < sum(bool(one["x"].mean() > 5) for one in training) < 16
+
+
+def test_groups_stay_with_their_samples(tmp_path):
+    groups = torch.arange(12) // 3
+    tensors = {"x": images(12)}
+    np.savez(tmp_path / "data.npz", x=tensors["x"], sample_groups=groups)
+    found = osscar.load_tensors(tmp_path / "data.npz", small_net())
+    drawn = found.sample(5, 0)
+    assert torch.equal(found.sample_groups, groups)
+    for x, group in zip(drawn.tensors["x"], drawn.sample_groups, strict=True):
+        at = next(at for at, one in enumerate(tensors["x"]) if torch.equal(x, one))
+        assert group == groups[at]
+    read_back = osscar.load_batches(tensors, small_net(), samples=7, sample_groups=groups)
+    assert torch.equal(read_back.sample_groups, groups[:7])
+    rows = [{"x": one} for one in tensors["x"]]
+    some = osscar.load_batches(_Rows(rows), small_net(), samples=4, seed=1, sample_groups=groups)
+    assert len(some.sample_groups) == 4
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 12, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, sample_groups=groups)
+    steps = plain(12)
+    assert torch.equal(osscar.load_images(tmp_path / "images.npz", steps).sample_groups, groups)
+    given = osscar.load_images(tmp_path / "images.npz", steps, sample_groups=range(12))
+    assert torch.equal(given.sample_groups, torch.arange(12))
+    with pytest.raises(DataError, match="sample_groups must be 12 whole numbers"):
+        osscar.TensorSet("images", tensors, sample_groups=groups[:5])
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
