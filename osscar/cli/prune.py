@@ -76,6 +76,10 @@ def run(model: str, options: PruneOptions) -> None:
         )
 
 
+_SHORTEST = 64
+"""Tokens of a window at least, where a short text is cut into as many as a target takes."""
+
+
 @dataclass
 class _Job:
     """What one rank does: `where` is the output, as people know it."""
@@ -118,7 +122,14 @@ class _Job:
             usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
             most = max(2 * usual, usual_draw(request.quality))
             samples = most if options.samples is None else options.samples
-            return {"samples": samples, "overlapping": False}
+            asked: dict[str, Any] = {"samples": samples, "overlapping": False}
+            if loaded.tokenizer is None or options.seqlen is not None:
+                return asked
+            found = loaded.calibration(options.calibration, seed=request.seed, **asked)
+            assert isinstance(found, CalibrationSet)
+            length = found.tokens.numel() // samples  # of a short text, as many shorter windows
+            short = len(found.tokens) < samples and length >= _SHORTEST
+            return {**asked, "seqlen": length} if short else asked
 
         with timed(Stage.LOAD):
             return opened(
