@@ -18,7 +18,6 @@ from pydantic import with_config
 from osscar.base.errors import OptionError
 from osscar.base.json_files import STRICT, read_json
 from solvers import Consumer, SubsetProblem
-from solvers.protocol import DEFAULT_GAP_TOLERANCE
 from solvers.storage import read
 
 DIRECTORY = Path(str(files("osscar"))) / "data" / "instances"
@@ -30,9 +29,6 @@ FORMAT = "osscar-gram/1"
 
 TOLERANCE = 1e-6
 """Share of the best known loss within which an answer counts as that."""
-
-PROVED = DEFAULT_GAP_TOLERANCE * (1 + 1e-6)
-"""Gap up to which an answer counts as optimal; searches stop right at the tolerance."""
 
 
 @with_config(STRICT)

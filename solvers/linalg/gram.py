@@ -266,12 +266,9 @@ def _averaged(H: Tensor | Symmetric, overwrite: bool) -> Symmetric:
     return made
 
 
-def symmetric_part(H: Tensor, *, cut: int = 0) -> tuple[Symmetric, float]:
-    """Return ``(H + H') / 2`` in float64, and the largest ``|H - H'|`` relative to the diagonal.
-
-    cut: A row at which a panel starts.
-    """
-    made = Symmetric.empty(len(H), H.new_empty(0, dtype=torch.float64), cut=cut)
+def symmetric_part(H: Tensor) -> tuple[Symmetric, float]:
+    """Return ``(H + H') / 2`` in float64, and the largest ``|H - H'|`` relative to the diagonal."""
+    made = Symmetric.empty(len(H), H.new_empty(0, dtype=torch.float64))
     differences = []
     for start, panel in made.spans():
         stop = start + len(panel)
