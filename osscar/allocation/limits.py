@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
-from osscar.allocation.costs import Cost, CountedCost, count
+from torch import nn
+
+import graph
+from osscar.allocation.budget import Budget, Limit
+from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count, weights
 from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import RequestError
-from osscar.proof.plan import Form
+from osscar.base.errors import EquivalenceError, RequestError
+from osscar.network.operations import count_flops
+from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, parse_keep, parse_size_kept
 from osscar.shrinking.shrink_program import dense_program
 
@@ -85,3 +90,42 @@ def allowances(task: PruningTask) -> list[Allowance]:
             "keep less"
         )
     return found
+
+
+def counted_again(
+    task: PruningTask, budget: Budget, plan: PruningPlan, smaller: nn.Module
+) -> Budget:
+    """Compare what a budget came to with what the smaller model costs by itself.
+
+    It may take fewer operations: products with a single column, for one, may be computed by
+    element, and are not counted.  Where experts leave, tokens are sent to others, and operations
+    are not compared.
+
+    An `EquivalenceError` is raised where the model has more than the budget says.
+    """
+    nothing, sample, request = graph.DependencyGraph((), ()), task.prepared.sample, task.request
+
+    def again(limit: Limit) -> float:
+        match limit.cost:
+            case Cost.TIME:
+                return limit.reached
+            case Cost.FLOPS:
+                routed = any(group.kind.routed for group in plan.groups)
+                return limit.reached if routed else float(count_flops(smaller, sample))
+            case Cost.MEMORY:
+                size = weights(Cost.BYTES, smaller, nothing, ())
+                assert request.context is not None
+                serving = request.context, request.batch
+                return serving_memory(size, smaller, nothing, (), sample, *serving).dense
+        return weights(limit.cost, smaller, nothing, ()).dense
+
+    limits = tuple(replace(limit, reached=again(limit)) for limit in budget.limits)
+    for before, after in zip(budget.limits, limits, strict=True):
+        exact = after.cost is not Cost.FLOPS and after.reached != before.reached
+        if exact or after.reached > before.reached * (1 + ROUNDING):
+            raise EquivalenceError(
+                f"the smaller model has {after.reached:,.0f} {after.cost}, and "
+                f"{before.reached:,.0f} were counted for {request.in_words([after.budget])}; give "
+                "widths in place of a budget (heads, neurons, channels), and report the model"
+            )
+    return replace(budget, limits=limits)

@@ -21,6 +21,7 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Allocated, Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.divergence import Distance, Reference
+from osscar.allocation.limits import counted_again
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError, gathered_warnings
@@ -68,7 +69,10 @@ def prune_prepared(
     records = prune_groups(task, allocated.keep, committed, log)
     plan = PruningPlan(tuple(record.plan for record in records))
     model, proof, batch_norms = shrunk(task, plan, dense.statistics)
+    budget = allocated.budget
     with timed(Stage.PRUNED):
+        if budget is not None:
+            budget = counted_again(task, budget, plan, model)
         distance = dense.reference.distance
         scores = distance.measure == "nats"
         found = (dense.reference.likeness if scores else dense.reference.compared)(model)
@@ -82,7 +86,7 @@ def prune_prepared(
         parameters_after=count_parameters(model),
         certificate=proof.certificate,
         batch_norms=batch_norms,
-        budget=allocated.budget,
+        budget=budget,
         distance=distance.compared.measured(found.distance),
         divergence=found.distance if scores else None,
         agreement=found.agreement if scores else None,

@@ -13,9 +13,9 @@ import osscar
 from benchmarks.coverage.case import Inputs, NotBuilt
 from benchmarks.coverage.images import make_timm
 from benchmarks.coverage.lists import LISTS, known_rows
-from graph import CouplingGroup, GraphError
+from graph import GraphError
 from graph.tracing.preserve import without_cache
-from osscar.allocation.costs import Cost, CountedCost, count
+from osscar.allocation.costs import CountedCost, operations
 from osscar.data.batches import named_inputs
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
@@ -37,11 +37,11 @@ def _by_torch(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 
 
 def _counted(
-    model: nn.Module, groups: tuple[CouplingGroup, ...], inputs: Inputs
+    model: nn.Module, traced: graph.DependencyGraph, inputs: Inputs
 ) -> tuple[CountedCost, dict[str, torch.Tensor]]:
     """Return what a model costs, once that is compared with torch, and what it was shown."""
     given = inputs if isinstance(inputs, dict) else named_inputs(model, inputs)
-    cost = count(Cost.FLOPS, model, groups, given)
+    cost = operations(model, traced, traced.groups, given)
     assert cost.dense == pytest.approx(_by_torch(model, given), rel=1e-12)
     assert cost.fixed >= 0
     return cost, given
@@ -57,7 +57,7 @@ def test_operations_are_those_that_torch_counts_before_and_after(family: str) ->
     case = transformers_case(family)
     model, inputs = case.build(), case.make_inputs()[0]
     dependencies = graph.trace(model, inputs)
-    cost, given = _counted(model, dependencies.groups, inputs)
+    cost, given = _counted(model, dependencies, inputs)
     plan = half_of(dependencies.prunable)
     slice_units(model, plan)
     kept = {group.name: len(group.kept) for group in plan.groups}
@@ -78,10 +78,10 @@ def test_operations_of_every_listed_model_are_those_that_torch_counts(
     except NotBuilt as error:
         pytest.skip(str(error))
     try:
-        groups = graph.trace(made.model, made.inputs[0]).groups
+        traced = graph.trace(made.model, made.inputs[0])
     except GraphError:  # as docs/coverage.csv says
-        groups = ()
-    _counted(made.model, groups, made.inputs[0])
+        traced = graph.DependencyGraph((), ())
+    _counted(made.model, traced, made.inputs[0])
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ from osscar.allocation import search
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, CountedCost, Product, count
 from osscar.allocation.measured import Curve
-from osscar.base.errors import RequestError
+from osscar.base.errors import EquivalenceError, RequestError
+from osscar.checkpoint.formats import written_tensors
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied, count_parameters
 from osscar.network.operations import count_flops
@@ -396,3 +397,104 @@ def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
         osscar.prune(net, data, size="1MB", **asked)
     with pytest.raises(RequestError, match=r"cannot be.*16,\d+, as an exported program, of 4,384"):
         osscar.prune(Listed(table=True).eval(), data, size=0.8, **asked)
+
+
+# ---- budgets that the model keeps --------------------------------------------------------
+
+
+class TiedAutoencoder(nn.Module):
+    """What comes in is made again by the transposed weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.rest = nn.Linear(8, 32), nn.Linear(32, 16), nn.Linear(8, 4)
+
+    def forward(self, x):
+        code = torch.relu(self.b(torch.relu(self.a(x))))
+        back = torch.relu(F.linear(code, self.b.weight.t()))
+        return self.rest(F.linear(back, self.a.weight.t()))
+
+
+class Steps(nn.Module):
+    """A layer that reads what it makes, so that units leave along both dimensions of its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+        self.wide, self.back = nn.Linear(24, 40), nn.Linear(40, 24)
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        for _ in range(3):
+            h = torch.relu(self.mix(h) + self.back(torch.relu(self.wide(h))))
+        return self.down(h)
+
+
+class TiedWords(nn.Module):
+    """Words are scored by the vectors that they are looked up by, and by nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.up, self.down = nn.Embedding(30, 16), nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x):
+        h = self.words(x)
+        return F.linear(h + self.down(torch.relu(self.up(h))), self.words.weight)
+
+
+class ReadsLSTM(nn.Module):
+    """A recurrent layer reads the features that a layer makes of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.lstm = nn.Linear(5, 24), nn.LSTM(24, 8, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(torch.relu(self.up(x)))[0][:, -1])
+
+
+KEPT = {
+    "tied autoencoder": (TiedAutoencoder, lambda: torch.randn(256, 8), {}),
+    "both dimensions": (Steps, lambda: torch.randn(256, 6), {"residual": 0.75}),
+    "tied words": (TiedWords, lambda: torch.randint(30, (64, 9)), {}),
+    "lstm": (ReadsLSTM, lambda: torch.randn(128, 6, 5), {}),
+    "program": (Listed, lambda: torch.randn(256, 8), {"form": "exported"}),
+    "conv-lstm": (ConvLSTM, lambda: torch.randn(64, 2, 2, 5, 5), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("budget", ["params", "size", "flops"])
+@pytest.mark.parametrize("case", KEPT)
+def test_the_model_keeps_its_budget_to_the_last_unit(case, budget):
+    torch.manual_seed(0)
+    build, draw, also = KEPT[case]
+    model, data = build().eval(), draw()
+    asked = {"allocation": "uniform", "backend": "magnitude", "damp": 0.1, "form": "eager"} | also
+    result = osscar.prune(model, data, **{budget: 0.7}, **asked)
+    limit = result.budget.of(budget)
+    has = {
+        "params": lambda: count_parameters(result.model),
+        "size": lambda: sum(t.nbytes for t in written_tensors(result.model).values()),
+        "flops": lambda: count_flops(result.model, {"x": data[:1]}),
+    }[budget]()
+    assert has == limit.reached <= limit.limit < limit.dense
+
+
+def test_a_budget_that_the_model_does_not_keep_is_an_error():
+    torch.manual_seed(0)
+    with (
+        mock.patch("osscar.allocation.limits.weights", return_value=CountedCost(900.0, (), {})),
+        pytest.raises(EquivalenceError, match=r"has 900 parameters, and \d+ were counted for"),
+    ):
+        osscar.prune(TiedAutoencoder().eval(), torch.randn(64, 8), params=0.7)
+
+
+def test_an_lstm_is_counted_whichever_kernel_runs_it():
+    model, x = ReadsLSTM().eval(), torch.randn(2, 6, 5)
+    # Four gates of eight states read 24 features and eight states, in two directions.
+    expected = 2 * 2 * 6 * (5 * 24 + 2 * 4 * 8 * (24 + 8)) + 2 * 2 * 16 * 3
+    assert count_flops(model, {"x": x}) == expected
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert count_flops(model, {"x": x}) == expected == by_torch(model, x)
