@@ -109,7 +109,7 @@ def test_copies_and_samples_of_one_group_count_as_one():
         assert thrice.bound == pytest.approx(once.bound)
     moved = data.tensors["x"].repeat(3, 1, 1, 1)
     moved = {"x": moved + 1e-3 * torch.randn(moved.shape)}
-    near = osscar.TensorSet("near copies", moved, sample_groups=rows)
+    near = osscar.TensorSet("near copies", moved, data.labels.repeat(3), rows)
     assert Judge.of(DIVERGENCE, dense, near).samples == 64
     found = Judge.of(DIVERGENCE, dense, near).measure(worse)
     assert found.samples == 64
