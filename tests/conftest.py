@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fresh import forked
 from tests.sampling import sample, values_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pytest-xdist
@@ -65,8 +66,15 @@ def one_program() -> Iterator[None]:
         return closed, trace(closed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structural, "_other_sizes", lambda program: ())
+        patch.setattr(structural, "other_sizes", lambda program, example: ())
         patch.setattr(structural, "traced_as_open", of_one_size)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_readers() -> Iterator[None]:
+    """Fork the new processes in which checkpoints are read back."""
+    with forked():
         yield
 
 

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
+from graph.tracing.caches import caches_kept
 from graph.tracing.patches import exporting
 from graph.tracing.preserve import asked_of_to, forget_derived, preserved, without_cache
 
@@ -101,6 +102,7 @@ def run_export(
     Raises TraceError if the model cannot be exported.
     """
     with (
+        caches_kept(model),
         preserved(model),
         without_cache(model),
         _in_evaluation(model),

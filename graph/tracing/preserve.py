@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 
-_Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
 
 @contextmanager
@@ -44,12 +45,12 @@ class Contents:
     """
 
     _kinds: tuple[tuple[torch.nn.Module, type[torch.nn.Module]], ...]
-    _held: tuple[tuple[_Container, tuple[Any, ...]], ...]
+    _held: tuple[tuple[Container, tuple[Any, ...]], ...]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Contents:
         """Look at the attributes of all modules, and at the containers in them, each once."""
-        found: dict[int, tuple[_Container, tuple[Any, ...]]] = {}
+        found: dict[int, tuple[Container, tuple[Any, ...]]] = {}
         queue: list[Any] = [model]
         while queue:
             held = queue.pop()
@@ -72,18 +73,18 @@ class Contents:
                 refill(holder, items)
 
 
-def items_of(holder: _Container) -> tuple[Any, ...]:
+def items_of(holder: Container) -> tuple[Any, ...]:
     """Return the items of a container; of a dict the keys, and then the values."""
     return (*holder, *holder.values()) if isinstance(holder, dict) else tuple(holder)
 
 
-def holds(holder: _Container, items: tuple[Any, ...]) -> bool:
+def holds(holder: Container, items: tuple[Any, ...]) -> bool:
     """Whether a container holds these very items."""
     now = items_of(holder)
     return len(now) == len(items) and all(map(operator.is_, now, items))
 
 
-def refill(holder: _Container, items: tuple[Any, ...]) -> None:
+def refill(holder: Container, items: tuple[Any, ...]) -> None:
     """Give a container the items that `items_of` returned."""
     holder.clear()
     if isinstance(holder, dict):
@@ -104,6 +105,7 @@ def forget_derived(model: torch.nn.Module) -> list[str]:
 
     Returns what there is to say of modules that refuse, which keep them.
     """
+    forget_cached(model)
     refusals = []
     for name, module in model.named_modules():
         if type(module)._apply is torch.nn.Module._apply or not _keeps_tensors(module):
@@ -120,6 +122,15 @@ def forget_derived(model: torch.nn.Module) -> list[str]:
             if (tensor.dtype, tensor.shape) != (data.dtype, data.shape):
                 tensor.data = data
     return refusals
+
+
+def forget_cached(model: torch.nn.Module) -> None:
+    """Let modules drop each `functools.cached_property`, which they compute when next asked."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            for name, value in vars(kind).items():
+                if isinstance(value, cached_property):
+                    vars(module).pop(name, None)
 
 
 def _keeps_tensors(module: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from osscar.base.devices import default_torch
-from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, first_line, warn
+from osscar.base.errors import OsscarError, first_line, warn
 from osscar.base.files import system_errors, write_json, write_text
-from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import TransformersOrigin, builder_of
 from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
-from osscar.checkpoint.first_pass import vocabulary_of
 from osscar.checkpoint.formats import cast, saved_format, written_tensors
+from osscar.checkpoint.fresh_process import fresh_process
 from osscar.checkpoint.hf_config import (
     CODE,
-    DESCRIPTION_ERRORS,
     MODELLING_FILE,
     any_shape_config,
     built,
@@ -46,27 +44,21 @@ from osscar.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from osscar.checkpoint.reading import check_dtype, load
+from osscar.checkpoint.read_back import Expected, read_back
+from osscar.checkpoint.reading import check_dtype
 from osscar.checkpoint.regrouped import parts_in_files
-from osscar.checkpoint.streamed import read_streamed
 from osscar.network.modules import (
     check_usable,
     copied,
-    device_of,
-    evaluating,
-    example_length,
     number_format,
 )
 from osscar.network.tensor_files import WEIGHTS_FILE, Part, check_written, write_tensors
-from osscar.offload.on_disk import is_on_disk, values_of, weight_cache
-from osscar.proof.equivalence import Inputs, in_format_of, proof_outputs, prove_equal, runs
+from osscar.offload.on_disk import is_on_disk
+from osscar.proof.equivalence import Inputs
 from osscar.proof.lineage import (
     Lineage,
-    Origin,
     lineage_of,
     stored_dtype,
-    structure_of,
-    with_zeros,
 )
 from osscar.shrinking.fold import fold, is_foldable
 
@@ -86,12 +78,16 @@ class SavedCheckpoint:
     with_code
         Whether it brings the code by which ``from_pretrained(..., trust_remote_code=True)`` reads
         it.
+    fresh
+        Whether a new process has read it back as its model card says, and computed the same.  Else
+        only this one has, as code of ``__main__`` or of a function can be imported by no other.
     """
 
     path: Path
     stock: bool
     bytes: int
     with_code: bool = False
+    fresh: bool = True
 
 
 @default_torch()
@@ -107,9 +103,9 @@ def save(
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
 ) -> SavedCheckpoint:
-    """Write a shrunk model, which is kept only if what is read back is equal.
+    """Write a shrunk model, which is kept only if a new process reads it back as an equal one.
 
-    A model card, ``README.md``, says what it is and how it is read.
+    A model card, ``README.md``, says what it is and how it is read, and so it is read there.
 
     Parameters
     ----------
@@ -131,8 +127,8 @@ def save(
     overwrite
         Replace a checkpoint that is there; it stays whole if anything fails.
     example_inputs
-        On which what was read back is compared with the model.  Language models need none; others
-        are compared tensor by tensor without them.
+        On which what was read back is compared with the model, beside inputs of the form that it
+        was pruned with, or tokens.  Where neither are known, it is compared tensor by tensor.
 
     Raises
     ------
@@ -144,6 +140,12 @@ def save(
         If what was read back does not compute what the model computes.
     CheckpointError
         If it cannot be read back.
+
+    Warns
+    -----
+    UserWarning
+        If no other process can import the model's code, so that it was read back in this one alone;
+        or if transformers cannot read what its config lists.
     """
     check_usable(model)
     check_dtype(dtype)
@@ -154,16 +156,28 @@ def save(
         model = cast(copied(model), dtype)
     model = _as_its_class_builds_it(model)
     lineage = dataclasses.replace(lineage, stored_dtype=str(dtype).removeprefix("torch."))
+    forms = _forms(model, lineage)
     with atomic_directory(path, overwrite=overwrite) as new:
-        with system_errors():
-            _write(
-                model, lineage, new, example_inputs,
-                tokenizer=tokenizer, report=report, page=page, picture=picture,
-            )  # fmt: skip
-        try:
-            _prove_same(model, _read_again(model, new), example_inputs)
-        except EquivalenceError as error:
-            raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
+        expected = Expected.of(model, example_inputs)
+        for form in forms:
+            with fresh_process() as elsewhere:
+                with system_errors():
+                    manifest = _write(
+                        model, lineage, form, new,
+                        tokenizer=tokenizer, report=report, page=page, picture=picture,
+                    )  # fmt: skip
+                try:
+                    fresh = read_back(model, new, form.kind, expected, elsewhere)
+                    break
+                except OsscarError as error:
+                    if form is forms[-1]:
+                        raise
+                    why = first_line(error)
+                    warn(f"only osscar.load will read the checkpoint: transformers fails ({why})")
+                    _empty(new)
+        # Last, what is known now: reading it would compare with it.
+        lineage = dataclasses.replace(manifest.lineage, sample=expected.sample)
+        dataclasses.replace(manifest, lineage=lineage, fresh=fresh).write(new)
     return read_saved(path)
 
 
@@ -188,7 +202,7 @@ def read_saved(path: Path) -> SavedCheckpoint:
     assert manifest is not None
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     with_code = (path / MODELLING_FILE.name).is_file() and not manifest.lineage.replayed
-    return SavedCheckpoint(path, manifest.stock, written, with_code)
+    return SavedCheckpoint(path, manifest.stock, written, with_code, manifest.fresh)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -198,32 +212,68 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(t.numel() * format_of(name, t).itemsize for name, t in written)
 
 
+# ---- writing -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a checkpoint says the shapes of a model.
+
+    config: That of transformers which says them; None where plans do.
+    kind: The class of transformers that reads it; None where `osscar.load` alone does.
+    stock: Whether it is read without code beside it.
+    """
+
+    config: Any = None
+    kind: str | None = None
+    stock: bool = False
+
+
+def _forms(model: nn.Module, lineage: Lineage) -> list[_Form]:
+    """Return the forms in which a model may be written; the first that can be read again is."""
+    if isinstance(model, PreTrainedModel):
+        stock = stock_config(model, lineage.plans)
+        if stock is not None:
+            return [_Form(stock, type(model).__name__, stock=True)]
+        listed = any_shape_config(model)
+        if listed is not None:
+            named = (n for n in getattr(listed, CODE) if n not in ("AutoConfig", "AutoModel"))
+            return [_Form(listed, next(named, "AutoModel")), _Form()]
+    return [_Form()]
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _write(
     model: nn.Module,
     lineage: Lineage,
+    form: _Form,
     path: Path,
-    example_inputs: Inputs | None,
     *,
     tokenizer: Any,
     report: Mapping[str, Any] | None,
     page: str | None,
     picture: bytes | None,
-) -> None:
+) -> Manifest:
     """Write all files of a checkpoint."""
-    config, auto, known, builder = None, None, lineage, builder_of(model)
-    if isinstance(model, PreTrainedModel):
-        config = stock_config(model, lineage.plans)
-    if config is not None:
+    known, builder = lineage, builder_of(model)
+    if form.stock:
         assert isinstance(model, PreTrainedModel)
-        _save_stock(model, config, path)
+        _save_stock(model, form.config, path)
         lineage = dataclasses.replace(lineage, plans=(), listed=0)
     else:
-        if builder is not None:
-            builder.write(model, path)
         _save_one_by_one(model, path)
-        auto = _list_shapes(model, lineage, path, example_inputs)
-        if auto is not None:
+        if form.config is not None:
+            TransformersOrigin(type(model), form.config).write(model, path)  # and the code with it
             lineage = dataclasses.replace(lineage, listed=len(lineage.plans))
+        elif builder is not None:
+            builder.write(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     if report is not None:
@@ -234,17 +284,21 @@ def _write(
         (path / PICTURE_FILE).write_bytes(picture)
     card = model_card(
         model, known, report or {},
-        stock=config is not None, auto=auto, own_code=builder is None, picture=picture is not None,
+        stock=form.stock, auto=None if form.stock else form.kind,
+        own_code=builder is None, picture=picture is not None,
     )  # fmt: skip
     write_text(path / CARD_FILE, card)
-    lineage = dataclasses.replace(lineage, origin=None if builder is None else builder.origin)
+    origin = None if builder is None else builder.origin
+    lineage = dataclasses.replace(lineage, origin=origin, sample=None)
     files = tuple(sorted(file.name for file in path.iterdir()))
-    Manifest.of(config is not None, lineage, files).write(path)
+    manifest = Manifest.of(form.stock, lineage, files)
+    manifest.write(path)
     # As the umask says: the writer of safetensors keeps what it writes to its user.
     mode = (path / MANIFEST_FILE).stat().st_mode
     for other in path.rglob("*"):
         if other.is_file():
             other.chmod(mode)
+    return manifest
 
 
 def _save_stock(model: PreTrainedModel, config: Any, path: Path) -> None:
@@ -268,109 +322,3 @@ def _save_one_by_one(
     file = path / WEIGHTS_FILE
     tensors = written_tensors(model)
     check_written(write_tensors(file, tensors, {"format": "pt"}, parts), file)
-
-
-def _list_shapes(
-    model: nn.Module, lineage: Lineage, path: Path, example_inputs: Inputs | None
-) -> str | None:
-    """Let transformers read a planned checkpoint, if it can, and return by which class it does.
-
-    The config says all then that the plans do.  The weights are written already.
-    """
-    config = any_shape_config(model) if isinstance(model, PreTrainedModel) else None
-    if config is None:
-        return None
-    TransformersOrigin(type(model), config).write(model, path)  # and the code with it
-    Manifest.of(False, Lineage(origin=Origin(TransformersOrigin.library))).write(path)
-    try:
-        _prove_same(model, _read_again(model, path), example_inputs)
-    except (*DESCRIPTION_ERRORS, OsscarError) as error:
-        warn(f"only osscar.load will read the checkpoint: transformers fails ({first_line(error)})")
-        (path / MODELLING_FILE.name).unlink()
-        TransformersOrigin(type(model), model.config).write(model, path)
-        return None
-    named = [name for name in getattr(config, CODE) if name not in ("AutoConfig", "AutoModel")]
-    return str(named[0]) if named else "AutoModel"
-
-
-def _read_again(model: nn.Module, path: Path) -> nn.Module:
-    """Read a written checkpoint back, in float32."""
-    cache, dense = weight_cache(model), None if builder_of(model) else _dense_of(model)
-    try:
-        if cache is not None:
-            return read_streamed(path, cache, torch.float32)
-        return load(path, dtype=torch.float32, dense=dense)
-    except (RuntimeError, OsscarError) as error:
-        raise CheckpointError(
-            f"the checkpoint that was written cannot be read, and was not kept: {error}"
-        ) from error
-
-
-def _dense_of(model: nn.Module) -> nn.Module:
-    """Build the dense model of code of somebody's own, with any weights."""
-    known = structure_of(model)
-    if known is not None:
-        return with_zeros(known.model, known.device)
-    if lineage_of(model).plans:
-        raise CheckpointError(
-            f"the dense model of this {type(model).__name__} is not known any more, and without it "
-            "the checkpoint cannot be checked; prune the model anew, or load it with "
-            "osscar.load(directory, dense=model)"
-        )
-    return with_zeros(model, device_of(model))
-
-
-def _prove_same(model: nn.Module, again: nn.Module, example_inputs: Inputs | None) -> None:
-    """Compare what a model computes with what was read back."""
-    # In float32: whether the weights are the same is the question, not how they are rounded.
-    if number_format(model) != torch.float32:
-        model = cast(copied(model), torch.float32)
-        again = cast(again, torch.float32)  # which may hold other formats beside the first
-    device = next(model.parameters()).device
-    inputs = _token_inputs(model, device) if example_inputs is None else example_inputs
-    with evaluating(model):
-        if inputs is None:
-            _prove_same_tensors(model, again)
-            inputs = _drawn_inputs(model, device)
-        if inputs is not None:
-            expected = proof_outputs(model, [inputs])
-            found = _outputs_again(again.to(device), inputs)
-            prove_equal(expected, found, names=("the model", "the model that was read back"))
-
-
-def _outputs_again(again: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """Return what a model that was read back puts out, on inputs that the written one takes."""
-    try:
-        return proof_outputs(again, [inputs])
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        raise EquivalenceError(
-            f"the model that was read back fails where the saved one runs: {first_line(error)}"
-        ) from error
-
-
-def _drawn_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
-    """Return inputs of the form that the dense model took, if the model takes them."""
-    known = structure_of(model)
-    drawn = None if known is None else known.drawn()
-    if drawn is None:
-        return None
-    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), in_format_of(drawn, model))
-    return inputs if runs(model, inputs) else None
-
-
-def _token_inputs(model: nn.Module, device: torch.device) -> Inputs | None:
-    """Return tokens for a causal language model; None for others."""
-    vocabulary = vocabulary_of(model)
-    if vocabulary is None:
-        return None
-    ids = torch.arange(example_length(model), device=device)
-    return {"input_ids": ids[None] % vocabulary}
-
-
-def _prove_same_tensors(model: nn.Module, again: nn.Module) -> None:
-    read = again.state_dict()
-    for name, tensor in model.state_dict().items():
-        found = None if name not in read else values_of(read[name].to(tensor.dtype)).cpu()
-        if found is None or not torch.equal(values_of(tensor).cpu(), found):
-            raise EquivalenceError(f"{name!r} was not read back as it was written")

@@ -36,18 +36,22 @@ class Manifest:
     """What a checkpoint is.
 
     `stock` tells whether plain transformers reads it; `files` are the others in the directory.
+    `fresh` tells whether a new process has read it back, or only the one that wrote it.
     """
 
-    schema: Literal["osscar.checkpoint/2"]
+    schema: Literal["osscar.checkpoint/3"]
     osscar_version: str
     stock: bool
     files: tuple[str, ...]
     lineage: Lineage
+    fresh: bool
 
     @classmethod
-    def of(cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = ()) -> Manifest:
+    def of(
+        cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = (), *, fresh: bool = True
+    ) -> Manifest:
         """Describe a checkpoint that this version writes."""
-        return cls("osscar.checkpoint/2", __version__, stock, files, lineage)
+        return cls("osscar.checkpoint/3", __version__, stock, files, lineage, fresh)
 
     def write(self, directory: Path) -> None:
         """Write it into a checkpoint's directory."""

@@ -18,7 +18,7 @@ from osscar.base.devices import default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import file_name, safe_repr
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
-from osscar.checkpoint.first_pass import check_runs, vocabulary_of
+from osscar.checkpoint.first_pass import check_runs, check_sample, vocabulary_of
 from osscar.checkpoint.formats import cast, tensors_of
 from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.validation import check_tensors, readable, structure
@@ -159,4 +159,5 @@ def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Modu
         check_runs(model, str(path))
     if manifest is not None:
         setattr(model, LINEAGE, manifest.lineage)
+        check_sample(model, str(path))
     return model

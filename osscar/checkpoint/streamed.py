@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import CheckpointError, NonFiniteError
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
+from osscar.checkpoint.first_pass import check_sample
 from osscar.checkpoint.hf_config import is_any_shape
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.regrouped import chained, parts_in_files
@@ -55,9 +56,11 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
             slice_units(model, plan)
     check_tensors(model, stored, path)
     _fill_from_disk(model, stored, path, cache)
+    read = model.to(cache.device).eval()
     if manifest is not None:
-        setattr(model, LINEAGE, manifest.lineage)
-    return model.to(cache.device).eval()
+        setattr(read, LINEAGE, manifest.lineage)
+        check_sample(read, str(path))
+    return read
 
 
 def _fill_from_disk(

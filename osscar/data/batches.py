@@ -103,6 +103,14 @@ class ModelInputs:
             return to_model({"input_ids": ids}, model)
         return self.first(model) if self.apart else self._two(model)
 
+    def sample(self, model: nn.Module) -> Batch:
+        """Return inputs of the form of the example, with the numbers of the data."""
+        example = self.example(model)
+        if not self.tokens:
+            return example
+        length = example["input_ids"].shape[1]
+        return {"input_ids": self._two(model)["input_ids"][:, :length]}
+
     def first(self, model: nn.Module) -> Batch:
         """Return the first sample, on the model's device; the others stay where they are."""
         return self.part(0, 1).batches(model, 1)[0]

@@ -32,7 +32,7 @@ from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.predictions import ALONE, named_outputs
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
-from osscar.proof.lineage import Input, lineage_of, structure_of
+from osscar.proof.lineage import Input, lineage_of
 from osscar.proof.program import ProgramModule, example_of, open_sizes
 
 LeftOpen: TypeAlias = Mapping[str, Sequence[int]]
@@ -343,16 +343,15 @@ def _known_example(model: nn.Module) -> Batch | None:
     if isinstance(model, ProgramModule):
         built = model.built_by
         return _with_tokens(example_of(model), None if built is None else built[1])
-    config, structure = getattr(model, "config", None), structure_of(model)
+    config, sample = getattr(model, "config", None), lineage_of(model).sample
     if reads_tokens(model):
         length = min(_TOKENS, context_length(model) or _TOKENS)
         return _with_tokens({_IDS: torch.zeros(2, length, dtype=torch.int64)}, config)
     recorded = recorded_example(type(model).__name__, lineage_of(model).inputs)
     if recorded is not None:
         return recorded
-    drawn = None if structure is None else structure.drawn()
-    if drawn is not None:
-        return named_example(model, drawn)
+    if sample is not None:
+        return named_example(model, sample.drawn())
     return _images_of(model, config)
 
 

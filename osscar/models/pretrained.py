@@ -18,7 +18,7 @@ from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
-from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs
+from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs, check_sample
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
@@ -75,6 +75,7 @@ def load_language_model(
         model, stored = _load_stock(path, source, trust_remote_code, dtype)
         if manifest is not None:
             setattr(model, LINEAGE, manifest.lineage)
+            check_sample(model.eval(), source)
     known = {"config": model.config} if lists_shapes else {}  # which names the family
     tokenizer = _load_tokenizer(path, source, trust_remote_code=trust_remote_code, **known)
     check_usable(model)

@@ -39,13 +39,15 @@ class ModelState:
 
     def __init__(self, model: nn.Module, written: Collection[Attribute] = ()) -> None:
         self._modules = dict(model.named_modules())
-        self._held = {
-            (name, key): (value, _copied(value))
-            for name, module in self._modules.items()
-            for key, value in {**vars(module), **module._buffers}.items()
-            if key not in _OWN
-        }
+        self._held = {what: (value, _copied(value)) for what, value in self._attributes()}
         self.written = set(written)
+
+    def _attributes(self) -> Iterator[tuple[Attribute, Any]]:
+        """Yield what modules hold now, but for parameters and modules."""
+        for name, module in self._modules.items():
+            for key, value in {**vars(module), **module._buffers}.items():
+                if key not in _OWN:
+                    yield (name, key), value
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,6 +61,7 @@ class ModelState:
             for attribute, (value, _) in self._held.items()
             if isinstance(value, _CONTAINERS)
         ]
+        values = dict(self._attributes())
         buffers = (buffer for module in names for buffer in module.buffers(recurse=False))
         versions = {id(buffer): _version(buffer) for buffer in buffers}
 
@@ -69,6 +72,10 @@ class ModelState:
         with assignments_told(note):
             yield
         self.written |= {what for what, value, items in containers if not holds(value, items)}
+        # What is no assignment: `functools.cached_property`, and `register_buffer`.
+        self.written |= {
+            w for w, value in self._attributes() if values.get(w, _MISSING) is not value
+        }
         self.written |= {
             (name, key)
             for module, name in names.items()

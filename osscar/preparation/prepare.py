@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graph
 from graph import CouplingGroup
 from graph.tracing.patches import assignments_told
-from graph.tracing.preserve import without_cache
+from graph.tracing.preserve import forget_cached, without_cache
 from osscar.base.devices import default_torch, multiplies_bfloat16
 from osscar.base.errors import EquivalenceError
 from osscar.base.memory import let_shortage_pass
@@ -233,6 +233,7 @@ def prepare(
         if seed is not None:
             inputs = shuffled(inputs, seed)
         work = copied(model) if copy else model
+        forget_cached(work)
         if device is not None:
             work = work.to(device)
         in_evaluation(work)
@@ -259,7 +260,7 @@ def _prepared(
 ) -> Prepared:
     """Prepare a model in evaluation mode, in place."""
     untouched, example = ModelState(model), inputs.example(model)
-    remember_structure(model, example)
+    remember_structure(model, inputs.sample(model))
     with untouched.watching():
         expected = outputs_or_none(model, example)
     folded = _followable(model, example, expected, heads=heads)

@@ -6,22 +6,22 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from pydantic import with_config
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from graph.tracing.preserve import forget_cached
 from osscar.base.devices import DTYPES
 from osscar.base.errors import ModelError
 from osscar.base.json_files import STRICT
 from osscar.base.printable import published
-from osscar.network.modules import copied, device_of, number_format, sha256_of
+from osscar.network.modules import copied, count_parameters, device_of, number_format, sha256_of
 from osscar.offload.on_disk import is_on_disk, values_of
-from osscar.proof.equivalence import Inputs
+from osscar.proof.equivalence import Inputs, by_name
 from osscar.proof.plan import Certificate, PruningPlan
+from osscar.proof.sample import Sample
 from osscar.proof.seen import Calibration
 
 LINEAGE = "osscar_lineage"
@@ -66,6 +66,7 @@ class Lineage:
     calibration: All that it was calibrated or recovered on, the oldest first, each set once.
     dense: The `weights_digest` of each model that it was pruned from, the oldest first.
     inputs: What it was pruned with last, by the name of the argument; empty for language models.
+    sample: An input that it takes; in a checkpoint, with what it puts out on that.
     """
 
     plans: tuple[PruningPlan, ...] = ()
@@ -79,6 +80,7 @@ class Lineage:
     calibration: tuple[Calibration, ...] = ()
     dense: tuple[str, ...] = ()
     inputs: Mapping[str, Input] = field(default_factory=dict)
+    sample: Sample | None = None
 
     @property
     def replayed(self) -> tuple[PruningPlan, ...]:
@@ -132,6 +134,20 @@ def may_come_from(model: nn.Module, dense: nn.Module) -> bool:
     """Tell whether a model may have been pruned from another: False where weights say otherwise."""
     known, found = lineage_of(model).dense, weights_digest(dense)
     return not known or not found or found in known
+
+
+def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
+    """Whether, of a smaller model and its dense one, the second is the smaller.
+
+    It was pruned more often, or from the first, or has fewer parameters.
+    """
+    mine, theirs = lineage_of(model), lineage_of(dense)
+    own = weights_digest(model) if theirs.dense else ""
+    return (
+        len(theirs.certificates) > len(mine.certificates)
+        or (own != "" and own in theirs.dense)
+        or count_parameters(dense) < count_parameters(model)
+    )
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -201,23 +217,10 @@ class _DenseStructure:
 
     model: As its user would build it, with parameters on 'meta'.
     device: Where these were.
-    inputs: The form of some inputs that it takes, on 'meta'; None where they are not known.
     """
 
     model: nn.Module
     device: torch.device
-    inputs: Inputs | None = None
-
-    def drawn(self) -> Inputs | None:
-        """Return inputs of their form on the CPU: noise, and zeros where they are no fractions."""
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(form: Tensor) -> Tensor:
-            if form.is_floating_point():
-                return torch.randn(form.shape, generator=generator).to(form.dtype)
-            return torch.zeros(form.shape, dtype=form.dtype)
-
-        return pytree.tree_map_only(Tensor, draw, self.inputs)  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DenseStructure:
         return self  # nobody changes it
@@ -233,13 +236,14 @@ def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
     if known is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
-            known = _DenseStructure(with_zeros(model, torch.device("meta")), device_of(model))
+            dense = with_zeros(model, torch.device("meta"))
+            forget_cached(dense)
+            known = _DenseStructure(dense, device_of(model))
     if known is not None:
-        if known.inputs is None and inputs is not None:
-            form = partial(torch.empty_like, device="meta")
-            forms = pytree.tree_map_only(Tensor, form, inputs)
-            known = dataclasses.replace(known, inputs=forms)
         setattr(model, _STRUCTURE, known)
+    before = lineage_of(model).sample
+    if inputs is not None and (before is None or before.outputs):  # which are of another model
+        note(model, sample=Sample.like(by_name(model, inputs)) or before)
 
 
 def structure_of(model: nn.Module) -> _DenseStructure | None:

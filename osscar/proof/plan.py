@@ -253,20 +253,25 @@ class Structure:
     operators, numbers, tensors
         How many calls of operators, numbers in their arguments, and parameters and buffers.
     sizes
-        The sizes of inputs for which it holds, a condition for each pair of programs.
+        The sizes of inputs for which it holds, in words for each pair of programs.
+    untried
+        Sizes that the dense model takes, and of which nothing is proved.
     """
 
     operators: int
     numbers: int
     tensors: int
     sizes: tuple[str, ...]
+    untried: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """Say it."""
+        untried = f"; nothing is proved for {' or '.join(self.untried)}" if self.untried else ""
         return (
             "the smaller model's program is the dense model's without these units "
             f"({self.operators:,} operators, {self.numbers:,} numbers and {self.tensors:,} "
-            f"tensors are equal), for {'; '.join(self.sizes)}"
+            "tensors are equal), in evaluation mode, with the arguments of the calibration data, "
+            f"for {'; or '.join(self.sizes)}{untried}"
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,20 +30,17 @@ from torch.utils import _pytree as pytree
 
 from graph.errors import GraphError
 from graph.extents import Staying, TracedProgram, with_axes
-from graph.tracing.export import canonical_names, module_of, varies
+from graph.tracing.export import canonical_names, module_of
 from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
+from osscar.network.model_state import model_state
 from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk
+from osscar.proof.equivalence import runs
 from osscar.proof.literals import ShrunkGraph, arguments
 from osscar.proof.plan import Integer, PruningPlan, Structure
 from osscar.proof.program import exported, part_of, shrunk_graph, staying_of, traced_as_open
-
-_MOST_NUMBERS = 2**24
-"""In an input of another size than the example."""
-
-_NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
-"""A number in a guard, and no index."""
+from osscar.proof.sizes import other_sizes, sizes_in_words, untried_in_words
 
 
 class StructureError(EquivalenceError):
@@ -78,12 +75,14 @@ _Widths: TypeAlias = tuple[frozenset[tuple[str, int]], frozenset[Integer]]
 class DensePrograms:
     """The programs of a dense model; where there is none, `refusal` says why.
 
+    `untried` are sizes that the model takes, and none of these programs, in words.
     `proved` are smaller models that were proved already, with the names of the tensors that their
     programs read.
     """
 
     programs: tuple[DenseProgram, ...]
     refusal: str = ""
+    untried: tuple[str, ...] = ()
     proved: dict[_Widths, tuple[Structure, frozenset[str]]] = field(default_factory=dict)
 
     def prove(
@@ -110,7 +109,8 @@ class DensePrograms:
             found = [_compared(one, model, plan) for one in self.programs]
             sizes = tuple(size for one in found for size in one.result().sizes)
             names = frozenset[str]().union(*(one.tensors for one in found))
-            self.proved[widths] = replace(found[0].result(), sizes=sizes), names
+            structure = replace(found[0].result(), sizes=sizes, untried=self.untried)
+            self.proved[widths] = structure, names
         structure, names = self.proved[widths]
         if before is not None:
             _compare_values(model, names, before, staying_of(self.programs[0].traced, plan))
@@ -128,12 +128,24 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
     except GraphError as error:
         return DensePrograms((), first_line(error))
     first = DenseProgram(traced, example, left_open)
-    other = next((one for one in _other_sizes(first) if not traced.standalone.takes(one)), None)
-    if other is not None:
+    others = [
+        one
+        for one in other_sizes(traced.standalone, example)
+        if not traced.standalone.takes(one.inputs)
+    ]
+    found = [first]
+    if others:
         with suppress(GraphError):  # the model may not take such inputs
-            second = DenseProgram(_traced(model, other, left_open), other, left_open)
-            return DensePrograms((first, second))
-    return DensePrograms((first,))
+            second = _traced(model, others[0].inputs, left_open)
+            found.append(DenseProgram(second, others[0].inputs, left_open))
+    with model_state(model):
+        untried = [
+            (one.place, one.size)
+            for one in others
+            if not any(program.traced.standalone.takes(one.inputs) for program in found)
+            if runs(model, one.inputs)
+        ]
+    return DensePrograms(tuple(found), untried=untried_in_words(untried))
 
 
 class Unproved(Exception):
@@ -144,36 +156,6 @@ def _traced(
     model: nn.Module, example: Mapping[str, Any], left_open: Mapping[str, Collection[int]]
 ) -> TracedProgram:
     return with_axes(exported(model, example, left_open))
-
-
-# ---- sizes of inputs ---------------------------------------------------------------------
-
-
-def _other_sizes(program: DenseProgram) -> Iterator[Mapping[str, Any]]:
-    """Yield inputs of which one size is another: one that is open, or of images that are not.
-
-    Dimensions that have to be alike are of one size.  Numbers in guards are tried first.
-    """
-    standalone = program.traced.standalone
-    leaves, form = pytree.tree_flatten({name: program.example[name] for name in standalone.names})
-    places: dict[Any, list[tuple[int, int]]] = {}
-    for index, value in enumerate(standalone.inputs):
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if varies(size) or (dim > 1 and value.dim() > 3):
-                places.setdefault(expression(size), []).append((index, dim))
-    numbers = [int(n) for guard in standalone.sizes.guards for n in _NUMBER.findall(guard)]
-    told = sorted({number + more for number in numbers for more in (0, 1)} - {0})
-    for size, those in places.items():
-        index, dim = those[0]
-        count = leaves[index].shape[dim]
-        largest = _MOST_NUMBERS * count // max(1, *(leaves[i].numel() for i, _ in those))
-        others = (*told, 1, 2 * count, 16 * count + 1) if size.is_Symbol else (2 * count,)
-        for other in (other for other in others if other <= largest):
-            changed = list(leaves)
-            for index, dim in those:
-                entries = torch.arange(other, device=leaves[index].device) % count
-                changed[index] = changed[index].index_select(dim, entries)
-            yield pytree.tree_unflatten(changed, form)
 
 
 # ---- node by node ------------------------------------------------------------------------
@@ -380,7 +362,7 @@ class _Comparison:
 
     def result(self) -> Structure:
         """Return what was found equal."""
-        sizes = _sizes_in_words(self.due.traced.standalone, self.made)
+        sizes = sizes_in_words(self.due.traced.standalone, self.made)
         return Structure(self.operators, self.numbers, len(self.tensors), (sizes,))
 
 
@@ -390,23 +372,8 @@ def by_construction(shrunk: ShrunkGraph) -> Structure:
     numbers = sum(map(_is_number, pytree.tree_leaves(calls)))
     names = {shrunk.tensor_name(node) for node in shrunk.graph.find_nodes(op="get_attr")} - {None}
     program = shrunk.traced.standalone
-    sizes = _sizes_in_words(program, program)
-    sizes += "" if program.exact else ", of two samples or more"
+    sizes = sizes_in_words(program, program, samples=1 if program.exact else 2)
     return Structure(len(_steps(shrunk.graph)), numbers, len(names), (sizes,))
-
-
-def _sizes_in_words(dense: Standalone, made: Standalone) -> str:
-    """Say for which inputs two programs hold."""
-    given = list[str]()
-    for name, value in zip(dense.input_names, dense.inputs, strict=True):
-        if isinstance(value, Tensor):
-            pairs = zip(dense.sizes.shapes[name], made.sizes.shapes[name], strict=True)
-            sizes = ("any" if pair == (None, None) else str(pair[1] or pair[0]) for pair in pairs)
-            given.append(f"{name} ({', '.join(sizes)})")
-        else:
-            given.append(f"{name} = {value}")
-    guards = tuple(dict.fromkeys((*dense.sizes.guards, *made.sizes.guards)))
-    return " where ".join((", ".join(given), *([" and ".join(guards)] if guards else [])))
 
 
 _PLAIN = (int, float, complex)

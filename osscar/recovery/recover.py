@@ -32,7 +32,13 @@ from osscar.network.modules import check_finite_weights, check_usable, named_ten
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.preparation.journal import JournalManifest, own_code
-from osscar.proof.lineage import data_record, lineage_of, may_come_from, note_calibration
+from osscar.proof.lineage import (
+    are_swapped,
+    data_record,
+    lineage_of,
+    may_come_from,
+    note_calibration,
+)
 from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
@@ -194,6 +200,12 @@ def recover_as_asked(
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     for one in (model, dense):
         check_trainable(one)
+    if are_swapped(model, dense):
+        raise ModelError(
+            f"the models are swapped: the dense {type(dense).__name__} is smaller than the "
+            f"{type(model).__name__} to be trained, or was pruned from it; give the smaller model "
+            "first"
+        )
     if not may_come_from(model, dense):
         raise ModelError(
             f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "

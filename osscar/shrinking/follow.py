@@ -70,12 +70,17 @@ def adapter(*classes: type[nn.Module] | str) -> Callable[[_Function], _Function]
     return register
 
 
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """Return the adapter of a module's class, or of the nearest one above it."""
+    return known_of_class(module, _ADAPTERS)
+
+
 def mend(model: nn.Module, group: GroupPlan) -> None:
     """Let every module near a group follow; the tensors are sliced already."""
     _leave_nested_tensors(model, group)
     for name in nearby(model, group):
         module = model.get_submodule(name)
-        found = known_of_class(module, _ADAPTERS)
+        found = adapter_of(module)
         if found is not None:
             found(module, group)
         else:

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from graph.tracing.preserve import forget_derived, preserved
-from osscar.base.errors import EquivalenceError, ModelError, first_line
+from graph.tracing.preserve import forget_cached, forget_derived, preserved
+from osscar.base.errors import EquivalenceError, ModelError, first_line, warn
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState
 from osscar.network.modules import copied, evaluating, graphics_cards, named_tensors, number_format
@@ -104,7 +104,15 @@ def shrink(
             programs = dense_programs(model, by_name(model, inputs[0]))
         masked = _Masked.of(model, plan, inputs)
         try:
-            return _proved(model, plan, masked, programs)
+            proof = _proved(model, plan, masked, programs)
+            structure = proof.certificate.structure
+            if structure is not None and structure.untried:
+                sizes = " or ".join(structure.untried)
+                warn(
+                    f"nothing is proved for {sizes}, where the model's code does something else; "
+                    "compare outputs there before you rely on them"
+                )
+            return proof
         except EquivalenceError as error:
             if not isinstance(error, StructureError):  # who is to blame shows without programs
                 programs = DensePrograms((), "outputs differ")
@@ -215,6 +223,7 @@ def _proved(
         for name, buffer in model.named_buffers():  # which adapters may change in place
             before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
         slice_units(model, plan)
+        forget_cached(model)
         found: tuple[Integer, ...] = ()
         try:
             with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from graph import CouplingGroup
+from graph.tracing.caches import caches_kept
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
@@ -118,7 +119,10 @@ def learned_calls(
 def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
     try:
-        with shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake:
+        with (
+            caches_kept(model),
+            shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake,
+        ):
             return _called(model, {name: fake.from_tensor(x) for name, x in batch.items()}, names)
     except Exception:  # code that looks at values, or that has no shape function
         with failures_named(model, 0):

@@ -228,12 +228,12 @@ def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
 ):
     model = uneven("llama-gqa")
 
-    class Other(modeling_pruned.LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            found = super().forward(*args, **kwargs)
-            return type(found)(logits=found.logits * 1.1)
+    def other(model):
+        config = any_shape_config(model)
+        config.osscar_shapes["numbers"].setdefault("model.layers.0.self_attn", {})["scaling"] = 9.0
+        return config
 
-    monkeypatch.setitem(vars(modeling_pruned), "LlamaForCausalLM", Other)
+    monkeypatch.setattr(checkpoint, "any_shape_config", other)
     with pytest.warns(UserWarning, match=r"only osscar\.load will read"):
         saved = checkpoint.save(model, tmp_path / "small")
     assert not saved.with_code

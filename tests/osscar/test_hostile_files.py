@@ -176,7 +176,7 @@ def test_manifests(tmp_path):
     manifest = tmp_path / MANIFEST_FILE
     Manifest.of(False, Lineage()).write(tmp_path)
     assert kind_of(tmp_path) is ModelKind.CODE_DIRECTORY
-    later = manifest.read_bytes().replace(b"osscar.checkpoint/2", b"osscar.checkpoint/99")
+    later = manifest.read_bytes().replace(b"osscar.checkpoint/3", b"osscar.checkpoint/99")
     for content in (*NO_OBJECTS, b'{"a": 1, "a": 2}', b"NaN", later):
         manifest.write_bytes(content)
         kind_of(tmp_path)

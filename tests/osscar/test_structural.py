@@ -22,7 +22,8 @@ from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.proof.program import traced_as_open
-from osscar.proof.structural import StructureError, _other_sizes, dense_programs
+from osscar.proof.sizes import other_sizes
+from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import follow
 from osscar.shrinking.shrink import shrink
 from osscar.shrinking.slice import slice_units
@@ -37,7 +38,7 @@ X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def sizes_are_open(monkeypatch):
     """Leave sizes open, and export for others, as for users."""
-    monkeypatch.setattr("osscar.proof.structural._other_sizes", _other_sizes)
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", other_sizes)
     monkeypatch.setattr("osscar.proof.structural.traced_as_open", traced_as_open)
 
 
@@ -191,12 +192,12 @@ def test_the_certificate_says_what_is_equal_and_for_which_sizes():
     net = Net().eval()
     found = shrink(net, plan_of(net), [(X,)]).certificate.structure
     assert (found.operators, found.tensors) == (3, 4)
-    assert found.sizes == ("x (any, any, 6)",)
+    assert found.sizes == ("any batch of one or more, and x (any, any, 6)",)
 
     branch = Net(lambda net, y, x, w: y.flip(1) if x.shape[1] > 16 else y).eval()
     assert shrink(branch, plan_of(branch), [(X,)]).certificate.structure.sizes == (
-        "x (any, any, 6) where x.shape[1] <= 16",
-        "x (any, any, 6) where x.shape[1] > 16",
+        "any batch of one or more, and x (any, any, 6) where x.shape[1] <= 16",
+        "any batch of one or more, and x (any, any, 6) where x.shape[1] > 16",
     )
 
     def after(net, y, x, w):  # a smaller one takes one length alone
@@ -204,7 +205,7 @@ def test_the_certificate_says_what_is_equal_and_for_which_sizes():
 
     closed = Net(after).eval()
     (found,) = shrink(closed, plan_of(closed), [(X,)]).certificate.structure.sizes
-    assert found.startswith("x (any, 5, 6)")
+    assert found.startswith("any batch of one or more, and x (any, 5, 6)")
 
 
 def test_values_are_compared_that_only_inputs_of_other_sizes_read():
@@ -240,7 +241,9 @@ class WithNumber(Net):
 def test_arguments_that_are_no_tensors_are_part_of_the_claim():
     net, inputs = WithNumber().eval(), {"x": X, "k": 3}
     proof = shrink(net, plan_of(net, inputs=inputs), [inputs])
-    assert proof.certificate.structure.sizes == ("x (any, any, 6), k = 3",)
+    assert proof.certificate.structure.sizes == (
+        "any batch of one or more, and x (any, any, 6), k = 3",
+    )
 
 
 # ---- what is compared --------------------------------------------------------------------
@@ -308,7 +311,7 @@ class Nested(Net):
 
 
 def test_branches_that_a_program_contains_are_compared(monkeypatch):
-    monkeypatch.setattr("osscar.proof.structural._other_sizes", lambda program: ())
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
     net = Nested().eval()
     programs, plan = dense_programs(net, {"x": X}), plan_of(net)
     slice_units(net, plan)
@@ -403,7 +406,7 @@ def test_a_model_that_was_pruned_twice_is_proved_again_from_the_two_models():
 
 
 def test_generation_with_a_cache_is_that_of_the_masked_model(monkeypatch):
-    monkeypatch.setattr("osscar.proof.structural._other_sizes", lambda program: ())
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
     model = tiny("llama-gqa", layers=1).eval()
     ids = torch.arange(10).view(2, 5) + 3
     how = {"max_new_tokens": 4, "do_sample": False}
@@ -428,4 +431,4 @@ def test_the_many_outputs_of_a_detector_are_proved_for_images_of_any_size():
     model, images = detector(), torch.randn(3, 3, 64, 64)
     structure = shrink(model, plan_of(model, inputs=(images,)), [(images,)]).certificate.structure
     assert structure is not None
-    assert structure.sizes == ("x (any, 3, any, any)",)
+    assert structure.sizes == ("any batch of one or more, and x (any, 3, any, any)",)
