@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import graph
 from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, first_line
@@ -106,7 +107,8 @@ class Task:
         found = digests(model, self.formats)
         try:
             with evaluating(model):
-                outputs = proof_outputs(model, self.inputs) if self.inputs else []
+                inputs = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), self.inputs)
+                outputs = proof_outputs(model, inputs) if inputs else []
         except Exception as error:  # as above
             let_shortage_pass(error)
             raise EquivalenceError(

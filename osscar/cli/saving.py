@@ -136,7 +136,8 @@ def saved_line(saved: SavedCheckpoint, where: Path) -> str:
         reader = "from_pretrained of transformers reads it"
     elif saved.with_code:
         reader += ", and so does from_pretrained(..., trust_remote_code=True)"
-    return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader})"
+    here = "" if saved.fresh else "; read back in this process alone"
+    return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader}{here})"
 
 
 def to_evaluate(

@@ -16,7 +16,7 @@ import graph
 import osscar
 from osscar.base.errors import CheckpointError, FileError
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint import modeling_pruned
+from osscar.checkpoint import hf_config, modeling_pruned
 from osscar.checkpoint.hf_config import MODELLING_FILE, _change_widths
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
@@ -229,7 +229,7 @@ def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
     model = uneven("llama-gqa")
 
     def other(model):
-        config = any_shape_config(model)
+        config = hf_config.any_shape_config(model)
         config.osscar_shapes["numbers"].setdefault("model.layers.0.self_attn", {})["scaling"] = 9.0
         return config
 

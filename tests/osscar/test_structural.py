@@ -16,13 +16,14 @@ from torch import nn
 
 import graph
 import osscar
+from graph.tracing.standalone import Sizes
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.network.modules import full_name
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.proof.program import traced_as_open
-from osscar.proof.sizes import other_sizes
+from osscar.proof.sizes import other_sizes, sizes_in_words
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import follow
 from osscar.shrinking.shrink import shrink
@@ -230,6 +231,51 @@ def test_sizes_that_were_not_proved_are_not_claimed(wrong):
     except EquivalenceError:
         return
     assert all(" where " in size for size in found.sizes)
+
+
+def test_sizes_of_which_no_program_tells_are_named():
+    def after(net, y, x, w):
+        return y if x.shape[1] <= 16 else y * 2 if x.shape[1] <= 24 else y * 3
+
+    net = Net(after).eval()
+    with pytest.warns(UserWarning, match=r"nothing is proved for x\.shape\[1\] = \d"):
+        found = shrink(net, plan_of(net), [(X,)]).certificate.structure
+    assert len(found.sizes) == 2
+    assert found.sentence().endswith(f"; nothing is proved for {found.untried[0]}")
+
+
+def test_an_empty_batch_is_not_claimed():
+    net = Net(lambda net, y, x, w: y * w if x.shape[0] == 0 else y).eval()
+    (found,) = shrink(net, plan_of(net), [(X,)]).certificate.structure.sizes
+    assert found == "any batch of one or more, and x (any, any, 6)"
+
+
+@pytest.mark.parametrize(
+    ("guards", "said"),
+    [
+        ((), "any batch of one or more, and one token or more"),
+        (
+            ("ids.shape[0] == input_ids.shape[0]",),
+            "any batch of one or more, and one token or more",
+        ),
+        (("input_ids.shape[1] > 1",), "any batch of one or more, and two tokens or more"),
+        (("1 != input_ids.shape[0]",), "batches of two or more, and one token or more"),
+        (
+            ("input_ids.shape[0] == 1", "12 >= input_ids.shape[1]"),
+            "a batch of one, and one to 12 tokens",
+        ),
+        (("input_ids.shape[1] != 7",), "any batch of one or more, and one token or more but not 7"),
+        (
+            ("input_ids.shape[1] % 4 == 0",),
+            "any batch of one or more, and one token or more where input_ids.shape[1] % 4 == 0",
+        ),
+    ],
+)
+def test_sizes_are_said_in_words(guards, said):
+    sizes = Sizes({"input_ids": (None, None)}, guards)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    program = SimpleNamespace(input_names=("input_ids",), inputs=(ids,), sizes=sizes)
+    assert sizes_in_words(program, program) == said
 
 
 class WithNumber(Net):

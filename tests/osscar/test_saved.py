@@ -1,0 +1,266 @@
+"""What is saved is what another process builds; and what code keeps outside of its instances."""
+
+import functools
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import osscar
+from osscar.base.errors import CheckpointError, EquivalenceError, ModelError
+from osscar.checkpoint import fresh_process
+from osscar.checkpoint.manifest import read_manifest
+from osscar.proof.lineage import lineage_of
+from osscar.proof.sample import Drawn, Output, Sample
+
+WIDTH = 32
+FEW = {"neurons": 0.5, "backend": "magnitude", "device": "cpu"}
+X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+_NORMS: dict[str, float] = {}
+
+
+class Net(nn.Module):
+    """Divides by a norm of its width, which each kind computes and keeps in another way."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 4)
+        self.count = None
+
+    def norm(self, h):
+        return 1.0
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        return self.down(h) / self.norm(h)
+
+
+class InFile(Net):
+    def norm(self, h):
+        return _NORMS.setdefault("norm", h.shape[-1] ** 0.5)
+
+
+class InClass(Net):
+    known: list[float] = []  # noqa: RUF012
+
+    def norm(self, h):
+        if not self.known:
+            self.known.append(h.shape[-1] ** 0.5)
+        return self.known[0]
+
+
+class InDefault(Net):
+    def norm(self, h, known={}):  # noqa: B006
+        return known.setdefault("norm", h.shape[-1] ** 0.5)
+
+
+class Lazy(Net):
+    def norm(self, h):
+        if self.count is None:
+            self.count = h.shape[-1]
+        return self.count**0.5
+
+
+class Property(Net):
+    @functools.cached_property
+    def root(self):
+        return self.up.out_features**0.5
+
+    def norm(self, h):
+        return self.root
+
+
+class Buffer(Net):
+    def norm(self, h):
+        if not hasattr(self, "root"):
+            self.register_buffer("root", torch.tensor(h.shape[-1] ** 0.5), persistent=False)
+        return self.root
+
+
+class Sigmoid(Net):
+    def forward(self, x):
+        return self.down(torch.sigmoid(self.up(x)))
+
+
+@pytest.mark.parametrize("kind", [InFile, InClass, InDefault])
+def test_a_number_that_no_other_process_has_is_not_saved(kind, tmp_path):
+    result = osscar.prune(kind(), X, **FEW)
+    with pytest.raises(EquivalenceError, match="was not kept: the model that was read back"):
+        result.save(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_that_a_pass_registers_is_none_of_the_smaller_model():
+    with pytest.raises(EquivalenceError, match="none of 1 group can be pruned"):
+        osscar.prune(Buffer(), X, **FEW)
+
+
+@pytest.mark.parametrize("kind", [Lazy, Property])
+def test_what_passes_of_a_run_keep_in_modules_is_in_no_smaller_model(kind, tmp_path):
+    result = osscar.prune(kind(), X, **FEW)
+    again = osscar.load(result.save(tmp_path / "small").path, dense=kind())
+    torch.testing.assert_close(again(X), result.model(X))
+
+
+def test_a_cached_property_of_an_earlier_pass_is_computed_anew(tmp_path):
+    net = Property()
+    net(X)
+    result = osscar.prune(net, X, **FEW)
+    again = osscar.load(result.save(tmp_path / "small").path, dense=Property())
+    torch.testing.assert_close(again(X), result.model(X))
+    assert net.root == WIDTH**0.5
+
+
+@pytest.mark.parametrize("kind", [Lazy, Buffer])
+def test_a_number_of_an_earlier_pass_is_seen_when_the_checkpoint_is_read(kind, tmp_path):
+    net = kind()
+    net(X)
+    saved = osscar.prune(net, X, **FEW).save(tmp_path / "small")
+    with pytest.raises(CheckpointError, match="computes something else than the model"):
+        osscar.load(saved.path, dense=kind())
+
+
+def test_other_code_is_refused_in_every_number_format(tmp_path):
+    saved = osscar.prune(Net(), X, **FEW).save(tmp_path / "small")
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        assert osscar.load(saved.path, dense=Net(), dtype=dtype)(X.to(dtype)).isfinite().all()
+        with pytest.raises(CheckpointError, match=r"something else .* of their size off"):
+            osscar.load(saved.path, dense=Sigmoid(), dtype=dtype)
+
+
+def test_what_is_recorded_is_small_and_is_made_anew_of_what_is_read(tmp_path):
+    saved = osscar.prune(Net(), X, **FEW).save(tmp_path / "small")
+    sample = read_manifest(saved.path).lineage.sample
+    again = osscar.load(saved.path, dense=Net())
+    assert sample.distance([again(**sample.drawn())]) < 1e-6
+    assert len(json.dumps(json.loads((saved.path / "osscar.json").read_text()))) < 8000
+    with torch.no_grad():
+        again.down.bias += 1
+    second = osscar.save(again, tmp_path / "second")
+    assert sample.distance([again(**sample.drawn())]) > 0.1
+    assert lineage_of(osscar.load(second.path, dense=Net())).sample.outputs != sample.outputs
+
+
+def test_code_that_no_other_process_can_import_is_read_here_alone_and_says_so(tmp_path):
+    class Local(Net):
+        pass
+
+    result = osscar.prune(Local(), X, **FEW)
+    with pytest.warns(UserWarning, match=r"in this process alone.*Local is defined in a function"):
+        saved = result.save(tmp_path / "small")
+    assert not saved.fresh
+    assert not read_manifest(saved.path).fresh
+    assert osscar.prune(Net(), X, **FEW).save(tmp_path / "other").fresh
+
+
+@pytest.mark.slow
+def test_a_new_python_reads_what_forked_ones_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(fresh_process, "start", fresh_process._NewPython)
+    assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh
+    result = osscar.prune(InFile(), X, **FEW)
+    with pytest.raises(EquivalenceError, match="was not kept"):
+        result.save(tmp_path / "other")
+
+
+def test_models_that_are_swapped_are_not_recovered():
+    dense = Net()
+    once = osscar.prune(dense, X, **FEW).model
+    twice = osscar.prune(once, X, **FEW).model
+    for smaller, larger in ((once, dense), (twice, dense), (twice, once)):
+        with pytest.raises(ModelError, match="the models are swapped"):
+            osscar.recover(larger, smaller, X, steps=4)
+
+
+# ---- the fixed input ---------------------------------------------------------------------
+
+
+def test_a_fixed_input_has_the_form_and_the_range_of_the_example():
+    given = {"ids": torch.tensor([[3, 9]]), "x": torch.tensor([[-1.0, 0.5]]), "k": 3}
+    sample = Sample.like(given)
+    drawn = sample.drawn()
+    assert drawn["k"] == 3
+    assert set(Drawn((40, 40), "int64", 3, 9).tensor().flatten().tolist()) == set(range(3, 10))
+    assert drawn["x"].shape == (1, 2)
+    assert ((drawn["x"] >= -1) & (drawn["x"] <= 0.5)).all()
+    assert Sample.like({"x": [torch.zeros(1)]}) is None
+
+
+def test_an_output_is_near_another_if_its_numbers_are():
+    y = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    one = Output.of(y)
+    assert one.distance(Output.of(y * (1 + 1e-4))) < 2e-4
+    assert one.distance(Output.of(2 * y)) == pytest.approx(0.5, abs=0.2)
+    assert one.distance(Output.of(y[:, :6])) == float("inf")
+    y[0, 0] = float("inf")
+    assert one.distance(Output.of(y)) == float("inf")
+    assert Output.of(y).distance(Output.of(y)) == 0
+
+
+# ---- what a trace leaves -----------------------------------------------------------------
+
+
+class Table:
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, n):
+        if n not in self.known:
+            self.known[n] = torch.arange(1.0, n + 1)
+        return self.known[n]
+
+
+@functools.lru_cache
+def recent(n):
+    return torch.arange(1.0, n + 1)
+
+
+@functools.cache
+def nested(n):
+    return {"grid": [torch.arange(1.0, n + 1)]}
+
+
+def remembered(function):
+    known = {}
+
+    def call(n):
+        if n not in known:
+            known[n] = function(n)
+        return known[n]
+
+    return call
+
+
+closed, table = remembered(lambda n: torch.arange(1.0, n + 1)), Table()
+GRIDS = {
+    "recent": recent,
+    "nested": lambda n: nested(n)["grid"][0],
+    "closed": closed,
+    "table": table,
+}
+
+
+class Grid(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.up, self.down, self.name = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), name
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x))) * GRIDS[self.name](x.shape[-1])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_trace_leaves_nothing_in_the_caches_of_the_users_code(name, monkeypatch):
+    from osscar.proof.sizes import other_sizes
+
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", other_sizes)
+    net = Grid(name)
+    GRIDS[name](5)  # which stays
+    result = osscar.prune(net, torch.randn(8, 3, 6, 6), channels=0.5, backend="magnitude")
+    assert result.certificate.structure is not None
+    for size in range(1, 25):
+        found = net(torch.ones(1, 3, size, size))
+        assert not isinstance(found, FakeTensor)
+        assert torch.equal(GRIDS[name](size), torch.arange(1.0, size + 1))
