@@ -76,7 +76,7 @@ class Sharing:
                     for name, curve in own.items()
                     if curve.measured
                 },
-                "frontier": () if prices is None else search.frontier(prices, order[0]),
+                "frontier": () if prices is None else search.frontier(found, order[0]),
             }
         widths = {
             g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))

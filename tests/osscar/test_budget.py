@@ -1,19 +1,14 @@
-"""One budget for all layers: the search, what a request comes to, and what is told of it."""
+"""One budget for all layers: what a request comes to, and what is told of it."""
 
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import Cost, CountedCost, Product, count
-from osscar.allocation.search import Search
+from osscar.allocation.costs import Cost, count
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
@@ -25,75 +20,7 @@ from osscar.run.chain import goal
 from tests.osscar.families import tiny, tokens
 from tests.osscar.test_costs import CNN, allocated_by_random_curves
 
-# ---- the search --------------------------------------------------------------------------
-
-
-def searched(losses, *costs):
-    """Return a search over groups with a loss for each width, whose units cost so much each."""
-    units = {name: len(some) - 1 for name, some in losses.items()}
-    options = {name: np.arange(len(some)) for name, some in losses.items()}
-    terms = (tuple(Product(price, (name,)) for name, price in cost.items()) for cost in costs)
-    return Search(options, losses, {}, [CountedCost(0.0, some, units) for some in terms])
-
-
-@st.composite
-def groups_with_losses(draw):
-    """Losses of a few groups by what they keep, convex or not, costs of a unit, and a limit."""
-    losses = {}
-    for index, units in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))):
-        falls = draw(st.lists(st.floats(0, 8), min_size=units, max_size=units))
-        curve = np.append(np.cumsum(falls)[::-1], 0.0) * 10.0 ** draw(st.integers(-6, 2))
-        losses[str(index)] = curve
-    costs, limits = [], []
-    for _ in range(draw(st.integers(1, 3))):
-        units = {name: float(draw(st.integers(0, 19))) for name in losses}
-        most = sum(cost * (len(losses[name]) - 1) for name, cost in units.items())
-        costs.append(units)
-        limits.append(draw(st.floats(0, 1)) * most)
-    return losses, costs, limits
-
-
-@given(groups_with_losses())
-@example(({"0": np.array([1.0, 5e-324, 0.0])}, [{"0": 2.0}], [2.0]))
-@example(
-    (  # what HiGHS would take for within the limit
-        {"0": np.array([1.0, 0.0]), "1": np.array([1.0, 0.0]), "2": np.array([1.5, 0.0])},
-        [{"0": 1.0, "1": 1.0, "2": 1.0}],
-        [2 * (1 - 3e-8)],
-    )
-)
-@settings(max_examples=80)
-def test_widths_are_nearly_those_that_trying_everything_finds(problem):
-    losses, costs, limits = problem
-    search = searched(losses, *costs)
-
-    def within(widths, slack):
-        spent = (sum(cost[name] * k for name, k in widths.items()) for cost in costs)
-        return all(one <= limit * (1 + slack) for one, limit in zip(spent, limits, strict=True))
-
-    every = itertools.product(*(range(len(some)) for some in losses.values()))
-    choices = (dict(zip(losses, counts, strict=True)) for counts in every)
-    best = min(search.loss(widths) for widths in choices if within(widths, 1e-12))
-    kept, bound, prices = search.choose(limits)
-    assert within(kept, 1e-9)
-    assert (prices >= 0).all()
-    assert best <= search.loss(kept) * (1 + 1e-12) <= 1.005 * best + 1e-300
-    assert bound <= best * (1 + 1e-9)
-
-
-def test_searches_over_many_widths_have_small_gaps():
-    """Also where losses are costs, so that no price tells one group from another."""
-    random = np.random.default_rng(0)
-    falls = {str(g): np.sort(random.exponential(size=512) ** 3) for g in range(30)}
-    losses = {name: np.append(some.cumsum()[::-1], 0.0) for name, some in falls.items()}
-    costs = [{name: float(random.integers(1000, 9000)) for name in losses} for _ in range(2)]
-    alike = {str(g): np.arange(50.0)[::-1] * (g + 1) for g in range(12)}
-    for search in (
-        searched(losses, *costs),
-        searched(alike, {str(g): float(g + 1) for g in range(12)}),
-    ):
-        kept, bound, _ = search.choose([0.6 * cost.dense for cost in search.costs])
-        assert search.loss(kept) - bound <= 1e-3 * search.loss(kept)
+# ---- gaps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import osscar
 from graph import Size
-from osscar.allocation import search
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, CountedCost, Product, count
+from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.measured import Curve
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.checkpoint.formats import written_tensors
@@ -92,44 +91,6 @@ def allocated_by_random_curves(task):
     place, found = "osscar.allocation.allocate.measured_curves", (random_curves(task), "nats")
     with mock.patch(place, return_value=found):
         return allocate(task)
-
-
-@given(costs(), st.floats(0, 1), st.integers(0, 2**32 - 1), st.sampled_from([0.3, 1, 3]))
-@settings(max_examples=40)
-def test_any_costs_are_kept_within_any_limit_that_some_widths_meet(cost, share, seed, power):
-    """As trying all widths finds; where too many costs multiply, nothing is proved."""
-    random = np.random.default_rng(seed)
-    options = {name: np.arange(1, units + 1) for name, units in cost.units.items()}
-    losses = {name: falling(random, units, power)[1:] for name, units in cost.units.items()}
-    best = {}
-    for widths in itertools.product(*(some.tolist() for some in options.values())):
-        loss = sum(float(losses[n][k - 1]) for n, k in zip(options, widths, strict=True))
-        whole = cost.of(dict(zip(options, widths, strict=True)))
-        best[whole] = min(loss, best.get(whole, loss))
-    limit = sorted(best)[int(share * (len(best) - 1))]
-    least = min(loss for whole, loss in best.items() if whole <= limit)
-    for most in (search._MOST_TOGETHER, 0):  # none is listed then
-        with mock.patch.object(search, "_MOST_TOGETHER", most):
-            searched = search.Search(options, losses, {}, [cost])
-            kept, bound, prices = searched.choose([limit])
-            assert cost.of(kept) <= limit
-            assert searched.loss(kept) >= least * (1 - 1e-9)
-            assert (bound is None) == (most == 0)
-            if bound is not None:
-                assert bound <= least * (1 + 1e-9)
-                assert searched.loss(kept) <= least * 1.005 + 1e-300
-            reached, lost = map(np.array, zip(*searched.frontier(prices), strict=True))
-            assert (np.diff(reached) > 0).all()
-            assert (np.diff(lost) <= 0).all()
-            assert set(reached) <= set(best)
-
-
-def test_a_limit_is_kept_to_the_last_of_billions_of_parameters():
-    cost = CountedCost(0.0, (Product(7e9, ("a",)),), {"a": 2})
-    losses = {"a": np.array([1.0, 0.0])}
-    one = search.Search({"a": np.array([1, 2])}, losses, {}, [cost])
-    assert one.choose([7e9]).kept == {"a": 1}
-    assert one.choose([7e9 - 3]) == ({"a": 1}, None, None)
 
 
 # ---- parameters and operations of networks -----------------------------------------------
