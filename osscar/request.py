@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
 
 from annotated_types import Gt, Interval
 
@@ -35,10 +45,10 @@ Q = TypeVar("Q")
 R_co = TypeVar("R_co", covariant=True)
 
 PRUNED_KINDS = ("heads", "neurons", "channels")
-"""What a budget applies to, residual channels left out."""
+"""What a budget applies to."""
 
-AUTO = "auto"
-"""Of experts: that a budget applies to them, too."""
+AUTO: Final = "auto"
+"""Of experts: that a budget applies to them, too; of widths: as round as their number allows."""
 
 BOUND_ROUNDS = 8
 """What `solvers.solve` takes by default as well; said here, where nothing has loaded torch."""
@@ -56,6 +66,8 @@ DAMP = Interval(ge=0, le=1e9)
 
 Keep = str | int | float | Fraction
 """A count of units (an int, or a string such as ``"512"``) or the fraction of them to keep."""
+
+RoundTo = int | Literal["auto"]
 
 METHODS = {
     "measured": "widths of least divergence, measured group by group; refits correct the errors of "
@@ -126,8 +138,8 @@ class QualityTarget:
 class Widths:
     """The widths that a group may have."""
 
-    round_to: int = 1
-    """Its width, units times rows a unit, is a multiple of this."""
+    round_to: RoundTo = 1
+    """Its width, units times rows a unit, is a multiple of this; of `round_width`, where auto."""
     at_least: Fraction | int | None = None
     """Fewest units that stay: a count, or a fraction of the group's."""
 
@@ -138,6 +150,11 @@ class Widths:
         if isinstance(self.at_least, int):
             return min(self.at_least, units)
         return math.ceil(self.at_least * units)
+
+
+def round_width(width: int) -> int:
+    """Return of what a width is a multiple by default, as processors and cards are fast with."""
+    return 16 if width > 32 else 8 if width > 16 else 1
 
 
 def parse_keep(value: Keep) -> Fraction | int:
@@ -179,6 +196,13 @@ def _size(value: Any) -> Any:
 
 def _experts(value: Any) -> Any:
     return value if isinstance(value, str) and value == AUTO else _keep(value)
+
+
+def _round_to(value: Any) -> Any:
+    text = str(value).strip()
+    if text == AUTO or (text.isdecimal() and 1 <= int(text[:19]) < 2**63):
+        return text if text == AUTO else int(text)
+    raise ValueError("give a whole number from 1, or auto")
 
 
 def _groups(value: Any) -> Any:
@@ -226,8 +250,8 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Fraction to remove, between 0 and 1, of the parameters of heads, neurons and channels; the
-        other parameters of the model do not count.
+        Fraction to remove, between 0 and 1, of the parameters of heads, neurons and channels, those
+        of residual channels left out; the other parameters of the model do not count.
     params
         Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size
@@ -268,7 +292,7 @@ class PruningRequest:
     allocation
         How the budgets are divided among layers.  ``measured`` chooses widths with which the
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
-        paper does.
+        paper does, and all residual channels.
     heads
         Heads to keep in each layer: a fraction such as ``2/3``, or a count.  Under grouped-query
         attention a head is a key-value head with its query heads.
@@ -278,14 +302,17 @@ class PruningRequest:
         Channels to keep in each convolution: a fraction, or a count.
     residual
         Channels to keep in each residual stream, the sum along shortcuts: a fraction, or a count.
-        Only this option removes residual channels.
+        By default a budget decides, unless the allocation is ``uniform``; 1.0 keeps them all.
     experts
         Experts to keep in each mixture: a fraction, or a count.  With ``auto``, a budget of
         parameters or bytes decides.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
-        Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp.
+        Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp; 1 allows
+        any.  ``auto`` makes it a multiple of 16 where the layer is more than 32 wide, and of 8
+        where it is more than 16 wide, with which devices are fast; heads, and what is kept as a
+        count of units, stay as they are.
     at_least
         Fewest units that a budget leaves in each group: a fraction of the group's, or a count.
     skip
@@ -362,7 +389,7 @@ class PruningRequest:
     residual: KeepOption = None
     experts: Annotated[Keep | None, Read(_experts)] = None
     groups: Annotated[Mapping[str, Keep], Read(_groups)] = field(default_factory=dict)
-    round_to: Annotated[int, count_from(1)] = 1
+    round_to: Annotated[RoundTo, Read(_round_to)] = AUTO
     at_least: KeepOption = None
     skip: Annotated[Sequence[str], Read(_patterns)] = ()
     backend: "str | solvers.Backend" = "local_search"
@@ -474,7 +501,7 @@ class PruningRequest:
             "params or size as the budget, or omit experts 'auto'",
         )
         yield (
-            self.experts_alone and (self.certify or self.round_to != 1),
+            self.experts_alone and (self.certify or self.round_to != AUTO),
             f"{'--certify' if self.certify else '--round-to'} does not go with experts alone: no "
             "lower bound is known for a choice of experts, and their count is not rounded; omit it",
         )

@@ -7,8 +7,10 @@ from the dense model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
@@ -19,10 +21,14 @@ from osscar.allocation.measured import Curve, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import as_fast_as
 from osscar.allocation.task import PruningTask
+from osscar.allocation.whole import whole_distance
 from osscar.allocation.widths import possible_counts, why_frozen
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.request import BudgetKind
+
+_WEIGHTS = 1.0, 2.0, 4.0, math.inf
+"""Of the losses of residual streams, that are tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +38,30 @@ class Sharing:
     task: PruningTask
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
+    stream_weight: float = 1.0
+    """How many times the losses of residual streams count; infinite where these stay whole."""
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """The residual streams among them."""
+        return self.task.prepared.residual & self.task.options.keys()
 
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
-        """Return what groups keep so that the model costs at most what is allowed, or the least."""
+        """Return what groups keep so that the model costs at most what is allowed, or the least.
+
+        Equal shares leave residual streams whole, if the others can meet the budgets.
+        """
         limits = [one.most for one in allowed]
         if self.curves is not None:
             return self._search(self.curves, allowed).choose(limits)
-        costs = [one.cost for one in allowed]
-        return Chosen(equal_shares(self.task.options, self.task.keep, costs, limits))
+        costs, options = [one.cost for one in allowed], self.task.options
+        for whole in (self.streams, frozenset[str]()) if self.streams else (self.streams,):
+            kept = {name: int(options[name][-1]) for name in whole}
+            others = {name: some for name, some in options.items() if name not in whole}
+            kept |= equal_shares(others, {**self.task.keep, **kept}, costs, limits)
+            if _within({**self.task.keep, **kept}, allowed):
+                break
+        return Chosen({name: kept[name] for name in options})
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
         """Report on a choice, with a prediction and prices where there are curves."""
@@ -61,10 +83,11 @@ class Sharing:
         if self.curves is not None:
             search = self._search(self.curves, allowed)
             own = {name: self.curves[name] for name in search.options}
-            parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
+            parts = {n: self._times(n) * float(c.losses[found[n]]) for n, c in own.items()}
             told = {
                 "predicted": search.loss(found),
                 "lower_bound": chosen.bound,
+                "stream_weight": self.stream_weight if self.stream_weight < math.inf else None,
                 "measure": self.measure,
                 "curves": {
                     name: tuple(curve.losses.tolist())
@@ -84,10 +107,22 @@ class Sharing:
         }
         return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
+    def _times(self, name: str) -> float:
+        """Return how many times the losses of a group count; of one that stays whole they are 0."""
+        weighed = name in self.streams and self.stream_weight < math.inf
+        return self.stream_weight if weighed else 1.0
+
     def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
-        options = self.task.options
-        losses = {name: curves[name].losses[some] for name, some in options.items()}
+        whole = self.streams if self.stream_weight == math.inf else frozenset[str]()
+        options = {
+            name: some[-1:] if name in whole else some for name, some in self.task.options.items()
+        }
+        losses = {n: self._times(n) * curves[n].losses[some] for n, some in options.items()}
         return Search(options, losses, self.task.keep, [one.cost for one in allowed])
+
+
+def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
+    return all(one.cost.of(kept) <= one.most * (1 + ROUNDING) for one in allowed)
 
 
 def allocate(task: PruningTask, before: Budget | None = None) -> Allocated:
@@ -131,7 +166,7 @@ def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
             )
     sharing = Sharing(task)
     if request.allocation != "uniform":
-        sharing = Sharing(task, *measured_curves(task, choose, before))
+        sharing = _weighed(Sharing(task, *measured_curves(task, choose, before)), allowed)
 
     def shared_out() -> Budget:
         if request.speedup is not None:
@@ -139,6 +174,33 @@ def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
         return sharing.budget(allowed, sharing.choose(allowed))
 
     return ranks.broadcast("budgets that are shared out", shared_out)
+
+
+def _weighed(sharing: Sharing, allowed: Sequence[Allowance]) -> Sharing:
+    """Choose how many times the losses of residual streams count, if these are to lose channels.
+
+    For each weight the best widths are pruned on trial (`osscar.allocation.whole`); the weight of
+    the model that is closest to the dense one is taken.
+    """
+    task, best, before = sharing.task, (math.inf, sharing), dict[str, int]()
+    for weight in _WEIGHTS if sharing.streams else ():
+        one = replace(sharing, stream_weight=weight)
+        kept = task.prepared.ranks.broadcast("widths", partial(_chosen, one, allowed))
+        every = {**task.keep, **kept}
+        if kept == before or not _within(every, allowed):
+            continue
+        whole = all(kept[name] == task.options[name][-1] for name in sharing.streams)
+        if whole and not before:
+            return one
+        best = min(best, (whole_distance(task, every), one), key=lambda pair: pair[0])
+        if whole:
+            break
+        before = kept
+    return best[1]
+
+
+def _chosen(sharing: Sharing, allowed: Sequence[Allowance]) -> dict[str, int]:
+    return sharing.choose(allowed).kept
 
 
 def _timed(sharing: Sharing, wanted: float, allowed: Sequence[Allowance]) -> Budget:
@@ -198,7 +260,7 @@ def _more_to_prune(task: PruningTask, budget: BudgetKind) -> str:
     if not streams:
         return "more kinds of units"
     return (
-        "residual channels, too, which no budget prunes by itself "
+        "residual channels, too, of which equal shares take none "
         f"(--residual): {listed([*map(repr, streams)], 3)}"
     )
 

@@ -75,6 +75,9 @@ class Budget:
     measure: Measure = "nats"
     """What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
     error of outputs over the squares of the dense ones, where these are no scores of classes."""
+    stream_weight: float | None = 1.0
+    """How many times what residual streams lose alone counts in all predictions, as models that
+    were pruned on trial showed; None where they keep all channels."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     """The distance that each group that had a choice causes alone, over the units kept."""
     widths: dict[str, Width] = field(default_factory=dict, repr=False)
@@ -82,8 +85,8 @@ class Budget:
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
     """By group, the widths at which its curve was measured."""
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-    """Costs of the whole model by the tightest limit, ascending, and the least predicted distance
-    at each, of the best choices at multiples of the prices."""
+    """Costs of the whole model by the tightest limit, ascending, and about the least predicted
+    distance at each, whatever other limits allow (`Search.frontier`)."""
 
     @property
     def tightest(self) -> Limit:

@@ -71,8 +71,9 @@ def allowances(task: PruningTask) -> list[Allowance]:
         dense = counted(kind, Form.EAGER).dense  # a share is of what one has: the modules' file
         cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
         match budget:
-            case BudgetKind.SPARSITY:  # of the parameters that the shared groups own
-                all_gone = cost.of({**others, **dict.fromkeys(least, 0)})
+            case BudgetKind.SPARSITY:  # of the parameters that the shared groups own, not streams
+                own = least.keys() - prepared.residual or least.keys()
+                all_gone = cost.of({**others, **dict.fromkeys(own, 0)})
                 most = all_gone + (1 - asked) * (cost.of(others) - all_gone)
             case BudgetKind.FLOPS:
                 most = asked * dense

@@ -208,7 +208,7 @@ def measured_curves(
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     curves = {} if before is None else known_curves(before)
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
-    wanted = widths_to_measure(groups, choose(curves or None), curves, task.request.widths)
+    wanted = widths_to_measure(groups, choose(curves or None), curves, task.widths)
     some = [group for group in groups if group.name in wanted]
     with stage("measuring curves", total=len(some)) as bar:
         for step in _steps(few, some) if some else ():

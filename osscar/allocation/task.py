@@ -23,7 +23,7 @@ from osscar.data.parts import held_out
 from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
-from osscar.request import AUTO, Keep, PruningRequest, parse_keep
+from osscar.request import AUTO, Keep, PruningRequest, Widths, parse_keep
 from osscar.walk.targets import Target
 
 
@@ -144,19 +144,25 @@ class PruningTask:
 
     @cached_property
     def shared(self) -> list[CouplingGroup]:
-        """The groups that share a budget."""
+        """The groups that share a budget; residual streams do if curves say what they lose."""
+        streams = () if self.measures_curves else self.prepared.residual
         return [
             group
             for group in self._prunable
             if self._requested(group) is None
             and group.kind in self.request.shared_kinds
-            and group.name not in self.prepared.residual
+            and group.name not in streams
         ]
+
+    @property
+    def widths(self) -> Widths:
+        """The widths that groups that share a budget may have."""
+        return self.request.widths
 
     @cached_property
     def options(self) -> dict[str, NDArray[np.int64]]:
         """The widths that each group that shares a budget may have, ascending."""
-        return {group.name: possible_widths(group, self.request.widths) for group in self.shared}
+        return {group.name: possible_widths(group, self.widths) for group in self.shared}
 
     @property
     def least(self) -> dict[str, int]:
@@ -179,7 +185,7 @@ class PruningTask:
         keep = dict(self.keep)
         before: Counter[int] = Counter()
         for group in self.shared if self.request.has_budget else ():
-            keep[group.name] = about_half(group, self.request.widths, before[group.units] % 2)
+            keep[group.name] = about_half(group, self.widths, before[group.units] % 2)
             before[group.units] += 1
         return keep
 

@@ -55,7 +55,7 @@ def run(model: str, options: InspectOptions) -> None:
     prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)
     streams = [group for group in groups if group.name in residual]
     beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
-    more = f", and `osscar prune --residual` another {beside / total:.1%}" if beside else ""
+    more = f", and another {beside / total:.1%} with residual channels" if beside else ""
     say(f"a budget can prune {prunable / total:.1%} of {total:,} parameters{more}")
     if options.svg is not None:
         say(f"drawing: {prepared.traced.draw(options.svg)}")

@@ -39,7 +39,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.report.shown import columns, notes
-from osscar.request import PruningRequest, TargetKind
+from osscar.request import AUTO, PruningRequest, TargetKind, round_width
 from osscar.run.target_search import reported_in_words, target_in_words
 from osscar.study.cases import proofs_in_words
 from osscar.study.records import ProofBasis
@@ -220,6 +220,11 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
+    wide = any(
+        one["kind"] in ("neurons", "channels") and round_width(one["units"]) > 1 for one in layers
+    )
+    if document["settings"]["round_to"] == AUTO and wide:
+        yield "widths", "rounded to multiples of 16, narrow ones of 8; --round-to 1 allows any"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))

@@ -1,7 +1,9 @@
 """One budget for all layers: what a request comes to, and what is told of it."""
 
 import math
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from torch import nn
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, count
+from osscar.allocation.measured import Curve
 from osscar.allocation.task import PruningTask
+from osscar.allocation.whole import whole_distance
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
 from osscar.evaluation.size import count_owned
@@ -107,7 +111,7 @@ def test_a_slack_budget_changes_nothing_and_a_binding_one_is_said_to_bind(opt, a
 
 def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
     units = {group.name: (group.kind, group.units) for group in opt.groups}
-    found = allocated(opt, sparsity=0.5, heads=1.0)
+    found = allocated(opt, sparsity=0.5, heads=1.0, round_to=1)
     assert {units[name][0] for name in found.keep} == {"neurons"}
     neurons = sum(width.kept for width in found.budget.widths.values())
     assert 38 <= neurons <= 40  # of 80: it is a share of what they own
@@ -139,16 +143,75 @@ class Shortcut(nn.Sequential):
         return x + super().forward(x)
 
 
-def test_a_budget_out_of_reach_names_residual_channels_that_it_leaves_alone():
+@pytest.fixture
+def shortcut():
     torch.manual_seed(0)
     block = Shortcut(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
     model = nn.Sequential(nn.Conv2d(3, 8, 7), block, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
-    with prepare(model, torch.randn(8, 3, 8, 8)) as prepared:
-        message = r"or prune residual channels, too, .*\(residual=\): '.*channels'$"
-        with pytest.raises(RequestError, match=message):
-            allocated(prepared, flops=0.5, allocation="uniform")
-        found = allocated(prepared, flops=0.5, residual=0.25, allocation="uniform")
-        assert 2 in found.keep.values()
+    with prepare(model, torch.randn(32, 3, 8, 8)) as prepared:
+        yield prepared
+
+
+def test_equal_shares_leave_residual_channels_whole_and_say_so(shortcut):
+    message = r"or prune residual channels, too, .*\(residual=\): '.*channels'$"
+    with pytest.raises(RequestError, match=message):
+        allocated(shortcut, flops=0.5, allocation="uniform")
+    found = allocated(shortcut, flops=0.5, residual=0.25, allocation="uniform")
+    assert 2 in found.keep.values()
+
+
+def test_residual_channels_share_a_budget_that_others_cannot_meet(shortcut):
+    (stream,) = shortcut.residual
+    before = [tensor.clone() for tensor in shortcut.model.state_dict().values()]
+    budget = allocate(PruningTask(shortcut, Asked(flops=0.5))).budget
+    assert budget.widths[stream].kept < 8
+    assert budget.tightest.reached <= budget.tightest.limit
+    assert len(budget.measured) == 2
+    assert all(map(torch.equal, before, shortcut.model.state_dict().values()))
+    with pytest.raises(RequestError, match="cannot be met"):
+        allocate(PruningTask(shortcut, Asked(flops=0.5, residual=1.0)))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_residual_channels_leave_where_the_whole_model_is_closer_without_them(shortcut, pays):
+    (stream,) = shortcut.residual
+    tried = []
+
+    def distance(task, keep):
+        tried.append(keep[stream] < 8)
+        return float(tried[-1] != pays)
+
+    curves = {
+        g.name: np.linspace(1 + 9 * (g.name != stream), 0, g.units + 1) for g in shortcut.groups
+    }
+    known = {name: Curve(name, losses) for name, losses in curves.items()}, "nats"
+    with (
+        mock.patch("osscar.allocation.allocate.whole_distance", distance),
+        mock.patch("osscar.allocation.allocate.measured_curves", return_value=known),
+    ):
+        found = allocate(PruningTask(shortcut, Asked(flops=0.97)))
+    assert tried == [True, False]
+    assert (found.budget.stream_weight is None) != pays
+    assert (found.keep.get(stream, 8) < 8) == pays
+
+
+def test_a_whole_model_is_pruned_on_trial_and_put_back(shortcut):
+    task = PruningTask(shortcut, Asked(flops=0.9))
+    names = [group.name for group in task.shared]
+    before = [tensor.clone() for tensor in shortcut.model.state_dict().values()]
+    none, some, more = (whole_distance(task, dict.fromkeys(names, k)) for k in (8, 3, 1))
+    assert none == pytest.approx(0, abs=1e-6)
+    assert 0 < some < more
+    assert all(map(torch.equal, before, shortcut.model.state_dict().values()))
+
+
+def test_a_sparsity_counts_no_residual_channels(shortcut):
+    """So that as many parameters leave, whether streams take part or not."""
+    limits = [
+        allocated(shortcut, sparsity=0.5, **more).budget.tightest.limit
+        for more in ({}, {"residual": 1.0}, {"allocation": "uniform"})
+    ]
+    assert limits == [limits[0]] * 3
 
 
 def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):

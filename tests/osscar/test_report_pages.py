@@ -197,7 +197,7 @@ def test_the_page_of_a_run_shows_its_numbers(document, shown):
     assert f"same token as dense\t\t{document['agreement']:.1%}" in text
     assert f"exp(divergence)\t1\t{math.exp(document['divergence']):.4g}" in text
     assert "sparsity\t0.6\tasked" in text
-    assert "round to\t1\tby default" in text
+    assert "round to\tauto\tby default" in text
     rows = [line.split("\t")[:2] for line in text.splitlines()]
     assert all([name, f"{took:.1f}"] in rows for name, took in document["stages"].items())
 

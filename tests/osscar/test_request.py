@@ -132,7 +132,11 @@ def test_a_bad_value_without_a_text_is_refused_by_its_kind(value):
 @pytest.mark.parametrize(
     ("asked", "kept"),
     [
-        (Asked(sparsity=0.3), {"0.heads": 6, "0.neurons": 1094}),
+        (Asked(sparsity=0.3, round_to=1), {"0.heads": 6, "0.neurons": 1094}),
+        (Asked(sparsity=0.3), {"0.heads": 6, "0.neurons": 1088}),
+        (Asked(neurons=0.7), {"0.neurons": 1072}),
+        (Asked(neurons=1075), {"0.neurons": 1075}),
+        (Asked(neurons=0.999), {"0.neurons": 1520}),
         (Asked(heads="2/3"), {"0.heads": 6}),
         (Asked(neurons=512, heads=9), {"0.neurons": 512}),
         (Asked(sparsity=0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
@@ -151,9 +155,33 @@ def test_widths_are_round_and_no_narrower_than_the_least_that_is_asked_for():
     assert possible_widths(GROUPS[2], widths).tolist() == [768, 1024, 1280, 1536]
 
 
+@pytest.mark.parametrize(
+    ("kind", "units", "at_least", "possible"),
+    [
+        (UnitKind.NEURONS, 16, None, range(1, 17)),
+        (UnitKind.NEURONS, 17, None, (1, 4, 8, 16, 17)),
+        (UnitKind.CHANNELS, 32, None, (1, 4, 8, 16, 24, 32)),
+        (UnitKind.CHANNELS, 33, None, (1, 8, 16, 32, 33)),
+        (UnitKind.NEURONS, 64, 20, (20, 32, 48, 64)),
+        (UnitKind.NEURONS, 64, 0.5, (32, 48, 64)),
+        (UnitKind.HEADS, 40, 30, range(30, 41)),
+    ],
+)
+def test_widths_are_round_by_default_but_for_the_least_and_all(kind, units, at_least, possible):
+    found = possible_widths(group("a", kind, units), Asked(flops=0.5, at_least=at_least).widths)
+    assert found.tolist() == [*possible]
+
+
+@pytest.mark.parametrize("value", ["0", "8.0", "-8", "autos", 0, 2.5, True, 2**63])
+def test_what_widths_cannot_be_rounded_to_is_refused(value):
+    with pytest.raises(OptionError, match=r"round-to is .*; give a whole number from 1, or auto"):
+        Asked(flops=0.5, round_to=value)
+    assert [Asked(flops=0.5, round_to=v).round_to for v in ("8", 8, "auto")] == [8, 8, "auto"]
+
+
 def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
     for sparsity in (0.03, 0.3, 0.8):
-        kept = allocate(GROUPS, Asked(sparsity=sparsity))
+        kept = allocate(GROUPS, Asked(sparsity=sparsity, round_to=1))
         heads, neurons = (kept.get(group.name, group.units) for group in GROUPS[1:])
         left = (1 - sparsity) * (9 * 128 + 1536 * 2) - (heads * 128 + neurons * 2)
         assert 0 <= left < 2

@@ -1,0 +1,77 @@
+"""How far a whole model is from the dense one at some widths, before it is pruned to these.
+
+Curves add up what groups lose alone, and later refits make up for what earlier groups lose.  They
+cannot for channels of a residual stream, since nobody makes these any more, so that the sum does
+not say whether a stream should lose channels.  So all groups are pruned in turn, as a run does, but
+on the few samples to which groups are refitted alone, and put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from osscar.allocation.measured import compared_samples, dense_references, fitted_samples
+from osscar.allocation.task import PruningTask
+from osscar.base.errors import NonFiniteError
+from osscar.base.timing import Stage, timed
+from osscar.data.parts import held_out
+from osscar.offload.on_disk import put_back, values_of
+from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
+from osscar.walk.targets import Target
+from osscar.walk.walk import Walk
+from solvers.closed_forms.elimination import eliminate, support_after
+from solvers.closed_forms.refit import refit
+
+
+@timed(Stage.MEASURED)
+def whole_distance(task: PruningTask, keep: Mapping[str, int]) -> float:
+    """Return the distance of the model with groups pruned in turn; infinite if it overflows.
+
+    All ranks take part.  Units that are routed stay, and so do the statistics of batch norms.
+    """
+    prepared, request = task.prepared, task.request
+    fitted = prepared.inputs.part(0, fitted_samples(prepared))
+    few = dataclasses.replace(prepared, inputs=fitted)
+    groups = [g for g in task.groups if keep.get(g.name, g.units) < g.units and not g.kind.routed]
+    reference, _ = dense_references(prepared, compared_samples(prepared), request.distance)
+    dense: dict[str, DenseTensors] = {}
+    target = Target(request.target)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
+            for step in Walk(few, groups, target=target, held=held_out(fitted.samples)):
+                dense = dense_tensors(step.consumers) | dense
+                pruned = partial(_pruned, step, keep[step.group.name], task)
+                written = prepared.ranks.broadcast("a group that is pruned on trial", pruned)
+                if not step.committed:
+                    step.adopt(written)
+            return reference.divergence(prepared.model)
+    except NonFiniteError:
+        return math.inf
+    finally:
+        for group in groups:
+            for one in prepared.linear_maps(group):
+                if one.holder in dense:
+                    put_back(one.module, dense[one.holder])
+        torch.clear_autocast_cache()
+
+
+def _pruned(step: LayerStep, keep: int, task: PruningTask) -> tuple[Tensor, ...]:
+    """Remove units one by one, and commit the refit; return what other ranks are to adopt."""
+    request = task.request
+    weight = request.correction_weight if Target(request.target).needs_dense else 0.0
+    damp, step.correction_weight = step.regularization(keep, request.damp, weight)
+    problem = step.problem(keep, damp)
+    kept = support_after(eliminate(problem, problem.units - keep), problem)
+    refits = step.refits(refit(problem, kept)[0], kept.tolist())
+    step.commit(refits.weights, kept.tolist())
+    if task.prepared.ranks.alone:
+        return ()
+    return tuple(values_of(one).cpu() for consumer in step.consumers for one in consumer.read())
