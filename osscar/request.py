@@ -32,7 +32,16 @@ from annotated_types import Gt, Interval
 
 from osscar.base.distances import DistanceOption
 from osscar.base.errors import OptionError, RequestError
-from osscar.base.inputs import Read, bare, check_fields, count_from, parse_size, safe_repr
+from osscar.base.inputs import (
+    PERCENT,
+    Read,
+    bare,
+    check_fields,
+    count_from,
+    from_percent,
+    parse_size,
+    safe_repr,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,17 +167,23 @@ def round_width(width: int) -> int:
 
 
 def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep: ``"0.7"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
+    """Read what to keep.
+
+    ``"0.7"``, ``"70%"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts.
+    """
     try:
         text = str(value).strip()
     except ValueError:  # of more digits than Python writes
         text = ""
-    if _NUMBER.fullmatch(text):  # of so few digits that anyone can compute with it
-        kept = int(text) if text.isdecimal() else Fraction(text)
+    number = text.removesuffix("%").rstrip()
+    if _NUMBER.fullmatch(number):  # of so few digits that anyone can compute with it
+        fraction = Fraction(number) / (1 if number == text else 100)
+        kept = int(text) if text.isdecimal() else fraction
         if kept >= 1 if isinstance(kept, int) else 0 < kept <= 1:
             return kept
     raise ValueError(
-        "give a fraction above 0 and at most 1, such as 0.7 or 2/3, or a count from 1, below 10^18"
+        "give a fraction above 0 and at most 1, such as 0.7, 70% or 2/3, or a count from 1, below "
+        "10^18"
     )
 
 
@@ -179,8 +194,8 @@ def parse_size_kept(value: Keep) -> Fraction | int:
         return parse_size(value) if sized else parse_keep(value)
     except (OptionError, ValueError) as error:
         raise ValueError(
-            "give a fraction of the dense model's, above 0 and at most 1, such as 0.7, or a size "
-            "such as 200MB or 1.5GiB"
+            "give a fraction of the dense model's, above 0 and at most 1, such as 0.7 or 70%, or a "
+            "size such as 200MB or 1.5GiB"
         ) from error
 
 
@@ -219,10 +234,9 @@ def _groups(value: Any) -> Any:
 
 
 def _share_lost(value: Any) -> float:
-    text = str(value).strip()
-    percent = text.endswith("%")
+    percent = str(value).strip().endswith("%")
     with suppress(ValueError):
-        lost = float(text.removesuffix("%")) / (100 if percent else 1)
+        lost = float(from_percent(str(value)))
         if 0 < lost < (math.inf if percent else 1) and not isinstance(value, bool):
             return lost
     raise ValueError("give a percentage above zero, such as 5%, or a fraction, such as 0.05")
@@ -250,8 +264,9 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Fraction to remove, between 0 and 1, of the parameters of heads, neurons and channels, those
-        of residual channels left out; the other parameters of the model do not count.
+        Fraction to remove, such as 0.3 or ``30%``, of the parameters of heads, neurons and
+        channels, those of residual channels left out; the other parameters of the model do not
+        count.
     params
         Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size
@@ -265,7 +280,7 @@ class PruningRequest:
     batch
         With `memory`: sequences that are served at the same time.
     flops
-        Fraction of the floating-point operations to keep, between 0 and 1.
+        Fraction of the floating-point operations to keep, such as 0.7 or ``70%``.
     speedup
         Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
         on this device, where nothing else should run meanwhile.
@@ -369,13 +384,13 @@ class PruningRequest:
         If the backend does not exist, cannot run here, or has no such option.
     """
 
-    sparsity: Annotated[float | None, SHARE] = None
+    sparsity: Annotated[float | None, SHARE, PERCENT] = None
     params: KeepOption = None
     size: Annotated[Keep | None, Read(_size)] = None
     memory: Annotated[Keep | None, Read(_size)] = None
     context: Annotated[int | None, count_from(1)] = None
     batch: Annotated[int, count_from(1)] = 1
-    flops: Annotated[float | None, SHARE] = None
+    flops: Annotated[float | None, SHARE, PERCENT] = None
     speedup: Annotated[float | None, Gt(1)] = None
     max_divergence: Annotated[float | None, Gt(0)] = None
     max_perplexity_increase: ShareLost = None
@@ -398,7 +413,7 @@ class PruningRequest:
     bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
     damp: Annotated[float | None, DAMP] = None
     target: Literal["weights", "residual"] = "residual"
-    correction_weight: Annotated[float | None, Interval(ge=0, le=1)] = None
+    correction_weight: Annotated[float | None, Interval(ge=0, le=1), PERCENT] = None
     batch_norm: Literal["correct", "keep"] = "correct"
     device: Annotated[str, Read(str)] = "auto"
     batch_size: Annotated[int | None, count_from(1)] = None
@@ -447,6 +462,13 @@ class PruningRequest:
             "--speedup), a quality target (--max-divergence, --max-perplexity-increase or "
             "--max-top1-drop), or what to keep with --heads, --neurons, --channels, --residual or "
             "--experts",
+        )
+        yield (
+            bool(shared)
+            and all(getattr(self, kind) not in (None, AUTO) for kind in self.shared_kinds),
+            f"{self.in_words(budgets) or ' '.join(targets)} has nothing to prune: "
+            f"{', '.join(self.shared_kinds)} say what to keep of every group that it prunes; omit "
+            "one of these, or the budget or target",
         )
         for name, usual in (("at_least", None), ("allocation", "measured")):
             value, option = getattr(self, name), name.replace("_", "-")
@@ -598,6 +620,13 @@ class PruningRequest:
             for name, value in options.items()
         }
         return data
+
+
+class ArgumentsAlone(PruningRequest):
+    """A request of which only that is checked which takes no backend, and so no torch."""
+
+    def chosen_backend(self, experts: bool = False) -> Any:
+        """Choose none."""
 
 
 class _TakesRequest(Protocol[P, R_co]):

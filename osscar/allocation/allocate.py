@@ -8,7 +8,7 @@ from the dense model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -125,10 +125,15 @@ def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
     return all(one.cost.of(kept) <= one.most * (1 + ROUNDING) for one in allowed)
 
 
-def allocate(task: PruningTask, before: Budget | None = None) -> Allocated:
+def allocate(
+    task: PruningTask,
+    before: Budget | None = None,
+    within_reach: Callable[[], None] = lambda: None,
+) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
-    Curves are measured beginning with those of a budget `before`.
+    Curves are measured beginning with those of a budget `before`.  `within_reach` is called before
+    that, once the least widths are known to meet the budgets.
 
     A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
@@ -138,15 +143,19 @@ def allocate(task: PruningTask, before: Budget | None = None) -> Allocated:
         if keep or not (request.skip or task.feasible.skipped):
             raise RequestError(_why_out_of_reach(task))
     elif request.has_budget:
-        budget = _shared_out(task, before)
+        budget = _shared_out(task, before, within_reach)
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
     keep = {g.name: keep[g.name] for g in task.groups if keep.get(g.name, g.units) < g.units}
     if not keep:
         raise RequestError(_why_nothing(task))
+    if budget is None:
+        within_reach()
     return Allocated(keep, budget)
 
 
-def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
+def _shared_out(
+    task: PruningTask, before: Budget | None, within_reach: Callable[[], None]
+) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     request, ranks = task.request, task.prepared.ranks
     allowed = ranks.broadcast("budgets", lambda: allowances(task))
@@ -164,6 +173,7 @@ def _shared_out(task: PruningTask, before: Budget | None) -> Budget:
                 f"{one.dense:,.0f} at least ({reached / one.dense:.3f} of the dense model's); "
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
+    within_reach()
     sharing = Sharing(task)
     if request.allocation != "uniform":
         sharing = _weighed(Sharing(task, *measured_curves(task, choose, before)), allowed)

@@ -8,7 +8,9 @@ import os
 import re
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -122,6 +124,34 @@ class Read:
                 raise ValueError(str(error)) from error
 
         return core_schema.no_info_plain_validator_function(read)
+
+
+def from_percent(value: Any) -> Any:
+    """Return a percentage as the fraction that it is, and anything else as it is.
+
+    Examples
+    --------
+    >>> from_percent("30%"), from_percent("0.3"), from_percent(2)
+    (0.3, '0.3', 2)
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        with suppress(ValueError, ZeroDivisionError):
+            return float(Fraction(value.strip().removesuffix("%")) / 100)
+    return value
+
+
+@dataclass(frozen=True)
+class Percent:
+    """Stands in the annotation of a fraction, which may be given in per cent, such as ``"30%"``."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Have pydantic read a percentage before it checks the number."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(from_percent, handler(source))
+
+
+PERCENT = Percent()
 
 
 def check_fields(filled: Any) -> None:

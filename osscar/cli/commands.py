@@ -32,8 +32,12 @@ from osscar.cli.options import (
     RecoverOptions,
     SolveOptions,
     SweepOptions,
+    recovery_of,
+    request_of,
 )
+from osscar.recovery.request import RecoveryRequest
 from osscar.report.sections import longest_stages
+from osscar.request import ArgumentsAlone
 
 _ALL = Parameter(name="*")
 """Spreads a group of options out among those of the command."""
@@ -77,7 +81,6 @@ app = App(
     version=lambda: f"osscar {__version__} (torch {metadata.version('torch')})",
     default_parameter=Parameter(
         negative=(),
-        allow_repeating=True,
         json_dict=False,
         json_list=False,
         show_default=lambda default: default or None,
@@ -121,6 +124,7 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL]) -> None:
     remove; all other options say what to keep. If the command is killed, run it
     again to continue.
     """
+    recovery_of(options, request_of(options, ArgumentsAlone))  # before anything is loaded
     _run("prune", model, options)
 
 
@@ -142,6 +146,7 @@ def recover(
     the weights before training. If the command is killed, run it again to
     continue.
     """
+    request_of(options, RecoveryRequest)  # before anything is loaded
     _run("recover", directory, options)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cyclopts import CycloptsError
-from cyclopts.exceptions import UnusedCliTokensError
+from cyclopts.exceptions import RepeatArgumentError, UnusedCliTokensError
 from rich.console import Console
 from rich.text import Text
 
@@ -77,6 +77,8 @@ def _refuse(error: Exception) -> NoReturn:
     if isinstance(error, CycloptsError):
         error.verbose = False  # which shows code
     message = str(error)
+    if isinstance(error, RepeatArgumentError):
+        message = f"{error.token.keyword} is given more than once; give it once"
     if isinstance(error, UnusedCliTokensError):
         tokens = " ".join(map(repr, error.unused_tokens or ()))
         message = f"unexpected argument {tokens}; --help lists what the command takes"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
-from osscar.base.inputs import checked, whole_number
+from osscar.base.inputs import checked, from_percent, whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, check_input, document, say, show, way_back, write_json
@@ -190,7 +190,7 @@ def _load(file: Path) -> SubsetProblem:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        numbers = [float(part) for part in _names(text)]
+        numbers = [float(from_percent(part)) for part in _names(text)]
     except ValueError:
         numbers = []
     if not numbers:

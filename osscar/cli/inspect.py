@@ -25,6 +25,7 @@ def run(model: str, options: InspectOptions) -> None:
     with quiet():
         loaded = load_model(
             model,
+            weights=options.weights,
             pretrained=False,
             dense=options.dense,
             device="cpu",

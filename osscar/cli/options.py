@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 from cyclopts import Group, Parameter, Token
 
 from osscar.base.errors import OptionError
-from osscar.base.inputs import bare, safe_repr
+from osscar.base.inputs import PERCENT, bare, safe_repr
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BOUND_ROUNDS, PruningRequest, is_keep
 
@@ -103,6 +103,12 @@ def _help(documented: type) -> dict[str, str]:
     }
 
 
+def _is_read(one: dataclasses.Field[Any]) -> bool:
+    """Whether the text of an option is read where its request is made."""
+    percent = PERCENT in getattr(one.type, "__metadata__", ())
+    return is_keep(one.type) or percent or one.name == "distance"
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _command(
     request: type[Any] | None = None, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
@@ -118,7 +124,7 @@ def _command(
         for one in () if request is None else dataclasses.fields(request):
             if one.name in but or (only and one.name not in only):
                 continue
-            kind = str | None if is_keep(one.type) or one.name == "distance" else bare(one.type)
+            kind = str | None if _is_read(one) else bare(one.type)
             default: Any = one.default
             if one.name in ("skip", "backend_options"):
                 kind, default = list[str], ()
@@ -338,6 +344,8 @@ class InspectOptions:
     """Also list frozen groups, which cannot be pruned, inside the units of other groups, such as
     the dimensions of one head."""
     dense: Dense = None
+    weights: Path | None = None
+    """Weights to load into MODEL, which decide nothing of the groups."""
     image_size: str | None = None
     """Size of images: pixels of a square, HxW, or CxHxW.  [default: the model's own, or the size of
     its example input]"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from osscar.base.errors import OptionError
+from osscar.base.inputs import from_percent
 from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import limit_of, opened, quiet, tell_dense
 from osscar.cli.options import SweepOptions, recovery_of, request_of
@@ -71,7 +72,7 @@ def _asked(
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         counts = budget is BudgetKind.PARAMS and all(part.isdecimal() for part in parts)
-        values = tuple(map(int if counts else float, parts))
+        values = tuple(int(part) if counts else float(from_percent(part)) for part in parts)
     except ValueError:
         raise OptionError(
             f"--{budget} {text!r:.80} is not a list such as {budget.examples}"

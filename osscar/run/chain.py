@@ -185,9 +185,11 @@ def widths(
     if noted is not None:
         return noted
     try:
-        memory = in_bytes(MemoryNeeds.of(task).least)
-        tell(f"{goal(task)}; takes about {memory} of memory")
-        found = allocate(task, before)
+
+        def within_reach() -> None:
+            tell(f"{goal(task)}; takes about {in_bytes(MemoryNeeds.of(task).least)} of memory")
+
+        found = allocate(task, before, within_reach)
     except RequestError as error:
         skipped = task.feasible.skipped
         also = f"; {in_words(skipped)}" if skipped else ""

@@ -7,7 +7,7 @@ from annotated_types import Interval, MinLen
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.inputs import check_fields, count_from, safe_repr
+from osscar.base.inputs import PERCENT, check_fields, count_from, safe_repr
 from osscar.request import BOUND_ROUNDS, SHARE
 from osscar.study.records import Instance
 
@@ -48,7 +48,7 @@ class StudyDesign:
         If a backend does not exist.
     """
 
-    sparsities: Annotated[tuple[Annotated[float, SHARE], ...], MinLen(1)] | None = None
+    sparsities: Annotated[tuple[Annotated[float, SHARE, PERCENT], ...], MinLen(1)] | None = None
     backends: Annotated[tuple[str, ...], MinLen(1)] = DEFAULT_BACKENDS
     exact_units: Annotated[int, count_from(1)] = 64
     window_units: Annotated[int | None, count_from(2)] = None

@@ -103,10 +103,12 @@ def tiny_model(place: Path, ffn_dim: int = 24) -> Path:
 
 
 def pruning(model: Path, *more: str) -> tuple[str, ...]:
-    return (
-        *("prune", str(model), "--samples", "8", "--seqlen", "32", "--backend", "wanda"),
-        *("--calibration", str(CALIBRATION), "--device", "cpu", *more),
-    )
+    usual = {
+        **{"--samples": "8", "--seqlen": "32", "--backend": "wanda", "--device": "cpu"},
+        "--calibration": str(CALIBRATION),
+    }
+    own = (word for name in usual if name not in more for word in (name, usual[name]))
+    return ("prune", str(model), *own, *more)
 
 
 def problem(units: int) -> solvers.SubsetProblem:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import osscar
 from osscar.base.errors import OutputError
 from osscar.base.printable import engineering
-from osscar.cli import main
+from osscar.cli import commands, main
 from osscar.cli.common import way_back
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
@@ -332,6 +332,11 @@ def test_weights_are_told_from_others_in_any_format(tiny):
 
 NEURONS = ("--neurons", "0.5")
 BAD = [
+    ((*NEURONS, "--neurons", "0.4"), "--neurons is given more than once; give it once"),
+    ((*NEURONS, "--strict", "--strict"), "--strict is given more than once"),
+    ((*NEURONS, "--seed=1", "--seed=2"), "--seed is given more than once"),
+    (("--sparsity", "130%"), "give less than 1"),
+    (("--max-divergence", "5%"), 'unable to convert "5%"'),
     (("--sparsity", "0.999"), "cannot be met"),
     (("--neurons", "641"), "cannot keep 641 units"),
     (
@@ -378,20 +383,31 @@ def crowded(tiny, tmp_path, monkeypatch):
 def test_bad_input_is_one_line_and_writes_nothing(run, crowded):
     before = sorted(Path().rglob("*"))
     for arguments, message in BAD:
-        status, out, err = run(*pruning(Path("model"), "--out", "small", *arguments))
+        place = () if "--out" in arguments else ("--out", "small")
+        status, out, err = run(*pruning(Path("model"), *place, *arguments))
         lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
         assert (status, len(lines)) == (2, 1), (arguments, err)
         assert lines[0].startswith("error: ")
         assert message in words_of(err), arguments
-        told = (
-            "calibration: ",
-            "dense model: perplexity",
-            "distance: ",
-            "keeps ",
-            "the weights st",
-        )
+        told = ("calibration: ", "dense model: perplexity", "the weights st", "distance: ")
         assert all(line.startswith(told) for line in out.splitlines()), out
         assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "m", "--memory", "0.5", "--out", "x"),
+        ("prune", "m", "--max-divergence", "0.1", "--max-top1-drop", "1%", "--out", "x"),
+        ("prune", "m", "--size", "50%", "--heads", 1, "--neurons", 1, "--channels", 1),
+        ("prune", "m", "--params", "0.5", "--recover-steps", 3),
+        ("recover", "m", "--dense", "demo", "--lora", 0),
+    ],
+)
+def test_what_arguments_alone_decide_is_said_before_anything_loads(arguments, run, monkeypatch):
+    monkeypatch.setattr(commands, "_run", lambda *more: pytest.fail("a command was loaded"))
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("error: ")) == (2, "", 1), err
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from osscar.base.ranks import ALONE
 from osscar.cli.commands import app
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest as Asked
-from osscar.request import parse_keep
+from osscar.request import parse_keep, parse_size_kept
 from osscar.study.design import StudyDesign
 
 
@@ -58,14 +58,48 @@ def allocate(groups, asked):
 def test_what_to_keep_is_a_fraction_or_a_count():
     for text, value in (
         *(("0.7", Fraction(7, 10)), (0.7, Fraction(7, 10)), ("2/3", Fraction(2, 3))),
+        *(("70%", Fraction(7, 10)), ("100%", Fraction(1)), ("33.3 %", Fraction(333, 1000))),
         *(("512", 512), (512, 512), ("1.0", Fraction(1)), (1 / 768, Fraction(str(1 / 768)))),
     ):
         assert parse_keep(text) == value
 
 
+def test_fractions_may_be_given_in_per_cent():
+    asked = Asked(
+        sparsity="30%", flops=" 62.5%", params="70%", size="80%", at_least="10%",
+        correction_weight="50%", max_top1_drop=None, groups={"a": "25%"}, residual="90%",
+    )  # fmt: skip
+    assert (asked.sparsity, asked.flops, asked.correction_weight) == (0.3, 0.625, 0.5)
+    assert [parse_keep(one) for one in (asked.params, asked.at_least, asked.groups["a"])] == [
+        Fraction(7, 10), Fraction(1, 10), Fraction(1, 4)
+    ]  # fmt: skip
+    assert parse_size_kept(asked.size) == Fraction(4, 5)
+    assert StudyDesign(sparsities=("25%", 0.5)).sparsities == (0.25, 0.5)
+    for wrong in ({"sparsity": "130%"}, {"flops": "0%"}, {"params": "101%"}, {"sparsity": "a%"}):
+        with pytest.raises(OptionError, match=r"give (less|more|a (number|fraction))"):
+            Asked(**wrong)
+    with pytest.raises(OptionError, match="give a number"):  # nats are no fraction
+        Asked(max_divergence="5%")
+
+
 NAN, INF = float("nan"), float("inf")
 NO_KEEP = (
-    *("0", "-3", "0.0", "1.5", "3/2", "half", "1/0", "nan", "0x1", "1e-99999999", "1e99999999"),
+    *(
+        "0",
+        "-3",
+        "0.0",
+        "0%",
+        "101%",
+        "%",
+        "1.5",
+        "3/2",
+        "half",
+        "1/0",
+        "nan",
+        "0x1",
+        "1e-99999999",
+        "1e99999999",
+    ),
     *("", 0, 1.5, True, NAN, INF, 10**4000, 1e300, "9" * 5000, "1/" + "9" * 5000),
 )
 """What keeps nothing or more than all, is no number, or one that nobody could compute with."""
@@ -195,6 +229,14 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
         ({"heads": 0.5, "at_least": 0.5}, "needs a budget; give one, such as sparsity="),
         ({"neurons": 0.5, "allocation": "uniform"}, "is uniform, which needs a budget"),
         ({"memory": "1GB"}, "memory is 1GB, .* give context=, too"),
+        (
+            {"params": "80%", "heads": 1, "neurons": 0.5, "channels": 9},
+            "params=80% has nothing to prune: heads, neurons, channels say",
+        ),
+        (
+            {"max_divergence": 0.1, "heads": 1, "neurons": 0.5, "channels": 9},
+            "max_divergence= has nothing to prune",
+        ),
         ({"params": 0.8, "context": 8}, "are for memory=, which is not given"),
         ({"params": 0.8, "batch": 8}, "are for memory=, which is not given"),
         ({"memory": 0.8, "context": 8, "form": "exported"}, "'exported' cannot; give size"),
@@ -225,11 +267,11 @@ def test_what_is_frozen_or_skipped_is_left_alone_whatever_else_is_asked():
 
 def test_numbers_of_other_libraries_are_plain_in_what_is_saved():
     given = {"sparsity": Fraction(1, 2), "damp": np.float32(0.5), "seed": np.int64(3)}
-    given |= {"heads": Fraction(2, 3), "neurons": np.int64(7), "channels": np.float32(0.5)}
+    given |= {"heads": Fraction(2, 3), "neurons": np.int64(7), "residual": np.float32(0.5)}
     given |= {"device": torch.device("cpu"), "backend_options": {"max_swaps": np.int64(3)}}
     data = json.loads(json.dumps(Asked(**given).to_json()))
     told = {"sparsity": 0.5, "damp": 0.5, "seed": 3, "heads": "2/3", "neurons": "7"}
-    told |= {"channels": "0.5", "device": "cpu", "backend_options": {"max_swaps": 3}}
+    told |= {"residual": "0.5", "device": "cpu", "backend_options": {"max_swaps": 3}}
     assert data == {**Asked(sparsity=0.5).to_json(), **told}
     assert Asked(**data) == Asked(**told)
     for true in (np.True_, torch.tensor(True)):
