@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import osscar
+from graph import DependencyGraph, Size
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
 from osscar.allocation.task import PruningTask
@@ -48,8 +49,14 @@ def allocate(groups, asked):
     """Return what the groups of a model keep, where a budget is shared out uniformly."""
     sizes = {"hidden": 48, "heads": 576, "neurons": 1536}
     model = nn.ModuleDict({name: nn.Linear(inputs, 2) for name, inputs in sizes.items()})
+    tensors = {
+        one.slots[0].tensor: (Size.summed({(): 2}), Size.summed({(one.name,): one.slots[0].inner}))
+        for one in groups
+    }
+    traced = DependencyGraph(tuple(groups), (), (), tensors)
     prepared = SimpleNamespace(model=model, groups=groups, every_group=groups, routed=(),
-                               residual=frozenset(), sample={}, ranks=ALONE)  # fmt: skip
+                               residual=frozenset(), sample={}, ranks=ALONE,
+                               traced=traced)  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(PruningTask(prepared, asked)).keep
