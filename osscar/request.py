@@ -125,8 +125,8 @@ class TargetKind(enum.StrEnum):
 
     @property
     def option(self) -> str:
-        """The option of the command line."""
-        return f"--{self.replace('_', '-')}"
+        """The field and the option of the command line."""
+        return f"{self} (`--{self.replace('_', '-')}`)"
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class QualityTarget:
     most: float
 
     def __str__(self) -> str:
-        """Write the target as the command line has it."""
+        """Write the target by its field."""
         nats = self.kind is TargetKind.DIVERGENCE
         amount = f"{self.most:g}" if nats else f"{100 * self.most:g}%"
-        return f"{self.kind.option} {amount}"
+        return f"{self.kind} {amount}"
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ class PruningRequest:
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """Yield whether fields contradict each other, and what to do about it."""
         budgets, experts, auto = self.budgets, self.routed, self.experts == AUTO
-        targets = [one.option for one in TargetKind if getattr(self, one) is not None]
+        targets = [str(one) for one in TargetKind if getattr(self, one) is not None]
         shared = budgets or targets
         yield (
             len(targets) > 1,
@@ -449,19 +449,20 @@ class PruningRequest:
         yield (
             self.smallest is not None and not targets,
             f"smallest is {self.smallest}, which needs a quality target; give one, such as "
-            "--max-divergence 0.1",
+            "max_divergence 0.1 (`--max-divergence 0.1`)",
         )
         yield (
             bool(targets) and self.allocation != "measured",
             f"allocation is {self.allocation}, and {' and '.join(targets)} needs measured curves; "
-            "omit --allocation",
+            "omit allocation (`--allocation`)",
         )
         yield (
             not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
-            "nothing to prune: give a budget (--sparsity, --params, --size, --memory, --flops or "
-            "--speedup), a quality target (--max-divergence, --max-perplexity-increase or "
-            "--max-top1-drop), or what to keep with --heads, --neurons, --channels, --residual or "
-            "--experts",
+            "nothing to prune: give a budget (`--sparsity`, `--params`, `--size`, `--memory`, "
+            "`--flops` or `--speedup`), a quality target (`--max-divergence`, "
+            "`--max-perplexity-increase` or `--max-top1-drop`), or what to keep (`--heads`, "
+            "`--neurons`, `--channels`, `--residual` or `--experts`); in Python they are keywords, "
+            "such as sparsity=0.3",
         )
         yield (
             bool(shared)
@@ -474,17 +475,19 @@ class PruningRequest:
             value, option = getattr(self, name), name.replace("_", "-")
             yield (
                 value != usual and not shared,
-                f"{option} is {value}, which needs a budget; give one, such as --sparsity, or omit "
-                f"--{option}",
+                f"{option} is {value}, which needs a budget; give one, such as sparsity "
+                f"(`--sparsity`), or omit "
+                f"{option} (`--{option}`)",
             )
         yield (
             self.memory is not None and self.context is None,
             f"memory is {self.memory}, which needs the length of the key/value cache; give "
-            "--context, too, such as --context 4096",
+            "the context, too (`--context 4096`, or context=4096 in Python)",
         )
         yield (
             self.memory is None and (self.context is not None or self.batch != 1),
-            "context and batch are for --memory, which is not given; give it, or omit both",
+            "context and batch are for memory (`--memory`), which is not given; give it, or omit "
+            "both",
         )
         yield (
             self.memory is not None and self.form == "exported",
@@ -514,8 +517,9 @@ class PruningRequest:
         )
         yield (
             auto and not shared,
-            "experts is 'auto', which needs a budget; give one, such as --params 0.75, or what "
-            "each mixture keeps, such as --experts 0.75",
+            "experts is 'auto', which needs a budget; give one, such as params 0.75 (`--params "
+            "0.75`), or what "
+            "each mixture keeps, such as experts 0.75 (`--experts 0.75`)",
         )
         yield (
             auto and {*budgets, *filter(None, [self.smallest])} == {BudgetKind.FLOPS},
@@ -524,7 +528,8 @@ class PruningRequest:
         )
         yield (
             self.experts_alone and (self.certify or self.round_to != AUTO),
-            f"{'--certify' if self.certify else '--round-to'} does not go with experts alone: no "
+            f"{'certify (`--certify`)' if self.certify else 'round_to (`--round-to`)'} does not "
+            "go with experts alone: no "
             "lower bound is known for a choice of experts, and their count is not rounded; omit it",
         )
 
@@ -588,9 +593,9 @@ class PruningRequest:
         return bool(self.budgets) or self.quality is not None
 
     def in_words(self, budgets: Iterable[BudgetKind]) -> str:
-        """Return budgets as the command line has them."""
+        """Return budgets by their fields."""
         values = ((name, getattr(self, name)) for name in budgets)
-        return " ".join(f"--{n} {v:g}" if isinstance(v, float) else f"--{n} {v}" for n, v in values)
+        return " ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in values)
 
     @property
     def prunes_heads(self) -> bool:

@@ -264,14 +264,14 @@ def _more_to_prune(task: PruningTask, budget: BudgetKind) -> str:
     kinds = {one.group.kind for one in task.prepared.routed if one.group.prunable}
     counted = budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP)
     if kinds and not task.request.routed and counted:
-        return " and ".join(f"{kind}, too (--{kind} auto)" for kind in kinds)
+        return " and ".join(f"{kind}, too ({kind} auto, `--{kind} auto`)" for kind in kinds)
     names = task.prepared.residual - {*task.keep}
     streams = [g.name for g in task.groups if g.prunable and g.units > 1 and g.name in names]
     if not streams:
         return "more kinds of units"
     return (
         "residual channels, too, of which equal shares take none "
-        f"(--residual): {listed([*map(repr, streams)], 3)}"
+        f"(residual, `--residual`): {listed([*map(repr, streams)], 3)}"
     )
 
 

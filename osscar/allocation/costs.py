@@ -265,13 +265,14 @@ def _traced_on_sample(prepared: Prepared, groups: Sequence[CouplingGroup]) -> gr
     try:
         traced = prepared.traced_on(prepared.sample)
     except graph.GraphError as error:
-        raise RequestError(f"{refused}{error}; give --params") from error
+        raise RequestError(f"{refused}{error}; give params (`--params`)") from error
     known = {group.name: {s.location for s in group.slots} for group in traced.groups}
     for group in groups:
         places = {slot.location for slot in group.slots}
         if group.prunable and not group.kind.routed and known.get(group.name) != places:
             raise RequestError(
-                f"{refused}the trace finds other units there for {group.name!r}; give --params"
+                f"{refused}the trace finds other units there for {group.name!r}; give params "
+                f"(`--params`)"
             )
     return traced
 

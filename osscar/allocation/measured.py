@@ -201,8 +201,10 @@ def measured_curves(
     prepared, groups = task.prepared, task.shared
     if prepared.inputs.samples < _ONE_IN:
         raise RequestError(
-            f"--allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
-            f"held out, and there are {prepared.inputs.samples}; give more, or --allocation uniform"
+            f"allocation measured (`--allocation measured`) takes {_ONE_IN} calibration samples "
+            f"or more, of which some are "
+            f"held out, and there are {prepared.inputs.samples}; give more, or allocation "
+            f"uniform (`--allocation uniform`)"
         )
     reference, rough = dense_references(prepared, compared_samples(prepared), task.request.distance)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))

@@ -45,7 +45,8 @@ def serving_memory(
     longest = context_length(model)
     if longest is not None and context > longest:
         raise RequestError(
-            f"--context is {context}, and the model reads {longest:,} positions at most; give "
+            f"context (`--context`) is {context}, and the model reads {longest:,} positions at "
+            f"most; give "
             "no more"
         )
     seen, dtype = _first_states(model, example), stored_dtype(model)
@@ -83,8 +84,9 @@ def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tens
         or model.config.is_encoder_decoder
     ):
         raise RequestError(
-            f"--memory counts the keys and values that a decoder of transformers keeps as it "
-            f"generates text, and {type(model).__name__} keeps none; give --size"
+            f"memory (`--memory`) counts the keys and values that a decoder of transformers "
+            f"keeps as it "
+            f"generates text, and {type(model).__name__} keeps none; give size (`--size`)"
         )
     seen: dict[int, tuple[str, Tensor, Tensor]] = {}
     cache = DynamicCache(config=model.config)
@@ -104,7 +106,7 @@ def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tens
     }
     if others or not seen:
         raise RequestError(
-            f"--memory counts keys and values, and {type(model).__name__} keeps "
-            f"{' and '.join(sorted(others)) or 'none'}; give --size"
+            f"memory (`--memory`) counts keys and values, and {type(model).__name__} keeps "
+            f"{' and '.join(sorted(others)) or 'none'}; give size (`--size`)"
         )
     return seen

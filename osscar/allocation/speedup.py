@@ -69,7 +69,8 @@ def as_fast_as(
             slow = share, 1 / speedup
         else:
             raise RequestError(
-                f"--speedup {wanted:g} cannot be met: the smallest possible model is "
+                f"speedup {wanted:g} cannot be met: the smallest "
+                f"possible model is "
                 f"{speedup:.2f} times as fast as the dense one; ask for less, or prune more kinds "
                 "of units"
             )
@@ -95,7 +96,7 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
     if not spread <= _WIDEST_SPREAD:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{spread:.0%}; end what else runs on it, or give --flops in its place"
+            f"{spread:.0%}; end what else runs on it, or give flops (`--flops`) in its place"
         )
     return statistics.median(slow) / statistics.median(fast)
 
@@ -109,6 +110,6 @@ def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
         shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
     except EquivalenceError as error:
         raise RequestError(
-            f"no trial model can be built to time: {error}; give --flops in its place"
+            f"no trial model can be built to time: {error}; give flops (`--flops`) in its place"
         ) from error
     return smaller

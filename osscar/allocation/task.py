@@ -110,7 +110,8 @@ class PruningTask:
                 for group in (one for one in prepared.every_group if one.name == name):
                     raise RequestError(
                         f"groups names {name!r}, and {group.kind} are pruned only with "
-                        f"--{group.kind}; give it, too, 1.0 to keep those of all other groups"
+                        f"{group.kind} (`--{group.kind}`); give it, too, 1.0 to keep those of "
+                        "all other groups"
                     )
                 raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")
             if by_name[name].frozen:
@@ -126,7 +127,8 @@ class PruningTask:
             matched = fnmatch.filter(by_name, pattern)
             if not matched:
                 raise RequestError(
-                    f"no group is called {pattern!r}, which --skip names; `osscar inspect` lists "
+                    f"no group is called {pattern!r}, which skip (`--skip`) names; `osscar "
+                    f"inspect` lists "
                     "the groups"
                 )
             skipped.update(matched)

@@ -89,7 +89,7 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
         raise RequestError(
             f"round-to {round_to} cannot be met by {group.name!r}: "
             f"its {group.units} {group.kind} are {group.units * width} wide; give a smaller "
-            f"number, or skip the group (--skip {group.name!r})"
+            f"number, or skip the group (skip {group.name!r}, `--skip {group.name!r}`)"
         )
     return step, largest
 

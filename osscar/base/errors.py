@@ -1,6 +1,7 @@
 """Everything that OSSCAR refuses, as one tree of exceptions, and how its messages are worded.
 
-A message names what was wrong, the offending value, and what to do about it. Catching
+A message names what was wrong, the offending value, and what to do about it. Where it advises, it
+names a field as Python has it, and in backquotes the option of the command line. Catching
 :class:`OsscarError` is enough to catch every error that a user can cause.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +16,6 @@ from typing import Any
 
 class OsscarError(Exception):
     """Base of every error that OSSCAR raises on purpose."""
-
-    def __str__(self) -> str:
-        return for_reader(super().__str__())
 
 
 class ModelError(OsscarError):
@@ -81,7 +78,7 @@ class FileError(OsscarError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{os.fspath(self.path)}: {for_reader(self.reason)}"
+        return f"{os.fspath(self.path)}: {self.reason}"
 
 
 class OutputError(OsscarError):
@@ -97,64 +94,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
-# ---- messages in the words of their reader ----------------------------------------------------
-#
-# They name an option as the command line has it, ``--max-memory 8GB``, and where Python's keyword
-# is another one, that behind it, ``--inputs FILE (example_inputs= in Python)``. Outside of a
-# command they are shown with keywords, ``max_memory=8GB``. What is in backquotes stays as it is.
-
-_on_command_line = False
-
-_COMMAND_ALONE = ("restart", "json", "report")
-"""Options for which Python has no keyword."""
-
-_NAME = r"(?<![\w-])--[a-z][a-z0-9-]*[a-z]"
-_VALUE = (
-    r" (?:'[^']*'|\d[\w./-]*|[A-Z]{2,}\w*|auto|cpu|cuda|b?float\d+|eager|exported|keep|measured"
-    r"|uniform)(?![\w:])"
-)
-_OPTION = re.compile(
-    r"(?P<code>`[^`]*`)"
-    rf"|(?P<several>{_NAME}(?:{_VALUE})?(?:(?:, | and | or ){_NAME})*)"
-    r" \((?P<keyword>[^()]*) in Python\)"
-    rf"|(?P<name>{_NAME})(?P<value>{_VALUE})?"
-)
-
-
-@contextmanager
-def on_command_line() -> Iterator[None]:
-    """Let messages name options as the command line has them while the block runs."""
-    global _on_command_line
-    before, _on_command_line = _on_command_line, True
-    try:
-        yield
-    finally:
-        _on_command_line = before
-
-
-def for_reader(message: str) -> str:
-    """Return a message with options as its reader gives them.
-
-    Examples
-    --------
-    >>> for_reader("raise --damp, or use --dtype float32 and --inputs FILE (samples= in Python)")
-    'raise damp=, or use dtype=float32 and samples='
-    """
-    return _OPTION.sub(_named, message)
-
-
-def _named(found: re.Match[str]) -> str:
-    code, several, keyword, name, value = found.groups(default="")
-    if code or _on_command_line or name[2:] in _COMMAND_ALONE:
-        return code or several or name + value
-    return keyword or f"{name[2:].replace('-', '_')}={value.lstrip()}"
-
-
 def warn(message: str) -> None:
     """Warn at the line outside of the library that led to it."""
     from solvers.errors import warn as warn_outside  # loads torch, which help does without
 
-    warn_outside(for_reader(message))
+    warn_outside(message)
 
 
 _gathered: dict[str, dict[str, None]] | None = None

@@ -234,7 +234,7 @@ def file_lock(place: Path, work: Path) -> Iterator[None]:
         except filelock.Timeout:
             raise BusyError(
                 f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
-                "give another --out"
+                "give another place (`--out`)"
             ) from None
         except NotImplementedError:
             pass

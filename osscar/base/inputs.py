@@ -178,7 +178,8 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
         return _adapter(annotation).validate_python(value, strict=isinstance(value, bool) or None)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
-        option = ".".join(map(str, (name.replace("_", "-"), *found["loc"])))
+        shown = name.replace("_", "-") if name.isidentifier() else name
+        option = ".".join(map(str, (shown, *found["loc"])))
         advice = found["msg"].removeprefix("Value error, ").replace("Input should be", "give")
         if found["type"] in _ADVICE:
             limits = found.get("ctx", {}).items()

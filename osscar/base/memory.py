@@ -88,7 +88,7 @@ class DeviceMemory:
         except OSError:
             raise OptionError(
                 "this system does not tell how much memory a process has, so that no limit can be "
-                "kept; omit --max-memory"
+                "kept; omit max_memory (`--max-memory`)"
             ) from None
 
     def peak(self) -> int:
@@ -176,8 +176,9 @@ def memory_of(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         return _CardMemory(numbered(device))
     raise OptionError(
-        f"how much memory {str(device)!r} has is not known; give --device cpu or cuda, or omit "
-        "--max-memory"
+        f"how much memory {str(device)!r} has is not known; give `--device cpu` or cuda, or "
+        f"omit "
+        "max_memory (`--max-memory`)"
     )
 
 
@@ -205,14 +206,15 @@ FOR_MODELS = (
 """What helps where a model is read."""
 
 FOR_MATRICES = (
-    "fewer samples do not help: give --device cpu if that has more memory, --max-memory, with "
-    "which weights stay on disk, or skip the group (--skip)"
+    "fewer samples do not help: give device cpu (`--device cpu`) if that has more memory, "
+    "max_memory (`--max-memory`), with "
+    "which weights stay on disk, or skip the group (skip, `--skip`)"
 )
 """What helps where a layer is measured and solved."""
 
 FOR_WEIGHTS = (
-    "give a smaller --max-memory, so that fewer weights are cached, smaller batches "
-    "(--batch-size), or --device cpu if that has more memory"
+    "give a smaller max_memory (`--max-memory`), so that fewer weights are cached, smaller batches "
+    "(batch_size, `--batch-size`), or device cpu (`--device cpu`) if that has more memory"
 )
 """What helps where a weight is read that lies on disk."""
 

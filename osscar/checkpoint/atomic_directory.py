@@ -158,8 +158,8 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputError(
-            f"{path} is not empty: a checkpoint is there; give another directory, or --overwrite "
-            "(overwrite=True in Python) to replace it"
+            f"{path} is not empty: a checkpoint is there; give another directory, or replace it "
+            "(`--overwrite`, or overwrite=True in Python)"
         )
 
 

@@ -109,7 +109,7 @@ def load(
         else:
             raise CheckpointError(
                 f"{path} holds a model of your own code; build the dense model and give it "
-                "(--dense)"
+                "(dense, `--dense`)"
             )
         fold(model, stored)  # what the pruned model has as a plain weight
         for plan in plans:

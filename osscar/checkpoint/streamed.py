@@ -27,7 +27,7 @@ from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
-_ELSEWHERE = "omit --max-memory to read it whole"
+_ELSEWHERE = "omit max_memory (`--max-memory`) to read it whole"
 
 
 def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from osscar.base.errors import OptionError, RanksError, on_command_line
+from osscar.base.errors import OptionError, RanksError
 from osscar.base.files import is_text
 from osscar.base.process import ends_at_once, handling, launched
 from osscar.cli import commands
@@ -21,7 +21,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # better an escape than no output at all
             stream.reconfigure(errors="backslashreplace")
-    with handling(ends_at_once), on_command_line(), guard():
+    with handling(ends_at_once), guard():
         arguments = sys.argv[1:]
         _check_arguments(arguments)
         _check_launch(arguments)

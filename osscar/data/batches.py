@@ -305,7 +305,7 @@ def _check_tokens(model: nn.Module, windows: Tensor) -> None:
     if context is not None and windows.shape[-1] > context:
         raise DataError(
             f"calibration windows have {windows.shape[-1]} tokens and the model takes "
-            f"{context}; give a smaller window length (--seqlen)"
+            f"{context}; give a smaller window length (seqlen, `--seqlen`)"
         )
     known = _vocabulary(model)
     if int(windows.min()) < 0 or int(windows.max()) >= known:

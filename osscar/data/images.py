@@ -114,7 +114,7 @@ class ImageSet(SampleSet):
         OptionError
             If `size` is not positive, or the preprocessing is not stated in full.
         """
-        whole_number(size, "the batch size (--batch-size)", 1)
+        whole_number(size, "the batch size (batch_size, `--batch-size`)", 1)
         transform = self.preprocessing.transform()
         for start in range(0, len(self), size):
             some = range(start, min(start + size, len(self)))

@@ -18,7 +18,7 @@ from osscar.base.printable import published
 
 _LARGEST_SIDE = 2**14
 
-OPTIONS = "--mean, --std, --image-size and --no-normalize (preprocessing= in Python)"
+OPTIONS = "`--mean`, `--std`, `--image-size` and `--no-normalize` (preprocessing= in Python)"
 
 
 def _size(value: Any) -> Any:
@@ -268,7 +268,8 @@ def check_stated(preprocessing: AnyPreprocessing | None, source: str = "a model"
     if missing:
         raise OptionError(
             f"nothing states the {' and '.join(missing)} of the images that {source} reads. Give "
-            "--mean and --std (or --no-normalize) and --image-size CxHxW, as in its training; in "
+            "`--mean` and `--std` (or `--no-normalize`) and `--image-size CxHxW`, as in its "
+            "training; in "
             "Python preprocessing=osscar.Preprocessing(mean=0.5, std=0.25, crop=32, channels=3), "
             "or a function from a PIL image to a tensor; or let the code return (model, example, "
             "transform)"

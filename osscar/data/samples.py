@@ -96,7 +96,7 @@ class SampleSet(ABC):
             If `count` is not positive.
         """
         name = f"{self.sample_name}s"
-        whole_number(count, f"the number of {name} (--samples)", 1)
+        whole_number(count, f"the number of {name} (samples, `--samples`)", 1)
         return self.rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
@@ -178,7 +178,7 @@ class TensorSet(SampleSet):
         OptionError
             If `size` is not positive.
         """
-        whole_number(size, "the batch size (--batch-size)", 1)
+        whole_number(size, "the batch size (batch_size, `--batch-size`)", 1)
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
 

@@ -271,21 +271,22 @@ def load_calibration(
     MissingDependency
         If a data set of the hub is asked for and ``datasets`` is not installed.
     """
-    whole_number(samples, "the number of windows (--samples)", 1)
-    whole_number(seqlen, "the number of tokens in a window (--seqlen)", 1)
-    whole_number(seed, "the seed (--seed)", 0)
+    whole_number(samples, "the number of windows (samples, `--samples`)", 1)
+    whole_number(seqlen, "the number of tokens in a window (seqlen, `--seqlen`)", 1)
+    whole_number(seed, "the seed (seed, `--seed`)", 0)
     text, source = _text_of(spec, samples * seqlen * _CHARACTERS_PER_TOKEN)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     length = seqlen - len(before) - len(after)
     if length < 1:
         raise DataError(
             f"a window of {pluralize(seqlen, 'token')} has room for none of the text, since the "
-            f"tokenizer puts {len(before) + len(after)} around it; give longer ones (--seqlen)"
+            f"tokenizer puts {len(before) + len(after)} around it; give longer ones (seqlen, "
+            f"`--seqlen`)"
         )
     if len(tokens) < length:
         raise DataError(
             f"the calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than "
-            f"one window of {length}; give a longer text or shorter windows (--seqlen)"
+            f"one window of {length}; give a longer text or shorter windows (seqlen, `--seqlen`)"
         )
     room = len(tokens) // length
     if samples > room and not overlapping:
@@ -370,7 +371,8 @@ class TextSet:
         if not least <= length <= limit:
             raise OptionError(
                 f"a window of {pluralize(length, 'token')} does not fit this model: give from "
-                f"{least}, which has room for the text, to {limit}, which is its context (--seqlen)"
+                f"{least}, which has room for the text, to {limit}, which is its context "
+                f"(seqlen, `--seqlen`)"
             )
         pieces = [torch.cat([self.before, piece]) for piece in torch.split(self.tokens, room)]
         return tuple(piece for piece in pieces[: self.windows] if len(piece) > 1)
@@ -426,8 +428,8 @@ def load_text(
         If the tokenizer is none of transformers, or a number is out of range.
     """
     for number, what in (
-        (windows, "the number of windows to score (--windows)"),
-        (seqlen, "the number of tokens in a window (--seqlen)"),
+        (windows, "the number of windows to score (windows, `--windows`)"),
+        (seqlen, "the number of tokens in a window (seqlen, `--seqlen`)"),
     ):
         if number is not None:
             whole_number(number, what, 1)

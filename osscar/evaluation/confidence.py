@@ -247,7 +247,9 @@ class Judge:
                 values.append(self._worse(found, index))
                 numbers.append(int(self.numbers[index]))
         if not np.isfinite(values).all():
-            raise NonFiniteError("the pruned model's outputs are NaN or infinite", "raise --damp")
+            raise NonFiniteError(
+                "the pruned model's outputs are NaN or infinite", "raise damp (`--damp`)"
+            )
         _, at = np.unique(numbers, return_inverse=True)
         different = np.bincount(at, values) / np.bincount(at)
         if self.quality is TargetKind.TOP1:

@@ -138,7 +138,11 @@ def score(
 
 
 def _batch_size(asked: int | None, default: int) -> int:
-    return default if asked is None else whole_number(asked, "the batch size (--batch-size)", 1)
+    return (
+        default
+        if asked is None
+        else whole_number(asked, "the batch size (batch_size, `--batch-size`)", 1)
+    )
 
 
 # ---- text --------------------------------------------------------------------------------
@@ -215,7 +219,7 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
                 if not math.isfinite(losses[-1]):
                     raise NonFiniteError(
                         f"the model's logits are NaN or infinite in window {len(losses) - 1}; use "
-                        "--dtype float32, or check its weights"
+                        "dtype float32 (`--dtype float32`), or check its weights"
                     )
             bar.advance()
     tokens = sum(len(one) - context for one in windows)

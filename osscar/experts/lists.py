@@ -363,7 +363,7 @@ def _forward(
             f"the code of {one.block or 'the model'!r} sends {off} of {len(weighed)} tokens to "
             f"other experts of {joined(one.block, one.declared.experts)!r}, or with other weights, "
             f"than the logits of {one.declared.gate!r} say: what changes them is not known with "
-            "fewer experts; leave it out (--skip)"
+            "fewer experts; leave it out (skip, `--skip`)"
         )
     _, chosen, weights = block.get_submodule(_ROUTER)(rest.logits, bias, routes, rest.sum)
     total = one.experts_in(block)(rest.tokens, chosen, weights)

@@ -139,7 +139,7 @@ class ExpertStep:
             except ProblemError as error:
                 raise ModelError(
                     f"the experts of {self.group.name!r} cannot be chosen: {error}; leave the "
-                    "mixture out (--skip)"
+                    "mixture out (skip, `--skip`)"
                 ) from error
 
     def _drawn(self) -> dict[int, Tensor]:

@@ -158,8 +158,9 @@ class ExpertWalk(Walk):
                     f"{mixture.experts!r} gets {off} of {len(weighed)} tokens of "
                     f"calibration batch {run.index} with other experts or weights than the logits "
                     f"of its router {mixture.router!r} say: scores that are equal where these are "
-                    "not need --dtype float32; what code changes cannot be told without some "
-                    "experts: leave it out (--skip)"
+                    "not need dtype float32 (`--dtype float32`); what code changes cannot be "
+                    "told without some "
+                    "experts: leave it out (skip, `--skip`)"
                 )
 
     def here(self) -> Iterator[tuple[Coroutine, Routed, Tensor]]:

@@ -85,7 +85,9 @@ def export_onnx(
     before = weights.exists()
     # What is replaced names its own.
     if before and not (target.exists() and weights.name.encode() in target.read_bytes()):
-        raise OutputError(f"{weights} is there already, where weights might go; give another --out")
+        raise OutputError(
+            f"{weights} is there already, where weights might go; give another place (`--out`)"
+        )
     with atomic_write(target) as partial:
         session: Any = None
 

@@ -111,7 +111,7 @@ class OpenProgram:
             given = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.example.items())
             raise ModelError(
                 f"the model fails on what it is traced with ({given}): {first_line(error)}; give "
-                "inputs that it takes, --inputs FILE (example_inputs= in Python)"
+                "inputs that it takes, such as `--inputs FILE`, or example_inputs= in Python"
             ) from error
         comparable(found)
         return found
@@ -317,8 +317,8 @@ def example_for(model: nn.Module, given: Any = None) -> Batch:
         known = _known_example(model) if given is None else named_example(model, given)
     if known is None:
         raise DataError(
-            f"it is not known what this {type(model).__name__} takes: give inputs, --inputs FILE "
-            "(example_inputs= in Python), two samples or more"
+            f"it is not known what this {type(model).__name__} takes: give two inputs or "
+            "more, by `--inputs FILE`, or by example_inputs= in Python"
         )
     check_arguments(model, known)
     return to_model(_two_at_least(known), model)

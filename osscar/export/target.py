@@ -77,8 +77,8 @@ def checked_target(
             raise OutputError(f"cannot write {target}: {target.parent} is no directory")
         if target.exists() and not overwrite:
             raise OutputError(
-                f"{target} is there already; give another, or --overwrite (overwrite=True in "
-                "Python)"
+                f"{target} is there already; give another, or replace it "
+                "(`--overwrite`, or overwrite=True in Python)"
             )
         if target.exists() and not is_one(target):
             raise OutputError(f"{target} is no {sort} file, and would be lost; give another")

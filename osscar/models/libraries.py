@@ -136,7 +136,7 @@ def _fetched(origin: LibraryOrigin) -> dict[str, Tensor]:
         url = f" from {_preset(origin).url}" if origin.library == "torchvision" else ""
         raise ModelError(
             f"{origin.library}'s weights of {origin.name!r} cannot be fetched{url} "
-            f"({first_line(error):.300}): connect, or give them as --weights FILE"
+            f"({first_line(error):.300}): connect, or give a file (weights, `--weights FILE`)"
         ) from error
 
 

@@ -115,11 +115,11 @@ def load_model(
     own_code = kind is ModelKind.CODE_DIRECTORY
     for given, fits, why in (
         (dense, own_code, "is no pruned model of your own code, so nothing else builds it; omit "
-         "--dense"),
-        (weights, kind.takes_weights, "has weights of its own; omit --weights"),
+         "dense (`--dense`)"),
+        (weights, kind.takes_weights, "has weights of its own; omit weights (`--weights`)"),
         (stated, not of_text, "reads text, not images; omit what is stated of these"),
         (max_memory, of_text, "is no language model of transformers, and no other is read from "
-         "disk; omit --max-memory"),
+         "disk; omit max_memory (`--max-memory`)"),
     ):  # fmt: skip
         if given is not None and not fits:
             raise OptionError(f"{text!r} {why}")
@@ -211,7 +211,7 @@ def _from_directory(
             given = "" if dense is None else f", not {dense!r}"
             raise ModelError(
                 f"{path} holds a model of your own code, which a checkpoint does not contain: say "
-                "what builds the dense one (--dense module:function, or dense= of "
+                "what builds the dense one (`--dense module:function`, or dense= of "
                 f"osscar.load){given}"
             )
         built, example, brought = user_code.build(dense)

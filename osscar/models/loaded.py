@@ -131,10 +131,11 @@ class LoadedModel:
                 spec, "--calibration", count, length, seed, overlapping=overlapping
             )
         if seqlen is not None:
-            raise OptionError(f"--seqlen is {seqlen}, and the data are no text; omit it")
+            raise OptionError(f"seqlen (`--seqlen`) is {seqlen}, and the data are no text; omit it")
         if spec is None:
             raise DataError(
-                f"{self.source} reads no text: give --calibration a directory of images, an .npz "
+                f"{self.source} reads no text: give calibration (`--calibration`) a directory of "
+                f"images, an .npz "
                 f"file of them, or {self._tensors_in_words()}"
             )
         if has_images(spec) if not named else holds_images(spec, self.model, self.stated):
@@ -187,8 +188,9 @@ class LoadedModel:
         data = self._samples(images, inputs)
         if data is None:
             raise DataError(
-                f"{self.source} reads no text: give --images a directory of images or an .npz file "
-                f"of them, or --inputs {self._tensors_in_words()}"
+                f"{self.source} reads no text: give images (`--images`) a directory of images or "
+                f"an .npz file "
+                f"of them, or inputs (`--inputs`) {self._tensors_in_words()}"
             )
         return data if samples is None else data.sample(samples, seed)
 
@@ -251,14 +253,21 @@ class LoadedModel:
     def _check_given(self, text: object, images: object, inputs: object) -> None:
         """Refuse data of another kind than the model reads."""
         if self.tokenizer is not None and (images is not None or inputs is not None):
-            raise OptionError(f"{self.source} reads text, not images: omit --images and --inputs")
+            raise OptionError(
+                f"{self.source} reads text, not images: omit images (`--images`) "
+                f"and inputs (`--inputs`)"
+            )
         if self.tokenizer is None and text is not None:
-            raise OptionError(f"{self.source} reads no text: omit --text and --seqlen")
+            raise OptionError(
+                f"{self.source} reads no text: omit text (`--text`) and seqlen (`--seqlen`)"
+            )
 
     def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one kind or the other; None if none are given."""
         if images is not None and inputs is not None:
-            raise OptionError("--images and --inputs are both given; give one of them")
+            raise OptionError(
+                "images (`--images`) and inputs (`--inputs`) are both given; give one of them"
+            )
         if images is not None:
             return self.images(images)
         return None if inputs is None else self.tensors(inputs)

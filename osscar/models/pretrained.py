@@ -65,7 +65,7 @@ def load_language_model(
         if trust_remote_code:
             raise OptionError(
                 "code that a checkpoint brings along is not run on a model that is read from disk; "
-                "omit --trust-remote-code or --max-memory"
+                "omit trust_remote_code (`--trust-remote-code`) or max_memory (`--max-memory`)"
             )
         model: Any = read_streamed(path, cache, dtype)
         stored = _stored_format(path)
@@ -171,7 +171,7 @@ def _explained(source: str, error: Exception) -> ModelError:
     if "trust_remote_code" in message:
         return ModelError(
             f"{source} brings its own code; if you trust its author, allow it with "
-            "--trust-remote-code (trust_remote_code=True in Python)"
+            "`--trust-remote-code` (trust_remote_code=True in Python)"
         )
     if "Unrecognized configuration class" in message:
         return ModelError(f"{source} is no causal language model; {OTHERS}")

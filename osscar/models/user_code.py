@@ -86,6 +86,7 @@ def drawn_share(name: str, model: nn.Module) -> float:
         percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
         warn(
             f"{name} returns freshly initialized weights: {percent} of its parameters "
-            "differ from one call to the next; give --weights FILE, or load them in the function"
+            "differ from one call to the next; give a file (weights, `--weights FILE`), or "
+            "load them in the function"
         )
     return share

@@ -84,7 +84,7 @@ class OnDisk(nn.Parameter):
             name = getattr(func, "__name__", func)
             raise ModelError(
                 f"code of the model writes to a weight ({name!r}), which is read from disk; omit "
-                "--max-memory"
+                "max_memory (`--max-memory`)"
             )
         return func(*_with_values(args), **_with_values(options))
 

@@ -122,5 +122,5 @@ def _check_unwritten(place: Place, values: Tensor, version: int) -> None:
     if values._version != version:
         raise ModelError(
             f"code of the model writes to {place.stored.name!r} while it runs, which is "
-            "read from disk; omit --max-memory"
+            "read from disk; omit max_memory (`--max-memory`)"
         )

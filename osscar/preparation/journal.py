@@ -119,14 +119,15 @@ class Journal:
             names = sorted(path.name for path in place.iterdir()) if place.exists() else []
         except NotADirectoryError as error:
             raise JournalError(
-                f"{place} is a file and holds no {what}; give another --out"
+                f"{place} is a file and holds no {what}; give another place (`--out`)"
             ) from error
         except OSError as error:
             raise JournalError(f"cannot look into {place}: {reason_of(error)}") from error
         foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL.fullmatch(n)]
         if foreign and self.manifest_file not in names:
             raise JournalError(
-                f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another --out"
+                f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another "
+                "place (`--out`)"
             )
 
     @contextmanager

@@ -42,7 +42,7 @@ from osscar.proof.plan import PruningPlan, TracedInput
 
 _OTHERWISE = (
     "give inputs of such sizes; where the dense model takes others, so do its modules "
-    "(--form eager)"
+    "(form eager, `--form eager`)"
 )
 
 

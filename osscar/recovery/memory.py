@@ -78,7 +78,8 @@ def first_options_that_fit(
         memory.give_back()
     raise NoMemoryError(
         f"there is no memory for a step of the recovery of {type(setup.model).__name__}, with "
-        f"{short}; give more (--max-memory, of the whole process), shorter or smaller samples, or "
+        f"{short}; give more (max_memory, `--max-memory`, of the whole process), shorter or "
+        f"smaller samples, or "
         "a machine with more memory"
     )
 

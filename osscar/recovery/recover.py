@@ -268,7 +268,7 @@ def check_trainable(model: nn.Module) -> None:
     if is_on_disk(model):
         raise ModelError(
             f"{type(model).__name__} has weights that stay on disk, and training needs all of "
-            "them at every step; load it into memory, without --max-memory"
+            "them at every step; load it into memory, without max_memory (`--max-memory`)"
         )
     check_finite_weights(model)
 

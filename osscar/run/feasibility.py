@@ -67,7 +67,7 @@ def feasible_groups(task: PruningTask) -> Feasible:
     if ranks:
         warn_of(
             "the ranks of low-rank pairs are pruned as neurons, of {}; merge such a pair into the "
-            "weight beside it first, or name it in skip (--skip)",
+            "weight beside it first, or leave it out (skip, `--skip`)",
             *(name for name in ranks if name not in reasons),
         )
     # Of modules nobody expects to lose what only programs can.
@@ -78,8 +78,8 @@ def feasible_groups(task: PruningTask) -> Feasible:
     if left and methods and form is Form.EAGER:
         warn(
             f"{type(prepared.model).__name__} keeps its modules, which have {_called(methods)}; "
-            f"{in_words(left)}; form 'exported' may prune these, too, but has no methods (--form "
-            "exported)"
+            f"{in_words(left)}; form 'exported' may prune these, too, but has no "
+            "methods (`--form exported`)"
         )
     elif refused:
         warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
@@ -93,7 +93,7 @@ def tell_lost(model: nn.Module, request: PruningRequest) -> None:
         warn(
             f"the smaller model is an exported program, which has no {_called(methods)} of "
             f"{type(model).__name__}, as its modules cannot follow all that is asked for; form "
-            "'eager' keeps these, and skips what cannot follow (--form eager)"
+            "'eager' keeps these, and skips what cannot follow (form eager, `--form eager`)"
         )
 
 
@@ -122,7 +122,7 @@ def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[st
         if not prepared.ranks.alone:
             raise RequestError(f"{kind} are chosen by one process; run it without ranks")
         if is_on_disk(prepared.model):
-            raise RequestError(f"{kind} are chosen in memory; omit --max-memory")
+            raise RequestError(f"{kind} are chosen in memory; omit max_memory (`--max-memory`)")
     model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, task.request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = Feasibility(model, attempt)
@@ -285,9 +285,10 @@ def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) 
         them = "let the code take these sizes from its weights, write -1 for them, or register an "
         them += "adapter (@osscar.adapter)"
         if request.form == "eager":
-            them += "; or prune the exported program (--form exported)"
+            them += "; or prune the exported program (form exported, `--form exported`)"
     else:
-        them = f"skip them (--skip {left[0].name!r}), or prune all others without --strict"
+        them = f"skip them (`--skip {left[0].name!r}`), or prune all "
+        "others without strict (`--strict`)"
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")
     return (
         f"nothing was pruned, and nothing was written: {count} {verb} be pruned: {reasons}; {them}"

@@ -160,8 +160,9 @@ def blaming_refits(
         raise NonFiniteError(
             f"{error.what}, behind {pluralize(len(done), 'refitted group')}, of which the weights "
             f"that read {most.name!r} grew most ({most.growth:.3g} times)",
-            "give more calibration data, raise --damp, or leave that group alone with --skip; if "
-            "the dense model overflows there, too, use --dtype float32",
+            "give more calibration data, raise damp (`--damp`), or leave that group alone with "
+            "skip (`--skip`); if "
+            "the dense model overflows there, too, use dtype float32 (`--dtype float32`)",
         ) from error
 
 
@@ -191,8 +192,9 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
         warn(
             f"refits grew beyond reason: the largest weight that reads a group is more than "
             f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
-            f"{_why_grown(model)}give more calibration data, raise --damp, or leave such groups "
-            "alone with --skip"
+            f"{_why_grown(model)}give more calibration data, raise damp (`--damp`), or leave "
+            f"such groups "
+            "alone with skip (`--skip`)"
         )
 
 

@@ -135,13 +135,14 @@ def needs_memory(request: PruningRequest) -> str | None:
     """Say why a request needs the whole model in memory, and what to do."""
     if request.speedup is not None:
         return (
-            "--speedup times the model in memory, and this one is read from disk; give another "
-            "budget, or omit --max-memory"
+            "speedup (`--speedup`) times the model in memory, and this one is read from disk; "
+            "give another "
+            "budget, or omit max_memory (`--max-memory`)"
         )
     if request.form == "exported":
         return (
             "the exported program of a model is shrunk in memory, and this model is read from "
-            "disk; omit --form exported or --max-memory"
+            "disk; omit form exported (`--form exported`) or max_memory (`--max-memory`)"
         )
     return None
 
@@ -163,11 +164,12 @@ def forecast(task: PruningTask) -> MemoryNeeds:
     if needs.least > cache.ceiling:
         what, most = max(needs.parts.items(), key=lambda part: part[1])
         raise RequestError(
-            f"--max-memory {in_words(cache.ceiling)} cannot hold {what}, which takes "
+            f"max_memory (`--max-memory`) of {in_words(cache.ceiling)} "
+            f"cannot hold {what}, which takes "
             f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
             f"batches, beside {in_words(needs.held)} that are in use already; give at "
-            f"least {in_words(needs.least)} or use fewer or shorter windows (--samples, "
-            "--seqlen), or smaller batches (--batch-size)"
+            f"least {in_words(needs.least)} or use fewer or shorter windows "
+            "(`--samples`, `--seqlen`), or smaller batches (batch_size, `--batch-size`)"
         )
     cache.leave_free(needs.forward)  # also after the run, as what is saved runs once more
     return needs

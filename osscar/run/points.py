@@ -50,7 +50,8 @@ class SweepJob:
             return dataclasses.replace(base, **asked | {"allocation": self.method})
         if base.routed:
             raise RequestError(
-                f"the baseline {self.method} removes no experts; omit --baselines, or --experts"
+                f"the baseline {self.method} removes no experts; omit baselines (`--baselines`), "
+                f"or experts (`--experts`)"
             )
         asked |= {"allocation": "uniform", "backend": self.method, "backend_options": {}}
         return dataclasses.replace(base, **asked, target="weights", correction_weight=None)
@@ -69,17 +70,17 @@ def jobs(
     """Return the points of a sweep, the method itself first, the largest model first."""
     if not values:
         raise OptionError(
-            f"a sweep needs budgets; give a list such as --{budget} {budget.examples}"
+            f"a sweep needs budgets; give a list such as {budget.examples} for {budget}"
         )
     read = [_number(budget, value) for value in values]
     if len({isinstance(value, int) for value in read}) > 1:
         raise OptionError(
-            f"--{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
+            f"{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
         )
     if budget in _SIZES and any(isinstance(value, int) for value in read):
         raise OptionError(
             f"a sweep takes sizes as fractions of the dense model's, not {read[0]}; give a list "
-            f"such as --{budget} {budget.examples}"
+            f"such as {budget.examples} for {budget}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
     removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
@@ -94,7 +95,7 @@ def _number(budget: BudgetKind, value: Any) -> float | int:
     """Return a value as a plain number, which names its point."""
     value = checked(budget, PruningRequest.__annotations__[budget], value)
     if value is None:
-        raise OptionError(f"a budget is None; give a list such as --{budget} {budget.examples}")
+        raise OptionError(f"a budget is None; give a list such as {budget.examples} for {budget}")
     if budget in (BudgetKind.PARAMS, *_SIZES):
         value = parse_size_kept(value)
     return value if isinstance(value, int) else float(value)
@@ -217,7 +218,7 @@ class SweepDirectory(Journal):
     manifest_file = "asked.json"
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
-    otherwise = "give another --out"
+    otherwise = "give another place (`--out`)"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(resolved(directory))

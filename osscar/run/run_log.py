@@ -169,7 +169,7 @@ def begun(
     if batches < ranks.size:
         warn(
             f"{ranks.size} ranks share out {pluralize(batches, 'batch', 'batches')}, and some "
-            "have nothing to do; give a smaller --batch-size, or launch fewer"
+            "have nothing to do; give a smaller batch_size (`--batch-size`), or launch fewer"
         )
     with nullcontext(()) if log is None else log.begun(manifest) as records:
         done = ranks.broadcast("how many groups are done", lambda: len(records))

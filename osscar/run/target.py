@@ -244,8 +244,9 @@ class _Search:
             said = f"{next(report.tests_in_words())}, though the search held it for good"
         return RequestError(
             f"no model that was tried is within {self.target}{beside}: the nearest, {said}; allow "
-            "more to be lost, give more calibration data (--samples), or recover what is pruned "
-            "(--recover)"
+            "more to be lost, give more calibration data (samples, `--samples`), or recover what "
+            "is pruned "
+            "(recover, `--recover`)"
         )
 
     def _report(self, budget: Budget) -> TargetReport:

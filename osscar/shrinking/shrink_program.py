@@ -102,8 +102,9 @@ def shrink_program(
             program, proof = trial.proved(plan)
         except EquivalenceError as failure:
             raise type(failure)(
-                f"{failure}; leave groups out (--skip, or a plan without them), or shrink the "
-                "modules (--form eager), where @osscar.adapter teaches one to follow"
+                f"{failure}; leave groups out (skip, `--skip`, or a plan without them), or "
+                f"shrink the "
+                "modules (form eager, `--form eager`), where @osscar.adapter teaches one to follow"
             ) from failure
         plan = dataclasses.replace(plan, traced=trial.traced())
         fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
@@ -111,7 +112,8 @@ def shrink_program(
             warn(
                 f"{fixed}: its code turns them into numbers, as int, math.sqrt and loops do, or "
                 "they are the resolution of images for attention, which stays fixed; calibrate on "
-                "the sizes that the model will read, or prune the modules (--form eager)"
+                "the sizes that the model will read, or prune the modules (form eager, `--form "
+                "eager`)"
             )
         made = _noted(program, model, plan)
         certificates = (*lineage_of(model).certificates, proof.certificate)

@@ -30,7 +30,7 @@ CERTIFICATES = "certificates"
 
 KILLED = (
     "a worker was killed, perhaps for want of memory; what was solved is kept: run the same "
-    "command again, with fewer --jobs, or on machines with more memory"
+    "command again, with fewer jobs (`--jobs`), or on machines with more memory"
 )
 
 _COPIES = 12

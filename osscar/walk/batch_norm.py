@@ -156,7 +156,8 @@ def _average(name: str, total: Tensor) -> _Statistics:
     if not bool(total.isfinite().all()):
         raise NonFiniteError(
             f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
-            "use --dtype float32, or leave them as they were (--batch-norm keep)"
+            "use dtype float32 (`--dtype float32`), or leave them as they were (batch_norm keep, "
+            "`--batch-norm keep`)"
         )
     return mean, var
 

@@ -45,7 +45,7 @@ where the user lets products be made of fewer digits (TF32)."""
 _OUTPUTS = 256
 """Columns of weights whose errors are compared at a time."""
 
-_REMEDY = "check the weights before it, or use --dtype float32"
+_REMEDY = "check the weights before it, or use dtype float32 (`--dtype float32`)"
 
 
 def inner(A: Tensor, B: Tensor) -> float:

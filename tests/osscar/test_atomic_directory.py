@@ -70,7 +70,7 @@ def test_what_a_checkpoint_is(tmp_path):
         with pytest.raises(OutputError, match="something other than a checkpoint of OSSCAR; give"):
             check_output(target, overwrite=overwrite)
     Manifest.of(True, Lineage()).write(target)
-    with pytest.raises(OutputError, match=r"or overwrite=True to replace"):
+    with pytest.raises(OutputError, match=r"or overwrite=True in Python"):
         check_output(target, overwrite=False)
     assert check_output(target, overwrite=True) == target.resolve()
     (target / "codes.of.a.tokenizer").write_text("")

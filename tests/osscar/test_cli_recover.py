@@ -216,7 +216,10 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
         ),
         (("recover", "small", "--dense", "demo", *on_data, "--out", "b"), "(--dense module:func"),
         ((*train[:-2], "--out", "other"), "nothing to train on: give --text, --images or --inputs"),
-        ((*train, "--text", "net.py", "--out", "b"), "reads no text: omit --text and --seqlen"),
+        (
+            (*train, "--text", "net.py", "--out", "b"),
+            "reads no text: omit text (`--text`) and seqlen (`--seqlen`)",
+        ),
     ):
         status, _, err = run(*command)
         assert (status, message in " ".join(err.split())) == (2, True), err

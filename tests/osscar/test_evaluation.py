@@ -171,8 +171,8 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
     for options, message in (
         ({"seqlen": 1}, "window of 1 token .*from 2, .* to 64"),
         ({"seqlen": 65}, "window of 65 tokens.*from 2, .* to 64"),
-        ({"windows": 0}, "windows=. is 0; give 1 or more"),
-        ({"batch_size": 0}, "batch_size=. is 0; give 1 or more"),
+        ({"windows": 0}, "windows, `--windows`. is 0; give 1 or more"),
+        ({"batch_size": 0}, "batch_size, `--batch-size`. is 0; give 1 or more"),
     ):
         with pytest.raises(OptionError, match=message):
             measure_quality(model, tokenizer, TEXT, **options)

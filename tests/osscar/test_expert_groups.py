@@ -286,7 +286,7 @@ OTHERWISE = r"'0\.experts' gets \d+ of 56 tokens of calibration batch 0 with oth
         (Capacity, 1, torch.float32, OTHERWISE),
         (Twice, 1, torch.float32, OTHERWISE),
         (Block, 100, torch.float32, r"of 56 tokens .* than the logits of its router"),
-        (Block, 25, torch.float64, r"'0\.experts' cannot be chosen.*skip="),
+        (Block, 25, torch.float64, r"'0\.experts' cannot be chosen.*--skip"),
         (ListWithCapacity, 1, torch.float32, "other experts of '0.experts', or with other"),
     ],
 )

@@ -185,7 +185,7 @@ REFUSED = (
         *(Stubborn, {}, AdapterError, r"none of 2 groups can be pruned.*@osscar\.adapter"),
         *("'one.neurons': module", "view(-1, 16)", "'two.neurons': module", "view(-1, 12)"),
     ),
-    (Gated, {"strict": True}, AdapterError, "1 of 2 groups cannot be pruned.*skip="),
+    (Gated, {"strict": True}, AdapterError, "1 of 2 groups cannot be pruned.*--skip"),
     (Scaled, {}, EquivalenceError, "'neurons': the shrunk model's output differs"),
 )
 

@@ -132,7 +132,7 @@ class Deep(nn.Module):
 
 def test_a_budget_that_skipping_leaves_nothing_for_is_refused():
     torch.manual_seed(0)
-    shared = "params=0.9 has nothing to prune"
+    shared = "params 0.9 has nothing to prune"
     with prepare(Deep().eval(), torch.randn(64, 6)) as deep:
         (high,) = (group.name for group in deep.groups if group.name.startswith("high"))
         for asked, message in (

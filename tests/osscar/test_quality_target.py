@@ -360,7 +360,7 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
     log, request = RunLog(tmp_path / "log"), PruningRequest(max_divergence=0.02)
     monkeypatch.setattr(Judge, "measure", lambda self, model: Bounded(0.01, 0.03, 16))
     monkeypatch.setattr("osscar.run.target_search.MOST_ATTEMPTS", 1)
-    with pytest.raises(RequestError, match=r"within max_divergence=0.02: the nearest, .* of"):
+    with pytest.raises(RequestError, match=r"within max_divergence 0.02: the nearest, .* of"):
         prune_as_asked(small_net(), images(), request, log)
     assert not log.directory.exists()
 
@@ -383,7 +383,7 @@ def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
     for result in (alone, beside):
         assert count_flops(result.model, sample) > 0.35 * most
         assert result.target.cost == "flops"
-    with pytest.raises(RequestError, match=r"max_divergence=0\.0003 and params=0\.5: the nearest"):
+    with pytest.raises(RequestError, match=r"max_divergence 0\.0003 and params 0\.5: the nearest"):
         osscar.prune(dense, data, max_divergence=0.0003, params=0.5)
 
 

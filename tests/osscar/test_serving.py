@@ -106,9 +106,9 @@ def test_a_model_that_keeps_no_keys_and_values_is_told_to_ask_for_a_size():
     pair = {"input_ids": tokens(), "decoder_input_ids": tokens()}
     states = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
     for model, example, message in (
-        (small_net(), {"x": images(8)}, "keeps none; give size="),
-        (encoder, pair, "keeps none; give size="),
-        (MambaForCausalLM(states).eval(), {"input_ids": tokens()}, "give size="),
+        (small_net(), {"x": images(8)}, "keeps none; give size"),
+        (encoder, pair, "keeps none; give size"),
+        (MambaForCausalLM(states).eval(), {"input_ids": tokens()}, "give size"),
     ):
         nothing = graph.DependencyGraph((), ())
         size = weights(Cost.BYTES, model, nothing, ())
@@ -119,9 +119,9 @@ def test_a_model_that_keeps_no_keys_and_values_is_told_to_ask_for_a_size():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"memory": 0.8, "context": 65}, "context= is 65, and the model reads 64 positions at"),
-        ({"memory": 0.01, "context": 64}, "memory=0.01 cannot be met: .* serving bytes"),
-        ({"memory": "1GB", "context": 64}, "memory=1GB removes nothing"),
+        ({"memory": 0.8, "context": 65}, "context .*is 65, and the model reads 64 positions at"),
+        ({"memory": 0.01, "context": 64}, "memory 0.01 cannot be met: .* serving bytes"),
+        ({"memory": "1GB", "context": 64}, "memory 1GB removes nothing"),
     ],
 )
 def test_a_memory_that_makes_no_sense_is_refused(asked, message):

@@ -63,8 +63,12 @@ def test_a_batch_is_named_with_the_module(model):
 @pytest.mark.parametrize(
     ("owner", "name", "words"),
     [
-        (walk, "GramAccumulator", r"Gram matrices of '.*layers\.0\.neurons' with 40 inputs.*skip="),
-        (greedy, "eliminate", r"problem of '.*layers\.0\.neurons' with 40 inputs.*device=cpu"),
+        (
+            walk,
+            "GramAccumulator",
+            r"Gram matrices of '.*layers\.0\.neurons' with 40 inputs.*--skip",
+        ),
+        (greedy, "eliminate", r"problem of '.*layers\.0\.neurons' with 40 inputs.*--device cpu"),
         (chain, "shrunk", "OPTForCausalLM, of which pruning makes copies"),
     ],
 )
@@ -78,7 +82,7 @@ def test_a_weight_that_lies_on_disk_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(StoredTensor, "read", failing)
     said = refusal(model)
     assert re.search(r"'[\w.]+\.weight' on cpu \([\d.]+K?B, read from disk\)", said)
-    assert "a smaller max_memory=" in said
+    assert "a smaller max_memory (`--max-memory`)" in said
 
 
 ROOM_FOR = """

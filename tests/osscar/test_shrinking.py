@@ -386,7 +386,7 @@ def test_a_refusal_names_the_groups_to_leave_out() -> None:
     x = torch.randn(8, 6)
     plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
     assert len(plan.groups) == 5
-    said = r"comes from pruning '3\.neurons': leave it out.*skip='3\.neurons'"
+    said = r"comes from pruning '3\.neurons': leave it out.*--skip '3\.neurons'"
     error = assert_refused(model, plan, [(x,)], AdapterError, said)
     assert not any(f"'{fine}.neurons'" in error for fine in (0, 1, 2, 4))
     # The layer that has the wrong width is not to blame, but who calls it.

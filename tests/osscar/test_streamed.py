@@ -341,7 +341,7 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 
 def test_what_needs_the_whole_model_is_refused(tmp_path):
     model = opened(written(tmp_path / "dense", "opt", layers=1))
-    for asked, named in (({"speedup": 1.5}, "speedup="), ({"form": "exported"}, "form=exported")):
+    for asked, named in (({"speedup": 1.5}, "speedup"), ({"form": "exported"}, "form exported")):
         with pytest.raises(RequestError, match=named):
             osscar.prune(model, windows(), **{"neurons": 0.5, **asked})
 
@@ -367,7 +367,9 @@ def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
 
 def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
     dense = written(tmp_path / "dense", "opt", layers=1)
-    message = r"max_memory=10B cannot hold .*B are the activations of all .* at least [\d.]+GB"
+    message = (
+        r"max_memory .* of 10B cannot hold .*B are the activations of all .* at least [\d.]+GB"
+    )
     with pytest.raises(RequestError, match=message):
         pruned(dense, "10", neurons=0.5)
     with pytest.raises(RequestError, match="fc2") as refused:
@@ -408,7 +410,7 @@ def test_sizes_and_what_is_none():
     for size in ("", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"):
         with pytest.raises(OptionError, match="memory"):
             parse_size(size)
-    with pytest.raises(OptionError, match="max_memory="):  # no directory of transformers
+    with pytest.raises(OptionError, match="max_memory"):  # no directory of transformers
         opened("torchvision:resnet18")
 
 

@@ -357,7 +357,9 @@ def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
             osscar.TensorSet("x", tensors)
     with pytest.raises(DataError, match="the data are a dict; give what osscar"):
         osscar.evaluate(network(), {"input": torch.zeros(2, 5)})
-    with pytest.raises(OptionError, match=r"of samples .samples=. is 0; give 1 or more"):
+    with pytest.raises(
+        OptionError, match=r"of samples .samples, `--samples`. is 0; give 1 or more"
+    ):
         samples().sample(0, seed=0)
     with pytest.raises(OptionError, match="batch size"):
         osscar.evaluate(network(), samples(), batch_size=0)

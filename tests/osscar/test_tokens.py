@@ -95,7 +95,7 @@ def test_a_short_text_gives_overlapping_windows_and_says_so(tokenizer):
     whole = load_calibration([words(60)], tokenizer, samples=1, seqlen=len(tokens), seed=0)
     assert torch.equal(whole.tokens[0], tokens)
     longer = len(tokens) + 1
-    message = rf"{len(tokens)} tokens, fewer than one window of {longer}.*seqlen="
+    message = rf"{len(tokens)} tokens, fewer than one window of {longer}.*--seqlen"
     with pytest.raises(DataError, match=message):
         load_calibration([words(60)], tokenizer, samples=1, seqlen=longer, seed=0)
     for samples, seqlen in ((0, 8), (8, 0)):
