@@ -183,8 +183,8 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
         advice = found["msg"].removeprefix("Value error, ").replace("Input should be", "give")
         if found["type"] in _ADVICE:
             limits = found.get("ctx", {}).items()
-            shown = {key: f"{x:g}" if isinstance(x, float) else x for key, x in limits}
-            advice = _ADVICE[found["type"]].format_map(shown)
+            digits = {key: f"{x:g}" if isinstance(x, float) else x for key, x in limits}
+            advice = _ADVICE[found["type"]].format_map(digits)
         raise OptionError(f"{option} is {safe_repr(found['input'])}; {advice}") from error
 
 
