@@ -24,6 +24,14 @@ from tests.osscar.networks import images
 
 TEXT = builtin_text(Split.TRAINING)[:1500]
 TRAINING = ("--steps", 4, "--batch-size", 2, "--learning-rate", "1e-3", "--device", "cpu")
+
+
+def once(usual, *own):
+    """Return options with their values, the usual ones only where no own ones take their place."""
+    pairs = zip(usual[::2], usual[1::2], strict=True)
+    return (*(word for pair in pairs if pair[0] not in own for word in pair), *own)
+
+
 ON_TEXT = ("--text", CALIBRATION, "--samples", 6, *TRAINING)
 
 
@@ -137,10 +145,13 @@ def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
     before, known = contents(small), weights(small)
     status, _, err = run(*recover)
     assert status == 2
-    assert "a checkpoint is there; give another directory, or --overwrite" in err
+    assert "a checkpoint is there; give another directory, or replace it (`--overwrite`" in err
     assert contents(small) == before
     # Where nothing is better the model is as it came.
-    status, out, err = run(*recover, "--overwrite", "--steps", 2, "--learning-rate", 1)
+    status, out, err = run(
+        *("recover", "small", "--dense", tiny, "--overwrite"),
+        *once((*ON_TEXT, "--out", "small"), "--steps", 2, "--learning-rate", 1),
+    )
     assert status == 0, err
     assert "on 1 held-out sample; kept: the weights that it came with" in out
     document = report("small")
@@ -214,7 +225,7 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
             ("eval", "small-recovered", *train[2:4], *on_data[-2:]),
             "was used to calibrate or recover this",
         ),
-        (("recover", "small", "--dense", "demo", *on_data, "--out", "b"), "(--dense module:func"),
+        (("recover", "small", "--dense", "demo", *on_data, "--out", "b"), "(`--dense module:func"),
         ((*train[:-2], "--out", "other"), "nothing to train on: give --text, --images or --inputs"),
         (
             (*train, "--text", "net.py", "--out", "b"),
@@ -263,12 +274,14 @@ def test_bad_input_is_one_line_and_writes_nothing(run, crowded, tiny, monkeypatc
     before = contents(crowded)
     for command, message in (
         *(
-            (("recover", "--dense", tiny, *TRAINING, *text, *arguments), message)
+            (
+                ("recover", *once(("--dense", tiny, "--text", CALIBRATION, *TRAINING), *arguments)),
+                message,
+            )
             for arguments, message in BAD
-            for text in [() if "--text" in arguments else ("--text", CALIBRATION)]
         ),
         *(
-            ((*pruning(tiny, "--neurons", "0.5", "--out", "out"), *more), message)
+            (pruning(tiny, "--neurons", "0.5", "--out", "out", *more), message)
             for more, message in BAD_IN_ONE_RUN
         ),
     ):

@@ -174,7 +174,10 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, own):
         (prune[:-1], "give calibration (`--calibration`) a directory of images, an .npz file"),
         ((*prune, "nowhere"), "file of that name; images are a directory, or"),
         ((*prune, "my images.npz:valid"), "it has no entries of that name, only train_images"),
-        ((*prune, train, "--samples", 0), "the number of images (--samples) is 0; give 1 or more"),
+        (
+            (*prune, train, "--samples", 0),
+            "the number of images (samples, `--samples`) is 0; give 1 or more",
+        ),
         (("eval", code, "--text", "x"), "reads no text: omit text (`--text`)"),
         (("eval", code), "give --images"),
         (("eval", "demo", *images), "reads text, not images"),
