@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.printable import listed, pluralize
 from osscar.data.batches import accepted_arguments, check_arguments, named_inputs, needed_arguments
 from osscar.data.samples import (
+    IGNORED,
     LABEL_NAMES,
     SampleList,
     SampleSet,
@@ -25,16 +27,12 @@ from osscar.data.samples import (
     kind_of_numbers,
     named_generator,
 )
+from osscar.data.sequences import TOKENS, decoder_inputs, divided, hides, makes_decoder_inputs
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.network.modules import check_usable
 
 DEFAULT_WINDOWS, DEFAULT_SAMPLES = 32, 256
 """That calibrate a model unless the caller says otherwise."""
-
-_TOKENS, _MASK = "input_ids", "attention_mask"
-
-_PER_TOKEN = frozenset({_TOKENS, _MASK, "token_type_ids", "position_ids"})
-"""Inputs that have an entry for each token, and are cut where a sequence is."""
 
 _FORMS = (
     "give a tensor, a mapping of tensors by the names of the model's arguments, or an iterable of "
@@ -57,9 +55,11 @@ def load_batches(
     """Read batches once, and keep them.
 
     Labels reach the model only if it needs them.  Whole numbers are kept to score by; other labels,
-    and entries that the model does not take, are left out.  Padding of token sequences, where
-    ``attention_mask`` is 0, is cut off, and sequences of several lengths then run one by one.  The
-    set's `source` says what was done.
+    and entries that the model does not take, are left out.  An encoder with a decoder, of
+    transformers, makes of labels what its decoder reads, unless that is given.  Padding of
+    sequences, where ``attention_mask`` is 0, is cut off, and so is that of labels, which is -100 at
+    their ends; samples of several lengths then run one by one.  The set's `source` says what was
+    done.
 
     Parameters
     ----------
@@ -84,13 +84,13 @@ def load_batches(
     -------
     CalibrationSet or SampleSet
         Windows of a causal language model that have one length; else a `TensorSet`, or a
-        `SampleList` of token sequences that differ in length.
+        `SampleList` of samples that differ in length.
 
     Raises
     ------
     DataError
         If there is no batch, batches differ in form, do not fit the model, or are padded in
-        another way than at the ends of token sequences.
+        another way than at the ends of sequences.
     ModelError
         If `model` is no model.
     OptionError
@@ -124,7 +124,8 @@ def read_once(
     if isinstance(data, Mapping):
         ready = not any(name in LABEL_NAMES or str(name).endswith("_mask") for name in data)
     elif isinstance(data, TensorSet):
-        ready = not _hides(model, data.tensors)
+        read_labels = data.labels is not None and makes_decoder_inputs(model, data.tensors)
+        ready = not (hides(model, data.tensors) or read_labels)
     else:
         kinds = (Tensor, str, bytes, SampleSet, CalibrationSet, TextSet)
         ready = isinstance(data, kinds) or not (isinstance(data, Iterable) or _has_rows(data))
@@ -180,7 +181,7 @@ def _is_causal(model: nn.Module) -> bool:
         isinstance(model, PreTrainedModel)
         and model.can_generate()
         and not model.config.is_encoder_decoder
-        and model.main_input_name == _TOKENS
+        and model.main_input_name == TOKENS
     )
 
 
@@ -210,8 +211,9 @@ def _read(
     read = list(_first(iter(source), model, _has_rows(data), samples))
     if not read:
         raise DataError(f"{what} yields nothing; give one that was not read to its end before")
-    batches = [batch for batch, _ in read]
-    left_out = list(dict.fromkeys(name for _, names in read for name in names))
+    batches = [one.samples for one in read]
+    left_out = list(dict.fromkeys(name for one in read for name in one.left_out))
+    hidden = list(dict.fromkeys(name for one in read for name in one.hidden))
     count = sum(map(len, batches))
     cut = samples is not None and count > samples
     if samples is not None and cut:
@@ -220,7 +222,7 @@ def _read(
     if not notes and (cut or (count == samples and length != len(batches))):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    found, notes = _joined(model, batches, left_out, title, notes, drawn)
+    found, notes = _joined(model, batches, left_out, hidden, title, notes, drawn)
     if groups is None:
         return found, notes
     if isinstance(found, CalibrationSet):
@@ -232,24 +234,32 @@ def _read(
 
 def _first(
     source: Iterator[Any], model: nn.Module, rows: bool, samples: int | None
-) -> Iterator[tuple[TensorSet, list[str]]]:
-    """Yield batches by argument, with what was left out of each, until there are enough samples."""
+) -> Iterator[_Read]:
+    """Yield batches by argument, until there are enough samples."""
     read = 0
     for number, given in enumerate(source):
         try:
-            batch, left_out = _named(model, given, rows)
-            check_arguments(model, batch.tensors)
+            batch = _named(model, given, rows)
         except DataError as error:
             place = "row" if rows else "batch"
             raise DataError(f"{place} {number} of the data: {error}") from error
-        yield batch, left_out
-        read += len(batch)
+        yield batch
+        read += len(batch.samples)
         if samples is not None and read >= samples:
             return  # the next batch may be long in coming
 
 
-def _named(model: nn.Module, given: Any, row: bool) -> tuple[TensorSet, list[str]]:
-    """Read a batch, or a row as a batch of one, by argument; return what was left out as well."""
+@dataclass(frozen=True)
+class _Read:
+    """A batch by argument, what was left out of it, and which masks hid something."""
+
+    samples: TensorSet | SampleList
+    left_out: list[str]
+    hidden: tuple[str, ...]
+
+
+def _named(model: nn.Module, given: Any, row: bool) -> _Read:
+    """Read a batch, or a row as a batch of one, by argument."""
     inputs, labels, left_out = given, None, list[str]()
     if isinstance(given, tuple | list):
         if not 1 <= len(given) <= 2:
@@ -275,20 +285,29 @@ def _named(model: nn.Module, given: Any, row: bool) -> tuple[TensorSet, list[str
     else:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         named = named_inputs(model, [_tensor(one, row) for one in args])
-    if labels is None:
-        return TensorSet("", named), left_out
+    scored = None if labels is None else _scored(labels, row)
+    if labels is not None and scored is None:
+        left_out = [*left_out, LABEL_NAMES[0]]
+    if scored is not None and scored.ndim == 2 and makes_decoder_inputs(model, named):
+        named |= decoder_inputs(model, scored)
+    check_arguments(model, named)
+    apart = divided(model, named, scored)
+    found = TensorSet("", named, scored) if apart is None else SampleList("", apart, scored)
+    return _Read(found, left_out, hides(model, named))
+
+
+def _scored(labels: Any, row: bool) -> Tensor | None:
+    """Return labels that are whole numbers; None of others."""
     try:
-        scored = _tensor(labels, row)
+        found = _tensor(labels, row)
     except DataError:
-        scored = torch.empty(1)  # boxes and their like
-    if not scored.ndim:
+        return None  # boxes and their like
+    if not found.ndim:
         raise DataError(
             f"its label is one number ({safe_repr(labels)}), as of a sample and not of a batch; "
             "give torch.utils.data.DataLoader(samples, batch_size=32) of these"
         )
-    if kind_of_numbers(scored) != "whole":
-        return TensorSet("", named), [*left_out, LABEL_NAMES[0]]
-    return TensorSet("", named, scored), left_out
+    return found if kind_of_numbers(found) == "whole" else None
 
 
 def _tensor(value: Any, row: bool) -> Tensor:
@@ -305,101 +324,71 @@ def _tensor(value: Any, row: bool) -> Tensor:
 
 def _joined(
     model: nn.Module,
-    batches: list[TensorSet],
+    batches: Sequence[TensorSet | SampleList],
     left_out: list[str],
+    hidden: list[str],
     title: str,
     notes: list[str],
     seed: int | None,
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Join batches to a set; return what was left out of them as well."""
-    of_tokens = isinstance(model, PreTrainedModel) and _TOKENS in batches[0].tensors
-    samples = [one.tensors for one in batches]
-    padded = any(_hides(model, one) for one in samples)
-    if of_tokens:
-        samples = [
-            one
-            for number, batch in enumerate(samples)
-            for one in _without_padding(model, batch, f"batch {number} of the data")
-        ]
-    elif padded:
+    divided = all(isinstance(one, SampleList) for one in batches)
+    if hidden and not divided:
         raise DataError(
             "the data have a mask, and masked positions cannot be left out of the refit for this "
             "model; give samples without padding"
         )
+    samples = [
+        sample
+        for one in batches
+        for sample in (one.samples if isinstance(one, SampleList) else [one.tensors])
+    ]
     forms = [
         {name: f"{name} {str(t.dtype)[6:]} of {list(t.shape[1:])}" for name, t in one.items()}
         for one in samples
     ]
     other = next((i for i, form in enumerate(forms) if form != forms[0]), None)
-    if other is not None and not of_tokens:
+    if other is not None and not divided:
         raise DataError(
             f"batch {other} of the data has {', '.join(forms[other].values())}, and batch 0 "
             f"{', '.join(forms[0].values())}; give all in the same form, or samples that each run "
             "by themselves: osscar.SampleList('graphs', [{'x': ...}, ...])"
         )
-    labels = _labels(batches)
-    if labels is None or _is_causal(model) or (other is not None and labels.ndim > 1):
+    decodes = any(name.startswith("decoder_") or name in LABEL_NAMES for name in samples[0])
+    labels = _labels(batches, longest=decodes)
+    if (
+        labels is None
+        or _is_causal(model)
+        or (other is not None and labels.ndim > 1 and not decodes)
+    ):
         labelled = any(one.labels is not None for one in batches)
         labels, left_out = None, [*left_out, LABEL_NAMES[0]] if labelled else left_out
+    stay = [name for name in hidden if name in samples[0]]
     told = [
         *(["labels set aside to score by"] if labels is not None else []),
         *([f"without {listed(left_out, 8)}"] if left_out else []),
-        *(["padding cut off"] if padded else []),
+        *(["padding cut off"] if len(stay) < len(hidden) else []),
+        *([f"what {listed(stay)} hides counts"] if stay else []),
     ]
     source = "; ".join([title, *told])
-    if other is not None:
+    together = all(len(x) == 1 for one in samples for x in one.values()) or not divided
+    if other is not None or not together:
         return SampleList(source, tuple(samples), labels), [*notes, *told]
     tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-    if _is_causal(model) and set(tensors) == {_TOKENS}:
-        windows = CalibrationSet(tensors[_TOKENS].long(), source, seed)
+    if _is_causal(model) and set(tensors) == {TOKENS}:
+        windows = CalibrationSet(tensors[TOKENS].long(), source, seed)
         return windows, [*notes, *told]
     return TensorSet(source, tensors, labels), [*notes, *told]
 
 
-def _labels(batches: list[TensorSet]) -> Tensor | None:
-    """Return the labels of all batches; None where some have none, or they differ in shape."""
+def _labels(batches: Sequence[TensorSet | SampleList], *, longest: bool) -> Tensor | None:
+    """Return the labels of all batches; None where some have none, or they differ in shape.
+
+    With `longest` those of sequences are made as long as the longest.
+    """
     labels = [one.labels for one in batches if one.labels is not None]
+    if longest and all(one.ndim == 2 for one in labels):
+        most = max((one.shape[1] for one in labels), default=0)
+        labels = [F.pad(one, (0, most - one.shape[1]), value=IGNORED) for one in labels]
     alike = len(labels) == len(batches) and len({one.shape[1:] for one in labels}) == 1
     return torch.cat(labels) if alike else None
-
-
-# ---- padding -----------------------------------------------------------------------------
-
-
-def _hides(model: nn.Module, tensors: Mapping[str, Any]) -> bool:
-    """Whether a mask hides something from a model of transformers, where masks have one meaning."""
-    takes = accepted_arguments(model) if isinstance(model, PreTrainedModel) else ()
-    masks = [t for name, t in tensors.items() if str(name).endswith("_mask") and name in takes]
-    return any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
-
-
-def _without_padding(
-    model: nn.Module, inputs: Mapping[str, Tensor], place: str
-) -> list[Mapping[str, Tensor]]:
-    """Return the sequences of a batch, each without its padding, (1, its length).
-
-    A padded position would count wherever activations are summed, or outputs compared.
-    """
-    ids, mask = inputs[_TOKENS], inputs.get(_MASK)
-    if kind_of_numbers(ids) != "whole":
-        raise DataError(f"{_TOKENS!r} of {place} is {ids.dtype}; give the ids of tokens")
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if kept.shape != ids.shape or ids.ndim != 2:
-        raise DataError(
-            f"{_MASK!r} of {place} has shape {tuple(kept.shape)} for {_TOKENS!r} of "
-            f"{tuple(ids.shape)}; give (samples, tokens) of both"
-        )
-    runs = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
-    if not bool((runs == 1).all()):
-        row = int((runs != 1).nonzero()[0])
-        raise DataError(
-            f"{_MASK!r} of sequence {row} in {place} hides all of it, or leaves gaps in it; give "
-            "sequences with tokens, padded at their ends alone"
-        )
-    needed = needed_arguments(model)
-    passed = {name: t for name, t in inputs.items() if name != _MASK or name in needed}
-    cut = {name for name, t in passed.items() if name in _PER_TOKEN and t.shape[:2] == ids.shape}
-    return [
-        {n: t[row : row + 1, keep] if n in cut else t[row : row + 1] for n, t in passed.items()}
-        for row, keep in enumerate(kept)
-    ]

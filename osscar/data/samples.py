@@ -194,7 +194,8 @@ class SampleList(SampleSet):
     samples
         Each as the model reads it: tensors by the names of the arguments, of any dimensions.
     labels
-        The right class of each, (n,) of whole numbers, which become int64, or None.
+        The right class of each, (n,) of whole numbers, which become int64, or None.  Of sequences
+        it may be that of each position, (n, longest), with -100 after the end.
     sample_groups
         As of a `TensorSet`.
 

@@ -282,16 +282,26 @@ def _score_samples(
         for batch in data.batches(_batch_size(batch_size, SAMPLES_AT_ONCE)):
             first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
             now = slice(done, done + (1 if data.alone else len(first)))
-            given = None if data.labels is None else data.labels[now]
+            given = None if data.labels is None else _labels_at(data.labels, now, data)
             found = {model: _outputs(model, batch, data, given, first=not done) for model in runs}
             scores = found[models[0]].scores
             if not done and scores is not None:
                 labels = data.class_labels(classes, scores.shape[1])
             for tally, model in zip(tallies, models, strict=True):
                 theirs = None if dense is None or dense is model else found[dense]
-                tally.add(found[model], theirs, None if labels is None else labels[now])
+                known = None if labels is None else _labels_at(labels, now, data)
+                tally.add(found[model], theirs, known)
             done = now.stop
     return [tally.quality(done) for tally in tallies]
+
+
+def _labels_at(labels: Tensor, now: slice, data: SampleSet) -> Tensor:
+    """Return the labels of some samples; those of a sample alone end with the last that counts."""
+    found = labels[now]
+    counts = (found[0] != IGNORED).nonzero()
+    if not data.alone or found.ndim != 2 or not len(counts):
+        return found
+    return found[:, : int(counts[-1]) + 1]
 
 
 @dataclass(frozen=True)

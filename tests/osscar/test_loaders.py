@@ -319,10 +319,18 @@ OPT = tiny("opt", layers=1)
             lambda: hub().Dataset.from_dict({"wave": [[0.0]], "text": ["a"]}),
             "row 0 of the data: .* takes input, and there are wave, text; name the entries .colu",
         ),
-        (OPT, lambda: hidden(2), "of sequence 1 in batch 0 .* leaves gaps in it; give"),
-        (OPT, lambda: hidden(*range(6)), "of sequence 1 in batch 0 .* hides all of it"),
-        (OPT, lambda: [tokens(2, 6) + 0.5], "'input_ids' of batch 0 .* is torch.float32; give"),
-        (OPT, lambda: [tokens(2, 6) > 3], "'input_ids' of batch 0 .* is torch.bool; give the ids"),
+        (
+            OPT,
+            lambda: hidden(2),
+            "batch 0 .*: 'attention_mask' of sequence 1 .* leaves gaps in it; give",
+        ),
+        (
+            OPT,
+            lambda: hidden(*range(6)),
+            "batch 0 .*: 'attention_mask' of sequence 1 hides all of it",
+        ),
+        (OPT, lambda: [tokens(2, 6) + 0.5], "batch 0 .*: 'input_ids' is torch.float32; give"),
+        (OPT, lambda: [tokens(2, 6) > 3], "batch 0 .*: 'input_ids' is torch.bool; give the ids"),
         (
             OPT,
             lambda: {**hidden(), "attention_mask": torch.zeros(2, 1, 6, 6)},

@@ -1,0 +1,169 @@
+"""Batches of models of transformers, divided into samples without padding."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from osscar.base.errors import DataError
+from osscar.data.batches import accepted_arguments, needed_arguments
+from osscar.data.samples import IGNORED, LABELS, kind_of_numbers
+
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
+
+_MASKS = {
+    TOKENS: "attention_mask",
+    "input_values": "attention_mask",
+    "input_features": "attention_mask",
+    DECODER_TOKENS: "decoder_attention_mask",
+    LABELS: "decoder_attention_mask",
+}
+"""Inputs that are sequences, (samples, positions, ...), and the mask of their padding."""
+
+_PER_TOKEN = frozenset(
+    {TOKENS, "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids"}
+)
+"""Inputs that have an entry for each token, and are cut where a sequence is."""
+
+_IMAGES, _GRID = "pixel_values", "image_grid_thw"
+"""Images, or patches of images with the grid of each: time, height and width."""
+
+
+def hides(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the masks that hide something from a model of transformers, where masks mean padding."""
+    takes = accepted_arguments(model) if isinstance(model, PreTrainedModel) else ()
+    masks = {n: t for n, t in tensors.items() if str(n).endswith("_mask") and n in takes}
+    return tuple(n for n, t in masks.items() if isinstance(t, Tensor) and not bool(t.all()))
+
+
+def makes_decoder_inputs(model: nn.Module, names: Mapping[str, Any]) -> bool:
+    """Whether a model makes what its decoder reads of labels, since there is nothing else."""
+    return (
+        isinstance(model, PreTrainedModel)
+        and model.config.is_encoder_decoder
+        and DECODER_TOKENS in accepted_arguments(model)
+        and not any(name.startswith("decoder_") for name in names)
+    )
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return what a model makes of labels, (samples, positions), for its decoder to read.
+
+    It is what its method for that returns, or else the function by which its code shifts labels;
+    where there is neither, the labels as they are.
+    """
+    code = vars(sys.modules[type(model).__module__])
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return {DECODER_TOKENS: model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    if "shift_tokens_right" not in code:
+        return {LABELS: labels}
+    config = model.config
+    shifted = code["shift_tokens_right"](labels, config.pad_token_id, config.decoder_start_token_id)
+    return {DECODER_TOKENS: shifted}
+
+
+def divided(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None
+) -> list[Mapping[str, Tensor]] | None:
+    """Return the samples of a batch, each without its padding; None where it reads no sequences.
+
+    A padded position would count wherever activations are summed, or outputs compared.  What a
+    decoder reads ends where its labels do.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    kept = {
+        name: _kept(name, inputs, mask)
+        for name, mask in _MASKS.items()
+        if name in inputs and _is_sequence(name, inputs[name], inputs.get(mask))
+    }
+    if not kept:
+        return None
+    if labels is not None and labels.ndim == 2:
+        known = (labels != IGNORED).flip(1).cummax(1).values.flip(1)
+        for name in (DECODER_TOKENS, LABELS):
+            if name in kept and known.shape == kept[name].shape:
+                kept[name] = _checked(LABELS, kept[name] & known)
+    needed = needed_arguments(model)
+    masks = {_MASKS[name] for name in kept}
+    passed = {name: x for name, x in inputs.items() if name not in masks or name in needed}
+    samples = [dict[str, Tensor]() for _ in next(iter(kept.values()))]
+    for name, x in passed.items():
+        owner = next((one for one in kept if _is_cut_with(name, one, x, kept)), None)
+        for row, part in enumerate(_by_row(model, name, inputs, len(samples))):
+            keep = None if owner is None else kept[owner][row]
+            samples[row][name] = part if keep is None else part[:, keep]
+    return samples  # type: ignore[return-value]
+
+
+def _is_sequence(name: str, x: Tensor, mask: Tensor | None) -> bool:
+    """Whether an input has padding to cut: tokens, and what its mask has an entry a position of."""
+    if name in (TOKENS, DECODER_TOKENS):
+        return True
+    return x.ndim == 2 if name == LABELS else mask is not None and mask.shape == x.shape[:2]
+
+
+def _is_cut_with(name: str, owner: str, x: Tensor, kept: Mapping[str, Tensor]) -> bool:
+    of_decoder = owner in (DECODER_TOKENS, LABELS)
+    per_position = name.startswith("decoder_") if of_decoder else name in _PER_TOKEN
+    return (name == owner or per_position) and x.shape[:2] == kept[owner].shape
+
+
+def _kept(name: str, inputs: Mapping[str, Tensor], mask_name: str) -> Tensor:
+    """Return which positions of a sequence are not padded, (samples, positions) bool."""
+    x, mask = inputs[name], inputs.get(mask_name)
+    if name in (TOKENS, DECODER_TOKENS) and kind_of_numbers(x) != "whole":
+        raise DataError(f"{name!r} is {x.dtype}; give the ids of tokens")
+    kept = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    if kept.shape != x.shape[:2] or x.ndim < 2:
+        raise DataError(
+            f"{mask_name!r} has shape {tuple(kept.shape)} for {name!r} of {tuple(x.shape)}; give "
+            "(samples, tokens) of both"
+        )
+    return _checked(mask_name, kept)
+
+
+def _checked(name: str, kept: Tensor) -> Tensor:
+    """Refuse sequences that are nothing but padding, or have some in between."""
+    runs = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+    if not bool((runs == 1).all()):
+        row = int((runs != 1).nonzero()[0])
+        raise DataError(
+            f"{name!r} of sequence {row} hides all of it, or leaves gaps in it; give "
+            "sequences with tokens, padded at their ends alone"
+        )
+    return kept
+
+
+def _by_row(
+    model: PreTrainedModel, name: str, inputs: Mapping[str, Tensor], rows: int
+) -> list[Tensor]:
+    """Return what each sample has of an input; images go with the tokens that stand for them."""
+    x = inputs[name]
+    if rows == 1:
+        return [x]
+    config, ids = model.config, inputs.get(TOKENS)
+    token = getattr(config, "image_token_id", None)
+    if name in (_IMAGES, _GRID) and ids is not None and token is not None and _IMAGES in inputs:
+        # An image has as many tokens as others, or as many as its patches allow.
+        tokens = (ids == token).sum(1).cumsum(0)
+        pixels = len(inputs[_IMAGES]) * tokens
+        ends = pixels // max(1, int(tokens[-1]))
+        whole = bool((ends * tokens[-1] == pixels).all())
+        if name == _GRID:
+            patches = x.prod(-1).cumsum(0)
+            whole = whole and bool(torch.isin(ends[ends > 0], patches).all())
+            ends = torch.searchsorted(patches, ends, right=True)
+        if whole and int(ends[-1]) == len(x):
+            return list(torch.tensor_split(x, ends[:-1].cpu()))
+    elif len(x) == rows:
+        return [x[row : row + 1] for row in range(rows)]
+    raise DataError(
+        f"it is not known which of the {len(x)} entries of {name!r} belong to which of the {rows} "
+        "samples; give batches of one sample"
+    )
