@@ -11,14 +11,14 @@ from pathlib import Path
 import networkx as nx
 import torch
 
-from graph.errors import ExampleInputError, GraphError, UnknownGroupError
+from graph.errors import ExampleInputError, GraphError, TraceError, UnknownGroupError
 from graph.grouping import groups_by_axis
 from graph.groups import CouplingGroup, Role, UnitKind
 from graph.operators import Operator, Size
 from graph.propagate import propagate
 from graph.rules import DEFAULT, RuleTable
 from graph.sizes import Sizes, with_operands
-from graph.tracing.export import ExampleInputs, export_model
+from graph.tracing.export import ExampleInputs, export_model, export_with_values
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,12 @@ def trace(
     """
     _check_opaque(model, opaque)
     table = DEFAULT if rules is None else rules
-    program = export_model(model, example_inputs)
-    propagation = propagate(program, table, opaque)
+    try:
+        program = export_model(model, example_inputs)
+        propagation = propagate(program, table, opaque)
+    except TraceError as error:
+        program = export_with_values(model, example_inputs, error)
+        propagation = propagate(program, table, opaque)
     groups = groups_by_axis(propagation, program.tensors)
     sizes = Sizes(propagation.axes, {axis: group.name for axis, group in groups.items()})
     operators = with_operands(program, propagation, sizes)

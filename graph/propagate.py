@@ -16,7 +16,7 @@ from graph.errors import RuleError, TraceError
 from graph.groups import Freeze
 from graph.operators import Operator
 from graph.rules.table import CONSTANT, RuleTable, aten
-from graph.tracing.export import Program, concrete, module_of
+from graph.tracing.export import DEPENDS, Program, concrete, module_of
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _shapes(value: object, module: str) -> tuple[Shape, ...]:
         sizes = tuple(map(concrete, value.shape))
         if None in sizes:
             raise TraceError(
-                f"the shape {tuple(value.shape)} of a tensor depends on the values in another",
+                f"the shape {tuple(value.shape)} of a tensor {DEPENDS} another",
                 module,
                 "Selections by a mask, such as x[x > 0], have no size that could be known in "
                 "advance; write them as products with the mask.",

@@ -22,6 +22,7 @@ from graph.errors import ExampleInputError, TraceError
 from graph.tracing.caches import caches_kept
 from graph.tracing.patches import exporting
 from graph.tracing.preserve import asked_of_to, forget_derived, preserved, without_cache
+from graph.tracing.values import values_known, whole_numbers
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -64,7 +65,35 @@ def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Progr
     Raises TraceError if the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
-    exported = run_export(model, args, kwargs)
+    return _program(model, run_export(model, args, kwargs))
+
+
+def export_with_values(
+    model: torch.nn.Module, example_inputs: ExampleInputs, error: TraceError
+) -> Program:
+    """Export a model whose code reads whole numbers off its inputs, along those of the example.
+
+    What other numbers lead to is not seen.  So all parameters have to be used; where they are not,
+    or that is not what the plain export failed by, its error is raised again.
+    """
+    args, kwargs = _bind(model, example_inputs)
+    values = whole_numbers(kwargs)
+    if not values or DEPENDS not in str(error):
+        raise error
+    try:
+        with values_known(model, values):
+            exported = run_export(model, args, kwargs)
+    except TraceError:
+        raise error from None
+    program = _program(model, exported)
+    used = {node.name for node in program.nodes if node.users}
+    read = {name for holder, name in program.holders.items() if holder in used}
+    if any(one.is_parameter and name not in read for name, one in program.tensors.items()):
+        raise error
+    return program
+
+
+def _program(model: torch.nn.Module, exported: torch.export.ExportedProgram) -> Program:
     names = canonical_names(model)
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     holders = {
@@ -328,6 +357,9 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 # ---- errors ------------------------------------------------------------------------------
 
+DEPENDS = "depends on the values in"
+"""What errors say of code that reads numbers off tensors."""
+
 _HINTS = (
     (
         r"register_dataclass|register a pytree|not a known type|Unsupported input type",
@@ -346,7 +378,7 @@ _HINTS = (
     ),
     (
         r"data-dependent|DataDependent|GuardOnDataDependent",
-        "Its control flow depends on the values in a tensor. Move the decision out of `forward`, "
+        f"Its control flow {DEPENDS} a tensor. Move the decision out of `forward`, "
         "or give example inputs and options with which it is not taken.",
     ),
     (

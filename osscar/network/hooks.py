@@ -11,6 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # the first of transformers 5 keep what layers return in another way
+    output_capturing = None
 
 Before: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """Told the name of a module, the module, and what it is called with."""
@@ -127,3 +133,15 @@ def _by_kernels(model: nn.Module, instead: Mapping[str, str]) -> Iterator[None]:
                 undo.callback(setattr, config, "_experts_implementation", kernel)
                 setattr(config, "_experts_implementation", instead[kernel])  # noqa: B010
         yield
+
+
+def record_layers(model: nn.Module) -> None:
+    """Let transformers add the hooks by which models read layers of others, as of images.
+
+    It adds them in the first pass, but in none that is traced.
+    """
+    installed = "_output_capturing_hooks_installed"
+    if output_capturing is None or any(getattr(one, installed, False) for one in model.modules()):
+        return
+    if isinstance(model, PreTrainedModel):
+        output_capturing.maybe_install_capturing_hooks(model)

@@ -29,7 +29,7 @@ from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.parts import shuffled
 from osscar.kinds import Found, room_of, rooms
 from osscar.network.attention import expose_attention, exposed
-from osscar.network.hooks import followed_mixtures, hooks
+from osscar.network.hooks import followed_mixtures, hooks, record_layers
 from osscar.network.model_state import ModelState
 from osscar.network.modules import (
     check_finite_weights,
@@ -237,6 +237,7 @@ def prepare(
         if device is not None:
             work = work.to(device)
         in_evaluation(work)
+        record_layers(work)
         # What a model draws at random is nobody else's matter.
         with (
             torch.compiler.set_stance("force_eager"),  # else it is compiled with each new hook
