@@ -21,7 +21,7 @@ from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
 from osscar.data.text import CalibrationSet, TextSet
-from osscar.network.modules import check_usable, evaluating
+from osscar.network.modules import check_usable, evaluating, token_embeddings
 from osscar.network.predictions import (
     LOGITS,
     as_logits,
@@ -174,7 +174,7 @@ class Windows:
             )
         for model in models:
             check_usable(model)
-            if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
+            if not isinstance(model, PreTrainedModel) or token_embeddings(model) is None:
                 raise ModelError(
                     f"{type(model).__name__} is no language model of transformers; score it on "
                     "what osscar.load_images or osscar.load_tensors returns"

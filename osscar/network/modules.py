@@ -284,11 +284,12 @@ def count_parameters(model: nn.Module) -> int:
 def token_embeddings(model: nn.Module) -> Tensor | None:
     """Return the table of a model's tokens, (tokens, width); None where it tells of none.
 
-    Classes of transformers for several kinds of inputs have the method, and raise in it.
+    Classes of transformers for several kinds of inputs have the method, and raise in it, and what
+    a class of the user's own raises says the same.
     """
     try:
         table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+    except Exception:  # the model may be anyone's code
         return None
     return table if isinstance(table, Tensor) and table.ndim == 2 else None
 

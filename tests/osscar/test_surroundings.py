@@ -173,12 +173,17 @@ class Raises(Own):
         raise NotImplementedError
 
 
+class HasSeveral(Own):
+    def get_input_embeddings(self):
+        raise RuntimeError("this model has several")
+
+
 class Tells(Own):
     def get_input_embeddings(self):
         return self.table
 
 
-@pytest.mark.parametrize("kind", [Own, Raises, Tells])
+@pytest.mark.parametrize("kind", [Own, Raises, HasSeveral, Tells])
 def test_windows_calibrate_a_language_model_of_ones_own(kind):
     torch.manual_seed(0)
     model, tokens = kind().eval(), torch.randint(50, (32, 12))
