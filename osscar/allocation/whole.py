@@ -24,6 +24,8 @@ from osscar.base.errors import NonFiniteError
 from osscar.base.timing import Stage, timed
 from osscar.data.parts import held_out
 from osscar.offload.on_disk import put_back, values_of
+from osscar.proof.plan import PruningPlan
+from osscar.walk.batch_norm import dense_statistics, renew_statistics, statistics_put_back
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
@@ -35,26 +37,31 @@ from solvers.closed_forms.refit import refit
 def whole_distance(task: PruningTask, keep: Mapping[str, int]) -> float:
     """Return the distance of the model with groups pruned in turn; infinite if it overflows.
 
-    All ranks take part.  Units that are routed stay, and so do the statistics of batch norms.
+    All ranks take part.  Units that are routed stay.  Statistics of batch norms are corrected if
+    the request says so.
     """
     prepared, request = task.prepared, task.request
+    model, ranks = prepared.model, prepared.ranks
     compared = compared_samples(prepared)
     fitted = prepared.inputs.part(0, prepared.inputs.samples - compared)
     few = dataclasses.replace(prepared, inputs=fitted)
     groups = [g for g in task.groups if keep.get(g.name, g.units) < g.units and not g.kind.routed]
     reference, _ = dense_references(prepared, compared, request.distance)
+    corrected = request.batch_norm == "correct"
+    statistics = dense_statistics(model, few.batches(), ranks) if corrected else None
     dense: dict[str, DenseTensors] = {}
     target = Target(request.target)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), statistics_put_back(model), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
             for step in Walk(few, groups, target=target, held=held_out(fitted.samples)):
                 dense = dense_tensors(step.consumers) | dense
                 pruned = partial(_pruned, step, keep[step.group.name], task)
-                written = prepared.ranks.broadcast("a group that is pruned on trial", pruned)
+                written = ranks.broadcast("a group that is pruned on trial", pruned)
                 if not step.committed:
                     step.adopt(written)
-            return reference.divergence(prepared.model)
+            renew_statistics(model, PruningPlan(()), few.batches(), statistics, ranks)
+            return reference.divergence(model)
     except NonFiniteError:
         return math.inf
     finally:

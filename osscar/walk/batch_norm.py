@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +34,17 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
     }
+
+
+@contextmanager
+def statistics_put_back(model: nn.Module) -> Iterator[None]:
+    """Put the running statistics of a model back when the block ends."""
+    before = [(x, x.clone()) for layer in batch_norms(model).values() for x in _running(layer)]
+    try:
+        yield
+    finally:
+        for running, values in before:
+            running.copy_(values)
 
 
 @torch.no_grad()
