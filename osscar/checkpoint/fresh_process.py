@@ -162,12 +162,13 @@ class _NewPython:
 
     def __init__(self, folder: Path) -> None:
         start = f"from {__name__} import work; input(); work({str(folder)!r})"
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # What is no string there, Python does not search.
+        paths = os.pathsep.join(p or os.getcwd() for p in sys.path if isinstance(p, str))
         # transformers copies the code of a checkpoint there before it runs it.
         modules = str(folder / "modules")
         with (folder / _SAID).open("wb") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", start],
+                [sys.executable, "-P", "-c", start],  # the working folder is not searched first
                 stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=said,

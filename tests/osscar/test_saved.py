@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -163,6 +164,15 @@ def test_a_new_python_reads_what_forked_ones_do(tmp_path, monkeypatch):
     result = osscar.prune(InFile(), X, **FEW)
     with pytest.raises(EquivalenceError, match="was not kept"):
         result.save(tmp_path / "other")
+
+
+def test_a_new_python_searches_where_this_one_does(tmp_path, monkeypatch):
+    # Files of the working folder, which a command does not search, have names of packages, too.
+    (tmp_path / "graph.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setattr(fresh_process, "start", fresh_process._NewPython)
+    monkeypatch.setattr(sys, "path", [*(p for p in sys.path if p), tmp_path])  # no string: ignored
+    monkeypatch.chdir(tmp_path)
+    assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh
 
 
 def test_models_that_are_swapped_are_not_recovered():
