@@ -90,7 +90,7 @@ def bounded_mean(values: Sequence[float] | NDArray[np.float64]) -> Bounded:
     """
     n, mean, s = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
     t = float(stdtrit(n - 1, CONFIDENCE))
-    skewness = float(np.mean((np.asarray(values) - mean) ** 3)) / s**3 if s else 0.0
+    skewness = float(np.mean(((np.asarray(values) - mean) / s) ** 3)) if s else 0.0
     more = _SKEWNESS * max(0.0, skewness) * (1 + 2 * t * t) / (6 * n)
     return Bounded(mean, mean + s * (t / math.sqrt(n) + more), n)
 

@@ -61,6 +61,13 @@ def test_the_bound_of_a_mean_is_where_a_one_sided_t_test_is_at_five_percent():
     assert test.pvalue == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("size", [1e-120, 1e120])
+def test_the_bound_of_a_mean_has_the_size_of_the_values(size):
+    values = np.random.default_rng(0).lognormal(size=32)
+    found, scaled = bounded_mean(values), bounded_mean(size * values)
+    assert scaled.bound == pytest.approx(size * found.bound)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_truth_is_within_the_reported_bound_of_a_search(case):
     found = [one for one in searches(case, 500, seed=1) if one.truth is not None]
