@@ -148,7 +148,8 @@ class Distance:
         found = asked_scores(one) if asked == NATS else scores_of(one)
         if asked == RELATIVE or (asked is None and found is None):
             outputs = _numbers(result, batch)
-            some = any(len(x) != len(y) for x, y in zip(outputs, comparable(result), strict=True))
+            pairs = zip(outputs, comparable(result), strict=True)
+            some = any(x.shape != y.shape for x, y in pairs)
             over = f"{listed([*_names(result).values()], 6)}{_REAL if some else ''}"
             why = "nothing says that they are scores of classes" if asked is None else _GIVEN
             return cls(inputs, Compared("relative", over, why))

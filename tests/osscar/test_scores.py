@@ -85,6 +85,7 @@ class Counts(Puts):
         (Puts(), labels(3), "relative", "nothing says"),  # which fit no output
         (Puts(lambda y: (y, y[:, :2], 1.0)), labels(), "relative", "0, 1, since nothing"),
         (Puts(lambda y: {"a": y[:, :1], "b": y}), labels(), "nats", "'b', 5 classes"),
+        (Puts(lambda y: (y, y.square().mean())), None, "relative", "0, 1, since nothing"),
         (Puts(lambda y: {"logits": y, "features": y}), None, "nats", "since it is called so"),
         (Puts(lambda y: {"logits": y[:, :1]}), None, "relative", "logits"),
         (Puts(lambda y: {"logits": y[:, :, None, None] * IMAGES[0, 0]}), None, "relative", ""),
