@@ -196,6 +196,13 @@ def test_a_distance_that_is_none_is_refused(wrong, message):
         held_out(Several(), torch.randn(6, 4), wrong)
 
 
+def test_a_distance_below_zero_is_refused():
+    dense, x = Several(), torch.randn(6, 4)
+    held = held_out(dense, x, lambda a, b, batch: torch.cosine_similarity(a[0], b[0]) - 1)
+    with pytest.raises(OptionError, match=r"which returned -\d.*; let it return 0 or more"):
+        held.divergence(perturbed(Several()))
+
+
 def test_a_distance_is_called_by_its_file_and_what_is_in_it(tmp_path):
     """So that a report and a log tell which function it was."""
     file = tmp_path / "far.py"
