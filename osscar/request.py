@@ -282,8 +282,8 @@ class PruningRequest:
     flops
         Fraction of the floating-point operations to keep, such as 0.7 or ``70%``.
     speedup
-        Speed of a forward pass to reach, as a multiple of the dense model's, above 1.  It is timed
-        on this device, where nothing else should run meanwhile.
+        Speed of a forward pass to reach within 2 %, as a multiple of the dense model's, above 1.
+        It is timed on this device, where nothing else should run meanwhile.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
         The smallest model within it and within all budgets is found by pruning up to four times, on

@@ -8,27 +8,35 @@ from the dense model.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
-from osscar.allocation.costs import ROUNDING, Cost
+from osscar.allocation.costs import ROUNDING, Cost, CountedCost
 from osscar.allocation.divergence import Measure
 from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
-from osscar.allocation.speedup import as_fast_as
+from osscar.allocation.speedup import Kept, Proposal, WholeModels, as_fast_as
 from osscar.allocation.task import PruningTask
+from osscar.allocation.times import SMALL, time_operators
 from osscar.allocation.whole import whole_distance
-from osscar.allocation.widths import possible_counts, why_frozen
+from osscar.allocation.widths import possible_counts, possible_widths, unit_width, why_frozen
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
-from osscar.request import BudgetKind
+from osscar.request import AUTO, BudgetKind
 
 _WEIGHTS = 1.0, 2.0, 4.0, math.inf
 """Of the losses of residual streams, that are tried."""
+
+_SHARES = 128
+"""Steps of the share of operations in which a time is looked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +48,13 @@ class Sharing:
     measure: Measure = "nats"
     stream_weight: float = 1.0
     """How many times the losses of residual streams count; infinite where these stay whole."""
+    widths: Mapping[str, NDArray[np.int64]] | None = None
+    """The widths that they may have, if not those of the task."""
+
+    @property
+    def options(self) -> Mapping[str, NDArray[np.int64]]:
+        """The widths that each may have, ascending."""
+        return self.task.options if self.widths is None else self.widths
 
     @property
     def streams(self) -> frozenset[str]:
@@ -54,7 +69,7 @@ class Sharing:
         limits = [one.most for one in allowed]
         if self.curves is not None:
             return self._search(self.curves, allowed).choose(limits)
-        costs, options = [one.cost for one in allowed], self.task.options
+        costs, options = [one.cost for one in allowed], self.options
         for whole in (self.streams, frozenset[str]()) if self.streams else (self.streams,):
             kept = {name: int(options[name][-1]) for name in whole}
             others = {name: some for name, some in options.items() if name not in whole}
@@ -107,6 +122,10 @@ class Sharing:
         }
         return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
+    def loss(self, kept: Mapping[str, int], allowed: Sequence[Allowance]) -> float:
+        """Return the predicted distance from the dense model; 0 without curves."""
+        return 0.0 if self.curves is None else self._search(self.curves, allowed).loss(kept)
+
     def _times(self, name: str) -> float:
         """Return how many times the losses of a group count; of one that stays whole they are 0."""
         weighed = name in self.streams and self.stream_weight < math.inf
@@ -115,7 +134,7 @@ class Sharing:
     def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
         whole = self.streams if self.stream_weight == math.inf else frozenset[str]()
         options = {
-            name: some[-1:] if name in whole else some for name, some in self.task.options.items()
+            name: some[-1:] if name in whole else some for name, some in self.options.items()
         }
         losses = {n: self._times(n) * curves[n].losses[some] for n, some in options.items()}
         return Search(options, losses, self.task.keep, [one.cost for one in allowed])
@@ -174,16 +193,18 @@ def _shared_out(
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
     within_reach()
+    models = WholeModels(task)
+    if request.speedup is not None:
+        ranks.broadcast("the fastest model", partial(models.check_reach, request.speedup))
     sharing = Sharing(task)
     if request.allocation != "uniform":
-        sharing = _weighed(Sharing(task, *measured_curves(task, choose, before)), allowed)
-
-    def shared_out() -> Budget:
-        if request.speedup is not None:
-            return _timed(sharing, request.speedup, allowed)
-        return sharing.budget(allowed, sharing.choose(allowed))
-
-    return ranks.broadcast("budgets that are shared out", shared_out)
+        sharing = Sharing(task, *measured_curves(task, choose, before))
+    if request.speedup is not None:
+        return _timed(sharing, models, request.speedup, allowed)
+    sharing = _weighed(sharing, allowed)
+    return ranks.broadcast(
+        "budgets that are shared out", lambda: sharing.budget(allowed, sharing.choose(allowed))
+    )
 
 
 def _weighed(sharing: Sharing, allowed: Sequence[Allowance]) -> Sharing:
@@ -193,7 +214,7 @@ def _weighed(sharing: Sharing, allowed: Sequence[Allowance]) -> Sharing:
     the model that is closest to the dense one is taken.
     """
     task, best, before = sharing.task, (math.inf, sharing), dict[str, int]()
-    for weight in _WEIGHTS if sharing.streams else ():
+    for weight in _WEIGHTS if sharing.streams and sharing.curves is not None else ():
         one = replace(sharing, stream_weight=weight)
         kept = task.prepared.ranks.broadcast("widths", partial(_chosen, one, allowed))
         every = {**task.keep, **kept}
@@ -213,25 +234,66 @@ def _chosen(sharing: Sharing, allowed: Sequence[Allowance]) -> dict[str, int]:
     return sharing.choose(allowed).kept
 
 
-def _timed(sharing: Sharing, wanted: float, allowed: Sequence[Allowance]) -> Budget:
+def _timed(
+    sharing: Sharing, models: WholeModels, wanted: float, allowed: Sequence[Allowance]
+) -> Budget:
     """Choose widths whose model was timed to be as fast as wanted, within all other limits."""
-    task = sharing.task
+    task, ranks, curves = sharing.task, sharing.task.prepared.ranks, sharing.curves
     (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
-    dense = operations.cost.dense
+    table = ranks.broadcast("times of operators", partial(time_operators, task))
 
-    def within(share: float) -> dict[str, int]:
-        limit = replace(operations, most=share * dense)
-        return sharing.choose([limit if one is operations else one for one in allowed]).kept
+    def allowing(cost: CountedCost, share: float) -> list[Allowance]:
+        limit = replace(operations, cost=cost, most=share * cost.dense)
+        return [limit if one is operations else one for one in allowed]
 
-    def share(kept: Mapping[str, int]) -> float:
-        return operations.cost.of({**task.keep, **kept}) / dense
+    def expected(kept: Mapping[str, int]) -> float:
+        return table.of({**task.keep, **kept}) / table.dense
 
-    found, speedup = as_fast_as(task, wanted, share(task.least), share(within(1.0)), within)
+    def by_table(sharing: Sharing, share: float) -> Kept:
+        return sharing.choose(allowing(table, share)).kept
+
+    def by_operations(sharing: Sharing) -> Callable[[float], Kept]:
+        @cache
+        def at(step: int) -> Kept:
+            return sharing.choose(allowing(operations.cost, step / _SHARES)).kept
+
+        return lambda share: at(
+            bisect(range(1, _SHARES + 1), share, key=lambda n: expected(at(n))) or 1
+        )
+
+    start = ranks.broadcast("a limit", partial(models.limit, wanted, expected))
+    sharing = _weighed(replace(sharing, widths=_stairs(task)), allowing(table, start))
+    proposals = {Proposal(partial(by_table, sharing), 4): sharing}
+    if curves is not None:
+        anyhow = {g.name: possible_widths(g, replace(task.widths, round_to=1)) for g in task.shared}
+        for widths in (anyhow, None) if task.widths.round_to == AUTO else (None,):
+            one = replace(sharing, widths=widths)
+            proposals[Proposal(by_operations(one), 2)] = one
+    fitting = partial(as_fast_as, models, wanted, expected, [*proposals], start)
+    found = ranks.broadcast("models that are fast enough", fitting)
+
+    def distance(place: int) -> float:
+        proposed = [*proposals.values()][place]
+        if proposed.streams:  # of which sums of curves say little
+            return whole_distance(task, {**task.keep, **found[place].kept})
+        return proposed.loss(found[place].kept, allowed)
+
+    place = min(found, key=distance) if len(found) > 1 else next(iter(found))
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
-    budget = sharing.budget(allowed, Chosen(found))
-    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, 1 / speedup)
+    budget = [*proposals.values()][place].budget(allowed, Chosen(found[place].kept))
+    reached = 1 / found[place].speedup
+    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached)
     others = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
     return replace(budget, limits=(timed, *others))
+
+
+def _stairs(task: PruningTask) -> dict[str, NDArray[np.int64]]:
+    """Return the widths that groups may have by a table of times: any where it has all stairs."""
+    found = dict(task.options)
+    for group in task.shared if task.widths.round_to == AUTO else ():
+        if group.units * unit_width(group) <= SMALL:
+            found[group.name] = possible_widths(group, replace(task.widths, round_to=1))
+    return found
 
 
 # ---- why not -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,17 @@ ROUNDING = 1e-12
 """Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
 
 
+class Term(Protocol):
+    """A part of a cost that depends on the widths of few groups."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups, one of which is named twice where its width is squared."""
+
+    def at(self, widths: Mapping[str, Any]) -> Any:
+        """Return the cost at the widths of all groups: numbers, or an array for one of them."""
+
+
 @dataclass(frozen=True)
 class Product:
     """A price times the widths of groups, one of which is named twice where it is squared."""
@@ -74,7 +85,7 @@ class CountedCost:
     """
 
     fixed: float
-    terms: tuple[Product, ...] = field(repr=False)
+    terms: tuple[Term, ...] = field(repr=False)
     units: Mapping[str, int] = field(repr=False)
     assumed: str = ""
 
@@ -117,8 +128,8 @@ class CountedCost:
         return frozenset(names for term in self.terms if len(names := frozenset(term.names)) > 1)
 
     @cached_property
-    def _by_group(self) -> dict[str, list[Product]]:
-        found: dict[str, list[Product]] = defaultdict(list)
+    def _by_group(self) -> dict[str, list[Term]]:
+        found: dict[str, list[Term]] = defaultdict(list)
         for term in self.terms:
             for name in set(term.names):
                 found[name].append(term)
@@ -139,7 +150,13 @@ def count(
     on the sample.
     """
     if cost is Cost.FLOPS:
-        traced = _traced_on_sample(prepared, groups)
+        traced = traced_alike(
+            prepared,
+            groups,
+            prepared.sample,
+            "operations cannot be counted",
+            "give params (`--params`)",
+        )
         return operations(prepared.model, traced, groups, prepared.sample)
     return weights(cost, prepared.model, prepared.traced, groups, program)
 
@@ -258,21 +275,25 @@ def operations(
     return CountedCost.summed(sizes, units, whole - found.dense)
 
 
-def _traced_on_sample(prepared: Prepared, groups: Sequence[CouplingGroup]) -> graph.DependencyGraph:
-    """Trace the model on the first sample, and find the same groups."""
-    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in prepared.sample.items())
-    refused = f"operations cannot be counted on a sample of {shapes}: "
+def traced_alike(
+    prepared: Prepared, groups: Sequence[CouplingGroup], batch: Batch, refused: str, advice: str
+) -> graph.DependencyGraph:
+    """Trace the model on a batch, and find the same groups.
+
+    A `RequestError` says what is refused if it cannot be traced or has others, and what to do.
+    """
+    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in batch.items())
+    refused = f"{refused} on a sample of {shapes}: "
     try:
-        traced = prepared.traced_on(prepared.sample)
+        traced = prepared.traced_on(batch)
     except graph.GraphError as error:
-        raise RequestError(f"{refused}{error}; give params (`--params`)") from error
+        raise RequestError(f"{refused}{error}; {advice}") from error
     known = {group.name: {s.location for s in group.slots} for group in traced.groups}
     for group in groups:
         places = {slot.location for slot in group.slots}
         if group.prunable and not group.kind.routed and known.get(group.name) != places:
             raise RequestError(
-                f"{refused}the trace finds other units there for {group.name!r}; give params "
-                f"(`--params`)"
+                f"{refused}the trace finds other units there for {group.name!r}; {advice}"
             )
     return traced
 

@@ -1,16 +1,19 @@
-"""Widths whose model is as fast as is wanted: whole models are built, and timed.
+"""Widths whose model is as fast as is wanted: whole models are built, timed, and decide.
 
-What a width saves in time depends on the device, and is not known before.  So the best widths
-within a limit on the floating-point operations are built, any units, timed beside the dense model,
-and the limit is moved until the time fits.
+What a width saves in time depends on the device.  A table of times (`osscar.allocation.times`), the
+operations, and the operations with round widths each propose widths of least predicted distance
+within a limit; whole models are timed beside the dense one, and the limit is moved until the time
+fits.  Of the models that are fast enough, the one of least predicted distance is taken.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from timeit import Timer
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,87 +21,189 @@ from torch import nn
 from graph.tracing.preserve import without_cache
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import EquivalenceError, RequestError
-from osscar.base.timing import clock, interleaved
+from osscar.base.timing import busy_clock, interleaved
 from osscar.data.batches import Batch
 from osscar.network.modules import copied, forward
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
 
-REPETITIONS = 9
-_WIDEST_SPREAD = 0.1
-"""Of the ratio of two times, beyond which nothing can be aimed at."""
-
 CLOSE = 0.02
 """How near the timed speed-up has to come to the one that was asked for."""
 
-MOST_MODELS = 8
-"""How many are built and timed at most; the one that came nearest is taken."""
+_TURNS, _MOST_TURNS = 5, 60
+_SECONDS = 60.0
+"""Models are timed in so many turns at least, and then until the error is half of what is `CLOSE`,
+there were the most, or that took so long."""
+
+_PROPOSED = 16
+"""How many limits are tried for a proposal at most: most of them propose what was timed before."""
+
+_FINEST = 1e-3
+"""Of the dense model's time, by which limits differ at least."""
+
+Kept = dict[str, int]
+
+Point = tuple[float, float]
+"""A limit, and the seconds of the model that came of it, relative to the dense one."""
+
+
+class Timed(NamedTuple):
+    """Widths, and how fast their model was."""
+
+    kept: Kept
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A way to come to widths."""
+
+    within: Callable[[float], Kept]
+    """Returns the best widths of which a share of the dense model's time is expected."""
+    models: int
+    """How many are built and timed at most."""
+
+
+@dataclass(eq=False)
+class WholeModels:
+    """Models of the first units of each group, timed beside the dense one."""
+
+    task: PruningTask
+    speedups: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """How fast they were, by their widths in the order of the groups that share budgets."""
+
+    def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
+        """Return what stands for widths."""
+        return tuple(kept[name] for name in self.task.options)
+
+    def speedup(self, kept: Mapping[str, int]) -> float:
+        """Return how many times as fast as the dense model it is; each is timed once.
+
+        A `RequestError` says that none can be built, or that the device is too noisy to tell.
+        """
+        key, prepared = self.key(kept), self.task.prepared
+        if key not in self.speedups:
+            smaller = _built(prepared, {**self.task.keep, **kept})
+            self.speedups[key] = time_against(prepared.model, smaller, prepared.batches()[0])
+        return self.speedups[key]
+
+    def ends(self, expected: Callable[[Kept], float]) -> tuple[Point, Point]:
+        """Return what is expected of the least widths and all, and what they took."""
+        least = self.task.least
+        return (expected(least), 1 / self.speedup(least)), (1.0, 1.0)
+
+    def limit(self, wanted: float, expected: Callable[[Kept], float]) -> float:
+        """Return the limit at which widths are as fast as wanted, on a line between the ends."""
+        return _between(*self.ends(expected), 1 / wanted)
+
+    def check_reach(self, wanted: float) -> None:
+        """Time the model of the least widths: a `RequestError` says that no model is so fast."""
+        fastest = self.speedup(self.task.least)
+        if fastest < wanted * (1 - CLOSE):
+            raise RequestError(
+                f"speedup {wanted:g} cannot be met: the smallest possible model is "
+                f"{fastest:.2f} times as fast as the dense one; ask for less, or prune more kinds "
+                "of units"
+            )
 
 
 def as_fast_as(
-    task: PruningTask,
+    models: WholeModels,
     wanted: float,
-    least: float,
-    most: float,
-    choose: Callable[[float], dict[str, int]],
-) -> tuple[dict[str, int], float]:
-    """Return widths whose model was timed to be as fast as wanted, and how fast that was.
+    expected: Callable[[Kept], float],
+    proposals: Sequence[Proposal],
+    start: float,
+) -> dict[int, Timed]:
+    """Return widths whose model was timed to be as fast as wanted, by the place of the proposal.
 
-    `choose` returns the best widths within a share of the dense model's operations: from the
-    `least`, of the least widths, to the `most`, of the widest that the request's other limits
-    allow, of which a model may be faster than wanted.  A `RequestError` says that no model is so
-    fast, that none can be built, or that the device is too noisy to tell.
+    It is faster where other limits of the request, or the widths that there are, allow nothing
+    between.  A `RequestError` says that none was found.
+
+    Parameters
+    ----------
+    expected
+        Returns what share of the dense model's time widths take, by the table.
+    proposals
+        The first begins at the limit `start`, the others where it ended.
     """
-    prepared, batch = task.prepared, task.prepared.batches()[0]
-    # Shares of operations, with the times of their models: one too slow, one fast enough.
-    slow, fast = (most, 1.0), (0.0, 0.0)
-    best: tuple[dict[str, int], float] | None = None
-    share = 1 / wanted
-    for _ in range(MOST_MODELS):
-        share = min(max(share, least), most)
-        kept = choose(share)
-        speedup = time_against(prepared.model, _built(prepared, {**task.keep, **kept}), batch)
-        if best is None or abs(speedup - wanted) < abs(best[1] - wanted):
-            best = kept, speedup
-        if abs(speedup / wanted - 1) <= CLOSE or (speedup > wanted and share == most):
-            break
-        if speedup >= wanted:
-            fast = share, 1 / speedup
-        elif share > least:
-            slow = share, 1 / speedup
+    ends, found = models.ends(expected), dict[int, Timed]()
+    for place, proposal in enumerate(proposals):
+        timed, limit = _fitted(models, wanted, proposal, ends, start)
+        if timed is not None:
+            found[place] = timed
+            start = limit if place == 0 else start
+    if not found:
+        told = sorted(models.speedups.values())
+        near = min(told, key=lambda speedup: abs(speedup / wanted - 1))
+        raise RequestError(
+            f"speedup {wanted:g} cannot be met within {CLOSE:.0%}: of {len(told)} models that "
+            f"were timed the closest is {near:.2f} times as fast as the dense one, as this device "
+            "is too noisy to aim at a time; end what else runs on it, or give flops (`--flops`)"
+        )
+    return found
+
+
+def _fitted(
+    models: WholeModels, wanted: float, proposal: Proposal, ends: tuple[Point, Point], start: float
+) -> tuple[Timed | None, float]:
+    """Return widths that a proposal comes to within what is `CLOSE`, and its limit.
+
+    They are faster if nothing lies between these and what is too slow; None where neither is found.
+    """
+    fast, slow = ends
+    limit, quick, timed = start, None, set[tuple[int, ...]]()
+    for _ in range(_PROPOSED):
+        kept = proposal.within(limit)
+        key = models.key(kept)
+        if key not in timed and len(timed) == proposal.models:
+            return None, limit
+        timed.add(key)
+        found = Timed(kept, models.speedup(kept))
+        if abs(found.speedup / wanted - 1) <= CLOSE:
+            return found, limit
+        if found.speedup > wanted:
+            fast, quick = (limit, 1 / found.speedup), found
         else:
-            raise RequestError(
-                f"speedup {wanted:g} cannot be met: the smallest "
-                f"possible model is "
-                f"{speedup:.2f} times as fast as the dense one; ask for less, or prune more kinds "
-                "of units"
-            )
-        # Interpolated, but not to the ends, as times are noisy: a bisection where these mislead.
-        part = (slow[1] - 1 / wanted) / max(slow[1] - fast[1], 1e-9)
-        share = slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
-    assert best is not None
-    return best
+            slow = limit, 1 / found.speedup
+        if slow[0] - fast[0] <= _FINEST:
+            break
+        limit = _between(fast, slow, 1 / wanted)
+    return quick, fast[0]
+
+
+def _between(fast: Point, slow: Point, seconds: float) -> float:
+    """Return the limit at which so many seconds are expected, between two with their seconds.
+
+    It is interpolated, but not to the ends, as times are noisy: a bisection where these mislead.
+    """
+    part = (slow[1] - seconds) / max(slow[1] - fast[1], 1e-9)
+    return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
 
 
 def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
-    """Return the ratio of the median times of the dense model and of another one on a batch.
+    """Return the ratio of the times of the dense model and of another one on a batch, a median.
 
     Its error is about half of the interquartile range of the single ratios, over the root of their
-    number; a `RequestError` is raised if that is too much.
+    number; a `RequestError` is raised if that is more than can be aimed at.
     """
-    timers = [Timer(partial(forward, model, batch), timer=clock) for model in (dense, other)]
+    timers = [Timer(partial(forward, one, batch), timer=busy_clock) for one in (dense, other)]
+    turns: list[tuple[float, ...]] = []
     with torch.no_grad(), without_cache(dense), without_cache(other):
-        slow, fast = interleaved(timers, REPETITIONS, "timing")
-    ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    spread = (high - low) / 2 / len(ratios) ** 0.5 / middle
-    if not spread <= _WIDEST_SPREAD:
+        while True:
+            turns += zip(*interleaved(timers, _TURNS, "timing"), strict=True)
+            low, middle, high = statistics.quantiles((a / b for a, b in turns), n=4)
+            spread = (high - low) / 2 / len(turns) ** 0.5 / middle
+            if spread <= CLOSE / 2:
+                return middle
+            if len(turns) >= _MOST_TURNS or sum(map(sum, turns)) >= _SECONDS:
+                break
+    if not spread <= CLOSE:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{spread:.0%}; end what else runs on it, or give flops (`--flops`) in its place"
+            f"{spread:.0%}; end what else runs on it, or give flops (`--flops`)"
         )
-    return statistics.median(slow) / statistics.median(fast)
+    return middle
 
 
 def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
@@ -110,6 +215,6 @@ def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
         shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
     except EquivalenceError as error:
         raise RequestError(
-            f"no trial model can be built to time: {error}; give flops (`--flops`) in its place"
+            f"no trial model can be built to time: {error}; give flops (`--flops`)"
         ) from error
     return smaller

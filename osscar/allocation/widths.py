@@ -82,7 +82,7 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     """
     if group.kind.routed:
         round_to = 1  # which is about widths of matrices
-    width = _unit_width(group)
+    width = unit_width(group)
     step = math.lcm(round_to // math.gcd(round_to, width), group.step)
     largest = group.units // step * step
     if largest == 0:
@@ -94,7 +94,7 @@ def _steps(group: CouplingGroup, round_to: int) -> tuple[int, int]:
     return step, largest
 
 
-def _unit_width(group: CouplingGroup) -> int:
+def unit_width(group: CouplingGroup) -> int:
     """Return how wide a unit is where it is least."""
     return min((slot.width for slot in group.slots), default=1)
 
@@ -111,7 +111,7 @@ def possible_widths(group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
         return np.unique([*range(least, largest + 1, step), group.units])
     alone, largest = _steps(group, 1)
     least = -(-fewest // alone) * alone
-    width = _unit_width(group)
+    width = unit_width(group)
     to = (
         1 if group.kind is UnitKind.HEADS or group.kind.routed else round_width(group.units * width)
     )

@@ -28,6 +28,17 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def busy_clock() -> float:
+    """Return seconds as `clock` does; of a processor with one thread those in which it was busy.
+
+    Other processes do not count then.  What several threads share out is not the sum of their work.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or torch.cuda.is_initialized() or torch.get_num_threads() > 1:
+        return clock()
+    return time.thread_time()
+
+
 # ---- the stages of a run -----------------------------------------------------------------
 
 

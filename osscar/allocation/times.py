@@ -1,0 +1,410 @@
+"""Seconds of a forward pass as a function of the units that groups keep: a sum over its operators.
+
+On a device time is a staircase in most widths, and operations do not see it.  So each operator that
+has units of a group in a dimension is timed alone, at the shapes that it has at some widths, with
+straight lines between these; equal calls are timed once.  What is left of a whole pass is a
+constant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from networkx.utils import UnionFind
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+from torch import nn
+
+import graph
+from graph import Operator, Size
+from osscar.allocation.costs import CountedCost, traced_alike
+from osscar.allocation.task import PruningTask
+from osscar.allocation.widths import unit_width
+from osscar.base.memory import let_shortage_pass
+from osscar.base.progress import stage
+from osscar.base.timing import busy_clock
+from osscar.data.batches import Batch
+from osscar.network.modules import device_of, forward
+
+OperatorTimer = Callable[[Operator, Callable[[Size], int]], float]
+"""Returns the seconds of an operator, whose sizes have the values that a function returns."""
+
+_NEGLIGIBLE = 0.002
+"""Of a pass: operators that take less, all together, are part of the constant."""
+
+_SECONDS, _PASSES = 15.0, 4
+"""Operators take so long, or as long as so many dense passes if that is longer; to make the tensors
+that they read takes about as long again."""
+
+_ROUNDS, _MOST_ROUNDS = 3, 9
+"""How often each call is timed, at least and at most, spread over the whole time: other work slows
+a machine down for seconds, and by where memory lies one convolution takes 4 or 8 ms.  Medians
+count."""
+
+SMALL, _STEP = 128, 8
+"""Stairs of layers up to such a width begin behind multiples of a step, and are all looked for."""
+
+ROUND = 16
+"""Wider layers are timed at multiples of this, and may have no other widths."""
+
+_GRIDS = 16, 12, 8, 6, 4
+"""Widths of a group at which an operator is timed at most: the first for which there is time. With
+the first, all stairs of small layers are looked for.  An operator of two groups has half as many of
+each."""
+
+_JOINT = 4
+"""Widths of groups that add up to one dimension, between the least and all of each."""
+
+_SWEEPS = 50
+"""Over the axes of a table, which change less and less."""
+
+_ON_CARD = 10
+"""Calls of an operator in a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Seconds by the widths of one or two groups, on straight lines between those of a grid."""
+
+    names: tuple[str, ...]
+    grids: tuple[NDArray[np.int64], ...] = field(repr=False)
+    """Of each group, two widths at least, ascending."""
+    seconds: NDArray[np.float64] = field(repr=False)
+    """At each width, or pair of widths."""
+
+    def at(self, widths: Mapping[str, Any]) -> Any:
+        """Return the seconds at the widths of all groups: numbers, or an array for one of them."""
+        pairs = zip(self.names, self.grids, strict=True)
+        corners = [_around(widths[name], grid) for name, grid in pairs]
+        return sum(
+            math.prod(share for _, share in corner) * self.seconds[tuple(i for i, _ in corner)]
+            for corner in itertools.product(*corners)
+        )
+
+
+def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return the places of a grid around a width, and how much each counts there."""
+    below = np.clip(np.searchsorted(grid, width, side="right") - 1, 0, len(grid) - 2)
+    part = np.clip((width - grid[below]) / (grid[below + 1] - grid[below]), 0.0, 1.0)
+    return (below, 1 - part), (below + 1, part)
+
+
+def time_operators(task: PruningTask) -> CountedCost:
+    """Time the operators of a pass over the first batch, on the device of the model.
+
+    A `RequestError` is raised where the model cannot be traced on it.
+    """
+    prepared, batch = task.prepared, task.prepared.batches()[0]
+    traced = traced_alike(
+        prepared, task.counted, batch, "operators cannot be timed", "give flops (`--flops`)"
+    )
+    ranges = {name: (int(some[0]), int(some[-1])) for name, some in task.options.items()}
+    units = {group.name: group.units for group in traced.groups}
+    ranges |= {name: (kept, units[name]) for name, kept in task.keep.items() if name in units}
+
+    def time_dense() -> float:
+        began = busy_clock()
+        forward(prepared.model, batch)
+        return busy_clock() - began
+
+    return tabled(traced, ranges, InTorch.of(prepared.model, batch), time_dense)
+
+
+def tabled(
+    traced: graph.DependencyGraph,
+    ranges: Mapping[str, tuple[int, int]],
+    time_operator: OperatorTimer,
+    time_dense: Callable[[], float],
+) -> CountedCost:
+    """Time the operators of a traced model over the widths of some groups.
+
+    Parameters
+    ----------
+    ranges
+        The fewest and the most units of groups; the most are all.
+    time_operator, time_dense
+        Return the seconds of an operator, and of a pass of the dense model.
+    """
+    units = {group.name: group.units for group in traced.groups}
+    ends = {n: one for n, one in ranges.items() if n in units and one[0] < one[1]}
+    unit_widths = {group.name: unit_width(group) for group in traced.groups}
+    whole = [time_dense() for _ in range(_ROUNDS)]
+    limit = max(_SECONDS, _PASSES * statistics.median(whole))
+    dense = _Calls(time_operator, units)
+    operators = _worthwhile(dense, traced.operators, ends, _NEGLIGIBLE * statistics.median(whole))
+    for most in _GRIDS:
+        grids = _Grids(ends, unit_widths, most)
+        sweeps = [one for operator, axes in operators for one in grids.sweeps(operator, axes)]
+        calls = _Calls(time_operator, units)
+        expected = 0.0
+        for sweep in sweeps:
+            at_dense = dense.seconds(dense.key(sweep.operator, {}))
+            for widths in sweep.widths:
+                if (key := calls.key(sweep.operator, widths)) not in calls.noted:
+                    calls.note(key, sweep.operator, widths)
+                    expected += at_dense * min(w / units[name] for name, w in widths.items())
+        if _ROUNDS * expected <= limit:
+            break
+    rounds = int(min(max(_ROUNDS, limit / max(expected, 1e-9)), _MOST_ROUNDS))
+    with stage("timing operators", rounds) as bar:
+        for _ in range(rounds):
+            whole.append(time_dense())
+            calls.time_all()
+            bar.advance()
+    tables: dict[tuple[Any, ...], Table] = {}
+    for sweep in sweeps:
+        seconds = np.array([calls.seconds(calls.key(sweep.operator, w)) for w in sweep.widths])
+        if np.isnan(seconds).any():  # it cannot be called at these widths: a part of the constant
+            continue
+        for table in sweep.tables(monotone(seconds.reshape([len(one) for one in sweep.axes]))):
+            same = table.names, *map(bytes, table.grids)
+            before = tables[same].seconds if same in tables else 0.0
+            tables[same] = replace(table, seconds=table.seconds + before)
+    alone = sum(float(table.seconds.flat[-1]) for table in tables.values())
+    scale = min(1.0, statistics.median(whole) / alone) if alone else 1.0
+    terms = tuple(Table(t.names, t.grids, scale * t.seconds) for t in tables.values())
+    return CountedCost(max(statistics.median(whole) - alone, 0.0), terms, units)
+
+
+def monotone(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the nearest seconds that do not fall along any axis, one axis after the other."""
+    for _ in range(_SWEEPS if seconds.ndim > 1 else 1):
+        before = seconds
+        for axis in range(seconds.ndim):
+            seconds = np.apply_along_axis(lambda some: isotonic_regression(some).x, axis, seconds)
+        if np.array_equal(before, seconds):
+            break
+    return seconds
+
+
+# ---- what is timed -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """Widths of one group, or of several at once that add up to a dimension, ascending."""
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    """How many entries of the dimension one unit of each has."""
+    counts: NDArray[np.int64]
+    """(widths, groups)"""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """What they add up to."""
+        return np.asarray(self.counts @ np.array(self.numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """An operator at all widths of one or two axes, other groups at those of the dense model."""
+
+    operator: Operator
+    axes: tuple[_Axis, ...]
+    """If one is of several groups, it is the first."""
+    has_others: bool = False
+
+    @property
+    def widths(self) -> Iterator[dict[str, int]]:
+        """The widths, those of the last axis change first."""
+        each = (
+            [dict(zip(axis.names, w, strict=True)) for w in axis.counts.tolist()]
+            for axis in self.axes
+        )
+        for few in itertools.product(*each):
+            yield {name: width for one in few for name, width in one.items()}
+
+    def tables(self, seconds: NDArray[np.float64]) -> Iterator[Table]:
+        """Yield what seconds at all widths come to, as a sum.
+
+        Of groups that add up, each takes its part of a straight line: so at most two groups are in
+        a table.
+        """
+        if self.has_others:  # what it takes in the dense model would be added up several times
+            seconds = seconds - seconds.flat[-1]
+        first, others = self.axes[0], self.axes[1:]
+        names = tuple(axis.names[0] for axis in others)
+        grids = tuple(axis.counts[:, 0] for axis in others)
+        if len(first.names) == 1:
+            yield Table(first.names + names, (first.counts[:, 0], *grids), seconds)
+            return
+        slopes, start = np.polyfit(first.sizes, seconds.reshape(len(first), -1), 1)
+        for name, number, counts in zip(first.names, first.numbers, first.counts.T, strict=True):
+            grid = counts[[0, -1]]
+            shape = 2, *(len(axis) for axis in others)
+            line = (number * np.outer(grid, slopes)).reshape(shape)
+            yield Table((name, *names), (grid, *grids), line)
+        if others:
+            yield Table(names, grids, monotone(start))
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """The units of groups at which operators are timed.
+
+    They are before, at and behind the stairs of small layers if there is time, else `most` of them.
+    """
+
+    ends: Mapping[str, tuple[int, int]]
+    unit_widths: Mapping[str, int]
+    most: int
+
+    def sweeps(self, operator: Operator, axes: Sequence[Mapping[str, int]]) -> Iterator[_Sweep]:
+        """Yield at what an operator is timed: each axis by itself, unless there are few."""
+        few = len(axes) <= 2 and sum(len(one) > 1 for one in axes) <= 1
+        for part in [axes] if few else [[one] for one in axes]:
+            found = (self._axis(one, self.most // len(part)) for one in part)
+            ordered = sorted(found, key=lambda axis: (-len(axis.names), axis.names))
+            yield _Sweep(operator, tuple(ordered), has_others=not few)
+
+    def _axis(self, numbers: Mapping[str, int], most: int) -> _Axis:
+        if len(numbers) == 1:
+            counts = self._grid(next(iter(numbers)), most)[:, None]
+        else:
+            low, high = np.array([self.ends[name] for name in numbers]).T
+            shares = np.linspace(0, 1, _JOINT)[:, None]
+            counts = np.round(low + shares * (high - low)).astype(np.int64)
+        return _Axis(tuple(numbers), tuple(numbers.values()), counts)
+
+    def _grid(self, name: str, most: int) -> NDArray[np.int64]:
+        (low, high), width = self.ends[name], self.unit_widths[name]
+        if self.most == _GRIDS[0] and high * width <= SMALL:
+            step = _STEP // math.gcd(_STEP, width)
+            found = [n + m for n in range(0, high + 1, step) for m in (-1, 0, 1)]
+        else:
+            round_to = ROUND if high * width > SMALL else _STEP
+            step = round_to // math.gcd(round_to, width)
+            found = [round(n / step) * step for n in np.linspace(low, high, max(most, 2))]
+        return np.array(sorted({low, high, *(n for n in found if low < n < high)}))
+
+
+class _Calls:
+    """Operators at shapes, equal ones once; all of them are timed once a round."""
+
+    def __init__(self, time: OperatorTimer, units: Mapping[str, int]) -> None:
+        self._time, self._units = time, units
+        self.noted: dict[str, tuple[Operator, Mapping[str, int]]] = {}
+        """The operators, with their widths, by `key`."""
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def key(self, operator: Operator, widths: Mapping[str, int]) -> str:
+        """Return what equal calls have in common."""
+        every = {**self._units, **widths}
+        given = operator.arguments_at(lambda size: size.at(every), lambda *operand: operand)
+        return f"{operator.function} {given}"
+
+    def note(self, key: str, operator: Operator, widths: Mapping[str, int]) -> None:
+        """Note that it is to be timed."""
+        self.noted[key] = operator, {**self._units, **widths}
+
+    def time_all(self) -> None:
+        """Time each once; what cannot be called takes NaN."""
+        for key, (operator, widths) in self.noted.items():
+            try:
+                seconds = self._time(operator, partial(Size.at, kept=widths))
+            except Exception as error:  # numbers in the code that do not follow widths
+                let_shortage_pass(error)
+                seconds = math.nan
+            self._seconds[key].append(seconds)
+
+    def seconds(self, key: str) -> float:
+        """Return what a call took; NaN where it failed."""
+        return statistics.median(self._seconds[key])
+
+
+Axes = tuple[dict[str, int], ...]
+"""Of an operator, groups with what one unit of each adds to a dimension; those that add up to one
+are together."""
+
+
+def _worthwhile(
+    dense: _Calls, operators: Sequence[Operator], names: Collection[str], least: float
+) -> list[tuple[Operator, Axes]]:
+    """Return the operators whose seconds depend on groups, with their axes.
+
+    They are timed in the dense model; those that take less than so long, all together, are left.
+    """
+    found = []
+    for one in operators:
+        if axes := _axes(one, names):
+            key = dense.key(one, {})
+            dense.note(key, one, {})
+            found.append((one, axes, key))
+    for _ in range(_ROUNDS):
+        dense.time_all()
+    seconds = {key: dense.seconds(key) for key in dense.noted}
+    left, taken = set[str](), 0.0
+    number = Counter(key for _, _, key in found)
+    for key in sorted(seconds, key=lambda key: seconds[key] * number[key]):
+        taken += seconds[key] * number[key]
+        if not taken > least:
+            left.add(key)
+    return [(one, axes) for one, axes, key in found if key not in left and seconds[key] > 0]
+
+
+def _axes(operator: Operator, names: Collection[str]) -> Axes:
+    """Return the axes of some groups in an operator."""
+    numbers: dict[str, int] = {}
+    together: UnionFind[str] = UnionFind()
+    for operand in (*operator.reads, *operator.outputs):
+        for size in operand.dims:
+            own = {group: n for several, n in size.terms for group in several if group in names}
+            numbers = own | numbers
+            if own:
+                together.union(*own)
+    return tuple({name: numbers[name] for name in sorted(one)} for one in together.to_sets())
+
+
+# ---- in torch ----------------------------------------------------------------------------
+
+
+class InTorch:
+    """Times operators by calling them on random tensors, on a device and in the formats there."""
+
+    def __init__(self, device: torch.device, channels_last: bool = False) -> None:
+        self._device, self._channels_last = device, channels_last
+        generator = torch.Generator(device).manual_seed(0)
+        self._random = torch.rand(1 << 16, generator=generator, device=device)
+        # The work of one call hides on a card behind that of giving it.
+        self._calls = 1 if device.type == "cpu" else _ON_CARD
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch) -> InTorch:
+        """Return what times the operators of a model, channels last where its weights are so."""
+        several = [t for t in (*model.parameters(), *batch.values()) if t.ndim == 4]
+        return cls(device_of(model), any(_is_channels_last(one) for one in several))
+
+    def __call__(self, operator: Operator, size: Callable[[Size], int]) -> float:
+        """Return the seconds of an operator; its tensors lie elsewhere each time, as in a pass."""
+        given = operator.arguments_at(size, self._tensor)
+        began = busy_clock()
+        for _ in range(self._calls):
+            operator.function(**given)
+        return (busy_clock() - began) / self._calls
+
+    def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if not dtype.is_floating_point:  # indices, and masks that hide nothing
+            return torch.full(shape, dtype is torch.bool, dtype=dtype, device=self._device)
+        number = math.prod(shape)
+        copies = -(-number // len(self._random))
+        made = self._random.to(dtype).repeat(copies)[:number].view(shape)
+        last = self._channels_last and len(shape) == 4
+        return made.contiguous(memory_format=torch.channels_last) if last else made
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    last = tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()

@@ -1,0 +1,208 @@
+"""Times of operators add up to that of a pass, at any widths: on devices that are pretended."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graph
+from osscar.allocation import times
+from osscar.allocation.times import InTorch, Table, monotone, tabled
+
+
+class Device:
+    """Takes seconds for each operator by its name and shapes, and for a pass all of them."""
+
+    overhead = 5e-4
+
+    def __init__(self, model, inputs, step=8, noise=0.0):
+        self.traced = graph.trace(model, inputs)
+        self.units = {group.name: group.units for group in self.traced.groups}
+        self.step, self.noise, self.random = step, noise, random.Random(0)
+        self.calls = []
+
+    def __call__(self, operator, size):
+        self.calls.append(operator)
+        return self.seconds(operator, size) * (1 + self.noise * self.random.random())
+
+    def seconds(self, operator, size):
+        """Multiplications take time in steps, all else next to none."""
+        given = operator.arguments_at(size, lambda shape, dtype: shape)
+        if "weight" not in given or len(given["weight"]) < 2:
+            return 1e-12
+        rows, columns = (-(-n // self.step) * self.step for n in given["weight"][:2])
+        return 1e-6 * rows * columns
+
+    def whole(self, kept):
+        widths = {**self.units, **kept}
+        return self.overhead + sum(
+            self.seconds(one, lambda size: size.at(widths))
+            for one in self.traced.operators
+            if one.outputs and one.arguments
+        )
+
+    def table(self, ranges):
+        return tabled(self.traced, ranges, self, lambda: self.whole({}))
+
+
+def chain(*widths):
+    layers = [
+        nn.Conv2d(a, b, 3, padding=1) if i % 2 == 0 else nn.ReLU()
+        for (a, b) in itertools.pairwise(widths)
+        for i in range(2)
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 5))
+
+
+class Added(nn.Module):
+    """A stream that is padded before it is added to: channels of three groups in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1)
+        self.outer, self.last = nn.Conv2d(12, 16, 1), nn.Conv2d(16, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        padded = nn.functional.pad(x, (0, 0, 0, 0, 4, 4))
+        x = padded + self.outer(torch.relu(self.inner(x)))
+        return self.last(torch.relu(x)).mean((2, 3))
+
+
+IMAGES = (torch.randn(2, 3, 4, 4),)
+
+
+def test_a_table_has_all_stairs_of_small_layers():
+    device = Device(chain(3, 32, 24), IMAGES)
+    first, second = (group.name for group in device.traced.groups if group.prunable)
+    cost = device.table({first: (1, 32), second: (1, 24)})
+    assert cost.coupled == {frozenset({first, second})}
+    points = [1, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32]
+    for a, b in itertools.product(points, points[:9]):
+        kept = {first: a, second: b}
+        assert cost.of(kept) == pytest.approx(device.whole(kept))
+        over = cost.over(first, np.array(points), kept)
+        true = [device.whole({**kept, first: n}) for n in points]
+        np.testing.assert_allclose(over - over[0], np.array(true) - true[0], atol=1e-12)
+
+
+def test_a_width_that_groups_add_up_to_is_a_straight_line():
+    device = Device(Added(), IMAGES, step=1)
+    ranges = {g.name: (1, g.units) for g in device.traced.groups if g.prunable}
+    cost, rng = device.table(ranges), random.Random(1)
+    assert len(ranges) > 3
+    assert max(map(len, cost.coupled)) == 2
+    for _ in range(20):
+        kept = {name: rng.randint(*ends) for name, ends in ranges.items()}
+        assert cost.of(kept) == pytest.approx(device.whole(kept))
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_equal_shapes_are_timed_once(blocks):
+    """However many blocks there are."""
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 12)) for _ in range(blocks))
+    )
+    device = Device(model, (torch.randn(2, 12),))
+    inner = [g.name for g in device.traced.groups if g.prunable and g.units == 40]
+    cost = device.table(dict.fromkeys(inner, (1, 40)))
+    assert len(inner) == len(cost.terms) == blocks
+    grid = cost.terms[0].grids[0]
+    rounds = times._ROUNDS + times._MOST_ROUNDS
+    assert len(device.calls) <= 3 * len(grid) * rounds
+    assert cost.of(dict.fromkeys(inner, 8)) == pytest.approx(device.whole(dict.fromkeys(inner, 8)))
+
+
+def test_more_units_never_take_less_and_all_add_up_to_the_pass():
+    device = Device(chain(3, 32, 24), IMAGES, noise=0.5)
+    names = [group.name for group in device.traced.groups if group.prunable]
+    cost = device.table({names[0]: (1, 32), names[1]: (1, 24)})
+    assert cost.dense == pytest.approx(device.whole({}))
+    for table in cost.terms:
+        for axis in range(table.seconds.ndim):
+            assert (np.diff(table.seconds, axis=axis) >= -1e-15).all()
+
+
+def test_what_operators_take_alone_is_at_most_the_pass():
+    device = Device(chain(3, 32, 24), IMAGES)
+    device.overhead = -device.whole({}) / 2
+    ranges = {g.name: (1, g.units) for g in device.traced.groups if g.prunable}
+    cost = device.table(ranges)
+    assert cost.fixed == 0
+    assert cost.dense == pytest.approx(device.whole({}))
+
+
+def test_large_layers_are_timed_at_round_widths_only():
+    model = nn.Sequential(nn.Linear(12, 1000), nn.ReLU(), nn.Linear(1000, 12))
+    device = Device(model, (torch.randn(2, 12),))
+    (name,) = (g.name for g in device.traced.groups if g.prunable and g.units == 1000)
+    (table,) = device.table({name: (10, 1000)}).terms
+    (grid,) = table.grids
+    assert len(grid) <= 18
+    assert all(width % 16 == 0 for width in grid[1:-1].tolist())
+    assert table.at({name: 10}) < table.at({name: 505}) < table.at({name: 1000})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_less_is_timed_where_it_takes_too_long(fails):
+    """And what cannot be called at other widths is part of the constant."""
+    device = Device(chain(3, 64, 64), IMAGES)
+    names = [group.name for group in device.traced.groups if group.prunable]
+    ranges = dict.fromkeys(names, (1, 64))
+    quick = sum(table.seconds.size for table in device.table(ranges).terms)
+    device.calls.clear()
+    plain, slow = device.seconds, 1e3
+
+    def seconds(operator, size):
+        if fails and size(operator.reads[0].dims[0]) not in (2, 5, 64):
+            raise RuntimeError("shape is invalid")
+        return slow * plain(operator, size)
+
+    device.seconds, device.overhead = seconds, 0.0
+    cost = device.table(ranges)
+    assert sum(table.seconds.size for table in cost.terms) < quick / 4
+    assert cost.dense == pytest.approx(device.whole({}))
+    assert (cost.fixed > 0.01 * cost.dense) == fails
+
+
+def test_between_widths_times_lie_on_straight_lines():
+    grids = np.array([2, 4, 10]), np.array([1, 3])
+    table = Table(("a", "b"), grids, np.array([[0.0, 2.0], [4.0, 6.0], [7.0, 21.0]]))
+    assert table.at({"a": 4, "b": 3}) == 6
+    assert table.at({"a": 3, "b": 2}) == 3
+    np.testing.assert_allclose(table.at({"a": np.array([1, 2, 7, 12]), "b": 3}), [2, 2, 13.5, 21])
+    np.testing.assert_allclose(table.at({"a": 10, "b": np.array([1, 2, 3])}), [7, 14, 21])
+
+
+def test_what_is_monotone_stays_and_what_is_not_is_averaged():
+    stairs = np.add.outer([0.0, 1, 1, 4], [0.0, 0, 2])
+    np.testing.assert_array_equal(monotone(stairs), stairs)
+    np.testing.assert_allclose(monotone(np.array([1.0, 5, 3, 6])), [1, 4, 4, 6])
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_called_at_their_widths_in_the_format_of_the_model(last, dtype, monkeypatch):
+    model = chain(3, 32, 24).to(dtype)
+    batch = {"x": IMAGES[0].to(dtype)}
+    if last:
+        model = model.to(memory_format=torch.channels_last)
+    traced = graph.trace(model, (batch["x"],))
+    units = {group.name: group.units for group in traced.groups}
+    first = next(group.name for group in traced.groups if group.prunable)
+    operator = next(one for one in traced.operators if first in str(one.arguments["weight"].dims))
+    seen, ticks = [], itertools.count()
+    monkeypatch.setattr(times, "busy_clock", lambda: next(ticks))
+    spied = replace(operator, function=lambda **given: seen.append(operator.function(**given)))
+    widths = {**units, first: 17}
+    assert InTorch.of(model, batch)(spied, lambda size: size.at(widths)) == 1
+    (made,) = seen
+    assert made.dtype is dtype
+    assert 17 in made.shape
+    assert made.is_contiguous(memory_format=torch.channels_last) == last
+    assert math.isfinite(made.float().sum())
