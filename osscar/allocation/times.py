@@ -99,7 +99,7 @@ def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple
 
 
 def time_operators(task: PruningTask) -> CountedCost:
-    """Time the operators of a pass over the first batch, on the device of the model.
+    """Time the operators of a pass over the first batch, on the device of the model, once.
 
     A `RequestError` is raised where the model cannot be traced on it.
     """
@@ -116,7 +116,12 @@ def time_operators(task: PruningTask) -> CountedCost:
         forward(prepared.model, batch)
         return busy_clock() - began
 
-    return tabled(traced, ranges, InTorch.of(prepared.model, batch), time_dense)
+    key = "operators", *sorted(ranges.items())
+    if key not in prepared.timed:
+        timer = InTorch.of(prepared.model, batch)
+        prepared.timed[key] = tabled(traced, ranges, timer, time_dense)
+    found: CountedCost = prepared.timed[key]
+    return found
 
 
 def tabled(

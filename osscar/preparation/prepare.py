@@ -103,6 +103,9 @@ class Prepared:
     """Tells `bfloat16`, tried once, before the model is pruned, as routed groups are found."""
     traces: dict[tuple[Any, ...], graph.DependencyGraph] = field(default_factory=dict, repr=False)
     """What `traced_on` has traced."""
+    timed: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    """Times of the dense model on this device, by what they depend on, for all that is made of it.
+    """
     idle: frozenset[str] = frozenset()
     """Consumers, by their labels, to which no token is sent any more: they are not refitted."""
     ranks: Ranks = ALONE

@@ -1,6 +1,7 @@
 """Speed-ups: whole models are timed until one is as fast as is wanted."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -47,7 +48,10 @@ def timed(monkeypatch):
     return models
 
 
-def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
+def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed, monkeypatch):
+    """Operators are timed once for all of them."""
+    tables = mock.Mock(side_effect=times.tabled)
+    monkeypatch.setattr(times, "tabled", tables)
     model, points = tiny("opt"), jobs(BudgetKind.SPEEDUP, (1.2, 1.5))
     base, swept = PruningRequest(speedup=2.0, backend="wanda", device="cpu"), []
     for job, result in prune_points(model, tokens(8, 24), base, points):
@@ -59,6 +63,7 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed):
         timed.clear()
         swept.append(job)
     assert swept == [*points]
+    tables.assert_called_once()
 
 
 @pytest.mark.parametrize(("wanted", "binds"), [(1.1, True), (1.5, False)])
