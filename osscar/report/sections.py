@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -84,9 +85,16 @@ def stages_table(stages: Mapping[str, float], title: str = "Where the time went"
 
 
 def longest_stages(stages: Mapping[str, float]) -> str:
-    """Say which stages took longest, in parentheses; nothing without stages."""
-    longest = sorted(stages.items(), key=lambda stage: -stage[1])[:3]
-    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+    """Say in parentheses which stages took longest, and what the rest took; nothing without stages.
+
+    What is printed adds up to the whole.
+    """
+    longest = sorted(stages.items(), key=lambda stage: -stage[1])
+    named = [*(name for name, _ in longest[:3]), *(["the rest"] if longest[3:] else [])]
+    sums = [round(one, 1) for one in accumulate((took for _, took in longest), initial=0.0)]
+    ends = [*sums[: 1 + min(3, len(longest))], *(sums[-1:] if longest[3:] else [])]
+    parts = zip(named, pairwise(ends), strict=True)
+    told = ", ".join(f"{name} {end - start:.1f}" for name, (start, end) in parts)
     return f" ({told})" if told else ""
 
 

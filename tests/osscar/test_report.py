@@ -16,7 +16,7 @@ from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import SampleSpeed, Speed
 from osscar.evaluation.tables import comparison_table, evaluation_table
 from osscar.report import html
-from osscar.report.sections import Table, Text, settings, settings_table, table
+from osscar.report.sections import Table, Text, longest_stages, settings, settings_table, table
 from osscar.report.shown import Column, columns, notes
 from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
@@ -237,3 +237,15 @@ def test_settings_that_somebody_asked_for_come_first():
         ("seed", "0", "by default"),
         ("damp", "0.1", "chosen"),
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_the_parts_of_a_time_add_up_to_the_whole(count):
+    stages = {f"part {index}": 10 / (index + 3) + 0.0499 for index in range(count)}
+    said = longest_stages(stages)
+    parts = [float(one) for one in re.findall(r" (-?[\d.]+)(?=[,)])", said)]
+    assert len(parts) == min(count, 4)
+    assert sum(parts) == pytest.approx(float(f"{sum(stages.values()):.1f}"), abs=1e-9)
+    assert ("the rest" in said) == (count > 3)
+    assert said.startswith(" (part 0 3.4")
+    assert longest_stages({}) == ""
