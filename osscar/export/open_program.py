@@ -25,11 +25,19 @@ from osscar.base.errors import DataError, EquivalenceError, ModelError, first_li
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import let_shortage_pass
 from osscar.checkpoint.reading import load
-from osscar.data.batches import Batch, check_arguments, check_signature, named_example, to_model
+from osscar.data.batches import (
+    Batch,
+    check_arguments,
+    check_signature,
+    named_example,
+    needed_arguments,
+    to_model,
+)
 from osscar.data.sample_files import load_tensors
+from osscar.data.samples import LABEL_NAMES
 from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
-from osscar.network.predictions import ALONE, named_outputs
+from osscar.network.predictions import ALONE, named_outputs, reads_sequences
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
 from osscar.proof.lineage import Input, lineage_of
@@ -42,6 +50,9 @@ Run: TypeAlias = Callable[[Batch], Sequence[Tensor]]
 """Lets an engine compute what was written on some inputs: all outputs, in the program's order."""
 
 _IDS = "input_ids"
+_LABELS = frozenset({*LABEL_NAMES, "target", "targets", "start_positions", "end_positions"})
+"""Arguments by which code measures a loss."""
+
 _TOKENS = 12
 """Tokens in each of the two windows that a language model is traced with."""
 
@@ -118,13 +129,17 @@ class OpenProgram:
 
     def _choices(self) -> Iterator[LeftOpen]:
         """Yield which sizes to leave open: all, those of the samples, none."""
-        dims = (0, 1) if reads_tokens(self.model) else (0,)
+        tokens = reads_tokens(self.model)
         every = (
             {name: list(dims) for name, dims in open_sizes(self.model).items()}
             if isinstance(self.model, ProgramModule)
             else {
-                name: [dim for dim in dims[: tensor.ndim] if tensor.shape[dim] > 1]
-                for name, tensor in self.example.items()
+                name: [
+                    dim
+                    for dim in range(min(2 if tokens or reads_sequences([x]) else 1, x.ndim))
+                    if x.shape[dim] > 1
+                ]
+                for name, x in self.example.items()
             }
         )
         first = {name: [dim for dim in dims if not dim] for name, dims in every.items()}
@@ -303,7 +318,7 @@ def example_for(model: nn.Module, given: Any = None) -> Batch:
 
     They are those that are given, also as a file of tensors, or of the form that the model is known
     to take: what its program was traced with, tokens, what it was pruned with, or images of the
-    size in its config.
+    size in its config.  Labels that it can do without are left out: it predicts them.
 
     Raises
     ------
@@ -314,7 +329,7 @@ def example_for(model: nn.Module, given: Any = None) -> Batch:
         samples = load_tensors(os.fspath(given), model).tensors
         known: Batch | None = {name: tensor[:2] for name, tensor in samples.items()}
     else:
-        known = _known_example(model) if given is None else named_example(model, given)
+        known = _without_labels(model) if given is None else named_example(model, given)
     if known is None:
         raise DataError(
             f"it is not known what this {type(model).__name__} takes: give two inputs or "
@@ -337,6 +352,15 @@ def reads_tokens(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", None) == _IDS and not getattr(
         config, "is_encoder_decoder", False
     )
+
+
+def _without_labels(model: nn.Module) -> Batch | None:
+    """Return the known example without labels, of which code makes a loss and no prediction."""
+    known = _known_example(model)
+    if known is None or isinstance(model, ProgramModule):
+        return known
+    needed = needed_arguments(model)
+    return {n: x for n, x in known.items() if n not in _LABELS or n in needed} or known
 
 
 def _known_example(model: nn.Module) -> Batch | None:

@@ -28,6 +28,7 @@ from osscar.models.user_code import build
 from osscar.network.hooks import computable_mixtures
 from tests.docs.json_schema import undescribed
 from tests.osscar.families import tiny, tokens
+from tests.osscar.gpts import nano
 
 _, _, runtime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 EITHER = {"onnx": osscar.export_onnx, "pt2": osscar.export_pt2}
@@ -294,3 +295,21 @@ def test_options_that_do_not_go_together(run, words, message):
     for name in ("nowhere", "x" * 300):
         status, _, err = run("export", name, *words)
         assert (status, err.count("\n"), message in err) == (2, 1, True), err
+
+
+def test_labels_are_left_out_and_lengths_are_free(tmp_path):
+    """Of a network of one's own that was pruned with them: of its loss, nothing is written."""
+    torch.manual_seed(0)
+    model, _ = nano()
+    x, y = torch.randint(12, (2, 32, 7))
+    given = {"idx": x, "targets": y}
+    smaller = osscar.prune(model, given, neurons=0.5, backend="magnitude", device="cpu").model
+    written = osscar.export_pt2(smaller, tmp_path / "net.pt2")
+    assert written.inputs == {"idx": "int64 (batch, idx_1)"}
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for shape in ((1, 5), (3, 10)):
+        idx = torch.randint(12, shape)
+        torch.testing.assert_close(program(idx=idx)[0], smaller(idx)[0], rtol=1e-4, atol=1e-5)
+    needs = {"example_inputs": {"idx": x[:2], "targets": y[:2]}}
+    asked = osscar.export_pt2(smaller, tmp_path / "loss.pt2", **needs)
+    assert list(asked.inputs) == ["idx", "targets"]
