@@ -129,7 +129,7 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         (FLOPS, (0.5, 1.5), "flops is 1.5"),
         (PARAMS, (0.5, 1000), "counts and fractions"),
         (PARAMS, (0,), "params is 0"),
-        (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as size=0.3"),
+        (BudgetKind.SIZE, ("300KB",), "not 300000; give a list such as 0.3,0.5,0.7"),
         *((budget, (None, 0.5), "is None; give a") for budget in (SPARSITY, PARAMS)),
     ],
 )
@@ -150,12 +150,12 @@ def test_no_run_is_predicted_to_lie_below_the_frontier():
     assert (np.diff(nats) <= 0).all()
     assert (costs[-1], nats[-1]) == (budgets[0].tightest.dense, 0)
     assert nats[0] == pytest.approx(sum(curve.losses[1] for curve in curves.values()))
-    for budget in budgets:  # costs add up: the frontier is the lower hull of all choices
+    for budget in budgets:  # the frontier is the lower hull: choices of round widths lie above it
         assert budget.frontier == budgets[0].frontier
         assert sum(width.predicted for width in budget.widths.values()) == budget.predicted
         reached = budget.tightest.reached
         assert nats[costs >= reached].max() <= budget.predicted * (1 + 1e-9)
-        assert budget.predicted <= nats[costs <= reached].min() * (1 + 1e-9)
+        assert budget.gap <= 1e-3
     data = json.loads(json.dumps(budgets[0].to_json(), allow_nan=False))
     assert len(data["frontier"]["cost"]) == len(data["frontier"]["distance"]) == len(costs)
     assert data["widths"].keys() == curves.keys()
