@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from osscar.allocation.divergence import Compared
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, share
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.figures import color, from_zero, legend, new_figure
 from osscar.report.html import page
@@ -123,13 +123,21 @@ def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def recovery_table(recovery: Mapping[str, Any]) -> Table:
-    """Return one row for each check on held-out samples."""
+    """Return one row for each check on a part of the held-out samples, relative to the first.
+
+    Distances themselves are shown once, of all of these samples.
+    """
+    first = recovery["points"][0]["held_out"]
+
+    def held_out(value: float | None) -> str:
+        return "not finite" if value is None else share(value / first if first else 1.0, 4)
+
     return table(
         f"Distance from the dense model, {_UNITS[recovery['measure']]}",
         {
             "step >": lambda point: str(point["step"]),
             "training >": lambda point: _number(point["loss"]) if point["step"] else "",
-            "held out >": lambda point: _number(point["held_out"]),
+            "held out, of the start >": lambda point: held_out(point["held_out"]),
             "seconds >": lambda point: f"{point['seconds']:.1f}",
             "kept": lambda point: "yes" if point["step"] == recovery["kept"] else "",
         },

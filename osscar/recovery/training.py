@@ -21,7 +21,7 @@ from osscar.allocation.divergence import Reference
 from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
 from osscar.base.memory import let_shortage_pass
-from osscar.base.printable import are, pluralize
+from osscar.base.printable import are, pluralize, share
 from osscar.base.progress import stage
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
@@ -50,7 +50,7 @@ _LOWER = 0.1
 """The peak is multiplied by this where the held-out loss is higher than before the training."""
 
 _PATIENCE = 4
-"""Steps at one peak before it may be lowered: the first steps of AdamW can raise the loss."""
+"""Steps at one peak before a small rise may lower it: the first of AdamW can raise the loss."""
 
 
 def schedule(step: int, steps: int) -> float:
@@ -69,7 +69,10 @@ def schedule(step: int, steps: int) -> float:
 # ---- checks, and the log that keeps them ---------------------------------------------------
 
 _CHECKS = 8
-"""Checks on held-out samples, evenly spread over the steps."""
+"""Checks on held-out samples, evenly spread over the steps; one more is after the first step."""
+
+_HARM = 2.0
+"""A held-out loss so many times that before the training lowers the rate at once."""
 
 _RISES = 3
 """So many rises of the held-out loss in a row end a training."""
@@ -111,8 +114,14 @@ def _next_rate(points: Sequence[Check]) -> float:
     """Return the peak learning rate after the last check."""
     last = points[-1]
     steps = last.step - max((one.step for one in points if one.rate > last.rate), default=0)
-    away = last.distance > points[0].distance and steps >= _PATIENCE
-    return last.rate * (_LOWER if away or last.held_out is None else 1.0)
+    most = points[0].distance * (1 if steps >= _PATIENCE else _HARM)
+    return last.rate * (_LOWER if last.distance > most or last.held_out is None else 1.0)
+
+
+def _is_checked(step: int, steps: int, points: Sequence[Check]) -> bool:
+    """Whether a check follows a step: also the first one, and the first at a lowered peak."""
+    early = len(points) == 1 or _next_rate(points) < points[-1].rate
+    return early or step % math.ceil(steps / _CHECKS) == 0 or step == steps
 
 
 @with_config(STRICT)
@@ -240,7 +249,7 @@ class Training:
                     break
                 rate = _next_rate(points)
                 losses.append(self.step(samples, rate * schedule(step, steps), self.ranks))
-                if step % math.ceil(steps / _CHECKS) and step < steps:
+                if not _is_checked(step, steps, points):
                     continue
                 loss, losses = sum(losses) / len(losses), []
                 seconds, seen = time.perf_counter() - began, loss if math.isfinite(loss) else None
@@ -252,7 +261,8 @@ class Training:
                 if log is not None:
                     log.keep(Progress(tuple(points)), self._tensors(best))
                 first, kept = points[0].distance, nearest(points).distance
-                bar.describe(f"recover: loss {loss:.4g}, held out {first:.4g} to {kept:.4g}")
+                nearer = f", held out at {share(kept / first)} of the start" if first else ""
+                bar.describe(f"recover: loss {loss:.4g}{nearer}")
         _copy(best, self.weights)
         return tuple(points)
 

@@ -350,7 +350,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
     ]
     close = [{**POINTS[1], "held_out": one} for one in (0.003512, 0.0034897, 3.49e-7, 0.0)]
     held = [row[2] for row in recovery_table({**given, "points": close}).rows]
-    assert held == ["0.003512", "0.003490", "3.490e-07", "0.000"]
+    assert held == ["100%", "99.37%", "0.009937%", "0%"]
 
 
 def test_a_study_begins_with_the_answer_and_ends_with_what_was_asked(study, shown):

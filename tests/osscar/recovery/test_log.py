@@ -16,7 +16,7 @@ from tests.osscar.recovery.perturbed import bytes_of, net, numbers, perturbed
 from tests.osscar.test_run_log import Killed
 
 REQUEST = RecoveryRequest(steps=12, held_out=2, batch_size=4, device="cpu")
-"""Checks after 2, 4, ... 12 steps."""
+"""Checks after 1, 2, 4, ... 12 steps, and after each at which the rate is lowered."""
 
 
 def told(recovery):
@@ -53,8 +53,10 @@ def test_a_recovery_that_was_killed_after_any_check_ends_with_the_same_bytes(
         patch.setattr(RecoveryLog, "keep", killed)
         with pytest.raises(Killed):
             recover_as_asked(smaller, dense, data, request, log)
-    assert log.kept.startswith(f"{2 * count} steps are kept in")
-    assert [path.name for path in log.done] == [f"{2 * count:08}.safetensors"]
+    step = kept[-1][0].points[-1].step
+    assert len(kept[-1][0].points) == 1 + count
+    assert log.kept.startswith("1 step is kept in" if step == 1 else f"{step} steps are kept in")
+    assert [path.name for path in log.done] == [f"{step:08}.safetensors"]
     monkeypatch.setattr(Training, "try_step", None)  # as none is tried anew
     assert told(recover_as_asked(smaller, dense, data, request, log)) == whole
 
