@@ -224,7 +224,10 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         one["kind"] in ("neurons", "channels") and round_width(one["units"]) > 1 for one in layers
     )
     if document["settings"]["round_to"] == AUTO and wide:
-        yield "widths", "rounded to multiples of 16, narrow ones of 8; --round-to 1 allows any"
+        yield (
+            "widths",
+            "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any",
+        )
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))
