@@ -91,7 +91,7 @@ class ModelState:
         modules = self._modules if model is None else dict(model.named_modules())
         for name, key in sorted(self.written - set(kept)):
             module = modules.get(name)
-            if module is None or key in {*module._parameters, *module._modules}:
+            if module is None or key in {*module._parameters.keys(), *module._modules.keys()}:
                 continue
             if isinstance(model, GraphModule) and key not in module._buffers:
                 continue  # a program has no other attributes that passes write
