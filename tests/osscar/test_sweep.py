@@ -356,7 +356,7 @@ REFUSED = [
         ("--sparsity", "0.5", "--calibration", HELD_OUT),
         "was used to calibrate or recover this model",
     ),
-    (("--speedup", "1.2", *ON_DISK), "--speedup times"),
+    (("--speedup", "1.2", *ON_DISK), "speedup (`--speedup`) times"),
     (("--sparsity", "0.5", "--allocation", "uniform", "--recover", *ON_DISK), "training needs all"),
 ]
 
