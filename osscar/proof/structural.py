@@ -24,6 +24,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
@@ -413,8 +414,13 @@ def _minds_copies(node: Node) -> bool:
 
 
 def _same_tensors(one: Any, other: Any) -> bool:
-    """Whether two tensors hold the same bits: NaN is NaN, and -0.0 is not 0.0."""
+    """Whether two tensors hold the same bits: NaN is NaN, and -0.0 is not 0.0.
+
+    Of what `torch.cond` and the like capture, numbers may be unknown: these are not the same.
+    """
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
         return False
     bits = (
         tensor.detach().to_dense().resolve_conj().resolve_neg().contiguous().flatten()

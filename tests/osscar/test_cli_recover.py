@@ -121,6 +121,10 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert manifest["stock"] == known["stock"]
     *earlier, seen_text = manifest["lineage"].pop("calibration")
     assert earlier == known["lineage"].pop("calibration")
+    old, new = (one["lineage"].pop("sample") for one in (known, manifest))
+    assert new["inputs"] == old["inputs"]
+    assert [one["shape"] for one in new["outputs"]] == [one["shape"] for one in old["outputs"]]
+    assert new["outputs"] != old["outputs"]
     assert manifest["lineage"] == known["lineage"]
     assert seen_text["seen"] == recovery["data"]["seen"]
     shared = {"config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -102,7 +102,7 @@ def test_a_detector_is_pruned_and_compared_on_the_command_line(ssd, run, tmp_pat
     status, _, err = run(
         *("prune", *dense, "--sparsity", "0.3", "--calibration", tmp_path / "train"),
         *("--image-size", "96", "--mean", "0.5", "--std", "0.5", "--backend", "magnitude"),
-        *("--allocation", "uniform", "--device", "cpu", "--out", small),
+        *("--allocation", "uniform", "--target", "weights", "--device", "cpu", "--out", small),
     )
     assert status == 0, err
     assert set(osscar.load(small).detector()([torch.rand(3, 80, 100)])[0]) == {

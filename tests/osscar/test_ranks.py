@@ -131,7 +131,7 @@ def summary(name: str, ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[st
     result = prune_as_asked(model(), data(), PruningRequest(device="cpu", **asked), ranks=ranks)
     found = {
         "loss": {layer.name: layer.loss for layer in result.layers},
-        "divergence": result.divergence,
+        "divergence": result.distance.value,
         "curves": {} if result.budget is None else result.budget.curves,
         "support": {layer.name: list(layer.support) for layer in result.layers},
         "damp": [layer.damp for layer in result.layers],

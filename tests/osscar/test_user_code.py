@@ -13,6 +13,7 @@ from osscar.base.json_files import validated
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.models.load import load_model
+from osscar.preparation.failures import failures_named
 
 NET = """
 import torch
@@ -185,7 +186,7 @@ def test_models_and_data_that_do_not_go_together_are_refused():
     uncopied.stream = sys.stdout
     for model, data, message in (
         (net, torch.randint(5, (32, 4)), "fails on the data .*int64"),
-        (Branching(), x, r"cannot be measured: (?!.*calibration data).*torch\.cond"),
+        (Branching(), x, "^(?!.*calibration data).*no group of neurons"),
         (uncopied, x, "Sequential cannot be copied"),
         (nn.ReLU(), x, "ReLU has no parameters"),
         (nn.Linear(4, 8, device="meta"), x, "device 'meta'"),
@@ -194,6 +195,11 @@ def test_models_and_data_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(osscar.OsscarError, match=message):
             osscar.prune(model, data, neurons=0.5, **PLAIN)
+    watched = Branching()
+    watched.last.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    message = r"cannot be measured: (?!.*calibration data).*torch\.cond"
+    with pytest.raises(osscar.OsscarError, match=message), failures_named(watched, 0):
+        watched(x)
 
 
 # ---- a backend of one's own --------------------------------------------------------------
