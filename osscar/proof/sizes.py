@@ -129,7 +129,8 @@ def _words_of(place: str, sizes: Sequence[int]) -> str:
     listed = " or ".join(map(str, sizes))
     if place.endswith(".shape[0]"):
         return f"batches of {listed}"
-    return f"{listed} tokens" if place == _TOKENS else f"{place} = {listed}"
+    noun = "token" if [*sizes] == [1] else "tokens"
+    return f"{listed} {noun}" if place == _TOKENS else f"{place} = {listed}"
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,10 @@ def smaller(words, of_text):
             word = "*.0.self_attn.heads,model.decoder.layers.0.neurons"
         found += SMALL.get(word, (word,))
     if "--max-divergence" in words:
-        found += ("--samples", "32", "--seqlen", "32")
+        found += ("--samples", "64", "--seqlen", "32")
     elif of_text and (words[1] != "gap" or "--calibration" in words):
-        found += FEWER[words[1]]
+        pairs = zip(FEWER[words[1]][::2], FEWER[words[1]][1::2], strict=True)
+        found += (one for pair in pairs if pair[0] not in words for one in pair)
     if words[1] == "gap":
         found += ("--backends", "greedy,local_search", "--jobs", "1")
     return found
