@@ -146,7 +146,8 @@ def smaller(words, of_text):
         pairs = zip(FEWER[words[1]][::2], FEWER[words[1]][1::2], strict=True)
         found += (one for pair in pairs if pair[0] not in words for one in pair)
     if words[1] == "gap":
-        found += ("--backends", "greedy,local_search", "--jobs", "1")
+        found += () if "--backends" in words else ("--backends", "greedy,local_search")
+        found += ("--jobs", "1")
     return found
 
 

@@ -162,7 +162,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield LayerStep, "commit", False
     yield Training, "step", False
     yield chain, "shrink", False
-    yield directory, "prove_equal", False
+    yield directory, "read_back", False
     yield jobs, "answered", False
 
 
