@@ -176,8 +176,14 @@ def test_held_out_samples_serve_experts_whatever_the_target():
     ("asked", "message"),
     [
         ({"experts": 3, "speedup": 1.5}, "does not go with experts, .* give params or size"),
-        ({"experts": 3, "certify": True}, "certify= does not go with experts alone"),
-        ({"experts": 3, "round_to": 8}, "round_to= does not go with experts alone"),
+        (
+            {"experts": 3, "certify": True},
+            r"certify \(`--certify`\) does not go with experts alone",
+        ),
+        (
+            {"experts": 3, "round_to": 8},
+            r"round_to \(`--round-to`\) does not go with experts alone",
+        ),
         ({"experts": 3, "neurons": 0.5, "form": "exported"}, "form 'exported' does not go"),
         ({"experts": 3, "allocation": "uniform"}, "allocation is uniform, which needs a budget"),
         (AUTO, "needs a budget; give one, such as params"),
@@ -197,7 +203,7 @@ def test_held_out_samples_serve_experts_whatever_the_target():
         ({"experts": 2, "skip": ["*"]}, "every group but the .* that are skipped keeps all"),
         (
             {"params": 0.1, "allocation": "uniform"},
-            r"or prune experts, too \(experts=auto\)",
+            r"or prune experts, too \(experts auto, `--experts auto`\)",
         ),
     ],
 )
@@ -261,14 +267,15 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
     osscar.prune(model, tokens(), experts=2, neurons=0.5, batch_size=len(tokens()), **ALL)
     assert len(seen) > 4
     for found in seen:
-        assert min(float((found - y).abs().max()) for y in known) < 1e-6
+        rows = found[found[:, 0].argsort()]  # samples are shuffled
+        assert min(float((rows - y[y[:, 0].argsort()]).abs().max()) for y in known) < 1e-6
 
 
 def test_patterns_leave_out_mixtures_and_layers():
     with prepare(mixture("mixtral"), tokens()) as prepared:
         request = PruningRequest(experts=3, neurons=0.5, skip=["*.0.*experts", "*.1.*neurons"])
         assert allocate(PruningTask(prepared, request)).keep == {
-            "model.layers.0.mlp.experts.neurons": 20,
+            "model.layers.0.mlp.experts.neurons": 16,
             "model.layers.1.mlp.experts": 3,
         }
 
