@@ -13,6 +13,7 @@ import torch
 
 from osscar.base.files import write_text
 from osscar.base.printable import command_line
+from osscar.base.timing import Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.reading import load
@@ -41,12 +42,16 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
             windows = dense.calibration(samples=_SAMPLES, seqlen=_SEQLEN)
             result = prune(dense.model, windows, sparsity=_SPARSITY, backend=backend, device="cpu")
             report = result.document(dense.model, windows, source=dense.source)
-            saved = result.save(path, tokenizer=dense.tokenizer, report=report, overwrite=overwrite)
-            comparison = compare(
-                load(saved.path, dtype=torch.float32), dense.model,
-                dense.held_out(seqlen=_SEQLEN),
-                path=saved.path, dense_path=dense.path,
-            )  # fmt: skip
+            with timed(Stage.SAVE):
+                saved = result.save(
+                    path, tokenizer=dense.tokenizer, report=report, overwrite=overwrite
+                )
+            with timed(Stage.SCORE):
+                comparison = compare(
+                    load(saved.path, dtype=torch.float32), dense.model,
+                    dense.held_out(seqlen=_SEQLEN),
+                    path=saved.path, dense_path=dense.path,
+                )  # fmt: skip
         evaluation = document("eval", 3, dataclasses.asdict(comparison))
         content = {**report, "evaluation": evaluation}
         write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from osscar.base.printable import share
+from osscar.base.timing import OTHER
 from osscar.report.figures import file_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def longest_stages(stages: Mapping[str, float]) -> str:
 
     What is printed adds up to the whole.
     """
-    longest = sorted(stages.items(), key=lambda stage: -stage[1])
+    # What no stage counts is part of the rest.
+    longest = sorted(stages.items(), key=lambda stage: (stage[0] == OTHER, -stage[1]))
     named = [*(name for name, _ in longest[:3]), *(["the rest"] if longest[3:] else [])]
     sums = [round(one, 1) for one in accumulate((took for _, took in longest), initial=0.0)]
     ends = [*sums[: 1 + min(3, len(longest))], *(sums[-1:] if longest[3:] else [])]
