@@ -18,7 +18,6 @@ from .data.text import (
     load_calibration as load_calibration,
     load_text as load_text,
 )
-from .evaluation.dense import DenseScore as DenseScore, score_dense as score_dense
 from .evaluation.evaluate import (
     Comparison as Comparison,
     Evaluation as Evaluation,

@@ -103,13 +103,6 @@ def say_verdict(lost: str) -> None:
         out.print(f"verdict: {lost}", style="bold yellow", highlight=False)
 
 
-def say_next(*commands: str) -> None:
-    """Print commands to go on with, each in one line, however narrow a terminal is."""
-    out.print("next:", style="bold")
-    for command in commands:
-        out.print(f"  {command}", highlight=False, soft_wrap=True)
-
-
 def say_aside(label: str, message: str, style: str) -> None:
     """Print one message to standard error, in one line that terminals wrap."""
     message = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
@@ -160,7 +153,7 @@ def check_json_path(
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
         if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<", b"\x89", b"%"):
             raise OutputError(
-                f"{path} exists, and is no JSON, page or drawing of OSSCAR; give another file"
+                f"{path} exists, and is no JSON or drawing of OSSCAR; give another file"
             )
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -168,7 +161,7 @@ def check_json_path(
 
 
 _READ = ("dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
-_WRITTEN = ("json", "report", "svg")
+_WRITTEN = ("json", "svg")
 """Options of commands that name what is read, and single files that are written."""
 
 

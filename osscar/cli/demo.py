@@ -17,7 +17,7 @@ from osscar.base.timing import Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.checkpoint.reading import load
-from osscar.cli.common import check_json_path, document, out, say, say_next, show, write_json
+from osscar.cli.common import check_json_path, document, out, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
 from osscar.evaluation.evaluate import compare
@@ -28,6 +28,7 @@ from osscar.report.sections import facts
 from osscar.run.prune import prune
 from osscar.run.prune_page import layers_table, prune_page, run_facts
 
+_NEXT = "osscar prune smollm2-135m --sparsity 0.3 --calibration FILE --out smaller"
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
 
@@ -64,10 +65,9 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
     show(comparison_table(evaluation))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens of neither training nor calibration text")
-    say_next(
-        command_line("osscar", "inspect", where),
-        "osscar prune smollm2-135m --sparsity 0.3 --calibration FILE --out smaller",
-    )
+    out.print("next:", style="bold")
+    for command in (command_line("osscar", "inspect", where), _NEXT):
+        out.print(f"  {command}", highlight=False, soft_wrap=True)
     say(f"report: {where / PAGE_FILE}")
     write_json(json, {**content, "saved": str(saved.path)})
 

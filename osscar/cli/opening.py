@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 from osscar.base.errors import OptionError
 from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
-from osscar.base.timing import Stage, timed
 from osscar.cli.common import err, say, say_aside
 from osscar.cli.options import DataOptions, InspectOptions, OpenOptions, RunOptions
 from osscar.data.batches import CalibrationData
@@ -21,8 +19,6 @@ from osscar.data.images import ImageSet
 from osscar.data.loaders import DEFAULT_WINDOWS
 from osscar.data.preprocessing import Preprocessing
 from osscar.data.text import DEFAULT_SEQLEN, CalibrationSet
-from osscar.evaluation.dense import DenseScore, score_dense
-from osscar.evaluation.tables import dense_facts
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
@@ -163,16 +159,3 @@ def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | 
 def chat_template_unused(tokenizer: Any) -> str:
     """Say, at the end of a sentence, that a chat template is not used, where there is one."""
     return ", no chat template" if getattr(tokenizer, "chat_template", None) else ""
-
-
-def tell_dense(loaded: LoadedModel, data: CalibrationData) -> DenseScore | None:
-    """Print what the dense model is worth on its calibration data, and what is wrong with that."""
-    with timed(Stage.DENSE):
-        score = score_dense(loaded.model, data, classes=loaded.classes)
-    if score is not None:
-        for name, fact in dense_facts(dataclasses.asdict(score)):
-            if name == "warning":
-                say_aside(name, fact, "bold yellow")
-            else:
-                say(f"{name}: {fact}")
-    return score

@@ -60,7 +60,7 @@ _GROUPS = {
     "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
     "recover recover_text recover_steps",
     "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
-    "Output": "out overwrite restart report json svg all_groups format list_problem",
+    "Output": "out overwrite restart json svg all_groups format list_problem",
 }
 """Under which titles help shows options, in this order."""
 
@@ -197,8 +197,6 @@ class SavedOptions:
     """Replace an existing checkpoint."""
     restart: bool = False
     """Start over instead of continuing a run that was killed."""
-    report: Path | None = None
-    """Also write the report (`report.html` in the output directory) to this file."""
 
 
 @_command(PruningRequest, but=("groups",))

@@ -23,14 +23,13 @@ from osscar.cli.common import (
     named_files,
     out,
     say,
-    say_next,
     say_verdict,
     show,
 )
-from osscar.cli.opening import limit_of, opened, tell_data, tell_dense
-from osscar.cli.options import PruneOptions, given, recovery_of, request_of
+from osscar.cli.opening import limit_of, opened, tell_data
+from osscar.cli.options import PruneOptions, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
-from osscar.cli.saving import run_and_report, saved_line, to_evaluate, words_of, write_copies
+from osscar.cli.saving import run_and_report, saved_line, words_of, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
@@ -99,7 +98,7 @@ class _Job:
 
     def check_output(self) -> None:
         """Refuse what must not be written to."""
-        used = [self.model, *named_files(self.options), self.options.json, self.options.report]
+        used = [self.model, *named_files(self.options), self.options.json]
         check_output(self.path, overwrite=self.options.overwrite, inputs=used)
 
     def load(self, *, saves: bool) -> tuple[LoadedModel, CalibrationData]:
@@ -148,13 +147,12 @@ class _Job:
         options, ranks = self.options, self.ranks
         loaded, data = self.load(saves=True)
         trains_on = self._trains_on(loaded, data)
-        score = tell_dense(loaded, data) if ranks.first else None
         result, recovery = self._made(loaded, data, trains_on)
         if not ranks.first:
             return lambda: None
         content = result.document(
-            loaded.model, data, source=loaded.source, classes=loaded.classes, score=score,
-            recovery=recovery, measure=False,
+            loaded.model, data, source=loaded.source, classes=loaded.classes, recovery=recovery,
+            measure=False,
         )  # fmt: skip
         self.log.note(self.words, content)
         with timed(Stage.SAVE):
@@ -162,15 +160,7 @@ class _Job:
                 self.path, tokenizer=loaded.companion, report=content, overwrite=options.overwrite
             )
         whole = self._measured(content, saved, loaded, lambda: result.model, data)
-        program = result.form == "exported" and loaded.tokenizer is not None
-        unscored = score is not None and bool(score.reason)
-        asked = given(options)
-        if options.dense is not None:  # whose weights this run reads none of
-            asked = {"weights": "FILE", **asked}
-        dense = None if is_on_disk(loaded.model) else options.dense or self.model
-        # A program cannot generate, and what keeps the dense model from being scored stays.
-        ahead = None if program or unscored else to_evaluate(self.where, data, asked, dense)
-        return lambda: _tell(whole, saved, self.where, ahead)
+        return lambda: _tell(whole, saved, self.where)
 
     def _trains_on(self, loaded: LoadedModel, data: CalibrationData) -> CalibrationData:
         """Return what the smaller model is recovered on: the calibration data, or other text."""
@@ -219,7 +209,7 @@ class _Job:
     def complete(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
         """Measure and write what a run has not that was ended after its save."""
         if "forward" in content:
-            write_copies(self.options, content, saved, prune_page)
+            write_copy(self.options, content, saved)
             return
         loaded, data = self.load(saves=False)
         dense = loaded.model
@@ -242,13 +232,11 @@ class _Job:
         with timed(Stage.REPORT):
             whole = {**content, **measured(loaded.model, smaller, data)}
             renew_report(saved, whole, prune_page(whole, saved.path.name))
-            write_copies(self.options, whole, saved, prune_page)
+            write_copy(self.options, whole, saved)
         return whole
 
 
-def _tell(
-    content: Mapping[str, Any], saved: SavedCheckpoint, where: Path, ahead: str | None
-) -> None:
+def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
     """Print what a run came to."""
     show(
         layers_table(content["layers"]),
@@ -260,5 +248,3 @@ def _tell(
     say_verdict(verdict(content))
     out.print(saved_line(saved, where))
     say(f"report: {where / PAGE_FILE}")
-    if ahead is not None:
-        say_next(ahead)

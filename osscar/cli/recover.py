@@ -20,10 +20,10 @@ from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.card import PICTURE_FILE
 from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory, read_manifest
-from osscar.cli.common import check_files, document, named_files, out, say, say_next, show
+from osscar.cli.common import check_files, document, named_files, out, say, show
 from osscar.cli.opening import stated_preprocessing, tell_data
-from osscar.cli.options import RecoverOptions, given, request_of
-from osscar.cli.saving import run_and_report, saved_line, to_evaluate, words_of, write_copies
+from osscar.cli.options import RecoverOptions, request_of
+from osscar.cli.saving import run_and_report, saved_line, words_of, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.data.text import CalibrationSet
 from osscar.models.load import load_model
@@ -102,7 +102,7 @@ class _Job:
             raise OutputError(
                 f"{self.where} lies in {self.name}, which stays as it is; give another directory"
             )
-        used = [*named_files(self.options), self.options.json, self.options.report]
+        used = [*named_files(self.options), self.options.json]
         if path != self.place:
             used.append(self.place)
         check_output(path, overwrite=self.options.overwrite, inputs=used)
@@ -141,7 +141,6 @@ class _Job:
             tell_recovery(content["recovery"])
             out.print(saved_line(saved, self.where))
             say(f"report: {self.where / PAGE_FILE}")
-            say_next(to_evaluate(self.where, data, given(options), options.dense))
 
         return tell
 
@@ -217,7 +216,7 @@ class _Job:
 
     def complete(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
         """Write what a run has not written that was ended after its save."""
-        write_copies(self.options, content, saved, recover_page)
+        write_copy(self.options, content, saved)
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:

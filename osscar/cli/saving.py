@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from osscar.base.files import resolved, write_text
-from osscar.base.printable import command_line
+from osscar.base.files import resolved
 from osscar.base.ranks import Ranks
 from osscar.checkpoint.atomic_directory import finish_killed
 from osscar.checkpoint.directory import SavedCheckpoint, read_saved
@@ -17,16 +16,10 @@ from osscar.checkpoint.manifest import REPORT_FILE
 from osscar.cli.common import say, way_back, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import PruneOptions, RecoverOptions
-from osscar.data.batches import CalibrationData
-from osscar.data.images import ImageSet
-from osscar.data.samples import TensorSet
 from osscar.recovery.training import RecoveryLog
 from osscar.run.run_log import RunLog
 
-_AS_OPENED = ("weights", "seqlen", "device", "dtype", "trust_remote_code")
-"""Options without which `osscar eval` would open or score another model."""
-
-_OF_THIS_TIME = {"out", "overwrite", "restart", "json", "report"}
+_OF_THIS_TIME = {"out", "overwrite", "restart", "json"}
 """Options that change nothing of what is saved."""
 
 
@@ -116,17 +109,12 @@ def words_of(options: Any, *but: str, **more: Any) -> dict[str, str]:
     return {n: str(value) for n, value in words.items() if n not in {*_OF_THIS_TIME, *but}}
 
 
-def write_copies(
-    options: PruneOptions | RecoverOptions,
-    content: Mapping[str, Any],
-    saved: SavedCheckpoint,
-    page: Callable[[Mapping[str, Any], str], str],
+def write_copy(
+    options: PruneOptions | RecoverOptions, content: Mapping[str, Any], saved: SavedCheckpoint
 ) -> None:
-    """Write what a run is asked to write beside its output."""
+    """Write the report where ``--json`` wants it, too."""
     where = {**dataclasses.asdict(saved), "path": str(saved.path)}
     write_json(options.json, {**content, "saved": where})
-    if options.report is not None:
-        write_text(options.report, page(content, saved.path.name))
 
 
 def saved_line(saved: SavedCheckpoint, where: Path) -> str:
@@ -138,22 +126,3 @@ def saved_line(saved: SavedCheckpoint, where: Path) -> str:
         reader += ", and so does from_pretrained(..., trust_remote_code=True)"
     here = "" if saved.fresh else "; read back in this process alone"
     return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader}{here})"
-
-
-def to_evaluate(
-    where: Path, data: CalibrationData, given: Mapping[str, Any], dense: str | None
-) -> str:
-    """Return the command that scores what was written, on data of the kind of `data`.
-
-    `given` are the options that are not as by default; `dense` is the dense model, where it can be
-    compared.
-    """
-    options: dict[str, Any] = {"text": "FILE"}
-    if isinstance(data, TensorSet):
-        options = {"inputs": "FILE"}
-    elif isinstance(data, ImageSet):
-        options = {"images": "PATH"}
-    if dense is not None:
-        options["dense"] = dense
-    options |= {name: given[name] for name in _AS_OPENED if name in given}
-    return command_line("osscar", "eval", where, options=options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from osscar.base.errors import OptionError
 from osscar.base.inputs import from_percent
 from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
-from osscar.cli.opening import limit_of, opened, quiet, tell_dense
+from osscar.cli.opening import limit_of, opened, quiet
 from osscar.cli.options import SweepOptions, recovery_of, request_of
 from osscar.report.run_tables import skipped_table
 from osscar.request import BudgetKind, Keep, PruningRequest
@@ -41,12 +41,7 @@ def run(model: str, options: SweepOptions) -> None:
             seqlen=options.seqlen,
         )
         swept = Sweep(place, base, points, score, loaded.classes, recover, say)
-        document = swept.run(
-            loaded.model,
-            data,
-            source=loaded.source,
-            scored_dense=lambda: tell_dense(loaded, data),
-        )
+        document = swept.run(loaded.model, data, source=loaded.source)
     show(sweep_table(document), skipped_table(document["skipped"]))
     say_verdict(sweep_verdict(document))
     say(f"report: {options.out / PAGE_FILE}")

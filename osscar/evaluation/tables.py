@@ -55,34 +55,3 @@ def _shown(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for output, error in (numbers.get("errors") or {}).items():
         said = "dense is 0" if error is None else f"{error:.2g}"
         yield f"errors.{output}", f"squared error of {output}, relative", said
-
-
-def dense_facts(score: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield what the dense model is worth on its calibration data, of a `DenseScore` as JSON.
-
-    Where that is near chance a row says so, and what to look for.
-    """
-    if score is None:
-        return
-    value, chance, data = score["value"], score["chance"], score["data"]
-    if value is None:
-        yield "dense model", f"not scored on {data}: {score['reason']}"
-        return
-    if score["measure"] == "top1":
-        yield "dense model", f"top-1 {value:.1%} of {data}"
-        guess, check = (
-            f"{chance:.1%} for the most frequent class",
-            "that the data are preprocessed as in its training, and that classes are in the order "
-            "of the labels",
-        )
-    else:
-        yield "dense model", f"perplexity {value:,.1f} on {data}"
-        guess, check = f"{chance:,.0f} for a guess", "that the tokenizer is its own"
-    if score["near_chance"]:
-        yield (
-            "warning",
-            (
-                f"the dense model does no better than chance ({guess}): check that its weights are "
-                f"trained and loaded, {check}"
-            ),
-        )

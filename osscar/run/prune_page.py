@@ -19,7 +19,7 @@ from osscar.base.printable import (
     share,
 )
 from osscar.evaluation.confidence import MOST_EXPONENT
-from osscar.evaluation.tables import comparison_rows, dense_facts
+from osscar.evaluation.tables import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
 from osscar.report.figures import color, file_of, from_zero, legend, new_figure, shares
@@ -112,7 +112,7 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     if document.get("recovery"):
         yield from recoveries.sections(document["recovery"])
     yield layers_table(layers, budget)
-    yield facts("How it went", (*run_facts(document), *dense_facts(document.get("dense"))))
+    yield facts("How it went", run_facts(document))
     yield stages_table(document["stages"])
     yield skipped_table(document.get("skipped") or ())
 

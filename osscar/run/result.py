@@ -22,7 +22,6 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
-from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.speed import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk
@@ -184,7 +183,6 @@ class PruningResult(Shown):
         *,
         source: str | None = None,
         classes: Sequence[str] = (),
-        score: DenseScore | None = None,
         recovery: Recovery | None = None,
         measure: bool = True,
     ) -> dict[str, Any]:
@@ -198,8 +196,6 @@ class PruningResult(Shown):
             The name of the dense model; by default the one by which it was loaded.
         classes
             The names of its classes.
-        score
-            Its quality on the calibration data.
         recovery
             What `osscar.recover` made of the smaller model.
         measure
@@ -211,7 +207,6 @@ class PruningResult(Shown):
             "model": known if source is None else published(source),
             "classes": list(classes),
             "calibration": {**self.calibration, **data_record(calibration)},
-            "dense": None if score is None else dataclasses.asdict(score),
             "computed": dataclasses.asdict(Computed.of(dense)),
             "recovery": None if recovery is None else recovery.document(),
             **(measured(dense, lambda: self.model, calibration) if measure else {}),

@@ -25,7 +25,6 @@ from osscar.data.images import ImageSet
 from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
-from osscar.evaluation.dense import DenseScore
 from osscar.evaluation.quality import score as score_quality
 from osscar.evaluation.speed import measure_forward
 from osscar.preparation.failures import check_repeatable
@@ -172,11 +171,10 @@ class Sweep:
         calibration: Any,
         *,
         source: str | None = None,
-        scored_dense: Callable[[], DenseScore | None] = lambda: None,
     ) -> SweepResult:
         """Measure what is not done yet, write the page, and return the document.
 
-        The dense model is called `source`, and scored by `scored_dense` once the sweep has begun.
+        The dense model is called `source`.
         """
         self.check(model)
         calibration = read_once(model, calibration)
@@ -194,7 +192,6 @@ class Sweep:
         check_repeatable(model, data.example(model))
         sample = data.first(model)
         with self.place.begun(manifest):
-            dense = scored_dense()
             found = self._measured(model, calibration, sample)
             entries = [dataclasses.asdict(point) for point in found]
             for entry in entries:
@@ -204,7 +201,6 @@ class Sweep:
                 "osscar_version": __version__,
                 "model": published(source or "") or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},
-                "dense": None if dense is None else dataclasses.asdict(dense),
                 "scored": scored,
                 "settings": {**self.base.to_json(), str(budget): None},
                 "recover": None if self.recover is None else self.recover.to_json(),

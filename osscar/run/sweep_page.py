@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import capitalized, engineering, pluralize, share
-from osscar.evaluation.tables import dense_facts
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.figures import color, legend, new_figure, shares
 from osscar.report.html import page
@@ -208,7 +207,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     for point in points:
         stages.update(point["stages"])
     methods = dict.fromkeys(point["method"] for point in points)
-    measured = [*dense_facts(document.get("dense")), ("timed", f"one sample ({shapes})")]
+    measured = [("timed", f"one sample ({shapes})")]
     for one in recovered[:1]:
         samples = (
             f"towards the dense model, on {one['samples']} calibration samples; {one['held_out']} "

@@ -193,4 +193,3 @@ def test_windows_calibrate_a_language_model_of_ones_own(kind):
         for data in (windows, tokens, {"idx": tokens})
     ]
     assert found[0] == found[1] == found[2]
-    assert osscar.score_dense(model, windows) is None

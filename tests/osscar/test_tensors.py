@@ -119,8 +119,6 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert status == 0, err
     report = json.loads((tmp_path / "prune.json").read_text())
     assert report["divergence"] is not None
-    assert report["dense"]["samples"] == 50
-    assert f"osscar eval small --inputs FILE --dense {code('sound')}" in out
     assert report["calibration"]["seen"]["count"] == report["calibration"]["samples"] == 50
 
     scored = ("small", "--dense", code("sound"), "--json", "eval.json")
@@ -155,8 +153,6 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert status == 0, err
     assert "squared error of output" in (tmp_path / "sweep" / "report.html").read_text()
     swept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert swept["dense"] == report["dense"]
-    assert f"dense model: top-1 {swept['dense']['value']:.1%} of 50" in out
     errors = swept["points"][1]["quality"]["errors"]
     assert errors["output"] == pytest.approx(error, rel=1e-3)
 
@@ -324,17 +320,6 @@ def test_what_calibrated_a_model_is_known_and_its_evaluation_is_of_python_too():
     assert alone.sample == "sample"
 
 
-def test_the_dense_model_is_scored_on_labels_that_are_its_classes():
-    dense = network()
-    with torch.no_grad():
-        right = dense(samples().tensors["input"]).argmax(1)
-    told = [osscar.score_dense(dense, samples(labels=labels)) for labels in (right, right + 3)]
-    assert (told[0].value, told[0].near_chance) == (1.0, False)
-    assert told[1].value is None
-    assert "the model 4 classes" in told[1].reason
-    assert osscar.score_dense(dense, samples()) is None
-
-
 USELESS = (
     (None, torch.arange(48) % 5, DataError, "from 0 to 4 and the model 4 cl"),
     ({"x": torch.zeros(48, 5)}, None, DataError, "takes no 'x'; it tak"),
@@ -378,11 +363,8 @@ def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_sc
         "none": some - some - 100,
     }.items():
         data = samples(labels=labels).sample(48, seed=0)
-        scores[name] = [one(data) for one in (lambda d: score([model], d)[0].top1,
-                                              lambda d: osscar.score_dense(model, d))]  # fmt: skip
-    assert [top1 for top1, _ in scores.values()] == [1.0, 1.0, None]
-    assert scores["some"][1].chance == int(right[:12].bincount().max()) / 12
-    assert scores["none"][1] is None
+        scores[name] = score([model], data)[0].top1
+    assert [*scores.values()] == [1.0, 1.0, None]
 
 
 def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_them():

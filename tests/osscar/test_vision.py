@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -26,10 +25,8 @@ from osscar.base.errors import (
 from osscar.base.json_files import validated
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
-from osscar.evaluation.dense import score_dense
 from osscar.evaluation.evaluate import compare, evaluate
 from osscar.evaluation.quality import score
-from osscar.evaluation.tables import dense_facts
 from osscar.models.load import load_model
 from osscar.models.weights import fill, read_state
 from osscar.proof.lineage import lineage_of
@@ -102,7 +99,6 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
         *("--out", "my small model", "--device", "cpu", "--json", "report.json"),
     )
     assert status == 0, err
-    assert "\ndense model: top-1 100.0% of 60 labelled calibration images\n" in out
     assert "freshly initialized" not in err
     assert "batch norm: new running statistics of 8 layers" in out
     page = Path("my small model/report.html").read_text()
@@ -115,8 +111,8 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     assert calibration["preprocessing"]["crop"] == SIDE
     assert {layer["name"]: layer["kept"] for layer in written["layers"]}["stem.0.channels"] == 6
 
-    line = out.partition("next:\n")[2].splitlines()[0]
-    words = ["my images.npz:test" if w == "PATH" else w for w in shlex.split(line)][1:]
+    words = ["eval", "my small model", "--images", "my images.npz:test", "--dense", own]
+    words += ["--weights", "my weights.pt"]
     status, out, err = run(*words, "--json", "e.json")
     assert status == 0, err
     assert "warning" not in err
@@ -451,27 +447,6 @@ def test_folders_are_matched_with_classes(folders):
 # ---- evaluation --------------------------------------------------------------------------
 
 LABELLED = ImageSet("pixels", pixels(40, 1), plain(SIDE), torch.arange(40) % 5)
-
-
-def test_labels_that_are_not_the_models_classes_are_no_obstacle():
-    model = small_net()
-    some = ImageSet("pixels", pixels(4), plain(SIDE), torch.tensor([0, 1, 2, 9]))
-    found = score_dense(model, some)
-    assert found.value is None
-    assert "labels from 0 to 9" in dict(dense_facts(dataclasses.asdict(found)))["dense model"]
-    # Of two images nothing can be said, whatever the model makes of them.
-    wrong = (model(some.tensor()).argmax(1)[:2] + 1) % 5
-    two = dataclasses.replace(some, items=some.items[:2], labels=wrong)
-    assert not score_dense(model, two).near_chance
-    assert score_dense(model, dataclasses.replace(some, labels=None)) is None
-    labels = (model(LABELLED.tensor()).argmax(1) + torch.arange(40)) % 5
-    near = score_dense(model, dataclasses.replace(LABELLED, labels=labels))
-    assert (near.near_chance, near.value) == (True, 0.2)
-    told = dict(dense_facts(dataclasses.asdict(near)))
-    assert told["dense model"] == "top-1 20.0% of 40 labelled calibration images"
-    assert "no better than chance" in told["warning"]
-    model.head.register_forward_hook(lambda _, __, y: y - torch.inf * (torch.arange(5) == 4))
-    assert "NaN or infinite" in score_dense(model, dataclasses.replace(some, labels=wrong)).reason
 
 
 def test_quality_is_what_the_logits_say():
