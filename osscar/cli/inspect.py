@@ -3,42 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from graph import UnitKind
+from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError
+from osscar.base.files import atomic_write
+from osscar.base.inputs import safe_repr
 from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
-from osscar.cli.options import InspectOptions
+from osscar.cli.options import InspectOptions, given
+from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
+from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
-from osscar.preparation.prepare import prepare
+from osscar.preparation.prepare import Prepared, prepare
+from osscar.report.figures import FORMS, file_of
 from osscar.report.run_tables import groups_table
-from osscar.request import PRUNED_KINDS
+from osscar.request import PRUNED_KINDS, PruningRequest
+from osscar.run.times_page import ModelTimes
+
+_OF_TIMES = "batch_size", "seqlen", "dtype"
 
 
 def run(model: str, options: InspectOptions) -> None:
     """Show the coupling groups of a model."""
     stated = stated_preprocessing(options)
+    for name, value in given(options).items():
+        if name in _OF_TIMES and not options.times:
+            option = f"--{name.replace('_', '-')}"
+            raise OptionError(f"{option} is {safe_repr(value)} without --times; give both, or none")
     check_files(options, model)
+    form = "" if options.svg is None else options.svg.suffix
+    if options.times and form[1:] not in ("", *FORMS):
+        raise OptionError(f"--svg is {str(options.svg)!r}; with --times give .svg, .png or .pdf")
     with quiet():
         loaded = load_model(
             model,
             weights=options.weights,
             pretrained=False,
             dense=options.dense,
-            device="cpu",
+            dtype=options.dtype,
+            device=options.device if options.times else "cpu",
             trust_remote_code=options.trust_remote_code,
             preprocessing=stated,
         )
-        if loaded.example is None:
-            raise OptionError(
-                f"nothing tells what {loaded.source} reads: let the code return (model, example "
-                "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
-            )
-        with prepare(loaded.model, loaded.example, copy=False) as prepared:
+        data = _data(loaded, options)
+        with prepare(loaded.model, data, copy=False, batch_size=options.batch_size) as prepared:
             groups, residual = prepared.every_group, prepared.residual
+            times = _times(prepared) if options.times else None
     shown = [g for g in groups if options.all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     show(groups_table(shown, residual))
     for group in shown:
@@ -58,13 +76,55 @@ def run(model: str, options: InspectOptions) -> None:
     beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
     more = f", and another {beside / total:.1%} with residual channels" if beside else ""
     say(f"a budget can prune {prunable / total:.1%} of {total:,} parameters{more}")
+    if times is not None:
+        show(times.table)
+        say(
+            f"times: {times.in_words}, {1000 * times.dense:,.1f} ms; those of a group are of the "
+            "operators that have its units, with all other groups whole, and rise most behind the "
+            "widths of the last column"
+        )
     if options.svg is not None:
-        say(f"drawing: {prepared.traced.draw(options.svg)}")
+        say(f"drawing: {_drawn(options.svg, prepared, times)}")
     content = {
         "model": loaded.source,
         "parameters": total,
         "prunable_parameters": prunable,
         "residual_parameters": beside,
         "groups": [dataclasses.asdict(group) for group in groups],
+        "times": None if times is None else dataclasses.asdict(times),
     }
     write_json(options.json, document("inspect", 1, content))
+
+
+def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
+    """Return inputs to prepare a model with: where it is timed, of the form of a batch."""
+    if loaded.example is None:
+        raise OptionError(
+            f"nothing tells what {loaded.source} reads: let the code return (model, example "
+            "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
+        )
+    if options.seqlen is not None and loaded.tokenizer is None:
+        raise OptionError(
+            f"--seqlen is {options.seqlen}, and {loaded.source} reads no text; omit it"
+        )
+    if not options.times:
+        return loaded.example
+    if loaded.tokenizer is not None:
+        windows = options.batch_size or WINDOWS_AT_ONCE
+        return torch.zeros(windows, options.seqlen or loaded.window_length, dtype=torch.int64)
+    rows = torch.arange(options.batch_size or SAMPLES_AT_ONCE)
+    return {name: tensor[rows % len(tensor)] for name, tensor in loaded.example.items()}
+
+
+def _times(prepared: Prepared) -> ModelTimes:
+    """Time a model's groups at the widths that a speed-up may give them."""
+    return ModelTimes.measured(PruningTask(prepared, PruningRequest(speedup=2.0)))
+
+
+def _drawn(path: Path, prepared: Prepared, times: ModelTimes | None) -> Path:
+    """Draw the times of groups if there are any, else the groups."""
+    if times is None:
+        return prepared.traced.draw(path)
+    with atomic_write(path) as file:
+        file.write_bytes(file_of(times.figure(), path.suffix[1:] or "svg"))
+    return path

@@ -60,7 +60,7 @@ _GROUPS = {
     "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
     "recover recover_text recover_steps",
     "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
-    "Output": "out overwrite restart json svg all_groups format list_problem",
+    "Output": "out overwrite restart json svg all_groups times format list_problem",
 }
 """Under which titles help shows options, in this order."""
 
@@ -337,7 +337,7 @@ class InspectOptions:
     """What `osscar inspect` takes."""
 
     svg: Path | None = None
-    """Draw the groups to this file: .svg, .png or .pdf."""
+    """Draw the groups to this file: .svg, .png or .pdf.  With --times, what they take."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
     """Also list frozen groups, which cannot be pruned, inside the units of other groups, such as
     the dimensions of one head."""
@@ -347,6 +347,17 @@ class InspectOptions:
     image_size: str | None = None
     """Size of images: pixels of a square, HxW, or CxHxW.  [default: the model's own, or the size of
     its example input]"""
+    times: bool = False
+    """Also time the operators of a forward pass on this device, at the widths that groups may have,
+    as `osscar prune --speedup` does."""
+    batch_size: int | None = None
+    """With --times: samples in the pass: 8 windows of text by default, or 64 of anything else."""
+    seqlen: int | None = None
+    """With --times: tokens in a window of text.  [default: 512, or the model's context if that is
+    shorter]"""
+    dtype: str = "auto"
+    """With --times: number format: float32, bfloat16, float16, or auto (float32 on a CPU)."""
+    device: Device = "auto"
     json: Json = None
     trust_remote_code: Trust = False
 

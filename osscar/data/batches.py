@@ -23,6 +23,9 @@ Batch: TypeAlias = dict[str, Tensor]
 CalibrationData: TypeAlias = CalibrationSet | SampleSet
 """What `osscar.load_calibration`, `osscar.load_images` and their like return."""
 
+WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 8, 64
+"""Windows of tokens in a batch, or samples of anything else, unless the caller says otherwise."""
+
 _PROOF_TOKENS = 64
 """Units do not depend on the length, so that a short window proves as much as a long one."""
 
@@ -62,7 +65,7 @@ class ModelInputs:
         """How many samples a batch has unless the caller says otherwise."""
         if self.apart:
             return 1
-        return 8 if self.tokens else 64
+        return WINDOWS_AT_ONCE if self.tokens else SAMPLES_AT_ONCE
 
     @property
     def samples(self) -> int:

@@ -125,7 +125,7 @@ class LoadedModel:
         """
         named = spec is None or isinstance(spec, str | Path)
         if self.tokenizer is not None and (named or is_text(spec)):
-            length = self._window_length() if seqlen is None else seqlen
+            length = self.window_length if seqlen is None else seqlen
             count = DEFAULT_WINDOWS if samples is None else samples
             return self._windows(
                 spec, "--calibration", count, length, seed, overlapping=overlapping
@@ -182,7 +182,7 @@ class LoadedModel:
         if self.tokenizer is not None:
             if seqlen is None:
                 known = (one.seqlen for one in reversed(lineage_of(self.model).calibration))
-                seqlen = next(filter(None, known), self._window_length())
+                seqlen = next(filter(None, known), self.window_length)
             count = windows if samples is None else samples
             return self._windows(text, "--text", count, seqlen, seed, overlapping=False)
         data = self._samples(images, inputs)
@@ -247,7 +247,9 @@ class LoadedModel:
             )
         return text
 
-    def _window_length(self) -> int:
+    @property
+    def window_length(self) -> int:
+        """Tokens in a window of text, unless the caller says otherwise."""
         return min(DEFAULT_SEQLEN, context_length(self.model) or DEFAULT_SEQLEN)
 
     def _check_given(self, text: object, images: object, inputs: object) -> None:

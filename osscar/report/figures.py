@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from osscar.base.printable import share
 
@@ -61,13 +61,20 @@ def from_zero(axes: Axes) -> None:
     axes.set_ylim(0, 1.08 * top if 0 < top < float("inf") else 1)
 
 
-def file_of(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
-    """Return a figure as a file, the same bytes each time; a PNG is twice as fine as a screen."""
+FORMS = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}
+"""Forms of files, with what would differ from one file to the next."""
+
+
+def file_of(figure: Figure, kind: str) -> bytes:
+    """Return a figure as a file of a form, the same bytes each time.
+
+    A PNG is twice as fine as a screen.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    file, unstable = io.BytesIO(), "Date" if kind == "svg" else "Software"
+    file, unstable = io.BytesIO(), FORMS[kind]
     look: Any = {"dpi": 192, "transparent": kind == "svg", "metadata": {unstable: None}}
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format=kind, **look)

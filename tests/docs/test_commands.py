@@ -145,6 +145,8 @@ def smaller(words, of_text):
     elif of_text and (words[1] != "gap" or "--calibration" in words):
         pairs = zip(FEWER[words[1]][::2], FEWER[words[1]][1::2], strict=True)
         found += (one for pair in pairs if pair[0] not in words for one in pair)
+    if "--times" in words:
+        found += ("--batch-size", "1", "--seqlen", "16")
     if words[1] == "gap":
         found += () if "--backends" in words else ("--backends", "greedy,local_search")
         found += ("--jobs", "1")
