@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    import solvers
     from osscar import experts
     from osscar.consumers.consumer import LinearMap
     from osscar.preparation.prepare import Prepared
     from osscar.proof.plan import GroupPlan
-    from osscar.request import PruningRequest
     from osscar.walk.layer_step import DenseTensors, Solved
     from osscar.walk.targets import Target
 
@@ -48,7 +48,9 @@ class Step(Protocol):
     def consumers(self) -> tuple[LinearMap, ...]:
         """What is refitted."""
 
-    def solve(self, keep: int, request: PruningRequest) -> Solved:
+    def solve(
+        self, keep: int, backend: solvers.Backend, damp: float | None, weight: float | None
+    ) -> Solved:
         """Choose the units that stay, and commit the refit."""
 
     def alone(

@@ -43,13 +43,14 @@ def reads(
     """Show what some modules and products read while the block runs.
 
     That of a module is what `argument` has, that of a product what is `Taken`.  `before` is told
-    the name and what is read; `after` also what is put out, and what it returns, if anything, goes
-    on instead.
+    the name and what is read, and may return what is `Routed`, which is read instead; `after` is
+    told also what is put out, and what it returns, if anything, goes on instead.
     """
     products = {name for name in names if is_station(name)}
 
-    def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        before(name, argument(module, args, kwargs))
+    def reading(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        instead = before(name, argument(module, args, kwargs))
+        return None if instead is None else (instead.tensors, {})
 
     def read(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         return after(name, argument(module, args, kwargs), y)

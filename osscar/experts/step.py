@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,13 +24,11 @@ from osscar.consumers.consumer import LinearMap
 from osscar.consumers.mixtures import Routed
 from osscar.consumers.observe import output_of
 from osscar.experts.find import ExpertMixture
-from osscar.request import PruningRequest
+from osscar.experts.routers import Scores
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import LayerStep, Refits, Solved
+from osscar.walk.walk import Waiting
 from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
-
-if TYPE_CHECKING:
-    from osscar.experts.walk import ExpertWalk
 
 MOST_TOKENS = 1 << 15
 """Tokens that choose who stays, drawn where there are more."""
@@ -47,26 +44,33 @@ _BLOCK = 4096
 class ExpertStep:
     """A mixture that all batches have reached: it can be solved and refitted."""
 
-    _walk: ExpertWalk = field(repr=False)
     mixture: ExpertMixture
     consumers: tuple[LinearMap, ...] = field(repr=False)
     """The last matrices, one an expert."""
+    _module: nn.Module = field(repr=False)
+    """What is called with what is `Routed`."""
+    _batches: tuple[Waiting, ...] = field(repr=False)
+    _scores: dict[int, Scores] = field(repr=False)
+    """By batch."""
+    _kept: dict[str, tuple[int, ...]] = field(repr=False)
+    """The experts that stay, by the name of the group, of mixtures that were solved."""
 
     @property
     def group(self) -> CouplingGroup:
         """The experts."""
         return self.mixture.group
 
-    @property
-    def _module(self) -> nn.Module:
-        return self._walk._model.get_submodule(self.mixture.experts)
-
     # ---- who stays -----------------------------------------------------------------------
 
-    def solve(self, keep: int, request: PruningRequest) -> Solved:
-        """Choose the experts that stay, and commit the refit of these."""
-        arrivals = (run.arrived for run in self._walk._runs)
-        sent = {e for one in arrivals if one is not None for e in one.x.experts.flatten().tolist()}
+    def solve(
+        self, keep: int, backend: solvers.Backend, damp: float | None, weight: float | None
+    ) -> Solved:
+        """Choose the experts that stay, and commit the refit of these.
+
+        Damping and weight of the corrections are those that serve held-out samples best where they
+        are None.
+        """
+        sent = {e for batch in self._batches for e in batch.x.experts.flatten().tolist()}
         unreached = [expert for expert in range(self.group.units) if expert not in sent]
         if unreached:
             warn_of(
@@ -78,18 +82,17 @@ class ExpertStep:
             problem = self.problem(keep)
         measured = time.perf_counter()
         with timed(Stage.SOLVER):
-            solution = solvers.solve_experts(problem, request.chosen_backend(experts=True))
+            solution = solvers.solve_experts(problem, backend)
             record = solution.record(solution.verify())
         choosing = sum(len(block.energy) for block in problem.tokens)
         del problem, solution
         self.commit(record.support)
         with timed(Stage.WALK):
             before, layer = self.losses(), self._refitted()
-        weight = request.correction_weight
         if weight is None and not any(gram.held_rows for gram in layer.known):
             weight = 1.0  # targets are what was lost with the experts
         with timed(Stage.DAMPING):
-            damp, refits = _refits(layer, request.damp, weight)
+            damp, refits = _refits(layer, damp, weight)
         with timed(Stage.WALK), layer.tried(refits.weights, range(layer.group.units)):
             after = self.losses()
         # What is no worse for each expert can be for their sum.
@@ -127,9 +130,9 @@ class ExpertStep:
     @torch.no_grad()
     def problem(self, keep: int) -> ExpertProblem:
         """Pose the problem of which experts stay, on samples that are not held out."""
-        rule, walk, drawn = self.mixture.rule, self._walk, self._drawn()
+        rule, drawn = self.mixture.rule, self._drawn()
         tokens = sum(map(len, drawn.values()))
-        bias = walk.scores[self.mixture.router, min(drawn)].bias
+        bias = self._scores[min(drawn)].bias
         needed = ExpertProblem.memory(rule, self.group.units, keep, tokens, bias)
         what = f"the problem of {self.group.name!r} with {tokens} tokens ({needed:,} bytes)"
         with memory_for(what, FOR_MATRICES):
@@ -144,22 +147,21 @@ class ExpertStep:
 
     def _drawn(self) -> dict[int, Tensor]:
         """Return which tokens choose who stays, in order, by batch; all where they are few."""
-        walk = self._walk
-        fitted = [run for run in walk._runs if run.index < walk._held_from]
-        counts = [len(run.arrived.x.hidden) for run in fitted if run.arrived is not None]
+        fitted = [batch for batch in self._batches if not batch.held]
+        counts = [len(batch.x.hidden) for batch in fitted]
         chance = torch.Generator().manual_seed(0)
         chosen = torch.zeros(sum(counts), dtype=torch.bool)
         chosen[torch.randperm(len(chosen), generator=chance)[:MOST_TOKENS]] = True
         own = zip(fitted, torch.split(chosen, counts), strict=True)
-        return {run.index: torch.nonzero(some).flatten() for run, some in own if some.any()}
+        return {batch.index: torch.nonzero(some).flatten() for batch, some in own if some.any()}
 
     def _parts(self, drawn: Mapping[int, Tensor], keep: int) -> Iterator[RoutedTokens]:
         """Yield what the drawn tokens of each batch say of the experts that they can reach."""
-        for run, x, y in self._walk.here():
-            if run.index not in drawn:
+        for batch in self._batches:
+            if batch.index not in drawn:
                 continue
-            scores = self._walk.scores[self.mixture.router, run.index]
-            rows = drawn[run.index].to(y.device)
+            x, y, scores = batch.x, batch.target(), self._scores[batch.index]
+            rows = drawn[batch.index].to(y.device)
             reached = expert_candidates(self.mixture.rule, scores.logits[rows], keep, scores.bias)
             some = max(1, _AT_ONCE // (reached.shape[1] * y.shape[1]))
             given = scores.logits[rows], x.hidden[rows], reached, y[rows]
@@ -180,29 +182,25 @@ class ExpertStep:
     @torch.no_grad()
     def commit(self, kept: Sequence[int]) -> None:
         """Route the batches among the experts that stay."""
-        walk = self._walk
-        walk.kept[self.group.name] = tuple(kept)
-        for run in walk._runs:
-            assert run.arrived is not None
-            logits, bias = walk.scores.pop((self.mixture.router, run.index))
+        self._kept[self.group.name] = tuple(kept)
+        for batch in self._batches:
+            logits, bias = self._scores.pop(batch.index)
             experts, weights = self.mixture.rule.route(logits, kept, bias)
-            x: Routed = run.arrived.x
-            there = Routed(x.hidden, experts.to(x.experts), weights.to(x.weights))
-            run.arrived = dataclasses.replace(run.arrived, x=there)
+            x: Routed = batch.x
+            batch.go_on_with(Routed(x.hidden, experts.to(x.experts), weights.to(x.weights)))
 
     @contextmanager
     def _tried(self, kept: Sequence[int]) -> Iterator[None]:
         """Route the batches among some experts while the block runs, and as before afterwards."""
-        walk = self._walk
-        arrived, scores = [run.arrived for run in walk._runs], dict(walk.scores)
+        read, scores = [batch.x for batch in self._batches], dict(self._scores)
         self.commit(kept)
         try:
             yield
         finally:
-            del walk.kept[self.group.name]
-            walk.scores.update(scores)
-            for run, one in zip(walk._runs, arrived, strict=True):
-                run.arrived = one
+            del self._kept[self.group.name]
+            self._scores.update(scores)
+            for batch, x in zip(self._batches, read, strict=True):
+                batch.go_on_with(x)
 
     def losses(self) -> list[float]:
         """Return the error of what the mixture puts out now, relative to what it is to put out.
@@ -211,26 +209,27 @@ class ExpertStep:
         there are any.
         """
         error, size = [0.0, 0.0], [0.0, 0.0]
-        for run, x, y in self._walk.here():
-            held = run.index >= self._walk._held_from
-            error[held] += float((y - output_of(self._module, x).double()).square().sum())
-            size[held] += float(y.square().sum())
+        for batch in self._batches:
+            y = batch.target()
+            lost = y - output_of(self._module, batch.x).double()
+            error[batch.held] += float(lost.square().sum())
+            size[batch.held] += float(y.square().sum())
         found = [e / s if s else e for e, s in zip(error, size, strict=True)]
         return found if size[1] else found[:1]
 
     def _refitted(self) -> LayerStep:
         """Return what the last matrices of those that stay read of the tokens that they now get."""
-        walk, kept = self._walk, set(self._walk.kept[self.group.name])
-        held = walk._held_from < len(walk._batches)
+        kept, held = self._kept[self.group.name], any(batch.held for batch in self._batches)
         maps = [one for expert, one in enumerate(self.consumers) if expert in kept]
         what = f"Gram matrices of {pluralize(len(maps), 'expert')} of {self.group.name!r}"
         with memory_for(what, FOR_MATRICES):
             grams = [GramAccumulator(one, held=held, corrections=True) for one in maps]
-        for run, x, y in walk.here():
-            D = y - output_of(self._module, x).double()
+        for batch in self._batches:
+            x = batch.x
+            D = batch.target() - output_of(self._module, x).double()
             with timed(Stage.GRAM):
                 for gram in grams:
-                    gram.add_call(x, D, held=run.index >= walk._held_from)
+                    gram.add_call(x, D, held=batch.held)
         name, count = f"{self.group.name}.neurons", len(self.consumers[0].owned)
         neurons = CouplingGroup(name, UnitKind.NEURONS, count, (), removable=0)
         return LayerStep(neurons, tuple(grams))

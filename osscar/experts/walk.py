@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.mixtures import Routed
-from osscar.consumers.observe import afresh, output_of
 from osscar.experts.find import ExpertMixture, mixtures_of
 from osscar.experts.last_layers import last_matrices
 from osscar.experts.lists import called_as_mixtures
@@ -27,9 +25,8 @@ from osscar.experts.routers import Scores, misrouted
 from osscar.experts.step import ExpertStep
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
-from osscar.walk.coroutines import Coroutine, running
-from osscar.walk.targets import correction
-from osscar.walk.walk import Walk
+from osscar.walk.coroutines import running
+from osscar.walk.walk import Waiting, Walk
 
 
 @contextmanager
@@ -77,102 +74,77 @@ def _routed(
         yield
 
 
-class ExpertWalk(Walk):
+class ExpertWalk:
     """An iterator over the mixtures of a model; it yields an `ExpertStep` for each.
 
     Each is to be committed or tried.  The arguments are those of `osscar.walk.walk.Walk`.
     """
 
     def __init__(self, prepared: Prepared, groups: Sequence[CouplingGroup], **options: Any) -> None:
+        self._model = prepared.model
         self._mixtures = {
             one.group.name: one for one in mixtures_of(prepared) if one.group in groups
         }
-        self.kept: dict[str, tuple[int, ...]] = {}
-        """The experts that stay, by the name of the group, of mixtures that were solved."""
-        self.scores: dict[tuple[str, int], Scores] = {}
-        """By router and batch."""
-        with _routed(prepared.model, self._mixtures.values(), {}):
-            super().__init__(prepared, groups, **options)
+        self._consumers = {
+            name: prepared.linear_maps(one.group) for name, one in self._mixtures.items()
+        }
+        with _routed(self._model, self._mixtures.values(), {}):
+            self._walk = Walk(prepared, groups, **options)
 
-    def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[Any]:
-        (group,) = groups
-        mixture, (call,) = self._mixtures[group.name], self.schedule.measured[group.name]
-        if self._at < 0:
-            self._start()
-        self._measure(call, ())
-        self._check_routes(mixture)
-        for run in self._runs:
-            arrived = run.arrived
-            assert arrived is not None
-            if arrived.output is None:  # as the dense stream is not asked
-                y = output_of(self._model.get_submodule(arrived.module), arrived.x)
-                run.arrived = dataclasses.replace(arrived, output=y)
-        yield ExpertStep(self, mixture, self._consumers[group.name])
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def __iter__(self) -> Iterator[ExpertStep]:
+        kept: dict[str, tuple[int, ...]] = {}
         routers = {one.router: one for one in self._mixtures.values()}
-        mixtures = [one.experts for one in self._mixtures.values()]
+        scores: dict[str, dict[int, Scores]] = {name: {} for name in self._mixtures}
 
         def note(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
             run, mixture = running(), routers[name]
-            if run is None or run.dense or mixture.group.name in self.kept:
-                return
-            found = mixture.routing.scores(module, (args, kwargs), y, mixture.group.units)
-            self.scores[name, run.index] = found
-
-        def into_mixture(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-            """Let a batch go on with what it was routed to where it stood."""
-            run = running()
-            if run is None or run.dense or run.arrived is None or run.arrived.module != name:
-                return None
-            return run.arrived.x.tensors, {}
+            group = mixture.group
+            if run is not None and not run.dense and group.name not in kept:
+                found = mixture.routing.scores(module, (args, kwargs), y, group.units)
+                scores[group.name][run.index] = found
 
         with (
-            _routed(self._model, self._mixtures.values(), self.kept),
+            _routed(self._model, self._mixtures.values(), kept),
             hooks(self._model, routers, after=note),
-            super()._watched(),
-            hooks(self._model, mixtures, before=into_mixture),  # once it is suspended there
         ):
-            yield
-
-    def _check_routes(self, mixture: ExpertMixture) -> None:
-        """Refuse tokens that are not sent as the logits of the router say.
-
-        Code around a router may change what it says of some tokens; and scores that saturate may be
-        equal where the logits are not.
-        """
-        for run in self._runs:
-            scores, x = self.scores[mixture.router, run.index], cast("Any", run.arrived).x
-            routes = mixture.rule.route(scores.logits, None, scores.bias)
-            sent, weighed = torch.zeros_like(scores.logits), torch.zeros_like(scores.logits)
-            token, expert, weight = x.taken(mixture.group.units)
-            sent[token, expert.long()], weighed[token, expert.long()] = 1.0, weight.double()
-            chosen = routes[0], torch.ones_like(routes[1])
-            off = max(
-                misrouted(ours, theirs, scores.logits, x.weights.dtype, 0.0)
-                for ours, theirs in ((chosen, sent), (routes, weighed))
-            )
-            if off:
-                raise ModelError(
-                    f"{mixture.experts!r} gets {off} of {len(weighed)} tokens of "
-                    f"calibration batch {run.index} with other experts or weights than the logits "
-                    f"of its router {mixture.router!r} say: scores that are equal where these are "
-                    "not need dtype float32 (`--dtype float32`); what code changes cannot be "
-                    "told without some "
-                    "experts: leave it out (skip, `--skip`)"
+            for group, batches in self._walk.arrivals():
+                mixture = self._mixtures[group.name]
+                _check_routes(mixture, batches, scores[group.name])
+                yield ExpertStep(
+                    mixture,
+                    self._consumers[group.name],
+                    self._model.get_submodule(mixture.experts),
+                    batches,
+                    scores[group.name],
+                    kept,
                 )
 
-    def here(self) -> Iterator[tuple[Coroutine, Routed, Tensor]]:
-        """Yield the batches that stand before a mixture, with what it is to put out, in float64."""
-        for place, run in enumerate(self._runs):
-            arrival = run.arrived
-            assert arrival is not None
-            assert arrival.output is not None
-            y = arrival.output.double()
-            if self._target.needs_dense:
-                dense = self._dense[place].arrived
-                assert dense is not None
-                assert dense.output is not None
-                y = y + correction(dense.output, arrival.output, dense.stream, arrival.stream)
-            yield run, afresh(arrival.x), y
+
+def _check_routes(
+    mixture: ExpertMixture, batches: Sequence[Waiting], known: Mapping[int, Scores]
+) -> None:
+    """Refuse tokens that are not sent as the logits of the router say.
+
+    Code around a router may change what it says of some tokens; and scores that saturate may be
+    equal where the logits are not.
+    """
+    for batch in batches:
+        scores, x = known[batch.index], batch.x
+        routes = mixture.rule.route(scores.logits, None, scores.bias)
+        sent, weighed = torch.zeros_like(scores.logits), torch.zeros_like(scores.logits)
+        token, expert, weight = x.taken(mixture.group.units)
+        sent[token, expert.long()], weighed[token, expert.long()] = 1.0, weight.double()
+        chosen = routes[0], torch.ones_like(routes[1])
+        off = max(
+            misrouted(ours, theirs, scores.logits, x.weights.dtype, 0.0)
+            for ours, theirs in ((chosen, sent), (routes, weighed))
+        )
+        if off:
+            raise ModelError(
+                f"{mixture.experts!r} gets {off} of {len(weighed)} tokens of "
+                f"calibration batch {batch.index} with other experts or weights than the logits "
+                f"of its router {mixture.router!r} say: scores that are equal where these are "
+                "not need dtype float32 (`--dtype float32`); what code changes cannot be "
+                "told without some "
+                "experts: leave it out (skip, `--skip`)"
+            )

@@ -220,7 +220,9 @@ def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: fl
     found = (
         _solved_units(step, keep, request)
         if isinstance(step, LayerStep)
-        else step.solve(keep, request)
+        else step.solve(
+            keep, request.chosen_backend(experts=True), request.damp, request.correction_weight
+        )
     )
     layer, refits = found.layer, found.refits
     report = LayerReport(

@@ -12,12 +12,14 @@ group is solved at the first of them, and none is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
 from osscar.consumers.layers import RECURRENT
-from osscar.consumers.observe import afresh, exact_output, reads
+from osscar.consumers.observe import afresh, exact_output, output_of, reads
 from osscar.consumers.products import holder, is_station
 from osscar.data.batches import Batch, ModelInputs
 from osscar.network.hooks import hooks
@@ -42,6 +44,47 @@ from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.schedule import Schedule, learned_calls
 from osscar.walk.sums import sum_bytes
 from osscar.walk.targets import Keeper, Target, correction, streams
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A batch that stands before a call, until the walk goes on."""
+
+    held: bool
+    """Whether no weight is fitted to it."""
+    _run: Coroutine
+    _dense: Coroutine | None
+
+    @property
+    def index(self) -> int:
+        """Which of the batches it is."""
+        return self._run.index
+
+    @property
+    def x(self) -> Any:
+        """What the call reads."""
+        assert self._run.arrived is not None
+        return afresh(self._run.arrived.x)
+
+    def go_on_with(self, x: Any) -> None:
+        """Let the call read something else, which is `Routed`, when the batch goes on."""
+        assert self._run.arrived is not None
+        self._run.arrived = dataclasses.replace(self._run.arrived, x=x)
+
+    def target(self) -> Tensor:
+        """Return what the call is to put out, in float64."""
+        arrival = self._run.arrived
+        assert arrival is not None
+        assert arrival.output is not None
+        y = arrival.output.double()
+        if self._dense is not None:
+            dense = self._dense.arrived
+            assert dense is not None
+            assert dense.output is not None
+            y = y + correction(dense.output, arrival.output, dense.stream, arrival.stream)
+        return y
 
 
 class Walk:
@@ -111,16 +154,45 @@ class Walk:
         """The call before which all batches stand."""
 
     def __iter__(self) -> Iterator[LayerStep]:
+        return self._walked(self._steps_of)
+
+    def arrivals(self) -> Iterator[tuple[CouplingGroup, tuple[Waiting, ...]]]:
+        """Yield each group with the batches as they stand before the call that reads it.
+
+        In the place of iterating over the walk, for groups that one call reads each: nothing is
+        summed up.  What the batches are to go on with can be replaced.
+        """
+        return self._walked(self._waiting_for)
+
+    def _walked(
+        self, steps_of: Callable[[tuple[CouplingGroup, ...]], Iterator[_T]]
+    ) -> Iterator[_T]:
         with torch.no_grad(), self._watched():
             around = Surroundings()
             try:
                 for groups in self.schedule.rounds:
-                    yield from self._steps_of(groups)
+                    yield from steps_of(groups)
             finally:
                 self._end()
                 around.restore()
 
     # ---- the batches on their way --------------------------------------------------------
+
+    def _waiting_for(
+        self, groups: tuple[CouplingGroup, ...]
+    ) -> Iterator[tuple[CouplingGroup, tuple[Waiting, ...]]]:
+        (group,) = groups
+        (call,) = self.schedule.measured[group.name]
+        if self._at < 0:
+            self._start()
+        self._measure(call, ())
+        for run in self._runs:
+            if run.arrived is not None and run.arrived.output is None:  # nobody has asked so far
+                module = self._model.get_submodule(run.arrived.module)
+                output = output_of(module, run.arrived.x)
+                run.arrived = dataclasses.replace(run.arrived, output=output)
+        both = itertools.zip_longest(self._runs, self._dense)
+        yield group, tuple(Waiting(run.index >= self._held_from, run, other) for run, other in both)
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
         """Walk from the first call that reads one of these groups to the last."""
@@ -254,7 +326,7 @@ class Walk:
         Dense ones run with the dense tensors of what has been committed, in an earlier walk, too.
         """
 
-        def before(name: str, x: Any) -> None:
+        def before(name: str, x: Any) -> Any:
             run = running()
             if run is not None and run.dense:
                 if not is_station(name):
@@ -263,6 +335,9 @@ class Walk:
                 # Asked of the pass itself, so that autocast holds as it does for the module.
                 output = self._output(name, x) if self._target.needs_dense else None
                 run.suspend(Arrival(name, x, output, run.keeper.take(name)))
+                if run.arrived is not None and run.arrived.x is not x:
+                    return run.arrived.x
+            return None
 
         def after(name: str, x: Any, y: Tensor) -> None:
             run = running()

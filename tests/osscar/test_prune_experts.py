@@ -261,7 +261,6 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
         return correction(dense, pruned, *streams)
 
     monkeypatch.setattr("osscar.walk.walk.correction", noted)
-    monkeypatch.setattr("osscar.experts.walk.correction", noted)
     model = mixture("mixtral")
     known = [output_of(model, f"model.layers.{layer}.mlp.experts") for layer in (0, 1)]
     osscar.prune(model, tokens(), experts=2, neurons=0.5, batch_size=len(tokens()), **ALL)
