@@ -35,7 +35,7 @@ from .walk.layer_report import LayerReport as LayerReport
 from .run.sweep import SweepResult as SweepResult, sweep as sweep
 from .run.result import PruningResult as PruningResult
 from .allocation.task import SkippedGroup as SkippedGroup
-from .experts.declared import mixture as mixture
+from .routing.declared import mixture as mixture
 from .shrinking.follow import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan
 from .proof.program import ProgramModule as ProgramModule

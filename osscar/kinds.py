@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     import solvers
-    from osscar import experts
     from osscar.consumers.consumer import LinearMap
     from osscar.preparation.prepare import Prepared
     from osscar.proof.plan import GroupPlan
+    from osscar.walk import experts
     from osscar.walk.layer_step import DenseTensors, Solved
     from osscar.walk.targets import Target
 
@@ -104,7 +104,7 @@ class Room(Protocol):
         """Return what is refitted where units of a group leave, while all are there."""
 
 
-_ROOMS = {UnitKind.EXPERTS: "osscar.experts"}
+_ROOMS = {UnitKind.EXPERTS: "osscar.walk.experts"}
 
 
 @cache

@@ -13,11 +13,11 @@ import osscar
 from graph import UnitKind
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.checkpoint.directory import save
-from osscar.experts.find import mixtures_in
 from osscar.network.hooks import InDouble
 from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.routing.find import mixtures_in
 from osscar.shrinking.shrink import shrink
 from solvers import GroupScore, RouterScores, RoutingRule
 from tests.osscar.expert_lists import WIDTH, SoftmaxThenTopK

@@ -13,11 +13,11 @@ import graph
 import osscar
 from osscar.allocation.costs import Cost, weights
 from osscar.base.errors import EquivalenceError, ModelError, OptionError, RequestError
-from osscar.experts.find import mixtures_in
-from osscar.experts.lists import called_as_mixtures
 from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.routing.find import mixtures_in
+from osscar.routing.lists import called_as_mixtures
 from solvers import RouterScores, RoutingRule
 from tests.osscar.expert_lists import (
     COUNT,

@@ -19,10 +19,10 @@ import osscar.cli.commands
 from osscar.base import errors
 from osscar.base.errors import ModelError
 from osscar.checkpoint.directory import save
-from osscar.experts.find import mixtures_in
 from osscar.export.gguf import _FAMILIES, Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
 from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.routing.find import mixtures_in
 from osscar.shrinking.shrink import shrink
 from tests.docs.json_schema import missing, undescribed
 

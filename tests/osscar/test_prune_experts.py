@@ -19,20 +19,20 @@ from osscar.allocation.measured import compared_samples, measured_curves
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import count_kept
 from osscar.base.errors import RequestError
-from osscar.experts import step
-from osscar.experts.find import mixtures_in
-from osscar.experts.routers import without_experts
-from osscar.experts.step import ExpertStep
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import BudgetKind, PruningRequest, parse_keep
+from osscar.routing.find import mixtures_in
+from osscar.routing.routers import without_experts
 from osscar.run.points import SweepJob
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import prune_page
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
+from osscar.walk import expert_step
+from osscar.walk.expert_step import ExpertStep
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.targets import correction
 from solvers import BackendError
@@ -105,7 +105,7 @@ def test_losses_are_those_of_the_model_itself():
 
 def test_few_tokens_choose_and_all_of_them_tell_what_is_lost(monkeypatch):
     """Tokens are drawn, at any position, and losses before and after are of the same ones."""
-    monkeypatch.setattr(step, "MOST_TOKENS", 40)
+    monkeypatch.setattr(expert_step, "MOST_TOKENS", 40)
     drawn, draw = [], ExpertStep._drawn
     monkeypatch.setattr(ExpertStep, "_drawn", lambda step: drawn.append(draw(step)) or drawn[-1])
     model = small()

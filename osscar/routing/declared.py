@@ -1,6 +1,6 @@
 """Which blocks send tokens to a list of modules: declared by the user, and traced around.
 
-`osscar.experts.lists` has how such a block is run.
+`osscar.routing.lists` has how such a block is run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 import graph
 from graph import CouplingGroup, Freeze, UnitKind
 from osscar.base.errors import OptionError
-from osscar.experts.routers import Call
 from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import class_name, forward, full_name, known_of_class
 from osscar.offload.on_disk import is_on_disk
+from osscar.routing.routers import Call
 
 _Class = TypeVar("_Class", bound=type[nn.Module])
 

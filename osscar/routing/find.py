@@ -22,14 +22,14 @@ from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
 from osscar.consumers.mixtures import Routed
-from osscar.experts.declared import calls_of, declared_in, is_named, joined, undeclared
-from osscar.experts.last_layers import last_layers, last_matrices
-from osscar.experts.lists import ExpertList, alike, expert_list
-from osscar.experts.routers import Call, Router, router_of, sends_tokens
 from osscar.kinds import Found
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward, tensors_in
 from osscar.preparation.prepare import Prepared
+from osscar.routing.declared import calls_of, declared_in, is_named, joined, undeclared
+from osscar.routing.last_layers import last_layers, last_matrices
+from osscar.routing.lists import ExpertList, alike, expert_list
+from osscar.routing.routers import Call, Router, router_of, sends_tokens
 from osscar.shrinking.follow import is_list
 from solvers import RoutingRule
 

@@ -16,8 +16,8 @@ from osscar.network.hooks import hooks
 from osscar.shrinking.fold import is_foldable
 
 if TYPE_CHECKING:
-    from osscar.experts.find import ExpertMixture
     from osscar.preparation.prepare import Prepared
+    from osscar.routing.find import ExpertMixture
 
 
 @dataclass(frozen=True, eq=False)

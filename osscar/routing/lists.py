@@ -27,8 +27,10 @@ from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.experts.declared import Declaration, joined
-from osscar.experts.routers import (
+from osscar.network.hooks import InDouble, hooks, other_forwards
+from osscar.network.modules import copied, tensors_in
+from osscar.routing.declared import Declaration, joined
+from osscar.routing.routers import (
     TOKENS,
     Call,
     SeenRoutes,
@@ -39,8 +41,6 @@ from osscar.experts.routers import (
     misrouted,
     rule_of,
 )
-from osscar.network.hooks import InDouble, hooks, other_forwards
-from osscar.network.modules import copied, tensors_in
 from solvers import RoutingRule
 
 _NOTHING = 1e-10

@@ -23,8 +23,8 @@ from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
 from osscar.consumers.mixtures import Routed
 from osscar.consumers.observe import output_of
-from osscar.experts.find import ExpertMixture
-from osscar.experts.routers import Scores
+from osscar.routing.find import ExpertMixture
+from osscar.routing.routers import Scores
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import LayerStep, Refits, Solved
 from osscar.walk.walk import Waiting

@@ -18,14 +18,14 @@ from torch import nn
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
 from osscar.consumers.consumer import LinearMap
-from osscar.experts.find import ExpertMixture, mixtures_of
-from osscar.experts.last_layers import last_matrices
-from osscar.experts.lists import called_as_mixtures
-from osscar.experts.routers import Scores, misrouted
-from osscar.experts.step import ExpertStep
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
+from osscar.routing.find import ExpertMixture, mixtures_of
+from osscar.routing.last_layers import last_matrices
+from osscar.routing.lists import called_as_mixtures
+from osscar.routing.routers import Scores, misrouted
 from osscar.walk.coroutines import running
+from osscar.walk.expert_step import ExpertStep
 from osscar.walk.walk import Waiting, Walk
 
 
