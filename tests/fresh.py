@@ -19,7 +19,7 @@ import pytest
 _TEMPLATE = """
 import os, sys
 from osscar.checkpoint.fresh_process import work
-import osscar.cli.commands, osscar.walk.experts, pytest, tests.osscar.families, torchvision
+import osscar.cli.commands, osscar.walk.expert_walk, pytest, tests.osscar.families, torchvision
 for line in sys.stdin:
     folder, modules = line.split()
     child = os.fork()

@@ -323,7 +323,7 @@ def _why_out_of_reach(task: PruningTask) -> str:
 
 def _more_to_prune(task: PruningTask, budget: BudgetKind) -> str:
     """Say what else could be pruned, where what a budget reaches does not suffice."""
-    kinds = {one.group.kind for one in task.prepared.routed if one.group.prunable}
+    kinds = {one.group.kind for one in task.prepared.experts if one.group.prunable}
     counted = budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP)
     if kinds and not task.request.routed and counted:
         return " and ".join(f"{kind}, too ({kind} auto, `--{kind} auto`)" for kind in kinds)

@@ -30,11 +30,12 @@ from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
-from osscar.kinds import Step, room_of
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
 from osscar.request import Widths
+from osscar.walk.expert_step import ExpertStep
+from osscar.walk.expert_walk import ExpertWalk
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.walk import Walk
 from solvers import SubsetProblem
@@ -264,16 +265,15 @@ def widths_to_measure(
     return found
 
 
-def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | Step]:
-    """Yield groups as the dense stream reaches them, and then those that are routed."""
+def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | ExpertStep]:
+    """Yield groups as the dense stream reaches them, and then experts."""
     units = [group for group in groups if not group.kind.routed]
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
         held = 0 if few.inputs.tokens else few.inputs.last(few.inputs.samples // _ONE_IN)
         yield from Walk(few, units, in_turn=False, held=held, rough=True)
-    for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
-        own = [group for group in groups if group.kind is kind]
-        yield from room_of(kind).steps(few, own, held=max(1, few.inputs.samples // _ONE_IN))
+    if experts := [group for group in groups if group.kind.routed]:
+        yield from ExpertWalk(few, experts, held=max(1, few.inputs.samples // _ONE_IN))
 
 
 _Refits = list[tuple[list[int], list[torch.Tensor]]]
@@ -291,7 +291,7 @@ class _Alone:
     """The same in bfloat16."""
     curves: dict[str, Curve]
 
-    def measure(self, step: LayerStep | Step, keep: int) -> None:
+    def measure(self, step: LayerStep | ExpertStep, keep: int) -> None:
         """Put a curve through the distance of the model with this group pruned to a width.
 
         A shape that is zero with more units than that is not believed either: at first, the model
@@ -302,7 +302,7 @@ class _Alone:
             if isinstance(step, LayerStep):
                 curve = self._measured_layer(step, keep)
             else:
-                curve = self._measured_routed(step, keep)
+                curve = self._measured_experts(step, keep)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:
@@ -322,8 +322,8 @@ class _Alone:
                 curve = curve.through(len(kept), self._distance(changed))
         return curve
 
-    def _measured_routed(self, step: Step, keep: int) -> Curve:
-        """Return the curve of units that are routed, through the distance with so many."""
+    def _measured_experts(self, step: ExpertStep, keep: int) -> Curve:
+        """Return the curve of experts, through the distance with so many."""
         name, damp = step.group.name, self.task.request.damp
         curve, wanted = self.curves.get(name), [keep]
         for width in wanted:

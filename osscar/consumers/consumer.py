@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.layers import layer_of, positions
-from osscar.consumers.mixtures import Mixture, Routed
+from osscar.consumers.mixtures import Mixture
 from osscar.consumers.products import Form, Taken, is_station, station
 from osscar.offload.on_disk import written
+from osscar.routing.routed import Routed
 
 MOST_ROWS = 4096
 """Rows of a consumer whose fixed inputs are refitted: with more, these keep their weights."""

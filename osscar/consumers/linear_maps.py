@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.consumers.consumer import ExpertMap, LinearMap
-from osscar.consumers.layers import RECURRENT, layer_of
-from osscar.consumers.mixtures import Mixture, sound_mixtures
+from osscar.consumers.layers import RECURRENT, ROWS, layer_of
+from osscar.consumers.mixtures import ListedMixture, Mixture, sound_mixtures
 from osscar.consumers.products import Form, Product, holder, products_of, station
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
+from osscar.routing.find import ExpertMixture, WholeMixture, whole_mixture
 
 _KERNEL_BYTES = 16
+
+_NO_REFIT = "the output matrices of its experts are not found, so that they cannot be refitted"
+_NO_LINEAR = (
+    f"{_NO_REFIT}: an expert must end in a torch.nn.Linear with a plain weight; remove weight norm "
+    "(remove_parametrizations or remove_weight_norm of torch) from it"
+)
 
 
 def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
@@ -113,6 +120,36 @@ def _by_tensor(group: CouplingGroup) -> tuple[tuple[Slot, ...], ...]:
     for slot in group.consumers:
         by_tensor.setdefault(slot.tensor, []).append(slot)
     return tuple(tuple(slots) for slots in by_tensor.values())
+
+
+def last_matrices(
+    model: nn.Module,
+    mixture: ExpertMixture,
+    groups: Sequence[CouplingGroup],
+    products: Mapping[str, Product] | None = None,
+) -> tuple[LinearMap, ...]:
+    """Return what reads the neurons of a mixture, one matrix an expert; none if not known.
+
+    `groups` are those of the model, and `products` as of `linear_maps`.
+    """
+    name, experts = mixture.experts, model.get_submodule(mixture.experts)
+    if not isinstance(experts, nn.ModuleList):
+        reading = (
+            group
+            for group in groups
+            if not group.frozen and any(slot.module == name for slot in group.consumers)
+        )
+        found = (linear_maps(model, group, products) for group in reading)
+        return next((maps for maps in found if len(maps) == mixture.group.units), ())
+    if mixture.last_layer is None:
+        return ()
+    listed = ListedMixture(name, experts, mixture.last_layer, 1)
+    layers = [listed.last(expert) for expert in range(listed.count)]
+    owned = [[i] for i in range(layers[0].in_features)]
+    return tuple(
+        ExpertMap(name, layer, "weight", None, 1, ROWS, owned, mixture=listed, expert=expert)
+        for expert, layer in enumerate(layers)
+    )
 
 
 # ---- what cannot be refitted -------------------------------------------------------------
@@ -274,3 +311,18 @@ def _with_steps(
         f"{step}, and has no more units than that"
     )
     return dataclasses.replace(group, frozen=(Freeze(reason, "refit", mixtures[0].name),))
+
+
+def refittable_mixtures(
+    model: nn.Module,
+    mixtures: Sequence[ExpertMixture | WholeMixture],
+    groups: Sequence[CouplingGroup],
+    products: Mapping[str, Product],
+) -> tuple[ExpertMixture | WholeMixture, ...]:
+    """Freeze the mixtures whose `last_matrices` are not found, and say why."""
+    return tuple(
+        whole_mixture(model, one.experts, _NO_REFIT if one.listed is None else _NO_LINEAR)
+        if isinstance(one, ExpertMixture) and not last_matrices(model, one, groups, products)
+        else one
+        for one in mixtures
+    )

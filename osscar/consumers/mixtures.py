@@ -12,10 +12,9 @@ are linear in W: a W that picks neurons puts these out.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,60 +23,12 @@ from torch import Tensor, nn
 from osscar.base.errors import OsscarError
 from osscar.network.hooks import hooks
 from osscar.network.modules import forward
+from osscar.routing.last_layers import last_layers
+from osscar.routing.routed import Routed
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up
 in any order, and code that computes something else is off by much more."""
-
-
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """What a mixture is called with."""
-
-    hidden: Tensor
-    """Tokens, (tokens, d)."""
-    experts: Tensor
-    """Which experts each of them is sent to, (tokens, k); numbers that no expert has say that a
-    place is not taken."""
-    weights: Tensor
-    """Of these experts in the sum, (tokens, k)."""
-    _read: dict[str, _Visits] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed | None:
-        """Take the arguments of a call; None where they are others."""
-        try:
-            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        except TypeError:  # a call that fails anyway
-            return None
-        values = tuple(given.values())
-        if len(values) != 3 or not all(isinstance(value, Tensor) for value in values):
-            return None
-        hidden, experts, weights = values
-        fits = (
-            hidden.ndim == experts.ndim == 2
-            and len(hidden) == len(experts)
-            and experts.shape == weights.shape
-            and hidden.is_floating_point()
-            and weights.is_floating_point()
-            and experts.dtype in (torch.int64, torch.int32)
-        )
-        return cls(hidden, experts, weights) if fits else None
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments in their order."""
-        return self.hidden, self.experts, self.weights
-
-    def output(self, module: nn.Module) -> Any:
-        """Return what a module, without its hooks, makes of it."""
-        return module.forward(*self.tensors)
-
-    def taken(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token, expert and weight of each place that one of `count` experts takes."""
-        taken = (self.experts >= 0) & (self.experts < count)
-        token, _ = taken.nonzero(as_tuple=True)
-        return token, self.experts[taken], self.weights.detach()[taken]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,15 +77,17 @@ class Mixture:
     @torch.no_grad()
     def visits(self, x: Routed) -> _Visits:
         """Return what the experts read in a call; computed once for all of them."""
-        if self.parameter not in x._read:
-            token, expert, weight = x.taken(self.count)
-            X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
-            squares = weight.double().square()
-            total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
-            share = torch.where(total > 0, squares / total, 0.0)
-            found = _Visits(X * weight[:, None], expert.long(), token, share)
-            x._read[self.parameter] = found
-        return x._read[self.parameter]
+        known: _Visits | None = x.read.get(self.parameter)
+        if known is not None:
+            return known
+        token, expert, weight = x.taken(self.count)
+        X = self._inputs(x.hidden.detach()[token], expert[:, None], torch.ones_like(weight))
+        squares = weight.double().square()
+        total = squares.new_zeros(len(x.hidden)).index_add_(0, token, squares)[token]
+        share = torch.where(total > 0, squares / total, 0.0)
+        found = _Visits(X * weight[:, None], expert.long(), token, share)
+        x.read[self.parameter] = found
+        return found
 
     def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
         """Return what each expert's last matrix is multiplied with, (visits, p)."""
@@ -160,6 +113,39 @@ class Mixture:
             yield
         finally:
             own.update(before)
+
+
+@dataclass(frozen=True, eq=False)
+class ListedMixture(Mixture):
+    """A mixture whose experts are a list of modules, each with a last matrix of its own.
+
+    `parameter` is the name of the layer, in every expert, that puts out what the expert does.
+    """
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.module)  # type: ignore[arg-type]
+
+    def last(self, expert: int) -> nn.Linear:
+        """Return the last layer of an expert."""
+        found = self.module[expert].get_submodule(self.parameter)  # type: ignore[index]
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def holder(self, expert: int) -> str:
+        """Return the name of the last layer of an expert."""
+        return f"{self.name}.{expert}.{self.parameter}".removesuffix(".")
+
+    def _inputs(self, hidden: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+        """Return what each expert's last layer reads, (visits, p)."""
+        X = hidden.new_zeros(len(hidden), self.last(0).in_features)
+        for number, expert in enumerate(self.module.children()):
+            rows = (experts[:, 0] == number).nonzero().flatten()
+            if len(rows):
+                seen = last_layers(expert, hidden[rows])[self.parameter]
+                X[rows] = seen.to(X)
+        return X
 
 
 @torch.no_grad()

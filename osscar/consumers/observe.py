@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from osscar.consumers.layers import layer_of
-from osscar.consumers.mixtures import Routed
 from osscar.consumers.products import Taken, is_station, watched_products
 from osscar.network.hooks import hooks
 from osscar.network.modules import HALVES
+from osscar.routing.routed import Routed
 
 
 def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -100,4 +100,4 @@ def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
 
 def afresh(x: Any) -> Any:
     """Return an `argument` as it came: what is read of it lives as long as what is returned."""
-    return dataclasses.replace(x, _read={}) if isinstance(x, Routed) else x
+    return dataclasses.replace(x, read={}) if isinstance(x, Routed) else x

@@ -23,11 +23,15 @@ from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import ExpertMap, LinearMap
-from osscar.consumers.linear_maps import linear_maps, refittable
+from osscar.consumers.linear_maps import (
+    last_matrices,
+    linear_maps,
+    refittable,
+    refittable_mixtures,
+)
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.parts import shuffled
-from osscar.kinds import Found, room_of, rooms
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks, record_layers
 from osscar.network.model_state import ModelState
@@ -55,6 +59,8 @@ from osscar.proof.equivalence import (
 )
 from osscar.proof.lineage import remember_structure
 from osscar.proof.structural import DensePrograms, dense_programs
+from osscar.routing.declared import traced_around
+from osscar.routing.find import ExpertMixture, WholeMixture, mixtures_in
 from osscar.shrinking.fold import Folded, fold, unfold
 
 _OUTPUT_BYTES = 16 << 20
@@ -97,10 +103,12 @@ class Prepared:
     """Names of the weights that the user's model computes at every call, and that are plain."""
     products: Mapping[str, Product] = field(default_factory=dict, repr=False)
     """The weights, by name, that are observed where code multiplies by them."""
-    find_routed: Callable[[], tuple[Found, ...]] = field(default=tuple, repr=False)
-    """Looks for `routed` once, for this and for all that is made of it with other data."""
+    find_experts: Callable[[], tuple[ExpertMixture | WholeMixture, ...]] = field(
+        default=tuple, repr=False
+    )
+    """Looks for `experts` once, for this and for all that is made of it with other data."""
     try_bfloat16: Callable[[], bool] = field(default=lambda: False, repr=False)
-    """Tells `bfloat16`, tried once, before the model is pruned, as routed groups are found."""
+    """Tells `bfloat16`, tried once, before the model is pruned, as mixtures are found."""
     traces: dict[tuple[Any, ...], graph.DependencyGraph] = field(default_factory=dict, repr=False)
     """What `traced_on` has traced."""
     timed: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -112,13 +120,18 @@ class Prepared:
     """The processes among which work on the data is shared out; all of them hold all data."""
 
     @property
-    def routed(self) -> tuple[Found, ...]:
-        """What is known of groups beside `groups`, which no trace finds.
+    def experts(self) -> tuple[ExpertMixture | WholeMixture, ...]:
+        """Its mixtures of experts, which no trace finds, in its own order.
 
         They are found when they are first asked for, by running parts of the model on trial: before
         it is pruned.
         """
-        return self.find_routed()
+        return self.find_experts()
+
+    @property
+    def mixtures(self) -> dict[str, ExpertMixture]:
+        """Those of which experts may leave, by the name of the group."""
+        return {one.group.name: one for one in self.experts if isinstance(one, ExpertMixture)}
 
     @cached_property
     def residual(self) -> frozenset[str]:
@@ -157,7 +170,7 @@ class Prepared:
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:
         """Its groups, those that no trace finds last."""
-        return (*self.groups, *(one.group for one in self.routed))
+        return (*self.groups, *(one.group for one in self.experts))
 
     def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
         """Return the consumers of a group, in execution order; see `linear_maps`.
@@ -165,7 +178,8 @@ class Prepared:
         Those that are `idle` are left out.
         """
         if group.kind.routed:
-            every = room_of(group.kind).linear_maps(self, group)
+            mixture = self.mixtures[group.name]
+            every = last_matrices(self.model, mixture, self.groups, self.products)
         else:
             every = linear_maps(self.model, group, self.products)
         return tuple(one for one in every if one.label not in self.idle)
@@ -294,9 +308,9 @@ def _prepared(
         products=products,
         ranks=ranks,
     )
-    find = cache(lambda: tuple(one for room in rooms() for one in room.groups_in(prepared)))
+    find = cache(lambda: refittable_mixtures(model, mixtures_in(model, example), groups, products))
     rough = cache(lambda: all(ranks.all_gather("a number format", _in_bfloat16(prepared))))
-    return dataclasses.replace(prepared, find_routed=find, try_bfloat16=rough)
+    return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough)
 
 
 def _in_bfloat16(prepared: Prepared) -> bool:
@@ -426,8 +440,7 @@ def _traced_around(
     try:
         return graph.trace(model, small, rules=rules), ()
     except graph.TraceError as error:
-        [room] = rooms()
-        return room.traced_around(model, example, small, error)
+        return traced_around(model, example, small, error)
 
 
 def _places(group: CouplingGroup) -> frozenset[tuple[str, int, int, int, int]]:

@@ -24,7 +24,6 @@ from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.kinds import room_of
 from osscar.network.modules import (
     drawing_alike,
     fresh,
@@ -36,6 +35,7 @@ from osscar.network.modules import (
 from osscar.network.predictions import known_output
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import PruningPlan
+from osscar.routing.masks import without_experts
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""
@@ -397,9 +397,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
                 before = weight.index_select(slot.dim, index)
                 undo.callback(weight.index_copy_, slot.dim, index, before)
                 weight.index_fill_(slot.dim, index, 0.0)
-        for kind in dict.fromkeys(group.kind for group in routed):
-            own = [group for group in routed if group.kind is kind]
-            undo.enter_context(room_of(kind).masked(model, own))
+        undo.enter_context(without_experts(model, [(one.slots, one.kept) for one in routed]))
         yield
 
 

@@ -21,23 +21,14 @@ from torch.utils import _pytree as pytree
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import let_shortage_pass
-from osscar.consumers.mixtures import Routed
-from osscar.kinds import Found
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward, tensors_in
-from osscar.preparation.prepare import Prepared
 from osscar.routing.declared import calls_of, declared_in, is_named, joined, undeclared
-from osscar.routing.last_layers import last_layers, last_matrices
+from osscar.routing.last_layers import last_layers
 from osscar.routing.lists import ExpertList, alike, expert_list
+from osscar.routing.routed import Routed
 from osscar.routing.routers import Call, Router, router_of, sends_tokens
-from osscar.shrinking.follow import is_list
 from solvers import RoutingRule
-
-_NO_REFIT = "the output matrices of its experts are not found, so that they cannot be refitted"
-_NO_LINEAR = (
-    f"{_NO_REFIT}: an expert must end in a torch.nn.Linear with a plain weight; remove weight norm "
-    "(remove_parametrizations or remove_weight_norm of torch) from it"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,25 +70,6 @@ class _Seen:
     calls: int = 1
 
 
-def groups_in(prepared: Prepared) -> tuple[Found, ...]:
-    """Return the mixtures of a model, in its own order; those that cannot be refitted are frozen.
-
-    A block that is declared to send tokens to a list of modules, and does not, is a ModelError.
-    """
-    model = prepared.model
-    return tuple(
-        _frozen(model, one.experts, _NO_REFIT if one.listed is None else _NO_LINEAR)
-        if isinstance(one, ExpertMixture) and not last_matrices(prepared, one)
-        else one
-        for one in mixtures_in(model, prepared.example)
-    )
-
-
-def mixtures_of(prepared: Prepared) -> tuple[ExpertMixture, ...]:
-    """Return those mixtures of a model of which experts may leave."""
-    return tuple(one for one in prepared.routed if isinstance(one, ExpertMixture))
-
-
 @torch.no_grad()
 def mixtures_in(
     model: nn.Module, example: Mapping[str, Any]
@@ -129,7 +101,7 @@ def mixtures_in(
                 "tokens, the experts of each, and their weights, so that no router is known that "
                 f"could do without some experts{undeclared(model, name)}"
             )
-            found.append(_frozen(model, name, reason))
+            found.append(whole_mixture(model, name, reason))
     return tuple(found)
 
 
@@ -172,7 +144,7 @@ def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixt
     except Exception as error:  # code of anyone's, which may not take other tokens
         let_shortage_pass(error)
         reason = f"the router of {name!r} fails on drawn tokens: {first_line(error)}"
-    return _frozen(model, name, reason)
+    return whole_mixture(model, name, reason)
 
 
 def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixture:
@@ -232,7 +204,8 @@ def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> Ex
 def _group(model: nn.Module, name: str, slots: Sequence[Slot], rule: RoutingRule) -> CouplingGroup:
     count, parameters = slots[0].units, dict(model.named_parameters(remove_duplicate=False))
     own = [parameters[slot.tensor].numel() for slot in slots if slot.tensor in parameters]
-    own += [count_parameters(model.get_submodule(one.tensor)) for one in slots if is_list(one)]
+    lists = [model.get_submodule(slot.tensor) for slot in slots if slot.tensor == slot.module]
+    own += map(count_parameters, lists)
     removable = sum(number // count for number in own)
     return CouplingGroup(
         _called(name), UnitKind.EXPERTS, count, tuple(slots), removable,
@@ -246,7 +219,7 @@ def _last_layer(experts: Iterable[nn.Module], hidden: Tensor) -> str | None:
     return next((name for name in found[0] if all(name in names for names in found)), None)
 
 
-def _frozen(model: nn.Module, name: str, reason: str) -> WholeMixture:
+def whole_mixture(model: nn.Module, name: str, reason: str) -> WholeMixture:
     """Return a mixture whose experts cannot leave, and why."""
     module = model.get_submodule(name)
     units = next((len(p) for p in module.parameters(recurse=False) if p.ndim == 3), 0)

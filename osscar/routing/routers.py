@@ -2,8 +2,7 @@
 
 A router is called with tokens, and puts out logits of all experts, the experts that each token is
 sent to, and their weights.  The published rules are tried on drawn tokens and weights, and the one
-that puts out the same is taken.  A smaller model is proved against a model whose routers follow
-their rules among the experts that stay.
+that puts out the same is taken.
 """
 
 from __future__ import annotations
@@ -11,21 +10,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graph.groups import Role
 from osscar.base.errors import ModelError
-from osscar.network.hooks import InDouble, hooks
+from osscar.network.hooks import InDouble
 from osscar.network.modules import copied, named_tensors, tensors_in
 from osscar.offload.on_disk import OnDisk, values_of
-from osscar.proof.plan import GroupPlan
 from solvers import GroupScore, RouterScores, RoutingRule, SolverError
 
 TOLERANCE = 1e-5
@@ -91,60 +86,6 @@ class Router:
         for place, found in zip(self.places, self.rule.route(logits, kept, bias), strict=True):
             leaves[place] = found.to(leaves[place])
         return pytree.tree_unflatten(leaves, form)
-
-
-# ---- among some experts alone ------------------------------------------------------------
-
-
-@contextmanager
-def without_experts(model: nn.Module, groups: Sequence[GroupPlan]) -> Iterator[None]:
-    """Let no token be sent to experts that plans remove while the block runs.
-
-    Entries that these have in tensors of the code around a router, which may be added to scores for
-    the choice, are at minus infinity.  The model raises a ModelError when it runs if a router
-    follows no rule that is known, or none that can do without these experts.
-    """
-    planned = {
-        next(slot.module for slot in group.slots if slot.role is Role.PRODUCER): group
-        for group in groups
-    }
-    found: dict[str, Router] = {}
-    before: list[tuple[Tensor, Tensor]] = []
-
-    def reroute(name: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        group, call = planned[name], (args, kwargs)
-        if not sends_tokens(y):
-            return _without_logits(y, group)
-        if name not in found:
-            found[name] = router_of(module, call, group.units)
-        try:
-            return found[name].among(group.kept, group.units, module, call, y)
-        except SolverError as error:
-            raise ModelError(f"the router {name!r} cannot keep these experts: {error}") from error
-
-    try:
-        for router, group in planned.items():
-            for slot in group.slots:
-                own = attrgetter(slot.tensor)(model)
-                beside = slot.role is Role.PASS_THROUGH and slot.module != router
-                if beside and own.is_floating_point():
-                    before.append((own.detach(), own.detach().clone()))
-                    gone = torch.tensor(group.gone, device=own.device)
-                    own.detach().index_fill_(slot.dim, gone, -torch.inf)
-        with hooks(model, planned, after=reroute):
-            yield
-    finally:
-        for own, values in reversed(before):
-            own.copy_(values)
-
-
-def _without_logits(y: Any, group: GroupPlan) -> Any:
-    """Return what a gate puts out, with the logits of experts that leave at minus infinity."""
-    leaves, form = pytree.tree_flatten(y)
-    (place,) = _like_logits(leaves, group.units)
-    leaves[place] = leaves[place].clone()
-    leaves[place][..., list(group.gone)] = -torch.inf
-    return pytree.tree_unflatten(leaves, form)
 
 
 def sends_tokens(y: Any) -> bool:
@@ -252,7 +193,7 @@ def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
         for i, t in tensors.items()
         if experts and t.is_floating_point() and t.shape == tensors[experts[0]].shape
     ]
-    if not len(experts) == len(weights) == 1 >= len(_like_logits(leaves, count)):
+    if not len(experts) == len(weights) == 1 >= len(like_logits(leaves, count)):
         found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
         raise ModelError(
             f"puts out {found or 'no tensor'}, where the logits of {count} experts, the experts "
@@ -322,7 +263,7 @@ def _scale(
     return True, scale if fits else None
 
 
-def _like_logits(leaves: Sequence[Any], count: int) -> list[int]:
+def like_logits(leaves: Sequence[Any], count: int) -> list[int]:
     """Return which leaves of what a module puts out may be the logits of so many experts."""
     tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     return [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
@@ -335,7 +276,7 @@ def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
     message of a ModelError, where there are none, goes on after the router's name.
     """
     leaves = pytree.tree_leaves(y)
-    places = _like_logits(leaves, count)
+    places = like_logits(leaves, count)
     if len(places) == 1:
         found: Tensor = leaves[places[0]]
         return found.reshape(-1, count)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -18,12 +17,13 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
-from osscar.kinds import Step, room_of
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
 from osscar.run.run_log import LayerRecord, RunLog
+from osscar.walk.expert_step import ExpertStep
+from osscar.walk.expert_walk import ExpertWalk, without
 from osscar.walk.layer_report import LayerReport
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense_tensors
 from osscar.walk.targets import Target
@@ -45,23 +45,19 @@ def prune_groups(
 ) -> tuple[LayerRecord, ...]:
     """Solve and refit each group where a walk stops; the model keeps its shape.
 
-    Groups that are routed come first, and all others on the stream of the model without the units
-    of these that leave.  `keep` has the groups that lose units.  `records` are what was committed
-    of them, which is written again; the log keeps what is committed now.
+    Experts come first, and all others on the stream of the model without those that leave.  `keep`
+    has the groups that lose units.  `records` are what was committed of them, which is written
+    again; the log keeps what is committed now.
     """
     groups = [group for group in task.groups if group.name in keep]
-    prepared, run = task.prepared, _Run(task, keep, log)
-    with ExitStack() as around:
-        for kind in dict.fromkeys(group.kind for group in groups if group.kind.routed):
-            own = [group for group in groups if group.kind is kind]
-            groups = [group for group in groups if group.kind is not kind]
-            names, room = {group.name for group in own}, room_of(kind)
-            known = [record for record in records if record.plan.name in names]
-            records = [record for record in records if record.plan.name not in names]
-            with room.without(prepared, _kept_in(known)) as now:
-                run.prune(now, own, known, room.steps, last=not groups)
-            prepared = around.enter_context(room.without(prepared, _kept_in(run.done)))
-        run.prune(prepared, groups, records, Walk)
+    run, experts = _Run(task, keep, log), [group for group in groups if group.kind.routed]
+    others, names = [g for g in groups if g not in experts], {group.name for group in experts}
+    known = [record for record in records if record.plan.name in names]
+    rest = [record for record in records if record.plan.name not in names]
+    with without(task.prepared, _kept_in(known)) as prepared:
+        run.prune(prepared, experts, known, ExpertWalk, last=not others)
+    with without(task.prepared, _kept_in(run.done)) as prepared:
+        run.prune(prepared, others, rest, Walk)
     return tuple(run.done)
 
 
@@ -85,7 +81,7 @@ class _Run:
         prepared: Prepared,
         groups: Sequence[CouplingGroup],
         records: Sequence[LayerRecord],
-        walk: Callable[..., Iterable[LayerStep | Step]],
+        walk: Callable[..., Iterable[LayerStep | ExpertStep]],
         *,
         last: bool = True,
     ) -> None:
@@ -128,7 +124,7 @@ class _Run:
         if prepared.ranks.first:
             warn_of_refits([record.report for record in self.done[before:]], prepared.model)
 
-    def _prune_group(self, step: LayerStep | Step, began: float) -> LayerRecord:
+    def _prune_group(self, step: LayerStep | ExpertStep, began: float) -> LayerRecord:
         """Have the first rank solve one group, and commit the refitted weights on all."""
         name, ranks = step.group.name, self.task.prepared.ranks
 
@@ -148,8 +144,8 @@ class _Run:
 
 
 def blaming_refits(
-    walked: Iterable[LayerStep | Step], done: Sequence[LayerRecord]
-) -> Iterator[LayerStep | Step]:
+    walked: Iterable[LayerStep | ExpertStep], done: Sequence[LayerRecord]
+) -> Iterator[LayerStep | ExpertStep]:
     """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
     try:
         yield from walked
@@ -214,7 +210,9 @@ def _why_grown(model: nn.Module) -> str:
     )
 
 
-def solved(step: LayerStep | Step, keep: int, request: PruningRequest, began: float) -> LayerRecord:
+def solved(
+    step: LayerStep | ExpertStep, keep: int, request: PruningRequest, began: float
+) -> LayerRecord:
     """Solve one group, and commit the refitted weights."""
     group = step.group
     found = (

@@ -54,7 +54,7 @@ class Arrival:
 
     module: str
     x: Any
-    """What it is called with: a tensor, or what is `osscar.consumers.mixtures.Routed`."""
+    """What it is called with: a tensor, or what is `osscar.routing.routed.Routed`."""
     output: Tensor | None
     """What it puts out; None where nobody asks."""
     stream: Tensor | None

@@ -21,9 +21,9 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.mixtures import Routed
 from osscar.consumers.observe import output_of
 from osscar.routing.find import ExpertMixture
+from osscar.routing.routed import Routed
 from osscar.routing.routers import Scores
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.layer_step import LayerStep, Refits, Solved

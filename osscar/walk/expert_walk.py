@@ -17,11 +17,9 @@ from torch import nn
 
 from graph import CouplingGroup
 from osscar.base.errors import ModelError
-from osscar.consumers.consumer import LinearMap
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
-from osscar.routing.find import ExpertMixture, mixtures_of
-from osscar.routing.last_layers import last_matrices
+from osscar.routing.find import ExpertMixture
 from osscar.routing.lists import called_as_mixtures
 from osscar.routing.routers import Scores, misrouted
 from osscar.walk.coroutines import running
@@ -35,7 +33,7 @@ def without(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[P
 
     Yielded is what is prepared without the consumers that no token is sent to then.
     """
-    mixtures = [one for one in mixtures_of(prepared) if one.group.name in kept]
+    mixtures = [prepared.mixtures[name] for name in kept]
     idle = {
         f"{one.experts}[{expert}]"
         for one in mixtures
@@ -43,12 +41,6 @@ def without(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[P
     }
     with _routed(prepared.model, mixtures, kept):
         yield dataclasses.replace(prepared, idle=prepared.idle | idle)
-
-
-def linear_maps(prepared: Prepared, group: CouplingGroup) -> tuple[LinearMap, ...]:
-    """Return the last matrices of the experts of a mixture."""
-    mixture = next(one for one in mixtures_of(prepared) if one.group.name == group.name)
-    return last_matrices(prepared, mixture)
 
 
 @contextmanager
@@ -82,9 +74,7 @@ class ExpertWalk:
 
     def __init__(self, prepared: Prepared, groups: Sequence[CouplingGroup], **options: Any) -> None:
         self._model = prepared.model
-        self._mixtures = {
-            one.group.name: one for one in mixtures_of(prepared) if one.group in groups
-        }
+        self._mixtures = {group.name: prepared.mixtures[group.name] for group in groups}
         self._consumers = {
             name: prepared.linear_maps(one.group) for name, one in self._mixtures.items()
         }

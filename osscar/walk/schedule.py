@@ -17,13 +17,13 @@ from graph.tracing.caches import caches_kept
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
-from osscar.consumers.mixtures import Routed
 from osscar.consumers.observe import reads
 from osscar.consumers.products import Taken
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
+from osscar.routing.routed import Routed
 
 Call: TypeAlias = tuple[str, tuple[int, int]]
 """The name of a module, and what identifies the tensor that it reads, until that is written to."""

@@ -369,7 +369,7 @@ def test_a_model_loses_experts_is_proved_and_read_by_transformers(family, tmp_pa
 def test_layers_may_keep_different_experts_and_neurons_leave_with_them(tmp_path):
     model = mixture("mixtral", kernel="eager").double()
     with prepare(model, tokens()) as prepared:
-        first, second = prepared.routed
+        first, second = prepared.experts
         neurons = next(g for g in prepared.groups if g.name == f"{first.experts}.neurons")
     plan = PruningPlan(
         (

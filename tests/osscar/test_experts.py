@@ -11,10 +11,10 @@ import solvers
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
-from osscar.consumers.mixtures import Routed
 from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import note
 from osscar.request import PruningRequest
+from osscar.routing.routed import Routed
 from osscar.walk.targets import streams
 from osscar.walk.walk import Walk
 from tests.osscar.families import tokens

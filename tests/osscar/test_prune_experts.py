@@ -25,7 +25,7 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import BudgetKind, PruningRequest, parse_keep
 from osscar.routing.find import mixtures_in
-from osscar.routing.routers import without_experts
+from osscar.routing.masks import without_experts
 from osscar.run.points import SweepJob
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import prune_page
@@ -72,7 +72,7 @@ def output_of(model, name=NAME):
 
 def output_among(model, kept):
     (one,) = mixtures_in(model, {"input_ids": tokens()[:1]})
-    with without_experts(model, [GroupPlan.of(one.group, tuple(kept))]):
+    with without_experts(model, [(one.group.slots, kept)]):
         return output_of(model)
 
 
@@ -159,7 +159,7 @@ def test_experts_that_no_token_reaches_are_named_and_leave():
 @pytest.mark.parametrize(("asked", "kept"), [("5/8", 3), (0.7, 3), (0.5, 2)])
 def test_shares_of_experts_are_rounded_as_those_of_units_are(asked, kept, prepared):
     """Half an expert rounds up: 5/8 of 4."""
-    (one,) = prepared.routed
+    (one,) = prepared.experts
     assert count_kept(one.group, parse_keep(asked), round_to=8) == kept
 
 
@@ -313,7 +313,7 @@ def test_a_budget_counts_experts_that_leave_by_a_share(budget, prepared):
 def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
     """Without a refit: by hand, of the mixture without each of its experts."""
     state = {name: value.clone() for name, value in prepared.model.state_dict().items()}
-    (one,) = prepared.routed
+    (one,) = prepared.experts
     request = PruningRequest(params=0.7, damp=1e9, skip=["*.neurons", "*.heads"], **AUTO)
     task = PruningTask(prepared, request)
     curves, measure = measured_curves(task, lambda _: {NAME: 3})
@@ -324,7 +324,7 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
         dense = model(input_ids=last).logits.log_softmax(-1)
         for gone in range(4):
             kept = tuple(expert for expert in range(4) if expert != gone)
-            with without_experts(model, [GroupPlan.of(one.group, kept)]):
+            with without_experts(model, [(one.group.slots, kept)]):
                 found = model(input_ids=last).logits.log_softmax(-1)
             nats = (dense.exp() * (dense - found)).sum(-1)
             by_hand.append(float(nats[:, 3::4].mean()))  # one prediction in four

@@ -126,7 +126,7 @@ def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(t
         with prepare(model, windows()) as prepared:
             neurons = next(g for g in prepared.groups if g.name.endswith("experts.neurons"))
             plans = [GroupPlan.of(neurons, tuple(range(0, neurons.units, 2)))]
-            for one in prepared.routed:
+            for one in prepared.experts:
                 if one.group.prunable:
                     each = one.group.units // one.group.step
                     kept = (e for e in range(one.group.units) if e % each != 1)
