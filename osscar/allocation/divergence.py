@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.allocation.resumed import HELD_BYTES, Recording, recorded
+from osscar.allocation.resumed import HELD_BYTES, Recording
 from osscar.allocation.scores import (
     Scores,
     asked_scores,
@@ -262,11 +263,6 @@ def _numbers(result: Any, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _resumed(known: Recording, changed: Collection[Tensor], model: nn.Module, batch: Batch) -> Any:
-    with failures_named(model, batch):
-        return known.resumed(changed)
-
-
 def _square(tensor: Tensor) -> Tensor:
     """Return the sum of squares; those of half precision would overflow."""
     finer = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -286,8 +282,8 @@ class Reference:
     ranks: Ranks = ALONE
     bfloat16: bool = False
     """Whether passes multiply in bfloat16."""
-    passes: Sequence[Recording | None] = field(default=(), repr=False)
-    """The dense model's, where they can be resumed."""
+    passes: Sequence[Recording] = field(default=(), repr=False)
+    """The dense model's, if they can be resumed."""
 
     @classmethod
     @torch.no_grad()
@@ -310,17 +306,13 @@ class Reference:
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         samples = sum(map(distance.inputs.count, batches))
         step = max(step, -(-distance.bytes * samples // MOST_BYTES))
-        passes: list[Recording | None] = []
-        plain = partial(_run, bfloat16=bfloat16)
-
-        def run(model: nn.Module, batch: Batch) -> Any:
-            result, recording = recorded(plain, model, batch, HELD_BYTES // len(mine))
-            passes.append(recording)
-            return result
-
-        way = run if resumable and not is_on_disk(dense) else plain
-        found = (distance.outputs(dense, batch, step, way) for batch in mine)
-        expected = [fresh(distance.normalized(outputs)) for outputs in found]
+        resumable = resumable and not is_on_disk(dense)
+        passes = [Recording(dense, HELD_BYTES // len(mine)) for _ in mine] if resumable else []
+        expected = []
+        for index, batch in enumerate(mine):
+            with passes[index].noted() if passes else nullcontext():
+                outputs = distance.outputs(dense, batch, step, partial(_run, bfloat16=bfloat16))
+            expected.append(fresh(distance.normalized(outputs)))
         if distance.measure == "relative":
             count = ranks.broadcast("how many outputs there are", lambda: len(expected[0]))
             squares = torch.zeros(count, dtype=torch.float64, device=device_of(dense))
@@ -363,11 +355,10 @@ class Reference:
         """Return the same, whether it is finite or not."""
         sums = torch.zeros(3, dtype=torch.float64)
         for index, (batch, expected) in enumerate(zip(self.batches, self.expected, strict=True)):
-            known = self.passes[index] if self.passes else None
-            run: Callable[[nn.Module, Batch], Any] = partial(_run, bfloat16=self.bfloat16)
-            if changed is not None and known is not None:
-                run = partial(_resumed, known, changed)
-            found = self.distance.outputs(model, batch, self.step, run)
+            run = partial(_run, bfloat16=self.bfloat16)
+            whole = changed is None or not self.passes
+            with nullcontext() if whole else self.passes[index].resumed(changed or ()):
+                found = self.distance.outputs(model, batch, self.step, run)
             same, (total, count) = 0.0, self.distance.summed(found, expected, batch)
             if self.distance.measure == "nats":
                 same = float((expected.argmax(-1) == found.argmax(-1)).sum())

@@ -2,9 +2,9 @@
 
 Widths are chosen in equal shares, or by curves that are known.  A group by itself then loses as
 many units: it is refitted on the dense stream, put into the dense model, and taken out again.
-Samples that no refit has seen tell how far outputs move, in passes that go on where the group is
-read.  The curve goes through what was measured, and has the shape of what the group's own consumers
-lose.
+Samples that no refit has seen tell how far outputs move, in passes that are resumed where the group
+is read.  The curve goes through what was measured, and has the shape of what the group's own
+consumers lose.
 """
 
 from __future__ import annotations
@@ -172,10 +172,11 @@ def dense_references(
         if picks_predictions(model, last):  # several take no more memory for logits than one whole
             size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
     distance = Distance.of(model, last, last.batches(model, 1)[0], asked)
-    # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried.
+    # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried;
+    # and what passes write on modules is not written where these are not run.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
     arguments = distance, model, last.batches(model, size), prepared.ranks, step
-    run = partial(Reference.of, *arguments, resumable=not captures)
+    run = partial(Reference.of, *arguments, resumable=not (captures or prepared.untouched.written))
     half = distance.measure == "nats" and prepared.bfloat16
     return run(), run(bfloat16=True) if half else None
 

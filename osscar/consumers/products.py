@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.consumers.convolutions import UNFOLDED_BYTES
 from osscar.network.hooks import other_forwards, running_modules
+from osscar.network.model_state import version_of
 from osscar.network.modules import HALVES, forward
 from osscar.offload.on_disk import OnDisk
 
@@ -303,7 +304,7 @@ class _Watch(TorchFunctionMode):
 
 def _writes(leaves: Iterable[Any]) -> dict[int, int]:
     """Return how often tensors were written to, by `id`; 0 where nobody counts."""
-    return {id(x): 0 if x.is_inference() else x._version for x in leaves if isinstance(x, Tensor)}
+    return {id(x): version_of(x) for x in leaves if isinstance(x, Tensor)}
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class ModelState:
         ]
         values = dict(self._attributes())
         buffers = (buffer for module in names for buffer in module.buffers(recurse=False))
-        versions = {id(buffer): _version(buffer) for buffer in buffers}
+        versions = {id(buffer): version_of(buffer) for buffer in buffers}
 
         def note(module: nn.Module, key: str) -> None:
             if module in names and key != "training":
@@ -80,7 +80,8 @@ class ModelState:
             (name, key)
             for module, name in names.items()
             for key, buffer in module._buffers.items()
-            if buffer is not None and _version(buffer) != versions.get(id(buffer), _version(buffer))
+            if buffer is not None
+            and version_of(buffer) != versions.get(id(buffer), version_of(buffer))
         }
 
     def put_back(self, model: nn.Module | None = None, kept: Collection[Attribute] = ()) -> None:
@@ -178,7 +179,7 @@ def _copied(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, _CONTAINERS) else value
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to; nobody counts that of tensors of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
