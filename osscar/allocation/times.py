@@ -29,7 +29,7 @@ from graph import Operator, Size
 from osscar.allocation.costs import CountedCost, traced_alike
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import unit_width
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.base.progress import stage
 from osscar.base.timing import busy_clock
 from osscar.data.batches import Batch
@@ -318,11 +318,9 @@ class _Calls:
     def time_all(self) -> None:
         """Time each once; what cannot be called takes NaN."""
         for key, (operator, widths) in self.noted.items():
-            try:
+            seconds = math.nan
+            with attempt():  # numbers in the code that do not follow widths
                 seconds = self._time(operator, partial(Size.at, kept=widths))
-            except Exception as error:  # numbers in the code that do not follow widths
-                let_shortage_pass(error)
-                seconds = math.nan
             self._seconds[key].append(seconds)
 
     def seconds(self, key: str) -> float:

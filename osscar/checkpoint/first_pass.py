@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from osscar.base.errors import CheckpointError, ModelError, NonFiniteError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.model_state import model_state
 from osscar.network.modules import context_length, device_of, number_format
 from osscar.network.predictions import named_logits
@@ -39,14 +39,14 @@ def check_runs(model: nn.Module, source: str) -> None:
 
     `source` says in words where it comes from.
     """
-    try:
+    with attempt() as tried:  # whatever the model's code makes of a number that is none
         logits = _logits_of_two(model)
-    except Exception as error:  # whatever the model's code makes of a number that is none
-        let_shortage_pass(error)
+    if tried.failed:
         raise CheckpointError(
-            f"{source} can be read, and its first forward pass fails: {first_line(error):.300}; "
-            "a number in its config.json is one that no such model has: get it anew"
-        ) from error
+            f"{source} can be read, and its first forward pass fails: "
+            f"{first_line(tried.error):.300}; a number in its config.json is one that no such "
+            "model has: get it anew"
+        ) from tried.error
     if logits is not None and bool(logits.isnan().any()):
         raise NonFiniteError(
             f"{source} can be read, and its first forward pass gives NaN in {logits.dtype}: a "
@@ -70,15 +70,13 @@ def check_sample(model: nn.Module, source: str) -> None:
     if sample is None or not sample.outputs:
         return
     remedy = "build the dense model by the code that it was pruned with, or get the checkpoint anew"
-    try:
-        with model_state(model):
-            found = proof_outputs(model, [to_device(sample.drawn(), model)])
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
+    with attempt() as tried, model_state(model):  # the model may be anyone's code
+        found = proof_outputs(model, [to_device(sample.drawn(), model)])
+    if tried.failed:
         raise CheckpointError(
             f"{source} can be read, and fails on the input on which it ran when it was saved: "
-            f"{first_line(error):.300}; {remedy}"
-        ) from error
+            f"{first_line(tried.error):.300}; {remedy}"
+        ) from tried.error
     distance = sample.distance(found)
     if not distance <= tolerance(number_format(model)):
         far = f"are {distance:.2g} of their size off" if isfinite(distance) else "have other shapes"

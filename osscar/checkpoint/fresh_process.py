@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 import graph
 from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.checkpoint.reading import load
 from osscar.checkpoint.streamed import read_streamed
 from osscar.network.modules import evaluating, sha256_of
@@ -97,24 +97,22 @@ class Task:
         return tuple(map(self._answer, self.readings))
 
     def _answer(self, reading: Reading) -> Answer:
-        try:
+        with attempt() as tried:  # the model may be anyone's code, and so may what reads it
             model = reading.model(self.directory, self.device)
-        except Exception as error:  # the model may be anyone's code, and so may what reads it
-            let_shortage_pass(error)
+        if tried.failed:
             raise CheckpointError(
-                f"the checkpoint that was written cannot be read, and was not kept: {_said(error)}"
-            ) from error
+                "the checkpoint that was written cannot be read, and was not kept: "
+                f"{_said(tried.error)}"
+            ) from tried.error
         found = digests(model, self.formats)
-        try:
-            with evaluating(model):
-                inputs = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), self.inputs)
-                outputs = proof_outputs(model, inputs) if inputs else []
-        except Exception as error:  # as above
-            let_shortage_pass(error)
+        with attempt() as tried, evaluating(model):
+            inputs = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), self.inputs)
+            outputs = proof_outputs(model, inputs) if inputs else []
+        if tried.failed:
             raise EquivalenceError(
                 "the checkpoint was not kept: the model that was read back fails where the saved "
-                f"one runs: {first_line(error)}"
-            ) from error
+                f"one runs: {first_line(tried.error)}"
+            ) from tried.error
         return Answer(tuple(outputs), found)
 
 
@@ -201,12 +199,11 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
 
         def do(task: Task, model: nn.Module) -> tuple[Answer, ...]:
             code = list(_code_of(model, [reading.dense for reading in task.readings]))
-            try:
-                with (folder / _TASK).open("wb") as file:
-                    torch.save(task, file)
-            except Exception as error:  # the model may be anyone's code
-                let_shortage_pass(error)
-                raise Elsewhere(_said(error)) from error
+            # The model may be anyone's code.
+            with attempt() as tried, (folder / _TASK).open("wb") as file:
+                torch.save(task, file)
+            if tried.failed:
+                raise Elsewhere(_said(tried.error)) from tried.error
             (folder / _CODE).write_bytes(pickle.dumps((torch.get_num_threads(), code)))
             status = process.run()
             try:
@@ -259,13 +256,12 @@ def work(folder: str) -> None:
     try:
         threads, code = pickle.loads((place / _CODE).read_bytes())
         torch.set_num_threads(threads)
-        try:
+        with attempt() as tried:  # anyone's code
             for name, file in code:
                 _import(name, file)
             task = torch.load(place / _TASK, weights_only=False)
-        except Exception as error:  # anyone's code
-            let_shortage_pass(error)
-            raise Elsewhere(_said(error)) from error
+        if tried.failed:
+            raise Elsewhere(_said(tried.error)) from tried.error
         found = task.answers()
     except (OsscarError, Elsewhere) as error:
         found = error.with_traceback(None)

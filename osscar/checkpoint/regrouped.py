@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.tensor_files import Part
 from osscar.offload.places import Chain, StoredTensor
 
@@ -35,11 +35,9 @@ def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:
         name: torch.arange(ends[name] - math.prod(shape), ends[name]).view(shape)
         for name, shape in rows.items()
     }
-    try:
+    converted: Mapping[str, Tensor] = {}
+    with attempt():  # what it makes of a model is its own affair
         converted = revert_weight_conversion(model, dict(coded))
-    except Exception as error:  # what it makes of a model is its own affair
-        let_shortage_pass(error)
-        return {}
     stretches = sorted(
         ((int(codes.flatten()[0]), name, codes) for name, codes in converted.items()),
         key=lambda one: one[:2],

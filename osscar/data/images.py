@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from osscar.base.errors import DataError, FileError, first_line, warn
 from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
+from osscar.base.memory import attempt
 from osscar.base.printable import are, listed, pluralize
 from osscar.data.preprocessing import (
     AnyPreprocessing,
@@ -170,17 +171,14 @@ class ImageSet(SampleSet):
         if isinstance(item, Image.Image):
             _check_form(f"image {index} of {self.source}", item)
             return item.convert(mode)
-        try:
-            with Image.open(item, formats=_IMAGE_FORMATS) as image:
-                _check_form(str(item), image)
-                return image.convert(mode)
-        except DataError:
-            raise
-        except Exception as error:  # of a damaged file a decoder raises whatever it meets
-            raise DataError(
-                f"{str(item)!r} cannot be decoded as an image: {first_line(error)}; mend or remove "
-                f"the file ({', '.join(_IMAGE_FORMATS)} can be read)"
-            ) from error
+        # Of a damaged file a decoder raises whatever it meets.
+        with attempt(DataError) as tried, Image.open(item, formats=_IMAGE_FORMATS) as image:
+            _check_form(str(item), image)
+            return image.convert(mode)
+        raise DataError(
+            f"{str(item)!r} cannot be decoded as an image: {first_line(tried.error)}; mend or "
+            f"remove the file ({', '.join(_IMAGE_FORMATS)} can be read)"
+        ) from tried.error
 
 
 def _check_form(item: str, image: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from osscar.base.errors import DataError, OptionError, first_line, import_torchvision
 from osscar.base.inputs import Read, check_fields, safe_repr
 from osscar.base.json_files import STRICT
+from osscar.base.memory import attempt
 from osscar.base.printable import published
 
 _LARGEST_SIDE = 2**14
@@ -230,13 +231,13 @@ class Transform:
         return all(self._checked(image).equal(made) for _ in range(4))
 
     def _checked(self, image: Any) -> Tensor:
-        try:
+        with attempt() as tried:  # it is anyone's code
             found = self.function(image)
-        except Exception as error:  # it is anyone's code
+        if tried.failed:
             raise DataError(
-                f"the transform of {self.source} fails on an image: {type(error).__name__}: "
-                f"{first_line(error)}"
-            ) from error
+                f"the transform of {self.source} fails on an image: "
+                f"{type(tried.error).__name__}: {first_line(tried.error)}"
+            ) from tried.error
         if not isinstance(found, Tensor):
             raise DataError(
                 f"the transform of {self.source} returns a {type(found).__name__}; return a tensor "

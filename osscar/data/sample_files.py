@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
 from osscar.base.inputs import check_regular, file_name
+from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
 from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet, kind_of_numbers
 
@@ -43,7 +44,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
 
     Nothing is unpickled.
     """
-    try:
+    # Of a damaged file zipfile, numpy and safetensors raise whatever they meet.
+    with attempt() as tried:
         check_regular(path)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -53,9 +55,9 @@ def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]
             with np.load(path, allow_pickle=False) as arrays:
                 names = list(arrays.files)
                 found = {name: _tensor(arrays[name]) for name in names if wanted(name)}
-    except Exception as error:  # of a damaged file zipfile, numpy and safetensors raise whatever
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise FileError(path, f"it cannot be read as {path.suffix}: {reason}") from error
+    if tried.failed:
+        reason = getattr(tried.error, "strerror", None) or first_line(tried.error)
+        raise FileError(path, f"it cannot be read as {path.suffix}: {reason}") from tried.error
     if not found:
         raise FileError(path, f"it has no entries of that name, only {', '.join(names) or 'none'}")
     return found
@@ -77,11 +79,12 @@ def holds_images(
     _, path, prefix = located(spec, "the data", "a directory or a file")
     if path.suffix != ".npz" or not path.is_file():
         return path.is_dir()
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels = arrays[f"{prefix}{IMAGES}"] if f"{prefix}{IMAGES}" in arrays.files else None
-    except Exception as error:  # of a damaged file zipfile and numpy raise whatever they meet
-        raise FileError(path, f"it cannot be read as .npz: {first_line(error)}") from error
+    with attempt() as tried, np.load(path, allow_pickle=False) as arrays:
+        pixels = arrays[f"{prefix}{IMAGES}"] if f"{prefix}{IMAGES}" in arrays.files else None
+    if tried.failed:
+        raise FileError(
+            path, f"it cannot be read as .npz: {first_line(tried.error)}"
+        ) from tried.error
     if pixels is None or pixels.dtype != np.uint8:
         return False
     needed, read = needed_arguments(model, example), (example or {}).get(IMAGES)

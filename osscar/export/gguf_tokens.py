@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from osscar.base.errors import ModelError, first_line
+from osscar.base.memory import attempt
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -46,7 +47,7 @@ def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any
     `size` is the rows of the model's embedding; ids that no token has are filled up.  `library` is
     the package ``gguf``.
     """
-    try:
+    with attempt() as tried:  # the library of tokenizers raises plain exceptions
         tokenizer: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
@@ -58,11 +59,11 @@ def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any
         if not isinstance(template, str | None):
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         (template or "").encode()
-    except Exception as error:  # the library of tokenizers raises plain exceptions
+    if tried.failed:
         raise ModelError(
-            f"{directory} has no tokenizer that can be read ({first_line(error)}), which a GGUF "
-            "file has to hold; copy that of the original model there"
-        ) from error
+            f"{directory} has no tokenizer that can be read ({first_line(tried.error)}), which a "
+            "GGUF file has to hold; copy that of the original model there"
+        ) from tried.error
     pre = _pre_tokenizer(content)
     _check_added(content["added_tokens"])
     known = tokenizer.get_vocab()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from osscar.base.devices import default_torch
 from osscar.base.errors import ModelError, OutputError, first_line, optional
 from osscar.base.files import atomic_write
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.data.batches import Batch
 from osscar.export.open_program import OpenProgram, Run, Traced, example_for, read
 from osscar.export.target import Exported, traced_target
@@ -143,22 +143,19 @@ def _write(traced: Traced, outputs: Sequence[str], path: Path) -> None:
 def _session(runtime: Any, file: Path) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, too
-    try:
+    with attempt() as tried:  # its exceptions have no class in common
         return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no class in common
-        raise _refused(error) from error
+    raise _refused(tried.error) from tried.error
 
 
 def _outputs(session: Any, inputs: Batch) -> list[Tensor]:
     given = {one.name: inputs[one.name].cpu().numpy() for one in session.get_inputs()}
-    try:
+    with attempt() as tried:
         return [torch.from_numpy(np.asarray(array)) for array in session.run(None, given)]
-    except Exception as error:
-        raise _refused(error) from error
+    raise _refused(tried.error) from tried.error
 
 
 def _refused(error: Exception) -> ModelError:
-    let_shortage_pass(error)
     return ModelError(f"ONNX Runtime does not run what was written: {first_line(error):.300}")
 
 

@@ -23,7 +23,7 @@ from graph.tracing.export import run_export, varies
 from graph.tracing.standalone import LARGEST
 from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
 from osscar.base.inputs import safe_repr
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.checkpoint.reading import load
 from osscar.data.batches import (
     Batch,
@@ -115,15 +115,14 @@ class OpenProgram:
         return found
 
     def _expected(self) -> list[Tensor]:
-        try:
+        with attempt() as tried:  # the model may be anyone's code
             found = outputs(self.model, self.example)
-        except Exception as error:  # the model may be anyone's code
-            let_shortage_pass(error)
+        if tried.failed:
             given = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.example.items())
             raise ModelError(
-                f"the model fails on what it is traced with ({given}): {first_line(error)}; give "
-                "inputs that it takes, such as `--inputs FILE`, or example_inputs= in Python"
-            ) from error
+                f"the model fails on what it is traced with ({given}): {first_line(tried.error)}; "
+                "give inputs that it takes, such as `--inputs FILE`, or example_inputs= in Python"
+            ) from tried.error
         comparable(found)
         return found
 
@@ -166,12 +165,11 @@ class OpenProgram:
 
         Sizes that the model itself does not take say nothing.
         """
-        tried = False
+        known = False
         for inputs in traced.resized(axis):
-            try:
+            with attempt() as tried:  # the model may be anyone's code
                 expected = outputs(self.model, inputs)
-            except Exception as error:  # the model may be anyone's code
-                let_shortage_pass(error)
+            if tried.failed:
                 continue
             try:
                 _prove(expected, run(inputs), names)
@@ -179,8 +177,8 @@ class OpenProgram:
                 continue
             except (EquivalenceError, ModelError):
                 return False
-            tried = True
-        return tried
+            known = True
+        return known
 
 
 def outputs(model: nn.Module, inputs: Batch) -> list[Tensor]:

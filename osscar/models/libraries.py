@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line, import_timm, import_torchvision
+from osscar.base.memory import attempt
 from osscar.checkpoint.builders import LibraryOrigin
 from osscar.data.batches import named_inputs
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
@@ -123,7 +124,8 @@ def _preset(origin: LibraryOrigin) -> Any:
 
 
 def _fetched(origin: LibraryOrigin) -> dict[str, Tensor]:
-    try:
+    # Of the hub's library, whatever it meets without a connection.
+    with attempt() as tried:
         if origin.library == _TIMM:
             model: nn.Module = import_timm().create_model(origin.name, pretrained=True)
             return model.state_dict()
@@ -132,12 +134,11 @@ def _fetched(origin: LibraryOrigin) -> dict[str, Tensor]:
             progress=False, check_hash=True, weights_only=True, map_location="cpu"
         )
         return state
-    except Exception as error:  # of the hub's library, whatever it meets without a connection
-        url = f" from {_preset(origin).url}" if origin.library == "torchvision" else ""
-        raise ModelError(
-            f"{origin.library}'s weights of {origin.name!r} cannot be fetched{url} "
-            f"({first_line(error):.300}): connect, or give a file (weights, `--weights FILE`)"
-        ) from error
+    url = f" from {_preset(origin).url}" if origin.library == "torchvision" else ""
+    raise ModelError(
+        f"{origin.library}'s weights of {origin.name!r} cannot be fetched{url} "
+        f"({first_line(tried.error):.300}): connect, or give a file (weights, `--weights FILE`)"
+    ) from tried.error
 
 
 def _filled(origin: LibraryOrigin, state: Mapping[str, Tensor], source: str) -> nn.Module:

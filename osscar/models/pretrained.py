@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, OptionError, OsscarError, first_line, warn
 from osscar.base.inputs import parse_size
-from osscar.base.memory import FOR_MODELS, let_shortage_pass, memory_for
+from osscar.base.memory import FOR_MODELS, attempt, memory_for
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
@@ -110,7 +110,8 @@ def _load_stock(
 ) -> tuple[nn.Module, torch.dtype]:
     """Read a model as transformers does; return the number format in which it lies there, too."""
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
-    try:
+    # A config whose numbers make no sense raises whatever it meets.
+    with attempt(OsscarError) as tried:
         config = transformers.AutoConfig.from_pretrained(path, **options)
         if not trust_remote_code:
             TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(path)
@@ -121,11 +122,8 @@ def _load_stock(
             output_loading_info=True,
             **options,
         )
-    except OsscarError:
-        raise
-    except Exception as error:  # a config whose numbers make no sense raises whatever it meets
-        let_shortage_pass(error)
-        raise _explained(source, error) from error
+    if tried.failed:
+        raise _explained(source, tried.error) from tried.error
     missing, more = (sorted(loading[f"{which}_keys"]) for which in ("missing", "unexpected"))
     if more:
         _check_left_out(source, model, more)
@@ -150,15 +148,11 @@ def _check_left_out(source: str, model: Any, names: list[str]) -> None:
 
 
 def _load_tokenizer(path: Path, source: str, **options: Any) -> Any:
-    reason = "it gives no tokens"
-    try:
+    with attempt() as tried:  # the library of tokenizers raises plain exceptions, and panics
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
             return tokenizer
-    except BaseException as error:  # the library of tokenizers raises plain exceptions, and panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = first_line(error)
+    reason = first_line(tried.error) if tried.failed else "it gives no tokens"
     raise ModelError(
         f"{source} has no tokenizer that transformers can read: {reason:.300}. Copy the "
         "tokenizer's files of the original model into its directory"
@@ -191,16 +185,14 @@ def image_processor(path: Path) -> Any:
     """Return the image processor of a classifier in a directory; None if there is none."""
     if not (path / _PROCESSOR_FILE).is_file():
         return None
-    try:
+    with attempt() as tried:  # of a file that is damaged, whatever it meets
         return transformers.AutoImageProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of a file that is damaged, whatever it meets
-        let_shortage_pass(error)
-        raise ModelError(
-            f"the image processor in {path / _PROCESSOR_FILE} cannot be read: "
-            f"{first_line(error):.500}; get the checkpoint anew"
-        ) from error
+    raise ModelError(
+        f"the image processor in {path / _PROCESSOR_FILE} cannot be read: "
+        f"{first_line(tried.error):.500}; get the checkpoint anew"
+    ) from tried.error
 
 
 def transform_of(processor: Any) -> Transform:

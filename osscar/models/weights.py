@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line, warn
 from osscar.base.inputs import check_regular, file_name
+from osscar.base.memory import attempt
 
 _RENAMED = (
     (re.compile(r"\b_orig_mod\."), ""),
@@ -31,21 +32,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     dictionary, with a warning that names the entry.
     """
     name = file_name(path, "the file of weights", "its path")
-    try:
+    # torch.load on a file of any other sort raises whatever it meets.
+    with attempt() as tried:
         file = Path(name).expanduser()
         check_regular(file)
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if tried.failed and isinstance(tried.error, FileNotFoundError):
         raise ModelError(f"there is no file of weights at {name!r}; check the path") from None
-    except Exception as error:  # torch.load on a file of any other sort raises whatever it meets
-        reason = first_line(error).partition(". ")[0] or "it is empty or cut off"
+    if tried.failed:
+        reason = first_line(tried.error).partition(". ")[0] or "it is empty or cut off"
         raise ModelError(
             f"the weights in {name!r} cannot be read: {reason:.200}; give a .safetensors file, or "
             "a state dict that torch.load reads with weights_only=True"
-        ) from error
+        ) from tried.error
     if not _is_state(content):
         entries = content if isinstance(content, dict) else {}
         states = [key for key, entry in entries.items() if _is_state(entry)]

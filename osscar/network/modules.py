@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, NonFiniteError, OptionError, first_line
 from osscar.base.inputs import safe_repr
+from osscar.base.memory import attempt
 from osscar.base.printable import pluralize
 from osscar.offload.on_disk import OnDisk, values_of
 from osscar.offload.places import as_bytes
@@ -287,10 +288,9 @@ def token_embeddings(model: nn.Module) -> Tensor | None:
     Classes of transformers for several kinds of inputs have the method, and raise in it, and what
     a class of the user's own raises says the same.
     """
-    try:
+    table = None
+    with attempt():  # the model may be anyone's code
         table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    except Exception:  # the model may be anyone's code
-        return None
     return table if isinstance(table, Tensor) and table.ndim == 2 else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import DataError, ModelError, OsscarError
-from osscar.base.memory import FOR_BATCHES, is_shortage, let_shortage_pass, shortage
+from osscar.base.memory import FOR_BATCHES, is_shortage, shortage
 from osscar.network.model_state import model_state
 from osscar.proof.equivalence import Inputs, call, comparable, distance, rounding
 
@@ -50,8 +50,9 @@ def failures_named(model: nn.Module, data: Mapping[str, Tensor] | int) -> Iterat
             if is_shortage(error):
                 raise shortage(error, f"{where} in {module!r}", FOR_BATCHES) from error
             found = f"{where} fails in {module!r}: {found}; leave it out, or mend the model"
+        elif is_shortage(error):
+            raise
         else:
-            let_shortage_pass(error)
             forms = ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in data.items())
             found = (
                 f"{type(model).__name__} fails on the data ({forms}): {found}; give data of the "

@@ -18,7 +18,7 @@ from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import forget_cached, without_cache
 from osscar.base.devices import default_torch, multiplies_bfloat16
 from osscar.base.errors import EquivalenceError
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
@@ -109,6 +109,8 @@ class Prepared:
     """Looks for `experts` once, for this and for all that is made of it with other data."""
     try_bfloat16: Callable[[], bool] = field(default=lambda: False, repr=False)
     """Tells `bfloat16`, tried once, before the model is pruned, as mixtures are found."""
+    export: Callable[[], DensePrograms] = field(default=lambda: DensePrograms((), ""), repr=False)
+    """Makes `programs` once, as mixtures are found."""
     traces: dict[tuple[Any, ...], graph.DependencyGraph] = field(default_factory=dict, repr=False)
     """What `traced_on` has traced."""
     timed: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -138,11 +140,10 @@ class Prepared:
         """Names of the groups that are residual streams."""
         return graph.residual_groups(self.traced)
 
-    @cached_property
+    @property
     def programs(self) -> DensePrograms:
         """The programs of the model, with all its units; to be asked for before any leaves."""
-        self.untouched.put_back()  # what passes keep for the next would be traced as numbers
-        return dense_programs(self.model, self.example)
+        return self.export()
 
     def traced_on(self, batch: Batch) -> graph.DependencyGraph:
         """Trace the model once more, on larger inputs: operators have shapes of these.
@@ -310,7 +311,13 @@ def _prepared(
     )
     find = cache(lambda: refittable_mixtures(model, mixtures_in(model, example), groups, products))
     rough = cache(lambda: all(ranks.all_gather("a number format", _in_bfloat16(prepared))))
-    return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough)
+
+    @cache
+    def export() -> DensePrograms:
+        untouched.put_back()  # what passes keep for the next would be traced as numbers
+        return dense_programs(model, example)
+
+    return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough, export=export)
 
 
 def _in_bfloat16(prepared: Prepared) -> bool:
@@ -337,15 +344,13 @@ def _in_bfloat16(prepared: Prepared) -> bool:
 
 def _close_in_bfloat16(model: nn.Module, sample: Batch) -> bool:
     """Whether a model puts out nearly the same in bfloat16, for what outputs vary about a mean."""
-    try:
+    with attempt():  # the model may be anyone's code
         due, found = (comparable(run(model, sample)) for run in (forward, forward_in_bfloat16))
         return all(
             bool((b.to(a) - a).abs().square().sum() <= _ROUNDED * a.numel() * a.var(correction=0))
             for a, b in zip(due, found, strict=True)
         )
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        return False
+    return False
 
 
 def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:

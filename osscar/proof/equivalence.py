@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from graph.tracing.export import failing_module
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.modules import (
     drawing_alike,
     fresh,
@@ -335,13 +335,9 @@ def _kept_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def outputs_or_none(model: nn.Module, example: Inputs) -> list[Tensor]:
     """Return what a model puts out, nothing if it fails; one that puts out no tensor is refused."""
-    try:
+    with attempt(FileError, EquivalenceError):  # the model may be anyone's code
         return proof_outputs(model, [example])
-    except (FileError, EquivalenceError):
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        return []
+    return []
 
 
 def runs(model: nn.Module, example: Inputs) -> bool:
@@ -410,10 +406,10 @@ def distance_from_masked(
     """
     given = [in_format_of(one, model) for one in inputs]
     with masked(model, plan):
-        try:
+        outputs = list[Tensor]()
+        with attempt():  # of the user's forward: not the shrunk model's fault
             outputs = proof_outputs(model, given, keeping=keeping)
-        except Exception as error:  # of the user's forward: not the shrunk model's fault
-            let_shortage_pass(error)
+        if not outputs:
             keeping, outputs = False, outputs_before(model, given)
     prove_equal(outputs, outputs)  # that there is something to compare
 
@@ -425,14 +421,10 @@ def distance_from_masked(
 
 def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
     """Return what a model puts out before anything is done to it."""
-    try:
+    with attempt(OsscarError) as tried:  # the model may be anyone's code
         return proof_outputs(model, inputs)
-    except OsscarError:
-        raise
-    except Exception as error:  # the model may be anyone's code
-        let_shortage_pass(error)
-        name = failing_module(error.__traceback__, model)
-        raise ModelError(
-            f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
-            f"the inputs of the proof, before anything is removed: {first_line(error):.300}"
-        ) from error
+    name = failing_module(tried.error.__traceback__, model)
+    raise ModelError(
+        f"module {name or 'the model'!r} ({type(model.get_submodule(name)).__name__}) fails on "
+        f"the inputs of the proof, before anything is removed: {first_line(tried.error):.300}"
+    ) from tried.error

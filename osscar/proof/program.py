@@ -30,7 +30,7 @@ from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved, without_cache
 from graph.tracing.standalone import GUARDS, SYMBOLIC, Sizes, Standalone, export_standalone
 from osscar.base.errors import AdapterError, ModelError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.attention import expose_attention
 from osscar.network.hooks import followed_mixtures
 from osscar.network.modules import device_of
@@ -196,17 +196,16 @@ def trace_dense(
 
     `left_open` is as `export_standalone` takes it; the example has two samples or more.
     """
-    try:
+    with attempt() as tried:  # the model may be anyone's code, and torch puts it together
         found = exported(model, example, left_open)
         if not found.takes({name: tensor[:1] for name, tensor in example.items()}):
             # Its code asks whether there is one sample.  Whoever has one is not left without.
             found = exported(model, example, left_open, exact=False)
         traced = with_axes(found)
-    except Exception as error:  # the model may be anyone's code, and torch puts it together
-        let_shortage_pass(error)
+    if tried.failed:
         raise AdapterError(
-            f"there is no exported program to shrink: {first_line(error)}"
-        ) from error
+            f"there is no exported program to shrink: {first_line(tried.error)}"
+        ) from tried.error
     most = traced.standalone.most_samples
     if most is not None:
         raise AdapterError(
@@ -328,14 +327,13 @@ class _Rewriting(Interpreter):
             if size not in self.env:
                 self.env[size] = self.run_node(size)
         shape = self._shape_of_tensor(n)
-        try:
-            with shapes_alone(self.mode), torch.no_grad():
-                result = super().run_node(n)
-                if shape is not None:
-                    result = torch.empty(shape, dtype=result.dtype, device=result.device)
-        except Exception as error:  # whatever an operator raises when sizes do not fit
-            let_shortage_pass(error)
-            raise refusal(n, first_line(error)) from error
+        # Whatever an operator raises when sizes do not fit.
+        with attempt() as tried, shapes_alone(self.mode), torch.no_grad():
+            result = super().run_node(n)
+            if shape is not None:
+                result = torch.empty(shape, dtype=result.dtype, device=result.device)
+        if tried.failed:
+            raise refusal(n, first_line(tried.error)) from tried.error
         if n in self.shrunk.origins:
             tensors = result if isinstance(result, tuple | list) else (result,)
             shapes = [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from osscar.allocation.divergence import Reference
 from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.base.printable import are, pluralize, share
 from osscar.base.progress import stage
 from osscar.base.ranks import ALONE, Ranks
@@ -315,15 +315,14 @@ class Training:
         mine = distance.inputs.count(batch)
         total, count = distance.summed(found, due, batch)
         loss = total / count * (mine / samples)
-        try:
+        with attempt() as tried:
             torch.autograd.backward(loss)
-        except RuntimeError as error:
-            let_shortage_pass(error)
+        if tried.failed:
             raise ModelError(
-                f"no gradients flow through {type(self.model).__name__}: {first_line(error)}; "
-                "leave no_grad and detach out of its forward, and of a distance of yours, and let "
-                "it return scores or other real numbers"
-            ) from error
+                f"no gradients flow through {type(self.model).__name__}: "
+                f"{first_line(tried.error)}; leave no_grad and detach out of its forward, and of a "
+                "distance of yours, and let it return scores or other real numbers"
+            ) from tried.error
         self._state.put_back()
         return loss.detach().double()
 

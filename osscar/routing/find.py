@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.base.errors import ModelError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward, tensors_in
 from osscar.routing.declared import calls_of, declared_in, is_named, joined, undeclared
@@ -137,13 +137,11 @@ def _put_out(leaves: Sequence[Tensor], x: Routed) -> bool:
 
 def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixture | WholeMixture:
     """Return the mixture that was called, its group frozen where experts cannot leave."""
-    try:
+    with attempt() as tried:  # code of anyone's, which may not take other tokens
         return _prunable(model, name, seen, order)
-    except ModelError as error:
-        reason = str(error)
-    except Exception as error:  # code of anyone's, which may not take other tokens
-        let_shortage_pass(error)
-        reason = f"the router of {name!r} fails on drawn tokens: {first_line(error)}"
+    reason = str(tried.error)
+    if not isinstance(tried.error, ModelError):
+        reason = f"the router of {name!r} fails on drawn tokens: {first_line(tried.error)}"
     return whole_mixture(model, name, reason)
 
 

@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.hooks import InDouble, hooks, other_forwards
 from osscar.network.modules import copied, tensors_in
 from osscar.routing.declared import Declaration, joined
@@ -161,15 +161,13 @@ def expert_list(
 
     A declaration that does not hold is a ModelError, and so are experts that could not leave.
     """
-    try:
+    with attempt() as tried:  # code of anyone's, which may not take other experts
         return _expert_list(model.get_submodule(block), block, declared, calls)
-    except ModelError as error:
-        found = str(error)
-    except Exception as error:  # code of anyone's, which may not take other experts
-        let_shortage_pass(error)
+    found = str(tried.error)
+    if not isinstance(tried.error, ModelError):
         found = (
             "its code fails with experts that put out drawn numbers, or on drawn tokens: "
-            f"{first_line(error)}"
+            f"{first_line(tried.error)}"
         )
     raise ModelError(f"{declared} does not fit {block or 'the model'!r}: {found}")
 

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.export import failing_module
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.attention import AnyHeads
 from osscar.proof.equivalence import Match
 from osscar.proof.plan import GroupPlan, Integer, PruningPlan
@@ -78,11 +78,9 @@ class IntegerSearch:
 
     def _attempt(self) -> Match | Exception:
         self.attempts += 1
-        try:
+        with attempt() as tried:  # whatever the user's forward raises when sizes do not fit
             return self.check()
-        except Exception as error:  # whatever the user's forward raises when sizes do not fit
-            let_shortage_pass(error)
-            return error
+        return tried.error
 
     def _mended(self, failure: Exception) -> Match | Exception:
         """Return the outcome of the first set of candidates that gets past a failure."""

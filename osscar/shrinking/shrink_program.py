@@ -15,7 +15,7 @@ from graph.extents import TracedProgram
 from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line, warn
 from osscar.base.inputs import safe_repr
-from osscar.base.memory import let_shortage_pass
+from osscar.base.memory import attempt
 from osscar.network.model_state import model_state
 from osscar.network.modules import evaluating
 from osscar.proof.equivalence import Inputs, by_name, distance_from_masked, in_format_of, runs
@@ -204,16 +204,12 @@ class ProgramTrial:
         structure = by_construction(shrunk)
         made = smaller(shrunk)
         expected = distance_from_masked(self.model, plan, self.inputs, keeping=False)
-        try:
+        with attempt(EquivalenceError) as tried:  # whatever an operator or a guard raises
             match = expected(made)
-        except EquivalenceError:
-            raise
-        except Exception as error:  # whatever an operator or a guard raises
-            let_shortage_pass(error)
-            raise AdapterError(
-                f"the exported program fails on the inputs of the proof: {first_line(error)}"
-            ) from error
-        return made, Proof(plan, Certificate(match.error, match.ties, structure))
+            return made, Proof(plan, Certificate(match.error, match.ties, structure))
+        raise AdapterError(
+            f"the exported program fails on the inputs of the proof: {first_line(tried.error)}"
+        ) from tried.error
 
 
 def _sizes_given_up(

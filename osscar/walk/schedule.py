@@ -17,6 +17,7 @@ from graph.tracing.caches import caches_kept
 from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import preserved
 from osscar.base.errors import ModelError
+from osscar.base.memory import attempt
 from osscar.consumers.observe import reads
 from osscar.consumers.products import Taken
 from osscar.data.batches import Batch
@@ -118,15 +119,14 @@ def learned_calls(
 
 def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
-    try:
+    with failures_named(model, 0):
         with (
+            attempt(),  # code that looks at values, or that has no shape function
             caches_kept(model),
             shapes_alone(FakeTensorMode(allow_non_fake_inputs=True)) as fake,
         ):
             return _called(model, {name: fake.from_tensor(x) for name, x in batch.items()}, names)
-    except Exception:  # code that looks at values, or that has no shape function
-        with failures_named(model, 0):
-            return _called(model, batch, names)
+        return _called(model, batch, names)
 
 
 def _called(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:

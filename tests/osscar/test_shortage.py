@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import osscar
-from osscar.base.errors import NoMemoryError
-from osscar.base.memory import is_shortage
+from osscar.base.errors import ModelError, NoMemoryError
+from osscar.base.memory import attempt, is_shortage
 from osscar.cli import main
 from osscar.models import pretrained
 from osscar.offload.places import StoredTensor
@@ -38,6 +38,24 @@ def refusal(model):
     with pytest.raises(NoMemoryError, match="there is no memory for") as refused:
         osscar.prune(model, tokens(), neurons=0.5, backend="greedy", batch_size=3)
     return str(refused.value)
+
+
+def test_an_attempt_catches_all_but_a_shortage_an_interrupt_and_what_is_to_pass():
+    class PanicException(BaseException):
+        """What libraries in Rust raise."""
+
+    for error in (ValueError("no"), SystemError(), PanicException()):
+        with attempt(ModelError) as tried:
+            raise error
+        assert tried.failed
+        assert tried.error is error
+    with attempt() as tried:
+        pass
+    assert not tried.failed
+    passing = OF_CUDA, OF_CPU, OF_LIBRARY, MemoryError(), KeyboardInterrupt(), ModelError("mine")
+    for error in passing:
+        with pytest.raises(type(error)), attempt(ModelError):
+            raise error
 
 
 @pytest.fixture
