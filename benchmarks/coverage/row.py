@@ -25,8 +25,8 @@ from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.request import PruningRequest
-from osscar.run.chain import shrunk
 from osscar.run.feasibility import feasible_groups
+from osscar.run.smaller import shrunk
 from tests.osscar.programs import without_units
 
 ALLOWED = {"float64": 1e-4, "float32": 1e-3}
@@ -106,8 +106,8 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
         return ""
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
     task = PruningTask(prepared, request)
-    task = dataclasses.replace(task, feasible=feasible_groups(task))
-    form, skipped = task.feasible
+    form, skipped = feasible_groups(task)
+    task = dataclasses.replace(task, form=form, skipped=skipped)
     left = {group.name for group in skipped}
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     dense = copy.deepcopy(prepared.model)

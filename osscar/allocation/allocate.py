@@ -21,7 +21,7 @@ from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost
 from osscar.allocation.divergence import Measure
 from osscar.allocation.limits import Allowance, allowances
-from osscar.allocation.measured import Curve, measured_curves
+from osscar.allocation.measured import Curve, curves_for_all, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import Kept, Proposal, WholeModels, as_fast_as
 from osscar.allocation.task import PruningTask
@@ -144,25 +144,32 @@ def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
     return all(one.cost.of(kept) <= one.most * (1 + ROUNDING) for one in allowed)
 
 
+Choosing = Callable[[Mapping[str, Curve] | None], Mapping[str, int]]
+"""Returns what groups keep by some curves, or in equal shares without any."""
+
+Measuring = Callable[[PruningTask, Choosing], tuple[Mapping[str, Curve], Measure]]
+"""Returns the curves of a task, as `measured_curves` does."""
+
+
 def allocate(
     task: PruningTask,
-    before: Budget | None = None,
+    measuring: Measuring | None = None,
     within_reach: Callable[[], None] = lambda: None,
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
-    Curves are measured beginning with those of a budget `before`.  `within_reach` is called before
-    that, once the least widths are known to meet the budgets.
+    `measuring` tells where curves come from, by default from `measured_curves`; `within_reach` is
+    called before, once the least widths are known to meet the budgets.
 
     A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
     """
     request, keep, budget = task.request, task.keep, None
     if request.has_budget and not task.shared:
-        if keep or not (request.skip or task.feasible.skipped):
+        if keep or not (request.skip or task.skipped):
             raise RequestError(_why_out_of_reach(task))
     elif request.has_budget:
-        budget = _shared_out(task, before, within_reach)
+        budget = _shared_out(task, measuring, within_reach)
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
     keep = {g.name: keep[g.name] for g in task.groups if keep.get(g.name, g.units) < g.units}
     if not keep:
@@ -172,8 +179,26 @@ def allocate(
     return Allocated(keep, budget)
 
 
+def measured_once(tasks: Sequence[PruningTask]) -> Measuring | None:
+    """Measure curves once for several tasks of one model, which keep different shares of it.
+
+    They are measured at about the widths of equal shares of each; None where one task at most has
+    any use for curves.
+    """
+    every = [task for task in tasks if task.measures_curves and task.shared]
+    if len(every) < 2:
+        return None
+    ranks = every[0].prepared.ranks
+    choices = [
+        ranks.broadcast("widths", partial(_chosen, Sharing(task), allowances(task)))
+        for task in every
+    ]
+    found = curves_for_all(every[0], choices)
+    return lambda task, choose: found
+
+
 def _shared_out(
-    task: PruningTask, before: Budget | None, within_reach: Callable[[], None]
+    task: PruningTask, measuring: Measuring | None, within_reach: Callable[[], None]
 ) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     request, ranks = task.request, task.prepared.ranks
@@ -193,12 +218,12 @@ def _shared_out(
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
     within_reach()
-    models = WholeModels(task)
+    models = WholeModels.shared(task)
     if request.speedup is not None:
         ranks.broadcast("the fastest model", partial(models.check_reach, request.speedup))
     sharing = Sharing(task)
     if request.allocation != "uniform":
-        sharing = Sharing(task, *measured_curves(task, choose, before))
+        sharing = Sharing(task, *(measuring or measured_curves)(task, choose))
     if request.speedup is not None:
         return _timed(sharing, models, request.speedup, allowed)
     sharing = _weighed(sharing, allowed)

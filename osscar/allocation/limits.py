@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count, weights
 from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import EquivalenceError, RequestError
+from osscar.base.printable import engineering, share
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, parse_keep, parse_size_kept
@@ -47,7 +49,7 @@ def allowances(task: PruningTask) -> list[Allowance]:
     A `RequestError` is raised if no budget asks for less than there is, or the model keeps nothing
     that memory counts.
     """
-    prepared, request, form = task.prepared, task.request, task.feasible.form
+    prepared, request, form = task.prepared, task.request, task.form
     others, least, groups = task.keep, task.least, task.counted
 
     @cache
@@ -130,3 +132,34 @@ def counted_again(
                 "widths in place of a budget (heads, neurons, channels), and report the model"
             )
     return replace(budget, limits=limits)
+
+
+def goal(task: PruningTask) -> str:
+    """Say what the run is to keep and to remove."""
+    prepared, request, keep = task.prepared, task.request, task.keep
+    left = {group.name: 0 for group in task.shared}
+
+    def told(budget: BudgetKind | None) -> str:
+        asked: Any = None if budget is None else getattr(request, budget)
+        match budget:
+            case BudgetKind.SPEEDUP:
+                return f"is to be {asked:g} times as fast as the dense model"
+            case BudgetKind.FLOPS:
+                return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
+            case BudgetKind.SIZE:
+                return f"keeps {asked} of the bytes that the weights take on disk"
+            case BudgetKind.MEMORY:
+                return f"keeps {asked} of the memory that serving takes"
+        cost = count(Cost.PARAMETERS, prepared, task.counted)
+        dense, kept = cost.dense, cost.of(keep)
+        if budget is BudgetKind.SPARSITY:
+            kept -= asked * (kept - cost.of({**keep, **left}))
+        elif budget is BudgetKind.PARAMS:
+            wanted = parse_keep(asked)
+            kept = float(wanted if isinstance(wanted, int) else wanted * Fraction(int(dense)))
+        return (
+            f"keeps {engineering(kept)} of {engineering(dense)} parameters, removes "
+            f"{engineering(dense - kept)}"
+        )
+
+    return "; ".join(map(told, request.budgets or (None,)))

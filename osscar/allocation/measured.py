@@ -200,6 +200,33 @@ def measured_curves(
     A `RequestError` is raised if there are too few samples, and a `NonFiniteError` if a group
     overflows that was not measured before; others keep their curves, with a warning.
     """
+    curves = {} if before is None else known_curves(before)
+    keep = choose(curves or None)
+    wanted = widths_to_measure(task.shared, keep, curves, task.widths)
+    return _curves_at(task, {name: [width] for name, width in wanted.items()}, curves)
+
+
+def curves_for_all(
+    task: PruningTask, choices: Sequence[Mapping[str, int]]
+) -> tuple[dict[str, Curve], Measure]:
+    """Return the same for several sizes of a model, where each group is refitted once.
+
+    It is measured at about what it keeps by each of the `choices`.
+    """
+    units = {group.name: group.units for group in task.shared}
+    wanted: dict[str, list[int]] = {}
+    for keep in choices:
+        for name, width in widths_to_measure(task.shared, keep, {}, task.widths).items():
+            others = wanted.setdefault(name, [])
+            if all(abs(width - other) > _NEAR * units[name] for other in others):
+                others.append(width)
+    return _curves_at(task, wanted, {})
+
+
+def _curves_at(
+    task: PruningTask, wanted: Mapping[str, Sequence[int]], curves: dict[str, Curve]
+) -> tuple[dict[str, Curve], Measure]:
+    """Put the curves of groups, by name, through what these come to at some widths."""
     prepared, groups = task.prepared, task.shared
     if prepared.inputs.samples < _ONE_IN:
         raise RequestError(
@@ -210,9 +237,7 @@ def measured_curves(
         )
     reference, rough = dense_references(prepared, compared_samples(prepared), task.request.distance)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
-    curves = {} if before is None else known_curves(before)
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
-    wanted = widths_to_measure(groups, choose(curves or None), curves, task.widths)
     some = [group for group in groups if group.name in wanted]
     with stage("measuring curves", total=len(some)) as bar:
         for step in _steps(few, some) if some else ():
@@ -292,18 +317,18 @@ class _Alone:
     """The same in bfloat16."""
     curves: dict[str, Curve]
 
-    def measure(self, step: LayerStep | ExpertStep, keep: int) -> None:
-        """Put a curve through the distance of the model with this group pruned to a width.
+    def measure(self, step: LayerStep | ExpertStep, keeps: Sequence[int]) -> None:
+        """Put a curve through the distances of the model with this group pruned to some widths.
 
-        A shape that is zero with more units than that is not believed either: at first, the model
+        A shape that is zero with more units than these is not believed either: at first, the model
         is measured without these alone, too.
         """
         group, known = step.group.name, step.group.name in self.curves
         try:
             if isinstance(step, LayerStep):
-                curve = self._measured_layer(step, keep)
+                curve = self._measured_layer(step, keeps)
             else:
-                curve = self._measured_experts(step, keep)
+                curve = self._measured_experts(step, keeps)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:
@@ -312,10 +337,10 @@ class _Alone:
             return
         self.curves[group] = curve
 
-    def _measured_layer(self, step: LayerStep, keep: int) -> Curve:
-        """Return the curve of a layer, through the distance with so many units."""
+    def _measured_layer(self, step: LayerStep, keeps: Sequence[int]) -> Curve:
+        """Return the curve of a layer, through the distances with so many units."""
         name = step.group.name
-        shape, refits = self._refits(step, keep)
+        shape, refits = self._refits(step, keeps)
         curve = self.curves.get(name) or Curve(name, shape)
         changed = [getattr(c.module, name) for c in step.consumers for name in c.parameters]
         for kept, weights in refits:
@@ -323,16 +348,16 @@ class _Alone:
                 curve = curve.through(len(kept), self._distance(changed))
         return curve
 
-    def _measured_experts(self, step: ExpertStep, keep: int) -> Curve:
-        """Return the curve of experts, through the distance with so many."""
+    def _measured_experts(self, step: ExpertStep, keeps: Sequence[int]) -> Curve:
+        """Return the curve of experts, through the distances with so many."""
         name, damp = step.group.name, self.task.request.damp
-        curve, wanted = self.curves.get(name), [keep]
+        curve, wanted = self.curves.get(name), [*keeps]
         for width in wanted:
             with step.alone(width, damp, shaped=curve is None) as shape:
                 distance = self._distance()
             if curve is None:
                 curve = Curve(name, shape)
-                if keep < curve.idle_from < step.group.units:
+                if min(keeps) < curve.idle_from < step.group.units:
                     wanted.append(curve.idle_from)
             curve = curve.through(width, distance)
         assert curve is not None
@@ -348,11 +373,12 @@ class _Alone:
             distance = self.reference.divergence(model, changed)
         return distance
 
-    def _refits(self, step: LayerStep, keep: int) -> tuple[NDArray[np.float64], _Refits]:
+    def _refits(self, step: LayerStep, keeps: Sequence[int]) -> tuple[NDArray[np.float64], _Refits]:
         """Return the shape of a layer's curve, and refits to be measured, of the first rank.
 
-        Units are removed one by one.  The refits are of the width that is asked for, and at first
-        of the layer without those units alone that do nothing on the samples that are fitted to.
+        Units are removed one by one, with the damping that serves the width in the middle.  The
+        refits are of the widths that are asked for, and at first of the layer without those units
+        alone that do nothing on the samples that are fitted to.
         """
         few, damp = self.task.prepared, self.task.request.damp
         known = step.group.name in self.curves
@@ -360,13 +386,16 @@ class _Alone:
         def refitted() -> tuple[NDArray[np.float64], _Refits]:
             with timed(Stage.MEASURED), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-                problem = step.problem(keep, step.regularization(keep, damp, 0.0)[0])
+                middle = sorted(keeps)[len(keeps) // 2]
+                problem = step.problem(middle, step.regularization(middle, damp, 0.0)[0])
                 removals = eliminate(problem, problem.units - 1)
                 shape, found = summed_losses(problem, removals), _Refits()
                 idle = Curve(step.group.name, shape).idle_from
-                for width in (keep, idle) if keep < idle < problem.units and not known else (keep,):
+                unsure = not known and min(keeps) < idle < problem.units and idle not in keeps
+                for place, width in enumerate((*keeps, idle) if unsure else keeps, 1):
                     kept = support_after(removals[: problem.units - width], problem)
-                    weights = step.refits(refit(problem, kept)[0], kept.tolist()).weights
+                    more = place < len(keeps)
+                    weights = step.refits(refit(problem, kept)[0], kept.tolist(), more=more).weights
                     moved = [W if few.ranks.alone else W.cpu() for W in weights]
                     found.append((kept.tolist(), moved))
             return shape, found

@@ -73,6 +73,12 @@ class WholeModels:
     speedups: dict[tuple[int, ...], float] = field(default_factory=dict)
     """How fast they were, by their widths in the order of the groups that share budgets."""
 
+    @classmethod
+    def shared(cls, task: PruningTask) -> WholeModels:
+        """Return those of a task, with what others of the same model have timed."""
+        key = "models", *task.options, *sorted(task.keep.items())
+        return cls(task, task.prepared.timed.setdefault(key, {}))
+
     def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Return what stands for widths."""
         return tuple(kept[name] for name in self.task.options)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,6 @@ from osscar.allocation.widths import about_half, count_kept, frozen_message, pos
 from osscar.base.errors import RequestError
 from osscar.base.json_files import STRICT
 from osscar.data.parts import held_out
-from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form
 from osscar.request import AUTO, Keep, PruningRequest, Widths, parse_keep
@@ -46,14 +43,6 @@ class SkippedGroup:
     reason: str
 
 
-class Feasible(NamedTuple):
-    """The form in which a model is shrunk, and the groups that cannot lose units in it."""
-
-    form: Form = Form.EAGER
-    skipped: tuple[SkippedGroup, ...] = ()
-    """In the order of the model."""
-
-
 @dataclass(frozen=True, eq=False)
 class PruningTask:
     """A prepared model, and what a request asks of it.
@@ -63,15 +52,12 @@ class PruningTask:
 
     prepared: Prepared
     request: PruningRequest
-    feasible: Feasible = field(default_factory=Feasible)
-    """What was found on trial."""
+    form: Form = Form.EAGER
+    """What of the model is shrunk, as was found on trial."""
+    skipped: tuple[SkippedGroup, ...] = ()
+    """The groups that cannot lose units in this form, in the order of the model."""
     matrix_bytes: int = 0
     """Memory that a cache of weights on disk leaves to the problem of a layer; 0 without one."""
-
-    def on_copy(self) -> PruningTask:
-        """Return the same on a copy of the model."""
-        copy = dataclasses.replace(self.prepared, model=copied(self.prepared.model))
-        return dataclasses.replace(self, prepared=copy)
 
     @property
     def measures_curves(self) -> bool:
@@ -122,7 +108,7 @@ class PruningTask:
             if getattr(request, kind, None) is not None:
                 own = [one for one in groups if one.kind is kind and one.name not in residual]
                 _check_some(kind, own)
-        skipped = {group.name for group in self.feasible.skipped}
+        skipped = {group.name for group in self.skipped}
         for pattern in request.skip:
             matched = fnmatch.filter(by_name, pattern)
             if not matched:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from graph import CouplingGroup
 from osscar.allocation.costs import ROUNDING
 from osscar.allocation.limits import allowances
-from osscar.allocation.task import Feasible, PruningTask, SkippedGroup
+from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn, warn_of
 from osscar.base.printable import listed, pluralize
 from osscar.base.progress import stage
@@ -39,9 +39,10 @@ from osscar.shrinking.shrink_program import ProgramTrial
 _MOST_TOLD = 8
 
 
-def feasible_groups(task: PruningTask) -> Feasible:
+def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     """Try which groups can lose units, in the modules of a model or in its program.
 
+    Returned is the form in which it is shrunk, and the groups that are skipped, in model order.
     The same model and request come to the same answer, so that a run which goes on asks again.
     Halving skips as few groups as it can, so that all others can go together; of several forms the
     first is taken in which the fewest are skipped.
@@ -83,7 +84,7 @@ def feasible_groups(task: PruningTask) -> Feasible:
         )
     elif refused:
         warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
-    return Feasible(form, (*left, *_skipped(prepared.groups, inside)))
+    return form, (*left, *_skipped(prepared.groups, inside))
 
 
 def tell_lost(model: nn.Module, request: PruningRequest) -> None:
@@ -182,7 +183,7 @@ def _tried_traced(task: PruningTask, groups: Sequence[CouplingGroup]) -> tuple[F
 
 def _suffices(task: PruningTask, reasons: Mapping[str, str]) -> bool:
     """Whether modules can follow all that is asked for, without the groups that cannot."""
-    without = replace(task, feasible=Feasible(Form.EAGER, _skipped(task.groups, reasons)))
+    without = replace(task, form=Form.EAGER, skipped=_skipped(task.groups, reasons))
     cannot = [group for group in task.groups if group.name in reasons]
     named = any(task.keep.get(group.name, group.units) < group.units for group in cannot)
     if task.request.strict or named or (task.request.has_budget and not without.shared):

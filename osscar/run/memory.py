@@ -154,13 +154,16 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
         raise RequestError(reason)
 
 
-def forecast(task: PruningTask) -> MemoryNeeds:
-    """Return what a run needs, if it is within the limit; weights on disk leave room for passes."""
+def matrix_bytes(task: PruningTask) -> int:
+    """Return what a cache of weights on disk leaves to the problem of a layer; 0 without one.
+
+    A limit that cannot hold what the run needs is refused; in the cache there is room for passes.
+    """
     check_can_stream(task.prepared.model, task.request)
-    needs = MemoryNeeds.of(task)
     cache = weight_cache(task.prepared.model)
     if cache is None:
-        return needs
+        return 0
+    needs = MemoryNeeds.of(task)
     if needs.least > cache.ceiling:
         what, most = max(needs.parts.items(), key=lambda part: part[1])
         raise RequestError(
@@ -172,4 +175,4 @@ def forecast(task: PruningTask) -> MemoryNeeds:
             "(`--samples`, `--seqlen`), or smaller batches (batch_size, `--batch-size`)"
         )
     cache.leave_free(needs.forward)  # also after the run, as what is saved runs once more
-    return needs
+    return needs.matrices

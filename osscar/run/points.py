@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,91 +14,18 @@ from torch import nn
 
 from osscar.allocation.divergence import Compared, Measure
 from osscar.allocation.task import SkippedGroup
-from osscar.base.errors import JournalError, OptionError, RequestError
+from osscar.base.errors import JournalError
 from osscar.base.files import resolved
-from osscar.base.inputs import checked
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.preparation.journal import Journal, JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery
 from osscar.recovery.request import RecoveryRequest
-from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
-from osscar.run.chain import (
-    note_origin,
-    prepare_for,
-    prune_prepared,
-    run_dense,
-    tried,
-    within_memory,
-)
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.chain import prepare, prune_prepared
+from osscar.run.jobs import SweepJob
 from osscar.run.result import PruningResult
-
-
-@dataclass(frozen=True)
-class SweepJob:
-    """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
-
-    method: str
-    budget: BudgetKind
-    value: float | int
-
-    def request(self, base: PruningRequest) -> PruningRequest:
-        """Return the request of this point."""
-        asked: dict[str, Any] = {self.budget: self.value}
-        if self.method in METHODS:
-            return dataclasses.replace(base, **asked | {"allocation": self.method})
-        if base.routed:
-            raise RequestError(
-                f"the baseline {self.method} removes no experts; omit baselines (`--baselines`), "
-                f"or experts (`--experts`)"
-            )
-        asked |= {"allocation": "uniform", "backend": self.method, "backend_options": {}}
-        return dataclasses.replace(base, **asked, target="weights", correction_weight=None)
-
-    def __str__(self) -> str:
-        return f"{self.method} at {self.budget} {self.value:g}"
-
-
-def jobs(
-    budget: BudgetKind,
-    values: Sequence[Keep],
-    *,
-    baselines: bool = False,
-    allocation: str = "measured",
-) -> tuple[SweepJob, ...]:
-    """Return the points of a sweep, the method itself first, the largest model first."""
-    if not values:
-        raise OptionError(
-            f"a sweep needs budgets; give a list such as {budget.examples} for {budget}"
-        )
-    read = [_number(budget, value) for value in values]
-    if len({isinstance(value, int) for value in read}) > 1:
-        raise OptionError(
-            f"{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
-        )
-    if budget in _SIZES and any(isinstance(value, int) for value in read):
-        raise OptionError(
-            f"a sweep takes sizes as fractions of the dense model's, not {read[0]}; give a list "
-            f"such as {budget.examples} for {budget}"
-        )
-    methods = (allocation, *(BASELINES if baselines else ()))
-    removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
-    ordered = sorted(set(read), reverse=not removes)
-    return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
-
-
-_SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
-
-
-def _number(budget: BudgetKind, value: Any) -> float | int:
-    """Return a value as a plain number, which names its point."""
-    value = checked(budget, PruningRequest.__annotations__[budget], value)
-    if value is None:
-        raise OptionError(f"a budget is None; give a list such as {budget.examples} for {budget}")
-    if budget in (BudgetKind.PARAMS, *_SIZES):
-        value = parse_size_kept(value)
-    return value if isinstance(value, int) else float(value)
 
 
 def prune_points(
@@ -107,28 +34,27 @@ def prune_points(
     base: PruningRequest,
     points: Sequence[SweepJob],
     tell: Callable[[str], None] = lambda line: None,
+    done: Collection[SweepJob] = (),
 ) -> Generator[tuple[SweepJob, PruningResult]]:
-    """Prune a model once for each point; the given model is not changed, and traced once.
+    """Prune a model once for each point that is not `done`, one after the other.
 
+    The given model is not changed.  It is traced, tried and run dense once; loss curves are
+    measured once, too, at the widths of all points, so that a sweep which goes on has the same.
     Divergences are all measured on the samples that the base request holds out; baselines whose
     damping is given hold out none, and are fitted to these as well.
     """
-    if not points:
+    if all(job in done for job in points):
         return
-    with prepare_for(model, calibration, points[0].request(base)) as first:
-        tasks = [dataclasses.replace(first, request=job.request(base)) for job in points]
-        each = [(job, within_memory(task)) for job, task in zip(points, tasks, strict=True)]
-        common = tried(dataclasses.replace(first, request=base))
-        dense = run_dense(common, tell)
-        for job, task in each:
-            own = dataclasses.replace(task, feasible=common.feasible)
+    requests = [job.request(base) for job in points]
+    with prepare(model, calibration, base, others=requests, tell=tell) as prepared:
+        for job, request in zip(points, requests, strict=True):
+            if job in done:
+                continue
 
             def tell_of(line: str, job: SweepJob = job) -> None:
                 tell(f"{job}: {line}")
 
-            result = prune_prepared(own.on_copy(), dense, tell=tell_of)
-            note_origin(result, model, calibration)
-            yield job, result
+            yield job, prune_prepared(dataclasses.replace(prepared, tell=tell_of), request)
 
 
 _POINTS = "points"

@@ -13,9 +13,9 @@ from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import profiled
 from osscar.data.loaders import read_once
 from osscar.request import PruningRequest, by_keywords
-from osscar.run.chain import note_origin, prepare_for, prune_prepared, run_dense, tried
+from osscar.run.chain import prepare, prune_prepared
 from osscar.run.result import PruningResult
-from osscar.run.run_log import RunLog, begun
+from osscar.run.run_log import RunLog
 from osscar.run.target import prune_to_target
 
 
@@ -94,12 +94,9 @@ def prune_as_asked(
     calibration = read_once(model, calibration)
     with (
         profiled() as spent,
-        prepare_for(model, calibration, request, ranks) as task,
-        begun(log, task.prepared, request) as committed,
+        prepare(model, calibration, request, log=log, ranks=ranks, tell=tell) as prepared,
     ):
-        task = tried(task)
-        result = prune_prepared(task, run_dense(task, tell), log, committed, tell)
-    note_origin(result, model, calibration)
+        result = prune_prepared(prepared, request, copy=False)
     seconds = time.perf_counter() - start
     return dataclasses.replace(result, seconds=seconds, stages=spent.of(seconds))
 

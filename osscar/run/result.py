@@ -17,6 +17,7 @@ from osscar.allocation.budget import Budget
 from osscar.allocation.divergence import Compared
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import first_line
+from osscar.base.memory import attempt
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import builder_of
@@ -244,14 +245,14 @@ def measured(dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any
     """Return what a document tells of a forward pass of both models, or why that is not known."""
     if is_on_disk(dense):  # its time is that of reading weights
         return {"forward": None, "unmeasured": ""}
-    try:
+    with attempt() as tried:  # no figure of a report is worth a run
         smaller = pruned()
         # A program knows nothing of tokens, so the inputs are those of the dense model.
         first = as_inputs(dense, calibration).first(dense)
         sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
         before, after = measure_forward([dense, smaller], sample)
-    except Exception as error:  # no figure of a report is worth a run
-        why = f"{type(error).__name__}: {first_line(error)}"
+    if tried.failed:
+        why = f"{type(tried.error).__name__}: {first_line(tried.error)}"
         return {"forward": None, "unmeasured": f"a forward pass of both models ({why})"}
     shapes = {name: list(tensor.shape) for name, tensor in sample.items()}
     device = device_of(smaller).type

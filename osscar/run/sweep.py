@@ -37,14 +37,13 @@ from osscar.recovery.samples import check_enough
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import BudgetKind, PruningRequest, TargetKind
+from osscar.run.jobs import SweepJob, jobs
 from osscar.run.memory import check_can_stream
 from osscar.run.points import (
     Quality,
     Recovered,
     SweepDirectory,
-    SweepJob,
     SweepPoint,
-    jobs,
     prune_points,
     sweep_manifest,
 )
@@ -219,10 +218,9 @@ class Sweep:
         every = (SweepJob("dense", budget, budget.dense), *self.points)
         todo = [job for job in every if self.place.point(job) is None]
         pruned = [job for job in todo if job is not every[0]]
-        with (
-            stage("sweep", total=len(pruned)) as bar,
-            closing(prune_points(dense, calibration, self.base, pruned, self.tell)) as results,
-        ):
+        done = [job for job in self.points if job not in todo]
+        pruning = prune_points(dense, calibration, self.base, self.points, self.tell, done)
+        with stage("sweep", total=len(pruned)) as bar, closing(pruning) as results:
             for job in todo:
                 began = time.perf_counter()
                 with profiled() as spent:

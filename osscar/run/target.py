@@ -23,7 +23,7 @@ from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import CountedCost, count
 from osscar.allocation.limits import COUNTED, Allowance, allowances
-from osscar.allocation.measured import Curve, known_curves
+from osscar.allocation.measured import Curve, known_curves, measured_curves
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.ranks import ALONE, Ranks
@@ -34,17 +34,9 @@ from osscar.data.parts import copies, in_parts
 from osscar.evaluation.confidence import Bounded, Judge, fewest_samples, usual_samples
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
-from osscar.run.chain import (
-    Dense,
-    note_origin,
-    prepare_for,
-    prune_prepared,
-    run_dense,
-    tried,
-    widths,
-)
+from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
 from osscar.run.result import PruningResult
-from osscar.run.run_log import LayerRecord, RunLog, begun
+from osscar.run.run_log import RunLog, begun
 from osscar.run.target_search import Attempt, Frontier, TargetReport, next_limit
 
 _FIRST = 0.3
@@ -82,22 +74,20 @@ def prune_to_target(
     numbers = copies(inputs)
     _check_enough(target, len(numbers), int(numbers.max()) + 1)
     parts = in_parts(calibration, numbers, request.seed)
+    part = parts.pruned_on
     with (
         profiled() as spent,
-        prepare_for(model, parts.pruned_on, request, ranks) as task,
-        begun(log, dataclasses.replace(task.prepared, inputs=inputs), request),
+        prepare(
+            model, calibration, request, pruned_on=part, log=log, ranks=ranks, tell=tell
+        ) as prepared,
     ):
         searched, tested = (
-            _judge(target, task, part, classes) for part in (parts.searched, parts.tested)
+            _judge(target, prepared.task, data, classes) for data in (parts.searched, parts.tested)
         )
-        task = tried(task)
-        dense = run_dense(task, tell)
-        data = parts.pruned_on
-        search = _Search(target, task, dense, searched, tested, data, log, tell, recover)
+        search = _Search(target, prepared, searched, tested, part, recover)
         (pruned, recovery), report = search.smallest()
         with timed(Stage.PRUNED):
             likeness = tested.reference.likeness(pruned.model)
-    note_origin(pruned, model, calibration)
     seconds = time.perf_counter() - start
     measure = tested.reference.distance.measure
     scores, same = measure == "nats", measure == pruned.distance.measure
@@ -159,19 +149,21 @@ class _Search:
     """The attempts to a target, and the data that they prune on."""
 
     target: QualityTarget
-    task: PruningTask
-    dense: Dense
+    prepared: PreparedRun
     searched: Judge
     tested: Judge
     data: Any
-    log: RunLog | None
-    tell: Callable[[str], None]
     recover: Recover | None
     attempts: list[Attempt] = field(default_factory=list)
 
+    @property
+    def task(self) -> PruningTask:
+        """What the whole run is asked for."""
+        return self.prepared.task
+
     def smallest(self) -> tuple[Made, TargetReport]:
         """Try sizes until none is left to try, test them; return the smallest that passes."""
-        ranks, log = self.task.prepared.ranks, self.log
+        ranks, log = self.task.prepared.ranks, self.prepared.log
         self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
         logged = ranks.broadcast("whether there is a log", lambda: log is not None)
         budget, passed = self._known_budget(), dict[int, Made]()
@@ -182,7 +174,7 @@ class _Search:
             if log is not None:
                 log.note_attempts(self.attempts)
             report = self._report(budget)
-            self.tell(f"attempt {number}: {report.searched_in_words(attempt)}")
+            self.prepared.tell(f"attempt {number}: {report.searched_in_words(attempt)}")
             if made is None:
                 continue
             budget = made[0].budget or budget
@@ -192,7 +184,7 @@ class _Search:
                 passed = {at: one for at, one in passed.items() if at == report.chosen}
         report = self._report(budget)
         for line in report.tests_in_words():
-            self.tell(line)
+            self.prepared.tell(line)
         if report.chosen is None:
             if log is not None:
                 log.remove()  # it is of no use to another target
@@ -298,48 +290,49 @@ class _Search:
                 found.append((cost.of({**others, **kept}), lost))
         return (*found[1:], (dense, 0.0))
 
-    def _within(self, limit: float) -> PruningTask:
-        """Return the task of an attempt: a size in place of the target."""
+    def _request(self, limit: float) -> PruningRequest:
+        """Return the request of an attempt: a size in place of the target."""
         value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
-        request = dataclasses.replace(self.task.request, **{**asked, self._kind: value})
-        return dataclasses.replace(self.task, request=request)
+        return dataclasses.replace(self.task.request, **{**asked, self._kind: value})
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last attempt; before the first one, measure the curves."""
         for at in reversed(range(len(self.attempts))):
             if self.attempts[at].measured is not None:  # or it may have none
-                with self._begun(at + 1, self.attempts[at].limit) as (task, log, _):
-                    return self._shared_out(task, log)
+                with self._begun(at + 1, self.attempts[at].limit) as (attempt, request):
+                    return _shared_out(attempt, request)
         others = self.task.keep
         most = self._cost.of(others)
         limit = most - _FIRST * (most - self._cost.of({**others, **self.task.least}))
-        return self._shared_out(self._within(min(limit, self._largest)), self.log)
-
-    def _shared_out(self, task: PruningTask, log: RunLog | None) -> Budget:
-        found = widths(task, log, lambda line: None).budget
-        assert found is not None  # or the request would have been refused
-        return found
+        return _shared_out(self.prepared, self._request(min(limit, self._largest)))
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
         """Make the model of an attempt; groups that its log has are not solved again."""
-        with self._begun(number, limit) as (task, log, committed):
-            pruned = prune_prepared(
-                task.on_copy(),
-                self.dense,
-                log,
-                committed,
-                lambda line: self.tell(f"attempt {number}: {line}"),
-                before,
-            )
+        with self._begun(number, limit) as (attempt, request):
+            measuring = partial(measured_curves, before=before)
+            pruned = prune_prepared(attempt, request, measuring=measuring)
         return pruned, self.recover and self.recover(pruned, self.data, number)
 
     @contextmanager
-    def _begun(
-        self, number: int, limit: float
-    ) -> Iterator[tuple[PruningTask, RunLog | None, tuple[LayerRecord, ...]]]:
-        """Begin an attempt, or go on with one; yield its task, its log, and the log's records."""
-        task = self._within(limit)
-        log = None if self.log is None else self.log.attempt(number)
-        with begun(log, task.prepared, task.request) as committed:
-            yield task, log, committed
+    def _begun(self, number: int, limit: float) -> Iterator[tuple[PreparedRun, PruningRequest]]:
+        """Begin an attempt, or go on with one, in a log of its own; yield it with its request."""
+        prepared, request = self.prepared, self._request(limit)
+        log = None if prepared.log is None else prepared.log.attempt(number)
+        with begun(log, self.task.prepared, request) as committed:
+
+            def tell(line: str) -> None:
+                prepared.tell(f"attempt {number}: {line}")
+
+            yield (
+                dataclasses.replace(prepared, log=log, committed=committed, tell=tell),
+                request,
+            )
+
+
+def _shared_out(prepared: PreparedRun, request: PruningRequest) -> Budget:
+    """Return the budget of a request; nothing is pruned, and nothing is told."""
+    quiet = dataclasses.replace(prepared, tell=lambda line: None)
+    found = widths(quiet, dataclasses.replace(prepared.task, request=request)).budget
+    assert found is not None  # or the request would have been refused
+    return found

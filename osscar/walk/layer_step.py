@@ -130,11 +130,14 @@ class LayerStep:
         """Return what to commit, (p, m) each: the weights of a solution, after the fixed rows."""
         return [gram.all_rows(W) for gram, W in zip(self.known, weights, strict=True)]
 
-    def refits(self, weights: Sequence[Tensor], kept: Sequence[int]) -> Refits:
+    def refits(
+        self, weights: Sequence[Tensor], kept: Sequence[int], *, more: bool = False
+    ) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
         `weights` are those of a solution.  What reads an input that never varied keeps its dense
-        weights if its unit stays.  A layer of which nothing was held out gets its refit.
+        weights if its unit stays.  A layer of which nothing was held out gets its refit.  What was
+        held out is let go, unless `more` refits are to come.
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
@@ -155,7 +158,8 @@ class LayerStep:
             largest = float(dense.abs().max())
             growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
             chosen.append(W)
-            gram.held = None  # its memory is needed no more
+            if not more:
+                gram.held = None
         return Refits(tuple(chosen), tuple(unrefitted), growth, held, tuple(tied))
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:

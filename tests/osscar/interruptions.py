@@ -149,7 +149,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import solvers
     from osscar.checkpoint import directory
     from osscar.recovery.training import Training
-    from osscar.run import chain
+    from osscar.run import smaller
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
@@ -161,7 +161,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield Coroutine, "advance", False
     yield LayerStep, "commit", False
     yield Training, "step", False
-    yield chain, "shrink", False
+    yield smaller, "shrink", False
     yield directory, "read_back", False
     yield jobs, "answered", False
 

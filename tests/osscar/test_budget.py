@@ -11,6 +11,7 @@ from torch import nn
 from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, count
+from osscar.allocation.limits import goal
 from osscar.allocation.measured import Curve
 from osscar.allocation.task import PruningTask
 from osscar.allocation.whole import whole_distance
@@ -20,7 +21,6 @@ from osscar.evaluation.size import count_owned
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
-from osscar.run.chain import goal
 from tests.osscar.families import tiny, tokens
 from tests.osscar.test_costs import CNN, allocated_by_random_curves
 

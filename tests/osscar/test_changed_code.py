@@ -12,8 +12,8 @@ from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
 from osscar.models.load import load_model
 from osscar.preparation.fingerprint import DenseOutputs
-from osscar.request import PruningRequest
-from osscar.run.points import BudgetKind, SweepDirectory, sweep_manifest
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.points import SweepDirectory, sweep_manifest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
 from osscar.study.directory import Study

@@ -12,11 +12,12 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import AdapterError, EquivalenceError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
-from osscar.request import PruningRequest
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run import chain
 from osscar.run import feasibility as feasibility_room
-from osscar.run.chain import prepare_for
 from osscar.run.feasibility import feasible_groups
-from osscar.run.points import BudgetKind, SweepJob, jobs, prune_points
+from osscar.run.jobs import SweepJob, jobs
+from osscar.run.points import prune_points
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from tests.graph.topologies import network
@@ -84,10 +85,10 @@ def names_of(groups):
 
 
 def tried(kind, data, **asked):
-    """Return form and skipped groups of a network, which is solved by nobody."""
+    """Return the task of a network, with its form and skipped groups; it is solved by nobody."""
     request = PruningRequest(**asked, device="cpu")
-    with prepare_for(built(kind), data, request) as task:
-        return feasible_groups(task)
+    with chain.prepare(built(kind), data, request) as prepared:
+        return prepared.task
 
 
 @pytest.fixture
@@ -219,7 +220,8 @@ def test_one_trial_is_enough_where_all_can_follow(tries):
 def test_a_form_that_fails_is_not_looked_into_where_another_does(tries, monkeypatch):
     """To find by halving what modules cannot do takes many trials, of which nobody hears."""
     monkeypatch.setattr(feasibility_room, "FORMS", FORMS)
-    assert tried(MaxOut, rows(), sparsity=0.5) == (Form.EXPORTED, ())
+    found = tried(MaxOut, rows(), sparsity=0.5)
+    assert (found.form, found.skipped) == (Form.EXPORTED, ())
     assert len(tries) == 1 < len(tries[0])
 
 
@@ -239,7 +241,8 @@ def test_a_trial_leaves_the_model_as_it_was():
             return super().forward(x) * self.tables[len(x)]
 
     request = PruningRequest(sparsity=0.5, device="cpu")
-    with prepare_for(built(Counting), rows(9, 8), request) as task:
+    with prepare(built(Counting), rows(9, 8)) as prepared:
+        task = PruningTask(prepared, request)
 
         def state():
             model = task.prepared.model
@@ -251,7 +254,7 @@ def test_a_trial_leaves_the_model_as_it_was():
             )
 
         before = state()
-        assert feasible_groups(task).skipped
+        assert feasible_groups(task)[1]
         assert state() == before
 
 
@@ -264,8 +267,8 @@ def test_the_widths_that_are_tried():
         ({"neurons": 7}, (), (7, 7)),
     ):
         request = PruningRequest(device="cpu", **asked)
-        with prepare_for(built(Transformer), words(), request) as task:
-            found = task.provisional
+        with prepare(built(Transformer), words(), heads=request.prunes_heads) as prepared:
+            found = PruningTask(prepared, request).provisional
         kept = {"attn.heads": heads, "mlp.neurons": neurons}
         assert found == {
             f"blocks.{i}.{kind}": count for kind, of in kept.items() for i, count in enumerate(of)

@@ -15,8 +15,9 @@ from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_output, scored_output
 from osscar.preparation.failures import check_repeatable
-from osscar.request import PruningRequest
-from osscar.run.points import BudgetKind, SweepJob, prune_points
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.jobs import SweepJob
+from osscar.run.points import prune_points
 from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 

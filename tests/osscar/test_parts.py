@@ -9,9 +9,8 @@ import osscar
 from osscar.base.errors import DataError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import copies, shuffled
+from osscar.preparation.prepare import prepare
 from osscar.recovery.samples import split
-from osscar.request import PruningRequest
-from osscar.run.chain import prepare_for
 from tests.osscar.networks import images, plain, small_net
 
 
@@ -80,8 +79,8 @@ def test_what_is_held_out_is_of_all_kinds_whatever_the_order_of_the_caller():
     x = images(64)
     x[48:] += 10
     for seed in (0, 1):
-        with prepare_for(small_net(), x, PruningRequest(sparsity=0.5, seed=seed)) as task:
-            last = task.prepared.inputs.part(-16).batches(small_net(), 64)[0]["x"]
+        with prepare(small_net(), x, seed=seed) as prepared:
+            last = prepared.inputs.part(-16).batches(small_net(), 64)[0]["x"]
         assert 0 < (last.mean((1, 2, 3)) > 5).sum() < 12
     training, apart = split(as_inputs(small_net(), x), small_net(), osscar.RecoveryRequest())
     assert len(training) + len(apart) == 64

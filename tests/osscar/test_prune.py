@@ -25,9 +25,10 @@ from osscar.base.errors import (
 from osscar.network.attention import _MultiheadAttention
 from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import lineage_of
-from osscar.request import PruningRequest
+from osscar.request import BudgetKind, PruningRequest
 from osscar.run.groups import certified
-from osscar.run.points import BudgetKind, jobs, prune_points
+from osscar.run.jobs import jobs
+from osscar.run.points import prune_points
 from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.masked import masked

@@ -26,7 +26,7 @@ from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import BudgetKind, PruningRequest, parse_keep
 from osscar.routing.find import mixtures_in
 from osscar.routing.masks import without_experts
-from osscar.run.points import SweepJob
+from osscar.run.jobs import SweepJob
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import prune_page
 from osscar.run.run_log import RunLog

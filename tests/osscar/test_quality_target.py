@@ -29,6 +29,7 @@ from osscar.evaluation.confidence import (
 )
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
+from osscar.preparation import prepare as preparation
 from osscar.report.sections import Figure
 from osscar.request import PruningRequest, QualityTarget, TargetKind
 from osscar.run import chain
@@ -275,7 +276,7 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
     dense, data = case()
     prepared, fitted = [], []
     monkeypatch.setattr(
-        chain, "prepare", lambda *given, **more: prepared.append(1) or prepare(*given, **more)
+        preparation, "prepare", lambda *given, **more: prepared.append(1) or prepare(*given, **more)
     )
     monkeypatch.setattr(
         chain,
@@ -322,7 +323,7 @@ def check_page(record, chosen, most):
     assert ("least" in lines) == (target["quality"] == DIVERGENCE)
 
 
-prepare, prune_groups = chain.prepare, chain.prune_groups
+prepare, prune_groups = preparation.prepare, chain.prune_groups
 
 
 def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(

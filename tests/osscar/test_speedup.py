@@ -12,8 +12,9 @@ from osscar.allocation import speedup, times
 from osscar.allocation.speedup import Proposal, as_fast_as
 from osscar.base import timing
 from osscar.base.errors import RequestError
-from osscar.request import PruningRequest
-from osscar.run.points import BudgetKind, jobs, prune_points
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run.jobs import jobs
+from osscar.run.points import prune_points
 from tests.osscar.families import tiny, tokens
 
 

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import osscar
 from benchmarks.measuring import measured
 from benchmarks.random_models import SHAPES, write_model
+from osscar.allocation.task import PruningTask
 from osscar.base import memory as system_memory
 from osscar.base.errors import (
     CheckpointError,
@@ -37,10 +38,11 @@ from osscar.offload.on_disk import is_on_disk, weight_cache
 from osscar.offload.places import Chain, Source, as_bytes
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.request import PruningRequest
-from osscar.run.chain import prepare_for
+from osscar.request import BudgetKind, PruningRequest
+from osscar.run import chain
+from osscar.run.jobs import SweepJob
 from osscar.run.memory import MemoryNeeds
-from osscar.run.points import BudgetKind, SweepJob, prune_points
+from osscar.run.points import prune_points
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
@@ -359,7 +361,7 @@ def test_a_streamed_model_is_swept_to_the_same_points(tmp_path):
 
 
 def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("osscar.run.points.run_dense", None)
+    monkeypatch.setattr(chain, "feasible_groups", None)
     model = opened(written(tmp_path / "dense", "opt", layers=1), "100MB")
     with pytest.raises(RequestError, match="out_proj"):
         next(prune_points(model, windows(), BASE, JOBS))
@@ -427,8 +429,8 @@ def test_batches_hold_what_is_forecast():
 
     request = osscar.PruningRequest(neurons=0.5, device="cpu")
     model = tiny("llama-gqa", layers=1).bfloat16()
-    with prepare_for(model, windows(32, 64), request) as task:
-        prepared, forecast = task.prepared, MemoryNeeds.of(task).batches
+    with prepare(model, windows(32, 64), device=CPU, seed=0) as prepared:
+        forecast = MemoryNeeds.of(PruningTask(prepared, request)).batches
         groups = [group for group in prepared.groups if group.kind == "neurons"]
         before = storages()  # held, so that no new tensor takes an address of them
         found = [
@@ -442,8 +444,8 @@ def test_room_counts_what_a_layer_reads(tmp_path):
     model = opened(written(tmp_path / "d", "opt", layers=1))
     request, needs = osscar.PruningRequest(neurons=0.5), []
     for samples in (8, 16):
-        with prepare_for(model, windows(samples), request) as task:
-            needs.append(MemoryNeeds.of(task))
+        with prepare(model, windows(samples), seed=0) as prepared:
+            needs.append(MemoryNeeds.of(PruningTask(prepared, request)))
     few, many = needs
     assert any("with its 40 inputs" in part for part in few.parts)
     assert many.batches > few.batches

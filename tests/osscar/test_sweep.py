@@ -22,21 +22,13 @@ from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
 from osscar.preparation.journal import JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import recover_as_asked
-from osscar.request import PruningRequest
-from osscar.run.chain import prepare_for
-from osscar.run.points import (
-    BASELINES,
-    METHODS,
-    BudgetKind,
-    Recovered,
-    SweepDirectory,
-    SweepJob,
-    SweepPoint,
-    jobs,
-    prune_points,
-)
+from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
+from osscar.run.chain import prepare
+from osscar.run.jobs import SweepJob, jobs
+from osscar.run.points import Recovered, SweepDirectory, SweepPoint, prune_points
 from osscar.run.prune import prune_as_asked
 from osscar.run.sweep_page import sweep_verdict
+from osscar.walk.walk import Walk
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import CALIBRATION, HELD_OUT, tokens
 from tests.osscar.families import tiny as tiny_of
@@ -66,8 +58,7 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind):
     model, data = (tiny_of("opt", layers=1), tokens()) if of_text else (small_net(), images())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     points = (
-        SweepJob(MEASURED, SPARSITY, 0.3),
-        SweepJob(MEASURED, FLOPS, 0.7),
+        SweepJob(MEASURED, SPARSITY if of_text else FLOPS, 0.7),
         SweepJob("wanda", SPARSITY, 0.5),
     )
     found = dict(prune_points(model, data, BASE, points))
@@ -85,6 +76,32 @@ def test_a_point_is_what_a_run_of_its_own_makes(kind):
         if of_text:
             assert result.model.config.use_cache == model.config.use_cache
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_all_points_share_curves_that_are_measured_once_at_their_widths(monkeypatch):
+    walks, original = [], Walk.__init__
+
+    def noted(self, *given, **more):
+        walks.append(more.get("rough", False))
+        original(self, *given, **more)
+
+    monkeypatch.setattr(Walk, "__init__", noted)
+    points = jobs(SPARSITY, (0.2, 0.25, 0.7), baselines=True)
+    found = dict(prune_points(small_net(), images(), BASE, points))
+    assert walks.count(True) == 1
+    budgets = [found[job].budget for job in points[:3]]
+    assert budgets[0].measured == budgets[1].measured == budgets[2].measured
+    for name, width in budgets[0].widths.items():
+        known = [point.kept for point in budgets[0].measured[name]]
+        for share in (0.8, 0.75, 0.3):  # one of 0.8 and 0.75 is near the other
+            assert min(abs(kept - share * width.units) for kept in known) <= 0.3 * width.units
+    assert any(len(known) == 2 for known in budgets[0].measured.values())
+    assert all(job.method == MEASURED or one.budget.predicted is None for job, one in found.items())
+    # A sweep that goes on, with the last one to do, makes the same.
+    ((job, last),) = prune_points(small_net(), images(), BASE, points[:3], done=points[:2])
+    assert (job, last.budget, last.plan) == (points[2], found[job].budget, found[job].plan)
+    for name, value in found[job].model.state_dict().items():
+        assert torch.equal(value, last.model.state_dict()[name])
 
 
 # ---- points and budgets ------------------------------------------------------------------
@@ -139,7 +156,8 @@ def test_budgets_that_make_no_sense_are_refused(budget, values, message):
 
 
 def test_no_run_is_predicted_to_lie_below_the_frontier():
-    with prepare_for(tiny_of("opt"), tokens(), BASE) as task:
+    with prepare(tiny_of("opt"), tokens(), BASE) as prepared:
+        task = prepared.task
         requests = [SweepJob(MEASURED, SPARSITY, s).request(BASE) for s in (0.2, 0.5, 0.8)]
         tasks = [dataclasses.replace(task, request=request) for request in requests]
         budgets = [allocated_by_random_curves(task).budget for task in tasks]

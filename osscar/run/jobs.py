@@ -1,0 +1,78 @@
+"""What a sweep is asked for: its points, each a method at a budget.  Nothing here loads torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osscar.base.errors import OptionError, RequestError
+from osscar.base.inputs import checked
+from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One point of a sweep: one of `METHODS`, or a baseline's backend, at some budget."""
+
+    method: str
+    budget: BudgetKind
+    value: float | int
+
+    def request(self, base: PruningRequest) -> PruningRequest:
+        """Return the request of this point."""
+        asked: dict[str, Any] = {self.budget: self.value}
+        if self.method in METHODS:
+            return dataclasses.replace(base, **asked | {"allocation": self.method})
+        if base.routed:
+            raise RequestError(
+                f"the baseline {self.method} removes no experts; omit baselines (`--baselines`), "
+                f"or experts (`--experts`)"
+            )
+        asked |= {"allocation": "uniform", "backend": self.method, "backend_options": {}}
+        return dataclasses.replace(base, **asked, target="weights", correction_weight=None)
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.budget} {self.value:g}"
+
+
+def jobs(
+    budget: BudgetKind,
+    values: Sequence[Keep],
+    *,
+    baselines: bool = False,
+    allocation: str = "measured",
+) -> tuple[SweepJob, ...]:
+    """Return the points of a sweep, the method itself first, the largest model first."""
+    if not values:
+        raise OptionError(
+            f"a sweep needs budgets; give a list such as {budget.examples} for {budget}"
+        )
+    read = [_number(budget, value) for value in values]
+    if len({isinstance(value, int) for value in read}) > 1:
+        raise OptionError(
+            f"{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
+        )
+    if budget in _SIZES and any(isinstance(value, int) for value in read):
+        raise OptionError(
+            f"a sweep takes sizes as fractions of the dense model's, not {read[0]}; give a list "
+            f"such as {budget.examples} for {budget}"
+        )
+    methods = (allocation, *(BASELINES if baselines else ()))
+    removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
+    ordered = sorted(set(read), reverse=not removes)
+    return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
+
+
+_SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
+
+
+def _number(budget: BudgetKind, value: Any) -> float | int:
+    """Return a value as a plain number, which names its point."""
+    value = checked(budget, PruningRequest.__annotations__[budget], value)
+    if value is None:
+        raise OptionError(f"a budget is None; give a list such as {budget.examples} for {budget}")
+    if budget in (BudgetKind.PARAMS, *_SIZES):
+        value = parse_size_kept(value)
+    return value if isinstance(value, int) else float(value)
