@@ -35,6 +35,7 @@ from osscar.cli.options import (
     recovery_of,
     request_of,
 )
+from osscar.cli.points import asked_points
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.sections import longest_stages
 from osscar.request import ArgumentsAlone
@@ -160,6 +161,7 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
     budgets take one value, which holds for all of them. Run the command again to
     continue a sweep that was stopped; more values, or --baselines, extend it.
     """
+    recovery_of(options, asked_points(options, ArgumentsAlone)[0])  # before anything is loaded
     _run("sweep", model, options)
 
 

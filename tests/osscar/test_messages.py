@@ -25,7 +25,12 @@ def test_public_names_are_where_the_stub_says():
 
 
 @pytest.mark.parametrize(
-    ("words", "status"), [(["--help"], 0), (["prune", "demo", "--heads", "1", "--out", "x"], 7)]
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["prune", "demo", "--heads", "1", "--out", "x"], 7),
+        (["sweep", "demo", "--sparsity", "0.2,0.3", "--out", "x"], 7),
+    ],
 )
 def test_help_loads_no_numerics_and_a_command_says_what_it_does_before_it_does(words, status):
     script = (
@@ -40,6 +45,24 @@ def test_help_loads_no_numerics_and_a_command_says_what_it_does_before_it_does(w
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     said = "progress: loading torch, which takes seconds\n" if status else ""
     assert (ended.returncode, ended.stderr, bool(ended.stdout)) == (status, said, not status)
+
+
+def test_what_arguments_alone_decide_of_a_sweep_is_said_before_anything_is_loaded(
+    run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("osscar.cli.commands._run", None)
+    for words, message in (
+        (("--sparsity", "0.2,1.5"), "sparsity is 1.5; give less than 1"),
+        (("--sparsity", "a,b"), "is not a list such as"),
+        (("--size", "0.5,0.7", "--memory", "0.5,0.7"), "a sweep goes over one of the budgets"),
+        (("--memory", "0.5,0.7"), "needs the length of the key/value cache"),
+        (("--speedup", "1.5,2", "--form", "exported"), "speedup does not go with form"),
+        (("--params", "0.5,0.7", "--experts", "auto", "--baselines"), "removes no experts"),
+        (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
+    ):
+        status, _, err = run("sweep", "demo", "--out", tmp_path / "out", *words)
+        assert (status, message in " ".join(err.split())) == (2, True), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_message_is_the_same_on_the_command_line_and_in_python(run):
