@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from osscar.allocation.budget import Allocated, Budget, Limit, Measured, Width
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost
-from osscar.allocation.divergence import Measure
 from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, curves_for_all, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
@@ -30,6 +29,7 @@ from osscar.allocation.whole import whole_distance
 from osscar.allocation.widths import possible_counts, possible_widths, unit_width, why_frozen
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
+from osscar.distance.distance import Measure
 from osscar.request import AUTO, BudgetKind
 
 _WEIGHTS = 1.0, 2.0, 4.0, math.inf

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import with_config
 
 from osscar.allocation.costs import Cost
-from osscar.allocation.divergence import Measure
 from osscar.base.json_files import STRICT
+from osscar.distance.distance import Measure
 from osscar.request import BudgetKind
 
 _ROUNDING = 1e-9

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup
 from osscar.allocation.budget import Budget
-from osscar.allocation.divergence import Distance, Measure, Reference, picks_predictions
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
 from osscar.base.distances import AnyDistance
@@ -30,6 +29,7 @@ from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import stage
 from osscar.base.timing import Stage, timed
+from osscar.distance.distance import Distance, Measure, Reference, picks_predictions
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared

@@ -22,13 +22,13 @@ from scipy.optimize import brentq
 from scipy.special import bdtr, gammaln, stdtrit, xlogy
 from torch import Tensor, nn
 
-from osscar.allocation.divergence import Distance, Reference, spread
 from osscar.base.distances import AnyDistance
 from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.json_files import STRICT
 from osscar.data.batches import as_inputs
 from osscar.data.parts import copies
 from osscar.data.samples import IGNORED, SampleSet
+from osscar.distance.distance import Distance, Reference, spread
 from osscar.request import TargetKind
 
 CONFIDENCE = 0.95

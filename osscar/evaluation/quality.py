@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.allocation.divergence import summed_divergence
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.progress import stage
@@ -21,6 +20,7 @@ from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
 from osscar.data.text import CalibrationSet, TextSet
+from osscar.distance.distance import summed_divergence
 from osscar.network.modules import check_usable, evaluating, token_embeddings
 from osscar.network.predictions import (
     LOGITS,

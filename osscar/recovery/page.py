@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from osscar.allocation.divergence import Compared
 from osscar.base.printable import pluralize, share
+from osscar.distance.distance import Compared
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.figures import color, from_zero, legend, new_figure
 from osscar.report.html import page

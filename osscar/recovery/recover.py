@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from osscar import __version__
-from osscar.allocation.divergence import Compared, Measure
 from osscar.base.devices import default_torch
 from osscar.base.errors import ModelError, NonFiniteError
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -27,6 +26,7 @@ from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
+from osscar.distance.distance import Compared, Measure
 from osscar.network.model_state import model_state
 from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
 from osscar.offload.on_disk import is_on_disk

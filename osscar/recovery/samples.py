@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from osscar.allocation.divergence import Distance
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
@@ -17,6 +16,7 @@ from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.parts import held_out, run_length, shuffled
 from osscar.data.samples import named_generator
+from osscar.distance.distance import Distance
 from osscar.network.modules import copied, device_of
 from osscar.proof.program import ProgramModule
 from osscar.proof.seen import fingerprints_of_runs

@@ -17,7 +17,6 @@ from pydantic import with_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from osscar.allocation.divergence import Reference
 from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
 from osscar.base.memory import attempt
@@ -26,6 +25,7 @@ from osscar.base.progress import stage
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
+from osscar.distance.distance import Reference
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of, tensors_in
 from osscar.network.tensor_files import read_record, write_record

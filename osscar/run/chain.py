@@ -18,7 +18,6 @@ from torch import nn
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import Measuring, allocate, measured_once
 from osscar.allocation.budget import Allocated
-from osscar.allocation.divergence import Distance, Reference
 from osscar.allocation.limits import counted_again, goal
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
@@ -28,6 +27,7 @@ from osscar.base.printable import in_bytes
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import as_inputs
+from osscar.distance.distance import Distance, Reference
 from osscar.network.modules import copied, count_parameters
 from osscar.preparation import prepare as preparation
 from osscar.proof.lineage import note_calibration, note_dense

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from graph import CouplingGroup
-from osscar.allocation.divergence import MOST_BYTES
 from osscar.allocation.measured import compared_samples
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.memory import in_words, memory_of
 from osscar.checkpoint.directory import weight_bytes
+from osscar.distance.distance import MOST_BYTES
 from osscar.network.modules import device_of, token_embeddings
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
 from osscar.preparation.prepare import widest_output

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from pydantic import with_config
 from torch import nn
 
-from osscar.allocation.divergence import Compared, Measure
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError
 from osscar.base.files import resolved
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
+from osscar.distance.distance import Compared, Measure
 from osscar.preparation.journal import Journal, JournalManifest
 from osscar.proof.plan import Form
 from osscar.recovery.recover import Recovery

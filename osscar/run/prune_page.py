@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import UnitKind
-from osscar.allocation.divergence import UNITS, Compared
 from osscar.base.printable import (
     capitalized,
     decimals,
@@ -18,6 +17,7 @@ from osscar.base.printable import (
     pluralize,
     share,
 )
+from osscar.distance.distance import UNITS, Compared
 from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words

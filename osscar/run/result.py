@@ -14,7 +14,6 @@ from torch import nn
 
 from osscar import __version__
 from osscar.allocation.budget import Budget
-from osscar.allocation.divergence import Compared
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import first_line
 from osscar.base.memory import attempt
@@ -23,6 +22,7 @@ from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
+from osscar.distance.distance import Compared
 from osscar.evaluation.speed import measure_forward
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import is_on_disk

@@ -23,10 +23,10 @@ import numpy as np
 from pydantic import with_config
 
 from osscar.allocation.costs import Cost
-from osscar.allocation.divergence import UNITS, Measure
 from osscar.allocation.measured import LEAST
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, share
+from osscar.distance.distance import UNITS, Measure
 from osscar.evaluation.confidence import Bounded
 from osscar.request import QualityTarget, TargetKind
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from osscar.allocation.divergence import Distance, Reference, summed_divergence
 from osscar.base.distances import read_distance
 from osscar.base.errors import DataError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
+from osscar.distance.distance import Distance, Reference, summed_divergence
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import in_batches
 from osscar.request import PruningRequest

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from osscar.allocation import measured as measured_module
 from osscar.allocation.allocate import allocate
-from osscar.allocation.divergence import Compared, Distance, Reference
 from osscar.allocation.measured import (
     LEAST,
     Curve,
@@ -22,10 +21,11 @@ from osscar.allocation.measured import (
     summed_losses,
     widths_to_measure,
 )
-from osscar.allocation.scores import Scores
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.data.batches import ModelInputs
+from osscar.distance.distance import Compared, Distance, Reference
+from osscar.distance.scores import Scores
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
@@ -79,7 +79,7 @@ def test_a_language_model_makes_one_prediction_in_two(monkeypatch):
         model, inputs, seen = prepared.model, prepared.inputs, []
         batches = inputs.batches(model, 1)
         distance = Distance.of(model, inputs, batches[0])
-        monkeypatch.setattr("osscar.allocation.divergence.MOST_BYTES", distance.bytes)
+        monkeypatch.setattr("osscar.distance.distance.MOST_BYTES", distance.bytes)
         reference = Reference.of(distance, model, batches)
         model.lm_head.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
         reference.divergence(model)

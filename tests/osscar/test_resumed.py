@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from graph.tracing.preserve import without_cache
 from osscar.allocation.measured import dense_references
-from osscar.allocation.resumed import Recording
+from osscar.distance.resumed import Recording
 from osscar.network.modules import forward
 from osscar.preparation.prepare import prepare
 from tests.osscar.families import FAMILIES, tiny, tokens

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import osscar
-from osscar.allocation.divergence import Distance, Reference
 from osscar.base.distances import read_distance
 from osscar.base.errors import OptionError
 from osscar.data.batches import as_inputs
 from osscar.data.samples import TensorSet, named_generator
+from osscar.distance.distance import Distance, Reference
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from tests.osscar.families import tiny, tokens

@@ -11,10 +11,10 @@ from torch import nn
 
 import osscar
 import osscar.run.points as points_room
-from osscar.allocation.divergence import Compared
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
 from osscar.data.images import ImageSet
+from osscar.distance.distance import Compared
 from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_forward
 from osscar.models.names import DEMO_DIRECTORY

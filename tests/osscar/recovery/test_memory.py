@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osscar.allocation.divergence import Likeness, Reference
 from osscar.base.errors import DataError, NoMemoryError, OptionError
 from osscar.base.memory import DeviceMemory
+from osscar.distance.distance import Likeness, Reference
 from osscar.network.modules import copied
 from osscar.recovery import memory
 from osscar.recovery.memory import blocks, checkpointing, first_options_that_fit

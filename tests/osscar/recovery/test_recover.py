@@ -16,11 +16,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import osscar
-from osscar.allocation.divergence import Distance, Reference
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
 from osscar.data.text import CalibrationSet
+from osscar.distance.distance import Distance, Reference
 from osscar.proof.lineage import lineage_of, note_dense
 from osscar.proof.seen import Calibration
 from osscar.recovery import samples as drawing

@@ -18,14 +18,6 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.allocation.resumed import HELD_BYTES, Recording
-from osscar.allocation.scores import (
-    Scores,
-    asked_scores,
-    real_positions,
-    scores_of,
-    watched,
-)
 from osscar.base.distances import NATS, RELATIVE, AnyDistance, OwnDistance
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import safe_repr
@@ -33,6 +25,14 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
+from osscar.distance.resumed import HELD_BYTES, Recording
+from osscar.distance.scores import (
+    Scores,
+    asked_scores,
+    real_positions,
+    scores_of,
+    watched,
+)
 from osscar.network.modules import device_of, forward, forward_in_bfloat16, fresh
 from osscar.network.predictions import as_logits, holds_probabilities, named_outputs
 from osscar.offload.on_disk import is_on_disk
@@ -128,7 +128,7 @@ class Distance:
     ) -> Distance:
         """Look at what the dense model puts out for a batch.
 
-        `asked` is the ``distance`` of a request; by default the rules of `osscar.allocation.scores`
+        `asked` is the ``distance`` of a request; by default the rules of `osscar.distance.scores`
         tell whether an output holds scores of classes.  An `OptionError` is raised where a
         divergence is asked for and nothing has rows, or where the caller's distance of the dense
         model from itself is not zero.
