@@ -325,10 +325,11 @@ class _Alone:
         """
         group, known = step.group.name, step.group.name in self.curves
         try:
-            if isinstance(step, LayerStep):
-                curve = self._measured_layer(step, keeps)
-            else:
-                curve = self._measured_experts(step, keeps)
+            with self.task.prepared.ranks.alike("a group that was measured by itself"):
+                if isinstance(step, LayerStep):
+                    curve = self._measured_layer(step, keeps)
+                else:
+                    curve = self._measured_experts(step, keeps)
         except NonFiniteError as error:
             alone = f"{group!r} pruned alone cannot be measured: {error}"
             if not known:

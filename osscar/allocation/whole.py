@@ -52,9 +52,16 @@ def whole_distance(task: PruningTask, keep: Mapping[str, int]) -> float:
     dense: dict[str, DenseTensors] = {}
     target = Target(request.target)
     try:
-        with torch.no_grad(), statistics_put_back(model), warnings.catch_warnings():
+        with (
+            ranks.alike("the model that is pruned on trial"),
+            torch.no_grad(),
+            statistics_put_back(model),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
-            for step in Walk(few, groups, target=target, held=held_out(fitted.samples)):
+            for step in Walk(
+                few, groups, target=target, held=few.inputs.last(held_out(fitted.samples))
+            ):
                 dense = dense_tensors(step.consumers) | dense
                 pruned = partial(_pruned, step, keep[step.group.name], task)
                 written = ranks.broadcast("a group that is pruned on trial", pruned)

@@ -21,13 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from osscar.base.errors import OsscarError, RanksError, first_line
+from osscar.base.errors import NonFiniteError, OsscarError, RanksError, first_line
 from osscar.base.printable import pluralize
 from osscar.base.process import launched, neighbours
 
 T = TypeVar("T")
 
-_Said: TypeAlias = tuple[str, str | None, Any]
+_Failure: TypeAlias = str | NonFiniteError | None
+"""What has ended a rank, in words, or has overflown on it."""
+
+_Said: TypeAlias = tuple[str, _Failure, Any]
 """What one rank sends another: where it stands, what has failed if something has, and a value."""
 
 _MEETING = timedelta(days=2)
@@ -35,6 +38,10 @@ _MEETING = timedelta(days=2)
 
 _ADDING = timedelta(minutes=10)
 """All ranks begin to add up at the same time."""
+
+
+class _OnAllRanks(NonFiniteError):
+    """An overflow that all ranks have heard of."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +106,40 @@ class Ranks:
         """Return, on every rank, what each has to tell, in the order of the ranks."""
         return [mine] if self.alone else self._meet(place, mine)
 
-    def _meet(self, place: str, mine: Any = None) -> list[Any]:
+    @contextmanager
+    def alike(self, place: str) -> Iterator[None]:
+        """Let all ranks leave a block by a `NonFiniteError` where one does; all have to enter it.
+
+        So whoever catches it catches it on all ranks, and they go on together.
+        """
+        try:
+            yield
+            self.all_gather(place, None)
+        except NonFiniteError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, _OnAllRanks):
+                cause = cause.__cause__
+            if cause is None and not self.alone:  # the others are on their way to a meeting
+                self._meet(place, failed=error)
+            raise
+
+    def _meet(self, place: str, mine: Any = None, failed: _Failure = None) -> list[Any]:
         """Let rank 0 hear all ranks and answer them; return what each has to tell.
 
         Tensors among it are on the CPU, as another rank may have no such card.
         """
         if self.first:
             others = range(1, self.size)
-            said = [(place, None, mine), *map(self._receive, others)]
-            failures = (_failure(rank, *said[rank][:2], place) for rank in others)
-            failed = next(filter(None, failures), None)
+            said = [(place, failed, mine), *map(self._receive, others)]
+            failed = _failure(said)
             told = [] if failed else [value for _, _, value in said]
             for rank in others:
                 self._send(rank, (place, failed, told))
         else:
-            self._send(0, (place, None, mine))
+            self._send(0, (place, failed, mine))
             _, failed, told = self._receive(0)
+        if isinstance(failed, NonFiniteError):
+            raise _OnAllRanks(str(failed))
         if failed:
             raise RanksError(failed)
         return told
@@ -153,14 +178,20 @@ ALONE = Ranks()
 """A single process."""
 
 
-def _failure(rank: int, there: str, failed: str | None, place: str) -> str | None:
-    if failed is not None:
-        return f"rank {rank}: {failed}"
-    if there != place:
-        return (
-            f"rank {rank} is at {there!r} and rank 0 at {place!r}: they do not run alike, "
-            "perhaps as the model's code depends on the data or on chance"
-        )
+def _failure(said: Sequence[_Said]) -> _Failure:
+    """Return what has failed on a rank, or that not all are at the same place."""
+    failures = [(rank, failed) for rank, (_, failed, _) in enumerate(said) if failed is not None]
+    for rank, failed in failures:
+        if isinstance(failed, str):
+            return f"rank {rank}: {failed}"
+    if failures:
+        return failures[0][1]
+    for rank, (there, _, _) in enumerate(said):
+        if there != said[0][0]:
+            return (
+                f"rank {rank} is at {there!r} and rank 0 at {said[0][0]!r}: they do not run alike, "
+                "perhaps as the model's code depends on the data or on chance"
+            )
     return None
 
 

@@ -201,10 +201,10 @@ class _Search:
         measured: Bounded | None = None
         tested: Bounded | None = None
         try:
-            made = pruned, recovery = self._made(number, limit, budget)
+            with ranks.alike("the model of an attempt"):
+                made = pruned, recovery = self._made(number, limit, budget)
         except NonFiniteError:
-            if not ranks.alone:  # the others have failed by it
-                raise
+            pass
         else:
             found = pruned.budget or budget
             model = pruned.model if recovery is None else recovery.model

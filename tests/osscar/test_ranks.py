@@ -19,16 +19,18 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import osscar
 import osscar.cli
-from osscar.base.errors import RanksError
+from osscar.base.errors import NonFiniteError, RanksError
 from osscar.base.process import launched
 from osscar.base.ranks import ALONE, Ranks, together
 from osscar.cli.common import guard
 from osscar.data.samples import named_generator
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
+from osscar.walk.layer_step import LayerStep
 from tests.osscar.families import CALIBRATION, tiny, tokens
 from tests.osscar.forked import PATIENCE, Forked, forked
 from tests.osscar.interrupted_cases import pruning
@@ -232,6 +234,67 @@ def defect(ranks: Ranks) -> None:
     if ranks.rank == 1:
         raise ZeroDivisionError("of rank 1")
     ranks.all_reduce("more ones", [torch.ones(2)])
+
+
+@pytest.mark.parametrize("of", [{0}, {2}, {1, 2}, {0, 1, 2}])
+def test_where_one_rank_overflows_all_leave_the_block_and_go_on(of, tmp_path):
+    """Wherever the others are: at a sum, at what the first makes, or at the end of the block."""
+
+    def try_once(ranks: Ranks, fails: bool, steps: int) -> str:
+        try:
+            with ranks.alike("outside"):
+                try:
+                    with ranks.alike("inside"):
+                        if fails:
+                            raise NonFiniteError("too large", "use less")
+                        for step in range(steps):
+                            ranks.all_reduce(f"sum {step}", [torch.ones(2)])
+                            ranks.broadcast(f"text {step}", lambda: "x")
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"behind it: {error}") from error
+        except NonFiniteError as error:
+            return str(error)
+        return "nothing"
+
+    def run() -> None:
+        with together() as ranks:
+            for steps in (0, 1, 2):
+                found = try_once(ranks, ranks.rank in of, steps)
+                assert found == "behind it: too large; use less"
+                assert try_once(ranks, False, steps) == "nothing"
+                assert ranks.all_gather("numbers", ranks.rank) == [0, 1, 2]
+
+    for process in ended([run] * 3, tmp_path):
+        assert process.status == 0, process.stderr
+
+
+def test_a_size_that_overflows_on_one_rank_does_not_end_the_search_for_a_target(tmp_path):
+    """On rank 1, in the midst of the first attempt's walk."""
+
+    def run() -> None:
+        adopt, calls = LayerStep.adopt, list[LayerStep]()
+
+        def overflowing(step: LayerStep, weights: Sequence[torch.Tensor]) -> None:
+            calls.append(step)
+            if len(calls) == 2:
+                raise NonFiniteError("the refitted weights overflow")
+            adopt(step, weights)
+
+        LayerStep.adopt = overflowing  # type: ignore[method-assign]
+        with together() as ranks:
+            torch.manual_seed(0)
+            widths = (8, 24), (24, 24), (24, 4)
+            layers = [layer for width in widths for layer in (nn.Linear(*width), nn.ReLU())]
+            net, data = nn.Sequential(*layers[:-1]).eval(), torch.randn(128, 8)
+            request = PruningRequest(max_divergence=0.2)
+            target = prune_as_asked(net, data, request, ranks=ranks).target
+            assert target is not None
+            assert target.attempts[0].measured is None
+            assert target.chosen
+            assert ranks.all_gather("what was found", target) == [target] * 2
+
+    for process in ended([run] * 2, tmp_path):
+        assert process.status == 0, process.stderr
 
 
 def guarded(run: Callable[[Ranks], None]) -> Callable[[], None]:
