@@ -36,11 +36,15 @@ _OVERLAP = 1 / 8
 def shuffled(inputs: ModelInputs, seed: int) -> ModelInputs:
     """Return samples in random order, in which copies are adjacent and of one `sample_groups`.
 
-    The order of copies among themselves stays, and so does that of a text whose windows all
+    The last sample has the fewest copies, so that some can be held out without one that is fitted
+    to.  The order of copies among themselves stays, and so does that of a text whose windows all
     overlap.  Tensors are not copied.  The same samples and seed give the same order everywhere.
     """
     numbers = copies(inputs)
     drawn = torch.randperm(int(numbers.max()) + 1, generator=named_generator("order", seed))
+    counts = numbers.bincount()
+    fewest = (counts == counts.min()).nonzero()[:, 0]
+    drawn[fewest[drawn[fewest].argmax()]] = len(drawn)
     order = inputs.positions[torch.argsort(drawn[numbers], stable=True)]
     groups = torch.empty(int(inputs.positions.max()) + 1, dtype=torch.int64)
     groups[inputs.positions] = numbers

@@ -38,7 +38,8 @@ class RecoveryRequest:
         checkpointed, and at last adapters of rank 16 are trained in place of the weights.
     held_out
         Samples that are not trained on, and choose the step that is kept.  By default an eighth of
-        all, at most 8 windows of text or 128 of anything else.
+        all, at most 8 windows of text or 128 of anything else.  Copies are not divided, so that it
+        may come to a few more or less.
     augment
         Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
         by at most an eighth of their width; ``none`` leaves them as they are.

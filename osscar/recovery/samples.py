@@ -55,7 +55,9 @@ def split(
     inputs = shuffled(inputs, request.seed)
     samples = inputs.batches(model, 1)
     usual = max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
-    held = request.held_out or (usual if inputs.tokens else inputs.last(usual))
+    held = request.held_out or usual
+    if not inputs.tokens:
+        held = inputs.last(held)
     trained = max(0, len(samples) - held)
     training, apart = samples[:trained], samples[trained:]
     if inputs.tokens:
@@ -71,7 +73,7 @@ def split(
         raise DataError(
             f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: {held} {are(held)} "
             f"held out, {len(training)} do not overlap with those, and a step takes {size}; give "
-            "more, or smaller numbers to `osscar recover --batch-size N --held-out N`"
+            "more, or a smaller batch_size (`--batch-size`) or held_out (`--held-out`)"
         )
     return training, apart
 

@@ -52,6 +52,23 @@ def test_copies_are_adjacent_and_no_division_cuts_them():
     assert shuffled(numbered(np.arange(8)), 0).last(2) == 2
 
 
+@pytest.mark.parametrize("copied", [9, 30, 57, 60])
+def test_a_sample_of_many_copies_is_never_held_out_from_itself(copied):
+    """As of empty rows, which may be most of all."""
+    values = np.concatenate([np.zeros(copied), np.arange(1, 65 - copied)])
+    for seed in range(20):
+        found = shuffled(numbered(values), seed)
+        seen = read(found)
+        for asked in (1, 8, 16):
+            last = found.last(asked)
+            assert last
+            assert not set(seen[-last:]) & set(seen[:-last])
+        for held_out in (None, 3, 8):
+            request = osscar.RecoveryRequest(seed=seed, held_out=held_out)
+            training, apart = split(numbered(values), nn.Linear(1, 1), request)
+            assert not {float(x["x"]) for x in training} & {float(x["x"]) for x in apart}
+
+
 def test_groups_of_samples_join_what_digests_do_not():
     groups = torch.tensor([0, 1, 2, 0, 3, 3])
     found = copies(numbered([10, 11, 12, 13, 14, 12], sample_groups=groups))
