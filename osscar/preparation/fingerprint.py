@@ -1,14 +1,15 @@
 """What tells whether a model and its data are still those that something was begun with.
 
-The code of a model cannot be compared: what it does may lie in a helper, a constant, a default, a
-hook.  What it puts out on given inputs can be, to the bit, where the same device rounds alike.
+The code of a model is not all in its file: what it does may lie in a helper, a constant, a default,
+a hook.  What it puts out on given inputs tells, to the bit, where the same device rounds alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from pydantic import with_config
@@ -22,6 +23,8 @@ from osscar.network.modules import device_of, named_tensors, sha256_of
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import proof_outputs, rounding
+from osscar.proof.lineage import lineage_of
+from solvers.own_code import source_digests
 
 _VALUES = 256
 """Numbers of the outputs that are kept."""
@@ -92,11 +95,25 @@ def _spread(outputs: Sequence[Tensor]) -> Iterator[float]:
         yield from one[places].double().tolist()
 
 
+def own_code(*code: Any) -> dict[str, str]:
+    """Return the digests of files of a user's own code, by name: of a backend, a model, a function.
+
+    Each is named as on the command line, or is an object that such a file defines.
+    """
+    found: dict[str, set[str]] = {}
+    for one in code:
+        for name, digest in source_digests(one).items():
+            found.setdefault(f"the content of {name}", set()).add(digest[:16])
+    return {name: " ".join(sorted(digests)) for name, digests in found.items()}
+
+
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Fingerprint:
     """What something is made of, so that it goes on only with the same: digests, and outputs."""
 
+    code: Mapping[str, str]
+    """Files of the user's own that the model was built by."""
     weights: str
     calibration: str
     outputs: DenseOutputs
@@ -109,6 +126,7 @@ class Fingerprint:
         # Of these a divergence is measured.
         labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])
         return cls(
+            own_code(lineage_of(model).source),
             sha256_of(named_tensors(model)),
             sha256_of(chain([("labelled", labelled)], data)),
             DenseOutputs.of(model, inputs),
@@ -116,6 +134,8 @@ class Fingerprint:
 
     def difference(self, before: Fingerprint) -> str | None:
         """Say in what it differs from an earlier one, or None."""
+        for name, _ in sorted(self.code.items() ^ before.code.items()):
+            return f"{name} has changed"
         if self.weights != before.weights:
             return "the model's weights are others"
         if self.calibration != before.calibration:

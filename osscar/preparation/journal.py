@@ -25,7 +25,6 @@ from osscar.base.json_files import MEGABYTE, STRICT, read_json
 from osscar.base.process import uninterrupted
 from osscar.base.ranks import Ranks
 from osscar.preparation.fingerprint import Fingerprint
-from solvers.own_code import source_digests
 
 T = TypeVar("T")
 
@@ -68,18 +67,6 @@ class JournalManifest:
                     f"rank {rank} differs from rank 0: {difference}; give all ranks the same "
                     "options, files and versions"
                 )
-
-
-def own_code(*code: Any) -> dict[str, JsonValue]:
-    """Return what a manifest says of files of a user's own code: a backend, a model, a function.
-
-    Each is named as on the command line, or is an object that such a file defines.
-    """
-    found: dict[str, set[str]] = {}
-    for one in code:
-        for name, digest in source_digests(one).items():
-            found.setdefault(f"the content of {name}", set()).add(digest[:16])
-    return {name: " ".join(sorted(digests)) for name, digests in found.items()}
 
 
 class Journal:

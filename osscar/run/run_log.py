@@ -29,10 +29,9 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
-from osscar.preparation.fingerprint import Fingerprint
-from osscar.preparation.journal import REPORT, JournalManifest, SavingJournal, own_code
+from osscar.preparation.fingerprint import Fingerprint, own_code
+from osscar.preparation.journal import REPORT, JournalManifest, SavingJournal
 from osscar.preparation.prepare import Prepared
-from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
 from osscar.run.target_search import Attempt
@@ -46,10 +45,9 @@ _ALLOCATION, _ATTEMPTS = "allocation.safetensors", "attempts.safetensors"
 def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs) -> JournalManifest:
     """Describe a run by its request and its dense model, which is not changed."""
     versions = {name: version(name) for name in ("torch", "transformers")}
-    code = own_code(lineage_of(model).source, *vars(request).values())
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps({**request.to_json(), **versions, "osscar": __version__}))
-    asked |= code
+    asked |= own_code(*vars(request).values())
     return JournalManifest("osscar.run-log/6", asked, Fingerprint.of(model, inputs))
 
 

@@ -15,9 +15,10 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import with_config
 
 from osscar.base.errors import JournalError
-from osscar.base.files import atomic_write
+from osscar.base.files import atomic_write, digest
 from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
+from osscar.preparation.fingerprint import own_code
 from osscar.report.shown import Column
 from solvers import Status
 
@@ -65,7 +66,9 @@ class Instance:
     ) -> Record:
         """Return the record of a solve, in which nothing is answered yet."""
         problem = (self.name, self.kind, self.file, self.units, self.width)
-        return Record(*problem, keep, sparsities, backend, options)
+        files = own_code(backend)
+        code = digest(json.dumps(files))[:16] if files else ""
+        return Record(*problem, keep, sparsities, backend, options, code)
 
 
 def _kept(record: Mapping[str, Any]) -> str:
@@ -93,8 +96,8 @@ class Record:
     keep, sparsities
         How many units stay, and all shares to remove that come to this number; of three units, a
         half and two thirds both leave one.
-    backend, options
-        Who solved it, and how.
+    backend, options, code
+        Who solved it, and how; of a backend of one's own, also a digest of its files.
     status, loss, ..., support, recomputed_bound
         As of a `solvers.SolutionRecord` that was verified; None or empty where there is no answer.
     error
@@ -117,6 +120,7 @@ class Record:
     sparsities: tuple[float, ...]
     backend: Annotated[str, Column("backend")]
     options: Options
+    code: str = ""
     status: Annotated[str, Column("status", _words)] = ""
     loss: float | None = None
     relative_loss: Annotated[float | None, Column("loss >", _precise)] = None
@@ -143,7 +147,8 @@ class Record:
     @property
     def key(self) -> str:
         """What tells this solve from all others of a study."""
-        return json.dumps((self.instance, self.keep, self.backend, sorted(self.options.items())))
+        options = sorted(self.options.items())
+        return json.dumps((self.instance, self.keep, self.backend, options, self.code))
 
     @property
     def command(self) -> str:

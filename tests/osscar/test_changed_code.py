@@ -16,6 +16,8 @@ from osscar.request import BudgetKind, PruningRequest
 from osscar.run.points import SweepDirectory, sweep_manifest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
+from osscar.study import jobs
+from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.problems import model_problems
 from solvers.own_code import source_digests
@@ -110,7 +112,7 @@ def test_a_run_that_was_killed_does_not_go_on_with_other_code(tmp_path, monkeypa
     )
 
 
-def test_files_of_ones_own_code_that_change_are_noticed_where_a_log_and_a_sweep_go_on(
+def test_files_of_ones_own_code_that_change_are_noticed_where_runs_and_studies_go_on(
     tmp_path, monkeypatch
 ):
     """Of the backend and of the model, with what they import from beside them."""
@@ -131,18 +133,47 @@ def test_files_of_ones_own_code_that_change_are_noticed_where_a_log_and_a_sweep_
     with place.begun(before):
         result = prune_as_asked(built(), DATA, REQUEST)
         place.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
+    study = Study(tmp_path / "study", {})
+    study.capture(
+        [("neurons", problem) for _, problem in model_problems(model, DATA)], before.dense
+    )
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}# another\n")
         now = run_manifest(request, model, as_inputs(model, DATA))
         if name == "unused.py":
             assert now == before
             continue
-        changed = f"the content of {name.rpartition('/')[2]} was '.*' and is '.*'"
+        changed = f"the content of {name.rpartition('/')[2]} (has|was)"
         with pytest.raises(JournalError, match=changed):
             place.begun(now).__enter__()
         sweeps = (sweep_manifest(one, BudgetKind.FLOPS, {}) for one in (now, before))
         assert next(sweeps).difference(next(sweeps)) is not None
+        if "_net" in name:
+            with pytest.raises(JournalError, match=f"{changed} changed"):
+                study.check_dense(now.dense)
         (tmp_path / name).write_text(text)
+
+
+def test_a_study_solves_again_what_a_changed_backend_of_ones_own_has_answered(
+    tmp_path, monkeypatch
+):
+    """And keeps what others have answered."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"mine.py": BACKEND, "scores.py": SCORES}.items():
+        (tmp_path / name).write_text(text)
+    study = Study(tmp_path / "study", {})
+    study.capture([("neurons", problem) for _, problem in model_problems(built(), DATA)])
+    design = StudyDesign(backends=("mine.py:First", "magnitude"), sparsities=(0.5,))
+    asked, solve = list[str](), jobs.solve_task
+    monkeypatch.setattr(jobs, "solve_task", lambda t: asked.append(t.asked.backend) or solve(t))
+    first = study.run(design)
+    study.run(design)
+    assert asked == ["mine.py:First", "magnitude"]
+    (tmp_path / "scores.py").write_text(f"{SCORES}# another\n")
+    again = Study(tmp_path / "study", {}).run(design)
+    assert asked == ["mine.py:First", "magnitude", "mine.py:First"]
+    assert [one.key for one in again] != [one.key for one in first]
+    assert [bool(one.code) for one in again] == [True, False]
 
 
 def test_functions_of_ones_own_are_known_by_their_files_and_those_of_packages_by_nothing():

@@ -22,7 +22,7 @@ class Things(SavingJournal):
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
-DENSE = Fingerprint("w", "d", DenseOutputs({"device": "x"}, "s", ("0x0.0p+0",), 1e-4))
+DENSE = Fingerprint({}, "w", "d", DenseOutputs({"device": "x"}, "s", ("0x0.0p+0",), 1e-4))
 
 
 class Killed(BaseException):

@@ -185,7 +185,7 @@ def test_no_run_is_predicted_to_lie_below_the_frontier():
 def manifest(**more):
     outputs = DenseOutputs({"device": "x", "threads": "1"}, "s", ("0x0.0p+0",), 1e-4)
     asked = {"backend": "greedy", "text": "builtin", **more}
-    return JournalManifest("osscar.sweep-asked/3", asked, Fingerprint("w", "d", outputs))
+    return JournalManifest("osscar.sweep-asked/3", asked, Fingerprint({}, "w", "d", outputs))
 
 
 POINT = SweepPoint(
