@@ -56,7 +56,7 @@ def split(
     samples = inputs.batches(model, 1)
     usual = max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
     held = request.held_out or usual
-    if not inputs.tokens:
+    if not inputs.tokens and held < len(samples):
         held = inputs.last(held)
     trained = max(0, len(samples) - held)
     training, apart = samples[:trained], samples[trained:]
