@@ -688,6 +688,8 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
             )
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
+        # Of what `torch.compile` has made, the model.
+        leading = [getattr(one, "_orig_mod", one) for one in leading]
         with default_torch():
             return run(*leading, request(**given))
 

@@ -34,8 +34,8 @@ def prune_as_asked(
     Parameters
     ----------
     model
-        A language model that takes ``input_ids``, or any model whose inputs are tensors.  Modules
-        that are compiled are pruned as they were before; the smaller model is not compiled.
+        A language model that takes ``input_ids``, or any model whose inputs are tensors.  What is
+        compiled is pruned as it was before; the smaller model is not compiled.
     calibration
         Token windows, (samples, seqlen) int64, or a `CalibrationSet`; an `ImageSet`; a tensor, or a
         mapping of tensors by argument name, whose first dimension is the sample; a `SampleList`

@@ -59,6 +59,12 @@ def test_compiled_modules_are_pruned_as_they_were_before(tmp_path):
     assert all(value.equal(state[name]) for name, value in found.model.state_dict().items())
     found.save(tmp_path / "small")
     assert osscar.load(tmp_path / "small", dense=compiled())(x).equal(found.model(x))
+    whole = torch.compile(model, backend="eager")
+    again = osscar.prune(whole, x, neurons=0.5, device="cpu")
+    assert again.plan == found.plan
+    assert again.model.state_dict().keys() == state.keys()
+    again.model.compile(backend="eager")
+    osscar.recover(torch.compile(again.model, backend="eager"), whole, x, steps=1, device="cpu")
 
 
 def test_code_of_ones_own_may_compile(tmp_path, monkeypatch):
