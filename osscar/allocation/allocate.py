@@ -339,10 +339,11 @@ def _why_out_of_reach(task: PruningTask) -> str:
         )
     told = [f"{g.name!r} ({pluralize(g.units, 'unit')})" for g in others]
     streams = any(group.name in task.prepared.residual for group in others)
+    residual = "residual 0.5 (`--residual 0.5`), or " if streams else ""
     return (
         "a budget prunes heads, neurons and channels, and there are none; other groups can be "
-        f"pruned, {listed(told)}: say what to keep of them, such as by "
-        f"{'residual=0.5, or ' if streams else ''}groups={{{others[0].name!r}: 0.5}} in Python"
+        f"pruned, {listed(told)}: say what to keep of them, such as by {residual}"
+        f"groups={{{others[0].name!r}: 0.5}} in Python"
     )
 
 

@@ -177,9 +177,8 @@ def memory_of(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         return _CardMemory(numbered(device))
     raise OptionError(
-        f"how much memory {str(device)!r} has is not known; give `--device cpu` or cuda, or "
-        f"omit "
-        "max_memory (`--max-memory`)"
+        f"how much memory {str(device)!r} has is not known; give device cpu or cuda (`--device`), "
+        "or omit max_memory (`--max-memory`)"
     )
 
 
@@ -196,13 +195,13 @@ _ON_DISK = "(where they do already, a smaller one keeps fewer of them in memory)
 
 FOR_BATCHES = (
     "give smaller batches, shorter or fewer samples, a machine or a card with more memory, or "
-    f"`osscar prune --max-memory`, with which weights stay on disk {_ON_DISK}"
+    f"max_memory (`--max-memory`), with which weights stay on disk {_ON_DISK}"
 )
 """What helps where data run through a model."""
 
 FOR_MODELS = (
-    "free some, or take a machine or a card with more; `osscar prune --max-memory` and "
-    "`osscar sweep --max-memory` prune a language model whose weights stay on disk"
+    "free some, or take a machine or a card with more; of a language model that is pruned, weights "
+    "stay on disk with max_memory (`--max-memory`)"
 )
 """What helps where a model is read."""
 

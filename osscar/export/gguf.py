@@ -180,13 +180,13 @@ class Graph:
             raise ModelError(
                 f"llama.cpp cannot run the model: its layers differ, and {self.kind.alike!r} has "
                 "one number of heads and one width for all; prune all layers alike "
-                "(`osscar prune --allocation uniform`)"
+                "(allocation uniform, `--allocation uniform`)"
             )
         if self.packed and not self._tied:
             raise ModelError(
                 "llama.cpp cannot run the model: its layers differ, and the architecture "
                 f"{self.architecture!r} has no output matrix beside the embedding, as this model "
-                "has; prune all layers alike (`osscar prune --allocation uniform`)"
+                "has; prune all layers alike (allocation uniform, `--allocation uniform`)"
             )
 
     @property

@@ -108,8 +108,8 @@ def load_model(
     if kind is ModelKind.PROGRAM_DIRECTORY:
         raise ModelError(
             f"{text!r} is {kind.value}, and no command scores or prunes one; run it in Python "
-            "(osscar.load), export it (`osscar export --format onnx`, or pt2), or prune the dense "
-            "model again with `osscar prune --form eager`"
+            "(osscar.load), export it (`osscar export`), or prune the dense model again with form "
+            "eager (`--form eager`)"
         )
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY

@@ -405,8 +405,8 @@ def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, hea
     except EquivalenceError as error:
         raise EquivalenceError(
             f"{error}: the attention of {listed([*map(repr, new)])} cannot be replaced by an equal "
-            "forward pass; do not prune heads (neurons= or channels= alone), or write a class with "
-            "a forward of its own for these modules"
+            "forward pass; prune neurons or channels alone (`--neurons`, `--channels`), or write a "
+            "class with a forward of its own for these modules"
         ) from error
     return folded
 

@@ -238,7 +238,7 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     if ROWS_OF_16_BYTES in reason:
         return AdapterError(
             f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
-            "keep a multiple of 4 units, of 8 in half precision (round_to=4 or 8)"
+            "keep a multiple of 4 units, of 8 in half precision (round_to, `--round-to`)"
         )
     if _is_stock_layer(module):
         return AdapterError(f"{start}, in `{line}`")

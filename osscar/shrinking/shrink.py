@@ -124,7 +124,7 @@ def shrink(
             raise type(error)(
                 f"{error}; nothing was written. The failure comes from pruning "
                 f"{'one of ' if found.spent else ''}{listed([*map(repr, names)], 8)}: leave {them} "
-                f"out (`--skip {names[0]!r}`), or a plan without {them})"
+                f"out (skip, `--skip {names[0]!r}`), or a plan without {them})"
             ) from error
 
 

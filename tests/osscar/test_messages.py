@@ -1,5 +1,6 @@
 """What `import osscar` offers and costs, and what errors and warnings say and point at."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -75,6 +76,47 @@ def test_a_message_is_the_same_on_the_command_line_and_in_python(run):
     assert str(told.value) in " ".join(
         run("prune", "demo", "--memory", 0.5, "--out", "x")[2].split()
     )
+
+
+def messages(file):
+    """Yield the texts of a file that are no docstrings, with {} for what is filled in."""
+    tree = ast.parse(file.read_text())
+    bodies = (getattr(node, "body", ()) for node in ast.walk(tree))
+    statements = [one for body in bodies if isinstance(body, list) for one in body]
+    parts = [x for x in ast.walk(tree) if isinstance(x, ast.JoinedStr)]
+    inside = {id(one.value) for one in statements if isinstance(one, ast.Expr)}
+    inside |= {id(x) for one in parts for x in ast.walk(one) if x is not one}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr) and id(node) not in inside:
+            yield "".join(
+                getattr(one, "value", "") if isinstance(one, ast.Constant) else "{}"
+                for one in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in inside
+        ):
+            yield node.value
+
+
+def test_messages_of_the_library_name_fields_beside_options():
+    """Those of commands alone, and of pages that commands write, name options."""
+    package = Path(osscar.__file__).parent
+    files = [f for f in package.rglob("*.py") if "cli" not in f.parts and "page" not in f.stem]
+    # In Python what is written, and how many samples there are, is no field; nor are there logs.
+    own = "--out", "--samples", "--seqlen", "--restart", "--only-binary", "--head"
+    found = 0
+    for file in files:
+        for text in messages(file):
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
+                if " " not in text or option in own:
+                    continue
+                found += 1
+                field = option.removeprefix("--").replace("-", "_")
+                rest = text.replace(option, "")
+                assert re.search(rf"\b{field}\b|in Python", rest), f"{file.name}: {text}"
+    assert found > 50
 
 
 def wide():
