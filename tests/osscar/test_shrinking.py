@@ -421,5 +421,5 @@ def test_widths_that_experts_cannot_have_are_explained() -> None:
     model, inputs = case.build(), case.make_inputs()
     (group,) = (g for g in graph.trace(model, inputs[0]).prunable if g.kind == "neurons")
     plan = PruningPlan((GroupPlan.of(group, tuple(range(18))),))
-    match = r"multiple of 4 units.*round_to=4"
+    match = r"multiple of 4 units.*--round-to"
     assert_refused(model, plan, inputs, AdapterError, match)
