@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +37,7 @@ class _Range:
 
     def limit(self, how: str, number: int) -> None:
         """Leave what a condition lets pass."""
-        if how == "!=":
+        if how == "!=" and number >= self.low:
             self.without.add(number)
         if how in ("==", ">", ">="):
             self.low = max(self.low, number + (how == ">"))
@@ -74,7 +73,7 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
             batch.limit(*known[1:])
         elif known is not None and known[0] == _TOKENS:
             tokens.limit(*known[1:])
-        elif not _ALIKE.fullmatch(guard) and not (known and _always(*known[1:])):
+        elif not _ALIKE.fullmatch(guard) and (not known or _limits(*known[1:])):
             conditions.append(guard)
     said, given = list[str](), list[str]()
     for name, value in zip(dense.input_names, dense.inputs, strict=True):
@@ -105,16 +104,11 @@ def _simple(guard: str) -> tuple[str, str, int] | None:
     return (place, after, int(last)) if after in _SWAPPED and not number and not how else None
 
 
-_COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "!=": operator.ne,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-
-
-def _always(how: str, number: int) -> bool:
-    """Whether a condition holds for every size from one on."""
-    return how in _COMPARE and number <= 1 and _COMPARE[how](1, number)
+def _limits(how: str, number: int) -> bool:
+    """Whether a condition does not hold for every size from one on."""
+    sizes = _Range()
+    sizes.limit(how, number)
+    return sizes != _Range()
 
 
 def untried_in_words(untried: Iterable[tuple[str, int]]) -> tuple[str, ...]:
