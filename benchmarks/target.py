@@ -26,6 +26,7 @@ import torch
 
 import osscar
 from benchmarks.measuring import markdown, rows_in
+from benchmarks.tasks import cifar10
 from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
 from osscar.data.parts import copies, in_parts, rows_of
@@ -134,7 +135,7 @@ def opened(task: Task, arguments: argparse.Namespace) -> tuple[osscar.LoadedMode
     if task.seqlen is None:
         weights = arguments.mobilenet if task.own_labels else data / "resnet20-cifar10.safetensors"
         loaded = osscar.load_model(task.model, weights=weights)
-        images = loaded.images(f"{data / 'cifar10-subset.npz'}:test")
+        images = cifar10(loaded, data, "test")
         if task.own_labels:
             labels = first_classes(loaded.model, images)
             images = dataclasses.replace(images, labels=labels, classes=())

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 import osscar
 from osscar.allocation.allocate import allocate
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.task import PruningTask
+from osscar.data.images import ImageSet
 from osscar.data.text import CalibrationSet, load_calibration
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
@@ -109,6 +111,13 @@ def python_code() -> str:
     return "\n".join(module.read_text(encoding="utf-8", errors="ignore") for module in modules)
 
 
+def cifar10(loaded: Any, data: Path, part: str) -> ImageSet:
+    """Return the images of a part of CIFAR-10, ``train`` or ``test``, as a model reads them."""
+    with np.load(data / "cifar10-subset.npz") as arrays:
+        pixels, labels = (arrays[f"{part}_{name}"] for name in ("images", "labels"))
+    return ImageSet(f"CIFAR-10, {part}", pixels, loaded.preprocessing, torch.from_numpy(labels))
+
+
 class Images(Subject):
     """A classifier on images of CIFAR-10, whose labels it may not know."""
 
@@ -116,15 +125,14 @@ class Images(Subject):
         self, name: str, weights: Path, arguments: argparse.Namespace, labels: bool = True
     ) -> None:
         self.loaded = load_model(name, weights=weights, device=arguments.device)
-        self.model, self.file = self.loaded.model, arguments.data / "cifar10-subset.npz"
-        images = self.loaded.images(f"{self.file}:test").sample(arguments.images, 0)
+        self.model, self.data = self.loaded.model, arguments.data
+        images = cifar10(self.loaded, self.data, "test").sample(arguments.images, 0)
         self.images = images if labels else dataclasses.replace(images, labels=None)
 
     def calibration(self, source: str, samples: int | None, seed: int) -> Any:
         if source != "same form":
             raise SystemExit(f"--source {source!r} is of text; omit it for images")
-        train = f"{self.file}:train"
-        return self.loaded.calibration(train, samples=samples or 256, seqlen=None, seed=seed)
+        return cifar10(self.loaded, self.data, "train").sample(samples or 256, seed)
 
     def score(self, model: Any) -> dict[str, float]:
         (found,) = score([model], self.images, dense=self.model, classes=self.loaded.classes)

@@ -235,8 +235,7 @@ class RecoverOptions(OpenOptions, SavedOptions):
     text: str | None = None
     """Text to train on, like what the model will read: a file or a Hugging Face dataset."""
     images: str | None = None
-    """Images to train on: a directory, or FILE.npz with `images` (FILE.npz:train for
-    `train_images`)."""
+    """Images to train on: a directory, or FILE.npz with `images`."""
     inputs: str | None = None
     """Other samples to train on: FILE.npz or FILE.safetensors, with an entry for each argument of
     the model's forward."""
@@ -310,7 +309,7 @@ class EvalOptions(OpenOptions):
     """Text to score; the demo has its own."""
     images: str | None = None
     """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
-    with `images` and `labels` (FILE.npz:test for `test_images`)."""
+    with `images` and perhaps `labels`."""
     inputs: str | None = None
     """Other samples to score: FILE.npz or FILE.safetensors, with an entry for each argument of the
     model's forward, and perhaps `labels`."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from osscar.base.errors import DataError, FileError, first_line, warn
+from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import short_hash
 from osscar.base.inputs import whole_number
 from osscar.base.memory import attempt
-from osscar.base.printable import are, listed, pluralize
+from osscar.base.printable import listed, pluralize
 from osscar.data.preprocessing import (
     AnyPreprocessing,
     Preprocessing,
@@ -206,8 +206,7 @@ def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> 
     spec
         A directory (searched through; subdirectories are classes, in alphabetical order), or an
         ``.npz`` file with ``images`` (n, height, width, 3) uint8 and perhaps ``labels`` (n,).
-        ``FILE.npz:test`` reads ``test_images`` and ``test_labels``.  Grayscale images are (n,
-        height, width) or (n, height, width, 1).  Or a list or data set of
+        Grayscale images are (n, height, width) or (n, height, width, 1).  Or a list or data set of
         images of PIL: alone, in pairs (image, label), or in rows such as those of a
         ``datasets.Dataset``, of which one column holds images, and ``label`` perhaps the class.
     preprocessing
@@ -219,16 +218,12 @@ def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> 
         of one another, are never divided into two parts, and count as one.  An ``.npz`` file may
         have them as `sample_groups`.
 
-    Warns
-    -----
-    UserWarning
-        If some images of a directory lie in subdirectories, and others beside these.
-
     Raises
     ------
     DataError
-        If there is nothing of the kind, or no image in it; or the function fails on the first one,
-        or makes another tensor of it each time.
+        If there is nothing of the kind, or no image in it; some images lie in subdirectories, and
+        others beside these; or the function fails on the first one, or makes another tensor of it
+        each time.
     OptionError
         If the preprocessing is none, or not stated in full.
     """
@@ -255,15 +250,15 @@ def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> Imag
 
 def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
     try:
-        text, path, prefix = located(spec, "the place of the images", "a directory or .npz file")
-        if text and path.is_dir():
+        path = located(spec, "the place of the images", "a directory or .npz file")
+        if path.is_dir():
             return _from_directory(path, preprocessing)
         if path.suffix == ".npz" and path.is_file():
-            return _from_archive(path, prefix, preprocessing)
+            return _from_archive(path, preprocessing)
     except (OSError, FileError) as error:
         reason = error.reason if isinstance(error, FileError) else error.strerror
         raise DataError(f"cannot read images at {str(spec)!r}: {reason}; give another") from error
-    raise DataError(f"no images at {text!r}; give a directory of images or an .npz file")
+    raise DataError(f"no images at {str(spec)!r}; give a directory of images or an .npz file")
 
 
 def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
@@ -279,45 +274,37 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
         raise DataError(
             f"{str(path)!r} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}); give another"
         )
-    inside = [file for file in files if file.parent != path]
-    folders = [file.relative_to(path).parts[0] for file in inside]
     beside = [file.name for file in files if file.parent == path]
-    labelled = len(set(folders)) > 1 and len(beside) < len(inside)
-    if inside and beside:
-        also = pluralize(len(beside), "image") + f" beside the folders of {str(path)!r}"
-        warn(
-            f"{also} {are(len(beside))} left out, as folders are classes: {listed(beside)}"
-            if labelled
-            else f"there {are(len(beside))} {also}, so that no folder is taken for a class; move "
-            "them away if folders are classes"
-        )
-    if beside and not labelled:
+    if len(beside) == len(files):
         return ImageSet(str(path), files, preprocessing)
-    files = inside
+    if beside:
+        raise DataError(
+            f"{str(path)!r} has images in folders, which are classes, and {len(beside)} beside "
+            f"them ({listed(beside)}); move these away, or the others out of the folders"
+        )
+    folders = [file.relative_to(path).parts[0] for file in files]
     empty = (c.name for c in path.iterdir() if c.is_dir() and not c.name.startswith("."))
     classes = tuple(sorted({*folders, *empty}))
     labels = torch.tensor([classes.index(folder) for folder in folders])
     return ImageSet(str(path), files, preprocessing, labels, classes)
 
 
-def _from_archive(path: Path, prefix: str, preprocessing: AnyPreprocessing) -> ImageSet:
-    images, labels, groups = (f"{prefix}{name}" for name in (IMAGES, LABELS, GROUPS))
-    arrays = read_tensors(path, {images, labels, groups}.__contains__)
-    pixels = arrays.get(images)
+def _from_archive(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
+    arrays = read_tensors(path)
+    pixels = arrays.get(IMAGES)
     if pixels is None or pixels.dtype != torch.uint8 or not _are_images(pixels.shape):
         there = "missing" if pixels is None else f"{pixels.dtype} of {tuple(pixels.shape)}"
         raise DataError(
-            f"{images!r} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, "
-            f"width), and is {there}; FILE.npz:PART reads PART_images"
+            f"{IMAGES!r} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, "
+            f"width), and is {there}"
         )
     if pixels.ndim == 4 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     if isinstance(preprocessing, Preprocessing):
         height, width = pixels.shape[1:3]
         preprocessing = preprocessing.of_size(height, width, 1 if pixels.ndim == 3 else 3)
-    known = checked_labels(arrays.get(labels), len(pixels))
-    source = f"{path}:{prefix[:-1]}" if prefix else str(path)
-    return ImageSet(source, pixels.numpy(), preprocessing, known, (), arrays.get(groups))
+    labels = checked_labels(arrays.get(LABELS), len(pixels))
+    return ImageSet(str(path), pixels.numpy(), preprocessing, labels, (), arrays.get(GROUPS))
 
 
 def _are_images(shape: torch.Size) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError, warn
@@ -25,7 +25,6 @@ from osscar.data.samples import (
     TensorSet,
     has_columns,
     kind_of_numbers,
-    named_generator,
 )
 from osscar.data.sequences import TOKENS, decoder_inputs, divided, hides, makes_decoder_inputs
 from osscar.data.text import CalibrationSet, TextSet
@@ -49,7 +48,6 @@ def load_batches(
     model: nn.Module,
     *,
     samples: int | None = None,
-    seed: int = 0,
     sample_groups: Any = None,
 ) -> CalibrationSet | SampleSet:
     """Read batches once, and keep them.
@@ -66,15 +64,12 @@ def load_batches(
     data
         A tensor; a mapping of tensors by the names of the model's arguments, with perhaps
         `labels`; a pair (inputs, labels); or an iterable of these, such as a
-        ``torch.utils.data.DataLoader``, or a data set, each row of which is one sample.
+        ``torch.utils.data.DataLoader``.
     model
         What will read them.
     samples
-        How many to read at most: of rows that can be looked up drawn at random, of anything else
-        the first ones.  By default all of a list and of tensors, and otherwise 256, or 32 of a
-        language model.
-    seed
-        Of the draw.
+        How many to read at most, the first ones.  By default all of a list and of tensors, and
+        otherwise 256, or 32 of a language model.
     sample_groups
         A number for each sample of the data, in order: those of one number are near copies of one
         another, are never divided into two parts, and count as one.  Windows of text have none:
@@ -94,16 +89,15 @@ def load_batches(
     ModelError
         If `model` is no model.
     OptionError
-        If the number of samples is not positive, or the seed is none.
+        If the number of samples is not positive.
     """
     check_usable(model)
     data = _batches_of(data)
-    whole_number(seed, "the seed (seed=)", 0)
     if samples is not None:
         whole_number(samples, "the number of samples (samples=)", 1)
     elif not isinstance(data, _AT_HAND):
         samples = DEFAULT_WINDOWS if _is_causal(model) else DEFAULT_SAMPLES
-    return _read(data, model, samples, seed, sample_groups)[0]
+    return _read(data, model, samples, sample_groups)[0]
 
 
 def read_once(
@@ -128,7 +122,7 @@ def read_once(
         ready = not (hides(model, data.tensors) or read_labels)
     else:
         kinds = (Tensor, str, bytes, SampleSet, CalibrationSet, TextSet)
-        ready = isinstance(data, kinds) or not (isinstance(data, Iterable) or _has_rows(data))
+        ready = isinstance(data, kinds) or not isinstance(data, Iterable | Dataset)
     if ready:
         return data
     check_usable(model)
@@ -139,7 +133,7 @@ def read_once(
         )
     every = whole or isinstance(data, _AT_HAND)
     count = windows if _is_causal(model) else samples
-    found, notes = _read(data, model, None if every else count, 0)
+    found, notes = _read(data, model, None if every else count)
     if notes:
         warn(f"the data are {found.source}")
     return found
@@ -160,11 +154,6 @@ def _batches_of(data: Any) -> Any:
         case tuple():
             return list(data)
     return data
-
-
-def _has_rows(data: Any) -> bool:
-    """Whether data yield samples rather than batches: data sets of torch, and of `datasets`."""
-    return isinstance(data, Dataset) or has_columns(data)
 
 
 def _length(data: Any) -> int | None:
@@ -189,26 +178,26 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _read(
-    data: Any, model: nn.Module, samples: int | None, seed: int, groups: Any = None
+    data: Any, model: nn.Module, samples: int | None, groups: Any = None
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Return data as a set, and what was left out of them or cut off, which its source says too."""
-    source, what, notes, drawn = data, _called(data), list[str](), None
-    length, order = _length(data), None
+    source, what, notes = data, _called(data), list[str]()
+    length = _length(data)
     if isinstance(data, TensorSet):
         labels = {} if data.labels is None else {LABEL_NAMES[0]: data.labels}
         groups = data.sample_groups if groups is None else groups
         source, what, length = [{**data.tensors, **labels}], data.source, 1
     elif isinstance(data, Mapping | Tensor | np.ndarray):
         source, length = [data], 1
-    elif _has_rows(data) and not isinstance(data, IterableDataset) and length is not None:
-        order = torch.arange(length)
-        if samples is not None and samples < length:
-            order = torch.randperm(length, generator=named_generator("rows", seed))[:samples]
-            notes, drawn = [f"{samples:,} of its {length:,} rows, drawn with seed {seed}"], seed
-        source = (data[index] for index in order.tolist())
+    elif isinstance(data, Dataset) or has_columns(data):
+        raise DataError(
+            f"{what} yields samples, and batches are read; give "
+            "torch.utils.data.DataLoader(data, batch_size=32, shuffle=True), or images to "
+            "osscar.load_images"
+        )
     elif isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
-    read = list(_first(iter(source), model, _has_rows(data), samples))
+    read = list(_first(iter(source), model, samples))
     if not read:
         raise DataError(f"{what} yields nothing; give one that was not read to its end before")
     batches = [one.samples for one in read]
@@ -219,30 +208,26 @@ def _read(
     if samples is not None and cut:
         batches[-1] = batches[-1].rows(torch.arange(len(batches[-1]) - count + samples))
         count = samples
-    if not notes and (cut or (count == samples and length != len(batches))):
+    if cut or (count == samples and length != len(batches)):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    found, notes = _joined(model, batches, left_out, hidden, title, notes, drawn)
+    found, notes = _joined(model, batches, left_out, hidden, title, notes)
     if groups is None:
         return found, notes
     if isinstance(found, CalibrationSet):
         raise DataError("windows of text have no sample_groups, as they are compared; omit them")
-    numbers = torch.as_tensor(groups)
-    some = numbers[:count] if order is None else numbers[order]
+    some = torch.as_tensor(groups)[:count]
     return replace(found, sample_groups=some), notes  # type: ignore[type-var]
 
 
-def _first(
-    source: Iterator[Any], model: nn.Module, rows: bool, samples: int | None
-) -> Iterator[_Read]:
+def _first(source: Iterator[Any], model: nn.Module, samples: int | None) -> Iterator[_Read]:
     """Yield batches by argument, until there are enough samples."""
     read = 0
     for number, given in enumerate(source):
         try:
-            batch = _named(model, given, rows)
+            batch = _named(model, given)
         except DataError as error:
-            place = "row" if rows else "batch"
-            raise DataError(f"{place} {number} of the data: {error}") from error
+            raise DataError(f"batch {number} of the data: {error}") from error
         yield batch
         read += len(batch.samples)
         if samples is not None and read >= samples:
@@ -258,8 +243,8 @@ class _Read:
     hidden: tuple[str, ...]
 
 
-def _named(model: nn.Module, given: Any, row: bool) -> _Read:
-    """Read a batch, or a row as a batch of one, by argument."""
+def _named(model: nn.Module, given: Any) -> _Read:
+    """Read a batch by argument."""
     inputs, labels, left_out = given, None, list[str]()
     if isinstance(given, tuple | list):
         if not 1 <= len(given) <= 2:
@@ -271,21 +256,21 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Read:
         labels = next((inputs[name] for name in aside), labels)
         left_out = [str(name) for name in inputs if name not in (*takes, *aside)]
         named = {
-            name: _tensor(inputs[name], row)
+            name: _tensor(inputs[name])
             for name in takes
             if inputs.get(name) is not None and name not in aside
         }
         if not named:
             raise DataError(
                 f"{type(model).__name__}.forward takes {', '.join(takes)}, and there are "
-                f"{', '.join(map(str, inputs)) or 'no entries'}; name the entries (columns) after "
+                f"{', '.join(map(str, inputs)) or 'no entries'}; name the entries after "
                 "the arguments that read them, and make tensors of what is not (text by the "
                 "tokenizer, images by osscar.load_images)"
             )
     else:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        named = named_inputs(model, [_tensor(one, row) for one in args])
-    scored = None if labels is None else _scored(labels, row)
+        named = named_inputs(model, [_tensor(one) for one in args])
+    scored = None if labels is None else _scored(labels)
     if labels is not None and scored is None:
         left_out = [*left_out, LABEL_NAMES[0]]
     if scored is not None and scored.ndim == 2 and makes_decoder_inputs(model, named):
@@ -296,10 +281,10 @@ def _named(model: nn.Module, given: Any, row: bool) -> _Read:
     return _Read(found, left_out, hides(model, named))
 
 
-def _scored(labels: Any, row: bool) -> Tensor | None:
+def _scored(labels: Any) -> Tensor | None:
     """Return labels that are whole numbers; None of others."""
     try:
-        found = _tensor(labels, row)
+        found = _tensor(labels)
     except DataError:
         return None  # boxes and their like
     if not found.ndim:
@@ -310,16 +295,15 @@ def _scored(labels: Any, row: bool) -> Tensor | None:
     return found if kind_of_numbers(found) == "whole" else None
 
 
-def _tensor(value: Any, row: bool) -> Tensor:
+def _tensor(value: Any) -> Tensor:
     """Return numbers as a tensor whose first dimension is the sample."""
     try:
-        found = torch.as_tensor(value).detach()
+        return torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
             f"a {type(value).__name__} is no tensor; {_FORMS}, or images of PIL to "
             "osscar.load_images"
         ) from None
-    return found[None] if row else found
 
 
 def _joined(
@@ -329,7 +313,6 @@ def _joined(
     hidden: list[str],
     title: str,
     notes: list[str],
-    seed: int | None,
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Join batches to a set; return what was left out of them as well."""
     divided = all(isinstance(one, SampleList) for one in batches)
@@ -376,7 +359,7 @@ def _joined(
         return SampleList(source, tuple(samples), labels), [*notes, *told]
     tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
     if _is_causal(model) and set(tensors) == {TOKENS}:
-        windows = CalibrationSet(tensors[TOKENS].long(), source, seed)
+        windows = CalibrationSet(tensors[TOKENS].long(), source, None)
         return windows, [*notes, *told]
     return TensorSet(source, tensors, labels), [*notes, *told]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from osscar.base.errors import DataError, FileError, first_line
@@ -17,49 +17,34 @@ from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
 from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet, kind_of_numbers
 
-SUFFIXES = (".npz", ".safetensors")
-
-_OR_IMAGES = "images are a directory, or uint8 `images` of (n, height, width, 3) in an .npz file"
+_SUFFIXES = (".npz", ".safetensors")
 
 
-def located(spec: str | Path, what: str, give: str) -> tuple[str, Path, str]:
-    """Return a name as text, and the file and the prefix of its entries that it stands for.
-
-    ``FILE.npz:PART`` is for the entries ``PART_...`` of a file, unless that is a file's name.
-    `what` it names, and what to `give`, are words for messages.
-    """
+def located(spec: str | Path, what: str, give: str) -> Path:
+    """Return the path that a name stands for; `what` it names and what to `give` are for errors."""
     text = file_name(spec, what, give)
     try:
         path = Path(text).expanduser()
-        file, _, part = text.rpartition(":")
-        if not file.endswith(SUFFIXES) or path.exists():
-            return text, path, ""
-    except (OSError, RuntimeError, ValueError) as error:
+        path.exists()  # which fails of a name that is too long
+        return path
+    except (OSError, RuntimeError) as error:
         raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
-    return text, Path(file).expanduser(), f"{part}_"
 
 
-def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read the tensors of an ``.npz`` or ``.safetensors`` file that are wanted by their names.
-
-    Nothing is unpickled.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of an ``.npz`` or ``.safetensors`` file; nothing is unpickled."""
+    found: dict[str, Tensor] = {}
     # Of a damaged file zipfile, numpy and safetensors raise whatever they meet.
     with attempt() as tried:
         check_regular(path)
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-                found = {name: file.get_tensor(name) for name in names if wanted(name)}
+            found = load_file(path)
         else:
             with np.load(path, allow_pickle=False) as arrays:
-                names = list(arrays.files)
-                found = {name: _tensor(arrays[name]) for name in names if wanted(name)}
+                found = {name: _tensor(arrays[name]) for name in arrays.files}
     if tried.failed:
         reason = getattr(tried.error, "strerror", None) or first_line(tried.error)
         raise FileError(path, f"it cannot be read as {path.suffix}: {reason}") from tried.error
-    if not found:
-        raise FileError(path, f"it has no entries of that name, only {', '.join(names) or 'none'}")
     return found
 
 
@@ -68,30 +53,23 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(native)).reshape(array.shape)
 
 
-def holds_images(
-    spec: str | Path, model: nn.Module, example: Mapping[str, Tensor] | None = None
-) -> bool:
+def holds_images(spec: str | Path, model: nn.Module) -> bool:
     """Tell whether a name stands for images rather than tensors.
 
-    Images are a directory, and uint8 `images` in an ``.npz`` file, unless the model reads uint8
-    under that name in its `example`, or more inputs beside it.
+    Images are a directory, and the entry `images` of an ``.npz`` file, unless the model has an
+    argument of that name.
     """
-    _, path, prefix = located(spec, "the data", "a directory or a file")
-    if path.suffix != ".npz" or not path.is_file():
+    path = located(spec, "the data", "a directory or a file")
+    if path.suffix != ".npz" or not path.is_file() or IMAGES in accepted_arguments(model):
         return path.is_dir()
+    names: list[str] = []
     with attempt() as tried, np.load(path, allow_pickle=False) as arrays:
-        pixels = arrays[f"{prefix}{IMAGES}"] if f"{prefix}{IMAGES}" in arrays.files else None
+        names = arrays.files
     if tried.failed:
         raise FileError(
             path, f"it cannot be read as .npz: {first_line(tried.error)}"
         ) from tried.error
-    if pixels is None or pixels.dtype != np.uint8:
-        return False
-    needed, read = needed_arguments(model, example), (example or {}).get(IMAGES)
-    as_it_is = IMAGES in accepted_arguments(model) and (
-        len(needed) > 1 or (read is not None and read.dtype is torch.uint8)
-    )
-    return not as_it_is
+    return IMAGES in names
 
 
 def load_tensors(
@@ -108,7 +86,6 @@ def load_tensors(
         model's forward pass, the first dimension of each being the sample; `labels` may hold the
         right classes, and `sample_groups` a number for each sample: those of one number are near
         copies of one another, are never divided into two parts, and count as one.
-        ``FILE.npz:test`` reads ``test_x`` for the argument ``x``.
     model
         What will read them.
     example
@@ -123,14 +100,11 @@ def load_tensors(
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
-    text, path, prefix = located(spec, "the file of tensors", "an .npz or .safetensors file")
-    if path.suffix not in SUFFIXES or not path.is_file():
-        raise FileError(
-            text, f"there is no {' or '.join(SUFFIXES)} file of that name; {_OR_IMAGES}"
-        )
+    path = located(spec, "the file of tensors", "an .npz or .safetensors file")
+    if path.suffix not in _SUFFIXES or not path.is_file():
+        raise FileError(spec, f"there is no {' or '.join(_SUFFIXES)} file of that name")
     known = {} if example is None else named_example(model, example)
-    entries = read_tensors(path, lambda name: name.startswith(prefix))
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in entries.items()}
+    tensors = read_tensors(path)
     needed = needed_arguments(model, known)
     labels, groups = (
         None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)
@@ -138,18 +112,9 @@ def load_tensors(
     try:
         check_arguments(model, tensors, known)
         fitted = {name: _like(name, tensor, known.get(name)) for name, tensor in tensors.items()}
-        return TensorSet(text, fitted, labels, groups)
+        return TensorSet(str(spec), fitted, labels, groups)
     except DataError as error:
-        hint = f"; {_OR_IMAGES}" if IMAGES in tensors else _hint_at_parts(text, tensors, needed)
-        raise FileError(path, f"{error}{hint}") from error
-
-
-def _hint_at_parts(spec: str, names: Iterable[str], needed: Iterable[str]) -> str:
-    """Say how to read a part of a file whose entries look as if it had some."""
-    parts = {
-        name.removesuffix(f"_{own}") for name in names for own in needed if name.endswith(f"_{own}")
-    }
-    return f"; {spec}:{min(parts)} reads the entries {min(parts)}_..." if parts else ""
+        raise FileError(path, str(error)) from error
 
 
 def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:

@@ -138,13 +138,13 @@ class LoadedModel:
                 f"images, an .npz "
                 f"file of them, or {self._tensors_in_words()}"
             )
-        if has_images(spec) if not named else holds_images(spec, self.model, self.stated):
+        if has_images(spec) if not named else holds_images(spec, self.model):
             data: SampleSet = self.images(spec)
         elif named:
             data = self.tensors(spec)
         else:
             self._check_no_images_stated(f"a {type(spec).__name__}")
-            return load_batches(spec, self.model, samples=samples, seed=seed)
+            return load_batches(spec, self.model, samples=samples)
         return data.sample(DEFAULT_SAMPLES if samples is None else samples, seed)
 
     def training(

@@ -34,13 +34,6 @@ class Stream(IterableDataset):
         return iter(zip(X, Y, strict=True))
 
 
-class Counted(Stream):
-    """A stream that says how long it is, as loaders want it."""
-
-    def __len__(self):
-        return len(X)
-
-
 def by_name(x=X, y=Y):
     return {"input": x, "labels": y, "idx": torch.arange(len(x)), "names": ["a"] * len(x)}
 
@@ -67,10 +60,6 @@ FORMS = {
     "a dictionary in a pair": lambda: [({"input": X}, Y)],
     "a generator": lambda: ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 300, 9)),
     "arrays": lambda: [(X.numpy(), Y.numpy())],
-    "rows": lambda: TensorDataset(X, Y),
-    "rows of columns": table,
-    "streamed rows": lambda: table().to_iterable_dataset(),
-    "a stream that is counted": Counted,
     "one dictionary": by_name,
     "a set": lambda: osscar.TensorSet("a set", {"input": X}, Y),
 }
@@ -131,12 +120,13 @@ def test_a_stream_without_end_is_read_as_far_as_asked():
         osscar.evaluate(rows_net(), endless())
 
 
-def test_rows_are_drawn_at_random_by_the_seed():
-    ordered = hub().Dataset.from_dict({"input": X.tolist(), "label": sorted(Y.tolist())})
-    one, same, other = (load_batches(ordered, rows_net(), samples=60, seed=s) for s in (0, 0, 1))
-    assert one.fingerprints() == same.fingerprints() != other.fingerprints()
-    assert set(one.labels.tolist()) == {0, 1, 2}
-    assert one.source.startswith("a Dataset, 60 of its 300 rows, drawn with seed 0; labels")
+@pytest.mark.parametrize(
+    "data", [TensorDataset(X, Y), table, lambda: table().to_iterable_dataset(), Stream()]
+)
+def test_samples_without_a_loader_are_refused_with_the_loader_to_give(data):
+    data = data() if callable(data) else data
+    with pytest.raises(DataError, match=r"yields samples, and .*; give torch\.utils\.data\.DataLo"):
+        osscar.prune(rows_net(), data, **MAGNITUDE)
 
 
 def test_a_score_reads_all_of_a_loader():
@@ -190,18 +180,17 @@ def test_a_batch_that_needs_no_padding_is_windows():
     assert as_inputs(model, found).tokens
 
 
-def test_texts_in_tokens_are_drawn_as_windows_or_one_by_one():
+def test_sequences_of_several_lengths_run_one_by_one():
     model = tiny("opt", layers=1)
-    alike = hub().Dataset.from_dict({"input_ids": tokens(50, 20).tolist()})
-    drawn = load_batches(alike, model, seed=3)
-    assert (drawn.samples, drawn.seqlen, drawn.seed) == (32, 20, 3)
-    with pytest.warns(UserWarning, match="44 of its 50 rows, drawn with seed 0"):
-        assert read_once(model, alike, windows=44).samples == 44
-    lengths = [row.tolist()[: 8 + i % 3] for i, row in enumerate(tokens(50, 20))]
-    texts = hub().Dataset.from_dict({"input_ids": lengths, "text": ["a"] * 50})
-    apart = load_batches(texts, model, samples=50)
-    assert [one["input_ids"].tolist() for one in apart.samples] == [[ids] for ids in lengths]
-    assert apart.source == "a Dataset, 50 samples; without text"
+    texts = [{"input_ids": row[None, : 8 + i % 3]} for i, row in enumerate(tokens(50, 20))]
+    apart = load_batches([{**one, "text": ["a"]} for one in texts], model)
+    assert [one["input_ids"].tolist() for one in apart.samples] == [
+        one["input_ids"].tolist() for one in texts
+    ]
+    assert apart.source == "a list, 50 samples; without text"
+    loader = DataLoader(tokens(50, 20), 7)
+    with pytest.warns(UserWarning, match="its first 44 samples"):
+        assert read_once(model, loader, windows=44).samples == 44
 
 
 def test_a_classifier_of_padded_texts_is_scored_on_its_labels():
@@ -276,7 +265,7 @@ def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     loaded = LoadedModel(small_net(), "net", None, torch.float32, preprocessing=plain(12))
     drawn = loaded.calibration(table, samples=5, seed=1)
     assert (drawn.source, len(drawn), len(drawn.fingerprints())) == ("Dataset, 12 images", 5, 5)
-    with pytest.raises(DataError, match=r"there are image, label; name the .* osscar.load_images"):
+    with pytest.raises(DataError, match=r"yields samples, .* or images to osscar.load_images"):
         osscar.prune(loaded.model, table, channels=0.5)
 
 
@@ -316,8 +305,8 @@ OPT = tiny("opt", layers=1)
         (rows_net(), lambda: [(X, X, Y)], "batch 0 of the data: a tuple of 3 is no pair; give"),
         (
             rows_net(),
-            lambda: hub().Dataset.from_dict({"wave": [[0.0]], "text": ["a"]}),
-            "row 0 of the data: .* takes input, and there are wave, text; name the entries .colu",
+            lambda: [{"wave": torch.zeros(1, 1), "text": ["a"]}],
+            "batch 0 of the data: .* takes input, and there are wave, text; name the entries",
         ),
         (
             OPT,

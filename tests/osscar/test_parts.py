@@ -116,9 +116,6 @@ def test_groups_stay_with_their_samples(tmp_path):
         assert group == groups[at]
     read_back = osscar.load_batches(tensors, small_net(), samples=7, sample_groups=groups)
     assert torch.equal(read_back.sample_groups, groups[:7])
-    rows = [{"x": one} for one in tensors["x"]]
-    some = osscar.load_batches(_Rows(rows), small_net(), samples=4, seed=1, sample_groups=groups)
-    assert len(some.sample_groups) == 4
     pixels = np.random.default_rng(0).integers(0, 255, (12, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, sample_groups=groups)
     steps = plain(12)
@@ -127,14 +124,3 @@ def test_groups_stay_with_their_samples(tmp_path):
     assert torch.equal(given.sample_groups, torch.arange(12))
     with pytest.raises(DataError, match="sample_groups must be 12 whole numbers"):
         osscar.TensorSet("images", tensors, sample_groups=groups[:5])
-
-
-class _Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]

@@ -69,11 +69,9 @@ def own(tmp_path, monkeypatch):
     Path("my nets/mine.py").write_text(CODE)
     net = small_net(seed=5)
     torch.save(net.state_dict(), "my weights.pt")
-    parts = {"train_images": pixels(60), "test_images": pixels(40, 1)}
-    for part in ("train", "test"):
-        images = ImageSet("pixels", parts[f"{part}_images"], plain(SIDE)).tensor()
-        parts[f"{part}_labels"] = net(images).argmax(1).numpy()
-    np.savez("my images.npz", **parts)
+    for part, images in (("train", pixels(60)), ("test", pixels(40, 1))):
+        labels = net(ImageSet("pixels", images, plain(SIDE)).tensor()).argmax(1).numpy()
+        np.savez(f"my {part}.npz", images=images, labels=labels)
     return "my nets/mine.py:drawn"
 
 
@@ -93,7 +91,7 @@ def folders(tmp_path):
 
 
 def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
-    prune = ("prune", own, "--calibration", "my images.npz:train", "--weights", "my weights.pt")
+    prune = ("prune", own, "--calibration", "my train.npz", "--weights", "my weights.pt")
     status, out, err = run(
         *(*prune, "--sparsity", "0.5", "--residual", "0.75", "--backend", "magnitude"),
         *("--out", "my small model", "--device", "cpu", "--json", "report.json"),
@@ -111,7 +109,7 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     assert calibration["preprocessing"]["crop"] == SIDE
     assert {layer["name"]: layer["kept"] for layer in written["layers"]}["stem.0.channels"] == 6
 
-    words = ["eval", "my small model", "--images", "my images.npz:test", "--dense", own]
+    words = ["eval", "my small model", "--images", "my test.npz", "--dense", own]
     words += ["--weights", "my weights.pt"]
     status, out, err = run(*words, "--json", "e.json")
     assert status == 0, err
@@ -140,17 +138,17 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     assert status == 0, err
     assert "is not the dense model that this one was pruned from" in err
 
-    test = ("eval", "my small model", "--images", "my images.npz:test")
+    test = ("eval", "my small model", "--images", "my test.npz")
     again = ("prune", "my small model", "--channels", "0.5", "--out", "b", "--device", "cpu")
     for command, message in (
         (
-            [w.replace(":test", ":train") for w in words],
-            ":train was used to calibrate or recover this",
+            [w.replace("my test", "my train") for w in words],
+            "my train.npz was used to calibrate or recover this",
         ),
         (test, "--dense module:function"),
         ((*test, "--dense", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
         ((*test, "--dense", own, "--weights", "w.pt"), "no file of weights"),
-        ((*again, "--calibration", "my images.npz:train"), "--dense module:function"),
+        ((*again, "--calibration", "my train.npz"), "--dense module:function"),
         (("inspect", own, "--dense", own), "omit dense (`--dense`)"),
     ):
         status, _, err = run(*command)
@@ -164,12 +162,11 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
 def test_bad_input_ends_in_one_line_before_anything_is_written(run, own):
     code = own.replace("drawn", "stating")
     prune = ("prune", code, "--out", "out", "--sparsity", "0.5", "--calibration")
-    train, images = "my images.npz:train", ("--images", "my images.npz:test")
+    train, images = "my train.npz", ("--images", "my test.npz")
     evaluate = ("eval", code, *images, "--device", "cpu", "--dense")
     for words, message in (
         (prune[:-1], "give calibration (`--calibration`) a directory of images, an .npz file"),
-        ((*prune, "nowhere"), "file of that name; images are a directory, or"),
-        ((*prune, "my images.npz:valid"), "it has no entries of that name, only train_images"),
+        ((*prune, "nowhere"), "there is no .npz or .safetensors file of that name"),
         (
             (*prune, train, "--samples", 0),
             "the number of images (samples, `--samples`) is 0; give 1 or more",
@@ -189,7 +186,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(run, own):
 def test_python_saves_all_that_the_command_line_does(own, tmp_path):
     code = f"{tmp_path}/{own.replace('drawn', 'stating')}"
     loaded = load_model(code)
-    images = loaded.calibration("my images.npz:train", samples=8, seqlen=None, seed=0)
+    images = loaded.calibration("my train.npz", samples=8, seqlen=None, seed=0)
     options = {"backend": "magnitude", "device": "cpu", "form": "eager"}
     result = osscar.prune(loaded.model, images, channels=0.5, **options)
     result.save("small")
@@ -351,7 +348,7 @@ def test_images_are_transformed_as_torchvision_does(folders):
 
 
 def test_an_archive_and_a_draw_from_it(own):
-    images = load_images("my images.npz:test", plain(SIDE))
+    images = load_images("my test.npz", plain(SIDE))
     assert len(images) == 40
     drawn, again = images.sample(8, seed=3), images.sample(8, seed=3)
     assert torch.equal(drawn.tensor(), again.tensor())
@@ -366,7 +363,7 @@ def test_places_without_images_are_refused(tmp_path):
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "must be uint8 .*0, 8, 8, 3"),
         ({"images": pixels(2), "labels": np.zeros(3, int)}, "must be 2 whole numbers"),
         ({"images": pixels(2), "labels": np.zeros(2)}, "whole numbers, .*not torch.float64"),
-        ({"pictures": pixels(2)}, "no entries of that name, only pictures"),
+        ({"pictures": pixels(2)}, "must be uint8 .*, and is missing"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(DataError, match=message):
@@ -414,20 +411,12 @@ def test_images_are_recognized_by_what_is_stored(folders):
         refuse_overlap(others, [text, one])
 
 
-def test_images_beside_class_folders_take_no_labels_away_in_silence(folders):
+def test_images_beside_class_folders_are_refused(folders):
     before = load_images(folders, IMAGENET)
     for name in ("preview.png", "logo.png"):
         shutil.copy(before.items[0], folders / name)
-    left_out = r"2 images beside the folders of '.*' are left out.*: logo\.png, preview\.png"
-    with pytest.warns(UserWarning, match=left_out):
-        found = load_images(folders, IMAGENET)
-    assert (found.items, found.classes) == (before.items, before.classes)
-    assert found.labels.equal(before.labels)
-    for index in range(20):
-        shutil.copy(before.items[0], folders / f"{index}.png")
-    with pytest.warns(UserWarning, match="there are 22 images beside .*no folder is taken for a"):
-        found = load_images(folders, IMAGENET)
-    assert (len(found), found.labels) == (32, None)
+    with pytest.raises(DataError, match=r"and 2 beside them \(logo\.png, preview\.png\); move"):
+        load_images(folders, IMAGENET)
 
 
 def test_folders_are_matched_with_classes(folders):
