@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -20,33 +20,55 @@ from osscar.network.hooks import hooks, other_forwards
 from osscar.network.modules import class_name, forward, full_name, known_of_class
 from osscar.offload.on_disk import is_on_disk
 from osscar.routing.routers import Call
+from solvers import RouterScores, RoutingRule
 
 _Class = TypeVar("_Class", bound=type[nn.Module])
 
 
+Route: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Makes logits, (tokens, experts), into experts and weights, (tokens, k)."""
+
+
 @dataclass(frozen=True)
 class Declaration:
-    """What a user says of a class of blocks: what these call their gate, and their list."""
+    """What a user says of a class of blocks: what these call their gate and their list.
+
+    And how logits of the gate are made into routes, unless it puts these out itself.
+    """
 
     kind: str
     gate: str
     experts: str
+    rule: RoutingRule | None = None
+    bias: str | None = None
+    """What the rule adds to the scores for the choice: the name of a tensor of the block."""
+    route: Route | None = None
 
     def __str__(self) -> str:
-        return f"osscar.mixture({self.kind!r}, gate={self.gate!r}, experts={self.experts!r})"
+        return f"osscar.mixture({self.kind!r}, gate={self.gate!r}, experts={self.experts!r}, ...)"
 
 
 _DECLARED: dict[str, Declaration] = {}
 
 
-def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callable[[_Class], _Class]:
+def mixture(
+    *classes: type[nn.Module] | str,
+    gate: str,
+    experts: str,
+    top_k: int | None = None,
+    normalize: bool = False,
+    scores: str = "softmax",
+    scale: float = 1.0,
+    bias: str | None = None,
+    route: Route | None = None,
+) -> Callable[[_Class], _Class]:
     """Declare classes of mixture blocks whose experts are a list of modules.
 
     A block asks its gate for the logits of all experts, calls some of them with rows of tokens,
     and puts out the sum of what they make of these, times weights; the sum may stand in other
-    terms, and it is the first tensor that is put out.  Whether a block is one is tried when its
-    experts are to leave, with fewer of them too.  Experts whose matrices are stacked in one
-    parameter, as in transformers, need no declaration.
+    terms, and it is the first tensor that is put out.  A declaration is held against what the block
+    puts out, on an example when experts are looked for and on all calibration data when some are to
+    leave.  Experts whose matrices are stacked in one parameter, as in transformers, need none.
 
     Parameters
     ----------
@@ -55,6 +77,24 @@ def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callabl
         Subclasses are covered too.
     gate, experts
         What a block calls the module that puts out logits, and the `torch.nn.ModuleList`.
+    top_k
+        To how many experts a token is sent: those with the largest scores, which are their weights.
+        A gate that puts out numbers and weights of experts itself needs neither this nor what
+        follows.
+    normalize
+        Whether weights are divided by their sum.
+    scores
+        What logits are made into, a value of `solvers.RouterScores`: ``"softmax"``, ``"sigmoid"``,
+        or ``"softmax of chosen"``, of the largest logits alone.
+    scale
+        What weights are multiplied by, last.
+    bias
+        The name of a tensor of the block, (experts,), that is added to scores for the choice alone.
+    route
+        In the place of `top_k` and what follows: a function of the logits, (tokens, experts), that
+        returns the numbers of experts and their weights, (tokens, k) each.  It is tried on drawn
+        logits, and has to follow a `solvers.RoutingRule`, as which experts are missed least is
+        computed by its formula.
 
     Returns
     -------
@@ -63,19 +103,27 @@ def mixture(*classes: type[nn.Module] | str, gate: str, experts: str) -> Callabl
     Raises
     ------
     OptionError
-        If a class is not one of modules, or the name of a module is empty.
+        If a class is not one of modules, the name of a module is empty, or both `top_k` and `route`
+        are given.
+    ValueError
+        If `scores` is none of these.
 
     Examples
     --------
     >>> import osscar
-    >>> _ = osscar.mixture("mylib.blocks.Block", gate="router", experts="ffns")
+    >>> _ = osscar.mixture("mylib.Block", gate="router", experts="ffns", top_k=2, normalize=True)
     """
     if not (gate and experts):
         raise OptionError(f"modules of a mixture are {gate!r} and {experts!r}; give their names")
+    if route is not None and top_k is not None:
+        raise OptionError(f"top_k is {top_k} beside route, which says it all; give one of them")
+    rule = None
+    if top_k is not None:
+        rule = RoutingRule(top_k, RouterScores(scores), normalize, scale)
 
     def declare(kind: _Class | str) -> _Class | str:
         name = class_name(kind, "a mixture is")
-        _DECLARED[name] = Declaration(name, gate, experts)
+        _DECLARED[name] = Declaration(name, gate, experts, rule, bias, route)
         return kind
 
     for one in classes:

@@ -187,16 +187,14 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
 def _listed(model: nn.Module, one: ExpertList, tokens: Tensor, order: int) -> ExpertMixture:
     """Return the mixture of a list of modules, given the tokens of a call of its block."""
     gate, name = joined(one.block, one.declared.gate), joined(one.block, one.declared.experts)
-    assert one.rule is not None
-    routing = Router(one.rule, (1, 2), None if one.bias is None else "argument 1")
     last = _last_layer(model.get_submodule(name).children(), tokens)
     slots = [
         *_router_slots(model, gate, one.count, order),
         *_slots(model, one.block, one.count, Role.PRODUCER, order, recurse=False),
         *_slots(model, name, one.count, Role.CONSUMER, order),
     ]
-    group = _group(model, name, slots, one.rule)
-    return ExpertMixture(group, name, one.router, routing, one, last)
+    group = _group(model, name, slots, one.routing.rule)
+    return ExpertMixture(group, name, one.router, one.routing, one, last)
 
 
 def _group(model: nn.Module, name: str, slots: Sequence[Slot], rule: RoutingRule) -> CouplingGroup:

@@ -1,21 +1,17 @@
 """Mixtures whose experts are a list of modules, which the code of a block calls by number.
 
-The block asks a gate for logits, chooses, and adds up what the experts make of the tokens that it
-gives them.  Their weights are read off its outputs: it is run with experts that each put out a row
-of their own, whatever they read.  The rule by which it routes is found so, on drawn numbers, and
-each call is held to it.
-
-While such a block is `called_as_mixtures`, it runs the rest of its code first.  Then it calls a
-module that routes by the rule that was found, and its list of experts with tokens, their experts
-and weights, as a block with stacked matrices does.
+While such a block is `called_as_mixtures`, its code runs with experts that put out zeros, which
+leaves what else is in its outputs.  Then the logits of its gate are made into routes as its
+declaration says, and its list of experts is called with tokens, their experts and weights, as a
+block with stacked matrices calls its own.  Held against what the block puts out by itself, this
+says whether the declaration is true.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
@@ -27,24 +23,17 @@ from torch.utils import _pytree as pytree
 
 from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import attempt
-from osscar.network.hooks import InDouble, hooks, other_forwards
-from osscar.network.modules import copied, tensors_in
+from osscar.network.hooks import hooks, other_forwards
+from osscar.network.modules import tensors_in
 from osscar.routing.declared import Declaration, joined
 from osscar.routing.routers import (
-    TOKENS,
     Call,
-    SeenRoutes,
-    biases_in,
-    draw_tensors,
-    drawn_call,
-    logits_of,
-    misrouted,
-    rule_of,
+    Router,
+    beyond_ties,
+    router_of,
+    rule_of_function,
+    sends_tokens,
 )
-from solvers import RoutingRule
-
-_NOTHING = 1e-10
-"""The share of a token's largest weight, in double precision, below which others are none."""
 
 _ROUTER = "osscar_router"
 """What a block calls the module that routes while it is `called_as_mixtures`."""
@@ -57,101 +46,69 @@ class ExpertList:
     block: str
     """Its name in the model."""
     declared: Declaration
-    """What the block calls its gate and the list."""
     count: int
     """How many experts there are."""
     outputs: int
     """How many numbers they put out for a token."""
-    rule: RoutingRule | None = None
-    """By which the block routes; None until it is found."""
-    bias: str | None = None
-    """What is added to scores for the choice: the name of a tensor, as the block knows it."""
+    gate: Router
+    """What its gate is read by."""
 
     @property
     def router(self) -> str:
         """The name of the module that routes while the block is called as a mixture is."""
         return joined(self.block, _ROUTER)
 
-    def experts_in(self, block: nn.Module) -> nn.ModuleList:
-        """Return the experts of a block."""
-        return cast(nn.ModuleList, block.get_submodule(self.declared.experts))
-
-
-def first_tensor(y: Any) -> Tensor:
-    """Return the first tensor of what a block puts out, or of a call: there the sum, or tokens."""
-    return tensors_in(y)[0]
+    @property
+    def routing(self) -> Router:
+        """How that module routes."""
+        biased = self.gate.bias is not None or self.declared.bias is not None
+        return Router(self.gate.rule, "argument 1" if biased else None)
 
 
 # ---- a block without its experts ---------------------------------------------------------
 
 
-class _Run(NamedTuple):
-    """What a block has put out whose experts ignore what they read, and what its gate was asked."""
+class _Rest(NamedTuple):
+    """What a block puts out whose experts put out zeros, and the call of its gate."""
 
     y: Any
     sum: Tensor
-    """The sum over experts and what is beside it, (tokens, outputs)."""
+    """What the sum over experts is added to, (tokens, outputs)."""
     tokens: Tensor
     """(tokens, d)"""
-    logits: Tensor
-    """(tokens, experts)"""
+    call: Call
+    routed: Any
+    """What the gate puts out."""
 
 
-def _run_with(
-    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call, rows: Tensor
-) -> _Run:
-    """Run the code of a block, `own`, with experts that put out a row, (outputs,), each."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def _without_experts(
+    declared: Declaration, block: nn.Module, own: Callable[..., Any], call: Call, outputs: int
+) -> _Rest:
+    """Run the code of a block, `own`, with experts that put out zeros."""
+    seen: list[tuple[Call, Any]] = []
 
-    def put_out(row: Tensor, x: Tensor) -> Tensor:
-        return row.to(x).expand(*x.shape[:-1], -1).clone()
+    def zeros(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], outputs)
 
     def note(_: str, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        try:
-            logits = logits_of(module, (args, kwargs), y, one.count)
-        except ModelError as error:
-            raise ModelError(f"the gate {error}") from error
-        seen.append((first_tensor((args, kwargs)).detach(), logits))
+        seen.append(((args, kwargs), y))
 
-    experts = one.experts_in(block)
-    mute = [(expert, partial(put_out, row)) for expert, row in zip(experts, rows, strict=True)]
-    with other_forwards(mute), hooks(block, [one.declared.gate], after=note):
+    experts = block.get_submodule(declared.experts).children()
+    with (
+        other_forwards((expert, zeros) for expert in experts),
+        hooks(block, [declared.gate], after=note),
+    ):
         y = own(*call[0], **call[1])
     if len(seen) != 1:
         raise ModelError(f"the gate is called {len(seen)} times in a call of the block, not once")
-    x, logits = seen[0]
-    tokens, total = x.reshape(-1, x.shape[-1]), first_tensor(y)
-    if len(tokens) == 0 or total.numel() % len(tokens):
-        raise ModelError(
-            f"what it puts out first, {tuple(total.shape)}, has no row for each of the "
-            f"{len(tokens)} tokens that the gate reads"
-        )
-    return _Run(y, total.reshape(len(tokens), -1), tokens, logits)
+    [(gated, routed)] = seen
+    x = tensors_in(gated)[0].detach()
+    return _Rest(
+        y, tensors_in(y)[0].reshape(-1, outputs), x.reshape(-1, x.shape[-1]), gated, routed
+    )
 
 
-def _weighed(
-    one: ExpertList, block: nn.Module, own: Callable[..., Any], call: Call
-) -> tuple[_Run, Tensor, float]:
-    """Run the code of a block without its experts, and return also how it would weigh them.
-
-    Weights are (tokens, experts), in double precision.  Experts put out multiples of unit vectors,
-    as many at a time as there are of these, and so large that rounding of the rest hides nothing;
-    how large comes last.
-    """
-    silent = torch.zeros(one.count, one.outputs)
-    rest = _run_with(one, block, own, call, silent)
-    size = 2.0 ** math.ceil(math.log2(1 + float(rest.sum.double().abs().mean())))
-    found = []
-    for start in range(0, one.count, one.outputs):
-        some = torch.arange(min(one.outputs, one.count - start))
-        rows = silent.clone()
-        rows[start + some, some] = size
-        changed = _run_with(one, block, own, call, rows).sum - rest.sum
-        found.append(changed[:, : len(some)].double() / size)
-    return rest, torch.cat(found, 1), size
-
-
-# ---- whether a declaration holds, and by which rule --------------------------------------
+# ---- whether a declaration holds ---------------------------------------------------------
 
 
 def expert_list(
@@ -161,47 +118,31 @@ def expert_list(
 
     A declaration that does not hold is a ModelError, and so are experts that could not leave.
     """
-    with attempt() as tried:  # code of anyone's, which may not take other experts
-        return _expert_list(model.get_submodule(block), block, declared, calls)
-    found = str(tried.error)
-    if not isinstance(tried.error, ModelError):
-        found = (
-            "its code fails with experts that put out drawn numbers, or on drawn tokens: "
-            f"{first_line(tried.error)}"
-        )
-    raise ModelError(f"{declared} does not fit {block or 'the model'!r}: {found}")
-
-
-def _expert_list(
-    own: nn.Module, block: str, declared: Declaration, calls: Sequence[tuple[Call, Any]]
-) -> tuple[ExpertList, Tensor]:
-    for name in (declared.gate, declared.experts):
-        if name not in dict(own.named_modules()):
-            there = ", ".join(repr(child) for child, _ in own.named_children())
-            raise ModelError(f"it has no module {name!r}, and has {there or 'none'}")
-    experts = own.get_submodule(declared.experts)
-    if not isinstance(experts, nn.ModuleList):
-        raise ModelError(
-            f"{declared.experts!r} is a {type(experts).__name__}; experts leave from a "
-            "torch.nn.ModuleList that the code calls by number"
-        )
-    if not alike(experts):
-        raise ModelError(
-            f"the modules of {declared.experts!r} are not several of the same structure and "
-            "shapes, or share tensors: only experts that are alike can leave as a whole"
-        )
-    if len(calls) != 1:
-        raise ModelError(
-            f"it is called {len(calls)} times in a forward pass, and experts can be removed only "
-            "from a block that is called once; give each call a block of its own"
-        )
-    ((call, y),) = calls
-    one = ExpertList(block, declared, len(experts), first_tensor(y).shape[-1])
-    tokens = _run_with(one, own, own.forward, call, torch.zeros(one.count, one.outputs)).tokens
-    rule, bias = _rule_of_block(one, own, call, len(tokens))
-    one = replace(one, rule=rule, bias=bias)
-    _check_sum(own, one, call)
-    return one, tokens
+    with attempt() as tried:  # code of anyone's, which may not take experts that put out zeros
+        own = model.get_submodule(block)
+        experts = own.get_submodule(declared.experts)
+        if not alike(experts):
+            raise ModelError(
+                f"{declared.experts!r} ({type(experts).__name__}) is no torch.nn.ModuleList of "
+                "several modules of the same structure and shapes that share no tensors, and only "
+                "experts that are alike can leave"
+            )
+        if len(calls) != 1:
+            raise ModelError(
+                f"it is called {len(calls)} times in a forward pass, and experts can be removed "
+                "only from a block that is called once; give each call a block of its own"
+            )
+        ((call, y),) = calls
+        outputs = tensors_in(y)[0].shape[-1]
+        rest = _without_experts(declared, own, own.forward, call, outputs)
+        count = len(list(experts.children()))
+        one = ExpertList(block, declared, count, outputs, _gate(own, declared, rest, count))
+        with called_as_mixtures(model, [one], held=True):
+            own.forward(*call[0], **call[1])
+        return one, rest.tokens
+    raise ModelError(
+        f"{declared} does not fit {block or 'the model'!r}: {first_line(tried.error)}"
+    ) from tried.error
 
 
 def alike(module: nn.Module) -> bool:
@@ -219,92 +160,33 @@ def alike(module: nn.Module) -> bool:
     return len(forms) == 1 and len(set(own)) == len(own) > 0
 
 
-def _rule_of_block(
-    one: ExpertList, block: nn.Module, call: Call, tokens: int
-) -> tuple[RoutingRule, str | None]:
-    """Return by which rule tokens are sent to a list, and the name of the bias of the choice."""
-    copy = _drawn_copy(one, block)
-    draws = range(-(-TOKENS // tokens))
-    seen = [_seen(one, copy, drawn_call(call, one.count, seed)) for seed in draws]
-    if seen[0].experts.shape[1] == one.count:
+def _gate(block: nn.Module, declared: Declaration, rest: _Rest, count: int) -> Router:
+    """Return by which rule the gate of a block routes, and where it has the bias of the choice."""
+    if declared.rule is not None:
+        return Router(declared.rule)
+    if declared.route is not None:
+        return Router(rule_of_function(declared.route, block, count))
+    if not sends_tokens(rest.routed):
         raise ModelError(
-            f"every token is sent to all {one.count} experts, or more is done with what they put "
-            "out than to add it up, so that none can leave"
+            f"{declared.gate!r} puts out no numbers of experts, and nothing says what its logits "
+            "are made into; give top_k=, with normalize= and the like, or route="
         )
     try:
-        return rule_of(seen, [copy.get_submodule(one.declared.gate), copy])
+        return router_of(block.get_submodule(declared.gate), rest.call, count)
     except ModelError as error:
-        raise ModelError(f"its code with the gate {error}") from error
-
-
-def _drawn_copy(one: ExpertList, block: nn.Module) -> nn.Module:
-    """Return a copy of a block in double precision that routes by drawn numbers.
-
-    Its experts have no weights.
-    """
-    blank = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-        for p in one.experts_in(block).parameters()
-    }
-    copy = copied(block, blank).double()
-    gate = copy.get_submodule(one.declared.gate)
-    own = (*copy.parameters(recurse=False), *copy.buffers(recurse=False))
-    biases = [tensor for tensor in own if tensor.numel() == one.count]
-    draw_tensors([*gate.parameters(), *gate.buffers(), *biases], one.count)
-    return copy
-
-
-def _seen(one: ExpertList, copy: nn.Module, call: Call) -> SeenRoutes:
-    """Return how a copy of a block routes the tokens of a call."""
-    with InDouble():
-        rest, weights, _ = _weighed(one, copy, copy.forward, call)
-    taken = weights.abs() > _NOTHING * weights.abs().amax(1, keepdim=True)
-    counts = set(taken.sum(1).tolist())
-    if counts == {0}:
-        raise ModelError(
-            "what it puts out first does not depend on what the experts put out: put out their sum "
-            "there"
-        )
-    if len(counts) != 1:
-        raise ModelError(
-            f"it sends tokens to {sorted(counts)} experts: no rule is known for tokens that go to "
-            "different numbers of them"
-        )
-    experts = taken.nonzero()[:, 1].view(-1, counts.pop())
-    own = biases_in(copy, ((), {}), one.count).items()
-    biases = {n: t for n, t in own if "." not in n or n.startswith(f"{one.declared.gate}.")}
-    return SeenRoutes(rest.logits, experts, weights.gather(1, experts), biases)
-
-
-def _check_sum(block: nn.Module, one: ExpertList, call: Call) -> None:
-    """Refuse a block that does not put out the sum over experts of what they make of the tokens."""
-    args, kwargs = call
-    expected = first_tensor(block.forward(*args, **kwargs)).double()
-    with called_as_mixtures(block, [replace(one, block="")]):
-        found = first_tensor(block.forward(*args, **kwargs))
-    error, size = (torch.linalg.vector_norm(y) for y in (found.double() - expected, expected))
-    if not bool(error <= torch.finfo(found.dtype).eps ** 0.5 * size):
-        raise ModelError(
-            "it does not put out the sum of what experts make of the rows that "
-            f"{one.declared.gate!r} reads, times weights: they may be given other rows, such as "
-            "without the norm before it (let one module route: torch.nn.Sequential(norm, gate)), "
-            "or rows times weights"
-        )
+        raise ModelError(f"the gate {error}") from error
 
 
 # ---- called as a mixture -----------------------------------------------------------------
 
 
 class _RuleRouter(nn.Module):
-    """Puts out logits, experts and weights; who watches modules learns of them.
-
-    `beside` is what the sum over experts will be added to.
-    """
+    """Puts out logits, experts and weights; who watches modules learns of them."""
 
     def forward(
-        self, logits: Tensor, bias: Tensor | None, routes: tuple[Tensor, Tensor], beside: Tensor
+        self, logits: Tensor, bias: Tensor | None, experts: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return logits, routes[0], routes[1].to(beside)
+        return logits, experts, weights
 
 
 def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -326,20 +208,22 @@ def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: T
 
 
 @contextmanager
-def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterator[None]:
+def called_as_mixtures(
+    model: nn.Module, lists: Iterable[ExpertList], *, held: bool = False
+) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  A block that sends tokens to other experts than its logits
-    say raises a ModelError when it runs.
+    What they compute stays the same.  With `held`, each call is compared with what the block puts
+    out by itself, and a ModelError raised where they differ.
     """
     with ExitStack() as around:
         for one in lists:
             block = model.get_submodule(one.block)
-            experts = one.experts_in(block)
+            experts = cast(nn.ModuleList, block.get_submodule(one.declared.experts))
             block.add_module(_ROUTER, _RuleRouter().eval())
             around.callback(block._modules.pop, _ROUTER)
             forwards = (
-                (block, partial(_forward, one, block, block.forward)),
+                (block, partial(_forward, one, block, block.forward, held)),
                 (experts, partial(_sum_over, experts)),
             )
             around.enter_context(other_forwards(forwards))
@@ -347,25 +231,51 @@ def called_as_mixtures(model: nn.Module, lists: Iterable[ExpertList]) -> Iterato
 
 
 def _forward(
-    one: ExpertList, block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+    one: ExpertList,
+    block: nn.Module,
+    own: Callable[..., Any],
+    held: bool,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Run the code of a block without its experts, and then call these."""
-    rest, weighed, size = _weighed(one, block, own, (args, kwargs))
-    assert one.rule is not None
-    bias = None if one.bias is None else attrgetter(one.bias)(block).flatten().double()
-    routes = one.rule.route(rest.logits.double(), None, bias)
-    beside = rest.sum.double().abs().amax(1) / size
-    off = misrouted(routes, weighed, rest.logits, rest.sum.dtype, beside)
-    if off:
-        raise ModelError(
-            f"the code of {one.block or 'the model'!r} sends {off} of {len(weighed)} tokens to "
-            f"other experts of {joined(one.block, one.declared.experts)!r}, or with other weights, "
-            f"than the logits of {one.declared.gate!r} say: what changes them is not known with "
-            "fewer experts; leave it out (skip, `--skip`)"
-        )
-    _, chosen, weights = block.get_submodule(_ROUTER)(rest.logits, bias, routes, rest.sum)
-    total = one.experts_in(block)(rest.tokens, chosen, weights)
+    declared = one.declared
+    experts = cast(nn.ModuleList, block.get_submodule(declared.experts))
+    rest = _without_experts(declared, block, own, (args, kwargs), one.outputs)
+    gate = block.get_submodule(declared.gate)
+    logits, bias = one.gate.scores(gate, rest.call, rest.routed, one.count)
+    if declared.bias is not None:
+        bias = attrgetter(declared.bias)(block).flatten().double()
+    chosen, weights = one.gate.rule.route(logits, None, bias)
+    routes = chosen, weights.to(rest.sum)
+    if held:
+        due = tensors_in(own(*args, **kwargs))[0].reshape(rest.sum.shape)
+        _hold(one, rest.sum, _sum_over(experts, rest.tokens, *routes), due, logits)
+    _, chosen, weights = block.get_submodule(_ROUTER)(logits, bias, *routes)
+    total = experts(rest.tokens, chosen, weights)
     leaves, form = pytree.tree_flatten(rest.y)
     place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     leaves[place] = leaves[place] + total.reshape(leaves[place].shape)
     return pytree.tree_unflatten(leaves, form)
+
+
+def _hold(one: ExpertList, rest: Tensor, total: Tensor, due: Tensor, logits: Tensor) -> None:
+    """Refuse a block that does not put out what is beside its experts, and the sum over these.
+
+    All are (tokens, outputs).  Rounding may move a token by the root of the rounding unit, for the
+    size of the sum, and by some units of what that is added to; routers round to float32 in models
+    that are finer.
+    """
+    eps = max(torch.finfo(kind).eps for kind in (total.dtype, torch.float32))
+    error = (rest.double() + total.double() - due.double()).abs().amax(1)
+    allowed = eps**0.5 * total.double().abs().max() + 8 * eps * rest.double().abs().amax(1)
+    off = beyond_ties(~(error <= allowed), logits)
+    if off:
+        raise ModelError(
+            f"{off} of {len(due)} tokens come out of {one.block or 'the model'!r} other than "
+            f"declared: outputs of {one.declared.experts!r} for the rows that "
+            f"{one.declared.gate!r} reads, times weights by the rule, do not add up to what "
+            "experts bring; give the rule of its code, declare a norm and the gate as one module "
+            "(torch.nn.Sequential(norm, gate)), or, where a gate rounds its logits, use dtype "
+            "float32 (`--dtype float32`)"
+        )

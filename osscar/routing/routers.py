@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,9 +23,9 @@ from osscar.network.modules import copied, named_tensors, tensors_in
 from osscar.offload.on_disk import OnDisk, values_of
 from solvers import GroupScore, RouterScores, RoutingRule, SolverError
 
-TOLERANCE = 1e-5
+_TOLERANCE = 1e-5
 """Of weights, in double precision: some code adds up to a millionth to what it divides by."""
-TOKENS = 256
+_TOKENS = 256
 """On how many tokens rules are compared, at least."""
 _MOST_TIED = 0.01
 """The share of tokens that rounding may send to other experts than their logits say."""
@@ -39,7 +39,7 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class SeenRoutes:
+class _Seen:
     """What a router has made of some tokens, and what may be biases of its choice, by name.
 
     Logits are (tokens, experts), experts and weights (tokens, k).
@@ -65,15 +65,15 @@ class Router:
     """How a module routes."""
 
     rule: RoutingRule
-    places: tuple[int, int]
-    """Where experts and weights are among the leaves of what it puts out."""
-    bias: str | None
+    bias: str | None = None
     """What is added to scores for the choice alone: a tensor of the module, or an argument."""
+    places: tuple[int, int] = (1, 2)
+    """Where experts and weights are among the leaves of what it puts out, if it does so."""
 
     def scores(self, module: nn.Module, call: Call, y: Any, count: int) -> Scores:
         """Return what a call of the module chooses among `count` experts by."""
-        bias = None if self.bias is None else biases_in(module, call, count)[self.bias].flatten()
-        logits = logits_of(module, call, y, count).double()
+        bias = None if self.bias is None else _biases_in(module, call, count)[self.bias].flatten()
+        logits = _logits_of(module, call, y, count).double()
         return Scores(logits, None if bias is None else bias.double())
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
@@ -104,31 +104,40 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
     """
     own, places = _run(_in_double(module), call, count)
     copy = _in_double(module)
-    draw_tensors([*copy.parameters(), *copy.buffers()], count)
-    draws = -(-TOKENS // max(1, len(own.logits)))
-    drawn = (drawn_call(call, count, seed) for seed in range(draws))
-    rule, bias = rule_of([own, *(_run(copy, one, count)[0] for one in drawn)], [module])
-    return Router(rule, places, bias)
+    _draw_tensors([*copy.parameters(), *copy.buffers()], count)
+    draws = -(-_TOKENS // max(1, len(own.logits)))
+    drawn = (_drawn_call(call, count, seed) for seed in range(draws))
+    rule, bias = _rule_of([own, *(_run(copy, one, count)[0] for one in drawn)], module)
+    return Router(rule, bias, places)
 
 
-def rule_of(
-    seen: Sequence[SeenRoutes], holders: Sequence[nn.Module]
-) -> tuple[RoutingRule, str | None]:
+def rule_of_function(
+    route: Callable[[Tensor], tuple[Tensor, Tensor]], block: nn.Module, count: int
+) -> RoutingRule:
+    """Return which rule a function of logits follows, as `router_of` does of a module.
+
+    The block may say numbers of groups and the scale.
+    """
+    logits = 2 * torch.randn(_TOKENS, count, generator=torch.Generator().manual_seed(0))
+    with InDouble():
+        seen = _Seen(logits.double(), *route(logits.double()), {})
+    return _rule_of([seen], block)[0]
+
+
+def _rule_of(seen: Sequence[_Seen], holder: nn.Module) -> tuple[RoutingRule, str | None]:
     """Return by which rule tokens were routed, and the name of the bias of the choice, if any.
 
-    `holders` are the modules whose code routes, and that may say numbers of groups and the scale.
-    A ModelError, whose message goes on after the router's name, says that no known rule does so.
+    `holder` is the module whose code routes, and that may say numbers of groups and the scale.
     """
     tried = 0
-    for rule, bias in _candidates(holders, seen[-1]):
+    for rule, bias in _candidates(holder, seen[-1]):
         same, scale = _scale(rule, bias, seen)
         tried = max(tried, same)
         if scale is not None:
-            return replace(rule, scale=_stated(holders, scale)), bias
+            return replace(rule, scale=_stated(holder, scale)), bias
     what = "with other weights than" if tried else "to other experts than"
     raise ModelError(
-        f"({type(holders[0]).__name__}) sends tokens {what} a softmax or a sigmoid of its logits "
-        "would"
+        f"({type(holder).__name__}) sends tokens {what} a softmax or a sigmoid of its logits would"
     )
 
 
@@ -139,7 +148,7 @@ def _in_double(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
+def _draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
     """Draw, in place, those of some tensors that have an entry for each of `count` experts.
 
     Logits of drawn tokens are about as far apart as those of a trained router.
@@ -152,7 +161,7 @@ def draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
             tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
 
 
-def drawn_call(call: Call, count: int, seed: int) -> Call:
+def _drawn_call(call: Call, count: int, seed: int) -> Call:
     """Return a call with drawn numbers in the place of its fractions, in double precision."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,7 +176,7 @@ def drawn_call(call: Call, count: int, seed: int) -> Call:
     return args, kwargs
 
 
-def _run(module: nn.Module, call: Call, count: int) -> tuple[SeenRoutes, tuple[int, int]]:
+def _run(module: nn.Module, call: Call, count: int) -> tuple[_Seen, tuple[int, int]]:
     """Return what a router in double precision puts out without its hooks, and `Router.places`."""
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda x: x.double() if x.is_floating_point() else x, call
@@ -175,10 +184,10 @@ def _run(module: nn.Module, call: Call, count: int) -> tuple[SeenRoutes, tuple[i
     with InDouble():
         leaves = pytree.tree_leaves(module.forward(*args, **kwargs))
     places = _places(leaves, count)
-    logits = logits_of(module, (args, kwargs), leaves, count)
-    biases = biases_in(module, (args, kwargs), count)
+    logits = _logits_of(module, (args, kwargs), leaves, count)
+    biases = _biases_in(module, (args, kwargs), count)
     experts, weights = (leaves[place] for place in places)
-    return SeenRoutes(logits, experts, weights, biases), places
+    return _Seen(logits, experts, weights, biases), places
 
 
 def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
@@ -202,7 +211,7 @@ def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
     return experts[0], weights[0]
 
 
-def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
+def _biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
     """Return what has one number for each expert: tensors of a module, and arguments of it."""
     own = dict(named_tensors(module))
     given = pytree.tree_leaves(call)
@@ -210,15 +219,12 @@ def biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
     return {n: values_of(t) for n, t in own.items() if t.is_floating_point() and t.numel() == count}
 
 
-def _candidates(
-    holders: Sequence[nn.Module], seen: SeenRoutes
-) -> Iterator[tuple[RoutingRule, str | None]]:
+def _candidates(holder: nn.Module, seen: _Seen) -> Iterator[tuple[RoutingRule, str | None]]:
     """Yield rules with a scale of one, and the name of the bias of the choice.
 
-    Those come first that have as many groups, and open ones, as attributes of the modules say.
+    Those come first that have as many groups, and open ones, as attributes of the module say.
     """
-    stated = [item for module in holders for item in vars(module).items()]
-    numbers = [(name, v) for name, v in stated if type(v) is int and v > 0]
+    numbers = [(name, v) for name, v in vars(holder).items() if type(v) is int and v > 0]
     counts = [v for name, v in numbers if re.fullmatch(_GROUPS, name)]
     opened = [v for name, v in numbers if re.fullmatch(_OPEN_GROUPS, name)]
     grouped = itertools.product(counts, opened, reversed(GroupScore))
@@ -232,9 +238,7 @@ def _candidates(
                 yield RoutingRule(top_k, scores, normalized, 1.0, *groups), bias
 
 
-def _scale(
-    rule: RoutingRule, bias: str | None, seen: Sequence[SeenRoutes]
-) -> tuple[bool, float | None]:
+def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[bool, float | None]:
     """Return whether a rule chooses the experts seen, and what its weights are to be multiplied by.
 
     The latter is None where no number makes them those seen.
@@ -259,7 +263,7 @@ def _scale(
         theirs.append(expected[1][clear])
     a, b = torch.cat(mine).flatten(), torch.cat(theirs).flatten()
     scale = float((a @ b) / (a @ a))
-    fits = bool((b - scale * a).abs().max() <= TOLERANCE * b.abs().max())
+    fits = bool((b - scale * a).abs().max() <= _TOLERANCE * b.abs().max())
     return True, scale if fits else None
 
 
@@ -269,7 +273,7 @@ def like_logits(leaves: Sequence[Any], count: int) -> list[int]:
     return [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
 
 
-def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
+def _logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
     """Return the logits, (tokens, experts), of a call of a router.
 
     A router that puts out experts and weights alone makes them of tokens times a matrix.  The
@@ -294,22 +298,25 @@ def logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
 
 
 def misrouted(
-    routes: tuple[Tensor, Tensor],
-    weighed: Tensor,
-    logits: Tensor,
-    rounded: torch.dtype,
-    beside: Any,
+    routes: tuple[Tensor, Tensor], weighed: Tensor, logits: Tensor, rounded: torch.dtype
 ) -> int:
     """Return how many tokens are sent otherwise than a rule says; 0 where rounding may do so.
 
     `routes` are experts and weights by the rule, (tokens, k).  `weighed` is the weight that each
-    expert has, and `logits` are by what it is chosen, (tokens, experts).  These weights were added
-    up in the number format `rounded`, to something that is `beside` times as large, (tokens,).
+    expert has, in the number format `rounded`, and `logits` are by what it is chosen, (tokens,
+    experts).
     """
     expected = torch.zeros_like(weighed).scatter(1, routes[0], routes[1].to(weighed))
-    allowed = torch.finfo(rounded).eps ** 0.5 * (expected.amax(1) + beside)
-    off = ~((weighed - expected).abs().amax(1) <= allowed)
-    off &= ~_tied(logits)  # as those of padding may be, which is all zero
+    allowed = torch.finfo(rounded).eps ** 0.5 * expected.amax(1)
+    return beyond_ties(~((weighed - expected).abs().amax(1) <= allowed), logits)
+
+
+def beyond_ties(off: Tensor, logits: Tensor) -> int:
+    """Return how many tokens are `off`, (tokens,) bool; 0 where rounding may make so many so.
+
+    Those do not count whose logits, (tokens, experts), are tied.
+    """
+    off = off & ~_tied(logits)  # as those of padding may be, which is all zero
     return int(off.sum()) if int(off.sum()) > _MOST_TIED * len(off) else 0
 
 
@@ -321,10 +328,9 @@ def _tied(logits: Tensor) -> Tensor:
     return (logits.sort(1).values.diff(dim=1) == 0).any(1)
 
 
-def _stated(holders: Sequence[nn.Module], scale: float) -> float:
+def _stated(holder: nn.Module, scale: float) -> float:
     """Return a scale as an attribute of the router has it, which rounding has not touched."""
-    values = (v for module in holders for v in vars(module).values())
-    stated = (float(v) for v in values if type(v) in (int, float))
+    stated = (float(v) for v in vars(holder).values() if type(v) in (int, float))
     found = [1.0, *stated]
-    near = [v for v in found if abs(v - scale) <= TOLERANCE * abs(scale)]
+    near = [v for v in found if abs(v - scale) <= _TOLERANCE * abs(scale)]
     return min(near, key=lambda v: abs(v - scale), default=scale)

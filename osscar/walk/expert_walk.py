@@ -45,12 +45,17 @@ def without(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[P
 
 @contextmanager
 def _routed(
-    model: nn.Module, mixtures: Iterable[ExpertMixture], kept: Mapping[str, Sequence[int]]
+    model: nn.Module,
+    mixtures: Iterable[ExpertMixture],
+    kept: Mapping[str, Sequence[int]],
+    *,
+    held: bool = False,
 ) -> Iterator[None]:
     """Let a model send tokens to the experts that stay while the block runs.
 
     Passes of a walk that are to be as in the dense model send them to all, and so do mixtures that
-    `kept`, by the name of the group, does not have when they are called.
+    `kept`, by the name of the group, does not have when they are called.  With `held`, declared
+    blocks are held against what they put out by themselves.
     """
     routers = {one.router: one for one in mixtures}
     lists = [one.listed for one in routers.values() if one.listed is not None]
@@ -62,7 +67,7 @@ def _routed(
             return None
         return mixture.routing.among(staying, mixture.group.units, module, (args, kwargs), y)
 
-    with called_as_mixtures(model, lists), hooks(model, routers, after=reroute):
+    with called_as_mixtures(model, lists, held=held), hooks(model, routers, after=reroute):
         yield
 
 
@@ -94,7 +99,7 @@ class ExpertWalk:
                 scores[group.name][run.index] = found
 
         with (
-            _routed(self._model, self._mixtures.values(), kept),
+            _routed(self._model, self._mixtures.values(), kept, held=True),
             hooks(self._model, routers, after=note),
         ):
             for group, batches in self._walk.arrivals():
@@ -126,7 +131,7 @@ def _check_routes(
         sent[token, expert.long()], weighed[token, expert.long()] = 1.0, weight.double()
         chosen = routes[0], torch.ones_like(routes[1])
         off = max(
-            misrouted(ours, theirs, scores.logits, x.weights.dtype, 0.0)
+            misrouted(ours, theirs, scores.logits, x.weights.dtype)
             for ours, theirs in ((chosen, sent), (routes, weighed))
         )
         if off:

@@ -28,7 +28,7 @@ def experts() -> nn.ModuleList:
     return nn.ModuleList(Expert() for _ in range(COUNT))
 
 
-@osscar.mixture(gate="gate", experts="experts")
+@osscar.mixture(gate="gate", experts="experts", top_k=2, normalize=True)
 class SoftmaxThenTopK(nn.Module):
     """The loop of Mixtral's first code: one-hot masks, and weights divided by their sum."""
 
@@ -51,7 +51,13 @@ class SoftmaxThenTopK(nn.Module):
         return y.view(x.shape)
 
 
-@osscar.mixture(gate="router", experts="ffns")
+def best_two(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Route as `TopKThenSoftmax` does."""
+    best, chosen = logits.topk(2)
+    return chosen, best.softmax(-1)
+
+
+@osscar.mixture(gate="router", experts="ffns", route=best_two)
 class TopKThenSoftmax(nn.Module):
     """With a shared expert, the sum inside of the block, logits beside, and a count of odd name."""
 
@@ -116,7 +122,7 @@ class Sorted(nn.Module):
         return y.view(x.shape) + self.shared_experts(x)
 
 
-@osscar.mixture(gate="gate", experts="experts")
+@osscar.mixture(gate="gate", experts="experts", top_k=2, scores="sigmoid", bias="balance")
 class Masked(nn.Module):
     """Every expert sees all tokens, and a bias of the block decides with the scores."""
 

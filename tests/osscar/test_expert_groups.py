@@ -228,6 +228,7 @@ class Twice(Block):
         return x + self.experts(x, experts, weights)
 
 
+@osscar.mixture(gate="gate", experts="experts", top_k=2)
 class ListWithCapacity(SoftmaxThenTopK):
     """Gives experts of a list no more than some tokens of a batch."""
 
@@ -287,7 +288,12 @@ OTHERWISE = r"'0\.experts' gets \d+ of 56 tokens of calibration batch 0 with oth
         (Twice, 1, torch.float32, OTHERWISE),
         (Block, 100, torch.float32, r"of 56 tokens .* than the logits of its router"),
         (Block, 25, torch.float64, r"'0\.experts' cannot be chosen.*--skip"),
-        (ListWithCapacity, 1, torch.float32, "other experts of '0.experts', or with other"),
+        (
+            ListWithCapacity,
+            1,
+            torch.float32,
+            r"\d+ of 56 tokens come out of '0' other than declared",
+        ),
     ],
 )
 def test_a_block_that_sends_tokens_otherwise_is_refused(kind, factor, dtype, message):

@@ -29,6 +29,7 @@ from tests.osscar.expert_lists import (
     SoftmaxThenTopK,
     Sorted,
     TopKThenSoftmax,
+    best_two,
     experts,
     net,
 )
@@ -150,28 +151,49 @@ class Different(SoftmaxThenTopK):
         self.experts[2] = Expert(neurons=12)
 
 
-@osscar.mixture(gate="router", experts="experts")
+@osscar.mixture(gate="router", experts="experts", top_k=2)
 class WrongGate(SoftmaxThenTopK):
     pass
 
 
-class Unrouted(SoftmaxThenTopK):
-    """Asks a router, and calls all experts in their order."""
-
-    def scores(self, x: Tensor) -> Tensor:
-        return self.gate(x).softmax(-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.scores(x)
-        return sum(scores[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+@osscar.mixture(gate="gate", experts="experts", top_k=2)
+class NotNormalized(SoftmaxThenTopK):
+    pass
 
 
-class Threshold(Unrouted):
-    def scores(self, x: Tensor) -> Tensor:
-        scores = self.gate(x).sigmoid()
-        return scores * (scores > 0.5)
+@osscar.mixture(gate="gate", experts="experts", top_k=3, normalize=True)
+class OfThree(SoftmaxThenTopK):
+    pass
 
 
+@osscar.mixture(gate="gate", experts="experts")
+class Silent(SoftmaxThenTopK):
+    """Whose gate puts out logits alone, and nothing says what becomes of them."""
+
+
+@osscar.mixture(gate="gate", experts="experts", top_k=2, scores="sigmoid")
+class Unbiased(Masked):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.normal_(self.balance)
+
+
+def halved(logits: Tensor) -> tuple[Tensor, Tensor]:
+    best, chosen = (logits / 2).topk(2)
+    return chosen, best.softmax(-1)
+
+
+@osscar.mixture(gate="router", experts="ffns", route=halved)
+class Halved(TopKThenSoftmax):
+    """Whose rule is none that is known."""
+
+
+@osscar.mixture(gate="router", experts="ffns", route=lambda logits: 0)
+class NoRoutes(TopKThenSoftmax):
+    pass
+
+
+@osscar.mixture(gate="gate", experts="experts", top_k=2)
 class Elsewhere(SoftmaxThenTopK):
     """Loops to a number that no module has; what experts read is that of the gate, or `read`."""
 
@@ -207,23 +229,40 @@ class SumSecond(TopKThenSoftmax):
         return x.clone(), super().forward(x)[0]
 
 
+OTHERWISE = "tokens come out of 'blocks.0' other than declared"
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (WrongGate, "it has no module 'router', and has 'gate', 'experts'"),
-        (Different, "are not several of the same structure"),
-        (Unrouted, "every token is sent to all 6 experts"),
-        (OtherRows, "of the rows that 'gate' reads, times weights"),
-        (Tempered, "with other weights than a softmax or a sigmoid of its logits"),
-        (Threshold, "no rule is known for tokens that go to different numbers"),
-        (Normed, "does not fit 'blocks.0'"),
-        (SumSecond, "put out their sum there"),
+        (WrongGate, "has no attribute `router`"),
+        (Different, "several modules of the same structure"),
+        (NotNormalized, OTHERWISE),
+        (OfThree, OTHERWISE),
+        (Unbiased, OTHERWISE),
+        (Silent, "give top_k="),
+        (Halved, "with other weights than a softmax or a sigmoid of its logits"),
+        (NoRoutes, "int"),
+        (OtherRows, OTHERWISE),
+        (Tempered, OTHERWISE),
+        (Normed, OTHERWISE),
+        (SumSecond, OTHERWISE),
     ],
 )
 def test_a_wrong_declaration_says_what_was_found(kind, words, x):
-    with pytest.raises(ModelError, match=r"osscar\.mixture") as raised:
+    with pytest.raises(ModelError, match=r"osscar\.mixture.* does not fit 'blocks\.0'") as raised:
         mixtures(Net(kind()).eval(), x)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_declaration_is_held_in_the_models_own_number_format(dtype, x):
+    for kind in (SoftmaxThenTopK, TopKThenSoftmax):
+        (one,) = mixtures(net(kind).to(dtype), x.to(dtype))
+        assert not one.group.frozen
+    for kind in (NotNormalized, OfThree, Unbiased):
+        with pytest.raises(ModelError, match=OTHERWISE):
+            mixtures(net(kind).to(dtype), x.to(dtype))
 
 
 def test_code_that_counts_all_experts_is_tried_and_refused(x):
@@ -253,16 +292,25 @@ def test_a_list_that_is_not_declared_stays_and_says_how_to_declare_it(x):
     assert one.group.frozen
     with pytest.raises(graph.TraceError, match=call):
         osscar.prune(Net(block).eval(), x, experts=4)
-    osscar.mixture(Undeclared, gate="gate", experts="experts")  # by a call, too
+    named = f"{Undeclared.__module__}.Undeclared"  # by a call, too
+    osscar.mixture(named, gate="gate", experts="experts", top_k=2, normalize=True)
     (one,) = mixtures(Net(block).eval(), x)
     assert not one.group.frozen
     assert one.last_layer == "down"
 
 
-@pytest.mark.parametrize(("classes", "gate"), [((3,), "gate"), ((nn.Linear,), ""), ((dict,), "g")])
-def test_what_is_no_declaration_is_refused(classes, gate):
+@pytest.mark.parametrize(
+    ("classes", "gate", "more"),
+    [
+        ((3,), "gate", {}),
+        ((nn.Linear,), "", {}),
+        ((dict,), "g", {}),
+        ((nn.Linear,), "g", {"top_k": 2, "route": best_two}),
+    ],
+)
+def test_what_is_no_declaration_is_refused(classes, gate, more):
     with pytest.raises(OptionError):
-        osscar.mixture(*classes, gate=gate, experts="experts")
+        osscar.mixture(*classes, gate=gate, experts="experts", **more)
 
 
 def test_lists_that_are_no_experts_are_no_mixtures(x):
