@@ -34,7 +34,10 @@ CLOSE = 0.02
 _TURNS, _MOST_TURNS = 5, 60
 _SECONDS = 60.0
 """Models are timed in so many turns at least, and then until the error is half of what is `CLOSE`,
-there were the most, or that took so long."""
+or clearly less than what is wanted is away, there were the most, or that took so long."""
+
+_CLEARLY = 4.0
+"""A speed-up is not the one that is wanted if it is so many errors further away than `CLOSE`."""
 
 _PROPOSED = 16
 """How many limits are tried for a proposal at most: most of them propose what was timed before."""
@@ -48,11 +51,33 @@ Point = tuple[float, float]
 """A limit, and the seconds of the model that came of it, relative to the dense one."""
 
 
+class Ratio(NamedTuple):
+    """How many times as fast as the dense model one is, and the relative error of that."""
+
+    speedup: float
+    error: float
+
+    def told(self, wanted: float) -> float:
+        """Return the error up to which it is known whether this is what is wanted."""
+        return max(CLOSE / 2, (abs(self.speedup / wanted - 1) - CLOSE) / _CLEARLY)
+
+
 class Timed(NamedTuple):
     """Widths, and how fast their model was."""
 
     kept: Kept
     speedup: float
+
+
+class Ends(NamedTuple):
+    """Limits between which widths are looked for: the model of one is too fast, the other's slow.
+
+    `quick` are the widths of the first, if a proposal came to them.
+    """
+
+    fast: Point
+    slow: Point
+    quick: Timed | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,8 @@ class WholeModels:
     task: PruningTask
     speedups: dict[tuple[int, ...], float] = field(default_factory=dict)
     """How fast they were, by their widths in the order of the groups that share budgets."""
+    error: float = 0.0
+    """The largest, of those of which it is not known whether they are as fast as wanted."""
 
     @classmethod
     def shared(cls, task: PruningTask) -> WholeModels:
@@ -90,8 +117,15 @@ class WholeModels:
         """
         key, prepared = self.key(kept), self.task.prepared
         if key not in self.speedups:
-            smaller = _built(prepared, {**self.task.keep, **kept})
-            self.speedups[key] = time_against(prepared.model, smaller, prepared.batches()[0])
+            smaller, wanted = (
+                _built(prepared, {**self.task.keep, **kept}),
+                self.task.request.speedup,
+            )
+            assert wanted is not None
+            found = time_against(prepared.model, smaller, prepared.batches()[0], wanted)
+            self.speedups[key] = found.speedup
+            if found.error > found.told(wanted):
+                self.error = max(self.error, found.error)
         return self.speedups[key]
 
     def ends(self, expected: Callable[[Kept], float]) -> tuple[Point, Point]:
@@ -124,7 +158,8 @@ def as_fast_as(
     """Return widths whose model was timed to be as fast as wanted, by the place of the proposal.
 
     It is faster where other limits of the request, or the widths that there are, allow nothing
-    between.  A `RequestError` says that none was found.
+    between.  Where no proposal fits, the first goes on once more between what was timed.  A
+    `RequestError` says that none was found, and whether the device or the widths are why.
 
     Parameters
     ----------
@@ -133,49 +168,57 @@ def as_fast_as(
     proposals
         The first begins at the limit `start`, the others where it ended.
     """
-    ends, found = models.ends(expected), dict[int, Timed]()
-    for place, proposal in enumerate(proposals):
-        timed, limit = _fitted(models, wanted, proposal, ends, start)
-        if timed is not None:
-            found[place] = timed
-            start = limit if place == 0 else start
+    found, ends = dict[int, Timed](), [Ends(*models.ends(expected))] * len(proposals)
+    for some in (proposals, proposals[:1]):
+        for place, proposal in enumerate(some):
+            timed, ends[place], limit = _fitted(models, wanted, proposal, ends[place], start)
+            if place == 0:
+                start = limit
+            if timed is not None:
+                found[place] = timed
+        if found:
+            break
     if not found:
         told = sorted(models.speedups.values())
         near = min(told, key=lambda speedup: abs(speedup / wanted - 1))
+        noise = (
+            f"this device is too noisy to aim at a time, which is known to {models.error:.1%} "
+            "only; end what else runs on it, or give flops (`--flops`)"
+        )
+        tries = f"no more are tried; ask for {near:.2f}, or give flops (`--flops`)"
         raise RequestError(
             f"speedup {wanted:g} cannot be met within {CLOSE:.0%}: of {len(told)} models that "
-            f"were timed the closest is {near:.2f} times as fast as the dense one, as this device "
-            "is too noisy to aim at a time; end what else runs on it, or give flops (`--flops`)"
+            f"were timed the closest is {near:.2f} times as fast as the dense one, and "
+            f"{noise if models.error else tries}"
         )
     return found
 
 
 def _fitted(
-    models: WholeModels, wanted: float, proposal: Proposal, ends: tuple[Point, Point], start: float
-) -> tuple[Timed | None, float]:
-    """Return widths that a proposal comes to within what is `CLOSE`, and its limit.
+    models: WholeModels, wanted: float, proposal: Proposal, ends: Ends, start: float
+) -> tuple[Timed | None, Ends, float]:
+    """Return widths that a proposal comes to within what is `CLOSE`, their limit, and its ends.
 
     They are faster if nothing lies between these and what is too slow; None where neither is found.
+    Then the limit is the next one to try.
     """
-    fast, slow = ends
-    limit, quick, timed = start, None, set[tuple[int, ...]]()
+    limit, timed = start, set[tuple[int, ...]]()
     for _ in range(_PROPOSED):
         kept = proposal.within(limit)
         key = models.key(kept)
         if key not in timed and len(timed) == proposal.models:
-            return None, limit
+            return None, ends, limit
         timed.add(key)
         found = Timed(kept, models.speedup(kept))
         if abs(found.speedup / wanted - 1) <= CLOSE:
-            return found, limit
-        if found.speedup > wanted:
-            fast, quick = (limit, 1 / found.speedup), found
-        else:
-            slow = limit, 1 / found.speedup
-        if slow[0] - fast[0] <= _FINEST:
+            return found, ends, limit
+        at = limit, 1 / found.speedup
+        fast = found.speedup > wanted
+        ends = ends._replace(fast=at, quick=found) if fast else ends._replace(slow=at)
+        if ends.slow[0] - ends.fast[0] <= _FINEST:
             break
-        limit = _between(fast, slow, 1 / wanted)
-    return quick, fast[0]
+        limit = _between(ends.fast, ends.slow, 1 / wanted)
+    return ends.quick, ends, ends.fast[0]
 
 
 def _between(fast: Point, slow: Point, seconds: float) -> float:
@@ -187,11 +230,11 @@ def _between(fast: Point, slow: Point, seconds: float) -> float:
     return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
 
 
-def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
+def time_against(dense: nn.Module, other: nn.Module, batch: Batch, wanted: float) -> Ratio:
     """Return the ratio of the times of the dense model and of another one on a batch, a median.
 
     Its error is about half of the interquartile range of the single ratios, over the root of their
-    number; a `RequestError` is raised if that is more than can be aimed at.
+    number.  It is as small as what is wanted asks for; a `RequestError` is raised if it cannot be.
     """
     timers = [Timer(partial(forward, one, batch), timer=busy_clock) for one in (dense, other)]
     turns: list[tuple[float, ...]] = []
@@ -199,17 +242,17 @@ def time_against(dense: nn.Module, other: nn.Module, batch: Batch) -> float:
         while True:
             turns += zip(*interleaved(timers, _TURNS, "timing"), strict=True)
             low, middle, high = statistics.quantiles((a / b for a, b in turns), n=4)
-            spread = (high - low) / 2 / len(turns) ** 0.5 / middle
-            if spread <= CLOSE / 2:
-                return middle
+            found = Ratio(middle, (high - low) / 2 / len(turns) ** 0.5 / middle)
+            if found.error <= found.told(wanted):
+                return found
             if len(turns) >= _MOST_TURNS or sum(map(sum, turns)) >= _SECONDS:
                 break
-    if not spread <= CLOSE:
+    if not found.error <= CLOSE:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{spread:.0%}; end what else runs on it, or give flops (`--flops`)"
+            f"{found.error:.0%}; end what else runs on it, or give flops (`--flops`)"
         )
-    return middle
+    return found
 
 
 def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
