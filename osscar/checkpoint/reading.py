@@ -21,7 +21,7 @@ from osscar.checkpoint.builders import TransformersOrigin, read_builder
 from osscar.checkpoint.first_pass import check_runs, check_sample, vocabulary_of
 from osscar.checkpoint.formats import cast, tensors_of
 from osscar.checkpoint.manifest import Manifest, read_manifest
-from osscar.checkpoint.validation import check_tensors, readable, structure
+from osscar.checkpoint.validation import check_tensors, readable
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
 from osscar.proof.lineage import FORMATS, LINEAGE, remember_structure
@@ -104,7 +104,6 @@ def load(
             model = copied(dense) if dtype is None else cast(copied(dense), dtype)
             remember_structure(model)
         elif builder is not None:
-            structure(builder.build, stored, path, pruned=True)
             model = builder.build(dtype)
         else:
             raise CheckpointError(

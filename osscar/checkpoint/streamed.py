@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from osscar.base.errors import CheckpointError, NonFiniteError
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
 from osscar.checkpoint.first_pass import check_sample
-from osscar.checkpoint.hf_config import is_any_shape
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.regrouped import chained, parts_in_files
 from osscar.checkpoint.validation import check_tensors, names_of, readable, structure
@@ -50,8 +49,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
                 f"{_ELSEWHERE}"
             )
         build = partial(builder.build, dtype or number_format_of(builder.config, stored))
-        pruned = bool(plans) or is_any_shape(builder.config)
-        model = structure(build, stored, path, pruned=pruned, computed=True)
+        model = structure(build, computed=True)
         for plan in plans:
             slice_units(model, plan)
     check_tensors(model, stored, path)

@@ -1,6 +1,7 @@
 """Files that strangers give: whatever they hold, a reader returns, or raises an error of ours.
 
-Checkpoints that ask for other than they hold are refused before anything is allocated.
+Checkpoints whose weights are of other shapes than their config asks for are refused before these
+are allocated.  A config that asks for more layers than memory holds is transformers' matter.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import json
 import re
 import shutil
 import struct
-from functools import partial
 
 import numpy as np
 import pytest
@@ -21,20 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GPTJConfig, GPTJForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, NonFiniteError, OsscarError
-from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
-from osscar.checkpoint.validation import structure
 from osscar.data.images import load_images
 from osscar.data.text import read_text
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_DIRECTORY, ModelKind, kind_of
 from osscar.models.weights import read_state
 from osscar.network.tensor_files import read_header, read_headers
-from osscar.offload.places import Scratch, StoredTensor
 from osscar.proof.lineage import Lineage
 from tests.osscar.families import tiny
 from tests.osscar.networks import plain
@@ -45,7 +42,7 @@ FEW = settings(max_examples=12, deadline=None, derandomize=True)
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
-    st.sampled_from([0, -1, -7, 1, 2, 10**9, 10**30, 1.5, float("nan"), float("inf")]),
+    st.sampled_from([0, -1, -7, 1, 2, 10**5, 1.5, float("nan"), float("inf")]),
     st.text(max_size=3),
     st.sampled_from([[], {}, [{}], [1, -1], {"type": "x"}, {"type": 3}]),
 )
@@ -208,13 +205,10 @@ REFUSED = [
     *(({name: value}, None) for name, value in itertools.product(
         ("vocab_size", "hidden_size", "num_attention_heads", "ffn_dim"), (0, -1, 10**9)
     )),
-    ({"num_labels": 2_000_000}, "more than any model"),
-    ({"text_config": {"num_labels": 2_000_000}}, "more than any model"),
-    ({"encoder_layers": 10**8}, "more than any model"),
-    ({"num_hidden_layers": 9_999}, "asks for more than .* modules"),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
     ({"transformers_weights": "../other.bin"}, "another file of weights"),
     ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code that would be fetched"),
+    ({"_attn_implementation": {"text_config": "somebody/kernel"}}, "code that would be fetched"),
 ]  # fmt: skip
 """Configs of no model, of one that cannot be pruned, or of one that would have code fetched."""
 
@@ -252,28 +246,6 @@ def test_outputs_that_are_no_numbers(checkpoint, weights):
     tensors["model.decoder.embed_positions.weight"] += 3e38
     save_file(tensors, weights, {"format": "pt"})
     refused(checkpoint, NonFiniteError, "first forward pass gives NaN in torch")
-
-
-def test_tables_that_are_computed_count_too(checkpoint):
-    config = GPTJConfig(vocab_size=97, n_embd=16, n_layer=1, n_head=2, rotary_dim=8, n_positions=64)
-    GPTJForCausalLM(config).save_pretrained(checkpoint)
-    assert osscar.load(checkpoint)
-    edit(checkpoint, n_positions=2**33)
-    refused(checkpoint, CheckpointError, r"asks for .* numbers, and the weights are")
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_1", "regnet_y_400mf"])
-def test_a_model_that_nobody_could_hold(tmp_path, name):
-    pytest.importorskip("torchvision", reason="needs the extra osscar[vision]")
-    weights = {"a": StoredTensor(Scratch(), 0, (1000, 1000), torch.float32, "a")}
-    built = LibraryOrigin("torchvision", name)
-    assert structure(built.build, weights, tmp_path, pruned=True).training
-    larger = partial(torch.nn.Linear, 17_500, 20_000)  # of which most may have been cut
-    assert structure(larger, weights, tmp_path, pruned=True)
-    huge = LibraryOrigin("torchvision", name, {"num_classes": 10**7})
-    for build, pruned in ((larger, False), (huge.build, True)):
-        with pytest.raises(CheckpointError, match=r"asks for .* numbers, and the weights"):
-            structure(build, weights, tmp_path, pruned=pruned)
 
 
 # ---- kinds of numbers --------------------------------------------------------------------
