@@ -46,13 +46,10 @@ from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
 _QUALITY = ("perplexity", "top-1")
 """Rows of an evaluation that are in the sentence at the top."""
-
-_LOST = {TargetKind.PERPLEXITY: "rise of perplexity", TargetKind.TOP1: "drop of top-1"}
 
 MUCH_NATS, MUCH_AGREEMENT = 0.2, 0.8
 """Much was lost above this divergence, or below this share of likeliest predictions that agree.
@@ -93,22 +90,8 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
             "bound for any choice of as many units.",
             partial(depth_figure, groups, layers),
         )
-    target = document.get("target")
-    if target and budget:
-        yield Figure(
-            "quality over size",
-            "The sizes that were tried: the loss of quality on the samples that choose the size, "
-            "with the end of its one-sided 95 % interval, which has to be within the target; and "
-            "that of the chosen model on samples that were used for nothing else.",
-            partial(target_figure, target, budget),
-        )
-    elif budget and len(budget["frontier"]["cost"]) > 1:
-        yield Figure(
-            "divergence over the budget",
-            "The lowest predicted divergence at every budget, and that of this run, predicted and "
-            "measured.",
-            partial(frontier_figure, budget, document.get("divergence")),
-        )
+    if target := document.get("target"):
+        yield attempts_table(target)
     if document.get("recovery"):
         yield from recoveries.sections(document["recovery"])
     yield layers_table(layers, budget)
@@ -313,6 +296,31 @@ def layers_table(
     return Table(found.title, found.columns, found.rows, " ".join(told))
 
 
+def attempts_table(target: Mapping[str, Any]) -> Table:
+    """Return a row for each size that was tried for a quality target."""
+    chosen = target["attempts"][target["chosen"]]
+    divergence = target["quality"] == TargetKind.DIVERGENCE
+    written = (
+        "{value:.3g}, at most {bound:.3g}" if divergence else "{value:.2%}, at most {bound:.2%}"
+    )
+
+    def lost(one: Mapping[str, Any], name: str) -> str:
+        return "" if one[name] is None else written.format(**one[name])
+
+    return table(
+        "Sizes that were tried",
+        {
+            f"{target['cost']} kept >": lambda one: share(one["reached"] / target["dense"]),
+            "on the samples of the search": lambda one: lost(one, "measured"),
+            "on samples that chose nothing": lambda one: lost(one, "tested"),
+            "result": lambda one: "chosen" if one is chosen else "",
+        },
+        target["attempts"],
+        note="What is lost, with the end of its one-sided 95 % interval; at most "
+        f"{target['most']:g} was asked for.",
+    )
+
+
 # ---- against the dense model -------------------------------------------------------------
 
 
@@ -396,78 +404,3 @@ def depth_figure(
     below.locator_params(axis="x", integer=True, min_n_ticks=1)
     legend(figure)
     return figure
-
-
-def plot(axes: Axes, points: Sequence[tuple[float, float]], style: str, **look: Any) -> None:
-    """Plot points, if there are any, in the line width and marker size of all these figures."""
-    if points:
-        axes.plot(*zip(*points, strict=True), style, linewidth=1.2, markersize=5, **look)
-
-
-def frontier_figure(budget: Mapping[str, Any], measured: float | None) -> Drawing:
-    """Draw the predicted distance over the budget, and where a run lies."""
-    limit, highest = budget["limits"][0], max(budget["frontier"]["distance"])
-    at = limit["reached"] / limit["dense"]
-    figure, (axes,) = new_figure()
-    plot(axes, _least(budget), "-", color=color(0), label="least")
-    here = {"predicted": budget["predicted"], "measured": measured}
-    shown = [highest, *filter(None, here.values())]
-    for index, (label, value) in enumerate(here.items()):
-        plot(axes, [(at, value)] if value else [], "oD"[index], color=color(index + 1), label=label)
-    axes.set_yscale("log")
-    # What is far below both ends of the curve and this run is not drawn.
-    axes.set_ylim(min([*shown, 1e-4 * highest]) / 3, 3 * max(shown))
-    axes.xaxis.set_major_formatter(shares)
-    axes.set_xlabel(f"{limit['cost']} kept")
-    axes.set_ylabel(_distance(budget["measure"]))
-    legend(figure)
-    return figure
-
-
-def target_figure(target: Mapping[str, Any], budget: Mapping[str, Any]) -> Drawing:
-    """Draw what was measured at each size that was tried, with its bound, and what was chosen.
-
-    The prediction is drawn where it is in the unit of the target.
-    """
-    kind, chosen = TargetKind(target["quality"]), target["attempts"][target["chosen"]]
-    shown = [attempt for attempt in target["attempts"] if attempt["measured"]]
-    sizes = [attempt["reached"] / target["dense"] for attempt in shown]
-    figure, (axes,) = new_figure()
-    if kind is TargetKind.DIVERGENCE and budget["limits"][0]["cost"] == target["cost"]:
-        wide = max(0.05, max(sizes) - min(sizes))
-        low, high = min(sizes) - wide, max(sizes) + wide
-        near = [point for point in _least(budget) if low <= point[0] <= high]
-        plot(axes, near, "-", color=color(0), label="least")
-    attempts = [attempt["measured"] for attempt in shown]
-    at_chosen = chosen["reached"] / target["dense"]
-    for label, style, index, at, lost in (
-        ("attempts", "o", 1, sizes, attempts),
-        ("tested", "D", 2, [at_chosen], [target["reported"]]),
-    ):
-        values, bounds = [one["value"] for one in lost], [one["bound"] for one in lost]
-        plot(axes, [*zip(at, values, strict=True)], style, color=color(index), label=label)
-        axes.vlines(at, values, bounds, color=color(index), linewidth=1.2)
-        axes.plot(at, bounds, "_", color=color(index), markersize=8)
-    axes.axhline(target["most"], color="k", linestyle="--", linewidth=0.9, label="target")
-    ring: Any = {"color": "k", "markersize": 11, "markerfacecolor": "none", "label": "chosen"}
-    axes.plot(at_chosen, chosen["measured"]["value"], "o", **ring)
-    if kind is TargetKind.DIVERGENCE:
-        axes.set_yscale("log")
-        axes.set_ylabel(_distance(target["measure"]))
-    else:
-        axes.yaxis.set_major_formatter(shares)
-        axes.set_ylabel(_LOST[kind])
-    axes.xaxis.set_major_formatter(shares)
-    axes.set_xlabel(f"{target['cost']} kept")
-    legend(figure)
-    return figure
-
-
-def _least(budget: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Return the least predicted distance at each size; a logarithm shows no zero."""
-    points = zip(budget["frontier"]["cost"], budget["frontier"]["distance"], strict=True)
-    return [(cost / budget["limits"][0]["dense"], at) for cost, at in points if at > 0]
-
-
-def _distance(measure: str) -> str:
-    return {"relative": "relative error", "own": "distance"}.get(measure, "divergence, nats")

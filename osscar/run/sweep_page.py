@@ -26,7 +26,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
-from osscar.run.prune_page import plot, verdict
+from osscar.run.prune_page import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -144,7 +144,7 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
         document["points"],
         note="Speed is that of a forward pass, timed in turns with the dense model: the median, "
         "and the range of half of the turns. Divergence is measured on calibration samples that "
-        "were held out of the refits of `measured`, but not of the baselines.",
+        "were held out of the refits of measured, but not of the baselines.",
     )
 
 
@@ -183,19 +183,20 @@ def _spent(point: Point) -> str:
 
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the tables and figures of a sweep."""
-    points, varied, lost = document["points"], _varied(document), sweep_verdict(document)
+    points, lost = document["points"], sweep_verdict(document)
     if lost:
         yield Text((f"{capitalized(lost)}.",), look="answer")
     yield sweep_table(document)
-    for name, measure in _known(points).items():
-        both = any(name in _values(point, recovered=True) for point in points)
-        yield Figure(
-            measure.label,
-            f"{capitalized(measure.label)}, {measure.better} is better, against speed and against "
-            f"{varied.kind}; star and line: dense. A bar spans half of the turns of a timing"
-            f"{'; dashed in one shot, solid recovered' if both else ''}.",
-            partial(_figure, points, name, measure, varied),
-        )
+    (name, measure), *_ = _known(points).items()
+    both = any(_values(point, recovered=True) for point in points)
+    yield Figure(
+        measure.label,
+        f"{capitalized(measure.label)}, {measure.better} is better, against speed; star and line: "
+        "dense. A bar spans half of the turns of a timing"
+        f"{'; dashed in one shot, solid recovered' if both else ''}.",
+        partial(_figure, points, name, measure),
+        wide=True,
+    )
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
@@ -246,48 +247,41 @@ def sweep_verdict(document: Mapping[str, Any]) -> str:
     return f"with {varied.kind} {first}: {said}{also}"
 
 
-def _figure(points: Sequence[Point], name: str, measure: _Measure, varied: _Varied) -> Drawing:
-    """Draw a measure over speed and over what points differ in, a line a method."""
-    figure, panels = new_figure(2, height=5.0, sharey=True)
-    speed, budget = panels
+def _figure(points: Sequence[Point], name: str, measure: _Measure) -> Drawing:
+    """Draw a measure over speed, a line a method."""
+    figure, (axes,) = new_figure(width=7.2, height=3.6)
     dense = next(point for point in points if point["method"] == _DENSE)
     level = _values(dense).get(name, 0.0 if measure.better == "lower" else None)
     levels = [v for p in points for after in (False, True) if (v := _values(p, after).get(name))]
     log = measure.better == "lower" and levels and max(levels) > 10 * min(levels)
     if log and not level:
         level = None
+    start = [] if level is None else [(float(dense["speedup"]), level)]
+    look: Any = {"linewidth": 1.2, "markersize": 5}
     methods = dict.fromkeys(p["method"] for p in points if p["method"] != _DENSE)
-    for axes, across in ((speed, lambda p: float(p["speedup"])), (budget, varied.at)):
-        start = [] if level is None else [(across(dense), level)]
-        for index, method in enumerate(methods):
-            mine = [point for point in points if point["method"] == method]
-            one_shot, recovered = (
-                [(across(p), v) for p in mine if (v := _values(p, after).get(name)) is not None]
-                for after in (False, True)
-            )
-            if recovered:
-                plot(axes, [*start, *one_shot], ".--", color=color(index), alpha=0.6)
-            if shown := recovered or one_shot:
-                plot(axes, [*start, *shown], "o-", color=color(index), label=method)
-            if shown and axes is speed:
-                lows, highs = zip(*map(_between, mine), strict=True)
-                axes.hlines(
-                    [v for _, v in shown], lows, highs, color=color(index), linewidth=3, alpha=0.2
-                )
-        if level is not None:
-            axes.plot(*start[0], "k*", markersize=8, zorder=3)
-            axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
-        axes.set_ylabel(measure.label)
-    if name in ("divergence", "nats"):
-        predicted = [(varied.at(p), p["predicted"]) for p in points if p["predicted"] is not None]
-        plot(budget, predicted, ":", color="gray", label="predicted")
-    speed.set_xlabel("speed, times that of dense")
-    budget.set_xlabel(str(varied.kind))
+    for index, method in enumerate(methods):
+        mine = [point for point in points if point["method"] == method]
+        one_shot, recovered = (
+            [(p, v) for p in mine if (v := _values(p, after).get(name)) is not None]
+            for after in (False, True)
+        )
+        for found, style, more in (
+            (one_shot if recovered else [], ".--", {"alpha": 0.6}),
+            (recovered or one_shot, "o-", {"label": method}),
+        ):
+            if found:
+                at = [*start, *((float(p["speedup"]), v) for p, v in found)]
+                axes.plot(*zip(*at, strict=True), style, color=color(index), **look, **more)
+        for point, value in recovered or one_shot:
+            axes.hlines(value, *_between(point), color=color(index), linewidth=3, alpha=0.2)
+    if level is not None:
+        axes.plot(*start[0], "k*", markersize=8, zorder=3)
+        axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)
+    axes.set_xlabel("speed, times that of dense")
+    axes.set_ylabel(measure.label)
     if log:
-        speed.set_yscale("log")
+        axes.set_yscale("log")
     if measure.written.endswith("%"):
-        speed.yaxis.set_major_formatter(shares)
-    if not varied.counts and varied.kind is not BudgetKind.SPEEDUP:
-        budget.xaxis.set_major_formatter(shares)
+        axes.yaxis.set_major_formatter(shares)
     legend(figure)
     return figure

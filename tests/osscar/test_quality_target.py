@@ -16,6 +16,7 @@ import osscar
 from benchmarks.target_bounds import CASES, FRONTIER, searches
 from osscar.allocation.costs import Cost
 from osscar.base.errors import DataError, NonFiniteError, OptionError, OsscarError, RequestError
+from osscar.base.printable import share
 from osscar.cli import main
 from osscar.data.parts import in_parts
 from osscar.data.samples import IGNORED
@@ -30,7 +31,7 @@ from osscar.evaluation.confidence import (
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation import prepare as preparation
-from osscar.report.sections import Figure
+from osscar.report.sections import Table
 from osscar.request import PruningRequest, QualityTarget, TargetKind
 from osscar.run import chain
 from osscar.run.prune import prune_as_asked
@@ -307,20 +308,21 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
 
 
 def check_page(record, chosen, most):
-    """Look at what is shown of a target: its words, and its figure."""
+    """Look at what is shown of a target: its words, and the sizes that were tried."""
     target = record["target"]
     assert target["attempts"][target["chosen"]]["reached"] == chosen.reached
     shown = list(sections(record))
     assert reported_in_words(target) in shown[0].lines[0]
-    (figure,) = [one for one in shown if isinstance(one, Figure) and "size" in one.name]
-    (axes,) = figure.draw().axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    at = chosen.reached / target["dense"]
-    assert lines["chosen"] == [[at, chosen.measured.value]]
-    assert lines["tested"] == [[at, target["reported"]["value"]]]
-    assert len(lines["attempts"]) == len(target["attempts"])
-    assert [y for _, y in lines["target"]] == [most, most]
-    assert ("least" in lines) == (target["quality"] == DIVERGENCE)
+    (tried,) = [
+        one for one in shown if isinstance(one, Table) and one.title == "Sizes that were tried"
+    ]
+    assert len(tried.rows) == len(target["attempts"])
+    (row,) = [row for row in tried.rows if row[-1] == "chosen"]
+    divergence = target["quality"] == DIVERGENCE
+    assert row[0] == share(chosen.reached / target["dense"])
+    value = chosen.measured.value
+    assert row[1].startswith(f"{value:.3g}, at" if divergence else f"{value:.2%}, at")
+    assert f"at most {most:g} was asked for" in tried.note
 
 
 prepare, prune_groups = preparation.prepare, chain.prune_groups
