@@ -1,0 +1,44 @@
+"""The benchmark of predicted times, on a model and a device that are pretended."""
+
+import itertools
+import math
+
+import pytest
+from torch import nn
+
+from benchmarks import times as benchmark
+from osscar.allocation import speedup, times
+from tests.osscar.families import tokens
+
+
+def linear(model):
+    return [one for one in model.modules() if isinstance(one, nn.Linear)]
+
+
+@pytest.mark.parametrize("overlooked", [1.0, 1.25])
+def test_what_the_table_does_not_see_is_the_error(overlooked, monkeypatch):
+    """Layers take their weights, in the table and whole; whole smaller models some times more."""
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 3))
+    inputs = tokens(64, 24).float()
+
+    def time_operator(timer, operator, size):
+        shapes = operator.arguments_at(size, lambda shape, dtype: shape)
+        return 1e-3 * math.prod(shapes.get("weight", (1,)))
+
+    def time_against(dense, other, batch, wanted):
+        before, after = (sum(one.weight.numel() for one in linear(m)) for m in (dense, other))
+        return speedup.Ratio(before / after / overlooked, 0.0)
+
+    monkeypatch.setattr(times.InTorch, "__call__", time_operator)
+    ticks = itertools.count(0.0, 1e-3 * sum(one.weight.numel() for one in linear(model)))
+    monkeypatch.setattr(times, "busy_clock", lambda: next(ticks))  # a pass is two ticks apart
+    monkeypatch.setattr(speedup, "time_against", time_against)
+    found = list(benchmark.compared(model, inputs))
+    assert [one.share for one in found] == [*benchmark.SHARES]
+    for one in found:
+        assert one.predicted == pytest.approx(1 / one.share, rel=0.05)
+        assert one.error == pytest.approx(1 - 1 / overlooked, abs=0.01)
+    name, *cells, error = benchmark.row("a model", found)
+    assert (name, len(cells)) == ("a model", 5)
+    assert cells[0] == f"{found[0].predicted:.2f}x, {found[0].measured:.2f}x"
+    assert float(error.rstrip("%")) == pytest.approx(100 * (1 - 1 / overlooked), abs=1)
