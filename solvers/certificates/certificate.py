@@ -209,14 +209,11 @@ def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.de
     if value.layout is not torch.strided or value.is_nested or value.dtype not in _NUMBERS:
         raise VerificationError(f"the {name} must be a dense tensor of real numbers")
     if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
-        raise VerificationError(f"the {name} must be {_spelled(size)} finite numbers")
+        spelled = " x ".join(map(str, size))
+        raise VerificationError(f"the {name} must be {spelled} finite numbers")
 
 
 def check_point(owner: str, point: Tensor) -> None:
     """Refuse a point outside of the unit cube: far away, a tangent is all rounding."""
     if not (float(point.min()) >= 0 and float(point.max()) <= 1):
         raise VerificationError(f"the {owner}'s point must be in [0, 1]")
-
-
-def _spelled(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))

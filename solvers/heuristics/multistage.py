@@ -47,7 +47,8 @@ class Multistage(Backend):
         best = Incumbent(problem, state.support)
         batch = min(self.batch_size or (10 if scalar else 5), problem.keep, len(state.removed))
         for _ in range(self.max_batches if batch else 0):
-            _exchange(state, batch)
+            state.sweep(_smallest(state.removal_losses(), batch))  # the cheapest leave
+            state.sweep(_smallest(-state.addition_gains(), batch))  # the most useful enter
             if not best.offer(state.support):
                 break
         return Selection(
@@ -65,12 +66,6 @@ class Multistage(Backend):
         for size in sizes:
             state.sweep(_smallest(state.removal_losses(), size))
         return len(sizes)
-
-
-def _exchange(state: PivotState, batch: int) -> None:
-    """Let the `batch` cheapest units leave, then the `batch` most useful ones enter."""
-    state.sweep(_smallest(state.removal_losses(), batch))
-    state.sweep(_smallest(-state.addition_gains(), batch))
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
