@@ -142,7 +142,7 @@ def declared_in(model: nn.Module) -> dict[str, Declaration]:
 
 def undeclared(model: nn.Module, experts: str) -> str:
     """Return how to declare the block that a list of modules lies in, as the end of a sentence."""
-    if not isinstance(model.get_submodule(experts), nn.ModuleList | nn.ModuleDict):
+    if not isinstance(model.get_submodule(experts), nn.ModuleList):
         return ""
     block, _, attribute = experts.rpartition(".")
     declared = Declaration(full_name(type(model.get_submodule(block))), "...", attribute)

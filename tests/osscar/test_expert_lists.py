@@ -313,5 +313,21 @@ def test_what_is_no_declaration_is_refused(classes, gate, more):
         osscar.mixture(*classes, gate=gate, experts="experts", **more)
 
 
+class InADict(nn.Module):
+    """As Switch Transformers have them: experts leave from lists alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"expert_{i}": one for i, one in enumerate(experts())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(one(x) for one in self.experts.values())
+
+
+def test_experts_that_cannot_be_declared_are_not_advised_to_be(x):
+    (one,) = mixtures(Net(InADict()).eval(), x)
+    assert "osscar.mixture" not in one.group.frozen[0].reason
+
+
 def test_lists_that_are_no_experts_are_no_mixtures(x):
     assert mixtures(Net(Expert(), Expert()).eval(), x) == ()
