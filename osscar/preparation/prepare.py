@@ -311,12 +311,7 @@ def _prepared(
     )
     find = cache(lambda: refittable_mixtures(model, mixtures_in(model, example), groups, products))
     rough = cache(lambda: all(ranks.all_gather("a number format", _in_bfloat16(prepared))))
-
-    @cache
-    def export() -> DensePrograms:
-        untouched.put_back()  # what passes keep for the next would be traced as numbers
-        return dense_programs(model, example)
-
+    export = cache(lambda: dense_programs(model, example, untouched))
     return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough, export=export)
 
 

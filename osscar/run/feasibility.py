@@ -238,7 +238,6 @@ def _rehearsal(task: PruningTask, form: Form) -> Callable[[PruningPlan], object]
     inputs = prepared.inputs.proofs(model, task.request.seed)
     if form is Form.EAGER:
         programs = prepared.programs
-        prepared.untouched.put_back()  # what passes keep for the next would be another program
         return lambda plan: rehearse(model, plan, inputs[:1], programs)
     try:
         return ProgramTrial(model, prepared.example, inputs).proved

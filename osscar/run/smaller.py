@@ -43,7 +43,6 @@ def shrunk(
             made = shrink_program(work, plan, inputs, prepared.example)
         tell_lost(work, request)
         return made.model, made.proof, batch_norms
-    prepared.untouched.put_back(work)
     with timed(Stage.PROOF):
         proof = shrink(work, plan, inputs, programs=prepared.programs)
     batch_norms = renew(proof.plan)
@@ -57,7 +56,6 @@ def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Bat
     if any(group.name in prepared.in_programs for group in plan.groups):
         return False
     with timed(Stage.TRIAL), suppress(EquivalenceError, ModelError):
-        prepared.untouched.put_back()
         rehearse(prepared.model, plan, inputs[:1], prepared.programs)
         return True
     return False

@@ -102,7 +102,7 @@ def shrink(
         if programs is None:
             fold_named(model, plan, inputs)
             programs = dense_programs(model, by_name(model, inputs[0]))
-        masked = _Masked.of(model, plan, inputs)
+        masked = _Masked.of(model, plan, inputs, programs)
         try:
             proof = _proved(model, plan, masked, programs)
             structure = proof.certificate.structure
@@ -115,7 +115,7 @@ def shrink(
             return proof
         except EquivalenceError as error:
             if not isinstance(error, StructureError):  # who is to blame shows without programs
-                programs = DensePrograms((), "outputs differ")
+                programs = replace(programs, programs=(), refusal="outputs differ")
             attempt = partial(rehearse, model, inputs=inputs, programs=programs)
             found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
@@ -136,7 +136,7 @@ def rehearse(
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with preserved(model):
-        _proved(model, plan, _Masked.of(model, plan, inputs), programs)
+        _proved(model, plan, _Masked.of(model, plan, inputs, programs), programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
@@ -202,8 +202,15 @@ class _Masked:
     finer: bool
 
     @classmethod
-    def of(cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Masked:
-        """Run a model without what a plan removes."""
+    def of(
+        cls,
+        model: nn.Module,
+        plan: PruningPlan,
+        inputs: Sequence[Inputs],
+        programs: DensePrograms,
+    ) -> _Masked:
+        """Run a model without what a plan removes; earlier passes leave nothing."""
+        programs.put_back(model)
         untouched, own = ModelState(model), number_format(model)
         with untouched.watching(), finer_precision(model, inputs[0]):
             distance = distance_from_masked(model, plan, inputs, keeping=True)
