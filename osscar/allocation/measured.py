@@ -27,7 +27,7 @@ from osscar.allocation.widths import possible_widths
 from osscar.base.distances import AnyDistance
 from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
 from osscar.distance.distance import Distance, Measure, Reference, picks_predictions
 from osscar.network.modules import device_of
@@ -239,7 +239,7 @@ def _curves_at(
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))
     alone = _Alone(dataclasses.replace(task, prepared=few), reference, rough, curves)
     some = [group for group in groups if group.name in wanted]
-    with stage("measuring curves", total=len(some)) as bar:
+    with progress_bar("measuring curves", total=len(some)) as bar:
         for step in _steps(few, some) if some else ():
             alone.measure(step, wanted[step.group.name])
             bar.advance()

@@ -30,7 +30,7 @@ from osscar.allocation.costs import CountedCost, traced_alike
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import unit_width
 from osscar.base.memory import attempt
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.timing import busy_clock
 from osscar.data.batches import Batch
 from osscar.network.modules import device_of, forward
@@ -160,7 +160,7 @@ def tabled(
         if _ROUNDS * expected <= limit:
             break
     rounds = int(min(max(_ROUNDS, limit / max(expected, 1e-9)), _MOST_ROUNDS))
-    with stage("timing operators", rounds) as bar:
+    with progress_bar("timing operators", rounds) as bar:
         for _ in range(rounds):
             whole.append(time_dense())
             calls.time_all()

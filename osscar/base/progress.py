@@ -1,7 +1,7 @@
 """Progress on standard error: bars for people at a terminal, and now and then a line elsewhere.
 
-Rich allows one live display at a time, so nested stages share a single one: the first stage to
-open starts it, the last to close stops it and leaves nothing behind on the screen.
+Rich allows one live display at a time, so nested bars share a single one: the first to open
+starts it, the last to close stops it and leaves nothing behind on the screen.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SECONDS_A_LINE = 30.0
 """Of work between two lines where no bar is drawn: logs stay short, and tell that it goes on."""
 
 _display: _Display | None = None
-"""The live display that open stages share; None while no stage is open."""
+"""The live display that open bars share; None while none is open."""
 
 _untold = 0.0
-"""Seconds that stages have been open since the last line, also of displays that have closed."""
+"""Seconds that bars have been open since the last line, also of displays that have closed."""
 
 
 class _Display(Progress):
@@ -58,7 +58,7 @@ class _Display(Progress):
         self._since = self.get_time()
 
     def tell(self) -> None:
-        """Write where the open stages stand, if nothing was written for long enough."""
+        """Write where the open bars stand, if nothing was written for long enough."""
         global _untold
         now = self.get_time()
         _untold += now - self._since
@@ -70,7 +70,7 @@ class _Display(Progress):
 
 
 def _in_words(task: Task) -> str:
-    """Say where a stage stands, and since when it is open."""
+    """Say where a bar stands, and since when it is open."""
     elapsed = timedelta(seconds=round(task.elapsed or 0.0))
     steps = "" if task.total is None else f"{task.completed:g} of {task.total:g}, "
     return f"{task.description} ({steps}{elapsed})"
@@ -78,7 +78,7 @@ def _in_words(task: Task) -> str:
 
 @dataclass(frozen=True)
 class _Bar:
-    """A running bar, handed out by :func:`stage`."""
+    """A running bar, handed out by :func:`progress_bar`."""
 
     _progress: _Display
     _task: TaskID
@@ -94,8 +94,8 @@ class _Bar:
 
 
 @contextmanager
-def stage(description: str, total: float | None = None) -> Iterator[_Bar]:
-    """Show a bar while the block runs; stages opened inside it appear below.
+def progress_bar(description: str, total: float | None = None) -> Iterator[_Bar]:
+    """Show a bar while the block runs; those opened inside it appear below.
 
     The total is the number of steps, or None when unknown (the bar then pulses).
     """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 
 Clock = Callable[[], float]
 """Returns seconds from some beginning."""
@@ -144,7 +144,7 @@ def interleaved(
         timer.timeit(1)  # warm-up: allocations, thread pools, kernels chosen at first use
     turns: list[list[float]] = []
     began = time.perf_counter()
-    with stage(description) as bar:
+    with progress_bar(description) as bar:
         while len(turns) < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
             order = -1 if len(turns) % 2 else 1
             turns.append([timer.timeit(1) for timer in timers[::order]][::order])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.checkpoint.first_pass import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
@@ -210,7 +210,7 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
         *(one[None] for one in windows[len(whole) :]),
     ]
     losses = list[float]()
-    with evaluating(model), torch.inference_mode(), stage("Scoring", len(batches)) as bar:
+    with evaluating(model), torch.inference_mode(), progress_bar("Scoring", len(batches)) as bar:
         check_repeatable(model, {"input_ids": windows[0][None, :_FEW_TOKENS].to(model.device)})
         check_causal(model, "the model")
         for batch in batches:

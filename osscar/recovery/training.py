@@ -21,7 +21,7 @@ from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
 from osscar.base.memory import attempt
 from osscar.base.printable import are, pluralize, share
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.data.batches import Batch
@@ -240,7 +240,7 @@ class Training:
         else:
             points, best = list(known[0].points), self._restore(known[1])
         began, losses = time.perf_counter() - points[-1].seconds, list[float]()
-        with stage("recover", total=steps) as bar:
+        with progress_bar("recover", total=steps) as bar:
             for step, samples in enumerate(self._steps(), 1):
                 bar.advance()
                 if step <= points[-1].step:

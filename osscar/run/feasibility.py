@@ -24,7 +24,7 @@ from osscar.allocation.limits import allowances
 from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn, warn_of
 from osscar.base.printable import listed, pluralize
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.network.model_state import model_state
 from osscar.network.modules import low_rank, own_methods
 from osscar.offload.on_disk import is_on_disk
@@ -128,7 +128,7 @@ def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[st
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = Feasibility(model, attempt)
     if groups:
-        with stage("trying what can follow"), model_state(model):
+        with progress_bar("trying what can follow"), model_state(model):
             trial.grown([], _arbitrary(groups, task.provisional))
     return trial.reasons
 
@@ -228,7 +228,7 @@ def includes_program_only_groups(model: nn.Module, request: PruningRequest) -> b
 def _trying(task: PruningTask, form: Form) -> Iterator[Feasibility]:
     """Let groups be tried in one form; the model is as it was afterwards."""
     model = task.prepared.model
-    with stage("trying what can follow"), model_state(model):
+    with progress_bar("trying what can follow"), model_state(model):
         yield Feasibility(model, _rehearsal(task, form))
 
 

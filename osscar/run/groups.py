@@ -15,7 +15,7 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, warn, warn_of
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
@@ -92,7 +92,7 @@ class _Run:
         if not groups and not records:
             return
         left, before = {group.name: group for group in groups}, len(self.done)
-        with stage("pruning", total=len(left)) as bar:
+        with progress_bar("pruning", total=len(left)) as bar:
             for record in records:
                 maps = prepared.linear_maps(left.pop(record.plan.name))
                 self.dense = dense_tensors(maps) | self.dense  # of two groups, the first found it

@@ -18,7 +18,7 @@ from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
 from osscar.base.inputs import file_name, safe_repr
 from osscar.base.printable import pluralize, published
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
@@ -220,7 +220,7 @@ class Sweep:
         pruned = [job for job in todo if job is not every[0]]
         done = [job for job in self.points if job not in todo]
         pruning = prune_points(dense, calibration, self.base, self.points, self.tell, done)
-        with stage("sweep", total=len(pruned)) as bar, closing(pruning) as results:
+        with progress_bar("sweep", total=len(pruned)) as bar, closing(pruning) as results:
             for job in todo:
                 began = time.perf_counter()
                 with profiled() as spent:

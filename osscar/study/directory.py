@@ -23,7 +23,7 @@ from osscar.base.errors import JournalError
 from osscar.base.files import atomic_write, digest, resolved
 from osscar.base.inputs import checked, count_from, file_name
 from osscar.base.printable import pluralize
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.preparation.journal import Journal, JournalManifest
@@ -211,7 +211,7 @@ class Study:
             def solved(tasks: Sequence[Task]) -> list[Record]:
                 missing = [task for task in tasks if task.asked.key not in known]
                 failed: dict[str, Record] = {}
-                with stage("solving", total=len(missing)) as bar:
+                with progress_bar("solving", total=len(missing)) as bar:
                     for record in send(missing):
                         if record.error:  # it is tried again
                             failed[record.key] = record

@@ -10,7 +10,7 @@ from torch import nn
 from graph import CouplingGroup
 from osscar.base.errors import RequestError
 from osscar.base.inputs import checked
-from osscar.base.progress import stage
+from osscar.base.progress import progress_bar
 from osscar.preparation.prepare import prepare
 from osscar.request import DAMP
 from osscar.walk.walk import Walk
@@ -45,7 +45,7 @@ def model_problems(
             raise RequestError(
                 "no group that can be pruned has a name as asked; `osscar inspect` lists them"
             )
-        with stage("measuring", total=len(groups)) as bar:
+        with progress_bar("measuring", total=len(groups)) as bar:
             for step in Walk(prepared, groups, in_turn=False):
                 yield step.group, step.problem(step.group.units, damp)
                 bar.advance()

@@ -23,8 +23,8 @@ def clock(monkeypatch):
 
 
 def test_work_writes_a_line_now_and_then(capsys, clock):
-    with progress.stage("outer [red]", 2) as bar:
-        with progress.stage("inner", 100) as inner:
+    with progress.progress_bar("outer [red]", 2) as bar:
+        with progress.progress_bar("inner", 100) as inner:
             for _ in range(100):
                 clock.now += 1
                 inner.advance()
@@ -37,7 +37,7 @@ def test_work_writes_a_line_now_and_then(capsys, clock):
     )
     for _ in range(4):  # after the 10 seconds that are left over
         clock.now += 3600  # of no work
-        with progress.stage("short") as bar:
+        with progress.progress_bar("short") as bar:
             clock.now += 10
             bar.advance()
     assert capsys.readouterr().err == "progress: short (0:00:10)\n"
@@ -45,7 +45,7 @@ def test_work_writes_a_line_now_and_then(capsys, clock):
 
 def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
     monkeypatch.setattr(progress, "launched", lambda: (1, 2))
-    with progress.stage("outer") as bar:
+    with progress.progress_bar("outer") as bar:
         clock.now += 100
         bar.advance()
     assert capsys.readouterr() == ("", "")
@@ -55,9 +55,9 @@ def test_bars_of_nested_stages_share_one_display(monkeypatch):
     screen = io.StringIO()
     terminal = {"file": screen, "force_terminal": True, "width": 100}
     monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, **terminal))
-    with progress.stage("outer", 1) as outer:
+    with progress.progress_bar("outer", 1) as outer:
         shared = progress._display
-        with progress.stage("Scoring", 3) as inner:
+        with progress.progress_bar("Scoring", 3) as inner:
             assert progress._display is shared
             assert [task.description for task in shared.tasks] == ["outer", "Scoring"]
             inner.advance(3)
@@ -70,7 +70,11 @@ def test_bars_of_nested_stages_share_one_display(monkeypatch):
 
 
 def test_an_error_clears_the_display():
-    with pytest.raises(ZeroDivisionError), progress.stage("outer"), progress.stage("inner", 3):
+    with (
+        pytest.raises(ZeroDivisionError),
+        progress.progress_bar("outer"),
+        progress.progress_bar("inner", 3),
+    ):
         _ = 1 // 0
     assert progress._display is None
 
