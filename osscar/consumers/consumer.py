@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.layers import layer_of, positions
 from osscar.consumers.mixtures import Mixture
-from osscar.consumers.products import Form, Taken, is_station, station
+from osscar.consumers.products import Contraction, Taken, is_station, station
 from osscar.offload.on_disk import written
 from osscar.routing.routed import Routed
 
@@ -45,7 +45,7 @@ class LinearMap:
     """The name of the bias; None without one, or where other modules share it."""
     dim: int
     """The dimension of the weight in which inputs lie."""
-    form: Form
+    form: Contraction
     owned: Sequence[Sequence[int]]
     """The input features or channels that each unit of the group owns; of a convolution in groups,
     counted inside of a group."""

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from osscar.consumers.convolutions import unfolded
-from osscar.consumers.products import DEFORMED, Form, Taken
+from osscar.consumers.products import DEFORMED, Contraction, Taken
 
 
 @dataclass(frozen=True)
 class Layer:
     """How a layer, the first argument of each function, makes its output without bias: Y = X W."""
 
-    form: Callable[[Any], Form]
+    form: Callable[[Any], Contraction]
     """Tells which dimensions of the weight are inputs and outputs."""
     read: Callable[[Any, Tensor, Tensor | None], Iterator[Tensor]]
     """Given what the layer is called with, and the numbers of inputs, (inputs,) int64, or None for
@@ -40,7 +40,7 @@ class Layer:
     by `read` but by taking the product with other weights."""
 
 
-ROWS = Form((1,), (0,), (-1,))
+ROWS = Contraction((1,), (0,), (-1,))
 """A weight, (outputs, inputs), as of `torch.nn.Linear`."""
 
 
@@ -73,15 +73,15 @@ def _channels(layer: Any, x: Tensor, inputs: Tensor | None) -> Iterator[Tensor]:
     return unfolded(layer, x if inputs is None else x[:, inputs.to(x.device)])
 
 
-def _filters(layer: Any) -> Form:
+def _filters(layer: Any) -> Contraction:
     dims = layer.weight.ndim
-    return Form(tuple(range(1, dims)), (0,), (1 - dims,), int(layer.groups))
+    return Contraction(tuple(range(1, dims)), (0,), (1 - dims,), int(layer.groups))
 
 
-def _transposed(layer: Any) -> Form:
+def _transposed(layer: Any) -> Contraction:
     """Return the form of a weight that writes where that of a plain convolution reads."""
     dims = layer.weight.ndim
-    return Form((0, *range(2, dims)), (1,), (1 - dims,), int(layer.groups), flipped=True)
+    return Contraction((0, *range(2, dims)), (1,), (1 - dims,), int(layer.groups), flipped=True)
 
 
 def _deformed(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
@@ -126,7 +126,7 @@ _DEFORMED = Layer(_filters, _channels, product=_deformed)
 
 LAYERS: dict[Callable[..., Any] | str, Layer] = {
     nn.Linear.forward: _LINEAR,
-    Conv1D.forward: Layer(lambda _: Form((0,), (1,), (-1,)), features),
+    Conv1D.forward: Layer(lambda _: Contraction((0,), (1,), (-1,)), features),
     **{kind.forward: _CONVOLUTION for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
     nn.ConvTranspose1d.forward: _TRANSPOSED,
     nn.ConvTranspose2d.forward: _TRANSPOSED,

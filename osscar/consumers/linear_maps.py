@@ -12,7 +12,7 @@ from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.layers import RECURRENT, ROWS, layer_of
 from osscar.consumers.mixtures import ListedMixture, Mixture, sound_mixtures
-from osscar.consumers.products import Form, Product, holder, products_of, station
+from osscar.consumers.products import Contraction, Product, holder, products_of, station
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 from osscar.routing.find import ExpertMixture, WholeMixture, whole_mixture
@@ -54,7 +54,7 @@ def linear_maps(
             found += _of_product(model, slots, product)
         elif mixture is not None:
             dim, module = mixture.dim - 1, mixture.module
-            form = Form((dim,), (1 - dim,), (-1,))
+            form = Contraction((dim,), (1 - dim,), (-1,))
             read = mixture.name, module, mixture.parameter, None, dim, form, _owned(slots)
             experts = range(mixture.count)
             found += [ExpertMap(*read, mixture=mixture, expert=expert) for expert in experts]

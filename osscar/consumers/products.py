@@ -28,7 +28,7 @@ from osscar.offload.on_disk import OnDisk
 
 
 @dataclass(frozen=True)
-class Form:
+class Contraction:
     """What a product does with the dimensions of a weight.
 
     It sums over those of `summed`, and puts those of `made` out at `places` of its result.  Of a
@@ -42,10 +42,10 @@ class Form:
     groups: int = 1
     flipped: bool = False
 
-    def reordered(self, order: Sequence[int]) -> Form:
+    def reordered(self, order: Sequence[int]) -> Contraction:
         """Return the form in the dimensions of a weight of which the product takes a view."""
         summed, made = (tuple(order[dim] for dim in dims) for dims in (self.summed, self.made))
-        return Form(summed, made, self.places, self.groups)
+        return Contraction(summed, made, self.places, self.groups)
 
 
 _Given: TypeAlias = Mapping[str, Any]
@@ -64,7 +64,7 @@ class _Kind:
     """
 
     names: tuple[str, ...]
-    form: Callable[[_Given, str], Form | None]
+    form: Callable[[_Given, str], Contraction | None]
     operands: tuple[str, ...] = ("input", "weight")
     defaults: tuple[Any, ...] = ()
     by_sample: bool = False
@@ -91,7 +91,7 @@ class Taken:
     given: _Given = field(repr=False)
     weight: str
     order: tuple[int, ...]
-    form: Form
+    form: Contraction
 
     @property
     def multiplied(self) -> Tensor:
@@ -139,29 +139,29 @@ class Taken:
 # ---- what functions do -------------------------------------------------------------------
 
 
-def _linear(given: _Given, weight: str) -> Form | None:
+def _linear(given: _Given, weight: str) -> Contraction | None:
     known = weight == "weight" and given[weight].ndim == 2
-    return Form((1,), (0,), (-1,)) if known else None
+    return Contraction((1,), (0,), (-1,)) if known else None
 
 
-def _matrix_product(given: _Given, weight: str) -> Form | None:
+def _matrix_product(given: _Given, weight: str) -> Contraction | None:
     other = given["input" if weight == "other" else "other"]
     if given[weight].ndim != 2:
         return None
     if weight == "other":
-        return Form((0,), (1,), (-1,))
-    return Form((1,), (0,), (-2 if other.ndim > 1 else -1,))
+        return Contraction((0,), (1,), (-1,))
+    return Contraction((1,), (0,), (-2 if other.ndim > 1 else -1,))
 
 
-def _convolution(given: _Given, weight: str) -> Form | None:
+def _convolution(given: _Given, weight: str) -> Contraction | None:
     if weight != "weight":  # filters that are computed slide over it
         return None
-    return Form(
+    return Contraction(
         tuple(range(1, given[weight].ndim)), (0,), (1 - given[weight].ndim,), given["groups"]
     )
 
 
-def _einsum(given: _Given, weight: str) -> Form | None:
+def _einsum(given: _Given, weight: str) -> Contraction | None:
     """Sum over the labels of the weight that the result lacks; all others it has alone."""
     if not isinstance(given["equation"], str):
         return None
@@ -180,7 +180,7 @@ def _einsum(given: _Given, weight: str) -> Form | None:
         lead.index(own[dim]) if own[dim] in lead else tail.index(own[dim]) - len(tail)
         for dim in rest
     )
-    return Form(summed, rest, tuple(places))
+    return Contraction(summed, rest, tuple(places))
 
 
 _SPACE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -226,7 +226,7 @@ _ONLY_THE_FORMAT = frozenset(
 _OnProduct: TypeAlias = Callable[[str, Taken, str | None], Any]
 
 
-class _Watch(TorchFunctionMode):
+class _MultiplicationWatch(TorchFunctionMode):
     """Shows the products that a model takes with some tensors, and what else reads these.
 
     tensors: Their names, by `id`.
@@ -331,7 +331,7 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
         note(owner if bias is None else bias)
         return taken.output()
 
-    with running_modules(model) as running, _Watch(owners, take, note):
+    with running_modules(model) as running, _MultiplicationWatch(owners, take, note):
         yield found
 
 
@@ -346,7 +346,7 @@ def _watching(
 
     @functools.wraps(own)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _Watch(tensors, product, other):
+        with _MultiplicationWatch(tensors, product, other):
             return own(*args, **kwargs)
 
     return other_forwards([(model, watched)])
@@ -361,9 +361,9 @@ class Product:
     """
 
     tensor: str
-    forms: Mapping[Form, str | None]
+    forms: Mapping[Contraction, str | None]
 
-    def form(self, dim: int) -> Form | None:
+    def form(self, dim: int) -> Contraction | None:
         """Return the one form that sums over a dimension."""
         found = [form for form in self.forms if dim in form.summed]
         return found[0] if len(found) == 1 else None
@@ -382,8 +382,8 @@ def products_of(
         for name, tensor in model.named_parameters()
         if tensor.ndim == 1 and name.rpartition(".")[0] in homes
     }
-    forms: dict[str, dict[Form, set[str | None]]] = {name: {} for name in names}
-    uses: dict[str, set[tuple[str, Form]]] = {name: set() for name in vectors}
+    forms: dict[str, dict[Contraction, set[str | None]]] = {name: {} for name in names}
+    uses: dict[str, set[tuple[str, Contraction]]] = {name: set() for name in vectors}
     others: set[str] = set()
 
     def take(name: str, taken: Taken, bias: str | None) -> Any:
@@ -392,7 +392,7 @@ def products_of(
             uses[bias].add((name, taken.form))
         return taken.output()
 
-    def own_bias(name: str, form: Form) -> str | None:
+    def own_bias(name: str, form: Contraction) -> str | None:
         bias, *more = forms[name][form]
         if bias is None or more or bias in others or uses[bias] != {(name, form)}:
             return None

@@ -107,7 +107,7 @@ def streams(
     Returned by name are the consumers that are called once, and to whose output something is added
     that has passed a module before, unchanged since.  It may have other leading dimensions.
     """
-    watch = _Watch(set(names))
+    watch = _StreamWatch(set(names))
     inner = [name for name, _ in model.named_modules() if name]
     with torch.no_grad(), hooks(model, inner, watch.before, watch.after), watch:
         forward(model, example)
@@ -118,7 +118,7 @@ def streams(
     }
 
 
-class _Watch(_Passing, TorchFunctionMode):
+class _StreamWatch(_Passing, TorchFunctionMode):
     """Follows additions through one forward pass."""
 
     def __init__(self, names: set[str]) -> None:
