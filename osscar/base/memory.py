@@ -82,7 +82,7 @@ def _glibc() -> tuple[ctypes.CDLL, ...]:
 class DeviceMemory:
     """The memory that a limit is about: that of the process, for what runs on the CPU."""
 
-    def held(self) -> int:
+    def resident(self) -> int:
         """Return how many bytes this process has (OptionError if nothing tells)."""
         try:
             return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -107,7 +107,7 @@ class DeviceMemory:
 
     def excess(self, needed: int, ceiling: int) -> int:
         """Return by how many bytes so many more exceed a limit; below 0 if they fit."""
-        return self.held() + needed - ceiling
+        return self.resident() + needed - ceiling
 
     def give_back(self) -> None:
         """Give memory that was freed back, where the allocator keeps it."""
@@ -134,7 +134,7 @@ class _CardMemory(DeviceMemory):
     device: torch.device
     """With its number."""
 
-    def held(self) -> int:
+    def resident(self) -> int:
         """Return how many bytes torch has reserved, without what it keeps for later."""
         self.give_back()
         return torch.cuda.memory_reserved(self.device)

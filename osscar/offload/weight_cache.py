@@ -35,7 +35,7 @@ class WeightCache:
         """How much has been read from files."""
         self.left_free = _SPARE
         """Bytes below the ceiling that are for other things."""
-        self._held: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
+        self._resident: OrderedDict[Place, tuple[Tensor, int]] = OrderedDict()
         self._scratch: Scratch | None = None
         self._elsewhere: dict[torch.device, WeightCache] = {self.device: self}
 
@@ -50,14 +50,14 @@ class WeightCache:
         return self._elsewhere[device]
 
     @property
-    def held_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """Memory of the values that are kept."""
-        return sum(place.nbytes for place in self._held)
+        return sum(place.nbytes for place in self._resident)
 
     def values(self, place: Place) -> Tensor:
         """Return the values at a place; nobody may write to them."""
-        if place in self._held:
-            found, version = self._held.pop(place)
+        if place in self._resident:
+            found, version = self._resident.pop(place)
             _check_unwritten(place, found, version)
             self._make_room(0)  # what batches hold grows while nothing has to be read
         else:
@@ -65,12 +65,12 @@ class WeightCache:
             with torch.inference_mode(False):  # whose tensors do not count who writes to them
                 found = self.read(place)
             self.read_bytes += place.stored.nbytes
-        self._held[place] = (found, found._version)
+        self._resident[place] = (found, found._version)
         return found
 
     def rows(self, place: Place, rows: Tensor) -> Tensor:
         """Return some rows, (r,) int64, of the values at a place, read alone if possible."""
-        few = None if place in self._held else place.read_rows(rows, self.device)
+        few = None if place in self._resident else place.read_rows(rows, self.device)
         if few is None:
             return self.values(place)[rows]
         self.read_bytes += len(rows) * place.stored.nbytes // place.stored.shape[0]
@@ -111,8 +111,8 @@ class WeightCache:
         excess = self.memory.excess(needed + self.left_free, self.ceiling)
         if excess <= 0:
             return
-        while self._held and excess > 0:
-            place, (found, version) = self._held.popitem(last=False)
+        while self._resident and excess > 0:
+            place, (found, version) = self._resident.popitem(last=False)
             _check_unwritten(place, found, version)  # or what was written would be lost unseen
             excess -= place.nbytes
         self.memory.give_back()

@@ -56,7 +56,7 @@ def first_options_that_fit(
         limit: int | None = parse_size(asked.max_memory)
     else:
         free = memory.available()
-        limit = None if free is None else memory.held() + int(_USED * free)
+        limit = None if free is None else memory.resident() + int(_USED * free)
     half = multiplies_bfloat16(device_of(setup.dense))
     precision = asked.mixed_precision or ("bf16" if half else "no")
     left, short = _options_by_memory(setup, precision), ""

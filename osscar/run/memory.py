@@ -35,7 +35,7 @@ _PROVED = 256
 class MemoryNeeds:
     """Bytes that a run needs at once, beside weights that are read from disk."""
 
-    held: int
+    resident: int
     """Before the run begins."""
     batches: int
     """The hidden states of all batches, and the predictions of the dense model that are kept."""
@@ -44,12 +44,12 @@ class MemoryNeeds:
     matrices: int
     """The problem of the largest layer."""
     parts: Mapping[str, int]
-    """What each part of the run needs beside `held`."""
+    """What each part of the run needs beside `resident`."""
 
     @property
     def least(self) -> int:
         """What the whole run needs."""
-        return self.held + max(self.parts.values())
+        return self.resident + max(self.parts.values())
 
     @classmethod
     def of(cls, task: PruningTask) -> MemoryNeeds:
@@ -77,31 +77,31 @@ class MemoryNeeds:
             read, rows = 0, [len(next(iter(batch.values()))) for batch in batches]
         kept = max(1, task.samples_held_out), task.measures_curves * compared_samples(prepared)
         predictions = sum(min(MOST_BYTES, 4 * window * vocabulary * samples) for samples in kept)
-        held_batches = streams * suspended_bytes(sum(rows), width, read, itemsize) + predictions
+        suspended = streams * suspended_bytes(sum(rows), width, read, itemsize) + predictions
         walk = itemsize * max(rows) * wide * WIDE * streams + SMALL
         outputs = pass_bytes(model, max(window, min(_PROVED, 4 * window)))
         cache = weight_cache(model)
         if cache is None:
             name, weight, read_weight = "two smaller models", weight_bytes(model), 0
-            held = _held(model)
+            resident = _resident(model)
         else:
             largest, parameter = max(model.named_parameters(), key=lambda named: named[1].nbytes)
             name, weight = f"{largest!r} in double precision", parameter.nbytes
-            read_weight, held = weight, cache.memory.held() - cache.held_bytes
-        through = held_batches + walk + sums + read_weight
+            read_weight, resident = weight, cache.memory.resident() - cache.resident_bytes
+        through = suspended + walk + sums + read_weight
         parts = {
-            f"the problem of {layer!r} with its {inputs} inputs": held_batches + matrices,
+            f"the problem of {layer!r} with its {inputs} inputs": suspended + matrices,
             f"a batch on its way through {layer!r}": through,
             f"the predictions of one window, or the proof, and {name}": outputs + 2 * weight,
         }
-        return cls(held, held_batches, max(walk, outputs), matrices, parts)
+        return cls(resident, suspended, max(walk, outputs), matrices, parts)
 
 
-def _held(model: nn.Module) -> int:
-    """Return the bytes that are held on the device of a model; or the most there were."""
+def _resident(model: nn.Module) -> int:
+    """Return the bytes that are resident on the device of a model; or the most there were."""
     memory = memory_of(device_of(model))
     try:
-        return memory.held()
+        return memory.resident()
     except OptionError:
         return memory.peak()
 
@@ -170,7 +170,7 @@ def matrix_bytes(task: PruningTask) -> int:
             f"max_memory (`--max-memory`) of {in_words(cache.ceiling)} "
             f"cannot hold {what}, which takes "
             f"{in_words(most)}, of which {in_words(needs.batches)} are the activations of all "
-            f"batches, beside {in_words(needs.held)} that are in use already; give at "
+            f"batches, beside {in_words(needs.resident)} that are in use already; give at "
             f"least {in_words(needs.least)} or use fewer or shorter windows "
             "(`--samples`, `--seqlen`), or smaller batches (batch_size, `--batch-size`)"
         )

@@ -260,7 +260,7 @@ def test_a_limit_is_about_the_memory_of_the_card(monkeypatch):
     counted.cached = 5
     assert memory.peak() == 95
     assert memory.available() == 100
-    assert memory.held() == 90
+    assert memory.resident() == 90
 
 
 def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):

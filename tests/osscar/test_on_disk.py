@@ -70,7 +70,7 @@ def test_looking_tokens_up_reads_their_rows_alone(parameter, tmp_path):
     tokens = torch.tensor([[2, 0], [2, 2]])
     assert torch.equal(nn.functional.embedding(tokens, on_disk), values[tokens])
     assert torch.equal(nn.functional.embedding(tokens, on_disk.double()), values[tokens].double())
-    assert (on_disk.cache.read_bytes, on_disk.cache.held_bytes) == (2 * 2 * 16, 0)
+    assert (on_disk.cache.read_bytes, on_disk.cache.resident_bytes) == (2 * 2 * 16, 0)
     narrow = on_disk.index_select(1, torch.tensor([1, 3]))
     assert torch.equal(nn.functional.embedding(tokens, narrow), values[:, [1, 3]][tokens])
     for missing in (3, -1):

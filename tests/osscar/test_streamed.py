@@ -180,7 +180,7 @@ def test_no_weight_has_to_be_kept_in_memory(tmp_path):
     assert_close(model(windows(2)).logits, expected)
     read = cache.read_bytes - before
     assert read >= (dense / "model.safetensors").stat().st_size * 0.9
-    assert cache.held_bytes < read / 4
+    assert cache.resident_bytes < read / 4
 
 
 def test_weights_that_were_tried_leave_the_dense_ones_where_they_lie(tmp_path):
@@ -205,11 +205,11 @@ def test_saving_leaves_room_for_the_passes_that_compare_and_what_is_saved_stream
     expected, tokenizer = result.model(windows(2)).logits, osscar.load_model(dense).tokenizer
     cache = weight_cache(result.model)
     with monkeypatch.context() as patch:
-        patch.setattr(DeviceMemory, "held", lambda _: 10**9)
+        patch.setattr(DeviceMemory, "resident", lambda _: 10**9)
         cache.ceiling = 10**9 + (100 << 20)  # less than any pass is said to take
         assert not result.save(tmp_path / "pruned", tokenizer=tokenizer).stock
     largest = max(parameter.nbytes for parameter in result.model.parameters())
-    assert cache.held_bytes <= 2 * largest  # the last one read, in the format it was read in
+    assert cache.resident_bytes <= 2 * largest  # the last one read, in the format it was read in
     again = opened(tmp_path / "pruned")
     assert is_on_disk(again)
     with torch.no_grad():
@@ -278,11 +278,11 @@ def test_room_is_made_before_sums_are_begun(tmp_path, monkeypatch):
 def test_weights_make_way_for_what_grows_while_none_is_read(monkeypatch):
     model, ids = opened(DEMO_DIRECTORY), torch.zeros(1, 8, dtype=torch.int64)
     cache, expected = weight_cache(model), model(ids).logits
-    held, read = cache.held_bytes, cache.read_bytes
+    held, read = cache.resident_bytes, cache.read_bytes
     embedding = model.get_input_embeddings().weight.nbytes  # of which rows are read
-    monkeypatch.setattr(cache, "ceiling", cache.memory.held() + cache.left_free - held // 2)
+    monkeypatch.setattr(cache, "ceiling", cache.memory.resident() + cache.left_free - held // 2)
     assert_close(model(ids).logits, expected)
-    assert cache.held_bytes < held
+    assert cache.resident_bytes < held
     assert cache.read_bytes - read < held + embedding
     with cache.leaving(1):  # no less than is left free already
         assert cache.left_free > 1
@@ -406,7 +406,7 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
 
 def test_sizes_and_what_is_none():
     assert 1 << 20 < available_memory() < 1 << 60
-    assert 1 << 20 < DeviceMemory().held() < 1 << 50
+    assert 1 << 20 < DeviceMemory().resident() < 1 << 50
     told = {"8GB": 8 * 10**9, "1.5 MiB": 3 << 19, 4096: 4096, "10k": 10_000}
     assert {size: parse_size(size) for size in told} == told
     for size in ("", "8 bananas", "-1GB", "0", "1e99GB", True, 2.5, "nan"):

@@ -88,7 +88,7 @@ def test_a_step_that_takes_more_than_it_may_is_made_in_smaller_parts():
     request = RecoveryRequest(held_out=2, learning_rate=1e-2, **asked)
     gc.collect()
     DeviceMemory().give_back()
-    limit = DeviceMemory().held() + 80 * 10**6
+    limit = DeviceMemory().resident() + 80 * 10**6
     said: list[str] = []
     limited = dataclasses.replace(request, max_memory=limit)
     result = recover_as_asked(perturbed(dense), dense, data, limited, tell=said.append)
