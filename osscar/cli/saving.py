@@ -66,7 +66,7 @@ def run_and_report(
         report = resolved(where) / REPORT_FILE
         if anew or logs[0].saved(words, report) is None:
             return False
-        with _held(logs):
+        with _locked(logs):
             content = logs[0].saved(words, report)
             if content is None:
                 return False
@@ -83,7 +83,7 @@ def run_and_report(
         check()
     with ExitStack() as stack:
         with way_back(kept, restarts=options.restart):
-            stack.enter_context(_held(logs if ranks.first else ()))
+            stack.enter_context(_locked(logs if ranks.first else ()))
             stack.enter_context(quiet())
             if options.restart and ranks.first:
                 remove()
@@ -95,11 +95,11 @@ def run_and_report(
 
 
 @contextmanager
-def _held(logs: Sequence[RunLog | RecoveryLog]) -> Iterator[None]:
+def _locked(logs: Sequence[RunLog | RecoveryLog]) -> Iterator[None]:
     """Keep all other processes away while the block runs."""
     with ExitStack() as stack:
         for log in logs:
-            stack.enter_context(log.held())
+            stack.enter_context(log.locked())
         yield
 
 

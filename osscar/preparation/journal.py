@@ -92,7 +92,7 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._held = self._known = False
+        self._locked = self._known = False
 
     @property
     def done(self) -> list[Path]:
@@ -118,9 +118,9 @@ class Journal:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep all other processes away while the block runs; a block inside adds nothing."""
-        if self._held:
+        if self._locked:
             yield
             return
         self.refuse_foreign()
@@ -128,12 +128,12 @@ class Journal:
         try:
             self.make(".")
             with file_lock(self.directory / LOCK_FILE, self.directory):
-                self._held = True
+                self._locked = True
                 try:
                     self._remove_partial()
                     yield
                 finally:
-                    self._held = False
+                    self._locked = False
                     with uninterrupted():
                         self._tidy()
         finally:
@@ -207,7 +207,7 @@ class Journal:
         """
         if not self.directory.is_dir():
             return
-        with self.held():
+        with self.locked():
             for path in reversed(self.done):
                 path.unlink(missing_ok=True)
             self._remove_rest()

@@ -320,7 +320,7 @@ def _begun(
         "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs)
     )
     manifest.check_alike(ranks)
-    with nullcontext() if log is None else log.held():
+    with nullcontext() if log is None else log.locked():
         if log is not None:
             log.begin(manifest)
         last = None if log is None else log.last()

@@ -153,7 +153,7 @@ class SweepDirectory(Journal):
     @contextmanager
     def begun(self, manifest: JournalManifest) -> Iterator[None]:
         """Begin a sweep, or go on with one, and hold its lock while the block runs."""
-        with self.held():
+        with self.locked():
             self.begin(manifest)
             self.make(_POINTS)
             yield

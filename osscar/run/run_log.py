@@ -96,7 +96,7 @@ class RunLog(SavingJournal):
     @contextmanager
     def begun(self, manifest: JournalManifest) -> Iterator[tuple[LayerRecord, ...]]:
         """Begin a run, or go on with one, and hold its lock; yield what was committed before."""
-        with self.held():
+        with self.locked():
             first = self.begin(manifest)
             self._run = digest(json.dumps(dataclasses.asdict(first), sort_keys=True))
             yield tuple(self._read(index) for index in range(self.committed))

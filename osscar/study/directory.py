@@ -132,7 +132,7 @@ class Study:
         `capture` and `run` lock for themselves; lock around them to do several things as one.  A
         directory into which nothing was captured goes again.
         """
-        with self._journal.held():
+        with self._journal.locked():
             self._journal.check(self._manifest(None))
             yield
 

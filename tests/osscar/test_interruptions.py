@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_while_it_removed_its_log_is_known_to_be_saved(nam
         (
             ("prune", "none", "--sparsity", "0.5", "--restart"),
             "out.run",
-            lambda x: RunLog(x).held(),
+            lambda x: RunLog(x).locked(),
         ),
         (("gap", "none"), "out", lambda x: Study(x, {}).locked()),
     ],

@@ -33,7 +33,7 @@ class Killed(BaseException):
 def journal(tmp_path):
     """A journal in which three things are done."""
     journal = Things(tmp_path / "deep" / "out")
-    with journal.held():
+    with journal.locked():
         journal.begin(ASKED)
         journal.make("done")
         for number in range(3):
@@ -48,7 +48,7 @@ def names(place):
 
 def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
     again = Things(journal.directory)
-    with again.held(), again.held():
+    with again.locked(), again.locked():
         read = dataclasses.replace(ASKED, dense=DENSE)  # which had not been read before
         assert again.begin(ASKED) == again.begin(read) == ASKED
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
@@ -83,7 +83,7 @@ def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
         path.unlink()
     fresh = Things(tmp_path / "also" / "deep")
     for one in (journal, fresh):
-        with one.held():
+        with one.locked():
             one.begin(ASKED)
             assert (one.directory / LOCK_FILE).exists()
         assert not one.directory.exists()
@@ -98,7 +98,7 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
     (tmp_path / "new" / ".thing.json.some.host-4711.partial").mkdir(parents=True)
     (tmp_path / "new" / LOCK_FILE).touch()
     for place in (journal.directory, tmp_path / "new"):
-        with Things(place).held():
+        with Things(place).locked():
             pass
     assert "done/mine.partial" in names(journal.directory)
     assert not half.exists()
@@ -107,16 +107,16 @@ def test_what_a_killed_command_left_is_no_foreign_file(tmp_path, journal):
 
 def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     other = Things(journal.directory)
-    with journal.held():
+    with journal.locked():
         before = names(tmp_path)
-        for step in (other.remove, other.held().__enter__):
+        for step in (other.remove, other.locked().__enter__):
             with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
                 step()
         assert names(tmp_path) == before
-    with pytest.raises(Killed), journal.held():
+    with pytest.raises(Killed), journal.locked():
         raise Killed
-    with journal.held(), pytest.raises(BusyError):  # held anew, and by one
-        other.held().__enter__()
+    with journal.locked(), pytest.raises(BusyError):  # locked anew, and by one
+        other.locked().__enter__()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0.txt").write_text("mine")
     (tmp_path / "file").touch()
@@ -126,11 +126,11 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
         ("x" * 300, "cannot look into .*: File name too long"),
     ):
         with pytest.raises(JournalError, match=message):
-            Things(tmp_path / place).held().__enter__()
+            Things(tmp_path / place).locked().__enter__()
     with pytest.raises(OutputError, match=r"cannot write .*: Not a dir"):
         Things(tmp_path / "file" / "deep").make("x")
     (tmp_path / "mine" / "0.txt").rename(tmp_path / "mine" / "thing.json")
-    with Things(tmp_path / "mine").held():
+    with Things(tmp_path / "mine").locked():
         pass
     assert names(tmp_path / "mine") >= {"thing.json"}
 
