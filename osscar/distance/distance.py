@@ -123,7 +123,7 @@ class Distance:
 
     @classmethod
     @torch.no_grad()
-    def of(
+    def from_outputs(
         cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, asked: AnyDistance = None
     ) -> Distance:
         """Look at what the dense model puts out for a batch.
@@ -287,7 +287,7 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(
+    def from_run(
         cls,
         distance: Distance,
         dense: nn.Module,

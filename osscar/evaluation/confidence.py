@@ -196,13 +196,13 @@ class Judge:
         inputs = as_inputs(dense, data)
         batches = inputs.batches(dense, 1)
         asked = distance if quality is TargetKind.DIVERGENCE else None
-        measured = Distance.of(dense, inputs, batches[0], asked)
+        measured = Distance.from_outputs(dense, inputs, batches[0], asked)
         if quality is TargetKind.PERPLEXITY and not (inputs.tokens and measured.measure == "nats"):
             raise RequestError(
                 f"{quality.option} is for language models, and {type(dense).__name__} is none; "
                 f"give {TargetKind.DIVERGENCE.option}, or with labels {TargetKind.TOP1.option}"
             )
-        reference = Reference.of(measured, dense, batches)
+        reference = Reference.from_run(measured, dense, batches)
         if quality is not TargetKind.TOP1:
             return cls(quality, reference, copies(inputs))
         given = data.labels if isinstance(data, SampleSet) else None

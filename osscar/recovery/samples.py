@@ -95,7 +95,9 @@ class Setup:
         self.shifts = images and request.augment != "none"
         self.samples, self.held_out = split(self.inputs, self.dense, request)
         self.size = request.batch_size or min(STEP[self.inputs.tokens], len(self.samples))
-        self.distance = Distance.of(self.dense, self.inputs, self.held_out[0], request.distance)
+        self.distance = Distance.from_outputs(
+            self.dense, self.inputs, self.held_out[0], request.distance
+        )
 
 
 def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:

@@ -199,7 +199,7 @@ class Training:
                 f"the smaller model's scores or outputs have the shapes {mine}, and the dense "
                 f"one's {due}; give the dense model that it was pruned from"
             )
-        self.held_out = Reference.of(setup.distance, setup.dense, batches, ranks)
+        self.held_out = Reference.from_run(setup.distance, setup.dense, batches, ranks)
         self.checked = self.held_out.part(checked)
 
     @timed(Stage.HELD_OUT)

@@ -118,9 +118,9 @@ def prepare(
             with timed(Stage.DENSE):
                 last = prepared.inputs.part(-max(1, task.samples_held_out))
                 batches = last.batches(prepared.model, 1)
-                distance = Distance.of(prepared.model, last, batches[0], request.distance)
+                distance = Distance.from_outputs(prepared.model, last, batches[0], request.distance)
                 tell(f"distance: {distance.compared}")
-                reference = Reference.of(distance, prepared.model, batches, ranks)
+                reference = Reference.from_run(distance, prepared.model, batches, ranks)
                 statistics = None
                 if request.batch_norm == "correct":
                     statistics = dense_statistics(prepared.model, prepared.batches(), ranks)
@@ -208,7 +208,7 @@ def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = No
     try:
 
         def within_reach() -> None:
-            needed = in_bytes(MemoryNeeds.of(task).least)
+            needed = in_bytes(MemoryNeeds.from_task(task).least)
             run.tell(f"{goal(task)}; takes about {needed} of memory")
 
         found = allocate(task, measuring, within_reach)

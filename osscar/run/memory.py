@@ -52,7 +52,7 @@ class MemoryNeeds:
         return self.resident + max(self.parts.values())
 
     @classmethod
-    def of(cls, task: PruningTask) -> MemoryNeeds:
+    def from_task(cls, task: PruningTask) -> MemoryNeeds:
         """Estimate what a run needs."""
         prepared, request, keep = task.prepared, task.request, task.provisional
         model, streams = prepared.model, 2 if Target(request.target).needs_dense else 1
@@ -163,7 +163,7 @@ def matrix_bytes(task: PruningTask) -> int:
     cache = weight_cache(task.prepared.model)
     if cache is None:
         return 0
-    needs = MemoryNeeds.of(task)
+    needs = MemoryNeeds.from_task(task)
     if needs.least > cache.ceiling:
         what, most = max(needs.parts.items(), key=lambda part: part[1])
         raise RequestError(

@@ -95,7 +95,7 @@ class Recovered:
     seconds: float
 
     @classmethod
-    def of(cls, recovery: Recovery, quality: Quality) -> Recovered:
+    def from_recovery(cls, recovery: Recovery, quality: Quality) -> Recovered:
         """Return what is kept of a recovery."""
         names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
         same = {name: getattr(recovery, name) for name in names}

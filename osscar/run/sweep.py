@@ -258,7 +258,7 @@ class Sweep:
         model, recovered = dense if result is None else result.model, None
         if result is not None and self.recover is not None:
             recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
-            recovered = Recovered.of(recovery, self._quality(recovery.model, dense))
+            recovered = Recovered.from_recovery(recovery, self._quality(recovery.model, dense))
         with timed(Stage.FORWARD):
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]

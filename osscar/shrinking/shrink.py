@@ -102,7 +102,7 @@ def shrink(
         if programs is None:
             fold_named(model, plan, inputs)
             programs = dense_programs(model, by_name(model, inputs[0]))
-        masked = _Masked.of(model, plan, inputs, programs)
+        masked = _Masked.from_run(model, plan, inputs, programs)
         try:
             proof = _proved(model, plan, masked, programs)
             structure = proof.certificate.structure
@@ -136,7 +136,7 @@ def rehearse(
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with preserved(model):
-        _proved(model, plan, _Masked.of(model, plan, inputs, programs), programs)
+        _proved(model, plan, _Masked.from_run(model, plan, inputs, programs), programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
@@ -202,7 +202,7 @@ class _Masked:
     finer: bool
 
     @classmethod
-    def of(
+    def from_run(
         cls,
         model: nn.Module,
         plan: PruningPlan,

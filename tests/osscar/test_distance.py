@@ -39,8 +39,10 @@ class Table(nn.Module):
 def held_out(dense, data, distance=None, at_once=1):
     inputs = as_inputs(dense, data)
     batches = in_batches(inputs.batches(dense, 1), at_once)
-    return Reference.of(
-        Distance.of(dense, inputs, batches[0], read_distance(distance) if distance else None),
+    return Reference.from_run(
+        Distance.from_outputs(
+            dense, inputs, batches[0], read_distance(distance) if distance else None
+        ),
         dense,
         batches,
     )
@@ -98,7 +100,7 @@ def test_windows_that_run_at_once_are_compared_at_the_positions_of_each(picks):
         whole = model.forward
         model.forward = lambda input_ids, **options: whole(input_ids, **options)
     inputs = as_inputs(model, batch["input_ids"])
-    distance = Distance.of(model, inputs, batch)
+    distance = Distance.from_outputs(model, inputs, batch)
     each = [distance.outputs(model, one, step=3) for one in inputs.batches(model, 1)]
     torch.testing.assert_close(distance.outputs(model, batch, step=3), torch.cat(each))
     assert [len(one) for one in each] == [3, 3, 3]
@@ -234,7 +236,7 @@ def test_the_gradient_is_that_of_finite_differences(data):
     model = perturbed(dense)
     inputs = as_inputs(dense, given)
     (batch,) = in_batches(inputs.batches(dense, 1), 3)
-    held = Reference.of(Distance.of(dense, inputs, batch), dense, [batch])
+    held = Reference.from_run(Distance.from_outputs(dense, inputs, batch), dense, [batch])
     assert held.divergence(dense) == pytest.approx(0.0, abs=1e-9)
     distance, (due,) = held.distance, held.expected
 
@@ -261,4 +263,4 @@ def test_data_on_which_a_model_fails_are_named():
     model = nn.Linear(4, 3)
     inputs = ModelInputs({"input": torch.randn(3, 5)})
     with pytest.raises(DataError, match=r"Linear fails on the data \(input torch.float"):
-        Distance.of(model, inputs, inputs.batches(model, 1)[0])
+        Distance.from_outputs(model, inputs, inputs.batches(model, 1)[0])

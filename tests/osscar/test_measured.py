@@ -78,9 +78,9 @@ def test_a_language_model_makes_one_prediction_in_two(monkeypatch):
     with prepare(tiny("opt", layers=1), tokens(2, 22)) as prepared, torch.no_grad():
         model, inputs, seen = prepared.model, prepared.inputs, []
         batches = inputs.batches(model, 1)
-        distance = Distance.of(model, inputs, batches[0])
+        distance = Distance.from_outputs(model, inputs, batches[0])
         monkeypatch.setattr("osscar.distance.distance.MOST_BYTES", distance.bytes)
-        reference = Reference.of(distance, model, batches)
+        reference = Reference.from_run(distance, model, batches)
         model.lm_head.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
         reference.divergence(model)
         every = model(batches[0]["input_ids"]).logits

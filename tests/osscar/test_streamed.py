@@ -430,7 +430,7 @@ def test_batches_hold_what_is_forecast():
     request = osscar.PruningRequest(neurons=0.5, device="cpu")
     model = tiny("llama-gqa", layers=1).bfloat16()
     with prepare(model, windows(32, 64), device=CPU, seed=0) as prepared:
-        forecast = MemoryNeeds.of(PruningTask(prepared, request)).batches
+        forecast = MemoryNeeds.from_task(PruningTask(prepared, request)).batches
         groups = [group for group in prepared.groups if group.kind == "neurons"]
         before = storages()  # held, so that no new tensor takes an address of them
         found = [
@@ -445,7 +445,7 @@ def test_room_counts_what_a_layer_reads(tmp_path):
     request, needs = osscar.PruningRequest(neurons=0.5), []
     for samples in (8, 16):
         with prepare(model, windows(samples), seed=0) as prepared:
-            needs.append(MemoryNeeds.of(PruningTask(prepared, request)))
+            needs.append(MemoryNeeds.from_task(PruningTask(prepared, request)))
     few, many = needs
     assert any("with its 40 inputs" in part for part in few.parts)
     assert many.batches > few.batches

@@ -305,7 +305,7 @@ def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
     pruned = osscar.prune(model, data, **{**asked, "sparsity": 0.6})
     alone = recover_as_asked(pruned, model, data, few)
     untimed = {"seconds": alone.seconds, "quality": {}}
-    assert Recovered(**{**point["recovered"], **untimed}) == Recovered.of(alone, {})
+    assert Recovered(**{**point["recovered"], **untimed}) == Recovered.from_recovery(alone, {})
     assert alone.after < alone.before
     found = score([pruned.model, alone.model], labelled, dense=model)
     for measured, one in zip((point, point["recovered"]), found, strict=True):

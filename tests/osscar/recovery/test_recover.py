@@ -42,8 +42,8 @@ def recomputed(model, dense, data, at_once, seed=0):
     inputs = shuffled(as_inputs(dense, data), seed)
     samples = inputs.batches(dense, 1)
     deciding = drawing.in_batches(samples[-HELD:], at_once)
-    distance = Distance.of(dense, inputs, deciding[0])
-    return Reference.of(distance, dense, deciding).divergence(model)
+    distance = Distance.from_outputs(dense, inputs, deciding[0])
+    return Reference.from_run(distance, dense, deciding).divergence(model)
 
 
 def held(model):
