@@ -328,12 +328,12 @@ def check_page(record, chosen, most):
 prepare, prune_groups = preparation.prepare, chain.prune_groups
 
 
-def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
+def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits(
     two_attempts, tmp_path, monkeypatch
 ):
     request, sizes = PruningRequest(max_divergence=0.0005), []
 
-    def measure(self, model):  # as if the first walk were well within the target, and no other
+    def measure(self, model):  # as if the first attempt were well within the target, and no other
         sizes.append(count_parameters(model))
         lost = 0.0001 if sizes[-1] == sizes[0] else 0.001
         return Bounded(lost, lost, 16)
@@ -346,13 +346,13 @@ def test_a_search_that_was_killed_repeats_no_walk_and_ends_with_the_same_bits(
     def append(self, index, record):
         original(self, index, record)
         appended.append((self.directory.name, index))
-        if len(appended) == 7:  # of five groups in each walk
+        if len(appended) == 7:  # of five groups in each attempt
             raise Killed
 
     monkeypatch.setattr(RunLog, "append", append)
     with pytest.raises(Killed):
         prune_as_asked(small_net(), images(), request, log)
-    assert {walk for walk, _ in appended} == {"attempt-1", "attempt-2"}
+    assert {attempt for attempt, _ in appended} == {"attempt-1", "attempt-2"}
     assert log.committed == 0  # of none but attempts
     again = prune_as_asked(small_net(), images(), request, log)
     finished = prune_as_asked(small_net(), images(), request, log)  # from its log alone
@@ -397,7 +397,9 @@ def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
         osscar.prune(dense, data, max_divergence=0.0003, params=0.5)
 
 
-def test_the_command_recovers_each_walk_and_measures_what_it_saves(tmp_path, monkeypatch, capsys):
+def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
+    tmp_path, monkeypatch, capsys
+):
     dense, data = labelled(96)
     np.savez(tmp_path / "data.npz", x=data.tensors["x"], labels=data.labels)
     code = "from tests.osscar.networks import images, small_net\n"
@@ -437,7 +439,7 @@ def test_the_command_draws_windows_that_do_not_overlap(tmp_path, monkeypatch, ca
     )  # of the 60 asked for
 
 
-def test_what_has_no_bound_is_refused_before_a_walk(monkeypatch):
+def test_what_has_no_bound_is_refused_before_an_attempt(monkeypatch):
     monkeypatch.setattr(chain, "prune_groups", None)
     (_, few), (_, known) = labelled(64), labelled(64)
     few.labels[4:] = IGNORED
