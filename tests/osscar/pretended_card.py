@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph.tracing.patches import computes_shapes_alone
-from osscar.allocation import divergence
 from osscar.checkpoint import fresh_process
 from osscar.offload.on_disk import OnDisk
 from tests.fresh import Here
@@ -229,11 +228,6 @@ def _traced(places: _Places) -> Any:
     return traced
 
 
-def _not_recorded(run: Any, model: Any, batch: Any, most_bytes: int) -> tuple[Any, None]:
-    """Run a whole pass: an operator that is noted here names the host where it asked for a card."""
-    return run(model, batch), None
-
-
 @contextmanager
 def pretended() -> Iterator[None]:
     """Let there be a card while the block runs."""
@@ -243,7 +237,6 @@ def pretended() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.export, "export", _traced(places)))
-        stack.enter_context(mock.patch.object(divergence, "recorded", _not_recorded))
         stack.enter_context(mock.patch.object(fresh_process, "start", Here))
         stack.enter_context(_Operators(places))
         stack.enter_context(_Functions(places))
