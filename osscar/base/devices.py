@@ -12,7 +12,20 @@ from osscar.base.errors import OptionError
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import system_value
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NUMBERS: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "bfloat16", "float16"),
+        *("int64", "int32", "int16", "int8", "uint8", "bool"),
+    )
+}
+"""Number formats of tensors by name."""
+
+FLOATS = {name: kind for name, kind in NUMBERS.items() if kind.is_floating_point}
+"""Those of weights."""
+
+_RUN = ("float32", "bfloat16", "float16")
+"""Those in which models run."""
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -47,11 +60,9 @@ def resolve_dtype(
     if dtype is None or dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else None
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
-    if name not in DTYPES:
-        raise OptionError(
-            f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(DTYPES)}"
-        )
-    return DTYPES[name]
+    if name not in _RUN:
+        raise OptionError(f"unknown number format {safe_repr(dtype)}; give auto, {', '.join(_RUN)}")
+    return NUMBERS[name]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

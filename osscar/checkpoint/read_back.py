@@ -12,13 +12,20 @@ from torch import nn
 
 from osscar.base.errors import CheckpointError, EquivalenceError, warn
 from osscar.checkpoint.builders import builder_of
-from osscar.checkpoint.first_pass import to_device, vocabulary_of
+from osscar.checkpoint.first_pass import vocabulary_of
 from osscar.checkpoint.formats import cast
 from osscar.checkpoint.fresh_process import Answer, Elsewhere, Reading, Task, digests
 from osscar.network.model_state import model_state
 from osscar.network.modules import copied, device_of, example_length, number_format
 from osscar.offload.on_disk import weight_cache
-from osscar.proof.equivalence import Inputs, by_name, proof_outputs, prove_equal, runs
+from osscar.proof.equivalence import (
+    Inputs,
+    by_name,
+    proof_outputs,
+    prove_equal,
+    runs,
+    to_device,
+)
 from osscar.proof.lineage import lineage_of, structure_of, with_zeros
 from osscar.proof.sample import Drawn, Sample
 

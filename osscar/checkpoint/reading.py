@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from osscar.base.devices import default_torch
+from osscar.base.devices import FLOATS, default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import file_name, safe_repr
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
@@ -24,7 +24,7 @@ from osscar.checkpoint.manifest import Manifest, read_manifest
 from osscar.checkpoint.validation import check_tensors, readable
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
-from osscar.proof.lineage import FORMATS, LINEAGE, remember_structure
+from osscar.proof.lineage import LINEAGE, remember_structure
 from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold
 from osscar.shrinking.shrink_program import replayed
@@ -146,9 +146,9 @@ def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
 
 def check_dtype(dtype: object) -> None:
     """Refuse what is no number format of weights."""
-    known = isinstance(dtype, torch.dtype) and dtype in FORMATS.values()
+    known = isinstance(dtype, torch.dtype) and dtype in FLOATS.values()
     if dtype is not None and not known:
-        raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FORMATS)} of torch")
+        raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FLOATS)} of torch")
 
 
 def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Module:

@@ -20,7 +20,7 @@ from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
-from osscar.proof.lineage import Computed, lineage_of, may_come_from
+from osscar.proof.lineage import Computed, lineage_of, why_not_dense
 from osscar.proof.seen import refuse_overlap
 from osscar.shrinking.shrink import prove
 
@@ -136,10 +136,11 @@ def _comparison(
             "model; give --weights"
         )
         return None
-    if not may_come_from(loaded.model, original.model):
+    other = why_not_dense(loaded.model, original.model)
+    if other is not None:
         warn(
-            f"{dense} is not the dense model that this one was pruned from: its weights are "
-            "others; give the same weights to measure what pruning changed"
+            f"{dense} is not the dense model that this one was pruned from: {other}; give the same "
+            "weights and code to measure what pruning changed"
         )
     if isinstance(data, TextSet):
         data.check_same_tokens(original.tokenizer)

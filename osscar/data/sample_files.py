@@ -44,6 +44,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 found = {name: _tensor(arrays[name]) for name in arrays.files}
     if tried.failed:
         reason = getattr(tried.error, "strerror", None) or first_line(tried.error)
+        if "allow_pickle" in reason:
+            reason = "an entry holds objects; store arrays, and images of several sizes as files"
         raise FileError(path, f"it cannot be read as {path.suffix}: {reason}") from tried.error
     return found
 

@@ -25,6 +25,7 @@ from graph.tracing.preserve import forget_derived
 from osscar.base.errors import EquivalenceError, FileError, ModelError, OsscarError, first_line
 from osscar.base.memory import attempt
 from osscar.network.modules import (
+    device_of,
     drawing_alike,
     fresh,
     identity_of,
@@ -176,6 +177,12 @@ def in_format_of(inputs: _I, model: nn.Module) -> _I:
     return pytree.tree_map_only(  # type: ignore[no-any-return]
         Tensor, lambda t: t.to(kind) if kind and t.is_floating_point() else t, inputs
     )
+
+
+def to_device(inputs: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Return inputs on a model's device, with fractions in the number format of its weights."""
+    device = device_of(model)
+    return in_format_of(pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(inputs)), model)
 
 
 def by_name(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:

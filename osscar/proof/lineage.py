@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from pydantic import with_config
 from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_cached
-from osscar.base.devices import DTYPES
-from osscar.base.errors import ModelError
+from osscar.base.devices import FLOATS
+from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
+from osscar.base.memory import attempt
 from osscar.base.printable import published
+from osscar.network.model_state import model_state
 from osscar.network.modules import copied, count_parameters, device_of, number_format, sha256_of
 from osscar.offload.on_disk import is_on_disk, values_of
-from osscar.proof.equivalence import Inputs, by_name
+from osscar.proof.equivalence import Inputs, by_name, outputs_or_none, proof_outputs, to_device
 from osscar.proof.plan import Certificate, PruningPlan
-from osscar.proof.sample import Sample
+from osscar.proof.sample import Sample, tolerance
 from osscar.proof.seen import Calibration
 
 LINEAGE = "osscar_lineage"
@@ -49,6 +52,20 @@ class Input:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A model that another was pruned from.
+
+    weights: Their `weights_digest`.
+    computed: The number format in which it ran on the sample.
+    sample: A fixed input, with what it puts out on that.
+    """
+
+    weights: str
+    computed: str
+    sample: Sample | None
+
+
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Lineage:
@@ -64,7 +81,7 @@ class Lineage:
         `osscar.data.preprocessing`.
     stored_dtype: Number format of the dense model's weights on disk, such as ``bfloat16``.
     calibration: All that it was calibrated or recovered on, the oldest first, each set once.
-    dense: The `weights_digest` of each model that it was pruned from, the oldest first.
+    dense: The models that it was pruned from, the oldest first.
     inputs: What it was pruned with last, by the name of the argument; empty for language models.
     sample: An input that it takes; in a checkpoint, with what it puts out on that.
     """
@@ -78,7 +95,7 @@ class Lineage:
     preprocessing: Mapping[str, int | float | str | tuple[int | float, ...]] | None = None
     stored_dtype: str | None = None
     calibration: tuple[Calibration, ...] = ()
-    dense: tuple[str, ...] = ()
+    dense: tuple[Dense, ...] = ()
     inputs: Mapping[str, Input] = field(default_factory=dict)
     sample: Sample | None = None
 
@@ -124,16 +141,48 @@ def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, 
 
 
 def note_dense(model: nn.Module, dense: nn.Module) -> None:
-    """Note which model a model was pruned from."""
-    found = weights_digest(dense)
-    if found:
-        note(model, dense=(*lineage_of(model).dense, found))
+    """Note which model a copy is going to be pruned from; the copy still computes what that does.
+
+    It may run elsewhere, and have plain weights where the dense model has normalized ones.
+    """
+    known = lineage_of(model)
+    sample = known.sample
+    if sample is not None:
+        with model_state(model):
+            sample = sample.with_outputs(outputs_or_none(model, to_device(sample.drawn(), model)))
+    computed = str(number_format(model)).removeprefix("torch.")
+    note(model, dense=(*known.dense, Dense(weights_digest(dense), computed, sample)))
 
 
-def may_come_from(model: nn.Module, dense: nn.Module) -> bool:
-    """Tell whether a model may have been pruned from another: False where weights say otherwise."""
-    known, found = lineage_of(model).dense, weights_digest(dense)
-    return not known or not found or found in known
+def why_not_dense(model: nn.Module, dense: nn.Module) -> str | None:
+    """Say what tells that a model was not pruned from another; None if it may have been."""
+    known, weights = lineage_of(model).dense, weights_digest(dense)
+    alike = [one for one in known if weights in ("", one.weights) or not one.weights]
+    strays = [
+        None if one.sample is None else strays_from(one.sample, dense, FLOATS.get(one.computed))
+        for one in alike
+    ]
+    if None in strays or not known:
+        return None
+    return strays[0] if strays else "its weights are others"
+
+
+def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """Say how far a model is from the outputs of a sample; None if it is not, or there are none.
+
+    dtype: In which these were computed; by default float32.
+    """
+    if not sample.outputs:
+        return None
+    with attempt() as tried, model_state(model):  # the model may be anyone's code
+        found = proof_outputs(model, [to_device(sample.drawn(), model)])
+    if tried.failed:
+        return f"it fails on the recorded input: {first_line(tried.error):.300}"
+    distance = sample.distance(found)
+    if distance <= max(tolerance(dtype), tolerance(number_format(model))):
+        return None
+    far = f"are {distance:.2g} of their size off" if isfinite(distance) else "have other shapes"
+    return f"its outputs on the recorded input {far}"
 
 
 def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
@@ -145,7 +194,7 @@ def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
     own = weights_digest(model) if theirs.dense else ""
     return (
         len(theirs.certificates) > len(mine.certificates)
-        or (own != "" and own in theirs.dense)
+        or (own != "" and any(own == one.weights for one in theirs.dense))
         or count_parameters(dense) < count_parameters(model)
     )
 
@@ -169,13 +218,9 @@ def weights_digest(model: nn.Module) -> str:
     return sha256_of((str(index), one) for index, one in enumerate(tensors))[:16]
 
 
-FORMATS = {"float64": torch.float64, **DTYPES}
-"""Number formats by the names that lineages have for them."""
-
-
 def stored_dtype(model: nn.Module) -> torch.dtype:
     """Return the number format that a model is saved in: that in which it was read."""
-    read = FORMATS.get(lineage_of(model).stored_dtype or "")
+    read = FLOATS.get(lineage_of(model).stored_dtype or "")
     return read or number_format(model) or torch.float32
 
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, with_config
 from torch import Tensor, nn
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
+from osscar.base.devices import NUMBERS
 from osscar.base.errors import AdapterError, CheckpointError, FileError
 from osscar.base.json_files import STRICT, validated
 
@@ -111,10 +112,7 @@ class Integer:
     value: _Number | tuple[_Number, ...]
 
 
-_TRACED_FORMATS = (
-    *("float64", "float32", "bfloat16", "float16", "complex64"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool"),
-)
+_TRACED_FORMATS = (*NUMBERS, "complex64")
 _MOST_TRACED = 2**26
 """No example has as many numbers."""
 

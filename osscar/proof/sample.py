@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from osscar.base.devices import DTYPES
+from osscar.base.devices import NUMBERS
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-_NUMBERS = 2**26
+_MOST = 2**26
 """The most that an input has."""
 
 _VALUES, _OUTPUTS = 32, 16
@@ -28,14 +28,6 @@ _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Root mean square of differences, relative to that of the output, in the format that is computed
 in; 5e-3 in float32 and float64, where kernels of two machines differ by 1e-6 for most networks, and
 by 1e-3 for those of many layers."""
-
-_KINDS = {
-    "float64": torch.float64,
-    **DTYPES,
-    **{f"int{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -51,9 +43,9 @@ class Drawn:
     high: float
 
     def __post_init__(self) -> None:
-        if self.dtype not in _KINDS:
+        if self.dtype not in NUMBERS:
             raise ValueError(f"{self.dtype!r:.40} is no number format")
-        if min(self.shape, default=1) < 1 or math.prod(self.shape) > _NUMBERS:
+        if min(self.shape, default=1) < 1 or math.prod(self.shape) > _MOST:
             raise ValueError(f"{self.shape} is the shape of no input")
         if not -math.inf < self.low <= self.high < math.inf:
             raise ValueError(f"there are no numbers from {self.low} to {self.high}")
@@ -67,7 +59,7 @@ class Drawn:
 
     def tensor(self) -> Tensor:
         """Make it."""
-        kind = _KINDS[self.dtype]
+        kind = NUMBERS[self.dtype]
         whole = not kind.is_floating_point
         count = torch.arange(1, math.prod(self.shape) + 1, dtype=torch.float64)
         share = (count * _GOLDEN).frac()
@@ -140,7 +132,7 @@ class Sample:
             if isinstance(value, Tensor):
                 kind = str(value.dtype).removeprefix("torch.")
                 plain = value.layout is torch.strided and not value.is_meta
-                if kind not in _KINDS or not plain or not 0 < value.numel() <= _NUMBERS:
+                if kind not in NUMBERS or not plain or not 0 < value.numel() <= _MOST:
                     return None
                 known[name] = Drawn.like(value)
             elif isinstance(value, bool | int | float | None):

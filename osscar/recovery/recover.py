@@ -36,8 +36,8 @@ from osscar.proof.lineage import (
     are_swapped,
     data_record,
     lineage_of,
-    may_come_from,
     note_calibration,
+    why_not_dense,
 )
 from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections
@@ -206,10 +206,11 @@ def recover_as_asked(
             f"{type(model).__name__} to be trained, or was pruned from it; give the smaller model "
             "first"
         )
-    if not may_come_from(model, dense):
+    other = why_not_dense(model, dense)
+    if other is not None:
         raise ModelError(
-            f"the smaller model was not pruned from this {type(dense).__name__}: its weights are "
-            "others; give the dense model that it came from"
+            f"the smaller model was not pruned from this {type(dense).__name__}: {other}; give the "
+            "dense model that it came from, with the same code"
         )
     windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
     data = read_once(dense, data, windows=windows, samples=samples)

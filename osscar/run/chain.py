@@ -116,6 +116,7 @@ def prepare(
                 for one in tasks
             )
             with timed(Stage.DENSE):
+                note_dense(prepared.model, model)
                 last = prepared.inputs.part(-max(1, task.samples_held_out))
                 batches = last.batches(prepared.model, 1)
                 distance = Distance.from_outputs(prepared.model, last, batches[0], request.distance)
@@ -172,7 +173,6 @@ def prune_prepared(
     prepared.untouched.put_back(model, numbers)
     settings = prepared.inputs.settings
     note_calibration(model, run.calibration, settings)
-    note_dense(model, run.dense)
     cache_as(model, run.dense)
     return PruningResult(
         model=model,

@@ -159,6 +159,24 @@ def test_a_size_that_nothing_states_is_that_of_an_archive(shape, build, run, pla
     assert "6 x 6 cut" in run(*code, *calibration, *given, "--device", "cpu", "--out", "six")[1]
 
 
+def test_images_of_several_sizes_take_a_size_and_are_files(run, place):
+    images = [Image.new("RGB", (8, height), "red") for height in (8, 12)]
+    several = np.empty(2, dtype=object)
+    several[:] = [np.asarray(image) for image in images]
+    np.savez(place / "several.npz", images=several)
+    (place / "several").mkdir()
+    for index, image in enumerate(images):
+        image.save(place / "several" / f"{index}.png")
+    read = ("eval", "net.py:alone", "--no-normalize", "--images")
+    for given, status, message in (
+        (("several.npz", "--image-size", "3x8x8"), 2, "and images of several sizes as files"),
+        (("several",), 2, "nothing states the size and channels"),
+        (("several", "--image-size", "3x8x8"), 0, ""),
+    ):
+        found, _, err = run(*read, *given)
+        assert (found, message in err) == (status, True), err
+
+
 def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     status, out, err = run(*prune("build", "--mean", "0.5,0.4,0.3", "--std", "0.25"))
     assert status == 0, err

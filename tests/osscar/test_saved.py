@@ -13,7 +13,7 @@ import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError, ModelError
 from osscar.checkpoint import fresh_process
 from osscar.checkpoint.manifest import read_manifest
-from osscar.proof.lineage import lineage_of
+from osscar.proof.lineage import lineage_of, why_not_dense
 from osscar.proof.sample import Drawn, Output, Sample
 
 WIDTH = 32
@@ -182,6 +182,50 @@ def test_models_that_are_swapped_are_not_recovered():
     for smaller, larger in ((once, dense), (twice, dense), (twice, once)):
         with pytest.raises(ModelError, match="the models are swapped"):
             osscar.recover(larger, smaller, X, steps=4)
+
+
+class Scaled(Net):
+    def norm(self, h):
+        return 1.1
+
+
+class Gelu(Net):
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
+
+
+class Wrapped(Net):
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x))), x
+
+
+class Typed(Net):
+    def forward(self, x, scale=1.0):
+        return super().forward(x * torch.as_tensor(scale, dtype=x.dtype))
+
+
+def test_a_dense_model_of_the_same_weights_and_other_code_is_refused(tmp_path):
+    """In memory and from a checkpoint, of a model that was pruned once or twice."""
+    once = osscar.prune(Net(), X, **FEW)
+    twice = osscar.prune(once.model, X, **FEW)
+    loaded = osscar.load(twice.save(tmp_path / "small").path, dense=Net())
+    for smaller in (once, twice.model, loaded):
+        osscar.recover(smaller, Typed(), X, steps=1)
+        for other in (Sigmoid, Scaled, Gelu, Wrapped):
+            with pytest.raises(ModelError, match=r"was not pruned from this .* recorded input"):
+                osscar.recover(smaller, other(), X, steps=1)
+    osscar.recover(loaded, once.model, X, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_of_the_dense_model_are_compared_as_it_ran(dtype):
+    smaller = osscar.prune(Net().to(dtype), X, **FEW)
+    for own in (dtype, torch.float32):
+        dense = Net().to(dtype).to(own)
+        assert why_not_dense(smaller.model, dense) is None
+        with torch.no_grad():
+            dense.down.bias += 0.01
+        assert "weights are others" in why_not_dense(smaller.model, dense)
 
 
 # ---- the fixed input ---------------------------------------------------------------------
