@@ -36,6 +36,7 @@ from osscar.cli.options import (
     request_of,
 )
 from osscar.cli.points import asked_points
+from osscar.cli.recipes import from_file
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.sections import longest_stages
 from osscar.request import ArgumentsAlone
@@ -90,6 +91,7 @@ app = App(
     exit_on_error=False,
     print_error=False,
     suppress_keyboard_interrupt=False,
+    config=from_file,
     result_action="return_value",
 )
 

@@ -160,7 +160,7 @@ def check_json_path(
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 
-_READ = ("dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
+_READ = ("config", "dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
 _WRITTEN = ("json", "svg")
 """Options of commands that name what is read, and single files that are written."""
 

@@ -48,21 +48,22 @@ BackendOptions = Annotated[
 ]
 
 _GROUPS = {
-    "Budget": "sparsity params size memory context batch flops speedup allocation distance "
-    "round_to at_least",
-    "Quality target": "max_divergence max_perplexity_increase max_top1_drop smallest",
-    "What to keep": "keep heads neurons channels residual experts skip groups",
-    "Calibration and test data": "calibration text images inputs samples seqlen windows "
-    "window_units held_out batch_size seed",
-    "Images": "mean std image_size no_normalize",
-    "Solver and refit": "backend backend_options backends certify bound bound_rounds damp target "
-    "correction_weight batch_norm baselines exact_units time_limit gap_tolerance jobs ray",
-    "Training": "steps learning_rate lora micro_batch_size checkpointing mixed_precision augment "
-    "recover recover_text recover_steps",
-    "Model": "weights dtype device max_memory form strict dense prove trust_remote_code",
-    "Output": "out overwrite restart json svg all_groups times format list_problem",
+    "First options": "sparsity params flops speedup max_divergence calibration text images inputs "
+    "samples weights recover steps keep backends exact_units groups format svg "
+    "all_groups times out",
+    "Advanced: budget": "size memory context batch allocation distance round_to at_least",
+    "Advanced: quality target": "max_perplexity_increase max_top1_drop smallest",
+    "Advanced: what to keep": "heads neurons channels residual experts skip",
+    "Advanced: calibration and test data": "seqlen windows window_units held_out batch_size seed",
+    "Advanced: images": "mean std image_size no_normalize",
+    "Advanced: solver and refit": "backend backend_options certify bound bound_rounds damp "
+    "target correction_weight batch_norm baselines time_limit gap_tolerance jobs ray",
+    "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
+    "augment recover_text recover_steps",
+    "Advanced: model": "dtype device max_memory form strict dense prove trust_remote_code",
+    "Advanced: output": "config overwrite restart json list_problem",
 }
-"""Under which titles help shows options, in this order."""
+"""Under which titles help shows options, in this order: what people use first, then the rest."""
 
 
 def _shown(console: Any, options: Any, panel: Any) -> None:
@@ -111,7 +112,10 @@ def _is_read(one: dataclasses.Field[Any]) -> bool:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _command(
-    request: type[Any] | None = None, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
+    request: type[Any] | None = None,
+    but: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    first: tuple[str, ...] = (),
 ) -> Callable[[type[T]], type[T]]:
     """Make a dataclass of options of a class, with the fields of a request as further options.
 
@@ -134,7 +138,7 @@ def _command(
         for name, kind in fields.items():
             if bare(kind) in (int, int | None):
                 kind = Annotated[kind, Parameter(converter=_whole)]
-            fields[name] = Annotated[kind, _GROUP_OF[name]]
+            fields[name] = Annotated[kind, _GROUP_OF["out" if name in first else name]]
         return dataclass(frozen=True, kw_only=True)(options)
 
     return made
@@ -208,6 +212,9 @@ class PruneOptions(RunOptions, SavedOptions):
     quality target twice as many, or more if the target needs them."""
     out: Path
     """Directory for the smaller model."""
+    config: Path | None = None
+    """Read further options from this file: TOML, YAML, or the `osscar_report.json` of a run, which
+    is repeated.  Options that are given here take the place of those in the file."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""
@@ -217,7 +224,7 @@ class PruneOptions(RunOptions, SavedOptions):
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
-@_command(RecoveryRequest)
+@_command(RecoveryRequest, first=("dense",))
 class RecoverOptions(OpenOptions, SavedOptions):
     """What `osscar recover` takes."""
 
@@ -300,7 +307,7 @@ class SweepOptions(RunOptions):
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
-@_command()
+@_command(first=("dense",))
 class EvalOptions(OpenOptions):
     """What `osscar eval` takes."""
 
@@ -423,7 +430,7 @@ class GapOptions(DataOptions):
     """Ray cluster to solve on: auto (of this machine), HOST:PORT, or local.  [default: none]"""
 
 
-@_command()
+@_command(first=("backend", "bound"))
 class SolveOptions:
     """What `osscar solve` takes."""
 

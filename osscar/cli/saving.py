@@ -19,7 +19,7 @@ from osscar.cli.options import PruneOptions, RecoverOptions
 from osscar.recovery.training import RecoveryLog
 from osscar.run.run_log import RunLog
 
-_OF_THIS_TIME = {"out", "overwrite", "restart", "json"}
+_OF_THIS_TIME = {"out", "overwrite", "restart", "json", "config"}
 """Options that change nothing of what is saved."""
 
 

@@ -190,6 +190,9 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     layers, what = document["layers"], _predicts(document)
     before, after = document["parameters_before"], document["parameters_after"]
     yield "size", f"{before:,} parameters became {after:,} ({1 - after / before:.1%} fewer)"
+    if (sparsity := document["settings"]["sparsity"]) is not None:
+        removes = f"removes {share(sparsity)} of the parameters of heads, neurons and channels"
+        yield "sparsity", removes
     yield "time", f"{document['seconds']:.1f} s{longest_stages(document['stages'])}"
     yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
     budget = document.get("budget")

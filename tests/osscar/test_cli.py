@@ -1,5 +1,6 @@
 """The commands as a person runs them: what they print, write and refuse."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cyclopts import CycloptsError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
-from osscar.base.errors import OutputError
+from osscar.base.errors import OptionError, OutputError
 from osscar.base.printable import engineering
 from osscar.cli import commands, main
+from osscar.cli.commands import app
 from osscar.cli.common import way_back
+from osscar.cli.options import request_of
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
 from osscar.recovery.request import RecoveryRequest
@@ -470,6 +474,56 @@ def test_version_and_help_name_every_command_and_every_choice(run):
     first = said["prune"].partition("Arguments")[0]
     assert [first.count(f"--{budget} 0.") for budget in ("sparsity", "neurons", "flops")] == [1] * 3
     assert re.findall(r"╭─ ([\w ]+) ─", said["prune"]) == [
-        *("Arguments", "Budget", "Quality target", "What to keep", "Calibration and test data"),
-        *("Images", "Solver and refit", "Training", "Model", "Output"),
+        *("Arguments", "First options"),
     ]
+    advanced = re.findall(r"╭─ Advanced: ([\w ]+) ─", said["prune"])
+    assert advanced == [
+        *("budget", "quality target", "what to keep", "calibration and test data", "images"),
+        *("solver and refit", "training", "model", "output"),
+    ]
+
+
+def asked_of(file, monkeypatch, *more):
+    """The options that a file and the command line come to."""
+    found = []
+    monkeypatch.setattr("osscar.cli.commands._run", lambda *words: found.append(words[-1]))
+    app(["prune", "demo", "--config", str(file), "--out", "x", *more])
+    return found[0]
+
+
+def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, monkeypatch):
+    skip = "skip{}['*.0.*']\nrecover{}true\nseqlen{}9\n"
+    lines = {
+        "run.toml": 'sparsity = "30%"\nround-to = 1\n' + skip.replace("{}", " = "),
+        "run.yaml": "sparsity: 30%\nround_to: 1\n" + skip.replace("{}", ": "),
+    }
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+        found = asked_of(tmp_path / name, monkeypatch, "--seqlen", "16")
+        assert (found.sparsity, found.round_to, found.skip) == ("30%", 1, ["*.0.*"])
+        assert (found.recover, found.seqlen) == (True, 16)
+    for name, text, message in (
+        ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
+        ("b.toml", "sparsity = ", "b.toml cannot be read"),
+        ("c.yaml", "- 1", "holds no options by name"),
+        ("d.ini", "", "give a .toml, .yaml or .json file"),
+        ("e.toml", "config = 'e.toml'", "names a further file"),
+        ("none.toml", None, "No such file"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises((OptionError, CycloptsError), match=message):
+            asked_of(tmp_path / name, monkeypatch)
+
+
+def test_a_report_repeats_its_run(runs, tmp_path, monkeypatch):
+    result = runs["opt"].result
+    report = {**result.record(), "recovery": {"settings": {"steps": 3}}}
+    report["settings"] |= {"damp": 0.0, "backend_options": {"max_swaps": 3}}
+    (tmp_path / "osscar_report.json").write_text(json.dumps(report))
+    found = asked_of(tmp_path / "osscar_report.json", monkeypatch)
+    asked = dataclasses.replace(result.request, damp=0.0)
+    assert request_of(dataclasses.replace(found, backend_options=()), PruningRequest) == asked
+    assert found.backend_options == ["max_swaps=3"]
+    assert (found.recover, found.recover_steps) == (True, 3)
+    assert found.samples == result.calibration["samples"]
