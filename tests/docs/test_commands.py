@@ -191,8 +191,12 @@ def test_every_benchmark_says_what_it_tells_and_how_long_it_takes():
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)
-def test_a_command_is_understood(command, monkeypatch):
+def test_a_command_is_understood(command, monkeypatch, tmp_path):
     program, *words = command.words
+    if "--config" in words:  # which is read
+        recipe = tmp_path / "run.toml"
+        recipe.write_text("sparsity = 0.3\n")
+        words[words.index("--config") + 1] = str(recipe)
     if program == "osscar":
         app.parse_args(words)
     elif words[:1] == ["-m"] and words[1].startswith("benchmarks."):
