@@ -1,8 +1,7 @@
 """New processes, forked from one that has imported torch and transformers and run nothing.
 
-To start Python and import these takes seconds, and the tests save many models.  `osscar.save` asks
-`fresh_process.start` for a process; `forked` answers in its place.  The tests of
-``test_fresh_process.py`` that are about new processes start these themselves.
+To start Python and import these takes seconds, and the tests save many models: `forked` stands in
+for `fresh_process.NewPython`, but for the tests that are about new processes.
 """
 
 from __future__ import annotations
@@ -10,11 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from osscar.checkpoint import fresh_process
 
 _TEMPLATE = """
 import os, sys
@@ -66,42 +68,30 @@ class _Template:
             self._process.communicate()
 
 
-class _Forked:
-    """A process that is forked once it is to go to work."""
+@dataclass
+class _Instead:
+    """What stands in for a new process: it begins once it is to go to work."""
 
-    def __init__(self, folder: Path, template: _Template) -> None:
-        self._folder, self._template = folder, template
+    folder: Path
+    work: Callable[[Path], int | None]
 
     def run(self) -> int:
-        return self._template.run(self._folder)
+        return self.work(self.folder) or 0
 
     def end(self) -> None:
         """It has ended."""
 
 
-class Here:
-    """No new process at all, for a card that this one alone pretends to have."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def run(self) -> int:
-        from osscar.checkpoint.fresh_process import work
-
-        work(str(self._folder))
-        return 0
-
-    def end(self) -> None:
-        """It goes on."""
+def here(folder: Path) -> _Instead:
+    """Return no new process at all, for a card that this one alone pretends to have."""
+    return _Instead(folder, lambda folder: fresh_process.work(str(folder)))
 
 
 @contextmanager
 def forked() -> Iterator[None]:
     """Fork the processes that read checkpoints back, while the block runs."""
-    from osscar.checkpoint import fresh_process
-
     template = _Template()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process, "start", lambda folder: _Forked(folder, template))
+        patch.setattr(fresh_process, "NewPython", lambda folder: _Instead(folder, template.run))
         yield
     template.end()

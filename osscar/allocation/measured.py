@@ -295,13 +295,16 @@ def widths_to_measure(
 
 def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep | ExpertStep]:
     """Yield groups as the dense stream reaches them, and then experts."""
-    units = [group for group in groups if not group.kind.routed]
+    samples = few.inputs.samples // _ONE_IN
+    units, experts = (
+        [group for group in groups if group.kind.routed == routed] for routed in (False, True)
+    )
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
-        held = 0 if few.inputs.tokens else few.inputs.last(few.inputs.samples // _ONE_IN)
+        held = 0 if few.inputs.tokens else few.inputs.last(samples)
         yield from Walk(few, units, in_turn=False, held=held, rough=True)
-    if experts := [group for group in groups if group.kind.routed]:
-        yield from ExpertWalk(few, experts, held=max(1, few.inputs.samples // _ONE_IN))
+    if experts:
+        yield from ExpertWalk(few, experts, held=few.inputs.last(max(1, samples)))
 
 
 _Refits = list[tuple[list[int], list[torch.Tensor]]]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -143,20 +143,11 @@ class Elsewhere(Exception):
     """Why no other process can do it."""
 
 
-class Process(Protocol):
-    """A new process, which waits until it is told that its task is there."""
+class NewPython:
+    """A new Python, in which nothing has run; it loads torch while the checkpoint is written.
 
-    def run(self) -> int:
-        """Let it go to work, wait for it, and return its status."""
-        ...
-
-    def end(self) -> None:
-        """End it, if it is not at its end."""
-        ...
-
-
-class _NewPython:
-    """A new Python, in which nothing has run; it loads torch while the checkpoint is written."""
+    It waits until it is told that its task is there.
+    """
 
     def __init__(self, folder: Path) -> None:
         start = f"from {__name__} import work; input(); work({str(folder)!r})"
@@ -174,16 +165,15 @@ class _NewPython:
             )
 
     def run(self) -> int:
+        """Let it go to work, wait for it, and return its status."""
         with contextlib.suppress(BrokenPipeError):  # its status says why
             self._process.communicate(b"\n")
         return self._process.wait()
 
     def end(self) -> None:
+        """End it, if it is not at its end."""
         self._process.kill()
         self._process.communicate()
-
-
-start: Callable[[Path], Process] = _NewPython
 
 
 @contextmanager
@@ -195,7 +185,7 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
     """
     with tempfile.TemporaryDirectory(prefix="osscar-") as name:
         folder = Path(name)
-        process = start(folder)
+        process = NewPython(folder)
 
         def do(task: Task, model: nn.Module) -> tuple[Answer, ...]:
             code = list(_code_of(model, [reading.dense for reading in task.readings]))

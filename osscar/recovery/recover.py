@@ -202,9 +202,8 @@ def recover_as_asked(
         check_trainable(one)
     if are_swapped(model, dense):
         raise ModelError(
-            f"the models are swapped: the dense {type(dense).__name__} is smaller than the "
-            f"{type(model).__name__} to be trained, or was pruned from it; give the smaller model "
-            "first"
+            f"the models are swapped: the dense {type(dense).__name__} is smaller, or was pruned "
+            f"more often, than the {type(model).__name__} to be trained; give the smaller one first"
         )
     other = why_not_dense(model, dense)
     if other is not None:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graph.tracing.patches import computes_shapes_alone
 from osscar.checkpoint import fresh_process
 from osscar.offload.on_disk import OnDisk
-from tests.fresh import Here
+from tests.fresh import here
 
 CARD, HOST = torch.device("cuda:0"), torch.device("cpu")
 
@@ -237,7 +237,7 @@ def pretended() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.export, "export", _traced(places)))
-        stack.enter_context(mock.patch.object(fresh_process, "start", Here))
+        stack.enter_context(mock.patch.object(fresh_process, "NewPython", here))
         stack.enter_context(_Operators(places))
         stack.enter_context(_Functions(places))
         yield

@@ -1,6 +1,8 @@
 """Code that changes between a kill and the same command, wherever it lies, is noticed."""
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,19 +61,16 @@ def begun(tmp_path_factory):
 
 
 def test_changed_code_is_noticed_where_a_log_a_sweep_and_a_study_go_on(begun):
-    for gain in (1.0, 1.0 + 1e-6, 1.5):
+    study, noticed = Study(begun / "study", {}), partial(pytest.raises, JournalError, match=NOTICED)
+    for gain, told in ((1.0, nullcontext), (1.0 + 1e-6, noticed), (1.5, noticed)):
         manifest = manifest_of(built(gain))
         sweep = sweep_manifest(manifest, BudgetKind.FLOPS, {})
-        for step in (
-            lambda manifest=manifest: RunLog(begun / "log").begun(manifest).__enter__(),
-            lambda sweep=sweep: SweepDirectory(begun / "sweep").begun(sweep).__enter__(),
-            lambda manifest=manifest: Study(begun / "study", {}).check_dense(manifest.dense),
-        ):
-            if gain == 1.0:
-                step()
-            else:
-                with pytest.raises(JournalError, match=NOTICED):
-                    step()
+        with told(), RunLog(begun / "log").begun(manifest):
+            pass
+        with told(), SweepDirectory(begun / "sweep").begun(sweep):
+            pass
+        with told():
+            study.check_dense(manifest.dense)
 
 
 def test_outputs_that_another_device_rounds_otherwise_are_the_same(begun):

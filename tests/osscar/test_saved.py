@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError, ModelError
 from osscar.checkpoint import fresh_process
+from osscar.checkpoint.fresh_process import NewPython
 from osscar.checkpoint.manifest import read_manifest
 from osscar.proof.lineage import lineage_of, why_not_dense
 from osscar.proof.sample import Drawn, Output, Sample
@@ -159,7 +160,7 @@ def test_code_that_no_other_process_can_import_is_read_here_alone_and_says_so(tm
 
 @pytest.mark.slow
 def test_a_new_python_reads_what_forked_ones_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(fresh_process, "start", fresh_process._NewPython)
+    monkeypatch.setattr(fresh_process, "NewPython", NewPython)
     assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh
     result = osscar.prune(InFile(), X, **FEW)
     with pytest.raises(EquivalenceError, match="was not kept"):
@@ -169,7 +170,7 @@ def test_a_new_python_reads_what_forked_ones_do(tmp_path, monkeypatch):
 def test_a_new_python_searches_where_this_one_does(tmp_path, monkeypatch):
     # Files of the working folder, which a command does not search, have names of packages, too.
     (tmp_path / "graph.py").write_text("raise RuntimeError('not this one')")
-    monkeypatch.setattr(fresh_process, "start", fresh_process._NewPython)
+    monkeypatch.setattr(fresh_process, "NewPython", NewPython)
     monkeypatch.setattr(sys, "path", [*(p for p in sys.path if p), tmp_path])  # no string: ignored
     monkeypatch.chdir(tmp_path)
     assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh
